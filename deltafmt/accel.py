@@ -1,0 +1,29 @@
+"""Whether numba is used: the optional compiler of the CPU's hot loops.
+
+Without numba, or with ``DELTAFMT_NUMBA=0`` in the environment, the numpy reference runs instead; the bytes are the
+same.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+
+@functools.cache
+def available() -> bool:
+    """Tell whether compiled loops can be used; imports nothing."""
+    return os.environ.get("DELTAFMT_NUMBA", "1") != "0" and importlib.util.find_spec("numba") is not None
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a loop on first use, without the GIL, and cache the machine code on disk where that is possible."""
+    import numba
+
+    try:
+        return numba.njit(nogil=True, cache=True)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # no folder to cache in: neither beside the source nor in the user's cache
+        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]

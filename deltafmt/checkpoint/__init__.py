@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: reading folders and ``.safetensors`` files, writing loadable folders."""

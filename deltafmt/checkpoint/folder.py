@@ -1,0 +1,137 @@
+"""A checkpoint: a Hugging Face folder (one file, or shards with an index) or a single ``.safetensors`` file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
+from deltafmt.errors import InvalidFileError, StorageError
+
+MAX_ATTACHMENT_BYTES = 64 * 1024 * 1024
+
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|npz|npy|pkl|pickle|tflite|ot|deltafmt|partial)$"
+    r"|\.(safetensors|bin)\.index\.json$"
+)
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Return a sort key in which ``layers.2`` comes before ``layers.10``."""
+    parts: list[str | int] = list(re.split(r"([0-9]+)", name))
+    parts[1::2] = [int(digits) for digits in parts[1::2]]
+    return parts, name
+
+
+class Checkpoint:
+    """Tensors by name, whatever files they lie in, and the small files beside them.
+
+    Attributes:
+        path: the folder or file.
+        tensors: every tensor, in natural order of the names.
+        files: the small files of the folder (configuration, tokenizer, ...), by name.
+        skipped: names of files that are too large to be attached.
+
+    Raises:
+        StorageError: missing or unreadable.
+        InvalidFileError: no weights, or a file or index that is wrong.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise StorageError(f"no such file or folder: {self.path}")
+        self.files: dict[str, Path] = {}
+        self.skipped: list[str] = []
+        if self.path.is_dir():
+            found = self._open_folder()
+            self._find_files()
+        else:
+            self._shards = [SafetensorsFile(self.path)]
+            found = dict(self._shards[0].tensors)
+        if not found:
+            raise InvalidFileError(f"{self.path}: it holds no tensor")
+        self.tensors: dict[str, Tensor] = {name: found[name] for name in sorted(found, key=natural_key)}
+
+    def _open_folder(self) -> dict[str, Tensor]:
+        try:
+            names = sorted(entry.name for entry in os.scandir(self.path) if entry.is_file())
+        except OSError as error:
+            raise StorageError(f"cannot read {self.path}: {(error.strerror or str(error)).lower()}") from error
+        indexes = [name for name in names if name.endswith(".safetensors.index.json")]
+        shards = [name for name in names if name.endswith(".safetensors")]
+        if "model.safetensors.index.json" in indexes:
+            indexes = ["model.safetensors.index.json"]
+        elif "model.safetensors" in shards:
+            indexes, shards = [], ["model.safetensors"]
+        if len(indexes) > 1:
+            raise InvalidFileError(f"{self.path}: several indexes: {', '.join(indexes)}")
+        if indexes:
+            return self._open_sharded(indexes[0])
+        if not shards:
+            others = [name for name in names if re.search(r"\.(bin|pt|pth|gguf)$", name)]
+            hint = f"; {others[0]} is not read, convert it to safetensors" if others else ""
+            raise InvalidFileError(f"{self.path}: no .safetensors weights in this folder{hint}")
+        return self._open_shards(shards)
+
+    def _open_sharded(self, index: str) -> dict[str, Tensor]:
+        where = self.path / index
+        try:
+            weight_map: Any = json.loads(where.read_text("utf-8"))["weight_map"]
+            wanted = {str(name): str(file) for name, file in weight_map.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InvalidFileError(f"{where}: no valid weight_map") from error
+        for file in set(wanted.values()):
+            if file != os.path.basename(file) or file in ("", ".", ".."):
+                raise InvalidFileError(f"{where}: {file!r} is not a file beside the index")
+        found = self._open_shards(sorted(set(wanted.values())))
+        for name, file in wanted.items():
+            if name not in found or found[name].file.path.name != file:
+                raise InvalidFileError(f'{where}: tensor "{name}" is not in {file}')
+        return {name: found[name] for name in wanted}
+
+    def _open_shards(self, names: list[str]) -> dict[str, Tensor]:
+        self._shards = [SafetensorsFile(self.path / name) for name in names]
+        found: dict[str, Tensor] = {}
+        for shard in self._shards:
+            for name, tensor in shard.tensors.items():
+                if name in found:
+                    raise InvalidFileError(
+                        f'{self.path}: tensor "{name}" is in {found[name].file.path.name} and {shard.path.name}'
+                    )
+                found[name] = tensor
+        return found
+
+    def _find_files(self) -> None:
+        for entry in sorted(os.scandir(self.path), key=lambda entry: entry.name):
+            if entry.name.startswith(".") or not entry.is_file() or _WEIGHTS.search(entry.name):
+                continue
+            if entry.stat().st_size > MAX_ATTACHMENT_BYTES:
+                self.skipped.append(entry.name)
+            else:
+                self.files[entry.name] = Path(entry.path)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the weight files, headers included."""
+        return sum(shard.size for shard in self._shards)
+
+    def config(self) -> dict[str, Any]:
+        """Return the folder's ``config.json``, or an empty map."""
+        try:
+            config = json.loads(self.files["config.json"].read_text("utf-8"))
+        except (KeyError, OSError, ValueError, RecursionError):
+            return {}
+        return config if isinstance(config, dict) else {}
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Return what tells whether the weights are still the same files."""
+        return [shard.identity() for shard in self._shards]

@@ -1,0 +1,198 @@
+"""One ``.safetensors`` file, memory-mapped: its header checked, its tensors as views of raw bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.checkpoint.fingerprint import hasher
+from deltafmt.codecs.floats import RAW_DTYPES
+from deltafmt.errors import InvalidFileError, StorageError
+from deltafmt.layout import constants as c
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_POPULATE_READ = 22  # Linux MADV_POPULATE_READ, which the mmap module does not name
+_STEP = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a checkpoint, on disk.
+
+    Attributes:
+        name, dtype, shape: as the file's header says; the dtype by its safetensors name.
+        file: the file that holds it.
+        offset: of its first byte in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: SafetensorsFile
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return c.byte_count(self.dtype, self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Rows: the product of all dimensions but the last."""
+        return c.row_count(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """Columns: the last dimension (1 for a 0-d tensor)."""
+        return self.shape[-1] if self.shape else 1
+
+    @contextlib.contextmanager
+    def pages(self, start: int, length: int) -> Iterator[memoryview]:
+        """Give a view of some bytes; their pages leave this process's memory at the end (not the page cache)."""
+        first = self.offset + start
+        self.file.populate(first, length)
+        try:
+            yield self.file.view[first : first + length]
+        finally:
+            self.file.release(first, length)
+
+    @contextlib.contextmanager
+    def row_range(self, start: int, stop: int) -> Iterator[NDArray[np.unsignedinteger]]:
+        """Give rows ``start`` to ``stop`` as a raw array (uint16 or uint32), shape (rows, columns).
+
+        Only for the dtypes in which a delta is computed.
+        """
+        raw = RAW_DTYPES[self.dtype]
+        width = self.columns * raw.itemsize
+        with self.pages(start * width, (stop - start) * width) as view:
+            array = np.frombuffer(view, raw).reshape(stop - start, self.columns)
+            if not array.flags.aligned:
+                array = array.copy()
+            yield array
+
+    def pieces(self, start: int = 0) -> Iterator[memoryview]:
+        """Iterate over the tensor's bytes from ``start`` on, some megabytes at a time."""
+        for start in range(start, self.nbytes, _STEP):
+            with self.pages(start, min(_STEP, self.nbytes - start)) as view:
+                yield view
+
+    def fingerprint(self) -> bytes:
+        """Return the BLAKE3 of dtype, shape and bytes."""
+        digest = hasher(self.dtype, self.shape)
+        for piece in self.pieces():
+            digest.update(piece)
+        return digest.digest()
+
+    def equals(self, other: Tensor) -> bool:
+        """Tell whether dtype, shape and bytes are the same."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        step = 65536  # tensors that differ do so early; those that do not are read in growing steps
+        start = 0
+        while start < self.nbytes:
+            length = min(step, self.nbytes - start)
+            with self.pages(start, length) as a, other.pages(start, length) as b:
+                equal = np.array_equal(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8))
+            if not equal:
+                return False
+            start += length
+            step = min(step * 2, _STEP)
+        return True
+
+
+class SafetensorsFile:
+    """An open, memory-mapped ``.safetensors`` file.
+
+    Raises:
+        StorageError: it cannot be read.
+        InvalidFileError: its header is wrong; every tensor is checked to lie within the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self.stat = os.fstat(file.fileno())
+                self.size = self.stat.st_size
+                if self.size < 8:
+                    raise InvalidFileError(f"{path}: {self.size} bytes are no safetensors file")
+                self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        except InvalidFileError:
+            raise
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise StorageError(f"cannot read {path}: {reason}") from error
+        self.view = memoryview(self._map)
+        self.metadata: dict[str, str] = {}
+        self.tensors = {tensor.name: tensor for tensor in self._parse()}
+
+    def _parse(self) -> Iterator[Tensor]:
+        (length,) = struct.unpack("<Q", self.view[:8])
+        if length > min(MAX_HEADER_BYTES, self.size - 8):
+            raise InvalidFileError(f"{self.path}: a header of {length} bytes does not fit: not a safetensors file")
+        try:
+            header = json.loads(bytes(self.view[8 : 8 + length]), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise InvalidFileError(f"{self.path}: the header is not valid: {error}") from error
+        if type(header) is not dict:
+            raise InvalidFileError(f"{self.path}: the header is not a map")
+        metadata = header.pop("__metadata__", {})
+        if type(metadata) is dict:
+            self.metadata = {str(key): str(value) for key, value in metadata.items()}
+        for name, info in header.items():
+            yield self._tensor(name, info, 8 + length)
+
+    def _tensor(self, name: str, info: Any, start: int) -> Tensor:
+        where = f'{self.path}: tensor "{name}"'
+        try:
+            dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidFileError(f"{where}: no valid dtype, shape and data_offsets") from error
+        if dtype not in c.DTYPE_BITS:
+            raise InvalidFileError(f"{where}: unknown dtype {dtype!r}")
+        if len(shape) > c.MAX_RANK or not all(type(size) is int and size >= 0 for size in shape):
+            raise InvalidFileError(f"{where}: {list(shape)} is not a shape of at most {c.MAX_RANK} sizes")
+        if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= self.size - start:
+            raise InvalidFileError(f"{where}: bytes {begin} to {end} lie outside the file: it may be truncated")
+        if end - begin != c.byte_count(dtype, shape):
+            raise InvalidFileError(f"{where}: {end - begin} bytes where {dtype} {list(shape)} needs another number")
+        return Tensor(name, dtype, shape, self, start + begin)
+
+    def populate(self, offset: int, length: int) -> None:
+        """Bring pages in with one call instead of a fault each; best effort."""
+        self._advise(_POPULATE_READ, offset, length)
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Ask the system to read ahead; best effort."""
+        self._advise(getattr(mmap, "MADV_WILLNEED", -1), offset, length)
+
+    def release(self, offset: int, length: int) -> None:
+        """Unmap pages from this process; they stay in the page cache."""
+        self._advise(getattr(mmap, "MADV_DONTNEED", -1), offset, length)
+
+    def _advise(self, advice: int, offset: int, length: int) -> None:
+        start = offset - offset % mmap.PAGESIZE
+        if length and advice >= 0:
+            with contextlib.suppress(OSError, ValueError):
+                self._map.madvise(advice, start, offset + length - start)
+
+    def identity(self) -> tuple[str, int, int]:
+        """Return path, size and modification time, which tell whether the file is still the same."""
+        return str(self.path.resolve()), self.size, self.stat.st_mtime_ns
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found

@@ -1,0 +1,201 @@
+"""Writing a loadable folder: shards filled in any order, an index, the small files, all or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltafmt.checkpoint.folder import natural_key
+from deltafmt.errors import StorageError, UsageError
+from deltafmt.layout import constants as c
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, dtype and shape of a tensor that will be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return c.byte_count(self.dtype, self.shape)
+
+
+class CheckpointWriter:
+    """Write a checkpoint folder beside its final place and rename it when it is whole.
+
+    Args:
+        path: the folder to make.
+        specs: every tensor that will be written.
+        metadata: of the safetensors files; ``format`` is always ``pt``, as transformers requires.
+        max_shard_bytes: tensor bytes of a shard, unless one tensor alone is larger.
+        force: replace ``path`` if it is a folder that exists.
+
+    Raises:
+        UsageError: the output exists.
+        StorageError: the folder above is missing, or writing failed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        specs: list[TensorSpec],
+        *,
+        metadata: dict[str, str] | None = None,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        force: bool = False,
+    ) -> None:
+        self.path = path
+        self._force = force
+        check_output_folder(path, force=force)
+        self._partial = path.parent / f".{path.name}.partial"
+        self._files: list[int] = []
+        self._places: dict[str, tuple[int, int]] = {}
+        self._metadata = {**(metadata or {}), "format": "pt"}
+        try:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir()
+            self._make_shards(specs, max_shard_bytes)
+        except OSError as error:
+            self.abandon()
+            raise _failed(path, error) from error
+
+    def _make_shards(self, specs: list[TensorSpec], max_shard_bytes: int) -> None:
+        shards: list[list[TensorSpec]] = [[]]
+        filled = 0
+        for spec in sorted(specs, key=lambda spec: natural_key(spec.name)):
+            if filled and filled + spec.nbytes > max_shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append(spec)
+            filled += spec.nbytes
+        weight_map = {}
+        for number, members in enumerate(shards, 1):
+            name = "model.safetensors"
+            if len(shards) > 1:
+                name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._make_shard(name, members)
+            weight_map.update(dict.fromkeys((spec.name for spec in members), name))
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(spec.nbytes for spec in specs)},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            self.add_file("model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
+
+    def _make_shard(self, name: str, specs: list[TensorSpec]) -> None:
+        # Wide elements first, as the safetensors library writes them, so that every tensor starts aligned.
+        ordered = sorted(specs, key=lambda spec: -c.DTYPE_BITS[spec.dtype])
+        header: dict[str, object] = {"__metadata__": self._metadata}
+        position = 0
+        for spec in ordered:
+            header[spec.name] = {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "data_offsets": [position, position + spec.nbytes],
+            }
+            self._places[spec.name] = (len(self._files), position)
+            position += spec.nbytes
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        for spec in ordered:
+            file, offset = self._places[spec.name]
+            self._places[spec.name] = (file, start + offset)
+        descriptor = os.open(self._partial / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._files.append(descriptor)
+        _write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        os.ftruncate(descriptor, start + position)
+
+    def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
+        """Write some bytes of a tensor; may be called from several threads.
+
+        Raises:
+            StorageError: writing failed.
+        """
+        file, start = self._places[name]
+        try:
+            _write_at(self._files[file], data, start + offset)
+        except OSError as error:
+            raise _failed(self.path, error) from error
+
+    def add_file(self, name: str, data: bytes | memoryview) -> None:
+        """Write a small file into the folder."""
+        try:
+            (self._partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (self._partial / name).write_bytes(data)
+        except OSError as error:
+            raise _failed(self.path, error) from error
+
+    def commit(self) -> None:
+        """Flush everything and put the folder in its place."""
+        try:
+            while self._files:
+                descriptor = self._files.pop()
+                os.fsync(descriptor)
+                os.close(descriptor)
+            if self._force and self.path.exists():
+                old = self.path.parent / f".{self.path.name}.replaced"
+                shutil.rmtree(old, ignore_errors=True)
+                self.path.rename(old)
+                self._partial.rename(self.path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                self._partial.rename(self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            self.abandon()
+            raise _failed(self.path, error) from error
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        while self._files:
+            os.close(self._files.pop())
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def check_output_folder(path: Path, *, force: bool) -> None:
+    """Refuse an output folder that exists, or whose parent does not.
+
+    Raises:
+        UsageError: it exists (with ``force``: and is not a folder).
+        StorageError: the folder above is missing.
+    """
+    if path.name in ("", ".", ".."):
+        raise UsageError(f"{path} is no name for an output folder")
+    if not path.parent.is_dir():
+        raise StorageError(f"no such folder: {path.parent}")
+    if path.exists() or path.is_symlink():
+        if not force:
+            raise UsageError(f"{path} exists; --force replaces it")
+        if path.is_symlink() or not path.is_dir():
+            raise UsageError(f"{path} is not a folder, and is not replaced by one")
+
+
+def sync_folder(path: Path) -> None:
+    """Make a rename in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data).cast("B")
+    while len(view):
+        written = os.pwrite(descriptor, view, offset)
+        view = view[written:]
+        offset += written
+
+
+def _failed(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot write {path}: {(error.strerror or str(error)).lower()}")

@@ -1,0 +1,182 @@
+"""The ``nm`` layout: buffers to positions, codes and scales, and back (spec/deltafmt-v1.md, section 11).
+
+A tensor is handled in runs of rows. A run starts on a multiple of ``32 * share`` rows, where codes, index and scales
+all start a tile, so a run's buffers are slices of the tensor's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.codecs import positions as pos
+from deltafmt.codecs import words
+from deltafmt.codecs.floats import narrow, widen
+from deltafmt.codecs.routines import REFERENCE, CodecRoutines
+from deltafmt.errors import InvalidFileError
+from deltafmt.layout.nm import TILE_ROWS, NMLayout, tiles
+
+Buffers = Mapping[str, memoryview]
+
+
+@dataclass(frozen=True, slots=True)
+class NMArrays:
+    """The decoded content of a run of rows.
+
+    Attributes:
+        positions: uint8, shape (mask rows, groups, N).
+        codes: fields u, uint8, shape (rows, groups * N).
+        scales: float32, shape (rows, scales per row).
+    """
+
+    positions: NDArray[np.uint8]
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+
+
+def run_rows(layout: NMLayout) -> int:
+    """Return the number of rows on whose multiples a run may start."""
+    return TILE_ROWS * layout.share
+
+
+def views(layout: NMLayout, rows: int, columns: int, buffers: Buffers) -> dict[str, NDArray[np.generic]]:
+    """Return the packed arrays of a term without copying a byte.
+
+    Returns:
+        ``codes`` and, unless seeded, ``index``: uint32, shape (tiles, words, 32). ``scales``: uint16 (bits of BF16)
+        or float32, shape (tiles, scales per row, 32).
+    """
+    scale_dtype = np.dtype("<u2" if layout.scale_dtype == "BF16" else "<f4")
+    shapes = {
+        "codes": (tiles(rows), layout.codes_words(columns), TILE_ROWS),
+        "index": (tiles(layout.mask_rows(rows)), layout.index_words(columns), TILE_ROWS),
+        "scales": (tiles(rows), layout.scales_per_row(columns), TILE_ROWS),
+    }
+    return {
+        name: np.frombuffer(buffer, scale_dtype if name == "scales" else np.dtype("<u4")).reshape(shapes[name])
+        for name, buffer in buffers.items()
+    }
+
+
+def encode(
+    layout: NMLayout, arrays: NMArrays, columns: int, routines: CodecRoutines = REFERENCE
+) -> dict[str, NDArray[np.generic]]:
+    """Pack a run of rows; the result's arrays are shaped as :func:`views` says.
+
+    The positions of a ``seeded`` layout are not stored; those of the others must ascend in every group. Fields of
+    entries beyond the last column must be zero.
+    """
+    out: dict[str, NDArray[np.generic]] = {"codes": routines.pack(arrays.codes, layout.bits)}
+    if layout.index == "fixed":
+        flat = arrays.positions.reshape(arrays.positions.shape[0], -1)
+        out["index"] = routines.pack(flat, layout.position_bits)
+    elif layout.index == "rank":
+        out["index"] = pos.encode_rank(arrays.positions, layout)
+    scales = arrays.scales
+    raw = narrow(scales, "BF16") if layout.scale_dtype == "BF16" else scales
+    out["scales"] = words.to_tiles(raw)
+    return out
+
+
+def decode(
+    layout: NMLayout,
+    packed: Mapping[str, NDArray[np.generic]],
+    seed: int,
+    first: int,
+    rows: int,
+    columns: int,
+    routines: CodecRoutines = REFERENCE,
+) -> NMArrays:
+    """Unpack a run of rows.
+
+    Args:
+        layout: of the term.
+        packed: the run's slices of :func:`views`.
+        seed: the tensor seed.
+        first: the run's first row in the tensor, a multiple of :func:`run_rows`.
+        rows: rows of the run.
+        columns: columns of the tensor.
+        routines: the implementation to use.
+
+    Raises:
+        InvalidFileError: an index holds a position or rank that is out of range, or positions do not ascend.
+    """
+    groups, kept = layout.groups(columns), layout.kept(columns)
+    codes = routines.unpack(_words(packed["codes"]), rows, kept, layout.bits).astype(np.uint8, copy=False)
+    raw = words.from_tiles(packed["scales"], rows)
+    scales = np.ascontiguousarray(widen(raw, "BF16") if layout.scale_dtype == "BF16" else raw)
+    mask_rows = layout.mask_rows(rows)
+    if layout.index == "seeded":
+        kept_at = routines.seeded(seed, first // layout.share, mask_rows, groups, layout.keep, layout.group)
+    elif layout.index == "fixed":
+        fields = routines.unpack(_words(packed["index"]), mask_rows, kept, layout.position_bits)
+        kept_at = fields.astype(np.uint8, copy=False).reshape(mask_rows, groups, layout.keep)
+        pos.check_ascending(kept_at, layout.group)
+    else:
+        kept_at = pos.decode_rank(_words(packed["index"]), layout, mask_rows, groups)
+    return NMArrays(kept_at, codes, scales)
+
+
+def dense(
+    layout: NMLayout, arrays: NMArrays, columns: int, routines: CodecRoutines = REFERENCE
+) -> NDArray[np.float32]:
+    """Return the float32 delta of a run of rows, shape (rows, columns)."""
+    return routines.scatter(
+        arrays.codes,
+        arrays.scales,
+        arrays.positions,
+        columns,
+        layout.group,
+        layout.share,
+        layout.top,
+        layout.scale_group,
+    )
+
+
+def outside(layout: NMLayout, arrays: NMArrays, columns: int) -> NDArray[np.bool_]:
+    """Tell which entries lie beyond the last column; shape (rows, groups * N)."""
+    start = np.arange(layout.groups(columns), dtype=np.int64)[:, None] * layout.group
+    beyond = (arrays.positions + start >= columns).reshape(arrays.positions.shape[0], -1)
+    return beyond[np.arange(arrays.codes.shape[0]) // layout.share]
+
+
+def check(
+    layout: NMLayout,
+    packed: Mapping[str, NDArray[np.generic]],
+    arrays: NMArrays,
+    columns: int,
+    routines: CodecRoutines = REFERENCE,
+) -> None:
+    """Check what decoding alone does not: that the run is the canonical packing of what it means.
+
+    Raises:
+        InvalidFileError: a field beyond the grid, an entry beyond the last column whose field is not zero, a scale
+            that is negative or not finite, or unused bits that are not zero.
+    """
+    if arrays.codes.size and int(arrays.codes.max()) > layout.top:
+        raise InvalidFileError(f"a code is {arrays.codes.max()}, the grid ends at {layout.top}")
+    if columns % layout.group and arrays.codes[outside(layout, arrays, columns)].any():
+        raise InvalidFileError("an entry beyond the last column has a code that is not zero")
+    if not np.isfinite(arrays.scales).all() or np.signbit(arrays.scales).any():
+        raise InvalidFileError("a scale is negative or not finite")
+    again = encode(layout, arrays, columns, routines)
+    for name, array in again.items():
+        if not np.array_equal(array.view(np.uint8), np.ascontiguousarray(packed[name]).view(np.uint8)):
+            raise InvalidFileError(f"unused bits of the {name} are not zero")
+
+
+def transcode_index(
+    layout: NMLayout, index: NDArray[np.uint32], mask_rows: int, columns: int, target: NMLayout
+) -> NDArray[np.uint32]:
+    """Return a ``fixed`` index as ``rank`` or the reverse; the positions, and so the codes, stay as they are."""
+    groups = layout.groups(columns)
+    if layout.index == "rank":
+        return pos.encode_fixed(pos.decode_rank(index, layout, mask_rows, groups), target)
+    return pos.encode_rank(pos.decode_fixed(index, layout, mask_rows, groups), target)
+
+
+def _words(array: NDArray[np.generic]) -> NDArray[np.uint32]:
+    return array.view(np.uint32)

@@ -1,0 +1,40 @@
+"""The codecs' hot loops as one object: the numpy reference, or the same functions compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt import accel
+from deltafmt.codecs import floats, positions, scatter, words
+
+
+@dataclass(frozen=True, slots=True)
+class CodecRoutines:
+    """One implementation of every hot loop of the codecs."""
+
+    seeded: Callable[[int, int, int, int, int, int], NDArray[np.uint8]]
+    pack: Callable[[NDArray[np.unsignedinteger], int], NDArray[np.uint32]]
+    unpack: Callable[[NDArray[np.uint32], int, int, int], NDArray[np.unsignedinteger]]
+    scatter: Callable[..., NDArray[np.float32]]
+    subtract: Callable[[floats.Raw, str, floats.Raw, str], tuple[floats.Floats, bool]]
+    add: Callable[[floats.Raw, str, floats.Floats, str], floats.Raw]
+
+
+REFERENCE = CodecRoutines(
+    positions.seeded, words.pack, words.unpack, scatter.scatter, floats.subtract, floats.add
+)
+
+
+@functools.cache
+def codec_routines(compiled: bool) -> CodecRoutines:
+    """Return the compiled loops where they are wanted and numba is there, the reference otherwise."""
+    if not compiled or not accel.available():
+        return REFERENCE
+    from deltafmt.codecs import fast
+
+    return CodecRoutines(fast.seeded, fast.pack, fast.unpack, fast.scatter, fast.subtract, fast.add)

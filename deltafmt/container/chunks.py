@@ -1,0 +1,106 @@
+"""Sections in independent zstd frames with a chunk table (spec/deltafmt-v1.md, section 6).
+
+python-zstandard ignores ``max_output_size`` when a frame declares its size, and drops whatever follows the first
+frame; every frame is therefore checked for its declared size and its exact end before it is decoded.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import zstandard
+
+from deltafmt.errors import InvalidFileError
+from deltafmt.layout.constants import ZSTD_CHUNK
+
+LEVEL = 9
+
+
+class ChunkCompressor:
+    """Turn raw bytes, fed in any pieces, into frames followed by their table of lengths."""
+
+    def __init__(self) -> None:
+        self._pending = bytearray()
+        self._lengths: list[int] = []
+        self._compressor = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True, write_checksum=False)
+
+    def feed(self, data: bytes | memoryview) -> list[bytes]:
+        """Take raw bytes; return the frames that are complete."""
+        self._pending += data
+        frames = []
+        while len(self._pending) >= ZSTD_CHUNK:
+            frames.append(self._frame(bytes(self._pending[:ZSTD_CHUNK])))
+            del self._pending[:ZSTD_CHUNK]
+        return frames
+
+    def finish(self) -> list[bytes]:
+        """Return the last frame, if any, and the chunk table."""
+        frames = [self._frame(bytes(self._pending))] if self._pending else []
+        return [*frames, struct.pack(f"<{len(self._lengths)}I", *self._lengths)]
+
+    def _frame(self, chunk: bytes) -> bytes:
+        frame = self._compressor.compress(chunk)
+        self._lengths.append(len(frame))
+        return frame
+
+
+class ChunkReader:
+    """Random access to the raw bytes of a zstd section.
+
+    Args:
+        stored: the section's stored bytes.
+        raw_length: the length that the index gives.
+        where: name of the section in messages.
+
+    Raises:
+        InvalidFileError: the chunk table does not cover the stored bytes exactly.
+    """
+
+    def __init__(self, stored: memoryview, raw_length: int, where: str) -> None:
+        count = -(-raw_length // ZSTD_CHUNK)
+        table_start = len(stored) - 4 * count
+        if table_start < 0:
+            raise InvalidFileError(f"{where}: {len(stored)} bytes cannot hold a table of {count} chunks")
+        lengths = struct.unpack(f"<{count}I", stored[table_start:])
+        self._starts = [0]
+        for length in lengths:
+            self._starts.append(self._starts[-1] + length)
+        if self._starts[-1] != table_start:
+            raise InvalidFileError(f"{where}: the chunks take {self._starts[-1]} bytes, not {table_start}")
+        self._stored = stored
+        self._raw_length = raw_length
+        self._where = where
+        self._decompressor = zstandard.ZstdDecompressor()
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """Return raw bytes; the range must lie inside the section."""
+        out = bytearray(length)
+        position = 0
+        while position < length:
+            number, skip = divmod(offset + position, ZSTD_CHUNK)
+            chunk = self._chunk(number)
+            part = chunk[skip : skip + length - position]
+            out[position : position + len(part)] = part
+            position += len(part)
+        return out
+
+    def _chunk(self, number: int) -> bytes:
+        where = f"{self._where}, chunk {number}"
+        frame = self._stored[self._starts[number] : self._starts[number + 1]]
+        expected = min(ZSTD_CHUNK, self._raw_length - number * ZSTD_CHUNK)
+        try:
+            parameters = zstandard.get_frame_parameters(frame)
+        except zstandard.ZstdError as error:
+            raise InvalidFileError(f"{where}: not a zstd frame") from error
+        if parameters.content_size != expected:
+            raise InvalidFileError(f"{where}: the frame declares {parameters.content_size} bytes, not {expected}")
+        if parameters.dict_id or parameters.has_checksum:
+            raise InvalidFileError(f"{where}: the frame uses a dictionary or a checksum")
+        decoder = self._decompressor.decompressobj()
+        try:
+            chunk = decoder.decompress(frame)
+        except zstandard.ZstdError as error:
+            raise InvalidFileError(f"{where}: {error}") from error
+        if len(chunk) != expected or not decoder.eof or decoder.unused_data:
+            raise InvalidFileError(f"{where}: the frame does not end where its chunk ends")
+        return chunk

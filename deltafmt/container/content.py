@@ -1,0 +1,48 @@
+"""The content id and the payload digests: what a file says, however it is stored (spec/deltafmt-v1.md, section 7.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from blake3 import blake3
+
+from deltafmt.container import canonical
+from deltafmt.layout.entries import Attachment, TensorEntry
+from deltafmt.layout.nm import NMLayout
+
+
+def content_id(
+    entries: Iterable[TensorEntry],
+    removed: Iterable[str],
+    attachments: Mapping[str, Attachment],
+    metadata: Mapping[str, str],
+) -> bytes:
+    """Return the BLAKE3 of the semantic index.
+
+    The semantic index leaves out where and how bytes are stored (profile, sections, buffers, ``rank`` against
+    ``fixed``), so recompressing a file keeps its content id.
+    """
+    index = {
+        "attachments": {name: attachment.digest for name, attachment in attachments.items()},
+        "metadata": dict(metadata),
+        "removed": list(removed),
+        "tensors": {entry.name: semantic_entry(entry) for entry in entries},
+    }
+    return blake3(canonical.encode(index)).digest()
+
+
+def semantic_entry(entry: TensorEntry) -> dict[str, Any]:
+    """Return what an entry says without where its bytes lie."""
+    obj = entry.to_obj()
+    obj.pop("data", None)
+    if entry.terms:
+        obj["terms"] = [
+            {"layout": semantic_layout(term.params).to_obj(), "seed": term.seed} for term in entry.terms
+        ]
+    return obj
+
+
+def semantic_layout(params: NMLayout) -> NMLayout:
+    """Return the layout in which digests are taken: ``rank`` counts as ``fixed``, which holds the same positions."""
+    return params.with_index("fixed") if params.index == "rank" else params

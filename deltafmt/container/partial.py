@@ -1,0 +1,202 @@
+"""An output file that appears whole or not at all, and can be taken up again after an interrupt.
+
+The bytes go to ``.NAME.partial`` beside the output. After every section a record goes to ``.NAME.partial.journal``:
+the section's row and the tensor entries that it completes. A later run of the same job checks the recorded sections'
+checksums, cuts off what follows them and goes on there, so nothing needs to be synced before the final rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgpack
+import xxhash
+
+from deltafmt.container import canonical, frame
+from deltafmt.errors import InvalidFileError, StorageError, UsageError
+from deltafmt.layout import constants as c
+from deltafmt.layout.entries import Section, parse_layout
+from deltafmt.layout.nm import NMLayout
+
+_RECORD = struct.Struct("<IQ")
+Bytes = bytes | bytearray | memoryview
+
+
+class PartialFile:
+    """The sink of an atomic, resumable write.
+
+    Args:
+        path: the final place.
+        job: whatever must be equal for an earlier run's sections to be of use.
+        force: replace ``path`` if it exists.
+
+    Attributes:
+        sections, layouts, entries: what an earlier run has completed (entries as plain objects, by name).
+
+    Raises:
+        UsageError: the output exists, or another process is writing it.
+        StorageError: the folder is missing, or writing failed.
+    """
+
+    def __init__(self, path: Path, job: bytes, *, force: bool = False) -> None:
+        check_output_file(path, force=force)
+        self.path = path
+        self.sections: list[Section] = []
+        self.layouts: list[NMLayout] = []
+        self.entries: dict[str, Any] = {}
+        self._partial = path.parent / f".{path.name}.partial"
+        self._journal_path = path.parent / f".{path.name}.partial.journal"
+        with self._storage_errors():
+            # The journal is the lock: it is opened first and removed last.
+            self._journal: BinaryIO = open(self._journal_path, "a+b")  # noqa: SIM115
+            try:
+                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._journal.close()
+                raise UsageError(f"another process is writing {path}") from None
+            self._file: BinaryIO = open(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+            self._resume(job)
+
+    def _resume(self, job: bytes) -> None:
+        position = kept = 0
+        for end, record in self._records():
+            if kept == 0:
+                if record.get("job") != job:
+                    break
+            elif not self._take(record):
+                break
+            kept = end
+        if self.sections:
+            last = self.sections[-1]
+            position = c.align(last.offset + last.length, c.SECTION_ALIGNMENT)
+        self._journal.truncate(kept)
+        self._file.truncate(position)
+        self._file.seek(position)
+        if kept == 0:
+            self._append({"job": job})
+
+    def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        self._journal.seek(0)
+        while len(head := self._journal.read(_RECORD.size)) == _RECORD.size:
+            length, checksum = _RECORD.unpack(head)
+            data = self._journal.read(min(length, c.MAX_INDEX_BYTES))
+            if len(data) != length or xxhash.xxh3_64_intdigest(data) != checksum:
+                return
+            record = msgpack.unpackb(data)
+            if type(record) is dict:
+                yield self._journal.tell(), record
+
+    def _take(self, record: dict[str, Any]) -> bool:
+        try:
+            section = Section.from_obj(record["section"], "section")
+            layouts = [parse_layout(layout, "layout") for layout in record["layouts"]]
+        except (InvalidFileError, KeyError, TypeError):
+            return False
+        self._file.seek(0)
+        if not self.sections and self._file.read(c.HEADER_SIZE) != frame.encode_header():
+            return False
+        self._file.seek(section.offset)
+        hasher = xxhash.xxh3_128()
+        missing = section.length
+        while missing:
+            data = self._file.read(min(missing, 16 * 1024 * 1024))
+            if not data:
+                return False
+            hasher.update(data)
+            missing -= len(data)
+        end = section.offset + section.length
+        padding = c.align(end, c.SECTION_ALIGNMENT) - end
+        if hasher.digest() != section.checksum or self._file.read(padding) != bytes(padding):
+            return False
+        self.sections.append(section)
+        self.layouts = layouts
+        self.entries.update(record["entries"])
+        return True
+
+    def write(self, data: Bytes) -> None:
+        """Take bytes.
+
+        Raises:
+            StorageError: writing failed, as on a full disk.
+        """
+        with self._storage_errors():
+            self._file.write(data)
+
+    def record(self, section: Section, layouts: list[NMLayout], entries: dict[str, Any]) -> None:
+        """Note that a section is complete, and with it some tensors."""
+        with self._storage_errors():
+            self._file.flush()
+            self._append(
+                {"entries": entries, "layouts": [layout.to_obj() for layout in layouts], "section": section.to_obj()}
+            )
+            self.sections.append(section)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        data = canonical.encode(record)
+        self._journal.write(_RECORD.pack(len(data), xxhash.xxh3_64_intdigest(data)) + data)
+        self._journal.flush()
+
+    def commit(self) -> None:
+        """Make the file durable and put it in its place."""
+        with self._storage_errors():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._partial, self.path)
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        self._drop_journal()
+
+    def keep(self) -> bool:
+        """Leave what a later run can use; remove it, and return False, where that is nothing."""
+        if not self.sections:
+            self.abandon()
+            return False
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._journal.close()
+        return True
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
+        self._drop_journal()
+
+    def _drop_journal(self) -> None:
+        self._journal_path.unlink(missing_ok=True)
+        self._journal.close()
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise StorageError(f"cannot write {self.path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def check_output_file(path: Path, *, force: bool) -> None:
+    """Refuse an output file that exists, or whose folder does not.
+
+    Raises:
+        UsageError: it exists, or is a folder.
+        StorageError: its folder is missing.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, not a name for the output file")
+    if not path.parent.is_dir():
+        raise StorageError(f"no such folder: {path.parent}")
+    if (path.exists() or path.is_symlink()) and not force:
+        raise UsageError(f"{path} exists; --force replaces it")

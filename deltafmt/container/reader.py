@@ -1,0 +1,247 @@
+"""Reading a container: its ends and index at once, a section when it is first touched (spec, sections 3 to 9)."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+import xxhash
+
+from deltafmt.container import canonical, frame
+from deltafmt.container.chunks import ChunkReader
+from deltafmt.container.source import Source, open_source
+from deltafmt.errors import DeltafmtError, InvalidFileError
+from deltafmt.layout import constants as c
+from deltafmt.layout.entries import Attachment, BufferRef, Section, TensorEntry, fail, parse_layout
+from deltafmt.layout.nm import NMLayout
+
+_TOP_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "sections", "tensors")
+
+
+class Container:
+    """An open ``.deltafmt`` file.
+
+    Args:
+        path: a path, or a binary file object with ``seek`` and ``read``.
+        mmap: map the file; otherwise use plain reads.
+        verify: check a section's checksum when it is first touched.
+        max_raw_bytes: refuse a file whose sections decode to more than this many bytes.
+
+    Raises:
+        StorageError: the file cannot be read.
+        InvalidFileError: it breaks the format; the message names the place.
+        UnsupportedError: it needs a newer reader.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | BinaryIO,
+        *,
+        mmap: bool = True,
+        verify: bool = True,
+        max_raw_bytes: int = c.MAX_RAW_BYTES,
+    ) -> None:
+        try:
+            self._source: Source = open_source(path, mmap=mmap)
+        except InvalidFileError as error:
+            raise type(error)(f"{path}: {error}") from error
+        self.name = self._source.name
+        self._verify = verify
+        self._touched: set[int] = set()
+        self._chunks: dict[int, ChunkReader] = {}
+        self._entries: dict[str, TensorEntry] = {}
+        self._lock = threading.RLock()
+        try:
+            self._open(max_raw_bytes)
+        except DeltafmtError as error:
+            self._source.close()
+            raise type(error)(f"{self.name}: {error}") from error
+
+    def _open(self, max_raw_bytes: int) -> None:
+        source = self._source
+        header = bytes(source.read(0, min(c.HEADER_SIZE, source.size)))
+        frame.check_header(header)
+        if source.size < c.SECTION_ALIGNMENT + c.TRAILER_SIZE:
+            raise InvalidFileError(f"the file ends too early, after {source.size} bytes")
+        trailer_bytes = bytes(source.read(source.size - c.TRAILER_SIZE, c.TRAILER_SIZE))
+        trailer = frame.decode_trailer(trailer_bytes, source.size)
+        index = bytes(source.read(trailer.index_offset, trailer.index_length))
+        frame.check_seal(header, index, trailer_bytes, trailer)
+        self.size = source.size
+        self.index_offset = trailer.index_offset
+        self.index_length = trailer.index_length
+        self.content_id = trailer.content_id
+        self._check_zeros(c.HEADER_SIZE, c.SECTION_ALIGNMENT, "after the header")
+        self._parse(canonical.decode(index, "the index"), max_raw_bytes)
+
+    def _parse(self, obj: Any, max_raw_bytes: int) -> None:
+        if type(obj) is not dict or tuple(obj) != _TOP_KEYS:
+            fail("index", f"expected the keys {', '.join(_TOP_KEYS)}")
+        if obj["profile"] not in c.PROFILES:
+            fail("profile", f"unknown profile {obj['profile']!r}")
+        self.profile: str = obj["profile"]
+        for key, kind in (("attachments", dict), ("layouts", list), ("metadata", dict)):
+            if type(obj[key]) is not kind:
+                fail(key, f"expected a {'map' if kind is dict else 'list'}")
+        if not all(type(value) is str for value in obj["metadata"].values()):
+            fail("metadata", "a value is not a string")
+        self.metadata: Mapping[str, str] = obj["metadata"]
+        self.layouts: tuple[NMLayout, ...] = tuple(
+            parse_layout(layout, f"layouts[{i}]") for i, layout in enumerate(obj["layouts"])
+        )
+        if len(set(self.layouts)) != len(self.layouts):
+            fail("layouts", "a layout stands in the table twice")
+        self.sections = self._parse_sections(obj["sections"], max_raw_bytes)
+        if type(obj["tensors"]) is not dict or len(obj["tensors"]) > c.MAX_TENSORS:
+            fail("tensors", f"expected a map of at most {c.MAX_TENSORS} entries")
+        self._tensors: dict[str, Any] = obj["tensors"]
+        self.removed = self._parse_removed(obj["removed"])
+        self.attachments: Mapping[str, Attachment] = {
+            name: Attachment.from_obj(name, value) for name, value in obj["attachments"].items()
+        }
+        for name, attachment in self.attachments.items():
+            self._check_ref(attachment.data, f'attachments["{name}"]', c.KIND_ATTACHMENTS)
+
+    def _parse_sections(self, rows: Any, max_raw_bytes: int) -> tuple[Section, ...]:
+        if type(rows) is not list:
+            fail("sections", "expected a list")
+        sections = tuple(Section.from_obj(row, f"sections[{i}]") for i, row in enumerate(rows))
+        position = c.SECTION_ALIGNMENT
+        raw_bytes = 0
+        for number, section in enumerate(sections):
+            if section.offset != position:
+                fail(f"sections[{number}].offset", f"{section.offset} where {position} is next")
+            if section.offset + section.length > self.index_offset:
+                fail(f"sections[{number}].length", f"{section.length} bytes run into the index")
+            if self.profile == "hot" and section.kind == c.KIND_TENSORS and section.codec != c.CODEC_STORED:
+                fail(f"sections[{number}].codec", "a hot file stores its tensors as they are")
+            raw_bytes += section.raw_length
+            if raw_bytes > max_raw_bytes:
+                fail(f"sections[{number}].raw_length", f"the sections decode to more than {max_raw_bytes} bytes")
+            position = c.align(section.offset + section.length, c.SECTION_ALIGNMENT)
+        if position != self.index_offset:
+            fail("sections", f"they end at {position}, the index starts at {self.index_offset}")
+        return sections
+
+    def _parse_removed(self, names: Any) -> tuple[str, ...]:
+        if type(names) is not list or not all(type(name) is str for name in names):
+            fail("removed", "expected a list of names")
+        if names != sorted(set(names)) or any(name in self._tensors for name in names):
+            fail("removed", "the names are not sorted and distinct from the tensors")
+        return tuple(names)
+
+    def keys(self) -> list[str]:
+        """Return the tensor names, sorted."""
+        return list(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return the checked entry of a tensor.
+
+        Raises:
+            KeyError: no such tensor.
+            InvalidFileError: the entry breaks the format.
+        """
+        found = self._entries.get(name)
+        if found is None:
+            try:
+                found = self._parse_entry(name, self._tensors[name])
+            except InvalidFileError as error:
+                raise InvalidFileError(f"{self.name}: {error}") from error
+            self._entries[name] = found
+        return found
+
+    def entries(self) -> Iterator[TensorEntry]:
+        """Iterate over all entries, in the order of their names."""
+        return (self.entry(name) for name in self._tensors)
+
+    def _parse_entry(self, name: str, obj: Any) -> TensorEntry:
+        where = f'tensors["{name}"]'
+        if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
+            fail(where, f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
+        entry = TensorEntry.from_obj(name, obj, self.layouts)
+        if self.profile == "hot" and any(term.params.index == "rank" for term in entry.terms):
+            fail(where, "a rank index stands in a hot file")
+        for buffer, ref in entry.refs():
+            self._check_ref(ref, f"{where}.{buffer}", c.KIND_TENSORS)
+        if entry.target is not None:
+            target = self._tensors.get(entry.target)
+            if type(target) is not dict or target.get("action") == "alias":
+                fail(f"{where}.target", f"{entry.target!r} is not a tensor of its own")
+            if [target.get("dtype"), target.get("shape")] != [entry.dtype, list(entry.shape)]:
+                fail(f"{where}.target", f"{entry.target!r} has another dtype or shape")
+        return entry
+
+    def _check_ref(self, ref: BufferRef, where: str, kind: int) -> None:
+        if ref.section >= len(self.sections):
+            fail(where, f"section {ref.section} is not one of the {len(self.sections)} sections")
+        section = self.sections[ref.section]
+        if section.kind != kind:
+            fail(where, f"section {ref.section} is of another kind")
+        if ref.offset + ref.length > section.raw_length:
+            fail(where, f"{ref.length} bytes at {ref.offset} leave section {ref.section}")
+
+    def buffer(self, ref: BufferRef) -> memoryview:
+        """Return a buffer's raw bytes, read-only: a view where the section is stored and the file is mapped.
+
+        Raises:
+            InvalidFileError: the section does not match its checksum, or cannot be decoded.
+        """
+        section = self.sections[ref.section]
+        self.touch(ref.section)
+        if section.codec == c.CODEC_STORED:
+            return self._source.read(section.offset + ref.offset, ref.length)
+        with self._lock:
+            reader = self._chunks.get(ref.section)
+            try:
+                if reader is None:
+                    stored = self._source.read(section.offset, section.length)
+                    reader = ChunkReader(stored, section.raw_length, f"section {ref.section}")
+                    self._chunks[ref.section] = reader
+                return memoryview(reader.read(ref.offset, ref.length)).toreadonly()
+            except InvalidFileError as error:
+                raise InvalidFileError(f"{self.name}: {error}") from error
+
+    def touch(self, number: int, *, force: bool = False) -> None:
+        """Check a section's checksum and the padding behind it, once (``force``: now, whatever was asked for)."""
+        if not force and (not self._verify or number in self._touched):
+            return
+        section = self.sections[number]
+        end = section.offset + section.length
+        try:
+            found = self._section_checksum(section)
+            if found != section.checksum:
+                raise InvalidFileError(
+                    f"section {number} at {section.offset} is damaged: "
+                    f"its checksum is {section.checksum.hex()}, its bytes give {found.hex()}"
+                )
+            self._check_zeros(end, c.align(end, c.SECTION_ALIGNMENT), f"after section {number}")
+        except InvalidFileError as error:
+            raise InvalidFileError(f"{self.name}: {error}") from error
+        self._touched.add(number)
+
+    def _section_checksum(self, section: Section) -> bytes:
+        hasher = xxhash.xxh3_128()
+        step = 16 * 1024 * 1024
+        for offset in range(section.offset, section.offset + section.length, step):
+            hasher.update(self._source.read(offset, min(step, section.offset + section.length - offset)))
+        return hasher.digest()
+
+    def _check_zeros(self, start: int, stop: int, place: str) -> None:
+        if any(self._source.read(start, stop - start)):
+            raise InvalidFileError(f"the padding {place} is not zero")
+
+    def close(self) -> None:
+        """Close the file. Views that are still in use keep their mapping alive."""
+        self._chunks.clear()
+        self._source.close()
+
+    def __enter__(self) -> Container:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

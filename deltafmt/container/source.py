@@ -1,0 +1,117 @@
+"""Where a reader's bytes come from: a memory map, or plain positioned reads."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from typing import BinaryIO, Protocol
+
+from deltafmt.errors import InvalidFileError, StorageError
+
+
+class Source(Protocol):
+    """Random access to the bytes of one file."""
+
+    size: int
+    name: str
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Return exactly ``length`` bytes, read-only; the caller has checked the range against ``size``."""
+
+    def close(self) -> None:
+        """Give the file back."""
+
+
+class MapSource:
+    """A memory-mapped file: reads are views of the page cache."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name = os.fspath(path)
+        try:
+            with open(path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                if self.size == 0:
+                    raise InvalidFileError("the file is empty")
+                self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        except InvalidFileError:
+            raise
+        except OSError as error:
+            raise storage_error("cannot open", self.name, error) from error
+        self._view = memoryview(self._map)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Return a view; no byte is copied."""
+        return self._view[offset : offset + length]
+
+    def close(self) -> None:
+        """Unmap the file, or leave that to the last view that is still in use."""
+        try:
+            self._view.release()
+            self._map.close()
+        except BufferError:
+            pass  # a view handed out is still alive; the map goes with it
+
+
+class StreamSource:
+    """An open binary file, local or not: reads are copies. Needs ``seek`` and ``read``."""
+
+    def __init__(self, file: BinaryIO, name: str = "<stream>", *, owned: bool = False) -> None:
+        self.name = name
+        self._file = file
+        self._owned = owned
+        self._lock = threading.Lock()
+        try:
+            self.size = file.seek(0, os.SEEK_END)
+        except (OSError, ValueError) as error:
+            raise storage_error("cannot seek in", name, error) from error
+        if self.size == 0:
+            raise InvalidFileError("the file is empty")
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Read and return a copy."""
+        parts = []
+        missing = length
+        try:
+            with self._lock:
+                self._file.seek(offset)
+                while missing:
+                    part = self._file.read(missing)
+                    if not part:
+                        break
+                    parts.append(part)
+                    missing -= len(part)
+        except (OSError, ValueError) as error:
+            raise storage_error("cannot read", self.name, error) from error
+        if missing:
+            raise InvalidFileError(f"the file ends {missing} bytes early, at {offset + length - missing}")
+        return memoryview(parts[0] if len(parts) == 1 else b"".join(parts)).toreadonly()
+
+    def close(self) -> None:
+        """Close the file if it was opened here."""
+        if self._owned:
+            self._file.close()
+
+
+def open_source(path: str | os.PathLike[str] | BinaryIO, *, mmap: bool = True) -> Source:
+    """Open a path as a map or a stream, or wrap a binary file object.
+
+    Raises:
+        StorageError: the file cannot be opened.
+        InvalidFileError: the file is empty.
+    """
+    if not isinstance(path, str | os.PathLike):
+        return StreamSource(path, str(getattr(path, "name", "<stream>")))
+    if mmap:
+        return MapSource(path)
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed by StreamSource.close
+    except OSError as error:
+        raise storage_error("cannot open", os.fspath(path), error) from error
+    return StreamSource(file, os.fspath(path), owned=True)
+
+
+def storage_error(what: str, name: str, error: Exception) -> StorageError:
+    """Turn an OSError into one line that names the file and the system's reason."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return StorageError(f"{what} {name}: {reason.lower()}")

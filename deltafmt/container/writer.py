@@ -1,0 +1,174 @@
+"""Writing a container in one pass (spec/deltafmt-v1.md, sections 3 to 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import xxhash
+
+from deltafmt.container import canonical, frame
+from deltafmt.container.chunks import ChunkCompressor
+from deltafmt.container.content import content_id
+from deltafmt.errors import UsageError
+from deltafmt.layout import constants as c
+from deltafmt.layout.entries import Attachment, BufferRef, Section, TensorEntry
+from deltafmt.layout.nm import NMLayout
+
+SECTION_TARGET = 4 * 1024 * 1024
+Bytes = bytes | bytearray | memoryview
+
+
+class Sink(Protocol):
+    """Whatever takes bytes in order: a file, a pipe, an upload."""
+
+    def write(self, data: Bytes, /) -> object:
+        """Take all of ``data``."""
+
+
+class _OpenSection:
+    """A section that is being written."""
+
+    def __init__(self, kind: int, codec: int, offset: int) -> None:
+        self.kind = kind
+        self.codec = codec
+        self.offset = offset
+        self.length = 0
+        self.raw_length = 0
+        self.hasher = xxhash.xxh3_128()
+        self.compressor = ChunkCompressor() if codec == c.CODEC_ZSTD else None
+
+    def encode(self, data: Bytes) -> Iterable[Bytes]:
+        """Take raw bytes, return stored bytes."""
+        self.raw_length += len(data)
+        return [data] if self.compressor is None else self.compressor.feed(memoryview(data))
+
+    def record(self) -> Section:
+        """Return the section's row of the table."""
+        return Section(self.kind, self.codec, self.offset, self.length, self.raw_length, self.hasher.digest())
+
+
+class ContainerWriter:
+    """Write a container front to back; nothing is sought or rewritten, so the sink may be a pipe.
+
+    Call :meth:`add` for every buffer, :meth:`boundary` between tensors, and :meth:`finish` once. A section closes at
+    the first boundary after it has reached 4 MiB, so small tensors share one and a tensor never spans two.
+
+    Args:
+        sink: takes the bytes.
+        profile: ``hot`` stores tensors as they are, ``cold`` compresses them; attachments are compressed in both.
+        sections: those that an interrupted run has already written to the sink; writing goes on behind them.
+    """
+
+    def __init__(self, sink: Sink, profile: str = "hot", sections: Iterable[Section] = ()) -> None:
+        if profile not in c.PROFILES:
+            raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
+        self.profile = profile
+        self._sink = sink
+        self._header = frame.encode_header()
+        self._sections = list(sections)
+        self._layouts: dict[NMLayout, int] = {}
+        self._open: _OpenSection | None = None
+        if self._sections:
+            last = self._sections[-1]
+            self._position = c.align(last.offset + last.length, c.SECTION_ALIGNMENT)
+        else:
+            self._position = 0
+            self._put(self._header)
+            self._pad(c.SECTION_ALIGNMENT)
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """The sections that are complete."""
+        return tuple(self._sections)
+
+    @property
+    def layouts(self) -> list[NMLayout]:
+        """The layout table so far."""
+        return list(self._layouts)
+
+    def layout_number(self, layout: NMLayout) -> int:
+        """Return the number of a layout in the file's table, adding it when it is new."""
+        return self._layouts.setdefault(layout, len(self._layouts))
+
+    def add(self, pieces: Bytes | Iterable[Bytes], kind: int = c.KIND_TENSORS) -> BufferRef:
+        """Write one buffer, given whole or in pieces, and return where it lies."""
+        if self._open is not None and self._open.kind != kind:
+            self._close_section()
+        parts = [pieces] if isinstance(pieces, bytes | bytearray | memoryview) else pieces
+        if self._open is None:
+            stored = kind == c.KIND_TENSORS and self.profile == "hot"
+            self._open = _OpenSection(kind, c.CODEC_STORED if stored else c.CODEC_ZSTD, self._position)
+        section = self._open
+        self._raw(bytes(-section.raw_length % c.BUFFER_ALIGNMENT))
+        start = section.raw_length
+        for part in parts:
+            self._raw(part)
+        return BufferRef(len(self._sections), start, section.raw_length - start)
+
+    def boundary(self) -> bool:
+        """Mark the end of a tensor; close the section if it is large enough, and tell whether it was closed."""
+        if self._open is None or self._open.raw_length < SECTION_TARGET:
+            return False
+        self._close_section()
+        return True
+
+    def finish(
+        self,
+        tensors: Iterable[TensorEntry],
+        *,
+        removed: Iterable[str] = (),
+        attachments: dict[str, Attachment] | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> bytes:
+        """Write the index and the trailer; return the content id."""
+        self._close_section()
+        entries = {entry.name: entry for entry in tensors}
+        index: dict[str, Any] = {
+            "attachments": {name: value.to_obj() for name, value in (attachments or {}).items()},
+            "layouts": [layout.to_obj() for layout in self._layouts],
+            "metadata": metadata or {},
+            "profile": self.profile,
+            "removed": sorted(removed),
+            "sections": [section.to_obj() for section in self._sections],
+            "tensors": {name: entry.to_obj() for name, entry in entries.items()},
+        }
+        data = canonical.encode(index)
+        if len(data) > c.MAX_INDEX_BYTES or len(entries) > c.MAX_TENSORS:
+            raise UsageError(
+                f"{len(entries)} tensors give an index of {len(data)} bytes; "
+                f"the limits are {c.MAX_TENSORS} and {c.MAX_INDEX_BYTES}"
+            )
+        identity = content_id(entries.values(), index["removed"], attachments or {}, index["metadata"])
+        trailer = frame.encode_trailer(self._header, data, self._position, identity)
+        self._put(data)
+        self._put(trailer)
+        return identity
+
+    def _raw(self, data: Bytes) -> None:
+        if self._open is not None and len(data):
+            for stored in self._open.encode(data):
+                self._stored(self._open, stored)
+
+    def _stored(self, section: _OpenSection, data: Bytes) -> None:
+        section.hasher.update(data)
+        section.length += len(data)
+        self._put(data)
+
+    def _close_section(self) -> None:
+        section = self._open
+        if section is None:
+            return
+        if section.compressor is not None:
+            for stored in section.compressor.finish():
+                self._stored(section, stored)
+        self._sections.append(section.record())
+        self._open = None
+        self._pad(c.SECTION_ALIGNMENT)
+
+    def _put(self, data: Bytes) -> None:
+        self._sink.write(data)
+        self._position += len(data)
+
+    def _pad(self, alignment: int) -> None:
+        self._put(bytes(-self._position % alignment))

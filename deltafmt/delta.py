@@ -1,0 +1,205 @@
+"""An open delta: tensors by name, their packed buffers as views, their dense form on request."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.codecs import nm
+from deltafmt.codecs.routines import CodecRoutines, codec_routines
+from deltafmt.container.reader import Container
+from deltafmt.errors import InvalidFileError, UsageError
+from deltafmt.layout.constants import MAX_RAW_BYTES
+from deltafmt.layout.entries import NMTerm, TensorEntry
+
+RUN_ELEMENTS = 1 << 19
+
+
+class DeltaFile:
+    """An open ``.deltafmt`` file; use as a context manager.
+
+    Args:
+        path: a path, or a binary file object with ``seek`` and ``read``.
+        mmap: map the file (views cost nothing); otherwise use plain reads.
+        verify: check every section's checksum when it is first touched.
+        max_raw_bytes: refuse a file whose sections decode to more than this many bytes.
+
+    Raises:
+        StorageError, InvalidFileError, UnsupportedError: see :mod:`deltafmt.errors`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | BinaryIO,
+        *,
+        mmap: bool = True,
+        verify: bool = True,
+        max_raw_bytes: int = MAX_RAW_BYTES,
+    ) -> None:
+        self.container = Container(path, mmap=mmap, verify=verify, max_raw_bytes=max_raw_bytes)
+
+    def keys(self) -> list[str]:
+        """Return the names of the fine-tuned tensors, sorted."""
+        return self.container.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.container.keys())
+
+    def __len__(self) -> int:
+        return len(self.container.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.container
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        """Return a tensor's entry: ``shape``, ``dtype``, ``action``, ``terms`` and so on.
+
+        Raises:
+            KeyError: no such tensor.
+        """
+        return self.container.entry(name)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The file's metadata, strings by name."""
+        return self.container.metadata
+
+    @property
+    def content_id(self) -> str:
+        """The content id in hexadecimal: equal for files that say the same, however they are stored."""
+        return self.container.content_id.hex()
+
+    def resolve(self, name: str) -> TensorEntry:
+        """Return a tensor's entry, or for an alias that of its target."""
+        entry = self[name]
+        return entry if entry.target is None else self[entry.target]
+
+    def buffers(self, name: str) -> dict[str, NDArray[np.generic]]:
+        """Return read-only views of a tensor's packed arrays; no byte is copied in a mapped ``hot`` file.
+
+        Returns:
+            For ``add``: ``codes``, ``index`` (unless seeded) and ``scales`` as :func:`deltafmt.codecs.nm.views`
+            shapes them (with several terms ``terms[0].codes`` and so on), and ``new_rows`` as bytes if the tensor
+            grew. For ``replace``: ``data`` as bytes. Nothing for ``same``. An alias gives its target's.
+        """
+        entry = self.resolve(name)
+        arrays: dict[str, NDArray[np.generic]] = {}
+        for number, term in enumerate(entry.terms):
+            prefix = f"terms[{number}]." if len(entry.terms) > 1 else ""
+            views = self.term_views(entry, term)
+            arrays.update({prefix + key: array for key, array in views.items()})
+        if entry.data is not None:
+            data = np.frombuffer(self.container.buffer(entry.data), np.uint8)
+            arrays["data" if entry.action == "replace" else "new_rows"] = data
+        return arrays
+
+    def term_views(self, entry: TensorEntry, term: NMTerm) -> dict[str, NDArray[np.generic]]:
+        """Return the packed arrays of one term."""
+        buffers = {key: self.container.buffer(ref) for key, ref in term.buffers.items()}
+        return nm.views(term.params, entry.delta_rows, entry.columns, buffers)
+
+    def delta(self, name: str) -> NDArray[np.float32]:
+        """Return the dense float32 delta of a tensor, decoded by the reference decoder.
+
+        The shape is the fine-tuned tensor's; rows that the base lacks are zero here (their values are in
+        ``buffers(name)["new_rows"]``). A tensor that is the same has a delta of zeros.
+
+        Raises:
+            KeyError: no such tensor.
+            UsageError: the tensor replaces the base's and has no delta.
+            InvalidFileError: its buffers break the format.
+        """
+        entry = self.resolve(name)
+        if entry.action == "replace":
+            raise UsageError(f'tensor "{name}" replaces the base\'s and has no delta')
+        out = np.zeros((entry.rows, entry.columns), np.float32)
+        for start, rows in self.runs(entry):
+            out[start : start + len(rows)] = rows
+        return out.reshape(entry.shape)
+
+    def runs(
+        self, entry: TensorEntry, routines: CodecRoutines | None = None
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Iterate over the dense delta of an ``add``, some rows at a time: first row and float32 rows."""
+        if not entry.terms:
+            return
+        decoder = RunDecoder(self, entry, routines or codec_routines(False))
+        for start, stop in decoder.ranges():
+            yield start, decoder.rows(start, stop)
+
+    def attachment(self, name: str) -> bytes:
+        """Return the bytes of an attached file.
+
+        Raises:
+            KeyError: no such attachment.
+        """
+        return bytes(self.container.buffer(self.container.attachments[name].data))
+
+    def close(self) -> None:
+        """Close the file; views that are still in use stay valid."""
+        self.container.close()
+
+    def __enter__(self) -> DeltaFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RunDecoder:
+    """Decode the terms of one tensor in runs of rows; runs may be decoded in any order and by several threads."""
+
+    def __init__(self, delta: DeltaFile, entry: TensorEntry, routines: CodecRoutines) -> None:
+        self._where = f'{delta.container.name}: tensors["{entry.name}"]'
+        self._entry = entry
+        self._routines = routines
+        self._terms = [(term, delta.term_views(entry, term)) for term in entry.terms]
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Return the runs, each of about half a million elements and starting where every term starts a tile."""
+        step = max(nm.run_rows(term.params) for term, _ in self._terms)
+        return row_ranges(self._entry.delta_rows, self._entry.columns, step)
+
+    def rows(self, start: int, stop: int, *, check: bool = False) -> NDArray[np.float32]:
+        """Return float32 rows ``start`` to ``stop``; ``check`` also refuses what is not canonical.
+
+        Raises:
+            InvalidFileError: the buffers break the format.
+        """
+        entry = self._entry
+        total: NDArray[np.float32] | None = None
+        for term, packed in self._terms:
+            params = term.params
+            run = slice_run(packed, params.share, start, stop)
+            try:
+                arrays = nm.decode(params, run, term.seed, start, stop - start, entry.columns, self._routines)
+                if check:
+                    nm.check(params, run, arrays, entry.columns, self._routines)
+            except InvalidFileError as error:
+                raise InvalidFileError(f"{self._where}, rows {start} to {stop}: {error}") from error
+            dense = nm.dense(params, arrays, entry.columns, self._routines)
+            total = dense if total is None else total + dense
+        assert total is not None
+        return total
+
+
+def row_ranges(rows: int, columns: int, step: int) -> list[tuple[int, int]]:
+    """Cut rows into runs of about RUN_ELEMENTS elements whose starts are multiples of ``step``."""
+    size = max(RUN_ELEMENTS // max(columns, 1) // step, 1) * step
+    return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def slice_run(
+    packed: Mapping[str, NDArray[np.generic]], share: int, start: int, stop: int
+) -> dict[str, NDArray[np.generic]]:
+    """Return the tiles of a run; ``start`` is a multiple of 32 times the share."""
+    whole = slice(start // 32, -(-stop // 32))
+    masks = slice(start // (32 * share), -(-stop // (32 * share)))
+    return {name: array[masks if name == "index" else whole] for name, array in packed.items()}

@@ -1,0 +1,93 @@
+"""Constants of the container (spec/deltafmt-v1.md, sections 3 to 8)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+FORMAT_VERSION: Final = 1
+
+# Section 4: the header. The first byte has its high bit set, and CR LF and SUB follow, so that a text-mode
+# transfer damages the magic rather than the content behind it.
+HEADER_MAGIC: Final = b"\x89DLT\r\n\x1a\n"
+HEADER_SIZE: Final = 64
+
+# Section 8: the trailer.
+TRAILER_MAGIC: Final = b"DLTEND\r\n"
+TRAILER_SIZE: Final = 128
+
+# Section 5: sections and buffers.
+SECTION_ALIGNMENT: Final = 4096
+BUFFER_ALIGNMENT: Final = 256
+
+KIND_TENSORS: Final = 1
+KIND_ATTACHMENTS: Final = 2
+KINDS: Final = (KIND_TENSORS, KIND_ATTACHMENTS)
+
+CODEC_STORED: Final = 0
+CODEC_ZSTD: Final = 1
+CODECS: Final = (CODEC_STORED, CODEC_ZSTD)
+ZSTD_CHUNK: Final = 256 * 1024
+ZSTD_MIN_FRAME: Final = 9  # magic, frame header with a size, one empty block: no frame is shorter
+
+PROFILES: Final = ("hot", "cold")
+
+# Section 9: limits, checked before anything is allocated.
+MAX_INDEX_BYTES: Final = 64 * 1024 * 1024
+MAX_TENSORS: Final = 1_000_000
+MAX_RANK: Final = 8
+MAX_NAME_BYTES: Final = 1024
+MAX_ELEMENTS: Final = 2**48
+MAX_RAW_BYTES: Final = 2**40
+MAX_NESTING: Final = 16
+
+# Bits per element of every dtype that a safetensors file can name.
+DTYPE_BITS: Final[dict[str, int]] = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "U16": 16,
+    "I16": 16,
+    "U32": 32,
+    "I32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F16": 16,
+    "BF16": 16,
+    "F32": 32,
+    "F64": 64,
+    "C64": 64,
+}
+
+# Dtypes in which a delta is computed (in float32); a tensor of any other dtype is kept as it is.
+DELTA_DTYPES: Final = ("BF16", "F16", "F32")
+
+
+def align(offset: int, alignment: int) -> int:
+    """Return the smallest multiple of ``alignment`` that is at least ``offset``."""
+    return -(-offset // alignment) * alignment
+
+
+def element_count(shape: tuple[int, ...]) -> int:
+    """Return the number of elements of ``shape`` (1 for a 0-d tensor)."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the number of bytes of a tensor; elements of under 8 bits are packed without gaps."""
+    return -(-element_count(shape) * DTYPE_BITS[dtype] // 8)
+
+
+def row_count(shape: tuple[int, ...]) -> int:
+    """Return the number of rows: the product of all dimensions but the last (1 for a 1-d tensor)."""
+    return element_count(shape[:-1])

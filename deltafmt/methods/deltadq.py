@@ -1,0 +1,109 @@
+"""DeltaDQ: Group-wise Balanced Dropout and Delta Quantization.
+
+"DeltaDQ: Distribution-Driven Delta Compression for Fine-tuned LLMs" (ACL submission; v2 is arXiv 2410.08666).
+Section 3.4: in each group of M consecutive elements of a row, N chosen at random are kept and multiplied by M / N, the
+others dropped, so that the expected product is unchanged. Section 3.5: what is kept is quantized uniformly to k bits
+with the min-max scale of equation 9.
+
+Beyond the paper: rows may share their positions (``share``), a scale serves a row rather than a matrix, the midrise
+grid and the least-squares scale help below 4 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.codecs.nm import NMArrays
+from deltafmt.errors import UsageError
+from deltafmt.layout.nm import NMLayout
+from deltafmt.methods.quantize import SCALE_RULES
+from deltafmt.methods.routines import Routines
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaDQ:
+    """Options of the method.
+
+    Attributes:
+        n, m: N and M: entries kept in each group of M columns.
+        bits: k, width of a code.
+        index: ``seeded`` (no index bytes; M a power of two to 128), ``fixed`` or ``rank`` (any M to 255).
+        share: v, consecutive rows that keep the same positions; 1 is the paper's method to the letter.
+        grid: ``midtread``, ``midrise`` or None: midrise for k of 1 and 2, midtread above.
+        scale: ``minmax`` (eq. 9), ``mse`` or None: mse for k below 4, minmax from there on.
+        scale_group: kept entries that share a scale; 0 for one scale a row.
+        scale_dtype: ``BF16`` or ``F32``.
+        rescale: multiply what is kept by M / N (section 3.4, step 2).
+
+    Raises:
+        UsageError: an option is out of range.
+    """
+
+    n: int = 4
+    m: int = 16
+    bits: int = 4
+    index: str = "seeded"
+    share: int = 4
+    grid: str | None = None
+    scale: str | None = None
+    scale_group: int = 0
+    scale_dtype: str = "BF16"
+    rescale: bool = True
+
+    name = "deltadq"
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and self.scale not in SCALE_RULES:
+            raise UsageError(f"scale rule {self.scale!r} is not one of {', '.join(SCALE_RULES)}")
+        _ = self.layout
+
+    @property
+    def scale_rule(self) -> str:
+        """The scale rule in force."""
+        return self.scale or ("mse" if self.bits < 4 else "minmax")
+
+    @property
+    def layout(self) -> NMLayout:
+        """The layout of the arrays."""
+        return NMLayout(
+            self.n,
+            self.m,
+            self.bits,
+            self.index,
+            self.grid or ("midrise" if self.bits <= 2 else "midtread"),
+            self.share,
+            self.scale_dtype,
+            self.scale_group,
+        )
+
+    def describe(self) -> str:
+        """Return the method and its options in one line."""
+        text = f"deltadq {self.layout.describe()} {self.scale_rule}"
+        return text if self.rescale else f"{text} unrescaled"
+
+    def compress(
+        self, delta: NDArray[np.float32], seed: int, first: int, routines: Routines
+    ) -> NMArrays:
+        """Drop, rescale and quantize rows ``first`` and following of a delta.
+
+        Args:
+            delta: float32, shape (rows, columns), finite.
+            seed: the tensor seed, 32 bits.
+            first: a multiple of the share.
+            routines: the implementation of the hot loops.
+        """
+        layout = self.layout
+        rows, columns = delta.shape
+        mask_rows = layout.mask_rows(rows)
+        groups = layout.groups(columns)
+        draw = routines.codec.seeded if self.index == "seeded" else routines.uniform
+        positions = draw(seed, first // self.share, mask_rows, groups, self.n, self.m)
+        factor = np.float32(self.m / self.n if self.rescale else 1)
+        kept = routines.gather(delta, positions, self.m, self.share, factor)
+        codes, scales = routines.quantize(
+            kept, self.bits, layout.grid, self.scale_rule, self.scale_group, self.scale_dtype
+        )
+        return NMArrays(positions, codes, scales)

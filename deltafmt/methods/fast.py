@@ -1,0 +1,174 @@
+"""The hot loops of the methods, compiled by numba; each equals its numpy reference bit for bit.
+
+Importing this module imports numba (optional, extra ``fast``). Every function releases the GIL.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.accel import compiled
+from deltafmt.codecs.fast import _mix
+from deltafmt.codecs.floats import narrow, widen
+from deltafmt.codecs.positions import BLOCK_STEP, ROW_STEP
+from deltafmt.methods import quantize as reference
+
+_ROW_STEP = np.uint32(ROW_STEP)
+_BLOCK_STEP = np.uint32(BLOCK_STEP)
+_UNIT = np.float32(reference.UNIT)
+_TINY = reference.TINY
+_ITERATIONS = reference.ITERATIONS
+
+
+@compiled
+def _uniform(seed, first, keep, group, out):  # type: ignore[no-untyped-def]
+    count, groups = out.shape[0], out.shape[1]
+    for r in range(count):
+        key = _mix(np.uint32(np.uint32(seed) + np.uint32(np.uint32(first + r) * _ROW_STEP)))
+        for g in range(groups):
+            needed = keep
+            p = 0
+            while needed:
+                counter = np.uint32(np.int64(g) * group + p)
+                number = np.uint64(_mix(np.uint32(key + np.uint32(counter * _BLOCK_STEP))))
+                if (number * np.uint64(group - p)) >> np.uint64(32) < np.uint64(needed):
+                    out[r, g, keep - needed] = np.uint8(p)
+                    needed -= 1
+                p += 1
+
+
+@compiled
+def _gather(delta, pos, group, share, factor, out):  # type: ignore[no-untyped-def]
+    rows, columns = delta.shape
+    groups, keep = pos.shape[1], pos.shape[2]
+    whole = columns // group
+    for r in range(rows):
+        m = r // share
+        e = 0
+        for g in range(whole):
+            start = g * group
+            for i in range(keep):
+                out[r, e] = delta[r, start + np.int64(pos[m, g, i])] * factor
+                e += 1
+        for g in range(whole, groups):
+            for i in range(keep):
+                column = g * group + np.int64(pos[m, g, i])
+                out[r, e] = delta[r, column] * factor if column < columns else np.float32(np.nan)
+                e += 1
+
+
+@compiled
+def _largest(kept, size, out):  # type: ignore[no-untyped-def]
+    rows, entries = kept.shape
+    bits = kept.view(np.int32)
+    for r in range(rows):
+        for c in range(out.shape[1]):
+            cell = bits[r, c * size : min(entries, (c + 1) * size)]
+            largest = np.int32(0)
+            for i in range(cell.size):
+                magnitude = cell[i] & np.int32(0x7FFFFFFF)
+                largest = max(largest, magnitude if magnitude <= np.int32(0x7F800000) else np.int32(0))
+            out[r, c] = np.int32(largest).view(np.float32)
+
+
+@compiled
+def _search(kept, size, largest, start, top, midtread, units, out):  # type: ignore[no-untyped-def]
+    rows, entries = kept.shape
+    for r in range(rows):
+        for c in range(out.shape[1]):
+            high = largest[r, c]
+            if high < _TINY:
+                continue
+            cell = kept[r, c * size : min(entries, (c + 1) * size)]
+            inverse = _UNIT / high
+            count = np.int64(0)
+            total = np.int64(0)
+            for i in range(cell.size):
+                x = cell[i]
+                # An entry beyond the last column gets -1, which no level multiplies.
+                unit = np.int32(np.rint(abs(x) * inverse)) if x == x else np.int32(-1)
+                units[i] = unit
+                count += unit >= 0
+                total += max(unit, np.int32(0))
+            step = np.float64(total) / np.float64(max(count, 1)) * start
+            if not step > 0.0:
+                step = 1.0
+            for _ in range(_ITERATIONS):
+                factor = np.float32(1.0 / step)
+                products = np.int64(0)
+                squares = np.int64(0)
+                for i in range(cell.size):
+                    unit = units[i]
+                    scaled = np.float32(unit) * factor
+                    if midtread:
+                        level = np.int32(2) * min(np.int32(np.rint(scaled)), top)
+                    else:
+                        level = np.int32(2) * min(np.int32(np.floor(scaled)), top) + np.int32(1)
+                    level = level if unit >= 0 else np.int32(0)
+                    products += np.int64(unit) * np.int64(level)
+                    squares += np.int64(level * level)
+                if squares > 0:
+                    step = 2.0 * np.float64(products) / np.float64(squares)
+                if not step > 0.0:
+                    step = 1.0
+            out[r, c] = np.float32(step * (np.float64(high) / np.float64(_UNIT)))
+
+
+@compiled
+def _assign(kept, scales, size, low, high, midtread, out):  # type: ignore[no-untyped-def]
+    rows, entries = kept.shape
+    for r in range(rows):
+        for c in range(scales.shape[1]):
+            scale = scales[r, c]
+            inverse = np.float32(1) / scale if scale > np.float32(0) else np.float32(0)
+            start, stop = c * size, min(entries, (c + 1) * size)
+            cell, fields = kept[r, start:stop], out[r, start:stop]
+            for i in range(cell.size):
+                x = cell[i]
+                steps = x * inverse
+                level = np.rint(steps) if midtread else np.floor(steps)
+                level = min(max(level, np.float32(low)), np.float32(high))
+                fields[i] = np.uint8(np.int32(level) - np.int32(low)) if x == x else np.uint8(0)
+
+
+def uniform(seed: int, first: int, count: int, groups: int, keep: int, group: int) -> NDArray[np.uint8]:
+    """See :func:`deltafmt.methods.sampling.uniform`."""
+    out = np.empty((count, groups, keep), np.uint8)
+    _uniform(np.uint32(seed), first, keep, group, out)
+    return out
+
+
+def gather(
+    delta: NDArray[np.float32], positions: NDArray[np.uint8], group: int, share: int, factor: np.float32
+) -> NDArray[np.float32]:
+    """See :func:`deltafmt.methods.sampling.gather`."""
+    out = np.empty((delta.shape[0], positions.shape[1] * positions.shape[2]), np.float32)
+    _gather(delta, positions, group, share, factor, out)
+    return out
+
+
+def quantize(
+    kept: NDArray[np.float32], bits: int, grid: str, rule: str, scale_group: int, scale_dtype: str
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """See :func:`deltafmt.methods.quantize.quantize`."""
+    rows, entries = kept.shape
+    size = scale_group or max(entries, 1)
+    groups = -(-entries // size) if entries else 1
+    largest = np.empty((rows, groups), np.float32)
+    _largest(kept, size, largest)
+    scales = reference.minmax_scale(largest, bits, grid, scale_dtype)
+    midtread = grid == "midtread"
+    half = 2 ** (bits - 1)
+    if rule == "mse":
+        searched = np.ones((rows, groups), np.float32)
+        units = np.empty(min(size, max(entries, 1)), np.int32)
+        start = reference.start_step(bits, grid)
+        _search(kept, size, largest, start, np.int32(half - 1), midtread, units, searched)
+        searched = np.maximum(widen(narrow(searched, scale_dtype), scale_dtype), reference.SMALLEST)
+        scales = np.where(largest >= reference.TINY, searched, scales)
+    reference.check_scales(scales)
+    fields = np.empty((rows, entries), np.uint8)
+    low = 1 - half if midtread else -half
+    _assign(kept, scales, size, np.int32(low), np.int32(half - 1), midtread, fields)
+    return fields, scales

@@ -1,0 +1,58 @@
+"""Drawing and reading the kept entries of a delta.
+
+This is the reference; ``deltafmt.methods.fast`` holds the same functions compiled.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.codecs.positions import BLOCK_STEP, ROW_STEP, mix
+
+
+def uniform(seed: int, first: int, count: int, groups: int, keep: int, group: int) -> NDArray[np.uint8]:
+    """Draw N of M positions for every group, each subset equally likely, ascending; for any M.
+
+    Selection sampling (Knuth, TAOCP 2, algorithm 3.4.2 S): position p is taken with probability
+    (still needed) / (still left). Each group has a counter-based random number for each of its positions.
+
+    Returns:
+        uint8, shape (count, groups, keep), for mask rows ``first`` to ``first + count``.
+    """
+    rows = np.arange(first, first + count, dtype=np.uint64).astype(np.uint32)
+    key = mix(np.uint32(seed) + rows * np.uint32(ROW_STEP))[:, None]
+    start = np.arange(groups, dtype=np.uint64)[None, :] * group
+    needed = np.full((count, groups), keep, np.uint64)
+    out = np.zeros((count, groups, keep), np.uint8)
+    for p in range(group):
+        number = mix(key + (start + p).astype(np.uint32) * np.uint32(BLOCK_STEP)).astype(np.uint64)
+        taken = number * np.uint64(group - p) >> np.uint64(32) < needed
+        row, g = np.nonzero(taken)
+        out[row, g, keep - needed[row, g].astype(np.intp)] = p
+        needed -= taken
+    return out
+
+
+def gather(
+    delta: NDArray[np.float32], positions: NDArray[np.uint8], group: int, share: int, factor: np.float32
+) -> NDArray[np.float32]:
+    """Return the kept entries of a run of rows, times ``factor``.
+
+    Args:
+        delta: shape (rows, columns).
+        positions: shape (mask rows, groups, N).
+        group: M.
+        share: v; row r uses mask row ``r // share``.
+        factor: the rescale M / N, or 1.
+
+    Returns:
+        float32, shape (rows, groups * N); NaN where a position lies beyond the last column.
+    """
+    rows, columns = delta.shape
+    groups, keep = positions.shape[1:]
+    column = positions + (np.arange(groups) * group)[None, :, None]
+    column = column.reshape(positions.shape[0], groups * keep)[np.arange(rows) // share]
+    kept = np.take_along_axis(delta, np.minimum(column, columns - 1), axis=1)
+    with np.errstate(over="ignore"):
+        return np.where(column < columns, kept * factor, np.float32(np.nan))

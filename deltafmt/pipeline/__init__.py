@@ -1,0 +1,1 @@
+"""The jobs behind the commands: pack, unpack, verify, repack, inspect, diff."""

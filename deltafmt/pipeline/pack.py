@@ -1,0 +1,395 @@
+"""Base and fine-tune to a delta file: streamed, in bounded memory, the same bytes whatever the number of threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from deltafmt import accel
+from deltafmt._version import __version__
+from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.codecs import nm
+from deltafmt.container import canonical
+from deltafmt.container.partial import PartialFile
+from deltafmt.container.writer import ContainerWriter, Sink
+from deltafmt.delta import row_ranges, slice_run
+from deltafmt.errors import InvalidFileError, NonFiniteError, StorageError, UsageError
+from deltafmt.layout import constants as c
+from deltafmt.layout.entries import Attachment, BaseRef, NMTerm, TensorEntry
+from deltafmt.methods.base import Method
+from deltafmt.methods.deltadq import DeltaDQ
+from deltafmt.methods.routines import Routines, select_routines
+from deltafmt.pipeline.plan import Plan, Rule, make_plan, tensor_seed
+from deltafmt.pipeline.workers import drain, in_order, thread_count
+
+# Below this many bytes, loading the compiled loops takes longer than the numpy reference does for all of the work.
+COMPILED_FROM_BYTES = 24 * 1024 * 1024
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(slots=True)
+class PackResult:
+    """What a pack did.
+
+    Attributes:
+        path: the file, or None when it went to a stream.
+        size: bytes of the file.
+        content_id: its content id, hexadecimal.
+        finetuned_bytes: bytes of the fine-tune's weight files, headers included.
+        actions: number of tensors by action.
+        kept: names of matrices that are kept exactly, with the reason.
+        resumed: tensors that an interrupted run had already packed.
+        skipped_files: names of files that were too large to be attached.
+    """
+
+    path: Path | None
+    size: int = 0
+    content_id: str = ""
+    finetuned_bytes: int = 0
+    actions: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    resumed: int = 0
+    skipped_files: list[str] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the fine-tune's weight files over bytes of the delta file, everything in it included."""
+        return self.finetuned_bytes / self.size
+
+
+def pack(
+    base: str | os.PathLike[str],
+    finetuned: str | os.PathLike[str],
+    out: str | os.PathLike[str] | BinaryIO,
+    *,
+    method: Method | None = None,
+    rules: Sequence[Rule] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    profile: str = "hot",
+    seed: int = 0,
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> PackResult:
+    """Pack the difference of two checkpoints into a delta file.
+
+    Args:
+        base, finetuned: a checkpoint folder or a ``.safetensors`` file.
+        out: the file to make, or a binary file object to write to (which cannot be resumed).
+        method: compresses the matrices; DeltaDQ() if not given.
+        rules: (pattern, method or None) pairs; the last that matches a name decides, None keeps it exactly.
+        include: if given, only names that match one of these patterns are compressed.
+        exclude: names that match one of these patterns are kept exactly.
+        profile: ``hot`` or ``cold``.
+        seed: 64 bits; every tensor's own seed is derived from it and the tensor's name.
+        force: replace ``out`` if it exists.
+        threads: worker threads; one a processor if not given. The bytes do not depend on it.
+        progress: called with a tensor's name and bytes as each is done.
+
+    Raises:
+        UsageError: a wrong option, a pattern that matches nothing, an output that exists or is an input.
+        NonFiniteError: a delta has NaN or infinity and its tensor is to be compressed.
+        InvalidFileError: an input is not a valid checkpoint.
+        WrongBaseError: base and fine-tune are of different architecture.
+        StorageError: reading or writing failed.
+    """
+    method = method if method is not None else DeltaDQ()
+    if not 0 <= seed < 2**64:
+        raise UsageError(f"seed {seed} is outside 0 to 2**64 - 1")
+    if profile not in c.PROFILES:
+        raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
+    sources = Checkpoint(base), Checkpoint(finetuned)
+    plans = make_plan(*sources, method, rules, include, exclude)
+    if profile == "hot" and any(plan.method and plan.method.layout.index == "rank" for plan in plans):
+        raise UsageError("a rank index needs --profile cold: a hot file is read by kernels as it lies")
+    if isinstance(out, str | os.PathLike):
+        path = Path(out)
+        refuse_input(path, sources)
+        job = _job(sources, plans, profile, seed)
+        sink = PartialFile(path, job, force=force)
+    else:
+        path, sink = None, _Stream(out)
+    result = PackResult(path, finetuned_bytes=sources[1].file_bytes, skipped_files=list(sources[1].skipped))
+    packer = _Packer(sources, plans, method, sink, profile, seed, result)
+    try:
+        packer.run(thread_count(threads), progress)
+        sink.commit()
+    except KeyboardInterrupt:
+        sink.keep()
+        raise
+    except BaseException:
+        sink.abandon()
+        raise
+    return result
+
+
+def refuse_input(path: Path, sources: Sequence[Checkpoint]) -> None:
+    """Refuse an output that is one of the inputs.
+
+    Raises:
+        UsageError: it is.
+    """
+    for source in sources:
+        inputs = [source.path, *(Path(name) for name, _, _ in source.identity()), *source.files.values()]
+        if path.exists() and any(found.exists() and os.path.samefile(path, found) for found in inputs):
+            raise UsageError(f"the output {path} is itself an input")
+
+
+class _Stream:
+    """A sink for a file object that the caller owns."""
+
+    sections: tuple[Any, ...] = ()
+    layouts: tuple[Any, ...] = ()
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.entries: dict[str, Any] = {}
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise StorageError(f"cannot write the output: {(error.strerror or str(error)).lower()}") from error
+
+    def record(self, *_: object) -> None:
+        """A stream cannot be resumed."""
+
+    def commit(self) -> None:
+        self._file.flush()
+
+    def keep(self) -> bool:
+        return False
+
+    def abandon(self) -> None:
+        """What is written is the caller's."""
+
+
+def _job(sources: Sequence[Checkpoint], plans: Sequence[Plan], profile: str, seed: int) -> bytes:
+    """Return a digest of everything that decides the bytes of the output."""
+    description = {
+        "files": [[list(item) for item in source.identity()] for source in sources],
+        "plans": [[plan.tensor.name, plan.method.describe() if plan.method else plan.reason] for plan in plans],
+        "profile": profile,
+        "seed": str(seed),
+        "version": __version__,
+    }
+    return blake3(canonical.encode(description)).digest()
+
+
+@dataclass(slots=True)
+class _Pending:
+    """One tensor on its way: the futures of its parts and the arrays that they fill."""
+
+    same: Future[bool] | None = None
+    fingerprint: Future[bytes] | None = None
+    parts: list[Future[None]] = field(default_factory=list)
+    packed: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    seed: int = 0
+
+
+class _Counter:
+    """Count the bytes that go to a sink."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self.size = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._sink.write(data)
+        self.size += len(data)
+
+
+class _Packer:
+    """One run of pack."""
+
+    def __init__(
+        self,
+        sources: tuple[Checkpoint, Checkpoint],
+        plans: list[Plan],
+        method: Method,
+        sink: PartialFile | _Stream,
+        profile: str,
+        seed: int,
+        result: PackResult,
+    ) -> None:
+        self._finetuned = sources[1]
+        self._plans = plans
+        self._seed = seed
+        self._sink = sink
+        self._result = result
+        self._removed = sorted(set(sources[0].tensors) - set(sources[1].tensors))
+        self._metadata = {
+            "deltafmt.version": __version__,
+            "method": method.describe(),
+            "seed": str(seed),
+        }
+        resumed = sink.sections[-1] if sink.sections else None
+        self._counter = _Counter(sink)
+        if resumed is not None:
+            self._counter.size = c.align(resumed.offset + resumed.length, c.SECTION_ALIGNMENT)
+        self._writer = ContainerWriter(self._counter, profile, sink.sections)
+        layouts = tuple(sink.layouts)
+        for layout in layouts:
+            self._writer.layout_number(layout)
+        self._entries = {
+            name: TensorEntry.from_obj(name, obj, layouts) for name, obj in sink.entries.items()
+        }
+        result.resumed = len(self._entries)
+        self._unrecorded: dict[str, Any] = {}
+
+    def run(self, threads: int, progress: Progress | None) -> None:
+        """Pack every tensor, then the attachments, then finish the file."""
+        todo = [plan for plan in self._plans if plan.tensor.name not in self._entries]
+        work = sum(plan.tensor.nbytes for plan in todo if plan.method)
+        self._routines = select_routines(work >= COMPILED_FROM_BYTES and accel.available())
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-pack")
+        try:
+            submitted = in_order(todo, lambda plan: self._submit(pool, plan), lambda plan: plan.tensor.nbytes)
+            for plan, pending in submitted:
+                self._add(self._finish_tensor(plan, pending))
+                if progress:
+                    progress(plan.tensor.name, plan.tensor.nbytes)
+        finally:
+            drain(pool)
+        attachments = self._attach()
+        for entry in self._entries.values():
+            self._result.actions[entry.action] = self._result.actions.get(entry.action, 0) + 1
+        identity = self._writer.finish(
+            self._entries.values(), removed=self._removed, attachments=attachments, metadata=self._metadata
+        )
+        self._result.size = self._counter.size
+        self._result.content_id = identity.hex()
+
+    def _add(self, entry: TensorEntry) -> None:
+        self._entries[entry.name] = entry
+        self._unrecorded[entry.name] = entry.to_obj()
+        if self._writer.boundary():
+            self._sink.record(self._writer.sections[-1], self._writer.layouts, self._unrecorded)
+            self._unrecorded = {}
+
+    def _attach(self) -> dict[str, Attachment]:
+        found = {}
+        for name, path in self._finetuned.files.items():
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise StorageError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+            ref = self._writer.add(data, c.KIND_ATTACHMENTS)
+            found[name] = Attachment(ref, blake3(data).digest())
+        return found
+
+    def _submit(self, pool: ThreadPoolExecutor, plan: Plan) -> _Pending:
+        """Start the work on one tensor."""
+        pending = _Pending()
+        tensor, base = plan.tensor, plan.base
+        tensor.file.will_need(tensor.offset, tensor.nbytes)
+        if plan.alias is not None or base is None:
+            return pending
+        pending.same = pool.submit(tensor.equals, base)
+        method = plan.method
+        if method is None:
+            return pending
+        pending.fingerprint = pool.submit(base.fingerprint)
+        layout, columns = method.layout, tensor.columns
+        rows = min(tensor.rows, base.rows)
+        pending.seed = tensor_seed(self._seed, tensor.name)
+        lengths = layout.buffer_lengths(rows, columns)
+        blank = {name: memoryview(bytearray(length)) for name, length in lengths.items()}
+        pending.packed = nm.views(layout, rows, columns, blank)
+        for start, stop in row_ranges(rows, columns, nm.run_rows(layout)):
+            part = pool.submit(_pack_rows, tensor, base, method, pending, start, stop, self._routines)
+            pending.parts.append(part)
+        return pending
+
+    def _finish_tensor(self, plan: Plan, pending: _Pending) -> TensorEntry:
+        """Wait for one tensor, write its buffers and return its entry."""
+        tensor, base = plan.tensor, plan.base
+        if plan.alias is not None:
+            return TensorEntry(tensor.name, "alias", tensor.dtype, tensor.shape, target=plan.alias)
+        if base is not None and pending.same is not None and pending.same.result():
+            for part in pending.parts:
+                part.cancel()
+            digest = pending.fingerprint.result() if pending.fingerprint else base.fingerprint()
+            reference = BaseRef(digest, base.dtype, base.shape)
+            return TensorEntry(tensor.name, "same", tensor.dtype, tensor.shape, reference)
+        if plan.method is None or base is None or pending.fingerprint is None:
+            if len(tensor.shape) > 1:
+                self._result.kept[tensor.name] = plan.reason
+            return self._replace(tensor)
+        for part in pending.parts:
+            part.result()
+        reference = BaseRef(pending.fingerprint.result(), base.dtype, base.shape)
+        return self._add_term(tensor, reference, plan.method, pending)
+
+    def _replace(self, tensor: Tensor) -> TensorEntry:
+        digest = blake3()
+        ref = self._writer.add(_digested(tensor.pieces(), digest))
+        return TensorEntry(tensor.name, "replace", tensor.dtype, tensor.shape, digest=digest.digest(), data=ref)
+
+    def _add_term(self, tensor: Tensor, base: BaseRef, method: Method, pending: _Pending) -> TensorEntry:
+        digest = blake3()
+        refs = {}
+        layout = method.layout
+        for name, array in pending.packed.items():
+            data = memoryview(array.reshape(-1).view(np.uint8)).cast("B")
+            if name == "index" and layout.index == "rank":
+                # Digests are taken over the `fixed` form, so that a cold file keeps its hot twin's.
+                rows = min(tensor.rows, c.row_count(base.shape))
+                fixed = nm.transcode_index(
+                    layout, array.view(np.uint32), layout.mask_rows(rows), tensor.columns, layout.with_index("fixed")
+                )
+                digest.update(memoryview(fixed.reshape(-1).view(np.uint8)))
+            else:
+                digest.update(data)
+            refs[name] = self._writer.add(data)
+        new_rows = None
+        base_bytes = c.byte_count(tensor.dtype, base.shape)
+        if tensor.nbytes > base_bytes:
+            new_rows = self._writer.add(_digested(tensor.pieces(base_bytes), digest))
+        seed = pending.seed if layout.index == "seeded" else 0
+        term = NMTerm(self._writer.layout_number(layout), layout, seed, refs)
+        return TensorEntry(
+            tensor.name, "add", tensor.dtype, tensor.shape, base, digest.digest(), new_rows, (term,)
+        )
+
+
+def _digested(pieces: Iterator[memoryview], digest: blake3) -> Iterator[memoryview]:
+    for piece in pieces:
+        digest.update(piece)
+        yield piece
+
+
+def _pack_rows(
+    tensor: Tensor, base: Tensor, method: Method, pending: _Pending, start: int, stop: int, routines: Routines
+) -> None:
+    """Compress one run of rows into its slices of the packed arrays."""
+    with tensor.row_range(start, stop) as mine, base.row_range(start, stop) as theirs:
+        delta, finite = routines.codec.subtract(mine, tensor.dtype, theirs, base.dtype)
+    if not finite:
+        raise _non_finite(tensor, delta, start)
+    try:
+        arrays = method.compress(delta, pending.seed, start, routines)
+        packed = nm.encode(method.layout, arrays, tensor.columns, routines.codec)
+    except (UsageError, InvalidFileError) as error:
+        raise type(error)(f'tensor "{tensor.name}", rows {start} to {stop}: {error}') from error
+    for name, part in slice_run(pending.packed, method.layout.share, start, stop).items():
+        part[...] = packed[name]
+
+
+def _non_finite(tensor: Tensor, delta: NDArray[np.float32], start: int) -> NonFiniteError:
+    row, column = (int(i) for i in np.argwhere(~np.isfinite(delta))[0])
+    return NonFiniteError(
+        f'tensor "{tensor.name}": the delta at row {start + row}, column {column} is {delta[row, column]}; '
+        f"--exclude {tensor.name} keeps the tensor exactly"
+    )

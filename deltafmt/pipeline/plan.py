@@ -1,0 +1,157 @@
+"""Which tensor is packed how, decided from names, dtypes and shapes before any weight is read."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.layout.constants import DELTA_DTYPES, element_count
+from deltafmt.methods.base import Method
+
+Rule = tuple[str, Method | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be done with one fine-tuned tensor.
+
+    Attributes:
+        tensor: the fine-tuned tensor.
+        base: the base tensor of that name, if there is one.
+        method: compresses the delta; None keeps the tensor exactly.
+        reason: why it is kept exactly; empty otherwise.
+        alias: the tensor of which this one is a tied copy, or None.
+    """
+
+    tensor: Tensor
+    base: Tensor | None
+    method: Method | None
+    reason: str = ""
+    alias: str | None = None
+
+
+def make_plan(
+    base: Checkpoint,
+    finetuned: Checkpoint,
+    method: Method,
+    rules: Sequence[Rule] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> list[Plan]:
+    """Decide for every fine-tuned tensor, in natural order of the names.
+
+    Args:
+        base, finetuned: the checkpoints.
+        method: for every tensor that nothing else decides.
+        rules: (pattern, method or None) pairs; the last one that matches a name decides.
+        include: if given, only names that match one of these patterns are compressed.
+        exclude: names that match one of these patterns are kept exactly.
+
+    Raises:
+        UsageError: a pattern matches no tensor.
+        WrongBaseError: base and fine-tune are of different architecture.
+    """
+    names = list(finetuned.tensors)
+    for pattern in (*include, *exclude, *(pattern for pattern, _ in rules)):
+        if not fnmatch.filter(names, pattern):
+            raise UsageError(f"pattern {pattern!r} matches no tensor of {finetuned.path}")
+    check_architecture(base, finetuned)
+    ties = find_ties(base, finetuned)
+
+    def decide(tensor: Tensor) -> Plan:
+        name = tensor.name
+        other = base.tensors.get(name)
+        if name in ties:
+            return Plan(tensor, other, None, "tied", ties[name])
+        chosen: Method | None = method
+        reason = ""
+        if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
+            chosen, reason = None, "not included"
+        for pattern, ruled in rules:
+            if fnmatch.fnmatchcase(name, pattern):
+                chosen, reason = ruled, "by rule" if ruled is None else ""
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+            chosen, reason = None, "excluded"
+        if chosen is not None:
+            reason = why_exact(tensor, other, chosen)
+        return Plan(tensor, other, None if reason else chosen, reason)
+
+    return [decide(tensor) for tensor in finetuned.tensors.values()]
+
+
+def why_exact(tensor: Tensor, base: Tensor | None, method: Method) -> str:
+    """Return why a tensor cannot or should not be compressed, or an empty string."""
+    if base is None:
+        return "not in the base"
+    if tensor.dtype not in DELTA_DTYPES or base.dtype not in DELTA_DTYPES:
+        return f"dtype {tensor.dtype}"
+    if len(tensor.shape) < 2:
+        return "a vector"
+    if len(base.shape) != len(tensor.shape) or base.shape[1:] != tensor.shape[1:]:
+        return "another shape than the base's"
+    if not tensor.nbytes or not base.nbytes:
+        return "empty"
+    shared = min(tensor.rows, base.rows)
+    packed = sum(method.layout.buffer_lengths(shared, tensor.columns).values())
+    if packed >= tensor.nbytes // tensor.rows * shared:
+        return "no smaller when packed"
+    return ""
+
+
+def check_architecture(base: Checkpoint, finetuned: Checkpoint) -> None:
+    """Refuse a pair whose models differ in kind, or whose tensors mostly have no counterpart.
+
+    Raises:
+        WrongBaseError: names the first tensor, or the two kinds of model.
+    """
+    kinds = base.config().get("model_type"), finetuned.config().get("model_type")
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise WrongBaseError(f"the base is a {kinds[0]!r} model, the fine-tune a {kinds[1]!r} model")
+    matched = total = 0
+    odd = ""
+    for name, tensor in finetuned.tensors.items():
+        size = element_count(tensor.shape)
+        other = base.tensors.get(name)
+        total += size
+        if other is not None and other.shape[1:] == tensor.shape[1:] and len(other.shape) == len(tensor.shape):
+            matched += size
+        elif not odd:
+            found = "is not there" if other is None else f"has shape {list(other.shape)}"
+            odd = f'tensor "{name}" of shape {list(tensor.shape)} {found} in the base'
+    if odd and 2 * matched < total:
+        raise WrongBaseError(f"base and fine-tune are of different architecture: {odd}")
+
+
+def find_ties(base: Checkpoint, finetuned: Checkpoint) -> dict[str, str]:
+    """Find matrices of the fine-tune that are stored twice, as tied weights are; name to the first one's name.
+
+    A pair counts as tied when its bytes are equal in the fine-tune and, as far as the base has them, in the base.
+    """
+    candidates: dict[tuple[object, ...], list[Tensor]] = {}
+    for tensor in finetuned.tensors.values():
+        if len(tensor.shape) >= 2 and tensor.nbytes:
+            with tensor.pages(0, min(tensor.nbytes, 4096)) as head:
+                key = tensor.dtype, tensor.shape, bytes(head)
+            candidates.setdefault(key, []).append(tensor)
+    ties: dict[str, str] = {}
+    for group in candidates.values():
+        for i, tensor in enumerate(group):
+            for first in group[:i]:
+                if first.name in ties or not tensor.equals(first):
+                    continue
+                a, b = base.tensors.get(first.name), base.tensors.get(tensor.name)
+                if a is None or b is None or a.equals(b):
+                    ties[tensor.name] = first.name
+                    break
+    return ties
+
+
+def tensor_seed(seed: int, name: str) -> int:
+    """Derive a tensor's 32-bit seed from the file's and the tensor's name, never from the weights."""
+    return int.from_bytes(blake3(seed.to_bytes(8, "little") + name.encode()).digest(4), "little")

@@ -1,0 +1,50 @@
+"""A thread pool whose jobs come back in order, with a bound on how much is in flight."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Job = TypeVar("Job")
+
+# Bytes of fine-tuned tensors whose results may wait for their turn.
+IN_FLIGHT_BYTES = 128 * 1024 * 1024
+
+
+def thread_count(threads: int | None) -> int:
+    """Return the number of worker threads: as asked for, or one for each processor this process may use."""
+    if threads is not None:
+        return max(threads, 1)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(
+    items: Iterable[Item], submit: Callable[[Item], Job], size: Callable[[Item], int]
+) -> Iterator[tuple[Item, Job]]:
+    """Submit items ahead of their use, at most IN_FLIGHT_BYTES beyond the one in use, and give them in order."""
+    waiting: deque[tuple[Item, Job]] = deque()
+    held = 0
+    for item in items:
+        # One item is always ahead of the one in use, so that its first bytes are being read meanwhile.
+        while len(waiting) > 1 and held + size(item) > IN_FLIGHT_BYTES:
+            first = waiting.popleft()
+            yield first
+            held -= size(first[0])
+        waiting.append((item, submit(item)))
+        held += size(item)
+    yield from waiting
+
+
+def drain(pool: ThreadPoolExecutor) -> None:
+    """Stop a pool: drop what has not begun, wait for what has."""
+    pool.shutdown(wait=True, cancel_futures=True)
+
+
+def results(futures: Iterable[Future[object]]) -> None:
+    """Wait for futures; raise the first error."""
+    for future in futures:
+        future.result()
