@@ -11,13 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.codecs import nm
-from deltafmt.codecs.routines import CodecRoutines, codec_routines
+from deltafmt.codecs.routines import REFERENCE, CodecRoutines
 from deltafmt.container.reader import Container
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.layout.constants import MAX_RAW_BYTES
 from deltafmt.layout.entries import NMTerm, TensorEntry
 
+# Elements of a run: enough to hide the cost of a call, few enough for its arrays to stay in the processor's cache.
 RUN_ELEMENTS = 1 << 19
+# A batch of runs is one job of a worker thread, and the unit in which pages are mapped and given back.
+BATCH_ELEMENTS = 1 << 22
 
 
 class DeltaFile:
@@ -118,19 +121,11 @@ class DeltaFile:
         if entry.action == "replace":
             raise UsageError(f'tensor "{name}" replaces the base\'s and has no delta')
         out = np.zeros((entry.rows, entry.columns), np.float32)
-        for start, rows in self.runs(entry):
-            out[start : start + len(rows)] = rows
+        if entry.terms:
+            decoder = RunDecoder(self, entry)
+            for start, stop in decoder.ranges():
+                out[start:stop] = decoder.rows(start, stop)
         return out.reshape(entry.shape)
-
-    def runs(
-        self, entry: TensorEntry, routines: CodecRoutines | None = None
-    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Iterate over the dense delta of an ``add``, some rows at a time: first row and float32 rows."""
-        if not entry.terms:
-            return
-        decoder = RunDecoder(self, entry, routines or codec_routines(False))
-        for start, stop in decoder.ranges():
-            yield start, decoder.rows(start, stop)
 
     def attachment(self, name: str) -> bytes:
         """Return the bytes of an attached file.
@@ -156,19 +151,26 @@ class DeltaFile:
 class RunDecoder:
     """Decode the terms of one tensor in runs of rows; runs may be decoded in any order and by several threads."""
 
-    def __init__(self, delta: DeltaFile, entry: TensorEntry, routines: CodecRoutines) -> None:
+    def __init__(self, delta: DeltaFile, entry: TensorEntry) -> None:
         self._where = f'{delta.container.name}: tensors["{entry.name}"]'
         self._entry = entry
-        self._routines = routines
         self._terms = [(term, delta.term_views(entry, term)) for term in entry.terms]
 
-    def ranges(self) -> list[tuple[int, int]]:
-        """Return the runs, each of about half a million elements and starting where every term starts a tile."""
-        step = max(nm.run_rows(term.params) for term, _ in self._terms)
-        return row_ranges(self._entry.delta_rows, self._entry.columns, step)
+    @property
+    def step(self) -> int:
+        """Rows on whose multiples every term starts a tile."""
+        return max(nm.run_rows(term.params) for term, _ in self._terms)
 
-    def rows(self, start: int, stop: int, *, check: bool = False) -> NDArray[np.float32]:
+    def ranges(self) -> list[tuple[int, int]]:
+        """Return the runs that cover the tensor."""
+        return row_ranges(0, self._entry.delta_rows, self._entry.columns, self.step)
+
+    def rows(
+        self, start: int, stop: int, routines: CodecRoutines = REFERENCE, *, check: bool = False
+    ) -> NDArray[np.float32]:
         """Return float32 rows ``start`` to ``stop``; ``check`` also refuses what is not canonical.
+
+        With compiled routines, the result lasts until the next call with the same routines.
 
         Raises:
             InvalidFileError: the buffers break the format.
@@ -179,27 +181,29 @@ class RunDecoder:
             params = term.params
             run = slice_run(packed, params.share, start, stop)
             try:
-                arrays = nm.decode(params, run, term.seed, start, stop - start, entry.columns, self._routines)
+                arrays = nm.decode(params, run, term.seed, start, stop - start, entry.columns, routines)
                 if check:
-                    nm.check(params, run, arrays, entry.columns, self._routines)
+                    nm.check(params, run, arrays, entry.columns, routines)
             except InvalidFileError as error:
                 raise InvalidFileError(f"{self._where}, rows {start} to {stop}: {error}") from error
-            dense = nm.dense(params, arrays, entry.columns, self._routines)
-            total = dense if total is None else total + dense
+            dense = nm.dense(params, arrays, entry.columns, routines)
+            total = dense if len(self._terms) == 1 else dense.copy() if total is None else total + dense
         assert total is not None
         return total
 
 
-def row_ranges(rows: int, columns: int, step: int) -> list[tuple[int, int]]:
-    """Cut rows into runs of about RUN_ELEMENTS elements whose starts are multiples of ``step``."""
-    size = max(RUN_ELEMENTS // max(columns, 1) // step, 1) * step
-    return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+def row_ranges(
+    start: int, stop: int, columns: int, step: int, elements: int = RUN_ELEMENTS
+) -> list[tuple[int, int]]:
+    """Cut rows into ranges of about ``elements`` elements whose sizes are multiples of ``step``, but for the last."""
+    size = max(elements // max(columns, 1) // step, 1) * step
+    return [(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def slice_run(
     packed: Mapping[str, NDArray[np.generic]], share: int, start: int, stop: int
 ) -> dict[str, NDArray[np.generic]]:
-    """Return the tiles of a run; ``start`` is a multiple of 32 times the share."""
+    """Return the tiles of a run that starts on a multiple of :func:`deltafmt.codecs.nm.run_rows`."""
     whole = slice(start // 32, -(-stop // 32))
     masks = slice(start // (32 * share), -(-stop // (32 * share)))
     return {name: array[masks if name == "index" else whole] for name, array in packed.items()}

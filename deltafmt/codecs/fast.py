@@ -1,16 +1,20 @@
 """The hot loops of the codecs, compiled by numba; each equals its numpy reference bit for bit.
 
-Importing this module imports numba (optional, extra ``fast``). Every function releases the GIL.
+Importing this module imports numba (optional, extra ``fast``). Every function releases the GIL. The functions below
+the loops take a :class:`Scratch` and return arrays that live in it: one thread's results stay valid until that thread
+calls the same function again.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.accel import compiled
 from deltafmt.codecs import floats, positions, words
-from deltafmt.layout.nm import stream_words, tiles
 
 _ROW_STEP = np.uint32(positions.ROW_STEP)
 _BLOCK_STEP = np.uint32(positions.BLOCK_STEP)
@@ -31,27 +35,20 @@ def _squeeze(eight, width):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _pack_bytes(fields, width, out):  # type: ignore[no-untyped-def]
-    rows, count = fields.shape
+def _pack_eights(eights, width, out):  # type: ignore[no-untyped-def]
+    """Pack rows of uint64, each of eight one-byte fields; fields beyond the last word are padding."""
+    words = out.shape[1]
     low = np.uint64(0xFFFFFFFF)
-    for r in range(rows):
+    for r in range(eights.shape[0]):
         t, lane = r // 32, r % 32
         held = np.uint64(0)
         have = 0
         w = 0
-        for start in range(0, count, 8):
-            eight = np.uint64(0)
-            if start + 8 <= count:
-                for j in range(8):
-                    eight |= np.uint64(fields[r, start + j]) << np.uint64(8 * j)
-            else:
-                for j in range(count - start):
-                    eight |= np.uint64(fields[r, start + j]) << np.uint64(8 * j)
-            bits = _squeeze(eight, width)
+        for n in range(eights.shape[1]):
+            bits = _squeeze(eights[r, n], width)
             held |= (bits & low) << np.uint64(have)
             have += min(8 * width, 32)
-            # The last eight may be short, and its missing fields may lie beyond the last word.
-            if have >= 32 and w < out.shape[1]:
+            if have >= 32 and w < words:
                 out[t, w, lane] = np.uint32(held & low)
                 w += 1
                 held >>= np.uint64(32)
@@ -59,12 +56,12 @@ def _pack_bytes(fields, width, out):  # type: ignore[no-untyped-def]
             if width > 4:
                 held |= (bits >> np.uint64(32)) << np.uint64(have)
                 have += 8 * width - 32
-                if have >= 32 and w < out.shape[1]:
+                if have >= 32 and w < words:
                     out[t, w, lane] = np.uint32(held & low)
                     w += 1
                     held >>= np.uint64(32)
                     have -= 32
-        if have and w < out.shape[1]:
+        if have and w < words:
             out[t, w, lane] = np.uint32(held & low)
 
 
@@ -122,37 +119,45 @@ def _seeded(seed, first, keep, log_m, width, out):  # type: ignore[no-untyped-de
 def _scatter(codes, scales, pos, group, share, top, scale_group, out):  # type: ignore[no-untyped-def]
     rows, columns = out.shape
     groups, keep = pos.shape[1], pos.shape[2]
-    whole = columns // group
+    kept = groups * keep
+    whole = columns // group * keep
+    size = scale_group if scale_group else max(kept, 1)
+    at = np.empty(kept, np.uint32)  # unsigned, so that no index is checked for being negative
+    values = np.empty(kept, np.float32)
     for r in range(rows):
-        m = r // share
-        row = out[r]
+        if r % share == 0:
+            m = r // share
+            for g in range(groups):
+                for i in range(keep):
+                    at[g * keep + i] = np.uint32(g * group) + np.uint32(pos[m, g, i])
+        row, fields = out[r], codes[r]
+        for c in range(scales.shape[1]):
+            half = scales[r, c] * np.float32(0.5)
+            for e in range(c * size, min(kept, (c + 1) * size)):
+                values[e] = np.float32(np.int32(2) * np.int32(fields[e]) - top) * half
         row[:] = np.float32(0)
-        half = scales[r, 0] * np.float32(0.5)
-        e = 0
-        for g in range(groups):
-            start = g * group
-            for i in range(keep):
-                if scale_group:
-                    half = scales[r, e // scale_group] * np.float32(0.5)
-                column = start + np.int64(pos[m, g, i])
-                if g < whole or column < columns:
-                    row[column] = np.float32(2 * np.int32(codes[r, e]) - top) * half
-                e += 1
+        for e in range(whole):
+            row[at[e]] = values[e]
+        for e in range(whole, kept):
+            if at[e] < columns:
+                row[at[e]] = values[e]
+
+
+@compiled
+def _difference(a, b):  # type: ignore[no-untyped-def]
+    """Return a - b in float32 for two BF16 bit patterns."""
+    wide = np.uint32(np.uint32(a) << np.uint32(16)).view(np.float32)
+    return np.float32(wide - np.uint32(np.uint32(b) << np.uint32(16)).view(np.float32))
 
 
 @compiled
 def _subtract_bf16(finetuned, base, out):  # type: ignore[no-untyped-def]
-    largest = np.int32(0)
-    for start in range(0, out.size, 4096):  # three passes over what the first-level cache holds vectorize best
-        f, b, o = finetuned[start : start + 4096], base[start : start + 4096], out[start : start + 4096]
-        bits = o.view(np.int32)
-        for i in range(o.size):
-            o[i] = np.uint32(np.uint32(f[i]) << np.uint32(16)).view(np.float32)
-        for i in range(o.size):
-            o[i] -= np.uint32(np.uint32(b[i]) << np.uint32(16)).view(np.float32)
-        for i in range(o.size):
-            largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
-    return largest < np.int32(0x7F800000)
+    largest = np.uint32(0)
+    for i in range(out.size):
+        difference = _difference(finetuned[i], base[i])
+        out[i] = difference
+        largest = max(largest, np.float32(difference).view(np.uint32) & np.uint32(0x7FFFFFFF))
+    return largest < np.uint32(0x7F800000)
 
 
 @compiled
@@ -166,31 +171,61 @@ def _add_bf16(base, delta, out):  # type: ignore[no-untyped-def]
         out[i] = base[i] if delta[i] == np.float32(0) else np.uint16(rounded)
 
 
-def pack(fields: NDArray[np.unsignedinteger], width: int) -> NDArray[np.uint32]:
-    """See :func:`deltafmt.codecs.words.pack`."""
+class Scratch:
+    """Memory that one thread uses again from run to run: fresh pages cost as much as the loops that fill them."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, NDArray[np.uint8]] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+        """Return an uninitialized array in the memory called ``name``, which grows as needed."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        held = self._held.get(name)
+        if held is None or held.size < size:
+            held = self._held[name] = np.empty(size, np.uint8)
+        return held[:size].view(dtype).reshape(shape)
+
+
+def pack_into(
+    scratch: Scratch, fields: NDArray[np.unsignedinteger], width: int, out: NDArray[np.uint32]
+) -> None:
+    """See :func:`deltafmt.codecs.words.pack_into`."""
     if not 1 <= width <= 8:
-        return words.pack(fields, width)
+        return words.pack_into(fields, width, out)
     rows, count = fields.shape
-    out = np.zeros((tiles(rows), stream_words(count, width), 32), np.uint32)
-    _pack_bytes(fields.astype(np.uint8, copy=False), width, out)
-    return out
+    if rows % 32:
+        out[-1] = 0
+    if count % 8 or fields.dtype != np.uint8 or not fields.flags.c_contiguous:
+        padded = scratch.array("padded", (rows, -(-count // 8) * 8), np.uint8)
+        padded[:, count:] = 0
+        padded[:, :count] = fields
+        fields = padded
+    _pack_eights(fields.view(np.uint64), width, out)
+    return None
 
 
-def unpack(packed: NDArray[np.uint32], rows: int, count: int, width: int) -> NDArray[np.uint8]:
-    """See :func:`deltafmt.codecs.words.unpack`; fields of at most 8 bits, as uint8."""
-    out = np.empty((rows, count), np.uint8)
+def unpack(
+    scratch: Scratch, packed: NDArray[np.uint32], rows: int, count: int, width: int
+) -> NDArray[np.unsignedinteger]:
+    """See :func:`deltafmt.codecs.words.unpack`; fields of at most 8 bits come as uint8."""
+    if not 1 <= width <= 8:
+        return words.unpack(packed, rows, count, width)
+    out = scratch.array("unpack", (rows, count), np.uint8)
     _unpack(packed, count, width, out)
     return out
 
 
-def seeded(seed: int, first: int, count: int, groups: int, keep: int, group: int) -> NDArray[np.uint8]:
+def seeded(
+    scratch: Scratch, seed: int, first: int, count: int, groups: int, keep: int, group: int
+) -> NDArray[np.uint8]:
     """See :func:`deltafmt.codecs.positions.seeded`."""
-    out = np.empty((count, groups, keep), np.uint8)
+    out = scratch.array("seeded", (count, groups, keep), np.uint8)
     _seeded(np.uint32(seed), first, keep, group.bit_length() - 1, positions.lane_bits(keep, group), out)
     return out
 
 
 def scatter(
+    scratch: Scratch,
     codes: NDArray[np.uint8],
     scales: NDArray[np.float32],
     pos: NDArray[np.uint8],
@@ -201,26 +236,28 @@ def scatter(
     scale_group: int,
 ) -> NDArray[np.float32]:
     """See :func:`deltafmt.codecs.scatter.scatter`."""
-    out = np.empty((codes.shape[0], columns), np.float32)
+    out = scratch.array("scatter", (codes.shape[0], columns), np.float32)
     _scatter(codes, scales, pos, group, share, np.int32(top), scale_group, out)
     return out
 
 
 def subtract(
-    finetuned: floats.Raw, finetuned_dtype: str, base: floats.Raw, base_dtype: str
+    scratch: Scratch, finetuned: floats.Raw, finetuned_dtype: str, base: floats.Raw, base_dtype: str
 ) -> tuple[floats.Floats, bool]:
     """See :func:`deltafmt.codecs.floats.subtract`."""
     if (finetuned_dtype, base_dtype) != ("BF16", "BF16"):
         return floats.subtract(finetuned, finetuned_dtype, base, base_dtype)
-    out = np.empty(finetuned.shape, np.float32)
+    out = scratch.array("subtract", finetuned.shape, np.float32)
     finite = _subtract_bf16(finetuned.reshape(-1), base.reshape(-1), out.reshape(-1))
     return out, bool(finite)
 
 
-def add(base: floats.Raw, base_dtype: str, delta: floats.Floats, dtype: str) -> floats.Raw:
+def add(
+    scratch: Scratch, base: floats.Raw, base_dtype: str, delta: floats.Floats, dtype: str
+) -> floats.Raw:
     """See :func:`deltafmt.codecs.floats.add`."""
     if (base_dtype, dtype) != ("BF16", "BF16"):
         return floats.add(base, base_dtype, delta, dtype)
-    out = np.empty(base.shape, np.uint16)
+    out = scratch.array("add", base.shape, np.uint16)
     _add_bf16(base.reshape(-1), delta.reshape(-1), out.reshape(-1))
     return out

@@ -1,7 +1,7 @@
 """The ``nm`` layout: buffers to positions, codes and scales, and back (spec/deltafmt-v1.md, section 11).
 
-A tensor is handled in runs of rows. A run starts on a multiple of ``32 * share`` rows, where codes, index and scales
-all start a tile, so a run's buffers are slices of the tensor's.
+A tensor is handled in runs of rows. A run starts where codes, index and scales all start a tile, so a run's buffers
+are slices of the tensor's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class NMArrays:
 
 def run_rows(layout: NMLayout) -> int:
     """Return the number of rows on whose multiples a run may start."""
-    return TILE_ROWS * layout.share
+    return TILE_ROWS if layout.index == "seeded" else TILE_ROWS * layout.share
 
 
 def views(layout: NMLayout, rows: int, columns: int, buffers: Buffers) -> dict[str, NDArray[np.generic]]:
@@ -61,24 +61,31 @@ def views(layout: NMLayout, rows: int, columns: int, buffers: Buffers) -> dict[s
     }
 
 
+def blank(layout: NMLayout, rows: int, columns: int) -> dict[str, NDArray[np.generic]]:
+    """Return packed arrays of zeros, shaped as :func:`views` shapes them."""
+    lengths = layout.buffer_lengths(rows, columns)
+    return views(layout, rows, columns, {name: memoryview(bytearray(size)) for name, size in lengths.items()})
+
+
 def encode(
-    layout: NMLayout, arrays: NMArrays, columns: int, routines: CodecRoutines = REFERENCE
-) -> dict[str, NDArray[np.generic]]:
-    """Pack a run of rows; the result's arrays are shaped as :func:`views` says.
+    layout: NMLayout,
+    arrays: NMArrays,
+    out: Mapping[str, NDArray[np.generic]],
+    routines: CodecRoutines = REFERENCE,
+) -> None:
+    """Pack a run of rows into its slices of :func:`blank`.
 
     The positions of a ``seeded`` layout are not stored; those of the others must ascend in every group. Fields of
     entries beyond the last column must be zero.
     """
-    out: dict[str, NDArray[np.generic]] = {"codes": routines.pack(arrays.codes, layout.bits)}
+    routines.pack_into(arrays.codes, layout.bits, _words(out["codes"]))
     if layout.index == "fixed":
         flat = arrays.positions.reshape(arrays.positions.shape[0], -1)
-        out["index"] = routines.pack(flat, layout.position_bits)
+        routines.pack_into(flat, layout.position_bits, _words(out["index"]))
     elif layout.index == "rank":
-        out["index"] = pos.encode_rank(arrays.positions, layout)
+        _words(out["index"])[...] = pos.encode_rank(arrays.positions, layout)
     scales = arrays.scales
-    raw = narrow(scales, "BF16") if layout.scale_dtype == "BF16" else scales
-    out["scales"] = words.to_tiles(raw)
-    return out
+    out["scales"][...] = words.to_tiles(narrow(scales, "BF16") if layout.scale_dtype == "BF16" else scales)
 
 
 def decode(
@@ -104,19 +111,19 @@ def decode(
     Raises:
         InvalidFileError: an index holds a position or rank that is out of range, or positions do not ascend.
     """
-    groups, kept = layout.groups(columns), layout.kept(columns)
-    codes = routines.unpack(_words(packed["codes"]), rows, kept, layout.bits).astype(np.uint8, copy=False)
+    groups = layout.groups(columns)
     raw = words.from_tiles(packed["scales"], rows)
     scales = np.ascontiguousarray(widen(raw, "BF16") if layout.scale_dtype == "BF16" else raw)
     mask_rows = layout.mask_rows(rows)
     if layout.index == "seeded":
         kept_at = routines.seeded(seed, first // layout.share, mask_rows, groups, layout.keep, layout.group)
     elif layout.index == "fixed":
-        fields = routines.unpack(_words(packed["index"]), mask_rows, kept, layout.position_bits)
-        kept_at = fields.astype(np.uint8, copy=False).reshape(mask_rows, groups, layout.keep)
-        pos.check_ascending(kept_at, layout.group)
+        kept_at = pos.decode_fixed(_words(packed["index"]), layout, mask_rows, groups, routines.unpack)
     else:
         kept_at = pos.decode_rank(_words(packed["index"]), layout, mask_rows, groups)
+    # Last, because compiled routines use the memory of one unpacking again for the next.
+    codes = routines.unpack(_words(packed["codes"]), rows, layout.kept(columns), layout.bits)
+    codes = codes.astype(np.uint8, copy=False)
     return NMArrays(kept_at, codes, scales)
 
 
@@ -162,7 +169,8 @@ def check(
         raise InvalidFileError("an entry beyond the last column has a code that is not zero")
     if not np.isfinite(arrays.scales).all() or np.signbit(arrays.scales).any():
         raise InvalidFileError("a scale is negative or not finite")
-    again = encode(layout, arrays, columns, routines)
+    again = blank(layout, arrays.codes.shape[0], columns)
+    encode(layout, arrays, again, routines)
     for name, array in again.items():
         if not np.array_equal(array.view(np.uint8), np.ascontiguousarray(packed[name]).view(np.uint8)):
             raise InvalidFileError(f"unused bits of the {name} are not zero")

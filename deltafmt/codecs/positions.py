@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,14 +72,20 @@ def seeded(
     return ((a[:, :, None] * i + b[:, :, None]) & mask).astype(np.uint8)
 
 
-def decode_fixed(packed: NDArray[np.uint32], layout: NMLayout, mask_rows: int, groups: int) -> NDArray[np.uint8]:
+def decode_fixed(
+    packed: NDArray[np.uint32],
+    layout: NMLayout,
+    mask_rows: int,
+    groups: int,
+    unpack: Callable[..., NDArray[np.unsignedinteger]] = words.unpack,
+) -> NDArray[np.uint8]:
     """Read a ``fixed`` index.
 
     Raises:
         InvalidFileError: a position is not below M, or the positions of a group do not ascend.
     """
-    fields = words.unpack(packed, mask_rows, groups * layout.keep, layout.position_bits)
-    positions = fields.astype(np.uint8).reshape(mask_rows, groups, layout.keep)
+    fields = unpack(packed, mask_rows, groups * layout.keep, layout.position_bits)
+    positions = fields.astype(np.uint8, copy=True).reshape(mask_rows, groups, layout.keep)
     check_ascending(positions, layout.group)
     return positions
 

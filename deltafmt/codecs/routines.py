@@ -18,7 +18,7 @@ class CodecRoutines:
     """One implementation of every hot loop of the codecs."""
 
     seeded: Callable[[int, int, int, int, int, int], NDArray[np.uint8]]
-    pack: Callable[[NDArray[np.unsignedinteger], int], NDArray[np.uint32]]
+    pack_into: Callable[[NDArray[np.unsignedinteger], int, NDArray[np.uint32]], None]
     unpack: Callable[[NDArray[np.uint32], int, int, int], NDArray[np.unsignedinteger]]
     scatter: Callable[..., NDArray[np.float32]]
     subtract: Callable[[floats.Raw, str, floats.Raw, str], tuple[floats.Floats, bool]]
@@ -26,15 +26,20 @@ class CodecRoutines:
 
 
 REFERENCE = CodecRoutines(
-    positions.seeded, words.pack, words.unpack, scatter.scatter, floats.subtract, floats.add
+    positions.seeded, words.pack_into, words.unpack, scatter.scatter, floats.subtract, floats.add
 )
 
 
-@functools.cache
 def codec_routines(compiled: bool) -> CodecRoutines:
-    """Return the compiled loops where they are wanted and numba is there, the reference otherwise."""
+    """Return the compiled loops where they are wanted and numba is there, the reference otherwise.
+
+    Compiled loops return arrays in memory that they use again: every thread needs routines of its own, and a result
+    lasts until the thread calls the same routine again.
+    """
     if not compiled or not accel.available():
         return REFERENCE
     from deltafmt.codecs import fast
 
-    return CodecRoutines(fast.seeded, fast.pack, fast.unpack, fast.scatter, fast.subtract, fast.add)
+    loops = (fast.seeded, fast.pack_into, fast.unpack, fast.scatter, fast.subtract, fast.add)
+    scratch = fast.Scratch()
+    return CodecRoutines(*(functools.partial(loop, scratch) for loop in loops))

@@ -34,6 +34,11 @@ def pack(fields: NDArray[np.unsignedinteger], width: int) -> NDArray[np.uint32]:
     return to_tiles(by_row.reshape(rows, words))
 
 
+def pack_into(fields: NDArray[np.unsignedinteger], width: int, out: NDArray[np.uint32]) -> None:
+    """Pack the fields of every row into an array shaped as :func:`pack` shapes its result."""
+    out[...] = pack(fields, width)
+
+
 def unpack(packed: NDArray[np.uint32], rows: int, count: int, width: int) -> NDArray[np.uint64]:
     """Undo :func:`pack`; return fields of shape (rows, count)."""
     by_row = np.ascontiguousarray(from_tiles(packed, rows))

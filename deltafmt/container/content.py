@@ -8,8 +8,9 @@ from typing import Any
 from blake3 import blake3
 
 from deltafmt.container import canonical
-from deltafmt.layout.entries import Attachment, TensorEntry
+from deltafmt.layout.entries import TensorEntry
 from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.sections import Attachment
 
 
 def content_id(

@@ -21,8 +21,9 @@ import xxhash
 from deltafmt.container import canonical, frame
 from deltafmt.errors import InvalidFileError, StorageError, UsageError
 from deltafmt.layout import constants as c
-from deltafmt.layout.entries import Section, parse_layout
+from deltafmt.layout.entries import parse_layout
 from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.sections import Section
 
 _RECORD = struct.Struct("<IQ")
 Bytes = bytes | bytearray | memoryview
@@ -33,7 +34,7 @@ class PartialFile:
 
     Args:
         path: the final place.
-        job: whatever must be equal for an earlier run's sections to be of use.
+        job: whatever must be equal for an earlier run's sections to be of use; None to start over.
         force: replace ``path`` if it exists.
 
     Attributes:
@@ -44,7 +45,7 @@ class PartialFile:
         StorageError: the folder is missing, or writing failed.
     """
 
-    def __init__(self, path: Path, job: bytes, *, force: bool = False) -> None:
+    def __init__(self, path: Path, job: bytes | None, *, force: bool = False) -> None:
         check_output_file(path, force=force)
         self.path = path
         self.sections: list[Section] = []
@@ -63,11 +64,11 @@ class PartialFile:
             self._file: BinaryIO = open(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
             self._resume(job)
 
-    def _resume(self, job: bytes) -> None:
+    def _resume(self, job: bytes | None) -> None:
         position = kept = 0
         for end, record in self._records():
             if kept == 0:
-                if record.get("job") != job:
+                if job is None or record.get("job") != job:
                     break
             elif not self._take(record):
                 break
@@ -185,6 +186,41 @@ class PartialFile:
             if isinstance(error, StorageError):
                 raise
             raise StorageError(f"cannot write {self.path}: {(error.strerror or str(error)).lower()}") from error
+
+
+class StreamFile:
+    """The sink of a write to a file object that the caller owns: neither atomic nor resumable."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sections: list[Section] = []
+        self.layouts: list[NMLayout] = []
+        self.entries: dict[str, Any] = {}
+
+    def write(self, data: Bytes) -> None:
+        """Take bytes.
+
+        Raises:
+            StorageError: writing failed.
+        """
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise StorageError(f"cannot write the output: {(error.strerror or str(error)).lower()}") from error
+
+    def record(self, section: Section, layouts: list[NMLayout], entries: dict[str, Any]) -> None:
+        """Note nothing: a stream cannot be taken up again."""
+
+    def commit(self) -> None:
+        """Flush the file."""
+        self._file.flush()
+
+    def keep(self) -> bool:
+        """Leave what is written, which is the caller's; nothing can be resumed."""
+        return False
+
+    def abandon(self) -> None:
+        """Leave what is written, which is the caller's."""
 
 
 def check_output_file(path: Path, *, force: bool) -> None:

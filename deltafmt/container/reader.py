@@ -14,8 +14,10 @@ from deltafmt.container.chunks import ChunkReader
 from deltafmt.container.source import Source, open_source
 from deltafmt.errors import DeltafmtError, InvalidFileError
 from deltafmt.layout import constants as c
-from deltafmt.layout.entries import Attachment, BufferRef, Section, TensorEntry, fail, parse_layout
+from deltafmt.layout.checks import fail
+from deltafmt.layout.entries import TensorEntry, parse_layout
 from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.sections import Attachment, BufferRef, Section
 
 _TOP_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "sections", "tensors")
 

@@ -12,8 +12,9 @@ from deltafmt.container.chunks import ChunkCompressor
 from deltafmt.container.content import content_id
 from deltafmt.errors import UsageError
 from deltafmt.layout import constants as c
-from deltafmt.layout.entries import Attachment, BufferRef, Section, TensorEntry
+from deltafmt.layout.entries import TensorEntry
 from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.sections import Attachment, BufferRef, Section
 
 SECTION_TARGET = 4 * 1024 * 1024
 Bytes = bytes | bytearray | memoryview

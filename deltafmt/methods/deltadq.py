@@ -14,13 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deltafmt.codecs.nm import NMArrays
 from deltafmt.errors import UsageError
 from deltafmt.layout.nm import NMLayout
+from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.quantize import SCALE_RULES
-from deltafmt.methods.routines import Routines
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,25 +83,15 @@ class DeltaDQ:
         text = f"deltadq {self.layout.describe()} {self.scale_rule}"
         return text if self.rescale else f"{text} unrescaled"
 
-    def compress(
-        self, delta: NDArray[np.float32], seed: int, first: int, routines: Routines
-    ) -> NMArrays:
-        """Drop, rescale and quantize rows ``first`` and following of a delta.
-
-        Args:
-            delta: float32, shape (rows, columns), finite.
-            seed: the tensor seed, 32 bits.
-            first: a multiple of the share.
-            routines: the implementation of the hot loops.
-        """
-        layout = self.layout
-        rows, columns = delta.shape
-        mask_rows = layout.mask_rows(rows)
-        groups = layout.groups(columns)
+    def compress(self, rows: DeltaRows, seed: int) -> NMArrays:
+        """Drop, rescale and quantize a run of rows with the tensor's seed, 32 bits."""
+        layout, routines = self.layout, rows.routines
+        count, columns = rows.shape
         draw = routines.codec.seeded if self.index == "seeded" else routines.uniform
-        positions = draw(seed, first // self.share, mask_rows, groups, self.n, self.m)
+        mask_rows, groups = layout.mask_rows(count), layout.groups(columns)
+        positions = draw(seed, rows.first // self.share, mask_rows, groups, self.n, self.m)
         factor = np.float32(self.m / self.n if self.rescale else 1)
-        kept = routines.gather(delta, positions, self.m, self.share, factor)
+        kept = rows.gather(positions, self.m, self.share, factor)
         codes, scales = routines.quantize(
             kept, self.bits, layout.grid, self.scale_rule, self.scale_group, self.scale_dtype
         )

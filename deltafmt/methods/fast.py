@@ -1,6 +1,7 @@
 """The hot loops of the methods, compiled by numba; each equals its numpy reference bit for bit.
 
-Importing this module imports numba (optional, extra ``fast``). Every function releases the GIL.
+Importing this module imports numba (optional, extra ``fast``). Every function releases the GIL. Results live in the
+Scratch that is given, as in :mod:`deltafmt.codecs.fast`.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.accel import compiled
-from deltafmt.codecs.fast import _mix
-from deltafmt.codecs.floats import narrow, widen
+from deltafmt.codecs.fast import Scratch, _difference, _mix
+from deltafmt.codecs.floats import Raw, narrow, subtract, widen
 from deltafmt.codecs.positions import BLOCK_STEP, ROW_STEP
 from deltafmt.methods import quantize as reference
 
@@ -39,23 +40,50 @@ def _uniform(seed, first, keep, group, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def _columns(pos, mask_row, group, at):  # type: ignore[no-untyped-def]
+    """Write the column of every kept entry of a mask row; unsigned, so that no index is checked for its sign."""
+    keep = pos.shape[2]
+    for g in range(pos.shape[1]):
+        for i in range(keep):
+            at[g * keep + i] = np.uint32(g * group) + np.uint32(pos[mask_row, g, i])
+
+
+@compiled
+def _take(row, at, whole, factor, kept):  # type: ignore[no-untyped-def]
+    """Gather one row; entries from ``whole`` on may lie beyond the last column."""
+    for e in range(whole):
+        kept[e] = row[at[e]] * factor
+    for e in range(whole, kept.size):
+        kept[e] = row[at[e]] * factor if at[e] < row.size else np.float32(np.nan)
+
+
+@compiled
 def _gather(delta, pos, group, share, factor, out):  # type: ignore[no-untyped-def]
-    rows, columns = delta.shape
-    groups, keep = pos.shape[1], pos.shape[2]
-    whole = columns // group
+    whole = delta.shape[1] // group * pos.shape[2]
+    at = np.empty(out.shape[1], np.uint32)
+    for r in range(delta.shape[0]):
+        if r % share == 0:
+            _columns(pos, r // share, group, at)
+        _take(delta[r], at, whole, factor, out[r])
+
+
+@compiled
+def _gather_bf16(finetuned, base, pos, group, share, factor, out):  # type: ignore[no-untyped-def]
+    rows, columns = base.shape
+    whole = columns // group * pos.shape[2]
+    at = np.empty(out.shape[1], np.uint32)
+    row = np.empty(columns, np.float32)  # of the delta; it stays in the first-level cache
+    largest = np.uint32(0)
     for r in range(rows):
-        m = r // share
-        e = 0
-        for g in range(whole):
-            start = g * group
-            for i in range(keep):
-                out[r, e] = delta[r, start + np.int64(pos[m, g, i])] * factor
-                e += 1
-        for g in range(whole, groups):
-            for i in range(keep):
-                column = g * group + np.int64(pos[m, g, i])
-                out[r, e] = delta[r, column] * factor if column < columns else np.float32(np.nan)
-                e += 1
+        if r % share == 0:
+            _columns(pos, r // share, group, at)
+        f, b = finetuned[r], base[r]
+        for i in range(columns):
+            difference = _difference(f[i], b[i])
+            row[i] = difference
+            largest = max(largest, np.float32(difference).view(np.uint32) & np.uint32(0x7FFFFFFF))
+        _take(row, at, whole, factor, out[r])
+    return largest < np.uint32(0x7F800000)
 
 
 @compiled
@@ -132,24 +160,43 @@ def _assign(kept, scales, size, low, high, midtread, out):  # type: ignore[no-un
                 fields[i] = np.uint8(np.int32(level) - np.int32(low)) if x == x else np.uint8(0)
 
 
-def uniform(seed: int, first: int, count: int, groups: int, keep: int, group: int) -> NDArray[np.uint8]:
+def uniform(
+    scratch: Scratch, seed: int, first: int, count: int, groups: int, keep: int, group: int
+) -> NDArray[np.uint8]:
     """See :func:`deltafmt.methods.sampling.uniform`."""
-    out = np.empty((count, groups, keep), np.uint8)
+    out = scratch.array("uniform", (count, groups, keep), np.uint8)
     _uniform(np.uint32(seed), first, keep, group, out)
     return out
 
 
-def gather(
-    delta: NDArray[np.float32], positions: NDArray[np.uint8], group: int, share: int, factor: np.float32
-) -> NDArray[np.float32]:
-    """See :func:`deltafmt.methods.sampling.gather`."""
-    out = np.empty((delta.shape[0], positions.shape[1] * positions.shape[2]), np.float32)
+def gather_difference(
+    scratch: Scratch,
+    finetuned: Raw,
+    finetuned_dtype: str,
+    base: Raw,
+    base_dtype: str,
+    positions: NDArray[np.uint8],
+    group: int,
+    share: int,
+    factor: np.float32,
+) -> tuple[NDArray[np.float32], bool]:
+    """See :func:`deltafmt.methods.sampling.gather_difference`."""
+    out = scratch.array("gather", (base.shape[0], positions.shape[1] * positions.shape[2]), np.float32)
+    if (finetuned_dtype, base_dtype) == ("BF16", "BF16"):
+        return out, bool(_gather_bf16(finetuned, base, positions, group, share, factor, out))
+    delta, finite = subtract(finetuned, finetuned_dtype, base, base_dtype)
     _gather(delta, positions, group, share, factor, out)
-    return out
+    return out, finite
 
 
 def quantize(
-    kept: NDArray[np.float32], bits: int, grid: str, rule: str, scale_group: int, scale_dtype: str
+    scratch: Scratch,
+    kept: NDArray[np.float32],
+    bits: int,
+    grid: str,
+    rule: str,
+    scale_group: int,
+    scale_dtype: str,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """See :func:`deltafmt.methods.quantize.quantize`."""
     rows, entries = kept.shape
@@ -162,13 +209,13 @@ def quantize(
     half = 2 ** (bits - 1)
     if rule == "mse":
         searched = np.ones((rows, groups), np.float32)
-        units = np.empty(min(size, max(entries, 1)), np.int32)
+        units = scratch.array("units", (min(size, max(entries, 1)),), np.int32)
         start = reference.start_step(bits, grid)
         _search(kept, size, largest, start, np.int32(half - 1), midtread, units, searched)
         searched = np.maximum(widen(narrow(searched, scale_dtype), scale_dtype), reference.SMALLEST)
         scales = np.where(largest >= reference.TINY, searched, scales)
     reference.check_scales(scales)
-    fields = np.empty((rows, entries), np.uint8)
+    fields = scratch.array("fields", (rows, entries), np.uint8)
     low = 1 - half if midtread else -half
     _assign(kept, scales, size, np.int32(low), np.int32(half - 1), midtread, fields)
     return fields, scales

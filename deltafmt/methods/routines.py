@@ -20,16 +20,21 @@ class Routines:
 
     codec: CodecRoutines
     uniform: Callable[[int, int, int, int, int, int], NDArray[np.uint8]]
-    gather: Callable[..., NDArray[np.float32]]
+    gather_difference: Callable[..., tuple[NDArray[np.float32], bool]]
     quantize: Callable[..., tuple[NDArray[np.uint8], NDArray[np.float32]]]
 
 
-@functools.cache
 def select_routines(compiled: bool) -> Routines:
-    """Return the compiled loops where they are wanted and numba is there, the reference otherwise."""
+    """Return the compiled loops where they are wanted and numba is there, the reference otherwise.
+
+    As with :func:`deltafmt.codecs.routines.codec_routines`, every thread needs routines of its own.
+    """
     codec = codec_routines(compiled)
     if not compiled or not accel.available():
-        return Routines(codec, sampling.uniform, sampling.gather, quantize.quantize)
+        return Routines(codec, sampling.uniform, sampling.gather_difference, quantize.quantize)
+    from deltafmt.codecs.fast import Scratch
     from deltafmt.methods import fast
 
-    return Routines(codec, fast.uniform, fast.gather, fast.quantize)
+    loops = (fast.uniform, fast.gather_difference, fast.quantize)
+    scratch = Scratch()
+    return Routines(codec, *(functools.partial(loop, scratch) for loop in loops))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.codecs.floats import Raw, subtract
 from deltafmt.codecs.positions import BLOCK_STEP, ROW_STEP, mix
 
 
@@ -56,3 +57,19 @@ def gather(
     kept = np.take_along_axis(delta, np.minimum(column, columns - 1), axis=1)
     with np.errstate(over="ignore"):
         return np.where(column < columns, kept * factor, np.float32(np.nan))
+
+
+def gather_difference(
+    finetuned: Raw,
+    finetuned_dtype: str,
+    base: Raw,
+    base_dtype: str,
+    positions: NDArray[np.uint8],
+    group: int,
+    share: int,
+    factor: np.float32,
+) -> tuple[NDArray[np.float32], bool]:
+    """Return the kept entries of ``finetuned - base``, and whether every element of it, dropped or kept, is finite."""
+    delta, finite = subtract(finetuned, finetuned_dtype, base, base_dtype)
+    with np.errstate(invalid="ignore"):
+        return gather(delta, positions, group, share, factor), finite

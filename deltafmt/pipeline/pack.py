@@ -19,17 +19,18 @@ from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.codecs import nm
 from deltafmt.container import canonical
-from deltafmt.container.partial import PartialFile
+from deltafmt.container.partial import PartialFile, StreamFile
 from deltafmt.container.writer import ContainerWriter, Sink
-from deltafmt.delta import row_ranges, slice_run
-from deltafmt.errors import InvalidFileError, NonFiniteError, StorageError, UsageError
+from deltafmt.delta import BATCH_ELEMENTS, row_ranges, slice_run
+from deltafmt.errors import NonFiniteError, StorageError, UsageError
 from deltafmt.layout import constants as c
-from deltafmt.layout.entries import Attachment, BaseRef, NMTerm, TensorEntry
-from deltafmt.methods.base import Method
+from deltafmt.layout.entries import BaseRef, NMTerm, TensorEntry
+from deltafmt.layout.sections import Attachment
+from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.deltadq import DeltaDQ
 from deltafmt.methods.routines import Routines, select_routines
 from deltafmt.pipeline.plan import Plan, Rule, make_plan, tensor_seed
-from deltafmt.pipeline.workers import drain, in_order, thread_count
+from deltafmt.pipeline.workers import PerThread, drain, in_order, thread_count
 
 # Below this many bytes, loading the compiled loops takes longer than the numpy reference does for all of the work.
 COMPILED_FROM_BYTES = 24 * 1024 * 1024
@@ -119,7 +120,7 @@ def pack(
         job = _job(sources, plans, profile, seed)
         sink = PartialFile(path, job, force=force)
     else:
-        path, sink = None, _Stream(out)
+        path, sink = None, StreamFile(out)
     result = PackResult(path, finetuned_bytes=sources[1].file_bytes, skipped_files=list(sources[1].skipped))
     packer = _Packer(sources, plans, method, sink, profile, seed, result)
     try:
@@ -144,35 +145,6 @@ def refuse_input(path: Path, sources: Sequence[Checkpoint]) -> None:
         inputs = [source.path, *(Path(name) for name, _, _ in source.identity()), *source.files.values()]
         if path.exists() and any(found.exists() and os.path.samefile(path, found) for found in inputs):
             raise UsageError(f"the output {path} is itself an input")
-
-
-class _Stream:
-    """A sink for a file object that the caller owns."""
-
-    sections: tuple[Any, ...] = ()
-    layouts: tuple[Any, ...] = ()
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.entries: dict[str, Any] = {}
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise StorageError(f"cannot write the output: {(error.strerror or str(error)).lower()}") from error
-
-    def record(self, *_: object) -> None:
-        """A stream cannot be resumed."""
-
-    def commit(self) -> None:
-        self._file.flush()
-
-    def keep(self) -> bool:
-        return False
-
-    def abandon(self) -> None:
-        """What is written is the caller's."""
 
 
 def _job(sources: Sequence[Checkpoint], plans: Sequence[Plan], profile: str, seed: int) -> bytes:
@@ -218,7 +190,7 @@ class _Packer:
         sources: tuple[Checkpoint, Checkpoint],
         plans: list[Plan],
         method: Method,
-        sink: PartialFile | _Stream,
+        sink: PartialFile | StreamFile,
         profile: str,
         seed: int,
         result: PackResult,
@@ -252,7 +224,8 @@ class _Packer:
         """Pack every tensor, then the attachments, then finish the file."""
         todo = [plan for plan in self._plans if plan.tensor.name not in self._entries]
         work = sum(plan.tensor.nbytes for plan in todo if plan.method)
-        self._routines = select_routines(work >= COMPILED_FROM_BYTES and accel.available())
+        compiled = work >= COMPILED_FROM_BYTES and accel.available()
+        self._routines = PerThread(lambda: select_routines(compiled))
         pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-pack")
         try:
             submitted = in_order(todo, lambda plan: self._submit(pool, plan), lambda plan: plan.tensor.nbytes)
@@ -304,10 +277,8 @@ class _Packer:
         layout, columns = method.layout, tensor.columns
         rows = min(tensor.rows, base.rows)
         pending.seed = tensor_seed(self._seed, tensor.name)
-        lengths = layout.buffer_lengths(rows, columns)
-        blank = {name: memoryview(bytearray(length)) for name, length in lengths.items()}
-        pending.packed = nm.views(layout, rows, columns, blank)
-        for start, stop in row_ranges(rows, columns, nm.run_rows(layout)):
+        pending.packed = nm.blank(layout, rows, columns)
+        for start, stop in row_ranges(0, rows, columns, nm.run_rows(layout), BATCH_ELEMENTS):
             part = pool.submit(_pack_rows, tensor, base, method, pending, start, stop, self._routines)
             pending.parts.append(part)
         return pending
@@ -371,25 +342,27 @@ def _digested(pieces: Iterator[memoryview], digest: blake3) -> Iterator[memoryvi
 
 
 def _pack_rows(
-    tensor: Tensor, base: Tensor, method: Method, pending: _Pending, start: int, stop: int, routines: Routines
+    tensor: Tensor,
+    base: Tensor,
+    method: Method,
+    pending: _Pending,
+    start: int,
+    stop: int,
+    per_thread: PerThread[Routines],
 ) -> None:
-    """Compress one run of rows into its slices of the packed arrays."""
-    with tensor.row_range(start, stop) as mine, base.row_range(start, stop) as theirs:
-        delta, finite = routines.codec.subtract(mine, tensor.dtype, theirs, base.dtype)
-    if not finite:
-        raise _non_finite(tensor, delta, start)
+    """Compress a batch of runs of rows into their slices of the packed arrays."""
+    routines = per_thread.get()
+    layout = method.layout
+    where = f'tensor "{tensor.name}"'
     try:
-        arrays = method.compress(delta, pending.seed, start, routines)
-        packed = nm.encode(method.layout, arrays, tensor.columns, routines.codec)
-    except (UsageError, InvalidFileError) as error:
-        raise type(error)(f'tensor "{tensor.name}", rows {start} to {stop}: {error}') from error
-    for name, part in slice_run(pending.packed, method.layout.share, start, stop).items():
-        part[...] = packed[name]
-
-
-def _non_finite(tensor: Tensor, delta: NDArray[np.float32], start: int) -> NonFiniteError:
-    row, column = (int(i) for i in np.argwhere(~np.isfinite(delta))[0])
-    return NonFiniteError(
-        f'tensor "{tensor.name}": the delta at row {start + row}, column {column} is {delta[row, column]}; '
-        f"--exclude {tensor.name} keeps the tensor exactly"
-    )
+        with tensor.row_range(start, stop) as mine, base.row_range(start, stop) as theirs:
+            for first, last in row_ranges(start, stop, tensor.columns, nm.run_rows(layout)):
+                run = slice(first - start, last - start)
+                rows = DeltaRows(mine[run], tensor.dtype, theirs[run], base.dtype, first, routines)
+                arrays = method.compress(rows, pending.seed)
+                nm.encode(layout, arrays, slice_run(pending.packed, layout.share, first, last), routines.codec)
+    except NonFiniteError as error:
+        hint = f"--exclude {tensor.name} keeps the tensor exactly"
+        raise NonFiniteError(f"{where}: {error}; {hint}") from error
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Job = TypeVar("Job")
 
 # Bytes of fine-tuned tensors whose results may wait for their turn.
-IN_FLIGHT_BYTES = 128 * 1024 * 1024
+IN_FLIGHT_BYTES = 64 * 1024 * 1024
 
 
 def thread_count(threads: int | None) -> int:
@@ -39,12 +40,21 @@ def in_order(
     yield from waiting
 
 
+class PerThread(Generic[Item]):
+    """One object for each thread that asks, made when it first does."""
+
+    def __init__(self, make: Callable[[], Item]) -> None:
+        self._make = make
+        self._local = threading.local()
+
+    def get(self) -> Item:
+        """Return this thread's object."""
+        found: Item | None = getattr(self._local, "item", None)
+        if found is None:
+            found = self._local.item = self._make()
+        return found
+
+
 def drain(pool: ThreadPoolExecutor) -> None:
     """Stop a pool: drop what has not begun, wait for what has."""
     pool.shutdown(wait=True, cancel_futures=True)
-
-
-def results(futures: Iterable[Future[object]]) -> None:
-    """Wait for futures; raise the first error."""
-    for future in futures:
-        future.result()

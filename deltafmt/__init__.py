@@ -1,0 +1,71 @@
+"""deltafmt: one container for every kind of compressed fine-tune delta.
+
+::
+
+    with deltafmt.open("math.deltafmt") as d:      # memory-mapped; numpy only
+        d.keys(); d["model.layers.0.mlp.up_proj.weight"].shape
+        d.buffers(name)                            # zero-copy read-only views of the packed arrays
+        d.delta(name)                              # dense float32 array
+
+    deltafmt.pack(base, finetuned, out, method=deltafmt.methods.DeltaDQ(n=4, m=16, bits=4))
+    deltafmt.unpack(base, delta, out_folder)
+
+Importing this package imports nothing else; every name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from deltafmt._version import __version__
+
+if TYPE_CHECKING:
+    from deltafmt import errors, methods
+    from deltafmt.delta import DeltaFile
+    from deltafmt.delta import DeltaFile as open  # noqa: A004 - as safetensors and gzip name theirs
+    from deltafmt.pipeline.diff import diff
+    from deltafmt.pipeline.pack import pack
+    from deltafmt.pipeline.repack import repack
+    from deltafmt.pipeline.unpack import unpack
+    from deltafmt.pipeline.verify import verify
+
+__all__ = [
+    "DeltaFile",
+    "__version__",
+    "diff",
+    "errors",
+    "methods",
+    "open",
+    "pack",
+    "repack",
+    "unpack",
+    "verify",
+]
+
+_HOMES = {
+    "DeltaFile": ("deltafmt.delta", "DeltaFile"),
+    "diff": ("deltafmt.pipeline.diff", "diff"),
+    "errors": ("deltafmt.errors", None),
+    "methods": ("deltafmt.methods", None),
+    "open": ("deltafmt.delta", "DeltaFile"),
+    "pack": ("deltafmt.pipeline.pack", "pack"),
+    "repack": ("deltafmt.pipeline.repack", "repack"),
+    "unpack": ("deltafmt.pipeline.unpack", "unpack"),
+    "verify": ("deltafmt.pipeline.verify", "verify"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'deltafmt' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    value = importlib.import_module(module)
+    if attribute is not None:
+        value = getattr(value, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

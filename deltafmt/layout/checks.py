@@ -1,0 +1,52 @@
+"""Checks of the index's plain values; each names the place where a value is wrong."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from deltafmt.errors import InvalidFileError
+from deltafmt.layout import constants as c
+
+
+def fail(where: str, what: str) -> NoReturn:
+    """Raise InvalidFileError naming the place in the index."""
+    raise InvalidFileError(f"{where}: {what}")
+
+
+def check_fields(obj: Any, where: str, keys: tuple[str, ...]) -> list[Any]:
+    """Return the values of a map that has exactly these keys, in order."""
+    if type(obj) is not dict or tuple(obj) != keys:
+        found = ", ".join(map(repr, obj)) if type(obj) is dict else type(obj).__name__
+        fail(where, f"expected the keys {', '.join(keys)}, found {found or 'none'}")
+    return list(obj.values())
+
+
+def check_uint(value: Any, where: str, limit: int = 2**63 - 1) -> int:
+    """Return an integer from 0 to ``limit``."""
+    if type(value) is not int or not 0 <= value <= limit:
+        fail(where, f"{value!r} is not an integer from 0 to {limit}")
+    return value
+
+
+def check_bytes(value: Any, where: str, length: int) -> bytes:
+    """Return a byte string of a given length."""
+    if type(value) is not bytes or len(value) != length:
+        fail(where, f"expected {length} bytes")
+    return value
+
+
+def check_shape(value: Any, where: str) -> tuple[int, ...]:
+    """Return a shape within the limits of rank and size."""
+    if type(value) is not list or len(value) > c.MAX_RANK:
+        fail(where, f"a shape is a list of at most {c.MAX_RANK} sizes")
+    shape = tuple(check_uint(size, where) for size in value)
+    if c.element_count(shape) > c.MAX_ELEMENTS:
+        fail(where, f"{list(shape)} has more than {c.MAX_ELEMENTS} elements")
+    return shape
+
+
+def check_dtype(value: Any, where: str) -> str:
+    """Return the name of a known dtype."""
+    if type(value) is not str or value not in c.DTYPE_BITS:
+        fail(where, f"unknown dtype {value!r}")
+    return value

@@ -1,0 +1,138 @@
+"""What changed, tensor by tensor, between two delta files or two checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltafmt.checkpoint.folder import Checkpoint, natural_key
+from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.codecs import floats
+from deltafmt.container.content import semantic_entry
+from deltafmt.delta import DeltaFile, row_ranges
+from deltafmt.errors import UsageError
+from deltafmt.layout.constants import DELTA_DTYPES
+from deltafmt.layout.entries import TensorEntry
+from deltafmt.pipeline.summary import describe_entry
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One tensor that is not the same on both sides.
+
+    Attributes:
+        name: of the tensor.
+        kind: ``only in A``, ``only in B`` or ``changed``.
+        detail: what differs, in words.
+        relative: for two checkpoints, the norm of the difference over the norm of A's tensor.
+        largest: for two checkpoints, the largest absolute difference.
+    """
+
+    name: str
+    kind: str
+    detail: str = ""
+    relative: float | None = None
+    largest: float | None = None
+
+    def to_obj(self) -> dict[str, Any]:
+        """Return a plain object for JSON."""
+        obj: dict[str, Any] = {"name": self.name, "kind": self.kind, "detail": self.detail}
+        if self.relative is not None:
+            obj |= {"relative": self.relative, "largest": self.largest}
+        return obj
+
+
+@dataclass(frozen=True, slots=True)
+class DiffResult:
+    """The changes, and how many tensors are the same."""
+
+    changes: list[Change]
+    same: int
+
+
+def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> DiffResult:
+    """Compare two delta files, or two checkpoints.
+
+    Raises:
+        UsageError: one is a delta file and the other a checkpoint.
+        InvalidFileError, StorageError: an input cannot be read.
+    """
+    kinds = [_is_delta(Path(a)), _is_delta(Path(b))]
+    if kinds[0] != kinds[1]:
+        raise UsageError(f"{a} and {b} are a delta file and a checkpoint; diff compares two of a kind")
+    if kinds[0]:
+        with DeltaFile(a) as first, DeltaFile(b) as second:
+            return _collect(
+                {entry.name: entry for entry in first.container.entries()},
+                {entry.name: entry for entry in second.container.entries()},
+                _compare_entries,
+            )
+    return _collect(Checkpoint(a).tensors, Checkpoint(b).tensors, _compare_tensors)
+
+
+def _is_delta(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(8)
+    return path.suffix == ".deltafmt" or head[1:4] == b"DLT"
+
+
+def _collect(a: dict[str, Any], b: dict[str, Any], compare: Any) -> DiffResult:
+    changes = []
+    same = 0
+    for name in sorted(set(a) | set(b), key=natural_key):
+        if name not in a or name not in b:
+            changes.append(Change(name, "only in A" if name in a else "only in B"))
+            continue
+        change = compare(a[name], b[name])
+        if change is None:
+            same += 1
+        else:
+            changes.append(change)
+    return DiffResult(changes, same)
+
+
+def _compare_entries(a: TensorEntry, b: TensorEntry) -> Change | None:
+    left, right = semantic_entry(a), semantic_entry(b)
+    if left == right:  # also where the same positions are stored as fixed in one file and as rank in the other
+        return None
+    parts = [key for key in ("dtype", "shape", "base") if left.get(key) != right.get(key)]
+    before, after = describe_entry(a), describe_entry(b)
+    if before != after:
+        parts.append(f"{before} -> {after}")
+    elif left.get("digest") != right.get("digest"):
+        parts.append("content")
+    return Change(a.name, "changed", "; ".join(parts) or "seed")
+
+
+def _compare_tensors(a: Tensor, b: Tensor) -> Change | None:
+    if a.equals(b):
+        return None
+    if a.shape != b.shape or a.dtype != b.dtype:
+        detail = f"{a.dtype} {list(a.shape)} -> {b.dtype} {list(b.shape)}"
+        if a.shape != b.shape or not {a.dtype, b.dtype} <= set(DELTA_DTYPES):
+            return Change(a.name, "changed", detail)
+    elif a.dtype not in DELTA_DTYPES:
+        return Change(a.name, "changed", "bytes")
+    else:
+        detail = "values"
+    squares = reference = 0.0
+    largest = 0.0
+    for left, delta in _deltas(a, b):
+        squares += float(np.square(delta, dtype=np.float64).sum())
+        reference += float(np.square(left, dtype=np.float64).sum())
+        largest = max(largest, float(np.abs(delta).max(initial=0)))
+    relative = (squares / reference) ** 0.5 if reference else float("inf") if squares else 0.0
+    return Change(a.name, "changed", detail, relative, largest)
+
+
+def _deltas(a: Tensor, b: Tensor) -> Iterator[tuple[floats.Floats, floats.Floats]]:
+    for start, stop in row_ranges(0, a.rows, a.columns, 1):
+        with a.row_range(start, stop) as left, b.row_range(start, stop) as right:
+            yield floats.widen(left, a.dtype), floats.subtract(right, b.dtype, left, a.dtype)[0]

@@ -1,0 +1,122 @@
+"""One profile to the other without loss: zstd and rank indexes for archives, stored and fixed for kernels."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deltafmt.checkpoint.folder import natural_key
+from deltafmt.codecs import nm
+from deltafmt.container.partial import PartialFile
+from deltafmt.container.writer import ContainerWriter
+from deltafmt.delta import DeltaFile
+from deltafmt.errors import UsageError
+from deltafmt.layout import constants as c
+from deltafmt.layout.entries import NMTerm, TensorEntry
+from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.sections import Attachment
+
+
+@dataclass(frozen=True, slots=True)
+class RepackResult:
+    """What a repack did: the file, its size, the size before, and the content id, which stays."""
+
+    path: Path
+    size: int
+    old_size: int
+    content_id: str
+
+
+def repack(
+    delta: str | os.PathLike[str], out: str | os.PathLike[str], *, profile: str, force: bool = False
+) -> RepackResult:
+    """Write a delta file in another profile; tensors, digests and content id stay the same.
+
+    Args:
+        delta: the file.
+        out: the file to make.
+        profile: ``hot`` or ``cold``.
+        force: replace ``out`` if it exists.
+
+    Raises:
+        UsageError: the output exists or is the input, or the profile is unknown.
+        InvalidFileError: the input is not valid.
+        StorageError: reading or writing failed.
+    """
+    if profile not in c.PROFILES:
+        raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
+    path = Path(out)
+    with DeltaFile(delta) as opened:
+        if path.exists() and os.path.samefile(path, delta):
+            raise UsageError(f"the output {path} is itself the input")
+        container = opened.container
+        # An interrupted repack starts over: it runs at the speed of the disk.
+        sink = PartialFile(path, None, force=force)
+        try:
+            writer = ContainerWriter(sink, profile)
+            entries = sorted(container.entries(), key=lambda entry: natural_key(entry.name))
+            moved = [_move(opened, writer, entry) for entry in entries]
+            attachments = {
+                name: Attachment(writer.add(container.buffer(old.data), c.KIND_ATTACHMENTS), old.digest)
+                for name, old in container.attachments.items()
+            }
+            identity = writer.finish(
+                moved,
+                removed=container.removed,
+                attachments=attachments,
+                metadata=dict(container.metadata),
+            )
+            if identity != container.content_id:
+                raise AssertionError("repacking changed the content id")
+            sink.commit()
+        except BaseException:
+            sink.abandon()
+            raise
+        return RepackResult(path, path.stat().st_size, container.size, identity.hex())
+
+
+def target_layout(layout: NMLayout, profile: str) -> NMLayout:
+    """Return the layout that a profile uses: ``fixed`` when hot, ``rank`` when cold where one exists."""
+    if profile == "hot":
+        return layout.with_index("fixed") if layout.index == "rank" else layout
+    if layout.index == "fixed":
+        try:
+            ranked = layout.with_index("rank")
+        except UsageError:
+            return layout
+        if ranked.rank_bits < layout.position_bits * layout.keep:
+            return ranked
+    return layout
+
+
+def _move(delta: DeltaFile, writer: ContainerWriter, entry: TensorEntry) -> TensorEntry:
+    """Copy one tensor's buffers, with its indexes in the form that the profile uses."""
+    terms = []
+    for term in entry.terms:
+        layout = target_layout(term.params, writer.profile)
+        arrays = delta.term_views(entry, term)
+        if layout != term.params:
+            words = arrays["index"].view(np.uint32)
+            rows = layout.mask_rows(entry.delta_rows)
+            arrays["index"] = nm.transcode_index(term.params, words, rows, entry.columns, layout)
+        refs = {
+            name: writer.add(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+            for name, array in arrays.items()
+        }
+        terms.append(NMTerm(writer.layout_number(layout), layout, term.seed, refs))
+    data = None if entry.data is None else writer.add(delta.container.buffer(entry.data))
+    writer.boundary()
+    return TensorEntry(
+        entry.name,
+        entry.action,
+        entry.dtype,
+        entry.shape,
+        entry.base,
+        entry.digest,
+        data,
+        tuple(terms),
+        entry.target,
+    )

@@ -1,0 +1,146 @@
+"""What costs what in a delta file, from its index alone: no section is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from deltafmt.container.reader import Container
+from deltafmt.layout import constants as c
+from deltafmt.layout.entries import TensorEntry
+
+
+@dataclass(slots=True)
+class Node:
+    """A line of the tree of costs: a label, its bytes, a remark, and what it is made of."""
+
+    label: str
+    size: int
+    note: str = ""
+    children: list[Node] = field(default_factory=list)
+
+    def to_obj(self) -> dict[str, Any]:
+        """Return a plain object for JSON."""
+        obj: dict[str, Any] = {"label": self.label, "bytes": self.size}
+        if self.note:
+            obj["note"] = self.note
+        if self.children:
+            obj["children"] = [child.to_obj() for child in self.children]
+        return obj
+
+
+# What a buffer counts as. Everything else in the file is overhead.
+PAYLOAD = {"codes": "codes", "index": "index", "scales": "scales", "new_rows": "kept exactly", "data": "kept exactly"}
+
+
+def finetuned_bytes(entries: Iterable[TensorEntry]) -> int:
+    """Return the bytes of the fine-tuned tensors, tied ones counted once."""
+    return sum(entry.nbytes for entry in entries if entry.action != "alias")
+
+
+def cost_tree(container: Container) -> Node:
+    """Return the tree of costs; the sizes of every node's children sum to its own, the root's is the file's."""
+    kinds: dict[str, dict[str, int]] = {}
+    counts: dict[str, int] = {}
+    used = 0
+    for entry in container.entries():
+        for name, ref in entry.refs():
+            plain = name.rpartition(".")[2]
+            group = "tensors kept exactly" if entry.action == "replace" else "deltas"
+            label = PAYLOAD[plain]
+            kinds.setdefault(group, {}).setdefault(label, 0)
+            kinds[group][label] += ref.length
+            used += ref.length
+        counts[entry.action] = counts.get(entry.action, 0) + 1
+    tensors = [section for section in container.sections if section.kind == c.KIND_TENSORS]
+    raw = sum(section.raw_length for section in tensors)
+    stored = sum(section.length for section in tensors)
+    nodes = []
+    for group, action in (("deltas", "add"), ("tensors kept exactly", "replace")):
+        parts = [Node(label, size) for label, size in kinds.get(group, {}).items() if size]
+        note = f"{counts.get(action, 0)} tensors"
+        children = parts if group == "deltas" else []
+        nodes.append(Node(group, sum(part.size for part in parts), note, children))
+    if stored != raw:
+        nodes.append(Node("zstd saves", stored - raw, f"{len(tensors)} sections"))
+    attached = [section for section in container.sections if section.kind == c.KIND_ATTACHMENTS]
+    if attached:
+        names = ", ".join(container.attachments)
+        nodes.append(Node("attachments", sum(section.length for section in attached), names))
+    nodes.append(Node("index", container.index_length, f"{len(container.keys())} tensors"))
+    nodes.append(Node("header and trailer", c.HEADER_SIZE + c.TRAILER_SIZE))
+    nodes.append(Node("alignment", container.size - sum(node.size for node in nodes)))
+    return Node("file", container.size, "", [node for node in nodes if node.size])
+
+
+def overhead(container: Container) -> int:
+    """Return the bytes that are neither codes, index, scales nor kept tensors (attachments included)."""
+    payload = sum(ref.length for entry in container.entries() for _, ref in entry.refs())
+    return container.size - payload
+
+
+def describe_entry(entry: TensorEntry) -> str:
+    """Return how a tensor comes about, in a few words."""
+    if entry.action == "alias":
+        return f"alias of {entry.target}"
+    if entry.terms:
+        grown = f" + {entry.rows - entry.delta_rows} new rows" if entry.data is not None else ""
+        return " + ".join(f"nm {term.params.describe()}" for term in entry.terms) + grown
+    return {"same": "same as the base", "replace": "kept exactly"}[entry.action]
+
+
+def entry_obj(container: Container, entry: TensorEntry) -> dict[str, Any]:
+    """Return everything about a tensor as a plain object; ``file_offset`` is where a stored buffer lies in the file."""
+    obj: dict[str, Any] = {
+        "action": entry.action,
+        "dtype": entry.dtype,
+        "shape": list(entry.shape),
+        "bytes": entry.nbytes,
+        "stored_bytes": sum(ref.length for _, ref in entry.refs()),
+    }
+    if entry.base is not None:
+        obj["base"] = {
+            "digest": entry.base.digest.hex(),
+            "dtype": entry.base.dtype,
+            "shape": list(entry.base.shape),
+        }
+    if entry.digest is not None:
+        obj["digest"] = entry.digest.hex()
+    if entry.target is not None:
+        obj["target"] = entry.target
+    if entry.terms:
+        obj["terms"] = [{**term.params.to_obj(), "seed": term.seed} for term in entry.terms]
+    buffers = {}
+    for name, ref in entry.refs():
+        section = container.sections[ref.section]
+        buffers[name] = {"section": ref.section, "offset": ref.offset, "length": ref.length}
+        if section.codec == c.CODEC_STORED:
+            buffers[name]["file_offset"] = section.offset + ref.offset
+    if buffers:
+        obj["buffers"] = buffers
+    return obj
+
+
+def summary_obj(container: Container) -> dict[str, Any]:
+    """Return everything about a file as a plain object."""
+    entries = list(container.entries())
+    total = finetuned_bytes(entries)
+    return {
+        "schema": 1,
+        "file": container.name,
+        "bytes": container.size,
+        "content_id": container.content_id.hex(),
+        "profile": container.profile,
+        "metadata": dict(container.metadata),
+        "finetuned_bytes": total,
+        "ratio": round(total / container.size, 4),
+        "overhead_bytes": overhead(container),
+        "tree": cost_tree(container).to_obj(),
+        "sections": [
+            {**section.to_obj(), "checksum": section.checksum.hex()} for section in container.sections
+        ],
+        "attachments": {name: item.data.length for name, item in container.attachments.items()},
+        "removed": list(container.removed),
+        "tensors": {entry.name: entry_obj(container, entry) for entry in entries},
+    }

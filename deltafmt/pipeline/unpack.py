@@ -1,0 +1,249 @@
+"""Base and delta file to a loadable checkpoint folder: streamed, in bounded memory, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from deltafmt import accel
+from deltafmt.checkpoint.folder import Checkpoint, natural_key
+from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
+from deltafmt.codecs.floats import RAW_DTYPES
+from deltafmt.codecs.routines import CodecRoutines, codec_routines
+from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
+from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.layout.entries import BaseRef, TensorEntry
+from deltafmt.pipeline.pack import COMPILED_FROM_BYTES, Progress
+from deltafmt.pipeline.workers import PerThread, drain, in_order, thread_count
+
+_STEP = 8 * 1024 * 1024
+
+
+@dataclass(slots=True)
+class UnpackResult:
+    """What an unpack did.
+
+    Attributes:
+        path: the folder.
+        tensors: number of tensors written.
+        nbytes: bytes of those tensors.
+        files: names of the attached files that were written.
+        mismatched: base tensors that differ from those packed against (only with ``force_base``).
+    """
+
+    path: Path
+    tensors: int = 0
+    nbytes: int = 0
+    files: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+
+
+def unpack(
+    base: str | os.PathLike[str],
+    delta: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    force_base: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> UnpackResult:
+    """Apply a delta to its base and write the fine-tuned checkpoint as a folder.
+
+    Args:
+        base: a checkpoint folder or a ``.safetensors`` file, in any shards.
+        delta: the delta file.
+        out: the folder to make.
+        force: replace ``out`` if it is a folder that exists.
+        force_base: go on although the base's bytes differ; recorded in the output's metadata.
+        max_shard_bytes: tensor bytes of a shard.
+        threads: worker threads; one a processor if not given.
+        progress: called with a tensor's name and bytes as each is done.
+
+    Raises:
+        UsageError: the output exists or is an input.
+        InvalidFileError: the delta, or the base, is not valid.
+        WrongBaseError: names the first tensor of the base that differs.
+        StorageError: reading or writing failed.
+    """
+    path = Path(out)
+    check_output_folder(path, force=force)
+    for source in (Path(base), Path(delta)):
+        if path.exists() and source.exists() and (
+            os.path.samefile(path, source) or path.resolve() in source.resolve().parents
+        ):
+            raise UsageError(f"the output {path} is, or holds, the input {source}")
+    checkpoint = Checkpoint(base)
+    with DeltaFile(delta) as opened:
+        entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
+        # With force_base, the bytes are compared all the same, and the differences recorded.
+        for entry in entries:
+            find_base(checkpoint, entry)
+        job = _Unpacker(opened, checkpoint, entries, UnpackResult(path))
+        return job.run(force, force_base, max_shard_bytes, thread_count(threads), progress)
+
+
+def find_base(checkpoint: Checkpoint, entry: TensorEntry) -> Tensor | None:
+    """Return the base tensor that an entry needs, or None if it needs none.
+
+    Raises:
+        WrongBaseError: the base lacks it, or has it in another dtype or shape.
+    """
+    if entry.base is None:
+        return None
+    tensor = checkpoint.tensors.get(entry.name)
+    if tensor is None:
+        raise WrongBaseError(f'wrong base {checkpoint.path}: it has no tensor "{entry.name}"')
+    if (tensor.dtype, tensor.shape) != (entry.base.dtype, entry.base.shape):
+        raise WrongBaseError(
+            f'wrong base {checkpoint.path}: tensor "{entry.name}" is {tensor.dtype} {list(tensor.shape)}, '
+            f"not {entry.base.dtype} {list(entry.base.shape)}"
+        )
+    return tensor
+
+
+def wrong_bytes(checkpoint: Checkpoint, name: str) -> WrongBaseError:
+    """Return the error for a base tensor whose bytes differ."""
+    return WrongBaseError(
+        f'wrong base {checkpoint.path}: tensor "{name}" differs from the one that was packed against'
+    )
+
+
+@dataclass(slots=True)
+class _Pending:
+    fingerprint: Future[bytes] | None = None
+    parts: list[Future[None]] = field(default_factory=list)
+
+
+class _Unpacker:
+    """One run of unpack."""
+
+    def __init__(
+        self, delta: DeltaFile, base: Checkpoint, entries: list[TensorEntry], result: UnpackResult
+    ) -> None:
+        self._delta = delta
+        self._base = base
+        self._entries = entries
+        self._result = result
+        work = sum(entry.nbytes for entry in entries if entry.terms)
+        compiled = work >= COMPILED_FROM_BYTES and accel.available()
+        self._routines = PerThread(lambda: codec_routines(compiled))
+
+    def run(
+        self, force: bool, force_base: bool, max_shard_bytes: int, threads: int, progress: Progress | None
+    ) -> UnpackResult:
+        """Write every tensor, then the attached files, and put the folder in its place."""
+        metadata = {}
+        if force_base:
+            self._result.mismatched = self._compare(threads)
+            if self._result.mismatched:
+                metadata["deltafmt.forced_base"] = ",".join(self._result.mismatched)[:4096]
+        metadata["deltafmt.content_id"] = self._delta.content_id
+        specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in self._entries]
+        writer = CheckpointWriter(
+            self._result.path, specs, metadata=metadata, max_shard_bytes=max_shard_bytes, force=force
+        )
+        try:
+            self._write(writer, force_base, threads, progress)
+            for name in self._delta.container.attachments:
+                writer.add_file(name, self._delta.attachment(name))
+                self._result.files.append(name)
+            writer.commit()
+        except BaseException:
+            writer.abandon()
+            raise
+        return self._result
+
+    def _write(
+        self, writer: CheckpointWriter, force_base: bool, threads: int, progress: Progress | None
+    ) -> None:
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-unpack")
+        try:
+            for entry, pending in in_order(
+                self._entries, lambda entry: self._submit(pool, writer, entry), lambda entry: entry.nbytes
+            ):
+                if pending.fingerprint is not None and not force_base:
+                    self._check_base(entry, entry.base, pending.fingerprint)
+                for part in pending.parts:
+                    part.result()
+                self._result.tensors += 1
+                self._result.nbytes += entry.nbytes
+                if progress:
+                    progress(entry.name, entry.nbytes)
+        finally:
+            drain(pool)
+
+    def _compare(self, threads: int) -> list[str]:
+        needed = [(entry, tensor) for entry in self._entries if (tensor := find_base(self._base, entry))]
+        with ThreadPoolExecutor(threads) as pool:
+            found = pool.map(lambda pair: pair[1].fingerprint(), needed)
+            return [
+                entry.name
+                for (entry, _), digest in zip(needed, found, strict=True)
+                if entry.base is not None and digest != entry.base.digest
+            ]
+
+    def _check_base(self, entry: TensorEntry, base: BaseRef | None, digest: Future[bytes]) -> None:
+        if base is not None and digest.result() != base.digest:
+            raise wrong_bytes(self._base, entry.name)
+
+    def _submit(self, pool: ThreadPoolExecutor, writer: CheckpointWriter, entry: TensorEntry) -> _Pending:
+        """Start the work on one tensor."""
+        pending = _Pending()
+        source = self._delta.resolve(entry.name)
+        # An alias is written from its target's terms, over its target's base.
+        tensor = find_base(self._base, source)
+        if tensor is not None:
+            tensor.file.will_need(tensor.offset, tensor.nbytes)
+            if entry.target is None:
+                pending.fingerprint = pool.submit(tensor.fingerprint)
+        if source.terms and tensor is not None:
+            part = _Part(writer, entry.name, source, tensor, RunDecoder(self._delta, source), self._routines)
+            for start, stop in row_ranges(0, source.delta_rows, source.columns, part.decoder.step, BATCH_ELEMENTS):
+                pending.parts.append(pool.submit(part.write, start, stop))
+        elif tensor is not None:
+            pending.parts.append(pool.submit(_copy, writer, entry.name, tensor))
+        if source.data is not None:
+            offset = source.nbytes - source.data.length
+            view = self._delta.container.buffer(source.data)
+            for start in range(0, len(view), _STEP):
+                piece = view[start : start + _STEP]
+                pending.parts.append(pool.submit(writer.write, entry.name, offset + start, piece))
+        return pending
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Write batches of rows of an ``add``."""
+
+    writer: CheckpointWriter
+    name: str
+    entry: TensorEntry
+    tensor: Tensor
+    decoder: RunDecoder
+    per_thread: PerThread[CodecRoutines]
+
+    def write(self, start: int, stop: int) -> None:
+        """Decode, add and write rows ``start`` to ``stop``."""
+        routines = self.per_thread.get()
+        dtype, columns = self.entry.dtype, self.entry.columns
+        row_bytes = columns * RAW_DTYPES[dtype].itemsize
+        with self.tensor.row_range(start, stop) as base:
+            for first, last in row_ranges(start, stop, columns, self.decoder.step):
+                delta = self.decoder.rows(first, last, routines)
+                rows = routines.add(base[first - start : last - start], self.tensor.dtype, delta, dtype)
+                self.writer.write(self.name, first * row_bytes, memoryview(np.ascontiguousarray(rows)).cast("B"))
+
+
+def _copy(writer: CheckpointWriter, name: str, tensor: Tensor) -> None:
+    """Write a tensor that is the base's."""
+    offset = 0
+    for piece in tensor.pieces():
+        writer.write(name, offset, piece)
+        offset += len(piece)

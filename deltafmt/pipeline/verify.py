@@ -1,0 +1,156 @@
+"""Everything that can be checked of a delta file, and of a base against it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from blake3 import blake3
+
+from deltafmt import accel
+from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.codecs import nm
+from deltafmt.codecs.routines import codec_routines
+from deltafmt.container.content import content_id
+from deltafmt.container.reader import Container
+from deltafmt.delta import DeltaFile, RunDecoder
+from deltafmt.errors import InvalidFileError
+from deltafmt.layout import constants as c
+from deltafmt.layout.entries import TensorEntry
+from deltafmt.layout.sections import BufferRef
+from deltafmt.pipeline.pack import COMPILED_FROM_BYTES
+from deltafmt.pipeline.unpack import find_base, wrong_bytes
+from deltafmt.pipeline.workers import thread_count
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """What was found to be right.
+
+    Attributes:
+        sections: checksums compared.
+        tensors: entries whose buffers were decoded and whose digests were compared.
+        base_tensors: base tensors whose fingerprints were compared; None without a base.
+        content_id: recomputed content id, hexadecimal.
+    """
+
+    sections: int
+    tensors: int
+    base_tensors: int | None
+    content_id: str
+
+
+def verify(
+    delta: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    threads: int | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> VerifyResult:
+    """Check a delta file completely: structure, checksums, canonical packing, digests, content id.
+
+    Args:
+        delta: the file.
+        base: if given, its tensors are compared with the fingerprints in the file.
+        threads: worker threads for the base's fingerprints.
+        progress: called with a tensor's name and bytes as each is done.
+
+    Raises:
+        InvalidFileError: the first fault, with its place.
+        WrongBaseError: names the first tensor of the base that differs.
+        StorageError: reading failed.
+    """
+    with DeltaFile(delta) as opened:
+        container = opened.container
+        try:
+            entries = list(container.entries())
+            for number in range(len(container.sections)):
+                container.touch(number, force=True)
+            check_coverage(container, entries)
+        except InvalidFileError as error:
+            raise _named(container, error) from error
+        work = sum(entry.nbytes for entry in entries if entry.terms)
+        routines = codec_routines(work >= COMPILED_FROM_BYTES and accel.available())
+        for entry in entries:
+            if entry.digest is not None and payload_digest(opened, entry) != entry.digest:
+                raise _named(container, InvalidFileError(f'tensors["{entry.name}"]: the payload has another digest'))
+            if entry.terms:
+                decoder = RunDecoder(opened, entry)
+                for start, stop in decoder.ranges():
+                    decoder.rows(start, stop, routines, check=True)
+            if progress:
+                progress(entry.name, entry.nbytes)
+        for name, attachment in container.attachments.items():
+            if blake3(container.buffer(attachment.data)).digest() != attachment.digest:
+                raise _named(container, InvalidFileError(f'attachments["{name}"]: the bytes have another digest'))
+        found = content_id(entries, container.removed, container.attachments, container.metadata)
+        if found != container.content_id:
+            raise _named(container, InvalidFileError("the content id is not that of the content"))
+        checked = None if base is None else check_base(Checkpoint(base), entries, thread_count(threads))
+        return VerifyResult(len(container.sections), len(entries), checked, found.hex())
+
+
+def check_base(base: Checkpoint, entries: list[TensorEntry], threads: int) -> int:
+    """Compare a base with the fingerprints; return how many tensors were compared.
+
+    Raises:
+        WrongBaseError: names the first tensor that differs.
+    """
+    needed = [(entry, tensor) for entry in entries if (tensor := find_base(base, entry)) is not None]
+    with ThreadPoolExecutor(threads) as pool:
+        digests = pool.map(lambda pair: pair[1].fingerprint(), needed)
+        for (entry, _), digest in zip(needed, digests, strict=True):
+            if entry.base is not None and digest != entry.base.digest:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise wrong_bytes(base, entry.name)
+    return len(needed)
+
+
+def check_coverage(container: Container, entries: list[TensorEntry]) -> None:
+    """Check that the buffers of every section follow each other, with zero padding only between them.
+
+    Raises:
+        InvalidFileError: buffers overlap, leave a gap, or bytes between them are not zero.
+    """
+    used: dict[int, list[BufferRef]] = {number: [] for number in range(len(container.sections))}
+    for entry in entries:
+        for _, ref in entry.refs():
+            used[ref.section].append(ref)
+    for attachment in container.attachments.values():
+        used[attachment.data.section].append(attachment.data)
+    for number, refs in used.items():
+        position = 0
+        for ref in sorted(refs, key=lambda ref: (ref.offset, ref.length)):
+            start = c.align(position, c.BUFFER_ALIGNMENT)
+            if ref.offset != start:
+                raise InvalidFileError(f"section {number}: a buffer starts at {ref.offset}, where {start} is next")
+            padding = BufferRef(number, position, start - position)
+            if any(container.buffer(padding)):
+                raise InvalidFileError(f"section {number}: the padding at {position} is not zero")
+            position = ref.offset + ref.length
+        if position != container.sections[number].raw_length:
+            raise InvalidFileError(f"section {number}: no buffer holds the bytes from {position} on")
+
+
+def payload_digest(delta: DeltaFile, entry: TensorEntry) -> bytes:
+    """Return the BLAKE3 of a tensor's payload: its buffers in order, a ``rank`` index in its ``fixed`` form."""
+    digest = blake3()
+    for term in entry.terms:
+        layout = term.params
+        for name, array in delta.term_views(entry, term).items():
+            if name == "index" and layout.index == "rank":
+                words = array.view(np.uint32)
+                rows = layout.mask_rows(entry.delta_rows)
+                array = nm.transcode_index(layout, words, rows, entry.columns, layout.with_index("fixed"))
+            digest.update(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    if entry.data is not None:
+        digest.update(delta.container.buffer(entry.data))
+    return digest.digest()
+
+
+def _named(container: Container, error: InvalidFileError) -> InvalidFileError:
+    prefix = f"{container.name}: "
+    return error if str(error).startswith(prefix) else type(error)(prefix + str(error))

@@ -1,0 +1,1 @@
+"""GPU kernels that multiply on packed layouts, each beside an obvious reference; shipped as ``deltafmt.kernels``."""

@@ -1,0 +1,63 @@
+"""Printing: clean text, tables that survive a pipe, JSON, and a progress bar on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+SCHEMA = 1
+
+
+def clean(text: str) -> str:
+    """Return text with control characters and lone surrogates spelt out: names come from files, and go to terminals."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def say(line: str = "") -> None:
+    """Print a line to standard output."""
+    print(clean(line))
+
+
+def warn(line: str) -> None:
+    """Print a line to standard error."""
+    print(f"deltafmt: {clean(line)}", file=sys.stderr)
+
+
+def say_json(obj: dict[str, Any]) -> None:
+    """Print one JSON object with the schema's number."""
+    print(json.dumps({"schema": SCHEMA, **obj}, indent=2))
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
+    """Print rows in columns; ``right`` tells which columns are aligned to the right."""
+    cleaned = [[clean(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in cleaned) for i in range(len(right))]
+    for row in cleaned:
+        cells = [
+            cell.rjust(width) if align else cell.ljust(width)
+            for cell, width, align in zip(row, widths, right, strict=True)
+        ]
+        print("  ".join(cells).rstrip())
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, total: int, wanted: bool) -> Iterator[Callable[[str, int], None] | None]:
+    """Give a callback that advances a bar, or None where no person is watching."""
+    if not wanted or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(title, *columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda _, size: bar.advance(task, size)
+
+
+def count(number: int, noun: str) -> str:
+    """Return ``1 tensor``, ``2 tensors``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

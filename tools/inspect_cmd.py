@@ -1,0 +1,67 @@
+"""``deltafmt inspect``."""
+
+from __future__ import annotations
+
+import argparse
+
+from deltafmt.container.reader import Container
+from deltafmt.pipeline import summary
+from deltafmt.tools import console
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("delta", metavar="DELTA", help="delta file")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    with Container(options.delta) as container:
+        if options.json:
+            obj = summary.summary_obj(container)
+            del obj["schema"]
+            console.say_json(obj)
+        elif options.tensors:
+            _print_tensors(container)
+        else:
+            _print_tree(container)
+
+
+def _print_tree(container: Container) -> None:
+    entries = list(container.entries())
+    total = summary.finetuned_bytes(entries)
+    tree = summary.cost_tree(container)
+    console.say(
+        f"{container.name}: {container.size:,} bytes, {container.profile}, "
+        f"{total / container.size:.2f} times smaller than {total:,} bytes of tensors"
+    )
+    console.say(f"content id {container.content_id.hex()}")
+    for key, value in container.metadata.items():
+        console.say(f"{key}: {value}")
+    for text, number in (("same as the base", "same"), ("tied", "alias")):
+        found = sum(entry.action == number for entry in entries)
+        if found:
+            console.say(f"{text}: {console.count(found, 'tensor')}")
+    if container.removed:
+        console.say(f"in the base only: {console.count(len(container.removed), 'tensor')}")
+    console.say()
+    rows: list[list[str]] = []
+    _tree_rows(tree, "", "", container.size, rows)
+    console.table(rows, (False, True, True, False))
+
+
+def _tree_rows(node: summary.Node, lead: str, below: str, whole: int, rows: list[list[str]]) -> None:
+    rows.append([lead + node.label, f"{node.size:,}", f"{100 * node.size / whole:.2f}%", node.note])
+    for i, child in enumerate(node.children):
+        last = i == len(node.children) - 1
+        _tree_rows(child, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  "), whole, rows)
+
+
+def _print_tensors(container: Container) -> None:
+    rows = [["tensor", "dtype", "shape", "bytes", "stored", "how"]]
+    for entry in container.entries():
+        stored = sum(ref.length for _, ref in entry.refs())
+        shape = "x".join(map(str, entry.shape)) or "scalar"
+        rows.append([entry.name, entry.dtype, shape, f"{entry.nbytes:,}", f"{stored:,}", summary.describe_entry(entry)])
+    console.table(rows, (False, False, False, True, True, False))

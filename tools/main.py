@@ -1,0 +1,103 @@
+"""``deltafmt``: parse the command line, run one command, turn every error into one line and an exit code.
+
+Exit codes: 0 done; 2 wrong usage; 3 a file is not valid; 4 wrong base; 5 reading or writing failed; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from deltafmt._version import __version__
+from deltafmt.errors import EXIT_INTERRUPTED, EXIT_OK, DeltafmtError, StorageError, UsageError
+from deltafmt.tools import console
+
+COMMANDS = {
+    "pack": "pack the difference of two checkpoints into a delta file",
+    "unpack": "apply a delta to its base and write a loadable checkpoint folder",
+    "inspect": "show what is in a delta file and what it costs, without reading its sections",
+    "verify": "check a delta file completely, and a base against it",
+    "repack": "rewrite a delta file for serving (hot) or for archives (cold), without loss",
+    "diff": "show what differs between two delta files, or two checkpoints",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser(command: str | None) -> Parser:
+    """Return the parser; only the named command's module is imported for its options."""
+    parser = Parser(prog="deltafmt", description="Compressed fine-tune deltas: pack, unpack, inspect, verify.")
+    parser.add_argument("--version", action="version", version=f"deltafmt {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    for name, text in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == command:
+            _module(name).add_arguments(sub)
+            sub.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    return parser
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"deltafmt.tools.{command}_cmd")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _interrupt)
+    as_json = "--json" in arguments
+    try:
+        command = next((word for word in arguments if not word.startswith("-")), None)
+        options = build_parser(command).parse_args(arguments)
+        _module(options.command).run(options)
+        sys.stdout.flush()
+        return EXIT_OK
+    except DeltafmtError as error:
+        return _report(str(error), error.exit_code, as_json)
+    except KeyboardInterrupt as error:
+        return _report(str(error) or "interrupted", EXIT_INTERRUPTED, as_json)
+    except BrokenPipeError:
+        # Whoever read our output has stopped; that is no error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except OSError as error:
+        name = f" {error.filename}" if error.filename else ""
+        return _report(f"{(error.strerror or str(error)).lower()}{name}", StorageError.exit_code, as_json)
+    except MemoryError:
+        return _report("out of memory", StorageError.exit_code, as_json)
+    except Exception as error:
+        if os.environ.get("DELTAFMT_TRACEBACK"):
+            raise
+        text = f"internal error, please report it: {type(error).__name__}: {error} (DELTAFMT_TRACEBACK=1 shows more)"
+        return _report(text, 1, as_json)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _report(message: str, code: int, as_json: bool) -> int:
+    line = " ".join(message.split("\n"))
+    if as_json:
+        console.say_json({"ok": False, "error": line, "exit_code": code})
+    console.warn(line)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,34 @@
+"""``deltafmt repack``."""
+
+from __future__ import annotations
+
+import argparse
+
+from deltafmt.tools import console
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("delta", metavar="DELTA", help="delta file")
+    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the delta file to make")
+    parser.add_argument("--profile", required=True, metavar="NAME", help="hot (for serving) or cold (for archives)")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    from deltafmt.pipeline.repack import repack
+
+    result = repack(options.delta, options.output, profile=options.profile, force=options.force)
+    if options.json:
+        console.say_json(
+            {
+                "ok": True,
+                "file": str(result.path),
+                "bytes": result.size,
+                "bytes_before": result.old_size,
+                "content_id": result.content_id,
+            }
+        )
+        return
+    console.say(f"{result.path}: {result.size:,} bytes, before {result.old_size:,}; content id {result.content_id}")

@@ -1,0 +1,74 @@
+"""``deltafmt unpack``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from deltafmt.errors import UsageError
+from deltafmt.tools import console
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("base", metavar="BASE", help="checkpoint folder or .safetensors file")
+    parser.add_argument("delta", metavar="DELTA", help="delta file")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="the folder to make")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="tensor bytes of a file (5GB)")
+    parser.add_argument("--threads", type=int, metavar="T", help="worker threads (one a processor)")
+    parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
+    parser.add_argument(
+        "--force-base", action="store_true", help="go on over a base whose bytes differ; recorded in the output"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    from deltafmt.delta import DeltaFile
+    from deltafmt.pipeline.unpack import unpack
+
+    limit = parse_size(options.max_shard_size)
+    with DeltaFile(options.delta) as delta:
+        total = sum(entry.nbytes for entry in delta.container.entries())
+    with console.progress_bar("unpacking", total, not options.json) as progress:
+        result = unpack(
+            options.base,
+            options.delta,
+            options.output,
+            force=options.force,
+            force_base=options.force_base,
+            max_shard_bytes=limit,
+            threads=options.threads,
+            progress=progress,
+        )
+    for name in result.mismatched:
+        console.warn(f'tensor "{name}" of the base differs from the one that was packed against')
+    if options.json:
+        console.say_json(
+            {
+                "ok": True,
+                "folder": str(result.path),
+                "tensors": result.tensors,
+                "bytes": result.nbytes,
+                "files": result.files,
+                "mismatched": result.mismatched,
+            }
+        )
+        return
+    files = f" and {', '.join(result.files)}" if result.files else ""
+    console.say(f"{result.path}: {console.count(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
+
+
+def parse_size(text: str) -> int:
+    """Return a number of bytes from ``5GB``, ``200MiB`` or plain digits.
+
+    Raises:
+        UsageError: not a size above zero.
+    """
+    found = re.fullmatch(r"([0-9]{1,15})\s*([KMG]I?B)?", text.strip().upper())
+    size = int(found[1]) * _UNITS[found[2] or ""] if found else 0
+    if not size:
+        raise UsageError(f"{text!r} is not a size such as 5GB or 200MiB")
+    return size
