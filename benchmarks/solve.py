@@ -30,7 +30,9 @@ def accuracy(model_folder: Path, tokenizer_file: Path, problems_file: Path, limi
     import torch
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     problems = [json.loads(line) for line in problems_file.read_text("utf-8").splitlines()][:limit]

@@ -21,12 +21,14 @@ def llama_specs(nbytes: int, hidden: int = 4096, inner: int = 11008, vocabulary:
     layer = 0
     while sum(spec.nbytes for spec in specs) < nbytes:
         prefix = f"model.layers.{layer}."
-        for name in ("q", "k", "v", "o"):
-            specs.append(TensorSpec(f"{prefix}self_attn.{name}_proj.weight", "BF16", (hidden, hidden)))
-        specs.append(TensorSpec(f"{prefix}mlp.gate_proj.weight", "BF16", (inner, hidden)))
-        specs.append(TensorSpec(f"{prefix}mlp.up_proj.weight", "BF16", (inner, hidden)))
-        specs.append(TensorSpec(f"{prefix}mlp.down_proj.weight", "BF16", (hidden, inner)))
-        specs.append(TensorSpec(f"{prefix}input_layernorm.weight", "BF16", (hidden,)))
+        shapes: dict[str, tuple[int, ...]] = {
+            **{f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"},
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+            "input_layernorm": (hidden,),
+        }
+        specs += [TensorSpec(f"{prefix}{name}.weight", "BF16", shape) for name, shape in shapes.items()]
         layer += 1
     return specs
 

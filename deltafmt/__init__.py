@@ -23,7 +23,7 @@ from deltafmt._version import __version__
 if TYPE_CHECKING:
     from deltafmt import errors, methods
     from deltafmt.delta import DeltaFile
-    from deltafmt.delta import DeltaFile as open  # noqa: A004 - as safetensors and gzip name theirs
+    from deltafmt.delta import DeltaFile as open  # noqa: A004, N813 - as safetensors and gzip name theirs
     from deltafmt.pipeline.diff import diff
     from deltafmt.pipeline.pack import pack
     from deltafmt.pipeline.repack import repack

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,7 +139,7 @@ class DeltaFile:
         """Close the file; views that are still in use stay valid."""
         self.container.close()
 
-    def __enter__(self) -> DeltaFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -192,9 +192,7 @@ class RunDecoder:
         return total
 
 
-def row_ranges(
-    start: int, stop: int, columns: int, step: int, elements: int = RUN_ELEMENTS
-) -> list[tuple[int, int]]:
+def row_ranges(start: int, stop: int, columns: int, step: int, elements: int = RUN_ELEMENTS) -> list[tuple[int, int]]:
     """Cut rows into ranges of about ``elements`` elements whose sizes are multiples of ``step``, but for the last."""
     size = max(elements // max(columns, 1) // step, 1) * step
     return [(first, min(first + size, stop)) for first in range(start, stop, size)]

@@ -32,6 +32,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise what :func:`main` turns into one line."""
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 

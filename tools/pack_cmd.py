@@ -121,7 +121,8 @@ def _report(options: argparse.Namespace, result: PackResult) -> None:
     if result.path is None:
         return
     resumed = f" (went on after {console.count(result.resumed, 'tensor')})" if result.resumed else ""
-    console.say(f"{result.path}: {result.size:,} bytes, {result.ratio:.2f} times smaller than {options.finetuned}{resumed}")
+    smaller = f"{result.ratio:.2f} times smaller than {options.finetuned}"
+    console.say(f"{result.path}: {result.size:,} bytes, {smaller}{resumed}")
     words = {"add": "deltas", "replace": "kept exactly", "same": "same as the base", "alias": "tied"}
     console.say(", ".join(f"{number} {words[action]}" for action, number in sorted(result.actions.items())))
     for name, reason in result.kept.items():

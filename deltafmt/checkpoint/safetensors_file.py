@@ -80,9 +80,9 @@ class Tensor:
                 array = array.copy()
             yield array
 
-    def pieces(self, start: int = 0) -> Iterator[memoryview]:
-        """Iterate over the tensor's bytes from ``start`` on, some megabytes at a time."""
-        for start in range(start, self.nbytes, _STEP):
+    def pieces(self, first: int = 0) -> Iterator[memoryview]:
+        """Iterate over the tensor's bytes from ``first`` on, some megabytes at a time."""
+        for start in range(first, self.nbytes, _STEP):
             with self.pages(start, min(_STEP, self.nbytes - start)) as view:
                 yield view
 

@@ -121,7 +121,7 @@ def _scatter(codes, scales, pos, group, share, top, scale_group, out):  # type: 
     groups, keep = pos.shape[1], pos.shape[2]
     kept = groups * keep
     whole = columns // group * keep
-    size = scale_group if scale_group else max(kept, 1)
+    size = scale_group or max(kept, 1)
     at = np.empty(kept, np.uint32)  # unsigned, so that no index is checked for being negative
     values = np.empty(kept, np.float32)
     for r in range(rows):
@@ -186,9 +186,7 @@ class Scratch:
         return held[:size].view(dtype).reshape(shape)
 
 
-def pack_into(
-    scratch: Scratch, fields: NDArray[np.unsignedinteger], width: int, out: NDArray[np.uint32]
-) -> None:
+def pack_into(scratch: Scratch, fields: NDArray[np.unsignedinteger], width: int, out: NDArray[np.uint32]) -> None:
     """See :func:`deltafmt.codecs.words.pack_into`."""
     if not 1 <= width <= 8:
         return words.pack_into(fields, width, out)
@@ -252,9 +250,7 @@ def subtract(
     return out, bool(finite)
 
 
-def add(
-    scratch: Scratch, base: floats.Raw, base_dtype: str, delta: floats.Floats, dtype: str
-) -> floats.Raw:
+def add(scratch: Scratch, base: floats.Raw, base_dtype: str, delta: floats.Floats, dtype: str) -> floats.Raw:
     """See :func:`deltafmt.codecs.floats.add`."""
     if (base_dtype, dtype) != ("BF16", "BF16"):
         return floats.add(base, base_dtype, delta, dtype)

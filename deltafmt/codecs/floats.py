@@ -9,7 +9,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-RAW_DTYPES = {"BF16": np.dtype("<u2"), "F16": np.dtype("<u2"), "F32": np.dtype("<u4")}
+RAW_DTYPES: dict[str, np.dtype[np.unsignedinteger]] = {
+    "BF16": np.dtype("<u2"),
+    "F16": np.dtype("<u2"),
+    "F32": np.dtype("<u4"),
+}
 
 Raw = NDArray[np.unsignedinteger]
 Floats = NDArray[np.float32]

@@ -113,7 +113,9 @@ def decode(
     """
     groups = layout.groups(columns)
     raw = words.from_tiles(packed["scales"], rows)
-    scales = np.ascontiguousarray(widen(raw, "BF16") if layout.scale_dtype == "BF16" else raw)
+    scales = np.ascontiguousarray(
+        widen(raw.view(np.uint16), "BF16") if layout.scale_dtype == "BF16" else raw.view(np.float32)
+    )
     mask_rows = layout.mask_rows(rows)
     if layout.index == "seeded":
         kept_at = routines.seeded(seed, first // layout.share, mask_rows, groups, layout.keep, layout.group)
@@ -127,9 +129,7 @@ def decode(
     return NMArrays(kept_at, codes, scales)
 
 
-def dense(
-    layout: NMLayout, arrays: NMArrays, columns: int, routines: CodecRoutines = REFERENCE
-) -> NDArray[np.float32]:
+def dense(layout: NMLayout, arrays: NMArrays, columns: int, routines: CodecRoutines = REFERENCE) -> NDArray[np.float32]:
     """Return the float32 delta of a run of rows, shape (rows, columns)."""
     return routines.scatter(
         arrays.codes,
@@ -184,6 +184,11 @@ def transcode_index(
     if layout.index == "rank":
         return pos.encode_fixed(pos.decode_rank(index, layout, mask_rows, groups), target)
     return pos.encode_rank(pos.decode_fixed(index, layout, mask_rows, groups), target)
+
+
+def raw_bytes(array: NDArray[np.generic]) -> memoryview:
+    """Return an array's bytes in C order, without a copy where it lies so."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _words(array: NDArray[np.generic]) -> NDArray[np.uint32]:

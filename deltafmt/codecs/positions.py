@@ -40,9 +40,7 @@ def lane_bits(keep: int, group: int) -> int:
     return 4 if needed <= 4 else 8 if needed <= 8 else 16
 
 
-def seeded(
-    seed: int, first: int, count: int, groups: int, keep: int, group: int
-) -> NDArray[np.uint8]:
+def seeded(seed: int, first: int, count: int, groups: int, keep: int, group: int) -> NDArray[np.uint8]:
     """Draw the positions of mask rows ``first`` to ``first + count``.
 
     Args:

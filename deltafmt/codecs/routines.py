@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +26,7 @@ class CodecRoutines:
     add: Callable[[floats.Raw, str, floats.Floats, str], floats.Raw]
 
 
-REFERENCE = CodecRoutines(
-    positions.seeded, words.pack_into, words.unpack, scatter.scatter, floats.subtract, floats.add
-)
+REFERENCE = CodecRoutines(positions.seeded, words.pack_into, words.unpack, scatter.scatter, floats.subtract, floats.add)
 
 
 def codec_routines(compiled: bool) -> CodecRoutines:
@@ -42,4 +41,5 @@ def codec_routines(compiled: bool) -> CodecRoutines:
 
     loops = (fast.seeded, fast.pack_into, fast.unpack, fast.scatter, fast.subtract, fast.add)
     scratch = fast.Scratch()
-    return CodecRoutines(*(functools.partial(loop, scratch) for loop in loops))
+    bound: list[Any] = [functools.partial(loop, scratch) for loop in loops]
+    return CodecRoutines(*bound)

@@ -38,9 +38,7 @@ def semantic_entry(entry: TensorEntry) -> dict[str, Any]:
     obj = entry.to_obj()
     obj.pop("data", None)
     if entry.terms:
-        obj["terms"] = [
-            {"layout": semantic_layout(term.params).to_obj(), "seed": term.seed} for term in entry.terms
-        ]
+        obj["terms"] = [{"layout": semantic_layout(term.params).to_obj(), "seed": term.seed} for term in entry.terms]
     return obj
 
 

@@ -61,7 +61,8 @@ class PartialFile:
             except BlockingIOError:
                 self._journal.close()
                 raise UsageError(f"another process is writing {path}") from None
-            self._file: BinaryIO = open(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+            descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o644)
+            self._file: BinaryIO = os.fdopen(descriptor, "r+b")
             self._resume(job)
 
     def _resume(self, job: bytes | None) -> None:

@@ -16,6 +16,7 @@ from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import DIGEST_BYTES, BufferRef
 
 MAX_TERMS = 16
+ACTIONS = ("same", "replace", "add", "alias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +152,11 @@ class TensorEntry:
         """Check one tensor entry; its buffers are checked against the sections by the container."""
         where = f'tensors["{name}"]'
         action = obj.get("action") if type(obj) is dict else None
-        if type(action) is not str or action not in _PARSERS:
+        if type(action) is not str or action not in ACTIONS:
             fail(f"{where}.action", f"unknown action {action!r}")
-        return _PARSERS[action](name, obj, where, layouts)
+        if action == "add":
+            return _parse_add(name, obj, where, layouts)
+        return _PARSERS[action](name, obj, where)
 
     def to_obj(self) -> dict[str, Any]:
         """Return the index's form."""
@@ -173,7 +176,7 @@ class TensorEntry:
         return obj
 
 
-def _parse_same(name: str, obj: Any, where: str, layouts: tuple[NMLayout, ...]) -> TensorEntry:
+def _parse_same(name: str, obj: Any, where: str) -> TensorEntry:
     action, base_obj, dtype, shape = check_fields(obj, where, ("action", "base", "dtype", "shape"))
     base = BaseRef.from_obj(base_obj, f"{where}.base")
     entry = TensorEntry(name, action, check_dtype(dtype, f"{where}.dtype"), check_shape(shape, f"{where}.shape"), base)
@@ -182,14 +185,13 @@ def _parse_same(name: str, obj: Any, where: str, layouts: tuple[NMLayout, ...]) 
     return entry
 
 
-def _parse_replace(name: str, obj: Any, where: str, layouts: tuple[NMLayout, ...]) -> TensorEntry:
+def _parse_replace(name: str, obj: Any, where: str) -> TensorEntry:
     keys = ("action", "data", "digest", "dtype", "shape")
     action, data_obj, digest, dtype, shape = check_fields(obj, where, keys)
     data = BufferRef.from_obj(data_obj, f"{where}.data")
     check_bytes(digest, f"{where}.digest", DIGEST_BYTES)
-    entry = TensorEntry(
-        name, action, check_dtype(dtype, f"{where}.dtype"), check_shape(shape, f"{where}.shape"), digest=digest, data=data
-    )
+    check_dtype(dtype, f"{where}.dtype")
+    entry = TensorEntry(name, action, dtype, check_shape(shape, f"{where}.shape"), digest=digest, data=data)
     if data.length != entry.nbytes:
         fail(f"{where}.data", f"{data.length} bytes where the shape needs {entry.nbytes}")
     return entry
@@ -224,7 +226,7 @@ def _parse_add(name: str, obj: Any, where: str, layouts: tuple[NMLayout, ...]) -
     return TensorEntry(name, "add", dtype, shape, base, digest, data, terms)
 
 
-def _parse_alias(name: str, obj: Any, where: str, layouts: tuple[NMLayout, ...]) -> TensorEntry:
+def _parse_alias(name: str, obj: Any, where: str) -> TensorEntry:
     action, dtype, shape, target = check_fields(obj, where, ("action", "dtype", "shape", "target"))
     if type(target) is not str or target == name:
         fail(f"{where}.target", f"{target!r} is not the name of another tensor")
@@ -233,7 +235,7 @@ def _parse_alias(name: str, obj: Any, where: str, layouts: tuple[NMLayout, ...])
     )
 
 
-_PARSERS = {"same": _parse_same, "replace": _parse_replace, "add": _parse_add, "alias": _parse_alias}
+_PARSERS = {"same": _parse_same, "replace": _parse_replace, "alias": _parse_alias}
 
 
 def parse_layout(obj: Any, where: str) -> NMLayout:

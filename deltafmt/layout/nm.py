@@ -77,7 +77,7 @@ class NMLayout:
 
         Both grids then share one formula: ``value = (2u - top) * scale / 2``.
         """
-        return 2**self.bits - (2 if self.grid == "midtread" else 1)
+        return (1 << self.bits) - (2 if self.grid == "midtread" else 1)
 
     @property
     def position_bits(self) -> int:

@@ -45,9 +45,7 @@ class DeltaRows:
         Raises:
             NonFiniteError: an element is NaN or infinite.
         """
-        delta, finite = self.routines.codec.subtract(
-            self.finetuned, self.finetuned_dtype, self.base, self.base_dtype
-        )
+        delta, finite = self.routines.codec.subtract(self.finetuned, self.finetuned_dtype, self.base, self.base_dtype)
         if not finite:
             row, column = (int(i) for i in np.argwhere(~np.isfinite(delta))[0])
             raise NonFiniteError(f"the delta at row {self.first + row}, column {column} is {delta[row, column]}")

@@ -119,7 +119,7 @@ def _search(kept, size, largest, start, top, midtread, units, out):  # type: ign
                 units[i] = unit
                 count += unit >= 0
                 total += max(unit, np.int32(0))
-            step = np.float64(total) / np.float64(max(count, 1)) * start
+            step = np.float64(total) / np.float64(count if count > 0 else np.int64(1)) * start
             if not step > 0.0:
                 step = 1.0
             for _ in range(_ITERATIONS):

@@ -90,17 +90,16 @@ def check_scales(scales: NDArray[np.float32]) -> None:
         raise UsageError("a delta is too large for its scale's dtype")
 
 
-def assign(
-    values: NDArray[np.float32], scales: NDArray[np.float32], bits: int, grid: str
-) -> NDArray[np.int32]:
+def assign(values: NDArray[np.float32], scales: NDArray[np.float32], bits: int, grid: str) -> NDArray[np.int32]:
     """Return the fields of the levels nearest to ``values``."""
     with np.errstate(divide="ignore"):
         inverse = np.where(scales > 0, np.float32(1) / scales, np.float32(0)).astype(np.float32)
     steps = values * inverse
     half = 2 ** (bits - 1)
-    if grid == "midtread":
-        return np.clip(np.rint(steps), 1 - half, half - 1).astype(np.int32) + (half - 1)
-    return np.clip(np.floor(steps), -half, half - 1).astype(np.int32) + half
+    low = 1 - half if grid == "midtread" else -half
+    nearest = np.rint(steps) if grid == "midtread" else np.floor(steps)
+    levels: NDArray[np.int32] = np.clip(nearest, low, half - 1).astype(np.int32) - low
+    return levels
 
 
 def _search(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,4 +38,5 @@ def select_routines(compiled: bool) -> Routines:
 
     loops = (fast.uniform, fast.gather_difference, fast.quantize)
     scratch = Scratch()
-    return Routines(codec, *(functools.partial(loop, scratch) for loop in loops))
+    bound: list[Any] = [functools.partial(loop, scratch) for loop in loops]
+    return Routines(codec, *bound)

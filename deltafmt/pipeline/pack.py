@@ -114,13 +114,15 @@ def pack(
     plans = make_plan(*sources, method, rules, include, exclude)
     if profile == "hot" and any(plan.method and plan.method.layout.index == "rank" for plan in plans):
         raise UsageError("a rank index needs --profile cold: a hot file is read by kernels as it lies")
+    path: Path | None = None
+    sink: PartialFile | StreamFile
     if isinstance(out, str | os.PathLike):
         path = Path(out)
         refuse_input(path, sources)
         job = _job(sources, plans, profile, seed)
         sink = PartialFile(path, job, force=force)
     else:
-        path, sink = None, StreamFile(out)
+        sink = StreamFile(out)
     result = PackResult(path, finetuned_bytes=sources[1].file_bytes, skipped_files=list(sources[1].skipped))
     packer = _Packer(sources, plans, method, sink, profile, seed, result)
     try:
@@ -214,9 +216,7 @@ class _Packer:
         layouts = tuple(sink.layouts)
         for layout in layouts:
             self._writer.layout_number(layout)
-        self._entries = {
-            name: TensorEntry.from_obj(name, obj, layouts) for name, obj in sink.entries.items()
-        }
+        self._entries = {name: TensorEntry.from_obj(name, obj, layouts) for name, obj in sink.entries.items()}
         result.resumed = len(self._entries)
         self._unrecorded: dict[str, Any] = {}
 
@@ -313,14 +313,14 @@ class _Packer:
         refs = {}
         layout = method.layout
         for name, array in pending.packed.items():
-            data = memoryview(array.reshape(-1).view(np.uint8)).cast("B")
+            data = nm.raw_bytes(array)
             if name == "index" and layout.index == "rank":
                 # Digests are taken over the `fixed` form, so that a cold file keeps its hot twin's.
                 rows = min(tensor.rows, c.row_count(base.shape))
                 fixed = nm.transcode_index(
                     layout, array.view(np.uint32), layout.mask_rows(rows), tensor.columns, layout.with_index("fixed")
                 )
-                digest.update(memoryview(fixed.reshape(-1).view(np.uint8)))
+                digest.update(nm.raw_bytes(fixed))
             else:
                 digest.update(data)
             refs[name] = self._writer.add(data)
@@ -330,9 +330,7 @@ class _Packer:
             new_rows = self._writer.add(_digested(tensor.pieces(base_bytes), digest))
         seed = pending.seed if layout.index == "seeded" else 0
         term = NMTerm(self._writer.layout_number(layout), layout, seed, refs)
-        return TensorEntry(
-            tensor.name, "add", tensor.dtype, tensor.shape, base, digest.digest(), new_rows, (term,)
-        )
+        return TensorEntry(tensor.name, "add", tensor.dtype, tensor.shape, base, digest.digest(), new_rows, (term,))
 
 
 def _digested(pieces: Iterator[memoryview], digest: blake3) -> Iterator[memoryview]:

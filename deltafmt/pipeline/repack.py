@@ -102,10 +102,7 @@ def _move(delta: DeltaFile, writer: ContainerWriter, entry: TensorEntry) -> Tens
             words = arrays["index"].view(np.uint32)
             rows = layout.mask_rows(entry.delta_rows)
             arrays["index"] = nm.transcode_index(term.params, words, rows, entry.columns, layout)
-        refs = {
-            name: writer.add(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
-            for name, array in arrays.items()
-        }
+        refs = {name: writer.add(nm.raw_bytes(array)) for name, array in arrays.items()}
         terms.append(NMTerm(writer.layout_number(layout), layout, term.seed, refs))
     data = None if entry.data is None else writer.add(delta.container.buffer(entry.data))
     writer.boundary()

@@ -137,9 +137,7 @@ def summary_obj(container: Container) -> dict[str, Any]:
         "ratio": round(total / container.size, 4),
         "overhead_bytes": overhead(container),
         "tree": cost_tree(container).to_obj(),
-        "sections": [
-            {**section.to_obj(), "checksum": section.checksum.hex()} for section in container.sections
-        ],
+        "sections": [{**section.to_obj(), "checksum": section.checksum.hex()} for section in container.sections],
         "attachments": {name: item.data.length for name, item in container.attachments.items()},
         "removed": list(container.removed),
         "tensors": {entry.name: entry_obj(container, entry) for entry in entries},

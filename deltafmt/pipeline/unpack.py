@@ -7,12 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from deltafmt import accel
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
+from deltafmt.codecs import nm
 from deltafmt.codecs.floats import RAW_DTYPES
 from deltafmt.codecs.routines import CodecRoutines, codec_routines
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
@@ -75,8 +74,10 @@ def unpack(
     path = Path(out)
     check_output_folder(path, force=force)
     for source in (Path(base), Path(delta)):
-        if path.exists() and source.exists() and (
-            os.path.samefile(path, source) or path.resolve() in source.resolve().parents
+        if (
+            path.exists()
+            and source.exists()
+            and (os.path.samefile(path, source) or path.resolve() in source.resolve().parents)
         ):
             raise UsageError(f"the output {path} is, or holds, the input {source}")
     checkpoint = Checkpoint(base)
@@ -110,9 +111,7 @@ def find_base(checkpoint: Checkpoint, entry: TensorEntry) -> Tensor | None:
 
 def wrong_bytes(checkpoint: Checkpoint, name: str) -> WrongBaseError:
     """Return the error for a base tensor whose bytes differ."""
-    return WrongBaseError(
-        f'wrong base {checkpoint.path}: tensor "{name}" differs from the one that was packed against'
-    )
+    return WrongBaseError(f'wrong base {checkpoint.path}: tensor "{name}" differs from the one that was packed against')
 
 
 @dataclass(slots=True)
@@ -124,9 +123,7 @@ class _Pending:
 class _Unpacker:
     """One run of unpack."""
 
-    def __init__(
-        self, delta: DeltaFile, base: Checkpoint, entries: list[TensorEntry], result: UnpackResult
-    ) -> None:
+    def __init__(self, delta: DeltaFile, base: Checkpoint, entries: list[TensorEntry], result: UnpackResult) -> None:
         self._delta = delta
         self._base = base
         self._entries = entries
@@ -160,9 +157,7 @@ class _Unpacker:
             raise
         return self._result
 
-    def _write(
-        self, writer: CheckpointWriter, force_base: bool, threads: int, progress: Progress | None
-    ) -> None:
+    def _write(self, writer: CheckpointWriter, force_base: bool, threads: int, progress: Progress | None) -> None:
         pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-unpack")
         try:
             for entry, pending in in_order(
@@ -238,7 +233,7 @@ class _Part:
             for first, last in row_ranges(start, stop, columns, self.decoder.step):
                 delta = self.decoder.rows(first, last, routines)
                 rows = routines.add(base[first - start : last - start], self.tensor.dtype, delta, dtype)
-                self.writer.write(self.name, first * row_bytes, memoryview(np.ascontiguousarray(rows)).cast("B"))
+                self.writer.write(self.name, first * row_bytes, nm.raw_bytes(rows))
 
 
 def _copy(writer: CheckpointWriter, name: str, tensor: Tensor) -> None:

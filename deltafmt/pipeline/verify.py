@@ -140,12 +140,13 @@ def payload_digest(delta: DeltaFile, entry: TensorEntry) -> bytes:
     digest = blake3()
     for term in entry.terms:
         layout = term.params
-        for name, array in delta.term_views(entry, term).items():
+        for name, stored in delta.term_views(entry, term).items():
+            array = stored
             if name == "index" and layout.index == "rank":
                 words = array.view(np.uint32)
                 rows = layout.mask_rows(entry.delta_rows)
                 array = nm.transcode_index(layout, words, rows, entry.columns, layout.with_index("fixed"))
-            digest.update(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+            digest.update(nm.raw_bytes(array))
     if entry.data is not None:
         digest.update(delta.container.buffer(entry.data))
     return digest.digest()
