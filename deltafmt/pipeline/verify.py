@@ -13,7 +13,7 @@ from blake3 import blake3
 from deltafmt import accel
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.codecs import nm
-from deltafmt.codecs.routines import codec_routines
+from deltafmt.codecs.routines import CodecRoutines, codec_routines
 from deltafmt.container.content import content_id
 from deltafmt.container.reader import Container
 from deltafmt.delta import DeltaFile, RunDecoder
@@ -75,12 +75,7 @@ def verify(
         work = sum(entry.nbytes for entry in entries if entry.terms)
         routines = codec_routines(work >= COMPILED_FROM_BYTES and accel.available())
         for entry in entries:
-            if entry.digest is not None and payload_digest(opened, entry) != entry.digest:
-                raise _named(container, InvalidFileError(f'tensors["{entry.name}"]: the payload has another digest'))
-            if entry.terms:
-                decoder = RunDecoder(opened, entry)
-                for start, stop in decoder.ranges():
-                    decoder.rows(start, stop, routines, check=True)
+            _check_payload(opened, entry, routines)
             if progress:
                 progress(entry.name, entry.nbytes)
         for name, attachment in container.attachments.items():
@@ -91,6 +86,16 @@ def verify(
             raise _named(container, InvalidFileError("the content id is not that of the content"))
         checked = None if base is None else check_base(Checkpoint(base), entries, thread_count(threads))
         return VerifyResult(len(container.sections), len(entries), checked, found.hex())
+
+
+def _check_payload(delta: DeltaFile, entry: TensorEntry, routines: CodecRoutines) -> None:
+    """Decode a tensor's terms, check that they are packed canonically, and compare the payload's digest."""
+    if entry.terms:
+        decoder = RunDecoder(delta, entry)
+        for start, stop in decoder.ranges():
+            decoder.rows(start, stop, routines, check=True)
+    if entry.digest is not None and payload_digest(delta, entry) != entry.digest:
+        raise InvalidFileError(f'{delta.container.name}: tensors["{entry.name}"]: the payload has another digest')
 
 
 def check_base(base: Checkpoint, entries: list[TensorEntry], threads: int) -> int:
