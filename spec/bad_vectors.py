@@ -1,0 +1,254 @@
+"""Vectors that a reader must refuse: good files with one thing changed."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import msgpack
+import numpy as np
+from blake3 import blake3
+from vector_tools import change, change_buffer, join, one_tensor, parts, simple, vector
+
+from deltafmt.codecs.positions import seeded
+from deltafmt.container import frame
+from deltafmt.container.writer import ContainerWriter
+from deltafmt.delta import DeltaFile
+from deltafmt.layout import constants as c
+from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.sections import Attachment
+
+
+@vector("invalid", "an empty file", "the file is empty")
+def empty_file() -> bytes:
+    return b""
+
+
+@vector("invalid", "some other file", "not a deltafmt file")
+def foreign() -> bytes:
+    return b"PK\x03\x04" + bytes(200)
+
+
+@vector("invalid", "CR LF became LF on the way", "text mode")
+def text_mode() -> bytes:
+    return simple().replace(b"\r\n", b"\n", 1)
+
+
+@vector("invalid", "the header's checksum does not match", "checksum")
+def header_checksum() -> bytes:
+    data = bytearray(simple())
+    data[40] = 1
+    return bytes(data)
+
+
+@vector("unsupported", "the file asks for a reader of version 2", "version 2")
+def newer_version() -> bytes:
+    return frame.encode_header(version=2) + simple()[c.HEADER_SIZE :]
+
+
+@vector("unsupported", "incompatible feature bit 5 is set", "bit 5")
+def incompatible_bit() -> bytes:
+    return frame.encode_header(incompatible=1 << 5) + simple()[c.HEADER_SIZE :]
+
+
+@vector("ok", "compatible feature bit 9 is set, which a reader ignores")
+def compatible_bit() -> bytes:
+    body, index = parts(simple())
+    body = frame.encode_header(compatible=1 << 9) + body[c.HEADER_SIZE :]
+    return join(body, msgpack.packb(index), simple()[-104:-72])
+
+
+@vector("invalid", "the last byte is missing", "truncated")
+def truncated() -> bytes:
+    return simple()[:-1]
+
+
+@vector("invalid", "a byte follows the trailer", "truncated, or something follows")
+def trailing_byte() -> bytes:
+    return simple() + b"\0"
+
+
+@vector("invalid", "one bit of the index is flipped", "digest of header, index and trailer")
+def flipped_index() -> bytes:
+    data = bytearray(simple())
+    data[-c.TRAILER_SIZE - 5] ^= 1
+    return bytes(data)
+
+
+@vector("invalid", "one bit of a section is flipped", "section 0")
+def flipped_section() -> bytes:
+    data = bytearray(simple())
+    data[4100] ^= 1
+    return bytes(data)
+
+
+@vector("invalid", "the padding after the header is not zero", "padding after the header")
+def header_padding() -> bytes:
+    data = bytearray(simple())
+    data[1000] = 1
+    return bytes(data)
+
+
+@vector("invalid", "the padding after a section is not zero", "padding after section 0")
+def section_padding() -> bytes:
+    body, index = parts(simple())
+    return join(body[:-1] + b"\1", msgpack.packb(index), simple()[-104:-72])
+
+
+@vector("invalid", "the index is 2**40 bytes long, it says", "over the limit")
+def huge_index() -> bytes:
+    data = simple()
+    trailer = bytearray(data[-c.TRAILER_SIZE :])
+    trailer[8:16] = (1 << 40).to_bytes(8, "little")
+    return data[: -c.TRAILER_SIZE] + bytes(trailer)
+
+
+@vector("invalid", "an integer of the index is not in its shortest form", "canonical")
+def long_integer() -> bytes:
+    data = simple()
+    body, index = parts(data)
+    packed = msgpack.packb(index).replace(b"\xa5share\x04", b"\xa5share\xcc\x04")
+    return join(body, packed, data[-104:-72])
+
+
+@vector("invalid", "the keys of the index are not sorted", "sorted")
+def unsorted_keys() -> bytes:
+    def edit(index: Any) -> None:
+        index["attachments"] = index.pop("attachments")
+
+    return change(simple(), edit)
+
+
+@vector("invalid", "the index has a key that version 1 does not know", "expected the keys")
+def unknown_key() -> bytes:
+    return change(simple(), lambda index: index.update(zzz=1))
+
+
+@vector("invalid", "a float stands in the index", "float")
+def float_in_index() -> bytes:
+    return change(simple(), lambda index: index["metadata"].update(x=1.0))
+
+
+@vector("invalid", "the section starts 4096 bytes late", "is next")
+def section_gap() -> bytes:
+    return change(simple(), lambda index: index["sections"][0].update(offset=8192))
+
+
+@vector("invalid", "a buffer leaves its section", "leave section 0")
+def buffer_outside() -> bytes:
+    def edit(index: Any) -> None:
+        index["tensors"]["w"]["terms"][0]["buffers"]["scales"][1] = 1 << 20
+
+    return change(simple(), edit)
+
+
+@vector("invalid", "a buffer is shorter than the shape needs", "where the shape needs")
+def buffer_length() -> bytes:
+    def edit(index: Any) -> None:
+        index["tensors"]["w"]["terms"][0]["buffers"]["codes"][2] -= 128
+
+    return change(simple(), edit)
+
+
+@vector("invalid", "two buffers overlap", "is next")
+def buffers_overlap() -> bytes:
+    def edit(index: Any) -> None:
+        index["tensors"]["w"]["terms"][0]["buffers"]["scales"][1] = 0
+
+    return change(simple(), edit)
+
+
+@vector("invalid", "N is larger than M", "outside 1 to M")
+def n_above_m() -> bytes:
+    return change(simple(), lambda index: index["layouts"][0].update(keep=9))
+
+
+@vector("invalid", "a seeded index with M = 12", "power of two")
+def seeded_m_12() -> bytes:
+    return change(simple(), lambda index: index["layouts"][0].update(group=12))
+
+
+@vector("invalid", "an alias of an alias", "not a tensor of its own")
+def alias_of_alias() -> bytes:
+    def edit(index: Any) -> None:
+        tied = {"action": "alias", "dtype": "BF16", "shape": [40, 50]}
+        index["tensors"] = {
+            "a": {**tied, "target": "b"},
+            "b": {**tied, "target": "w"},
+            "w": index["tensors"]["w"],
+        }
+
+    return change(simple(), edit)
+
+
+@vector("invalid", "an attachment would be written outside its folder", "not a plain relative path")
+def attachment_path() -> bytes:
+    out = io.BytesIO()
+    writer = ContainerWriter(out)
+    ref = writer.add(b"x", c.KIND_ATTACHMENTS)
+    writer.finish([], attachments={"../x": Attachment(ref, blake3(b"x").digest())})
+    return out.getvalue()
+
+
+@vector("invalid", "a field of 15 on a midtread grid of 4 bits", "the grid ends at 14")
+def field_beyond_grid() -> bytes:
+    return change_buffer(simple(), "codes", 0, 0xFF)
+
+
+@vector("invalid", "unused bits of a last word are set", "unused bits of the codes")
+def unused_bits() -> bytes:
+    layout = NMLayout(1, 8, 4)
+    data = one_tensor(layout, 32, 24)
+    return change_buffer(data, "codes", 3, 0x10)
+
+
+@vector("invalid", "an entry beyond the last column has a field", "beyond the last column")
+def field_beyond_columns() -> bytes:
+    layout = NMLayout(8, 8, 4, share=1)
+    data = one_tensor(layout, 32, 7)
+    position = int(np.argmax(seeded(7, 0, 32, 1, 8, 8)[0, 0] == 7))
+    with DeltaFile(io.BytesIO(data)) as delta:
+        byte = delta.buffers("w")["codes"].view(np.uint8).reshape(-1)[position // 2]
+    return change_buffer(data, "codes", position // 2, int(byte) | (1 << (4 * (position % 2))))
+
+
+@vector("invalid", "a scale is negative", "negative or not finite")
+def negative_scale() -> bytes:
+    return change_buffer(simple(), "scales", 1, 0xBF)
+
+
+@vector("invalid", "the positions of a group do not ascend", "not ascending")
+def positions_descend() -> bytes:
+    data = one_tensor(NMLayout(2, 16, 4, "fixed"), 32, 16)
+    return change_buffer(data, "index", 0, 0x00)
+
+
+@vector("invalid", "a position is not below M", "not ascending and below 7")
+def position_above_m() -> bytes:
+    data = one_tensor(NMLayout(1, 7, 4, "fixed"), 32, 7)
+    return change_buffer(data, "index", 0, 0x07)
+
+
+@vector("invalid", "the payload is not what its digest says", "another digest")
+def payload_digest() -> bytes:
+    return change(simple(), lambda index: index["tensors"]["w"].update(digest=bytes(32)))
+
+
+@vector("invalid", "the content id is not that of the content", "content id")
+def wrong_content_id() -> bytes:
+    data = simple()
+    body, index = parts(data)
+    return join(body, msgpack.packb(index), bytes(32))
+
+
+@vector("invalid", "a hot file has a compressed section of tensors", "stores its tensors as they are")
+def hot_but_compressed() -> bytes:
+    return change(one_tensor(NMLayout(1, 8, 4), 32, 64, "cold"), lambda index: index.update(profile="hot"))
+
+
+@vector("invalid", "a zstd frame declares another size than its chunk has", "declares")
+def zstd_wrong_size() -> bytes:
+    def edit(index: Any) -> None:
+        index["sections"][0]["raw_length"] += 256
+
+    return change(one_tensor(NMLayout(1, 8, 4), 32, 64, "cold"), edit)

@@ -1,0 +1,115 @@
+"""Vectors that a reader must accept, one generator a scenario."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from blake3 import blake3
+from vector_tools import add_term, one_tensor, vector
+
+from deltafmt.container.writer import ContainerWriter
+from deltafmt.layout import constants as c
+from deltafmt.layout.entries import BaseRef, TensorEntry
+from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.sections import Attachment
+
+
+@vector("ok", "no tensor at all: header, index and trailer")
+def empty() -> bytes:
+    out = io.BytesIO()
+    ContainerWriter(out).finish([])
+    return out.getvalue()
+
+
+@vector("ok", "seeded 4:16, 4 bits midtread, masks shared by 4 rows, ragged rows")
+def seeded_4_16_k4() -> bytes:
+    return one_tensor(NMLayout(4, 16, 4, share=4), 70, 64)
+
+
+@vector("ok", "seeded 1:32, 4 bits: one position a group needs 8 bits of a hash")
+def seeded_1_32_k4() -> bytes:
+    return one_tensor(NMLayout(1, 32, 4, share=1), 33, 100)
+
+
+@vector("ok", "seeded 2:128, 8 bits, masks shared by 8 rows: 16 bits of a hash a group")
+def seeded_2_128_k8() -> bytes:
+    return one_tensor(NMLayout(2, 128, 8, share=8), 9, 300)
+
+
+@vector("ok", "seeded 1:8, 1 bit midrise: 4 bits of a hash a group")
+def seeded_1_8_k1() -> bytes:
+    return one_tensor(NMLayout(1, 8, 1, grid="midrise", share=4), 64, 128)
+
+
+@vector("ok", "seeded 2:16, 2 bits midrise, F32 scales for every 5 entries")
+def seeded_2_16_k2_groups() -> bytes:
+    return one_tensor(NMLayout(2, 16, 2, grid="midrise", share=2, scale_dtype="F32", scale_group=5), 35, 70)
+
+
+@vector("ok", "fixed 3:7, 3 bits: M is no power of two, fields straddle words")
+def fixed_3_7_k3() -> bytes:
+    return one_tensor(NMLayout(3, 7, 3, "fixed", share=2), 37, 45)
+
+
+@vector("ok", "fixed 16:16, 5 bits: every element is kept")
+def fixed_16_16_k5() -> bytes:
+    return one_tensor(NMLayout(16, 16, 5, "fixed"), 3, 32)
+
+
+@vector("ok", "rank 4:16, 6 bits, in a cold file")
+def rank_4_16_k6_cold() -> bytes:
+    return one_tensor(NMLayout(4, 16, 6, "rank", share=4), 40, 100, "cold")
+
+
+@vector("ok", "rank 31:66: ranks of 63 bits")
+def rank_31_66_cold() -> bytes:
+    return one_tensor(NMLayout(31, 66, 2, "rank", grid="midrise"), 2, 140, "cold")
+
+
+@vector(
+    "ok", "every action: same, replace (also 0-d and empty), add with new rows, alias; an attachment, a removed tensor"
+)
+def every_action() -> bytes:
+    out = io.BytesIO()
+    writer = ContainerWriter(out)
+    layout = NMLayout(1, 4, 4)
+    term, _ = add_term(writer, layout, 5, 8, 3)
+    new_rows = bytes(range(32))
+    data = writer.add(new_rows)
+    digest = blake3()
+    for name in ("codes", "scales"):
+        ref = term.buffers[name]
+        digest.update(out.getvalue()[4096 + ref.offset :][: ref.length])
+    digest.update(new_rows)
+    grown = TensorEntry(
+        "grown", "add", "BF16", (7, 8), BaseRef(bytes(32), "BF16", (5, 8)), digest.digest(), data, (term,)
+    )
+    number, nothing = np.float32(1.5).tobytes(), b""
+    entries = [
+        grown,
+        TensorEntry("tied", "alias", "BF16", (7, 8), target="grown"),
+        TensorEntry("kept", "same", "I64", (3,), BaseRef(bytes(32), "I64", (3,))),
+        TensorEntry("scalar", "replace", "F32", (), digest=blake3(number).digest(), data=writer.add(number)),
+        TensorEntry("void", "replace", "F16", (0, 4), digest=blake3(nothing).digest(), data=writer.add(nothing)),
+    ]
+    config = b"{}\n"
+    attachment = Attachment(writer.add(config, c.KIND_ATTACHMENTS), blake3(config).digest())
+    writer.finish(entries, removed=["gone"], attachments={"config.json": attachment}, metadata={"method": "made up"})
+    return out.getvalue()
+
+
+@vector("ok", "two terms: their float32 sum is the delta")
+def sum_of_terms() -> bytes:
+    out = io.BytesIO()
+    writer = ContainerWriter(out)
+    digest = blake3()
+    terms = []
+    for layout in (NMLayout(1, 4, 4), NMLayout(2, 16, 2, grid="midrise", share=8)):
+        term, _ = add_term(writer, layout, 20, 32, 11)
+        terms.append(term)
+        for ref in term.buffers.values():
+            digest.update(out.getvalue()[4096 + ref.offset :][: ref.length])
+    base = BaseRef(bytes(32), "F32", (20, 32))
+    writer.finish([TensorEntry("w", "add", "F32", (20, 32), base, digest.digest(), None, tuple(terms))])
+    return out.getvalue()

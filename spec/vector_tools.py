@@ -1,0 +1,127 @@
+"""What the generators of the test vectors share: registering, making a term, changing a file behind its seal."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+import numpy as np
+import xxhash
+from blake3 import blake3
+
+from deltafmt.codecs import nm
+from deltafmt.codecs.positions import seeded
+from deltafmt.container import frame
+from deltafmt.container.writer import ContainerWriter
+from deltafmt.delta import DeltaFile
+from deltafmt.layout import constants as c
+from deltafmt.layout.entries import BaseRef, NMTerm, TensorEntry
+from deltafmt.layout.nm import NMLayout
+
+VECTORS: dict[str, bytes] = {}
+
+Maker = Callable[[], bytes]
+
+
+def vector(expect: str, comment: str, error: str = "") -> Callable[[Maker], Maker]:
+    """Register a generator; its name is the vector's."""
+
+    def register(make: Maker) -> Maker:
+        data = make()
+        lines = [f"expect: {expect}", f"comment: {comment}"]
+        if error:
+            lines.append(f"error: {error}")
+        if expect == "ok":
+            with DeltaFile(io.BytesIO(data)) as delta:
+                lines.append(f"content_id: {delta.content_id}")
+                for name in delta:
+                    if delta.resolve(name).action == "add":
+                        digest = hashlib.sha256(delta.delta(name).tobytes()).hexdigest()
+                        lines.append(f"delta.{name}: {digest}")
+        head = "\n".join(lines) + "\n\n"
+        VECTORS[make.__name__.replace("_", "-")] = head.encode() + zlib.compress(data, 9)
+        return make
+
+    return register
+
+
+def fields(count: int, top: int, salt: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return fields from 0 to ``top`` that look random and need no generator to reproduce."""
+    return ((np.arange(count, dtype=np.uint64) * 2654435761 + salt >> np.uint64(7)) % (top + 1)).astype(np.uint8)
+
+
+def add_term(writer: ContainerWriter, layout: NMLayout, rows: int, columns: int, seed: int) -> tuple[NMTerm, bytes]:
+    """Write a term with made-up content; return it and its payload's digest."""
+    groups, kept = layout.groups(columns), layout.kept(columns)
+    mask_rows = layout.mask_rows(rows)
+    if layout.index == "seeded":
+        positions = seeded(seed, 0, mask_rows, groups, layout.keep, layout.group)
+    else:
+        keys = np.arange(mask_rows * groups * layout.group, dtype=np.uint64) * 0x9E3779B97F4A7C15 >> np.uint64(20)
+        order = np.argsort(keys.reshape(mask_rows, groups, layout.group), axis=2, kind="stable")
+        positions = np.sort(order[:, :, : layout.keep], axis=2).astype(np.uint8)
+        seed = 0
+    codes = fields(rows * kept, layout.top, seed).reshape(rows, kept)
+    scales = (1 + np.arange(rows * layout.scales_per_row(columns), dtype=np.float32)) / 256
+    arrays = nm.NMArrays(positions, codes, scales.reshape(rows, -1))
+    arrays.codes[nm.outside(layout, arrays, columns)] = 0
+    packed = nm.blank(layout, rows, columns)
+    nm.encode(layout, arrays, packed)
+    digest = blake3()
+    refs = {}
+    for name, array in packed.items():
+        refs[name] = writer.add(nm.raw_bytes(array))
+        if name == "index" and layout.index == "rank":
+            fixed = layout.with_index("fixed")
+            array = nm.transcode_index(layout, array.view(np.uint32), mask_rows, columns, fixed)  # noqa: PLW2901
+        digest.update(nm.raw_bytes(array))
+    return NMTerm(writer.layout_number(layout), layout, seed, refs), digest.digest()
+
+
+def one_tensor(layout: NMLayout, rows: int, columns: int, profile: str = "hot", seed: int = 7) -> bytes:
+    """Return a file with one BF16 tensor ``w``."""
+    out = io.BytesIO()
+    writer = ContainerWriter(out, profile)
+    term, digest = add_term(writer, layout, rows, columns, seed)
+    base = BaseRef(bytes(32), "BF16", (rows, columns))
+    writer.finish([TensorEntry("w", "add", "BF16", (rows, columns), base, digest, None, (term,))])
+    return out.getvalue()
+
+
+def simple() -> bytes:
+    """Return the file that most bad vectors start from: 40 rows of 50 columns, 2:8, 4 bits."""
+    return one_tensor(NMLayout(2, 8, 4, share=4), 40, 50)
+
+
+def parts(data: bytes) -> tuple[bytes, Any]:
+    """Split a file into what lies before the index and the decoded index."""
+    offset = int.from_bytes(data[-c.TRAILER_SIZE :][:8], "little")
+    length = int.from_bytes(data[-c.TRAILER_SIZE :][8:16], "little")
+    return data[:offset], msgpack.unpackb(data[offset : offset + length])
+
+
+def join(body: bytes, index: bytes, content_id: bytes) -> bytes:
+    """Put an index behind a body, with a trailer that is right."""
+    return body + index + frame.encode_trailer(body[: c.HEADER_SIZE], index, len(body), content_id)
+
+
+def change(data: bytes, edit: Callable[[Any], object]) -> bytes:
+    """Edit the decoded index and seal the file again."""
+    body, index = parts(data)
+    edit(index)
+    return join(body, msgpack.packb(index), data[-104:-72])
+
+
+def change_buffer(data: bytes, buffer: str, position: int, value: int) -> bytes:
+    """Set a byte of a buffer of tensor ``w``; mend the section's checksum and the seal."""
+    body, index = parts(data)
+    section, offset, _ = index["tensors"]["w"]["terms"][0]["buffers"][buffer]
+    row = index["sections"][section]
+    patched = bytearray(body)
+    patched[row["offset"] + offset + position] = value
+    row["checksum"] = xxhash.xxh3_128_digest(bytes(patched[row["offset"] : row["offset"] + row["length"]]))
+    return join(bytes(patched), msgpack.packb(index), data[-104:-72])
