@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import msgpack
 import numpy as np
 from blake3 import blake3
-from vector_tools import change, change_buffer, join, one_tensor, parts, simple, vector
+from vector_tools import change, change_buffer, encode, join, one_tensor, parts, simple, vector
 
 from deltafmt.codecs.positions import seeded
 from deltafmt.container import frame
@@ -55,7 +54,7 @@ def incompatible_bit() -> bytes:
 def compatible_bit() -> bytes:
     body, index = parts(simple())
     body = frame.encode_header(compatible=1 << 9) + body[c.HEADER_SIZE :]
-    return join(body, msgpack.packb(index), simple()[-104:-72])
+    return join(body, encode(index), simple()[-104:-72])
 
 
 @vector("invalid", "the last byte is missing", "truncated")
@@ -92,7 +91,7 @@ def header_padding() -> bytes:
 @vector("invalid", "the padding after a section is not zero", "padding after section 0")
 def section_padding() -> bytes:
     body, index = parts(simple())
-    return join(body[:-1] + b"\1", msgpack.packb(index), simple()[-104:-72])
+    return join(body[:-1] + b"\1", encode(index), simple()[-104:-72])
 
 
 @vector("invalid", "the index is 2**40 bytes long, it says", "over the limit")
@@ -107,11 +106,11 @@ def huge_index() -> bytes:
 def long_integer() -> bytes:
     data = simple()
     body, index = parts(data)
-    packed = msgpack.packb(index).replace(b"\xa5share\x04", b"\xa5share\xcc\x04")
+    packed = encode(index).replace(b"\xa5share\x04", b"\xa5share\xcc\x04")
     return join(body, packed, data[-104:-72])
 
 
-@vector("invalid", "the keys of the index are not sorted", "sorted")
+@vector("invalid", "the keys of the index are not sorted", "expected the keys")
 def unsorted_keys() -> bytes:
     def edit(index: Any) -> None:
         index["attachments"] = index.pop("attachments")
@@ -119,14 +118,32 @@ def unsorted_keys() -> bytes:
     return change(simple(), edit)
 
 
+@vector("invalid", "the names of the metadata are not sorted", "not sorted")
+def unsorted_names() -> bytes:
+    return change(simple(), lambda index: index.update(metadata={"b": "", "a": ""}))
+
+
 @vector("invalid", "the index has a key that version 1 does not know", "expected the keys")
 def unknown_key() -> bytes:
     return change(simple(), lambda index: index.update(zzz=1))
 
 
-@vector("invalid", "a float stands in the index", "float")
+@vector("invalid", "a float stands in the index", "not a string")
 def float_in_index() -> bytes:
     return change(simple(), lambda index: index["metadata"].update(x=1.0))
+
+
+@vector("invalid", "a float stands in a tensor's entry", "is not an integer")
+def float_in_entry() -> bytes:
+    return change(simple(), lambda index: index["tensors"]["w"].update(shape=[40.0, 50]))
+
+
+@vector("invalid", "a tensor's entry is not a byte string", "expected a byte string")
+def entry_is_a_map() -> bytes:
+    data = simple()
+    body, index = parts(data)
+    packed = encode({**index, "tensors": {}}).replace(b"\xa7tensors\x80", b"\xa7tensors\x81\xa1w\x80")
+    return join(body, packed, data[-104:-72])
 
 
 @vector("invalid", "the section starts 4096 bytes late", "is next")
@@ -238,7 +255,7 @@ def payload_digest() -> bytes:
 def wrong_content_id() -> bytes:
     data = simple()
     body, index = parts(data)
-    return join(body, msgpack.packb(index), bytes(32))
+    return join(body, encode(index), bytes(32))
 
 
 @vector("invalid", "a hot file has a compressed section of tensors", "stores its tensors as they are")

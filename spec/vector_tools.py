@@ -101,7 +101,15 @@ def parts(data: bytes) -> tuple[bytes, Any]:
     """Split a file into what lies before the index and the decoded index."""
     offset = int.from_bytes(data[-c.TRAILER_SIZE :][:8], "little")
     length = int.from_bytes(data[-c.TRAILER_SIZE :][8:16], "little")
-    return data[:offset], msgpack.unpackb(data[offset : offset + length])
+    index = msgpack.unpackb(data[offset : offset + length])
+    index["tensors"] = {name: msgpack.unpackb(entry) for name, entry in index["tensors"].items()}
+    return data[:offset], index
+
+
+def encode(index: Any) -> bytes:
+    """Undo the decoding of :func:`parts`, in the order in which the keys stand."""
+    tensors = {name: msgpack.packb(entry) for name, entry in index["tensors"].items()}
+    return msgpack.packb({key: tensors if key == "tensors" else value for key, value in index.items()})
 
 
 def join(body: bytes, index: bytes, content_id: bytes) -> bytes:
@@ -113,7 +121,7 @@ def change(data: bytes, edit: Callable[[Any], object]) -> bytes:
     """Edit the decoded index and seal the file again."""
     body, index = parts(data)
     edit(index)
-    return join(body, msgpack.packb(index), data[-104:-72])
+    return join(body, encode(index), data[-104:-72])
 
 
 def change_buffer(data: bytes, buffer: str, position: int, value: int) -> bytes:
@@ -124,4 +132,4 @@ def change_buffer(data: bytes, buffer: str, position: int, value: int) -> bytes:
     patched = bytearray(body)
     patched[row["offset"] + offset + position] = value
     row["checksum"] = xxhash.xxh3_128_digest(bytes(patched[row["offset"] : row["offset"] + row["length"]]))
-    return join(bytes(patched), msgpack.packb(index), data[-104:-72])
+    return join(bytes(patched), encode(index), data[-104:-72])

@@ -84,24 +84,25 @@ class Container:
         if obj["profile"] not in c.PROFILES:
             fail("profile", f"unknown profile {obj['profile']!r}")
         self.profile: str = obj["profile"]
-        for key, kind in (("attachments", dict), ("layouts", list), ("metadata", dict)):
-            if type(obj[key]) is not kind:
-                fail(key, f"expected a {'map' if kind is dict else 'list'}")
-        if not all(type(value) is str for value in obj["metadata"].values()):
+        if type(obj["layouts"]) is not list:
+            fail("layouts", "expected a list")
+        metadata = canonical.check_names(obj["metadata"], "metadata")
+        if not all(type(value) is str for value in metadata.values()):
             fail("metadata", "a value is not a string")
-        self.metadata: Mapping[str, str] = obj["metadata"]
+        self.metadata: Mapping[str, str] = metadata
         self.layouts: tuple[NMLayout, ...] = tuple(
             parse_layout(layout, f"layouts[{i}]") for i, layout in enumerate(obj["layouts"])
         )
         if len(set(self.layouts)) != len(self.layouts):
             fail("layouts", "a layout stands in the table twice")
         self.sections = self._parse_sections(obj["sections"], max_raw_bytes)
-        if type(obj["tensors"]) is not dict or len(obj["tensors"]) > c.MAX_TENSORS:
-            fail("tensors", f"expected a map of at most {c.MAX_TENSORS} entries")
-        self._tensors: dict[str, Any] = obj["tensors"]
+        self._tensors = canonical.check_names(obj["tensors"], "tensors")
+        if len(self._tensors) > c.MAX_TENSORS:
+            fail("tensors", f"{len(self._tensors)} entries are more than {c.MAX_TENSORS}")
         self.removed = self._parse_removed(obj["removed"])
         self.attachments: Mapping[str, Attachment] = {
-            name: Attachment.from_obj(name, value) for name, value in obj["attachments"].items()
+            name: Attachment.from_obj(name, value)
+            for name, value in canonical.check_names(obj["attachments"], "attachments").items()
         }
         for name, attachment in self.attachments.items():
             self._check_ref(attachment.data, f'attachments["{name}"]', c.KIND_ATTACHMENTS)
@@ -151,7 +152,7 @@ class Container:
         found = self._entries.get(name)
         if found is None:
             try:
-                found = self._parse_entry(name, self._tensors[name])
+                found = self._parse_entry(name)
             except InvalidFileError as error:
                 raise InvalidFileError(f"{self.name}: {error}") from error
             self._entries[name] = found
@@ -161,22 +162,28 @@ class Container:
         """Iterate over all entries, in the order of their names."""
         return (self.entry(name) for name in self._tensors)
 
-    def _parse_entry(self, name: str, obj: Any) -> TensorEntry:
+    def _parse_entry(self, name: str) -> TensorEntry:
         where = f'tensors["{name}"]'
         if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
             fail(where, f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
-        entry = TensorEntry.from_obj(name, obj, self.layouts)
+        entry = TensorEntry.from_obj(name, self._decode_entry(name), self.layouts)
         if self.profile == "hot" and any(term.params.index == "rank" for term in entry.terms):
             fail(where, "a rank index stands in a hot file")
         for buffer, ref in entry.refs():
             self._check_ref(ref, f"{where}.{buffer}", c.KIND_TENSORS)
         if entry.target is not None:
-            target = self._tensors.get(entry.target)
+            target = self._decode_entry(entry.target) if entry.target in self._tensors else None
             if type(target) is not dict or target.get("action") == "alias":
                 fail(f"{where}.target", f"{entry.target!r} is not a tensor of its own")
             if [target.get("dtype"), target.get("shape")] != [entry.dtype, list(entry.shape)]:
                 fail(f"{where}.target", f"{entry.target!r} has another dtype or shape")
         return entry
+
+    def _decode_entry(self, name: str) -> Any:
+        data = self._tensors[name]
+        if type(data) is not bytes:
+            fail(f'tensors["{name}"]', "expected a byte string that holds an entry")
+        return canonical.decode(data, f'tensors["{name}"]')
 
     def _check_ref(self, ref: BufferRef, where: str, kind: int) -> None:
         if ref.section >= len(self.sections):
