@@ -1,0 +1,1 @@
+"""``y += x @ delta.T`` from the packed words of an ``nm`` term."""

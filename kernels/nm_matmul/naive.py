@@ -1,0 +1,121 @@
+"""The obvious product with a packed ``nm`` delta, in torch: unpack words, place values, multiply (spec, section 11).
+
+Written apart from the numpy decoder, from the specification alone, so that each checks the other; kernels are compared
+with it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from deltafmt.errors import UsageError
+from deltafmt.layout.nm import NMLayout
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Section 11.4: the 32-bit mix, on int64 tensors that hold values below 2**32."""
+    x = x ^ (x >> 16)
+    x = _multiply(x, 0x7FEB352D)
+    x = x ^ (x >> 15)
+    x = _multiply(x, 0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _multiply(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """Return ``x * factor`` modulo 2**32; in two halves, because int64 would overflow."""
+    high = ((x >> 16) * factor) & 0xFFFF
+    return ((high << 16) + (x & 0xFFFF) * factor) & _MASK
+
+
+def unpack_fields(words: torch.Tensor, rows: int, count: int, width: int) -> torch.Tensor:
+    """Section 11.2: return the fields of a word stream.
+
+    Args:
+        words: int32, shape (tiles, words, 32), the bits of the packed words.
+        rows, count, width: of the stream; width at most 8.
+
+    Returns:
+        int64, shape (rows, count).
+    """
+    stream = words.transpose(1, 2).reshape(-1, words.shape[1])[:rows].long() & _MASK
+    stream = torch.cat([stream, stream.new_zeros(rows, 1)], 1)
+    bit = torch.arange(count, device=words.device) * width
+    low, shift = bit // 32, bit % 32
+    pair = stream[:, low] | (stream[:, low + 1] << 32)
+    return (pair >> shift) & ((1 << width) - 1)
+
+
+def seeded_positions(layout: NMLayout, seed: int, mask_rows: int, groups: int) -> torch.Tensor:
+    """Section 11.4, ``seeded``: return positions, int64, shape (mask_rows, groups, N)."""
+    log_m = layout.group.bit_length() - 1
+    needed = log_m if layout.keep == 1 else 2 * log_m - 1
+    width = 4 if needed <= 4 else 8 if needed <= 8 else 16
+    row = torch.arange(mask_rows)
+    key = _mix((_multiply(row, 0x9E3779B1) + seed) & _MASK)
+    g = torch.arange(groups)
+    per_hash = 32 // width
+    h = _mix((key[:, None] + _multiply(g // per_hash, 0x85EBCA6B)) & _MASK)
+    lane = h >> (g % per_hash * width)
+    b = lane & (layout.group - 1)
+    a = (lane >> (log_m - 1)) & (layout.group - 1) | 1
+    i = torch.arange(layout.keep)
+    return (a[:, :, None] * i + b[:, :, None]) & (layout.group - 1)
+
+
+def nm_delta(layout: NMLayout, buffers: dict[str, torch.Tensor], seed: int, rows: int, columns: int) -> torch.Tensor:
+    """Sections 11.5 and 11.6: return the dense float32 delta, shape (rows, columns).
+
+    Args:
+        layout: of the term; ``seeded`` or ``fixed``.
+        buffers: ``codes`` and ``index`` as int32 of shape (tiles, words, 32), ``scales`` as BF16 or F32 of shape
+            (tiles, scales per row, 32).
+        seed: the tensor seed.
+        rows, columns: of the delta.
+
+    Raises:
+        UsageError: the index is ``rank``, which is made ``fixed`` before a product.
+    """
+    groups, kept = layout.groups(columns), layout.kept(columns)
+    mask_rows = layout.mask_rows(rows)
+    if layout.index == "seeded":
+        positions = seeded_positions(layout, seed, mask_rows, groups).to(buffers["codes"].device)
+    elif layout.index == "fixed":
+        positions = unpack_fields(buffers["index"], mask_rows, kept, layout.position_bits)
+        positions = positions.reshape(mask_rows, groups, layout.keep)
+    else:
+        raise UsageError("a rank index is made fixed before it is multiplied with")
+    codes = unpack_fields(buffers["codes"], rows, kept, layout.bits)
+    scales = buffers["scales"].transpose(1, 2).reshape(-1, buffers["scales"].shape[1])[:rows].float()
+    per_entry = (scales * 0.5).repeat_interleave(layout.scale_group or kept, 1)[:, :kept]
+    values = (2 * codes - layout.top).float() * per_entry
+    start = torch.arange(groups, device=positions.device) * layout.group
+    column = (positions + start[:, None]).reshape(mask_rows, kept)
+    column = column.repeat_interleave(layout.share, 0)[:rows]
+    wide = torch.zeros(rows, groups * layout.group, device=values.device)
+    return wide.scatter(1, column, values)[:, :columns]
+
+
+def nm_matmul(
+    x: torch.Tensor,
+    layout: NMLayout,
+    buffers: dict[str, torch.Tensor],
+    seed: int,
+    rows: int,
+    base_output: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``x @ delta.T``, added to the base's output if that is given.
+
+    Args:
+        x: shape (tokens, columns), any floating dtype.
+        layout, buffers, seed, rows: of the delta, see :func:`nm_delta`.
+        base_output: shape (tokens, rows).
+
+    Returns:
+        Shape (tokens, rows), in the dtype of ``x``; the sum is taken in float32.
+    """
+    product = x.float() @ nm_delta(layout, buffers, seed, rows, x.shape[1]).T
+    if base_output is not None:
+        product = product + base_output.float()
+    return product.to(x.dtype)
