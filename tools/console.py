@@ -28,7 +28,7 @@ def warn(line: str) -> None:
 
 def say_json(obj: dict[str, Any]) -> None:
     """Print one JSON object with the schema's number."""
-    print(json.dumps({"schema": SCHEMA, **obj}, indent=2))
+    print(json.dumps({"schema": SCHEMA, **obj}, indent=2, allow_nan=False))
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
@@ -56,8 +56,3 @@ def progress_bar(title: str, total: int, wanted: bool) -> Iterator[Callable[[str
     with Progress(title, *columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield lambda _, size: bar.advance(task, size)
-
-
-def count(number: int, noun: str) -> str:
-    """Return ``1 tensor``, ``2 tensors``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

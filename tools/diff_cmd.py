@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
 
 
@@ -28,4 +29,4 @@ def run(options: argparse.Namespace) -> None:
         rows.append([change.kind, change.name, change.detail, numbers])
     if rows:
         console.table(rows, (False, False, False, False))
-    console.say(f"{console.count(len(result.changes), 'tensor')} differ, {result.same:,} are the same")
+    console.say(f"{plural(len(result.changes), 'tensor')} differ, {result.same:,} are the same")

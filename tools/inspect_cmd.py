@@ -6,6 +6,7 @@ import argparse
 
 from deltafmt.container.reader import Container
 from deltafmt.pipeline import summary
+from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
 
 
@@ -19,9 +20,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     with Container(options.delta) as container:
         if options.json:
-            obj = summary.summary_obj(container)
-            del obj["schema"]
-            console.say_json(obj)
+            console.say_json({"ok": True, **summary.summary_obj(container)})
         elif options.tensors:
             _print_tensors(container)
         else:
@@ -42,9 +41,9 @@ def _print_tree(container: Container) -> None:
     for text, number in (("same as the base", "same"), ("tied", "alias")):
         found = sum(entry.action == number for entry in entries)
         if found:
-            console.say(f"{text}: {console.count(found, 'tensor')}")
+            console.say(f"{text}: {plural(found, 'tensor')}")
     if container.removed:
-        console.say(f"in the base only: {console.count(len(container.removed), 'tensor')}")
+        console.say(f"in the base only: {plural(len(container.removed), 'tensor')}")
     console.say()
     rows: list[list[str]] = []
     _tree_rows(tree, "", "", container.size, rows)

@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _interrupt)
     as_json = "--json" in arguments
     try:
+        if "-o" in arguments and arguments[arguments.index("-o") + 1 :][:1] == [""]:
+            raise UsageError("the output's name is empty")
         command = next((word for word in arguments if not word.startswith("-")), None)
         options = build_parser(command).parse_args(arguments)
         _module(options.command).run(options)

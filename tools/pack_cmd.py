@@ -8,12 +8,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from deltafmt.errors import UsageError
+from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
 
 if TYPE_CHECKING:
     from deltafmt.methods import DeltaDQ, Method
     from deltafmt.pipeline.pack import PackResult
 
+MENTIONED = 10
 EPILOG = """\
 methods:
   deltadq   group-wise balanced dropout with rescale, and k-bit quantization (DeltaDQ)
@@ -102,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace, result: PackResult) -> None:
     for name in result.skipped_files:
-        console.warn(f"{name} is too large to travel with the delta and was left out")
+        console.warn(f"{name} does not travel with the delta: it is too large, or its name is not one for every system")
     if options.json:
         console.say_json(
             {
@@ -120,14 +122,19 @@ def _report(options: argparse.Namespace, result: PackResult) -> None:
         return
     if result.path is None:
         return
-    resumed = f" (went on after {console.count(result.resumed, 'tensor')})" if result.resumed else ""
+    resumed = f" (went on after {plural(result.resumed, 'tensor')})" if result.resumed else ""
     smaller = f"{result.ratio:.2f} times smaller than {options.finetuned}"
     console.say(f"{result.path}: {result.size:,} bytes, {smaller}{resumed}")
     words = {"add": "deltas", "replace": "kept exactly", "same": "same as the base", "alias": "tied"}
     console.say(", ".join(f"{number} {words[action]}" for action, number in sorted(result.actions.items())))
-    for name, reason in result.kept.items():
-        if reason not in ("excluded", "not included", "by rule"):
-            console.say(f"kept exactly: {name} ({reason})")
+    from deltafmt.pipeline.plan import CHOSEN
+
+    # What was asked for needs no mention; what was not may surprise.
+    surprising = [f"kept exactly: {name} ({reason})" for name, reason in result.kept.items() if reason not in CHOSEN]
+    for line in surprising[:MENTIONED]:
+        console.say(line)
+    if len(surprising) > MENTIONED:
+        console.say(f"and {len(surprising) - MENTIONED:,} more matrices kept exactly; inspect --tensors lists them")
 
 
 def _method(options: argparse.Namespace) -> DeltaDQ:
@@ -155,9 +162,13 @@ def parse_nm(text: str) -> tuple[int, int]:
         UsageError: not of that form.
     """
     parts = text.split(":")
-    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+    if len(parts) != 2 or not all(map(_is_number, parts)):
         raise UsageError(f"{text!r} is not of the form N:M, such as 4:16")
     return int(parts[0]), int(parts[1])
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def _ruled(method: DeltaDQ, text: str) -> DeltaDQ | None:
@@ -171,7 +182,7 @@ def _ruled(method: DeltaDQ, text: str) -> DeltaDQ | None:
         if key == "nm":
             changes["n"], changes["m"] = parse_nm(value)
         elif key in ("bits", "share", "scale_group"):
-            if not value.isdigit():
+            if not _is_number(value):
                 raise UsageError(f"rule {text!r}: {key} is a number, not {value!r}")
             changes[key] = int(value)
         elif key in ("index", "grid", "scale", "scale_dtype"):

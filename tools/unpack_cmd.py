@@ -6,6 +6,7 @@ import argparse
 import re
 
 from deltafmt.errors import UsageError
+from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
         )
         return
     files = f" and {', '.join(result.files)}" if result.files else ""
-    console.say(f"{result.path}: {console.count(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
+    console.say(f"{result.path}: {plural(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
 
 
 def parse_size(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
 
 
@@ -31,8 +32,7 @@ def run(options: argparse.Namespace) -> None:
             }
         )
         return
-    base = "" if result.base_tensors is None else f"; {console.count(result.base_tensors, 'base tensor')} match"
+    base = "" if result.base_tensors is None else f"; {plural(result.base_tensors, 'base tensor')} match"
     console.say(
-        f"{options.delta}: ok, {console.count(result.tensors, 'tensor')} in "
-        f"{console.count(result.sections, 'section')}{base}"
+        f"{options.delta}: ok, {plural(result.tensors, 'tensor')} in {plural(result.sections, 'section')}{base}"
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
 from deltafmt.errors import InvalidFileError, StorageError
+from deltafmt.layout.sections import is_safe_path
 
 MAX_ATTACHMENT_BYTES = 64 * 1024 * 1024
 
@@ -26,6 +27,11 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     return parts, name
 
 
+def is_weight_file(name: str) -> bool:
+    """Tell whether a file of this name would be taken for weights, or for an index of them."""
+    return _WEIGHTS.search(name) is not None
+
+
 class Checkpoint:
     """Tensors by name, whatever files they lie in, and the small files beside them.
 
@@ -33,7 +39,7 @@ class Checkpoint:
         path: the folder or file.
         tensors: every tensor, in natural order of the names.
         files: the small files of the folder (configuration, tokenizer, ...), by name.
-        skipped: names of files that are too large to be attached.
+        skipped: names of files that cannot be attached: too large, or with a name that not every system allows.
 
     Raises:
         StorageError: missing or unreadable.
@@ -80,9 +86,15 @@ class Checkpoint:
     def _open_sharded(self, index: str) -> dict[str, Tensor]:
         where = self.path / index
         try:
-            weight_map: Any = json.loads(where.read_text("utf-8"))["weight_map"]
+            text = where.read_text("utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot read {where}: {(error.strerror or str(error)).lower()}") from error
+        except ValueError as error:
+            raise InvalidFileError(f"{where}: not UTF-8") from error
+        try:
+            weight_map: Any = json.loads(text)["weight_map"]
             wanted = {str(name): str(file) for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InvalidFileError(f"{where}: no valid weight_map") from error
         for file in set(wanted.values()):
             if file != os.path.basename(file) or file in ("", ".", ".."):
@@ -107,9 +119,9 @@ class Checkpoint:
 
     def _find_files(self) -> None:
         for entry in sorted(os.scandir(self.path), key=lambda entry: entry.name):
-            if entry.name.startswith(".") or not entry.is_file() or _WEIGHTS.search(entry.name):
+            if entry.name.startswith(".") or not entry.is_file() or is_weight_file(entry.name):
                 continue
-            if entry.stat().st_size > MAX_ATTACHMENT_BYTES:
+            if entry.stat().st_size > MAX_ATTACHMENT_BYTES or not is_safe_path(entry.name):
                 self.skipped.append(entry.name)
             else:
                 self.files[entry.name] = Path(entry.path)

@@ -135,6 +135,11 @@ class SafetensorsFile:
         self.view = memoryview(self._map)
         self.metadata: dict[str, str] = {}
         self.tensors = {tensor.name: tensor for tensor in self._parse()}
+        end = 0
+        for tensor in sorted(self.tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
+            if tensor.offset < end:
+                raise InvalidFileError(f'{path}: tensor "{tensor.name}" overlaps another')
+            end = tensor.offset + tensor.nbytes
 
     def _parse(self) -> Iterator[Tensor]:
         (length,) = struct.unpack("<Q", self.view[:8])
@@ -154,11 +159,13 @@ class SafetensorsFile:
 
     def _tensor(self, name: str, info: Any, start: int) -> Tensor:
         where = f'{self.path}: tensor "{name}"'
+        if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES or not _is_unicode(name):
+            raise InvalidFileError(f"{where}: a name is Unicode of 1 to {c.MAX_NAME_BYTES} bytes")
         try:
             dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidFileError(f"{where}: no valid dtype, shape and data_offsets") from error
-        if dtype not in c.DTYPE_BITS:
+        if type(dtype) is not str or dtype not in c.DTYPE_BITS:
             raise InvalidFileError(f"{where}: unknown dtype {dtype!r}")
         if len(shape) > c.MAX_RANK or not all(type(size) is int and size >= 0 for size in shape):
             raise InvalidFileError(f"{where}: {list(shape)} is not a shape of at most {c.MAX_RANK} sizes")
@@ -189,6 +196,10 @@ class SafetensorsFile:
     def identity(self) -> tuple[str, int, int]:
         """Return path, size and modification time, which tell whether the file is still the same."""
         return str(self.path.resolve()), self.size, self.stat.st_mtime_ns
+
+
+def _is_unicode(name: str) -> bool:
+    return not any(0xD800 <= ord(char) < 0xE000 for char in name)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltafmt.checkpoint.folder import natural_key
-from deltafmt.errors import StorageError, UsageError
+from deltafmt.errors import InvalidFileError, StorageError, UsageError
 from deltafmt.layout import constants as c
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -128,10 +128,19 @@ class CheckpointWriter:
             raise _failed(self.path, error) from error
 
     def add_file(self, name: str, data: bytes | memoryview) -> None:
-        """Write a small file into the folder."""
+        """Write a small file into the folder; the checkpoint's own files are never overwritten.
+
+        Raises:
+            InvalidFileError: a file of that name is there already.
+            StorageError: writing failed.
+        """
+        place = self._partial / name
         try:
-            (self._partial / name).parent.mkdir(parents=True, exist_ok=True)
-            (self._partial / name).write_bytes(data)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with open(place, "xb") as file:
+                file.write(data)
+        except FileExistsError as error:
+            raise InvalidFileError(f'attachments["{name}"]: a file of that name is written already') from error
         except OSError as error:
             raise _failed(self.path, error) from error
 

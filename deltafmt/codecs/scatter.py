@@ -38,7 +38,8 @@ def scatter(
     groups, keep = positions.shape[1:]
     # "value = float32(2u - top) * float32(scale * 0.5)", one rounding in float32.
     half = scales * np.float32(0.5)
-    entry_scale = np.repeat(half, scale_group or kept, axis=1)[:, :kept]
+    # A group larger than the row is the row: the parameter never decides how much memory is taken.
+    entry_scale = np.repeat(half, min(scale_group or kept, kept), axis=1)[:, :kept]
     values = (2 * codes.astype(np.int32) - top).astype(np.float32) * entry_scale
     # "Entry i of group g stands at column g * M + position; entries at or beyond the last column are ignored."
     out = np.zeros((rows, groups, group), np.float32)

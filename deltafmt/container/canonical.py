@@ -7,16 +7,20 @@ from typing import Any
 import msgpack
 
 from deltafmt.errors import InvalidFileError
-from deltafmt.layout.constants import MAX_NESTING
 
 
 def encode(obj: Any) -> bytes:
     """Encode maps (sorted string keys), lists, strings, bytes, integers, booleans and None.
 
     Raises:
-        InvalidFileError: the object holds anything else, or is nested too deeply.
+        InvalidFileError: the object holds anything else, an integer beyond 64 bits or a string that is not Unicode.
     """
-    return pack(_sorted(obj, 0))
+    try:
+        return pack(_sorted(obj))
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, InvalidFileError):
+            raise
+        raise InvalidFileError(f"the index cannot be encoded: {_first_line(error)}") from error
 
 
 def pack(obj: Any) -> bytes:
@@ -65,13 +69,13 @@ def _first_line(error: Exception) -> str:
 _LEAVES = frozenset((int, str, bytes, bool, type(None)))
 
 
-def _sorted(obj: Any, depth: int) -> Any:
-    if depth > MAX_NESTING:
-        raise InvalidFileError(f"nested more than {MAX_NESTING} deep")
+def _sorted(obj: Any) -> Any:
     if isinstance(obj, dict):
-        return {key: _sorted(obj[key], depth + 1) for key in sorted(obj)}
+        if not all(type(key) is str for key in obj):
+            raise InvalidFileError("a key that is not a string cannot stand in an index")
+        return {key: _sorted(obj[key]) for key in sorted(obj)}
     if isinstance(obj, list | tuple):
-        return [_sorted(value, depth + 1) for value in obj]
+        return [_sorted(value) for value in obj]
     if type(obj) not in _LEAVES:
         raise InvalidFileError(f"a {type(obj).__name__} cannot stand in an index")
     return obj

@@ -57,13 +57,28 @@ class PartialFile:
             # The journal is the lock: it is opened first and removed last.
             self._journal: BinaryIO = open(self._journal_path, "a+b")  # noqa: SIM115
             try:
-                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                self._lock()
+                check_output_file(path, force=force)  # again: another process may have finished meanwhile
+            except BaseException:
                 self._journal.close()
-                raise UsageError(f"another process is writing {path}") from None
+                raise
             descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o644)
             self._file: BinaryIO = os.fdopen(descriptor, "r+b")
-            self._resume(job)
+            try:
+                self._resume(job)
+            except BaseException:
+                self.abandon()
+                raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that finishes removes the journal; what was opened before that locks nothing.
+            held, named = os.fstat(self._journal.fileno()), os.stat(self._journal_path)
+            if held.st_ino != named.st_ino:
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
+            raise UsageError(f"another process is writing {self.path}") from None
 
     def _resume(self, job: bytes | None) -> None:
         position = kept = 0
@@ -101,7 +116,8 @@ class PartialFile:
         except (InvalidFileError, KeyError, TypeError):
             return False
         self._file.seek(0)
-        if not self.sections and self._file.read(c.HEADER_SIZE) != frame.encode_header():
+        head = frame.encode_header()
+        if not self.sections and self._file.read(c.SECTION_ALIGNMENT) != head.ljust(c.SECTION_ALIGNMENT, b"\0"):
             return False
         self._file.seek(section.offset)
         hasher = xxhash.xxh3_128()
@@ -204,8 +220,11 @@ class StreamFile:
         Raises:
             StorageError: writing failed.
         """
+        view = memoryview(data)
         try:
-            self._file.write(data)
+            while view:
+                written = self._file.write(view)  # a raw file may take less than it is given
+                view = view[written:]
         except OSError as error:
             raise StorageError(f"cannot write the output: {(error.strerror or str(error)).lower()}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Self
 
 import xxhash
@@ -105,6 +106,8 @@ class Container:
             for name, value in canonical.check_names(obj["attachments"], "attachments").items()
         }
         for name, attachment in self.attachments.items():
+            if any(str(parent) in self.attachments for parent in PurePosixPath(name).parents):
+                fail(f'attachments["{name}"]', "another attachment stands in the place of its folder")
             self._check_ref(attachment.data, f'attachments["{name}"]', c.KIND_ATTACHMENTS)
 
     def _parse_sections(self, rows: Any, max_raw_bytes: int) -> tuple[Section, ...]:

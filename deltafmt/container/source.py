@@ -100,6 +100,8 @@ def open_source(path: str | os.PathLike[str] | BinaryIO, *, mmap: bool = True) -
         StorageError: the file cannot be opened.
         InvalidFileError: the file is empty.
     """
+    if isinstance(path, str | os.PathLike) and os.path.isdir(path):
+        raise StorageError(f"{os.fspath(path)} is a folder, not a delta file")
     if not isinstance(path, str | os.PathLike):
         return StreamSource(path, str(getattr(path, "name", "<stream>")))
     if mmap:
@@ -108,7 +110,11 @@ def open_source(path: str | os.PathLike[str] | BinaryIO, *, mmap: bool = True) -
         file = open(path, "rb")  # noqa: SIM115 - closed by StreamSource.close
     except OSError as error:
         raise storage_error("cannot open", os.fspath(path), error) from error
-    return StreamSource(file, os.fspath(path), owned=True)
+    try:
+        return StreamSource(file, os.fspath(path), owned=True)
+    except BaseException:
+        file.close()
+        raise
 
 
 def storage_error(what: str, name: str, error: Exception) -> StorageError:

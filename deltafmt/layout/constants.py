@@ -38,7 +38,6 @@ MAX_RANK: Final = 8
 MAX_NAME_BYTES: Final = 1024
 MAX_ELEMENTS: Final = 2**48
 MAX_RAW_BYTES: Final = 2**40
-MAX_NESTING: Final = 16
 
 # Bits per element of every dtype that a safetensors file can name.
 DTYPE_BITS: Final[dict[str, int]] = {

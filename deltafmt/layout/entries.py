@@ -207,6 +207,8 @@ def _parse_add(name: str, obj: Any, where: str, layouts: tuple[NMLayout, ...]) -
     digest = check_bytes(values["digest"], f"{where}.digest", DIGEST_BYTES)
     if dtype not in c.DELTA_DTYPES or base.dtype not in c.DELTA_DTYPES:
         fail(f"{where}.dtype", f"a delta from {base.dtype} to {dtype} is not defined")
+    if 0 in (c.element_count(shape), c.element_count(base.shape)):
+        fail(f"{where}.shape", "a tensor without elements has no delta")
     if not shape or len(shape) != len(base.shape) or shape[1:] != base.shape[1:]:
         fail(f"{where}.base.shape", f"{list(base.shape)} and {list(shape)} differ beyond the first dimension")
     if len(shape) == 1 and shape != base.shape:

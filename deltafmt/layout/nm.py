@@ -150,8 +150,12 @@ class NMLayout:
 
     def describe(self) -> str:
         """Return a short form such as ``4:16 k=4 midtread seeded v=4``."""
-        text = f"{self.keep}:{self.group} k={self.bits} {self.grid} {self.index} v={self.share}"
-        return f"{text} scale/{self.scale_group}" if self.scale_group else text
+        parts = [f"{self.keep}:{self.group} k={self.bits} {self.grid} {self.index} v={self.share}"]
+        if self.scale_group:
+            parts.append(f"scale/{self.scale_group}")
+        if self.scale_dtype != "BF16":
+            parts.append(f"{self.scale_dtype} scales")
+        return " ".join(parts)
 
 
 def stream_words(count: int, width: int) -> int:

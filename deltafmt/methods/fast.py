@@ -19,7 +19,6 @@ _ROW_STEP = np.uint32(ROW_STEP)
 _BLOCK_STEP = np.uint32(BLOCK_STEP)
 _UNIT = np.float32(reference.UNIT)
 _TINY = reference.TINY
-_ITERATIONS = reference.ITERATIONS
 
 
 @compiled
@@ -101,7 +100,27 @@ def _largest(kept, size, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _search(kept, size, largest, start, top, midtread, units, out):  # type: ignore[no-untyped-def]
+def _fit(units, factor, top, midtread):  # type: ignore[no-untyped-def]
+    """Return the gain of a step and the best step for the levels that it assigns; see the reference's _search."""
+    products = np.int64(0)
+    squares = np.int64(0)
+    for i in range(units.size):
+        unit = units[i]
+        scaled = np.float32(unit) * factor
+        if midtread:
+            level = np.int32(2) * min(np.int32(np.rint(scaled)), top)
+        else:
+            level = np.int32(2) * min(np.int32(np.floor(scaled)), top) + np.int32(1)
+        level = level if unit >= 0 else np.int32(0)
+        products += np.int64(unit) * np.int64(level)
+        squares += np.int64(level * level)
+    p = np.float64(products)
+    q = np.float64(squares if squares > 0 else np.int64(1))
+    return p * p / q, 2.0 * p / q
+
+
+@compiled
+def _search(kept, size, largest, candidates, refinements, top, midtread, units, out):  # type: ignore[no-untyped-def]
     rows, entries = kept.shape
     for r in range(rows):
         for c in range(out.shape[1]):
@@ -109,37 +128,22 @@ def _search(kept, size, largest, start, top, midtread, units, out):  # type: ign
             if high < _TINY:
                 continue
             cell = kept[r, c * size : min(entries, (c + 1) * size)]
+            own = units[: cell.size]
             inverse = _UNIT / high
-            count = np.int64(0)
-            total = np.int64(0)
             for i in range(cell.size):
                 x = cell[i]
                 # An entry beyond the last column gets -1, which no level multiplies.
-                unit = np.int32(np.rint(abs(x) * inverse)) if x == x else np.int32(-1)
-                units[i] = unit
-                count += unit >= 0
-                total += max(unit, np.int32(0))
-            step = np.float64(total) / np.float64(count if count > 0 else np.int64(1)) * start
-            if not step > 0.0:
-                step = 1.0
-            for _ in range(_ITERATIONS):
-                factor = np.float32(1.0 / step)
-                products = np.int64(0)
-                squares = np.int64(0)
-                for i in range(cell.size):
-                    unit = units[i]
-                    scaled = np.float32(unit) * factor
-                    if midtread:
-                        level = np.int32(2) * min(np.int32(np.rint(scaled)), top)
-                    else:
-                        level = np.int32(2) * min(np.int32(np.floor(scaled)), top) + np.int32(1)
-                    level = level if unit >= 0 else np.int32(0)
-                    products += np.int64(unit) * np.int64(level)
-                    squares += np.int64(level * level)
-                if squares > 0:
-                    step = 2.0 * np.float64(products) / np.float64(squares)
-                if not step > 0.0:
-                    step = 1.0
+                own[i] = np.int32(np.rint(abs(x) * inverse)) if x == x else np.int32(-1)
+            best = -1.0
+            step = 1.0
+            for j in range(candidates.size):
+                gain, fitted = _fit(own, candidates[j], top, midtread)
+                if gain > best:
+                    best, step = gain, fitted
+            for _ in range(refinements):
+                gain, fitted = _fit(own, np.float32(1.0 / (step if step > 0.0 else 1.0)), top, midtread)
+                if gain > best:
+                    best, step = gain, fitted
             out[r, c] = np.float32(step * (np.float64(high) / np.float64(_UNIT)))
 
 
@@ -200,18 +204,20 @@ def quantize(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """See :func:`deltafmt.methods.quantize.quantize`."""
     rows, entries = kept.shape
-    size = scale_group or max(entries, 1)
+    size = max(min(scale_group or entries, entries), 1)
     groups = -(-entries // size) if entries else 1
     largest = np.empty((rows, groups), np.float32)
     _largest(kept, size, largest)
+    reference.check_scales(largest)
     scales = reference.minmax_scale(largest, bits, grid, scale_dtype)
     midtread = grid == "midtread"
     half = 2 ** (bits - 1)
     if rule == "mse":
         searched = np.ones((rows, groups), np.float32)
-        units = scratch.array("units", (min(size, max(entries, 1)),), np.int32)
-        start = reference.start_step(bits, grid)
-        _search(kept, size, largest, start, np.int32(half - 1), midtread, units, searched)
+        units = scratch.array("units", (size,), np.int32)
+        candidates = np.array([1.0 / step for step in reference.candidate_steps(bits, grid)], np.float32)
+        refinements = reference.REFINEMENTS if bits > 1 else 0
+        _search(kept, size, largest, candidates, refinements, np.int32(half - 1), midtread, units, searched)
         searched = np.maximum(widen(narrow(searched, scale_dtype), scale_dtype), reference.SMALLEST)
         scales = np.where(largest >= reference.TINY, searched, scales)
     reference.check_scales(scales)

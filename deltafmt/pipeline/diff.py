@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ class Change:
         """Return a plain object for JSON."""
         obj: dict[str, Any] = {"name": self.name, "kind": self.kind, "detail": self.detail}
         if self.relative is not None:
-            obj |= {"relative": self.relative, "largest": self.largest}
+            for key, number in (("relative", self.relative), ("largest", self.largest)):
+                # JSON has no NaN and no infinity.
+                obj[key] = number if number is not None and math.isfinite(number) else None
         return obj
 
 

@@ -50,7 +50,7 @@ class PackResult:
         actions: number of tensors by action.
         kept: names of matrices that are kept exactly, with the reason.
         resumed: tensors that an interrupted run had already packed.
-        skipped_files: names of files that were too large to be attached.
+        skipped_files: names of files that could not be attached.
     """
 
     path: Path | None
@@ -110,6 +110,7 @@ def pack(
         raise UsageError(f"seed {seed} is outside 0 to 2**64 - 1")
     if profile not in c.PROFILES:
         raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
+    workers = thread_count(threads)
     sources = Checkpoint(base), Checkpoint(finetuned)
     plans = make_plan(*sources, method, rules, include, exclude)
     if profile == "hot" and any(plan.method and plan.method.layout.index == "rank" for plan in plans):
@@ -124,9 +125,9 @@ def pack(
     else:
         sink = StreamFile(out)
     result = PackResult(path, finetuned_bytes=sources[1].file_bytes, skipped_files=list(sources[1].skipped))
-    packer = _Packer(sources, plans, method, sink, profile, seed, result)
     try:
-        packer.run(thread_count(threads), progress)
+        packer = _Packer(sources, plans, method, sink, profile, seed, result)
+        packer.run(workers, progress)
         sink.commit()
     except KeyboardInterrupt:
         sink.keep()
@@ -236,8 +237,11 @@ class _Packer:
         finally:
             drain(pool)
         attachments = self._attach()
-        for entry in self._entries.values():
+        for plan in self._plans:
+            entry = self._entries[plan.tensor.name]
             self._result.actions[entry.action] = self._result.actions.get(entry.action, 0) + 1
+            if entry.action == "replace" and len(entry.shape) > 1:
+                self._result.kept[entry.name] = plan.reason
         identity = self._writer.finish(
             self._entries.values(), removed=self._removed, attachments=attachments, metadata=self._metadata
         )
@@ -295,8 +299,6 @@ class _Packer:
             reference = BaseRef(digest, base.dtype, base.shape)
             return TensorEntry(tensor.name, "same", tensor.dtype, tensor.shape, reference)
         if plan.method is None or base is None or pending.fingerprint is None:
-            if len(tensor.shape) > 1:
-                self._result.kept[tensor.name] = plan.reason
             return self._replace(tensor)
         for part in pending.parts:
             part.result()

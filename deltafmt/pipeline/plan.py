@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blake3 import blake3
 
@@ -15,6 +15,9 @@ from deltafmt.layout.constants import DELTA_DTYPES, element_count
 from deltafmt.methods.base import Method
 
 Rule = tuple[str, Method | None]
+
+# Reasons for keeping a tensor exactly that the user gave.
+CHOSEN = ("excluded", "not included", "by rule")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,6 @@ def make_plan(
     def decide(tensor: Tensor) -> Plan:
         name = tensor.name
         other = base.tensors.get(name)
-        if name in ties:
-            return Plan(tensor, other, None, "tied", ties[name])
         chosen: Method | None = method
         reason = ""
         if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
@@ -82,7 +83,12 @@ def make_plan(
             reason = why_exact(tensor, other, chosen)
         return Plan(tensor, other, None if reason else chosen, reason)
 
-    return [decide(tensor) for tensor in finetuned.tensors.values()]
+    plans = {name: decide(tensor) for name, tensor in finetuned.tensors.items()}
+    for name, target in ties.items():
+        # Whoever asks for one of two tied tensors to be exact does not get the other's approximation.
+        if plans[target].method is None or plans[name].reason not in CHOSEN:
+            plans[name] = replace(plans[name], method=None, reason="tied", alias=target)
+    return list(plans.values())
 
 
 def why_exact(tensor: Tensor, base: Tensor | None, method: Method) -> str:

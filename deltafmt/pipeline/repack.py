@@ -13,7 +13,7 @@ from deltafmt.codecs import nm
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
-from deltafmt.errors import UsageError
+from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.layout import constants as c
 from deltafmt.layout.entries import NMTerm, TensorEntry
 from deltafmt.layout.nm import NMLayout
@@ -70,7 +70,7 @@ def repack(
                 metadata=dict(container.metadata),
             )
             if identity != container.content_id:
-                raise AssertionError("repacking changed the content id")
+                raise InvalidFileError(f"{container.name}: the content id is not that of the content")
             sink.commit()
         except BaseException:
             sink.abandon()

@@ -34,6 +34,11 @@ class Node:
 PAYLOAD = {"codes": "codes", "index": "index", "scales": "scales", "new_rows": "kept exactly", "data": "kept exactly"}
 
 
+def plural(number: int, noun: str) -> str:
+    """Return ``1 tensor``, ``2 tensors``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def finetuned_bytes(entries: Iterable[TensorEntry]) -> int:
     """Return the bytes of the fine-tuned tensors, tied ones counted once."""
     return sum(entry.nbytes for entry in entries if entry.action != "alias")
@@ -59,16 +64,16 @@ def cost_tree(container: Container) -> Node:
     nodes = []
     for group, action in (("deltas", "add"), ("tensors kept exactly", "replace")):
         parts = [Node(label, size) for label, size in kinds.get(group, {}).items() if size]
-        note = f"{counts.get(action, 0)} tensors"
+        note = plural(counts.get(action, 0), "tensor")
         children = parts if group == "deltas" else []
         nodes.append(Node(group, sum(part.size for part in parts), note, children))
     if stored != raw:
-        nodes.append(Node("zstd saves", stored - raw, f"{len(tensors)} sections"))
+        nodes.append(Node("zstd saves", stored - raw, plural(len(tensors), "section")))
     attached = [section for section in container.sections if section.kind == c.KIND_ATTACHMENTS]
     if attached:
         names = ", ".join(container.attachments)
         nodes.append(Node("attachments", sum(section.length for section in attached), names))
-    nodes.append(Node("index", container.index_length, f"{len(container.keys())} tensors"))
+    nodes.append(Node("index", container.index_length, plural(len(container.keys()), "tensor")))
     nodes.append(Node("header and trailer", c.HEADER_SIZE + c.TRAILER_SIZE))
     nodes.append(Node("alignment", container.size - sum(node.size for node in nodes)))
     return Node("file", container.size, "", [node for node in nodes if node.size])
@@ -127,7 +132,6 @@ def summary_obj(container: Container) -> dict[str, Any]:
     entries = list(container.entries())
     total = finetuned_bytes(entries)
     return {
-        "schema": 1,
         "file": container.name,
         "bytes": container.size,
         "content_id": container.content_id.hex(),

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltafmt import accel
-from deltafmt.checkpoint.folder import Checkpoint, natural_key
+from deltafmt.checkpoint.folder import Checkpoint, is_weight_file, natural_key
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.codecs import nm
 from deltafmt.codecs.floats import RAW_DTYPES
 from deltafmt.codecs.routines import CodecRoutines, codec_routines
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
-from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.errors import InvalidFileError, UsageError, WrongBaseError
 from deltafmt.layout.entries import BaseRef, TensorEntry
 from deltafmt.pipeline.pack import COMPILED_FROM_BYTES, Progress
 from deltafmt.pipeline.workers import PerThread, drain, in_order, thread_count
@@ -136,6 +136,9 @@ class _Unpacker:
         self, force: bool, force_base: bool, max_shard_bytes: int, threads: int, progress: Progress | None
     ) -> UnpackResult:
         """Write every tensor, then the attached files, and put the folder in its place."""
+        for name in self._delta.container.attachments:
+            if is_weight_file(name):
+                raise InvalidFileError(f'{self._delta.container.name}: attachments["{name}"]: a name for weights')
         metadata = {}
         if force_base:
             self._result.mismatched = self._compare(threads)

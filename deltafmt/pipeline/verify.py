@@ -127,6 +127,8 @@ def check_coverage(container: Container, entries: list[TensorEntry]) -> None:
     for attachment in container.attachments.values():
         used[attachment.data.section].append(attachment.data)
     for number, refs in used.items():
+        if not refs:
+            raise InvalidFileError(f"section {number}: no buffer lies in it")
         position = 0
         for ref in sorted(refs, key=lambda ref: (ref.offset, ref.length)):
             start = c.align(position, c.BUFFER_ALIGNMENT)

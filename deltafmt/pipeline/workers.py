@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+from deltafmt.errors import UsageError
+
 Item = TypeVar("Item")
 Job = TypeVar("Job")
 
@@ -17,9 +19,15 @@ IN_FLIGHT_BYTES = 64 * 1024 * 1024
 
 
 def thread_count(threads: int | None) -> int:
-    """Return the number of worker threads: as asked for, or one for each processor this process may use."""
+    """Return the number of worker threads: as asked for, or one for each processor this process may use.
+
+    Raises:
+        UsageError: fewer than one thread was asked for.
+    """
     if threads is not None:
-        return max(threads, 1)
+        if threads < 1:
+            raise UsageError(f"{threads} threads are fewer than one")
+        return threads
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

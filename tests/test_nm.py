@@ -1,0 +1,383 @@
+"""The nm layout end to end: arrays to buffers and back, in runs, and the refusal of what is not canonical."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from deltafmt.codecs import nm, scatter, words
+from deltafmt.codecs.nm import NMArrays
+from deltafmt.codecs.routines import REFERENCE, CodecRoutines, codec_routines
+from deltafmt.delta import slice_run
+from deltafmt.errors import InvalidFileError, UsageError
+from deltafmt.layout.entries import parse_layout
+from deltafmt.layout.nm import INDEX_ENCODINGS, NMLayout
+from strategies import examples, generators, layouts, nm_arrays, shapes, sizes
+
+Packed = dict[str, NDArray[np.generic]]
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> CodecRoutines:
+    """The compiled loops, one scratch for the whole file."""
+    pytest.importorskip("numba")
+    routines = codec_routines(compiled=True)
+    if routines is REFERENCE:
+        pytest.skip("numba is turned off")
+    return routines
+
+
+def pack(layout: NMLayout, arrays: NMArrays, rows: int, columns: int, routines: CodecRoutines = REFERENCE) -> Packed:
+    """Encode arrays into buffers of their own."""
+    out = nm.blank(layout, rows, columns)
+    nm.encode(layout, arrays, out, routines)
+    return out
+
+
+def assert_same(found: NMArrays, expected: NMArrays) -> None:
+    """Compare positions, codes and the bits of the scales."""
+    np.testing.assert_array_equal(found.positions, expected.positions, strict=True)
+    np.testing.assert_array_equal(found.codes, expected.codes, strict=True)
+    assert found.scales.shape == expected.scales.shape
+    np.testing.assert_array_equal(found.scales.view(np.uint32), expected.scales.view(np.uint32), strict=True)
+
+
+def dense_by_definition(layout: NMLayout, arrays: NMArrays, columns: int) -> NDArray[np.float32]:
+    """Place every entry by itself; values from the design's formulas of the two grids."""
+    rows = arrays.codes.shape[0]
+    out = np.zeros((rows, columns), np.float32)
+    half = 2 ** (layout.bits - 1)
+    for row in range(rows):
+        for entry in range(arrays.codes.shape[1]):
+            g, i = divmod(entry, layout.keep)
+            column = g * layout.group + int(arrays.positions[row // layout.share, g, i])
+            if column >= columns:
+                continue
+            scale = float(arrays.scales[row, entry // layout.scale_group if layout.scale_group else 0])
+            code = int(arrays.codes[row, entry])
+            value = (
+                (code - (half - 1)) * scale if layout.grid == "midtread" else (2 * code - (2 * half - 1)) * scale / 2
+            )
+            out[row, column] = np.float32(value)
+    return out
+
+
+@examples(120)
+@given(st.data(), layouts(), shapes(70, 200), SEEDS)
+def test_buffers_hold_the_arrays(
+    compiled: CodecRoutines, data: st.DataObject, layout: NMLayout, shape: tuple[int, int], seed: int
+) -> None:
+    rows, columns = shape
+    arrays = data.draw(nm_arrays(layout, rows, columns, seed))
+    packed = pack(layout, arrays, rows, columns)
+    lengths = layout.buffer_lengths(rows, columns)
+    assert {name: array.nbytes for name, array in packed.items()} == lengths
+    for name, array in pack(layout, arrays, rows, columns, compiled).items():
+        np.testing.assert_array_equal(array, packed[name], strict=True)
+    # From bytes, as a file gives them: read-only.
+    views = nm.views(layout, rows, columns, {name: memoryview(array.tobytes()) for name, array in packed.items()})
+    for routines in (REFERENCE, compiled):
+        decoded = nm.decode(layout, views, seed, 0, rows, columns, routines)
+        assert_same(decoded, arrays)
+        nm.check(layout, views, decoded, columns, routines)
+        assert_same(decoded, arrays)
+
+
+@examples(50)
+@given(st.data(), layouts(), sizes(150), SEEDS)
+def test_runs_decode_as_the_whole(
+    compiled: CodecRoutines, data: st.DataObject, layout: NMLayout, columns: int, seed: int
+) -> None:
+    step = nm.run_rows(layout)
+    rows = data.draw(st.integers(1, 2 * step + 40))
+    arrays = data.draw(nm_arrays(layout, rows, columns, seed))
+    packed = pack(layout, arrays, rows, columns)
+    dense = nm.dense(layout, arrays, columns)
+    pieces = nm.blank(layout, rows, columns)
+    starts = list(range(0, rows, step))
+    for start, stop in zip(starts, [*starts[1:], rows], strict=True):
+        masks = slice(start // layout.share, -(-stop // layout.share))
+        part = NMArrays(arrays.positions[masks], arrays.codes[start:stop], arrays.scales[start:stop])
+        run = slice_run(packed, layout.share, start, stop)
+        for routines in (REFERENCE, compiled):
+            decoded = nm.decode(layout, run, seed, start, stop - start, columns, routines)
+            nm.check(layout, run, decoded, columns, routines)
+            assert_same(decoded, part)
+            np.testing.assert_array_equal(nm.dense(layout, decoded, columns, routines), dense[start:stop])
+        nm.encode(layout, part, slice_run(pieces, layout.share, start, stop))
+    for name, array in packed.items():
+        np.testing.assert_array_equal(pieces[name], array, strict=True)
+
+
+@examples(60)
+@given(st.data(), layouts(max_group=64), shapes(12, 70), SEEDS)
+def test_dense_is_the_definition(data: st.DataObject, layout: NMLayout, shape: tuple[int, int], seed: int) -> None:
+    arrays = data.draw(nm_arrays(layout, *shape, seed))
+    dense = nm.dense(layout, arrays, shape[1])
+    assert dense.dtype == np.float32
+    np.testing.assert_array_equal(dense, dense_by_definition(layout, arrays, shape[1]))
+
+
+@examples(120)
+@given(st.data(), layouts(), shapes(40, 300), SEEDS)
+def test_compiled_dense_equals_the_reference(
+    compiled: CodecRoutines, data: st.DataObject, layout: NMLayout, shape: tuple[int, int], seed: int
+) -> None:
+    arrays = data.draw(nm_arrays(layout, *shape, seed))
+    expected = nm.dense(layout, arrays, shape[1])
+    found = nm.dense(layout, arrays, shape[1], compiled)
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32), strict=True)
+
+
+@examples(60)
+@given(st.data(), layouts("rank"), shapes(70, 200))
+def test_rank_and_fixed_hold_the_same(data: st.DataObject, ranked: NMLayout, shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    fixed = ranked.with_index("fixed")
+    arrays = data.draw(nm_arrays(ranked, rows, columns))
+    by_rank, by_position = pack(ranked, arrays, rows, columns), pack(fixed, arrays, rows, columns)
+    mask_rows = ranked.mask_rows(rows)
+    for name in ("codes", "scales"):
+        np.testing.assert_array_equal(by_rank[name], by_position[name], strict=True)
+    for source, target, index, expected in (
+        (ranked, fixed, by_rank["index"], by_position["index"]),
+        (fixed, ranked, by_position["index"], by_rank["index"]),
+    ):
+        found = nm.transcode_index(source, index.view(np.uint32), mask_rows, columns, target)
+        np.testing.assert_array_equal(found, expected, strict=True)
+
+
+def test_scale_group_beyond_the_row_takes_no_memory() -> None:
+    # A layout in a file may give 2**31 - 1 here; what is allocated must follow the entries.
+    codes, positions = np.zeros((1, 4), np.uint8), np.arange(4, dtype=np.uint8)[None, None]
+    tracemalloc.start()
+    try:
+        scatter.scatter(codes, np.ones((1, 1), np.float32), positions, 16, 16, 1, 14, 2**22)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
+
+
+# Of every term that is spoiled below: lanes without a row, and a short last group for any M but 53.
+ROWS, COLUMNS = 37, 53
+
+
+def refuse(layout: NMLayout, arrays: NMArrays, spoil: Callable[[Packed], None], match: str) -> None:
+    """Pack, check that the packing is accepted, spoil it, and check that both implementations refuse it."""
+    implementations = [REFERENCE, codec_routines(compiled=True)]
+    for routines in implementations:
+        packed = pack(layout, arrays, ROWS, COLUMNS)
+        nm.check(layout, packed, nm.decode(layout, packed, 5, 0, ROWS, COLUMNS, routines), COLUMNS, routines)
+        spoil(packed)
+        with pytest.raises(InvalidFileError, match=match):
+            nm.check(layout, packed, nm.decode(layout, packed, 5, 0, ROWS, COLUMNS, routines), COLUMNS, routines)
+
+
+def unused_bits(
+    packed: Packed, name: str, layout: NMLayout, rng: np.random.Generator
+) -> list[tuple[int, int, int, int]]:
+    """List tile, word, lane and bit of unused bits: those behind a row's stream and those of lanes without a row."""
+    array = packed[name]
+    rows = layout.mask_rows(ROWS) if name == "index" else ROWS
+    if name == "scales":
+        used = array.shape[1] * array.itemsize * 8
+    elif name == "codes":
+        used = layout.kept(COLUMNS) * layout.bits
+    elif layout.index == "fixed":
+        used = layout.kept(COLUMNS) * layout.position_bits
+    else:
+        used = layout.groups(COLUMNS) * layout.rank_bits
+    bits = array.itemsize * 8
+    total = array.shape[1] * bits
+    behind = [(lane, bit) for lane in range(rows) for bit in range(used, total)]
+    beyond = [(lane, bit) for lane in range(rows, array.shape[0] * 32) for bit in range(total)]
+    chosen = [pool[i] for pool in (behind, beyond) if pool for i in rng.integers(len(pool), size=4)]
+    return [(row // 32, bit // bits, row % 32, bit % bits) for row, bit in chosen]
+
+
+@examples(60)
+@given(st.data(), layouts(), generators())
+def test_unused_bits_are_refused(
+    compiled: CodecRoutines, data: st.DataObject, layout: NMLayout, rng: np.random.Generator
+) -> None:
+    arrays = data.draw(nm_arrays(layout, ROWS, COLUMNS, 5))
+    packed = pack(layout, arrays, ROWS, COLUMNS)
+    for name, array in packed.items():
+        if not array.size:
+            continue
+        raw = array.view(np.uint16 if array.itemsize == 2 else np.uint32)
+        for tile, word, lane, bit in unused_bits(packed, name, layout, rng):
+            raw[tile, word, lane] ^= raw.dtype.type(1 << bit)
+            for routines in (REFERENCE, compiled):
+                decoded = nm.decode(layout, packed, 5, 0, ROWS, COLUMNS, routines)
+                with pytest.raises(InvalidFileError, match=f"unused bits of the {name}"):
+                    nm.check(layout, packed, decoded, COLUMNS, routines)
+            raw[tile, word, lane] ^= raw.dtype.type(1 << bit)
+    nm.check(layout, packed, nm.decode(layout, packed, 5, 0, ROWS, COLUMNS), COLUMNS)
+
+
+def respoil(layout: NMLayout, change: Callable[[NDArray[np.uint64]], None]) -> Callable[[Packed], None]:
+    """Return what rewrites the codes of a packed term after a change to the fields."""
+
+    def spoil(packed: Packed) -> None:
+        fields = words.unpack(packed["codes"].view(np.uint32), ROWS, layout.kept(COLUMNS), layout.bits)
+        change(fields)
+        packed["codes"][...] = words.pack(fields, layout.bits)
+
+    return spoil
+
+
+@examples(40)
+@given(st.data(), layouts(), generators())
+def test_a_field_beyond_the_midtread_grid_is_refused(
+    data: st.DataObject, layout: NMLayout, rng: np.random.Generator
+) -> None:
+    if layout.grid != "midtread":
+        layout = NMLayout(layout.keep, layout.group, max(layout.bits, 2), layout.index, share=layout.share)
+    arrays = data.draw(nm_arrays(layout, ROWS, COLUMNS, 5))
+    row, entry = int(rng.integers(ROWS)), int(rng.integers(layout.kept(COLUMNS)))
+
+    def change(fields: NDArray[np.uint64]) -> None:
+        fields[row, entry] = 2**layout.bits - 1
+
+    refuse(layout, arrays, respoil(layout, change), f"a code is {2**layout.bits - 1}, the grid ends at {layout.top}")
+
+
+@examples(40)
+@given(st.data(), layouts(), generators())
+def test_a_field_beyond_the_last_column_is_refused(
+    data: st.DataObject, layout: NMLayout, rng: np.random.Generator
+) -> None:
+    arrays = data.draw(nm_arrays(layout, ROWS, COLUMNS, 5))
+    beyond = np.argwhere(nm.outside(layout, arrays, COLUMNS))
+    assume(len(beyond))
+    row, entry = (int(i) for i in beyond[rng.integers(len(beyond))])
+
+    def change(fields: NDArray[np.uint64]) -> None:
+        fields[row, entry] = 1
+
+    refuse(layout, arrays, respoil(layout, change), "an entry beyond the last column has a code that is not zero")
+
+
+@pytest.mark.parametrize("index", INDEX_ENCODINGS)
+@pytest.mark.parametrize("scale_group", [0, 5])
+@pytest.mark.parametrize(
+    ("scale_dtype", "bits"),
+    [
+        *(("BF16", bits) for bits in (0x8000, 0xBF80, 0x7F80, 0xFF80, 0x7FC0, 0x7F81, 0xFFFF)),
+        *(("F32", bits) for bits in (0x80000000, 0x80000001, 0xBF800000, 0x7F800000, 0x7FC00000, 0x7F800001)),
+    ],
+)
+def test_a_scale_that_is_negative_or_not_finite_is_refused(
+    index: str, scale_group: int, scale_dtype: str, bits: int
+) -> None:
+    layout = NMLayout(3, 16, 4, index, share=2, scale_dtype=scale_dtype, scale_group=scale_group)
+    mask_rows, groups = layout.mask_rows(ROWS), layout.groups(COLUMNS)
+    positions = np.tile(np.arange(3, dtype=np.uint8), (mask_rows, groups, 1))
+    scales = np.ones((ROWS, layout.scales_per_row(COLUMNS)), np.float32)
+    arrays = NMArrays(positions, np.zeros((ROWS, layout.kept(COLUMNS)), np.uint8), scales)
+
+    def spoil(packed: Packed) -> None:
+        packed["scales"].view(np.uint16 if scale_dtype == "BF16" else np.uint32)[1, -1, 4] = bits
+
+    refuse(layout, arrays, spoil, "a scale is negative or not finite")
+
+
+@examples(40)
+@given(st.data(), layouts("fixed"), generators())
+def test_a_fixed_index_that_does_not_ascend_is_refused(
+    data: st.DataObject, layout: NMLayout, rng: np.random.Generator
+) -> None:
+    arrays = data.draw(nm_arrays(layout, ROWS, COLUMNS))
+    row, g = int(rng.integers(layout.mask_rows(ROWS))), int(rng.integers(layout.groups(COLUMNS)))
+    wrong = arrays.positions.copy()
+    if layout.keep > 1:
+        wrong[row, g] = wrong[row, g, ::-1] if rng.random() < 0.5 else wrong[row, g, :1]
+    else:
+        assume(layout.group < 2**layout.position_bits)
+        wrong[row, g, 0] = layout.group
+
+    def spoil(packed: Packed) -> None:
+        packed["index"][...] = words.pack(wrong.reshape(wrong.shape[0], -1), layout.position_bits)
+
+    refuse(layout, arrays, spoil, f"mask row {row}, group {g}: entry")
+
+
+@examples(40)
+@given(st.data(), layouts("rank"), generators())
+def test_a_rank_beyond_the_last_subset_is_refused(
+    data: st.DataObject, layout: NMLayout, rng: np.random.Generator
+) -> None:
+    total = math.comb(layout.group, layout.keep)
+    assume(total < 2**layout.rank_bits)
+    arrays = data.draw(nm_arrays(layout, ROWS, COLUMNS))
+    row, g = int(rng.integers(layout.mask_rows(ROWS))), int(rng.integers(layout.groups(COLUMNS)))
+
+    def spoil(packed: Packed) -> None:
+        index = packed["index"].view(np.uint32)
+        ranks = words.unpack(index, layout.mask_rows(ROWS), layout.groups(COLUMNS), layout.rank_bits)
+        ranks[row, g] = total
+        index[...] = words.pack(ranks, layout.rank_bits)
+
+    refuse(layout, arrays, spoil, f"mask row {row}, group {g}: rank {total} is not below {total}")
+
+
+@examples(200)
+@given(layouts())
+def test_a_layout_comes_back_from_its_index_form(layout: NMLayout) -> None:
+    obj = layout.to_obj()
+    assert list(obj) == sorted(obj)
+    assert parse_layout(obj, "layouts[0]") == layout
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"bits": 7}, "bits k = 7"),
+        ({"bits": 0}, "bits k = 0"),
+        ({"bits": True}, "True is not an integer"),
+        ({"bits": 1}, "midtread grid of 1 bit"),
+        ({"keep": 0}, "N = 0"),
+        ({"keep": 17}, "N = 17"),
+        ({"group": 1, "keep": 1}, "M = 1"),
+        ({"group": 256}, "M = 256"),
+        ({"group": 24}, "power of two"),
+        ({"group": 128.0}, "128.0 is not an integer"),
+        ({"share": 3}, "share v = 3"),
+        ({"share": 16}, "share v = 16"),
+        ({"grid": "other"}, "grid 'other'"),
+        ({"index": "other"}, "index encoding 'other'"),
+        ({"index": "rank", "group": 68, "keep": 34}, "below 2\\*\\*64"),
+        ({"scale_dtype": "F16"}, "scale dtype 'F16'"),
+        ({"scale_group": -1}, "scale group -1"),
+        ({"scale_group": 2**31}, "scale group 2147483648"),
+        ({"kind": "lowbit"}, "unknown layout 'lowbit'"),
+        ({"extra": 1}, "expected the keys"),
+    ],
+)
+def test_a_layout_outside_the_specification_is_refused(change: dict[str, object], match: str) -> None:
+    obj = NMLayout(4, 16, 4).to_obj() | change
+    with pytest.raises(InvalidFileError, match=match):
+        parse_layout(obj, "layouts[3]")
+    known = {key: value for key, value in obj.items() if key not in ("kind", "extra")}
+    if all(type(value) in (int, str) for value in known.values()) and change.keys() & known.keys():
+        with pytest.raises(UsageError):
+            NMLayout(**known)
+
+
+def test_views_copy_nothing() -> None:
+    layout = NMLayout(4, 16, 4, "fixed")
+    buffers = {name: bytearray(size) for name, size in layout.buffer_lengths(ROWS, COLUMNS).items()}
+    views = nm.views(layout, ROWS, COLUMNS, {name: memoryview(buffer) for name, buffer in buffers.items()})
+    for buffer in buffers.values():
+        buffer[0] = 1
+    assert all(int(view.view(np.uint16 if view.itemsize == 2 else np.uint32)[0, 0, 0]) == 1 for view in views.values())
