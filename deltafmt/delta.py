@@ -110,7 +110,8 @@ class DeltaFile:
         """Return the dense float32 delta of a tensor, decoded by the reference decoder.
 
         The shape is the fine-tuned tensor's; rows that the base lacks are zero here (their values are in
-        ``buffers(name)["new_rows"]``). A tensor that is the same has a delta of zeros.
+        ``buffers(name)["new_rows"]``). A tensor that is the same has a delta of zeros. The array takes 4 bytes an
+        element, as the index gives the shape.
 
         Raises:
             KeyError: no such tensor.
@@ -161,9 +162,14 @@ class RunDecoder:
         """Rows on whose multiples every term starts a tile."""
         return max(nm.run_rows(term.params) for term, _ in self._terms)
 
+    @property
+    def width(self) -> int:
+        """Elements that decoding a row takes."""
+        return max(term.params.width(self._entry.columns) for term, _ in self._terms)
+
     def ranges(self) -> list[tuple[int, int]]:
         """Return the runs that cover the tensor."""
-        return row_ranges(0, self._entry.delta_rows, self._entry.columns, self.step)
+        return row_ranges(0, self._entry.delta_rows, self.width, self.step)
 
     def rows(
         self, start: int, stop: int, routines: CodecRoutines = REFERENCE, *, check: bool = False
@@ -192,9 +198,12 @@ class RunDecoder:
         return total
 
 
-def row_ranges(start: int, stop: int, columns: int, step: int, elements: int = RUN_ELEMENTS) -> list[tuple[int, int]]:
-    """Cut rows into ranges of about ``elements`` elements whose sizes are multiples of ``step``, but for the last."""
-    size = max(elements // max(columns, 1) // step, 1) * step
+def row_ranges(start: int, stop: int, width: int, step: int, elements: int = RUN_ELEMENTS) -> list[tuple[int, int]]:
+    """Cut rows of ``width`` elements into ranges of about ``elements`` elements.
+
+    The sizes of all ranges but the last are multiples of ``step``.
+    """
+    size = max(elements // max(width, 1) // step, 1) * step
     return [(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 

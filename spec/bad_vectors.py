@@ -207,6 +207,29 @@ def attachment_path() -> bytes:
     return out.getvalue()
 
 
+@vector("invalid", "an attachment would be taken for weights", "a name for weights")
+def attachment_of_weights() -> bytes:
+    out = io.BytesIO()
+    writer = ContainerWriter(out)
+    ref = writer.add(b"x", c.KIND_ATTACHMENTS)
+    writer.finish([], attachments={"model.safetensors": Attachment(ref, blake3(b"x").digest())})
+    return out.getvalue()
+
+
+@vector("invalid", "a size of 0 beside sizes beyond all bounds", "more than")
+def endless_shape() -> bytes:
+    out = io.BytesIO()
+    shape = (1 << 40, 1 << 40, 0)
+    entry = TensorEntry("w", "same", "BF16", shape, BaseRef(bytes(32), "BF16", shape))
+    ContainerWriter(out).finish([entry])
+    return out.getvalue()
+
+
+@vector("invalid", "a scale is infinite", "negative or not finite")
+def infinite_scale() -> bytes:
+    return change_buffer(change_buffer(simple(), "scales", 0, 0x80), "scales", 1, 0x7F)
+
+
 @vector("invalid", "a field of 15 on a midtread grid of 4 bits", "the grid ends at 14")
 def field_beyond_grid() -> bytes:
     return change_buffer(simple(), "codes", 0, 0xFF)

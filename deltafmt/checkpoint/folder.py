@@ -10,14 +10,9 @@ from typing import Any
 
 from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
 from deltafmt.errors import InvalidFileError, StorageError
-from deltafmt.layout.sections import is_safe_path
+from deltafmt.layout.sections import is_safe_path, is_weight_file
 
 MAX_ATTACHMENT_BYTES = 64 * 1024 * 1024
-
-_WEIGHTS = re.compile(
-    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|npz|npy|pkl|pickle|tflite|ot|deltafmt|partial)$"
-    r"|\.(safetensors|bin)\.index\.json$"
-)
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
@@ -25,11 +20,6 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     parts: list[str | int] = list(re.split(r"([0-9]+)", name))
     parts[1::2] = [int(digits) for digits in parts[1::2]]
     return parts, name
-
-
-def is_weight_file(name: str) -> bool:
-    """Tell whether a file of this name would be taken for weights, or for an index of them."""
-    return _WEIGHTS.search(name) is not None
 
 
 class Checkpoint:

@@ -169,6 +169,8 @@ class SafetensorsFile:
             raise InvalidFileError(f"{where}: unknown dtype {dtype!r}")
         if len(shape) > c.MAX_RANK or not all(type(size) is int and size >= 0 for size in shape):
             raise InvalidFileError(f"{where}: {list(shape)} is not a shape of at most {c.MAX_RANK} sizes")
+        if not c.is_bounded(shape):
+            raise InvalidFileError(f"{where}: {list(shape)} has more than {c.MAX_ELEMENTS} elements")
         if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= self.size - start:
             raise InvalidFileError(f"{where}: bytes {begin} to {end} lie outside the file: it may be truncated")
         if end - begin != c.byte_count(dtype, shape):

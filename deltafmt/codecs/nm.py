@@ -109,13 +109,16 @@ def decode(
         routines: the implementation to use.
 
     Raises:
-        InvalidFileError: an index holds a position or rank that is out of range, or positions do not ascend.
+        InvalidFileError: an index holds a position or rank that is out of range, positions do not ascend, or a scale
+            is negative or not finite.
     """
     groups = layout.groups(columns)
     raw = words.from_tiles(packed["scales"], rows)
     scales = np.ascontiguousarray(
         widen(raw.view(np.uint16), "BF16") if layout.scale_dtype == "BF16" else raw.view(np.float32)
     )
+    if not np.isfinite(scales).all() or np.signbit(scales).any():
+        raise InvalidFileError("a scale is negative or not finite")
     mask_rows = layout.mask_rows(rows)
     if layout.index == "seeded":
         kept_at = routines.seeded(seed, first // layout.share, mask_rows, groups, layout.keep, layout.group)
@@ -160,15 +163,13 @@ def check(
     """Check what decoding alone does not: that the run is the canonical packing of what it means.
 
     Raises:
-        InvalidFileError: a field beyond the grid, an entry beyond the last column whose field is not zero, a scale
-            that is negative or not finite, or unused bits that are not zero.
+        InvalidFileError: a field beyond the grid, an entry beyond the last column whose field is not zero, or unused
+            bits that are not zero.
     """
     if arrays.codes.size and int(arrays.codes.max()) > layout.top:
         raise InvalidFileError(f"a code is {arrays.codes.max()}, the grid ends at {layout.top}")
     if columns % layout.group and arrays.codes[outside(layout, arrays, columns)].any():
         raise InvalidFileError("an entry beyond the last column has a code that is not zero")
-    if not np.isfinite(arrays.scales).all() or np.signbit(arrays.scales).any():
-        raise InvalidFileError("a scale is negative or not finite")
     again = blank(layout, arrays.codes.shape[0], columns)
     encode(layout, arrays, again, routines)
     for name, array in again.items():

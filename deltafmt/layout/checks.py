@@ -40,7 +40,7 @@ def check_shape(value: Any, where: str) -> tuple[int, ...]:
     if type(value) is not list or len(value) > c.MAX_RANK:
         fail(where, f"a shape is a list of at most {c.MAX_RANK} sizes")
     shape = tuple(check_uint(size, where) for size in value)
-    if max(shape, default=0) > c.MAX_ELEMENTS or c.element_count(shape) > c.MAX_ELEMENTS:
+    if not c.is_bounded(shape):
         fail(where, f"{list(shape)} has more than {c.MAX_ELEMENTS} elements")
     return shape
 

@@ -82,6 +82,11 @@ def element_count(shape: tuple[int, ...]) -> int:
     return count
 
 
+def is_bounded(shape: tuple[int, ...]) -> bool:
+    """Tell whether a shape is within MAX_ELEMENTS, also where a size of 0 makes the number of elements 0."""
+    return element_count(tuple(size or 1 for size in shape)) <= MAX_ELEMENTS
+
+
 def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
     """Return the number of bytes of a tensor; elements of under 8 bits are packed without gaps."""
     return -(-element_count(shape) * DTYPE_BITS[dtype] // 8)

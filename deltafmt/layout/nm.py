@@ -93,6 +93,10 @@ class NMLayout:
         """Groups in a row of ``columns`` elements; the last may be short."""
         return -(-columns // self.group)
 
+    def width(self, columns: int) -> int:
+        """Elements of a row once its last group is whole: what decoding a row takes, however few its columns."""
+        return self.groups(columns) * self.group
+
     def kept(self, columns: int) -> int:
         """Kept entries of a row, those beyond the last column included."""
         return self.groups(columns) * self.keep

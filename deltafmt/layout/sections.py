@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,11 @@ from deltafmt.layout.checks import check_bytes, check_fields, check_uint, fail
 
 DIGEST_BYTES = 32
 CHECKSUM_BYTES = 16
+
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|npz|npy|pkl|pickle|tflite|ot|deltafmt|partial)$"
+    r"|\.(safetensors|bin)\.index\.json$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,8 @@ class Attachment:
         data, digest = check_fields(obj, where, cls.KEYS)
         if not is_safe_path(name):
             fail(where, "not a plain relative path")
+        if is_weight_file(name):
+            fail(where, "a name for weights")
         return cls(BufferRef.from_obj(data, f"{where}.data"), check_bytes(digest, f"{where}.digest", DIGEST_BYTES))
 
     def to_obj(self) -> dict[str, Any]:
@@ -119,3 +127,8 @@ def is_safe_path(name: str) -> bool:
     if any(ord(char) < 32 or char in '\\:*?"<>|\x7f' or 0xD800 <= ord(char) < 0xE000 for char in name):
         return False
     return all(part not in ("", ".", "..") and part == part.rstrip(" .") for part in name.split("/"))
+
+
+def is_weight_file(name: str) -> bool:
+    """Tell whether a file of this name would be taken for weights, or for an index of them."""
+    return _WEIGHTS.search(name) is not None

@@ -282,7 +282,7 @@ class _Packer:
         rows = min(tensor.rows, base.rows)
         pending.seed = tensor_seed(self._seed, tensor.name)
         pending.packed = nm.blank(layout, rows, columns)
-        for start, stop in row_ranges(0, rows, columns, nm.run_rows(layout), BATCH_ELEMENTS):
+        for start, stop in row_ranges(0, rows, layout.width(columns), nm.run_rows(layout), BATCH_ELEMENTS):
             part = pool.submit(_pack_rows, tensor, base, method, pending, start, stop, self._routines)
             pending.parts.append(part)
         return pending
@@ -356,7 +356,7 @@ def _pack_rows(
     where = f'tensor "{tensor.name}"'
     try:
         with tensor.row_range(start, stop) as mine, base.row_range(start, stop) as theirs:
-            for first, last in row_ranges(start, stop, tensor.columns, nm.run_rows(layout)):
+            for first, last in row_ranges(start, stop, layout.width(tensor.columns), nm.run_rows(layout)):
                 run = slice(first - start, last - start)
                 rows = DeltaRows(mine[run], tensor.dtype, theirs[run], base.dtype, first, routines)
                 arrays = method.compress(rows, pending.seed)

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltafmt import accel
-from deltafmt.checkpoint.folder import Checkpoint, is_weight_file, natural_key
+from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.codecs import nm
 from deltafmt.codecs.floats import RAW_DTYPES
 from deltafmt.codecs.routines import CodecRoutines, codec_routines
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
-from deltafmt.errors import InvalidFileError, UsageError, WrongBaseError
+from deltafmt.errors import UsageError, WrongBaseError
 from deltafmt.layout.entries import BaseRef, TensorEntry
 from deltafmt.pipeline.pack import COMPILED_FROM_BYTES, Progress
 from deltafmt.pipeline.workers import PerThread, drain, in_order, thread_count
@@ -136,9 +136,6 @@ class _Unpacker:
         self, force: bool, force_base: bool, max_shard_bytes: int, threads: int, progress: Progress | None
     ) -> UnpackResult:
         """Write every tensor, then the attached files, and put the folder in its place."""
-        for name in self._delta.container.attachments:
-            if is_weight_file(name):
-                raise InvalidFileError(f'{self._delta.container.name}: attachments["{name}"]: a name for weights')
         metadata = {}
         if force_base:
             self._result.mismatched = self._compare(threads)
@@ -203,7 +200,7 @@ class _Unpacker:
                 pending.fingerprint = pool.submit(tensor.fingerprint)
         if source.terms and tensor is not None:
             part = _Part(writer, entry.name, source, tensor, RunDecoder(self._delta, source), self._routines)
-            for start, stop in row_ranges(0, source.delta_rows, source.columns, part.decoder.step, BATCH_ELEMENTS):
+            for start, stop in row_ranges(0, source.delta_rows, part.decoder.width, part.decoder.step, BATCH_ELEMENTS):
                 pending.parts.append(pool.submit(part.write, start, stop))
         elif tensor is not None:
             pending.parts.append(pool.submit(_copy, writer, entry.name, tensor))
@@ -233,7 +230,7 @@ class _Part:
         dtype, columns = self.entry.dtype, self.entry.columns
         row_bytes = columns * RAW_DTYPES[dtype].itemsize
         with self.tensor.row_range(start, stop) as base:
-            for first, last in row_ranges(start, stop, columns, self.decoder.step):
+            for first, last in row_ranges(start, stop, self.decoder.width, self.decoder.step):
                 delta = self.decoder.rows(first, last, routines)
                 rows = routines.add(base[first - start : last - start], self.tensor.dtype, delta, dtype)
                 self.writer.write(self.name, first * row_bytes, nm.raw_bytes(rows))

@@ -88,7 +88,7 @@ def nm_delta(layout: NMLayout, buffers: dict[str, torch.Tensor], seed: int, rows
         raise UsageError("a rank index is made fixed before it is multiplied with")
     codes = unpack_fields(buffers["codes"], rows, kept, layout.bits)
     scales = buffers["scales"].transpose(1, 2).reshape(-1, buffers["scales"].shape[1])[:rows].float()
-    per_entry = (scales * 0.5).repeat_interleave(layout.scale_group or kept, 1)[:, :kept]
+    per_entry = (scales * 0.5).repeat_interleave(min(layout.scale_group or kept, kept), 1)[:, :kept]
     values = (2 * codes - layout.top).float() * per_entry
     start = torch.arange(groups, device=positions.device) * layout.group
     column = (positions + start[:, None]).reshape(mask_rows, kept)

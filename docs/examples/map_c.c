@@ -1,0 +1,122 @@
+/* Map a delta file in C: print the first codes, positions and scales of one row.
+ *
+ *     cc -std=c99 -O2 -Wall -o map_c docs/examples/map_c.c
+ *     ./map_c FILE ROW ROWS KEPT BITS CODES SHARE POSITION_BITS INDEX SCALES SCALES_PER_ROW SCALE_BYTES
+ *
+ * CODES, INDEX and SCALES are the `file_offset`s that `deltafmt inspect --json` prints for a tensor of a hot file; an
+ * INDEX of 0 says that there is none (seeded). ROWS are the rows that the delta covers, KEPT = ceil(columns / M) * N,
+ * POSITION_BITS = ceil(log2 M), SCALE_BYTES = 2 for BF16 and 4 for F32. The host must be little-endian.
+ */
+#define _POSIX_C_SOURCE 200809L
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { SHOWN = 16, LANES = 32 };
+
+static const uint8_t *file;
+static uint64_t file_size;
+
+static void die(const char *message)
+{
+    fprintf(stderr, "map_c: %s\n", message);
+    exit(1);
+}
+
+static uint64_t number(const char *text)
+{
+    char *end;
+    uint64_t value = strtoull(text, &end, 10);
+    if (*text == '\0' || *end != '\0' || value >= (UINT64_C(1) << 48))
+        die("an argument is not a number");
+    return value;
+}
+
+/* A buffer of `rows` rows of `per_row` items of `size` bytes, in tiles of 32 rows; it must lie inside the file. */
+static const void *buffer(uint64_t offset, uint64_t rows, uint64_t per_row, uint64_t size)
+{
+    uint64_t bytes;
+    if (rows >= (UINT64_C(1) << 28) || per_row >= (UINT64_C(1) << 28))
+        die("too many rows or columns");
+    bytes = (rows + LANES - 1) / LANES * LANES * per_row * size;
+    if (offset > file_size || bytes > file_size - offset || offset % size)
+        die("a buffer leaves the file");
+    return file + offset;
+}
+
+/* Item w of row 32t + r is item 32 (t W + w) + r of the buffer. */
+static uint64_t place(uint64_t row, uint64_t per_row, uint64_t item)
+{
+    return LANES * (row / LANES * per_row + item) + row % LANES;
+}
+
+/* Field i takes the bits i*width to (i+1)*width of the row's words, lowest bit first. */
+static void print_fields(const char *name, uint64_t offset, uint64_t row, uint64_t rows, uint64_t count, uint64_t width)
+{
+    uint64_t i, per_row = (count * width + 31) / 32;
+    const uint32_t *words = buffer(offset, rows, per_row, 4);
+    printf("%s", name);
+    for (i = 0; i < count && i < SHOWN; i++) {
+        uint64_t word = i * width / 32, shift = i * width % 32;
+        uint64_t value = words[place(row, per_row, word)] >> shift;
+        if (shift + width > 32)
+            value |= (uint64_t)words[place(row, per_row, word + 1)] << (32 - shift);
+        printf(" %" PRIu64, value & ((UINT64_C(1) << width) - 1));
+    }
+    printf("\n");
+}
+
+int main(int argc, char **argv)
+{
+    uint64_t row, rows, kept, share, index, per_row, scale_bytes, i, position_bits, bits;
+    const void *scales;
+    struct stat status;
+    void *mapped;
+    int descriptor;
+
+    if (argc != 13)
+        die("usage: map_c FILE ROW ROWS KEPT BITS CODES SHARE POSITION_BITS INDEX SCALES SCALES_PER_ROW SCALE_BYTES");
+    descriptor = open(argv[1], O_RDONLY);
+    if (descriptor < 0 || fstat(descriptor, &status) != 0 || status.st_size <= 0)
+        die("cannot open the file");
+    file_size = (uint64_t)status.st_size;
+    mapped = mmap(NULL, (size_t)file_size, PROT_READ, MAP_SHARED, descriptor, 0);
+    if (mapped == MAP_FAILED)
+        die("cannot map the file");
+    close(descriptor);
+    file = mapped;
+
+    row = number(argv[2]);
+    rows = number(argv[3]);
+    kept = number(argv[4]);
+    bits = number(argv[5]);
+    share = number(argv[7]);
+    position_bits = number(argv[8]);
+    index = number(argv[9]);
+    per_row = number(argv[11]);
+    scale_bytes = number(argv[12]);
+    if (row >= rows || share == 0 || bits > 8 || position_bits > 8 || kept >= (UINT64_C(1) << 28)
+        || (scale_bytes != 2 && scale_bytes != 4))
+        die("an argument is out of range");
+    print_fields("codes", number(argv[6]), row, rows, kept, bits);
+    if (index)
+        print_fields("positions", index, row / share, (rows + share - 1) / share, kept, position_bits);
+    scales = buffer(number(argv[10]), rows, per_row, scale_bytes);
+    printf("scales");
+    for (i = 0; i < per_row && i < SHOWN; i++) {
+        uint64_t at = place(row, per_row, i);
+        /* A BF16 is the upper half of a float. */
+        uint32_t raw = scale_bytes == 4 ? ((const uint32_t *)scales)[at] : (uint32_t)((const uint16_t *)scales)[at] << 16;
+        float scale;
+        memcpy(&scale, &raw, sizeof scale);
+        printf(" %.9g", scale);
+    }
+    printf("\n");
+    return munmap(mapped, (size_t)file_size) == 0 ? 0 : 1;
+}

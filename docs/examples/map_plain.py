@@ -1,0 +1,120 @@
+"""Map a delta file with Python's standard library alone: from the trailer to the index to one row's codes and scales.
+
+    python docs/examples/map_plain.py math.deltafmt TENSOR ROW
+
+The file must be of the hot profile and the tensor an ``add`` of one term. Checksums are not checked here: run
+``deltafmt verify`` once when a file arrives.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import sys
+from typing import Any
+
+SHOWN = 16
+TRAILER = struct.Struct("<QQQ32s32s32s8s")
+
+
+def decode(data: memoryview, at: int) -> tuple[Any, int]:
+    """Decode one msgpack value of the kinds that an index holds; return it and where it ends."""
+    tag = data[at]
+    at += 1
+    if tag < 0x80:
+        return tag, at
+    if tag in (0xC0, 0xC2, 0xC3):
+        return {0xC0: None, 0xC2: False, 0xC3: True}[tag], at
+    if 0xCC <= tag <= 0xCF or 0xD0 <= tag <= 0xD3:
+        size = 1 << (tag & 3)
+        return int.from_bytes(data[at : at + size], "big", signed=tag >= 0xD0), at + size
+    if tag >= 0xE0:
+        return tag - 256, at
+    if tag < 0x90:
+        kind, count = "map", tag & 15
+    elif tag < 0xA0:
+        kind, count = "list", tag & 15
+    elif tag < 0xC0:
+        kind, count = "text", tag & 31
+    else:
+        kind, size = {
+            0xC4: ("bytes", 1), 0xC5: ("bytes", 2), 0xC6: ("bytes", 4), 0xD9: ("text", 1), 0xDA: ("text", 2),
+            0xDB: ("text", 4), 0xDC: ("list", 2), 0xDD: ("list", 4), 0xDE: ("map", 2), 0xDF: ("map", 4),
+        }[tag]  # fmt: skip
+        count, at = int.from_bytes(data[at : at + size], "big"), at + size
+    if kind in ("text", "bytes"):
+        raw = bytes(data[at : at + count])
+        return (raw.decode() if kind == "text" else raw), at + count
+    values = []
+    for _ in range(count * (2 if kind == "map" else 1)):
+        value, at = decode(data, at)
+        values.append(value)
+    return (dict(zip(values[::2], values[1::2], strict=True)) if kind == "map" else values), at
+
+
+def read_index(file: memoryview) -> dict[str, Any]:
+    """Return the index, which the last 128 bytes of the file point to."""
+    offset, length, total, *_, magic = TRAILER.unpack(file[-TRAILER.size :])
+    if magic != b"DLTEND\r\n" or total != len(file):
+        raise SystemExit("not a whole deltafmt file")
+    index, end = decode(file, offset)
+    if end != offset + length:
+        raise SystemExit("the index is damaged")
+    return dict(index)
+
+
+def row_of(items: memoryview, row: int, rows: int) -> memoryview:
+    """Return one row's items, a strided view: item w of row 32t + r is item 32 (t W + w) + r."""
+    tile, lane = divmod(row, 32)
+    per_row = len(items) // (-(-rows // 32) * 32)
+    return items[32 * tile * per_row + lane : 32 * (tile + 1) * per_row : 32]
+
+
+def fields(words: memoryview, width: int, count: int) -> list[int]:
+    """Return the first fields of a row's stream, lowest bits first."""
+    stream = 0
+    for number, word in enumerate(words[: -(-count * width // 32)]):
+        stream |= word << (32 * number)
+    return [stream >> (number * width) & (1 << width) - 1 for number in range(count)]
+
+
+def main(path: str, name: str, row: int) -> None:
+    """Print the first codes, positions and scales of a row."""
+    if sys.byteorder != "little":
+        raise SystemExit("words would have to be swapped on this machine")
+    with open(path, "rb") as opened:
+        file = memoryview(mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ))
+    index = read_index(file)
+    tensor, _ = decode(memoryview(index["tensors"][name]), 0)
+    (term,) = tensor["terms"]
+    layout = index["layouts"][term["layout"]]
+
+    def buffer(key: str, item: str) -> memoryview:
+        section, offset, length = term["buffers"][key]
+        start = index["sections"][section]["offset"] + offset
+        return file[start : start + length].cast(item)
+
+    rows = base_rows = 1
+    for size, base_size in zip(tensor["shape"][:-1], tensor["base"]["shape"][:-1], strict=True):
+        rows, base_rows = rows * size, base_rows * base_size
+    rows = min(rows, base_rows)
+    count = min(SHOWN, -(-tensor["shape"][-1] // layout["group"]) * layout["keep"])
+    print("codes", *fields(row_of(buffer("codes", "I"), row, rows), layout["bits"], count))
+    if "index" in term["buffers"]:
+        share, width = layout["share"], (layout["group"] - 1).bit_length()
+        words = row_of(buffer("index", "I"), row // share, -(-rows // share))
+        print("positions", *fields(words, width, count))
+    else:
+        print("positions follow from seed", term["seed"])
+    if layout["scale_dtype"] == "F32":
+        scales = [float(scale) for scale in row_of(buffer("scales", "f"), row, rows)[:SHOWN]]
+    else:  # BF16: the upper half of a float32
+        halves = row_of(buffer("scales", "H"), row, rows)[:SHOWN]
+        scales = [struct.unpack("<f", struct.pack("<HH", 0, half))[0] for half in halves]
+    print("scales", *(f"{scale:.9g}" for scale in scales))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        raise SystemExit(__doc__)
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,139 @@
+"""Fuzz the reader: whatever the bytes, only InvalidFileError may come out, and nothing may take long or much memory.
+
+    python fuzz/fuzz_reader.py NEW_INPUTS fuzz/corpus -max_total_time=60
+
+The input is a whole delta file, so a finding can be handed to ``deltafmt verify`` as it is. See fuzz/README.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import resource
+import sys
+from pathlib import Path
+
+import atheris
+
+# numba compiles the bytecode that it finds, which must not be instrumented.
+with atheris.instrument_imports(include=["deltafmt"], exclude=["deltafmt.codecs.fast"]):
+    import deltafmt
+    from deltafmt.codecs.routines import REFERENCE, CodecRoutines, codec_routines
+    from deltafmt.container.content import content_id
+    from deltafmt.delta import DeltaFile, RunDecoder
+    from deltafmt.errors import InvalidFileError
+    from deltafmt.layout.entries import TensorEntry
+    from deltafmt.pipeline import summary
+    from deltafmt.pipeline.verify import check_coverage, payload_digest
+
+import mutate
+import numpy as np
+from blake3 import blake3
+
+MAX_RAW_BYTES = 1 << 24
+MAX_ELEMENTS = 1 << 20
+MAX_LENGTH = 32768
+# Far above what a file within the limits above may need: an allocation that only its numbers ask for fails.
+SPARE_MEMORY = 1 << 30
+
+# Compiled loops check no bounds, so every decoding is done with both and compared. None without numba.
+COMPILED: CodecRoutines = codec_routines(True)
+
+
+def test_one_input(data: bytes) -> None:
+    """Read everything that a file holds, in every way there is."""
+    with contextlib.suppress(InvalidFileError), deltafmt.open(io.BytesIO(data), max_raw_bytes=MAX_RAW_BYTES) as delta:
+        entries = list(delta.container.entries())
+        json.dumps(summary.summary_obj(delta.container))
+        for entry in entries:
+            summary.describe_entry(entry)
+            read_tensor(delta, entry)
+        for name in delta.container.attachments:
+            delta.attachment(name)
+        verify(delta, entries)
+
+
+def read_tensor(delta: DeltaFile, entry: TensorEntry) -> None:
+    """Read one tensor's buffers and decode it; a file may fail here and still have other tensors to read."""
+    with contextlib.suppress(InvalidFileError):
+        for array in delta.buffers(entry.name).values():
+            array.sum()
+        if delta.resolve(entry.name).action != "replace" and entry.rows * entry.columns <= MAX_ELEMENTS:
+            dense = delta.delta(entry.name)
+            if dense.shape != entry.shape:
+                raise AssertionError(f"{entry.name}: shape {dense.shape} where {entry.shape} was promised")
+
+
+def verify(delta: DeltaFile, entries: list[TensorEntry]) -> None:
+    """Check what ``deltafmt verify`` checks, and that both decoders agree."""
+    container = delta.container
+    for number in range(len(container.sections)):
+        container.touch(number, force=True)
+    for entry in entries:
+        if entry.terms and entry.rows * entry.columns <= MAX_ELEMENTS:
+            with contextlib.suppress(InvalidFileError):
+                compare_decoders(RunDecoder(delta, entry))
+    check_coverage(container, entries)
+    for entry in entries:
+        if entry.digest is not None and payload_digest(delta, entry) != entry.digest:
+            raise InvalidFileError("another digest")
+    for attachment in container.attachments.values():
+        if blake3(container.buffer(attachment.data)).digest() != attachment.digest:
+            raise InvalidFileError("another digest")
+    if content_id(entries, container.removed, container.attachments, container.metadata) != container.content_id:
+        raise InvalidFileError("another content id")
+    tree = summary.cost_tree(container)
+    negative = [node.label for node in tree.children if node.size < 0 and node.label != "zstd saves"]
+    if sum(node.size for node in tree.children) != container.size or negative:
+        raise AssertionError(f"costs of a valid file do not add up: {tree.to_obj()}")
+
+
+def compare_decoders(decoder: RunDecoder) -> None:
+    """Decode and check with the reference and with the compiled loops; they must give or refuse the same."""
+    for start, stop in decoder.ranges():
+        found = []
+        for routines in (REFERENCE, COMPILED):
+            try:
+                found.append(decoder.rows(start, stop, routines, check=True).view(np.uint32).copy())
+            except InvalidFileError as error:
+                found.append(str(error))
+        reference, compiled = found
+        same = reference == compiled if isinstance(reference, str) else np.array_equal(reference, compiled)
+        if not same:
+            raise AssertionError(f"rows {start} to {stop}: the decoders differ: {found}")
+
+
+def main() -> None:
+    """Run libFuzzer with this process's arguments."""
+    arguments = list(sys.argv)
+    if not any(argument.startswith("-max_len") for argument in arguments):
+        arguments.append(f"-max_len={MAX_LENGTH}")
+    warm_up(Path(__file__).parent / "corpus")
+    np.seterr(all="ignore")  # scales may be any bits before they are checked
+    limit_memory(SPARE_MEMORY)
+    atheris.Setup(
+        arguments,
+        test_one_input,
+        custom_mutator=lambda data, size, seed: mutate.mutate(data, size, seed, atheris.Mutate),
+        custom_crossover=mutate.cross,
+    )
+    atheris.Fuzz()
+
+
+def limit_memory(spare: int) -> None:
+    """Let this process grow by so many bytes, and no more."""
+    with contextlib.suppress(OSError):  # where there is no /proc, libFuzzer's own limit must do
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+        limit = pages * resource.getpagesize() + spare
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def warm_up(corpus: Path) -> None:
+    """Compile the loops before the fuzzer starts to measure time and memory."""
+    for path in sorted(corpus.glob("*.deltafmt")):
+        test_one_input(path.read_bytes())
+
+
+if __name__ == "__main__":
+    main()
