@@ -14,6 +14,7 @@ from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
 from deltafmt.layout import constants as c
+from deltafmt.layout.entries import BaseRef, TensorEntry
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment
 
