@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Self
 
 import xxhash
@@ -106,7 +105,8 @@ class Container:
             for name, value in canonical.check_names(obj["attachments"], "attachments").items()
         }
         for name, attachment in self.attachments.items():
-            if any(str(parent) in self.attachments for parent in PurePosixPath(name).parents):
+            parts = name.split("/")
+            if any("/".join(parts[:depth]) in self.attachments for depth in range(1, len(parts))):
                 fail(f'attachments["{name}"]', "another attachment stands in the place of its folder")
             self._check_ref(attachment.data, f'attachments["{name}"]', c.KIND_ATTACHMENTS)
 

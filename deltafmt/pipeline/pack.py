@@ -35,6 +35,9 @@ from deltafmt.pipeline.workers import PerThread, drain, in_order, thread_count
 # Below this many bytes, loading the compiled loops takes longer than the numpy reference does for all of the work.
 COMPILED_FROM_BYTES = 24 * 1024 * 1024
 
+# Bytes of the base that are read for their fingerprints while numba loads, which takes about as long.
+FINGERPRINT_AHEAD_BYTES = 1024 * 1024 * 1024
+
 Progress = Callable[[str, int], None]
 
 
@@ -220,6 +223,7 @@ class _Packer:
         self._entries = {name: TensorEntry.from_obj(name, obj, layouts) for name, obj in sink.entries.items()}
         result.resumed = len(self._entries)
         self._unrecorded: dict[str, Any] = {}
+        self._fingerprints: dict[str, Future[bytes]] = {}
 
     def run(self, threads: int, progress: Progress | None) -> None:
         """Pack every tensor, then the attachments, then finish the file."""
@@ -229,6 +233,8 @@ class _Packer:
         self._routines = PerThread(lambda: select_routines(compiled))
         pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-pack")
         try:
+            if compiled:
+                self._load_loops(pool, todo)
             submitted = in_order(todo, lambda plan: self._submit(pool, plan), lambda plan: plan.tensor.nbytes)
             for plan, pending in submitted:
                 self._add(self._finish_tensor(plan, pending))
@@ -247,6 +253,16 @@ class _Packer:
         )
         self._result.size = self._counter.size
         self._result.content_id = identity.hex()
+
+    def _load_loops(self, pool: ThreadPoolExecutor, todo: list[Plan]) -> None:
+        """Load numba and its cached code in one thread, while the others take the fingerprints that come first."""
+        method = next(plan.method for plan in todo if plan.method)
+        pool.submit(_warm_up, method, self._routines)
+        ahead = 0
+        for plan in todo:
+            if plan.method is not None and plan.base is not None and ahead < FINGERPRINT_AHEAD_BYTES:
+                self._fingerprints[plan.tensor.name] = pool.submit(plan.base.fingerprint)
+                ahead += plan.base.nbytes
 
     def _add(self, entry: TensorEntry) -> None:
         self._entries[entry.name] = entry
@@ -277,7 +293,7 @@ class _Packer:
         method = plan.method
         if method is None:
             return pending
-        pending.fingerprint = pool.submit(base.fingerprint)
+        pending.fingerprint = self._fingerprints.pop(tensor.name, None) or pool.submit(base.fingerprint)
         layout, columns = method.layout, tensor.columns
         rows = min(tensor.rows, base.rows)
         pending.seed = tensor_seed(self._seed, tensor.name)
@@ -339,6 +355,14 @@ def _digested(pieces: Iterator[memoryview], digest: blake3) -> Iterator[memoryvi
     for piece in pieces:
         digest.update(piece)
         yield piece
+
+
+def _warm_up(method: Method, per_thread: PerThread[Routines]) -> None:
+    """Call every loop once, on a row of zeros that is read-only as a mapped tensor is."""
+    raw = np.frombuffer(bytes(2 * method.layout.group), np.uint16).reshape(1, -1)
+    routines = per_thread.get()
+    arrays = method.compress(DeltaRows(raw, "BF16", raw, "BF16", 0, routines), 0)
+    nm.encode(method.layout, arrays, nm.blank(method.layout, *raw.shape), routines.codec)
 
 
 def _pack_rows(
