@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,6 +27,8 @@ def warn(line: str) -> None:
 
 def say_json(obj: dict[str, Any]) -> None:
     """Print one JSON object with the schema's number."""
+    import json
+
     print(json.dumps({"schema": SCHEMA, **obj}, indent=2, allow_nan=False))
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import xxhash
 
 from deltafmt.container import canonical, frame
-from deltafmt.container.chunks import ChunkReader
 from deltafmt.container.source import Source, open_source
 from deltafmt.errors import DeltafmtError, InvalidFileError
 from deltafmt.layout import constants as c
@@ -18,6 +17,9 @@ from deltafmt.layout.checks import fail
 from deltafmt.layout.entries import TensorEntry, parse_layout
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment, BufferRef, Section
+
+if TYPE_CHECKING:
+    from deltafmt.container.chunks import ChunkReader
 
 _TOP_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "sections", "tensors")
 
@@ -211,8 +213,10 @@ class Container:
             reader = self._chunks.get(ref.section)
             try:
                 if reader is None:
+                    # Only here, because zstandard takes a while to import and a hot file's tensors do not need it.
+
                     stored = self._source.read(section.offset, section.length)
-                    reader = ChunkReader(stored, section.raw_length, f"section {ref.section}")
+                    reader = chunks.ChunkReader(stored, section.raw_length, f"section {ref.section}")
                     self._chunks[ref.section] = reader
                 return memoryview(reader.read(ref.offset, ref.length)).toreadonly()
             except InvalidFileError as error:

@@ -7,13 +7,20 @@ from typing import Any, NoReturn
 from deltafmt.errors import InvalidFileError
 from deltafmt.layout import constants as c
 
+# A place in the index, in parts that are only put together when something is wrong there.
+Where = str | tuple[Any, ...]
 
-def fail(where: str, what: str) -> NoReturn:
+
+def fail(where: Where, what: str) -> NoReturn:
     """Raise InvalidFileError naming the place in the index."""
-    raise InvalidFileError(f"{where}: {what}")
+    raise InvalidFileError(f"{_place(where)}: {what}")
 
 
-def check_fields(obj: Any, where: str, keys: tuple[str, ...]) -> list[Any]:
+def _place(where: object) -> str:
+    return "".join(map(_place, where)) if isinstance(where, tuple) else str(where)
+
+
+def check_fields(obj: Any, where: Where, keys: tuple[str, ...]) -> list[Any]:
     """Return the values of a map that has exactly these keys, in order."""
     if type(obj) is not dict or tuple(obj) != keys:
         found = ", ".join(map(repr, obj)) if type(obj) is dict else type(obj).__name__
@@ -21,31 +28,33 @@ def check_fields(obj: Any, where: str, keys: tuple[str, ...]) -> list[Any]:
     return list(obj.values())
 
 
-def check_uint(value: Any, where: str, limit: int = 2**63 - 1) -> int:
+def check_uint(value: Any, where: Where, limit: int = 2**63 - 1) -> int:
     """Return an integer from 0 to ``limit``."""
     if type(value) is not int or not 0 <= value <= limit:
         fail(where, f"{value!r} is not an integer from 0 to {limit}")
     return value
 
 
-def check_bytes(value: Any, where: str, length: int) -> bytes:
+def check_bytes(value: Any, where: Where, length: int) -> bytes:
     """Return a byte string of a given length."""
     if type(value) is not bytes or len(value) != length:
         fail(where, f"expected {length} bytes")
     return value
 
 
-def check_shape(value: Any, where: str) -> tuple[int, ...]:
+def check_shape(value: Any, where: Where) -> tuple[int, ...]:
     """Return a shape within the limits of rank and size."""
     if type(value) is not list or len(value) > c.MAX_RANK:
         fail(where, f"a shape is a list of at most {c.MAX_RANK} sizes")
-    shape = tuple(check_uint(size, where) for size in value)
+    for size in value:
+        check_uint(size, where)
+    shape = tuple(value)
     if not c.is_bounded(shape):
-        fail(where, f"{list(shape)} has more than {c.MAX_ELEMENTS} elements")
+        fail(where, f"{value} has more than {c.MAX_ELEMENTS} elements")
     return shape
 
 
-def check_dtype(value: Any, where: str) -> str:
+def check_dtype(value: Any, where: Where) -> str:
     """Return the name of a known dtype."""
     if type(value) is not str or value not in c.DTYPE_BITS:
         fail(where, f"unknown dtype {value!r}")

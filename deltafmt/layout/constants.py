@@ -84,7 +84,10 @@ def element_count(shape: tuple[int, ...]) -> int:
 
 def is_bounded(shape: tuple[int, ...]) -> bool:
     """Tell whether a shape is within MAX_ELEMENTS, also where a size of 0 makes the number of elements 0."""
-    return element_count(tuple(size or 1 for size in shape)) <= MAX_ELEMENTS
+    count = 1
+    for size in shape:
+        count *= size or 1
+    return count <= MAX_ELEMENTS
 
 
 def byte_count(dtype: str, shape: tuple[int, ...]) -> int:

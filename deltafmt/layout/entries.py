@@ -11,7 +11,7 @@ from typing import Any
 
 from deltafmt.errors import UsageError
 from deltafmt.layout import constants as c
-from deltafmt.layout.checks import check_bytes, check_dtype, check_fields, check_shape, check_uint, fail
+from deltafmt.layout.checks import Where, check_bytes, check_dtype, check_fields, check_shape, check_uint, fail
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import DIGEST_BYTES, BufferRef
 
@@ -30,13 +30,13 @@ class BaseRef:
     KEYS = ("digest", "dtype", "shape")
 
     @classmethod
-    def from_obj(cls, obj: Any, where: str) -> BaseRef:
+    def from_obj(cls, obj: Any, where: Where) -> BaseRef:
         """Check a base identity."""
         digest, dtype, shape = check_fields(obj, where, cls.KEYS)
         return cls(
-            check_bytes(digest, f"{where}.digest", DIGEST_BYTES),
-            check_dtype(dtype, f"{where}.dtype"),
-            check_shape(shape, f"{where}.shape"),
+            check_bytes(digest, (where, ".digest"), DIGEST_BYTES),
+            check_dtype(dtype, (where, ".dtype")),
+            check_shape(shape, (where, ".shape")),
         )
 
     def to_obj(self) -> dict[str, Any]:
@@ -63,23 +63,23 @@ class NMTerm:
     KEYS = ("buffers", "layout", "seed")
 
     @classmethod
-    def from_obj(cls, obj: Any, where: str, layouts: tuple[NMLayout, ...], rows: int, columns: int) -> NMTerm:
+    def from_obj(cls, obj: Any, where: Where, layouts: tuple[NMLayout, ...], rows: int, columns: int) -> NMTerm:
         """Check a term against the rows and columns that it covers."""
         buffers, number, seed = check_fields(obj, where, cls.KEYS)
-        check_uint(number, f"{where}.layout")
+        check_uint(number, (where, ".layout"))
         if number >= len(layouts):
-            fail(f"{where}.layout", f"{number} is not one of the {len(layouts)} layouts")
+            fail((where, ".layout"), f"{number} is not one of the {len(layouts)} layouts")
         params = layouts[number]
-        check_uint(seed, f"{where}.seed", 2**32 - 1)
+        check_uint(seed, (where, ".seed"), 2**32 - 1)
         if params.index != "seeded" and seed:
-            fail(f"{where}.seed", f"a {params.index} index has seed 0, not {seed}")
+            fail((where, ".seed"), f"a {params.index} index has seed 0, not {seed}")
         lengths = params.buffer_lengths(rows, columns)
-        values = check_fields(buffers, f"{where}.buffers", tuple(lengths))
+        values = check_fields(buffers, (where, ".buffers"), tuple(lengths))
         refs = {}
         for (name, length), value in zip(lengths.items(), values, strict=True):
-            ref = BufferRef.from_obj(value, f"{where}.buffers.{name}")
+            ref = BufferRef.from_obj(value, (where, ".buffers.", name))
             if ref.length != length:
-                fail(f"{where}.buffers.{name}", f"{ref.length} bytes where the shape needs {length}")
+                fail((where, ".buffers.", name), f"{ref.length} bytes where the shape needs {length}")
             refs[name] = ref
         return cls(number, params, seed, refs)
 
@@ -150,10 +150,10 @@ class TensorEntry:
     @classmethod
     def from_obj(cls, name: str, obj: Any, layouts: tuple[NMLayout, ...]) -> TensorEntry:
         """Check one tensor entry; its buffers are checked against the sections by the container."""
-        where = f'tensors["{name}"]'
+        where = ('tensors["', name, '"]')
         action = obj.get("action") if type(obj) is dict else None
         if type(action) is not str or action not in ACTIONS:
-            fail(f"{where}.action", f"unknown action {action!r}")
+            fail((where, ".action"), f"unknown action {action!r}")
         if action == "add":
             return _parse_add(name, obj, where, layouts)
         return _PARSERS[action](name, obj, where)
@@ -176,81 +176,84 @@ class TensorEntry:
         return obj
 
 
-def _parse_same(name: str, obj: Any, where: str) -> TensorEntry:
+def _parse_same(name: str, obj: Any, where: Where) -> TensorEntry:
     action, base_obj, dtype, shape = check_fields(obj, where, ("action", "base", "dtype", "shape"))
-    base = BaseRef.from_obj(base_obj, f"{where}.base")
-    entry = TensorEntry(name, action, check_dtype(dtype, f"{where}.dtype"), check_shape(shape, f"{where}.shape"), base)
+    base = BaseRef.from_obj(base_obj, (where, ".base"))
+    entry = TensorEntry(
+        name, action, check_dtype(dtype, (where, ".dtype")), check_shape(shape, (where, ".shape")), base
+    )
     if (base.dtype, base.shape) != (entry.dtype, entry.shape):
-        fail(f"{where}.base", "a tensor that is the same has the base's dtype and shape")
+        fail((where, ".base"), "a tensor that is the same has the base's dtype and shape")
     return entry
 
 
-def _parse_replace(name: str, obj: Any, where: str) -> TensorEntry:
+def _parse_replace(name: str, obj: Any, where: Where) -> TensorEntry:
     keys = ("action", "data", "digest", "dtype", "shape")
     action, data_obj, digest, dtype, shape = check_fields(obj, where, keys)
-    data = BufferRef.from_obj(data_obj, f"{where}.data")
-    check_bytes(digest, f"{where}.digest", DIGEST_BYTES)
-    check_dtype(dtype, f"{where}.dtype")
-    entry = TensorEntry(name, action, dtype, check_shape(shape, f"{where}.shape"), digest=digest, data=data)
+    data = BufferRef.from_obj(data_obj, (where, ".data"))
+    check_bytes(digest, (where, ".digest"), DIGEST_BYTES)
+    check_dtype(dtype, (where, ".dtype"))
+    entry = TensorEntry(name, action, dtype, check_shape(shape, (where, ".shape")), digest=digest, data=data)
     if data.length != entry.nbytes:
-        fail(f"{where}.data", f"{data.length} bytes where the shape needs {entry.nbytes}")
+        fail((where, ".data"), f"{data.length} bytes where the shape needs {entry.nbytes}")
     return entry
 
 
-def _parse_add(name: str, obj: Any, where: str, layouts: tuple[NMLayout, ...]) -> TensorEntry:
+def _parse_add(name: str, obj: Any, where: Where, layouts: tuple[NMLayout, ...]) -> TensorEntry:
     grown = type(obj) is dict and "data" in obj
     keys = ("action", "base", *(("data",) if grown else ()), "digest", "dtype", "shape", "terms")
     values = dict(zip(keys, check_fields(obj, where, keys), strict=True))
-    base = BaseRef.from_obj(values["base"], f"{where}.base")
-    dtype = check_dtype(values["dtype"], f"{where}.dtype")
-    shape = check_shape(values["shape"], f"{where}.shape")
-    digest = check_bytes(values["digest"], f"{where}.digest", DIGEST_BYTES)
+    base = BaseRef.from_obj(values["base"], (where, ".base"))
+    dtype = check_dtype(values["dtype"], (where, ".dtype"))
+    shape = check_shape(values["shape"], (where, ".shape"))
+    digest = check_bytes(values["digest"], (where, ".digest"), DIGEST_BYTES)
     if dtype not in c.DELTA_DTYPES or base.dtype not in c.DELTA_DTYPES:
-        fail(f"{where}.dtype", f"a delta from {base.dtype} to {dtype} is not defined")
+        fail((where, ".dtype"), f"a delta from {base.dtype} to {dtype} is not defined")
     if 0 in (c.element_count(shape), c.element_count(base.shape)):
-        fail(f"{where}.shape", "a tensor without elements has no delta")
+        fail((where, ".shape"), "a tensor without elements has no delta")
     if not shape or len(shape) != len(base.shape) or shape[1:] != base.shape[1:]:
-        fail(f"{where}.base.shape", f"{list(base.shape)} and {list(shape)} differ beyond the first dimension")
+        fail((where, ".base.shape"), f"{list(base.shape)} and {list(shape)} differ beyond the first dimension")
     if len(shape) == 1 and shape != base.shape:
-        fail(f"{where}.base.shape", f"{list(base.shape)} and {list(shape)} differ, and a 1-d tensor cannot grow")
-    data = BufferRef.from_obj(values["data"], f"{where}.data") if grown else None
-    bare = TensorEntry(name, "add", dtype, shape, base, digest, data)
-    new_bytes = (bare.rows - bare.delta_rows) * c.byte_count(dtype, shape[-1:])
+        fail((where, ".base.shape"), f"{list(base.shape)} and {list(shape)} differ, and a 1-d tensor cannot grow")
+    data = BufferRef.from_obj(values["data"], (where, ".data")) if grown else None
+    rows = c.row_count(shape)
+    shared = min(rows, c.row_count(base.shape))
+    new_bytes = (rows - shared) * c.byte_count(dtype, shape[-1:])
     if (data.length if data else 0) != new_bytes or grown != (new_bytes > 0):
-        fail(f"{where}.data", f"new rows take {new_bytes} bytes, not {data.length if data else 0}")
+        fail((where, ".data"), f"new rows take {new_bytes} bytes, not {data.length if data else 0}")
     terms_obj = values["terms"]
     if type(terms_obj) is not list or not 1 <= len(terms_obj) <= MAX_TERMS:
-        fail(f"{where}.terms", f"expected a list of 1 to {MAX_TERMS} terms")
+        fail((where, ".terms"), f"expected a list of 1 to {MAX_TERMS} terms")
     terms = tuple(
-        NMTerm.from_obj(term, f"{where}.terms[{i}]", layouts, bare.delta_rows, bare.columns)
+        NMTerm.from_obj(term, (where, ".terms[", i, "]"), layouts, shared, shape[-1])
         for i, term in enumerate(terms_obj)
     )
     return TensorEntry(name, "add", dtype, shape, base, digest, data, terms)
 
 
-def _parse_alias(name: str, obj: Any, where: str) -> TensorEntry:
+def _parse_alias(name: str, obj: Any, where: Where) -> TensorEntry:
     action, dtype, shape, target = check_fields(obj, where, ("action", "dtype", "shape", "target"))
     if type(target) is not str or target == name:
-        fail(f"{where}.target", f"{target!r} is not the name of another tensor")
+        fail((where, ".target"), f"{target!r} is not the name of another tensor")
     return TensorEntry(
-        name, action, check_dtype(dtype, f"{where}.dtype"), check_shape(shape, f"{where}.shape"), target=target
+        name, action, check_dtype(dtype, (where, ".dtype")), check_shape(shape, (where, ".shape")), target=target
     )
 
 
 _PARSERS = {"same": _parse_same, "replace": _parse_replace, "alias": _parse_alias}
 
 
-def parse_layout(obj: Any, where: str) -> NMLayout:
+def parse_layout(obj: Any, where: Where) -> NMLayout:
     """Check one row of the layout table."""
     keys = ("bits", "grid", "group", "index", "keep", "kind", "scale_dtype", "scale_group", "share")
     if type(obj) is dict and obj.get("kind") != "nm":
-        fail(f"{where}.kind", f"unknown layout {obj.get('kind')!r}")
+        fail((where, ".kind"), f"unknown layout {obj.get('kind')!r}")
     values = dict(zip(keys, check_fields(obj, where, keys), strict=True))
     del values["kind"]
     for key, value in values.items():
         wanted = str if key in ("grid", "index", "scale_dtype") else int
         if type(value) is not wanted:
-            fail(f"{where}.{key}", f"{value!r} is not {'a string' if wanted is str else 'an integer'}")
+            fail((where, ".", key), f"{value!r} is not {'a string' if wanted is str else 'an integer'}")
     try:
         return NMLayout(**values)
     except UsageError as error:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from deltafmt.layout import constants as c
-from deltafmt.layout.checks import check_bytes, check_fields, check_uint, fail
+from deltafmt.layout.checks import Where, check_bytes, check_fields, check_uint, fail
 
 DIGEST_BYTES = 32
 CHECKSUM_BYTES = 16
 
-_WEIGHTS = re.compile(
-    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|npz|npy|pkl|pickle|tflite|ot|deltafmt|partial)$"
-    r"|\.(safetensors|bin)\.index\.json$"
+# What files of weights, and indexes of them, end in.
+WEIGHT_ENDINGS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".npz", ".npy"),
+    *(".pkl", ".pickle", ".tflite", ".ot", ".deltafmt", ".partial", ".safetensors.index.json", ".bin.index.json"),
 )
 
 
@@ -41,23 +41,23 @@ class Section:
     KEYS = ("checksum", "codec", "kind", "length", "offset", "raw_length")
 
     @classmethod
-    def from_obj(cls, obj: Any, where: str) -> Section:
+    def from_obj(cls, obj: Any, where: Where) -> Section:
         """Check one row of the section table."""
         checksum, codec, kind, length, offset, raw_length = check_fields(obj, where, cls.KEYS)
-        check_bytes(checksum, f"{where}.checksum", CHECKSUM_BYTES)
+        check_bytes(checksum, (where, ".checksum"), CHECKSUM_BYTES)
         if type(codec) is not int or codec not in c.CODECS:
-            fail(f"{where}.codec", f"unknown codec {codec!r}")
+            fail((where, ".codec"), f"unknown codec {codec!r}")
         if type(kind) is not int or kind not in c.KINDS:
-            fail(f"{where}.kind", f"unknown section kind {kind!r}")
-        check_uint(length, f"{where}.length")
-        check_uint(offset, f"{where}.offset")
-        check_uint(raw_length, f"{where}.raw_length")
+            fail((where, ".kind"), f"unknown section kind {kind!r}")
+        check_uint(length, (where, ".length"))
+        check_uint(offset, (where, ".offset"))
+        check_uint(raw_length, (where, ".raw_length"))
         if codec == c.CODEC_STORED and raw_length != length:
-            fail(f"{where}.raw_length", f"a stored section has equal lengths, not {length} and {raw_length}")
+            fail((where, ".raw_length"), f"a stored section has equal lengths, not {length} and {raw_length}")
         if codec == c.CODEC_ZSTD:
             chunks = -(-raw_length // c.ZSTD_CHUNK)
             if chunks * (4 + c.ZSTD_MIN_FRAME) > length:
-                fail(f"{where}.raw_length", f"{length} bytes cannot hold the {chunks} frames of {raw_length} bytes")
+                fail((where, ".raw_length"), f"{length} bytes cannot hold the {chunks} frames of {raw_length} bytes")
         return cls(kind, codec, offset, length, raw_length, checksum)
 
     def to_obj(self) -> dict[str, Any]:
@@ -81,11 +81,14 @@ class BufferRef:
     length: int
 
     @classmethod
-    def from_obj(cls, obj: Any, where: str) -> BufferRef:
+    def from_obj(cls, obj: Any, where: Where) -> BufferRef:
         """Check a reference, except for the section's existence and size."""
         if type(obj) is not list or len(obj) != 3:
             fail(where, "a buffer is a list of section, offset and length")
-        section, offset, length = (check_uint(value, where) for value in obj)
+        section, offset, length = obj
+        check_uint(section, where)
+        check_uint(offset, where)
+        check_uint(length, where)
         if offset % c.BUFFER_ALIGNMENT:
             fail(where, f"offset {offset} is not a multiple of {c.BUFFER_ALIGNMENT}")
         return cls(section, offset, length)
@@ -107,13 +110,13 @@ class Attachment:
     @classmethod
     def from_obj(cls, name: str, obj: Any) -> Attachment:
         """Check one attachment; its name must be a plain relative path."""
-        where = f'attachments["{name}"]'
+        where = ('attachments["', name, '"]')
         data, digest = check_fields(obj, where, cls.KEYS)
         if not is_safe_path(name):
             fail(where, "not a plain relative path")
         if is_weight_file(name):
             fail(where, "a name for weights")
-        return cls(BufferRef.from_obj(data, f"{where}.data"), check_bytes(digest, f"{where}.digest", DIGEST_BYTES))
+        return cls(BufferRef.from_obj(data, (where, ".data")), check_bytes(digest, (where, ".digest"), DIGEST_BYTES))
 
     def to_obj(self) -> dict[str, Any]:
         """Return the index's form."""
@@ -131,4 +134,4 @@ def is_safe_path(name: str) -> bool:
 
 def is_weight_file(name: str) -> bool:
     """Tell whether a file of this name would be taken for weights, or for an index of them."""
-    return _WEIGHTS.search(name) is not None
+    return name.endswith(WEIGHT_ENDINGS)
