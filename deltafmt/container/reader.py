@@ -214,6 +214,7 @@ class Container:
             try:
                 if reader is None:
                     # Only here, because zstandard takes a while to import and a hot file's tensors do not need it.
+                    from deltafmt.container import chunks
 
                     stored = self._source.read(section.offset, section.length)
                     reader = chunks.ChunkReader(stored, section.raw_length, f"section {ref.section}")
