@@ -58,6 +58,10 @@ class Raw:
         """Product of all dimensions but the last."""
         return int(np.prod(self.shape[:-1], dtype=np.int64))
 
+    def __repr__(self) -> str:
+        """Stay short, for hypothesis prints whole checkpoints."""
+        return f"Raw({self.dtype}, {self.shape})"
+
 
 Tensors = dict[str, Raw]
 
