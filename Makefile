@@ -14,7 +14,7 @@ demo: $(VENV)/.models
 test: $(VENV)/.models $(VENV)/.dev
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.dev links
+lint: $(VENV)/.models $(VENV)/.dev links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p deltafmt

@@ -20,6 +20,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from deltafmt.codecs.routines import REFERENCE, CodecRoutines, codec_routines
+from deltafmt.methods.routines import Routines, select_routines
+
 NANO = Path(__file__).resolve().parent.parent / "examples" / "nano"
 
 _NATIVE = {"F32": "<f4", "F16": "<f2"}
@@ -227,6 +230,26 @@ SMALL_FILES = {
 def write_pair(folder: Path, a: Tensors, b: Tensors) -> Pair:
     """Write a pair of single-file folders under ``folder``; only the fine-tune has small files beside it."""
     return Pair(write_folder(folder / "base", a), write_folder(folder / "ft", b, files=SMALL_FILES), a, b)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> CodecRoutines:
+    """Give the compiled loops of the codecs, one scratch for a whole file so that stale memory would show."""
+    pytest.importorskip("numba")
+    routines = codec_routines(compiled=True)
+    if routines is REFERENCE:
+        pytest.skip("numba is turned off")
+    return routines
+
+
+@pytest.fixture(scope="module")
+def compiled_methods() -> Routines:
+    """Give the compiled loops of the methods, likewise."""
+    pytest.importorskip("numba")
+    routines = select_routines(compiled=True)
+    if routines.codec is REFERENCE:
+        pytest.skip("numba is turned off")
+    return routines
 
 
 @pytest.fixture(scope="session")

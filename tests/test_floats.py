@@ -9,23 +9,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltafmt.codecs import floats
-from deltafmt.codecs.routines import REFERENCE, CodecRoutines, codec_routines
+from deltafmt.codecs.routines import CodecRoutines
 from strategies import FLOAT_DTYPES, SPECIAL_BITS, examples, generators, ordinary_raws, raws, shapes, special_raws
 
 SMALL_DTYPES = ("BF16", "F16")
 # Bits of exponent and of mantissa.
 FIELDS = {"BF16": (8, 7), "F16": (5, 10), "F32": (8, 23)}
 PAIRS = [(a, b) for a in FLOAT_DTYPES for b in FLOAT_DTYPES]
-
-
-@pytest.fixture(scope="module")
-def compiled() -> CodecRoutines:
-    """The compiled loops."""
-    pytest.importorskip("numba")
-    routines = codec_routines(compiled=True)
-    if routines is REFERENCE:
-        pytest.skip("numba is turned off")
-    return routines
 
 
 def value_by_definition(bits: int, dtype: str) -> float:

@@ -25,16 +25,6 @@ Packed = dict[str, NDArray[np.generic]]
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-@pytest.fixture(scope="module")
-def compiled() -> CodecRoutines:
-    """The compiled loops, one scratch for the whole file."""
-    pytest.importorskip("numba")
-    routines = codec_routines(compiled=True)
-    if routines is REFERENCE:
-        pytest.skip("numba is turned off")
-    return routines
-
-
 def pack(layout: NMLayout, arrays: NMArrays, rows: int, columns: int, routines: CodecRoutines = REFERENCE) -> Packed:
     """Encode arrays into buffers of their own."""
     out = nm.blank(layout, rows, columns)

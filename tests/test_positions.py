@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from deltafmt.codecs import positions as pos
 from deltafmt.codecs import words
 from deltafmt.codecs.nm import transcode_index
-from deltafmt.codecs.routines import REFERENCE, CodecRoutines, codec_routines
+from deltafmt.codecs.routines import CodecRoutines
 from deltafmt.errors import InvalidFileError
 from deltafmt.layout.nm import NMLayout
 from strategies import ascending, examples, generators, layouts, sizes
@@ -22,16 +22,6 @@ from strategies import ascending, examples, generators, layouts, sizes
 SEEDS = st.integers(0, 2**32 - 1)
 FIRST_ROWS = st.one_of(st.integers(0, 1000), st.integers(2**32 - 40, 2**32 + 40))
 SEEDED_PAIRS = [(keep, 2**m) for m in range(1, 8) for keep in sorted({1, 2, 2 ** (m - 1), 2**m - 1, 2**m})]
-
-
-@pytest.fixture(scope="module")
-def compiled() -> CodecRoutines:
-    """The compiled loops."""
-    pytest.importorskip("numba")
-    routines = codec_routines(compiled=True)
-    if routines is REFERENCE:
-        pytest.skip("numba is turned off")
-    return routines
 
 
 def mix_by_definition(x: int) -> int:

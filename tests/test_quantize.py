@@ -26,16 +26,6 @@ GRIDS = [(bits, grid) for bits in BITS for grid in ("midtread", "midrise") if (b
 SLACK = 2.0**-15
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Routines:
-    """The compiled loops."""
-    pytest.importorskip("numba")
-    routines = select_routines(compiled=True)
-    if routines.quantize is quantize.quantize:
-        pytest.skip("numba is turned off")
-    return routines
-
-
 @st.composite
 def kept_entries(draw: st.DrawFn) -> NDArray[np.float32]:
     """Give kept entries as gather does: NaN marks what lies beyond the last column, at the end of every row."""
@@ -181,9 +171,11 @@ def test_rows_of_one_magnitude(bits: int, grid: str, rule: str, exponent: int) -
         (2, "midrise", np.inf, "mse"),
     ],
 )
-def test_a_scale_that_overflows_is_refused(compiled: Routines, bits: int, grid: str, value: float, rule: str) -> None:
+def test_a_scale_that_overflows_is_refused(
+    compiled_methods: Routines, bits: int, grid: str, value: float, rule: str
+) -> None:
     kept = np.array([[1, value, 0], [1, 2, 3]], np.float32)
-    for routine in (quantize.quantize, compiled.quantize):
+    for routine in (quantize.quantize, compiled_methods.quantize):
         with pytest.raises(UsageError, match="too large"):
             routine(kept, bits, grid, rule, 0, "BF16")
 
@@ -208,7 +200,7 @@ def test_memory_does_not_grow_with_the_scale_group() -> None:
     st.sampled_from(["BF16", "F32"]),
 )
 def test_compiled_quantize_equals_the_reference(
-    compiled: Routines,
+    compiled_methods: Routines,
     kept: NDArray[np.float32],
     kind: tuple[int, str],
     rule: str,
@@ -216,7 +208,7 @@ def test_compiled_quantize_equals_the_reference(
     scale_dtype: str,
 ) -> None:
     expected = quantize.quantize(kept, *kind, rule, scale_group, scale_dtype)
-    found = compiled.quantize(kept, *kind, rule, scale_group, scale_dtype)
+    found = compiled_methods.quantize(kept, *kind, rule, scale_group, scale_dtype)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8), strict=True)
@@ -300,14 +292,14 @@ def test_decoded_delta_is_right_where_kept_and_zero_elsewhere(
 @examples(60)
 @given(methods(), generators(), sizes(150), st.integers(0, 2**32 - 1))
 def test_runs_and_compiled_loops_give_the_whole(
-    compiled: Routines, method: DeltaDQ, rng: np.random.Generator, columns: int, seed: int
+    compiled_methods: Routines, method: DeltaDQ, rng: np.random.Generator, columns: int, seed: int
 ) -> None:
     step = nm.run_rows(method.layout)
     rows = step + int(rng.integers(1, 60))
     weights = ordinary_raws(rng, "BF16", (rows, columns)), ordinary_raws(rng, "BF16", (rows, columns))
     whole = compress(method, weights, seed, REFERENCE, 0)
     masks = step // method.share
-    for routines, first in ((compiled, 0), (REFERENCE, step), (compiled, step)):
+    for routines, first in ((compiled_methods, 0), (REFERENCE, step), (compiled_methods, step)):
         part = compress(method, weights, seed, routines, first)
         skipped = masks if first else 0
         np.testing.assert_array_equal(part.positions, whole.positions[skipped:], strict=True)
@@ -331,10 +323,10 @@ def test_dropout_is_unbiased() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("column", [0, 36])
-def test_a_delta_that_is_not_finite_is_refused(compiled: Routines, value: float, column: int) -> None:
+def test_a_delta_that_is_not_finite_is_refused(compiled_methods: Routines, value: float, column: int) -> None:
     base = np.zeros((40, 37), np.uint16)
     finetuned = base.copy()
     finetuned[39, column] = narrow(np.array([value], np.float32), "BF16")[0]
-    for routines in (REFERENCE, compiled):
+    for routines in (REFERENCE, compiled_methods):
         with pytest.raises(NonFiniteError, match=rf"row 39, column {column} is"):
             compress(DeltaDQ(), (finetuned, base), 5, routines, 0)

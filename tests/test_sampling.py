@@ -14,21 +14,11 @@ from numpy.typing import NDArray
 from deltafmt.codecs.floats import subtract
 from deltafmt.codecs.positions import mix
 from deltafmt.methods import sampling
-from deltafmt.methods.routines import Routines, select_routines
+from deltafmt.methods.routines import Routines
 from strategies import FLOAT_DTYPES, ascending, deltas, examples, generators, layouts, raws, shapes, sizes
 
 SEEDS = st.integers(0, 2**32 - 1)
 FIRST_ROWS = st.one_of(st.integers(0, 1000), st.integers(2**32 - 40, 2**32 + 40))
-
-
-@pytest.fixture(scope="module")
-def compiled() -> Routines:
-    """The compiled loops."""
-    pytest.importorskip("numba")
-    routines = select_routines(compiled=True)
-    if routines.uniform is sampling.uniform:
-        pytest.skip("numba is turned off")
-    return routines
 
 
 @st.composite
@@ -106,10 +96,10 @@ def test_every_position_is_equally_likely(keep: int, group: int) -> None:
 @examples(100)
 @given(SEEDS, FIRST_ROWS, sizes(40), st.integers(1, 20), pairs())
 def test_compiled_uniform_equals_the_reference(
-    compiled: Routines, seed: int, first: int, count: int, groups: int, pair: tuple[int, int]
+    compiled_methods: Routines, seed: int, first: int, count: int, groups: int, pair: tuple[int, int]
 ) -> None:
     expected = sampling.uniform(seed, first, count, groups, *pair)
-    np.testing.assert_array_equal(compiled.uniform(seed, first, count, groups, *pair), expected, strict=True)
+    np.testing.assert_array_equal(compiled_methods.uniform(seed, first, count, groups, *pair), expected, strict=True)
 
 
 @examples(60)
@@ -136,7 +126,7 @@ def test_gather_takes_the_kept_entries(data: st.DataObject, shape: tuple[int, in
 @examples(120)
 @given(st.data(), shapes(40, 300), generators(), st.booleans())
 def test_compiled_gather_equals_the_reference(
-    compiled: Routines, data: st.DataObject, shape: tuple[int, int], rng: np.random.Generator, readonly: bool
+    compiled_methods: Routines, data: st.DataObject, shape: tuple[int, int], rng: np.random.Generator, readonly: bool
 ) -> None:
     rows, columns = shape
     layout = data.draw(layouts())
@@ -147,7 +137,7 @@ def test_compiled_gather_equals_the_reference(
     positions = ascending(rng, layout.mask_rows(rows), layout.groups(columns), layout.keep, layout.group)
     arguments = (finetuned, dtypes[0], base, dtypes[1], positions, layout.group, layout.share, np.float32(4))
     expected, finite = sampling.gather_difference(*arguments)
-    found, found_finite = compiled.gather_difference(*arguments)
+    found, found_finite = compiled_methods.gather_difference(*arguments)
     assert found_finite is finite
     assert finite == subtract(finetuned, dtypes[0], base, dtypes[1])[1]
     nan = np.isnan(expected)
@@ -156,11 +146,11 @@ def test_compiled_gather_equals_the_reference(
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_gather_sees_what_is_dropped(compiled: Routines, value: float) -> None:
+def test_gather_sees_what_is_dropped(compiled_methods: Routines, value: float) -> None:
     finetuned = np.zeros((5, 37), np.uint16)
     base = np.zeros((5, 37), np.uint16)
     positions = np.zeros((5, 3, 1), np.uint8)
-    for gather in (sampling.gather_difference, compiled.gather_difference):
+    for gather in (sampling.gather_difference, compiled_methods.gather_difference):
         arguments = (finetuned, "BF16", base, "BF16", positions, 16, 1, np.float32(1))
         assert gather(*arguments)[1] is True
         finetuned[4, 36] = np.array([value], np.float32).view(np.uint32)[0] >> 16

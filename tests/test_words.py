@@ -9,22 +9,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltafmt.codecs import words
-from deltafmt.codecs.routines import REFERENCE, CodecRoutines, codec_routines
+from deltafmt.codecs.routines import CodecRoutines
 from deltafmt.layout.nm import stream_words, tiles
 from strategies import examples, generators, shapes
 
 WIDTHS = st.integers(0, 64)
 BYTE_WIDTHS = st.integers(1, 8)
-
-
-@pytest.fixture(scope="module")
-def compiled() -> CodecRoutines:
-    """The compiled loops, one scratch for the whole file so that stale memory would show."""
-    pytest.importorskip("numba")
-    routines = codec_routines(compiled=True)
-    if routines is REFERENCE:
-        pytest.skip("numba is turned off")
-    return routines
 
 
 def random_fields(rng: np.random.Generator, rows: int, count: int, width: int) -> NDArray[np.uint64]:
