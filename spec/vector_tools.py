@@ -75,10 +75,7 @@ def add_term(writer: ContainerWriter, layout: NMLayout, rows: int, columns: int,
     refs = {}
     for name, array in packed.items():
         refs[name] = writer.add(nm.raw_bytes(array))
-        if name == "index" and layout.index == "rank":
-            fixed = layout.with_index("fixed")
-            array = nm.transcode_index(layout, array.view(np.uint32), mask_rows, columns, fixed)  # noqa: PLW2901
-        digest.update(nm.raw_bytes(array))
+        digest.update(nm.digested_form(layout, name, array, rows, columns))
     return NMTerm(writer.layout_number(layout), layout, seed, refs), digest.digest()
 
 

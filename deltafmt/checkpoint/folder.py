@@ -134,6 +134,15 @@ class Checkpoint:
             return {}
         return config if isinstance(config, dict) else {}
 
+    def check_unchanged(self) -> None:
+        """Check that no weight file was replaced or written to since it was opened.
+
+        Raises:
+            StorageError: names the file.
+        """
+        for shard in self._shards:
+            shard.check_unchanged()
+
     def identity(self) -> list[tuple[str, int, int]]:
         """Return what tells whether the weights are still the same files."""
         return [shard.identity() for shard in self._shards]

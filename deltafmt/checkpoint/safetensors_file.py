@@ -195,6 +195,20 @@ class SafetensorsFile:
             with contextlib.suppress(OSError, ValueError):
                 self._map.madvise(advice, start, offset + length - start)
 
+    def check_unchanged(self) -> None:
+        """Check that the file at the path is still the one that was opened, with the bytes that it had.
+
+        Raises:
+            StorageError: it is not.
+        """
+        try:
+            now = os.stat(self.path)
+        except OSError as error:
+            raise StorageError(f"{self.path} went away while it was being read") from error
+        then = self.stat
+        if (now.st_ino, now.st_size, now.st_mtime_ns) != (then.st_ino, then.st_size, then.st_mtime_ns):
+            raise StorageError(f"{self.path} changed while it was being read")
+
     def identity(self) -> tuple[str, int, int]:
         """Return path, size and modification time, which tell whether the file is still the same."""
         return str(self.path.resolve()), self.size, self.stat.st_mtime_ns

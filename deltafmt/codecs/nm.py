@@ -187,6 +187,16 @@ def transcode_index(
     return pos.encode_rank(pos.decode_fixed(index, layout, mask_rows, groups), target)
 
 
+def digested_form(layout: NMLayout, name: str, array: NDArray[np.generic], rows: int, columns: int) -> memoryview:
+    """Return the bytes that a buffer contributes to its tensor's digest (spec section 7.6).
+
+    These are its own, except that a ``rank`` index counts in its ``fixed`` form: hot and cold files agree.
+    """
+    if name == "index" and layout.index == "rank":
+        array = transcode_index(layout, _words(array), layout.mask_rows(rows), columns, layout.with_index("fixed"))
+    return raw_bytes(array)
+
+
 def raw_bytes(array: NDArray[np.generic]) -> memoryview:
     """Return an array's bytes in C order, without a copy where it lies so."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -84,6 +84,11 @@ class ContainerWriter:
         return tuple(self._sections)
 
     @property
+    def position(self) -> int:
+        """Bytes written so far, those of an interrupted run included."""
+        return self._position
+
+    @property
     def layouts(self) -> list[NMLayout]:
         """The layout table so far."""
         return list(self._layouts)

@@ -20,7 +20,7 @@ from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.codecs import nm
 from deltafmt.container import canonical
 from deltafmt.container.partial import PartialFile, StreamFile
-from deltafmt.container.writer import ContainerWriter, Sink
+from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import BATCH_ELEMENTS, row_ranges, slice_run
 from deltafmt.errors import NonFiniteError, StorageError, UsageError
 from deltafmt.layout import constants as c
@@ -131,6 +131,8 @@ def pack(
     try:
         packer = _Packer(sources, plans, method, sink, profile, seed, result)
         packer.run(workers, progress)
+        for source in sources:
+            source.check_unchanged()
         sink.commit()
     except KeyboardInterrupt:
         sink.keep()
@@ -176,18 +178,6 @@ class _Pending:
     seed: int = 0
 
 
-class _Counter:
-    """Count the bytes that go to a sink."""
-
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
-        self.size = 0
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._sink.write(data)
-        self.size += len(data)
-
-
 class _Packer:
     """One run of pack."""
 
@@ -212,11 +202,7 @@ class _Packer:
             "method": method.describe(),
             "seed": str(seed),
         }
-        resumed = sink.sections[-1] if sink.sections else None
-        self._counter = _Counter(sink)
-        if resumed is not None:
-            self._counter.size = c.align(resumed.offset + resumed.length, c.SECTION_ALIGNMENT)
-        self._writer = ContainerWriter(self._counter, profile, sink.sections)
+        self._writer = ContainerWriter(sink, profile, sink.sections)
         layouts = tuple(sink.layouts)
         for layout in layouts:
             self._writer.layout_number(layout)
@@ -251,7 +237,7 @@ class _Packer:
         identity = self._writer.finish(
             self._entries.values(), removed=self._removed, attachments=attachments, metadata=self._metadata
         )
-        self._result.size = self._counter.size
+        self._result.size = self._writer.position
         self._result.content_id = identity.hex()
 
     def _load_loops(self, pool: ThreadPoolExecutor, todo: list[Plan]) -> None:
@@ -330,18 +316,10 @@ class _Packer:
         digest = blake3()
         refs = {}
         layout = method.layout
+        rows = min(tensor.rows, c.row_count(base.shape))
         for name, array in pending.packed.items():
-            data = nm.raw_bytes(array)
-            if name == "index" and layout.index == "rank":
-                # Digests are taken over the `fixed` form, so that a cold file keeps its hot twin's.
-                rows = min(tensor.rows, c.row_count(base.shape))
-                fixed = nm.transcode_index(
-                    layout, array.view(np.uint32), layout.mask_rows(rows), tensor.columns, layout.with_index("fixed")
-                )
-                digest.update(nm.raw_bytes(fixed))
-            else:
-                digest.update(data)
-            refs[name] = self._writer.add(data)
+            digest.update(nm.digested_form(layout, name, array, rows, tensor.columns))
+            refs[name] = self._writer.add(nm.raw_bytes(array))
         new_rows = None
         base_bytes = c.byte_count(tensor.dtype, base.shape)
         if tensor.nbytes > base_bytes:

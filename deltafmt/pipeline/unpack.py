@@ -151,6 +151,7 @@ class _Unpacker:
             for name in self._delta.container.attachments:
                 writer.add_file(name, self._delta.attachment(name))
                 self._result.files.append(name)
+            self._base.check_unchanged()
             writer.commit()
         except BaseException:
             writer.abandon()

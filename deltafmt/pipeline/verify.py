@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 from blake3 import blake3
 
 from deltafmt import accel
@@ -146,14 +145,8 @@ def payload_digest(delta: DeltaFile, entry: TensorEntry) -> bytes:
     """Return the BLAKE3 of a tensor's payload: its buffers in order, a ``rank`` index in its ``fixed`` form."""
     digest = blake3()
     for term in entry.terms:
-        layout = term.params
-        for name, stored in delta.term_views(entry, term).items():
-            array = stored
-            if name == "index" and layout.index == "rank":
-                words = array.view(np.uint32)
-                rows = layout.mask_rows(entry.delta_rows)
-                array = nm.transcode_index(layout, words, rows, entry.columns, layout.with_index("fixed"))
-            digest.update(nm.raw_bytes(array))
+        for name, array in delta.term_views(entry, term).items():
+            digest.update(nm.digested_form(term.params, name, array, entry.delta_rows, entry.columns))
     if entry.data is not None:
         digest.update(delta.container.buffer(entry.data))
     return digest.digest()
