@@ -18,7 +18,7 @@ lint: $(VENV)/.models $(VENV)/.dev links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p deltafmt
-	cd .links && ../$(BIN)/lint-imports --config ../pyproject.toml
+	cd .links && $(abspath $(BIN))/lint-imports --config ../pyproject.toml
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python fuzz/fuzz_reader.py $$(mktemp -d) fuzz/corpus -max_total_time=60

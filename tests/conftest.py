@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import deltafmt
+from containers import write_safetensors
 from deltafmt.codecs.routines import REFERENCE, CodecRoutines, codec_routines
 from deltafmt.methods.routines import Routines, select_routines
 
@@ -67,6 +69,8 @@ class Raw:
 
 
 Tensors = dict[str, Raw]
+
+COMMANDS = ("pack", "unpack", "inspect", "verify", "repack", "diff")
 
 
 def round_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -320,3 +324,55 @@ def models() -> Path:
 def nano() -> Path:
     """Give the repository's own pair of tiny models: ``base``, ``math``, ``tokenizer.json``, ``eval.jsonl``."""
     return NANO
+
+
+def refused(result: Result, code: int, *parts: str) -> str:
+    """Check an error as a user sees it: the code, nothing printed, one line that names what is wrong."""
+    assert result.code == code, result
+    assert result.out == ""
+    assert result.err.startswith("deltafmt: ")
+    assert result.err.endswith("\n")
+    assert result.err.count("\n") == 1, result.err
+    assert "Traceback" not in result.err
+    assert "internal error" not in result.err
+    message = result.err.removeprefix("deltafmt: ").rstrip("\n")
+    assert message == message.strip()
+    assert not message.endswith(".")
+    for part in parts:
+        assert part in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def delta(tmp_path_factory: pytest.TempPathFactory, small: Pair) -> Path:
+    """Give the delta of the small pair."""
+    out = tmp_path_factory.mktemp("delta") / "small.deltafmt"
+    deltafmt.pack(small.base, small.finetuned, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base and a fine-tune of one matrix, one vector and one matrix that grew, with an attached file."""
+    folder = tmp_path_factory.mktemp("pair")
+    rng = np.random.default_rng(0)
+    for number, side in enumerate(("base", "finetuned")):
+        (folder / side).mkdir()
+        tensors = {
+            "embed.weight": rng.standard_normal((33 + number, 50)),
+            "norm.weight": rng.standard_normal(50),
+            "proj.weight": rng.standard_normal((40, 50)),
+        }
+        write_safetensors(folder / side / "model.safetensors", tensors)
+    (folder / "finetuned" / "config.json").write_text('{"model_type": "tiny"}')
+    return folder / "base", folder / "finetuned"
+
+
+@pytest.fixture(scope="module", params=["hot", "cold"])
+def packed(request: pytest.FixtureRequest, pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small packed file of either profile."""
+    path = tmp_path_factory.mktemp(request.param) / "small.deltafmt"
+    method = deltafmt.methods.DeltaDQ(4, 16, 4, "fixed" if request.param == "hot" else "rank", scale_group=8)
+    deltafmt.pack(*pair, path, method=method, profile=request.param, threads=1)
+    assert deltafmt.verify(path, threads=1).tensors == 3
+    return path
