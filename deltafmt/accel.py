@@ -12,11 +12,18 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+WORTHWHILE_BYTES = 24 * 1024 * 1024
+
 
 @functools.cache
 def available() -> bool:
     """Tell whether compiled loops can be used; imports nothing."""
     return os.environ.get("DELTAFMT_NUMBA", "1") != "0" and importlib.util.find_spec("numba") is not None
+
+
+def worthwhile(nbytes: int) -> bool:
+    """Tell whether that many bytes of tensors take the reference longer than loading the compiled loops takes."""
+    return nbytes >= WORTHWHILE_BYTES and available()
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

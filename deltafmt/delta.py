@@ -193,7 +193,8 @@ class RunDecoder:
             except InvalidFileError as error:
                 raise InvalidFileError(f"{self._where}, rows {start} to {stop}: {error}") from error
             dense = nm.dense(params, arrays, entry.columns, routines)
-            total = dense if len(self._terms) == 1 else dense.copy() if total is None else total + dense
+            with np.errstate(over="ignore", invalid="ignore"):
+                total = dense if len(self._terms) == 1 else dense.copy() if total is None else total + dense
         assert total is not None
         return total
 

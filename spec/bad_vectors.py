@@ -9,12 +9,13 @@ import numpy as np
 from blake3 import blake3
 from vector_tools import change, change_buffer, encode, join, one_tensor, parts, simple, vector
 
+from deltafmt.codecs import nm
 from deltafmt.codecs.positions import seeded
 from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
 from deltafmt.layout import constants as c
-from deltafmt.layout.entries import BaseRef, TensorEntry
+from deltafmt.layout.entries import BaseRef, NMTerm, TensorEntry
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment
 
@@ -205,6 +206,32 @@ def attachment_path() -> bytes:
     writer = ContainerWriter(out)
     ref = writer.add(b"x", c.KIND_ATTACHMENTS)
     writer.finish([], attachments={"../x": Attachment(ref, blake3(b"x").digest())})
+    return out.getvalue()
+
+
+@vector("invalid", "an attachment would be read by git", "not a plain relative path")
+def attachment_hidden() -> bytes:
+    out = io.BytesIO()
+    writer = ContainerWriter(out)
+    ref = writer.add(b"x", c.KIND_ATTACHMENTS)
+    writer.finish([], attachments={".git/config": Attachment(ref, blake3(b"x").digest())})
+    return out.getvalue()
+
+
+@vector("invalid", "the buffers of a tensor lie in two sections", "in several sections")
+def two_sections() -> bytes:
+    out = io.BytesIO()
+    writer = ContainerWriter(out)
+    layout = NMLayout(1, 8, 4)
+    packed = nm.blank(layout, 4, 8)
+    refs = {"codes": writer.add(nm.raw_bytes(packed["codes"]))}
+    attachment = Attachment(writer.add(b"x", c.KIND_ATTACHMENTS), blake3(b"x").digest())
+    refs["scales"] = writer.add(nm.raw_bytes(packed["scales"]))
+    digest = blake3(nm.raw_bytes(packed["codes"]))
+    digest.update(nm.raw_bytes(packed["scales"]))
+    term = NMTerm(writer.layout_number(layout), layout, 1, refs)
+    entry = TensorEntry("w", "add", "BF16", (4, 8), BaseRef(bytes(32), "BF16", (4, 8)), digest.digest(), None, (term,))
+    writer.finish([entry], attachments={"x.json": attachment})
     return out.getvalue()
 
 

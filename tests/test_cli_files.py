@@ -352,6 +352,7 @@ def test_an_output_that_exists(tmp_path: Path, cli: Cli, small: Pair, delta: Pat
     folder = tmp_path / "old"
     folder.mkdir()
     (folder / "mine.txt").write_text("old")
+    (folder / "model.safetensors").write_text("old")
     pack = ("pack", small.base, small.finetuned, "-o", file)
     repack = ("repack", delta, "-o", file, "--profile", "cold")
     unpack = ("unpack", small.base, delta, "-o", folder)
@@ -370,6 +371,22 @@ def test_an_output_that_exists(tmp_path: Path, cli: Cli, small: Pair, delta: Pat
         refused(cli("repack", delta, "-o", folder, "--profile", "hot", *force), 2, str(folder))
         refused(cli("unpack", small.base, delta, "-o", file, *force), 2, str(file))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "old.deltafmt"]
+
+
+def test_force_replaces_outputs_and_nothing_else(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> None:
+    notes, nested = tmp_path / "notes", tmp_path / "nested"
+    notes.mkdir()
+    (notes / "thesis.tex").write_text("mine")
+    (nested / "sub").mkdir(parents=True)
+    (nested / "model.safetensors").write_text("old")
+    for folder, what in ((notes, "no checkpoint"), (nested, "holds the folder sub")):
+        refused(cli("unpack", small.base, delta, "-o", folder, "--force"), 2, str(folder), what)
+    assert (notes / "thesis.tex").read_text() == "mine"
+    assert (nested / "sub").is_dir()
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    refused(cli("pack", small.base, small.finetuned, "-o", fifo, "--force"), 2, "not a regular file")
+    assert fifo.is_fifo()
 
 
 def test_a_dangling_link_is_an_output_that_exists(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> None:

@@ -50,7 +50,7 @@ def test_every_command_in_words(tmp_path: Path, cli: Cli, small: Pair) -> None:
     repacked = cli("repack", out, "-o", tmp_path / "cold", "--profile", "cold")
     assert deltafmt.open(out).content_id in repacked.out
     assert "7 tensors" in cli("unpack", small.base, out, "-o", tmp_path / "u").out
-    assert "0 tensors differ, 7 are the same" in cli("diff", out, tmp_path / "cold").out
+    assert "0 differences, 7 tensors the same" in cli("diff", out, tmp_path / "cold").out
     differing = cli("diff", small.base, small.finetuned)
     assert "5 tensors differ, 2 are the same" in differing.out
     assert "model.embed.weight" in differing.out
@@ -126,7 +126,9 @@ def test_diff_tells_what_changed(tmp_path: Path, cli: Cli, small: Pair, delta: P
     assert "2:16 k=2" in changes["model.layers.0.down.weight"]["detail"]
     seeded = tmp_path / "seeded.deltafmt"
     assert cli("pack", small.base, small.finetuned, "-o", seeded, "--seed", "9").code == 0
-    assert len(cli("diff", delta, seeded, "--json").json()["changes"]) == 4
+    changes = {change["name"]: change for change in cli("diff", delta, seeded, "--json").json()["changes"]}
+    assert len(changes) == 5
+    assert changes["metadata seed"]["detail"] == "0 -> 9"
     a = write_folder(tmp_path / "a", {"x": raw([[1.0, 2.0]], "F32"), "gone": normal(1, (2,))})
     b = write_folder(tmp_path / "b", {"x": raw([[1.0, 4.0]], "F32"), "new": normal(1, (2,))})
     found = {change["name"]: change for change in cli("diff", a, b, "--json").json()["changes"]}

@@ -126,7 +126,7 @@ def test_version_and_methods(cli: Cli) -> None:
     assert cli("--version").out == f"deltafmt {deltafmt.__version__}\n"
     methods = cli("pack", "--method", "help")
     assert methods.code == 0
-    assert methods.out.startswith("deltadq ")
+    assert methods.out.startswith("deltadq: ")
 
 
 def test_shard_sizes(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> None:

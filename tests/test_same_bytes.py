@@ -30,9 +30,6 @@ from conftest import (
 from deltafmt import accel
 from deltafmt.errors import UsageError, WrongBaseError
 from deltafmt.methods import DeltaDQ
-from deltafmt.pipeline import pack as pack_module
-from deltafmt.pipeline import unpack as unpack_module
-from deltafmt.pipeline import verify as verify_module
 from pairs import DTYPES, check_round_trip, pack_pair, pair_of
 
 # The same bytes
@@ -73,7 +70,7 @@ def test_the_bytes_do_not_depend_on_threads_or_compiler(
 ) -> None:
     method = METHODS[name]
     reference = tmp_path / "reference.deltafmt"
-    monkeypatch.setattr(pack_module, "COMPILED_FROM_BYTES", 2**62)
+    monkeypatch.setattr(accel, "WORTHWHILE_BYTES", 2**62)
     pack_pair(varied, reference, method=method, profile=_profile(method), threads=1)
     digests = {hashlib.sha256(reference.read_bytes()).hexdigest()}
     for threads in (1, 2, 5):
@@ -96,8 +93,7 @@ def test_the_bytes_do_not_depend_on_threads_or_compiler(
 
 
 def _force_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (pack_module, unpack_module, verify_module):
-        monkeypatch.setattr(module, "COMPILED_FROM_BYTES", 0)
+    monkeypatch.setattr(accel, "WORTHWHILE_BYTES", 0)
 
 
 def test_a_process_without_numba_writes_the_same_bytes(tmp_path: Path, small: Pair) -> None:

@@ -15,6 +15,15 @@ def clean(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def can_print(text: str) -> bool:
+    """Tell whether standard output's encoding has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def say(line: str = "") -> None:
     """Print a line to standard output."""
     print(clean(line))

@@ -29,4 +29,4 @@ def run(options: argparse.Namespace) -> None:
         rows.append([change.kind, change.name, change.detail, numbers])
     if rows:
         console.table(rows, (False, False, False, False))
-    console.say(f"{plural(len(result.changes), 'tensor')} differ, {result.same:,} are the same")
+    console.say(f"{plural(len(result.changes), 'difference')}, {plural(result.same, 'tensor')} the same")

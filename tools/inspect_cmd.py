@@ -47,6 +47,9 @@ def _print_tree(container: Container) -> None:
     console.say()
     rows: list[list[str]] = []
     _tree_rows(tree, "", "", container.size, rows)
+    if not console.can_print("├─└│"):
+        plain = str.maketrans("├─└│", "|-`|")
+        rows = [[row[0].translate(plain), *row[1:]] for row in rows]
     console.table(rows, (False, True, True, False))
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from deltafmt._version import __version__
 from deltafmt.errors import EXIT_INTERRUPTED, EXIT_OK, DeltafmtError, StorageError, UsageError
+from deltafmt.output import reason
 from deltafmt.tools import console
 
 COMMANDS = {
@@ -63,8 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _interrupt)
     as_json = "--json" in arguments
     try:
-        if "-o" in arguments and arguments[arguments.index("-o") + 1 :][:1] == [""]:
-            raise UsageError("the output's name is empty")
         command = next((word for word in arguments if not word.startswith("-")), None)
         options = build_parser(command).parse_args(arguments)
         _module(options.command).run(options)
@@ -80,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     except OSError as error:
         name = f" {error.filename}" if error.filename else ""
-        return _report(f"{(error.strerror or str(error)).lower()}{name}", StorageError.exit_code, as_json)
+        return _report(f"{reason(error)}{name}", StorageError.exit_code, as_json)
     except MemoryError:
         return _report("out of memory", StorageError.exit_code, as_json)
     except Exception as error:
@@ -96,9 +95,13 @@ def _interrupt(*_: object) -> NoReturn:
 
 def _report(message: str, code: int, as_json: bool) -> int:
     line = " ".join(message.split("\n"))
-    if as_json:
-        console.say_json({"ok": False, "error": line, "exit_code": code})
-    console.warn(line)
+    # The output itself may be what failed; the exit code still tells.
+    with contextlib.suppress(OSError):
+        console.warn(line)
+    with contextlib.suppress(OSError):
+        if as_json:
+            console.say_json({"ok": False, "error": line, "exit_code": code})
+            sys.stdout.flush()
     return code
 
 

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 MENTIONED = 10
 EPILOG = """\
-methods:
-  deltadq   group-wise balanced dropout with rescale, and k-bit quantization (DeltaDQ)
-
 patterns are shell patterns on tensor names, such as '*.mlp.*'. A rule's OPTIONS are 'exact', or
 key=value pairs of nm, bits, share, index, grid, scale and scale_group, joined by commas; what a rule
 leaves out is as the command's options say, and the last rule that matches a name decides:
@@ -63,14 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
+    from deltafmt.methods import METHODS
+
     if options.method == "help":
-        for line in EPILOG.splitlines()[1:2]:
-            console.say(line.strip())
+        for name, found in METHODS.items():
+            console.say(f"{name}: {found.summary}")
         return
     for name, value in (("BASE", options.base), ("FINETUNED", options.finetuned), ("-o OUT", options.output)):
         if value is None:
             raise UsageError(f"{name} is missing (see deltafmt pack --help)")
-    if options.method != "deltadq":
+    if options.method not in METHODS:
         raise UsageError(f"unknown method {options.method!r}; --method help lists them")
     from deltafmt.checkpoint.folder import Checkpoint
     from deltafmt.pipeline.pack import pack
@@ -78,27 +77,26 @@ def run(options: argparse.Namespace) -> None:
     method = _method(options)
     rules: list[tuple[str, Method | None]] = [(pattern, _ruled(method, text)) for pattern, text in options.rule]
     to_stdout = options.output == "-"
+    if to_stdout and sys.stdout.isatty():
+        raise UsageError("a delta file is not written to a terminal; give -o a name, or send it on with a pipe")
     if to_stdout and options.json:
         raise UsageError("--json and -o - both need standard output")
     total = Checkpoint(options.finetuned).nbytes if sys.stderr.isatty() else 0
     with console.progress_bar("packing", total, not options.json) as progress:
-        try:
-            result = pack(
-                options.base,
-                options.finetuned,
-                sys.stdout.buffer if to_stdout else options.output,
-                method=method,
-                rules=rules,
-                include=options.include,
-                exclude=options.exclude,
-                profile=options.profile,
-                seed=options.seed,
-                force=options.force,
-                threads=options.threads,
-                progress=progress,
-            )
-        except KeyboardInterrupt as interrupt:
-            raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from interrupt
+        result = pack(
+            options.base,
+            options.finetuned,
+            sys.stdout.buffer if to_stdout else options.output,
+            method=method,
+            rules=rules,
+            include=options.include,
+            exclude=options.exclude,
+            profile=options.profile,
+            seed=options.seed,
+            force=options.force,
+            threads=options.threads,
+            progress=progress,
+        )
     _report(options, result)
 
 
@@ -116,6 +114,8 @@ def _report(options: argparse.Namespace, result: PackResult) -> None:
                 "content_id": result.content_id,
                 "actions": result.actions,
                 "kept_exactly": result.kept,
+                "in_base_only": result.removed,
+                "narrow": result.narrow,
                 "resumed_tensors": result.resumed,
             }
         )
@@ -129,6 +129,13 @@ def _report(options: argparse.Namespace, result: PackResult) -> None:
     console.say(", ".join(f"{number} {words[action]}" for action, number in sorted(result.actions.items())))
     from deltafmt.pipeline.plan import CHOSEN
 
+    if result.removed:
+        console.say(f"in the base only, and left out: {plural(result.removed, 'tensor')}")
+    if result.narrow:
+        console.say(
+            f"note: {plural(result.narrow, 'delta')} of under 256 columns keep less than half of each row at random, "
+            "which may cost accuracy; --nm 2:2 keeps everything"
+        )
     # What was asked for needs no mention; what was not may surprise.
     surprising = [f"kept exactly: {name} ({reason})" for name, reason in result.kept.items() if reason not in CHOSEN]
     for line in surprising[:MENTIONED]:

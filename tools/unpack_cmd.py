@@ -68,8 +68,8 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: not a size above zero.
     """
-    found = re.fullmatch(r"([0-9]{1,15})\s*([KMG]I?B)?", text.strip().upper())
-    size = int(found[1]) * _UNITS[found[2] or ""] if found else 0
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([KMG]I?B)?", text.strip().upper())
+    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
     if not size:
         raise UsageError(f"{text!r} is not a size such as 5GB or 200MiB")
     return size

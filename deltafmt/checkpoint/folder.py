@@ -6,11 +6,12 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
 from deltafmt.errors import InvalidFileError, StorageError
 from deltafmt.layout.sections import is_safe_path, is_weight_file
+from deltafmt.output import storage_error
 
 MAX_ATTACHMENT_BYTES = 64 * 1024 * 1024
 
@@ -29,7 +30,7 @@ class Checkpoint:
         path: the folder or file.
         tensors: every tensor, in natural order of the names.
         files: the small files of the folder (configuration, tokenizer, ...), by name.
-        skipped: names of files that cannot be attached: too large, or with a name that not every system allows.
+        skipped: names of what cannot be attached: folders, other weights, large files, names not for every system.
 
     Raises:
         StorageError: missing or unreadable.
@@ -56,7 +57,7 @@ class Checkpoint:
         try:
             names = sorted(entry.name for entry in os.scandir(self.path) if entry.is_file())
         except OSError as error:
-            raise StorageError(f"cannot read {self.path}: {(error.strerror or str(error)).lower()}") from error
+            raise storage_error("cannot read", self.path, error) from error
         indexes = [name for name in names if name.endswith(".safetensors.index.json")]
         shards = [name for name in names if name.endswith(".safetensors")]
         if "model.safetensors.index.json" in indexes:
@@ -78,7 +79,7 @@ class Checkpoint:
         try:
             text = where.read_text("utf-8")
         except OSError as error:
-            raise StorageError(f"cannot read {where}: {(error.strerror or str(error)).lower()}") from error
+            raise storage_error("cannot read", where, error) from error
         except ValueError as error:
             raise InvalidFileError(f"{where}: not UTF-8") from error
         try:
@@ -108,13 +109,28 @@ class Checkpoint:
         return found
 
     def _find_files(self) -> None:
+        read = {shard.path.name for shard in self._shards}
         for entry in sorted(os.scandir(self.path), key=lambda entry: entry.name):
-            if entry.name.startswith(".") or not entry.is_file() or is_weight_file(entry.name):
+            if entry.name.startswith(".") or entry.name in read or entry.name.endswith(".safetensors.index.json"):
                 continue
-            if entry.stat().st_size > MAX_ATTACHMENT_BYTES or not is_safe_path(entry.name):
-                self.skipped.append(entry.name)
-            else:
+            if (
+                entry.is_file()
+                and not is_weight_file(entry.name)
+                and entry.stat().st_size <= MAX_ATTACHMENT_BYTES
+                and is_safe_path(entry.name)
+            ):
                 self.files[entry.name] = Path(entry.path)
+            else:
+                self.skipped.append(entry.name + "/" * entry.is_dir())
+
+    def metadata(self) -> dict[str, str]:
+        """Return the metadata of the weight files, but for ``format`` and what unpack itself adds."""
+        merged: dict[str, str] = {}
+        for shard in self._shards:
+            merged.update(shard.metadata)
+        return {
+            key: value for key, value in sorted(merged.items()) if key != "format" and not key.startswith("deltafmt.")
+        }
 
     @property
     def nbytes(self) -> int:
@@ -133,6 +149,17 @@ class Checkpoint:
         except (KeyError, OSError, ValueError, RecursionError):
             return {}
         return config if isinstance(config, dict) else {}
+
+    def close(self) -> None:
+        """Close the files."""
+        for shard in self._shards:
+            shard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
     def check_unchanged(self) -> None:
         """Check that no weight file was replaced or written to since it was opened.

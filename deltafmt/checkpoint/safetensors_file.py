@@ -19,6 +19,7 @@ from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.codecs.floats import RAW_DTYPES
 from deltafmt.errors import InvalidFileError, StorageError
 from deltafmt.layout import constants as c
+from deltafmt.output import storage_error
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _POPULATE_READ = 22  # Linux MADV_POPULATE_READ, which the mmap module does not name
@@ -130,8 +131,7 @@ class SafetensorsFile:
         except InvalidFileError:
             raise
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise StorageError(f"cannot read {path}: {reason}") from error
+            raise storage_error("cannot read", path, error) from error
         self.view = memoryview(self._map)
         self.metadata: dict[str, str] = {}
         self.tensors = {tensor.name: tensor for tensor in self._parse()}
@@ -142,6 +142,8 @@ class SafetensorsFile:
             end = tensor.offset + tensor.nbytes
 
     def _parse(self) -> Iterator[Tensor]:
+        if bytes(self.view[: len(c.HEADER_MAGIC)]) == c.HEADER_MAGIC:
+            raise InvalidFileError(f"{self.path} is a delta file, not a checkpoint")
         (length,) = struct.unpack("<Q", self.view[:8])
         if length > min(MAX_HEADER_BYTES, self.size - 8):
             raise InvalidFileError(f"{self.path}: a header of {length} bytes does not fit: not a safetensors file")
@@ -194,6 +196,13 @@ class SafetensorsFile:
         if length and advice >= 0:
             with contextlib.suppress(OSError, ValueError):
                 self._map.madvise(advice, start, offset + length - start)
+
+    def close(self) -> None:
+        """Unmap the file, or leave that to the last view that is still in use."""
+        self.tensors.clear()
+        with contextlib.suppress(BufferError):
+            self.view.release()
+            self._map.close()
 
     def check_unchanged(self) -> None:
         """Check that the file at the path is still the one that was opened, with the bytes that it had.

@@ -11,6 +11,7 @@ from pathlib import Path
 from deltafmt.checkpoint.folder import natural_key
 from deltafmt.errors import InvalidFileError, StorageError, UsageError
 from deltafmt.layout import constants as c
+from deltafmt.output import OutputLock, storage_error, sync_folder
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -61,12 +62,19 @@ class CheckpointWriter:
         self._places: dict[str, tuple[int, int]] = {}
         self._metadata = {**(metadata or {}), "format": "pt"}
         try:
+            self._lock = OutputLock(path.parent / f".{path.name}.partial.lock", path)
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise storage_error("cannot write", path, error) from error
+        try:
+            check_output_folder(path, force=force)  # again: another process may have finished meanwhile
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir()
             self._make_shards(specs, max_shard_bytes)
         except OSError as error:
             self.abandon()
-            raise _failed(path, error) from error
+            raise storage_error("cannot write", path, error) from error
 
     def _make_shards(self, specs: list[TensorSpec], max_shard_bytes: int) -> None:
         shards: list[list[TensorSpec]] = [[]]
@@ -125,7 +133,7 @@ class CheckpointWriter:
         try:
             _write_at(self._files[file], data, start + offset)
         except OSError as error:
-            raise _failed(self.path, error) from error
+            raise storage_error("cannot write", self.path, error) from error
 
     def add_file(self, name: str, data: bytes | memoryview) -> None:
         """Write a small file into the folder; the checkpoint's own files are never overwritten.
@@ -139,10 +147,12 @@ class CheckpointWriter:
             place.parent.mkdir(parents=True, exist_ok=True)
             with open(place, "xb") as file:
                 file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
         except FileExistsError as error:
             raise InvalidFileError(f'attachments["{name}"]: a file of that name is written already') from error
         except OSError as error:
-            raise _failed(self.path, error) from error
+            raise storage_error("cannot write", self.path, error) from error
 
     def commit(self) -> None:
         """Flush everything and put the folder in its place."""
@@ -151,24 +161,35 @@ class CheckpointWriter:
                 descriptor = self._files.pop()
                 os.fsync(descriptor)
                 os.close(descriptor)
+            sync_folder(self._partial)
             if self._force and self.path.exists():
-                old = self.path.parent / f".{self.path.name}.replaced"
-                shutil.rmtree(old, ignore_errors=True)
-                self.path.rename(old)
-                self._partial.rename(self.path)
-                shutil.rmtree(old, ignore_errors=True)
+                self._replace()
             else:
                 self._partial.rename(self.path)
             sync_folder(self.path.parent)
+            self._lock.remove()
         except OSError as error:
             self.abandon()
-            raise _failed(self.path, error) from error
+            raise storage_error("cannot write", self.path, error) from error
+
+    def _replace(self) -> None:
+        """Put the folder in the place of the old one, which is only removed once that is done."""
+        old = self.path.parent / f".{self.path.name}.replaced"
+        shutil.rmtree(old, ignore_errors=True)
+        self.path.rename(old)
+        try:
+            self._partial.rename(self.path)
+        except BaseException:
+            old.rename(self.path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
     def abandon(self) -> None:
         """Remove what was written."""
         while self._files:
             os.close(self._files.pop())
         shutil.rmtree(self._partial, ignore_errors=True)
+        self._lock.remove()
 
 
 def check_output_folder(path: Path, *, force: bool) -> None:
@@ -179,7 +200,7 @@ def check_output_folder(path: Path, *, force: bool) -> None:
         StorageError: the folder above is missing.
     """
     if path.name in ("", ".", ".."):
-        raise UsageError(f"{path} is no name for an output folder")
+        raise UsageError(f"{str(path)!r} is no name for an output folder")
     if not path.parent.is_dir():
         raise StorageError(f"no such folder: {path.parent}")
     if path.exists() or path.is_symlink():
@@ -187,15 +208,13 @@ def check_output_folder(path: Path, *, force: bool) -> None:
             raise UsageError(f"{path} exists; --force replaces it")
         if path.is_symlink() or not path.is_dir():
             raise UsageError(f"{path} is not a folder, and is not replaced by one")
-
-
-def sync_folder(path: Path) -> None:
-    """Make a rename in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        # --force is for the outputs of earlier runs, not for whatever a slip of the hand names.
+        found = sorted(path.iterdir())
+        folder = next((entry.name for entry in found if entry.is_dir()), None)
+        if folder is not None:
+            raise UsageError(f"{path} holds the folder {folder} and is not replaced; remove it first")
+        if found and not any(entry.suffix == ".safetensors" for entry in found):
+            raise UsageError(f"{path} is no checkpoint and is not replaced; remove it first")
 
 
 def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
@@ -204,7 +223,3 @@ def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         written = os.pwrite(descriptor, view, offset)
         view = view[written:]
         offset += written
-
-
-def _failed(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"cannot write {path}: {(error.strerror or str(error)).lower()}")

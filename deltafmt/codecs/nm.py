@@ -21,6 +21,8 @@ from deltafmt.layout.nm import TILE_ROWS, NMLayout, tiles
 
 Buffers = Mapping[str, memoryview]
 
+TRANSCODE_ENTRIES = 1 << 17
+
 
 @dataclass(frozen=True, slots=True)
 class NMArrays:
@@ -182,9 +184,17 @@ def transcode_index(
 ) -> NDArray[np.uint32]:
     """Return a ``fixed`` index as ``rank`` or the reverse; the positions, and so the codes, stay as they are."""
     groups = layout.groups(columns)
-    if layout.index == "rank":
-        return pos.encode_fixed(pos.decode_rank(index, layout, mask_rows, groups), target)
-    return pos.encode_rank(pos.decode_fixed(index, layout, mask_rows, groups), target)
+    out = np.empty((tiles(mask_rows), target.index_words(columns), TILE_ROWS), np.uint32)
+    # A tile at a time, or a few small ones: the reference takes eight bytes for every bit.
+    step = max(TRANSCODE_ENTRIES // (TILE_ROWS * groups * layout.keep), 1)
+    for tile in range(0, out.shape[0], step):
+        rows = min(mask_rows - tile * TILE_ROWS, step * TILE_ROWS)
+        part = index[tile : tile + step]
+        if layout.index == "rank":
+            out[tile : tile + step] = pos.encode_fixed(pos.decode_rank(part, layout, rows, groups), target)
+        else:
+            out[tile : tile + step] = pos.encode_rank(pos.decode_fixed(part, layout, rows, groups), target)
+    return out
 
 
 def digested_form(layout: NMLayout, name: str, array: NDArray[np.generic], rows: int, columns: int) -> memoryview:

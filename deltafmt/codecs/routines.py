@@ -37,8 +37,10 @@ def codec_routines(compiled: bool) -> CodecRoutines:
     """
     if not compiled or not accel.available():
         return REFERENCE
-    from deltafmt.codecs import fast
-
+    try:
+        from deltafmt.codecs import fast
+    except ImportError:  # numba is there but does not go with this numpy
+        return REFERENCE
     loops = (fast.seeded, fast.pack_into, fast.unpack, fast.scatter, fast.subtract, fast.add)
     scratch = fast.Scratch()
     bound: list[Any] = [functools.partial(loop, scratch) for loop in loops]

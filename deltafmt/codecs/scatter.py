@@ -40,7 +40,8 @@ def scatter(
     half = scales * np.float32(0.5)
     # A group larger than the row is the row: the parameter never decides how much memory is taken.
     entry_scale = np.repeat(half, min(scale_group or kept, kept), axis=1)[:, :kept]
-    values = (2 * codes.astype(np.int32) - top).astype(np.float32) * entry_scale
+    with np.errstate(over="ignore"):
+        values = (2 * codes.astype(np.int32) - top).astype(np.float32) * entry_scale
     # "Entry i of group g stands at column g * M + position; entries at or beyond the last column are ignored."
     out = np.zeros((rows, groups, group), np.float32)
     by_row = positions[np.arange(rows) // share].astype(np.intp)

@@ -8,7 +8,6 @@ checksums, cuts off what follows them and goes on there, so nothing needs to be 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import struct
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from deltafmt.layout import constants as c
 from deltafmt.layout.entries import parse_layout
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Section
+from deltafmt.output import OutputLock, storage_error, sync_folder
 
 _RECORD = struct.Struct("<IQ")
 Bytes = bytes | bytearray | memoryview
@@ -52,33 +52,27 @@ class PartialFile:
         self.layouts: list[NMLayout] = []
         self.entries: dict[str, Any] = {}
         self._partial = path.parent / f".{path.name}.partial"
-        self._journal_path = path.parent / f".{path.name}.partial.journal"
         with self._storage_errors():
             # The journal is the lock: it is opened first and removed last.
-            self._journal: BinaryIO = open(self._journal_path, "a+b")  # noqa: SIM115
+            self._lock = OutputLock(path.parent / f".{path.name}.partial.journal", path)
+            self._journal: BinaryIO = self._lock.file
             try:
-                self._lock()
                 check_output_file(path, force=force)  # again: another process may have finished meanwhile
+                descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             except BaseException:
-                self._journal.close()
+                self._lock.keep()
                 raise
-            descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o644)
             self._file: BinaryIO = os.fdopen(descriptor, "r+b")
+            earlier = os.fstat(self._journal.fileno()).st_size > 0
             try:
                 self._resume(job)
-            except BaseException:
-                self.abandon()
+            except BaseException as error:
+                if earlier and isinstance(error, KeyboardInterrupt):
+                    self._file.close()  # what is there stays: it was only being checked
+                    self._lock.keep()
+                else:
+                    self.abandon()
                 raise
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A run that finishes removes the journal; what was opened before that locks nothing.
-            held, named = os.fstat(self._journal.fileno()), os.stat(self._journal_path)
-            if held.st_ino != named.st_ino:
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError):
-            raise UsageError(f"another process is writing {self.path}") from None
 
     def _resume(self, job: bytes | None) -> None:
         position = kept = 0
@@ -167,12 +161,8 @@ class PartialFile:
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._partial, self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        self._drop_journal()
+            sync_folder(self.path.parent)
+        self._lock.remove()
 
     def keep(self) -> bool:
         """Leave what a later run can use; remove it, and return False, where that is nothing."""
@@ -181,7 +171,7 @@ class PartialFile:
             return False
         with contextlib.suppress(OSError):
             self._file.close()
-        self._journal.close()
+        self._lock.keep()
         return True
 
     def abandon(self) -> None:
@@ -189,11 +179,7 @@ class PartialFile:
         with contextlib.suppress(OSError):
             self._file.close()
         self._partial.unlink(missing_ok=True)
-        self._drop_journal()
-
-    def _drop_journal(self) -> None:
-        self._journal_path.unlink(missing_ok=True)
-        self._journal.close()
+        self._lock.remove()
 
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:
@@ -202,45 +188,7 @@ class PartialFile:
         except OSError as error:
             if isinstance(error, StorageError):
                 raise
-            raise StorageError(f"cannot write {self.path}: {(error.strerror or str(error)).lower()}") from error
-
-
-class StreamFile:
-    """The sink of a write to a file object that the caller owns: neither atomic nor resumable."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sections: list[Section] = []
-        self.layouts: list[NMLayout] = []
-        self.entries: dict[str, Any] = {}
-
-    def write(self, data: Bytes) -> None:
-        """Take bytes.
-
-        Raises:
-            StorageError: writing failed.
-        """
-        view = memoryview(data)
-        try:
-            while view:
-                written = self._file.write(view)  # a raw file may take less than it is given
-                view = view[written:]
-        except OSError as error:
-            raise StorageError(f"cannot write the output: {(error.strerror or str(error)).lower()}") from error
-
-    def record(self, section: Section, layouts: list[NMLayout], entries: dict[str, Any]) -> None:
-        """Note nothing: a stream cannot be taken up again."""
-
-    def commit(self) -> None:
-        """Flush the file."""
-        self._file.flush()
-
-    def keep(self) -> bool:
-        """Leave what is written, which is the caller's; nothing can be resumed."""
-        return False
-
-    def abandon(self) -> None:
-        """Leave what is written, which is the caller's."""
+            raise storage_error("cannot write", self.path, error) from error
 
 
 def check_output_file(path: Path, *, force: bool) -> None:
@@ -252,6 +200,8 @@ def check_output_file(path: Path, *, force: bool) -> None:
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder, not a name for the output file")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is not a regular file; -o - writes to standard output")
     if not path.parent.is_dir():
         raise StorageError(f"no such folder: {path.parent}")
     if (path.exists() or path.is_symlink()) and not force:

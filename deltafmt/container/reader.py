@@ -95,6 +95,8 @@ class Container:
         self.layouts: tuple[NMLayout, ...] = tuple(
             parse_layout(layout, f"layouts[{i}]") for i, layout in enumerate(obj["layouts"])
         )
+        if self.profile == "hot" and any(layout.index == "rank" for layout in self.layouts):
+            fail("layouts", "a rank index stands in a hot file")
         if len(set(self.layouts)) != len(self.layouts):
             fail("layouts", "a layout stands in the table twice")
         self.sections = self._parse_sections(obj["sections"], max_raw_bytes)
@@ -136,6 +138,8 @@ class Container:
     def _parse_removed(self, names: Any) -> tuple[str, ...]:
         if type(names) is not list or not all(type(name) is str for name in names):
             fail("removed", "expected a list of names")
+        if not all(1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES for name in names):
+            fail("removed", f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
         if names != sorted(set(names)) or any(name in self._tensors for name in names):
             fail("removed", "the names are not sorted and distinct from the tensors")
         return tuple(names)
@@ -172,8 +176,8 @@ class Container:
         if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
             fail(where, f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
         entry = TensorEntry.from_obj(name, self._decode_entry(name), self.layouts)
-        if self.profile == "hot" and any(term.params.index == "rank" for term in entry.terms):
-            fail(where, "a rank index stands in a hot file")
+        if len({ref.section for _, ref in entry.refs()}) > 1:
+            fail(where, "the buffers lie in several sections")
         for buffer, ref in entry.refs():
             self._check_ref(ref, f"{where}.{buffer}", c.KIND_TENSORS)
         if entry.target is not None:
@@ -218,10 +222,17 @@ class Container:
 
                     stored = self._source.read(section.offset, section.length)
                     reader = chunks.ChunkReader(stored, section.raw_length, f"section {ref.section}")
-                    self._chunks[ref.section] = reader
+                    self._chunks = {ref.section: reader}  # one at a time: a stream's stored bytes are in memory
                 return memoryview(reader.read(ref.offset, ref.length)).toreadonly()
             except InvalidFileError as error:
                 raise InvalidFileError(f"{self.name}: {error}") from error
+
+    def release(self, entry: TensorEntry) -> None:
+        """Take note that a tensor's buffers have been used; views of them stay valid."""
+        for _, ref in entry.refs():
+            section = self.sections[ref.section]
+            if section.codec == c.CODEC_STORED:
+                self._source.release(section.offset + ref.offset, ref.length)
 
     def touch(self, number: int, *, force: bool = False) -> None:
         """Check a section's checksum and the padding behind it, once (``force``: now, whatever was asked for)."""
@@ -245,7 +256,9 @@ class Container:
         hasher = xxhash.xxh3_128()
         step = 16 * 1024 * 1024
         for offset in range(section.offset, section.offset + section.length, step):
-            hasher.update(self._source.read(offset, min(step, section.offset + section.length - offset)))
+            length = min(step, section.offset + section.length - offset)
+            hasher.update(self._source.read(offset, length))
+            self._source.release(offset, length)
         return hasher.digest()
 
     def _check_zeros(self, start: int, stop: int, place: str) -> None:

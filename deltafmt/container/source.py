@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
 from typing import BinaryIO, Protocol
 
 from deltafmt.errors import InvalidFileError, StorageError
+from deltafmt.output import storage_error
 
 
 class Source(Protocol):
@@ -18,6 +20,9 @@ class Source(Protocol):
 
     def read(self, offset: int, length: int) -> memoryview:
         """Return exactly ``length`` bytes, read-only; the caller has checked the range against ``size``."""
+
+    def release(self, offset: int, length: int) -> None:
+        """Take note that a range has been used and is not needed in memory."""
 
     def close(self) -> None:
         """Give the file back."""
@@ -43,6 +48,14 @@ class MapSource:
     def read(self, offset: int, length: int) -> memoryview:
         """Return a view; no byte is copied."""
         return self._view[offset : offset + length]
+
+    def release(self, offset: int, length: int) -> None:
+        """Unmap whole pages of a range from this process; they stay in the page cache, and views stay valid."""
+        start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (offset + length) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            with contextlib.suppress(OSError, ValueError):
+                self._map.madvise(mmap.MADV_DONTNEED, start, length)
 
     def close(self) -> None:
         """Unmap the file, or leave that to the last view that is still in use."""
@@ -87,6 +100,9 @@ class StreamSource:
             raise InvalidFileError(f"the file ends {missing} bytes early, at {offset + length - missing}")
         return memoryview(parts[0] if len(parts) == 1 else b"".join(parts)).toreadonly()
 
+    def release(self, offset: int, length: int) -> None:
+        """Do nothing: reads are copies."""
+
     def close(self) -> None:
         """Close the file if it was opened here."""
         if self._owned:
@@ -115,9 +131,3 @@ def open_source(path: str | os.PathLike[str] | BinaryIO, *, mmap: bool = True) -
     except BaseException:
         file.close()
         raise
-
-
-def storage_error(what: str, name: str, error: Exception) -> StorageError:
-    """Turn an OSError into one line that names the file and the system's reason."""
-    reason = getattr(error, "strerror", None) or str(error)
-    return StorageError(f"{what} {name}: {reason.lower()}")

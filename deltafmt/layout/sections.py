@@ -11,6 +11,13 @@ from deltafmt.layout.checks import Where, check_bytes, check_fields, check_uint,
 DIGEST_BYTES = 32
 CHECKSUM_BYTES = 16
 
+MAX_PART_BYTES = 255
+
+# Names that Windows takes for devices, whatever follows a full stop.
+DEVICES = frozenset(
+    ("CON", "PRN", "AUX", "NUL", *(f"{port}{digit}" for port in ("COM", "LPT") for digit in "123456789"))
+)
+
 # What files of weights, and indexes of them, end in.
 WEIGHT_ENDINGS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".npz", ".npy"),
@@ -124,12 +131,22 @@ class Attachment:
 
 
 def is_safe_path(name: str) -> bool:
-    """Tell whether ``name`` can be joined to a folder without leaving it, on any system."""
-    if not name or len(name.encode("utf-8", "surrogatepass")) > c.MAX_NAME_BYTES:
+    """Tell whether ``name`` can be joined to a folder without leaving it or meaning something else, on any system."""
+    if len(name.encode("utf-8", "surrogatepass")) > c.MAX_NAME_BYTES:
         return False
-    if any(ord(char) < 32 or char in '\\:*?"<>|\x7f' or 0xD800 <= ord(char) < 0xE000 for char in name):
+    if any(ord(char) < 32 or 127 <= ord(char) < 160 or char in '\\:*?"<>|' or _is_surrogate(char) for char in name):
         return False
-    return all(part not in ("", ".", "..") and part == part.rstrip(" .") for part in name.split("/"))
+    return all(map(_is_safe_part, name.split("/")))
+
+
+def _is_safe_part(part: str) -> bool:
+    if not part or part.startswith(".") or part.endswith((" ", ".")) or len(part.encode()) > MAX_PART_BYTES:
+        return False
+    return part.split(".", maxsplit=1)[0].rstrip().upper() not in DEVICES
+
+
+def _is_surrogate(char: str) -> bool:
+    return 0xD800 <= ord(char) < 0xE000
 
 
 def is_weight_file(name: str) -> bool:

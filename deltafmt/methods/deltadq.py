@@ -53,6 +53,7 @@ class DeltaDQ:
     rescale: bool = True
 
     name = "deltadq"
+    summary = "group-wise balanced dropout with rescale, and k-bit quantization (DeltaDQ)"
 
     def __post_init__(self) -> None:
         if self.scale is not None and self.scale not in SCALE_RULES:

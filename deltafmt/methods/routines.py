@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt import accel
-from deltafmt.codecs.routines import CodecRoutines, codec_routines
+from deltafmt.codecs.routines import REFERENCE, CodecRoutines, codec_routines
 from deltafmt.methods import quantize, sampling
 
 
@@ -31,7 +30,7 @@ def select_routines(compiled: bool) -> Routines:
     As with :func:`deltafmt.codecs.routines.codec_routines`, every thread needs routines of its own.
     """
     codec = codec_routines(compiled)
-    if not compiled or not accel.available():
+    if codec is REFERENCE:
         return Routines(codec, sampling.uniform, sampling.gather_difference, quantize.quantize)
     from deltafmt.codecs.fast import Scratch
     from deltafmt.methods import fast

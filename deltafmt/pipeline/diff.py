@@ -15,8 +15,9 @@ from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.codecs import floats
 from deltafmt.container.content import semantic_entry
+from deltafmt.container.reader import Container
 from deltafmt.delta import DeltaFile, row_ranges
-from deltafmt.errors import UsageError
+from deltafmt.errors import StorageError, UsageError
 from deltafmt.layout.constants import DELTA_DTYPES
 from deltafmt.layout.entries import TensorEntry
 from deltafmt.pipeline.summary import describe_entry
@@ -70,15 +71,19 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> DiffResult:
         raise UsageError(f"{a} and {b} are a delta file and a checkpoint; diff compares two of a kind")
     if kinds[0]:
         with DeltaFile(a) as first, DeltaFile(b) as second:
-            return _collect(
+            found = _collect(
                 {entry.name: entry for entry in first.container.entries()},
                 {entry.name: entry for entry in second.container.entries()},
                 _compare_entries,
             )
-    return _collect(Checkpoint(a).tensors, Checkpoint(b).tensors, _compare_tensors)
+            return DiffResult(found.changes + _compare_rest(first.container, second.container), found.same)
+    with Checkpoint(a) as left, Checkpoint(b) as right:
+        return _collect(left.tensors, right.tensors, _compare_tensors)
 
 
 def _is_delta(path: Path) -> bool:
+    if not path.exists():
+        raise StorageError(f"no such file or folder: {path}")
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -99,6 +104,24 @@ def _collect(a: dict[str, Any], b: dict[str, Any], compare: Any) -> DiffResult:
         else:
             changes.append(change)
     return DiffResult(changes, same)
+
+
+def _compare_rest(a: Container, b: Container) -> list[Change]:
+    """Compare what a delta file holds beside its tensors."""
+    changes = []
+    for name in sorted(a.attachments.keys() | b.attachments.keys()):
+        label = f"attachment {name}"
+        if name not in a.attachments or name not in b.attachments:
+            changes.append(Change(label, "only in A" if name in a.attachments else "only in B"))
+        elif a.attachments[name].digest != b.attachments[name].digest:
+            changes.append(Change(label, "changed", "content"))
+    for key in sorted(a.metadata.keys() | b.metadata.keys()):
+        before, after = a.metadata.get(key), b.metadata.get(key)
+        if before != after:
+            changes.append(Change(f"metadata {key}", "changed", f"{before} -> {after}"))
+    if a.removed != b.removed:
+        changes.append(Change("tensors that only the base has", "changed"))
+    return changes
 
 
 def _compare_entries(a: TensorEntry, b: TensorEntry) -> Change | None:
@@ -130,7 +153,7 @@ def _compare_tensors(a: Tensor, b: Tensor) -> Change | None:
     for left, delta in _deltas(a, b):
         squares += float(np.square(delta, dtype=np.float64).sum())
         reference += float(np.square(left, dtype=np.float64).sum())
-        largest = max(largest, float(np.abs(delta).max(initial=0)))
+        largest = float(np.maximum(largest, np.abs(delta).max(initial=0)))  # NaN stays NaN
     relative = (squares / reference) ** 0.5 if reference else float("inf") if squares else 0.0
     return Change(a.name, "changed", detail, relative, largest)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,26 +21,26 @@ from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.codecs import nm
 from deltafmt.container import canonical
-from deltafmt.container.partial import PartialFile, StreamFile
+from deltafmt.container.partial import PartialFile
+from deltafmt.container.stream import StreamFile
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import BATCH_ELEMENTS, row_ranges, slice_run
-from deltafmt.errors import NonFiniteError, StorageError, UsageError
+from deltafmt.errors import NonFiniteError, UsageError
 from deltafmt.layout import constants as c
 from deltafmt.layout.entries import BaseRef, NMTerm, TensorEntry
 from deltafmt.layout.sections import Attachment
 from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.deltadq import DeltaDQ
 from deltafmt.methods.routines import Routines, select_routines
+from deltafmt.output import storage_error
 from deltafmt.pipeline.plan import Plan, Rule, make_plan, tensor_seed
-from deltafmt.pipeline.workers import PerThread, drain, in_order, thread_count
+from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thread_count
 
-# Below this many bytes, loading the compiled loops takes longer than the numpy reference does for all of the work.
-COMPILED_FROM_BYTES = 24 * 1024 * 1024
+# Below this many columns, keeping under half of a row at random is likely to cost accuracy (docs/benchmarks.md).
+NARROW_COLUMNS = 256
 
 # Bytes of the base that are read for their fingerprints while numba loads, which takes about as long.
 FINGERPRINT_AHEAD_BYTES = 1024 * 1024 * 1024
-
-Progress = Callable[[str, int], None]
 
 
 @dataclass(slots=True)
@@ -52,6 +54,8 @@ class PackResult:
         finetuned_bytes: bytes of the fine-tune's weight files, headers included.
         actions: number of tensors by action.
         kept: names of matrices that are kept exactly, with the reason.
+        narrow: matrices of so few columns that dropping most of a row may not average out.
+        removed: tensors that only the base has.
         resumed: tensors that an interrupted run had already packed.
         skipped_files: names of files that could not be attached.
     """
@@ -62,6 +66,8 @@ class PackResult:
     finetuned_bytes: int = 0
     actions: dict[str, int] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    narrow: int = 0
+    removed: int = 0
     resumed: int = 0
     skipped_files: list[str] = field(default_factory=list)
 
@@ -114,33 +120,34 @@ def pack(
     if profile not in c.PROFILES:
         raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
     workers = thread_count(threads)
-    sources = Checkpoint(base), Checkpoint(finetuned)
-    plans = make_plan(*sources, method, rules, include, exclude)
-    if profile == "hot" and any(plan.method and plan.method.layout.index == "rank" for plan in plans):
-        raise UsageError("a rank index needs --profile cold: a hot file is read by kernels as it lies")
-    path: Path | None = None
-    sink: PartialFile | StreamFile
-    if isinstance(out, str | os.PathLike):
-        path = Path(out)
-        refuse_input(path, sources)
-        job = _job(sources, plans, profile, seed)
-        sink = PartialFile(path, job, force=force)
-    else:
-        sink = StreamFile(out)
-    result = PackResult(path, finetuned_bytes=sources[1].file_bytes, skipped_files=list(sources[1].skipped))
-    try:
-        packer = _Packer(sources, plans, method, sink, profile, seed, result)
-        packer.run(workers, progress)
-        for source in sources:
-            source.check_unchanged()
-        sink.commit()
-    except KeyboardInterrupt:
-        sink.keep()
-        raise
-    except BaseException:
-        sink.abandon()
-        raise
-    return result
+    with Checkpoint(base) as before, Checkpoint(finetuned) as after:
+        sources = before, after
+        plans = make_plan(*sources, method, rules, include, exclude)
+        if profile == "hot" and any(plan.method and plan.method.layout.index == "rank" for plan in plans):
+            raise UsageError("a rank index needs --profile cold: a hot file is read by kernels as it lies")
+        path: Path | None = None
+        sink: PartialFile | StreamFile
+        if isinstance(out, str | os.PathLike):
+            path = Path(out)
+            refuse_input(path, sources)
+            job = _job(sources, plans, profile, seed)
+            sink = PartialFile(path, job, force=force)
+        else:
+            sink = StreamFile(out)
+        result = PackResult(path, finetuned_bytes=sources[1].file_bytes, skipped_files=list(sources[1].skipped))
+        try:
+            packer = _Packer(sources, plans, method, sink, profile, seed, result)
+            packer.run(workers, progress)
+            for source in sources:
+                source.check_unchanged()
+            sink.commit()
+        except KeyboardInterrupt as interrupt:
+            kept = "; the same command goes on where it stopped" if sink.keep() else ""
+            raise KeyboardInterrupt(f"interrupted{kept}") from interrupt
+        except BaseException:
+            sink.abandon()
+            raise
+        return result
 
 
 def refuse_input(path: Path, sources: Sequence[Checkpoint]) -> None:
@@ -158,7 +165,7 @@ def refuse_input(path: Path, sources: Sequence[Checkpoint]) -> None:
 def _job(sources: Sequence[Checkpoint], plans: Sequence[Plan], profile: str, seed: int) -> bytes:
     """Return a digest of everything that decides the bytes of the output."""
     description = {
-        "files": [[list(item) for item in source.identity()] for source in sources],
+        "files": [[[os.fsencode(path), size, time] for path, size, time in source.identity()] for source in sources],
         "plans": [[plan.tensor.name, plan.method.describe() if plan.method else plan.reason] for plan in plans],
         "profile": profile,
         "seed": str(seed),
@@ -201,6 +208,7 @@ class _Packer:
             "deltafmt.version": __version__,
             "method": method.describe(),
             "seed": str(seed),
+            **{f"safetensors.{key}": value for key, value in sources[1].metadata().items()},
         }
         self._writer = ContainerWriter(sink, profile, sink.sections)
         layouts = tuple(sink.layouts)
@@ -215,7 +223,7 @@ class _Packer:
         """Pack every tensor, then the attachments, then finish the file."""
         todo = [plan for plan in self._plans if plan.tensor.name not in self._entries]
         work = sum(plan.tensor.nbytes for plan in todo if plan.method)
-        compiled = work >= COMPILED_FROM_BYTES and accel.available()
+        compiled = accel.worthwhile(work)
         self._routines = PerThread(lambda: select_routines(compiled))
         pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-pack")
         try:
@@ -234,6 +242,9 @@ class _Packer:
             self._result.actions[entry.action] = self._result.actions.get(entry.action, 0) + 1
             if entry.action == "replace" and len(entry.shape) > 1:
                 self._result.kept[entry.name] = plan.reason
+            if plan.method is not None and entry.action == "add" and entry.columns < NARROW_COLUMNS:
+                self._result.narrow += 2 * plan.method.layout.keep < plan.method.layout.group
+        self._result.removed = len(self._removed)
         identity = self._writer.finish(
             self._entries.values(), removed=self._removed, attachments=attachments, metadata=self._metadata
         )
@@ -263,7 +274,7 @@ class _Packer:
             try:
                 data = path.read_bytes()
             except OSError as error:
-                raise StorageError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+                raise storage_error("cannot read", path, error) from error
             ref = self._writer.add(data, c.KIND_ATTACHMENTS)
             found[name] = Attachment(ref, blake3(data).digest())
         return found
@@ -364,7 +375,7 @@ def _pack_rows(
                 arrays = method.compress(rows, pending.seed)
                 nm.encode(layout, arrays, slice_run(pending.packed, layout.share, first, last), routines.codec)
     except NonFiniteError as error:
-        hint = f"--exclude {tensor.name} keeps the tensor exactly"
+        hint = f"--exclude {shlex.quote(glob.escape(tensor.name))} keeps the tensor exactly"
         raise NonFiniteError(f"{where}: {error}; {hint}") from error
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error

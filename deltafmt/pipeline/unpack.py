@@ -17,8 +17,7 @@ from deltafmt.codecs.routines import CodecRoutines, codec_routines
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
 from deltafmt.errors import UsageError, WrongBaseError
 from deltafmt.layout.entries import BaseRef, TensorEntry
-from deltafmt.pipeline.pack import COMPILED_FROM_BYTES, Progress
-from deltafmt.pipeline.workers import PerThread, drain, in_order, thread_count
+from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thread_count
 
 _STEP = 8 * 1024 * 1024
 
@@ -80,8 +79,7 @@ def unpack(
             and (os.path.samefile(path, source) or path.resolve() in source.resolve().parents)
         ):
             raise UsageError(f"the output {path} is, or holds, the input {source}")
-    checkpoint = Checkpoint(base)
-    with DeltaFile(delta) as opened:
+    with Checkpoint(base) as checkpoint, DeltaFile(delta) as opened:
         entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
         # With force_base, the bytes are compared all the same, and the differences recorded.
         for entry in entries:
@@ -129,14 +127,16 @@ class _Unpacker:
         self._entries = entries
         self._result = result
         work = sum(entry.nbytes for entry in entries if entry.terms)
-        compiled = work >= COMPILED_FROM_BYTES and accel.available()
+        compiled = accel.worthwhile(work)
         self._routines = PerThread(lambda: codec_routines(compiled))
 
     def run(
         self, force: bool, force_base: bool, max_shard_bytes: int, threads: int, progress: Progress | None
     ) -> UnpackResult:
         """Write every tensor, then the attached files, and put the folder in its place."""
-        metadata = {}
+        prefix = "safetensors."
+        own = self._delta.metadata.items()
+        metadata = {key.removeprefix(prefix): value for key, value in own if key.startswith(prefix)}
         if force_base:
             self._result.mismatched = self._compare(threads)
             if self._result.mismatched:
@@ -168,6 +168,7 @@ class _Unpacker:
                     self._check_base(entry, entry.base, pending.fingerprint)
                 for part in pending.parts:
                     part.result()
+                self._delta.container.release(self._delta.resolve(entry.name))
                 self._result.tensors += 1
                 self._result.nbytes += entry.nbytes
                 if progress:

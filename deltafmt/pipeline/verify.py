@@ -20,7 +20,6 @@ from deltafmt.errors import InvalidFileError
 from deltafmt.layout import constants as c
 from deltafmt.layout.entries import TensorEntry
 from deltafmt.layout.sections import BufferRef
-from deltafmt.pipeline.pack import COMPILED_FROM_BYTES
 from deltafmt.pipeline.unpack import find_base, wrong_bytes
 from deltafmt.pipeline.workers import thread_count
 
@@ -72,9 +71,10 @@ def verify(
         except InvalidFileError as error:
             raise _named(container, error) from error
         work = sum(entry.nbytes for entry in entries if entry.terms)
-        routines = codec_routines(work >= COMPILED_FROM_BYTES and accel.available())
+        routines = codec_routines(accel.worthwhile(work))
         for entry in entries:
             _check_payload(opened, entry, routines)
+            container.release(entry)
             if progress:
                 progress(entry.name, entry.nbytes)
         for name, attachment in container.attachments.items():
@@ -83,7 +83,10 @@ def verify(
         found = content_id(entries, container.removed, container.attachments, container.metadata)
         if found != container.content_id:
             raise _named(container, InvalidFileError("the content id is not that of the content"))
-        checked = None if base is None else check_base(Checkpoint(base), entries, thread_count(threads))
+        checked = None
+        if base is not None:
+            with Checkpoint(base) as checkpoint:
+                checked = check_base(checkpoint, entries, thread_count(threads))
         return VerifyResult(len(container.sections), len(entries), checked, found.hex())
 
 

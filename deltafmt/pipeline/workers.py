@@ -14,6 +14,9 @@ from deltafmt.errors import UsageError
 Item = TypeVar("Item")
 Job = TypeVar("Job")
 
+# Called with a tensor's name and bytes as each is done.
+Progress = Callable[[str, int], None]
+
 # Bytes of fine-tuned tensors whose results may wait for their turn.
 IN_FLIGHT_BYTES = 64 * 1024 * 1024
 

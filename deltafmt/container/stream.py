@@ -1,0 +1,63 @@
+"""An output that the caller owns: a pipe, an upload, a buffer in memory."""
+
+from __future__ import annotations
+
+from typing import Any, BinaryIO, cast
+
+from deltafmt.errors import StorageError
+from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.sections import Section
+from deltafmt.output import storage_error
+
+Bytes = bytes | bytearray | memoryview
+
+
+class StreamFile:
+    """The sink of a write to a file object that the caller owns: neither atomic nor resumable."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sections: list[Section] = []
+        self.layouts: list[NMLayout] = []
+        self.entries: dict[str, Any] = {}
+
+    def write(self, data: Bytes) -> None:
+        """Take bytes.
+
+        Raises:
+            StorageError: writing failed.
+        """
+        view = memoryview(data)
+        try:
+            while view:
+                written = cast("int | None", self._file.write(view))
+                if written is None:  # some file objects say nothing, and take everything
+                    break
+                if written == 0:
+                    raise StorageError("cannot write the output: it takes no more")
+                view = view[written:]  # a raw file may take less than it is given
+        except StorageError:
+            raise
+        except OSError as error:
+            raise storage_error("cannot write", "the output", error) from error
+
+    def record(self, section: Section, layouts: list[NMLayout], entries: dict[str, Any]) -> None:
+        """Note nothing: a stream cannot be taken up again."""
+
+    def commit(self) -> None:
+        """Flush the file.
+
+        Raises:
+            StorageError: what was still to be written cannot be.
+        """
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise storage_error("cannot write", "the output", error) from error
+
+    def keep(self) -> bool:
+        """Leave what is written, which is the caller's; nothing can be resumed."""
+        return False
+
+    def abandon(self) -> None:
+        """Leave what is written, which is the caller's."""
