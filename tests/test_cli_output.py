@@ -52,7 +52,7 @@ def test_every_command_in_words(tmp_path: Path, cli: Cli, small: Pair) -> None:
     assert "7 tensors" in cli("unpack", small.base, out, "-o", tmp_path / "u").out
     assert "0 differences, 7 tensors the same" in cli("diff", out, tmp_path / "cold").out
     differing = cli("diff", small.base, small.finetuned)
-    assert "5 tensors differ, 2 are the same" in differing.out
+    assert "5 differences, 2 tensors the same" in differing.out
     assert "model.embed.weight" in differing.out
     for result in (packed, inspected, repacked, differing):
         assert (result.code, result.err) == (0, "")
