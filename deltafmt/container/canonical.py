@@ -7,6 +7,7 @@ from typing import Any
 import msgpack
 
 from deltafmt.errors import InvalidFileError
+from deltafmt.layout.constants import MAX_TENSORS
 
 
 def encode(obj: Any) -> bytes:
@@ -40,7 +41,9 @@ def decode(data: bytes | memoryview, what: str) -> Any:
         InvalidFileError: not msgpack, or not in canonical form.
     """
     try:
-        obj = msgpack.unpackb(data, raw=False, strict_map_key=True, use_list=True)
+        obj = msgpack.unpackb(
+            data, raw=False, strict_map_key=True, use_list=True, max_map_len=MAX_TENSORS, max_array_len=MAX_TENSORS
+        )
         again = pack(obj)
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.exceptions.UnpackException) as error:
         raise InvalidFileError(f"{what} is not valid msgpack: {_first_line(error)}") from error
