@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace, result: PackResult) -> None:
     for name in result.skipped_files:
-        console.warn(f"{name} does not travel with the delta: it is too large, or its name is not one for every system")
+        console.warn(f"{name} does not travel with the delta; small files at the top of the folder do")
     if options.json:
         console.say_json(
             {
