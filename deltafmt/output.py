@@ -9,6 +9,9 @@ from pathlib import Path
 
 from deltafmt.errors import StorageError, UsageError
 
+# What a sink takes.
+Bytes = bytes | bytearray | memoryview
+
 # What a file system without locks answers; writing then goes on without one.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 

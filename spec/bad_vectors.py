@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from blake3 import blake3
-from vector_tools import change, change_buffer, encode, join, one_tensor, parts, simple, vector
+from vector_tools import change, change_buffer, encode, join, one_attachment, one_tensor, parts, simple, vector
 
 from deltafmt.codecs import nm
 from deltafmt.codecs.positions import seeded
@@ -50,13 +50,6 @@ def newer_version() -> bytes:
 @vector("unsupported", "incompatible feature bit 5 is set", "bit 5")
 def incompatible_bit() -> bytes:
     return frame.encode_header(incompatible=1 << 5) + simple()[c.HEADER_SIZE :]
-
-
-@vector("ok", "compatible feature bit 9 is set, which a reader ignores")
-def compatible_bit() -> bytes:
-    body, index = parts(simple())
-    body = frame.encode_header(compatible=1 << 9) + body[c.HEADER_SIZE :]
-    return join(body, encode(index), simple()[-104:-72])
 
 
 @vector("invalid", "the last byte is missing", "truncated")
@@ -202,20 +195,12 @@ def alias_of_alias() -> bytes:
 
 @vector("invalid", "an attachment would be written outside its folder", "not a plain relative path")
 def attachment_path() -> bytes:
-    out = io.BytesIO()
-    writer = ContainerWriter(out)
-    ref = writer.add(b"x", c.KIND_ATTACHMENTS)
-    writer.finish([], attachments={"../x": Attachment(ref, blake3(b"x").digest())})
-    return out.getvalue()
+    return one_attachment("../x")
 
 
 @vector("invalid", "an attachment would be read by git", "not a plain relative path")
 def attachment_hidden() -> bytes:
-    out = io.BytesIO()
-    writer = ContainerWriter(out)
-    ref = writer.add(b"x", c.KIND_ATTACHMENTS)
-    writer.finish([], attachments={".git/config": Attachment(ref, blake3(b"x").digest())})
-    return out.getvalue()
+    return one_attachment(".git/config")
 
 
 @vector("invalid", "the buffers of a tensor lie in two sections", "in several sections")
@@ -237,11 +222,7 @@ def two_sections() -> bytes:
 
 @vector("invalid", "an attachment would be taken for weights", "a name for weights")
 def attachment_of_weights() -> bytes:
-    out = io.BytesIO()
-    writer = ContainerWriter(out)
-    ref = writer.add(b"x", c.KIND_ATTACHMENTS)
-    writer.finish([], attachments={"model.safetensors": Attachment(ref, blake3(b"x").digest())})
-    return out.getvalue()
+    return one_attachment("model.safetensors")
 
 
 @vector("invalid", "a size of 0 beside sizes beyond all bounds", "more than")

@@ -6,8 +6,9 @@ import io
 
 import numpy as np
 from blake3 import blake3
-from vector_tools import add_term, one_tensor, vector
+from vector_tools import add_term, encode, join, one_tensor, parts, simple, vector
 
+from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.layout import constants as c
 from deltafmt.layout.entries import BaseRef, TensorEntry
@@ -113,3 +114,10 @@ def sum_of_terms() -> bytes:
     base = BaseRef(bytes(32), "F32", (20, 32))
     writer.finish([TensorEntry("w", "add", "F32", (20, 32), base, digest.digest(), None, tuple(terms))])
     return out.getvalue()
+
+
+@vector("ok", "compatible feature bit 9 is set, which a reader ignores")
+def compatible_bit() -> bytes:
+    body, index = parts(simple())
+    body = frame.encode_header(compatible=1 << 9) + body[c.HEADER_SIZE :]
+    return join(body, encode(index), simple()[-104:-72])

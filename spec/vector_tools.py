@@ -21,6 +21,7 @@ from deltafmt.delta import DeltaFile
 from deltafmt.layout import constants as c
 from deltafmt.layout.entries import BaseRef, NMTerm, TensorEntry
 from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.sections import Attachment
 
 VECTORS: dict[str, bytes] = {}
 
@@ -86,6 +87,15 @@ def one_tensor(layout: NMLayout, rows: int, columns: int, profile: str = "hot", 
     term, digest = add_term(writer, layout, rows, columns, seed)
     base = BaseRef(bytes(32), "BF16", (rows, columns))
     writer.finish([TensorEntry("w", "add", "BF16", (rows, columns), base, digest, None, (term,))])
+    return out.getvalue()
+
+
+def one_attachment(name: str) -> bytes:
+    """Return a file with one attachment and no tensor."""
+    out = io.BytesIO()
+    writer = ContainerWriter(out)
+    ref = writer.add(b"x", c.KIND_ATTACHMENTS)
+    writer.finish([], attachments={name: Attachment(ref, blake3(b"x").digest())})
     return out.getvalue()
 
 

@@ -23,10 +23,9 @@ from deltafmt.layout import constants as c
 from deltafmt.layout.entries import parse_layout
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Section
-from deltafmt.output import OutputLock, storage_error, sync_folder
+from deltafmt.output import Bytes, OutputLock, storage_error, sync_folder
 
 _RECORD = struct.Struct("<IQ")
-Bytes = bytes | bytearray | memoryview
 
 
 class PartialFile:

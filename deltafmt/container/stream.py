@@ -7,9 +7,7 @@ from typing import Any, BinaryIO, cast
 from deltafmt.errors import StorageError
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Section
-from deltafmt.output import storage_error
-
-Bytes = bytes | bytearray | memoryview
+from deltafmt.output import Bytes, storage_error
 
 
 class StreamFile:

@@ -15,9 +15,9 @@ from deltafmt.layout import constants as c
 from deltafmt.layout.entries import TensorEntry
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment, BufferRef, Section
+from deltafmt.output import Bytes
 
 SECTION_TARGET = 4 * 1024 * 1024
-Bytes = bytes | bytearray | memoryview
 
 
 class Sink(Protocol):

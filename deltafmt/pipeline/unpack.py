@@ -15,8 +15,9 @@ from deltafmt.codecs import nm
 from deltafmt.codecs.floats import RAW_DTYPES
 from deltafmt.codecs.routines import CodecRoutines, codec_routines
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
-from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.errors import UsageError
 from deltafmt.layout.entries import BaseRef, TensorEntry
+from deltafmt.pipeline.bases import compare_bases, find_base, wrong_bytes
 from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thread_count
 
 _STEP = 8 * 1024 * 1024
@@ -88,30 +89,6 @@ def unpack(
         return job.run(force, force_base, max_shard_bytes, thread_count(threads), progress)
 
 
-def find_base(checkpoint: Checkpoint, entry: TensorEntry) -> Tensor | None:
-    """Return the base tensor that an entry needs, or None if it needs none.
-
-    Raises:
-        WrongBaseError: the base lacks it, or has it in another dtype or shape.
-    """
-    if entry.base is None:
-        return None
-    tensor = checkpoint.tensors.get(entry.name)
-    if tensor is None:
-        raise WrongBaseError(f'wrong base {checkpoint.path}: it has no tensor "{entry.name}"')
-    if (tensor.dtype, tensor.shape) != (entry.base.dtype, entry.base.shape):
-        raise WrongBaseError(
-            f'wrong base {checkpoint.path}: tensor "{entry.name}" is {tensor.dtype} {list(tensor.shape)}, '
-            f"not {entry.base.dtype} {list(entry.base.shape)}"
-        )
-    return tensor
-
-
-def wrong_bytes(checkpoint: Checkpoint, name: str) -> WrongBaseError:
-    """Return the error for a base tensor whose bytes differ."""
-    return WrongBaseError(f'wrong base {checkpoint.path}: tensor "{name}" differs from the one that was packed against')
-
-
 @dataclass(slots=True)
 class _Pending:
     fingerprint: Future[bytes] | None = None
@@ -138,7 +115,8 @@ class _Unpacker:
         own = self._delta.metadata.items()
         metadata = {key.removeprefix(prefix): value for key, value in own if key.startswith(prefix)}
         if force_base:
-            self._result.mismatched = self._compare(threads)
+            compared = compare_bases(self._base, self._entries, threads)
+            self._result.mismatched = [name for name, equal in compared if not equal]
             if self._result.mismatched:
                 metadata["deltafmt.forced_base"] = ",".join(self._result.mismatched)[:4096]
         metadata["deltafmt.content_id"] = self._delta.content_id
@@ -147,7 +125,7 @@ class _Unpacker:
             self._result.path, specs, metadata=metadata, max_shard_bytes=max_shard_bytes, force=force
         )
         try:
-            self._write(writer, force_base, threads, progress)
+            self._write(writer, not force_base, threads, progress)
             for name in self._delta.container.attachments:
                 writer.add_file(name, self._delta.attachment(name))
                 self._result.files.append(name)
@@ -158,13 +136,13 @@ class _Unpacker:
             raise
         return self._result
 
-    def _write(self, writer: CheckpointWriter, force_base: bool, threads: int, progress: Progress | None) -> None:
+    def _write(self, writer: CheckpointWriter, check_base: bool, threads: int, progress: Progress | None) -> None:
         pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-unpack")
         try:
             for entry, pending in in_order(
-                self._entries, lambda entry: self._submit(pool, writer, entry), lambda entry: entry.nbytes
+                self._entries, lambda entry: self._submit(pool, writer, entry, check_base), lambda entry: entry.nbytes
             ):
-                if pending.fingerprint is not None and not force_base:
+                if pending.fingerprint is not None:
                     self._check_base(entry, entry.base, pending.fingerprint)
                 for part in pending.parts:
                     part.result()
@@ -176,21 +154,13 @@ class _Unpacker:
         finally:
             drain(pool)
 
-    def _compare(self, threads: int) -> list[str]:
-        needed = [(entry, tensor) for entry in self._entries if (tensor := find_base(self._base, entry))]
-        with ThreadPoolExecutor(threads) as pool:
-            found = pool.map(lambda pair: pair[1].fingerprint(), needed)
-            return [
-                entry.name
-                for (entry, _), digest in zip(needed, found, strict=True)
-                if entry.base is not None and digest != entry.base.digest
-            ]
-
     def _check_base(self, entry: TensorEntry, base: BaseRef | None, digest: Future[bytes]) -> None:
         if base is not None and digest.result() != base.digest:
             raise wrong_bytes(self._base, entry.name)
 
-    def _submit(self, pool: ThreadPoolExecutor, writer: CheckpointWriter, entry: TensorEntry) -> _Pending:
+    def _submit(
+        self, pool: ThreadPoolExecutor, writer: CheckpointWriter, entry: TensorEntry, check_base: bool
+    ) -> _Pending:
         """Start the work on one tensor."""
         pending = _Pending()
         source = self._delta.resolve(entry.name)
@@ -198,7 +168,7 @@ class _Unpacker:
         tensor = find_base(self._base, source)
         if tensor is not None:
             tensor.file.will_need(tensor.offset, tensor.nbytes)
-            if entry.target is None:
+            if check_base and entry.target is None:
                 pending.fingerprint = pool.submit(tensor.fingerprint)
         if source.terms and tensor is not None:
             part = _Part(writer, entry.name, source, tensor, RunDecoder(self._delta, source), self._routines)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -20,7 +19,7 @@ from deltafmt.errors import InvalidFileError
 from deltafmt.layout import constants as c
 from deltafmt.layout.entries import TensorEntry
 from deltafmt.layout.sections import BufferRef
-from deltafmt.pipeline.unpack import find_base, wrong_bytes
+from deltafmt.pipeline.bases import compare_bases, wrong_bytes
 from deltafmt.pipeline.workers import thread_count
 
 
@@ -106,14 +105,12 @@ def check_base(base: Checkpoint, entries: list[TensorEntry], threads: int) -> in
     Raises:
         WrongBaseError: names the first tensor that differs.
     """
-    needed = [(entry, tensor) for entry in entries if (tensor := find_base(base, entry)) is not None]
-    with ThreadPoolExecutor(threads) as pool:
-        digests = pool.map(lambda pair: pair[1].fingerprint(), needed)
-        for (entry, _), digest in zip(needed, digests, strict=True):
-            if entry.base is not None and digest != entry.base.digest:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise wrong_bytes(base, entry.name)
-    return len(needed)
+    count = 0
+    for name, equal in compare_bases(base, entries, threads):
+        if not equal:
+            raise wrong_bytes(base, name)
+        count += 1
+    return count
 
 
 def check_coverage(container: Container, entries: list[TensorEntry]) -> None:
