@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any, BinaryIO, cast
 
 from deltafmt.errors import StorageError
@@ -29,9 +30,9 @@ class StreamFile:
         try:
             while view:
                 written = cast("int | None", self._file.write(view))
-                if written is None:  # some file objects say nothing, and take everything
-                    break
-                if written == 0:
+                if written is None and not isinstance(self._file, io.RawIOBase):
+                    break  # some file objects say nothing, and take everything
+                if not written:  # a raw file that would block says None
                     raise StorageError("cannot write the output: it takes no more")
                 view = view[written:]  # a raw file may take less than it is given
         except StorageError:
