@@ -19,9 +19,11 @@ class Answering(io.RawIOBase):
         self.taken = bytearray()
 
     def writable(self) -> bool:
+        """Say yes."""
         return True
 
     def write(self, data: Any, /) -> Any:
+        """Take as much as the answer says."""
         if self.answer is not None:
             self.taken += bytes(data)[: self.answer]
         return self.answer if self.answer is None else min(self.answer, len(data))
@@ -34,6 +36,7 @@ class Silent:
         self.taken = bytearray()
 
     def write(self, data: Any) -> None:
+        """Take everything."""
         self.taken += bytes(data)
 
 
