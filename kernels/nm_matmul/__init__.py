@@ -1,1 +1,1 @@
-"""``y += x @ delta.T`` from the packed words of an ``nm`` term."""
+"""``y += x @ delta.T`` from the packed words of ``nm`` terms, for the tokens of many deltas at once."""

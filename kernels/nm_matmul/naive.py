@@ -6,9 +6,13 @@ with it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from deltafmt.errors import UsageError
+from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable
+from deltafmt.kernels.nm_matmul.segments import Segments
 from deltafmt.layout.nm import NMLayout
 
 _MASK = 0xFFFFFFFF
@@ -119,3 +123,33 @@ def nm_matmul(
     if base_output is not None:
         product = product + base_output.float()
     return product.to(x.dtype)
+
+
+def operand_delta(operand: NMOperand) -> torch.Tensor:
+    """Return the dense float32 delta of an operand, shape (rows, columns)."""
+    buffers = {"codes": operand.codes, "scales": operand.scales}
+    if operand.index is not None:
+        buffers["index"] = operand.index
+    return nm_delta(operand.layout, buffers, operand.seed, operand.rows, operand.columns)
+
+
+def nm_matmul_(
+    outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments
+) -> None:
+    """Add each token's ``x @ delta.T`` onto the base's outputs, in place; the reference of the kernels.
+
+    Args:
+        outputs: for each part of the table, shape (tokens, rows).
+        x: shape (tokens, columns).
+        table: the deltas.
+        segments: which token uses which of them.
+    """
+    slots = segments.slots.cpu()
+    for slot in range(table.slots):
+        tokens = (slots == slot).nonzero()[:, 0].to(x.device)
+        if not len(tokens):
+            continue
+        for output, terms in zip(outputs, table.operands(slot), strict=True):
+            for operand in terms:
+                product = x[tokens].float() @ operand_delta(operand).T
+                output[tokens, : operand.rows] = (output[tokens, : operand.rows].float() + product).to(output.dtype)

@@ -1,0 +1,1 @@
+"""Deltas on a device: streaming upload, and models that serve them."""

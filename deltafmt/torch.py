@@ -1,0 +1,1 @@
+"""Deltas on a device: ``deltafmt.torch.load(path, device="cuda")``."""

@@ -1,0 +1,1 @@
+"""Models that serve deltas: ``deltafmt.transformers.attach(model, {"math": "math.deltafmt"})``."""

@@ -1,0 +1,128 @@
+"""Packed operands on a device, and the table of them that one launch multiplies with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deltafmt.errors import UsageError
+from deltafmt.layout.nm import TILE_ROWS, NMLayout, tiles
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NMOperand:
+    """One ``nm`` term as it lies on a device (spec, section 11).
+
+    Attributes:
+        layout: of the term; ``seeded`` or ``fixed``.
+        seed: the tensor seed; 0 for ``fixed``.
+        rows, columns: of the delta.
+        codes: int32, shape (tiles, words, 32), the bits of the packed words.
+        index: likewise for a ``fixed`` index, otherwise None.
+        scales: BF16 or F32, shape (tiles, scales per row, 32).
+
+    Raises:
+        UsageError: a rank index, or buffers whose shape, dtype or device do not fit.
+    """
+
+    layout: NMLayout
+    seed: int
+    rows: int
+    columns: int
+    codes: torch.Tensor
+    index: torch.Tensor | None
+    scales: torch.Tensor
+
+    def __post_init__(self) -> None:
+        layout = self.layout
+        if layout.index == "rank":
+            raise UsageError("a rank index is made fixed before it is multiplied with")
+        if (self.index is None) != (layout.index == "seeded"):
+            raise UsageError(f"a {layout.index} index comes with{'out' if layout.index == 'seeded' else ''} a buffer")
+        scale_dtype = torch.bfloat16 if layout.scale_dtype == "BF16" else torch.float32
+        row_tiles = tiles(self.rows)
+        check_buffer("codes", self.codes, (row_tiles, layout.codes_words(self.columns)), torch.int32)
+        check_buffer("scales", self.scales, (row_tiles, layout.scales_per_row(self.columns)), scale_dtype)
+        if self.index is not None:
+            shape = (tiles(layout.mask_rows(self.rows)), layout.index_words(self.columns))
+            check_buffer("index", self.index, shape, torch.int32)
+        if {tensor.device for tensor in self.tensors()} != {self.codes.device}:
+            raise UsageError("the buffers of an operand lie on one device")
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield the packed buffers."""
+        yield self.codes
+        if self.index is not None:
+            yield self.index
+        yield self.scales
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers lie."""
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed buffers."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+
+def check_buffer(name: str, tensor: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Refuse a packed buffer that a kernel could leave."""
+    wanted = (*shape, TILE_ROWS)
+    if tuple(tensor.shape) != wanted or tensor.dtype != dtype or not tensor.is_contiguous():
+        found = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise UsageError(f"{name}: expected contiguous {dtype} {wanted}, found {found}")
+
+
+class OperandTable:
+    """Operands by slot and part: what one product multiplies with.
+
+    A *slot* is one delta that tokens can choose; a *part* is one of the matrices that multiply the same activations
+    (q, k and v; gate and up). A slot holds for each part the terms of its delta; no terms: that part is the base's.
+
+    Args:
+        slots: deltas that the table has room for.
+        parts: rows (out_features) of each part.
+        columns: in_features, the same for all parts.
+        device: of all operands.
+    """
+
+    def __init__(self, slots: int, parts: Sequence[int], columns: int, device: torch.device | str) -> None:
+        self.slots = slots
+        self.parts = tuple(parts)
+        self.columns = columns
+        self.device = torch.device(device)
+        self._held: list[tuple[tuple[NMOperand, ...], ...]] = [((),) * len(self.parts)] * slots
+        self.version = 0
+
+    def put(self, slot: int, parts: Sequence[Sequence[NMOperand]]) -> None:
+        """Set a slot's operands; what was there is forgotten.
+
+        Raises:
+            UsageError: an operand's shape or device is not the part's, or there is no such slot.
+        """
+        if not 0 <= slot < self.slots:
+            raise UsageError(f"slot {slot} is not one of the table's {self.slots}")
+        if len(parts) != len(self.parts):
+            raise UsageError(f"{len(parts)} parts where the table has {len(self.parts)}")
+        for rows, terms in zip(self.parts, parts, strict=True):
+            for operand in terms:
+                # A delta has fewer rows than its part where the fine-tune has more rows than the base.
+                if operand.rows > rows or operand.columns != self.columns:
+                    found = f"{operand.rows}x{operand.columns}"
+                    raise UsageError(f"a delta of {found} does not fit a part of {rows}x{self.columns}")
+                if operand.device != self.device:
+                    raise UsageError(f"an operand on {operand.device} does not fit a table on {self.device}")
+        self._held[slot] = tuple(tuple(terms) for terms in parts)
+        self.version += 1
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        self.put(slot, ((),) * len(self.parts))
+
+    def operands(self, slot: int) -> tuple[tuple[NMOperand, ...], ...]:
+        """Return a slot's operands, by part and term."""
+        return self._held[slot]

@@ -1,0 +1,91 @@
+"""Which token belongs to which delta: tokens sorted by slot and cut into tiles, without a host synchronization.
+
+A *segment* is all tokens of one slot; a *tile* is up to T tokens of one segment, the share of one program. The number
+of tiles that could be needed is known on the host; how many are, only on the device, where the rest exits at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from deltafmt.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenTiles:
+    """Tiles of at most ``size`` tokens.
+
+    Attributes:
+        size: T, tokens of a tile.
+        order: int32, shape (tokens,): token numbers sorted by slot, those without a slot last.
+        table: int32, shape (tiles, 3): slot, first place in ``order`` and number of tokens; 0 tokens where a tile
+            is not needed.
+    """
+
+    size: int
+    order: torch.Tensor
+    table: torch.Tensor
+
+
+class Segments:
+    """The tokens of a batch by slot.
+
+    Args:
+        slots: int32, shape (tokens,): each token's slot, -1 for the base alone. A number outside 0 to ``count`` - 1
+            counts as -1.
+        count: slots there are.
+        longest: no slot has more tokens than this (default: all could be of one slot). A wrong promise loses tokens
+            from the product, so give it only where the host knows.
+    """
+
+    def __init__(self, slots: torch.Tensor, count: int, longest: int | None = None) -> None:
+        if slots.dim() != 1 or slots.dtype != torch.int32:
+            raise UsageError(f"slots are a 1-d int32 tensor, not {slots.dtype} {tuple(slots.shape)}")
+        self.slots = slots
+        self.count = count
+        self.tokens = slots.shape[0]
+        self.longest = self.tokens if longest is None else min(longest, self.tokens)
+        self._sorted: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._tiles: dict[tuple[int, int, int], TokenTiles] = {}
+
+    @classmethod
+    def of(cls, slots: list[int], count: int, device: torch.device | str) -> Segments:
+        """Build from slots that the host knows."""
+        lengths: dict[int, int] = {}
+        for slot in slots:
+            if slot >= 0:
+                lengths[slot] = lengths.get(slot, 0) + 1
+        tensor = torch.tensor(slots, dtype=torch.int32).to(device, non_blocking=True)
+        return cls(tensor, count, max(lengths.values(), default=0))
+
+    def _sort(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the token order, and the places where each slot's tokens start and end (shape (count + 1,))."""
+        if self._sorted is None:
+            slots = torch.where((self.slots >= 0) & (self.slots < self.count), self.slots, self.count)
+            ordered, order = torch.sort(slots, stable=True)
+            numbers = torch.arange(self.count + 1, device=slots.device, dtype=torch.int32)
+            self._sorted = order.int(), torch.searchsorted(ordered, numbers, out_int32=True)
+        return self._sorted
+
+    def tiles(self, size: int, shortest: int = 1, longest: int | None = None) -> TokenTiles:
+        """Cut the segments of ``shortest`` to ``longest`` tokens into tiles of ``size`` tokens; kept for reuse."""
+        longest = self.longest if longest is None else min(longest, self.longest)
+        key = (size, shortest, longest)
+        if key not in self._tiles:
+            order, places = self._sort()
+            starts, lengths = places[:-1], places[1:] - places[:-1]
+            taken = torch.where((lengths >= shortest) & (lengths <= longest), lengths, 0)
+            ends = torch.cumsum((taken + size - 1) // size, 0, dtype=torch.int32)
+            # A segment of length l has at most ceil(l / T) tiles; the sum over segments is bounded by both terms.
+            bound = min(self.tokens, self.tokens // size + self.count)
+            number = torch.arange(bound, device=order.device, dtype=torch.int32)
+            slot = torch.searchsorted(ends, number, right=True, out_int32=True)
+            used = slot < self.count
+            slot = slot.clamp(max=max(self.count - 1, 0))
+            first = (number - torch.where(slot > 0, ends[slot - 1], 0)) * size
+            left = torch.where(used, taken[slot] - first, 0).clamp(0, size)
+            table = torch.stack([torch.where(used, slot, -1), starts[slot] + first, left], 1).int().contiguous()
+            self._tiles[key] = TokenTiles(size, order, table)
+        return self._tiles[key]
