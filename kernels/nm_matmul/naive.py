@@ -153,3 +153,20 @@ def nm_matmul_(
             for operand in terms:
                 product = x[tokens].float() @ operand_delta(operand).T
                 output[tokens, : operand.rows] = (output[tokens, : operand.rows].float() + product).to(output.dtype)
+
+
+def nm_embedding_(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, segments: Segments) -> None:
+    """Add each token's row ``delta[id]`` onto the base's embedding, in place; the reference of the kernel.
+
+    Args:
+        output: shape (tokens, columns).
+        ids: row numbers, any integer dtype, shape (tokens,); a row that the delta lacks adds nothing.
+        table: the deltas, of one part.
+        segments: which token uses which of them.
+    """
+    slots = segments.slots.cpu()
+    for slot in range(table.slots):
+        tokens = (slots == slot).nonzero()[:, 0].to(output.device)
+        for operand in table.operands(slot)[0] if len(tokens) else ():
+            held = tokens[ids[tokens] < operand.rows]
+            output[held] = (output[held].float() + operand_delta(operand)[ids[held].long()]).to(output.dtype)
