@@ -17,6 +17,7 @@ import numpy as np
 from common import Figure, report, seconds
 
 from deltafmt.codecs.floats import narrow
+from deltafmt.layout.nm import stream_words, tiles
 from deltafmt.methods.routines import Routines, select_routines
 
 
@@ -65,21 +66,21 @@ def loops(rows: int, columns: int, keep: int, group: int, share: int) -> list[Lo
                 lambda r, b=bits, g=grid, s=rule: r.quantize(entries, b, g, s, 0, "BF16"),
             )
         )  # fmt: skip
-    for bits in (2, 3, 4, 8):
-        codes = rng.integers(0, 2**bits - 1, (rows, groups * keep), np.uint8)
-        packed = np.zeros((-(-rows // 32), -(-groups * keep * bits // 32), 32), np.uint32)
-        reference.codec.pack_into(codes, bits, packed)
+    for bits in (1, 2, 3, 4, 5, 8):
+        codes = rng.integers(0, 2**bits, (rows, groups * keep), np.uint8)
+        packed = np.zeros((tiles(rows, share), stream_words(groups * keep, bits), 32), np.uint32)
+        reference.codec.pack_into(codes, bits, packed, share)
         moved, out = kept + packed.nbytes, np.zeros_like(packed)
         found.append(
             Loop(
                 f"pack_into k={bits}", "kept entry", kept, moved,
-                lambda r, c=codes, b=bits, o=out: r.codec.pack_into(c, b, o),
+                lambda r, c=codes, b=bits, o=out: r.codec.pack_into(c, b, o, share),
             )
         )  # fmt: skip
         found.append(
             Loop(
                 f"unpack k={bits}", "kept entry", kept, moved,
-                lambda r, p=packed, b=bits: r.codec.unpack(p, rows, groups * keep, b),
+                lambda r, p=packed, b=bits: r.codec.unpack(p, rows, groups * keep, b, share),
             )
         )  # fmt: skip
     codes = rng.integers(0, 15, (rows, groups * keep), np.uint8)

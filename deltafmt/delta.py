@@ -16,6 +16,7 @@ from deltafmt.container.reader import Container
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.layout.constants import MAX_RAW_BYTES
 from deltafmt.layout.entries import NMTerm, TensorEntry
+from deltafmt.layout.nm import TILE_ROWS, tiles
 
 # Elements of a run: enough to hide the cost of a call, few enough for its arrays to stay in the processor's cache.
 RUN_ELEMENTS = 1 << 19
@@ -159,7 +160,7 @@ class RunDecoder:
 
     @property
     def step(self) -> int:
-        """Rows on whose multiples every term starts a tile."""
+        """Rows on whose multiples every term starts a super-tile."""
         return max(nm.run_rows(term.params) for term, _ in self._terms)
 
     @property
@@ -212,6 +213,7 @@ def slice_run(
     packed: Mapping[str, NDArray[np.generic]], share: int, start: int, stop: int
 ) -> dict[str, NDArray[np.generic]]:
     """Return the tiles of a run that starts on a multiple of :func:`deltafmt.codecs.nm.run_rows`."""
-    whole = slice(start // 32, -(-stop // 32))
-    masks = slice(start // (32 * share), -(-stop // (32 * share)))
+    whole = slice(start // TILE_ROWS, tiles(stop, share))
+    # A super-tile of rows has one tile of mask rows.
+    masks = slice(whole.start // share, whole.stop // share)
     return {name: array[masks if name == "index" else whole] for name, array in packed.items()}

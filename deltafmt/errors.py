@@ -8,7 +8,8 @@
     ├── InvalidFileError        3   a file breaks its format: what, and where
     │   └── UnsupportedError    3   a valid file that needs a newer reader
     ├── WrongBaseError          4   the base differs from the one that was packed against
-    └── StorageError            5   reading or writing failed: missing file, full disk
+    ├── StorageError            5   reading or writing failed: missing file, full disk
+    └── CancelledError        130   the caller asked to stop
 
 Messages start in lower case, name the offending value and where it stands, and end without a full stop.
 """
@@ -55,3 +56,9 @@ class StorageError(DeltafmtError, OSError):
     """Reading or writing failed."""
 
     exit_code = 5
+
+
+class CancelledError(DeltafmtError):
+    """The caller asked to stop before the work was done."""
+
+    exit_code = EXIT_INTERRUPTED

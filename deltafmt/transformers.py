@@ -1,1 +1,97 @@
-"""Models that serve deltas: ``deltafmt.transformers.attach(model, {"math": "math.deltafmt"})``."""
+"""Models that serve deltas: ``deltafmt.transformers.attach(model, {"math": "math.deltafmt"})``.
+
+::
+
+    model = deltafmt.transformers.attach(model, {"math": "math.deltafmt", "code": "code.deltafmt"})
+    with model.delta("math"):
+        model.generate(**inputs)
+    with model.delta(["math", None, "code"]):  # a name for each row; None is the base alone
+        model.generate(**inputs)
+    deltafmt.transformers.detach(model)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from deltafmt.errors import UsageError
+from deltafmt.runtime.attach import Deltas
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def attach(
+    model: M,
+    deltas: Mapping[str, str | os.PathLike[str]],
+    *,
+    device: torch.device | str | None = None,
+    budget: int | None = None,
+    host_budget: int = 0,
+    verify_base: bool = True,
+    ignore: Sequence[str] = (),
+    rename: Callable[[str], str] | None = None,
+    fuse: bool = True,
+) -> M:
+    """Attach deltas to their base and return the same model, which then has ``delta`` and ``deltas``.
+
+    ``model.delta(names)`` serves deltas within a ``with`` block (:meth:`deltafmt.runtime.attach.Deltas.use`), and
+    ``model.deltas`` manages them: ``add``, ``remove``, ``prefetch``, ``merge``, ``unmerge``. The model keeps its class,
+    parameters and state dict; outside a ``with`` block it computes what it did before, bit for bit.
+
+    Args:
+        model: any model of linear, embedding and other innermost modules, quantized or not.
+        deltas: files by name; more can be added later.
+        device: where the deltas go; that of the model's parameters if not given.
+        budget: bytes of deltas on the device; the least recently used leave first. None for no bound.
+        host_budget: bytes of deltas in host memory, from which one comes back quicker than from its file.
+        verify_base: compare the model's parameters with the fingerprints of every delta's base. What cannot be
+            compared, because the model is quantized or narrower, is listed in ``model.deltas.unchecked``.
+        ignore: tensors whose names match one of these patterns are left out, for example a head the model lacks.
+        rename: gives the model's name for a tensor's name in a file, where that is not found by itself.
+        fuse: have linear modules that are given the same input (q, k and v) share a launch.
+
+    Raises:
+        UsageError: the model has deltas already, a tensor has no place in it, or a delta alone exceeds the budget.
+        WrongBaseError: the model is not a delta's base; names the first tensor that differs.
+        StorageError, InvalidFileError: a file cannot be read.
+    """
+    for attribute in ("delta", "deltas"):
+        if hasattr(model, attribute):
+            raise UsageError(f'{type(model).__name__} has "{attribute}" already; model.deltas.add attaches another')
+    attached = Deltas(
+        model,
+        device=device,
+        budget=budget,
+        host_budget=host_budget,
+        verify_base=verify_base,
+        ignore=ignore,
+        rename=rename,
+        fuse=fuse,
+    )
+    try:
+        for name, path in deltas.items():
+            attached.add(name, path)
+    except BaseException:
+        attached.close()
+        raise
+    model.__dict__["deltas"] = attached
+    model.__dict__["delta"] = attached.use
+    return model
+
+
+def detach(model: nn.Module) -> None:
+    """Take the deltas from a model, which is then what it was before they were attached.
+
+    Raises:
+        UsageError: it has none, or they are in use or merged.
+    """
+    attached = model.__dict__.get("deltas")
+    if not isinstance(attached, Deltas):
+        raise UsageError(f"{type(model).__name__} has no deltas attached")
+    attached.close()
+    del model.__dict__["deltas"], model.__dict__["delta"]

@@ -77,6 +77,12 @@ def plain(rng: np.random.Generator) -> tuple[Tensors, Tensors]:
     return base, {"w": moved(rng, base["w"])}
 
 
+def wide(rng: np.random.Generator) -> tuple[Tensors, Tensors]:
+    """Return one ragged matrix that is large enough for a delta in most layouts."""
+    base = {"w": weights(rng, 66, 67)}
+    return base, {"w": moved(rng, base["w"])}
+
+
 def grown(rng: np.random.Generator) -> tuple[Tensors, Tensors]:
     """Return an embedding that gained rows, one that lost some, and a tensor that the fine-tune dropped."""
     base: Tensors = {
@@ -137,14 +143,14 @@ RECIPES: dict[str, tuple[Pair, str, DeltaDQ, dict[str, bytes]]] = {
     "hot-seeded-2bit": (plain, "hot", DeltaDQ(2, 16, 2, share=8), {}),
     "hot-seeded-128": (plain, "hot", DeltaDQ(1, 128, 1, share=1), {}),
     "hot-fixed": (layer, "hot", DeltaDQ(3, 10, 3, index="fixed", share=2, scale_group=5), {}),
-    "hot-fixed-all": (plain, "hot", DeltaDQ(4, 4, 6, index="fixed", share=1, scale_dtype="F32"), {}),
-    "hot-grown": (grown, "hot", DeltaDQ(4, 8, 5, scale_group=3), {}),
+    "hot-fixed-all": (wide, "hot", DeltaDQ(4, 4, 6, index="fixed", share=1, scale_dtype="F32"), {}),
+    "hot-grown": (grown, "hot", DeltaDQ(4, 8, 5, share=2, scale_group=3), {}),
     "hot-tied": (tied, "hot", DeltaDQ(1, 4, 2), {}),
     "hot-odd": (odd, "hot", DeltaDQ(), FILES),
     "hot-unchanged": (unchanged, "hot", DeltaDQ(), {}),
     "cold-rank": (layer, "cold", DeltaDQ(3, 10, 3, index="rank", share=1), {}),
-    "cold-rank-wide": (plain, "cold", DeltaDQ(14, 66, 8, index="rank", share=4), FILES),
-    "cold-rank-all": (plain, "cold", DeltaDQ(5, 5, 2, index="rank", share=1, scale_group=2), {}),
+    "cold-rank-wide": (wide, "cold", DeltaDQ(14, 66, 8, index="rank", share=4), FILES),
+    "cold-rank-all": (wide, "cold", DeltaDQ(5, 5, 2, index="rank", share=1, scale_group=2), {}),
     "cold-seeded": (layer, "cold", DeltaDQ(8, 32, 4), FILES),
     "cold-grown": (grown, "cold", DeltaDQ(2, 9, 4, index="fixed"), {}),
     "cold-odd": (odd, "cold", DeltaDQ(), {}),

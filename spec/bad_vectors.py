@@ -251,6 +251,25 @@ def unused_bits() -> bytes:
     return change_buffer(data, "codes", 3, 0x10)
 
 
+@vector("invalid", "unused bits of a plane that is not the last are set", "unused bits of the codes")
+def unused_bits_of_a_plane() -> bytes:
+    # 3 fields of 3 bits: 6 bits in the first word, 3 in the second.
+    data = one_tensor(NMLayout(1, 8, 3), 32, 24)
+    return change_buffer(data, "codes", 0, 0x40)
+
+
+@vector("invalid", "a row that does not exist, in a super-tile, has a word", "unused bits of the codes")
+def word_of_no_row() -> bytes:
+    # 40 rows that share masks by 4: row 40 would be lane 10 of tile 0.
+    return change_buffer(simple(), "codes", 4 * 10, 0x01)
+
+
+@vector("invalid", "a row that does not exist, in a super-tile, has a scale", "unused bits of the scales")
+def scale_of_no_row() -> bytes:
+    # Row 41 would be lane 10 of tile 1.
+    return change_buffer(simple(), "scales", 2 * (32 + 10), 0x01)
+
+
 @vector("invalid", "an entry beyond the last column has a field", "beyond the last column")
 def field_beyond_columns() -> bytes:
     layout = NMLayout(8, 8, 4, share=1)
@@ -274,8 +293,9 @@ def positions_descend() -> bytes:
 
 @vector("invalid", "a position is not below M", "not ascending and below 7")
 def position_above_m() -> bytes:
+    # 3 bits in planes of 2 and 1: word 0 and word 1 of the row.
     data = one_tensor(NMLayout(1, 7, 4, "fixed"), 32, 7)
-    return change_buffer(data, "index", 0, 0x07)
+    return change_buffer(change_buffer(data, "index", 0, 0x03), "index", 128, 0x01)
 
 
 @vector("invalid", "the payload is not what its digest says", "another digest")

@@ -48,9 +48,14 @@ def seeded_2_16_k2_groups() -> bytes:
     return one_tensor(NMLayout(2, 16, 2, grid="midrise", share=2, scale_dtype="F32", scale_group=5), 35, 70)
 
 
-@vector("ok", "fixed 3:7, 3 bits: M is no power of two, fields straddle words")
+@vector("ok", "fixed 3:7, 3 bits: M is no power of two, codes and positions in planes of 2 and 1 bits")
 def fixed_3_7_k3() -> bytes:
     return one_tensor(NMLayout(3, 7, 3, "fixed", share=2), 37, 45)
+
+
+@vector("ok", "fixed 5:100, 6 bits, two super-tiles of 128 rows: planes of 4 and 2 bits, of positions 4, 2 and 1")
+def fixed_5_100_k6_super_tiles() -> bytes:
+    return one_tensor(NMLayout(5, 100, 6, "fixed", share=4, scale_group=4), 130, 320)
 
 
 @vector("ok", "fixed 16:16, 5 bits: every element is kept")
@@ -63,7 +68,7 @@ def rank_4_16_k6_cold() -> bytes:
     return one_tensor(NMLayout(4, 16, 6, "rank", share=4), 40, 100, "cold")
 
 
-@vector("ok", "rank 31:66: ranks of 63 bits")
+@vector("ok", "rank 31:66: ranks of 63 bits, in six planes")
 def rank_31_66_cold() -> bytes:
     return one_tensor(NMLayout(31, 66, 2, "rank", grid="midrise"), 2, 140, "cold")
 

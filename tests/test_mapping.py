@@ -36,8 +36,9 @@ def write(folder: Path, values: np.ndarray) -> Path:
         DeltaDQ(4, 16, 4),
         DeltaDQ(3, 10, 3, index="fixed", share=2, scale_group=5),
         DeltaDQ(2, 9, 5, index="fixed", share=1, scale_dtype="F32"),
+        DeltaDQ(3, 70, 6, index="fixed", share=2, scale_group=2),
     ],
-    ids=["seeded", "fixed", "wide-scales"],
+    ids=["seeded", "fixed", "wide-scales", "three-planes"],
 )
 def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mapping")

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltafmt.codecs import nm, scatter, words
+from deltafmt.codecs import positions as pos
+from deltafmt.codecs.floats import narrow
 from deltafmt.codecs.nm import NMArrays
 from deltafmt.codecs.routines import REFERENCE, CodecRoutines, codec_routines
 from deltafmt.delta import slice_run
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.layout.entries import parse_layout
-from deltafmt.layout.nm import INDEX_ENCODINGS, NMLayout
+from deltafmt.layout.nm import INDEX_ENCODINGS, NMLayout, planes
 from strategies import examples, generators, layouts, nm_arrays, shapes, sizes
 
 Packed = dict[str, NDArray[np.generic]]
@@ -175,23 +177,36 @@ def refuse(layout: NMLayout, arrays: NMArrays, spoil: Callable[[Packed], None], 
 def unused_bits(
     packed: Packed, name: str, layout: NMLayout, rng: np.random.Generator
 ) -> list[tuple[int, int, int, int]]:
-    """List tile, word, lane and bit of unused bits: those behind a row's stream and those of lanes without a row."""
+    """List tile, word, lane and bit of unused bits: those behind a row's planes and those of lanes without a row."""
     array = packed[name]
-    rows = layout.mask_rows(ROWS) if name == "index" else ROWS
-    if name == "scales":
-        used = array.shape[1] * array.itemsize * 8
-    elif name == "codes":
-        used = layout.kept(COLUMNS) * layout.bits
-    elif layout.index == "fixed":
-        used = layout.kept(COLUMNS) * layout.position_bits
-    else:
-        used = layout.groups(COLUMNS) * layout.rank_bits
+    rows, share = (layout.mask_rows(ROWS), 1) if name == "index" else (ROWS, layout.share)
     bits = array.itemsize * 8
     total = array.shape[1] * bits
-    behind = [(lane, bit) for lane in range(rows) for bit in range(used, total)]
-    beyond = [(lane, bit) for lane in range(rows, array.shape[0] * 32) for bit in range(total)]
+    if name == "scales":
+        unused = []
+    elif name == "codes":
+        unused = unused_of_planes(layout.kept(COLUMNS), layout.bits)
+    elif layout.index == "fixed":
+        unused = unused_of_planes(layout.kept(COLUMNS), layout.position_bits)
+    else:
+        unused = unused_of_planes(layout.groups(COLUMNS), layout.rank_bits)
+    behind = [(row, bit) for row in range(rows) for bit in unused]
+    beyond = [(row, bit) for row in range(rows, array.shape[0] * 32) for bit in range(total)]
     chosen = [pool[i] for pool in (behind, beyond) if pool for i in rng.integers(len(pool), size=4)]
-    return [(row // 32, bit // bits, row % 32, bit % bits) for row, bit in chosen]
+    return [
+        (row // (32 * share) * share + row % share, bit // bits, row % (32 * share) // share, bit % bits)
+        for row, bit in chosen
+    ]
+
+
+def unused_of_planes(count: int, width: int) -> list[int]:
+    """List the bits of a row's words that no plane uses."""
+    unused, first = [], 0
+    for plane in planes(width):
+        last = first + -(-count * plane // 32) * 32
+        unused += range(first + count * plane, last)
+        first = last
+    return unused
 
 
 @examples(60)
@@ -219,9 +234,9 @@ def respoil(layout: NMLayout, change: Callable[[NDArray[np.uint64]], None]) -> C
     """Return what rewrites the codes of a packed term after a change to the fields."""
 
     def spoil(packed: Packed) -> None:
-        fields = words.unpack(packed["codes"].view(np.uint32), ROWS, layout.kept(COLUMNS), layout.bits)
+        fields = words.unpack(packed["codes"].view(np.uint32), ROWS, layout.kept(COLUMNS), layout.bits, layout.share)
         change(fields)
-        packed["codes"][...] = words.pack(fields, layout.bits)
+        packed["codes"][...] = words.pack(fields, layout.bits, layout.share)
 
     return spoil
 
@@ -362,6 +377,27 @@ def test_a_layout_outside_the_specification_is_refused(change: dict[str, object]
     if all(type(value) in (int, str) for value in known.values()) and change.keys() & known.keys():
         with pytest.raises(UsageError):
             NMLayout(**known)
+
+
+def test_a_warp_of_mask_rows_reads_its_rows_side_by_side() -> None:
+    # What the arrangement is for: tile t of a super-tile holds row t of each of 32 mask rows, codes and scales alike.
+    layout = NMLayout(1, 2, 8, share=4)
+    rows = np.arange(256)
+    codes = np.stack([rows % 251, rows // 251], axis=1).astype(np.uint8)
+    scales = rows[:, None].astype(np.float32)
+    arrays = NMArrays(pos.seeded(0, 0, 64, 2, 1, 2), codes, scales)
+    packed = pack(layout, arrays, 256, 4)
+    for tile in range(8):
+        expected = tile // 4 * 128 + np.arange(32) * 4 + tile % 4
+        found = packed["codes"].view(np.uint32)[tile, 0]
+        np.testing.assert_array_equal((found & 0xFF) + (found >> 8 & 0xFF) * 251, expected)
+        np.testing.assert_array_equal(packed["scales"].view(np.uint16)[tile, 0], narrow(scales, "BF16")[expected, 0])
+
+
+def test_buffers_of_a_ragged_term_have_whole_super_tiles() -> None:
+    # 129 rows by 4: two super-tiles of 4 tiles. 40 entries of 3 bits: planes of 3 and 2 words; positions of 5: 5 and 2.
+    lengths = NMLayout(1, 20, 3, "fixed", share=4, scale_dtype="F32").buffer_lengths(129, 800)
+    assert lengths == {"codes": 8 * 5 * 128, "index": 2 * 7 * 128, "scales": 8 * 128}
 
 
 def test_views_copy_nothing() -> None:

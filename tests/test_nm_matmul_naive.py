@@ -23,6 +23,8 @@ CASES = [
     DeltaDQ(2, 128, 8, share=2),
     DeltaDQ(3, 7, 3, index="fixed", scale_group=5),
     DeltaDQ(5, 12, 6, index="fixed", share=1, scale_dtype="F32"),
+    DeltaDQ(6, 100, 5, index="fixed", share=8, scale_group=4),
+    DeltaDQ(2, 16, 3, share=4),
 ]
 
 
@@ -43,7 +45,7 @@ def as_torch(name: str, array: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", CASES, ids=lambda method: method.describe())
-@pytest.mark.parametrize(("rows", "columns"), [(64, 256), (75, 203)])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 256), (75, 203), (259, 203)])
 def test_product_from_packed_words(method: DeltaDQ, rows: int, columns: int, tmp_path: Path) -> None:
     from deltafmt.kernels.nm_matmul.naive import nm_delta, nm_matmul
 

@@ -339,7 +339,7 @@ def test_scales_of_groups(tmp_path: Path) -> None:
     values[:, 0] = 100
     pair = pair_of(tmp_path, {"w": old}, {"w": raw(values, "F32")})
     for group, fine in ((0, False), (16, True)):
-        method = DeltaDQ(4, 4, 8, scale_group=group, scale_dtype="F32")
+        method = DeltaDQ(4, 4, 8, share=1, scale_group=group, scale_dtype="F32")
         with deltafmt.open(pack_pair(pair, tmp_path / f"{group}.deltafmt", method=method)) as opened:
             assert opened.buffers("w")["scales"].shape == (1, 4 if group else 1, 32)
             assert np.allclose(opened.delta("w")[:, 16:], 0.01) is fine

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from deltafmt.accel import compiled
 from deltafmt.codecs import floats, positions, words
+from deltafmt.layout.nm import TILE_ROWS, plane_words, planes
 
 _ROW_STEP = np.uint32(positions.ROW_STEP)
 _BLOCK_STEP = np.uint32(positions.BLOCK_STEP)
@@ -35,52 +36,76 @@ def _squeeze(eight, width):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _pack_eights(eights, width, out):  # type: ignore[no-untyped-def]
-    """Pack rows of uint64, each of eight one-byte fields; fields beyond the last word are padding."""
-    words = out.shape[1]
-    low = np.uint64(0xFFFFFFFF)
-    for r in range(eights.shape[0]):
-        t, lane = r // 32, r % 32
-        held = np.uint64(0)
-        have = 0
-        w = 0
-        for n in range(eights.shape[1]):
-            bits = _squeeze(eights[r, n], width)
-            held |= (bits & low) << np.uint64(have)
-            have += min(8 * width, 32)
-            if have >= 32 and w < words:
-                out[t, w, lane] = np.uint32(held & low)
-                w += 1
-                held >>= np.uint64(32)
-                have -= 32
-            if width > 4:
-                held |= (bits >> np.uint64(32)) << np.uint64(have)
-                have += 8 * width - 32
-                if have >= 32 and w < words:
-                    out[t, w, lane] = np.uint32(held & low)
-                    w += 1
-                    held >>= np.uint64(32)
-                    have -= 32
-        if have and w < words:
-            out[t, w, lane] = np.uint32(held & low)
+def _spread(bits, width):  # type: ignore[no-untyped-def]
+    """Undo :func:`_squeeze`."""
+    k = np.uint64(width)
+    gap = np.uint64(8 - width)
+    one = np.uint64(1)
+    low = (one << (k * np.uint64(4))) - one
+    x = (bits & low) | ((bits & (low << (k * np.uint64(4)))) << (gap * np.uint64(4)))
+    low = ((one << (k + k)) - one) * np.uint64(0x0000000100000001)
+    x = (x & low) | ((x & (low << (k + k))) << (gap + gap))
+    low = ((one << k) - one) * np.uint64(0x0001000100010001)
+    return (x & low) | ((x & (low << k)) << gap)
 
 
 @compiled
-def _unpack(packed, count, width, out):  # type: ignore[no-untyped-def]
-    mask = np.uint64((1 << width) - 1)
-    for r in range(out.shape[0]):
-        t, lane = r // 32, r % 32
-        held = np.uint64(0)
-        have = 0
-        w = 0
-        for i in range(count):
-            if have < width:
-                held |= np.uint64(packed[t, w, lane]) << np.uint64(have)
-                have += 32
-                w += 1
-            out[r, i] = np.uint8(held & mask)
-            held >>= np.uint64(width)
-            have -= width
+def _pack_plane(eights, low, width, first, last, share, out):  # type: ignore[no-untyped-def]
+    """Pack bits ``low`` to ``low + width`` of every field, one plane, into words ``first`` to ``last`` of the rows.
+
+    The rows are of uint64, each of eight one-byte fields; what lies behind the last word is padding. They are taken in
+    the order of their lanes, so that a tile is written while it is in the first-level cache.
+    """
+    every = np.uint64((1 << width) - 1) * np.uint64(0x0101010101010101)
+    for t in range(out.shape[0]):
+        start = t // share * share * 32 + t % share
+        for lane in range(32):
+            r = start + lane * share
+            if r >= eights.shape[0]:
+                break
+            if width == 8:
+                for w in range(last):
+                    out[t, w, lane] = np.uint32(eights[r, w >> 1] >> np.uint64((w & 1) * 32))
+                continue
+            # Eight fields take 8, 16 or 32 bits, so that a word is filled exactly.
+            held = np.uint64(0)
+            have = 0
+            w = first
+            for n in range(eights.shape[1]):
+                held |= _squeeze((eights[r, n] >> np.uint64(low)) & every, width) << np.uint64(have)
+                have += 8 * width
+                if have == 32:
+                    out[t, w, lane] = np.uint32(held)
+                    w += 1
+                    held = np.uint64(0)
+                    have = 0
+            if have:
+                out[t, w, lane] = np.uint32(held)
+
+
+@compiled
+def _unpack_plane(packed, low, width, first, last, share, out):  # type: ignore[no-untyped-def]
+    """Undo :func:`_pack_plane`; the plane of the lowest bits comes first and sets the fields."""
+    field_mask = (np.uint64(1) << np.uint64(4 * width) << np.uint64(4 * width)) - np.uint64(1)
+    for t in range(packed.shape[0]):
+        start = t // share * share * 32 + t % share
+        for lane in range(32):
+            r = start + lane * share
+            if r >= out.shape[0]:
+                break
+            held = np.uint64(0)
+            have = 0
+            w = first
+            for n in range(out.shape[1]):
+                while have < 8 * width and w < last:
+                    held |= np.uint64(packed[t, w, lane]) << np.uint64(have)
+                    have += 32
+                    w += 1
+                eight = _spread(held & field_mask, width) << np.uint64(low)
+                out[r, n] = out[r, n] | eight if low else eight
+                # In two steps, because a shift by 64 bits is not defined.
+                held = held >> np.uint64(4 * width) >> np.uint64(4 * width)
+                have -= 8 * width
 
 
 @compiled
@@ -186,31 +211,46 @@ class Scratch:
         return held[:size].view(dtype).reshape(shape)
 
 
-def pack_into(scratch: Scratch, fields: NDArray[np.unsignedinteger], width: int, out: NDArray[np.uint32]) -> None:
+def pack_into(
+    scratch: Scratch, fields: NDArray[np.unsignedinteger], width: int, out: NDArray[np.uint32], share: int = 1
+) -> None:
     """See :func:`deltafmt.codecs.words.pack_into`."""
     if not 1 <= width <= 8:
-        return words.pack_into(fields, width, out)
+        return words.pack_into(fields, width, out, share)
     rows, count = fields.shape
-    if rows % 32:
-        out[-1] = 0
+    if rows % (TILE_ROWS * share):
+        out[-share:] = 0
     if count % 8 or fields.dtype != np.uint8 or not fields.flags.c_contiguous:
         padded = scratch.array("padded", (rows, -(-count // 8) * 8), np.uint8)
         padded[:, count:] = 0
         padded[:, :count] = fields
         fields = padded
-    _pack_eights(fields.view(np.uint64), width, out)
+    low = first = 0
+    for plane in planes(width):
+        last = first + plane_words(count, plane)
+        _pack_plane(fields.view(np.uint64), low, plane, first, last, share, out)
+        low, first = low + plane, last
     return None
 
 
 def unpack(
-    scratch: Scratch, packed: NDArray[np.uint32], rows: int, count: int, width: int
+    scratch: Scratch, packed: NDArray[np.uint32], rows: int, count: int, width: int, share: int = 1
 ) -> NDArray[np.unsignedinteger]:
     """See :func:`deltafmt.codecs.words.unpack`; fields of at most 8 bits come as uint8."""
     if not 1 <= width <= 8:
-        return words.unpack(packed, rows, count, width)
-    out = scratch.array("unpack", (rows, count), np.uint8)
-    _unpack(packed, count, width, out)
-    return out
+        return words.unpack(packed, rows, count, width, share)
+    eights = scratch.array("unpack", (rows, -(-count // 8)), np.uint64)
+    low = first = 0
+    for plane in planes(width):
+        last = first + plane_words(count, plane)
+        _unpack_plane(packed, low, plane, first, last, share, eights)
+        low, first = low + plane, last
+    fields = eights.view(np.uint8)
+    if count % 8:
+        out = scratch.array("unpadded", (rows, count), np.uint8)
+        out[...] = fields[:, :count]
+        return out
+    return fields
 
 
 def seeded(

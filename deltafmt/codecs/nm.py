@@ -1,7 +1,6 @@
 """The ``nm`` layout: buffers to positions, codes and scales, and back (spec/deltafmt-v1.md, section 11).
 
-A tensor is handled in runs of rows. A run starts where codes, index and scales all start a tile, so a run's buffers
-are slices of the tensor's.
+A tensor is handled in runs of rows. A run starts where a super-tile does, so its buffers are slices of the tensor's.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ class NMArrays:
 
 
 def run_rows(layout: NMLayout) -> int:
-    """Return the number of rows on whose multiples a run may start."""
-    return TILE_ROWS if layout.index == "seeded" else TILE_ROWS * layout.share
+    """Return the number of rows on whose multiples a run may start (section 11.7): those of a super-tile."""
+    return TILE_ROWS * layout.share
 
 
 def views(layout: NMLayout, rows: int, columns: int, buffers: Buffers) -> dict[str, NDArray[np.generic]]:
@@ -49,13 +48,13 @@ def views(layout: NMLayout, rows: int, columns: int, buffers: Buffers) -> dict[s
 
     Returns:
         ``codes`` and, unless seeded, ``index``: uint32, shape (tiles, words, 32). ``scales``: uint16 (bits of BF16)
-        or float32, shape (tiles, scales per row, 32).
+        or float32, shape (tiles, scales per row, 32). :func:`deltafmt.codecs.words.to_tiles` says where a row stands.
     """
     scale_dtype = np.dtype("<u2" if layout.scale_dtype == "BF16" else "<f4")
     shapes = {
-        "codes": (tiles(rows), layout.codes_words(columns), TILE_ROWS),
-        "index": (tiles(layout.mask_rows(rows)), layout.index_words(columns), TILE_ROWS),
-        "scales": (tiles(rows), layout.scales_per_row(columns), TILE_ROWS),
+        "codes": (layout.row_tiles(rows), layout.codes_words(columns), TILE_ROWS),
+        "index": (layout.index_tiles(rows), layout.index_words(columns), TILE_ROWS),
+        "scales": (layout.row_tiles(rows), layout.scales_per_row(columns), TILE_ROWS),
     }
     return {
         name: np.frombuffer(buffer, scale_dtype if name == "scales" else np.dtype("<u4")).reshape(shapes[name])
@@ -80,14 +79,15 @@ def encode(
     The positions of a ``seeded`` layout are not stored; those of the others must ascend in every group. Fields of
     entries beyond the last column must be zero.
     """
-    routines.pack_into(arrays.codes, layout.bits, _words(out["codes"]))
+    routines.pack_into(arrays.codes, layout.bits, _words(out["codes"]), layout.share)
     if layout.index == "fixed":
         flat = arrays.positions.reshape(arrays.positions.shape[0], -1)
-        routines.pack_into(flat, layout.position_bits, _words(out["index"]))
+        routines.pack_into(flat, layout.position_bits, _words(out["index"]), 1)
     elif layout.index == "rank":
         _words(out["index"])[...] = pos.encode_rank(arrays.positions, layout)
     scales = arrays.scales
-    out["scales"][...] = words.to_tiles(narrow(scales, "BF16") if layout.scale_dtype == "BF16" else scales)
+    raw = narrow(scales, "BF16") if layout.scale_dtype == "BF16" else scales
+    out["scales"][...] = words.to_tiles(raw, layout.share)
 
 
 def decode(
@@ -115,7 +115,7 @@ def decode(
             is negative or not finite.
     """
     groups = layout.groups(columns)
-    raw = words.from_tiles(packed["scales"], rows)
+    raw = words.from_tiles(packed["scales"], rows, layout.share)
     scales = np.ascontiguousarray(
         widen(raw.view(np.uint16), "BF16") if layout.scale_dtype == "BF16" else raw.view(np.float32)
     )
@@ -129,7 +129,7 @@ def decode(
     else:
         kept_at = pos.decode_rank(_words(packed["index"]), layout, mask_rows, groups)
     # Last, because compiled routines use the memory of one unpacking again for the next.
-    codes = routines.unpack(_words(packed["codes"]), rows, layout.kept(columns), layout.bits)
+    codes = routines.unpack(_words(packed["codes"]), rows, layout.kept(columns), layout.bits, layout.share)
     codes = codes.astype(np.uint8, copy=False)
     return NMArrays(kept_at, codes, scales)
 

@@ -82,7 +82,7 @@ def decode_fixed(
     Raises:
         InvalidFileError: a position is not below M, or the positions of a group do not ascend.
     """
-    fields = unpack(packed, mask_rows, groups * layout.keep, layout.position_bits)
+    fields = unpack(packed, mask_rows, groups * layout.keep, layout.position_bits, 1)
     positions = fields.astype(np.uint8, copy=True).reshape(mask_rows, groups, layout.keep)
     check_ascending(positions, layout.group)
     return positions

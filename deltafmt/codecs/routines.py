@@ -19,8 +19,8 @@ class CodecRoutines:
     """One implementation of every hot loop of the codecs."""
 
     seeded: Callable[[int, int, int, int, int, int], NDArray[np.uint8]]
-    pack_into: Callable[[NDArray[np.unsignedinteger], int, NDArray[np.uint32]], None]
-    unpack: Callable[[NDArray[np.uint32], int, int, int], NDArray[np.unsignedinteger]]
+    pack_into: Callable[[NDArray[np.unsignedinteger], int, NDArray[np.uint32], int], None]
+    unpack: Callable[[NDArray[np.uint32], int, int, int, int], NDArray[np.unsignedinteger]]
     scatter: Callable[..., NDArray[np.float32]]
     subtract: Callable[[floats.Raw, str, floats.Raw, str], tuple[floats.Floats, bool]]
     add: Callable[[floats.Raw, str, floats.Floats, str], floats.Raw]

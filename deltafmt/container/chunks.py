@@ -15,6 +15,9 @@ from deltafmt.layout.constants import ZSTD_CHUNK
 
 LEVEL = 9
 
+# One a thread: it is not to be shared.
+Decompressor = zstandard.ZstdDecompressor
+
 
 class ChunkCompressor:
     """Turn raw bytes, fed in any pieces, into frames followed by their table of lengths."""
@@ -70,7 +73,7 @@ class ChunkReader:
         self._stored = stored
         self._raw_length = raw_length
         self._where = where
-        self._decompressor = zstandard.ZstdDecompressor()
+        self._decompressor = Decompressor()
 
     def read(self, offset: int, length: int) -> bytearray:
         """Return raw bytes; the range must lie inside the section."""
@@ -78,13 +81,18 @@ class ChunkReader:
         position = 0
         while position < length:
             number, skip = divmod(offset + position, ZSTD_CHUNK)
-            chunk = self._chunk(number)
+            chunk = self.chunk(number, self._decompressor)
             part = chunk[skip : skip + length - position]
             out[position : position + len(part)] = part
             position += len(part)
         return out
 
-    def _chunk(self, number: int) -> bytes:
+    def chunk(self, number: int, decompressor: Decompressor) -> bytes:
+        """Return a chunk's raw bytes; several threads may do so, each with a decompressor of its own.
+
+        Raises:
+            InvalidFileError: its frame breaks section 6.
+        """
         where = f"{self._where}, chunk {number}"
         frame = self._stored[self._starts[number] : self._starts[number + 1]]
         expected = min(ZSTD_CHUNK, self._raw_length - number * ZSTD_CHUNK)
@@ -96,7 +104,7 @@ class ChunkReader:
             raise InvalidFileError(f"{where}: the frame declares {parameters.content_size} bytes, not {expected}")
         if parameters.dict_id or parameters.has_checksum:
             raise InvalidFileError(f"{where}: the frame uses a dictionary or a checksum")
-        decoder = self._decompressor.decompressobj()
+        decoder = decompressor.decompressobj()
         try:
             chunk = decoder.decompress(frame)
         except zstandard.ZstdError as error:

@@ -77,6 +77,7 @@ class Container:
         self.index_offset = trailer.index_offset
         self.index_length = trailer.index_length
         self.content_id = trailer.content_id
+        self.seal = trailer.digest
         self._check_zeros(c.HEADER_SIZE, c.SECTION_ALIGNMENT, "after the header")
         self._parse(canonical.decode(index, "the index"), max_raw_bytes)
 
@@ -167,6 +168,11 @@ class Container:
             self._entries[name] = found
         return found
 
+    def adopt(self, earlier: Container) -> None:
+        """Take over the entries that an earlier opening of the same file has decoded, if the index is still the same."""
+        if earlier.seal == self.seal:
+            self._entries = earlier._entries  # noqa: SLF001 - of the same class
+
     def entries(self) -> Iterator[TensorEntry]:
         """Iterate over all entries, in the order of their names."""
         return (self.entry(name) for name in self._tensors)
@@ -212,20 +218,35 @@ class Container:
         section = self.sections[ref.section]
         self.touch(ref.section)
         if section.codec == c.CODEC_STORED:
-            return self._source.read(section.offset + ref.offset, ref.length)
+            return self._read(section.offset + ref.offset, ref.length)
         with self._lock:
             reader = self._chunks.get(ref.section)
-            try:
-                if reader is None:
-                    # Only here, because zstandard takes a while to import and a hot file's tensors do not need it.
-                    from deltafmt.container import chunks
+            if reader is None:
+                reader = self._chunk_reader(ref.section, self._read(section.offset, section.length))
+                self._chunks = {ref.section: reader}  # one at a time: a stream's stored bytes are in memory
+            return memoryview(reader.read(ref.offset, ref.length)).toreadonly()
 
-                    stored = self._source.read(section.offset, section.length)
-                    reader = chunks.ChunkReader(stored, section.raw_length, f"section {ref.section}")
-                    self._chunks = {ref.section: reader}  # one at a time: a stream's stored bytes are in memory
-                return memoryview(reader.read(ref.offset, ref.length)).toreadonly()
-            except InvalidFileError as error:
-                raise InvalidFileError(f"{self.name}: {error}") from error
+    def _chunk_reader(self, number: int, stored: memoryview) -> ChunkReader:
+        # Only here, because zstandard takes a while to import and a hot file's tensors do not need it.
+        from deltafmt.container import chunks
+
+        return chunks.ChunkReader(stored, self.sections[number].raw_length, f"{self.name}: section {number}")
+
+    def chunk_reader(self, number: int, *, verify: bool) -> ChunkReader:
+        """Read a compressed section's stored bytes, and return a decoder of its chunks.
+
+        Raises:
+            StorageError: reading failed.
+            InvalidFileError: the section is damaged.
+        """
+        section = self.sections[number]
+        padding = -section.length % c.SECTION_ALIGNMENT
+        stored = memoryview(bytearray(section.length + padding))
+        self.read_into(section.offset, stored)
+        if verify:
+            found = xxhash.xxh3_128_digest(stored[: section.length])
+            self.check_section(number, found, stored[section.length :])
+        return self._chunk_reader(number, stored[: section.length])
 
     def release(self, entry: TensorEntry) -> None:
         """Take note that a tensor's buffers have been used; views of them stay valid."""
@@ -240,29 +261,58 @@ class Container:
             return
         section = self.sections[number]
         end = section.offset + section.length
+        self.check_section(number, self._section_checksum(section), self._read(end, -end % c.SECTION_ALIGNMENT))
+        self._touched.add(number)
+
+    def check_section(self, number: int, found: bytes, padding: bytes | memoryview) -> None:
+        """Compare a section with what has been read of it elsewhere (spec section 5.3).
+
+        Args:
+            number: of the section.
+            found: the XXH3-128 of the stored bytes that were read.
+            padding: the bytes behind the section, up to the next multiple of 4096.
+
+        Raises:
+            InvalidFileError: they do not fit the index.
+        """
+        section = self.sections[number]
+        if found != section.checksum:
+            raise InvalidFileError(
+                f"{self.name}: section {number} at {section.offset} is damaged: "
+                f"its checksum is {section.checksum.hex()}, its bytes give {found.hex()}"
+            )
+        if bytes(padding) != bytes(len(padding)):
+            raise InvalidFileError(f"{self.name}: the padding after section {number} is not zero")
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill ``target`` with bytes of the file, unchecked; several threads may do so at the same time.
+
+        Raises:
+            StorageError: reading failed.
+            InvalidFileError: the file has become shorter.
+        """
         try:
-            found = self._section_checksum(section)
-            if found != section.checksum:
-                raise InvalidFileError(
-                    f"section {number} at {section.offset} is damaged: "
-                    f"its checksum is {section.checksum.hex()}, its bytes give {found.hex()}"
-                )
-            self._check_zeros(end, c.align(end, c.SECTION_ALIGNMENT), f"after section {number}")
+            self._source.read_into(offset, target)
         except InvalidFileError as error:
             raise InvalidFileError(f"{self.name}: {error}") from error
-        self._touched.add(number)
+
+    def _read(self, offset: int, length: int) -> memoryview:
+        try:
+            return self._source.read(offset, length)
+        except InvalidFileError as error:
+            raise InvalidFileError(f"{self.name}: {error}") from error
 
     def _section_checksum(self, section: Section) -> bytes:
         hasher = xxhash.xxh3_128()
         step = 16 * 1024 * 1024
         for offset in range(section.offset, section.offset + section.length, step):
             length = min(step, section.offset + section.length - offset)
-            hasher.update(self._source.read(offset, length))
+            hasher.update(self._read(offset, length))
             self._source.release(offset, length)
         return hasher.digest()
 
     def _check_zeros(self, start: int, stop: int, place: str) -> None:
-        if any(self._source.read(start, stop - start)):
+        if bytes(self._source.read(start, stop - start)) != bytes(stop - start):
             raise InvalidFileError(f"the padding {place} is not zero")
 
     def close(self) -> None:

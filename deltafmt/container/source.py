@@ -1,4 +1,4 @@
-"""Where a reader's bytes come from: a memory map, or plain positioned reads."""
+"""Where a reader's bytes come from: a memory map, plain positioned reads, or a file object."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ class Source(Protocol):
 
     def read(self, offset: int, length: int) -> memoryview:
         """Return exactly ``length`` bytes, read-only; the caller has checked the range against ``size``."""
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``offset`` on; several threads may do so at the same time."""
 
     def release(self, offset: int, length: int) -> None:
         """Take note that a range has been used and is not needed in memory."""
@@ -49,6 +52,10 @@ class MapSource:
         """Return a view; no byte is copied."""
         return self._view[offset : offset + length]
 
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Copy out of the map."""
+        target[:] = self._view[offset : offset + len(target)]
+
     def release(self, offset: int, length: int) -> None:
         """Unmap whole pages of a range from this process; they stay in the page cache, and views stay valid."""
         start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -66,13 +73,59 @@ class MapSource:
             pass  # a view handed out is still alive; the map goes with it
 
 
-class StreamSource:
-    """An open binary file, local or not: reads are copies. Needs ``seek`` and ``read``."""
+class FileSource:
+    """An open file of a file system: reads are copies, and several threads may read at the same time."""
 
-    def __init__(self, file: BinaryIO, name: str = "<stream>", *, owned: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name = os.fspath(path)
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close
+        except OSError as error:
+            raise storage_error("cannot open", self.name, error) from error
+        try:
+            self.size = self._file.seek(0, os.SEEK_END)
+            if self.size == 0:
+                raise InvalidFileError("the file is empty")
+        except BaseException as error:
+            self._file.close()
+            if isinstance(error, OSError):
+                raise storage_error("cannot seek in", self.name, error) from error
+            raise
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Read and return a copy."""
+        data = bytearray(length)
+        self.read_into(offset, memoryview(data))
+        return memoryview(data).toreadonly()
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Read at a position, without a lock."""
+        done = 0
+        try:
+            while done < len(target):
+                count = os.preadv(self._file.fileno(), [target[done:]], offset + done)
+                if count == 0:
+                    raise InvalidFileError(f"the file ends {len(target) - done} bytes early, at {offset + done}")
+                done += count
+        except (OSError, ValueError) as error:
+            if isinstance(error, InvalidFileError):
+                raise
+            raise storage_error("cannot read", self.name, error) from error
+
+    def release(self, offset: int, length: int) -> None:
+        """Do nothing: reads are copies."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class StreamSource:
+    """A binary file object, local or not: reads are copies. Needs ``seek`` and ``read``."""
+
+    def __init__(self, file: BinaryIO, name: str = "<stream>") -> None:
         self.name = name
         self._file = file
-        self._owned = owned
         self._lock = threading.Lock()
         try:
             self.size = file.seek(0, os.SEEK_END)
@@ -100,17 +153,19 @@ class StreamSource:
             raise InvalidFileError(f"the file ends {missing} bytes early, at {offset + length - missing}")
         return memoryview(parts[0] if len(parts) == 1 else b"".join(parts)).toreadonly()
 
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Read, one thread at a time."""
+        target[:] = self.read(offset, len(target))
+
     def release(self, offset: int, length: int) -> None:
         """Do nothing: reads are copies."""
 
     def close(self) -> None:
-        """Close the file if it was opened here."""
-        if self._owned:
-            self._file.close()
+        """Leave the file open: it was not opened here."""
 
 
 def open_source(path: str | os.PathLike[str] | BinaryIO, *, mmap: bool = True) -> Source:
-    """Open a path as a map or a stream, or wrap a binary file object.
+    """Open a path as a map or for positioned reads, or wrap a binary file object.
 
     Raises:
         StorageError: the file cannot be opened.
@@ -120,14 +175,4 @@ def open_source(path: str | os.PathLike[str] | BinaryIO, *, mmap: bool = True) -
         raise StorageError(f"{os.fspath(path)} is a folder, not a delta file")
     if not isinstance(path, str | os.PathLike):
         return StreamSource(path, str(getattr(path, "name", "<stream>")))
-    if mmap:
-        return MapSource(path)
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - closed by StreamSource.close
-    except OSError as error:
-        raise storage_error("cannot open", os.fspath(path), error) from error
-    try:
-        return StreamSource(file, os.fspath(path), owned=True)
-    except BaseException:
-        file.close()
-        raise
+    return MapSource(path) if mmap else FileSource(path)

@@ -111,6 +111,14 @@ class NMLayout:
         """Rows of the index: one for every ``share`` rows."""
         return -(-rows // self.share)
 
+    def row_tiles(self, rows: int) -> int:
+        """Tiles of the codes and of the scales of ``rows`` rows."""
+        return tiles(rows, self.share)
+
+    def index_tiles(self, rows: int) -> int:
+        """Tiles of the index of ``rows`` rows: those of their mask rows."""
+        return tiles(self.mask_rows(rows))
+
     def codes_words(self, columns: int) -> int:
         """Packed words of a row's codes."""
         return stream_words(self.kept(columns), self.bits)
@@ -125,11 +133,11 @@ class NMLayout:
 
     def buffer_lengths(self, rows: int, columns: int) -> dict[str, int]:
         """Byte lengths of a term's buffers, in the order in which they are stored and digested."""
-        lengths = {"codes": tiles(rows) * TILE_ROWS * 4 * self.codes_words(columns)}
+        lengths = {"codes": self.row_tiles(rows) * TILE_ROWS * 4 * self.codes_words(columns)}
         if self.index != "seeded":
-            lengths["index"] = tiles(self.mask_rows(rows)) * TILE_ROWS * 4 * self.index_words(columns)
+            lengths["index"] = self.index_tiles(rows) * TILE_ROWS * 4 * self.index_words(columns)
         scale_bytes = SCALE_BYTES[self.scale_dtype]
-        lengths["scales"] = tiles(rows) * TILE_ROWS * scale_bytes * self.scales_per_row(columns)
+        lengths["scales"] = self.row_tiles(rows) * TILE_ROWS * scale_bytes * self.scales_per_row(columns)
         return lengths
 
     def with_index(self, index: str) -> NMLayout:
@@ -162,11 +170,28 @@ class NMLayout:
         return " ".join(parts)
 
 
+def planes(width: int) -> tuple[int, ...]:
+    """Return the widths of the planes of a word stream of ``width`` bits a field, lowest bits first (section 11.2).
+
+    Each is the largest power of two, at most 32, that the bits left allow: 7 is 4, 2 and 1; 37 is 32, 4 and 1.
+    """
+    found = []
+    while width:
+        found.append(min(1 << width.bit_length() - 1, WORD_BITS))
+        width -= found[-1]
+    return tuple(found)
+
+
+def plane_words(count: int, plane: int) -> int:
+    """Return how many 32-bit words a row of one plane takes: ``count`` fields of ``plane`` bits."""
+    return -(-count * plane // WORD_BITS)
+
+
 def stream_words(count: int, width: int) -> int:
-    """Return how many 32-bit words hold ``count`` fields of ``width`` bits."""
-    return -(-count * width // WORD_BITS)
+    """Return how many 32-bit words a row of ``count`` fields of ``width`` bits takes, all planes together."""
+    return sum(plane_words(count, plane) for plane in planes(width))
 
 
-def tiles(rows: int) -> int:
-    """Return the number of 32-row tiles that hold ``rows`` rows."""
-    return -(-rows // TILE_ROWS)
+def tiles(rows: int, share: int = 1) -> int:
+    """Return the number of tiles that hold ``rows`` rows; super-tiles of ``share`` tiles are complete."""
+    return -(-rows // (TILE_ROWS * share)) * share

@@ -38,36 +38,57 @@ static uint64_t number(const char *text)
     return value;
 }
 
-/* A buffer of `rows` rows of `per_row` items of `size` bytes, in tiles of 32 rows; it must lie inside the file. */
-static const void *buffer(uint64_t offset, uint64_t rows, uint64_t per_row, uint64_t size)
+/* A buffer of `rows` rows of `per_row` items of `size` bytes, in super-tiles of 32 `share` rows (1 for the index); it
+ * must lie inside the file. */
+static const void *buffer(uint64_t offset, uint64_t rows, uint64_t share, uint64_t per_row, uint64_t size)
 {
     uint64_t bytes;
     if (rows >= (UINT64_C(1) << 28) || per_row >= (UINT64_C(1) << 28))
         die("too many rows or columns");
-    bytes = (rows + LANES - 1) / LANES * LANES * per_row * size;
+    bytes = (rows + LANES * share - 1) / (LANES * share) * (LANES * share) * per_row * size;
     if (offset > file_size || bytes > file_size - offset || offset % size)
         die("a buffer leaves the file");
     return file + offset;
 }
 
-/* Item w of row 32t + r is item 32 (t W + w) + r of the buffer. */
-static uint64_t place(uint64_t row, uint64_t per_row, uint64_t item)
+/* Item w of lane l of tile t is item 32 (t W + w) + l; the rows of a mask row lie in one lane of `share` tiles. */
+static uint64_t place(uint64_t row, uint64_t share, uint64_t per_row, uint64_t item)
 {
-    return LANES * (row / LANES * per_row + item) + row % LANES;
+    uint64_t tile = row / (LANES * share) * share + row % share, lane = row % (LANES * share) / share;
+    return LANES * (tile * per_row + item) + lane;
 }
 
-/* Field i takes the bits i*width to (i+1)*width of the row's words, lowest bit first. */
-static void print_fields(const char *name, uint64_t offset, uint64_t row, uint64_t rows, uint64_t count, uint64_t width)
+/* The largest plane that `width` bits allow: a power of two, at most 32. */
+static uint64_t plane_of(uint64_t width)
 {
-    uint64_t i, per_row = (count * width + 31) / 32;
-    const uint32_t *words = buffer(offset, rows, per_row, 4);
+    uint64_t plane = 32;
+    while (plane > width)
+        plane /= 2;
+    return plane;
+}
+
+/* A field lies in planes, lowest bits first; in each, field i takes the bits i*plane to (i+1)*plane of the row. */
+static void print_fields(const char *name, uint64_t offset, uint64_t row, uint64_t rows, uint64_t share, uint64_t count,
+                         uint64_t width)
+{
+    uint64_t i, low, plane, first, per_row = 0;
+    const uint32_t *words;
+    for (low = 0; low < width; low += plane) {
+        plane = plane_of(width - low);
+        per_row += (count * plane + 31) / 32;
+    }
+    words = buffer(offset, rows, share, per_row, 4);
     printf("%s", name);
     for (i = 0; i < count && i < SHOWN; i++) {
-        uint64_t word = i * width / 32, shift = i * width % 32;
-        uint64_t value = words[place(row, per_row, word)] >> shift;
-        if (shift + width > 32)
-            value |= (uint64_t)words[place(row, per_row, word + 1)] << (32 - shift);
-        printf(" %" PRIu64, value & ((UINT64_C(1) << width) - 1));
+        uint64_t value = 0;
+        for (low = 0, first = 0; low < width; low += plane) {
+            uint64_t word;
+            plane = plane_of(width - low);
+            word = words[place(row, share, per_row, first + i * plane / 32)];
+            value |= (word >> i * plane % 32 & ((UINT64_C(1) << plane) - 1)) << low;
+            first += (count * plane + 31) / 32;
+        }
+        printf(" %" PRIu64, value);
     }
     printf("\n");
 }
@@ -101,16 +122,16 @@ int main(int argc, char **argv)
     index = number(argv[9]);
     per_row = number(argv[11]);
     scale_bytes = number(argv[12]);
-    if (row >= rows || share == 0 || bits > 8 || position_bits > 8 || kept >= (UINT64_C(1) << 28)
+    if (row >= rows || share == 0 || share > 8 || bits > 8 || position_bits > 8 || kept >= (UINT64_C(1) << 28)
         || (scale_bytes != 2 && scale_bytes != 4))
         die("an argument is out of range");
-    print_fields("codes", number(argv[6]), row, rows, kept, bits);
+    print_fields("codes", number(argv[6]), row, rows, share, kept, bits);
     if (index)
-        print_fields("positions", index, row / share, (rows + share - 1) / share, kept, position_bits);
-    scales = buffer(number(argv[10]), rows, per_row, scale_bytes);
+        print_fields("positions", index, row / share, (rows + share - 1) / share, 1, kept, position_bits);
+    scales = buffer(number(argv[10]), rows, share, per_row, scale_bytes);
     printf("scales");
     for (i = 0; i < per_row && i < SHOWN; i++) {
-        uint64_t at = place(row, per_row, i);
+        uint64_t at = place(row, share, per_row, i);
         /* A BF16 is the upper half of a float. */
         uint32_t raw = scale_bytes == 4 ? ((const uint32_t *)scales)[at] : (uint32_t)((const uint16_t *)scales)[at] << 16;
         float scale;

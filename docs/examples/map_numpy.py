@@ -31,20 +31,26 @@ def views(mapped: mmap.mmap, tensor: dict[str, Any]) -> dict[str, Any]:
         array = np.frombuffer(mapped, dtype, place["length"] // dtype.itemsize, place["file_offset"])
         rows = int(np.prod(tensor["shape"][:-1]))
         rows = min(rows, int(np.prod(tensor["base"]["shape"][:-1])))
-        if name == "index":
-            rows = -(-rows // tensor["terms"][0]["share"])
-        found[name] = array.reshape(-(-rows // 32), -1, 32)
+        share = tensor["terms"][0]["share"]
+        tiles = -(-rows // (32 * share))  # of the index; the rows of a mask row lie in `share` tiles
+        found[name] = array.reshape(tiles if name == "index" else tiles * share, -1, 32)
     return found
 
 
-def field(words: Any, row: int, number: int, width: int) -> int:
-    """Return one field of a row: word w of row 32t + r is at [t, w, r], that is at word 32 (t W + w) + r."""
-    word, shift = divmod(number * width, 32)
-    tile, lane = divmod(row, 32)
-    value = int(words[tile, word, lane]) >> shift
-    if shift + width > 32:
-        value |= int(words[tile, word + 1, lane]) << (32 - shift)
-    return value & (1 << width) - 1
+def row_of(array: Any, row: int, share: int) -> Any:
+    """Return one row's words or scales; ``share`` is 1 for the index."""
+    return array[row // (32 * share) * share + row % share, :, row % (32 * share) // share]
+
+
+def fields(words: Any, width: int, count: int, shown: int) -> list[int]:
+    """Return the first of a row's ``count`` fields, which lie in planes of 32, 16, 8, 4, 2 and 1 bits."""
+    number, found, first, low = np.arange(shown), np.zeros(shown, np.uint64), 0, 0
+    while low < width:
+        plane = 1 << min(5, (width - low).bit_length() - 1)
+        bits = words[first + number * plane // 32].astype(np.uint64) >> (number * plane % 32).astype(np.uint64)
+        found |= (bits & np.uint64((1 << plane) - 1)) << np.uint64(low)
+        first, low = first + -(-count * plane // 32), low + plane
+    return [int(value) for value in found]
 
 
 def main(inspected: str, name: str, row: int) -> None:
@@ -61,14 +67,14 @@ def main(inspected: str, name: str, row: int) -> None:
         print(f"{key}: {array.dtype} {array.shape}, a view of the map", file=sys.stderr)
 
     kept = -(-tensor["shape"][-1] // term["group"]) * term["keep"]
-    shown = range(min(SHOWN, kept))
-    print("codes", *(field(arrays["codes"], row, i, term["bits"]) for i in shown))
+    share, shown = term["share"], min(SHOWN, kept)
+    print("codes", *fields(row_of(arrays["codes"], row, share), term["bits"], kept, shown))
     if "index" in arrays:
         width = (term["group"] - 1).bit_length()
-        print("positions", *(field(arrays["index"], row // term["share"], i, width) for i in shown))
+        print("positions", *fields(row_of(arrays["index"], row // share, 1), width, kept, shown))
     else:
         print("positions follow from seed", term["seed"])
-    scales = arrays["scales"][row // 32, :SHOWN, row % 32]
+    scales = row_of(arrays["scales"], row, share)[:SHOWN]
     if scales.dtype == np.uint16:  # the upper halves of float32 values
         scales = (scales.astype(np.uint32) << np.uint32(16)).view(np.float32)
     print("scales", *(f"{float(scale):.9g}" for scale in scales))

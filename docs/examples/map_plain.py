@@ -63,19 +63,26 @@ def read_index(file: memoryview) -> dict[str, Any]:
     return dict(index)
 
 
-def row_of(items: memoryview, row: int, rows: int) -> memoryview:
-    """Return one row's items, a strided view: item w of row 32t + r is item 32 (t W + w) + r."""
-    tile, lane = divmod(row, 32)
-    per_row = len(items) // (-(-rows // 32) * 32)
+def row_of(items: memoryview, row: int, rows: int, share: int) -> memoryview:
+    """Return one row's items, a strided view: item w of lane l of tile t is item 32 (t W + w) + l.
+
+    The rows of a mask row lie in one lane of ``share`` tiles; the index has one tile for those, its ``share`` is 1.
+    """
+    tile, lane = row // (32 * share) * share + row % share, row % (32 * share) // share
+    per_row = len(items) // (-(-rows // (32 * share)) * share * 32)
     return items[32 * tile * per_row + lane : 32 * (tile + 1) * per_row : 32]
 
 
-def fields(words: memoryview, width: int, count: int) -> list[int]:
-    """Return the first fields of a row's stream, lowest bits first."""
-    stream = 0
-    for number, word in enumerate(words[: -(-count * width // 32)]):
-        stream |= word << (32 * number)
-    return [stream >> (number * width) & (1 << width) - 1 for number in range(count)]
+def fields(words: memoryview, width: int, count: int, shown: int) -> list[int]:
+    """Return the first of a row's ``count`` fields, which lie in planes of 32, 16, 8, 4, 2 and 1 bits."""
+    found, first, low = [0] * shown, 0, 0
+    while low < width:
+        plane = 1 << min(5, (width - low).bit_length() - 1)
+        for number in range(shown):
+            word, shift = divmod(number * plane, 32)
+            found[number] |= (words[first + word] >> shift & (1 << plane) - 1) << low
+        first, low = first + -(-count * plane // 32), low + plane
+    return found
 
 
 def main(path: str, name: str, row: int) -> None:
@@ -98,18 +105,18 @@ def main(path: str, name: str, row: int) -> None:
     for size, base_size in zip(tensor["shape"][:-1], tensor["base"]["shape"][:-1], strict=True):
         rows, base_rows = rows * size, base_rows * base_size
     rows = min(rows, base_rows)
-    count = min(SHOWN, -(-tensor["shape"][-1] // layout["group"]) * layout["keep"])
-    print("codes", *fields(row_of(buffer("codes", "I"), row, rows), layout["bits"], count))
+    share, kept = layout["share"], -(-tensor["shape"][-1] // layout["group"]) * layout["keep"]
+    shown = min(SHOWN, kept)
+    print("codes", *fields(row_of(buffer("codes", "I"), row, rows, share), layout["bits"], kept, shown))
     if "index" in term["buffers"]:
-        share, width = layout["share"], (layout["group"] - 1).bit_length()
-        words = row_of(buffer("index", "I"), row // share, -(-rows // share))
-        print("positions", *fields(words, width, count))
+        words = row_of(buffer("index", "I"), row // share, -(-rows // share), 1)
+        print("positions", *fields(words, (layout["group"] - 1).bit_length(), kept, shown))
     else:
         print("positions follow from seed", term["seed"])
     if layout["scale_dtype"] == "F32":
-        scales = [float(scale) for scale in row_of(buffer("scales", "f"), row, rows)[:SHOWN]]
+        scales = [float(scale) for scale in row_of(buffer("scales", "f"), row, rows, share)[:SHOWN]]
     else:  # BF16: the upper half of a float32
-        halves = row_of(buffer("scales", "H"), row, rows)[:SHOWN]
+        halves = row_of(buffer("scales", "H"), row, rows, share)[:SHOWN]
         scales = [struct.unpack("<f", struct.pack("<HH", 0, half))[0] for half in halves]
     print("scales", *(f"{scale:.9g}" for scale in scales))
 

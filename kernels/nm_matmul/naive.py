@@ -33,22 +33,48 @@ def _multiply(x: torch.Tensor, factor: int) -> torch.Tensor:
     return ((high << 16) + (x & 0xFFFF) * factor) & _MASK
 
 
-def unpack_fields(words: torch.Tensor, rows: int, count: int, width: int) -> torch.Tensor:
+def tiled_rows(tiled: torch.Tensor, rows: int, share: int) -> torch.Tensor:
+    """Section 11.2, "Tiles": return the items of every row.
+
+    Args:
+        tiled: words or scales, shape (tiles, items, 32).
+        rows: of the stream.
+        share: v, the rows of a mask row; 1 for an index.
+
+    Returns:
+        Shape (rows, items).
+    """
+    r = torch.arange(rows, device=tiled.device)
+    tile = r // (32 * share) * share + r % share
+    lane = r % (32 * share) // share
+    return tiled[tile, :, lane]
+
+
+def unpack_fields(words: torch.Tensor, rows: int, count: int, width: int, share: int) -> torch.Tensor:
     """Section 11.2: return the fields of a word stream.
 
     Args:
         words: int32, shape (tiles, words, 32), the bits of the packed words.
         rows, count, width: of the stream; width at most 8.
+        share: v, the rows of a mask row; 1 for an index.
 
     Returns:
         int64, shape (rows, count).
     """
-    stream = words.transpose(1, 2).reshape(-1, words.shape[1])[:rows].long() & _MASK
-    stream = torch.cat([stream, stream.new_zeros(rows, 1)], 1)
-    bit = torch.arange(count, device=words.device) * width
-    low, shift = bit // 32, bit % 32
-    pair = stream[:, low] | (stream[:, low + 1] << 32)
-    return (pair >> shift) & ((1 << width) - 1)
+    by_row = tiled_rows(words, rows, share).long() & _MASK
+    field = torch.arange(count, device=words.device)
+    fields = torch.zeros(rows, count, dtype=torch.int64, device=words.device)
+    first = low = 0
+    while low < width:
+        plane = 1
+        while 2 * plane <= min(width - low, 32):
+            plane *= 2
+        bit = field * plane
+        part = by_row[:, first + bit // 32] >> bit % 32 & (1 << plane) - 1
+        fields |= part << low
+        first += -(-count * plane // 32)
+        low += plane
+    return fields
 
 
 def seeded_positions(layout: NMLayout, seed: int, mask_rows: int, groups: int) -> torch.Tensor:
@@ -86,12 +112,12 @@ def nm_delta(layout: NMLayout, buffers: dict[str, torch.Tensor], seed: int, rows
     if layout.index == "seeded":
         positions = seeded_positions(layout, seed, mask_rows, groups).to(buffers["codes"].device)
     elif layout.index == "fixed":
-        positions = unpack_fields(buffers["index"], mask_rows, kept, layout.position_bits)
+        positions = unpack_fields(buffers["index"], mask_rows, kept, layout.position_bits, 1)
         positions = positions.reshape(mask_rows, groups, layout.keep)
     else:
         raise UsageError("a rank index is made fixed before it is multiplied with")
-    codes = unpack_fields(buffers["codes"], rows, kept, layout.bits)
-    scales = buffers["scales"].transpose(1, 2).reshape(-1, buffers["scales"].shape[1])[:rows].float()
+    codes = unpack_fields(buffers["codes"], rows, kept, layout.bits, layout.share)
+    scales = tiled_rows(buffers["scales"], rows, layout.share).float()
     per_entry = (scales * 0.5).repeat_interleave(min(layout.scale_group or kept, kept), 1)[:, :kept]
     values = (2 * codes - layout.top).float() * per_entry
     start = torch.arange(groups, device=positions.device) * layout.group
@@ -133,9 +159,7 @@ def operand_delta(operand: NMOperand) -> torch.Tensor:
     return nm_delta(operand.layout, buffers, operand.seed, operand.rows, operand.columns)
 
 
-def nm_matmul_(
-    outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments
-) -> None:
+def nm_matmul_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
     """Add each token's ``x @ delta.T`` onto the base's outputs, in place; the reference of the kernels.
 
     Args:

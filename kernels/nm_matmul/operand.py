@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.layout.nm import TILE_ROWS, NMLayout, tiles
+from deltafmt.layout.nm import TILE_ROWS, NMLayout
+
+# Parts of one launch: q, k and v.
+MAX_PARTS = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,11 +45,11 @@ class NMOperand:
         if (self.index is None) != (layout.index == "seeded"):
             raise UsageError(f"a {layout.index} index comes with{'out' if layout.index == 'seeded' else ''} a buffer")
         scale_dtype = torch.bfloat16 if layout.scale_dtype == "BF16" else torch.float32
-        row_tiles = tiles(self.rows)
+        row_tiles = layout.row_tiles(self.rows)
         check_buffer("codes", self.codes, (row_tiles, layout.codes_words(self.columns)), torch.int32)
         check_buffer("scales", self.scales, (row_tiles, layout.scales_per_row(self.columns)), scale_dtype)
         if self.index is not None:
-            shape = (tiles(layout.mask_rows(self.rows)), layout.index_words(self.columns))
+            shape = (layout.index_tiles(self.rows), layout.index_words(self.columns))
             check_buffer("index", self.index, shape, torch.int32)
         if {tensor.device for tensor in self.tensors()} != {self.codes.device}:
             raise UsageError("the buffers of an operand lie on one device")
@@ -77,6 +80,21 @@ def check_buffer(name: str, tensor: torch.Tensor, shape: tuple[int, int], dtype:
         raise UsageError(f"{name}: expected contiguous {dtype} {wanted}, found {found}")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LayoutTable:
+    """What a kernel reads of the operands of one layout.
+
+    Attributes:
+        layout: of all these operands.
+        columns: in_features.
+        entries: int64, shape (slots, parts, 5): addresses of codes, index and scales, the seed, and the rows (0: none).
+    """
+
+    layout: NMLayout
+    columns: int
+    entries: torch.Tensor
+
+
 class OperandTable:
     """Operands by slot and part: what one product multiplies with.
 
@@ -94,9 +112,10 @@ class OperandTable:
         self.slots = slots
         self.parts = tuple(parts)
         self.columns = columns
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its number
         self._held: list[tuple[tuple[NMOperand, ...], ...]] = [((),) * len(self.parts)] * slots
-        self.version = 0
+        self._tables: dict[tuple[NMLayout, int, int, int], LayoutTable] = {}
+        self._stale = False
 
     def put(self, slot: int, parts: Sequence[Sequence[NMOperand]]) -> None:
         """Set a slot's operands; what was there is forgotten.
@@ -117,7 +136,7 @@ class OperandTable:
                 if operand.device != self.device:
                     raise UsageError(f"an operand on {operand.device} does not fit a table on {self.device}")
         self._held[slot] = tuple(tuple(terms) for terms in parts)
-        self.version += 1
+        self._stale = True
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -126,3 +145,41 @@ class OperandTable:
     def operands(self, slot: int) -> tuple[tuple[NMOperand, ...], ...]:
         """Return a slot's operands, by part and term."""
         return self._held[slot]
+
+    def layout_tables(self, parts: slice) -> list[LayoutTable]:
+        """Return one table for each layout among the operands of some parts; a second term of a layout gets another.
+
+        A table's memory stays where it is when operands change, so that a captured graph goes on reading it; a layout
+        that is new to the table is not part of graphs captured before.
+        """
+        if self._stale:
+            self._rebuild()
+        first, stop, _ = parts.indices(len(self.parts))
+        return [table for (_, _, at, _), table in self._tables.items() if at == first and stop > first]
+
+    def _rebuild(self) -> None:
+        rows: dict[tuple[NMLayout, int, int, int], torch.Tensor] = {
+            key: torch.zeros(table.entries.shape, dtype=torch.int64) for key, table in self._tables.items()
+        }
+        for slot, held in enumerate(self._held):
+            for part, terms in enumerate(held):
+                seen: dict[NMLayout, int] = {}
+                for operand in terms:
+                    number = seen[operand.layout] = seen.get(operand.layout, -1) + 1
+                    first = part // MAX_PARTS * MAX_PARTS
+                    width = min(len(self.parts) - first, MAX_PARTS)
+                    key = (operand.layout, number, first, width)
+                    if key not in rows:
+                        rows[key] = torch.zeros(self.slots, width, 5, dtype=torch.int64)
+                    rows[key][slot, part - first] = torch.tensor(_addresses(operand))
+        for key, values in rows.items():
+            if key in self._tables:
+                self._tables[key].entries.copy_(values)
+            else:
+                self._tables[key] = LayoutTable(key[0], self.columns, values.to(self.device))
+        self._stale = False
+
+
+def _addresses(operand: NMOperand) -> list[int]:
+    index = 0 if operand.index is None else operand.index.data_ptr()
+    return [operand.codes.data_ptr(), index, operand.scales.data_ptr(), operand.seed, operand.rows]

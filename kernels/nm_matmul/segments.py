@@ -38,15 +38,17 @@ class Segments:
         count: slots there are.
         longest: no slot has more tokens than this (default: all could be of one slot). A wrong promise loses tokens
             from the product, so give it only where the host knows.
+        shortest: likewise, no slot that has tokens has fewer.
     """
 
-    def __init__(self, slots: torch.Tensor, count: int, longest: int | None = None) -> None:
+    def __init__(self, slots: torch.Tensor, count: int, longest: int | None = None, shortest: int = 1) -> None:
         if slots.dim() != 1 or slots.dtype != torch.int32:
             raise UsageError(f"slots are a 1-d int32 tensor, not {slots.dtype} {tuple(slots.shape)}")
         self.slots = slots
         self.count = count
         self.tokens = slots.shape[0]
         self.longest = self.tokens if longest is None else min(longest, self.tokens)
+        self.shortest = shortest
         self._sorted: tuple[torch.Tensor, torch.Tensor] | None = None
         self._tiles: dict[tuple[int, int, int], TokenTiles] = {}
 
@@ -58,7 +60,7 @@ class Segments:
             if slot >= 0:
                 lengths[slot] = lengths.get(slot, 0) + 1
         tensor = torch.tensor(slots, dtype=torch.int32).to(device, non_blocking=True)
-        return cls(tensor, count, max(lengths.values(), default=0))
+        return cls(tensor, count, max(lengths.values(), default=0), min(lengths.values(), default=0))
 
     def _sort(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the token order, and the places where each slot's tokens start and end (shape (count + 1,))."""

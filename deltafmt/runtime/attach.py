@@ -1,0 +1,291 @@
+"""Deltas attached to a model: one base in memory, and for each row of a batch the fine-tune that it asks for.
+
+Works with any ``torch.nn.Module`` that is built of linear, embedding and other innermost modules. The model keeps its
+class, its modules, its parameters and its state dict: forward hooks add to the modules' outputs, and
+:meth:`Deltas.close` takes them away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from deltafmt.errors import UsageError
+from deltafmt.layout.entries import TensorEntry
+from deltafmt.runtime.base_check import BaseCheck
+from deltafmt.runtime.delta_store import DeltaStore, read_source
+from deltafmt.runtime.device_delta import DeviceDelta
+from deltafmt.runtime.inputs import batch_of, device_of, models_in
+from deltafmt.runtime.merge import Merge
+from deltafmt.runtime.places import Kind, Placement, Rename, place, weight_shape
+from deltafmt.runtime.residency import Residency
+from deltafmt.runtime.selection import BASE, Selection
+from deltafmt.runtime.slots import Slots
+
+Names = str | None | Sequence[str | None]
+
+BASE_NAME = "base"
+
+# The selections of the thread (or task) by model; a new one shadows the one outside it, as torch.no_grad does.
+_active: ContextVar[Mapping[int, Selection]] = ContextVar("deltafmt_selections", default={})  # noqa: B039 - never written to
+
+
+class Deltas:
+    """The deltas of one model.
+
+    Args:
+        model: the base; on its device, in its dtype, and not moved or converted as long as deltas are attached.
+        device: where the deltas go; that of the model's parameters if not given.
+        budget: bytes of deltas on the device; None for no bound.
+        host_budget: bytes of deltas in host memory, from which one comes back quicker than from its file.
+        verify_base: compare the model's parameters with the fingerprints of every delta's base.
+        ignore: tensors whose names match one of these patterns are left out.
+        rename: gives the model's name for a tensor's name in a file, where that is not found by itself.
+        fuse: have linear modules that are given the same input share a launch.
+
+    Attributes:
+        residency: what lies on the device.
+        unchecked: names of base tensors that could not be compared, by the delta's name; see :class:`BaseCheck`.
+        ignored: names of changed tensors that were left out, by the delta's name.
+
+    Raises:
+        UsageError: the model lies on several devices, and none is given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device | str | None = None,
+        budget: int | None = None,
+        host_budget: int = 0,
+        verify_base: bool = True,
+        ignore: Sequence[str] = (),
+        rename: Rename | None = None,
+        fuse: bool = True,
+    ) -> None:
+        self.unchecked: dict[str, list[str]] = {}
+        self.ignored: dict[str, list[str]] = {}
+        self._model = model
+        self._device = device_of(model) if device is None else torch.device(device)
+        self._verify_base = verify_base
+        self._ignore = tuple(ignore)
+        self._rename = rename
+        self._check = BaseCheck(type(model).__name__)
+        self._slots = Slots(self._device, self._active, fuse=fuse)
+        self._store = DeltaStore(self._device, self._slots.release)
+        self.residency: Residency[DeviceDelta, DeviceDelta] = Residency(self._store, budget, host_budget)
+        self._lock = threading.RLock()
+        self._placements: dict[str, Placement] = {}
+        self._open = 0
+        self._merge: Merge | None = None
+        self._merged: str | None = None
+        self._hooks: list[RemovableHandle] = [
+            module.register_forward_pre_hook(self._enter, with_kwargs=True) for module in models_in(model)
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the deltas, in the order in which they were added."""
+        return list(self._placements)
+
+    @property
+    def merged(self) -> str | None:
+        """The name of the delta that is merged into the base's weights."""
+        return self._merged
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of the base's values that are kept in host memory while a delta is merged."""
+        return 0 if self._merge is None else self._merge.saved_bytes
+
+    def add(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Attach a delta. Its file's index is read and the base is checked; it is loaded when it is first used.
+
+        Raises:
+            UsageError: the name is taken, the delta alone exceeds the budget, or a tensor has no place in the model.
+            WrongBaseError: the model is not the delta's base; names the first tensor that differs.
+            StorageError, InvalidFileError: the file cannot be read.
+        """
+        if not name or name == BASE_NAME:
+            raise UsageError(f'a delta cannot have the name "{name}"')
+        self._refuse_merged("another is added")
+        source = read_source(os.fspath(path))
+        placement = place(self._model, source.entries, source.removed, self._ignore, self._rename)
+        self._check_growth(source.entries, placement)
+        unchecked = []
+        if self._verify_base:
+            taken = {tensor for taker in placement.takers for tensor in taker.tensors.values()}
+            entries = {tensor: entry for tensor, entry in source.entries.items() if tensor in taken}
+            unchecked = self._check.check(entries, placement.parameters)
+        needed = _changed(source.entries, placement)
+        with self._lock:
+            if name in self._placements:
+                raise UsageError(f'there is a delta "{name}" already')
+            self._store.sources[name] = replace(source, needed=needed)
+            self.residency.add(name)
+            self._placements[name] = placement
+            self.unchecked[name] = unchecked
+            self.ignored[name] = placement.ignored
+            self._slots.prepare(
+                taker for taker in placement.takers if not set(needed).isdisjoint(taker.tensors.values())
+            )
+
+    def remove(self, name: str) -> None:
+        """Detach one delta and free its memory.
+
+        Raises:
+            UsageError: it is unknown or in use.
+        """
+        self.residency.remove(name)
+        with self._lock:
+            for held in (self._placements, self.unchecked, self.ignored, self._store.sources):
+                held.pop(name)
+
+    def prefetch(self, name: str) -> bool:
+        """Start loading a delta and return at once; False if those in use leave no room for it.
+
+        Raises:
+            UsageError: it is unknown.
+        """
+        return self.residency.prefetch(name)
+
+    def unused(self) -> list[str]:
+        """Return the names of modules that deltas change and that have not run while one of those was served.
+
+        After a forward, a name here that the model should have used means that it reads the module's weight by another
+        way than calling it, where no delta can be added.
+        """
+        return self._slots.unused()
+
+    @contextlib.contextmanager
+    def use(self, names: Names, *, wait: float = 0) -> Iterator[None]:
+        """Serve deltas within a ``with`` block, in this thread, without gradients.
+
+        Args:
+            names: one name for all rows of the batch, or a name for each row; None or "base" for the base alone.
+                Where the model is given several rows for each name (beams), they stand side by side.
+            wait: seconds to wait for other threads to give deltas back where the budget has no room.
+
+        Raises:
+            UsageError: an unknown name, no names, a merged delta, or deltas that together exceed the budget.
+            NoRoomError: the deltas in use leave no room.
+            StorageError, InvalidFileError: a delta's file cannot be read, or has changed.
+        """
+        rows = [names] if names is None or isinstance(names, str) else list(names)
+        if not rows:
+            raise UsageError("no names of deltas are given")
+        rows = [None if name == BASE_NAME else name for name in rows]
+        with self._lock:
+            self._refuse_merged("deltas are served")
+            self._open += 1
+        try:
+            wanted = [name for name in rows if name is not None]
+            with self.residency.acquire(wanted, wait) as lease, torch.no_grad():
+                slots = {
+                    name: self._slots.assign(name, value, self._placements[name].takers)
+                    for name, value in lease.values.items()
+                }
+                row_slots = [BASE if name is None else slots[name] for name in rows]
+                selection = Selection(row_slots, self._slots.count, self._device)
+                token = _active.set({**_active.get(), id(self): selection})
+                try:
+                    yield
+                finally:
+                    _active.reset(token)
+        finally:
+            with self._lock:
+                self._open -= 1
+
+    def merge(self, name: str) -> None:
+        """Add a delta to the base's weights in place; every parameter becomes what unpacking would write.
+
+        The original values of what changes are kept in host memory, so that :meth:`unmerge` restores every bit.
+
+        Raises:
+            UsageError: deltas are in use or merged, or the delta cannot be merged; names the tensor.
+        """
+        # The lock is not held while waiting: the thread that loads deltas takes it to empty slots.
+        with self._lock:
+            self._refuse_merged("another is merged")
+            self._check_idle("merge")
+            self._merged = name
+        lease = None
+        try:
+            lease = self.residency.acquire([name])
+            self._merge = Merge(name, lease, self._placements[name])
+            self._merge.apply()
+        except BaseException:
+            self._merge = self._merged = None
+            if lease is not None:
+                lease.release()
+            raise
+
+    def unmerge(self) -> None:
+        """Restore the base's weights, bit for bit.
+
+        Raises:
+            UsageError: nothing is merged, or the weights have been changed since; then nothing is restored.
+        """
+        if self._merge is None:
+            raise UsageError("no delta is merged")
+        self._merge.undo()
+        self._merge = self._merged = None
+
+    def close(self) -> None:
+        """Take every hook away and free every delta.
+
+        Raises:
+            UsageError: deltas are in use or merged.
+        """
+        with self._lock:
+            self._check_idle("detach")
+            self._refuse_merged("deltas are detached")
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+            self._slots.close()
+        self.residency.close()
+
+    def _refuse_merged(self, what: str) -> None:
+        if self._merged is not None:
+            raise UsageError(f'delta "{self._merged}" is merged into the base; unmerge it before {what}')
+
+    def _check_idle(self, what: str) -> None:
+        if self._open:
+            raise UsageError(f"cannot {what} while deltas are in use")
+
+    def _check_growth(self, entries: Mapping[str, TensorEntry], placement: Placement) -> None:
+        """Refuse a weight of other rows than the base's, except where they are a vocabulary."""
+        head = getattr(self._model, "get_output_embeddings", lambda: None)()
+        for taker in placement.takers:
+            shape = weight_shape(taker.module, taker.kind)
+            name = taker.tensors.get("weight")
+            if shape is None or name is None or taker.kind is Kind.EMBEDDING or taker.module is head:
+                continue
+            if entries[name].shape != shape:
+                found = f"{list(entries[name].shape)} where {type(self._model).__name__} has {list(shape)}"
+                raise UsageError(f'tensor "{name}" is {found}; only embeddings and the output head may differ in rows')
+
+    def _active(self) -> Selection | None:
+        return _active.get().get(id(self))
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        selection = self._active()
+        batch = batch_of(args, kwargs)
+        if selection is not None and batch is not None:
+            selection.enter(*batch, type(module).__name__)
+
+
+def _changed(entries: Mapping[str, TensorEntry], placement: Placement) -> tuple[str, ...]:
+    taken = {tensor: None for taker in placement.takers for tensor in taker.tensors.values()}
+    return tuple(name for name in taken if entries[name].action != "same")

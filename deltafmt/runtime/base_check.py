@@ -1,0 +1,92 @@
+"""Whether a model in memory is the base that a delta was packed against (spec/deltafmt-v1.md, section 7.5)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from deltafmt.checkpoint.fingerprint import hasher
+from deltafmt.errors import WrongBaseError
+from deltafmt.layout.entries import BaseRef, TensorEntry
+from deltafmt.runtime.values import TORCH_DTYPES, version_of
+
+_THREADS = 4  # each holds one tensor in host memory
+
+
+class BaseCheck:
+    """Compare a model's parameters with the fingerprints in deltas; one that stays the same is hashed once."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model = model_name
+        self._known: dict[int, _Known] = {}
+
+    def check(self, entries: Mapping[str, TensorEntry], parameters: Mapping[str, torch.Tensor]) -> list[str]:
+        """Check every tensor that a delta takes from the base.
+
+        Args:
+            entries: of the delta.
+            parameters: of the model, by the tensor's name; what is missing is not checked.
+
+        Returns:
+            Names of the tensors that cannot be checked, because the model holds them in another form: quantized, or in
+            a dtype that the base's bits cannot be had back from.
+
+        Raises:
+            WrongBaseError: names the first tensor that differs.
+        """
+        needed = [(name, entry.base) for name, entry in entries.items() if entry.base is not None]
+        unchecked = []
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="deltafmt-base") as pool:
+            digests = pool.map(lambda pair: self._digest(parameters.get(pair[0]), pair[1]), needed)
+            try:
+                for (name, base), digest in zip(needed, digests, strict=True):
+                    if digest is None:
+                        unchecked.append(name)
+                    elif digest != base.digest:
+                        raise WrongBaseError(
+                            f'wrong base {self._model}: tensor "{name}" differs from the one that was packed against'
+                        )
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return unchecked
+
+    def _digest(self, parameter: torch.Tensor | None, base: BaseRef) -> bytes | None:
+        if parameter is None or base.dtype not in TORCH_DTYPES or tuple(parameter.shape) != base.shape:
+            return None
+        known = self._known.get(id(parameter))
+        version = version_of(parameter)
+        if known is None or known.parameter() is not parameter or (known.version, known.dtype) != (version, base.dtype):
+            known = _Known(weakref.ref(parameter), version, base.dtype, fingerprint(parameter, base.dtype))
+            self._known[id(parameter)] = known
+        return known.digest
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    parameter: weakref.ref[torch.Tensor]
+    version: int
+    dtype: str
+    digest: bytes | None
+
+
+def fingerprint(parameter: torch.Tensor, dtype: str) -> bytes | None:
+    """Return the fingerprint that a parameter has in the dtype of its file.
+
+    A model that was loaded in a wider dtype still has the file's bits; None if it doesn't.
+    """
+    wanted = TORCH_DTYPES[dtype]
+    held = parameter.detach()
+    wider = held.is_floating_point() and wanted.is_floating_point and torch.promote_types(held.dtype, wanted)
+    if held.is_meta or held.dtype not in (wanted, wider):
+        return None
+    narrow = held.to(wanted)
+    if narrow.dtype != held.dtype and not torch.equal(narrow.to(held.dtype), held):
+        return None
+    digest = hasher(dtype, tuple(held.shape))
+    # A torch tensor has no buffer in BF16; its bytes have.
+    digest.update(narrow.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()

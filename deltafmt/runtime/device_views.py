@@ -1,0 +1,129 @@
+"""Tensors as views of the one device allocation that a delta's bytes were copied into (spec, section 11.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from deltafmt.container.reader import Container
+from deltafmt.kernels.nm_matmul.operand import NMOperand
+from deltafmt.layout.constants import element_count
+from deltafmt.layout.entries import NMTerm, TensorEntry
+from deltafmt.layout.nm import TILE_ROWS
+from deltafmt.runtime.device_delta import DeviceTensor
+from deltafmt.runtime.upload_plan import Placement
+
+# A dtype that torch lacks (or lacked when it was built) is left as bytes.
+_TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+}
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    name: getattr(torch, torch_name) for name, torch_name in _TORCH_NAMES.items() if hasattr(torch, torch_name)
+}
+
+
+class DeviceTensors(Mapping[str, DeviceTensor]):
+    """The tensors of a delta, made from its index when they are first asked for.
+
+    Args:
+        container: its index; the file may be closed.
+        names: of the tensors.
+        memory: uint8, 1-d, its length a multiple of 256; holds what ``placement`` placed.
+        placement: where the buffers lie.
+    """
+
+    def __init__(
+        self, container: Container, names: Sequence[str], memory: torch.Tensor, placement: Placement
+    ) -> None:
+        self._container = container
+        self._names = dict.fromkeys(names)
+        self._placement = placement
+        self._made: dict[str, DeviceTensor] = {}
+        self._bases = {torch.uint8: memory}
+
+    def __getitem__(self, name: str) -> DeviceTensor:
+        found = self._made.get(name)
+        if found is None:
+            if name not in self._names:
+                raise KeyError(name)
+            entry = self._container.entry(name)
+            found = self._make(entry) if entry.target is None else self._alias(entry.target)
+            self._made[name] = found
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def _alias(self, target: str) -> DeviceTensor:
+        return self[target] if target in self._names else self._make(self._container.entry(target))
+
+    def _make(self, entry: TensorEntry) -> DeviceTensor:
+        terms = tuple(self._operand(entry, term) for term in entry.terms)
+        return DeviceTensor(entry, terms, self._data(entry))
+
+    def _operand(self, entry: TensorEntry, term: NMTerm) -> NMOperand:
+        layout = term.params
+        rows, columns = entry.delta_rows, entry.columns
+        offsets = {name: self._placement.offset(ref) for name, ref in term.buffers.items() if name != "index"}
+        index_offset = None
+        if layout.index == "rank":
+            index_offset = self._placement.fixed_offset(entry, term)
+            layout = layout.with_index("fixed")
+        elif layout.index == "fixed":
+            index_offset = self._placement.offset(term.buffers["index"])
+        tiles = layout.row_tiles(rows)
+        codes = self._view(torch.int32, (tiles, layout.codes_words(columns), TILE_ROWS), offsets["codes"])
+        scale_dtype = torch.bfloat16 if layout.scale_dtype == "BF16" else torch.float32
+        scales = self._view(scale_dtype, (tiles, layout.scales_per_row(columns), TILE_ROWS), offsets["scales"])
+        index = None
+        if index_offset is not None:
+            shape = (layout.index_tiles(rows), layout.index_words(columns), TILE_ROWS)
+            index = self._view(torch.int32, shape, index_offset)
+        return NMOperand(layout, term.seed, rows, columns, codes, index, scales)
+
+    def _data(self, entry: TensorEntry) -> torch.Tensor | None:
+        """Return the bytes of ``replace``, or of new rows, in the tensor's dtype if torch has it."""
+        if entry.data is None:
+            return None
+        offset = self._placement.offset(entry.data)
+        dtype = TORCH_DTYPES.get(entry.dtype)
+        if dtype is None:
+            return self._view(torch.uint8, (entry.data.length,), offset)
+        shape = entry.shape if entry.action == "replace" else (entry.rows - entry.delta_rows, entry.columns)
+        return self._view(dtype, shape, offset)
+
+    def _view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
+        base = self._bases.get(dtype)
+        if base is None:
+            base = self._bases[dtype] = self._bases[torch.uint8].view(dtype)
+        strides = [1] * len(shape)
+        for i in range(len(shape) - 1, 0, -1):
+            strides[i - 1] = strides[i] * max(shape[i], 1)
+        if not element_count(shape):
+            offset = 0
+        return base.as_strided(shape, strides, offset // base.itemsize)

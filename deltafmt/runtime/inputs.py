@@ -1,0 +1,40 @@
+"""Where a model lies, and what it is called with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltafmt.errors import UsageError
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's parameters and buffers."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) != 1:
+        found = " and ".join(sorted(map(str, devices))) or "no device"
+        raise UsageError(f"the model lies on {found}; deltas are served on one device, which device= names")
+    return devices.pop()
+
+
+def models_in(model: nn.Module) -> list[nn.Module]:
+    """Return the model and those inside it that are given a batch: a decoder, an encoder."""
+    found = [model]
+    for module in model.modules():
+        parameters = inspect.signature(type(module).forward).parameters
+        if module is not model and ("input_ids" in parameters or "inputs_embeds" in parameters):
+            found.append(module)
+    return found
+
+
+def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the rows and tokens of the batch that a model is called with."""
+    ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    for value in (ids, embeddings, *args[:1], *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.dim() > 1:
+            return value.shape[0], value.shape[0] * value.shape[1]
+    return None

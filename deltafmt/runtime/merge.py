@@ -1,0 +1,189 @@
+"""A delta added to the base's weights in place, and taken out again without a bit of difference.
+
+Floating-point sums cannot be undone, so the original values of what changes are kept, in host memory. For packed terms
+that is only what the delta keeps: which elements those are follows from the delta, so no index is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from deltafmt.errors import UsageError
+from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
+from deltafmt.runtime.leases import Lease
+from deltafmt.runtime.places import Placement
+from deltafmt.runtime.values import TORCH_DTYPES, added, dense_delta, new_values, version_of
+
+_CHUNK_ELEMENTS = 1 << 24
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Merge:
+    """One delta in the weights of a model.
+
+    Args:
+        name: of the delta.
+        lease: keeps the delta on the device; released by :meth:`undo`.
+        placement: which parameter each tensor changes.
+
+    Raises:
+        UsageError: a tensor cannot be merged.
+    """
+
+    def __init__(self, name: str, lease: Lease[DeviceDelta], placement: Placement) -> None:
+        self.name = name
+        self._lease = lease
+        self._changes: list[_Change] = []
+        self._versions: list[int] = []
+        owners: dict[int, tuple[str, str]] = {}
+        for tensor_name, tensor in lease.values[name].items():
+            parameter = placement.parameters.get(tensor_name)
+            check_mergeable(tensor_name, tensor, parameter)
+            assert parameter is not None
+            owner, payload = owners.setdefault(id(parameter), (tensor_name, tensor.entry.name))
+            if payload != tensor.entry.name:
+                raise UsageError(f'tensors "{owner}" and "{tensor_name}" differ, but the model has one for both')
+            if owner == tensor_name:
+                self._changes.append(_Change(tensor_name, tensor, parameter))
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of original values in host memory."""
+        return sum(change.original.nbytes for change in self._changes if change.original is not None)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Change the weights; if that fails, they are as they were."""
+        try:
+            for change in self._changes:
+                change.save()
+                change.write()
+        except BaseException:
+            self._restore()
+            raise
+        self._versions = [version_of(change.parameter) for change in self._changes]
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Restore the weights.
+
+        Raises:
+            UsageError: a parameter was changed since; nothing is restored.
+        """
+        for change, version in zip(self._changes, self._versions, strict=True):
+            if version_of(change.parameter) != version or not change.is_written():
+                raise UsageError(
+                    f'cannot unmerge "{self.name}": the parameter of tensor "{change.name}" was changed since the merge'
+                )
+        self._restore()
+        self._lease.release()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for change in self._changes:
+            change.restore()
+
+
+def check_mergeable(name: str, tensor: DeviceTensor, parameter: torch.Tensor | None) -> None:
+    """Refuse a tensor that has no parameter of its shape.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if parameter is None:
+        raise UsageError(f'tensor "{name}" cannot be merged: its module holds the weight in another form')
+    if tuple(parameter.shape) != tensor.entry.shape:
+        shapes = f"{list(tensor.entry.shape)} where the model has {list(parameter.shape)}"
+        raise UsageError(f'tensor "{name}" cannot be merged: it is {shapes}')
+    if not parameter.is_floating_point():
+        raise UsageError(f'tensor "{name}" cannot be merged: the model holds it as {parameter.dtype}')
+
+
+@dataclass(slots=True, eq=False)
+class _Change:
+    """One parameter; ``original`` is what was there, of the elements that change or (``whole``) of all."""
+
+    name: str
+    tensor: DeviceTensor
+    parameter: torch.Tensor
+    original: torch.Tensor | None = None
+    whole: bool = True
+
+    def save(self) -> None:
+        """Keep the values that will change."""
+        held = self.parameter.detach()
+        wanted = TORCH_DTYPES[self.tensor.entry.dtype]
+        # Rounding to a narrower dtype may change elements of which the delta is zero.
+        self.whole = not self.tensor.terms or not (
+            torch.promote_types(held.dtype, wanted) == wanted or torch.equal(held.to(wanted).to(held.dtype), held)
+        )
+        if self.whole:
+            self.original = held.cpu().clone()
+        else:
+            self.original = torch.cat([rows[delta != 0].cpu() for rows, delta in self._chunks()])
+
+    def write(self) -> None:
+        """Change the parameter."""
+        for rows, values in self._fine_tuned(None):
+            rows.copy_(values)
+
+    def is_written(self) -> bool:
+        """Tell whether the parameter has the values that were written."""
+        return all(torch.equal(_bits(rows), _bits(values)) for rows, values in self._fine_tuned(self.original))
+
+    def restore(self) -> None:
+        """Put the original values back, if any were kept."""
+        if self.original is None:
+            return
+        if self.whole:
+            self.parameter.detach().copy_(self.original)
+        else:
+            for rows, _, mask, part in self._originals(self.original):
+                rows[mask] = part
+        self.original = None
+
+    def _fine_tuned(self, original: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Give chunks of the parameter with their fine-tuned values, from the original ones if they are given."""
+        held = self.parameter.detach()
+        if self.whole:
+            base = held if original is None else original.to(held.device)
+            yield held, new_values(self.tensor, base.to(self._device())).to(held.device)
+            return
+        dtype = TORCH_DTYPES[self.tensor.entry.dtype]
+        if original is None:
+            for rows, delta in self._chunks():
+                yield rows, added(rows, delta, dtype).to(rows.dtype)
+        else:
+            for rows, delta, mask, part in self._originals(original):
+                base = rows.clone()
+                base[mask] = part
+                yield rows, added(base, delta, dtype).to(rows.dtype)
+
+    def _originals(
+        self, original: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Give chunks of the parameter with their delta, the mask of what changes and its original values."""
+        start = 0
+        for rows, delta in self._chunks():
+            mask = delta != 0
+            stop = start + int(mask.sum())
+            yield rows, delta, mask, original[start:stop].to(rows.device)
+            start = stop
+
+    def _chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Give rows of the parameter, as a matrix, with their delta."""
+        delta = dense_delta(self.tensor)
+        held = self.parameter.detach().view(delta.shape)
+        step = max(_CHUNK_ELEMENTS // max(delta.shape[1], 1), 1)
+        for start in range(0, len(held), step):
+            yield held[start : start + step], delta[start : start + step].to(held.device)
+
+    def _device(self) -> torch.device:
+        return self.tensor.terms[0].device if self.tensor.data is None else self.tensor.data.device
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.contiguous().view(_BITS[values.element_size()])

@@ -1,0 +1,126 @@
+"""Host buffers that a device copies from while they are read into, and the threads that fill them; kept between loads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from deltafmt.errors import UsageError
+from deltafmt.layout.constants import ZSTD_CHUNK
+
+# Small enough that a piece is still in the processor's cache when its checksum is taken, large enough that the
+# interpreter's share of the work (some ten microseconds a piece) does not count.
+SLOT_BYTES = 2 * 1024 * 1024
+MIN_SLOTS = 4
+MAX_THREADS = 64
+
+
+class Slot:
+    """One buffer of a ring.
+
+    Attributes:
+        tensor: uint8, pinned if the device is a GPU.
+        view: the same bytes.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.view = memoryview(tensor.numpy())
+        self._copied: torch.cuda.Event | None = None
+
+    def record(self, stream: torch.cuda.Stream) -> None:
+        """Note that copies from this buffer have been given to a stream."""
+        if self._copied is None:
+            self._copied = torch.cuda.Event(blocking=True)
+        self._copied.record(stream)
+
+    def wait(self) -> None:
+        """Wait until no copy reads this buffer any more."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
+class Ring:
+    """Buffers for copies to one device.
+
+    Args:
+        device: that the copies go to; only copies to a GPU need pinned memory.
+        nbytes: of all buffers together, at least 1 MiB.
+    """
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        self.device = device
+        self.nbytes = nbytes
+        self.slot_bytes = min(SLOT_BYTES, nbytes // MIN_SLOTS // ZSTD_CHUNK * ZSTD_CHUNK)
+        memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+        starts = range(0, nbytes - self.slot_bytes + 1, self.slot_bytes)
+        self.slots = [Slot(memory[start : start + self.slot_bytes]) for start in starts]
+
+
+class _Cache:
+    """Idle rings by device, and the threads; forgotten in a forked child, which has neither."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.rings: dict[torch.device, Ring] = {}
+        self.threads: ThreadPoolExecutor | None = None
+
+
+_cache = _Cache()
+
+
+def _forget() -> None:
+    global _cache  # noqa: PLW0603 - what the parent's cache holds cannot be used here
+    _cache = _Cache()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def take_ring(device: torch.device, nbytes: int) -> Ring:
+    """Return the idle ring of a device, or a new one; each load that runs holds its own.
+
+    Raises:
+        UsageError: fewer bytes than four buffers need.
+    """
+    if nbytes < MIN_SLOTS * ZSTD_CHUNK:
+        raise UsageError(f"pinned_bytes {nbytes} is below {MIN_SLOTS * ZSTD_CHUNK}")
+    with _cache.lock:
+        ring = _cache.rings.pop(device, None)
+    return ring if ring is not None and ring.nbytes == nbytes else Ring(device, nbytes)
+
+
+def give_ring(ring: Ring) -> None:
+    """Keep a ring for the next load; of two that come back, one."""
+    with _cache.lock:
+        _cache.rings[ring.device] = ring
+
+
+def start_threads(work: Callable[[], None], count: int) -> None:
+    """Run ``work`` in some threads, which are started as they are needed and kept."""
+    with _cache.lock:
+        if _cache.threads is None:
+            _cache.threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="deltafmt-upload")
+        for _ in range(count):
+            _cache.threads.submit(work)
+
+
+def free_buffers() -> int:
+    """Give back the buffers and threads that are kept between loads; return how many bytes of buffers those were.
+
+    Pinned memory goes back to torch's cache of it, which keeps it for other uses. Loads under way go on to their end,
+    which is waited for.
+    """
+    with _cache.lock:
+        rings, threads = list(_cache.rings.values()), _cache.threads
+        _cache.rings, _cache.threads = {}, None
+    if threads is not None:
+        threads.shutdown(wait=True)
+    for ring in rings:
+        for slot in ring.slots:
+            slot.wait()
+    return sum(ring.nbytes for ring in rings)

@@ -1,0 +1,247 @@
+"""Which module of a model takes which tensor of a delta.
+
+A tensor's name is a path to a module and the name of a parameter there. Names in files and in a loaded model differ in
+known ways: the prefix of the inner model (``model.``, ``bert.``) is there or not, and old checkpoints say ``gamma`` and
+``beta``. A parameter that several modules share is found under all of them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import nn
+
+from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.layout.entries import TensorEntry
+
+Rename = Callable[[str], str]
+
+_NEVER_CALLED = ("NonDynamicallyQuantizableLinear",)
+_OLD_NAMES = {"gamma": "weight", "beta": "bias"}
+
+
+class Kind(Enum):
+    """How a module uses its parameters."""
+
+    LINEAR = "linear"
+    TRANSPOSED = "transposed linear"
+    EMBEDDING = "embedding"
+    OTHER = "other"
+
+
+@dataclass(slots=True, eq=False)
+class Taker:
+    """A module that takes tensors of a delta: the tensor's name by the parameter's."""
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    tensors: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """Where the tensors of one delta go.
+
+    Attributes:
+        takers: modules that take at least one tensor, the unchanged included.
+        parameters: the parameter that each placed tensor changes, by the tensor's name; a tensor whose base weight a
+            quantized module holds in a form of its own is missing here.
+        ignored: changed tensors that were left out because a pattern said so.
+    """
+
+    takers: list[Taker]
+    parameters: dict[str, torch.Tensor]
+    ignored: list[str]
+
+
+def kind_of(module: nn.Module) -> Kind:
+    """Return how a module uses its parameters, told by the attributes that quantized modules have as well."""
+    if isinstance(getattr(module, "nf", None), int) and type(module).__name__ == "Conv1D":
+        return Kind.TRANSPOSED
+    if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
+        return Kind.LINEAR
+    if isinstance(getattr(module, "num_embeddings", None), int):
+        return Kind.EMBEDDING
+    return Kind.OTHER
+
+
+def weight_shape(module: nn.Module, kind: Kind) -> tuple[int, int] | None:
+    """Return rows and columns of a linear or embedding weight as a file has it."""
+    if kind is Kind.TRANSPOSED:
+        return int(module.nx), int(module.nf)  # type: ignore[arg-type]
+    if kind is Kind.LINEAR:
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    if kind is Kind.EMBEDDING:
+        return int(module.num_embeddings), int(module.embedding_dim)  # type: ignore[arg-type]
+    return None
+
+
+def place(
+    model: nn.Module,
+    entries: Mapping[str, TensorEntry],
+    removed: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    rename: Rename | None = None,
+) -> Placement:
+    """Find the modules that take the tensors of a delta.
+
+    Args:
+        model: the base.
+        entries: of the delta, by name; for an alias, that of its target.
+        removed: names of tensors that only the base has.
+        ignore: names that match one of these patterns are left out.
+        rename: gives the model's name for a tensor's name in the file.
+
+    Raises:
+        UsageError: a changed tensor has no place, or one in a module that cannot be served; or the model has a tensor
+            that the fine-tune has not.
+        WrongBaseError: a module has another shape than the base of its tensor, or tied tensors differ.
+    """
+    finder = _Finder(model, rename)
+    takers: dict[int, Taker] = {}
+    parameters: dict[str, torch.Tensor] = {}
+    ignored = []
+    found: dict[str, tuple[str, str]] = {}
+    for name, entry in entries.items():
+        where = finder.find(name)
+        if _matches(name, ignore):
+            if entry.action != "same":
+                ignored.append(name)
+        elif where is not None:
+            found[name] = where
+        elif entry.action != "same":
+            raise UsageError(
+                f'{type(model).__name__} has no place for tensor "{name}" of the delta; ignore=["{name}"] leaves it out'
+            )
+    named = set(found.values())
+    for name in removed:
+        spot = finder.find(name)
+        if spot is not None and spot not in finder.reached(named) and not _matches(name, ignore):
+            raise UsageError(
+                f'the fine-tune has no tensor "{name}", which {type(model).__name__} has; '
+                f'ignore=["{name}"] takes the base\'s'
+            )
+    for name, (path, attribute) in found.items():
+        shared = [(path, attribute), *(spot for spot in finder.shared(path, attribute) if spot not in named)]
+        parameter = finder.parameter(path, attribute)
+        if parameter is not None:
+            parameters[name] = parameter
+        for taker, key in finder.serving(shared, name, entries[name]):
+            known = takers.setdefault(id(taker.module), taker)
+            known.tensors[key] = name
+            _check_shape(model, known, key, name, entries[name])
+    for name in parameters:
+        _check_tie(name, entries[name], parameters)
+    return Placement(list(takers.values()), parameters, ignored)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_tie(name: str, entry: TensorEntry, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a tensor that the fine-tune takes from another's base, if the model has something else there."""
+    mine, target = parameters.get(name), parameters.get(entry.name)
+    if entry.action == "replace" or mine is None or target is None or mine is target:
+        return
+    if not torch.equal(mine, target):
+        raise WrongBaseError(f'tensors "{name}" and "{entry.name}" are one in the fine-tune and differ in the model')
+
+
+class _Finder:
+    """Look up modules and parameters by the names that files use."""
+
+    def __init__(self, model: nn.Module, rename: Rename | None) -> None:
+        self._rename = rename
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._prefix = getattr(model, "base_model_prefix", "")
+        self._spots: dict[int, list[tuple[str, str]]] = {}
+        for path, module in self._modules.items():
+            for key, parameter in module.named_parameters(recurse=False):
+                self._spots.setdefault(id(parameter), []).append((path, key))
+
+    def find(self, name: str) -> tuple[str, str] | None:
+        """Return the module's path and the parameter's name there."""
+        for candidate in self._candidates(name if self._rename is None else self._rename(name)):
+            path, _, key = candidate.rpartition(".")
+            if path in self._modules and self._holds(self._modules[path], key):
+                return path, key
+        return None
+
+    def _candidates(self, name: str) -> Iterator[str]:
+        path, _, key = name.rpartition(".")
+        keys = [key, _OLD_NAMES[key]] if key in _OLD_NAMES else [key]
+        paths = [path]
+        if self._prefix:
+            inner = path.removeprefix(f"{self._prefix}.")
+            paths += [inner, f"{self._prefix}.{path}"]
+        for path in paths:
+            for key in keys:
+                yield f"{path}.{key}" if path else key
+
+    @staticmethod
+    def _holds(module: nn.Module, key: str) -> bool:
+        if isinstance(getattr(module, key, None), nn.Parameter):
+            return True
+        # A quantized module keeps its weight in a form of its own.
+        if key == "weight":
+            return kind_of(module) in (Kind.LINEAR, Kind.EMBEDDING)
+        return key == "bias" and kind_of(module) is Kind.LINEAR and bias_of(module) is not None
+
+    def parameter(self, path: str, key: str) -> torch.Tensor | None:
+        """Return the parameter, unless the module keeps it in another form."""
+        return dict(self._modules[path].named_parameters(recurse=False)).get(key)
+
+    def shared(self, path: str, key: str) -> list[tuple[str, str]]:
+        """Return the other places of a parameter."""
+        parameter = self.parameter(path, key)
+        return [] if parameter is None else [spot for spot in self._spots[id(parameter)] if spot != (path, key)]
+
+    def reached(self, spots: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Return all places of the parameters at some places."""
+        return {other for spot in spots for other in (spot, *self.shared(*spot))}
+
+    def serving(self, spots: Iterable[tuple[str, str]], name: str, entry: TensorEntry) -> Iterator[tuple[Taker, str]]:
+        """Give the modules that compute with a parameter.
+
+        A module with modules inside cannot be run again for its own parameter alone; it may own one only to hand it to
+        a module inside (as the output head of BERT does with its bias), which then is the one that counts.
+        """
+        takers = [(Taker(path, self._modules[path], kind_of(self._modules[path])), key) for path, key in spots]
+        plain = [(taker, key) for taker, key in takers if _is_plain(taker.module)]
+        if any(type(taker.module).__name__ in _NEVER_CALLED for taker, _ in plain) and entry.action != "same":
+            raise UsageError(f'tensor "{name}" is read by torch.nn.MultiheadAttention, which does not call its modules')
+        if not plain and entry.action != "same":
+            raise UsageError(
+                f'tensor "{name}" belongs to {type(takers[0][0].module).__name__}, which has modules inside; '
+                "only linear, embedding and other innermost modules are served"
+            )
+        yield from plain
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return kind_of(module) is not Kind.OTHER or next(module.children(), None) is None
+
+
+def bias_of(module: nn.Module) -> torch.Tensor | None:
+    """Return a linear module's bias; dynamically quantized modules have a method of that name."""
+    bias = getattr(module, "bias", None)
+    value = bias() if callable(bias) and not isinstance(bias, torch.Tensor) else bias
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _check_shape(model: nn.Module, taker: Taker, key: str, name: str, entry: TensorEntry) -> None:
+    """Compare the shape of a module's parameter with that of the tensor's base."""
+    wanted = entry.shape if entry.base is None else entry.base.shape
+    rows_columns = weight_shape(taker.module, taker.kind) if key == "weight" else None
+    held = getattr(taker.module, key, None)
+    found = rows_columns or (tuple(held.shape) if isinstance(held, torch.Tensor) else wanted)
+    if entry.base is None and entry.action == "replace" and len(wanted) == 2 and found[1:] == wanted[1:]:
+        return  # as many rows as the fine-tune has: a vocabulary of another size
+    if found != wanted:
+        raise WrongBaseError(f'wrong base {type(model).__name__}: tensor "{name}" is {list(found)}, not {list(wanted)}')

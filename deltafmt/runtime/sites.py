@@ -1,0 +1,243 @@
+"""What a served module has of every delta, and how it is added to the module's output: linear modules.
+
+Nothing of the base is changed: a forward hook sees the module's input and its output and returns another output.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from deltafmt.errors import UsageError
+from deltafmt.kernels.nm_matmul.operand import OperandTable
+from deltafmt.kernels.nm_matmul.product import nm_matmul_, operand_delta
+from deltafmt.runtime.device_delta import DeviceTensor
+from deltafmt.runtime.places import bias_of
+from deltafmt.runtime.selection import Selection
+from deltafmt.runtime.values import new_values
+
+
+class Site(ABC):
+    """A module, and what the deltas in slots change of it."""
+
+    def __init__(self, name: str, module: nn.Module, device: torch.device) -> None:
+        self.name = name
+        self.module = module
+        self.device = device
+        self.slots: set[int] = set()
+
+    def changes(self, selection: Selection) -> bool:
+        """Tell whether a slot that is in use changes this module."""
+        return not self.slots.isdisjoint(selection.used)
+
+    def put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None:
+        """Set what a slot changes, by the parameter's name."""
+        self.clear(slot)
+        changed = {key: tensor for key, tensor in tensors.items() if tensor.entry.action != "same"}
+        if changed:
+            self._put(slot, changed)
+            self.slots.add(slot)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        if slot in self.slots:
+            self.slots.discard(slot)
+            self._clear(slot)
+
+    def before(self, _selection: Selection, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
+        """Return other arguments for the base module, or None to keep them."""
+        return None
+
+    @abstractmethod
+    def after(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return the output with the deltas of a selection that changes this module."""
+
+    @abstractmethod
+    def grow(self, slots: int) -> None:
+        """Make room for a number of slots."""
+
+    @abstractmethod
+    def _put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None: ...
+
+    @abstractmethod
+    def _clear(self, slot: int) -> None: ...
+
+
+class Table:
+    """An operand table of one part that can grow."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.operands = OperandTable(1, (rows,), columns, device)
+        self.slots: set[int] = set()
+
+    def put(self, slot: int, tensor: DeviceTensor) -> None:
+        """Set a slot's terms."""
+        self.operands.put(slot, (tensor.terms,))
+        self.slots.add(slot)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        if slot in self.slots:
+            self.slots.discard(slot)
+            self.operands.clear(slot)
+
+    def grow(self, slots: int) -> None:
+        """Make room for a number of slots."""
+        old = self.operands
+        if slots > old.slots:
+            grown = OperandTable(slots, old.parts, old.columns, old.device)
+            for slot in self.slots:
+                grown.put(slot, old.operands(slot))
+            self.operands = grown
+
+    def serves(self, selection: Selection) -> bool:
+        """Tell whether a slot that is in use has terms here."""
+        return not self.slots.isdisjoint(selection.used)
+
+
+class LinearSite(Site):
+    """A linear module, quantized or not.
+
+    Its weight takes packed terms, or another weight of the same columns; its bias another bias, of which the
+    difference is added. A head whose delta has more rows than the base gives more logits: minus infinity for rows of
+    the batch whose delta lacks them.
+    """
+
+    def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
+        super().__init__(name, module, device)
+        self.rows = rows
+        self.table = Table(rows, columns, device)
+        self._weights: dict[int, torch.Tensor] = {}
+        self._new_rows: dict[int, torch.Tensor] = {}
+        self._totals: dict[int, int] = {}
+        self._biases: dict[int, torch.Tensor] = {}
+
+    def grow(self, slots: int) -> None:
+        """Make room for a number of slots."""
+        self.table.grow(slots)
+
+    def _put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None:
+        if "bias" in tensors:
+            old = bias_of(self.module)
+            assert old is not None
+            old = old.detach().to(self.device)
+            self._biases[slot] = new_values(tensors["bias"], old).float() - old.float()
+        if "weight" in tensors:
+            self._put_weight(slot, tensors["weight"])
+
+    def _put_weight(self, slot: int, tensor: DeviceTensor) -> None:
+        if tensor.terms:
+            self.table.put(slot, tensor)
+            if tensor.data is not None:
+                self._new_rows[slot] = tensor.data
+        elif tensor.data is not None:
+            self._weights[slot] = tensor.data[: self.rows]
+            if tensor.entry.rows > self.rows:
+                self._new_rows[slot] = tensor.data[self.rows :]
+        if tensor.entry.rows != self.rows:
+            self._totals[slot] = tensor.entry.rows
+
+    def _clear(self, slot: int) -> None:
+        self.table.clear(slot)
+        for held in (self._weights, self._new_rows, self._totals, self._biases):
+            held.pop(slot, None)
+
+    def after(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return the output with everything that the deltas in use change."""
+        given = first_input(args, kwargs)
+        selection.check(given.shape[:-1], self.name)
+        x = given.to(output.dtype).reshape(-1, given.shape[-1])
+        y = output.reshape(-1, output.shape[-1])
+        for slot in selection.used & self._weights.keys():
+            mine = selection.members(slot, len(x), self.name)
+            weight = self._weights[slot].to(x.dtype)
+            bias = bias_of(self.module)
+            bias = None if bias is None else bias[: len(weight)].to(x.dtype)
+            y[mine, : len(weight)] = functional.linear(x[mine], weight, bias)
+        if id(self) in selection.multiplied:
+            selection.multiplied.discard(id(self))
+        else:
+            self._multiply(y, x, selection)
+        if not selection.used.isdisjoint(self._biases):
+            self._add_biases(y, selection)
+        if not selection.used.isdisjoint(self._totals):
+            y = self._widen(y, x, selection)
+        return y.view(*output.shape[:-1], -1)
+
+    def _multiply(self, y: torch.Tensor, x: torch.Tensor, selection: Selection) -> None:
+        """Add the packed terms' products."""
+        if self.table.serves(selection):
+            nm_matmul_([y], x, self.table.operands, selection.segments(len(x), self.name))
+
+    def _add_biases(self, y: torch.Tensor, selection: Selection) -> None:
+        """Add the difference of each token's bias and the base's, in float32."""
+        some = next(iter(self._biases.values()))
+
+        def build() -> torch.Tensor:
+            return torch.stack([self._biases.get(slot, torch.zeros_like(some)) for slot in selection.slots])
+
+        differences = selection.memo((id(self), "bias"), build)
+        each = selection.share(len(y), self.name)
+        y.view(len(differences), each, -1)[:, :, : some.shape[0]] += differences[:, None]
+
+    def _widen(self, y: torch.Tensor, x: torch.Tensor, selection: Selection) -> torch.Tensor:
+        """Return logits for the largest vocabulary in use."""
+        width = max(self._totals.get(slot, self.rows) for slot in selection.slots)
+        wide = y.new_full((len(y), width), -torch.inf)
+        shared = min(width, self.rows)
+        wide[:, :shared] = y[:, :shared]
+        for slot in selection.used & self._totals.keys():
+            mine = selection.members(slot, len(x), self.name)
+            total = self._totals[slot]
+            wide[mine, total:] = -torch.inf
+            if slot in self._new_rows:
+                wide[mine, self.rows : total] = functional.linear(x[mine], self._new_rows[slot].to(x.dtype))
+        return wide
+
+
+class TransposedSite(LinearSite):
+    """GPT-2's Conv1D, whose weight a file has as (in, out); the kernels multiply with (out, in).
+
+    The delta is decoded for every product: right, and slow.
+    """
+
+    def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
+        super().__init__(name, module, device, rows, columns)
+        self._terms: dict[int, DeviceTensor] = {}
+
+    def _put_weight(self, slot: int, tensor: DeviceTensor) -> None:
+        if tensor.terms:
+            self._terms[slot] = tensor
+        elif tensor.data is not None:
+            self._weights[slot] = tensor.data.T
+
+    def _clear(self, slot: int) -> None:
+        super()._clear(slot)
+        self._terms.pop(slot, None)
+
+    def _multiply(self, y: torch.Tensor, x: torch.Tensor, selection: Selection) -> None:
+        for slot in selection.used & self._terms.keys():
+            mine = selection.members(slot, len(x), self.name)
+            for operand in self._terms[slot].terms:
+                y[mine] = (y[mine].float() + x[mine].float() @ operand_delta(operand)).to(y.dtype)
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Return what a module of one input was called with."""
+    given: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+    return given
+
+
+def refuse_gradient(name: str, output: Any) -> None:
+    """Refuse to serve where a gradient would pass the delta by.
+
+    Raises:
+        UsageError: the output takes part in a gradient.
+    """
+    if isinstance(output, torch.Tensor) and output.requires_grad:
+        raise UsageError(f"{name} is to compute a gradient; deltas are served without, under torch.no_grad()")

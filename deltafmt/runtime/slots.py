@@ -1,0 +1,143 @@
+"""The served modules of a model: their hooks, and the slots under which they have each delta that is on the device."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from deltafmt.runtime.device_delta import DeviceDelta
+from deltafmt.runtime.places import Kind, Taker, weight_shape
+from deltafmt.runtime.selection import Selection
+from deltafmt.runtime.siblings import Active, Run, Siblings, shareable
+from deltafmt.runtime.sites import LinearSite, Site, TransposedSite, refuse_gradient
+from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite
+
+_FIRST_SLOTS = 4
+
+
+class Slots:
+    """Sites by module, slots by delta.
+
+    Args:
+        device: of all deltas.
+        active: gives the selection of the calling thread, if it serves deltas.
+        fuse: whether modules that are given the same input share a launch.
+    """
+
+    def __init__(self, device: torch.device, active: Active, *, fuse: bool) -> None:
+        self.count = 0
+        self._device = device
+        self._active = active
+        self._fuse = fuse
+        self._lock = threading.RLock()
+        self._sites: dict[int, Site] = {}
+        self._ran: set[str] = set()
+        self._hooks: list[RemovableHandle] = []
+        self._groups: dict[int, Siblings] = {}
+        self._slots: dict[str, int] = {}
+        self._free: list[int] = []
+
+    def unused(self) -> list[str]:
+        """Return the names of modules that deltas change and that have not run while one of those was served."""
+        return [site.name for site in self._sites.values() if site.name not in self._ran]
+
+    def prepare(self, takers: Iterable[Taker]) -> None:
+        """Hook modules, if they are not yet."""
+        with self._lock:
+            for taker in takers:
+                if id(taker.module) not in self._sites:
+                    site = _make_site(taker, self._device)
+                    site.grow(self.count)
+                    self._sites[id(taker.module)] = site
+                    self._hook(site)
+
+    def assign(self, name: str, delta: DeviceDelta, takers: Iterable[Taker]) -> int:
+        """Return the slot of a delta that is on the device, giving it one if it has none."""
+        with self._lock:
+            if name in self._slots:
+                return self._slots[name]
+            if not self._free:
+                self._grow(max(2 * self.count, _FIRST_SLOTS))
+            self._slots[name] = slot = self._free.pop()
+            try:
+                for taker in takers:
+                    if id(taker.module) in self._sites:
+                        tensors = {key: delta[tensor] for key, tensor in taker.tensors.items() if tensor in delta}
+                        self._sites[id(taker.module)].put(slot, tensors)
+                for group in self._groups.values():
+                    group.refresh(slot)
+            except BaseException:
+                self.release(name)
+                raise
+            return slot
+
+    def release(self, name: str) -> None:
+        """Forget a delta's tensors and give its slot back, if it has one."""
+        with self._lock:
+            slot = self._slots.pop(name, None)
+            if slot is not None:
+                for site in self._sites.values():
+                    site.clear(slot)
+                for group in self._groups.values():
+                    group.refresh(slot)
+                self._free.append(slot)
+
+    def close(self) -> None:
+        """Leave the modules as they were."""
+        with self._lock:
+            for hook in self._hooks:
+                hook.remove()
+            for group in set(self._groups.values()):
+                group.dissolve()
+            self._hooks, self._groups, self._sites = [], {}, {}
+
+    def _grow(self, count: int) -> None:
+        for site in self._sites.values():
+            site.grow(count)
+        for group in set(self._groups.values()):
+            group.grow(count)
+        self._free += range(count - 1, self.count - 1, -1)
+        self.count = count
+
+    def _hook(self, site: Site) -> None:
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+            selection = self._active()
+            return None if selection is None or not site.changes(selection) else site.before(selection, args, kwargs)
+
+        def after(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            selection = self._active()
+            if selection is None or not site.changes(selection):
+                return None
+            refuse_gradient(site.name, output)
+            self._ran.add(site.name)
+            if self._fuse and type(site) is LinearSite and id(site) not in self._groups and shareable(args, kwargs):
+                self._learn(site, args[0], selection)
+            return site.after(selection, args, kwargs, output)
+
+        if isinstance(site, EmbeddingSite):
+            self._hooks.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(site.module.register_forward_hook(after, with_kwargs=True))
+
+    def _learn(self, site: LinearSite, given: torch.Tensor, selection: Selection) -> None:
+        ended = selection.memo("run", Run).observe(site, given)
+        if len(ended) > 1:
+            with self._lock:
+                if not any(id(found) in self._groups for found in ended):
+                    group = Siblings(ended, self.count, self._active)
+                    self._groups.update({id(found): group for found in ended})
+
+
+def _make_site(taker: Taker, device: torch.device) -> Site:
+    shape = weight_shape(taker.module, taker.kind)
+    if shape is None:
+        return OtherSite(taker.name, taker.module, device)
+    rows, columns = shape
+    if taker.kind is Kind.TRANSPOSED:
+        return TransposedSite(taker.name, taker.module, device, columns, rows)
+    kind = EmbeddingSite if taker.kind is Kind.EMBEDDING else LinearSite
+    return kind(taker.name, taker.module, device, rows, columns)

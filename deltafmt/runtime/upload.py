@@ -1,0 +1,201 @@
+"""Streaming upload: a delta file into one device allocation, read, checked and copied at the same time.
+
+Threads read pieces of the file into pinned buffers, compare the sections' checksums (spec, section 5.3) and give the
+pieces to a stream of their own; what is uploaded is what the kernels read. A ``rank`` index, which only a ``cold`` file
+has, becomes ``fixed`` on the device (section 11.4).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import math
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from typing import BinaryIO
+
+import torch
+
+from deltafmt.container.reader import Container
+from deltafmt.delta import DeltaFile
+from deltafmt.errors import InvalidFileError, UsageError
+from deltafmt.kernels.rank_index.convert import make_fixed
+from deltafmt.kernels.rank_index.jobs import RankJob
+from deltafmt.layout.constants import BUFFER_ALIGNMENT, align
+from deltafmt.layout.entries import TensorEntry
+from deltafmt.runtime.device_delta import DeviceDelta
+from deltafmt.runtime.device_views import DeviceTensors
+from deltafmt.runtime.pinned import MAX_THREADS, give_ring, take_ring
+from deltafmt.runtime.reading import Upload
+from deltafmt.runtime.upload_plan import Placement, cut
+
+PINNED_BYTES = 64 * 1024 * 1024
+DEFAULT_THREADS = 8
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def load(
+    path: str | os.PathLike[str] | BinaryIO,
+    device: torch.device | str = "cuda",
+    *,
+    tensors: str | Sequence[str] | None = None,
+    verify: bool = True,
+    threads: int | None = None,
+    pinned_bytes: int = PINNED_BYTES,
+    cancel: threading.Event | None = None,
+    stream: torch.cuda.Stream | None = None,
+    known: DeltaFile | None = None,
+) -> DeviceDelta:
+    """Bring a delta to a device.
+
+    When this returns, every checksum has been compared, and the tensors can be used on the current stream; other
+    streams wait for it as for any tensor. Entries of the index are decoded when a tensor is first asked for.
+
+    Args:
+        path: a path, or a binary file object with ``seek`` and ``read``.
+        device: a CUDA device, or ``cpu``.
+        tensors: a name, a pattern such as ``model.layers.0.*``, or a list of them; None for all. Sections are read and
+            checked as a whole; of a selection only the buffers take memory on the device.
+        verify: compare the checksum of every section that is read, and check the padding behind it.
+        threads: that read; by default as many as there are processors, up to 8. A file object is read by one at a time.
+        pinned_bytes: of host memory that the file passes through, at least 1 MiB. It is kept for the next load, see
+            :func:`deltafmt.runtime.pinned.free_buffers`; loads at the same time have their own.
+        cancel: set it, from any thread, to stop.
+        stream: to copy on; by default one of its own.
+        known: an earlier opening of the same file (which may be closed again): entries that it has decoded are used
+            if the index is still the same.
+
+    Raises:
+        InvalidFileError: a section is damaged, the file became shorter, or it breaks the format.
+        StorageError: the file cannot be read.
+        UsageError: there is no such device or tensor, or an argument is out of range.
+        CancelledError: ``cancel`` was set.
+        torch.OutOfMemoryError: the device has no room.
+    """
+    target = _device(device)
+    count = _thread_count(threads)
+    with Container(path, mmap=False) as container:
+        if known is not None:
+            container.adopt(known.container)
+        names = _select(container, tensors)
+        placement = _place(container, None if tensors is None else names)
+        memory = _fill(container, placement, target, count, pinned_bytes, stream, verify=verify, cancel=cancel)
+    found = DeviceTensors(container, names, memory, placement)
+    return DeviceDelta(target, container.content_id.hex(), container.metadata, memory.nbytes, found)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r} is none that torch knows") from error
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if found.type != "cuda":
+        raise UsageError(f"device {str(found)!r} is neither cuda nor cpu")
+    if not torch.cuda.is_available():
+        raise UsageError(f"device {str(found)!r} cannot be used: torch finds no CUDA device")
+    index = torch.cuda.current_device() if found.index is None else found.index
+    if index >= torch.cuda.device_count():
+        raise UsageError(f"device {str(found)!r} is not one of the {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", index)
+
+
+def _thread_count(threads: int | None) -> int:
+    if threads is None:
+        held = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(held, DEFAULT_THREADS)
+    if not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"{threads} threads are not 1 to {MAX_THREADS}")
+    return threads
+
+
+def _select(container: Container, tensors: str | Sequence[str] | None) -> list[str]:
+    """Return names in the file's order."""
+    names = container.keys()
+    if tensors is None:
+        return names
+    chosen: set[str] = set()
+    for pattern in [tensors] if isinstance(tensors, str) else tensors:
+        found = [pattern] if pattern in container else fnmatch.filter(names, pattern)
+        if not found:
+            raise UsageError(f"{container.name}: no tensor matches {pattern!r}")
+        chosen.update(found)
+    return [name for name in names if name in chosen]
+
+
+def _place(container: Container, names: Iterable[str] | None) -> Placement:
+    placement = Placement()
+    if names is None and not any(layout.index == "rank" for layout in container.layouts):
+        placement.add_whole(container.sections)
+        return placement
+    entries: dict[str, TensorEntry] = {}
+    for name in container.keys() if names is None else names:
+        entry = container.entry(name)
+        entries[entry.target or name] = container.entry(entry.target) if entry.target else entry
+    placement.add_buffers(entries.values())
+    return placement
+
+
+def _fill(
+    container: Container,
+    placement: Placement,
+    device: torch.device,
+    threads: int,
+    pinned_bytes: int,
+    stream: torch.cuda.Stream | None,
+    *,
+    verify: bool,
+    cancel: threading.Event | None,
+) -> torch.Tensor:
+    """Return the device allocation with everything in its place."""
+    lane = None if device.type == "cpu" else stream or _upload_stream(device)
+    ring = take_ring(device, pinned_bytes)
+    try:
+        # Tensors made in inference mode could not be written to by the threads, which are not in it. On its stream the
+        # allocation need not wait for what the caller has given to another.
+        with torch.inference_mode(mode=False), contextlib.nullcontext() if lane is None else torch.cuda.stream(lane):
+            memory, scratch = (
+                torch.empty(align(nbytes, BUFFER_ALIGNMENT), dtype=torch.uint8, device=device)
+                for nbytes in (placement.nbytes, placement.scratch_bytes)
+            )
+            pieces = cut(container.sections, placement, ring.slot_bytes)
+            upload = Upload(container, pieces, ring, memory, scratch, lane, verify=verify, cancel=cancel)
+            try:
+                upload.run(threads)
+                _make_fixed(container, placement, memory, scratch)
+            except BaseException:
+                if lane is not None:
+                    lane.synchronize()
+                # The error may be kept for long, and the frames of its traceback with it, but not the memory.
+                upload.forget()
+                del memory, scratch
+                raise
+    finally:
+        give_ring(ring)
+    if lane is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(lane)
+        memory.record_stream(current)
+    return memory
+
+
+def _upload_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+def _make_fixed(container: Container, placement: Placement, memory: torch.Tensor, scratch: torch.Tensor) -> None:
+    indexes = list(placement.ranks.values())
+    if not indexes:
+        return
+    jobs = [RankJob(rank.layout, rank.mask_rows, rank.columns, rank.source // 4, rank.target // 4) for rank in indexes]
+    wrong = make_fixed(scratch.view(torch.int32), memory.view(torch.int32), jobs)
+    if wrong:
+        layout = indexes[wrong[0]].layout
+        total = math.comb(layout.group, layout.keep)
+        where = f'tensors["{indexes[wrong[0]].name}"]'
+        raise InvalidFileError(f"{container.name}: {where}: the index has a rank that is not below {total}")

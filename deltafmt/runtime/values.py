@@ -1,0 +1,61 @@
+"""The fine-tuned values of a tensor, from the base's and a delta on the device; what unpacking writes to a file."""
+
+from __future__ import annotations
+
+import torch
+
+from deltafmt.kernels.nm_matmul.product import operand_delta
+from deltafmt.runtime.device_delta import DeviceTensor
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+def dense_delta(tensor: DeviceTensor) -> torch.Tensor:
+    """Return the sum of a tensor's terms in float32, shape (rows that base and fine-tune share, columns)."""
+    total: torch.Tensor | None = None
+    for operand in tensor.terms:
+        term = operand_delta(operand)
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def added(base: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``base + delta``, summed in float32 and rounded to a dtype; the base's own values where delta is zero.
+
+    Args:
+        base: any floating dtype.
+        delta: float32, of the base's shape.
+        dtype: of the fine-tuned tensor.
+    """
+    return torch.where(delta == 0, base.to(dtype), (base.float() + delta).to(dtype))
+
+
+def new_values(tensor: DeviceTensor, base: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's fine-tuned values in the base's dtype, rounded to the fine-tune's before.
+
+    Args:
+        tensor: one that is not grown.
+        base: the base's values, on the delta's device.
+    """
+    if tensor.terms:
+        delta = dense_delta(tensor).view(base.shape)
+        return added(base, delta, TORCH_DTYPES[tensor.entry.dtype]).to(base.dtype)
+    assert tensor.data is not None
+    return tensor.data.view(base.shape).to(base.dtype)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return the number of times that a tensor was written to in place; -1 where torch doesn't count."""
+    return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch has no other name for it
