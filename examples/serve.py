@@ -13,12 +13,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import deltafmt
 from deltafmt.methods import DeltaDQ
 
 NANO = Path(__file__).resolve().parent / "nano"
 BOS, PAD = 0, 2
 PROBLEMS = 4
+TOKENS = 56
 
 # Rows of 128 columns are too short for random dropout, so nothing is dropped; 4 bits and 3.
 DELTAS = {"math-4bit": DeltaDQ(2, 2, 4), "math-3bit": DeltaDQ(2, 2, 3)}
@@ -31,7 +31,7 @@ def ask(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
     rows = [[BOS, *tokenizer.encode(question, add_special_tokens=False).ids] for question in questions]
     longest = max(map(len, rows))
     padded = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows], device=model.device)
-    found = model.generate(padded, attention_mask=(padded != PAD).long(), max_new_tokens=64, do_sample=False)
+    found = model.generate(padded, attention_mask=(padded != PAD).long(), max_new_tokens=TOKENS, do_sample=False)
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in found[:, longest:].tolist()]
 
 

@@ -25,6 +25,11 @@ from containers import write_safetensors
 from deltafmt.codecs.routines import REFERENCE, CodecRoutines, codec_routines
 from deltafmt.methods.routines import Routines, select_routines
 
+# Where there is no GPU, Triton kernels are interpreted. Triton reads this when it is imported, and nothing imports it
+# before; what needs the compiler runs in a process of its own.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 NANO = Path(__file__).resolve().parent.parent / "examples" / "nano"
 
 _NATIVE = {"F32": "<f4", "F16": "<f2"}

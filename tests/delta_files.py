@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from blake3 import blake3
 from hypothesis import strategies as st
-from strategies import generators, layouts, shapes
 
 from deltafmt.codecs import nm
 from deltafmt.codecs.positions import encode_rank
@@ -18,6 +17,7 @@ from deltafmt.container.writer import ContainerWriter
 from deltafmt.layout.constants import DTYPE_BITS, byte_count
 from deltafmt.layout.entries import BaseRef, NMTerm, TensorEntry
 from deltafmt.layout.nm import NMLayout
+from strategies import generators, layouts, shapes
 
 DIGEST = bytes(32)
 
@@ -42,6 +42,7 @@ class DeltaWriter:
         self.writer = ContainerWriter(self.sink, self.profile)
 
     def add(self, name: str, shape: tuple[int, int], terms: Sequence[NMLayout], new_rows: int = 0) -> None:
+        """Add a tensor that is the base's plus some terms."""
         rows, columns = shape
         written = []
         for layout in terms:
@@ -59,6 +60,7 @@ class DeltaWriter:
         self._put(TensorEntry(name, "add", "BF16", full, base, DIGEST, grown, tuple(written)))
 
     def replace(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        """Add a tensor of random bytes."""
         data = self.rng.bytes(byte_count(dtype, shape))
         if dtype == "BOOL":
             data = bytes(byte & 1 for byte in data)
@@ -66,9 +68,11 @@ class DeltaWriter:
         self._put(TensorEntry(name, "replace", dtype, shape, digest=blake3(data).digest(), data=ref))
 
     def same(self, name: str) -> None:
+        """Add a tensor that is the base's."""
         self._put(TensorEntry(name, "same", "F16", (3, 4), BaseRef(DIGEST, "F16", (3, 4))))
 
     def alias(self, name: str, target: str) -> None:
+        """Add another name of a tensor."""
         entry = next(entry for entry in self.entries if entry.name == target)
         self._put(TensorEntry(name, "alias", entry.dtype, entry.shape, target=target))
 

@@ -272,6 +272,10 @@ def test_a_file_that_changes(tiny: Tiny, tmp_path: Path) -> None:
     path.write_bytes(tiny.deltas["two"].read_bytes())
     with pytest.raises(StorageError, match=r'changed since it was attached as "d"'), model.delta("d"):
         pass
+    nano = Path(__file__).parent.parent / "examples" / "nano"
+    deltafmt.pack(nano / "base", nano / "math", path, force=True)
+    with pytest.raises(StorageError, match='changed since it was attached as "d"'), model.delta("d"):
+        pass
     path.unlink()
     with pytest.raises(StorageError, match=r"d\.deltafmt"), model.delta("d"):
         pass
@@ -299,6 +303,51 @@ def test_threads_serve_different_deltas(tiny: Tiny) -> None:
 
     with ThreadPoolExecutor(3) as pool:
         assert all(pool.map(serve, ["one", None, "two"]))
+        # A block holds for its own thread, as torch.no_grad does.
+        with model.delta("one"):
+            assert torch.equal(pool.submit(logits, model, tokens).result(), want[None])
+
+
+def test_prefetch(tiny: Tiny) -> None:
+    model = attach(tiny.load(), tiny.deltas)
+    assert model.deltas.residency.used == 0
+    assert model.deltas.prefetch("two")
+    with model.delta("two"):
+        assert model.deltas.residency.resident() == ["two"]
+    with pytest.raises(UsageError, match=r'^there is no delta "three"; known: one, two$'):
+        model.deltas.prefetch("three")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every(ARCHITECTURES)
+def test_on_a_gpu(tiny: Tiny) -> None:
+    """The kernels in their place, and deltas that come and go while another stream may still read them."""
+    tokens = ids(4, 9).cuda()
+    names = ["one", None, "two", "one"]
+    expected = {name: logits(tiny.load(tiny.unpacked.get(name)).cuda(), tokens) for name in names}
+    model = attach(tiny.load().cuda(), tiny.deltas)
+    with model.delta(names):
+        mixed = logits(model, tokens)
+    for row, name in enumerate(names):
+        assert torch.linalg.norm(mixed[row] - expected[name][row]) < 1e-4 * torch.linalg.norm(mixed[row])
+    room = max(model.deltas._store.nbytes(name) for name in tiny.deltas)
+    detach(model)
+    attach(model, tiny.deltas, budget=room, host_budget=room)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for turn in range(12):
+        name = ("one", "two")[turn % 2]
+        with torch.cuda.stream(streams[turn % 3 % 2]), model.delta(name):
+            found = logits(model, tokens)
+        torch.cuda.synchronize()
+        assert torch.linalg.norm(found - expected[name]) < 1e-4 * torch.linalg.norm(found)
+        assert model.deltas.residency.used <= room
+    before = [parameter.clone() for parameter in model.parameters()]
+    unpacked = tiny.load(tiny.unpacked["two"]).cuda()
+    model.deltas.merge("two")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), unpacked.parameters(), strict=True))
+    model.deltas.unmerge()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
 def test_nano_solves_as_unpacked(nano: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,13 @@ def test_a_quantized_base(tiny: Tiny) -> None:
         logits(model, tokens)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated
 def test_dynamically_quantized(tiny: Tiny) -> None:
     tokens = ids(2, 6)
     exact = tiny.load()
     tuned = logits(tiny.load(tiny.unpacked["one"]), tokens)
-    model = torch.ao.quantization.quantize_dynamic(tiny.load(), {torch.nn.Linear}, dtype=torch.qint8)
-    rounding = torch.linalg.norm(logits(model, tokens) - logits(exact, tokens))
+    with warnings.catch_warnings(action="ignore"):  # torch.ao is deprecated
+        model = torch.ao.quantization.quantize_dynamic(tiny.load(), {torch.nn.Linear}, dtype=torch.qint8)
+        rounding = torch.linalg.norm(logits(model, tokens) - logits(exact, tokens))
     attach(model, tiny.deltas)
     with model.delta("one"):
         assert torch.linalg.norm(logits(model, tokens) - tuned) < 3 * rounding

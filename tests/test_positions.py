@@ -31,14 +31,20 @@ def mix_by_definition(x: int) -> int:
     return x
 
 
+def mix64_by_definition(x: int) -> int:
+    """Return the 64 bits of a mixed number, with Python integers."""
+    product = (x ^ x >> 16) * 0xCD9E8D57
+    return (product >> 32 ^ product % 2**32) * 0xFFFEB2D5
+
+
 def seeded_by_definition(seed: int, row: int, group_number: int, keep: int, group: int) -> list[int]:
     """Draw one group with Python integers, as the specification words it."""
     log_m = int(math.log2(group))
     needed = log_m + (log_m - 1 if keep > 1 else 0)
     width = next(width for width in (4, 8, 16) if needed <= width)
-    per_hash = 32 // width
+    per_hash = 64 // width
     key = mix_by_definition((seed + row * 0x9E3779B1) % 2**32)
-    h = mix_by_definition((key + group_number // per_hash * 0x85EBCA6B) % 2**32)
+    h = mix64_by_definition((key + group_number // per_hash * 0x85EBCA6B) % 2**32)
     lane = h >> group_number % per_hash * width
     b = lane % group
     a = 2 * (lane >> log_m) % group + 1

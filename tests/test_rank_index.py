@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import ascending, examples, generators, layouts, shapes
 
 from deltafmt.codecs import nm
 from deltafmt.codecs import positions as pos
 from deltafmt.codecs import words as word_codec
 from deltafmt.errors import UsageError
 from deltafmt.layout.nm import NMLayout
+from strategies import ascending, examples, generators, layouts, shapes
 
 torch = pytest.importorskip("torch")
 
@@ -23,10 +24,11 @@ from deltafmt.kernels.rank_index import naive  # noqa: E402 - needs torch
 from deltafmt.kernels.rank_index.convert import make_fixed  # noqa: E402
 from deltafmt.kernels.rank_index.jobs import RankJob  # noqa: E402
 
-# Mostly small groups: the interpreter takes its time.
-LAYOUTS = st.one_of(layouts("rank", max_group=40), layouts("rank"))
+Convert = Callable[[torch.Tensor, torch.Tensor, Sequence[RankJob]], list[int]]
+
 WIDE = NMLayout(32, 67, 4, "rank")  # C(67, 32) is just below 2**64: ranks of 64 bits
 WHOLE = NMLayout(5, 5, 4, "rank")  # C(5, 5) = 1: ranks of no bits
+HALVES = NMLayout(1, 2, 4, "rank", share=8)
 
 
 def as_words(array: np.ndarray) -> torch.Tensor:
@@ -45,61 +47,62 @@ def expected(layout: NMLayout, index: np.ndarray, rows: int, columns: int) -> np
     return nm.transcode_index(layout, index, layout.mask_rows(rows), columns, layout.with_index("fixed"))
 
 
-def kernels() -> list[object]:
-    """Return what can run here: always the reference; the kernel on a GPU, or interpreted."""
+def implementations() -> list[object]:
+    """Return what can run here, and how much of it: the reference; the kernel on a GPU, or slowly, interpreted."""
     found: list[object] = [pytest.param(naive.make_fixed, "cpu", id="naive")]
-    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         triton = pytest.importorskip("deltafmt.kernels.rank_index.triton")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        found.append(pytest.param(triton.make_fixed, device, id="triton"))
+        found.append(pytest.param(triton.make_fixed, "cuda" if torch.cuda.is_available() else "cpu", id="triton"))
     return found
 
 
-KERNELS = pytest.mark.parametrize(("convert", "device"), kernels())
+IMPLEMENTATIONS = pytest.mark.parametrize(("convert", "device"), implementations())
+INTERPRETED = not torch.cuda.is_available() and len(implementations()) > 1
+TRIES = 6 if INTERPRETED else 60
+LIMIT = 40 if INTERPRETED else 150
+LAYOUTS = layouts("rank", max_group=20) if INTERPRETED else layouts("rank")
 
 
-@KERNELS
-@examples(25)
-@given(data=st.data(), rng=generators())
-@example(data=(WIDE, (33, 70)), rng=np.random.default_rng(0))
-@example(data=(WHOLE, (40, 33)), rng=np.random.default_rng(0))
-@example(data=(NMLayout(1, 2, 4, "rank"), (40, 133)), rng=np.random.default_rng(0))
-def test_agrees_with_the_codec(convert, device, data, rng) -> None:
-    layout, (rows, columns) = data if type(data) is tuple else data.draw(st.tuples(LAYOUTS, shapes(70, 60)))
-    index = random_index(rng, layout, rows, columns)
-    wanted = expected(layout, index, rows, columns)
-    source = torch.cat([torch.full((7,), -1, dtype=torch.int32), as_words(index)]).to(device)
-    target = torch.full((5 + wanted.size + 3,), -1, dtype=torch.int32, device=device)
-    assert convert(source, target, [RankJob(layout, layout.mask_rows(rows), columns, 7, 5)]) == []
-    found = target.cpu().numpy()
-    np.testing.assert_array_equal(found[5:-3].view(np.uint32), wanted.reshape(-1))
-    assert (np.delete(found, slice(5, -3)) == -1).all()
+def check(
+    convert: Convert, device: str, case: list[tuple[NMLayout, tuple[int, int]]], rng: np.random.Generator
+) -> None:
+    """Make indexes fixed that lie one behind the other, with something before, between and behind them."""
+    indexes = [random_index(rng, layout, *shape) for layout, shape in case]
+    wanted = [expected(layout, index, *shape) for (layout, shape), index in zip(case, indexes, strict=True)]
+    mark = torch.full((7,), -1, dtype=torch.int32)
+    jobs, source, target = [], [mark], [mark]
+    for (layout, (rows, columns)), index, fixed in zip(case, indexes, wanted, strict=True):
+        starts = (sum(map(len, parts)) for parts in (source, target))
+        jobs.append(RankJob(layout, layout.mask_rows(rows), columns, *starts))
+        source += [as_words(index), mark]
+        target += [as_words(fixed), mark]
+    out = torch.full((sum(map(len, target)),), -1, dtype=torch.int32, device=device)
+    assert convert(torch.cat(source).to(device), out, jobs) == []
+    np.testing.assert_array_equal(out.cpu().numpy(), torch.cat(target).numpy())
 
 
-@KERNELS
-@examples(10)
-@given(jobs=st.lists(st.tuples(layouts("rank", max_group=20), shapes(70, 40)), max_size=4), rng=generators())
-def test_many_indexes_at_once(convert, device, jobs, rng) -> None:
-    # Two tensors of one layout share a launch.
-    jobs = [*jobs, *((layout, (columns, rows)) for layout, (rows, columns) in jobs[:2])]
-    indexes = [random_index(rng, layout, *shape) for layout, shape in jobs]
-    wanted = [expected(layout, index, *shape) for (layout, shape), index in zip(jobs, indexes, strict=True)]
-    described, source, target = [], 0, 0
-    for (layout, (rows, columns)), index, fixed in zip(jobs, indexes, wanted, strict=True):
-        described.append(RankJob(layout, layout.mask_rows(rows), columns, source, target))
-        source, target = source + index.size, target + fixed.size
-    words = torch.cat([as_words(index) for index in indexes]) if jobs else torch.empty(0, dtype=torch.int32)
-    out = torch.full((target,), -1, dtype=torch.int32, device=device)
-    assert convert(words.to(device), out, described) == []
-    flat = np.concatenate([fixed.reshape(-1) for fixed in wanted]) if jobs else np.empty(0, np.uint32)
-    np.testing.assert_array_equal(out.cpu().numpy().view(np.uint32), flat)
+@IMPLEMENTATIONS
+@examples(TRIES)
+@given(case=st.lists(st.tuples(LAYOUTS, shapes(70, LIMIT)), max_size=3), rng=generators())
+def test_agrees_with_the_codec(convert: Convert, device: str, case: list, rng: np.random.Generator) -> None:
+    # Two indexes of one layout share a launch.
+    again = [(layout, (columns, rows)) for layout, (rows, columns) in case[:1]]
+    check(convert, device, case + again, rng)
 
 
-@KERNELS
-@examples(20)
-@given(layout=LAYOUTS, shape=shapes(70, 40), rng=generators())
-@example(layout=WIDE, shape=(40, 70), rng=np.random.default_rng(1))
-def test_any_bits_give_positions_in_range(convert, device, layout, shape, rng) -> None:
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("layout", [WIDE, WHOLE, HALVES, NMLayout(1, 255, 4, "rank")], ids=NMLayout.describe)
+def test_extreme_layouts(convert: Convert, device: str, layout: NMLayout) -> None:
+    check(convert, device, [(layout, (33, LIMIT))], np.random.default_rng(0))
+
+
+@IMPLEMENTATIONS
+@examples(TRIES)
+@given(layout=LAYOUTS, shape=shapes(40, LIMIT), rng=generators())
+@example(layout=WIDE, shape=(3, 70), rng=np.random.default_rng(1))
+def test_any_bits_give_positions_in_range(
+    convert: Convert, device: str, layout: NMLayout, shape: tuple[int, int], rng: np.random.Generator
+) -> None:
     rows, columns = shape
     mask_rows, groups = layout.mask_rows(rows), layout.groups(columns)
     job = RankJob(layout, mask_rows, columns, 0, 0)
@@ -111,15 +114,15 @@ def test_any_bits_give_positions_in_range(convert, device, layout, shape, rng) -
     assert fields.max() < layout.group
     ranks = word_codec.unpack(bits, mask_rows, groups, layout.rank_bits)
     assert wrong == ([0] if int(ranks.max()) >= math.comb(layout.group, layout.keep) else [])
-    # Where nothing is drawn, nothing is written: the words are the canonical packing of their positions.
+    # Nothing but the fields is written: the words are the canonical packing of their positions.
     np.testing.assert_array_equal(word_codec.pack(fields, layout.position_bits), words)
     reference = torch.empty_like(target, device="cpu")
     naive.make_fixed(as_words(bits), reference, [job])
     assert torch.equal(target.cpu(), reference)
 
 
-@KERNELS
-def test_one_rank_too_high_is_told(convert, device) -> None:
+@IMPLEMENTATIONS
+def test_one_rank_too_high_is_told(convert: Convert, device: str) -> None:
     layout = NMLayout(2, 6, 4, "rank")
     ranks = np.zeros((40, 9), np.uint64)
     right = word_codec.pack(ranks, layout.rank_bits)

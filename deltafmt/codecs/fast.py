@@ -118,9 +118,15 @@ def _mix(x):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def _mix64(x):  # type: ignore[no-untyped-def]
+    wide = np.uint64(np.uint32(x ^ (x >> np.uint32(16)))) * np.uint64(0xCD9E8D57)
+    return np.uint64((wide >> np.uint64(32)) ^ (wide & np.uint64(0xFFFFFFFF))) * np.uint64(0xFFFEB2D5)
+
+
+@compiled
 def _seeded(seed, first, keep, log_m, width, out):  # type: ignore[no-untyped-def]
     count, groups = out.shape[0], out.shape[1]
-    per_hash = 32 // width
+    per_hash = 64 // width
     mask = np.uint32((1 << log_m) - 1)
     lane_mask = np.uint32((1 << width) - 1)
     for r in range(count):
@@ -128,10 +134,10 @@ def _seeded(seed, first, keep, log_m, width, out):  # type: ignore[no-untyped-de
         g = 0
         block = np.uint32(0)
         while g < groups:
-            h = _mix(np.uint32(key + np.uint32(block * _BLOCK_STEP)))
+            h = _mix64(np.uint32(key + np.uint32(block * _BLOCK_STEP)))
             for _ in range(min(per_hash, groups - g)):
-                lane = h & lane_mask
-                h = np.uint32(h >> np.uint32(width))
+                lane = np.uint32(h) & lane_mask
+                h = np.uint64(h >> np.uint64(width))
                 b = lane & mask
                 a = np.uint32((lane >> np.uint32(log_m - 1)) & mask) | np.uint32(1)
                 for i in range(keep):

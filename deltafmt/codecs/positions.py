@@ -19,6 +19,8 @@ from deltafmt.layout.nm import NMLayout
 
 ROW_STEP = 0x9E3779B1
 BLOCK_STEP = 0x85EBCA6B
+FOLD = 0xCD9E8D57
+SPREAD = 0xFFFEB2D5
 
 
 def mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -28,6 +30,16 @@ def mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
     x = x ^ x >> np.uint32(15)
     x = x * np.uint32(0x846CA68B)
     return x ^ x >> np.uint32(16)
+
+
+def mix64(x: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """Return 64 bits for every mixed 32-bit number: three steps, two of them multiplications to 64 bits.
+
+    ``FOLD`` is a multiplier of Philox (Salmon et al. 2011); ``SPREAD`` is close to 2**32, so that the upper half of
+    its product is as even as the lower.
+    """
+    wide = (x ^ x >> np.uint32(16)).astype(np.uint64) * np.uint64(FOLD)
+    return (wide >> np.uint64(32) ^ wide & np.uint64(0xFFFFFFFF)) * np.uint64(SPREAD)
 
 
 def lane_bits(keep: int, group: int) -> int:
@@ -51,16 +63,16 @@ def seeded(seed: int, first: int, count: int, groups: int, keep: int, group: int
         group: M, a power of two from 2 to 128.
     """
     width = lane_bits(keep, group)
-    per_hash = 32 // width
+    per_hash = 64 // width
     log_m = group.bit_length() - 1
     # "key(r) = mix(seed + r * 0x9E3779B1)", modulo 2**32.
     rows = np.arange(first, first + count, dtype=np.uint64).astype(np.uint32)
     key = mix(np.uint32(seed) + rows * np.uint32(ROW_STEP))
-    # "Group g takes lane g mod Q of block g div Q; h = mix(key(r) + block * 0x85EBCA6B)."
+    # "Group g takes lane g mod Q of block g div Q; h = mix64(key(r) + block * 0x85EBCA6B)."
     g = np.arange(groups, dtype=np.uint32)
     blocks = g // np.uint32(per_hash)
-    h = mix(key[:, None] + blocks[None, :] * np.uint32(BLOCK_STEP))
-    lane = h >> (g % np.uint32(per_hash) * np.uint32(width))
+    h = mix64(key[:, None] + blocks[None, :] * np.uint32(BLOCK_STEP))
+    lane = (h >> (g % np.uint32(per_hash) * np.uint32(width)).astype(np.uint64)).astype(np.uint32)
     # "b is the lowest log2 M bits of the lane; a is the next log2 M - 1 bits, shifted up by one, plus 1."
     mask = np.uint32(group - 1)
     b = lane & mask

@@ -13,7 +13,7 @@ from deltafmt.container import canonical, frame
 from deltafmt.container.source import Source, open_source
 from deltafmt.errors import DeltafmtError, InvalidFileError
 from deltafmt.layout import constants as c
-from deltafmt.layout.checks import fail
+from deltafmt.layout.checks import Where, fail
 from deltafmt.layout.entries import TensorEntry, parse_layout
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment, BufferRef, Section
@@ -169,29 +169,30 @@ class Container:
         return found
 
     def adopt(self, earlier: Container) -> None:
-        """Take over the entries that an earlier opening of the same file has decoded, if the index is still the same."""
+        """Take over the entries that an earlier opening of the file has decoded, if the index is still the same."""
         if earlier.seal == self.seal:
-            self._entries = earlier._entries  # noqa: SLF001 - of the same class
+            self._entries = earlier._entries
 
     def entries(self) -> Iterator[TensorEntry]:
         """Iterate over all entries, in the order of their names."""
         return (self.entry(name) for name in self._tensors)
 
     def _parse_entry(self, name: str) -> TensorEntry:
-        where = f'tensors["{name}"]'
+        where = ('tensors["', name, '"]')
         if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
             fail(where, f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
         entry = TensorEntry.from_obj(name, self._decode_entry(name), self.layouts)
-        if len({ref.section for _, ref in entry.refs()}) > 1:
-            fail(where, "the buffers lie in several sections")
-        for buffer, ref in entry.refs():
-            self._check_ref(ref, f"{where}.{buffer}", c.KIND_TENSORS)
+        refs = entry.refs()
+        for buffer, ref in refs:
+            if ref.section != refs[0][1].section:
+                fail(where, "the buffers lie in several sections")
+            self._check_ref(ref, (where, ".", buffer), c.KIND_TENSORS)
         if entry.target is not None:
             target = self._decode_entry(entry.target) if entry.target in self._tensors else None
             if type(target) is not dict or target.get("action") == "alias":
-                fail(f"{where}.target", f"{entry.target!r} is not a tensor of its own")
+                fail((where, ".target"), f"{entry.target!r} is not a tensor of its own")
             if [target.get("dtype"), target.get("shape")] != [entry.dtype, list(entry.shape)]:
-                fail(f"{where}.target", f"{entry.target!r} has another dtype or shape")
+                fail((where, ".target"), f"{entry.target!r} has another dtype or shape")
         return entry
 
     def _decode_entry(self, name: str) -> Any:
@@ -200,7 +201,7 @@ class Container:
             fail(f'tensors["{name}"]', "expected a byte string that holds an entry")
         return canonical.decode(data, f'tensors["{name}"]')
 
-    def _check_ref(self, ref: BufferRef, where: str, kind: int) -> None:
+    def _check_ref(self, ref: BufferRef, where: Where, kind: int) -> None:
         if ref.section >= len(self.sections):
             fail(where, f"section {ref.section} is not one of the {len(self.sections)} sections")
         section = self.sections[ref.section]

@@ -132,7 +132,11 @@ class Deltas:
             if name in self._placements:
                 raise UsageError(f'there is a delta "{name}" already')
             self._store.sources[name] = replace(source, needed=needed)
-            self.residency.add(name)
+            try:
+                self.residency.add(name)
+            except UsageError:
+                del self._store.sources[name]
+                raise
             self._placements[name] = placement
             self.unchecked[name] = unchecked
             self.ignored[name] = placement.ignored

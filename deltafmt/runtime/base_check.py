@@ -12,7 +12,8 @@ import torch
 from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.errors import WrongBaseError
 from deltafmt.layout.entries import BaseRef, TensorEntry
-from deltafmt.runtime.values import TORCH_DTYPES, version_of
+from deltafmt.runtime.device_views import TORCH_DTYPES
+from deltafmt.runtime.values import version_of
 
 _THREADS = 4  # each holds one tensor in host memory
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-import deltafmt
-from deltafmt.errors import StorageError
+from deltafmt.delta import DeltaFile
+from deltafmt.errors import StorageError, UsageError
 from deltafmt.kernels.nm_matmul.operand import NMOperand
 from deltafmt.layout.constants import BUFFER_ALIGNMENT, align
 from deltafmt.layout.entries import TensorEntry
@@ -24,6 +24,7 @@ class Source:
     Attributes:
         path: the file.
         content_id: in hexadecimal.
+        opened: the file, closed; its index has been decoded.
         entries: of its tensors by name; for an alias, that of its target.
         removed: names of tensors that only the base has.
         needed: names of the tensors to bring to the device.
@@ -31,6 +32,7 @@ class Source:
 
     path: str
     content_id: str
+    opened: DeltaFile
     entries: dict[str, TensorEntry]
     removed: tuple[str, ...]
     needed: tuple[str, ...] = ()
@@ -42,9 +44,9 @@ def read_source(path: str) -> Source:
     Raises:
         StorageError, InvalidFileError: see :mod:`deltafmt.errors`.
     """
-    with deltafmt.open(path) as delta:
+    with DeltaFile(path) as delta:
         entries = {name: delta.resolve(name) for name in delta}
-        return Source(path, delta.content_id, entries, tuple(delta.container.removed))
+        return Source(path, delta.content_id, delta, entries, tuple(delta.container.removed))
 
 
 def device_bytes(entries: Iterable[TensorEntry]) -> int:
@@ -85,14 +87,23 @@ class DeltaStore:
             StorageError: the file is missing, or another than the one that was attached.
         """
         source = self.sources[name]
-        delta = load(source.path, device=self._device, tensors=source.needed or None, cancel=cancel)
-        if delta.content_id != source.content_id:
-            raise StorageError(
-                f'{source.path} changed since it was attached as "{name}": '
-                f"content id {delta.content_id[:16]}, not {source.content_id[:16]}"
-            )
+        try:
+            delta = load(source.path, self._device, tensors=source.needed or None, cancel=cancel, known=source.opened)
+        except UsageError:
+            # A tensor may be missing because the file is another one.
+            self._check_unchanged(name, read_source(source.path).content_id)
+            raise
+        self._check_unchanged(name, delta.content_id)
         self._settle()
         return delta
+
+    def _check_unchanged(self, name: str, content_id: str) -> None:
+        source = self.sources[name]
+        if content_id != source.content_id:
+            raise StorageError(
+                f'{source.path} changed since it was attached as "{name}": '
+                f"content id {content_id[:16]}, not {source.content_id[:16]}"
+            )
 
     def to_host(self, name: str, value: DeviceDelta) -> DeviceDelta:  # noqa: ARG002 - the store's signature
         """Copy a delta to host memory, pinned if the device is a GPU."""

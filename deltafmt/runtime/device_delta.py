@@ -36,6 +36,7 @@ class DeviceDelta(Mapping[str, DeviceTensor]):
         content_id: of the file, in hexadecimal.
         metadata: of the file.
         nbytes: bytes of the device allocation that holds every buffer.
+        tensors: by name; made when they are first asked for, which can raise InvalidFileError.
     """
 
     device: torch.device
@@ -46,6 +47,9 @@ class DeviceDelta(Mapping[str, DeviceTensor]):
 
     def __getitem__(self, name: str) -> DeviceTensor:
         return self.tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

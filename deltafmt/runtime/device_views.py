@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -10,7 +12,7 @@ from deltafmt.container.reader import Container
 from deltafmt.kernels.nm_matmul.operand import NMOperand
 from deltafmt.layout.constants import element_count
 from deltafmt.layout.entries import NMTerm, TensorEntry
-from deltafmt.layout.nm import TILE_ROWS
+from deltafmt.layout.nm import TILE_ROWS, NMLayout
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.upload_plan import Placement
 
@@ -41,6 +43,30 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What operands of one layout and shape have in common: the layout on a device, and the shapes of the buffers."""
+
+    layout: NMLayout
+    codes: tuple[int, int, int]
+    index: tuple[int, int, int] | None
+    scales: tuple[int, int, int]
+    scale_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, stored: NMLayout, rows: int, columns: int) -> _Form:
+        layout = stored.with_index("fixed") if stored.index == "rank" else stored
+        tiles = layout.row_tiles(rows)
+        index = (layout.index_tiles(rows), layout.index_words(columns), TILE_ROWS)
+        return cls(
+            layout,
+            (tiles, layout.codes_words(columns), TILE_ROWS),
+            None if layout.index == "seeded" else index,
+            (tiles, layout.scales_per_row(columns), TILE_ROWS),
+            torch.bfloat16 if layout.scale_dtype == "BF16" else torch.float32,
+        )
+
+
 class DeviceTensors(Mapping[str, DeviceTensor]):
     """The tensors of a delta, made from its index when they are first asked for.
 
@@ -51,14 +77,13 @@ class DeviceTensors(Mapping[str, DeviceTensor]):
         placement: where the buffers lie.
     """
 
-    def __init__(
-        self, container: Container, names: Sequence[str], memory: torch.Tensor, placement: Placement
-    ) -> None:
+    def __init__(self, container: Container, names: Sequence[str], memory: torch.Tensor, placement: Placement) -> None:
         self._container = container
         self._names = dict.fromkeys(names)
         self._placement = placement
         self._made: dict[str, DeviceTensor] = {}
         self._bases = {torch.uint8: memory}
+        self._forms: dict[tuple[int, int, int], _Form] = {}
 
     def __getitem__(self, name: str) -> DeviceTensor:
         found = self._made.get(name)
@@ -87,24 +112,21 @@ class DeviceTensors(Mapping[str, DeviceTensor]):
         return DeviceTensor(entry, terms, self._data(entry))
 
     def _operand(self, entry: TensorEntry, term: NMTerm) -> NMOperand:
-        layout = term.params
         rows, columns = entry.delta_rows, entry.columns
-        offsets = {name: self._placement.offset(ref) for name, ref in term.buffers.items() if name != "index"}
-        index_offset = None
-        if layout.index == "rank":
-            index_offset = self._placement.fixed_offset(entry, term)
-            layout = layout.with_index("fixed")
-        elif layout.index == "fixed":
-            index_offset = self._placement.offset(term.buffers["index"])
-        tiles = layout.row_tiles(rows)
-        codes = self._view(torch.int32, (tiles, layout.codes_words(columns), TILE_ROWS), offsets["codes"])
-        scale_dtype = torch.bfloat16 if layout.scale_dtype == "BF16" else torch.float32
-        scales = self._view(scale_dtype, (tiles, layout.scales_per_row(columns), TILE_ROWS), offsets["scales"])
+        # Hundreds of tensors share a few shapes.
+        key = (term.layout, rows, columns)
+        form = self._forms.get(key)
+        if form is None:
+            form = self._forms[key] = _Form.of(term.params, rows, columns)
+        refs = term.buffers
+        codes = self._view(torch.int32, form.codes, self._placement.offset(refs["codes"]))
+        scales = self._view(form.scale_dtype, form.scales, self._placement.offset(refs["scales"]))
         index = None
-        if index_offset is not None:
-            shape = (layout.index_tiles(rows), layout.index_words(columns), TILE_ROWS)
-            index = self._view(torch.int32, shape, index_offset)
-        return NMOperand(layout, term.seed, rows, columns, codes, index, scales)
+        if form.index is not None:
+            is_rank = term.params.index == "rank"
+            offset = self._placement.fixed_offset(entry, term) if is_rank else self._placement.offset(refs["index"])
+            index = self._view(torch.int32, form.index, offset)
+        return NMOperand(form.layout, term.seed, rows, columns, codes, index, scales)
 
     def _data(self, entry: TensorEntry) -> torch.Tensor | None:
         """Return the bytes of ``replace``, or of new rows, in the tensor's dtype if torch has it."""
@@ -121,9 +143,12 @@ class DeviceTensors(Mapping[str, DeviceTensor]):
         base = self._bases.get(dtype)
         if base is None:
             base = self._bases[dtype] = self._bases[torch.uint8].view(dtype)
-        strides = [1] * len(shape)
-        for i in range(len(shape) - 1, 0, -1):
-            strides[i - 1] = strides[i] * max(shape[i], 1)
         if not element_count(shape):
-            offset = 0
-        return base.as_strided(shape, strides, offset // base.itemsize)
+            return base[:0].view(shape)
+        return base.as_strided(shape, _strides(shape), offset // dtype.itemsize)
+
+
+@functools.lru_cache(maxsize=1024)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    return tuple(element_count(shape[i + 1 :]) for i in range(len(shape)))

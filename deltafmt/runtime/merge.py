@@ -11,13 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
+from deltafmt.delta import row_ranges
 from deltafmt.errors import UsageError
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
+from deltafmt.runtime.device_views import TORCH_DTYPES
 from deltafmt.runtime.leases import Lease
 from deltafmt.runtime.places import Placement
-from deltafmt.runtime.values import TORCH_DTYPES, added, dense_delta, new_values, version_of
+from deltafmt.runtime.values import added, dense_delta, new_values, version_of
 
-_CHUNK_ELEMENTS = 1 << 24
+_CHUNK_ELEMENTS = 1 << 26  # decoded at a time, in float32
+_STEP_ROWS = 256  # whole tiles of every layout
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -40,6 +43,8 @@ class Merge:
         self._versions: list[int] = []
         owners: dict[int, tuple[str, str]] = {}
         for tensor_name, tensor in lease.values[name].items():
+            if tensor.entry.action == "same":
+                continue
             parameter = placement.parameters.get(tensor_name)
             check_mergeable(tensor_name, tensor, parameter)
             assert parameter is not None
@@ -175,11 +180,10 @@ class _Change:
 
     def _chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Give rows of the parameter, as a matrix, with their delta."""
-        delta = dense_delta(self.tensor)
-        held = self.parameter.detach().view(delta.shape)
-        step = max(_CHUNK_ELEMENTS // max(delta.shape[1], 1), 1)
-        for start in range(0, len(held), step):
-            yield held[start : start + step], delta[start : start + step].to(held.device)
+        entry = self.tensor.entry
+        held = self.parameter.detach().view(entry.rows, entry.columns)
+        for start, stop in row_ranges(0, entry.rows, entry.columns, _STEP_ROWS, _CHUNK_ELEMENTS):
+            yield held[start:stop], dense_delta(self.tensor, start, stop).to(held.device)
 
     def _device(self) -> torch.device:
         return self.tensor.terms[0].device if self.tensor.data is None else self.tensor.data.device

@@ -1,4 +1,4 @@
-"""Host buffers that a device copies from while they are read into, and the threads that fill them; kept between loads."""
+"""Host buffers that files are read into and devices copy from, and the threads that fill them; kept between loads."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Slot:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-        self.view = memoryview(tensor.numpy())
+        self.view = memoryview(tensor.numpy())  # type: ignore[arg-type]
         self._copied: torch.cuda.Event | None = None
 
     def record(self, stream: torch.cuda.Stream) -> None:
         """Note that copies from this buffer have been given to a stream."""
         if self._copied is None:
-            self._copied = torch.cuda.Event(blocking=True)
+            self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._copied.record(stream)
 
     def wait(self) -> None:

@@ -20,7 +20,7 @@ from deltafmt.container.reader import Container
 from deltafmt.errors import CancelledError
 from deltafmt.layout.constants import ZSTD_CHUNK
 from deltafmt.runtime.pinned import Ring, Slot, start_threads
-from deltafmt.runtime.upload_plan import Piece, Share
+from deltafmt.runtime.upload_pieces import Piece, Share
 
 if TYPE_CHECKING:
     from deltafmt.container.chunks import ChunkReader

@@ -13,7 +13,7 @@ import math
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import torch
 
@@ -28,9 +28,11 @@ from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.device_views import DeviceTensors
 from deltafmt.runtime.pinned import MAX_THREADS, give_ring, take_ring
 from deltafmt.runtime.reading import Upload
-from deltafmt.runtime.upload_plan import Placement, cut
+from deltafmt.runtime.upload_pieces import cut
+from deltafmt.runtime.upload_plan import Placement
 
-PINNED_BYTES = 64 * 1024 * 1024
+# Two buffers a thread: one to read into while the other is copied. More do not stay in the processor's cache.
+PINNED_BYTES = 32 * 1024 * 1024
 DEFAULT_THREADS = 8
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -97,7 +99,9 @@ def _device(device: torch.device | str) -> torch.device:
         raise UsageError(f"device {str(found)!r} is neither cuda nor cpu")
     if not torch.cuda.is_available():
         raise UsageError(f"device {str(found)!r} cannot be used: torch finds no CUDA device")
-    index = torch.cuda.current_device() if found.index is None else found.index
+    index = cast("int | None", found.index)
+    if index is None:
+        index = torch.cuda.current_device()
     if index >= torch.cuda.device_count():
         raise UsageError(f"device {str(found)!r} is not one of the {torch.cuda.device_count()} CUDA devices")
     return torch.device("cuda", index)
@@ -184,7 +188,7 @@ def _fill(
 
 def _upload_stream(device: torch.device) -> torch.cuda.Stream:
     if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
+        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return _streams[device]
 
 

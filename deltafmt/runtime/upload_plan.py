@@ -1,4 +1,4 @@
-"""What an upload moves, and where to: pieces of the file, and their places in one device allocation (spec, section 5).
+"""Where the sections of a file go in one device allocation (spec, section 5).
 
 Planned from the index alone, before a byte is read. All offsets are in bytes.
 
@@ -28,47 +28,6 @@ class Run:
     stop: int
     target: int
     scratch: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """``length`` bytes from ``source`` in a piece to ``target`` on the device, or in its scratch memory."""
-
-    source: int
-    target: int
-    length: int
-    scratch: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What a piece holds of one section: part ``part`` of ``parts``, at ``start`` in the piece."""
-
-    section: int
-    start: int
-    length: int
-    part: int = 0
-    parts: int = 1
-    padding: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one thread reads, checks and copies at a time.
-
-    Attributes:
-        offset: in the file; for a compressed section, in its raw bytes.
-        length: bytes.
-        shares: the sections that it holds, or the part of one.
-        copies: what goes to the device.
-        compressed: whether the section is to be decoded.
-    """
-
-    offset: int
-    length: int
-    shares: tuple[Share, ...]
-    copies: tuple[Copy, ...]
-    compressed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,105 +155,3 @@ def _join(refs: list[BufferRef]) -> list[tuple[int, int]]:
         else:
             ranges.append((ref.offset, stop))
     return ranges
-
-
-def cut(sections: Sequence[Section], placement: Placement, size: int) -> list[Piece]:
-    """Cut the sections of a placement into pieces of at most ``size`` bytes, a multiple of 256 KiB.
-
-    Small stored sections that follow each other share a piece; a large section is cut into even parts.
-    """
-    pieces: list[Piece] = []
-    group: list[int] = []
-    for number in placement.sections:
-        section = sections[number]
-        whole = c.align(section.length, c.SECTION_ALIGNMENT)
-        if group and (section.codec != c.CODEC_STORED or _span(sections, [*group, number]) > size):
-            pieces.append(_group_piece(sections, placement, group))
-            group = []
-        if section.codec == c.CODEC_ZSTD:
-            pieces += _compressed_pieces(number, section, placement, size)
-        elif whole > size:
-            pieces += _large_pieces(number, section, placement, size)
-        elif group and number != group[-1] + 1:
-            pieces.append(_group_piece(sections, placement, group))
-            group = [number]
-        else:
-            group.append(number)
-    if group:
-        pieces.append(_group_piece(sections, placement, group))
-    return pieces
-
-
-def _span(sections: Sequence[Section], group: list[int]) -> int:
-    last = sections[group[-1]]
-    return c.align(last.offset + last.length, c.SECTION_ALIGNMENT) - sections[group[0]].offset
-
-
-def _group_piece(sections: Sequence[Section], placement: Placement, group: list[int]) -> Piece:
-    first = sections[group[0]].offset
-    shares, copies = [], []
-    for number in group:
-        section = sections[number]
-        start = section.offset - first
-        shares.append(Share(number, start, section.length, padding=-section.length % c.SECTION_ALIGNMENT))
-        copies += [
-            Copy(start + run.start, run.target, run.stop - run.start, run.scratch)
-            for run in placement.runs(number)
-            if run.stop > run.start
-        ]
-    return Piece(first, _span(sections, group), tuple(shares), _joined(copies))
-
-
-def _joined(copies: list[Copy]) -> tuple[Copy, ...]:
-    """Join copies that keep their distance, across the padding between them."""
-    out: list[Copy] = []
-    for copy in copies:
-        last = out[-1] if out else None
-        if (
-            last is not None
-            and last.scratch == copy.scratch
-            and copy.source - last.source == copy.target - last.target
-            and 0 <= copy.source - last.source - last.length < c.SECTION_ALIGNMENT
-        ):
-            out[-1] = Copy(last.source, last.target, copy.source + copy.length - last.source, last.scratch)
-        else:
-            out.append(copy)
-    return tuple(out)
-
-
-def _large_pieces(number: int, section: Section, placement: Placement, size: int) -> list[Piece]:
-    padding = -section.length % c.SECTION_ALIGNMENT
-    parts = -(-(section.length + padding) // size)
-    step = c.align(-(-section.length // parts), c.SECTION_ALIGNMENT)
-    starts = range(0, section.length, step)
-    pieces = []
-    for part, start in enumerate(starts):
-        stop = min(start + step, section.length)
-        behind = padding if stop == section.length else 0
-        share = Share(number, 0, stop - start, part, len(starts), behind)
-        copies = _overlap(placement.runs(number), start, stop)
-        pieces.append(Piece(section.offset + start, stop - start + behind, (share,), copies))
-    return pieces
-
-
-def _compressed_pieces(number: int, section: Section, placement: Placement, size: int) -> list[Piece]:
-    step = size // c.ZSTD_CHUNK * c.ZSTD_CHUNK
-    starts = range(0, max(section.raw_length, 1), step)
-    pieces = []
-    for part, start in enumerate(starts):
-        stop = min(start + step, section.raw_length)
-        share = Share(number, 0, stop - start, part, len(starts))
-        pieces.append(
-            Piece(start, stop - start, (share,), _overlap(placement.runs(number), start, stop), compressed=True)
-        )
-    return pieces
-
-
-def _overlap(runs: list[Run], start: int, stop: int) -> tuple[Copy, ...]:
-    """Return what raw bytes ``start`` to ``stop`` of a section hold of its runs."""
-    copies = []
-    for run in runs:
-        first, last = max(run.start, start), min(run.stop, stop)
-        if first < last:
-            copies.append(Copy(first - start, run.target + first - run.start, last - first, run.scratch))
-    return tuple(copies)

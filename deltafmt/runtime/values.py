@@ -6,26 +6,14 @@ import torch
 
 from deltafmt.kernels.nm_matmul.product import operand_delta
 from deltafmt.runtime.device_delta import DeviceTensor
-
-TORCH_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+from deltafmt.runtime.device_views import TORCH_DTYPES
 
 
-def dense_delta(tensor: DeviceTensor) -> torch.Tensor:
-    """Return the sum of a tensor's terms in float32, shape (rows that base and fine-tune share, columns)."""
+def dense_delta(tensor: DeviceTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Return rows ``start`` to ``stop`` of the sum of a tensor's terms, in float32."""
     total: torch.Tensor | None = None
     for operand in tensor.terms:
-        term = operand_delta(operand)
+        term = operand_delta(operand, start, stop)
         total = term if total is None else total + term
     assert total is not None
     return total

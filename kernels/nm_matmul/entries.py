@@ -21,6 +21,14 @@ def mix(x):
 
 
 @triton.jit
+def mix64(x):
+    """Spec section 11.4: 64 bits for each uint32, as their lower and upper halves."""
+    wide = (x ^ (x >> 16)).to(tl.uint64) * 0xCD9E8D57
+    wide = ((wide >> 32).to(tl.uint32) ^ wide.to(tl.uint32)).to(tl.uint64) * 0xFFFEB2D5
+    return wide.to(tl.uint32), (wide >> 32).to(tl.uint32)
+
+
+@triton.jit
 def load_field(p_words, words, entry, mask, WIDTH: tl.constexpr, count):
     """Section 11.2: return field ``entry`` of word streams, uint32.
 
@@ -45,8 +53,17 @@ def load_field(p_words, words, entry, mask, WIDTH: tl.constexpr, count):
 
 @triton.jit
 def load_position(
-    index_ptr, seed, mask_row, entry, kept, index_words, mask,
-    KEEP: tl.constexpr, GROUP: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr,
+    index_ptr,
+    seed,
+    mask_row,
+    entry,
+    kept,
+    index_words,
+    mask,
+    KEEP: tl.constexpr,
+    GROUP: tl.constexpr,
+    LANE_BITS: tl.constexpr,
+    POSITION_BITS: tl.constexpr,
 ):
     """Section 11.4: return the position in its group of each entry, int32; LANE_BITS is 0 for a ``fixed`` index.
 
@@ -57,18 +74,21 @@ def load_position(
         p_words = index_ptr + (mask_row // 32).to(tl.int64) * index_words * 32 + mask_row % 32
         return load_field(p_words, index_words, entry, mask, POSITION_BITS, kept).to(tl.int32)
     else:
-        LANES: tl.constexpr = 32 // LANE_BITS
+        LANES: tl.constexpr = 64 // LANE_BITS
         group = entry // KEEP
         key = mix(mask_row.to(tl.uint32) * 0x9E3779B1 + seed)
-        h = mix(key + (group // LANES).to(tl.uint32) * 0x85EBCA6B)
-        lane = h >> (group % LANES * LANE_BITS).to(tl.uint32)
+        low, high = mix64(key + (group // LANES).to(tl.uint32) * 0x85EBCA6B)
+        half = tl.where(group % LANES < LANES // 2, low, high)
+        lane = half >> (group % (LANES // 2) * LANE_BITS).to(tl.uint32)
         b = lane & (GROUP - 1)
         a = ((lane >> (POSITION_BITS - 1)) & (GROUP - 1)) | 1
         return ((a * (entry % KEEP).to(tl.uint32) + b) & (GROUP - 1)).to(tl.int32)
 
 
 @triton.jit
-def load_code(codes_ptr, row, entry, kept, code_words, mask, BITS: tl.constexpr, SHARE: tl.constexpr, TOP: tl.constexpr):
+def load_code(
+    codes_ptr, row, entry, kept, code_words, mask, BITS: tl.constexpr, SHARE: tl.constexpr, TOP: tl.constexpr
+):
     """Section 11.5: return ``2u - top`` of each entry, float32."""
     tile = (row // (32 * SHARE)) * SHARE + row % SHARE
     lane = (row % (32 * SHARE)) // SHARE

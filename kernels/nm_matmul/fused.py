@@ -21,6 +21,21 @@ from deltafmt.kernels.nm_matmul.gather import (
 
 
 @triton.jit
+def interleave_rows(parts, SHARE: tl.constexpr):
+    """Return the rows of a block in their order, from the rows v of all masks, for each v < SHARE."""
+    if SHARE == 1:
+        return parts[0]
+    elif SHARE == 2:
+        return tl.interleave(parts[0], parts[1])
+    elif SHARE == 4:
+        return tl.interleave(tl.interleave(parts[0], parts[2]), tl.interleave(parts[1], parts[3]))
+    else:
+        even = tl.interleave(tl.interleave(parts[0], parts[4]), tl.interleave(parts[2], parts[6]))
+        odd = tl.interleave(tl.interleave(parts[1], parts[5]), tl.interleave(parts[3], parts[7]))
+        return tl.interleave(even, odd)
+
+
+@triton.jit
 def fused_kernel(
     x_ptr, weight0_ptr, weight1_ptr, weight2_ptr, y0_ptr, y1_ptr, y2_ptr, rows0, rows1, rows2, block1, block2,
     table_ptr, slot, columns, groups, code_words, words0, words1, index_words, places0, places1, places2,
@@ -100,15 +115,14 @@ def fused_kernel(
         total -= sums * (0.5 * TOP / 18446744073709551616.0)
         scale = tl.load(scales_ptr + o_tile + v * 32 + mask_row % 32, mask=m_rows, other=0).to(tl.float32)
         deltas = deltas + (tl.sum(total, 0) * scale,)
-    for v in tl.static_range(SHARE):
-        row = mask_row * SHARE + v
-        p_weight = weight_ptr + row.to(tl.int64)[:, None] * columns
-        products = tl.zeros([MASK_ROWS, BLOCK], tl.float32)
-        for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
-            column = start + tl.arange(0, BLOCK)
-            m = (row < rows)[:, None] & (column < columns)[None, :]
-            weight = tl.load(p_weight + column[None, :], mask=m, other=0, eviction_policy="evict_first")
-            x = tl.load(x_ptr + column, mask=column < columns, other=0)
-            products += weight.to(tl.float32) * x.to(tl.float32)[None, :]
-        y = tl.sum(products, 1) + deltas[v]
-        tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty), mask=row < rows)
+    row = block * (MASK_ROWS * SHARE) + tl.arange(0, MASK_ROWS * SHARE)
+    p_weight = weight_ptr + row.to(tl.int64)[:, None] * columns
+    products = tl.zeros([MASK_ROWS * SHARE, BLOCK], tl.float32)
+    for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK)
+        m = (row < rows)[:, None] & (column < columns)[None, :]
+        weight = tl.load(p_weight + column[None, :], mask=m, other=0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + column, mask=column < columns, other=0)
+        products += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    y = tl.sum(products, 1) + interleave_rows(deltas, SHARE)
+    tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty), mask=row < rows)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltafmt.kernels.nm_matmul.entries import load_code, load_position, load_scale, mix
+from deltafmt.kernels.nm_matmul.entries import load_code, load_position, load_scale, mix, mix64
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def load_planes(p_words, words, start, step, m_rows, ENTRIES: tl.constexpr, WIDT
 
 
 @triton.jit
-def spread(loaded, ENTRIES: tl.constexpr, WIDTH: tl.constexpr):
+def spread_fields(loaded, ENTRIES: tl.constexpr, WIDTH: tl.constexpr):
     """Return the fields of one plane's words, uint32, shape (ENTRIES, steps, mask rows)."""
     FIELDS: tl.constexpr = 32 // WIDTH
     e = tl.arange(0, ENTRIES)
@@ -58,12 +58,14 @@ def seeded_positions(
     key, step, ENTRIES: tl.constexpr, KEEP: tl.constexpr, LOG_GROUP: tl.constexpr, LANE_BITS: tl.constexpr
 ):
     """Section 11.4: return positions, uint32, shape (ENTRIES, steps, mask rows); a hash serves several groups."""
-    LANES: tl.constexpr = 32 // LANE_BITS
-    HASHES: tl.constexpr = ENTRIES // (KEEP * LANES)
+    LANES: tl.constexpr = 32 // LANE_BITS  # of one half
+    HASHES: tl.constexpr = ENTRIES // (KEEP * LANES * 2)
     MASK: tl.constexpr = (1 << LOG_GROUP) - 1
     number = step[None, :] * HASHES + tl.arange(0, HASHES)[:, None]
-    h = mix(key[None, None, :] + (number.to(tl.uint32) * 0x85EBCA6B)[:, :, None])
-    lane = h[:, None, :, :] >> (tl.arange(0, LANES).to(tl.uint32) * LANE_BITS)[None, :, None, None]
+    low, high = mix64(key[None, None, :] + (number.to(tl.uint32) * 0x85EBCA6B)[:, :, None])
+    half = tl.where((tl.arange(0, 2) == 0)[None, :, None, None], low[:, None], high[:, None])
+    lane = half[:, :, None, :, :] >> (tl.arange(0, LANES).to(tl.uint32) * LANE_BITS)[None, None, :, None, None]
+    lane = tl.reshape(lane, [HASHES, LANES * 2, step.shape[0], key.shape[0]])
     b = lane & MASK
     if KEEP == 1:
         return tl.reshape(b, [ENTRIES, step.shape[0], key.shape[0]])
@@ -75,20 +77,18 @@ def seeded_positions(
 
 
 @triton.jit
-def fixed_positions(
-    p_words, words0, words1, words2, step, m_rows, ENTRIES: tl.constexpr, WIDTH: tl.constexpr
-):
+def fixed_positions(p_words, words0, words1, words2, step, m_rows, ENTRIES: tl.constexpr, WIDTH: tl.constexpr):
     """Section 11.4: return the positions of a ``fixed`` index, uint32, shape (ENTRIES, steps, mask rows)."""
     W0: tl.constexpr = 4 if WIDTH >= 4 else 2 if WIDTH >= 2 else 1
-    p = spread(load_planes(p_words, words0, 0, step, m_rows, ENTRIES, W0), ENTRIES, W0)
+    p = spread_fields(load_planes(p_words, words0, 0, step, m_rows, ENTRIES, W0), ENTRIES, W0)
     LEFT: tl.constexpr = WIDTH - W0
     if LEFT > 0:
         W1: tl.constexpr = 2 if LEFT >= 2 else 1
         loaded = load_planes(p_words, words1, words0, step, m_rows, ENTRIES, W1)
-        p |= spread(loaded, ENTRIES, W1) << W0
+        p |= spread_fields(loaded, ENTRIES, W1) << W0
         if LEFT > W1:
             loaded = load_planes(p_words, words2, words0 + words1, step, m_rows, ENTRIES, 1)
-            p |= spread(loaded, ENTRIES, 1) << (W0 + W1)
+            p |= spread_fields(loaded, ENTRIES, 1) << (W0 + W1)
     return p
 
 
@@ -140,7 +140,6 @@ def gather_kernel(
     KEEP: tl.constexpr, LOG_GROUP: tl.constexpr, SHARE: tl.constexpr, TOP: tl.constexpr, SCALE: tl.constexpr,
     LANE_BITS: tl.constexpr, PLANE0: tl.constexpr, CLASSES0: tl.constexpr, PLANE1: tl.constexpr,
     CLASSES1: tl.constexpr, ENTRIES: tl.constexpr, STEPS: tl.constexpr, MASK_ROWS: tl.constexpr, EVEN: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Add ``x @ delta.T`` of one tile of tokens and one block of rows; see the module's docstring."""
     GROUPS: tl.constexpr = ENTRIES // KEEP
@@ -174,8 +173,10 @@ def gather_kernel(
         p_index = index_ptr + (mask_row // 32).to(tl.int64) * (index_words * 32) + mask_row % 32
     else:
         key = mix(mask_row.to(tl.uint32) * 0x9E3779B1 + tl.load(p_entry + 3).to(tl.uint32))
-    tokens = tl.load(order_ptr + first + tl.minimum(tl.arange(0, TOKENS), count - 1)).to(tl.int64)
-    p_x = x_ptr + tokens * x_stride
+    p_x = ()
+    for t in tl.static_range(TOKENS):
+        token = tl.load(order_ptr + first + tl.minimum(t, count - 1)).to(tl.int64)
+        p_x = p_x + (x_ptr + token * x_stride,)
 
     acc = ()
     for _ in tl.static_range(TOKENS * SHARE * CLASSES):
@@ -197,22 +198,22 @@ def gather_kernel(
                 limit1 = 2147483647 if EVEN else words1
                 loaded1 = loaded1 + (load_planes(p_row, limit1, words0, step, m_rows, ENTRIES, PLANE1),)
         column = chunk * CHUNK + tl.arange(0, CHUNK)
-        if EVEN:
-            x = tl.load(p_x[:, None] + column[None, :])
-        else:
-            x = tl.load(p_x[:, None] + column[None, :], mask=(column < columns)[None, :], other=0)
-        x = tl.reshape(x.to(tl.float32) * 18446744073709551616.0, [TOKENS * CHUNK])
+        x = ()
+        for t in tl.static_range(TOKENS):
+            if EVEN:
+                x = x + (tl.load(p_x[t] + column),)
+            else:
+                x = x + (tl.load(p_x[t] + column, mask=column < columns, other=0),)
         if LANE_BITS == 0:
-            position = fixed_positions(
-                p_index, places0, places1, places2, step, m_rows, ENTRIES, LOG_GROUP
-            )
+            position = fixed_positions(p_index, places0, places1, places2, step, m_rows, ENTRIES, LOG_GROUP)
         else:
             position = seeded_positions(key, step, ENTRIES, KEEP, LOG_GROUP, LANE_BITS)
         position = position.to(tl.int32) + (o_gather << LOG_GROUP)[:, :, None]
+        position = tl.reshape(position, [ENTRIES * STEPS * MASK_ROWS])
         new_acc = ()
         new_sums = ()
         for t in tl.static_range(TOKENS):
-            g = tl.gather(x, tl.reshape(position + t * CHUNK, [ENTRIES * STEPS * MASK_ROWS]), 0)
+            g = tl.gather(x[t].to(tl.float32) * 18446744073709551616.0, position, 0)
             g = tl.reshape(g, [ENTRIES, STEPS, MASK_ROWS])
             s = sums[t]
             for e in tl.static_range(ENTRIES):
@@ -228,8 +229,6 @@ def gather_kernel(
                     )
         acc = new_acc
         sums = new_sums
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
     for v in tl.static_range(SHARE):
         row = mask_row * SHARE + v
         for t in tl.static_range(TOKENS):

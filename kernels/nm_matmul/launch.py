@@ -42,7 +42,7 @@ def step_entries(layout: NMLayout) -> int:
     if layout.index == "fixed":
         entries += [32 // width for width in planes(layout.position_bits)]
     else:
-        entries.append(layout.keep * 32 // lane_bits(layout))
+        entries.append(layout.keep * 64 // lane_bits(layout))
     return max(entries) if max(entries) <= MAX_UNROLL else 0
 
 
@@ -73,24 +73,20 @@ def gather_blocks(layout: NMLayout, entries: int, columns: int, tokens: int, pro
     """
     row_steps = triton.next_power_of_2(-(-layout.groups(columns) * layout.keep // entries))
     classes = 4 if tokens * layout.share <= 8 else 2 if tokens * layout.share <= 16 else 1
-    if programs <= 4096:
+    if programs <= 1024 and tokens == 1:
         # Little work: few rows a program and all columns at once, so that every multiprocessor has its share.
-        mask_rows, warps, per_thread = 32, 8, 2
-    elif layout.share == 1:
-        mask_rows, warps, per_thread = 128, 4, 4
-    else:
-        mask_rows, warps, per_thread = 64, 4, 2
-    per_thread = max(1, per_thread // tokens)
-    steps = min(per_thread * (warps * 32 // mask_rows), row_steps)
-    while steps > 1 and steps * (entries // layout.keep) * layout.group * tokens > 8192:
+        return Blocks(32, min(16, row_steps), 8 if row_steps >= 8 else 4, classes)
+    mask_rows = 128 if entries * layout.share <= 32 or tokens > 1 else 32
+    per_thread = max(1, min(4, 128 // (entries * layout.share * tokens)))
+    if layout.share == 1 and tokens == 1:
+        per_thread = 4
+    steps = min(per_thread * (128 // mask_rows), row_steps)
+    while steps > 1 and steps * (entries // layout.keep) * layout.group > 4096:
         steps //= 2
-    warps = max(1, min(warps, mask_rows * steps // 32))
-    return Blocks(mask_rows, steps, warps, classes)
+    return Blocks(mask_rows, steps, max(1, min(4, mask_rows * steps // 32)), classes)
 
 
-def launch_products(
-    outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments, *, overlap: bool = False
-) -> None:
+def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
     """Launch the products of every layout that the table holds; see :func:`deltafmt.kernels.nm_matmul.product.nm_matmul_`."""
     for first in range(0, len(table.parts), MAX_PARTS):
         parts = slice(first, first + MAX_PARTS)
@@ -99,7 +95,7 @@ def launch_products(
                 longest = min(segments.longest, GATHER_TOKENS)
                 size = min(triton.next_power_of_2(longest), MAX_GATHER_TILE)
                 tiles = segments.tiles(size, longest=GATHER_TOKENS)
-                _launch_gather(outputs[parts], x, layout_table, tiles, overlap)
+                _launch_gather(outputs[parts], x, layout_table, tiles)
             if segments.longest > GATHER_TOKENS:
                 size = 128 if segments.longest > 64 else 64
                 tiles = segments.tiles(size, shortest=GATHER_TOKENS + 1)
@@ -156,9 +152,7 @@ def _entry_arguments(layout: NMLayout, columns: int) -> dict[str, Any]:
     }
 
 
-def gather_arguments(
-    layout: NMLayout, entries: int, columns: int, blocks: Blocks, *, overlap: bool
-) -> dict[str, Any]:
+def gather_arguments(layout: NMLayout, entries: int, columns: int, blocks: Blocks) -> dict[str, Any]:
     """Return the gather kernel's arguments that follow from the layout and the shape of a program."""
     kept = layout.kept(columns)
     code_planes = planes(layout.bits)
@@ -188,13 +182,10 @@ def gather_arguments(
         "STEPS": blocks.steps,
         "MASK_ROWS": blocks.mask_rows,
         "EVEN": kept % (entries * blocks.steps) == 0 and columns % layout.group == 0,
-        "OVERLAP": overlap,
     }
 
 
-def _launch_gather(
-    outputs: Sequence[torch.Tensor], x: torch.Tensor, table: LayoutTable, tiles: TokenTiles, overlap: bool
-) -> None:
+def _launch_gather(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: LayoutTable, tiles: TokenTiles) -> None:
     layout = table.layout
     entries = step_entries(layout)
     tile_count = tiles.table.shape[0]
@@ -203,9 +194,8 @@ def _launch_gather(
         programs = sum(-(-output.shape[1] // (32 * layout.share)) for output in outputs) * tile_count
         blocks = gather_blocks(layout, entries, table.columns, tiles.size, programs)
         per_part, count = _output_arguments(outputs, blocks.mask_rows * layout.share)
-        arguments |= per_part | gather_arguments(layout, entries, table.columns, blocks, overlap=overlap)
-        options = {"num_warps": blocks.warps} | ({"launch_pdl": True} if overlap else {})
-        gather.gather_kernel[(count, tile_count)](**arguments, **options)
+        arguments |= per_part | gather_arguments(layout, entries, table.columns, blocks)
+        gather.gather_kernel[(count, tile_count)](**arguments, num_warps=blocks.warps)
         return
     per_part, count = _output_arguments(outputs, 32)
     arguments |= per_part | _entry_arguments(layout, table.columns) | _layout_constants(layout)
@@ -232,9 +222,7 @@ def _launch_dot(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: LayoutT
     dense.dot_kernel[(count, tiles.table.shape[0])](**arguments, num_warps=4, num_stages=2)
 
 
-def launch_expand(
-    operand: NMOperand, base: torch.Tensor | None, out: torch.Tensor, start: int, stop: int
-) -> None:
+def launch_expand(operand: NMOperand, base: torch.Tensor | None, out: torch.Tensor, start: int, stop: int) -> None:
     """Launch the decoding of rows ``start`` to ``stop`` into ``out``, added to ``base`` if that is given."""
     layout = operand.layout
     padded = triton.next_power_of_2(layout.group)
@@ -302,11 +290,10 @@ def launch_fused(
     layout, columns = table.layout, table.columns
     entries = step_entries(layout)
     row_steps = triton.next_power_of_2(-(-layout.groups(columns) * layout.keep // entries))
-    blocks = Blocks(32, min(16, row_steps), 8, 4)
-    counts = [-(-output.shape[1] // (32 * layout.share)) for output in outputs]
+    blocks = Blocks(32 // layout.share, min(16, row_steps), 8, 4)
+    counts = [-(-output.shape[1] // 32) for output in outputs]
     weight, output = [*weights, weights[0], weights[0]], [*outputs, outputs[0], outputs[0]]
-    arguments = gather_arguments(layout, entries, columns, blocks, overlap=False)
-    del arguments["OVERLAP"]
+    arguments = gather_arguments(layout, entries, columns, blocks)
     fused.fused_kernel[(sum(counts),)](
         x_ptr=x,
         **{f"weight{i}_ptr": weight[i] for i in range(MAX_PARTS)},
@@ -319,7 +306,7 @@ def launch_fused(
         columns=columns,
         PARTS=len(outputs),
         BLOCK=512,
-        STAGES=1,
+        STAGES=3,
         **arguments,
         num_warps=blocks.warps,
     )

@@ -50,6 +50,18 @@ def tiled_rows(tiled: torch.Tensor, rows: int, share: int) -> torch.Tensor:
     return tiled[tile, :, lane]
 
 
+def _mix64(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Section 11.4: 64 bits for each number below 2**32, as their lower and upper halves."""
+    low, high = _wide(x ^ (x >> 16), 0xCD9E8D57)
+    return _wide(low ^ high, 0xFFFEB2D5)
+
+
+def _wide(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the lower and upper 32 bits of ``x * factor``, from products that int64 holds."""
+    total = ((x & 0xFFFF) * factor >> 16) + (x >> 16) * factor
+    return _multiply(x, factor), total >> 16
+
+
 def unpack_fields(words: torch.Tensor, rows: int, count: int, width: int, share: int) -> torch.Tensor:
     """Section 11.2: return the fields of a word stream.
 
@@ -85,9 +97,10 @@ def seeded_positions(layout: NMLayout, seed: int, mask_rows: int, groups: int) -
     row = torch.arange(mask_rows)
     key = _mix((_multiply(row, 0x9E3779B1) + seed) & _MASK)
     g = torch.arange(groups)
-    per_hash = 32 // width
-    h = _mix((key[:, None] + _multiply(g // per_hash, 0x85EBCA6B)) & _MASK)
-    lane = h >> (g % per_hash * width)
+    per_hash = 64 // width
+    low, high = _mix64((key[:, None] + _multiply(g // per_hash, 0x85EBCA6B)) & _MASK)
+    shift = g % per_hash * width
+    lane = torch.where(shift < 32, low >> shift, high >> (shift - 32).clamp(min=0))
     b = lane & (layout.group - 1)
     a = (lane >> (log_m - 1)) & (layout.group - 1) | 1
     i = torch.arange(layout.keep)

@@ -18,8 +18,6 @@ def nm_matmul_(
     x: torch.Tensor,
     table: OperandTable,
     segments: Segments,
-    *,
-    overlap: bool = False,
 ) -> None:
     """Add each token's ``x @ delta.T`` onto the base's outputs, in place; nothing waits for the device.
 
@@ -28,15 +26,58 @@ def nm_matmul_(
         x: shape (tokens, columns), BF16, F16 or F32, columns contiguous.
         table: the deltas.
         segments: which token uses which of them.
-        overlap: start while the kernel before is still running (programmatic dependent launch). Only where that
-            kernel does not write ``x`` and was itself started after ``x`` was complete: where it made ``outputs``.
     """
     if _on_gpu(x):
         from deltafmt.kernels.nm_matmul.launch import launch_products
 
-        launch_products(outputs, x, table, segments, overlap=overlap)
+        launch_products(outputs, x, table, segments)
     else:
         naive.nm_matmul_(outputs, x, table, segments)
+
+
+def can_fuse(table: OperandTable, slot: int, tokens: int) -> bool:
+    """Return whether :func:`nm_linear` takes a slot: on a GPU, one term a part, one token or a prompt's worth of them."""
+    if table.device.type != "cuda" or not _has_triton():
+        return False
+    from deltafmt.kernels.nm_matmul import launch
+
+    parts = table.operands(slot)
+    layouts = {operand.layout for terms in parts for operand in terms}
+    whole = all(len(terms) == 1 and terms[0].rows == rows for terms, rows in zip(parts, table.parts, strict=True))
+    if not whole or len(layouts) != 1 or len(parts) > launch.MAX_PARTS:
+        return False
+    return tokens > launch.GATHER_TOKENS or (tokens == 1 and launch.step_entries(next(iter(layouts))) > 0)
+
+
+def nm_linear(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], table: OperandTable, slot: int
+) -> tuple[torch.Tensor, ...]:
+    """Return ``x @ (weight + delta).T`` for each part, when all tokens are of one slot that :func:`can_fuse`.
+
+    One token: base and delta in one kernel, in float32. More: the sum is written out a part at a time, rounded as
+    ``deltafmt unpack`` rounds it, and multiplied by the base's own library.
+
+    Args:
+        x: shape (tokens, columns), contiguous.
+        weights: of the base, for each part, shape (rows, columns), contiguous, in the dtype of ``x``.
+        table: the deltas.
+        slot: the delta.
+    """
+    from deltafmt.kernels.nm_matmul import launch
+
+    if x.shape[0] == 1:
+        outputs = tuple(x.new_empty(1, rows) for rows in table.parts)
+        layout = table.operands(slot)[0][0].layout
+        parts = slice(0, len(table.parts))
+        layout_table = next(entry for entry in table.layout_tables(parts) if entry.layout == layout)
+        launch.launch_fused(outputs, x, weights, layout_table, slot)
+        return outputs
+    products = []
+    for weight, (operand,) in zip(weights, table.operands(slot), strict=True):
+        summed = torch.empty_like(weight)
+        launch.launch_expand(operand, weight, summed, 0, operand.rows)
+        products.append(x @ summed.T)
+    return tuple(products)
 
 
 def nm_embedding_(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, segments: Segments) -> None:

@@ -23,7 +23,7 @@ BLOCK_WORDS = 8
 MAX_BLOCKS = 64
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _fixed_kernel(  # type: ignore[no-untyped-def]
     p_source,  # int32: rank words
     p_target,  # int32: fixed words
@@ -64,10 +64,10 @@ def _fixed_kernel(  # type: ignore[no-untyped-def]
                 for i_part in range(RANK_PLANES):
                     rank_width = tl.load(p_planes + 2 * i_part)
                     bit = group * rank_width
-                    part = tl.load(p_plane + (bit >> 5) * 32 + o_lane, mask=m_group, other=0).to(tl.uint32, bitcast=True)
+                    part = tl.load(p_plane + (bit >> 5) * 32 + o_lane, mask=m_group, other=0)
                     # In 64 bits, because a plane can be as wide as a word.
                     mask = (tl.full((1, 1), 1, tl.uint64) << rank_width.to(tl.uint64)) - 1
-                    part = (part >> (bit & 31).to(tl.uint32)).to(tl.uint64) & mask
+                    part = (part.to(tl.uint32, bitcast=True) >> (bit & 31).to(tl.uint32)).to(tl.uint64) & mask
                     rest |= part << tl.load(p_planes + 2 * i_part + 1).to(tl.uint64)
                     p_plane += ((groups * rank_width + 31) >> 5) * 32
                 b_wrong |= (m_group & (rest > highest)).to(tl.int32)

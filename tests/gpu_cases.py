@@ -1,0 +1,95 @@
+"""Products for a GPU: few kernels, because each takes seconds to compile; shapes that no tile divides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from deltafmt.kernels.nm_matmul.operand import NMOperand
+from deltafmt.kernels.nm_matmul.product import nm_matmul_
+from deltafmt.layout.nm import NMLayout
+from operands import Product, product, random_operand
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout with one shape: what is drawn does not change which kernels are compiled.
+
+    Attributes:
+        layout: of all deltas.
+        parts: rows of each part.
+        columns: of all parts.
+        slots: deltas.
+        few, many: tokens that are spread over the slots (and none), and tokens of slot 0 in addition.
+        dtype: of x and of the outputs.
+    """
+
+    layout: NMLayout
+    parts: tuple[int, ...]
+    columns: int
+    slots: int
+    few: int
+    many: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        """Name the case in pytest's output."""
+        shape = "+".join(map(str, self.parts)) + f"x{self.columns}"
+        return f"{self.layout.describe()}, {shape}, {self.few}+{self.many} tokens, {str(self.dtype)[6:]}"
+
+    def operands(self, rng: np.random.Generator, device: str = "cuda") -> list[list[NMOperand]]:
+        """Draw a slot's operands, by part and term; a part may have fewer rows than the base, or no delta."""
+        held = []
+        for rows in self.parts:
+            fewer = rows if rng.random() < 0.7 else int(rng.integers(0, rows))
+            held.append([random_operand(rng, self.layout, fewer, self.columns, device)] if fewer else [])
+        return held
+
+    def draw(self, seed: int, device: str = "cuda") -> Product:
+        """Draw a product."""
+        rng = np.random.default_rng(seed)
+        slots = [self.operands(rng, device) for _ in range(self.slots)]
+        spread = rng.integers(-1, self.slots + 1, self.few)
+        spread[0] = rng.integers(self.slots)
+        tokens = rng.permutation(np.concatenate([spread, np.zeros(self.many, np.int64)])).tolist()
+        return product(rng, self.parts, self.columns, slots, tokens, self.dtype, device)
+
+
+CASES = [
+    # One token, and a few: small programs. Columns that the steps divide, and columns that end in a group.
+    Case(NMLayout(1, 32, 4), (1021,), 2047, 1, 1, 0, BF16),
+    Case(NMLayout(1, 32, 4, share=4), (1000, 260, 77), 4096, 3, 5, 0, BF16),
+    Case(NMLayout(4, 16, 4, "fixed", share=4), (515,), 1500, 2, 3, 0, F16),
+    Case(NMLayout(4, 16, 4), (700, 33), 1111, 2, 2, 0, F32),
+    Case(NMLayout(1, 8, 1, "seeded", "midrise", 4), (300,), 2048, 2, 4, 0, BF16),
+    Case(NMLayout(2, 16, 3, "seeded", "midrise", 2, "F32"), (300,), 999, 2, 4, 0, BF16),
+    Case(NMLayout(2, 32, 5, "fixed"), (300, 300, 1), 999, 2, 2, 0, BF16),
+    Case(NMLayout(1, 128, 6, "fixed", "midrise", 2), (400,), 3001, 2, 1, 0, F16),
+    Case(NMLayout(2, 8, 8, "seeded", "midtread", 8), (700,), 517, 3, 4, 0, F32),
+    Case(NMLayout(1, 2, 2, "fixed", "midrise", 1), (65,), 300, 2, 2, 0, BF16),
+    Case(NMLayout(16, 64, 8, "seeded"), (129,), 700, 1, 1, 0, BF16),
+    # Many programs: more rows each.
+    Case(NMLayout(1, 32, 4), (4100,), 415, 40, 60, 0, BF16),
+    Case(NMLayout(1, 8, 3, "fixed", "midtread", 4), (8200, 4100), 250, 50, 80, 0, F16),
+    # Entry by entry.
+    Case(NMLayout(3, 7, 3, "fixed"), (500,), 1000, 2, 4, 0, BF16),
+    Case(NMLayout(5, 12, 6, "fixed", "midtread", 2, "F32"), (300, 44), 1003, 3, 8, 0, F32),
+    Case(NMLayout(4, 16, 4, "seeded", "midrise", 4, scale_group=32), (300,), 1003, 3, 3, 0, F16),
+    # Many tokens: dense tiles, beside slots with few.
+    Case(NMLayout(1, 32, 4), (300, 200), 999, 3, 5, 130, BF16),
+    Case(NMLayout(4, 16, 4, "fixed", share=4), (500,), 640, 2, 3, 55, F16),
+    Case(NMLayout(3, 7, 3, "fixed", "midrise", 2), (100,), 500, 2, 3, 200, BF16),
+    Case(NMLayout(1, 8, 8, "seeded", "midrise"), (100,), 500, 1, 2, 70, BF16),
+    Case(NMLayout(2, 16, 2, "seeded", "midtread", 1, "F32", 16), (100,), 500, 1, 2, 70, F32),
+]
+
+
+def compile_case(number: int) -> None:
+    """Launch a case's kernels once, so that Triton's cache holds them."""
+    made = CASES[number].draw(0)
+    nm_matmul_([output.inner for output in made.outputs], made.x, made.table, made.segments)
+    torch.cuda.synchronize()

@@ -1,0 +1,194 @@
+"""Compile the Triton kernels for a GPU that need not be there, with the arguments that a launch gives them.
+
+``python tests/kernel_code.py`` prints a JSON object for each case. A process of its own, because the others' Triton
+interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from deltafmt.kernels.nm_matmul import dense, gather, launch
+from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable
+from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.layout.nm import NMLayout
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGET = GPUTarget("cuda", 90, 32)
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+# Rows of the parts and columns of one matrix of Llama 2 7B, or of those that share an input.
+SQUARE, QKV, GATE_UP, DOWN = ((4096,), 4096), ((4096,) * 3, 4096), ((11008,) * 2, 4096), ((4096,), 11008)
+MANY = 256  # tokens, all of different slots
+
+Launch = tuple[Any, dict[str, Any]]
+Shape = tuple[tuple[int, ...], int]
+
+
+def recorded(run: Callable[[], None]) -> list[Launch]:
+    """Return the kernels that a function would launch, and their arguments."""
+    found: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda **arguments: found.append((self.kernel, arguments))
+
+    kernels = [(gather, "gather_kernel"), (gather, "entry_kernel")]
+    kernels += [(dense, name) for name in ("dot_kernel", "expand_kernel", "embedding_kernel")]
+    originals = [(module, name, getattr(module, name)) for module, name in kernels]
+    for module, name, kernel in originals:
+        setattr(module, name, Recorder(kernel))
+    try:
+        run()
+    finally:
+        for module, name, kernel in originals:
+            setattr(module, name, kernel)
+    return found
+
+
+def compiled(kernel: Any, arguments: dict[str, Any]) -> Any:
+    """Compile a kernel as a launch with these arguments would: pointers aligned, numbers divisible by 16 or 1 known."""
+    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(place,)] = "constexpr", value
+            continue
+        pointer = isinstance(value, torch.Tensor)
+        signature[parameter.name] = POINTERS[value.dtype] if pointer else "i32"
+        if pointer or value % 16 == 0:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET, options=options)
+
+
+def tool(name: str, *arguments: str) -> str:
+    """Return what one of the CUDA tools that Triton brings prints."""
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def longest_loop(code: str) -> int:
+    """Return the instructions of the longest loop in a disassembly."""
+    labels: dict[str, int] = {}
+    longest = count = 0
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\w+):", line):
+            labels[label[1]] = count
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            count += 1
+            jump = re.search(r"BRA.*?(\.L_x_\w+)", instruction[1])
+            if jump and jump[1] in labels:
+                longest = max(longest, count - labels[jump[1]])
+    return longest
+
+
+def described(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return registers, bytes of local memory (spills) and shared memory, and instructions per nonzero of the loop."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        made = compiled(kernel, arguments)
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage = tool("cuobjdump", "-res-usage", file.name)
+        loop = longest_loop(tool("nvdisasm", "-c", file.name))
+    used = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
+    found = {"kernel": kernel.__name__, "registers": used["REG"], "local": used["STACK"] + used["LOCAL"]}
+    found |= {"shared": made.metadata.shared, "warps": arguments["num_warps"], "loop": loop}
+    if kernel is gather.gather_kernel:
+        sizes = [arguments[name] for name in ("ENTRIES", "STEPS", "MASK_ROWS", "SHARE", "TOKENS")]
+        nonzeros = torch.Size(sizes).numel() / (32 * arguments["num_warps"])
+        found |= {"per_nonzero": round(loop / nonzeros, 2), "even": arguments["EVEN"]}
+        found |= {"steps": arguments["STEPS"], "mask_rows": arguments["MASK_ROWS"]}
+    return found
+
+
+def operand(layout: NMLayout, rows: int, columns: int) -> NMOperand:
+    """Return an operand of zeros."""
+    tiles = layout.row_tiles(rows)
+    index = None
+    if layout.index == "fixed":
+        index = torch.zeros(layout.index_tiles(rows), layout.index_words(columns), 32, dtype=torch.int32)
+    codes = torch.zeros(tiles, layout.codes_words(columns), 32, dtype=torch.int32)
+    dtype = torch.bfloat16 if layout.scale_dtype == "BF16" else torch.float32
+    scales = torch.zeros(tiles, layout.scales_per_row(columns), 32, dtype=dtype)
+    return NMOperand(layout, 0, rows, columns, codes, index, scales)
+
+
+def launches(layout: NMLayout, shape: Shape, slots: list[int], dtype: torch.dtype) -> list[Launch]:
+    """Return the launches of one product with one layout; tokens of slot 0 and up."""
+    parts, columns = shape
+    table = OperandTable(max(slots) + 1, parts, columns, "cpu")
+    table.put(0, [[operand(layout, rows, columns)] for rows in parts])
+    x = torch.empty(len(slots), columns, dtype=dtype)
+    outputs = [torch.empty(len(slots), rows, dtype=dtype) for rows in parts]
+    segments = Segments.of(slots, table.slots, "cpu")
+    return recorded(lambda: launch.launch_products(outputs, x, table, segments))
+
+
+def cases() -> dict[str, Callable[[], list[Launch]]]:
+    """Return what is compiled: names, and functions that give launches."""
+    bf16 = torch.bfloat16
+    found: dict[str, Callable[[], list[Launch]]] = {}
+
+    def add(name: str, layout: NMLayout, shape: Shape, slots: list[int]) -> None:
+        found[f"{layout.describe()}, {name}"] = lambda: launches(layout, shape, slots, bf16)
+
+    many = list(range(MANY))
+    for share in (1, 4):
+        add("one token", NMLayout(1, 32, 4, share=share), SQUARE, [0])
+        add("many slots", NMLayout(1, 32, 4, share=share), GATE_UP, many)
+        add("many slots", NMLayout(1, 8, 1, "seeded", "midrise", share), GATE_UP, many)
+        add("many slots", NMLayout(4, 16, 4, share=share), GATE_UP, many)
+    add("four tokens", NMLayout(1, 32, 4), QKV, [0, 0, 0, 0])
+    add("one token of long rows", NMLayout(1, 32, 4), DOWN, [0])
+    add("one token", NMLayout(4, 16, 4, "fixed"), SQUARE, [0])
+    add("many slots", NMLayout(1, 32, 4, "fixed", share=4), GATE_UP, many)
+    add("entries", NMLayout(4, 16, 4, scale_group=128), SQUARE, [0])
+    add("prefill", NMLayout(1, 32, 4), GATE_UP, [0] * 128)
+    add("prefill", NMLayout(4, 16, 4, "fixed", share=4), DOWN, [0] * 128)
+    layout = NMLayout(1, 32, 4)
+    one = operand(layout, 4096, 4096)
+    base = torch.empty(4096, 4096, dtype=bf16)
+    found["expand"] = lambda: recorded(lambda: launch.launch_expand(one, base, base, 0, 4096))
+
+    def embed() -> None:
+        table = OperandTable(1, [4096], 4096, "cpu")
+        table.put(0, [[one]])
+        ids = torch.zeros(4, dtype=torch.int64)
+        launch.launch_embedding(base[:4], ids, table, Segments.of([0] * 4, 1, "cpu"))
+
+    found["embedding"] = lambda: recorded(embed)
+    return found
+
+
+def main() -> None:
+    """Print each case's figures as they come."""
+    for name, make in cases().items():
+        ((kernel, arguments),) = make()
+        sys.stdout.write(json.dumps({"case": name, **described(kernel, arguments)}) + "\n")
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("Triton interprets")
+    main()

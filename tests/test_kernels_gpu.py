@@ -1,0 +1,206 @@
+"""The Triton kernels on a GPU: products, dense rows and embeddings against the reference and against float64."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+
+from deltafmt.layout.nm import NMLayout
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs a GPU, and a Triton that compiles", allow_module_level=True)
+
+from deltafmt.kernels.nm_matmul import launch, naive  # noqa: E402 - needs triton
+from deltafmt.kernels.nm_matmul.operand import OperandTable  # noqa: E402 - needs torch
+from deltafmt.kernels.nm_matmul.product import nm_embedding_, nm_matmul_, operand_delta  # noqa: E402
+from deltafmt.kernels.nm_matmul.segments import Segments  # noqa: E402
+from gpu_cases import BF16, CASES, F16, F32, Case, compile_case  # noqa: E402 - needs torch
+from operands import ROUNDING, Inside, Product, damaged_operand, product, random_operand  # noqa: E402
+
+SEEDS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Compile all cases at once, in as many processes as there are cores; the tests then find them in the cache."""
+    cores = min(len(os.sched_getaffinity(0)), len(CASES), 16)
+    if cores >= 4 and "PYTEST_XDIST_WORKER" not in os.environ:
+        with multiprocessing.get_context("spawn").Pool(cores) as pool:
+            pool.map(compile_case, range(len(CASES)), chunksize=1)
+
+
+def decoded_rounding(layout: NMLayout, dtype: torch.dtype) -> float:
+    """Return what the dot kernel loses of a value: nothing, unless groups of entries have scales of their own."""
+    return ROUNDING[dtype] if layout.scale_group and dtype != F32 else 0.0
+
+
+def run(made: Product, *, terms: int = 1, values: float = 0.0) -> None:
+    """Launch a product and compare it with float64 and with the reference on the GPU."""
+    exact, size, touched = made.expected()
+    by_naive = [output.inner.clone() for output in made.outputs]
+    naive.nm_matmul_(by_naive, made.x, made.table, made.segments)
+    outputs = [output.inner for output in made.outputs]
+    nm_matmul_(outputs, made.x, made.table, made.segments)
+    made.check(exact, size, touched, terms, values)
+    for output, reference, magnitude, changes in zip(outputs, by_naive, size, touched, strict=True):
+        rounding = 32 * ROUNDING[F32] + (2 * terms * ROUNDING[output.dtype] if output.dtype != F32 else 0) + values
+        error = (output.double() - reference.double()).abs()[changes]
+        assert (error <= magnitude[changes] * rounding + 2.0**-24).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_products(case: Case) -> None:
+    for seed in range(SEEDS):
+        run(case.draw(seed), values=decoded_rounding(case.layout, case.dtype) if case.many else 0.0)
+
+
+def test_sums_and_slots_of_several_layouts() -> None:
+    first, second, columns = CASES[0].layout, CASES[13].layout, 1000
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+
+        def term(layout: NMLayout, rows: int, rng: np.random.Generator = rng):
+            return random_operand(rng, layout, rows, columns, "cuda")
+
+        held = [
+            [[term(first, 500), term(first, 333)]],
+            [[term(first, 500), term(second, 500)]],
+            [[term(second, 20)]],
+            [[]],
+        ]
+        run(product(rng, [500], columns, held, [0, 1, 2, 3, -1, 2, 0], BF16, "cuda"), terms=2)
+
+
+def test_no_token_has_a_delta() -> None:
+    rng = np.random.default_rng(0)
+    for tokens in ([], [-1], [-1, -1, 9]):
+        made = product(rng, [300], 999, [CASES[16].operands(rng)[:1]], tokens, BF16, "cuda")
+        run(made)
+        made.segments = Segments.of(tokens, 1, "cuda")
+        run(made)
+
+
+def test_started_before_the_kernel_that_makes_the_outputs_ends() -> None:
+    case = CASES[1]
+    weights = [torch.randn(rows, case.columns, device="cuda", dtype=BF16) for rows in case.parts]
+    for seed in range(20):
+        made = case.draw(seed)
+        x = torch.nan_to_num(made.x)
+        results = []
+        for overlap in (False, True):
+            outputs = [torch.empty(x.shape[0], rows, device="cuda", dtype=BF16) for rows in case.parts]
+            torch.cuda.synchronize()
+            for output, weight in zip(outputs, weights, strict=True):
+                torch.mm(x, weight.T, out=output)
+            nm_matmul_(outputs, x, made.table, made.segments, overlap=overlap)
+            results.append(outputs)
+        for plain, early in zip(*results, strict=True):
+            assert torch.equal(plain, early)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[13], CASES[16]], ids=str)
+def test_captured_graph(case: Case) -> None:
+    rng = np.random.default_rng(1)
+    made = case.draw(0)
+    x, slots = torch.zeros_like(made.x), torch.zeros_like(made.segments.slots)
+    outputs = [Inside(x.shape[0], rows, case.dtype, "cuda") for rows in case.parts]
+
+    def multiply() -> None:
+        # Sorting the tokens is part of the graph.
+        segments = Segments(slots, case.slots)
+        nm_matmul_([output.inner for output in outputs], x, made.table, segments)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        multiply()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        multiply()
+
+    for seed in range(8):
+        # Other tokens, other activations; and in some slots other deltas, or none.
+        drawn = case.draw(seed)
+        for slot in range(case.slots):
+            kind = rng.integers(3)
+            if kind == 0:
+                made.table.put(slot, case.operands(rng))
+            elif kind == 1 and case.slots > 1:
+                made.table.clear(slot)
+        made.table.layout_tables(slice(0, len(case.parts)))
+        x.copy_(torch.randn_like(x))
+        slots.copy_(drawn.segments.slots)
+        for output in outputs:
+            output.inner.normal_()
+            output.remember()
+        now = Product(made.table, Segments(slots.clone(), case.slots), x, outputs)
+        exact, size, touched = now.expected()
+        graph.replay()
+        now.check(exact, size, touched)
+
+
+DENSE = [
+    (NMLayout(1, 32, 4, share=4), BF16),
+    (NMLayout(3, 7, 3, "fixed", "midrise", 2), F16),
+    (NMLayout(6, 100, 5, "fixed", "midtread", 8, scale_group=4), F32),
+    (NMLayout(4, 16, 2, "seeded", "midtread", 1, "F32"), BF16),
+]
+
+
+@pytest.mark.parametrize(("layout", "dtype"), DENSE, ids=str)
+def test_expand(layout: NMLayout, dtype: torch.dtype) -> None:
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        operand = random_operand(rng, layout, 555, 1003, "cuda")
+        delta = naive.operand_delta(operand)
+        assert torch.equal(operand_delta(operand), delta)
+        start, stop = 33 + seed, 500 + seed
+        assert torch.equal(operand_delta(operand, start, stop), delta[start:stop])
+        out, base = (Inside(stop - start, 1003, dtype, "cuda") for _ in range(2))
+        base.inner.normal_()
+        launch.launch_expand(operand, base.inner, out.inner, start, stop)
+        assert torch.equal(out.inner, (base.inner.float() + delta[start:stop]).to(dtype))
+        outside = out.changed()
+        outside[1:-1, 3:-4] = False
+        assert not outside.any()
+
+
+@pytest.mark.parametrize(("layout", "dtype"), DENSE, ids=str)
+def test_embedding(layout: NMLayout, dtype: torch.dtype) -> None:
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        table = OperandTable(2, [600], 1003, "cuda")
+        table.put(0, [[random_operand(rng, layout, 600, 1003, "cuda")]])
+        table.put(1, [[random_operand(rng, layout, 555, 1003, "cuda")] * 2])
+        ids = torch.from_numpy(rng.integers(0, 600, 40)).to("cuda")
+        ids[:6] = torch.tensor([0, 554, 555, 599, 600, 2**31 - 1])
+        slots = torch.from_numpy(rng.integers(-1, 3, 40).astype(np.int32)).to("cuda")
+        segments = Segments(slots, 2)
+        output = Inside(40, 1003, dtype, "cuda")
+        wanted = output.wide.clone()
+        naive.nm_embedding_(wanted[1:-1, 3:-4], ids, table, segments)
+        nm_embedding_(output.inner, ids, table, segments)
+        assert torch.equal(output.wide, wanted)
+
+
+@pytest.mark.parametrize("layout", [CASES[2].layout, CASES[13].layout], ids=NMLayout.describe)
+def test_damaged_words_stay_inside(layout: NMLayout) -> None:
+    # Whole, so that reads beyond the end of the buffers would be seen by compute-sanitizer.
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        operand = damaged_operand(rng, layout, 500, 1000, "cuda")
+        made = product(rng, [515], 1000, [[[operand]]], [0, -1, 0, 0], F16, "cuda")
+        nm_matmul_([made.outputs[0].inner], made.x, made.table, made.segments)
+        changed = made.outputs[0].changed()
+        assert not changed[2].any()
+        assert not changed[:, 503:].any()
+        assert not changed[:, :3].any()
+        assert not changed[[0, -1]].any()
+        assert torch.isfinite(made.outputs[0].inner[[0, 2, 3], :500]).all()
+        assert torch.isfinite(operand_delta(operand)).all()
