@@ -12,9 +12,12 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 BOS, EOS, PAD = 0, 1, 2
 BATCH = 100
+
+Problem = tuple[list[int], list[int]]
 
 
 def accuracy(model_folder: Path, tokenizer_file: Path, problems_file: Path, limit: int | None = None) -> float:
@@ -26,27 +29,44 @@ def accuracy(model_folder: Path, tokenizer_file: Path, problems_file: Path, limi
         problems_file: lines of JSON with ``question`` and ``answer``.
         limit: use the first problems only.
     """
+    return accuracy_of(load(model_folder), read_problems(tokenizer_file, problems_file, limit))
+
+
+def load(model_folder: Path) -> Any:
+    """Load a causal language model in float32, quietly."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
-    from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+
+
+def read_problems(tokenizer_file: Path, problems_file: Path, limit: int | None = None) -> list[Problem]:
+    """Return the tokens of problems, question and answer."""
+    from tokenizers import Tokenizer
+
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    problems = [json.loads(line) for line in problems_file.read_text("utf-8").splitlines()][:limit]
     encoded = []
-    for problem in problems:
+    for line in problems_file.read_text("utf-8").splitlines()[:limit]:
+        problem = json.loads(line)
         question = [BOS, *tokenizer.encode(problem["question"], add_special_tokens=False).ids]
         answer = [*tokenizer.encode(problem["answer"], add_special_tokens=False).ids, EOS]
         encoded.append((question, answer))
+    return encoded
+
+
+def accuracy_of(model: Any, problems: list[Problem]) -> float:
+    """Return the share of problems that a loaded model solves, 0 to 1."""
+    import torch
+
     # Batches of like length waste little on padding.
-    encoded.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+    ordered = sorted(problems, key=lambda pair: len(pair[0]) + len(pair[1]))
     solved = 0
-    with torch.inference_mode():
-        for start in range(0, len(encoded), BATCH):
-            batch = encoded[start : start + BATCH]
+    with torch.no_grad():
+        for start in range(0, len(ordered), BATCH):
+            batch = ordered[start : start + BATCH]
             length = max(len(question) + len(answer) for question, answer in batch)
             tokens = torch.full((len(batch), length), PAD)
             wanted = torch.full((len(batch), length), -1)
@@ -55,9 +75,9 @@ def accuracy(model_folder: Path, tokenizer_file: Path, problems_file: Path, limi
                 tokens[row, :end] = torch.tensor(question + answer)
                 wanted[row, len(question) - 1 : end - 1] = torch.tensor(answer)
             # Padding stands on the right, where a causal model does not look.
-            guess = model(input_ids=tokens).logits.argmax(-1)
+            guess = model(input_ids=tokens.to(model.device)).logits.argmax(-1).cpu()
             solved += int(((guess == wanted) | (wanted == -1)).all(1).sum())
-    return solved / len(encoded)
+    return solved / len(problems)
 
 
 if __name__ == "__main__":

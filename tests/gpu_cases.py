@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from deltafmt.kernels.nm_matmul.operand import NMOperand
-from deltafmt.kernels.nm_matmul.product import nm_matmul_
+from deltafmt.kernels.nm_matmul.launch import launch_expand
+from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable
+from deltafmt.kernels.nm_matmul.product import nm_linear, nm_matmul_, operand_delta
 from deltafmt.layout.nm import NMLayout
 from operands import Product, product, random_operand
 
@@ -73,8 +75,8 @@ CASES = [
     Case(NMLayout(1, 2, 2, "fixed", "midrise", 1), (65,), 300, 2, 2, 0, BF16),
     Case(NMLayout(16, 64, 8, "seeded"), (129,), 700, 1, 1, 0, BF16),
     # Many programs: more rows each.
-    Case(NMLayout(1, 32, 4), (4100,), 415, 40, 60, 0, BF16),
-    Case(NMLayout(1, 8, 3, "fixed", "midtread", 4), (8200, 4100), 250, 50, 80, 0, F16),
+    Case(NMLayout(1, 32, 4), (4100,), 415, 12, 60, 0, BF16),
+    Case(NMLayout(1, 8, 3, "fixed", "midtread", 4), (4200, 1100), 250, 9, 40, 0, F16),
     # Entry by entry.
     Case(NMLayout(3, 7, 3, "fixed"), (500,), 1000, 2, 4, 0, BF16),
     Case(NMLayout(5, 12, 6, "fixed", "midtread", 2, "F32"), (300, 44), 1003, 3, 8, 0, F32),
@@ -88,8 +90,55 @@ CASES = [
 ]
 
 
+FUSED = [CASES[0], CASES[1], CASES[2], CASES[5]]
+DENSE = [
+    (NMLayout(1, 32, 4, share=4), BF16),
+    (NMLayout(3, 7, 3, "fixed", "midrise", 2), F16),
+    (NMLayout(6, 100, 5, "fixed", "midtread", 8, scale_group=4), F32),
+]
+DENSE_SHAPE = (555, 1003)
+
+
+def draw_fused(case: Case, seed: int) -> tuple[torch.Tensor, list[torch.Tensor], OperandTable]:
+    """Draw one token, the base's weights, and a table whose slot 1 has a whole delta."""
+    rng = np.random.default_rng(seed)
+    table = OperandTable(2, case.parts, case.columns, "cuda")
+    for slot in range(2):
+        table.put(slot, [[random_operand(rng, case.layout, rows, case.columns, "cuda")] for rows in case.parts])
+    weights = [torch.randn(rows, case.columns, device="cuda", dtype=case.dtype) for rows in case.parts]
+    return torch.randn(1, case.columns, device="cuda", dtype=case.dtype), weights, table
+
+
 def compile_case(number: int) -> None:
-    """Launch a case's kernels once, so that Triton's cache holds them."""
+    """Launch the kernels of a case once, so that Triton's cache holds them."""
     made = CASES[number].draw(0)
     nm_matmul_([output.inner for output in made.outputs], made.x, made.table, made.segments)
+
+
+def compile_fused(number: int) -> None:
+    """Likewise for base and delta in one kernel."""
+    x, weights, table = draw_fused(FUSED[number], 0)
+    nm_linear(x, weights, table, 1)
+
+
+def compile_dense(number: int) -> None:
+    """Likewise for dense rows."""
+    layout, dtype = DENSE[number]
+    rows, columns = DENSE_SHAPE
+    operand = random_operand(np.random.default_rng(0), layout, rows, columns, "cuda")
+    base = torch.zeros(467, columns + 7, dtype=dtype, device="cuda")[:, 3:-4]
+    launch_expand(operand, base, base, 33, 500)
+    operand_delta(operand)
+    operand_delta(operand, 33, 500)
+
+
+def compile_job(job: tuple[Callable[[int], None], int]) -> None:
+    """Do one of :data:`JOBS`."""
+    compile_numbered, number = job
+    compile_numbered(number)
     torch.cuda.synchronize()
+
+
+JOBS = [(compile_case, number) for number in range(len(CASES))]
+JOBS += [(compile_fused, number) for number in range(len(FUSED))]
+JOBS += [(compile_dense, number) for number in range(len(DENSE))]

@@ -32,10 +32,13 @@ def patch_once() -> None:
 class GuardedMemory:
     """What the interpreter loads and stores with, but nothing outside the tensors that are allowed."""
 
-    def __init__(self, readable: Sequence[torch.Tensor], writable: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, readable: Sequence[torch.Tensor], writable: Sequence[torch.Tensor], *, twice: bool = False
+    ) -> None:
         self._memory = interpreter._interpreter
         self._readable = [*readable, *writable]
         self._spans = {"store": _spans(writable)}
+        self._twice = twice
         self._stored: list[NDArray[np.uint64]] = []
 
     def launch(self, arguments: Iterable[Any]) -> None:
@@ -53,7 +56,10 @@ class GuardedMemory:
 
     def store(self, addresses: NDArray[np.uint64], values: NDArray[np.generic], mask: NDArray[np.bool_]) -> Any:
         """Store where the mask says so."""
-        self._stored.append(self._check("store", addresses, mask, values.dtype.itemsize))
+        used = self._check("store", addresses, mask, values.dtype.itemsize)
+        # On a GPU the order would be chance.
+        assert self._twice or np.unique(used).size == used.size, "one store writes an element twice"
+        self._stored.append(used)
         return self._memory.store(addresses, values, mask)
 
     def _check(
@@ -86,9 +92,14 @@ def _spans(tensors: Sequence[torch.Tensor]) -> tuple[NDArray[np.uint64], NDArray
 
 
 @contextmanager
-def guarded(readable: Sequence[torch.Tensor], writable: Sequence[torch.Tensor]) -> Iterator[GuardedMemory]:
-    """Run kernels that may load from all these tensors and store to the writable ones, and nowhere else."""
-    memory = GuardedMemory(readable, writable)
+def guarded(
+    readable: Sequence[torch.Tensor], writable: Sequence[torch.Tensor], *, twice: bool = False
+) -> Iterator[GuardedMemory]:
+    """Run kernels that may load from all these tensors and store to the writable ones, and nowhere else.
+
+    Unless ``twice`` is set, no store may hold an element twice.
+    """
+    memory = GuardedMemory(readable, writable, twice=twice)
     run = interpreter.GridExecutor.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deltafmt.kernels.nm_matmul import dense, gather, launch
+from deltafmt.kernels.nm_matmul import dense, fused, gather, launch
 from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable
 from deltafmt.kernels.nm_matmul.segments import Segments
 from deltafmt.layout.nm import NMLayout
@@ -54,7 +54,7 @@ def recorded(run: Callable[[], None]) -> list[Launch]:
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             return lambda **arguments: found.append((self.kernel, arguments))
 
-    kernels = [(gather, "gather_kernel"), (gather, "entry_kernel")]
+    kernels = [(gather, "gather_kernel"), (gather, "entry_kernel"), (fused, "fused_kernel")]
     kernels += [(dense, name) for name in ("dot_kernel", "expand_kernel", "embedding_kernel")]
     originals = [(module, name, getattr(module, name)) for module, name in kernels]
     for module, name, kernel in originals:
@@ -166,6 +166,18 @@ def cases() -> dict[str, Callable[[], list[Launch]]]:
     add("entries", NMLayout(4, 16, 4, scale_group=128), SQUARE, [0])
     add("prefill", NMLayout(1, 32, 4), GATE_UP, [0] * 128)
     add("prefill", NMLayout(4, 16, 4, "fixed", share=4), DOWN, [0] * 128)
+
+    def fuse(layout: NMLayout) -> None:
+        parts, columns = QKV
+        table = OperandTable(1, parts, columns, "cpu")
+        table.put(0, [[operand(layout, rows, columns)] for rows in parts])
+        x, weight = torch.empty(1, columns, dtype=bf16), torch.empty(4096, columns, dtype=bf16)
+        outputs = [torch.empty(1, rows, dtype=bf16) for rows in parts]
+        launch.launch_fused(outputs, x, [weight] * 3, table.layout_tables(slice(0, 3))[0], 0)
+
+    for share in (1, 4):
+        layout = NMLayout(1, 32, 4, share=share)
+        found[f"{layout.describe()}, fused"] = lambda layout=layout: recorded(lambda: fuse(layout))
     layout = NMLayout(1, 32, 4)
     one = operand(layout, 4096, 4096)
     base = torch.empty(4096, 4096, dtype=bf16)

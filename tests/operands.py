@@ -77,6 +77,13 @@ def reach(operand: NMOperand) -> torch.Tensor:
     return naive.operand_delta(dataclasses.replace(operand, codes=torch.full_like(operand.codes, -1))).abs()
 
 
+def fused_exactly(x: torch.Tensor, weight: torch.Tensor, operand: NMOperand) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``x @ (weight + delta).T`` and the magnitude of what is summed, both float64."""
+    wide, base = x.double(), weight.double()
+    exact = wide @ (base + naive.operand_delta(operand).double()).T
+    return exact, wide.abs() @ (base.abs() + reach(operand).double()).T
+
+
 class Inside:
     """A tensor inside a wider one, its rows further apart than they are long.
 

@@ -351,17 +351,13 @@ def test_on_a_gpu(tiny: Tiny) -> None:
 
 
 def test_nano_solves_as_unpacked(nano: Path, tmp_path: Path) -> None:
-    import transformers
-    from solve import accuracy
+    from solve import accuracy_of, load, read_problems
 
     deltafmt.pack(nano / "base", nano / "math", tmp_path / "d.deltafmt", method=DeltaDQ(2, 2, 4))
     deltafmt.unpack(nano / "base", tmp_path / "d.deltafmt", tmp_path / "out")
-    model = transformers.AutoModelForCausalLM.from_pretrained(nano / "base", dtype=torch.float32).eval()
-    attach(model, {"math": tmp_path / "d.deltafmt"})
-    problems = (nano / "tokenizer.json", nano / "eval.jsonl", 60)
-    expected = accuracy(tmp_path / "out", *problems)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
-        assert accuracy(nano / "base", *problems) == 0
-        with model.delta("math"):
-            assert accuracy(nano / "base", *problems) >= expected - 0.01
+    problems = read_problems(nano / "tokenizer.json", nano / "eval.jsonl", 60)
+    expected = accuracy_of(load(tmp_path / "out"), problems)
+    model = attach(load(nano / "base"), {"math": tmp_path / "d.deltafmt"})
+    assert accuracy_of(model, problems) == 0
+    with model.delta("math"):
+        assert accuracy_of(model, problems) >= expected - 0.01

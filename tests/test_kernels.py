@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from deltafmt.layout.nm import BITS, SHARES, NMLayout
@@ -24,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from deltafmt.kernels.nm_matmul import dense, gather, launch, naive  # noqa: E402 - need triton
+from deltafmt.kernels.nm_matmul import dense, fused, gather, launch, naive  # noqa: E402 - need triton
 from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable  # noqa: E402 - needs torch
 from deltafmt.kernels.nm_matmul.segments import Segments  # noqa: E402
 from interpreter import guarded, patch_once, pick_directly  # noqa: E402 - needs triton
@@ -33,6 +33,7 @@ from operands import (  # noqa: E402 - needs torch
     Inside,
     Product,
     damaged_operand,
+    fused_exactly,
     product,
     random_operand,
 )
@@ -43,9 +44,14 @@ Rng = np.random.Generator
 
 
 def examples(count: int) -> settings:
-    """Return the settings of a slow property: the same ``count`` examples each time."""
+    """Return the settings of a slow property: the same ``count`` examples each time, and none made smaller."""
     return settings(
-        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 
 
@@ -340,6 +346,40 @@ def test_no_token_has_a_delta(tokens: list[int]) -> None:
     run(made)
 
 
+def check_fused(rng: Rng, layout: NMLayout, parts: Sequence[int], columns: int, dtype: torch.dtype) -> None:
+    """Compare base and delta in one kernel with float64; the delta is that of the second of three slots."""
+    table = OperandTable(3, parts, columns, "cpu")
+    for slot in range(3):
+        table.put(slot, operands(rng, layout, parts, columns))
+    weights = [torch.from_numpy(rng.standard_normal((rows, columns), np.float32)).to(dtype) for rows in parts]
+    x = torch.from_numpy(rng.standard_normal((1, columns), np.float32)).to(dtype)
+    outputs = [Inside(1, rows, dtype, "cpu") for rows in parts]
+    exact = [fused_exactly(x, weight, terms[0]) for weight, terms in zip(weights, table.operands(1), strict=True)]
+    held = [tensor for terms in table.operands(1) for term in terms for tensor in term.tensors()]
+    with guarded(held, [output.inner for output in outputs]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "pick", pick_directly)
+        launch.launch_fused([output.inner for output in outputs], x, weights, table.layout_tables(slice(0, 3))[0], 1)
+    for output, (wanted, magnitude) in zip(outputs, exact, strict=True):
+        error = (output.inner.double() - wanted).abs()
+        rounding = ROUNDING[dtype] * wanted.abs() if dtype != F32 else 0.0
+        assert (error <= 32 * ROUNDING[F32] * magnitude + rounding * 1.01).all()
+        outside = output.changed()
+        outside[1:-1, 3:-4] = False
+        assert not outside.any()
+
+
+@pytest.mark.parametrize("layout", GATHERED, ids=NMLayout.describe)
+def test_fused(layout: NMLayout) -> None:
+    check_fused(np.random.default_rng(11), layout, [70], 141, F32)
+
+
+@examples(15)
+@given(st.data(), gathered(), generators(), st.sampled_from((F32, F16)))
+def test_fused_any(data: st.DataObject, layout: NMLayout, rng: Rng, dtype: torch.dtype) -> None:
+    parts = data.draw(st.lists(sizes(70), min_size=1, max_size=3), "parts")
+    check_fused(rng, layout, parts, data.draw(st.sampled_from((32, 128, 33, 200, 600)), "columns"), dtype)
+
+
 @pytest.mark.parametrize("group", [12, 16, 128, 200])
 @pytest.mark.parametrize("keep", [1, 4])
 def test_damaged_words_stay_inside(group: int, keep: int) -> None:
@@ -360,7 +400,8 @@ def test_damaged_words_stay_inside(group: int, keep: int) -> None:
         assert torch.isfinite(made.outputs[0].inner[::2, :45]).all()
     out = Inside(45, 230, F32, "cpu")
     embedded = Inside(3, 230, F32, "cpu")
-    with guarded(made.readable(), [out.inner, embedded.inner]):
+    # Damaged positions may be equal.
+    with guarded(made.readable(), [out.inner, embedded.inner], twice=True):
         launch.launch_expand(operand, None, out.inner, 0, 45)
         launch.launch_embedding(embedded.inner, ids, made.table, made.segments)
     for result in (out, embedded):

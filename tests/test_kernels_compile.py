@@ -40,6 +40,8 @@ LIMITS: dict[str, tuple[int, float | None]] = {
     "4:16 k=4 midtread seeded v=1 scale/128, entries": (96, None),
     "1:32 k=4 midtread seeded v=1, prefill": (255, None),
     "4:16 k=4 midtread fixed v=4, prefill": (255, None),
+    "1:32 k=4 midtread seeded v=1, fused": (168, None),
+    "1:32 k=4 midtread seeded v=4, fused": (232, None),
     "expand": (128, None),
     "embedding": (64, None),
 }
@@ -68,8 +70,8 @@ def test_compiled(figures: dict[str, dict[str, Any]], case: str) -> None:
     found = figures[case]
     assert found["local"] == 0
     assert found["registers"] <= registers
-    # 227 KiB a multiprocessor: at least four programs.
-    assert found["shared"] <= 56 * 1024
+    # 227 KiB a multiprocessor: at least three programs.
+    assert found["shared"] <= 75 * 1024
     assert (per_nonzero is None) == (found["kernel"] != "gather_kernel")
     if per_nonzero is not None:
         assert found["per_nonzero"] <= per_nonzero

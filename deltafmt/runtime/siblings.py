@@ -2,7 +2,8 @@
 
 Who they are is seen when a model first runs: modules that are called one after the other with the very same tensor.
 From then on, the first of them computes the base's outputs of all, has the deltas added by one launch, and leaves the
-others' outputs for when they are called. Should one then be called with anything but that same, unchanged tensor, it
+others' outputs for when they are called. Where all tokens use one delta and the base's weights are plain, base and delta
+are one product. On a GPU a module that shares its input with no other is a group of its own, for that product's sake. Should one then be called with anything but that same, unchanged tensor, it
 computes for itself as it did before. Torch doesn't count changes of tensors made under ``torch.inference_mode``, so
 there nothing is shared; ``generate`` runs under ``torch.no_grad``.
 """
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from deltafmt.kernels.nm_matmul.operand import MAX_PARTS, OperandTable
-from deltafmt.kernels.nm_matmul.product import nm_matmul_
+from deltafmt.kernels.nm_matmul.product import can_fuse, nm_linear, nm_matmul_
 from deltafmt.runtime.selection import Selection, Waiting
 from deltafmt.runtime.sites import LinearSite
 from deltafmt.runtime.values import version_of
@@ -128,14 +129,30 @@ class Siblings:
         """Return the first module's output with its deltas, and leave those of the others."""
         first = self.sites[0]
         selection.check(given.shape[:-1], first.name)
-        outputs = [self._forwards[id(site)][0](given) for site in self.sites]
-        flat = [output.reshape(-1, output.shape[-1]) for output in outputs]
-        x = given.to(flat[0].dtype).reshape(-1, given.shape[-1])
-        nm_matmul_(flat, x, self._table, selection.segments(len(x), first.name))
-        shaped: list[torch.Tensor] = [y.view(output.shape) for y, output in zip(flat, outputs, strict=True)]
+        flat = self._compute_fused(given, selection)
+        if flat is None:
+            flat = [self._forwards[id(site)][0](given).reshape(-1, site.rows) for site in self.sites]
+            x = given.to(flat[0].dtype).reshape(-1, given.shape[-1])
+            nm_matmul_(flat, x, self._table, selection.segments(len(x), first.name))
+        shaped = [y.view(*given.shape[:-1], -1) for y in flat]
         others = {id(site): output for site, output in zip(self.sites[1:], shaped[1:], strict=True)}
         selection.waiting = Waiting(given, version_of(given), others)
         return shaped[0]
+
+
+    def _compute_fused(self, given: torch.Tensor, selection: Selection) -> list[torch.Tensor] | None:
+        """Return base and delta of all modules as one product, if one delta serves all tokens and the weights allow."""
+        tokens = given.numel() // given.shape[-1]
+        if not selection.uniform or not can_fuse(self._table, *selection.used, tokens):
+            return None
+        weights = []
+        for site in self.sites:
+            weight = site.plain_weight(given)
+            if weight is None or self._forwards[id(site)][1]:
+                return None
+            weights.append(weight)
+        x = given.reshape(tokens, -1).contiguous()
+        return list(nm_linear(x, weights, self._table, *selection.used))
 
 
 def shareable(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

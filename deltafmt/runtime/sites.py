@@ -169,6 +169,15 @@ class LinearSite(Site):
             y = self._widen(y, x, selection)
         return y.view(*output.shape[:-1], -1)
 
+    def plain_weight(self, given: torch.Tensor) -> torch.Tensor | None:
+        """Return the base's weight if the module is nothing but a product of ``given`` with it."""
+        module = self.module
+        if type(module) is not nn.Linear or module.bias is not None or self._weights:
+            return None
+        weight = module.weight
+        plain = weight.dtype == given.dtype and weight.device == given.device and weight.is_contiguous()
+        return weight if plain else None
+
     def _multiply(self, y: torch.Tensor, x: torch.Tensor, selection: Selection) -> None:
         """Add the packed terms' products."""
         if self.table.serves(selection):

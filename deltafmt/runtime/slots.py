@@ -125,7 +125,7 @@ class Slots:
 
     def _learn(self, site: LinearSite, given: torch.Tensor, selection: Selection) -> None:
         ended = selection.memo("run", Run).observe(site, given)
-        if len(ended) > 1:
+        if len(ended) > 1 or (ended and self._device.type == "cuda"):
             with self._lock:
                 if not any(id(found) in self._groups for found in ended):
                     group = Siblings(ended, self.count, self._active)

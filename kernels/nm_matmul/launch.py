@@ -78,8 +78,8 @@ def gather_blocks(layout: NMLayout, entries: int, columns: int, tokens: int, pro
         return Blocks(32, min(16, row_steps), 8 if row_steps >= 8 else 4, classes)
     mask_rows = 128 if entries * layout.share <= 32 or tokens > 1 else 32
     per_thread = max(1, min(4, 128 // (entries * layout.share * tokens)))
-    if layout.share == 1 and tokens == 1:
-        per_thread = 4
+    if layout.share == 1 and tokens == 1 and layout.keep > 1:
+        mask_rows = 64
     steps = min(per_thread * (128 // mask_rows), row_steps)
     while steps > 1 and steps * (entries // layout.keep) * layout.group > 4096:
         steps //= 2
@@ -290,8 +290,9 @@ def launch_fused(
     layout, columns = table.layout, table.columns
     entries = step_entries(layout)
     row_steps = triton.next_power_of_2(-(-layout.groups(columns) * layout.keep // entries))
-    blocks = Blocks(32 // layout.share, min(16, row_steps), 8, 4)
-    counts = [-(-output.shape[1] // 32) for output in outputs]
+    mask_rows = 16 if layout.share <= 2 else 32 // layout.share
+    blocks = Blocks(mask_rows, min(16, row_steps), 4, 4)
+    counts = [-(-output.shape[1] // (mask_rows * layout.share)) for output in outputs]
     weight, output = [*weights, weights[0], weights[0]], [*outputs, outputs[0], outputs[0]]
     arguments = gather_arguments(layout, entries, columns, blocks)
     fused.fused_kernel[(sum(counts),)](
