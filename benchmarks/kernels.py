@@ -2,11 +2,11 @@
 
     python benchmarks/kernels.py [--layers 32] [--bitdelta binary_gemm_kernel.py] [--jobs 12]
 
-Every figure is a CUDA graph of 128 products (q,k,v; o; gate,up; down in 32 layers) with weights and deltas of their own,
-so that nothing stays in the second-level cache; bases and deltas alternate as in a model. Weights, codes and activations
-are random. Ratios are to the base measured in the same run. ``--bitdelta`` names the file with BitDelta's published
-Triton kernel (FasterDecoding/BitDelta, bitdelta/binary_gemm_kernel.py), which is measured beside ours. ``--jobs``
-processes compile the kernels beforehand.
+Every figure is a CUDA graph of 128 products (q,k,v; o; gate,up; down in 32 layers) with weights and deltas of their
+own, so that nothing stays in the second-level cache; bases and deltas alternate as in a model. Weights, codes and
+activations are random. Ratios are to the base measured in the same run. ``--bitdelta`` names the file with
+BitDelta's published Triton kernel (FasterDecoding/BitDelta, bitdelta/binary_gemm_kernel.py), which is measured beside
+ours. ``--jobs`` processes compile the kernels beforehand.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from common import Figure, report
 
-from deltafmt.kernels.nm_matmul import launch
 from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable
 from deltafmt.kernels.nm_matmul.product import nm_linear, nm_matmul_
 from deltafmt.kernels.nm_matmul.segments import Segments
@@ -186,7 +185,7 @@ def measure_one_token(weights: list[list[list[torch.Tensor]]], layers: int, base
         fused = milliseconds(lambda tables=tables: step.fused_with_delta(tables))
         yield Figure(name, fused / base, "", 1.06, at_most=True, note="base and delta in one kernel")
         segments = Segments.of([0], 1, DEVICE)
-        after = milliseconds(lambda tables=tables: step.with_deltas(tables, segments))
+        after = milliseconds(lambda tables=tables, segments=segments: step.with_deltas(tables, segments))
         yield Figure(f"{name}, two kernels", after / base, "")
 
 
@@ -232,7 +231,8 @@ def measure_several_tokens(weights: list[list[list[torch.Tensor]]], layers: int)
 def measure_peer(path: Path) -> Iterator[Figure]:
     """One 12288x4096 matrix, 16 tenants of one token: BitDelta's kernel and ours, per tenant."""
     spec = importlib.util.spec_from_file_location("binary_gemm_kernel", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     peer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(peer)
     tenants, copies, rows, columns = 16, 8, 12288, 4096
@@ -258,6 +258,13 @@ def measure_peer(path: Path) -> Iterator[Figure]:
         yield Figure(f"BitDelta's time over ours, v={layout.share}", theirs / ours, "", 10.0)
 
 
+def copy_time() -> float:
+    """Return the milliseconds that a copy of 2 GiB takes."""
+    source = torch.empty(1 << 31, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return milliseconds(lambda: target.copy_(source))
+
+
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -278,10 +285,7 @@ def main() -> None:
             print(*figure.row(), flush=True)
         torch.cuda.empty_cache()
 
-    source = torch.empty(1 << 31, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    copied = milliseconds(lambda: target.copy_(source))
-    del source, target
+    copied = copy_time()
     weights = base_weights(options.layers)
     base = {tokens: milliseconds(Step(tokens, options.layers, weights).base) for tokens in (1, 16)}
     show(iter([Figure("device copy, read and write", 2 * (1 << 31) / copied / 1e9, "TB/s")]))
@@ -293,7 +297,7 @@ def main() -> None:
     if options.bitdelta:
         del weights
         show(measure_peer(options.bitdelta))
-    versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "tile": launch.MAX_GATHER_TILE}
+    versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     print(versions)
     report("kernels", figures, **versions)
 

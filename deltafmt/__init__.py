@@ -9,6 +9,8 @@
 
     deltafmt.pack(base, finetuned, out, method=deltafmt.methods.DeltaDQ(n=4, m=16, bits=4))
     deltafmt.unpack(base, delta, out_folder)
+    delta = deltafmt.torch.load("math.deltafmt", device="cuda")
+    model = deltafmt.transformers.attach(model, {"math": "math.deltafmt", "code": "code.deltafmt"})
 
 Importing this package imports nothing else; every name is loaded when it is first used.
 """
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from deltafmt._version import __version__
 
 if TYPE_CHECKING:
-    from deltafmt import errors, methods
+    from deltafmt import errors, methods, torch, transformers
     from deltafmt.delta import DeltaFile
     from deltafmt.delta import DeltaFile as open  # noqa: A004, N813 - as safetensors and gzip name theirs
     from deltafmt.pipeline.diff import diff
@@ -39,6 +41,8 @@ __all__ = [
     "open",
     "pack",
     "repack",
+    "torch",
+    "transformers",
     "unpack",
     "verify",
 ]
@@ -51,6 +55,8 @@ _HOMES = {
     "open": ("deltafmt.delta", "DeltaFile"),
     "pack": ("deltafmt.pipeline.pack", "pack"),
     "repack": ("deltafmt.pipeline.repack", "repack"),
+    "torch": ("deltafmt.torch", None),
+    "transformers": ("deltafmt.transformers", None),
     "unpack": ("deltafmt.pipeline.unpack", "unpack"),
     "verify": ("deltafmt.pipeline.verify", "verify"),
 }

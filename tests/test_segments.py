@@ -114,3 +114,9 @@ def test_slots_of_other_kinds_are_refused() -> None:
         Segments(torch.zeros(3, dtype=torch.int64), 1)
     with pytest.raises(UsageError, match=r"\(1, 3\)"):
         Segments(torch.zeros(1, 3, dtype=torch.int32), 1)
+
+
+def test_slots_that_were_expanded_have_memory_of_their_own() -> None:
+    segments = Segments(torch.tensor([1], dtype=torch.int32).expand(5), 2)
+    assert segments.slots.is_contiguous()
+    assert segments.slots.tolist() == [1] * 5

@@ -2,10 +2,11 @@
 
 Who they are is seen when a model first runs: modules that are called one after the other with the very same tensor.
 From then on, the first of them computes the base's outputs of all, has the deltas added by one launch, and leaves the
-others' outputs for when they are called. Where all tokens use one delta and the base's weights are plain, base and delta
-are one product. On a GPU a module that shares its input with no other is a group of its own, for that product's sake. Should one then be called with anything but that same, unchanged tensor, it
-computes for itself as it did before. Torch doesn't count changes of tensors made under ``torch.inference_mode``, so
-there nothing is shared; ``generate`` runs under ``torch.no_grad``.
+others' outputs for when they are called. Where all tokens use one delta and the base's weights are plain, base and
+delta are one product. On a GPU a module that shares its input with no other is a group of its own, for that product.
+Should one then be called with anything but that same, unchanged tensor, it computes for itself as it did before. Torch
+doesn't count changes of tensors made under ``torch.inference_mode``, so there nothing is shared; ``generate`` runs
+under ``torch.no_grad``.
 """
 
 from __future__ import annotations
@@ -139,11 +140,13 @@ class Siblings:
         selection.waiting = Waiting(given, version_of(given), others)
         return shaped[0]
 
-
     def _compute_fused(self, given: torch.Tensor, selection: Selection) -> list[torch.Tensor] | None:
         """Return base and delta of all modules as one product, if one delta serves all tokens and the weights allow."""
         tokens = given.numel() // given.shape[-1]
-        if not selection.uniform or not can_fuse(self._table, *selection.used, tokens):
+        if not selection.uniform:
+            return None
+        (slot,) = selection.used
+        if not can_fuse(self._table, slot, tokens):
             return None
         weights = []
         for site in self.sites:
@@ -152,7 +155,7 @@ class Siblings:
                 return None
             weights.append(weight)
         x = given.reshape(tokens, -1).contiguous()
-        return list(nm_linear(x, weights, self._table, *selection.used))
+        return list(nm_linear(x, weights, self._table, slot))
 
 
 def shareable(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

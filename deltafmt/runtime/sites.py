@@ -171,10 +171,9 @@ class LinearSite(Site):
 
     def plain_weight(self, given: torch.Tensor) -> torch.Tensor | None:
         """Return the base's weight if the module is nothing but a product of ``given`` with it."""
-        module = self.module
-        if type(module) is not nn.Linear or module.bias is not None or self._weights:
+        if type(self.module) is not nn.Linear or bias_of(self.module) is not None or self._weights:
             return None
-        weight = module.weight
+        weight = self.module.weight
         plain = weight.dtype == given.dtype and weight.device == given.device and weight.is_contiguous()
         return weight if plain else None
 

@@ -32,7 +32,7 @@ from deltafmt.runtime.upload_pieces import cut
 from deltafmt.runtime.upload_plan import Placement
 
 # Two buffers a thread: one to read into while the other is copied. More do not stay in the processor's cache.
-PINNED_BYTES = 32 * 1024 * 1024
+PINNED_BYTES = 64 * 1024 * 1024
 DEFAULT_THREADS = 8
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}

@@ -95,12 +95,12 @@ def dot_kernel(
 @triton.jit
 def expand_kernel(
     codes_ptr, index_ptr, scales_ptr, seed, base_ptr, base_stride, out_ptr, out_stride, first_row, rows,
-    columns, groups, kept, code_words, index_words, scale_group, scales,
+    columns, kept, code_words, index_words, scale_group, scales,
     KEEP: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
     TOP: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr, BASE: tl.constexpr,
     ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Write rows ``first_row`` to ``rows`` of the dense delta, or of base + delta, rounded to the output's dtype once."""
+    """Write rows ``first_row`` to ``rows`` of the delta, or of base + delta, rounded to the output's dtype once."""
     row = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     delta = dense_tile(
@@ -130,9 +130,10 @@ def embedding_kernel(
         return
     p_entry = table_ptr + slot * 5
     rows = tl.load(p_entry + 4).to(tl.int32)
-    row = tl.load(ids_ptr + token).to(tl.int32)
-    if (row < 0) | (row >= rows):
+    number = tl.load(ids_ptr + token).to(tl.int64)
+    if (number < 0) | (number >= rows):
         return
+    row = number.to(tl.int32)
     codes_ptr = tl.load(p_entry).to(tl.pointer_type(tl.int32))
     index_ptr = tl.load(p_entry + 1).to(tl.pointer_type(tl.int32))
     scales_ptr = tl.load(p_entry + 2).to(tl.pointer_type(SCALE))

@@ -29,7 +29,7 @@ def mix64(x):
 
 
 @triton.jit
-def load_field(p_words, words, entry, mask, WIDTH: tl.constexpr, count):
+def load_field(p_words, entry, mask, WIDTH: tl.constexpr, count):
     """Section 11.2: return field ``entry`` of word streams, uint32.
 
     ``p_words`` points to each row's word 0; its word w is 32 words further on for each w. Planes follow each other.
@@ -72,7 +72,7 @@ def load_position(
     """
     if LANE_BITS == 0:
         p_words = index_ptr + (mask_row // 32).to(tl.int64) * index_words * 32 + mask_row % 32
-        return load_field(p_words, index_words, entry, mask, POSITION_BITS, kept).to(tl.int32)
+        return load_field(p_words, entry, mask, POSITION_BITS, kept).to(tl.int32)
     else:
         LANES: tl.constexpr = 64 // LANE_BITS
         group = entry // KEEP
@@ -93,7 +93,7 @@ def load_code(
     tile = (row // (32 * SHARE)) * SHARE + row % SHARE
     lane = (row % (32 * SHARE)) // SHARE
     p_words = codes_ptr + tile.to(tl.int64) * code_words * 32 + lane
-    u = load_field(p_words, code_words, entry, mask, BITS, kept)
+    u = load_field(p_words, entry, mask, BITS, kept)
     return (u.to(tl.int32) * 2 - TOP).to(tl.float32)
 
 

@@ -17,8 +17,12 @@ from deltafmt.layout.nm import NMLayout, planes
 
 # Up to this many tokens of a delta are gathered, more are multiplied by dense tiles.
 GATHER_TOKENS = 48
-MAX_GATHER_TILE = 8
 MAX_UNROLL = 64  # entries of a step that the gather kernel unrolls
+
+
+def tile_tokens(longest: int) -> int:
+    """Return T, the tokens of a gather tile; measured: below some eight tokens a delta, one at a time is quickest."""
+    return 1 if longest <= 8 else 2 if longest <= 16 else 4
 
 
 def lane_bits(layout: NMLayout) -> int:
@@ -87,13 +91,15 @@ def gather_blocks(layout: NMLayout, entries: int, columns: int, tokens: int, pro
 
 
 def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
-    """Launch the products of every layout that the table holds; see :func:`deltafmt.kernels.nm_matmul.product.nm_matmul_`."""
+    """Launch the products of every layout that the table holds; see :func:`.product.nm_matmul_`."""
+    if segments.longest == 0:
+        return  # no token has a delta
     for first in range(0, len(table.parts), MAX_PARTS):
         parts = slice(first, first + MAX_PARTS)
         for layout_table in table.layout_tables(parts):
             if segments.shortest <= GATHER_TOKENS:
                 longest = min(segments.longest, GATHER_TOKENS)
-                size = min(triton.next_power_of_2(longest), MAX_GATHER_TILE)
+                size = tile_tokens(longest)
                 tiles = segments.tiles(size, longest=GATHER_TOKENS)
                 _launch_gather(outputs[parts], x, layout_table, tiles)
             if segments.longest > GATHER_TOKENS:
@@ -241,7 +247,6 @@ def launch_expand(operand: NMOperand, base: torch.Tensor | None, out: torch.Tens
         first_row=start,
         rows=stop,
         columns=operand.columns,
-        groups=layout.groups(operand.columns),
         **_entry_arguments(layout, operand.columns),
         **constants,
         PADDED=padded,

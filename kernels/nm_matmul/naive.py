@@ -205,5 +205,5 @@ def nm_embedding_(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, 
     for slot in range(table.slots):
         tokens = (slots == slot).nonzero()[:, 0].to(output.device)
         for operand in table.operands(slot)[0] if len(tokens) else ():
-            held = tokens[ids[tokens] < operand.rows]
+            held = tokens[(ids[tokens] >= 0) & (ids[tokens] < operand.rows)]
             output[held] = (output[held].float() + operand_delta(operand)[ids[held].long()]).to(output.dtype)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from deltafmt.errors import UsageError
 from deltafmt.kernels.nm_matmul import naive
 from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable
 from deltafmt.kernels.nm_matmul.segments import Segments
@@ -27,24 +28,27 @@ def nm_matmul_(
         table: the deltas.
         segments: which token uses which of them.
     """
+    if any(output.stride(1) != 1 for output in outputs):
+        raise UsageError("the rows of an output are not contiguous")
     if _on_gpu(x):
         from deltafmt.kernels.nm_matmul.launch import launch_products
 
-        launch_products(outputs, x, table, segments)
+        launch_products(outputs, x if x.stride(1) == 1 else x.contiguous(), table, segments)
     else:
         naive.nm_matmul_(outputs, x, table, segments)
 
 
 def can_fuse(table: OperandTable, slot: int, tokens: int) -> bool:
-    """Return whether :func:`nm_linear` takes a slot: on a GPU, one term a part, one token or a prompt's worth of them."""
+    """Return whether :func:`nm_linear` takes a slot: on a GPU, one term a part, one token or a prompt of them."""
     if table.device.type != "cuda" or not _has_triton():
         return False
     from deltafmt.kernels.nm_matmul import launch
+    from deltafmt.kernels.nm_matmul.operand import MAX_PARTS
 
     parts = table.operands(slot)
     layouts = {operand.layout for terms in parts for operand in terms}
     whole = all(len(terms) == 1 and terms[0].rows == rows for terms, rows in zip(parts, table.parts, strict=True))
-    if not whole or len(layouts) != 1 or len(parts) > launch.MAX_PARTS:
+    if not whole or len(layouts) != 1 or len(parts) > MAX_PARTS:
         return False
     return tokens > launch.GATHER_TOKENS or (tokens == 1 and launch.step_entries(next(iter(layouts))) > 0)
 

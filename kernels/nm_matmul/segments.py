@@ -44,7 +44,7 @@ class Segments:
     def __init__(self, slots: torch.Tensor, count: int, longest: int | None = None, shortest: int = 1) -> None:
         if slots.dim() != 1 or slots.dtype != torch.int32:
             raise UsageError(f"slots are a 1-d int32 tensor, not {slots.dtype} {tuple(slots.shape)}")
-        self.slots = slots
+        self.slots = slots.contiguous()  # a slot repeated by ``expand`` has no memory of its own for each token
         self.count = count
         self.tokens = slots.shape[0]
         self.longest = self.tokens if longest is None else min(longest, self.tokens)
