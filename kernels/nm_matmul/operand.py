@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -116,6 +117,7 @@ class OperandTable:
         self._held: list[tuple[tuple[NMOperand, ...], ...]] = [((),) * len(self.parts)] * slots
         self._tables: dict[tuple[NMLayout, int, int, int], LayoutTable] = {}
         self._stale = False
+        self._lock = threading.Lock()
 
     def put(self, slot: int, parts: Sequence[Sequence[NMOperand]]) -> None:
         """Set a slot's operands; what was there is forgotten.
@@ -150,12 +152,14 @@ class OperandTable:
         """Return one table for each layout among the operands of some parts; a second term of a layout gets another.
 
         A table's memory stays where it is when operands change, so that a captured graph goes on reading it; a layout
-        that is new to the table is not part of graphs captured before.
+        that is new to the table is not part of graphs captured before. The first call after a change copies to the
+        device and waits for that; nothing else does.
         """
-        if self._stale:
-            self._rebuild()
         first, stop, _ = parts.indices(len(self.parts))
-        return [table for (_, _, at, _), table in self._tables.items() if at == first and stop > first]
+        with self._lock:
+            if self._stale:
+                self._rebuild()
+            return [table for (_, _, at, _), table in self._tables.items() if at == first and stop > first]
 
     def _rebuild(self) -> None:
         rows: dict[tuple[NMLayout, int, int, int], torch.Tensor] = {
@@ -177,6 +181,9 @@ class OperandTable:
                 self._tables[key].entries.copy_(values)
             else:
                 self._tables[key] = LayoutTable(key[0], self.columns, values.to(self.device))
+        if self.device.type == "cuda":
+            # Other threads launch on other streams, which do not wait for this one's copies.
+            torch.cuda.current_stream(self.device).synchronize()
         self._stale = False
 
 
