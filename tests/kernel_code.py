@@ -159,7 +159,7 @@ def cases() -> dict[str, Callable[[], list[Launch]]]:
         add("many slots", NMLayout(1, 32, 4, share=share), GATE_UP, many)
         add("many slots", NMLayout(1, 8, 1, "seeded", "midrise", share), GATE_UP, many)
         add("many slots", NMLayout(4, 16, 4, share=share), GATE_UP, many)
-    add("four tokens", NMLayout(1, 32, 4), QKV, [0, 0, 0, 0])
+    add("tiles of four tokens", NMLayout(1, 32, 4), QKV, [0] * 32)
     add("one token of long rows", NMLayout(1, 32, 4), DOWN, [0])
     add("one token", NMLayout(4, 16, 4, "fixed"), SQUARE, [0])
     add("many slots", NMLayout(1, 32, 4, "fixed", share=4), GATE_UP, many)

@@ -463,7 +463,8 @@ def check_embedding(table: OperandTable, slots: Sequence[int], ids: torch.Tensor
         launch.launch_embedding(output.inner, ids, table, segments)
     rows = [max((term.rows for term in table.operands(slot)[0]), default=0) for slot in range(table.slots)]
     has_row = [0 <= slot < table.slots and 0 <= ids[token] < rows[slot] for token, slot in enumerate(slots)]
-    assert (memory.stored_to(output.inner).any(1) == torch.tensor(has_row)).all()
+    # A row may have nothing to store: where its only entries lie beyond the last column.
+    assert not (memory.stored_to(output.inner).any(1) & ~torch.tensor(has_row)).any()
     assert torch.equal(output.wide, wanted)
 
 

@@ -36,7 +36,7 @@ LIMITS: dict[str, tuple[int, float | None]] = {
     "4:16 k=4 midtread seeded v=1, many slots": (128, 10),
     "4:16 k=4 midtread seeded v=4, many slots": (168, 5),
     "1:32 k=4 midtread fixed v=4, many slots": (168, 6),
-    "1:32 k=4 midtread seeded v=1, four tokens": (232, 6),
+    "1:32 k=4 midtread seeded v=1, tiles of four tokens": (232, 6),
     "4:16 k=4 midtread seeded v=1 scale/128, entries": (96, None),
     "1:32 k=4 midtread seeded v=1, prefill": (255, None),
     "4:16 k=4 midtread fixed v=4, prefill": (255, None),
