@@ -83,7 +83,7 @@ def gather_blocks(layout: NMLayout, entries: int, columns: int, tokens: int, pro
     mask_rows = 128 if entries * layout.share <= 32 or tokens > 1 else 32
     per_thread = max(1, min(4, 128 // (entries * layout.share * tokens)))
     if layout.share == 1 and tokens == 1 and layout.keep > 1:
-        mask_rows = 64
+        mask_rows, per_thread = 64, min(per_thread, 2)
     steps = min(per_thread * (128 // mask_rows), row_steps)
     while steps > 1 and steps * (entries // layout.keep) * layout.group > 4096:
         steps //= 2
