@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -190,6 +191,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="runs of each; the median counts (9)")
     parser.add_argument("--small", action="store_true", help="small files, to see that it runs")
     options = parser.parse_args()
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit(f"upload.py: torch finds no CUDA device for --device {options.device}")
     pinned.SLOT_BYTES = int(options.slot_mib * 2**20) // ZSTD_CHUNK * ZSTD_CHUNK
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() and os.access(shared, os.W_OK) else None) as folder:

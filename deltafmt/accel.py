@@ -1,4 +1,4 @@
-"""Whether numba is used: the optional compiler of the CPU's hot loops.
+"""Which optional compilers are used: numba for the CPU's hot loops, Triton for a GPU's kernels.
 
 Without numba, or with ``DELTAFMT_NUMBA=0`` in the environment, the numpy reference runs instead; the bytes are the
 same.
@@ -19,6 +19,12 @@ WORTHWHILE_BYTES = 24 * 1024 * 1024
 def available() -> bool:
     """Tell whether compiled loops can be used; imports nothing."""
     return os.environ.get("DELTAFMT_NUMBA", "1") != "0" and importlib.util.find_spec("numba") is not None
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Tell whether Triton's kernels can be used on a GPU; imports nothing."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def worthwhile(nbytes: int) -> bool:

@@ -100,7 +100,37 @@ class Table:
         return not self.slots.isdisjoint(selection.used)
 
 
-class LinearSite(Site):
+class WeightSite(Site):
+    """A module whose weight takes packed terms, or another weight of the same columns, and new rows behind either."""
+
+    def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
+        super().__init__(name, module, device)
+        self.rows = rows
+        self.table = Table(rows, columns, device)
+        self._weights: dict[int, torch.Tensor] = {}
+        self._new_rows: dict[int, torch.Tensor] = {}
+
+    def grow(self, slots: int) -> None:
+        """Make room for a number of slots."""
+        self.table.grow(slots)
+
+    def _put_weight(self, slot: int, tensor: DeviceTensor) -> None:
+        if tensor.terms:
+            self.table.put(slot, tensor)
+            if tensor.data is not None:
+                self._new_rows[slot] = tensor.data
+        elif tensor.data is not None:
+            self._weights[slot] = tensor.data[: self.rows]
+            if tensor.entry.rows > self.rows:
+                self._new_rows[slot] = tensor.data[self.rows :]
+
+    def _clear(self, slot: int) -> None:
+        self.table.clear(slot)
+        self._weights.pop(slot, None)
+        self._new_rows.pop(slot, None)
+
+
+class LinearSite(WeightSite):
     """A linear module, quantized or not.
 
     Its weight takes packed terms, or another weight of the same columns; its bias another bias, of which the
@@ -109,17 +139,9 @@ class LinearSite(Site):
     """
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
-        super().__init__(name, module, device)
-        self.rows = rows
-        self.table = Table(rows, columns, device)
-        self._weights: dict[int, torch.Tensor] = {}
-        self._new_rows: dict[int, torch.Tensor] = {}
+        super().__init__(name, module, device, rows, columns)
         self._totals: dict[int, int] = {}
         self._biases: dict[int, torch.Tensor] = {}
-
-    def grow(self, slots: int) -> None:
-        """Make room for a number of slots."""
-        self.table.grow(slots)
 
     def _put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None:
         if "bias" in tensors:
@@ -131,21 +153,14 @@ class LinearSite(Site):
             self._put_weight(slot, tensors["weight"])
 
     def _put_weight(self, slot: int, tensor: DeviceTensor) -> None:
-        if tensor.terms:
-            self.table.put(slot, tensor)
-            if tensor.data is not None:
-                self._new_rows[slot] = tensor.data
-        elif tensor.data is not None:
-            self._weights[slot] = tensor.data[: self.rows]
-            if tensor.entry.rows > self.rows:
-                self._new_rows[slot] = tensor.data[self.rows :]
+        super()._put_weight(slot, tensor)
         if tensor.entry.rows != self.rows:
             self._totals[slot] = tensor.entry.rows
 
     def _clear(self, slot: int) -> None:
-        self.table.clear(slot)
-        for held in (self._weights, self._new_rows, self._totals, self._biases):
-            held.pop(slot, None)
+        super()._clear(slot)
+        self._totals.pop(slot, None)
+        self._biases.pop(slot, None)
 
     def after(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the output with everything that the deltas in use change."""

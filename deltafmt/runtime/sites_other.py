@@ -15,11 +15,11 @@ from deltafmt.errors import UsageError
 from deltafmt.kernels.nm_matmul.product import nm_embedding_
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.selection import Selection, mixed_error
-from deltafmt.runtime.sites import Site, Table, first_input
+from deltafmt.runtime.sites import Site, WeightSite, first_input
 from deltafmt.runtime.values import new_values
 
 
-class EmbeddingSite(Site):
+class EmbeddingSite(WeightSite):
     """An embedding.
 
     Its weight takes packed terms, another weight, and new rows. A module that does more than look up (scales the rows,
@@ -27,32 +27,11 @@ class EmbeddingSite(Site):
     """
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
-        super().__init__(name, module, device)
-        self.rows = rows
-        self.table = Table(rows, columns, device)
-        self._weights: dict[int, torch.Tensor] = {}
-        self._new_rows: dict[int, torch.Tensor] = {}
+        super().__init__(name, module, device, rows, columns)
         self._plain = type(module).forward is nn.Embedding.forward
 
-    def grow(self, slots: int) -> None:
-        """Make room for a number of slots."""
-        self.table.grow(slots)
-
     def _put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None:
-        tensor = tensors["weight"]
-        if tensor.terms:
-            self.table.put(slot, tensor)
-            if tensor.data is not None:
-                self._new_rows[slot] = tensor.data
-        elif tensor.data is not None:
-            self._weights[slot] = tensor.data[: self.rows]
-            if tensor.entry.rows > self.rows:
-                self._new_rows[slot] = tensor.data[self.rows :]
-
-    def _clear(self, slot: int) -> None:
-        self.table.clear(slot)
-        self._weights.pop(slot, None)
-        self._new_rows.pop(slot, None)
+        self._put_weight(slot, tensors["weight"])
 
     def before(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep the base's look-up within its rows, where a delta has more of them."""

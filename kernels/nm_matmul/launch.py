@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from deltafmt.codecs import positions
 from deltafmt.kernels.nm_matmul import dense, fused, gather
 from deltafmt.kernels.nm_matmul.operand import MAX_PARTS, LayoutTable, NMOperand, OperandTable
 from deltafmt.kernels.nm_matmul.segments import Segments, TokenTiles
@@ -27,10 +28,7 @@ def tile_tokens(longest: int) -> int:
 
 def lane_bits(layout: NMLayout) -> int:
     """Section 11.4: bits of a hash that a group takes; 0 for a ``fixed`` index."""
-    if layout.index == "fixed":
-        return 0
-    needed = layout.position_bits if layout.keep == 1 else 2 * layout.position_bits - 1
-    return 4 if needed <= 4 else 8 if needed <= 8 else 16
+    return 0 if layout.index == "fixed" else positions.lane_bits(layout.keep, layout.group)
 
 
 def is_power_of_two(number: int) -> bool:
@@ -164,7 +162,7 @@ def gather_arguments(layout: NMLayout, entries: int, columns: int, blocks: Block
     code_planes = planes(layout.bits)
     words = [-(-kept * width // 32) for width in code_planes]
     places = [-(-kept * width // 32) for width in planes(layout.position_bits)] + [0, 0]
-    classes = [min(blocks.classes, 32 // width, 16 // width) for width in code_planes]
+    classes = [min(blocks.classes, 16 // width) for width in code_planes]
     return {
         "groups": layout.groups(columns),
         "code_words": sum(words),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Sequence
 
 import torch
 
+from deltafmt import accel
 from deltafmt.errors import UsageError
 from deltafmt.kernels.nm_matmul import naive
 from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable
@@ -40,7 +39,7 @@ def nm_matmul_(
 
 def can_fuse(table: OperandTable, slot: int, tokens: int) -> bool:
     """Return whether :func:`nm_linear` takes a slot: on a GPU, one term a part, one token or a prompt of them."""
-    if table.device.type != "cuda" or not _has_triton():
+    if table.device.type != "cuda" or not accel.has_triton():
         return False
     from deltafmt.kernels.nm_matmul import launch
     from deltafmt.kernels.nm_matmul.operand import MAX_PARTS
@@ -113,10 +112,5 @@ def operand_delta(operand: NMOperand, start: int = 0, stop: int | None = None) -
     return naive.operand_delta(operand)[start:stop]
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _on_gpu(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and _has_triton()
+    return tensor.is_cuda and accel.has_triton()

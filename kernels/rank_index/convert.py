@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 
+from deltafmt import accel
 from deltafmt.errors import UsageError
 from deltafmt.kernels.rank_index import naive
 from deltafmt.kernels.rank_index.jobs import RankJob
@@ -33,7 +33,7 @@ def make_fixed(source: torch.Tensor, target: torch.Tensor, jobs: Sequence[RankJo
             raise UsageError(f"expected a contiguous 1-d int32 tensor, found {tensor.dtype} {tuple(tensor.shape)}")
     if source.device != target.device:
         raise UsageError(f"words on {source.device} cannot be written to {target.device}")
-    if not target.is_cuda or find_spec("triton") is None:
+    if not target.is_cuda or not accel.has_triton():
         return naive.make_fixed(source, target, jobs)
     from deltafmt.kernels.rank_index import triton  # noqa: PLC0415 - optional
 
