@@ -17,7 +17,7 @@ import numpy as np
 from common import Figure, report, seconds
 
 from deltafmt.codecs.floats import narrow
-from deltafmt.layout.nm import stream_words, tiles
+from deltafmt.layout.tiles import stream_words, tiles
 from deltafmt.methods.routines import Routines, select_routines
 
 

@@ -27,8 +27,9 @@ from deltafmt.codecs.positions import encode_rank
 from deltafmt.container.reader import Container
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.layout.constants import ZSTD_CHUNK
-from deltafmt.layout.entries import BaseRef, NMTerm, TensorEntry
-from deltafmt.layout.nm import TILE_ROWS, NMLayout
+from deltafmt.layout.entries import BaseRef, TensorEntry, Term
+from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.tiles import TILE_ROWS
 from deltafmt.runtime import pinned
 from deltafmt.runtime.upload import PINNED_BYTES
 
@@ -69,7 +70,7 @@ def write_delta(path: Path, layout: NMLayout, layers: int, profile: str) -> Path
                     buffers[key] = writer.add(data)
                 writer.boundary()
                 seed = len(entries) if layout.index == "seeded" else 0
-                term = NMTerm(number, layout, seed, buffers)
+                term = Term(number, layout, seed, buffers)
                 base = BaseRef(NO_DIGEST, "BF16", shape)
                 full = f"model.layers.{layer}.{name}.weight"
                 entries.append(TensorEntry(full, "add", "BF16", shape, base, NO_DIGEST, terms=(term,)))

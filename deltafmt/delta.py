@@ -10,13 +10,12 @@ from typing import BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs import nm
 from deltafmt.codecs.routines import REFERENCE, CodecRoutines
+from deltafmt.codecs.terms import TermCodec, term_codec
 from deltafmt.container.reader import Container
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.layout.constants import MAX_RAW_BYTES
-from deltafmt.layout.entries import NMTerm, TensorEntry
-from deltafmt.layout.nm import TILE_ROWS, tiles
+from deltafmt.layout.entries import TensorEntry, Term
 
 # Elements of a run: enough to hide the cost of a call, few enough for its arrays to stay in the processor's cache.
 RUN_ELEMENTS = 1 << 19
@@ -87,9 +86,10 @@ class DeltaFile:
         """Return read-only views of a tensor's packed arrays; no byte is copied in a mapped ``hot`` file.
 
         Returns:
-            For ``add``: ``codes``, ``index`` (unless seeded) and ``scales`` as :func:`deltafmt.codecs.nm.views`
-            shapes them (with several terms ``terms[0].codes`` and so on), and ``new_rows`` as bytes if the tensor
-            grew. For ``replace``: ``data`` as bytes. Nothing for ``same``. An alias gives its target's.
+            For ``add``: the buffers of the term by name, shaped as the codec of its kind shapes them, such as
+            :func:`deltafmt.codecs.nm.views` (with several terms ``terms[0].codes`` and so on), and ``new_rows`` as
+            bytes if the tensor grew. For ``replace``: ``data`` as bytes. Nothing for ``same``. An alias gives its
+            target's.
         """
         entry = self.resolve(name)
         arrays: dict[str, NDArray[np.generic]] = {}
@@ -102,10 +102,10 @@ class DeltaFile:
             arrays["data" if entry.action == "replace" else "new_rows"] = data
         return arrays
 
-    def term_views(self, entry: TensorEntry, term: NMTerm) -> dict[str, NDArray[np.generic]]:
+    def term_views(self, entry: TensorEntry, term: Term) -> dict[str, NDArray[np.generic]]:
         """Return the packed arrays of one term."""
         buffers = {key: self.container.buffer(ref) for key, ref in term.buffers.items()}
-        return nm.views(term.params, entry.delta_rows, entry.columns, buffers)
+        return codec_of(entry, term).views(buffers)
 
     def delta(self, name: str) -> NDArray[np.float32]:
         """Return the dense float32 delta of a tensor, decoded by the reference decoder.
@@ -150,27 +150,32 @@ class DeltaFile:
         self.close()
 
 
+def codec_of(entry: TensorEntry, term: Term) -> TermCodec:
+    """Return the codec of a tensor's term."""
+    return term_codec(term.params, entry.delta_rows, entry.columns, term.seed, term.slots)
+
+
 class RunDecoder:
     """Decode the terms of one tensor in runs of rows; runs may be decoded in any order and by several threads."""
 
     def __init__(self, delta: DeltaFile, entry: TensorEntry) -> None:
         self._where = f'{delta.container.name}: tensors["{entry.name}"]'
-        self._entry = entry
-        self._terms = [(term, delta.term_views(entry, term)) for term in entry.terms]
+        self._rows = entry.delta_rows
+        self._terms = [(codec_of(entry, term), delta.term_views(entry, term)) for term in entry.terms]
 
     @property
     def step(self) -> int:
-        """Rows on whose multiples every term starts a super-tile."""
-        return max(nm.run_rows(term.params) for term, _ in self._terms)
+        """Rows on whose multiples a run of every term may start."""
+        return max(codec.run_rows for codec, _ in self._terms)
 
     @property
     def width(self) -> int:
         """Elements that decoding a row takes."""
-        return max(term.params.width(self._entry.columns) for term, _ in self._terms)
+        return max(codec.width for codec, _ in self._terms)
 
     def ranges(self) -> list[tuple[int, int]]:
         """Return the runs that cover the tensor."""
-        return row_ranges(0, self._entry.delta_rows, self.width, self.step)
+        return row_ranges(0, self._rows, self.width, self.step)
 
     def rows(
         self, start: int, stop: int, routines: CodecRoutines = REFERENCE, *, check: bool = False
@@ -182,18 +187,12 @@ class RunDecoder:
         Raises:
             InvalidFileError: the buffers break the format.
         """
-        entry = self._entry
         total: NDArray[np.float32] | None = None
-        for term, packed in self._terms:
-            params = term.params
-            run = slice_run(packed, params.share, start, stop)
+        for codec, packed in self._terms:
             try:
-                arrays = nm.decode(params, run, term.seed, start, stop - start, entry.columns, routines)
-                if check:
-                    nm.check(params, run, arrays, entry.columns, routines)
+                dense = codec.decode(packed, start, stop, routines, check_form=check)
             except InvalidFileError as error:
                 raise InvalidFileError(f"{self._where}, rows {start} to {stop}: {error}") from error
-            dense = nm.dense(params, arrays, entry.columns, routines)
             with np.errstate(over="ignore", invalid="ignore"):
                 total = dense if len(self._terms) == 1 else dense.copy() if total is None else total + dense
         assert total is not None
@@ -207,13 +206,3 @@ def row_ranges(start: int, stop: int, width: int, step: int, elements: int = RUN
     """
     size = max(elements // max(width, 1) // step, 1) * step
     return [(first, min(first + size, stop)) for first in range(start, stop, size)]
-
-
-def slice_run(
-    packed: Mapping[str, NDArray[np.generic]], share: int, start: int, stop: int
-) -> dict[str, NDArray[np.generic]]:
-    """Return the tiles of a run that starts on a multiple of :func:`deltafmt.codecs.nm.run_rows`."""
-    whole = slice(start // TILE_ROWS, tiles(stop, share))
-    # A super-tile of rows has one tile of mask rows.
-    masks = slice(whole.start // share, whole.stop // share)
-    return {name: array[masks if name == "index" else whole] for name, array in packed.items()}

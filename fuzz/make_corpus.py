@@ -24,7 +24,7 @@ from deltafmt.codecs import nm
 from deltafmt.codecs import positions as pos
 from deltafmt.codecs.floats import narrow
 from deltafmt.container.writer import ContainerWriter
-from deltafmt.layout.entries import BaseRef, NMTerm, TensorEntry
+from deltafmt.layout.entries import BaseRef, TensorEntry, Term
 from deltafmt.layout.nm import NMLayout
 from deltafmt.methods import DeltaDQ
 
@@ -178,7 +178,7 @@ def sum_of_terms() -> bytes:
             data = array.tobytes()
             digest.update(data)
             refs[name] = writer.add(data)
-        terms.append(NMTerm(writer.layout_number(layout), layout, seed, refs))
+        terms.append(Term(writer.layout_number(layout), layout, seed, refs))
     base = BaseRef(bytes(32), "BF16", (rows, columns))
     writer.finish(
         [TensorEntry("sum", "add", "F32", (rows, columns), base, digest.digest(), None, tuple(terms))],

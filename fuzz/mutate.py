@@ -15,7 +15,8 @@ from repair import Parts
 
 from deltafmt.errors import UsageError
 from deltafmt.layout import constants as c
-from deltafmt.layout.nm import BITS, GRIDS, INDEX_ENCODINGS, SHARES, NMLayout
+from deltafmt.layout.nm import BITS, INDEX_ENCODINGS, SHARES, NMLayout
+from deltafmt.layout.tiles import GRIDS
 
 Mutate = Callable[[bytes, int], bytes]
 

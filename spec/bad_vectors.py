@@ -11,11 +11,12 @@ from vector_tools import change, change_buffer, encode, join, one_attachment, on
 
 from deltafmt.codecs import nm
 from deltafmt.codecs.positions import seeded
+from deltafmt.codecs.terms import raw_bytes
 from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
 from deltafmt.layout import constants as c
-from deltafmt.layout.entries import BaseRef, NMTerm, TensorEntry
+from deltafmt.layout.entries import BaseRef, TensorEntry, Term
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment
 
@@ -209,12 +210,12 @@ def two_sections() -> bytes:
     writer = ContainerWriter(out)
     layout = NMLayout(1, 8, 4)
     packed = nm.blank(layout, 4, 8)
-    refs = {"codes": writer.add(nm.raw_bytes(packed["codes"]))}
+    refs = {"codes": writer.add(raw_bytes(packed["codes"]))}
     attachment = Attachment(writer.add(b"x", c.KIND_ATTACHMENTS), blake3(b"x").digest())
-    refs["scales"] = writer.add(nm.raw_bytes(packed["scales"]))
-    digest = blake3(nm.raw_bytes(packed["codes"]))
-    digest.update(nm.raw_bytes(packed["scales"]))
-    term = NMTerm(writer.layout_number(layout), layout, 1, refs)
+    refs["scales"] = writer.add(raw_bytes(packed["scales"]))
+    digest = blake3(raw_bytes(packed["codes"]))
+    digest.update(raw_bytes(packed["scales"]))
+    term = Term(writer.layout_number(layout), layout, 1, refs)
     entry = TensorEntry("w", "add", "BF16", (4, 8), BaseRef(bytes(32), "BF16", (4, 8)), digest.digest(), None, (term,))
     writer.finish([entry], attachments={"x.json": attachment})
     return out.getvalue()

@@ -15,11 +15,13 @@ from blake3 import blake3
 
 from deltafmt.codecs import nm
 from deltafmt.codecs.positions import seeded
+from deltafmt.codecs.terms import Arrays, raw_bytes, slot_count, term_codec
 from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
 from deltafmt.layout import constants as c
-from deltafmt.layout.entries import BaseRef, NMTerm, TensorEntry
+from deltafmt.layout.entries import BaseRef, TensorEntry, Term
+from deltafmt.layout.kinds import Layout
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment
 
@@ -55,8 +57,8 @@ def fields(count: int, top: int, salt: int) -> np.ndarray[Any, np.dtype[np.uint8
     return ((np.arange(count, dtype=np.uint64) * 2654435761 + salt >> np.uint64(7)) % (top + 1)).astype(np.uint8)
 
 
-def add_term(writer: ContainerWriter, layout: NMLayout, rows: int, columns: int, seed: int) -> tuple[NMTerm, bytes]:
-    """Write a term with made-up content; return it and its payload's digest."""
+def nm_arrays(layout: NMLayout, rows: int, columns: int, seed: int) -> nm.NMArrays:
+    """Return made-up content of an ``nm`` term."""
     groups, kept = layout.groups(columns), layout.kept(columns)
     mask_rows = layout.mask_rows(rows)
     if layout.index == "seeded":
@@ -65,22 +67,32 @@ def add_term(writer: ContainerWriter, layout: NMLayout, rows: int, columns: int,
         keys = np.arange(mask_rows * groups * layout.group, dtype=np.uint64) * 0x9E3779B97F4A7C15 >> np.uint64(20)
         order = np.argsort(keys.reshape(mask_rows, groups, layout.group), axis=2, kind="stable")
         positions = np.sort(order[:, :, : layout.keep], axis=2).astype(np.uint8)
-        seed = 0
     codes = fields(rows * kept, layout.top, seed).reshape(rows, kept)
     scales = (1 + np.arange(rows * layout.scales_per_row(columns), dtype=np.float32)) / 256
     arrays = nm.NMArrays(positions, codes, scales.reshape(rows, -1))
     arrays.codes[nm.outside(layout, arrays, columns)] = 0
-    packed = nm.blank(layout, rows, columns)
-    nm.encode(layout, arrays, packed)
+    return arrays
+
+
+ARRAYS: dict[str, Callable[..., Arrays]] = {"nm": nm_arrays}
+
+
+def add_term(writer: ContainerWriter, layout: Layout, rows: int, columns: int, seed: int) -> tuple[Term, bytes]:
+    """Write a term with made-up content; return it and its payload's digest."""
+    seed = seed if layout.seeded else 0
+    arrays = ARRAYS[layout.kind](layout, rows, columns, seed)
+    codec = term_codec(layout, rows, columns, seed, slot_count(arrays))
+    packed = codec.blank()
+    codec.encode(arrays, packed, 0)
     digest = blake3()
     refs = {}
     for name, array in packed.items():
-        refs[name] = writer.add(nm.raw_bytes(array))
-        digest.update(nm.digested_form(layout, name, array, rows, columns))
-    return NMTerm(writer.layout_number(layout), layout, seed, refs), digest.digest()
+        refs[name] = writer.add(raw_bytes(array))
+        digest.update(raw_bytes(codec.digested_form(name, array)))
+    return Term(writer.layout_number(layout), layout, seed, refs, slot_count(arrays)), digest.digest()
 
 
-def one_tensor(layout: NMLayout, rows: int, columns: int, profile: str = "hot", seed: int = 7) -> bytes:
+def one_tensor(layout: Layout, rows: int, columns: int, profile: str = "hot", seed: int = 7) -> bytes:
     """Return a file with one BF16 tensor ``w``."""
     out = io.BytesIO()
     writer = ContainerWriter(out, profile)

@@ -15,7 +15,7 @@ from deltafmt.codecs.positions import encode_rank
 from deltafmt.container import writer as container_writer
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.layout.constants import DTYPE_BITS, byte_count
-from deltafmt.layout.entries import BaseRef, NMTerm, TensorEntry
+from deltafmt.layout.entries import BaseRef, TensorEntry, Term
 from deltafmt.layout.nm import NMLayout
 from strategies import generators, layouts, shapes
 
@@ -53,7 +53,7 @@ class DeltaWriter:
                     data = random_ranks(self.rng, layout, rows, columns).tobytes()
                 buffers[key] = self.writer.add(data)
             seed = int(self.rng.integers(2**32)) if layout.index == "seeded" else 0
-            written.append(NMTerm(self.writer.layout_number(layout), layout, seed, buffers))
+            written.append(Term(self.writer.layout_number(layout), layout, seed, buffers))
         grown = self.writer.add(self.rng.bytes(new_rows * columns * 2)) if new_rows else None
         base = BaseRef(DIGEST, "BF16", shape)
         full = (rows + new_rows, columns)

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from deltafmt.codecs import nm, scatter, words
 from deltafmt.codecs import positions as pos
 from deltafmt.codecs.floats import narrow
-from deltafmt.codecs.nm import NMArrays
+from deltafmt.codecs.nm import NMArrays, slice_run
 from deltafmt.codecs.routines import REFERENCE, CodecRoutines, codec_routines
-from deltafmt.delta import slice_run
 from deltafmt.errors import InvalidFileError, UsageError
-from deltafmt.layout.entries import parse_layout
-from deltafmt.layout.nm import INDEX_ENCODINGS, NMLayout, planes
+from deltafmt.layout.kinds import parse_layout
+from deltafmt.layout.nm import INDEX_ENCODINGS, NMLayout
+from deltafmt.layout.tiles import planes
 from strategies import examples, generators, layouts, nm_arrays, shapes, sizes
 
 Packed = dict[str, NDArray[np.generic]]

@@ -250,7 +250,7 @@ def compress(
 ) -> NMArrays:
     """Compress the rows from ``first`` on; copy what comes back, because compiled loops use their memory again."""
     run = [raw[first:] for raw in weights]
-    found = method.compress(DeltaRows(run[0], "BF16", run[1], "BF16", first, routines), seed)
+    (found,) = method.compress(DeltaRows(run[0], "BF16", run[1], "BF16", first, routines), seed)
     return NMArrays(found.positions.copy(), found.codes.copy(), found.scales.copy())
 
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from deltafmt.codecs import words
 from deltafmt.codecs.routines import CodecRoutines
-from deltafmt.layout.nm import SHARES, planes, stream_words, tiles
+from deltafmt.layout.nm import SHARES
+from deltafmt.layout.tiles import planes, stream_words, tiles
 from strategies import examples, generators, shapes
 
 WIDTHS = st.integers(0, 64)

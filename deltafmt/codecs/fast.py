@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from deltafmt.accel import compiled
 from deltafmt.codecs import floats, positions, words
-from deltafmt.layout.nm import TILE_ROWS, plane_words, planes
+from deltafmt.layout.tiles import TILE_ROWS, plane_words, planes
 
 _ROW_STEP = np.uint32(positions.ROW_STEP)
 _BLOCK_STEP = np.uint32(positions.BLOCK_STEP)

@@ -16,9 +16,11 @@ from deltafmt.codecs import words
 from deltafmt.codecs.floats import narrow, widen
 from deltafmt.codecs.routines import REFERENCE, CodecRoutines
 from deltafmt.errors import InvalidFileError
-from deltafmt.layout.nm import TILE_ROWS, NMLayout, tiles
+from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.tiles import TILE_ROWS, tiles
 
 Buffers = Mapping[str, memoryview]
+Packed = Mapping[str, NDArray[np.generic]]
 
 TRANSCODE_ENTRIES = 1 << 17
 
@@ -179,6 +181,58 @@ def check(
             raise InvalidFileError(f"unused bits of the {name} are not zero")
 
 
+def slice_run(packed: Packed, share: int, start: int, stop: int) -> dict[str, NDArray[np.generic]]:
+    """Return the tiles of a run of rows that starts on a multiple of :func:`run_rows`."""
+    whole = slice(start // TILE_ROWS, tiles(stop, share))
+    # A super-tile of rows has one tile of mask rows.
+    masks = slice(whole.start // share, whole.stop // share)
+    return {name: array[masks if name == "index" else whole] for name, array in packed.items()}
+
+
+class NMCodec:
+    """The codec of one ``nm`` term; see :class:`deltafmt.codecs.terms.TermCodec`."""
+
+    def __init__(self, layout: NMLayout, rows: int, columns: int, seed: int) -> None:
+        self.layout = layout
+        self.shape = rows, columns
+        self.run_rows = run_rows(layout)
+        self.width = layout.width(columns)
+        self._seed = seed
+
+    def views(self, buffers: Buffers) -> dict[str, NDArray[np.generic]]:
+        """Return the packed arrays, see :func:`views`."""
+        return views(self.layout, *self.shape, buffers)
+
+    def blank(self) -> dict[str, NDArray[np.generic]]:
+        """Return packed arrays of zeros."""
+        return blank(self.layout, *self.shape)
+
+    def encode(self, arrays: NMArrays, packed: Packed, first: int, routines: CodecRoutines = REFERENCE) -> None:
+        """Pack a run of rows."""
+        run = slice_run(packed, self.layout.share, first, first + arrays.codes.shape[0])
+        encode(self.layout, arrays, run, routines)
+
+    def decode(
+        self, packed: Packed, start: int, stop: int, routines: CodecRoutines = REFERENCE, *, check_form: bool = False
+    ) -> NDArray[np.float32]:
+        """Return the delta's rows ``start`` to ``stop``."""
+        columns = self.shape[1]
+        run = slice_run(packed, self.layout.share, start, stop)
+        arrays = decode(self.layout, run, self._seed, start, stop - start, columns, routines)
+        if check_form:
+            check(self.layout, run, arrays, columns, routines)
+        return dense(self.layout, arrays, columns, routines)
+
+    def digested_form(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
+        """Return a ``rank`` index as ``fixed``, so that hot and cold files agree, and anything else as it is."""
+        if name == "index" and self.layout.index == "rank":
+            rows, columns = self.shape
+            return transcode_index(
+                self.layout, _words(array), self.layout.mask_rows(rows), columns, self.layout.plain()
+            )
+        return array
+
+
 def transcode_index(
     layout: NMLayout, index: NDArray[np.uint32], mask_rows: int, columns: int, target: NMLayout
 ) -> NDArray[np.uint32]:
@@ -195,21 +249,6 @@ def transcode_index(
         else:
             out[tile : tile + step] = pos.encode_rank(pos.decode_fixed(part, layout, rows, groups), target)
     return out
-
-
-def digested_form(layout: NMLayout, name: str, array: NDArray[np.generic], rows: int, columns: int) -> memoryview:
-    """Return the bytes that a buffer contributes to its tensor's digest (spec section 7.6).
-
-    These are its own, except that a ``rank`` index counts in its ``fixed`` form: hot and cold files agree.
-    """
-    if name == "index" and layout.index == "rank":
-        array = transcode_index(layout, _words(array), layout.mask_rows(rows), columns, layout.with_index("fixed"))
-    return raw_bytes(array)
-
-
-def raw_bytes(array: NDArray[np.generic]) -> memoryview:
-    """Return an array's bytes in C order, without a copy where it lies so."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _words(array: NDArray[np.generic]) -> NDArray[np.uint32]:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.layout.nm import TILE_ROWS, plane_words, planes, tiles
+from deltafmt.layout.tiles import TILE_ROWS, plane_words, planes, tiles
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 

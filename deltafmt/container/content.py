@@ -9,7 +9,6 @@ from blake3 import blake3
 
 from deltafmt.container import canonical
 from deltafmt.layout.entries import TensorEntry
-from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment
 
 
@@ -38,10 +37,5 @@ def semantic_entry(entry: TensorEntry) -> dict[str, Any]:
     obj = entry.to_obj()
     obj.pop("data", None)
     if entry.terms:
-        obj["terms"] = [{"layout": semantic_layout(term.params).to_obj(), "seed": term.seed} for term in entry.terms]
+        obj["terms"] = [{"layout": term.params.plain().to_obj(), **term.numbers()} for term in entry.terms]
     return obj
-
-
-def semantic_layout(params: NMLayout) -> NMLayout:
-    """Return the layout in which digests are taken: ``rank`` counts as ``fixed``, which holds the same positions."""
-    return params.with_index("fixed") if params.index == "rank" else params

@@ -20,8 +20,7 @@ import xxhash
 from deltafmt.container import canonical, frame
 from deltafmt.errors import InvalidFileError, StorageError, UsageError
 from deltafmt.layout import constants as c
-from deltafmt.layout.entries import parse_layout
-from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.kinds import Layout, parse_layout
 from deltafmt.layout.sections import Section
 from deltafmt.output import Bytes, OutputLock, storage_error, sync_folder
 
@@ -48,7 +47,7 @@ class PartialFile:
         check_output_file(path, force=force)
         self.path = path
         self.sections: list[Section] = []
-        self.layouts: list[NMLayout] = []
+        self.layouts: list[Layout] = []
         self.entries: dict[str, Any] = {}
         self._partial = path.parent / f".{path.name}.partial"
         with self._storage_errors():
@@ -139,7 +138,7 @@ class PartialFile:
         with self._storage_errors():
             self._file.write(data)
 
-    def record(self, section: Section, layouts: list[NMLayout], entries: dict[str, Any]) -> None:
+    def record(self, section: Section, layouts: list[Layout], entries: dict[str, Any]) -> None:
         """Note that a section is complete, and with it some tensors."""
         with self._storage_errors():
             self._file.flush()

@@ -14,8 +14,8 @@ from deltafmt.container.source import Source, open_source
 from deltafmt.errors import DeltafmtError, InvalidFileError
 from deltafmt.layout import constants as c
 from deltafmt.layout.checks import Where, fail
-from deltafmt.layout.entries import TensorEntry, parse_layout
-from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.entries import TensorEntry
+from deltafmt.layout.kinds import Layout, parse_layout
 from deltafmt.layout.sections import Attachment, BufferRef, Section
 
 if TYPE_CHECKING:
@@ -93,10 +93,10 @@ class Container:
         if not all(type(value) is str for value in metadata.values()):
             fail("metadata", "a value is not a string")
         self.metadata: Mapping[str, str] = metadata
-        self.layouts: tuple[NMLayout, ...] = tuple(
+        self.layouts: tuple[Layout, ...] = tuple(
             parse_layout(layout, f"layouts[{i}]") for i, layout in enumerate(obj["layouts"])
         )
-        if self.profile == "hot" and any(layout.index == "rank" for layout in self.layouts):
+        if self.profile == "hot" and any(layout.cold_only for layout in self.layouts):
             fail("layouts", "a rank index stands in a hot file")
         if len(set(self.layouts)) != len(self.layouts):
             fail("layouts", "a layout stands in the table twice")

@@ -13,7 +13,7 @@ from deltafmt.container.content import content_id
 from deltafmt.errors import UsageError
 from deltafmt.layout import constants as c
 from deltafmt.layout.entries import TensorEntry
-from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.kinds import Layout
 from deltafmt.layout.sections import Attachment, BufferRef, Section
 from deltafmt.output import Bytes
 
@@ -68,7 +68,7 @@ class ContainerWriter:
         self._sink = sink
         self._header = frame.encode_header()
         self._sections = list(sections)
-        self._layouts: dict[NMLayout, int] = {}
+        self._layouts: dict[Layout, int] = {}
         self._open: _OpenSection | None = None
         if self._sections:
             last = self._sections[-1]
@@ -89,11 +89,11 @@ class ContainerWriter:
         return self._position
 
     @property
-    def layouts(self) -> list[NMLayout]:
+    def layouts(self) -> list[Layout]:
         """The layout table so far."""
         return list(self._layouts)
 
-    def layout_number(self, layout: NMLayout) -> int:
+    def layout_number(self, layout: Layout) -> int:
         """Return the number of a layout in the file's table, adding it when it is new."""
         return self._layouts.setdefault(layout, len(self._layouts))
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from dataclasses import fields
+from typing import Any, NoReturn, TypeVar
 
-from deltafmt.errors import InvalidFileError
+from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.layout import constants as c
 
 # A place in the index, in parts that are only put together when something is wrong there.
 Where = str | tuple[Any, ...]
+
+Made = TypeVar("Made")
 
 
 def fail(where: Where, what: str) -> NoReturn:
@@ -59,3 +62,21 @@ def check_dtype(value: Any, where: Where) -> str:
     if type(value) is not str or value not in c.DTYPE_BITS:
         fail(where, f"unknown dtype {value!r}")
     return value
+
+
+def parse_fields(cls: type[Made], obj: Any, where: Where) -> Made:
+    """Return a layout of the plain values of a map, which are its fields by name and, if it has one, its kind.
+
+    A class's fields are strings and integers; what else they must be is for the class to say.
+    """
+    wanted = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]
+    keys = tuple(sorted((*wanted, "kind") if hasattr(cls, "kind") else wanted))
+    values = dict(zip(keys, check_fields(obj, where, keys), strict=True))
+    values.pop("kind", None)
+    for key, value in values.items():
+        if type(value) is not (str if wanted[key] == "str" else int):
+            fail((where, ".", key), f"{value!r} is not {'a string' if wanted[key] == 'str' else 'an integer'}")
+    try:
+        return cls(**values)
+    except UsageError as error:
+        fail(where, str(error))

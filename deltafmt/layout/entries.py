@@ -12,10 +12,11 @@ from typing import Any
 from deltafmt.errors import UsageError
 from deltafmt.layout import constants as c
 from deltafmt.layout.checks import Where, check_bytes, check_dtype, check_fields, check_shape, check_uint, fail
-from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.kinds import Layout
 from deltafmt.layout.sections import DIGEST_BYTES, BufferRef
 
 MAX_TERMS = 16
+MAX_SLOTS = 2**48
 ACTIONS = ("same", "replace", "add", "alias")
 
 
@@ -45,35 +46,42 @@ class BaseRef:
 
 
 @dataclass(frozen=True, slots=True)
-class NMTerm:
-    """One ``nm`` term of a delta.
+class Term:
+    """One term of a delta.
 
     Attributes:
         layout: number of the layout in the index's ``layouts``.
         params: that layout.
-        seed: the tensor seed of a ``seeded`` index; 0 for the other encodings.
-        buffers: ``codes``, ``index`` (unless seeded) and ``scales``.
+        seed: the tensor seed where the layout has one; otherwise 0.
+        buffers: by name, sorted.
+        slots: where the layout has slots, their number; otherwise 0.
     """
 
     layout: int
-    params: NMLayout
+    params: Layout
     seed: int
     buffers: dict[str, BufferRef]
-
-    KEYS = ("buffers", "layout", "seed")
+    slots: int = 0
 
     @classmethod
-    def from_obj(cls, obj: Any, where: Where, layouts: tuple[NMLayout, ...], rows: int, columns: int) -> NMTerm:
+    def from_obj(cls, obj: Any, where: Where, layouts: tuple[Layout, ...], rows: int, columns: int) -> Term:
         """Check a term against the rows and columns that it covers."""
-        buffers, number, seed = check_fields(obj, where, cls.KEYS)
+        number = obj.get("layout") if type(obj) is dict else None
+        has_slots = type(number) is int and 0 <= number < len(layouts) and layouts[number].has_slots
+        keys = ("buffers", "layout", "seed", *(("slots",) if has_slots else ()))
+        buffers, number, seed, *counts = check_fields(obj, where, keys)
         check_uint(number, (where, ".layout"))
         if number >= len(layouts):
             fail((where, ".layout"), f"{number} is not one of the {len(layouts)} layouts")
         params = layouts[number]
         check_uint(seed, (where, ".seed"), 2**32 - 1)
-        if params.index != "seeded" and seed:
-            fail((where, ".seed"), f"a {params.index} index has seed 0, not {seed}")
-        lengths = params.buffer_lengths(rows, columns)
+        if seed and not params.seeded:
+            fail((where, ".seed"), f"a layout that is not seeded has seed 0, not {seed}")
+        slots = check_uint(counts[0], (where, ".slots"), MAX_SLOTS) if counts else 0
+        try:
+            lengths = params.buffer_lengths(rows, columns, slots)
+        except UsageError as error:
+            fail((where, ".slots"), str(error))
         values = check_fields(buffers, (where, ".buffers"), tuple(lengths))
         refs = {}
         for (name, length), value in zip(lengths.items(), values, strict=True):
@@ -81,15 +89,16 @@ class NMTerm:
             if ref.length != length:
                 fail((where, ".buffers.", name), f"{ref.length} bytes where the shape needs {length}")
             refs[name] = ref
-        return cls(number, params, seed, refs)
+        return cls(number, params, seed, refs, slots)
 
     def to_obj(self) -> dict[str, Any]:
         """Return the index's form."""
-        return {
-            "buffers": {name: ref.to_obj() for name, ref in self.buffers.items()},
-            "layout": self.layout,
-            "seed": self.seed,
-        }
+        buffers = {name: ref.to_obj() for name, ref in self.buffers.items()}
+        return {"buffers": buffers, "layout": self.layout, **self.numbers()}
+
+    def numbers(self) -> dict[str, int]:
+        """Return what the term says beside its layout and its buffers."""
+        return {"seed": self.seed, **({"slots": self.slots} if self.params.has_slots else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +123,7 @@ class TensorEntry:
     base: BaseRef | None = None
     digest: bytes | None = None
     data: BufferRef | None = None
-    terms: tuple[NMTerm, ...] = ()
+    terms: tuple[Term, ...] = ()
     target: str | None = None
 
     @property
@@ -148,7 +157,7 @@ class TensorEntry:
         return named
 
     @classmethod
-    def from_obj(cls, name: str, obj: Any, layouts: tuple[NMLayout, ...]) -> TensorEntry:
+    def from_obj(cls, name: str, obj: Any, layouts: tuple[Layout, ...]) -> TensorEntry:
         """Check one tensor entry; its buffers are checked against the sections by the container."""
         where = ('tensors["', name, '"]')
         action = obj.get("action") if type(obj) is dict else None
@@ -199,7 +208,7 @@ def _parse_replace(name: str, obj: Any, where: Where) -> TensorEntry:
     return entry
 
 
-def _parse_add(name: str, obj: Any, where: Where, layouts: tuple[NMLayout, ...]) -> TensorEntry:
+def _parse_add(name: str, obj: Any, where: Where, layouts: tuple[Layout, ...]) -> TensorEntry:
     grown = type(obj) is dict and "data" in obj
     keys = ("action", "base", *(("data",) if grown else ()), "digest", "dtype", "shape", "terms")
     values = dict(zip(keys, check_fields(obj, where, keys), strict=True))
@@ -225,8 +234,7 @@ def _parse_add(name: str, obj: Any, where: Where, layouts: tuple[NMLayout, ...])
     if type(terms_obj) is not list or not 1 <= len(terms_obj) <= MAX_TERMS:
         fail((where, ".terms"), f"expected a list of 1 to {MAX_TERMS} terms")
     terms = tuple(
-        NMTerm.from_obj(term, (where, ".terms[", i, "]"), layouts, shared, shape[-1])
-        for i, term in enumerate(terms_obj)
+        Term.from_obj(term, (where, ".terms[", i, "]"), layouts, shared, shape[-1]) for i, term in enumerate(terms_obj)
     )
     return TensorEntry(name, "add", dtype, shape, base, digest, data, terms)
 
@@ -241,20 +249,3 @@ def _parse_alias(name: str, obj: Any, where: Where) -> TensorEntry:
 
 
 _PARSERS = {"same": _parse_same, "replace": _parse_replace, "alias": _parse_alias}
-
-
-def parse_layout(obj: Any, where: Where) -> NMLayout:
-    """Check one row of the layout table."""
-    keys = ("bits", "grid", "group", "index", "keep", "kind", "scale_dtype", "scale_group", "share")
-    if type(obj) is dict and obj.get("kind") != "nm":
-        fail((where, ".kind"), f"unknown layout {obj.get('kind')!r}")
-    values = dict(zip(keys, check_fields(obj, where, keys), strict=True))
-    del values["kind"]
-    for key, value in values.items():
-        wanted = str if key in ("grid", "index", "scale_dtype") else int
-        if type(value) is not wanted:
-            fail((where, ".", key), f"{value!r} is not {'a string' if wanted is str else 'an integer'}")
-    try:
-        return NMLayout(**values)
-    except UsageError as error:
-        fail(where, str(error))

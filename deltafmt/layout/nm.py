@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from deltafmt.errors import UsageError
-
-TILE_ROWS: Final = 32
-WORD_BITS: Final = 32
+from deltafmt.layout.checks import Where, parse_fields
+from deltafmt.layout.tiles import GRIDS, MAX_SCALE_GROUP, SCALE_BYTES, TILE_ROWS, stream_words, tiles
 
 BITS: Final = (1, 2, 3, 4, 5, 6, 8)
 SHARES: Final = (1, 2, 4, 8)
 MAX_GROUP: Final = 255
 MAX_SEEDED_GROUP: Final = 128
-GRIDS: Final = ("midtread", "midrise")
 INDEX_ENCODINGS: Final = ("seeded", "fixed", "rank")
-SCALE_BYTES: Final = {"BF16": 2, "F32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +44,9 @@ class NMLayout:
     scale_dtype: str = "BF16"
     scale_group: int = 0
 
+    kind: ClassVar[str] = "nm"
+    has_slots: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if self.index not in INDEX_ENCODINGS:
             raise UsageError(f"index encoding {self.index!r} is not one of {', '.join(INDEX_ENCODINGS)}")
@@ -64,8 +64,8 @@ class NMLayout:
             raise UsageError("a midtread grid of 1 bit has no level but zero; use midrise")
         if self.scale_dtype not in SCALE_BYTES:
             raise UsageError(f"scale dtype {self.scale_dtype!r} is not one of {', '.join(SCALE_BYTES)}")
-        if not 0 <= self.scale_group < 2**31:
-            raise UsageError(f"scale group {self.scale_group} is outside 0 to 2147483647")
+        if not 0 <= self.scale_group <= MAX_SCALE_GROUP:
+            raise UsageError(f"scale group {self.scale_group} is outside 0 to {MAX_SCALE_GROUP}")
         if self.index == "seeded" and (self.group & (self.group - 1) or self.group > MAX_SEEDED_GROUP):
             raise UsageError(f"a seeded index needs M to be a power of two up to 128, not {self.group}")
         if self.index == "rank" and math.comb(self.group, self.keep) >= 2**64:
@@ -78,6 +78,20 @@ class NMLayout:
         Both grids then share one formula: ``value = (2u - top) * scale / 2``.
         """
         return (1 << self.bits) - (2 if self.grid == "midtread" else 1)
+
+    @property
+    def seeded(self) -> bool:
+        """Whether a term has a seed."""
+        return self.index == "seeded"
+
+    @property
+    def cold_only(self) -> bool:
+        """Whether only a ``cold`` file may have this layout in its table."""
+        return self.index == "rank"
+
+    def plain(self) -> NMLayout:
+        """Return the layout in which digests are taken and kernels read: ``rank`` made ``fixed``."""
+        return self.with_index("fixed") if self.index == "rank" else self
 
     @property
     def position_bits(self) -> int:
@@ -131,7 +145,7 @@ class NMLayout:
             return stream_words(self.groups(columns), self.rank_bits)
         return 0
 
-    def buffer_lengths(self, rows: int, columns: int) -> dict[str, int]:
+    def buffer_lengths(self, rows: int, columns: int, slots: int = 0) -> dict[str, int]:  # noqa: ARG002 - of every kind
         """Byte lengths of a term's buffers, in the order in which they are stored and digested."""
         lengths = {"codes": self.row_tiles(rows) * TILE_ROWS * 4 * self.codes_words(columns)}
         if self.index != "seeded":
@@ -145,6 +159,11 @@ class NMLayout:
         return NMLayout(
             self.keep, self.group, self.bits, index, self.grid, self.share, self.scale_dtype, self.scale_group
         )
+
+    @classmethod
+    def from_obj(cls, obj: Any, where: Where) -> NMLayout:
+        """Check a row of the layout table."""
+        return parse_fields(cls, obj, where)
 
     def to_obj(self) -> dict[str, Any]:
         """Return the index's form of this layout (spec section 7.3)."""
@@ -168,30 +187,3 @@ class NMLayout:
         if self.scale_dtype != "BF16":
             parts.append(f"{self.scale_dtype} scales")
         return " ".join(parts)
-
-
-def planes(width: int) -> tuple[int, ...]:
-    """Return the widths of the planes of a word stream of ``width`` bits a field, lowest bits first (section 11.2).
-
-    Each is the largest power of two, at most 32, that the bits left allow: 7 is 4, 2 and 1; 37 is 32, 4 and 1.
-    """
-    found = []
-    while width:
-        found.append(min(1 << width.bit_length() - 1, WORD_BITS))
-        width -= found[-1]
-    return tuple(found)
-
-
-def plane_words(count: int, plane: int) -> int:
-    """Return how many 32-bit words a row of one plane takes: ``count`` fields of ``plane`` bits."""
-    return -(-count * plane // WORD_BITS)
-
-
-def stream_words(count: int, width: int) -> int:
-    """Return how many 32-bit words a row of ``count`` fields of ``width`` bits takes, all planes together."""
-    return sum(plane_words(count, plane) for plane in planes(width))
-
-
-def tiles(rows: int, share: int = 1) -> int:
-    """Return the number of tiles that hold ``rows`` rows; super-tiles of ``share`` tiles are complete."""
-    return -(-rows // (TILE_ROWS * share)) * share

@@ -1,4 +1,4 @@
-"""What a method is: a rule that turns a run of rows of a dense delta into the arrays of a layout."""
+"""What a method is: a rule that turns rows of a dense delta into the arrays of one or more terms."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.codecs.floats import Raw
-from deltafmt.codecs.nm import NMArrays
+from deltafmt.codecs.terms import Arrays
 from deltafmt.errors import NonFiniteError
-from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.kinds import Layout
 from deltafmt.methods.routines import Routines
 
 
@@ -24,6 +24,7 @@ class DeltaRows:
         finetuned_dtype, base_dtype: of those, by their safetensors names.
         first: the run's first row in the tensor.
         routines: the implementation of the hot loops.
+        name: of the tensor.
     """
 
     finetuned: Raw
@@ -32,6 +33,7 @@ class DeltaRows:
     base_dtype: str
     first: int
     routines: Routines
+    name: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,16 +72,31 @@ class Method(Protocol):
 
     A method must give the same arrays for the same delta and seed whatever the runs that the rows are handed in, and
     must not choose its seed by the error that it gives.
+
+    Attributes:
+        name: as ``--method`` takes it.
+        summary: what it does, in a line.
     """
 
     name: str
+    summary: str
 
     @property
-    def layout(self) -> NMLayout:
-        """The layout of the arrays that it makes."""
+    def whole(self) -> bool:
+        """Whether :meth:`compress` needs the whole matrix at once, rather than runs of rows."""
+
+    def layouts(self, rows: int, columns: int) -> tuple[Layout, ...]:
+        """Return the layouts of the terms that a matrix of this shape becomes, in the order of their sum.
+
+        Raises:
+            UsageError: the options do not go with this shape.
+        """
 
     def describe(self) -> str:
-        """Return its name and options in one line, for the file's metadata."""
+        """Return its name and options in one line, for the file's metadata; equal only for equal options."""
 
-    def compress(self, rows: DeltaRows, seed: int) -> NMArrays:
-        """Compress a run of rows with the tensor's seed, 32 bits."""
+    def compress(self, rows: DeltaRows, seed: int) -> tuple[Arrays, ...]:
+        """Compress with the tensor's seed, 32 bits; return the arrays of each term.
+
+        A run starts on a multiple of every layout's run of rows; a whole matrix is one run.
+        """

@@ -53,6 +53,7 @@ class DeltaDQ:
     rescale: bool = True
 
     name = "deltadq"
+    whole = False
     summary = "group-wise balanced dropout with rescale, and k-bit quantization (DeltaDQ)"
 
     def __post_init__(self) -> None:
@@ -67,7 +68,7 @@ class DeltaDQ:
 
     @property
     def layout(self) -> NMLayout:
-        """The layout of the arrays."""
+        """The layout of the term."""
         return NMLayout(
             self.n,
             self.m,
@@ -79,12 +80,16 @@ class DeltaDQ:
             self.scale_group,
         )
 
+    def layouts(self, rows: int, columns: int) -> tuple[NMLayout]:  # noqa: ARG002 - the same for every shape
+        """Return the layout of its one term."""
+        return (self.layout,)
+
     def describe(self) -> str:
         """Return the method and its options in one line."""
         text = f"deltadq {self.layout.describe()} {self.scale_rule}"
         return text if self.rescale else f"{text} unrescaled"
 
-    def compress(self, rows: DeltaRows, seed: int) -> NMArrays:
+    def compress(self, rows: DeltaRows, seed: int) -> tuple[NMArrays]:
         """Drop, rescale and quantize a run of rows with the tensor's seed, 32 bits."""
         layout, routines = self.layout, rows.routines
         count, columns = rows.shape
@@ -96,4 +101,4 @@ class DeltaDQ:
         codes, scales = routines.quantize(
             kept, self.bits, layout.grid, self.scale_rule, self.scale_group, self.scale_dtype
         )
-        return NMArrays(positions, codes, scales)
+        return (NMArrays(positions, codes, scales),)

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import shlex
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from blake3 import blake3
-from numpy.typing import NDArray
 
 from deltafmt import accel
 from deltafmt._version import __version__
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.codecs import nm
+from deltafmt.codecs.nm import Packed
+from deltafmt.codecs.terms import TermCodec, raw_bytes, slot_count, term_codec
 from deltafmt.container import canonical
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.stream import StreamFile
 from deltafmt.container.writer import ContainerWriter
-from deltafmt.delta import BATCH_ELEMENTS, row_ranges, slice_run
+from deltafmt.delta import BATCH_ELEMENTS, row_ranges
 from deltafmt.errors import NonFiniteError, UsageError
 from deltafmt.layout import constants as c
-from deltafmt.layout.entries import BaseRef, NMTerm, TensorEntry
+from deltafmt.layout.entries import BaseRef, TensorEntry, Term
+from deltafmt.layout.kinds import Layout
+from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment
 from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.deltadq import DeltaDQ
@@ -38,6 +41,9 @@ from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thre
 
 # Below this many columns, keeping under half of a row at random is likely to cost accuracy (docs/benchmarks.md).
 NARROW_COLUMNS = 256
+
+# Float32 arrays of its size that compressing a whole matrix takes, for each byte of a fine-tuned tensor in BF16.
+WHOLE_FACTOR = 8
 
 # Bytes of the base that are read for their fingerprints while numba loads, which takes about as long.
 FINGERPRINT_AHEAD_BYTES = 1024 * 1024 * 1024
@@ -123,7 +129,7 @@ def pack(
     with Checkpoint(base) as before, Checkpoint(finetuned) as after:
         sources = before, after
         plans = make_plan(*sources, method, rules, include, exclude)
-        if profile == "hot" and any(plan.method and plan.method.layout.index == "rank" for plan in plans):
+        if profile == "hot" and any(layout.cold_only for plan in plans for layout in _layouts(plan)):
             raise UsageError("a rank index needs --profile cold: a hot file is read by kernels as it lies")
         path: Path | None = None
         sink: PartialFile | StreamFile
@@ -175,13 +181,23 @@ def _job(sources: Sequence[Checkpoint], plans: Sequence[Plan], profile: str, see
 
 
 @dataclass(slots=True)
+class _PackedTerm:
+    """A term that is being packed: the arrays that the runs fill."""
+
+    layout: Layout
+    codec: TermCodec
+    packed: Packed
+    slots: int = 0
+
+
+@dataclass(slots=True)
 class _Pending:
-    """One tensor on its way: the futures of its parts and the arrays that they fill."""
+    """One tensor on its way: the futures of its parts and the terms that they fill."""
 
     same: Future[bool] | None = None
     fingerprint: Future[bytes] | None = None
     parts: list[Future[None]] = field(default_factory=list)
-    packed: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    terms: list[_PackedTerm] = field(default_factory=list)
     seed: int = 0
 
 
@@ -229,7 +245,7 @@ class _Packer:
         try:
             if compiled:
                 self._load_loops(pool, todo)
-            submitted = in_order(todo, lambda plan: self._submit(pool, plan), lambda plan: plan.tensor.nbytes)
+            submitted = in_order(todo, lambda plan: self._submit(pool, plan), _footprint)
             for plan, pending in submitted:
                 self._add(self._finish_tensor(plan, pending))
                 if progress:
@@ -242,8 +258,8 @@ class _Packer:
             self._result.actions[entry.action] = self._result.actions.get(entry.action, 0) + 1
             if entry.action == "replace" and len(entry.shape) > 1:
                 self._result.kept[entry.name] = plan.reason
-            if plan.method is not None and entry.action == "add" and entry.columns < NARROW_COLUMNS:
-                self._result.narrow += 2 * plan.method.layout.keep < plan.method.layout.group
+            if entry.columns < NARROW_COLUMNS:
+                self._result.narrow += any(_drops_most(term.params) for term in entry.terms)
         self._result.removed = len(self._removed)
         identity = self._writer.finish(
             self._entries.values(), removed=self._removed, attachments=attachments, metadata=self._metadata
@@ -291,13 +307,19 @@ class _Packer:
         if method is None:
             return pending
         pending.fingerprint = self._fingerprints.pop(tensor.name, None) or pool.submit(base.fingerprint)
-        layout, columns = method.layout, tensor.columns
-        rows = min(tensor.rows, base.rows)
         pending.seed = tensor_seed(self._seed, tensor.name)
-        pending.packed = nm.blank(layout, rows, columns)
-        for start, stop in row_ranges(0, rows, layout.width(columns), nm.run_rows(layout), BATCH_ELEMENTS):
-            part = pool.submit(_pack_rows, tensor, base, method, pending, start, stop, self._routines)
-            pending.parts.append(part)
+        if method.whole:
+            pending.parts.append(pool.submit(_pack_whole, plan, method, pending, self._routines))
+            return pending
+        rows = min(tensor.rows, base.rows)
+        for layout in _layouts(plan):
+            codec = term_codec(layout, rows, tensor.columns, pending.seed if layout.seeded else 0)
+            pending.terms.append(_PackedTerm(layout, codec, codec.blank()))
+        width = max(term.codec.width for term in pending.terms)
+        step = max(term.codec.run_rows for term in pending.terms)
+        for start, stop in row_ranges(0, rows, width, step, BATCH_ELEMENTS):
+            runs = row_ranges(start, stop, width, step)
+            pending.parts.append(pool.submit(_pack_rows, plan, method, pending, runs, self._routines))
         return pending
 
     def _finish_tensor(self, plan: Plan, pending: _Pending) -> TensorEntry:
@@ -316,28 +338,46 @@ class _Packer:
         for part in pending.parts:
             part.result()
         reference = BaseRef(pending.fingerprint.result(), base.dtype, base.shape)
-        return self._add_term(tensor, reference, plan.method, pending)
+        return self._add_terms(tensor, reference, pending)
 
     def _replace(self, tensor: Tensor) -> TensorEntry:
         digest = blake3()
         ref = self._writer.add(_digested(tensor.pieces(), digest))
         return TensorEntry(tensor.name, "replace", tensor.dtype, tensor.shape, digest=digest.digest(), data=ref)
 
-    def _add_term(self, tensor: Tensor, base: BaseRef, method: Method, pending: _Pending) -> TensorEntry:
+    def _add_terms(self, tensor: Tensor, base: BaseRef, pending: _Pending) -> TensorEntry:
         digest = blake3()
-        refs = {}
-        layout = method.layout
-        rows = min(tensor.rows, c.row_count(base.shape))
-        for name, array in pending.packed.items():
-            digest.update(nm.digested_form(layout, name, array, rows, tensor.columns))
-            refs[name] = self._writer.add(nm.raw_bytes(array))
+        terms = []
+        for term in pending.terms:
+            refs = {}
+            for name, array in term.packed.items():
+                digest.update(raw_bytes(term.codec.digested_form(name, array)))
+                refs[name] = self._writer.add(raw_bytes(array))
+            seed = pending.seed if term.layout.seeded else 0
+            terms.append(Term(self._writer.layout_number(term.layout), term.layout, seed, refs, term.slots))
         new_rows = None
         base_bytes = c.byte_count(tensor.dtype, base.shape)
         if tensor.nbytes > base_bytes:
             new_rows = self._writer.add(_digested(tensor.pieces(base_bytes), digest))
-        seed = pending.seed if layout.index == "seeded" else 0
-        term = NMTerm(self._writer.layout_number(layout), layout, seed, refs)
-        return TensorEntry(tensor.name, "add", tensor.dtype, tensor.shape, base, digest.digest(), new_rows, (term,))
+        return TensorEntry(
+            tensor.name, "add", tensor.dtype, tensor.shape, base, digest.digest(), new_rows, tuple(terms)
+        )
+
+
+def _layouts(plan: Plan) -> tuple[Layout, ...]:
+    """Return the layouts of the terms that a tensor becomes."""
+    if plan.method is None or plan.base is None:
+        return ()
+    return plan.method.layouts(min(plan.tensor.rows, plan.base.rows), plan.tensor.columns)
+
+
+def _footprint(plan: Plan) -> int:
+    """Return the bytes that count for a tensor that is on its way; a whole matrix is held in float32, several times."""
+    return plan.tensor.nbytes * (WHOLE_FACTOR if plan.method is not None and plan.method.whole else 1)
+
+
+def _drops_most(layout: Layout) -> bool:
+    return isinstance(layout, NMLayout) and 2 * layout.keep < layout.group
 
 
 def _digested(pieces: Iterator[memoryview], digest: blake3) -> Iterator[memoryview]:
@@ -348,32 +388,60 @@ def _digested(pieces: Iterator[memoryview], digest: blake3) -> Iterator[memoryvi
 
 def _warm_up(method: Method, per_thread: PerThread[Routines]) -> None:
     """Call every loop once, on a row of zeros that is read-only as a mapped tensor is."""
-    raw = np.frombuffer(bytes(2 * method.layout.group), np.uint16).reshape(1, -1)
+    raw = np.frombuffer(bytes(2 * NARROW_COLUMNS), np.uint16).reshape(1, -1)
     routines = per_thread.get()
-    arrays = method.compress(DeltaRows(raw, "BF16", raw, "BF16", 0, routines), 0)
-    nm.encode(method.layout, arrays, nm.blank(method.layout, *raw.shape), routines.codec)
+    if method.whole:
+        return
+    compressed = method.compress(DeltaRows(raw, "BF16", raw, "BF16", 0, routines), 0)
+    for layout, arrays in zip(method.layouts(*raw.shape), compressed, strict=True):
+        codec = term_codec(layout, *raw.shape)
+        codec.encode(arrays, codec.blank(), 0, routines.codec)
 
 
 def _pack_rows(
-    tensor: Tensor,
-    base: Tensor,
-    method: Method,
-    pending: _Pending,
-    start: int,
-    stop: int,
-    per_thread: PerThread[Routines],
+    plan: Plan, method: Method, pending: _Pending, runs: list[tuple[int, int]], per_thread: PerThread[Routines]
 ) -> None:
     """Compress a batch of runs of rows into their slices of the packed arrays."""
     routines = per_thread.get()
-    layout = method.layout
+    with _named_errors(plan.tensor), _run_of(plan, runs[0][0], runs[-1][1], routines) as batch:
+        for first, last in runs:
+            run = slice(first - batch.first, last - batch.first)
+            rows = replace(batch, finetuned=batch.finetuned[run], base=batch.base[run], first=first)
+            compressed = method.compress(rows, pending.seed)
+            for term, arrays in zip(pending.terms, compressed, strict=True):
+                term.codec.encode(arrays, term.packed, first, routines.codec)
+
+
+def _pack_whole(plan: Plan, method: Method, pending: _Pending, per_thread: PerThread[Routines]) -> None:
+    """Compress a whole matrix."""
+    routines = per_thread.get()
+    rows = min(plan.tensor.rows, 0 if plan.base is None else plan.base.rows)
+    with _named_errors(plan.tensor):
+        with _run_of(plan, 0, rows, routines) as whole:
+            compressed = method.compress(whole, pending.seed)
+        for layout, arrays in zip(_layouts(plan), compressed, strict=True):
+            seed, slots = pending.seed if layout.seeded else 0, slot_count(arrays)
+            codec = term_codec(layout, rows, plan.tensor.columns, seed, slots)
+            term = _PackedTerm(layout, codec, codec.blank(), slots)
+            codec.encode(arrays, term.packed, 0, routines.codec)
+            pending.terms.append(term)
+
+
+@contextlib.contextmanager
+def _run_of(plan: Plan, start: int, stop: int, routines: Routines) -> Iterator[DeltaRows]:
+    """Map rows ``start`` to ``stop`` of a tensor and of its base."""
+    tensor, base = plan.tensor, plan.base
+    assert base is not None
+    with tensor.row_range(start, stop) as mine, base.row_range(start, stop) as theirs:
+        yield DeltaRows(mine, tensor.dtype, theirs, base.dtype, start, routines, tensor.name)
+
+
+@contextlib.contextmanager
+def _named_errors(tensor: Tensor) -> Iterator[None]:
+    """Name the tensor in errors about it."""
     where = f'tensor "{tensor.name}"'
     try:
-        with tensor.row_range(start, stop) as mine, base.row_range(start, stop) as theirs:
-            for first, last in row_ranges(start, stop, layout.width(tensor.columns), nm.run_rows(layout)):
-                run = slice(first - start, last - start)
-                rows = DeltaRows(mine[run], tensor.dtype, theirs[run], base.dtype, first, routines)
-                arrays = method.compress(rows, pending.seed)
-                nm.encode(layout, arrays, slice_run(pending.packed, layout.share, first, last), routines.codec)
+        yield
     except NonFiniteError as error:
         hint = f"--exclude {shlex.quote(glob.escape(tensor.name))} keeps the tensor exactly"
         raise NonFiniteError(f"{where}: {error}; {hint}") from error

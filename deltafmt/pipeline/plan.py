@@ -104,7 +104,12 @@ def why_exact(tensor: Tensor, base: Tensor | None, method: Method) -> str:
     if not tensor.nbytes or not base.nbytes:
         return "empty"
     shared = min(tensor.rows, base.rows)
-    packed = sum(method.layout.buffer_lengths(shared, tensor.columns).values())
+    try:
+        layouts = method.layouts(shared, tensor.columns)
+    except UsageError as error:
+        raise UsageError(f'tensor "{tensor.name}": {error}') from error
+    # The slots of unstructured terms are not known yet; without them this is a lower bound.
+    packed = sum(sum(layout.buffer_lengths(shared, tensor.columns).values()) for layout in layouts)
     if packed >= tensor.nbytes // tensor.rows * shared:
         return "no smaller when packed"
     return ""

@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from deltafmt.checkpoint.folder import natural_key
-from deltafmt.codecs import nm
+from deltafmt.codecs.nm import transcode_index
+from deltafmt.codecs.terms import raw_bytes
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.layout import constants as c
-from deltafmt.layout.entries import NMTerm, TensorEntry
+from deltafmt.layout.entries import TensorEntry, Term
+from deltafmt.layout.kinds import Layout
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment
 
@@ -81,7 +83,7 @@ def repack(
 def target_layout(layout: NMLayout, profile: str) -> NMLayout:
     """Return the layout that a profile uses: ``fixed`` when hot, ``rank`` when cold where one exists."""
     if profile == "hot":
-        return layout.with_index("fixed") if layout.index == "rank" else layout
+        return layout.plain()
     if layout.index == "fixed":
         try:
             ranked = layout.with_index("rank")
@@ -96,14 +98,16 @@ def _move(delta: DeltaFile, writer: ContainerWriter, entry: TensorEntry) -> Tens
     """Copy one tensor's buffers, with its indexes in the form that the profile uses."""
     terms = []
     for term in entry.terms:
-        layout = target_layout(term.params, writer.profile)
+        layout: Layout = term.params
         arrays = delta.term_views(entry, term)
-        if layout != term.params:
-            words = arrays["index"].view(np.uint32)
-            rows = layout.mask_rows(entry.delta_rows)
-            arrays["index"] = nm.transcode_index(term.params, words, rows, entry.columns, layout)
-        refs = {name: writer.add(nm.raw_bytes(array)) for name, array in arrays.items()}
-        terms.append(NMTerm(writer.layout_number(layout), layout, term.seed, refs))
+        if isinstance(term.params, NMLayout):
+            target = layout = target_layout(term.params, writer.profile)
+            if target != term.params:
+                words = arrays["index"].view(np.uint32)
+                rows = target.mask_rows(entry.delta_rows)
+                arrays["index"] = transcode_index(term.params, words, rows, entry.columns, target)
+        refs = {name: writer.add(raw_bytes(array)) for name, array in arrays.items()}
+        terms.append(Term(writer.layout_number(layout), layout, term.seed, refs, term.slots))
     data = None if entry.data is None else writer.add(delta.container.buffer(entry.data))
     writer.boundary()
     return TensorEntry(

@@ -91,7 +91,7 @@ def describe_entry(entry: TensorEntry) -> str:
         return f"alias of {entry.target}"
     if entry.terms:
         grown = f" + {entry.rows - entry.delta_rows} new rows" if entry.data is not None else ""
-        return " + ".join(f"nm {term.params.describe()}" for term in entry.terms) + grown
+        return " + ".join(f"{term.params.kind} {term.params.describe()}" for term in entry.terms) + grown
     return {"same": "same as the base", "replace": "kept exactly"}[entry.action]
 
 
@@ -115,7 +115,7 @@ def entry_obj(container: Container, entry: TensorEntry) -> dict[str, Any]:
     if entry.target is not None:
         obj["target"] = entry.target
     if entry.terms:
-        obj["terms"] = [{**term.params.to_obj(), "seed": term.seed} for term in entry.terms]
+        obj["terms"] = [{**term.params.to_obj(), **term.numbers()} for term in entry.terms]
     buffers = {}
     for name, ref in entry.refs():
         section = container.sections[ref.section]

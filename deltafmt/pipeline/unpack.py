@@ -11,9 +11,9 @@ from deltafmt import accel
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
-from deltafmt.codecs import nm
 from deltafmt.codecs.floats import RAW_DTYPES
 from deltafmt.codecs.routines import CodecRoutines, codec_routines
+from deltafmt.codecs.terms import raw_bytes
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
 from deltafmt.errors import UsageError
 from deltafmt.layout.entries import BaseRef, TensorEntry
@@ -205,7 +205,7 @@ class _Part:
             for first, last in row_ranges(start, stop, self.decoder.width, self.decoder.step):
                 delta = self.decoder.rows(first, last, routines)
                 rows = routines.add(base[first - start : last - start], self.tensor.dtype, delta, dtype)
-                self.writer.write(self.name, first * row_bytes, nm.raw_bytes(rows))
+                self.writer.write(self.name, first * row_bytes, raw_bytes(rows))
 
 
 def _copy(writer: CheckpointWriter, name: str, tensor: Tensor) -> None:

@@ -10,11 +10,11 @@ from blake3 import blake3
 
 from deltafmt import accel
 from deltafmt.checkpoint.folder import Checkpoint
-from deltafmt.codecs import nm
 from deltafmt.codecs.routines import CodecRoutines, codec_routines
+from deltafmt.codecs.terms import raw_bytes
 from deltafmt.container.content import content_id
 from deltafmt.container.reader import Container
-from deltafmt.delta import DeltaFile, RunDecoder
+from deltafmt.delta import DeltaFile, RunDecoder, codec_of
 from deltafmt.errors import InvalidFileError
 from deltafmt.layout import constants as c
 from deltafmt.layout.entries import TensorEntry
@@ -145,8 +145,9 @@ def payload_digest(delta: DeltaFile, entry: TensorEntry) -> bytes:
     """Return the BLAKE3 of a tensor's payload: its buffers in order, a ``rank`` index in its ``fixed`` form."""
     digest = blake3()
     for term in entry.terms:
+        codec = codec_of(entry, term)
         for name, array in delta.term_views(entry, term).items():
-            digest.update(nm.digested_form(term.params, name, array, entry.delta_rows, entry.columns))
+            digest.update(raw_bytes(codec.digested_form(name, array)))
     if entry.data is not None:
         digest.update(delta.container.buffer(entry.data))
     return digest.digest()

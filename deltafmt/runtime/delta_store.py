@@ -54,8 +54,7 @@ def device_bytes(entries: Iterable[TensorEntry]) -> int:
     total = 0
     for entry in {entry.name: entry for entry in entries}.values():
         for term in entry.terms:
-            params = term.params.with_index("fixed") if term.params.index == "rank" else term.params
-            for length in params.buffer_lengths(entry.delta_rows, entry.columns).values():
+            for length in term.params.plain().buffer_lengths(entry.delta_rows, entry.columns, term.slots).values():
                 total += align(length, BUFFER_ALIGNMENT)
         if entry.data is not None:
             total += align(entry.data.length, BUFFER_ALIGNMENT)

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from deltafmt.container.reader import Container
+from deltafmt.errors import UnsupportedError
 from deltafmt.kernels.nm_matmul.operand import NMOperand
 from deltafmt.layout.constants import element_count
-from deltafmt.layout.entries import NMTerm, TensorEntry
-from deltafmt.layout.nm import TILE_ROWS, NMLayout
+from deltafmt.layout.entries import TensorEntry, Term
+from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.tiles import TILE_ROWS
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.upload_plan import Placement
 
@@ -55,7 +57,7 @@ class _Form:
 
     @classmethod
     def of(cls, stored: NMLayout, rows: int, columns: int) -> _Form:
-        layout = stored.with_index("fixed") if stored.index == "rank" else stored
+        layout = stored.plain()
         tiles = layout.row_tiles(rows)
         index = (layout.index_tiles(rows), layout.index_words(columns), TILE_ROWS)
         return cls(
@@ -111,19 +113,22 @@ class DeviceTensors(Mapping[str, DeviceTensor]):
         terms = tuple(self._operand(entry, term) for term in entry.terms)
         return DeviceTensor(entry, terms, self._data(entry))
 
-    def _operand(self, entry: TensorEntry, term: NMTerm) -> NMOperand:
+    def _operand(self, entry: TensorEntry, term: Term) -> NMOperand:
+        params = term.params
+        if not isinstance(params, NMLayout):
+            raise UnsupportedError(f'tensors["{entry.name}"]: {params.kind} terms have no operands yet')
         rows, columns = entry.delta_rows, entry.columns
         # Hundreds of tensors share a few shapes.
         key = (term.layout, rows, columns)
         form = self._forms.get(key)
         if form is None:
-            form = self._forms[key] = _Form.of(term.params, rows, columns)
+            form = self._forms[key] = _Form.of(params, rows, columns)
         refs = term.buffers
         codes = self._view(torch.int32, form.codes, self._placement.offset(refs["codes"]))
         scales = self._view(form.scale_dtype, form.scales, self._placement.offset(refs["scales"]))
         index = None
         if form.index is not None:
-            is_rank = term.params.index == "rank"
+            is_rank = params.index == "rank"
             offset = self._placement.fixed_offset(entry, term) if is_rank else self._placement.offset(refs["index"])
             index = self._view(torch.int32, form.index, offset)
         return NMOperand(form.layout, term.seed, rows, columns, codes, index, scales)

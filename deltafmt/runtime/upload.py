@@ -132,7 +132,7 @@ def _select(container: Container, tensors: str | Sequence[str] | None) -> list[s
 
 def _place(container: Container, names: Iterable[str] | None) -> Placement:
     placement = Placement()
-    if names is None and not any(layout.index == "rank" for layout in container.layouts):
+    if names is None and not any(layout.cold_only for layout in container.layouts):
         placement.add_whole(container.sections)
         return placement
     entries: dict[str, TensorEntry] = {}

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from deltafmt.layout import constants as c
-from deltafmt.layout.entries import NMTerm, TensorEntry
+from deltafmt.layout.entries import TensorEntry, Term
+from deltafmt.layout.kinds import Layout
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import BufferRef, Section
 
@@ -54,7 +55,7 @@ class Placement:
 
     nbytes: int = 0
     scratch_bytes: int = 0
-    ranks: dict[tuple[BufferRef, NMLayout, int, int], RankIndex] = field(default_factory=dict)
+    ranks: dict[tuple[BufferRef, Layout, int, int], RankIndex] = field(default_factory=dict)
     _runs: dict[int, list[Run]] = field(default_factory=dict)
     _scratch: dict[int, list[Run]] = field(default_factory=dict)
 
@@ -71,7 +72,7 @@ class Placement:
         """Return where a buffer lies on the device."""
         return _find(self._runs, ref)
 
-    def fixed_offset(self, entry: TensorEntry, term: NMTerm) -> int:
+    def fixed_offset(self, entry: TensorEntry, term: Term) -> int:
         """Return where the ``fixed`` form of a term's ``rank`` index lies on the device."""
         return self.ranks[_rank_key(entry, term)].target
 
@@ -94,14 +95,15 @@ class Placement:
         """Place the buffers of some tensors; the ``fixed`` forms of ``rank`` indexes come last."""
         refs: dict[int, list[BufferRef]] = {}
         rank_refs: dict[int, list[BufferRef]] = {}
-        ranked: list[tuple[TensorEntry, NMTerm]] = []
+        ranked: list[tuple[TensorEntry, Term, NMLayout]] = []
         for entry in entries:
             for term in entry.terms:
+                params = rank_layout(term)
                 for name, ref in term.buffers.items():
-                    is_rank = name == "index" and term.params.index == "rank"
+                    is_rank = name == "index" and params is not None
                     (rank_refs if is_rank else refs).setdefault(ref.section, []).append(ref)
-                    if is_rank:
-                        ranked.append((entry, term))
+                if params is not None:
+                    ranked.append((entry, term, params))
             if entry.data is not None:
                 refs.setdefault(entry.data.section, []).append(entry.data)
         for section in sorted(refs):
@@ -111,15 +113,15 @@ class Placement:
                 Run(start, stop, self._take_scratch(stop - start), scratch=True)
                 for start, stop in _join(rank_refs[section])
             ]
-        for entry, term in ranked:
+        for entry, term, params in ranked:
             if _rank_key(entry, term) in self.ranks:
                 continue
-            fixed = term.params.with_index("fixed")
+            fixed = params.plain()
             length = fixed.buffer_lengths(entry.delta_rows, entry.columns)["index"]
             mask_rows = fixed.mask_rows(entry.delta_rows)
             source = _find(self._scratch, term.buffers["index"])
             self.ranks[_rank_key(entry, term)] = RankIndex(
-                entry.name, term.params, mask_rows, entry.columns, source, self._take(length)
+                entry.name, params, mask_rows, entry.columns, source, self._take(length)
             )
 
     def _take(self, length: int) -> int:
@@ -133,7 +135,12 @@ class Placement:
         return start
 
 
-def _rank_key(entry: TensorEntry, term: NMTerm) -> tuple[BufferRef, NMLayout, int, int]:
+def rank_layout(term: Term) -> NMLayout | None:
+    """Return a term's layout if its index is to be made ``fixed`` on the device."""
+    return term.params if isinstance(term.params, NMLayout) and term.params.index == "rank" else None
+
+
+def _rank_key(entry: TensorEntry, term: Term) -> tuple[BufferRef, Layout, int, int]:
     return term.buffers["index"], term.params, entry.delta_rows, entry.columns
 
 

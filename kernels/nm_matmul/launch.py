@@ -14,7 +14,8 @@ from deltafmt.codecs import positions
 from deltafmt.kernels.nm_matmul import dense, fused, gather
 from deltafmt.kernels.nm_matmul.operand import MAX_PARTS, LayoutTable, NMOperand, OperandTable
 from deltafmt.kernels.nm_matmul.segments import Segments, TokenTiles
-from deltafmt.layout.nm import NMLayout, planes
+from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.tiles import planes
 
 # Up to this many tokens of a delta are gathered, more are multiplied by dense tiles.
 GATHER_TOKENS = 48

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.layout.nm import TILE_ROWS, NMLayout
+from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.tiles import TILE_ROWS
 
 # Parts of one launch: q, k and v.
 MAX_PARTS = 3

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltafmt.layout.nm import TILE_ROWS, NMLayout, tiles
+from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.tiles import TILE_ROWS, tiles
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ import torch
 
 from deltafmt.codecs.positions import binomials
 from deltafmt.kernels.rank_index.jobs import RankJob
-from deltafmt.layout.nm import TILE_ROWS, NMLayout
+from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.tiles import TILE_ROWS
 
 _MASK = 0xFFFFFFFF
 _SIGN = -(2**63)

@@ -17,7 +17,8 @@ import triton.language as tl
 
 from deltafmt.codecs.positions import binomials
 from deltafmt.kernels.rank_index.jobs import RankJob
-from deltafmt.layout.nm import TILE_ROWS, NMLayout, planes
+from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.tiles import TILE_ROWS, planes
 
 BLOCK_WORDS = 8
 MAX_BLOCKS = 64
