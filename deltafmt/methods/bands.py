@@ -1,0 +1,240 @@
+"""Delta-CoMe: bands of singular vectors, the first at many bits and the later ones at few.
+
+Ping et al., "Delta-CoMe: Training-Free Delta-Compression with Mixed-Precision for Large Language Models"
+(arXiv 2406.08903), sections 3.2 and 3.3. For each band of vectors, eq. 5: V^T is quantized with the Hessian of the
+inputs X, then U with that of what it is given, S V^T X with the *quantized* V. Without calibration both are rounded to
+nearest.
+
+Here the singular values are folded into both factors (their square roots), which changes nothing but the damping and
+saves storing them; and a group of scales runs along a vector in both factors, not across the few vectors of a band as
+GPTQ on U would have it, where a band of two vectors would store a scale for every two codes.
+
+Beyond the paper: ``refit`` replaces the left factor of a band, before it is quantized, by the one of least error given
+the quantized right factor and what earlier bands left over, so that it makes up for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.errors import UsageError
+from deltafmt.methods.gptq import gptq, gptq_columns
+from deltafmt.methods.grids import Floats, Grid, Quantized
+from deltafmt.methods.hessian import DAMPING, check_hessian
+from deltafmt.methods.svd import LowRank
+
+# Section 5.1 with its appendix: vectors at 8 bits, at 3, and the rest at 2.
+TRIPLE = ((2, 8), (32, 3), (0, 2))
+GROUP = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Consecutive singular vectors of one width.
+
+    Attributes:
+        left: A transposed, shape (vectors, rows).
+        right: B, shape (vectors, columns).
+    """
+
+    left: Quantized
+    right: Quantized
+
+    def dense(self) -> Floats:
+        """Return the band's share of the delta, float32, shape (rows, columns)."""
+        return self.left.dense().T @ self.right.dense()
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of codes, scales and zero points, without any padding."""
+        return self.left.stored_bits + self.right.stored_bits
+
+
+def vector_bits(rows: int, columns: int, grid: Grid) -> int:
+    """Return the true bits of one vector pair: codes, scales and zero points of both sides."""
+    return grid.stored_bits(1, rows) + grid.stored_bits(1, columns)
+
+
+def fill(widths: Sequence[tuple[int, int]], rows: int, columns: int, budget: int, grid: Grid) -> list[tuple[int, int]]:
+    """Cut bands to a budget of true bytes.
+
+    Args:
+        widths: (vectors, bits) pairs, first vectors first; the last pair takes what room is left, whatever its count.
+        rows, columns: of the delta.
+        budget: bytes, with scales and zero points.
+        grid: whose kind, group and scale dtype hold for every band.
+
+    Returns:
+        (vectors, bits) pairs without empty ones, of at most min(rows, columns) vectors together.
+    """
+    left, vectors = budget * 8, min(rows, columns)
+    found = []
+    for number, (count, bits) in enumerate(widths):
+        each = vector_bits(rows, columns, replace(grid, bits=bits))
+        wanted = vectors if number == len(widths) - 1 else count
+        taken = min(wanted, left // each, vectors)
+        if taken:
+            found.append((taken, bits))
+        left -= taken * each
+        vectors -= taken
+    return found
+
+
+def quantize_bands(
+    factors: LowRank,
+    widths: Sequence[tuple[int, int]],
+    grid: Grid,
+    *,
+    hessian: NDArray[np.floating] | None = None,
+    delta: Floats | None = None,
+    damping: float = DAMPING,
+    act_order: bool = True,
+) -> list[Band]:
+    """Quantize the first singular vectors, band by band.
+
+    Args:
+        factors: of the delta.
+        widths: (vectors, bits) pairs.
+        grid: whose kind, rule, group and scale dtype hold for every band.
+        hessian: H of the delta's inputs: GPTQ by eq. 5; None to round to nearest.
+        delta: the matrix itself, to refit the left factors to it; None not to.
+        damping, act_order: as :func:`deltafmt.methods.gptq.gptq` takes them.
+
+    Raises:
+        UsageError: more vectors than there are, or a wrong number of bits, or shapes that do not fit.
+    """
+    if sum(count for count, _ in widths) > factors.values.size:
+        raise UsageError(f"bands of {sum(count for count, _ in widths)} vectors where there are {factors.values.size}")
+    left, right = factors.balanced()
+    if hessian is not None:
+        check_hessian(hessian, right.shape[1])
+    rest = None if delta is None else delta.astype(np.float64)
+    bands: list[Band] = []
+    first = 0
+    for count, bits in widths:
+        own = replace(grid, bits=bits)
+        part = slice(first, first + count)
+        first += count
+        a, b = left[:, part], np.ascontiguousarray(right[part])
+        if hessian is None:
+            coded = own.quantize(b)
+        else:
+            coded = gptq(b, hessian, own, damping=damping, act_order=act_order).quantized
+        decoded = coded.dense().astype(np.float64)
+        seen = decoded if hessian is None else decoded @ hessian.astype(np.float64)
+        moments = seen @ decoded.T  # of B x, the left factor's input
+        if rest is not None:
+            a = _refit(rest, seen, moments)
+        if hessian is None:
+            band = Band(own.quantize(np.ascontiguousarray(a.T)), coded)
+        else:
+            band = Band(gptq_columns(a, moments, own, damping=damping, act_order=act_order).quantized, coded)
+        if rest is not None:
+            rest -= band.dense()
+        bands.append(band)
+    return bands
+
+
+def dense(bands: Sequence[Band], shape: tuple[int, int]) -> Floats:
+    """Return the sum of bands, float32, of a shape (rows, columns)."""
+    total = np.zeros(shape, np.float32)
+    for band in bands:
+        total += band.dense()
+    return total
+
+
+def search_bands(
+    loss: Callable[[tuple[int, ...]], float],
+    bits: Sequence[int],
+    costs: Sequence[int],
+    budget: int,
+    vectors: int,
+    *,
+    start: Sequence[tuple[int, ...]] = (),
+    population: int = 16,
+    generations: int = 20,
+    seed: int = 0,
+) -> tuple[tuple[int, ...], float]:
+    """Search the numbers of vectors at each width that give the least loss (Delta-CoMe, appendix B).
+
+    A genetic search: the better half of a population breeds, a child takes each count from either parent and changes
+    some, and the cheapest width is filled to the budget. Every candidate is evaluated once; the same seed and loss give
+    the same result.
+
+    Args:
+        loss: of a tuple of counts, such as the perplexity of a calibration set; lower is better, NaN the worst.
+        bits: widths, falling.
+        costs: of one vector at each width.
+        budget: what all vectors together may cost.
+        vectors: how many there are at most.
+        start: candidates to begin with, such as those of :func:`fill`.
+        population, generations: of the search.
+        seed: of its random numbers.
+
+    Returns:
+        The best counts and their loss.
+
+    Raises:
+        UsageError: no widths, costs that do not match or are not positive, or a population below 2.
+    """
+    if not bits or len(bits) != len(costs) or min(costs) < 1:
+        raise UsageError(f"{len(bits)} widths and {len(costs)} costs, which must be as many and positive")
+    if population < 2:
+        raise UsageError(f"a population of {population} cannot breed")
+    rng = np.random.default_rng(seed)
+    known: dict[tuple[int, ...], float] = {}
+
+    def repair(counts: Sequence[int]) -> tuple[int, ...]:
+        """Keep counts within the budget, first widths first, and fill the last width."""
+        money, room = budget, vectors
+        fixed = []
+        for number, (count, cost) in enumerate(zip(counts, costs, strict=True)):
+            most = min(money // cost, room)
+            taken = most if number == len(counts) - 1 else min(max(int(count), 0), most)
+            fixed.append(taken)
+            money -= taken * cost
+            room -= taken
+        return tuple(fixed)
+
+    def score(candidate: tuple[int, ...]) -> float:
+        if candidate not in known:
+            found = float(loss(candidate))
+            known[candidate] = found if np.isfinite(found) else np.inf
+        return known[candidate]
+
+    def chance() -> tuple[int, ...]:
+        """Spread a random share of the budget over the widths."""
+        shares = rng.dirichlet(np.ones(len(bits)))
+        return repair([int(share * budget // cost) for share, cost in zip(shares, costs, strict=True)])
+
+    pool = [repair(candidate) for candidate in start][:population]
+    pool += [chance() for _ in range(population - len(pool))]
+    for _ in range(generations):
+        parents = sorted(set(pool), key=lambda c: (score(c), c))[: max(population // 2, 2)]
+        children = []
+        for _ in range(population - len(parents)):
+            one, other = (parents[int(i)] for i in rng.integers(0, len(parents), 2))
+            mixed = np.where(rng.random(len(bits)) < 0.5, one, other)
+            changed = rng.random(len(bits)) < 1 / len(bits)
+            factor = np.exp(rng.normal(0, 0.5, len(bits)))
+            step = rng.integers(-2, 3, len(bits))
+            children.append(repair(np.where(changed, np.rint(mixed * factor) + step, mixed).astype(int).tolist()))
+        pool = [*parents, *children]
+    best = min(set(pool), key=lambda c: (score(c), c))
+    return best, score(best)
+
+
+def _refit(rest: NDArray[np.float64], seen: NDArray[np.float64], moments: NDArray[np.float64]) -> Floats:
+    """Return the left factor A that minimizes trace((R - A B) H (R - A B)^T): R (B H)^T (B H B^T)^-1.
+
+    Args:
+        rest: R, shape (rows, columns).
+        seen: B H.
+        moments: B H B^T.
+    """
+    solved: Floats = np.linalg.lstsq(moments, seen @ rest.T, rcond=1e-7)[0].T.astype(np.float32)
+    return solved

@@ -1,0 +1,153 @@
+"""SparseGPT: N of every M columns are kept and quantized, and what is lost is made up for by the columns after.
+
+Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot" (arXiv 2301.00774),
+algorithm 1 with the mask of section 3.3 and joint quantization (section 3.5), on a delta as in DeltaZip (Yao, Klimovic,
+arXiv 2312.05215): w^2 / diag(U)^2 scores an entry, where the inverse Hessian is U^T U; the mask of a group is chosen
+when its first column is reached, from the weights as they are by then; a row's scale is fixed before.
+
+Beyond the papers: rows may share their mask, whose scores are then summed; scales may serve groups of kept entries; and
+the positions may be given, for example those drawn from a seed, which take no index bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.codecs import nm
+from deltafmt.codecs.nm import NMArrays
+from deltafmt.errors import UsageError
+from deltafmt.layout.nm import NMLayout
+from deltafmt.methods import quantize
+from deltafmt.methods.gptq import BLOCK
+from deltafmt.methods.hessian import DAMPING, check_hessian, inverse_factor, output_error
+from deltafmt.methods.magnitude import largest
+from deltafmt.methods.sampling import gather
+
+Floats = NDArray[np.float32]
+Positions = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """A pruned and quantized matrix and how it was found.
+
+    Attributes:
+        arrays: positions, codes and scales.
+        damping: share of the mean diagonal that was added to the Hessian.
+        error: trace((W - Q) H (W - Q)^T), undamped.
+    """
+
+    arrays: NMArrays
+    damping: float
+    error: float
+
+
+def sparsegpt(
+    delta: Floats,
+    hessian: NDArray[np.floating],
+    layout: NMLayout,
+    *,
+    rule: str = "minmax",
+    damping: float = DAMPING,
+    block: int = BLOCK,
+    positions: Positions | None = None,
+) -> Pruned:
+    """Prune and quantize a delta so that its outputs stay close.
+
+    Args:
+        delta: W, float32, shape (rows, columns).
+        hessian: H = sum of x x^T over the calibration set, shape (columns, columns).
+        layout: N, M, k, grid, shared rows and scales.
+        rule: ``minmax`` or ``mse``: how scales fit the entries that would be kept if nothing were made up for.
+        damping: share of the mean diagonal of H that is added to it.
+        block: columns whose updates are applied one by one, rounded to whole groups.
+        positions: what is kept, uint8 of shape (mask rows, groups, N); None to choose.
+
+    Raises:
+        UsageError: shapes do not fit, a scale overflows, or H is not positive semidefinite.
+        NonFiniteError: H is not finite.
+    """
+    rows, columns = delta.shape
+    check_hessian(hessian, columns)
+    expected = (layout.mask_rows(rows), layout.groups(columns), layout.keep)
+    if positions is not None and positions.shape != expected:
+        raise UsageError(f"positions of shape {list(positions.shape)} where {list(expected)} are needed")
+    factor = inverse_factor(hessian, damping)
+    importance = np.diagonal(factor.upper).copy()
+    first = positions
+    if first is None:
+        first = largest((delta / importance) ** 2, layout.keep, layout.group, layout.share)
+    kept = gather(delta, first, layout.group, layout.share, np.float32(1))
+    _, scales = quantize.quantize(kept, layout.bits, layout.grid, rule, layout.scale_group, layout.scale_dtype)
+    walk = _Walk(layout, scales, np.ascontiguousarray(delta.T), factor.upper, importance, positions)
+    step = max(block // layout.group, 1) * layout.group
+    for start in range(0, columns, step):
+        walk.block(start, min(start + step, columns))
+    arrays = NMArrays(walk.positions, walk.codes, scales)
+    error = output_error(delta - nm.dense(layout, arrays, columns), hessian)
+    return Pruned(arrays, factor.damping, error)
+
+
+class _Walk:
+    """The columns of a delta from the first to the last.
+
+    Attributes:
+        positions, codes: what has been decided so far.
+    """
+
+    def __init__(
+        self,
+        layout: NMLayout,
+        scales: Floats,
+        work: Floats,
+        upper: Floats,
+        importance: Floats,
+        positions: Positions | None,
+    ) -> None:
+        columns, rows = work.shape
+        groups = layout.groups(columns)
+        self.layout, self.scales, self.work, self.upper, self.importance = layout, scales, work, upper, importance
+        self.choose = positions is None
+        self.positions = np.zeros((layout.mask_rows(rows), groups, layout.keep), np.uint8)
+        if positions is not None:
+            self.positions[...] = positions
+        self.codes = np.zeros((rows, groups * layout.keep), np.uint8)
+
+    def block(self, start: int, stop: int) -> None:
+        """Decide the columns of a block, and apply their errors to all that follow."""
+        errors = np.zeros((stop - start, self.work.shape[1]), np.float32)
+        for first in range(start, stop, self.layout.group):
+            entry = self._entries(first, min(first + self.layout.group, stop))
+            for column in range(first, min(first + self.layout.group, stop)):
+                error = self._round(column, entry[column - first]) / self.upper[column, column]
+                errors[column - start] = error
+                self.work[column + 1 : stop] -= np.outer(self.upper[column, column + 1 : stop], error)
+        self.work[stop:] -= self.upper[start:stop, stop:].T @ errors
+
+    def _entries(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Decide the mask of a group; return the entry that every element of it is, or -1; (columns, rows)."""
+        layout, rows = self.layout, self.work.shape[1]
+        group = first // layout.group
+        if self.choose:
+            scores = (self.work[first:stop].T / self.importance[first:stop]) ** 2
+            self.positions[:, group] = largest(scores, layout.keep, layout.group, layout.share)[:, 0]
+        kept = self.positions[np.arange(rows) // layout.share, group]
+        entry = np.full((layout.group, rows), -1, np.int64)
+        entry[kept.T, np.arange(rows)] = group * layout.keep + np.arange(layout.keep)[:, None]
+        return entry
+
+    def _round(self, column: int, entry: NDArray[np.int64]) -> Floats:
+        """Store the codes of a column and return what is lost."""
+        layout = self.layout
+        rows = np.flatnonzero(entry >= 0)
+        entry = entry[rows]
+        size = layout.scale_group or self.codes.shape[1]
+        scales = self.scales[rows, entry // size]
+        lost: Floats = self.work[column].copy()
+        fields = quantize.assign(lost[rows], scales, layout.bits, layout.grid)
+        self.codes[rows, entry] = fields
+        lost[rows] -= (2 * fields - layout.top).astype(np.float32) * (scales * np.float32(0.5))
+        return lost

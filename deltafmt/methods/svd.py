@@ -1,0 +1,146 @@
+"""Low-rank factors of a delta: the singular vectors of the largest singular values.
+
+Exact for small matrices. Larger ones take the randomized range finder with power iterations (Halko, Martinsson, Tropp,
+arXiv 0909.4061, algorithms 4.4 and 5.1), whose random numbers depend on the shape alone, so that it is repeatable.
+
+With a calibration set the factors can be those of least error of the *outputs*: for H = sum of x x^T = L L^T, the best
+rank-r approximation of W L, times the inverse of L, minimizes trace((W - Q) H (W - Q)^T) among all Q of rank r.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.errors import NonFiniteError, UsageError
+from deltafmt.methods.hessian import DAMPING, MOST_DAMPING, check_hessian, damp
+
+Floats = NDArray[np.float32]
+
+# Above this size the exact decomposition is slow, and where the rank is a small part of it, needless.
+EXACT_SIZE = 768
+OVERSAMPLING = 16
+POWER_ITERATIONS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A product ``left @ diag(values) @ right``.
+
+    Attributes:
+        left: float32, shape (rows, rank); orthonormal columns.
+        values: singular values, float32, falling.
+        right: float32, shape (rank, columns); orthonormal rows unless the factors were weighted.
+    """
+
+    left: Floats
+    values: Floats
+    right: Floats
+
+    def dense(self) -> Floats:
+        """Return the product, float32, shape (rows, columns)."""
+        product: Floats = ((self.left * self.values) @ self.right).astype(np.float32, copy=False)
+        return product
+
+    def balanced(self) -> tuple[Floats, Floats]:
+        """Return A and B with A @ B the product, the square roots of the singular values in each.
+
+        Neither factor then needs the values beside it, and both have elements of like size.
+        """
+        root = np.sqrt(self.values)
+        return self.left * root, root[:, None] * self.right
+
+    def head(self, rank: int) -> LowRank:
+        """Return the first ``rank`` vectors."""
+        return LowRank(self.left[:, :rank], self.values[:rank], self.right[:rank])
+
+
+def factorize(
+    delta: Floats, rank: int, *, hessian: NDArray[np.floating] | None = None, damping: float = DAMPING
+) -> LowRank:
+    """Return the best approximation of a rank, or of the matrix's own rank where that is smaller.
+
+    Args:
+        delta: W, float32, shape (rows, columns).
+        rank: of the result.
+        hessian: H, to weight the columns by their inputs; None for the plain approximation.
+        damping: share of the mean diagonal of H that is added to it.
+
+    Raises:
+        UsageError: the rank is negative, or H does not fit or is not positive semidefinite.
+        NonFiniteError: an element is NaN or infinite.
+    """
+    if rank < 0:
+        raise UsageError(f"rank {rank} is negative")
+    if not np.isfinite(delta).all():
+        raise NonFiniteError("a delta to be factorized is not finite")
+    rank = min(rank, *delta.shape)
+    if hessian is None:
+        return _with_signs(*_decompose(delta, rank))
+    check_hessian(hessian, delta.shape[1])
+    lower = _lower(hessian, damping)
+    left, values, right = _decompose((delta.astype(np.float64) @ lower).astype(np.float32), rank)
+    right = np.linalg.solve(lower.T, right.T.astype(np.float64)).T.astype(np.float32)
+    return _with_signs(left, values, right)
+
+
+def rank_for_energy(values: NDArray[np.floating], share: float, total: float | None = None) -> int:
+    """Return the smallest rank whose squared singular values make up a share of the energy.
+
+    Args:
+        values: singular values, falling.
+        share: 0 to 1.
+        total: sum of squares of the whole matrix, where ``values`` holds only the first ones.
+
+    Raises:
+        UsageError: the share is out of range.
+    """
+    if not 0 <= share <= 1:
+        raise UsageError(f"a share of {share} of the energy is outside 0 to 1")
+    energy = np.concatenate([[0.0], np.cumsum(np.square(values, dtype=np.float64))])
+    wanted = share * (energy[-1] if total is None else total)
+    return int(np.searchsorted(energy, wanted * (1 - 1e-12)).clip(0, values.size))
+
+
+def rank_for_bytes(rows: int, columns: int, budget: int, bits_per_value: float = 16) -> int:
+    """Return the largest rank whose two factors fit a number of bytes, the singular values folded into them."""
+    return int(min(budget * 8 // ((rows + columns) * bits_per_value), rows, columns))
+
+
+def _decompose(matrix: Floats, rank: int) -> tuple[Floats, Floats, Floats]:
+    least = min(matrix.shape)
+    if least <= EXACT_SIZE or 4 * (rank + OVERSAMPLING) > least:
+        left, values, right = np.linalg.svd(matrix, full_matrices=False)
+        return left[:, :rank], values[:rank], right[:rank]
+    rng = np.random.default_rng(matrix.shape)
+    basis = matrix @ rng.standard_normal((matrix.shape[1], rank + OVERSAMPLING), np.float32)
+    basis = np.linalg.qr(basis)[0]
+    for _ in range(POWER_ITERATIONS):
+        basis = np.linalg.qr(matrix.T @ basis)[0]
+        basis = np.linalg.qr(matrix @ basis)[0]
+    inner, values, right = np.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return (basis @ inner)[:, :rank], values[:rank], right[:rank]
+
+
+def _with_signs(left: Floats, values: Floats, right: Floats) -> LowRank:
+    """Make the largest element of every left vector positive: the decomposition leaves the signs open."""
+    if left.size:
+        top = np.take_along_axis(left, np.abs(left).argmax(axis=0)[None], axis=0)[0]
+        signs = np.where(top < 0, np.float32(-1), np.float32(1))
+        left, right = left * signs, right * signs[:, None]
+    return LowRank(np.ascontiguousarray(left), values, np.ascontiguousarray(right))
+
+
+def _lower(hessian: NDArray[np.floating], damping: float) -> NDArray[np.float64]:
+    """Return the Cholesky factor L of the damped H."""
+    share = damping
+    while share <= MOST_DAMPING:
+        try:
+            lower: NDArray[np.float64] = np.linalg.cholesky(damp(hessian, share)[0]).astype(np.float64, copy=False)
+        except np.linalg.LinAlgError:
+            share = max(share * 10, 1e-6)
+        else:
+            return lower
+    raise UsageError("the hessian is not positive semidefinite, however much it is damped")
