@@ -10,6 +10,7 @@ from typing import BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.codecs.buffers import views
 from deltafmt.codecs.routines import REFERENCE, CodecRoutines
 from deltafmt.codecs.terms import TermCodec, term_codec
 from deltafmt.container.reader import Container
@@ -86,8 +87,8 @@ class DeltaFile:
         """Return read-only views of a tensor's packed arrays; no byte is copied in a mapped ``hot`` file.
 
         Returns:
-            For ``add``: the buffers of the term by name, shaped as the codec of its kind shapes them, such as
-            :func:`deltafmt.codecs.nm.views` (with several terms ``terms[0].codes`` and so on), and ``new_rows`` as
+            For ``add``: the buffers of the term by name, as :func:`deltafmt.codecs.buffers.views`
+            gives them (with several terms ``terms[0].codes`` and so on), and ``new_rows`` as
             bytes if the tensor grew. For ``replace``: ``data`` as bytes. Nothing for ``same``. An alias gives its
             target's.
         """
@@ -95,8 +96,8 @@ class DeltaFile:
         arrays: dict[str, NDArray[np.generic]] = {}
         for number, term in enumerate(entry.terms):
             prefix = f"terms[{number}]." if len(entry.terms) > 1 else ""
-            views = self.term_views(entry, term)
-            arrays.update({prefix + key: array for key, array in views.items()})
+            packed = self.term_views(entry, term)
+            arrays.update({prefix + key: array for key, array in packed.items()})
         if entry.data is not None:
             data = np.frombuffer(self.container.buffer(entry.data), np.uint8)
             arrays["data" if entry.action == "replace" else "new_rows"] = data
@@ -105,7 +106,7 @@ class DeltaFile:
     def term_views(self, entry: TensorEntry, term: Term) -> dict[str, NDArray[np.generic]]:
         """Return the packed arrays of one term."""
         buffers = {key: self.container.buffer(ref) for key, ref in term.buffers.items()}
-        return codec_of(entry, term).views(buffers)
+        return views(term.params, entry.delta_rows, entry.columns, buffers, term.slots)
 
     def delta(self, name: str) -> NDArray[np.float32]:
         """Return the dense float32 delta of a tensor, decoded by the reference decoder.

@@ -22,6 +22,7 @@ import deltafmt
 from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec
 from deltafmt.codecs import nm
 from deltafmt.codecs import positions as pos
+from deltafmt.codecs.buffers import blank
 from deltafmt.codecs.floats import narrow
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.layout.entries import BaseRef, TensorEntry, Term
@@ -171,7 +172,7 @@ def sum_of_terms() -> bytes:
     digest, terms = blake3(), []
     for seed, layout in ((7, NMLayout(2, 8, 4, share=2)), (0, NMLayout(1, 6, 1, "fixed", "midrise", scale_group=2))):
         arrays = term_arrays(rng, layout, seed, rows, columns)
-        packed = nm.blank(layout, rows, columns)
+        packed = blank(layout, rows, columns)
         nm.encode(layout, arrays, packed)
         refs = {}
         for name, array in packed.items():

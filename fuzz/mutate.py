@@ -15,6 +15,10 @@ from repair import Parts
 
 from deltafmt.errors import UsageError
 from deltafmt.layout import constants as c
+from deltafmt.layout.coding import CODING_GRIDS, Coding
+from deltafmt.layout.kinds import Layout
+from deltafmt.layout.lowbit import LowbitLayout
+from deltafmt.layout.lowrank import RAW_FACTORS, LowRankLayout
 from deltafmt.layout.nm import BITS, INDEX_ENCODINGS, SHARES, NMLayout
 from deltafmt.layout.tiles import GRIDS
 
@@ -26,10 +30,12 @@ NUMBERS = (
 )  # fmt: skip
 WORDS = (
     "", "a", "same", "replace", "add", "alias", "exact", "nm", "hot", "cold", "seeded", "fixed", "rank", "midtread",
-    "midrise", "codes", "index", "scales", "data", "terms", "target", "\0", "../up", "a/b", "\u20ac", "x" * 1025,
+    "midrise", "asymmetric", "lowbit", "lowrank", "row", "column",
+    "codes", "index", "scales", "data", "terms", "target", "\0", "../up", "a/b", "\u20ac", "x" * 1025,
     "layer.norm.weight", "w", *c.DTYPE_BITS,
 )  # fmt: skip
 SIZES = (0, 0, 1, 1, 2, 3, 5, 8, 17, 31, 32, 33, 64, 100, 300)
+GROUPS = (0, 0, 1, 2, 3, 7, 64, 1000, 2**31 - 1)
 HUGE = (2**20, 2**31, 2**40, 2**48, 2**62, 2**63 - 1)
 LARGEST_BUFFERS = 12_000
 
@@ -159,23 +165,46 @@ def mutate_section(parts: Parts, rng: random.Random, plain: Mutate) -> None:
         parts.sections[number] = bytearray(plain(bytes(stored), length))
 
 
-def random_layout(rng: random.Random) -> NMLayout:
+def random_layout(rng: random.Random) -> Layout:
     """Return any layout that the specification allows."""
     while True:
-        group = rng.choice((2, 3, 4, 8, 10, 16, 32, 64, 128, 255, rng.randrange(2, 256)))
         try:
-            return NMLayout(
-                rng.choice((1, 2, group, rng.randrange(1, group + 1))),
-                group,
-                rng.choice(BITS),
-                rng.choice(INDEX_ENCODINGS),
-                rng.choice(GRIDS),
-                rng.choice(SHARES),
-                rng.choice(("BF16", "F32")),
-                rng.choice((0, 0, 1, 2, 3, 7, 64, 1000, 2**31 - 1)),
-            )
+            return rng.choice((random_nm, random_nm, random_lowbit, random_lowrank))(rng)
         except UsageError:
             continue
+
+
+def random_nm(rng: random.Random) -> NMLayout:
+    """Return an ``nm`` layout; not every combination is allowed."""
+    group = rng.choice((2, 3, 4, 8, 10, 16, 32, 64, 128, 255, rng.randrange(2, 256)))
+    return NMLayout(
+        rng.choice((1, 2, group, rng.randrange(1, group + 1))),
+        group,
+        rng.choice(BITS),
+        rng.choice(INDEX_ENCODINGS),
+        rng.choice(GRIDS),
+        rng.choice(SHARES),
+        rng.choice(("BF16", "F32")),
+        rng.choice(GROUPS),
+    )
+
+
+def random_coding(rng: random.Random) -> tuple[int, str, str, int]:
+    """Return the parameters of a coding; not every combination is allowed."""
+    return rng.randrange(1, 9), rng.choice(CODING_GRIDS), rng.choice(("BF16", "F32")), rng.choice(GROUPS)
+
+
+def random_lowbit(rng: random.Random) -> LowbitLayout:
+    """Return a ``lowbit`` layout; not every combination is allowed."""
+    if rng.random() < 0.2:
+        return LowbitLayout(rng.randrange(1, 9), rng.choice(GRIDS), rng.choice(("BF16", "F32")), 0, "column")
+    return LowbitLayout(*random_coding(rng))
+
+
+def random_lowrank(rng: random.Random) -> LowRankLayout:
+    """Return a ``lowrank`` layout; not every combination is allowed."""
+    raw = rng.random() < 0.3
+    return LowRankLayout(rng.choice((1, 2, 3, 33)), rng.choice(RAW_FACTORS) if raw else Coding(*random_coding(rng)))
 
 
 def random_shape(rng: random.Random) -> list[int]:
@@ -226,7 +255,7 @@ def add_tensor(parts: Parts, rng: random.Random, plain: Mutate) -> None:
                 {
                     "buffers": {name: buffer(length) for name, length in lengths.items()},
                     "layout": layouts.index(obj),
-                    "seed": rng.randrange(2**32) if layout.index == "seeded" else 0,
+                    "seed": rng.randrange(2**32) if layout.seeded else 0,
                 }
             )
         entry = {

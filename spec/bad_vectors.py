@@ -9,14 +9,16 @@ import numpy as np
 from blake3 import blake3
 from vector_tools import change, change_buffer, encode, join, one_attachment, one_tensor, parts, simple, vector
 
-from deltafmt.codecs import nm
+from deltafmt.codecs.buffers import blank, raw_bytes
 from deltafmt.codecs.positions import seeded
-from deltafmt.codecs.terms import raw_bytes
 from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
 from deltafmt.layout import constants as c
+from deltafmt.layout.coding import Coding
 from deltafmt.layout.entries import BaseRef, TensorEntry, Term
+from deltafmt.layout.lowbit import LowbitLayout
+from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment
 
@@ -209,7 +211,7 @@ def two_sections() -> bytes:
     out = io.BytesIO()
     writer = ContainerWriter(out)
     layout = NMLayout(1, 8, 4)
-    packed = nm.blank(layout, 4, 8)
+    packed = blank(layout, 4, 8)
     refs = {"codes": writer.add(raw_bytes(packed["codes"]))}
     attachment = Attachment(writer.add(b"x", c.KIND_ATTACHMENTS), blake3(b"x").digest())
     refs["scales"] = writer.add(raw_bytes(packed["scales"]))
@@ -297,6 +299,71 @@ def position_above_m() -> bytes:
     # 3 bits in planes of 2 and 1: word 0 and word 1 of the row.
     data = one_tensor(NMLayout(1, 7, 4, "fixed"), 32, 7)
     return change_buffer(change_buffer(data, "index", 0, 0x03), "index", 128, 0x01)
+
+
+@vector("invalid", "a layout of a kind that version 1 does not know", "unknown layout 'ternary'")
+def unknown_layout() -> bytes:
+    return change(simple(), lambda index: index["layouts"][0].update(kind="ternary"))
+
+
+@vector("invalid", "a lowbit layout of 9 bits", "bits k = 9")
+def lowbit_9_bits() -> bytes:
+    return change(one_tensor(LowbitLayout(8), 32, 32), lambda index: index["layouts"][0].update(bits=9))
+
+
+@vector("invalid", "a lowbit layout with scales of columns and a scale group", "scale group 0")
+def lowbit_column_groups() -> bytes:
+    data = one_tensor(LowbitLayout(1, "midrise", axis="column"), 32, 32)
+    return change(data, lambda index: index["layouts"][0].update(scale_group=8))
+
+
+@vector("invalid", "a lowbit term, which draws nothing, has a seed", "has seed 0")
+def lowbit_seed() -> bytes:
+    return change(one_tensor(LowbitLayout(4), 32, 32), lambda index: index["tensors"]["w"]["terms"][0].update(seed=1))
+
+
+@vector("invalid", "a lowbit field of 7 on a midtread grid of 3 bits", "the grid ends at 6")
+def lowbit_field_beyond_grid() -> bytes:
+    # Planes of 2 and 1 bits: one word each.
+    data = one_tensor(LowbitLayout(3), 32, 4)
+    return change_buffer(change_buffer(data, "codes", 0, 0xFF), "codes", 128, 0x0F)
+
+
+@vector("invalid", "a zero point of 8 on a grid of 3 bits", "a zero point is 8")
+def lowbit_zero_point_beyond_grid() -> bytes:
+    return change_buffer(one_tensor(LowbitLayout(3, "asymmetric"), 32, 32), "zero_points", 5, 8)
+
+
+@vector("invalid", "the zero point of a row that does not exist is set", "unused bits of the zero_points")
+def lowbit_zero_point_of_no_row() -> bytes:
+    return change_buffer(one_tensor(LowbitLayout(3, "asymmetric"), 30, 32), "zero_points", 31, 1)
+
+
+@vector("invalid", "the scale of a column is negative", "negative or not finite")
+def lowbit_negative_column_scale() -> bytes:
+    return change_buffer(one_tensor(LowbitLayout(1, "midrise", axis="column"), 32, 32), "scales", 9, 0xBF)
+
+
+@vector("invalid", "a band of no vectors", "rank R = 0")
+def lowrank_of_rank_0() -> bytes:
+    return change(one_tensor(LowRankLayout(1, "BF16"), 32, 32), lambda index: index["layouts"][0].update(rank=0))
+
+
+@vector("invalid", "more vectors than the buffers hold", "where the shape needs")
+def lowrank_longer_than_buffers() -> bytes:
+    return change(one_tensor(LowRankLayout(1, "BF16"), 32, 32), lambda index: index["layouts"][0].update(rank=65535))
+
+
+@vector("invalid", "unused bits of a vector's last word are set", "unused bits of the u_codes")
+def lowrank_unused_bits() -> bytes:
+    data = one_tensor(LowRankLayout(2, Coding(4, "midrise")), 33, 32)
+    return change_buffer(data, "u_codes", 19, 0x10)
+
+
+@vector("invalid", "a value of a vector is infinite", "factor v is not finite")
+def lowrank_infinite() -> bytes:
+    data = one_tensor(LowRankLayout(1, "BF16"), 32, 32)
+    return change_buffer(change_buffer(data, "v", 0, 0x80), "v", 1, 0x7F)
 
 
 @vector("invalid", "the payload is not what its digest says", "another digest")

@@ -6,12 +6,15 @@ import io
 
 import numpy as np
 from blake3 import blake3
-from vector_tools import add_term, encode, join, one_tensor, parts, simple, vector
+from vector_tools import add_term, encode, join, one_tensor, parts, simple, summed, vector
 
 from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.layout import constants as c
+from deltafmt.layout.coding import Coding
 from deltafmt.layout.entries import BaseRef, TensorEntry
+from deltafmt.layout.lowbit import LowbitLayout
+from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment
 
@@ -107,18 +110,51 @@ def every_action() -> bytes:
 
 @vector("ok", "two terms: their float32 sum is the delta")
 def sum_of_terms() -> bytes:
-    out = io.BytesIO()
-    writer = ContainerWriter(out)
-    digest = blake3()
-    terms = []
-    for layout in (NMLayout(1, 4, 4), NMLayout(2, 16, 2, grid="midrise", share=8)):
-        term, _ = add_term(writer, layout, 20, 32, 11)
-        terms.append(term)
-        for ref in term.buffers.values():
-            digest.update(out.getvalue()[4096 + ref.offset :][: ref.length])
-    base = BaseRef(bytes(32), "F32", (20, 32))
-    writer.finish([TensorEntry("w", "add", "F32", (20, 32), base, digest.digest(), None, tuple(terms))])
-    return out.getvalue()
+    return summed(NMLayout(1, 4, 4), NMLayout(2, 16, 2, grid="midrise", share=8), rows=20, columns=32)
+
+
+@vector("ok", "lowbit 1 bit midrise: signs, one scale a row, ragged rows and columns")
+def lowbit_k1() -> bytes:
+    return one_tensor(LowbitLayout(1, "midrise"), 37, 45)
+
+
+@vector(
+    "ok",
+    "lowbit 7 bits midtread in planes of 4, 2 and 1 bits, F32 scales for every 20 columns, of which the last has 5",
+)
+def lowbit_k7_groups() -> bytes:
+    return one_tensor(LowbitLayout(7, "midtread", "F32", 20), 33, 45)
+
+
+@vector("ok", "lowbit 3 bits asymmetric: a zero point for every scale")
+def lowbit_k3_zero_points() -> bytes:
+    return one_tensor(LowbitLayout(3, "asymmetric", "BF16", 16), 70, 70)
+
+
+@vector("ok", "lowbit 1 bit midrise, one scale a column")
+def lowbit_k1_columns() -> bytes:
+    return one_tensor(LowbitLayout(1, "midrise", axis="column"), 40, 50)
+
+
+@vector("ok", "lowrank of 3 vectors, 5 bits midrise, scales for every 16 elements; sums are rounded vector by vector")
+def lowrank_3_k5() -> bytes:
+    return one_tensor(LowRankLayout(3, Coding(5, "midrise", "BF16", 16)), 45, 70)
+
+
+@vector("ok", "lowrank of 33 vectors, 2 bits asymmetric, F32 scales, in a cold file")
+def lowrank_33_k2_cold() -> bytes:
+    return one_tensor(LowRankLayout(33, Coding(2, "asymmetric", "F32")), 40, 33, "cold")
+
+
+@vector("ok", "lowrank of 2 vectors of F16 values, as an adapter has them")
+def lowrank_2_f16() -> bytes:
+    return one_tensor(LowRankLayout(2, "F16"), 33, 50)
+
+
+@vector("ok", "a sum of kinds: two bands of vectors, a seeded nm term, a lowbit term")
+def sum_of_kinds() -> bytes:
+    bands = LowRankLayout(2, Coding(8, scale_group=32)), LowRankLayout(5, Coding(3, scale_group=32))
+    return summed(*bands, NMLayout(1, 8, 4, share=4), LowbitLayout(2, "midrise"), rows=70, columns=50)
 
 
 @vector("ok", "compatible feature bit 9 is set, which a reader ignores")

@@ -1,4 +1,4 @@
-"""Make the test vectors of deltafmt-v1.md, section 13.
+"""Make the test vectors of deltafmt-v1.md, section 16.
 
     python spec/make_vectors.py            write spec/vectors/
     python spec/make_vectors.py --check    compare with what is there

@@ -14,14 +14,21 @@ import xxhash
 from blake3 import blake3
 
 from deltafmt.codecs import nm
+from deltafmt.codecs.buffers import blank, raw_bytes
+from deltafmt.codecs.floats import narrow
+from deltafmt.codecs.lowbit import LowbitArrays
+from deltafmt.codecs.lowrank import LowRankArrays
 from deltafmt.codecs.positions import seeded
-from deltafmt.codecs.terms import Arrays, raw_bytes, slot_count, term_codec
+from deltafmt.codecs.terms import Arrays, slot_count, term_codec
 from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
 from deltafmt.layout import constants as c
+from deltafmt.layout.coding import Coding
 from deltafmt.layout.entries import BaseRef, TensorEntry, Term
 from deltafmt.layout.kinds import Layout
+from deltafmt.layout.lowbit import LowbitLayout
+from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment
 
@@ -74,7 +81,38 @@ def nm_arrays(layout: NMLayout, rows: int, columns: int, seed: int) -> nm.NMArra
     return arrays
 
 
-ARRAYS: dict[str, Callable[..., Arrays]] = {"nm": nm_arrays}
+def coded(coding: Coding, rows: int, columns: int, scales: int, salt: int) -> LowbitArrays:
+    """Return made-up codes, scales (so many a row) and zero points."""
+    zero_points = fields(rows * scales, coding.top, salt + 1).reshape(rows, scales)
+    return LowbitArrays(
+        fields(rows * columns, coding.top, salt).reshape(rows, columns),
+        (1 + np.arange(rows * scales, dtype=np.float32)).reshape(rows, scales) / 256,
+        zero_points if coding.has_zero_points else None,
+    )
+
+
+def lowbit_arrays(layout: LowbitLayout, rows: int, columns: int, seed: int) -> LowbitArrays:  # noqa: ARG001
+    """Return made-up content of a ``lowbit`` term."""
+    if layout.axis == "column":
+        scales = coded(layout, 1, columns, columns, 3).scales
+        return LowbitArrays(coded(layout, rows, columns, 1, 3).codes, scales)
+    return coded(layout, rows, columns, layout.scales(columns), 3)
+
+
+def lowrank_arrays(layout: LowRankLayout, rows: int, columns: int, seed: int) -> LowRankArrays:  # noqa: ARG001
+    """Return made-up content of a ``lowrank`` term."""
+    coding, rank = layout.factors, layout.rank
+    if isinstance(coding, Coding):
+        u, v = (coded(coding, rank, n, coding.scales(n), salt) for salt, n in enumerate((rows, columns)))
+        return LowRankArrays(u, v)
+    raw = []
+    for salt, length in enumerate((rows, columns)):
+        values = fields(rank * length, 254, salt).astype(np.float32) / 64 - 2
+        raw.append(narrow(values.reshape(rank, length), coding))
+    return LowRankArrays(*raw)
+
+
+ARRAYS: dict[str, Callable[..., Arrays]] = {"nm": nm_arrays, "lowbit": lowbit_arrays, "lowrank": lowrank_arrays}
 
 
 def add_term(writer: ContainerWriter, layout: Layout, rows: int, columns: int, seed: int) -> tuple[Term, bytes]:
@@ -82,7 +120,7 @@ def add_term(writer: ContainerWriter, layout: Layout, rows: int, columns: int, s
     seed = seed if layout.seeded else 0
     arrays = ARRAYS[layout.kind](layout, rows, columns, seed)
     codec = term_codec(layout, rows, columns, seed, slot_count(arrays))
-    packed = codec.blank()
+    packed = blank(layout, rows, columns, slot_count(arrays))
     codec.encode(arrays, packed, 0)
     digest = blake3()
     refs = {}
@@ -99,6 +137,22 @@ def one_tensor(layout: Layout, rows: int, columns: int, profile: str = "hot", se
     term, digest = add_term(writer, layout, rows, columns, seed)
     base = BaseRef(bytes(32), "BF16", (rows, columns))
     writer.finish([TensorEntry("w", "add", "BF16", (rows, columns), base, digest, None, (term,))])
+    return out.getvalue()
+
+
+def summed(*layouts: Layout, rows: int, columns: int) -> bytes:
+    """Return a file with one F32 tensor ``w`` of several terms."""
+    out = io.BytesIO()
+    writer = ContainerWriter(out)
+    digest = blake3()
+    terms = []
+    for layout in layouts:
+        term, _ = add_term(writer, layout, rows, columns, 11)
+        terms.append(term)
+        for ref in term.buffers.values():
+            digest.update(out.getvalue()[4096 + ref.offset :][: ref.length])
+    base = BaseRef(bytes(32), "F32", (rows, columns))
+    writer.finish([TensorEntry("w", "add", "F32", (rows, columns), base, digest.digest(), None, tuple(terms))])
     return out.getvalue()
 
 

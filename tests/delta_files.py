@@ -16,8 +16,9 @@ from deltafmt.container import writer as container_writer
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.layout.constants import DTYPE_BITS, byte_count
 from deltafmt.layout.entries import BaseRef, TensorEntry, Term
+from deltafmt.layout.kinds import Layout
 from deltafmt.layout.nm import NMLayout
-from strategies import generators, layouts, shapes
+from strategies import dense_layouts, generators, layouts, shapes
 
 DIGEST = bytes(32)
 
@@ -41,7 +42,7 @@ class DeltaWriter:
         self.sink = io.BytesIO()
         self.writer = ContainerWriter(self.sink, self.profile)
 
-    def add(self, name: str, shape: tuple[int, int], terms: Sequence[NMLayout], new_rows: int = 0) -> None:
+    def add(self, name: str, shape: tuple[int, int], terms: Sequence[Layout], new_rows: int = 0) -> None:
         """Add a tensor that is the base's plus some terms."""
         rows, columns = shape
         written = []
@@ -49,10 +50,11 @@ class DeltaWriter:
             buffers = {}
             for key, length in layout.buffer_lengths(rows, columns).items():
                 data = self.rng.bytes(length)
-                if key == "index" and layout.index == "rank":
+                if key == "index" and layout.cold_only:
+                    assert isinstance(layout, NMLayout)
                     data = random_ranks(self.rng, layout, rows, columns).tobytes()
                 buffers[key] = self.writer.add(data)
-            seed = int(self.rng.integers(2**32)) if layout.index == "seeded" else 0
+            seed = int(self.rng.integers(2**32)) if layout.seeded else 0
             written.append(Term(self.writer.layout_number(layout), layout, seed, buffers))
         grown = self.writer.add(self.rng.bytes(new_rows * columns * 2)) if new_rows else None
         base = BaseRef(DIGEST, "BF16", shape)
@@ -99,7 +101,7 @@ def delta_files(draw: st.DrawFn) -> bytes:
     """Give files with every kind of tensor, hot and cold."""
     profile = draw(st.sampled_from(("hot", "cold")))
     encodings = ("seeded", "fixed") if profile == "hot" else ("seeded", "fixed", "rank")
-    any_layout = st.sampled_from(encodings).flatmap(layouts)
+    any_layout = st.one_of(st.sampled_from(encodings).flatmap(layouts), dense_layouts())
     section_bytes = draw(st.sampled_from((1, 3000, 60_000, 4 << 20)))
     made = DeltaWriter(draw(generators()), profile, section_bytes)
     for number in range(draw(st.integers(0, 6))):
@@ -120,8 +122,8 @@ def delta_files(draw: st.DrawFn) -> bytes:
     return made.finish()
 
 
-def views_of(layout: NMLayout, index: np.ndarray, rows: int, columns: int) -> np.ndarray:
+def views_of(layout: Layout, index: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """Return an index as it must lie on a device: ``fixed``."""
-    if layout.index != "rank":
+    if not isinstance(layout, NMLayout) or layout.index != "rank":
         return index
     return nm.transcode_index(layout, index, layout.mask_rows(rows), columns, layout.with_index("fixed"))

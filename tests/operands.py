@@ -11,6 +11,7 @@ import torch
 
 from deltafmt.codecs import nm
 from deltafmt.codecs import positions as pos
+from deltafmt.codecs.buffers import blank
 from deltafmt.codecs.floats import narrow, widen
 from deltafmt.codecs.nm import NMArrays
 from deltafmt.kernels.nm_matmul import naive
@@ -40,7 +41,7 @@ def random_operand(
         scales = widen(narrow(scales, "BF16"), "BF16")
     arrays = NMArrays(kept_at, codes, scales)
     codes[nm.outside(layout, arrays, columns)] = 0
-    packed = nm.blank(layout, rows, columns)
+    packed = blank(layout, rows, columns)
     nm.encode(layout, arrays, packed)
     return _operand(layout, seed, rows, columns, packed, device)
 

@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 
 from deltafmt.codecs import positions as pos
 from deltafmt.codecs.floats import RAW_DTYPES, Raw, narrow, widen
+from deltafmt.codecs.lowbit import LowbitArrays
+from deltafmt.codecs.lowrank import LowRankArrays
 from deltafmt.codecs.nm import NMArrays, outside
+from deltafmt.layout.coding import CODING_GRIDS, Coding
+from deltafmt.layout.kinds import Layout
+from deltafmt.layout.lowbit import LowbitLayout
+from deltafmt.layout.lowrank import RAW_FACTORS, LowRankLayout
 from deltafmt.layout.nm import BITS, INDEX_ENCODINGS, MAX_GROUP, SHARES, NMLayout
 
 FLOAT_DTYPES = tuple(RAW_DTYPES)
@@ -85,6 +91,67 @@ def layouts(draw: st.DrawFn, index: str | None = None, max_group: int = MAX_GROU
     return NMLayout(group=group, bits=bits, index=index, **chosen)
 
 
+GRIDS_OF_BITS = {1: ("midrise", "asymmetric")}
+CODING_FIELDS = ("bits", "grid", "scale_dtype", "scale_group")
+
+
+@st.composite
+def codings(draw: st.DrawFn) -> Coding:
+    """Give any way to code a row of numbers."""
+    bits = draw(st.integers(1, 8))
+    grid = draw(st.sampled_from(GRIDS_OF_BITS.get(bits, CODING_GRIDS)))
+    group = draw(st.one_of(st.just(0), st.integers(1, 300), st.sampled_from((32, 64, 128))))
+    return Coding(bits, grid, draw(st.sampled_from(("BF16", "F32"))), group)
+
+
+@st.composite
+def lowbit_layouts(draw: st.DrawFn) -> LowbitLayout:
+    """Give any valid ``lowbit`` layout."""
+    coding = draw(codings())
+    if coding.grid != "asymmetric" and draw(st.booleans()):
+        return LowbitLayout(coding.bits, coding.grid, coding.scale_dtype, 0, "column")
+    return LowbitLayout(*(getattr(coding, name) for name in CODING_FIELDS))
+
+
+def lowrank_layouts() -> st.SearchStrategy[LowRankLayout]:
+    """Give any valid ``lowrank`` layout of a small rank."""
+    return st.builds(LowRankLayout, st.integers(1, 70), st.one_of(codings(), st.sampled_from(tuple(RAW_FACTORS))))
+
+
+def dense_layouts() -> st.SearchStrategy[Layout]:
+    """Give layouts of the kinds that have neither an index nor slots."""
+    return st.one_of(lowbit_layouts(), lowrank_layouts())
+
+
+def random_scales(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> NDArray[np.float32]:
+    """Draw scales of every size that a dtype holds exactly, some of them zero."""
+    scales = rng.random(shape, np.float32)
+    scales *= np.float32(2) ** rng.integers(-100, 100, shape).astype(np.float32)
+    scales[rng.random(shape) < 0.1] = 0
+    return widen(narrow(scales, "BF16"), "BF16") if dtype == "BF16" else scales
+
+
+def coded(rng: np.random.Generator, coding: Coding, rows: int, columns: int, per_column: bool = False) -> LowbitArrays:
+    """Draw canonical codes, scales and zero points."""
+    codes = rng.integers(0, coding.top, (rows, columns), np.uint8, endpoint=True)
+    shape = (1, columns) if per_column else (rows, coding.scales(columns))
+    zero_points = rng.integers(0, coding.top, shape, np.uint8, endpoint=True) if coding.has_zero_points else None
+    return LowbitArrays(codes, random_scales(rng, shape, coding.scale_dtype), zero_points)
+
+
+@st.composite
+def dense_arrays(draw: st.DrawFn, layout: Layout, rows: int, columns: int) -> LowbitArrays | LowRankArrays:
+    """Give canonical content of a ``lowbit`` or ``lowrank`` term."""
+    rng = draw(generators())
+    if isinstance(layout, LowbitLayout):
+        return coded(rng, layout, rows, columns, layout.axis == "column")
+    assert isinstance(layout, LowRankLayout)
+    coding = layout.factors
+    if isinstance(coding, str):
+        return LowRankArrays(*(ordinary_raws(rng, coding, (layout.rank, length)) for length in (rows, columns)))
+    return LowRankArrays(*(coded(rng, coding, layout.rank, length) for length in (rows, columns)))
+
+
 def ascending(rng: np.random.Generator, mask_rows: int, groups: int, keep: int, group: int) -> NDArray[np.uint8]:
     """Draw N of M positions for every group, in order."""
     shuffled = np.argsort(rng.random((mask_rows, groups, group)), axis=2)
@@ -101,11 +168,7 @@ def nm_arrays(draw: st.DrawFn, layout: NMLayout, rows: int, columns: int, seed: 
     else:
         kept_at = ascending(rng, mask_rows, groups, layout.keep, layout.group)
     codes = rng.integers(0, layout.top, (rows, layout.kept(columns)), np.uint8, endpoint=True)
-    scales = rng.random((rows, layout.scales_per_row(columns)), np.float32)
-    scales *= np.float32(2) ** rng.integers(-100, 100, scales.shape).astype(np.float32)
-    scales[rng.random(scales.shape) < 0.1] = 0
-    if layout.scale_dtype == "BF16":
-        scales = widen(narrow(scales, "BF16"), "BF16")
+    scales = random_scales(rng, (rows, layout.scales_per_row(columns)), layout.scale_dtype)
     arrays = NMArrays(kept_at, codes, scales)
     codes[outside(layout, arrays, columns)] = 0
     return arrays

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from deltafmt.codecs import nm, scatter, words
 from deltafmt.codecs import positions as pos
+from deltafmt.codecs.buffers import blank, views
 from deltafmt.codecs.floats import narrow
 from deltafmt.codecs.nm import NMArrays, slice_run
 from deltafmt.codecs.routines import REFERENCE, CodecRoutines, codec_routines
@@ -29,7 +30,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def pack(layout: NMLayout, arrays: NMArrays, rows: int, columns: int, routines: CodecRoutines = REFERENCE) -> Packed:
     """Encode arrays into buffers of their own."""
-    out = nm.blank(layout, rows, columns)
+    out = blank(layout, rows, columns)
     nm.encode(layout, arrays, out, routines)
     return out
 
@@ -75,11 +76,11 @@ def test_buffers_hold_the_arrays(
     for name, array in pack(layout, arrays, rows, columns, compiled).items():
         np.testing.assert_array_equal(array, packed[name], strict=True)
     # From bytes, as a file gives them: read-only.
-    views = nm.views(layout, rows, columns, {name: memoryview(array.tobytes()) for name, array in packed.items()})
+    read = views(layout, rows, columns, {name: memoryview(array.tobytes()) for name, array in packed.items()})
     for routines in (REFERENCE, compiled):
-        decoded = nm.decode(layout, views, seed, 0, rows, columns, routines)
+        decoded = nm.decode(layout, read, seed, 0, rows, columns, routines)
         assert_same(decoded, arrays)
-        nm.check(layout, views, decoded, columns, routines)
+        nm.check(layout, read, decoded, columns, routines)
         assert_same(decoded, arrays)
 
 
@@ -93,7 +94,7 @@ def test_runs_decode_as_the_whole(
     arrays = data.draw(nm_arrays(layout, rows, columns, seed))
     packed = pack(layout, arrays, rows, columns)
     dense = nm.dense(layout, arrays, columns)
-    pieces = nm.blank(layout, rows, columns)
+    pieces = blank(layout, rows, columns)
     starts = list(range(0, rows, step))
     for start, stop in zip(starts, [*starts[1:], rows], strict=True):
         masks = slice(start // layout.share, -(-stop // layout.share))
@@ -365,7 +366,7 @@ def test_a_layout_comes_back_from_its_index_form(layout: NMLayout) -> None:
         ({"scale_dtype": "F16"}, "scale dtype 'F16'"),
         ({"scale_group": -1}, "scale group -1"),
         ({"scale_group": 2**31}, "scale group 2147483648"),
-        ({"kind": "lowbit"}, "unknown layout 'lowbit'"),
+        ({"kind": "ternary"}, "unknown layout 'ternary'"),
         ({"extra": 1}, "expected the keys"),
     ],
 )
@@ -403,7 +404,7 @@ def test_buffers_of_a_ragged_term_have_whole_super_tiles() -> None:
 def test_views_copy_nothing() -> None:
     layout = NMLayout(4, 16, 4, "fixed")
     buffers = {name: bytearray(size) for name, size in layout.buffer_lengths(ROWS, COLUMNS).items()}
-    views = nm.views(layout, ROWS, COLUMNS, {name: memoryview(buffer) for name, buffer in buffers.items()})
+    read = views(layout, ROWS, COLUMNS, {name: memoryview(buffer) for name, buffer in buffers.items()})
     for buffer in buffers.values():
         buffer[0] = 1
-    assert all(int(view.view(np.uint16 if view.itemsize == 2 else np.uint32)[0, 0, 0]) == 1 for view in views.values())
+    assert all(int(view.view(np.uint16 if view.itemsize == 2 else np.uint32)[0, 0, 0]) == 1 for view in read.values())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from deltafmt.codecs import nm
 from deltafmt.codecs import positions as pos
+from deltafmt.codecs.buffers import blank
 from deltafmt.codecs.nm import NMArrays
 from deltafmt.errors import UsageError
 from deltafmt.layout.nm import NMLayout
@@ -74,7 +75,7 @@ def test_inputs_that_have_nothing_in_common_give_magnitude(
     np.testing.assert_array_equal(found.positions, expected.positions)
     np.testing.assert_array_equal(found.codes, expected.codes)
     np.testing.assert_array_equal(found.scales, expected.scales)
-    packed = nm.blank(layout, *shape)
+    packed = blank(layout, *shape)
     nm.encode(layout, found, packed)
     nm.check(layout, packed, found, shape[1])
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltafmt.codecs import nm
+from deltafmt.codecs.buffers import blank
 from deltafmt.codecs.floats import narrow, subtract, widen
 from deltafmt.codecs.nm import NMArrays
 from deltafmt.errors import NonFiniteError, UsageError
@@ -263,7 +264,7 @@ def test_decoded_delta_is_right_where_kept_and_zero_elsewhere(
     layout = method.layout
     weights = ordinary_raws(rng, "BF16", shape), ordinary_raws(rng, "BF16", shape)
     arrays = compress(method, weights, seed, REFERENCE, 0)
-    packed = nm.blank(layout, rows, columns)
+    packed = blank(layout, rows, columns)
     nm.encode(layout, arrays, packed)
     decoded = nm.decode(layout, packed, seed, 0, rows, columns)
     nm.check(layout, packed, decoded, columns)

@@ -29,6 +29,7 @@ from strategies import examples
 torch = pytest.importorskip("torch")
 
 import deltafmt.torch as dt  # noqa: E402 - needs torch
+from deltafmt.kernels.packed import PackedOperand  # noqa: E402
 from deltafmt.runtime import reading, upload, upload_pieces  # noqa: E402
 
 SEEDED = NMLayout(1, 32, 4)
@@ -53,7 +54,7 @@ def check_equal(file: deltafmt.DeltaFile, name: str, tensor: dt.DeviceTensor) ->
             wanted = buffers.pop(prefix + key)
             if key == "index":
                 wanted = views_of(term.params, wanted, entry.delta_rows, entry.columns)
-            found = getattr(operand, key)
+            found = operand.buffers[key] if isinstance(operand, PackedOperand) else getattr(operand, key)
             assert tuple(found.shape) == wanted.shape
             assert raw(found) == wanted.tobytes()
     if tensor.data is None:
@@ -118,8 +119,7 @@ def test_selection(data, drawn, tmp_path_factory) -> None:
         wanted = 0
         for entry in targets:
             for term in entry.terms:
-                layout = term.params.with_index("fixed") if term.params.index == "rank" else term.params
-                lengths = layout.buffer_lengths(entry.delta_rows, entry.columns).values()
+                lengths = term.params.plain().buffer_lengths(entry.delta_rows, entry.columns, term.slots).values()
                 wanted += sum(-(-length // 256) * 256 for length in lengths)
             wanted += -(-entry.data.length // 256) * 256 if entry.data else 0
         # No byte of another tensor takes memory.

@@ -175,6 +175,28 @@ def _scatter(codes, scales, pos, group, share, top, scale_group, out):  # type: 
 
 
 @compiled
+def _dequantize(codes, step, offsets, factors, group, out):  # type: ignore[no-untyped-def]
+    rows, count = codes.shape
+    for r in range(rows):
+        for c in range(factors.shape[1]):
+            offset, factor = offsets[r, c], factors[r, c]
+            for i in range(c * group, min(count, (c + 1) * group)):
+                out[r, i] = np.float32(step * np.int32(codes[r, i]) - offset) * factor
+
+
+@compiled
+def _add_outer(u, v, out):  # type: ignore[no-untyped-def]
+    """Add outer products; without fast-math, the compiler fuses no product with its sum."""
+    vectors = u.shape[0]
+    for r in range(out.shape[0]):
+        row = out[r]
+        for n in range(vectors):
+            left, right = u[n, r], v[n]
+            for i in range(row.size):
+                row[i] = np.float32(row[i] + np.float32(left * right[i]))
+
+
+@compiled
 def _difference(a, b):  # type: ignore[no-untyped-def]
     """Return a - b in float32 for two BF16 bit patterns."""
     wide = np.uint32(np.uint32(a) << np.uint32(16)).view(np.float32)
@@ -283,6 +305,30 @@ def scatter(
     out = scratch.array("scatter", (codes.shape[0], columns), np.float32)
     _scatter(codes, scales, pos, group, share, np.int32(top), scale_group, out)
     return out
+
+
+def dequantize(
+    scratch: Scratch,
+    codes: NDArray[np.uint8],
+    step: int,
+    offsets: NDArray[np.int32],
+    factors: NDArray[np.float32],
+    group: int,
+) -> NDArray[np.float32]:
+    """See :func:`deltafmt.codecs.levels.dequantize`."""
+    out = scratch.array("dequantize", codes.shape, np.float32)
+    _dequantize(codes, np.int32(step), offsets, factors, max(min(group, codes.shape[1]), 1), out)
+    return out
+
+
+def add_outer(
+    scratch: Scratch,  # noqa: ARG001 - as every loop has it
+    u: NDArray[np.float32],
+    v: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    """See :func:`deltafmt.codecs.levels.add_outer`."""
+    _add_outer(u, v, out)
 
 
 def subtract(

@@ -13,14 +13,12 @@ from numpy.typing import NDArray
 
 from deltafmt.codecs import positions as pos
 from deltafmt.codecs import words
+from deltafmt.codecs.buffers import Packed, blank, check_same
 from deltafmt.codecs.floats import narrow, widen
 from deltafmt.codecs.routines import REFERENCE, CodecRoutines
 from deltafmt.errors import InvalidFileError
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.tiles import TILE_ROWS, tiles
-
-Buffers = Mapping[str, memoryview]
-Packed = Mapping[str, NDArray[np.generic]]
 
 TRANSCODE_ENTRIES = 1 << 17
 
@@ -43,31 +41,6 @@ class NMArrays:
 def run_rows(layout: NMLayout) -> int:
     """Return the number of rows on whose multiples a run may start (section 11.7): those of a super-tile."""
     return TILE_ROWS * layout.share
-
-
-def views(layout: NMLayout, rows: int, columns: int, buffers: Buffers) -> dict[str, NDArray[np.generic]]:
-    """Return the packed arrays of a term without copying a byte.
-
-    Returns:
-        ``codes`` and, unless seeded, ``index``: uint32, shape (tiles, words, 32). ``scales``: uint16 (bits of BF16)
-        or float32, shape (tiles, scales per row, 32). :func:`deltafmt.codecs.words.to_tiles` says where a row stands.
-    """
-    scale_dtype = np.dtype("<u2" if layout.scale_dtype == "BF16" else "<f4")
-    shapes = {
-        "codes": (layout.row_tiles(rows), layout.codes_words(columns), TILE_ROWS),
-        "index": (layout.index_tiles(rows), layout.index_words(columns), TILE_ROWS),
-        "scales": (layout.row_tiles(rows), layout.scales_per_row(columns), TILE_ROWS),
-    }
-    return {
-        name: np.frombuffer(buffer, scale_dtype if name == "scales" else np.dtype("<u4")).reshape(shapes[name])
-        for name, buffer in buffers.items()
-    }
-
-
-def blank(layout: NMLayout, rows: int, columns: int) -> dict[str, NDArray[np.generic]]:
-    """Return packed arrays of zeros, shaped as :func:`views` shapes them."""
-    lengths = layout.buffer_lengths(rows, columns)
-    return views(layout, rows, columns, {name: memoryview(bytearray(size)) for name, size in lengths.items()})
 
 
 def encode(
@@ -176,9 +149,7 @@ def check(
         raise InvalidFileError("an entry beyond the last column has a code that is not zero")
     again = blank(layout, arrays.codes.shape[0], columns)
     encode(layout, arrays, again, routines)
-    for name, array in again.items():
-        if not np.array_equal(array.view(np.uint8), np.ascontiguousarray(packed[name]).view(np.uint8)):
-            raise InvalidFileError(f"unused bits of the {name} are not zero")
+    check_same(again, packed)
 
 
 def slice_run(packed: Packed, share: int, start: int, stop: int) -> dict[str, NDArray[np.generic]]:
@@ -198,14 +169,6 @@ class NMCodec:
         self.run_rows = run_rows(layout)
         self.width = layout.width(columns)
         self._seed = seed
-
-    def views(self, buffers: Buffers) -> dict[str, NDArray[np.generic]]:
-        """Return the packed arrays, see :func:`views`."""
-        return views(self.layout, *self.shape, buffers)
-
-    def blank(self) -> dict[str, NDArray[np.generic]]:
-        """Return packed arrays of zeros."""
-        return blank(self.layout, *self.shape)
 
     def encode(self, arrays: NMArrays, packed: Packed, first: int, routines: CodecRoutines = REFERENCE) -> None:
         """Pack a run of rows."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt import accel
-from deltafmt.codecs import floats, positions, scatter, words
+from deltafmt.codecs import floats, levels, positions, scatter, words
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,22 @@ class CodecRoutines:
     pack_into: Callable[[NDArray[np.unsignedinteger], int, NDArray[np.uint32], int], None]
     unpack: Callable[[NDArray[np.uint32], int, int, int, int], NDArray[np.unsignedinteger]]
     scatter: Callable[..., NDArray[np.float32]]
+    dequantize: Callable[..., NDArray[np.float32]]
+    add_outer: Callable[[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]], None]
     subtract: Callable[[floats.Raw, str, floats.Raw, str], tuple[floats.Floats, bool]]
     add: Callable[[floats.Raw, str, floats.Floats, str], floats.Raw]
 
 
-REFERENCE = CodecRoutines(positions.seeded, words.pack_into, words.unpack, scatter.scatter, floats.subtract, floats.add)
+REFERENCE = CodecRoutines(
+    positions.seeded,
+    words.pack_into,
+    words.unpack,
+    scatter.scatter,
+    levels.dequantize,
+    levels.add_outer,
+    floats.subtract,
+    floats.add,
+)
 
 
 def codec_routines(compiled: bool) -> CodecRoutines:
@@ -41,7 +52,10 @@ def codec_routines(compiled: bool) -> CodecRoutines:
         from deltafmt.codecs import fast
     except ImportError:  # numba is there but does not go with this numpy
         return REFERENCE
-    loops = (fast.seeded, fast.pack_into, fast.unpack, fast.scatter, fast.subtract, fast.add)
+    loops = (
+        *(fast.seeded, fast.pack_into, fast.unpack, fast.scatter),
+        *(fast.dequantize, fast.add_outer, fast.subtract, fast.add),
+    )
     scratch = fast.Scratch()
     bound: list[Any] = [functools.partial(loop, scratch) for loop in loops]
     return CodecRoutines(*bound)

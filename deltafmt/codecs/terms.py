@@ -7,36 +7,40 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs.nm import Buffers, NMArrays, NMCodec, Packed
+from deltafmt.codecs.buffers import Packed
+from deltafmt.codecs.lowbit import LowbitArrays, LowbitCodec
+from deltafmt.codecs.lowrank import LowRankArrays, LowRankCodec
+from deltafmt.codecs.nm import NMArrays, NMCodec
 from deltafmt.codecs.routines import REFERENCE, CodecRoutines
 from deltafmt.layout.kinds import Layout
+from deltafmt.layout.lowbit import LowbitLayout
+from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.layout.nm import NMLayout
 
 # What a method gives for one term, and a codec packs.
-Arrays = NMArrays
+Arrays = NMArrays | LowbitArrays | LowRankArrays
 
 
 class TermCodec(Protocol):
     """The codec of one term: a layout, a number of rows and columns, a seed.
 
     Attributes:
+        layout: of the term.
         shape: rows and columns of the term's matrix.
         run_rows: runs of rows start on multiples of this, a power of two.
         width: elements that decoding a row takes.
     """
 
+    @property
+    def layout(self) -> Layout:
+        """Of the term."""
+
     shape: tuple[int, int]
     run_rows: int
     width: int
 
-    def views(self, buffers: Buffers) -> dict[str, NDArray[np.generic]]:
-        """Return the packed arrays without copying a byte."""
-
-    def blank(self) -> dict[str, NDArray[np.generic]]:
-        """Return packed arrays of zeros, shaped as :meth:`views` shapes them."""
-
     def encode(self, arrays: Any, packed: Packed, first: int, routines: CodecRoutines = REFERENCE) -> None:
-        """Pack a run of rows that starts with row ``first`` into the arrays of :meth:`blank`."""
+        """Pack a run of rows that starts with row ``first`` into its part of a term's packed arrays."""
 
     def decode(
         self, packed: Packed, start: int, stop: int, routines: CodecRoutines = REFERENCE, *, check_form: bool = False
@@ -55,14 +59,13 @@ def term_codec(layout: Layout, rows: int, columns: int, seed: int = 0, slots: in
     """Return the codec of a term with this layout, shape, seed and number of slots."""
     if isinstance(layout, NMLayout):
         return NMCodec(layout, rows, columns, seed)
+    if isinstance(layout, LowbitLayout):
+        return LowbitCodec(layout, rows, columns)
+    if isinstance(layout, LowRankLayout):
+        return LowRankCodec(layout, rows, columns)
     raise TypeError(f"no codec for {type(layout).__name__}")
 
 
 def slot_count(arrays: Arrays) -> int:  # noqa: ARG001
     """Return the number of slots that a term of these arrays has; 0 for kinds without slots."""
     return 0
-
-
-def raw_bytes(array: NDArray[np.generic]) -> memoryview:
-    """Return an array's bytes in C order, without a copy where it lies so."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

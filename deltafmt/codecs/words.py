@@ -76,6 +76,20 @@ def _unpack_plane(by_row: NDArray[np.uint32], count: int, width: int) -> NDArray
     return fields
 
 
+def cut(by_row: NDArray[np.uint32], count: int, width: int, start: int, stop: int) -> NDArray[np.uint32]:
+    """Return the words of fields ``start`` to ``stop`` of rows of ``count`` fields; ``start`` is a multiple of 32.
+
+    A field before a multiple of 32 ends a word in every plane, so that each plane of the run is a slice.
+    """
+    if (start, stop) == (0, count):
+        return by_row
+    parts, first = [], 0
+    for plane in planes(width):
+        parts.append(by_row[:, first + start * plane // 32 : first + plane_words(stop, plane)])
+        first += plane_words(count, plane)
+    return np.concatenate(parts, axis=1)
+
+
 def to_tiles(by_row: NDArray[Scalar], share: int = 1) -> NDArray[Scalar]:
     """Rearrange (rows, n) into (tiles, n, 32), lanes without a row zero.
 

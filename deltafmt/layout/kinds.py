@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar, Final, Protocol
 
 from deltafmt.layout.checks import Where, fail
+from deltafmt.layout.lowbit import LowbitLayout
+from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.tiles import BufferForm
 
 
 class Layout(Protocol):
@@ -30,12 +33,15 @@ class Layout(Protocol):
     def plain(self) -> Layout:
         """Return the layout in which digests are taken and kernels read."""
 
-    def buffer_lengths(self, rows: int, columns: int, slots: int = 0) -> dict[str, int]:
-        """Byte lengths of a term's buffers by name, sorted: the order in which they are stored and digested.
+    def buffers(self, rows: int, columns: int, slots: int = 0) -> dict[str, BufferForm]:
+        """Return the arrays of a term by name, sorted: the order in which they are stored and digested.
 
         Raises:
             UsageError: a term of this shape cannot have so many slots.
         """
+
+    def buffer_lengths(self, rows: int, columns: int, slots: int = 0) -> dict[str, int]:
+        """Byte lengths of :meth:`buffers`."""
 
     def to_obj(self) -> dict[str, Any]:
         """Return the index's form."""
@@ -44,7 +50,9 @@ class Layout(Protocol):
         """Return a short form, without the kind."""
 
 
-KINDS: Final = {"nm": NMLayout}
+KINDS: Final[dict[str, type[NMLayout | LowbitLayout | LowRankLayout]]] = {
+    kind.kind: kind for kind in (NMLayout, LowbitLayout, LowRankLayout)
+}
 
 
 def parse_layout(obj: Any, where: Where) -> Layout:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Final
 
 from deltafmt.errors import UsageError
 from deltafmt.layout.checks import Where, parse_fields
-from deltafmt.layout.tiles import GRIDS, MAX_SCALE_GROUP, SCALE_BYTES, TILE_ROWS, stream_words, tiles
+from deltafmt.layout.tiles import GRIDS, MAX_SCALE_GROUP, SCALE_BYTES, TILE_ROWS, BufferForm, stream_words, tiles
 
 BITS: Final = (1, 2, 3, 4, 5, 6, 8)
 SHARES: Final = (1, 2, 4, 8)
@@ -145,14 +145,18 @@ class NMLayout:
             return stream_words(self.groups(columns), self.rank_bits)
         return 0
 
-    def buffer_lengths(self, rows: int, columns: int, slots: int = 0) -> dict[str, int]:  # noqa: ARG002 - of every kind
-        """Byte lengths of a term's buffers, in the order in which they are stored and digested."""
-        lengths = {"codes": self.row_tiles(rows) * TILE_ROWS * 4 * self.codes_words(columns)}
+    def buffers(self, rows: int, columns: int, slots: int = 0) -> dict[str, BufferForm]:  # noqa: ARG002 - of every kind
+        """Return the arrays of a term, in the order in which they are stored and digested."""
+        tiles_of_rows = self.row_tiles(rows)
+        forms = {"codes": BufferForm("U32", (tiles_of_rows, self.codes_words(columns), TILE_ROWS))}
         if self.index != "seeded":
-            lengths["index"] = self.index_tiles(rows) * TILE_ROWS * 4 * self.index_words(columns)
-        scale_bytes = SCALE_BYTES[self.scale_dtype]
-        lengths["scales"] = self.row_tiles(rows) * TILE_ROWS * scale_bytes * self.scales_per_row(columns)
-        return lengths
+            forms["index"] = BufferForm("U32", (self.index_tiles(rows), self.index_words(columns), TILE_ROWS))
+        forms["scales"] = BufferForm(self.scale_dtype, (tiles_of_rows, self.scales_per_row(columns), TILE_ROWS))
+        return forms
+
+    def buffer_lengths(self, rows: int, columns: int, slots: int = 0) -> dict[str, int]:
+        """Byte lengths of :meth:`buffers`."""
+        return {name: form.nbytes for name, form in self.buffers(rows, columns, slots).items()}
 
     def with_index(self, index: str) -> NMLayout:
         """Return the same layout with another index encoding."""

@@ -1,14 +1,29 @@
-"""Sizes of packed words: planes, words of a row, tiles of 32 rows (spec/deltafmt-v1.md, section 11.2)."""
+"""Sizes of packed words and buffers: planes, words of a row, tiles of 32 rows (spec/deltafmt-v1.md, section 11.2)."""
 
 from __future__ import annotations
 
-from typing import Final
+import math
+from typing import Final, NamedTuple
+
+from deltafmt.layout.constants import DTYPE_BITS
 
 TILE_ROWS: Final = 32
 WORD_BITS: Final = 32
 SCALE_BYTES: Final = {"BF16": 2, "F32": 4}
 GRIDS: Final = ("midtread", "midrise")
 MAX_SCALE_GROUP: Final = 2**31 - 1
+
+
+class BufferForm(NamedTuple):
+    """What a buffer holds: an array of a dtype (``U32`` for packed words) and a shape, in C order."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer."""
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 def planes(width: int) -> tuple[int, ...]:

@@ -19,8 +19,8 @@ from deltafmt import accel
 from deltafmt._version import __version__
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.codecs.nm import Packed
-from deltafmt.codecs.terms import TermCodec, raw_bytes, slot_count, term_codec
+from deltafmt.codecs.buffers import Packed, blank, raw_bytes
+from deltafmt.codecs.terms import TermCodec, slot_count, term_codec
 from deltafmt.container import canonical
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.stream import StreamFile
@@ -314,7 +314,7 @@ class _Packer:
         rows = min(tensor.rows, base.rows)
         for layout in _layouts(plan):
             codec = term_codec(layout, rows, tensor.columns, pending.seed if layout.seeded else 0)
-            pending.terms.append(_PackedTerm(layout, codec, codec.blank()))
+            pending.terms.append(_PackedTerm(layout, codec, blank(layout, *codec.shape)))
         width = max(term.codec.width for term in pending.terms)
         step = max(term.codec.run_rows for term in pending.terms)
         for start, stop in row_ranges(0, rows, width, step, BATCH_ELEMENTS):
@@ -395,7 +395,7 @@ def _warm_up(method: Method, per_thread: PerThread[Routines]) -> None:
     compressed = method.compress(DeltaRows(raw, "BF16", raw, "BF16", 0, routines), 0)
     for layout, arrays in zip(method.layouts(*raw.shape), compressed, strict=True):
         codec = term_codec(layout, *raw.shape)
-        codec.encode(arrays, codec.blank(), 0, routines.codec)
+        codec.encode(arrays, blank(layout, *raw.shape), 0, routines.codec)
 
 
 def _pack_rows(
@@ -422,7 +422,7 @@ def _pack_whole(plan: Plan, method: Method, pending: _Pending, per_thread: PerTh
         for layout, arrays in zip(_layouts(plan), compressed, strict=True):
             seed, slots = pending.seed if layout.seeded else 0, slot_count(arrays)
             codec = term_codec(layout, rows, plan.tensor.columns, seed, slots)
-            term = _PackedTerm(layout, codec, codec.blank(), slots)
+            term = _PackedTerm(layout, codec, blank(layout, *codec.shape, slots), slots)
             codec.encode(arrays, term.packed, 0, routines.codec)
             pending.terms.append(term)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from deltafmt.checkpoint.folder import natural_key
+from deltafmt.codecs.buffers import raw_bytes
 from deltafmt.codecs.nm import transcode_index
-from deltafmt.codecs.terms import raw_bytes
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile

@@ -31,7 +31,16 @@ class Node:
 
 
 # What a buffer counts as. Everything else in the file is overhead.
-PAYLOAD = {"codes": "codes", "index": "index", "scales": "scales", "new_rows": "kept exactly", "data": "kept exactly"}
+PAYLOAD = {
+    "codes": "codes",
+    "index": "index",
+    "scales": "scales",
+    "zero_points": "zero points",
+    "u": "factors",
+    "v": "factors",
+    "new_rows": "kept exactly",
+    "data": "kept exactly",
+}
 
 
 def plural(number: int, noun: str) -> str:
@@ -51,7 +60,7 @@ def cost_tree(container: Container) -> Node:
     used = 0
     for entry in container.entries():
         for name, ref in entry.refs():
-            plain = name.rpartition(".")[2]
+            plain = name.rpartition(".")[2].removeprefix("u_").removeprefix("v_")
             group = "tensors kept exactly" if entry.action == "replace" else "deltas"
             label = PAYLOAD[plain]
             kinds.setdefault(group, {}).setdefault(label, 0)

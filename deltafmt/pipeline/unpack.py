@@ -11,9 +11,9 @@ from deltafmt import accel
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
+from deltafmt.codecs.buffers import raw_bytes
 from deltafmt.codecs.floats import RAW_DTYPES
 from deltafmt.codecs.routines import CodecRoutines, codec_routines
-from deltafmt.codecs.terms import raw_bytes
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
 from deltafmt.errors import UsageError
 from deltafmt.layout.entries import BaseRef, TensorEntry

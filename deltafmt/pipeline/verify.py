@@ -10,8 +10,8 @@ from blake3 import blake3
 
 from deltafmt import accel
 from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.codecs.buffers import raw_bytes
 from deltafmt.codecs.routines import CodecRoutines, codec_routines
-from deltafmt.codecs.terms import raw_bytes
 from deltafmt.container.content import content_id
 from deltafmt.container.reader import Container
 from deltafmt.delta import DeltaFile, RunDecoder, codec_of

@@ -23,7 +23,7 @@ from deltafmt.errors import UsageError
 from deltafmt.layout.entries import TensorEntry
 from deltafmt.runtime.base_check import BaseCheck
 from deltafmt.runtime.delta_store import DeltaStore, read_source
-from deltafmt.runtime.device_delta import DeviceDelta
+from deltafmt.runtime.device_delta import DeviceDelta, check_kernels
 from deltafmt.runtime.inputs import batch_of, device_of, models_in
 from deltafmt.runtime.merge import Merge
 from deltafmt.runtime.places import Kind, Placement, Rename, place, weight_shape
@@ -114,6 +114,7 @@ class Deltas:
         Raises:
             UsageError: the name is taken, the delta alone exceeds the budget, or a tensor has no place in the model.
             WrongBaseError: the model is not the delta's base; names the first tensor that differs.
+            UnsupportedError: a tensor has a term of a kind that cannot be served.
             StorageError, InvalidFileError: the file cannot be read.
         """
         if not name or name == BASE_NAME:
@@ -128,6 +129,8 @@ class Deltas:
             entries = {tensor: entry for tensor, entry in source.entries.items() if tensor in taken}
             unchecked = self._check.check(entries, placement.parameters)
         needed = _changed(source.entries, placement)
+        for tensor in needed:
+            check_kernels(source.entries[tensor])
         with self._lock:
             if name in self._placements:
                 raise UsageError(f'there is a delta "{name}" already')

@@ -10,7 +10,8 @@ import torch
 
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import StorageError, UsageError
-from deltafmt.kernels.nm_matmul.operand import NMOperand
+from deltafmt.kernels.dense_delta import Operand
+from deltafmt.kernels.packed import PackedOperand
 from deltafmt.layout.constants import BUFFER_ALIGNMENT, align
 from deltafmt.layout.entries import TensorEntry
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
@@ -162,6 +163,8 @@ def _map_tensor(tensor: DeviceTensor, moved: Callable[[torch.Tensor], torch.Tens
     return replace(tensor, terms=terms, data=None if tensor.data is None else moved(tensor.data))
 
 
-def _map_operand(term: NMOperand, moved: Callable[[torch.Tensor], torch.Tensor]) -> NMOperand:
+def _map_operand(term: Operand, moved: Callable[[torch.Tensor], torch.Tensor]) -> Operand:
+    if isinstance(term, PackedOperand):
+        return replace(term, buffers={name: moved(tensor) for name, tensor in term.buffers.items()})
     index = None if term.index is None else moved(term.index)
     return replace(term, codes=moved(term.codes), index=index, scales=moved(term.scales))

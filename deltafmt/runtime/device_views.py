@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from deltafmt.container.reader import Container
-from deltafmt.errors import UnsupportedError
+from deltafmt.kernels.dense_delta import Operand
 from deltafmt.kernels.nm_matmul.operand import NMOperand
+from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
 from deltafmt.layout.constants import element_count
 from deltafmt.layout.entries import TensorEntry, Term
 from deltafmt.layout.nm import NMLayout
-from deltafmt.layout.tiles import TILE_ROWS
+from deltafmt.layout.sections import BufferRef
+from deltafmt.layout.tiles import TILE_ROWS, BufferForm
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.upload_plan import Placement
 
@@ -113,11 +115,13 @@ class DeviceTensors(Mapping[str, DeviceTensor]):
         terms = tuple(self._operand(entry, term) for term in entry.terms)
         return DeviceTensor(entry, terms, self._data(entry))
 
-    def _operand(self, entry: TensorEntry, term: Term) -> NMOperand:
+    def _operand(self, entry: TensorEntry, term: Term) -> Operand:
         params = term.params
-        if not isinstance(params, NMLayout):
-            raise UnsupportedError(f'tensors["{entry.name}"]: {params.kind} terms have no operands yet')
         rows, columns = entry.delta_rows, entry.columns
+        if not isinstance(params, NMLayout):
+            forms = params.buffers(rows, columns, term.slots)
+            buffers = {name: self._buffer(forms[name], ref) for name, ref in term.buffers.items()}
+            return PackedOperand(params, rows, columns, buffers, term.seed, term.slots)
         # Hundreds of tensors share a few shapes.
         key = (term.layout, rows, columns)
         form = self._forms.get(key)
@@ -132,6 +136,9 @@ class DeviceTensors(Mapping[str, DeviceTensor]):
             offset = self._placement.fixed_offset(entry, term) if is_rank else self._placement.offset(refs["index"])
             index = self._view(torch.int32, form.index, offset)
         return NMOperand(form.layout, term.seed, rows, columns, codes, index, scales)
+
+    def _buffer(self, form: BufferForm, ref: BufferRef) -> torch.Tensor:
+        return self._view(BUFFER_DTYPES[form.dtype], form.shape, self._placement.offset(ref))
 
     def _data(self, entry: TensorEntry) -> torch.Tensor | None:
         """Return the bytes of ``replace``, or of new rows, in the tensor's dtype if torch has it."""

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional
 
 from deltafmt.errors import UsageError
+from deltafmt.kernels.dense_delta import operand_delta
 from deltafmt.kernels.nm_matmul.operand import OperandTable
-from deltafmt.kernels.nm_matmul.product import nm_matmul_, operand_delta
+from deltafmt.kernels.nm_matmul.product import nm_matmul_
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.places import bias_of
 from deltafmt.runtime.selection import Selection
@@ -77,7 +78,7 @@ class Table:
 
     def put(self, slot: int, tensor: DeviceTensor) -> None:
         """Set a slot's terms."""
-        self.operands.put(slot, (tensor.terms,))
+        self.operands.put(slot, (tensor.kernel_terms,))
         self.slots.add(slot)
 
     def clear(self, slot: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deltafmt.kernels.nm_matmul.product import operand_delta
+from deltafmt.kernels.dense_delta import operand_delta
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.device_views import TORCH_DTYPES
 

@@ -1,0 +1,1 @@
+"""Products with packed ``lowrank`` terms; the reference alone so far."""

@@ -1,0 +1,54 @@
+"""The naive torch decoders of each kind, written from the specification alone, agree with the numpy decoders."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from deltafmt.codecs.buffers import blank
+from deltafmt.codecs.terms import term_codec
+from deltafmt.errors import UsageError
+from deltafmt.layout.kinds import Layout
+from deltafmt.layout.lowbit import LowbitLayout
+from strategies import dense_arrays, dense_layouts, examples, shapes
+
+torch = pytest.importorskip("torch")
+
+from deltafmt.kernels.dense_delta import operand_delta  # noqa: E402 - needs torch
+from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand  # noqa: E402
+
+
+def operand_of(layout: Layout, packed: dict[str, NDArray[np.generic]], rows: int, columns: int) -> PackedOperand:
+    buffers = {}
+    for name, form in layout.buffers(rows, columns).items():
+        raw = torch.from_numpy(packed[name].reshape(-1).view(np.uint8).copy())
+        buffers[name] = raw.view(BUFFER_DTYPES[form.dtype]).view(form.shape)
+    return PackedOperand(layout, rows, columns, buffers)
+
+
+@examples(80)
+@given(st.data(), dense_layouts(), shapes(70, 120))
+def test_dense_deltas_agree(data: st.DataObject, layout: Layout, shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    codec = term_codec(layout, rows, columns)
+    packed = blank(layout, rows, columns)
+    codec.encode(data.draw(dense_arrays(layout, rows, columns)), packed, 0)
+    expected = codec.decode(packed, 0, rows)
+    operand = operand_of(layout, packed, rows, columns)
+    assert operand.nbytes == sum(layout.buffer_lengths(rows, columns).values())
+    found = operand_delta(operand)
+    np.testing.assert_array_equal(found.numpy(), expected)
+    assert torch.equal(operand_delta(operand, 3, 9).nan_to_num(), found[3:9].nan_to_num())
+
+
+def test_buffers_of_another_form_are_refused() -> None:
+    layout = LowbitLayout(4)
+    operand = operand_of(layout, blank(layout, 33, 50), 33, 50)
+    for name, changed in (("codes", operand.buffers["codes"][:1]), ("scales", operand.buffers["scales"].float())):
+        with pytest.raises(UsageError, match=f"{name}: expected contiguous"):
+            PackedOperand(layout, 33, 50, {**operand.buffers, name: changed})
+    with pytest.raises(UsageError, match="a lowbit term has the buffers codes, scales"):
+        PackedOperand(layout, 33, 50, {"codes": operand.buffers["codes"]})
