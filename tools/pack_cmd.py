@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deltafmt.errors import UsageError
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
 
 if TYPE_CHECKING:
-    from deltafmt.methods import DeltaDQ, Method
+    from deltafmt.methods import Method
     from deltafmt.pipeline.pack import PackResult
 
 MENTIONED = 10
+PREFIX = "method_option_"
 EPILOG = """\
 patterns are shell patterns on tensor names, such as '*.mlp.*'. A rule's OPTIONS are 'exact', or
-key=value pairs of nm, bits, share, index, grid, scale and scale_group, joined by commas; what a rule
-leaves out is as the command's options say, and the last rule that matches a name decides:
+key=value pairs joined by commas: method=NAME, and options of that method (--method help lists them).
+What a rule leaves out is as the command's options say, or, if the rule names another method, as that
+method has it. The last rule that matches a name decides:
 
-  --rule '*.mlp.*' nm=2:16,bits=2 --rule lm_head.weight exact
+  --rule '*.mlp.*' nm=2:16,bits=2 --rule '*.attn.*' method=rtn,bits=3 --rule lm_head.weight exact
 
 Vectors, tensors that the base lacks or has in another shape, and dtypes other than BF16, F16 and F32
 are always kept exactly. An interrupted pack goes on where it stopped when the same command is run again.
@@ -35,18 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", nargs="?", help="checkpoint folder or .safetensors file")
     parser.add_argument("finetuned", metavar="FINETUNED", nargs="?", help="checkpoint folder or .safetensors file")
     parser.add_argument("-o", "--output", metavar="OUT", help="the delta file to make; - for standard output")
-    parser.add_argument("--method", default="deltadq", metavar="NAME", help="deltadq, or help for a list")
-    parser.add_argument("--nm", default="4:16", metavar="N:M", help="keep N of every M columns (4:16)")
-    parser.add_argument("--bits", type=int, default=4, metavar="K", help="bits of a code: 1-6 or 8 (4)")
-    parser.add_argument("--share", type=int, default=4, metavar="V", help="rows that share positions: 1, 2, 4, 8 (4)")
-    parser.add_argument(
-        "--index", default="seeded", metavar="KIND", help="seeded (no index bytes), fixed, or rank (cold files)"
-    )
-    parser.add_argument("--grid", metavar="KIND", help="midtread or midrise (midrise for 1 and 2 bits)")
-    parser.add_argument("--scale", metavar="RULE", help="minmax or mse (mse below 4 bits)")
-    parser.add_argument("--scale-group", type=int, default=0, metavar="G", help="kept entries a scale (a whole row)")
-    parser.add_argument("--scale-dtype", default="BF16", metavar="DTYPE", help="BF16 or F32 (BF16)")
-    parser.add_argument("--no-rescale", action="store_true", help="do not multiply what is kept by M/N")
+    parser.add_argument("--method", default="deltadq", metavar="NAME", help="deltadq, or help for a list (deltadq)")
     parser.add_argument("--profile", default="hot", metavar="NAME", help="hot (mapped and uploaded as it lies) or cold")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the random positions (0)")
     parser.add_argument("--include", action="append", default=[], metavar="PATTERN", help="compress only these")
@@ -56,21 +46,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="T", help="worker threads (one a processor)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    _add_method_options(parser)
+
+
+def _add_method_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of all methods; which of them the chosen one has is seen when it is made."""
+    from deltafmt.methods import METHODS
+    from deltafmt.methods.options import Option, options_of
+
+    group = parser.add_argument_group("options of the methods")
+    known: dict[str, list[tuple[str, Option]]] = {}
+    for name, method in METHODS.items():
+        for key, each in options_of(method).items():
+            known.setdefault(key, []).append((name, each))
+    for key, owners in known.items():
+        flag, each = f"--{key.replace('_', '-')}", owners[0][1]
+        texts: dict[str, list[str]] = {}
+        for name, other in owners:
+            texts.setdefault(other.help, []).append(name)
+        shown = "; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items()).replace("%", "%%")
+        target = PREFIX + key
+        if each.is_switch:
+            switch = argparse.BooleanOptionalAction
+            group.add_argument(flag, dest=target, action=switch, default=argparse.SUPPRESS, help=shown)
+        else:
+            group.add_argument(flag, dest=target, metavar=each.metavar, default=argparse.SUPPRESS, help=shown)
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    from deltafmt.methods import METHODS
-
     if options.method == "help":
-        for name, found in METHODS.items():
-            console.say(f"{name}: {found.summary}")
+        _list_methods()
         return
     for name, value in (("BASE", options.base), ("FINETUNED", options.finetuned), ("-o OUT", options.output)):
         if value is None:
             raise UsageError(f"{name} is missing (see deltafmt pack --help)")
-    if options.method not in METHODS:
-        raise UsageError(f"unknown method {options.method!r}; --method help lists them")
     from deltafmt.checkpoint.folder import Checkpoint
     from deltafmt.pipeline.pack import pack
 
@@ -144,56 +154,37 @@ def _report(options: argparse.Namespace, result: PackResult) -> None:
         console.say(f"and {len(surprising) - MENTIONED:,} more matrices kept exactly; inspect --tensors lists them")
 
 
-def _method(options: argparse.Namespace) -> DeltaDQ:
-    from deltafmt.methods import DeltaDQ
+def _method(options: argparse.Namespace) -> Method:
+    """Return the method that the command's own options describe."""
+    from deltafmt.methods import METHODS
+    from deltafmt.methods.options import make_method
 
-    n, m = parse_nm(options.nm)
-    return DeltaDQ(
-        n,
-        m,
-        options.bits,
-        options.index,
-        options.share,
-        options.grid,
-        options.scale,
-        options.scale_group,
-        options.scale_dtype,
-        not options.no_rescale,
-    )
+    given = {key.removeprefix(PREFIX): value for key, value in vars(options).items() if key.startswith(PREFIX)}
+    texts = {key: value if isinstance(value, str) else ("no", "yes")[value] for key, value in given.items()}
+    return make_method(METHODS, options.method, texts)
 
 
-def parse_nm(text: str) -> tuple[int, int]:
-    """Return N and M of ``N:M``.
+def _ruled(method: Method, text: str) -> Method | None:
+    """Return the method of a rule's options, None for ``exact``."""
+    from deltafmt.methods import METHODS
+    from deltafmt.methods.options import make_method, split_pairs
 
-    Raises:
-        UsageError: not of that form.
-    """
-    parts = text.split(":")
-    if len(parts) != 2 or not all(map(_is_number, parts)):
-        raise UsageError(f"{text!r} is not of the form N:M, such as 4:16")
-    return int(parts[0]), int(parts[1])
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 10
-
-
-def _ruled(method: DeltaDQ, text: str) -> DeltaDQ | None:
     if text == "exact":
         return None
-    changes: dict[str, Any] = {}
-    for pair in text.split(","):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UsageError(f"rule {text!r}: {pair!r} is neither 'exact' nor key=value")
-        if key == "nm":
-            changes["n"], changes["m"] = parse_nm(value)
-        elif key in ("bits", "share", "scale_group"):
-            if not _is_number(value):
-                raise UsageError(f"rule {text!r}: {key} is a number, not {value!r}")
-            changes[key] = int(value)
-        elif key in ("index", "grid", "scale", "scale_dtype"):
-            changes[key] = value
-        else:
-            raise UsageError(f"rule {text!r}: unknown key {key!r}")
-    return replace(method, **changes)
+    try:
+        pairs = split_pairs(text)
+        return make_method(METHODS, pairs.pop("method", method.name), pairs, method)
+    except UsageError as error:
+        raise UsageError(f"rule {text!r}: {error}") from error
+
+
+def _list_methods() -> None:
+    """Print every method and its options."""
+    from deltafmt.methods import METHODS
+    from deltafmt.methods.options import options_of
+
+    for name, method in METHODS.items():
+        console.say(f"{name}: {method.summary}")
+        for each in options_of(method).values():
+            value = "yes|no" if each.is_switch else each.metavar
+            console.say(f"  {each.key + '=' + value:20} {each.help}")

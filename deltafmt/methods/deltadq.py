@@ -19,7 +19,12 @@ from deltafmt.codecs.nm import NMArrays
 from deltafmt.errors import UsageError
 from deltafmt.layout.nm import NMLayout
 from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.options import option, parse_nm
 from deltafmt.methods.quantize import SCALE_RULES
+
+
+def _parse_nm(text: str) -> dict[str, int]:
+    return dict(zip(("n", "m"), parse_nm(text), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +46,16 @@ class DeltaDQ:
         UsageError: an option is out of range.
     """
 
-    n: int = 4
+    n: int = option(4, "keep N of every M columns (4:16)", "N:M", key="nm", parse=_parse_nm)
     m: int = 16
-    bits: int = 4
-    index: str = "seeded"
-    share: int = 4
-    grid: str | None = None
-    scale: str | None = None
-    scale_group: int = 0
-    scale_dtype: str = "BF16"
-    rescale: bool = True
+    bits: int = option(4, "bits of a code: 1-6 or 8 (4)", "K")
+    index: str = option("seeded", "seeded (no index bytes), fixed, or rank (cold files)", "KIND")
+    share: int = option(4, "rows that share positions: 1, 2, 4, 8 (4)", "V")
+    grid: str | None = option(None, "midtread or midrise (midrise for 1 and 2 bits)", "KIND")
+    scale: str | None = option(None, "minmax or mse (mse below 4 bits)", "RULE")
+    scale_group: int = option(0, "kept entries that share a scale (a whole row)", "G")
+    scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
+    rescale: bool = option(True, "multiply what is kept by M/N (yes)")
 
     name = "deltadq"
     whole = False
