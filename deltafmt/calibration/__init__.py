@@ -1,0 +1,15 @@
+"""Second moments of the inputs of a model's linear modules, gathered from a calibration text, block by block.
+
+::
+
+    from deltafmt.calibration.run import calibrate_folder
+
+    def on_module(name, weight_name, moments):
+        delta = finetuned[weight_name] - base[weight_name]
+        solved = gptq(delta, moments.matrix, grid)
+        return base[weight_name] + solved.quantized.dense()   # or None, to go on with the weight as it is
+
+    calibrate_folder("finetuned/", "text.jsonl", on_module)
+
+``text``, ``state`` and ``callbacks`` need neither torch nor transformers; the rest imports torch when it is imported.
+"""

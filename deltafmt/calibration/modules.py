@@ -1,0 +1,88 @@
+"""The parts of a model that calibration works on: linear modules, and the list of blocks that hidden states pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from deltafmt.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear module.
+
+    Attributes:
+        name: of the module in the model.
+        weight_name: of its weight; of a tied weight, the first name.
+        module: itself.
+        axis: the dimension of its weight that runs over the inputs.
+    """
+
+    name: str
+    weight_name: str
+    module: nn.Module
+    axis: int
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight."""
+        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def columns(self) -> int:
+        """Size of an input."""
+        return int(self.weight.shape[self.axis])
+
+
+def linear_modules(model: nn.Module) -> dict[str, Linear]:
+    """Return every linear module by name, in the model's order: ``nn.Linear``, and GPT-2's ``Conv1D``."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for name, module in model.named_modules():
+        axis = 1 if isinstance(module, nn.Linear) else 0 if _stores_inputs_first(module) else None
+        weight = getattr(module, "weight", None)
+        if axis is not None and isinstance(weight, nn.Parameter) and weight.ndim == 2:
+            found[name] = Linear(name, names[id(weight)], module, axis)
+    return found
+
+
+def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """Return the name and members of the longest outermost list of modules that hold linear ones; ("", []) if none is.
+
+    Lists within lists, such as the experts of a block, do not count.
+    """
+    best: tuple[str, list[nn.Module]] = "", []
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in lists):
+            continue
+        lists.append(name)
+        if len(module) > len(best[1]) and all(linear_modules(member) for member in module):
+            best = name, list(module)
+    return best
+
+
+def replace_weight(linear: Linear, new: object) -> None:
+    """Set a module's weight, rounded to its dtype, in place: a tied weight changes wherever it is used.
+
+    Raises:
+        UsageError: the new weight has another shape or is not finite.
+    """
+    value = torch.as_tensor(new)
+    if value.shape != linear.weight.shape:
+        raise UsageError(
+            f'a new weight of shape {list(value.shape)} does not fit "{linear.weight_name}" of shape '
+            f"{list(linear.weight.shape)}"
+        )
+    if not bool(value.isfinite().all()):
+        raise UsageError(f'a new weight for "{linear.weight_name}" is not finite')
+    with torch.no_grad():
+        linear.weight.copy_(value)
+
+
+def _stores_inputs_first(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

@@ -1,0 +1,146 @@
+"""Texts to token sequences, and sequences to batches of one length, which need no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.calibration.text import Document
+from deltafmt.errors import UsageError
+
+Tokens = NDArray[np.int64]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """How a model wants its text.
+
+    Attributes:
+        encode: a text to tokens, without any special ones.
+        before, after: special tokens around every document.
+        end: the token that ends a complete text, if there is one.
+    """
+
+    encode: Callable[[str], list[int]]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    end: int | None
+
+    def document(self, document: Document) -> list[int]:
+        """Return the tokens of a document."""
+        tokens = [*self.before]
+        for piece in document.pieces:
+            tokens += self.encode(piece)
+        tokens += self.after
+        if document.ended and self.end is not None and tokens[-1:] != [self.end]:
+            tokens.append(self.end)
+        return tokens
+
+
+def load_encoder(source: Path, config: Any) -> Encoder:
+    """Return the encoder of a model's folder, or of a ``tokenizer.json`` by itself.
+
+    A folder's tokenizer puts its own special tokens around a text. Where a ``tokenizer.json`` says nothing about them,
+    the first token is the configuration's ``bos_token_id``, and ``eos_token_id`` ends a text.
+
+    Raises:
+        UsageError: there is no tokenizer, or it cannot be loaded.
+    """
+    begin, end = (_single(getattr(config, name, None)) for name in ("bos_token_id", "eos_token_id"))
+    if source.is_dir():
+        if not any((source / name).is_file() for name in TOKENIZER_FILES):
+            raise UsageError(f"{source} has no tokenizer; name a folder or a tokenizer.json that has it")
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        except Exception as error:  # whatever a tokenizer's files make transformers raise
+            raise UsageError(f"{source}: transformers cannot load the tokenizer: {first_line(error)}") from error
+
+        def encode(text: str, special: bool = False) -> list[int]:
+            return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+        end = end if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+    else:
+        from tokenizers import Tokenizer
+
+        try:
+            bare = Tokenizer.from_file(str(source))
+        except Exception as error:  # tokenizers raises Exception itself
+            raise UsageError(f"{source}: not a tokenizer: {first_line(error)}") from error
+
+        def encode(text: str, special: bool = False) -> list[int]:
+            return list(bare.encode(text, add_special_tokens=special).ids)
+
+    before, after = _around(encode("a"), encode("a", special=True))
+    if source.is_file() and not before and not after and begin is not None:
+        before = (begin,)
+    return Encoder(encode, before, after, end)
+
+
+def cut(documents: Iterable[Document], encoder: Encoder, length: int, limit: int) -> list[Tokens]:
+    """Return sequences of at most ``length`` tokens, in the documents' order, of about ``limit`` tokens together.
+
+    A document longer than a sequence is cut into several; a shorter one is a sequence by itself, so that every text is
+    seen as the model would see it. Sequences of a single token are left out.
+    """
+    found: list[Tokens] = []
+    count = 0
+    for document in documents:
+        tokens = np.array(encoder.document(document), np.int64)
+        for start in range(0, tokens.size, length):
+            if count >= limit:
+                return found
+            part = tokens[start : start + length]
+            if part.size > 1:
+                found.append(part)
+                count += part.size
+    return found
+
+
+def batches(sequences: Sequence[Tokens], tokens: int) -> list[Tokens]:
+    """Group sequences of equal length, longest first and otherwise in their order, into batches of about ``tokens``."""
+    by_length: dict[int, list[Tokens]] = {}
+    for sequence in sequences:
+        by_length.setdefault(sequence.size, []).append(sequence)
+    found = []
+    for length in sorted(by_length, reverse=True):
+        alike = by_length[length]
+        rows = max(tokens // length, 1)
+        found += [np.stack(alike[start : start + rows]) for start in range(0, len(alike), rows)]
+    return found
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, for a message of one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _single(token: Any) -> int | None:
+    """Return a token number; of a list of them, the first."""
+    if isinstance(token, (list, tuple)):
+        token = token[0] if token else None
+    return None if token is None else int(token)
+
+
+def _around(plain: list[int], special: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return what stands before and after ``plain`` in ``special``."""
+    for start in range(len(special) - len(plain) + 1):
+        if special[start : start + len(plain)] == plain:
+            return tuple(special[:start]), tuple(special[start + len(plain) :])
+    return (), ()
