@@ -11,8 +11,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import deltafmt  # noqa: E402
-from deltafmt.errors import InvalidFileError, StorageError, UsageError, WrongBaseError  # noqa: E402
-from deltafmt.methods import DeltaDQ  # noqa: E402
+from deltafmt.errors import (  # noqa: E402
+    InvalidFileError,
+    StorageError,
+    UnsupportedError,
+    UsageError,
+    WrongBaseError,
+)
+from deltafmt.methods import RTN, DeltaDQ  # noqa: E402
 from deltafmt.runtime.residency import NoRoomError  # noqa: E402
 from deltafmt.transformers import attach, detach  # noqa: E402
 from tiny_models import ARCHITECTURES, CAUSAL, Tiny, close, every, generate, ids, logits, made_once, new_model  # noqa: E402
@@ -361,3 +367,16 @@ def test_nano_solves_as_unpacked(nano: Path, tmp_path: Path) -> None:
     assert accuracy_of(model, problems) == 0
     with model.delta("math"):
         assert accuracy_of(model, problems) >= expected - 0.01
+
+
+def test_terms_without_a_kernel_are_refused(nano: Path, tmp_path: Path) -> None:
+    from solve import load
+
+    for number, method in enumerate((RTN(4), DeltaDQ())):
+        deltafmt.pack(nano / "base", nano / "math", tmp_path / f"{number}.deltafmt", method=method)
+    model = load(nano / "base")
+    with pytest.raises(
+        UnsupportedError, match=r'tensor "model\..*" has a lowbit term, which this version cannot serve'
+    ):
+        attach(model, {"math": tmp_path / "0.deltafmt"})
+    attach(model, {"math": tmp_path / "1.deltafmt"})

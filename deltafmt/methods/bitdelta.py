@@ -1,0 +1,97 @@
+"""BitDelta: the sign of every element of a delta, and how large they are on average.
+
+Liu, Xiao, Li, Lee, Stoica, Han, Cai, "BitDelta: Your Fine-Tune May Only Be Worth One Bit" (arXiv 2402.10193). Section
+3.1: the delta becomes alpha * Sign(delta), where alpha, the mean of its magnitudes, is the scale of least squared error
+(eq. 3); Sign gives +1 for 0, as in the authors' code. Their second step, which trains the scales, is not part of this.
+
+Beyond the paper: the mean may be that of every row, of every column (per-axis sign scales, arXiv 2512.19720) or of
+groups of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.codecs.floats import narrow, widen
+from deltafmt.codecs.lowbit import LowbitArrays
+from deltafmt.errors import UsageError
+from deltafmt.layout.lowbit import LowbitLayout
+from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.options import option
+from deltafmt.methods.quantize import check_scales
+
+MEANS = ("matrix", "row", "column", "group")
+
+
+@dataclass(frozen=True, slots=True)
+class BitDelta:
+    """Options of the method.
+
+    Attributes:
+        mean: what has a scale of its own: the ``matrix`` (as in the paper; stored as equal scales of its rows), every
+            ``row``, every ``column``, or every ``group`` of columns of a row.
+        scale_group: columns of a group.
+        scale_dtype: ``BF16`` or ``F32``.
+
+    Raises:
+        UsageError: an option is out of range.
+    """
+
+    mean: str = option("matrix", "what has a scale: matrix, row, column or group (matrix)", "OF")
+    scale_group: int = option(128, "columns of a group (128)", "G")
+    scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
+
+    name = "bitdelta"
+    summary = "signs, and the mean magnitude (BitDelta)"
+
+    def __post_init__(self) -> None:
+        if self.mean not in MEANS:
+            raise UsageError(f"mean {self.mean!r} is not one of {', '.join(MEANS)}")
+        if self.mean == "group" and self.scale_group == 0:
+            raise UsageError("a group has at least one column")
+        _ = self.layout
+
+    @property
+    def whole(self) -> bool:
+        """Whether a scale depends on all rows."""
+        return self.mean in ("matrix", "column")
+
+    @property
+    def layout(self) -> LowbitLayout:
+        """The layout of the term."""
+        axis = "column" if self.mean == "column" else "row"
+        return LowbitLayout(1, "midrise", self.scale_dtype, self.scale_group if self.mean == "group" else 0, axis)
+
+    def layouts(self, rows: int, columns: int) -> tuple[LowbitLayout]:  # noqa: ARG002 - the same for every shape
+        """Return the layout of its one term."""
+        return (self.layout,)
+
+    def describe(self) -> str:
+        """Return the method and its options in one line."""
+        return f"bitdelta {self.mean} {self.layout.describe()}"
+
+    def compress(self, rows: DeltaRows, seed: int) -> tuple[LowbitArrays]:  # noqa: ARG002 - nothing is drawn
+        """Take the signs, and the means that the options ask for."""
+        delta, layout = rows.dense(), self.layout
+        if not self.whole:
+            # On two levels, the scale of least squared error is the mean magnitude.
+            found = rows.routines.quantize(delta, 1, "midrise", "mse", layout.scale_group, self.scale_dtype)
+            return (LowbitArrays(*found),)
+        sums = np.abs(delta).sum(axis=0 if self.mean == "column" else 1, dtype=np.float64)
+        if self.mean == "column":
+            scales = self._rounded(sums[None] / delta.shape[0])
+        else:
+            scales = self._rounded(np.full((delta.shape[0], 1), math.fsum(sums) / delta.size))
+        return (LowbitArrays((delta >= 0).astype(np.uint8), scales),)
+
+    def _rounded(self, means: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Return scales of two levels that lie at the means: the levels are half a scale from zero."""
+        with np.errstate(over="ignore"):
+            scales = (2 * means).astype(np.float32)
+            scales = widen(narrow(scales, self.scale_dtype), self.scale_dtype)
+        check_scales(scales)
+        return scales

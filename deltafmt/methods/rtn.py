@@ -1,0 +1,73 @@
+"""Round to nearest: every element to k bits, with scales for groups of columns.
+
+The baseline that calibrated methods are compared with, as in GPTQ (Frantar et al., arXiv 2210.17323, table 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltafmt.codecs.lowbit import LowbitArrays
+from deltafmt.layout.lowbit import LowbitLayout
+from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.grids import Grid
+from deltafmt.methods.options import option
+
+
+@dataclass(frozen=True, slots=True)
+class RTN:
+    """Options of the method.
+
+    Attributes:
+        bits: k, width of a code: 1 to 8.
+        grid: ``midtread``, ``midrise``, ``asymmetric`` (a zero point for every scale) or None: midrise for k of 1
+            and 2, midtread above.
+        scale: ``minmax``, ``mse`` or None: mse for k below 4, minmax from there on.
+        scale_group: consecutive columns of a row that share a scale; 0 for one scale a row.
+        scale_dtype: ``BF16`` or ``F32``.
+
+    Raises:
+        UsageError: an option is out of range.
+    """
+
+    bits: int = option(4, "bits of a code: 1-8 (4)", "K")
+    grid: str | None = option(None, "midtread, midrise or asymmetric (midrise for 1 and 2 bits)", "KIND")
+    scale: str | None = option(None, "minmax or mse (mse below 4 bits)", "RULE")
+    scale_group: int = option(128, "columns that share a scale; 0: a whole row (128)", "G")
+    scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
+
+    name = "rtn"
+    summary = "every element to the nearest of k bits"
+    whole = False
+
+    def __post_init__(self) -> None:
+        _ = self.layout, self.quantizer
+
+    @property
+    def layout(self) -> LowbitLayout:
+        """The layout of the term."""
+        grid = self.grid or ("midrise" if self.bits <= 2 else "midtread")
+        return LowbitLayout(self.bits, grid, self.scale_dtype, self.scale_group)
+
+    @property
+    def quantizer(self) -> Grid:
+        """The grid and the rule of its scales."""
+        rule = self.scale or ("mse" if self.bits < 4 else "minmax")
+        return Grid(self.bits, self.layout.grid, rule, self.scale_group, self.scale_dtype)
+
+    def layouts(self, rows: int, columns: int) -> tuple[LowbitLayout]:  # noqa: ARG002 - the same for every shape
+        """Return the layout of its one term."""
+        return (self.layout,)
+
+    def describe(self) -> str:
+        """Return the method and its options in one line."""
+        return f"rtn {self.layout.describe()} {self.quantizer.rule}"
+
+    def compress(self, rows: DeltaRows, seed: int) -> tuple[LowbitArrays]:  # noqa: ARG002 - nothing is drawn
+        """Quantize a run of rows."""
+        delta, grid = rows.dense(), self.quantizer
+        if grid.kind == "asymmetric":
+            found = grid.quantize(delta)
+            return (LowbitArrays(found.codes, found.scales, found.zeros),)
+        codes, scales = rows.routines.quantize(delta, grid.bits, grid.kind, grid.rule, grid.group, grid.scale_dtype)
+        return (LowbitArrays(codes, scales),)
