@@ -26,6 +26,7 @@ COMMANDS = {
     "verify": "check a delta file completely, and a base against it",
     "repack": "rewrite a delta file for serving (hot) or for archives (cold), without loss",
     "diff": "show what differs between two delta files, or two checkpoints",
+    "analyze": "show what a fine-tune's delta looks like, and what compressing it loses",
 }
 
 

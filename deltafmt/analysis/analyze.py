@@ -1,0 +1,109 @@
+"""Go through a pair of checkpoints, a tensor and a block of rows at a time, and collect its figures."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from deltafmt.analysis.approximation import approximation_of, packed
+from deltafmt.analysis.inputs import Inputs, calibrated_inputs, normal_inputs
+from deltafmt.analysis.norms import Norms
+from deltafmt.analysis.pairs import TensorPair, find_pairs
+from deltafmt.analysis.products import Products
+from deltafmt.analysis.quantized import histogram_of
+from deltafmt.analysis.report import Report, TensorFigures
+from deltafmt.analysis.spectrum import spectrum_of
+from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.delta import DeltaFile
+from deltafmt.errors import NonFiniteError, UsageError
+from deltafmt.methods.base import Method
+from deltafmt.methods.deltadq import DeltaDQ
+from deltafmt.pipeline.plan import check_architecture
+
+
+def analyze(
+    base: str | os.PathLike[str],
+    finetuned: str | os.PathLike[str],
+    *,
+    delta: str | os.PathLike[str] | None = None,
+    method: Method | None = None,
+    quantization: tuple[int, int, int] = (4, 16, 4),
+    calibration: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    progress: Callable[[str, int], None] | None = None,
+) -> Report:
+    """Return figures on a fine-tune's delta, and on what compressing it loses.
+
+    Args:
+        base, finetuned: checkpoint folders or ``.safetensors`` files.
+        delta: a delta file of this pair, whose losses are measured.
+        method: without a delta file, what a temporary one is made with; DeltaDQ with ``quantization`` if None.
+        quantization: N, M and k of the histograms of values before and after quantization; k at least 2.
+        calibration: a text file for the inputs of the layers; without it they are standard normal.
+        tokenizer: a ``tokenizer.json``, where the fine-tune's folder has none.
+        include: if given, only tensors whose names match one of these patterns.
+        exclude: tensors whose names match one of these are left out.
+        seed: of everything that is drawn.
+        progress: called with a tensor's name and bytes, once when its figures are done and once when its losses are.
+
+    Raises:
+        UsageError: an option is out of range, a pattern matches nothing, or the calibration cannot be run.
+        WrongBaseError: base and fine-tune, or the delta file, do not belong together.
+        InvalidFileError, StorageError: a file cannot be read.
+    """
+    n, m, bits = quantization
+    if bits < 2:
+        raise UsageError(f"k = {bits}: a histogram after min-max quantization needs at least 2 bits")
+    own = DeltaDQ(n, m, bits, index="seeded" if m & (m - 1) == 0 and m <= 128 else "fixed")
+    with Checkpoint(base) as before, Checkpoint(finetuned) as after:
+        check_architecture(before, after)
+        pairs, skipped = find_pairs(before, after, include, exclude)
+        inputs = normal_inputs(seed)
+        if calibration is not None:
+            linear = [pair.name for pair in pairs if pair.is_linear]
+            inputs = calibrated_inputs(finetuned, calibration, linear, tokenizer)
+        how = str(delta) if delta is not None else (method or own).describe()
+        report = Report(str(base), str(finetuned), inputs.source, how, quantization, skipped=skipped)
+        for pair in pairs:
+            try:
+                report.tensors.append(figures_of(pair, inputs, quantization, seed))
+            except NonFiniteError:
+                skipped[pair.name] = "the delta holds NaN or infinity"
+            if progress:
+                progress(pair.name, pair.finetuned.nbytes)
+        with contextlib.ExitStack() as stack:
+            path = Path(delta) if delta is not None else None
+            if path is None:
+                path = stack.enter_context(packed(base, finetuned, method or own, [*skipped]))
+            opened = stack.enter_context(DeltaFile(path))
+            for one in report.tensors:
+                vectors = inputs.of(one.pair.name, one.pair.columns) if one.pair.is_linear else None
+                one.approximation = approximation_of(one.pair, opened, vectors)
+                if progress:
+                    progress(one.pair.name, one.pair.finetuned.nbytes)
+    return report
+
+
+def figures_of(pair: TensorPair, inputs: Inputs, quantization: tuple[int, int, int], seed: int = 0) -> TensorFigures:
+    """Return the figures of one tensor, but for what a delta file loses of it.
+
+    Raises:
+        NonFiniteError: the delta holds NaN or infinity.
+    """
+    figures = TensorFigures(pair, Norms())
+    vectors = inputs.of(pair.name, pair.columns) if pair.is_linear else None
+    if vectors is not None:
+        figures.products = Products(vectors, pair.rows)
+    for block in pair.blocks():
+        figures.norms.add(block)
+        if figures.products:
+            figures.products.add(block)
+    if pair.is_matrix:
+        figures.spectrum = spectrum_of(pair, figures.norms.delta, seed)
+        figures.histogram = histogram_of(pair, figures.norms.rms, *quantization, seed)
+    return figures

@@ -1,0 +1,166 @@
+"""Which tensors of a pair are analyzed, what kind of layer each is and at which depth, and their rows in blocks."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.codecs import floats
+from deltafmt.errors import NonFiniteError, UsageError
+from deltafmt.layout.constants import DELTA_DTYPES
+
+Floats = NDArray[np.float32]
+
+BLOCK_ELEMENTS = 1 << 21
+_EMBEDDING = re.compile(r"embed|wte|wpe|^shared$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive rows of a pair in float32, shape (rows, columns); ``first`` is the first row's number."""
+
+    first: int
+    base: Floats
+    finetuned: Floats
+    delta: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPair:
+    """A tensor of both checkpoints.
+
+    Attributes:
+        name: of the tensor.
+        kind: of its layer, such as ``q_proj``.
+        depth: number of its layer; None outside the layers.
+        base, finetuned: on disk.
+    """
+
+    name: str
+    kind: str
+    depth: int | None
+    base: Tensor
+    finetuned: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Rows that both have."""
+        return min(self.base.rows, self.finetuned.rows)
+
+    @property
+    def columns(self) -> int:
+        """Columns."""
+        return self.finetuned.columns
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has two dimensions or more."""
+        return len(self.finetuned.shape) >= 2
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it multiplies a vector of inputs: a matrix that is no embedding, by its name."""
+        return self.is_matrix and not _EMBEDDING.search(self.kind)
+
+    def rows_of(self, start: int, stop: int) -> Block:
+        """Return some rows.
+
+        Raises:
+            NonFiniteError: the delta holds NaN or infinity.
+        """
+        with self.base.row_range(start, stop) as before, self.finetuned.row_range(start, stop) as after:
+            delta, finite = floats.subtract(after, self.finetuned.dtype, before, self.base.dtype)
+            if not finite:
+                raise NonFiniteError(f'tensor "{self.name}": the delta holds NaN or infinity')
+            # A copy, where the dtype needs no widening: the mapped pages are given back.
+            left, right = (
+                np.array(floats.widen(raw, tensor.dtype))
+                for raw, tensor in ((before, self.base), (after, self.finetuned))
+            )
+        return Block(start, left, right, delta)
+
+    def blocks(self) -> Iterator[Block]:
+        """Iterate over the rows that both have, some megabytes at a time."""
+        step = max(BLOCK_ELEMENTS // max(self.columns, 1), 1)
+        for start in range(0, self.rows, step):
+            yield self.rows_of(start, min(start + step, self.rows))
+
+
+def find_pairs(
+    base: Checkpoint, finetuned: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[list[TensorPair], dict[str, str]]:
+    """Return the tensors to analyze, and for every other of the fine-tune why it is left out.
+
+    Args:
+        base, finetuned: the checkpoints.
+        include: if given, only names that match one of these shell patterns.
+        exclude: names that match one of these are left out.
+
+    Raises:
+        UsageError: a pattern matches no tensor.
+    """
+    names = list(finetuned.tensors)
+    for pattern in (*include, *exclude):
+        if not fnmatch.filter(names, pattern):
+            raise UsageError(f"pattern {pattern!r} matches no tensor of {finetuned.path}")
+    skipped: dict[str, str] = {}
+    chosen: list[tuple[Tensor, Tensor]] = []
+    for name, tensor in finetuned.tensors.items():
+        other = base.tensors.get(name)
+        reason = _why_not(tensor, other)
+        if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
+            reason = "not included"
+        elif any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+            reason = "excluded"
+        if reason or other is None:
+            skipped[name] = reason
+        else:
+            chosen.append((other, tensor))
+    kinds = layer_kinds([tensor.name for _, tensor in chosen])
+    return [TensorPair(tensor.name, *kinds[tensor.name], other, tensor) for other, tensor in chosen], skipped
+
+
+def _why_not(tensor: Tensor, base: Tensor | None) -> str:
+    if base is None:
+        return "not in the base"
+    if tensor.dtype not in DELTA_DTYPES or base.dtype not in DELTA_DTYPES:
+        return f"dtype {tensor.dtype}"
+    if len(base.shape) != len(tensor.shape) or base.shape[1:] != tensor.shape[1:]:
+        return "another shape than the base's"
+    if len(tensor.shape) < 2 and base.shape != tensor.shape:
+        return "another shape than the base's"
+    return "" if tensor.nbytes and base.nbytes else "empty"
+
+
+def layer_kinds(names: Sequence[str]) -> dict[str, tuple[str, int | None]]:
+    """Return the kind of layer and the depth that tensors' names tell.
+
+    The depth is the first part of a name that is a number; what follows it, without a last ``weight``, is the kind.
+    Where the last part of that says enough, it stands for the whole: ``self_attn.q_proj`` becomes ``q_proj``, while
+    ``attention.output.dense`` and ``intermediate.dense`` stay.
+    """
+    whole: dict[str, tuple[str, int | None]] = {}
+    for name in names:
+        parts = name.split(".")
+        if parts[-1] == "weight" and len(parts) > 1:
+            parts.pop()
+        place = next((i for i, part in enumerate(parts[:-1]) if _is_number(part)), None)
+        tail = parts if place is None else parts[place + 1 :]
+        depth = None if place is None else int(parts[place])
+        whole[name] = ".".join("*" if _is_number(part) else part for part in tail), depth
+    tails: dict[str, set[str]] = {}
+    for kind, _ in whole.values():
+        tails.setdefault(kind.rpartition(".")[2], set()).add(kind)
+    short = {kind: last for last, found in tails.items() for kind in found if len(found) == 1}
+    return {name: (short.get(kind, kind), depth) for name, (kind, depth) in whole.items()}
+
+
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdigit() and len(part) < 10

@@ -1,0 +1,195 @@
+"""The figures of an analysis: tensor by tensor, and pooled by kind of layer and by depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deltafmt.analysis import approximation, products
+from deltafmt.analysis.approximation import Approximation
+from deltafmt.analysis.norms import Norms, relative
+from deltafmt.analysis.pairs import TensorPair
+from deltafmt.analysis.products import Products
+from deltafmt.analysis.quantized import Histogram
+from deltafmt.analysis.spectrum import Spectrum
+
+
+@dataclass(slots=True)
+class TensorFigures:
+    """What was found of one tensor; what does not apply to it is None.
+
+    Attributes:
+        pair: the tensor.
+        norms: of every tensor.
+        products: of linear layers.
+        spectrum, histogram: of matrices.
+        approximation: of what is packed lossily.
+    """
+
+    pair: TensorPair
+    norms: Norms
+    products: Products | None = None
+    spectrum: Spectrum | None = None
+    histogram: Histogram | None = None
+    approximation: Approximation | None = None
+
+    def to_obj(self) -> dict[str, Any]:
+        """Return a plain object for JSON."""
+        pair = self.pair
+        obj: dict[str, Any] = {"name": pair.name, "kind": pair.kind, "depth": pair.depth}
+        obj["shape"] = list(pair.finetuned.shape)
+        obj["norms"] = self.norms.to_obj()
+        obj["products"] = self.products and self.products.to_obj()
+        obj["singular_values"] = self.spectrum and self.spectrum.to_obj()
+        obj["approximation"] = self.approximation and self.approximation.to_obj()
+        return obj
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Several tensors taken together.
+
+    Attributes:
+        label: kind of layer, or depth.
+        members: the tensors.
+    """
+
+    label: str
+    members: Sequence[TensorFigures]
+
+    @property
+    def relative_norm(self) -> float | None:
+        """Norm of all deltas over the norm of all bases."""
+        return relative(sum(one.norms.delta for one in self.members), sum(one.norms.base for one in self.members))
+
+    @property
+    def outlier_columns(self) -> int:
+        """Columns that stand out in their matrix."""
+        return sum(len(one.norms.outlier_columns) for one in self.members if one.pair.is_matrix)
+
+    @property
+    def products(self) -> list[Products]:
+        """Products of those that have them."""
+        return [one.products for one in self.members if one.products]
+
+    @property
+    def spectra(self) -> list[Spectrum]:
+        """Spectra of those that have a delta."""
+        return [one.spectrum for one in self.members if one.spectrum and one.spectrum.squares]
+
+    @property
+    def energy(self) -> dict[int, float]:
+        """Mean share of the sum of squares in the first 1, 2, 4, ... singular values, as far as all have so many."""
+        each = [spectrum.energy for spectrum in self.spectra]
+        counts = [count for count in (each[0] if each else ()) if all(count in one for one in each)]
+        return {count: sum(one[count] for one in each) / len(each) for count in counts}
+
+    @property
+    def effective_rank(self) -> float | None:
+        """Mean effective rank; None if one is unknown."""
+        ranks = [spectrum.effective_rank for spectrum in self.spectra]
+        known = [rank for rank in ranks if rank is not None]
+        return sum(known) / len(known) if known and len(known) == len(ranks) else None
+
+    @property
+    def approximation(self) -> Approximation | None:
+        """What is lost of those that are packed lossily."""
+        found = [one.approximation for one in self.members if one.approximation]
+        return approximation.pooled(found) if found else None
+
+    def to_obj(self) -> dict[str, Any]:
+        """Return a plain object for JSON."""
+        lost = self.approximation
+        return {
+            "label": self.label,
+            "tensors": len(self.members),
+            "relative_norm": self.relative_norm,
+            "outlier_columns": self.outlier_columns,
+            "products": products.summary(self.products) if self.products else None,
+            "energy": {str(count): share for count, share in self.energy.items()},
+            "effective_rank": self.effective_rank,
+            "approximation": lost and lost.to_obj(),
+        }
+
+
+@dataclass(slots=True)
+class Report:
+    """Everything that an analysis found.
+
+    Attributes:
+        base, finetuned: the checkpoints.
+        inputs: where the layers' inputs come from, in words.
+        delta: the delta file or method whose losses are given, in words.
+        quantization: N, M and k of the histograms.
+        tensors: one for every tensor that both sides have.
+        skipped: name to reason for the rest.
+    """
+
+    base: str
+    finetuned: str
+    inputs: str
+    delta: str
+    quantization: tuple[int, int, int]
+    tensors: list[TensorFigures] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def matrices(self) -> list[TensorFigures]:
+        """The matrices."""
+        return [one for one in self.tensors if one.pair.is_matrix]
+
+    @property
+    def depths(self) -> list[int]:
+        """Numbers of the layers that hold matrices, ascending."""
+        return sorted({one.pair.depth for one in self.matrices if one.pair.depth is not None})
+
+    def by_kind(self) -> list[Group]:
+        """Return the matrices grouped by kind of layer, in the order in which kinds first appear."""
+        return _groups((one.pair.kind, one) for one in self.matrices)
+
+    def by_depth(self) -> list[Group]:
+        """Return the matrices of the layers grouped by depth, ascending."""
+        inside = [one for one in self.matrices if one.pair.depth is not None]
+        return _groups((str(one.pair.depth), one) for one in sorted(inside, key=lambda one: one.pair.depth or 0))
+
+    def by_band(self, kind: Group) -> list[Group]:
+        """Return a kind's matrices in the low, medium and high third of the depths."""
+        depths = self.depths
+        size = math.ceil(len(depths) / 3)
+        bands = ("low", "medium", "high")
+        place = {depth: bands[i // size] for i, depth in enumerate(depths)}
+        inside = [one for one in kind.members if one.pair.depth is not None]
+        return [Group(band, [one for one in inside if place[one.pair.depth or 0] == band]) for band in bands]
+
+    @property
+    def histogram(self) -> Histogram:
+        """Counts of all matrices together."""
+        total = Histogram()
+        for one in self.tensors:
+            if one.histogram:
+                total.add(one.histogram)
+        return total
+
+    def to_obj(self) -> dict[str, Any]:
+        """Return a plain object for JSON."""
+        n, m, bits = self.quantization
+        return {
+            "base": self.base,
+            "finetuned": self.finetuned,
+            "inputs": self.inputs,
+            "delta": self.delta,
+            "kinds": [group.to_obj() for group in self.by_kind()],
+            "depths": [group.to_obj() for group in self.by_depth()],
+            "histogram": {"n": n, "m": m, "bits": bits, **self.histogram.to_obj()},
+            "tensors": [one.to_obj() for one in self.tensors],
+            "skipped": self.skipped,
+        }
+
+
+def _groups(labelled: Iterable[tuple[str, TensorFigures]]) -> list[Group]:
+    members: dict[str, list[TensorFigures]] = {}
+    for label, one in labelled:
+        members.setdefault(label, []).append(one)
+    return [Group(label, found) for label, found in members.items()]

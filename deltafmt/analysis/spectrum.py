@@ -1,0 +1,143 @@
+"""How fast the singular values of a delta fall: what low rank can hold of it (Delta-CoMe, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.analysis.pairs import Block, Floats, TensorPair
+
+EXACT = 1024  # with a smaller side up to this, all singular values are computed
+KNOWN = 128  # beyond, this many are estimated
+_OVERSAMPLING = 16
+_POWER_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """Singular values of a delta.
+
+    Attributes:
+        values: singular values, descending, float64: all of them, or the first ones.
+        squares: the sum of squares of all singular values, which is that of the delta's elements.
+        exact: whether ``values`` are all, from the eigenvalues of D D^T or D^T D; otherwise they are estimated from
+            below by a randomized projection (Halko, Martinsson and Tropp 2011, algorithm 4.4).
+    """
+
+    values: NDArray[np.float64]
+    squares: float
+    exact: bool
+
+    @property
+    def energy(self) -> dict[int, float]:
+        """Share of the sum of squares in the first 1, 2, 4, 8, ... singular values; empty for a delta of zeros."""
+        if not self.squares:
+            return {}
+        sums = np.cumsum(np.square(self.values)) / self.squares
+        counts = [1 << i for i in range(len(sums).bit_length())]
+        return {count: min(float(sums[count - 1]), 1.0) for count in counts}
+
+    @property
+    def effective_rank(self) -> float | None:
+        """Exponential of the entropy of the singular values over their sum (Roy and Vetterli 2007); None if unknown."""
+        total = self.values.sum()
+        if not self.exact or not total:
+            return None
+        shares = self.values[self.values > 0] / total
+        return float(np.exp(-(shares * np.log(shares)).sum()))
+
+    @property
+    def stable_rank(self) -> float | None:
+        """Sum of squares of all singular values over the square of the largest; None for a delta of zeros."""
+        return float(self.squares / self.values[0] ** 2) if self.squares else None
+
+    def rank_of(self, share: float) -> int | None:
+        """Return how many singular values hold a share of the sum of squares; None if more than are known."""
+        if not self.squares:
+            return 0
+        sums = np.cumsum(np.square(self.values)) / self.squares
+        count = int(np.searchsorted(sums, share - 1e-12)) + 1
+        return count if count <= len(sums) else None
+
+    def to_obj(self) -> dict[str, Any]:
+        """Return a plain object for JSON."""
+        return {
+            "exact": self.exact,
+            "largest": float(self.values[0]) if len(self.values) else 0.0,
+            "energy": {str(count): share for count, share in self.energy.items()},
+            "effective_rank": self.effective_rank,
+            "stable_rank": self.stable_rank,
+            "rank_90": self.rank_of(0.9),
+            "rank_99": self.rank_of(0.99),
+        }
+
+
+def spectrum_of(pair: TensorPair, squares: float, seed: int = 0, exact: int = EXACT) -> Spectrum:
+    """Return the singular values of a matrix's delta.
+
+    Args:
+        pair: the matrix.
+        squares: sum of squares of its delta.
+        seed: of the random projection.
+        exact: largest smaller side with which all singular values are computed.
+    """
+    if min(pair.rows, pair.columns) <= exact:
+        return Spectrum(_exact(pair), squares, True)
+    return Spectrum(_randomized(pair, seed), squares, False)
+
+
+def _exact(pair: TensorPair) -> NDArray[np.float64]:
+    if pair.columns <= pair.rows:
+        gram = np.zeros((pair.columns, pair.columns))
+        for block in pair.blocks():
+            delta = block.delta.astype(np.float64)
+            gram += delta.T @ delta
+    else:
+        # Few rows: each block of rows against each other, never more than two at a time in float64.
+        gram = np.zeros((pair.rows, pair.rows))
+        for block in pair.blocks():
+            left = block.delta.astype(np.float64)
+            for other in pair.blocks():
+                if other.first <= block.first:
+                    product = left @ other.delta.T.astype(np.float64)
+                    own, its = _span(block), _span(other)
+                    gram[own, its] = product
+                    gram[its, own] = product.T
+    squares = np.linalg.eigvalsh(gram)[::-1]
+    # What rounding leaves of a zero eigenvalue is no singular value.
+    noise = squares[0] * len(squares) * np.finfo(np.float64).eps
+    return np.sqrt(np.where(squares > noise, squares, 0.0))
+
+
+def _span(block: Block) -> slice:
+    return slice(block.first, block.first + len(block.delta))
+
+
+def _randomized(pair: TensorPair, seed: int) -> NDArray[np.float64]:
+    start = np.random.default_rng(seed).standard_normal((pair.columns, KNOWN + _OVERSAMPLING), np.float32)
+    basis = _orthonormal(_apply(pair, start))
+    for _ in range(_POWER_STEPS):
+        basis = _orthonormal(_apply(pair, _orthonormal(_apply_transposed(pair, basis))))
+    values = np.linalg.svd(_apply_transposed(pair, basis), compute_uv=False)
+    return values[:KNOWN].astype(np.float64)
+
+
+def _orthonormal(matrix: Floats) -> Floats:
+    q: Floats = np.linalg.qr(matrix)[0]
+    return q
+
+
+def _apply(pair: TensorPair, right: Floats) -> Floats:
+    """Return D @ right."""
+    return np.concatenate([block.delta @ right for block in pair.blocks()])
+
+
+def _apply_transposed(pair: TensorPair, left: Floats) -> Floats:
+    """Return D^T @ left."""
+    total = np.zeros((pair.columns, left.shape[1]), np.float32)
+    for block in pair.blocks():
+        total += block.delta.T @ left[_span(block)]
+    return total

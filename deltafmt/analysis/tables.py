@@ -1,0 +1,171 @@
+"""The tables of a report as rows of cells, for the terminal and for the page alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deltafmt.analysis import products
+from deltafmt.analysis.approximation import Approximation, ratio
+from deltafmt.analysis.report import Group, Report, TensorFigures
+
+SHOWN_RANKS = (1, 8, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table.
+
+    Attributes:
+        title: what it shows.
+        note: how to read it, in a sentence or two.
+        rows: cells; the first row names the columns, the first column what a row is about.
+    """
+
+    title: str
+    note: str
+    rows: list[list[str]]
+
+    @property
+    def right(self) -> tuple[bool, ...]:
+        """Which columns are aligned to the right."""
+        return (False, *(True for _ in self.rows[0][1:]))
+
+
+def figure(value: float | None) -> str:
+    """Return a number with three digits, or a dash."""
+    if value is None:
+        return "-"
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.2e}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def percent(value: float | None) -> str:
+    """Return a share in percent, or a dash."""
+    return "-" if value is None else f"{100 * value:.3g}%"
+
+
+def tables(report: Report) -> list[Table]:
+    """Return every table of a report that has rows."""
+    found = [delta_table(report), product_table(report), loss_table(report), depth_table(report)]
+    return [table for table in found if len(table.rows) > 1]
+
+
+def delta_table(report: Report) -> Table:
+    """Return norms and singular values by kind of layer."""
+    rows = [["kind of layer", "matrices", "relative norm", "outlier columns"]]
+    rows[0] += [f"energy in {count}" for count in SHOWN_RANKS] + ["effective rank"]
+    for group in report.by_kind():
+        energy = group.energy
+        rows.append([group.label, str(len(group.members)), figure(group.relative_norm), f"{group.outlier_columns:,}"])
+        rows[-1] += [percent(energy.get(count)) for count in SHOWN_RANKS] + [figure(group.effective_rank)]
+    estimated = any(not spectrum.exact for group in report.by_kind() for spectrum in group.spectra)
+    how = "estimated from below by randomized projections for large matrices" if estimated else "exact"
+    note = (
+        "Norm of the deltas over the norm of the base; columns of three times the usual norm; share of a delta's sum "
+        f"of squares in its first singular values ({how})."
+    )
+    return Table("The delta", note, rows)
+
+
+def product_table(report: Report) -> Table:
+    """Return the Balanced Intermediate Results by kind of layer."""
+    rows = [["kind of layer"]]
+    for what in ("variance", "range"):
+        rows[0] += [f"{what}, base", "fine-tune", "delta", "base / delta"]
+    for group in report.by_kind():
+        if not group.products:
+            continue
+        found = products.summary(group.products)
+        row = [group.label]
+        for key in ("mean_variance", "mean_range"):
+            values = [found[side][key] for side in products.SIDES]
+            row += [figure(value) for value in values] + [figure(values[0] / values[2] if values[2] else None)]
+        rows.append(row)
+    note = (
+        f"Products x[j] * w[i, j] of an output, over j: mean variance and mean of max - min. Inputs: {report.inputs}."
+    )
+    return Table("Balanced Intermediate Results", note, rows)
+
+
+def loss_table(report: Report) -> Table:
+    """Return what is lost by kind of layer, in the low, medium and high third of the layers."""
+    rows = [["kind of layer", "delta lost", "outputs lost"]]
+    bands = ("low", "medium", "high")
+    deep = len(report.depths) >= len(bands)
+    if deep:
+        rows[0] += [f"outputs, {band}" for band in bands] + [f"outliers, {band}" for band in bands]
+    for group in report.by_kind():
+        lost = group.approximation
+        if lost is None:
+            continue
+        row = [group.label, percent(_lost(lost)), percent(_outputs_lost(lost))]
+        if deep:
+            each = [band.approximation for band in report.by_band(group)]
+            row += [figure(_mean(one, "outputs")) for one in each] + [figure(_mean(one, "outliers")) for one in each]
+        rows.append(row)
+    note = (
+        f"{report.delta}: sum of squares lost of the delta and of its outputs, in percent of the whole; then mean "
+        "squared errors of outputs in three thirds of the layers, of all and of the 1% largest (outliers)."
+    )
+    return Table("What compression loses", note, rows)
+
+
+def depth_table(report: Report) -> Table:
+    """Return figures by depth."""
+    rows = [["layer", "matrices", "relative norm", "energy in 8", "effective rank"]]
+    rows[0] += ["delta variance", "delta range", "delta lost", "outputs lost"]
+    for group in report.by_depth():
+        found = products.summary(group.products)["delta"] if group.products else {}
+        lost = group.approximation
+        rows.append([group.label, str(len(group.members)), figure(group.relative_norm)])
+        rows[-1] += [percent(group.energy.get(8)), figure(group.effective_rank)]
+        rows[-1] += [figure(found.get("mean_variance")), figure(found.get("mean_range"))]
+        rows[-1] += [percent(_lost(lost)), percent(_outputs_lost(lost))]
+    return Table("By depth", "The same figures for all matrices of a layer.", rows)
+
+
+def tensor_table(report: Report) -> Table:
+    """Return figures of every tensor."""
+    rows = [["tensor", "shape", "relative norm", "outlier columns", "energy in 8", "effective rank", "delta lost"]]
+    for one in report.tensors:
+        spectrum, lost = one.spectrum, one.approximation
+        rows.append([one.pair.name, "x".join(map(str, one.pair.finetuned.shape)), figure(one.norms.relative)])
+        rows[-1] += [_outliers(one), percent(spectrum.energy.get(8) if spectrum else None)]
+        rows[-1] += [figure(spectrum.effective_rank if spectrum else None)]
+        rows[-1] += [percent(_lost(lost))]
+    return Table("Every tensor", "A dash where a figure does not apply, or the tensor is kept exactly.", rows)
+
+
+def _outliers(one: TensorFigures) -> str:
+    return f"{len(one.norms.outlier_columns):,}" if one.pair.is_matrix else "-"
+
+
+def _lost(lost: Approximation | None) -> float | None:
+    return None if lost is None else ratio(lost.lost, lost.squares)
+
+
+def _outputs_lost(lost: Approximation | None) -> float | None:
+    return None if lost is None or not lost.outputs else ratio(lost.output_lost, lost.output_squares)
+
+
+def _mean(lost: Approximation | None, of: str) -> float | None:
+    if lost is None or not lost.outputs:
+        return None
+    return lost.output_lost / lost.outputs if of == "outputs" else lost.outlier_lost / lost.outliers
+
+
+def by_depth(report: Report, value: Callable[[Group], float | None]) -> list[tuple[str, list[tuple[float, float]]]]:
+    """Return a figure of every kind of layer by depth: points of one line each."""
+    lines = []
+    for kind in report.by_kind():
+        depths = sorted({one.pair.depth for one in kind.members if one.pair.depth is not None})
+        points = []
+        for depth in depths:
+            found = value(Group(kind.label, [one for one in kind.members if one.pair.depth == depth]))
+            if found is not None:
+                points.append((float(depth), found))
+        if points:
+            lines.append((kind.label, points))
+    return lines

@@ -1,0 +1,434 @@
+"""The figures of an analysis, on pairs whose figures are known, and the command with its tables, JSON and page."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import deltafmt
+from conftest import Cli, Pair, Raw, Tensors, normal, nudge, raw, refused, run_cli, write_pair
+from deltafmt.analysis import analyze, svg, tables
+from deltafmt.analysis.approximation import OUTLIERS
+from deltafmt.analysis.inputs import VECTORS, normal_inputs
+from deltafmt.analysis.norms import Norms
+from deltafmt.analysis.pairs import TensorPair, find_pairs, layer_kinds
+from deltafmt.analysis.products import Products, spread
+from deltafmt.analysis.quantized import count, histogram_of, kept_and_quantized
+from deltafmt.analysis.report import TensorFigures
+from deltafmt.analysis.spectrum import spectrum_of
+from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.methods import DeltaDQ
+
+UP, DOWN = "model.layers.0.up.weight", "model.layers.0.down.weight"
+
+
+def plus(tensor: Raw, delta: NDArray[Any]) -> Raw:
+    return raw(tensor.floats().reshape(tensor.shape) + delta, "F32")
+
+
+def whole_numbers(seed: int, shape: tuple[int, ...]) -> Raw:
+    """Return small whole numbers, which float32 adds and subtracts exactly."""
+    return raw(np.random.default_rng(seed).integers(-9, 10, shape), "F32")
+
+
+def matrix_pair(folder: Path, delta: NDArray[Any]) -> TensorPair:
+    base = whole_numbers(0, delta.shape)
+    pair = write_pair(folder, {UP: base}, {UP: plus(base, delta)})
+    pairs, _ = find_pairs(Checkpoint(pair.base), Checkpoint(pair.finetuned))
+    return pairs[0]
+
+
+def figures(name: str, found: list[TensorFigures]) -> TensorFigures:
+    return next(one for one in found if one.pair.name == name)
+
+
+# Parts
+
+
+def test_kinds_and_depths() -> None:
+    names = {
+        "model.embed_tokens.weight": ("embed_tokens", None),
+        "model.layers.0.self_attn.q_proj.weight": ("q_proj", 0),
+        "model.layers.11.self_attn.q_proj.weight": ("q_proj", 11),
+        "model.layers.3.mlp.experts.17.up_proj.weight": ("up_proj", 3),
+        "model.layers.3.input_layernorm.weight": ("input_layernorm", 3),
+        "bert.encoder.layer.2.attention.output.dense.weight": ("attention.output.dense", 2),
+        "bert.encoder.layer.2.intermediate.dense.weight": ("intermediate.dense", 2),
+        "lm_head.weight": ("lm_head", None),
+        "weight": ("weight", None),
+        "7": ("*", None),
+    }
+    assert layer_kinds(list(names)) == names
+
+
+def test_which_tensors_are_left_out(tmp_path: Path) -> None:
+    a: Tensors = {
+        UP: normal(0, (64, 64)),
+        "grown": normal(1, (4, 8)),
+        "other": normal(2, (4, 8)),
+        "bias": normal(3, (4,)),
+    }
+    b = {**a, "new": normal(4, (2, 2)), "grown": normal(5, (6, 8)), "other": normal(6, (4, 9)), "bias": normal(7, (5,))}
+    pair = write_pair(tmp_path, a, b)
+    pairs, skipped = find_pairs(Checkpoint(pair.base), Checkpoint(pair.finetuned), exclude=["gr*"])
+    assert [one.name for one in pairs] == [UP]
+    another = "another shape than the base's"
+    assert skipped == {"bias": another, "grown": "excluded", "new": "not in the base", "other": another}
+    pairs, _ = find_pairs(Checkpoint(pair.base), Checkpoint(pair.finetuned), include=["gr*"])
+    assert [(one.name, one.rows, one.is_linear) for one in pairs] == [("grown", 4, True)]
+
+
+def test_variance_and_range_by_hand() -> None:
+    variance, width = spread(np.array([[1, 2, 3], [0, 0, 0]], np.float32), np.array([[1, -1, 2]], np.float32))
+    # The products are 1, -2 and 6: their mean is 5/3.
+    assert variance == pytest.approx([(4 / 9 + 121 / 9 + 169 / 9) / 3, 0])
+    assert width.tolist() == [8, 0]
+
+
+def test_products_of_normal_inputs(tmp_path: Path) -> None:
+    """With x normal, the variance of w x over j is about the mean square of w."""
+    pair = matrix_pair(tmp_path, np.full((40, 4000), 0.5))
+    found = Products(np.random.default_rng(1).standard_normal((VECTORS, 4000), np.float32), pair.rows)
+    for block in pair.blocks():
+        found.add(block)
+    obj = found.to_obj()
+    assert obj["delta"]["mean_variance"] == pytest.approx(0.25, rel=0.02)
+    assert obj["base"]["mean_variance"] == pytest.approx(30, rel=0.02)  # (1 + 4 + ... + 81) * 2 / 19
+    assert obj["delta"]["mean_range"] < obj["base"]["mean_range"]
+    assert obj["delta"]["variance_quantiles"] == sorted(obj["delta"]["variance_quantiles"])
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30), (20, 20)])
+@pytest.mark.parametrize("exact", [1024, 4])
+def test_a_delta_of_rank_two(tmp_path: Path, shape: tuple[int, int], exact: int) -> None:
+    delta = np.zeros(shape)
+    delta[3, 5], delta[7, 2] = 4, -3
+    spectrum = spectrum_of(matrix_pair(tmp_path, delta), 25.0, exact=exact)
+    assert spectrum.exact is (exact > 4)
+    assert spectrum.values[:2] == pytest.approx([4, 3])
+    assert [spectrum.energy[count] for count in (1, 2, 4, 8)] == pytest.approx([16 / 25, 1, 1, 1])
+    assert (spectrum.rank_of(0.5), spectrum.rank_of(0.9), spectrum.stable_rank) == (1, 2, pytest.approx(25 / 16))
+    entropy = -(4 / 7 * math.log(4 / 7) + 3 / 7 * math.log(3 / 7))
+    assert spectrum.effective_rank == (pytest.approx(math.exp(entropy)) if exact > 4 else None)
+
+
+def test_singular_values_are_those_of_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deltafmt.analysis.pairs.BLOCK_ELEMENTS", 200)  # many blocks
+    for number, shape in enumerate([(50, 23), (23, 50)]):
+        pair = matrix_pair(tmp_path / str(number), np.random.default_rng(number).integers(-4, 5, shape))
+        delta = np.concatenate([block.delta for block in pair.blocks()])
+        spectrum = spectrum_of(pair, float(np.square(delta).sum()))
+        assert spectrum.values == pytest.approx(np.linalg.svd(delta.astype(float), compute_uv=False), rel=1e-6)
+        assert spectrum.energy[16] < 1
+
+
+def test_a_randomized_spectrum_comes_close(tmp_path: Path) -> None:
+    """On values that fall slowly, as those of a full-parameter delta do, the first hundred are within some percent."""
+    rng = np.random.default_rng(2)
+    left, right = (np.linalg.qr(rng.standard_normal((size, 200)))[0] for size in (300, 260))
+    values = np.arange(1, 201) ** -0.5
+    pair = matrix_pair(tmp_path, left * values @ right.T)
+    squares = float((values**2).sum())
+    spectrum = spectrum_of(pair, squares, exact=100)
+    assert len(spectrum.values) == 128
+    assert spectrum.values[:100] == pytest.approx(values[:100], rel=0.03)
+    assert spectrum.energy[64] == pytest.approx((values[:64] ** 2).sum() / squares, rel=0.01)
+    assert spectrum.rank_of(0.99) is None
+
+
+def test_norms_and_a_column_that_stands_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deltafmt.analysis.pairs.BLOCK_ELEMENTS", 100)
+    delta = np.ones((50, 40))
+    delta[:, 17] = -20
+    pair = matrix_pair(tmp_path, delta)
+    norms = Norms()
+    for block in pair.blocks():
+        norms.add(block)
+    base = pair.rows_of(0, 50).base.astype(float)
+    assert norms.relative == pytest.approx(math.sqrt((50 * 39 + 50 * 400) / (base**2).sum()))
+    assert (norms.outlier_columns, norms.largest, norms.elements) == ([17], 20, 2000)
+    assert norms.to_obj()["largest_column_ratio"] == pytest.approx(20 / math.sqrt((39 + 400) / 40))
+
+
+def test_quantization_by_hand() -> None:
+    delta = np.array([[-7, 0.4, 3.6, 7], [14, 1, -1.1, 0]], np.float32)
+    kept, quantized = kept_and_quantized(delta, 2, 2, 4, 0)
+    assert kept.tolist() == delta.reshape(-1).tolist()
+    assert quantized.tolist() == [-7, 0, 4, 7, 14, 0, -2, 0]  # steps of 1 and of 2; ties to even
+    assert kept_and_quantized(delta, 2, 2, 2, 0)[1].tolist() == [-7, 0, 7, 7, 14, 0, 0, 0]
+    kept, quantized = kept_and_quantized(delta, 1, 3, 8, 0)  # a group reaches beyond the last column
+    assert len(kept) == len(quantized) <= 4
+    assert set(kept.tolist()) <= set(delta.reshape(-1).tolist())
+
+
+def test_histograms_count_everything(tmp_path: Path) -> None:
+    pair = matrix_pair(tmp_path, np.random.default_rng(3).integers(-5, 6, (300, 32)))
+    histogram = histogram_of(pair, 3.0, 4, 16, 4, 0)
+    assert histogram.all.sum() == 256 * 32
+    assert histogram.kept.sum() == histogram.quantized.sum() == 256 * 8
+    counts = count(np.array([-100, 0, 0.001, 6.0, 5.999], np.float32), 1.0)
+    assert (counts[0], counts[61], counts[-2], counts[-1], counts.sum()) == (1, 2, 1, 1, 5)
+
+
+# The whole
+
+
+def test_a_pair_that_is_the_same(small: Pair) -> None:
+    report = analyze(small.base, small.base)
+    assert report.skipped == {"position_ids": "dtype I64"}
+    for one in report.tensors:
+        assert (one.norms.relative, one.norms.outlier_columns, one.approximation) == (0, [], None)
+        assert one.spectrum is None or one.spectrum.energy == {}
+        assert one.products is None or one.products.to_obj()["delta"]["mean_range"] == 0
+    json.dumps(report.to_obj(), allow_nan=False)
+    assert all(table.rows for table in tables.tables(report))
+
+
+def test_losses_are_those_of_the_file(small: Pair, delta: Path) -> None:
+    report = analyze(small.base, small.finetuned, delta=delta, seed=5)
+    with deltafmt.open(delta) as opened:
+        for name in (UP, DOWN):
+            lost = figures(name, report.tensors).approximation
+            assert lost is not None
+            base, finetuned = small.a[name].floats(), small.b[name].floats()
+            wanted = (finetuned - base).astype(float)
+            missed = wanted - opened.delta(name)
+            assert lost.squares == pytest.approx((wanted**2).sum())
+            assert lost.lost == pytest.approx((missed**2).sum())
+            x = normal_inputs(5).of(name, base.shape[1])
+            assert x is not None
+            outputs, errors = (finetuned @ x.T).reshape(-1), (missed @ x.T).reshape(-1)
+            assert lost.output_lost == pytest.approx((errors**2).sum(), rel=1e-4)
+            largest = np.argsort(-np.abs(outputs))[: round(OUTLIERS * outputs.size)]
+            assert lost.outliers == len(largest)
+            assert lost.outlier_lost == pytest.approx((errors[largest] ** 2).sum(), rel=1e-4)
+    embedding = figures("model.embed.weight", report.tensors)
+    assert (embedding.products, embedding.approximation and embedding.approximation.outputs) == (None, 0)
+
+
+def test_without_a_file_the_method_is_measured(small: Pair) -> None:
+    coarse = analyze(small.base, small.finetuned, quantization=(1, 16, 2), include=["*up*"])
+    fine = analyze(small.base, small.finetuned, method=DeltaDQ(16, 16, 8), include=["*up*"])
+    assert "1:16 k=2" in coarse.delta
+    assert "16:16 k=8" in fine.delta
+    losses = [report.by_kind()[0].to_obj()["approximation"]["relative_squared"] for report in (coarse, fine)]
+    # Dropout with rescale loses M / N - 1 times the whole, on average; quantization comes on top.
+    assert losses[0] > 10
+    assert losses[1] < 1e-3
+
+
+def test_groups(small: Pair) -> None:
+    report = analyze(small.base, small.finetuned)
+    assert [group.label for group in report.by_kind()] == ["embed", "down", "frozen", "up"]
+    assert [group.label for group in report.by_depth()] == ["0", "10"]
+    up = report.by_kind()[3]
+    assert [len(band.members) for band in report.by_band(up)] == [1, 1, 0]
+    squares = [(one.norms.delta, one.norms.base) for one in up.members]
+    assert up.relative_norm == pytest.approx(math.sqrt(sum(d for d, _ in squares) / sum(b for _, b in squares)))
+    each = [one.spectrum.energy[8] for one in up.members if one.spectrum]
+    assert up.energy[8] == pytest.approx(sum(each) / 2)
+
+
+def test_a_delta_that_is_not_finite(tmp_path: Path) -> None:
+    a = {UP: normal(0, (64, 64)), DOWN: normal(1, (64, 64))}
+    values = a[DOWN].floats().copy()
+    values[3, 3] = np.nan
+    pair = write_pair(tmp_path, a, {UP: nudge(a[UP], 1), DOWN: raw(values, "BF16")})
+    report = analyze(pair.base, pair.finetuned)
+    assert report.skipped == {DOWN: "the delta holds NaN or infinity"}
+    assert [one.pair.name for one in report.tensors] == [UP]
+
+
+def test_inputs_of_a_text(nano: Path) -> None:
+    pytest.importorskip("transformers")
+    report = analyze(
+        nano / "base",
+        nano / "math",
+        calibration=nano / "eval.jsonl",
+        tokenizer=nano / "tokenizer.json",
+        include=["*.layers.1.*_proj.weight", "*norm*"],
+    )
+    assert report.inputs.startswith(f"{VECTORS} of ")
+    found = {one.pair.kind: one for one in report.tensors}
+    q, k, down = (found[kind].products for kind in ("q_proj", "k_proj", "down_proj"))
+    assert q is not None
+    assert k is not None
+    assert down is not None
+    assert np.array_equal(q.inputs, k.inputs)
+    assert down.inputs.shape == (VECTORS, 384)
+    assert found["input_layernorm"].products is None
+    # What a norm lets through has about its own weights' size.
+    assert 0.01 < np.square(q.inputs).mean() < 100
+
+
+# The command
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed where it should be, and collects text and elements."""
+
+    VOID = ("meta", "!doctype")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Open an element."""
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Take an element that is closed at once."""
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close the element that was opened last."""
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        """Collect text."""
+        self.text += data
+
+
+def read_page(path: Path) -> Page:
+    page = Page()
+    page.feed(path.read_text("utf-8"))
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_the_tables(cli: Cli, small: Pair, delta: Path) -> None:
+    result = cli("analyze", small.base, small.finetuned, "--delta", delta)
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    titles = ("The delta", "Balanced Intermediate Results", "What compression loses", "By depth")
+    assert [line for line in lines if line in titles] == list(titles)
+    header = next(i for i, line in enumerate(lines) if line.startswith("kind of layer"))
+    rows = [line.split() for line in lines[header + 1 : header + 5]]
+    assert [row[0] for row in rows] == ["embed", "down", "frozen", "up"]
+    assert rows[2][2] == "0"
+    assert "left out: position_ids (dtype I64)" in lines
+    listed = cli("analyze", small.base, small.finetuned, "--delta", delta, "--tensors").out.splitlines()
+    assert listed[0] == "Every tensor"
+    assert len([line for line in listed if line.startswith("model.")]) == len(small.b) - 1
+
+
+def test_json(cli: Cli, small: Pair) -> None:
+    obj = cli("analyze", small.base, small.finetuned, "--nm", "8:16", "--json").json()
+    assert (obj["schema"], obj["ok"], obj["report"]) == (1, True, None)
+    assert {one["name"] for one in obj["tensors"]} == set(small.b) - {"position_ids"}
+    assert obj["histogram"]["n"] == 8
+    assert sum(obj["histogram"]["kept"]) == pytest.approx(sum(obj["histogram"]["all"]) / 2, rel=0.05)
+    assert "8:16 k=4" in obj["delta"]
+    assert [one["label"] for one in obj["kinds"]] == ["embed", "down", "frozen", "up"]
+    again = cli("analyze", small.base, small.finetuned, "--nm", "8:16", "--json").json()
+    assert again == obj
+
+
+def test_the_page(tmp_path: Path, cli: Cli, small: Pair) -> None:
+    out = tmp_path / "report.html"
+    assert f"plots: {out}" in cli("analyze", small.base, small.finetuned, "--html", out).out
+    page = read_page(out)
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("svg") == 6
+    assert tags.count("table") == 5
+    assert not {"script", "link", "img", "iframe"} & set(tags)
+    content = out.read_text("utf-8")
+    assert "http" not in content
+    assert "url(" not in content
+    assert "nan" not in content.replace("fine-tune", "")
+    for words in ("Energy in the first singular values", "share of the sum of squares", "kept, 4 bits", "variance"):
+        assert words in page.text
+    refused(cli("analyze", small.base, small.finetuned, "--html", out), 2, "exists")
+    assert cli("analyze", small.base, small.finetuned, "--html", out, "--force", "--json").json()["report"] == str(out)
+
+
+def test_names_are_only_text(tmp_path: Path, cli: Cli) -> None:
+    name = "layers.0.<script>alert(1)</script>&\x1b[31m\u202e.weight"
+    a = {name: normal(1, (64, 64)), "other.<b>": normal(2, (8,))}
+    pair = write_pair(tmp_path, a, {name: nudge(a[name], 1)} | {"<i>new": normal(3, (4,))})
+    out = tmp_path / "report.html"
+    result = cli("analyze", pair.base, pair.finetuned, "--html", out)
+    assert result.code == 0
+    assert result.out.replace("\n", "").isprintable()
+    page = read_page(out)
+    assert not {"script", "b", "i"} & {tag for tag, _ in page.elements}
+    assert "<script>alert(1)</script>" in page.text
+    assert "\x1b" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (("--bits", "1"), 2, "k = 1"),
+        (("--bits", "9"), 2, "k = 9"),
+        (("--nm", "5:4"), 2, "N = 5"),
+        (("--nm", "4"), 2, "'4'"),
+        (("--seed", "-1"), 2, "seed -1"),
+        (("--include", "*.mlp.*"), 2, "'*.mlp.*' matches no tensor"),
+        (("--tokenizer", "here"), 2, "--calibration"),
+        (("--calibration", "nowhere.txt"), 5, "nowhere.txt"),
+        (("--delta", "nowhere.deltafmt"), 5, "nowhere.deltafmt"),
+        (("--html", "no/folder/report.html"), 5, "report.html"),
+    ],
+)
+def test_wrong_options(cli: Cli, small: Pair, arguments: tuple[str, ...], code: int, word: str) -> None:
+    refused(cli("analyze", small.base, small.finetuned, *arguments), code, word)
+
+
+def test_wrong_files(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> None:
+    refused(cli("analyze", tmp_path / "nowhere", small.finetuned), 5, "nowhere")
+    refused(cli("analyze", small.base, delta), 3, "not a checkpoint")
+    damaged = tmp_path / "damaged.deltafmt"
+    damaged.write_bytes(delta.read_bytes()[:-1])
+    refused(cli("analyze", small.base, small.finetuned, "--delta", damaged), 3, "damaged.deltafmt")
+    a = {f"other.{name}": tensor for name, tensor in small.a.items()}
+    other = write_pair(tmp_path / "other", a, {name: tensor for name, tensor in a.items() if len(tensor.shape) > 1})
+    refused(cli("analyze", other.base, other.finetuned, "--delta", delta), 4, "other.model")
+    refused(cli("analyze", small.base, other.finetuned), 4, "different architecture")
+
+
+def test_only_calibration_needs_torch(small: Pair) -> None:
+    done = run_cli("analyze", small.base, small.finetuned, "--json", env={"DELTAFMT_NUMBA": "0"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    code = (
+        "import sys; from deltafmt.tools.main import main; code = main(sys.argv[1:]);"
+        "assert not {'torch', 'transformers'} & set(sys.modules); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, "analyze", str(small.base), str(small.finetuned)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+# Charts
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert svg.Axis("", 0, 1).ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert svg.Axis("", 1e-5, 1e-2, log=True).ticks() == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2])
+    for values in ([0.0], [3.0, 3.0], [-5.0, 17.0], [1e-9, 2e-9]):
+        axis = svg.axis_over("", values)
+        assert all(axis.low < value < axis.high for value in values)
+        assert 2 <= len(axis.ticks()) <= 8
+    empty = svg.axis_over("", [math.nan, -1.0], log=True)
+    assert (empty.low, empty.high) == (1, 10)
+
+
+def test_what_is_no_number_is_not_drawn() -> None:
+    axis = svg.Axis("", 1, 10, log=True)
+    chart = svg.line_chart("t", axis, axis, [("a", [(1, 1), (2, math.nan), (0, 3), (10, 10)])])
+    assert "nan" not in chart
+    assert chart.count("L") == 1
