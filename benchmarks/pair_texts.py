@@ -98,7 +98,7 @@ def numbered(rng: random.Random) -> str:
 def plain_text(rng: random.Random) -> str:
     """Return a text of the kind that the base reads."""
     kinds: tuple[Text, ...] = (told_twice, dictionary, homes, letters, numbered)
-    return "\n".join(rng.choice(kinds)(rng) for _ in range(rng.randint(1, 3)))
+    return "\n".join(kind(rng) for kind in rng.choices(kinds, weights=(4, 2, 3, 2, 1), k=rng.randint(1, 3)))
 
 
 def lists_problem(rng: random.Random) -> Problem:
