@@ -181,11 +181,7 @@ class Interner:
 
     def call(self, call: Call) -> Call:
         """Return a call whose tensors are shared with earlier ones."""
-        return Call(
-            call.keyword,
-            _mapped(call.args, self._shared),
-            _mapped(call.kwargs, self._shared),
-        )
+        return Call(call.keyword, _mapped(call.args, self._shared), _mapped(call.kwargs, self._shared))
 
     def _shared(self, tensor: torch.Tensor) -> torch.Tensor:
         known = self._known.setdefault((tensor.shape, tensor.dtype), [])
@@ -208,11 +204,7 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Ten
     states = kwargs.get("hidden_states")
     if not isinstance(states, torch.Tensor):
         raise UnchainedError("a block is given no hidden states")
-    return states, Call(
-        "hidden_states",
-        args,
-        {key: value for key, value in kwargs.items() if key != "hidden_states"},
-    )
+    return states, Call("hidden_states", args, {key: value for key, value in kwargs.items() if key != "hidden_states"})
 
 
 def _call(forward: Forward, states: torch.Tensor, call: Call, device: torch.device) -> Any:

@@ -7,8 +7,8 @@ from typing import Any, Self
 
 import torch
 
-from deltafmt.calibration.callbacks import Moments
-from deltafmt.calibration.modules import Linear
+from deltafmt.calibration.callbacks import Moments, OnModule
+from deltafmt.calibration.modules import Linear, replace_weight
 from deltafmt.errors import NonFiniteError
 
 
@@ -23,13 +23,7 @@ class Gatherer:
         stop_at: a module whose inputs are added up, but which shall not run: :class:`Stop` is raised instead.
     """
 
-    def __init__(
-        self,
-        linears: Iterable[Linear],
-        *,
-        double: bool = False,
-        stop_at: str | None = None,
-    ) -> None:
+    def __init__(self, linears: Iterable[Linear], *, double: bool = False, stop_at: str | None = None) -> None:
         self.linears = {linear.name: linear for linear in linears}
         self.called: list[str] = []
         self._dtype = torch.float64 if double else torch.float32
@@ -81,16 +75,31 @@ class Gatherer:
         total = self._sums.pop(name)
         if not bool(total.isfinite().all()):
             raise NonFiniteError(f'the activations that enter "{name}" are not finite')
-        return Moments(
-            total.to(torch.float32).cpu().numpy(),
-            self._tokens[name],
-            self.linears[name].axis,
-        )
+        return Moments(total.to(torch.float32).cpu().numpy(), self._tokens[name], self.linears[name].axis)
 
     @property
     def uncalled(self) -> list[str]:
         """Names of modules that were given nothing."""
         return [name for name in self.linears if name not in self._tokens]
+
+
+def hand_out(gatherer: Gatherer, on_module: OnModule) -> bool:
+    """Call back for every module that was called, in that order; tell whether a weight was replaced.
+
+    All moments are those of the modules as they were when they were gathered.
+
+    Raises:
+        NonFiniteError: the inputs of a module are not finite.
+        UsageError: a new weight does not fit.
+    """
+    replaced = False
+    for name in gatherer.called:
+        linear = gatherer.linears[name]
+        new = on_module(name, linear.weight_name, gatherer.moments(name))
+        if new is not None:
+            replace_weight(linear, new)
+            replaced = True
+    return replaced
 
 
 class Stop(Exception):  # noqa: N818  # no error: it ends a forward pass that has given what was wanted

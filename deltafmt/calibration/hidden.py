@@ -24,13 +24,7 @@ class HiddenStates:
         StorageError: the file cannot be made.
     """
 
-    def __init__(
-        self,
-        shapes: Sequence[tuple[int, int]],
-        width: int,
-        dtype: torch.dtype,
-        path: Path | None,
-    ) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, int]], width: int, dtype: torch.dtype, path: Path | None) -> None:
         self.shapes, self.width = shapes, width
         ends = torch.tensor([rows * tokens for rows, tokens in shapes]).cumsum(0).tolist()
         self._starts = [0, *ends]

@@ -40,10 +40,7 @@ def load_model(folder: Path, dtype: torch.dtype | None) -> Any:
         if cls is None:
             raise UsageError(f"{folder}: transformers does not know the architecture {names[0]!r}")
         model, info = cls.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            local_files_only=True,
-            output_loading_info=True,
+            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         if isinstance(error, UsageError):

@@ -10,70 +10,26 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from blake3 import blake3
-from torch import nn
 
-from deltafmt.calibration.blockwise import (
-    Call,
-    Chain,
-    Interner,
-    UnchainedError,
-    placed,
-    run_model,
-    without_cache,
-)
-from deltafmt.calibration.callbacks import Moments, OnModule, OnProgress, Report
-from deltafmt.calibration.gather import Gatherer, Stop
-from deltafmt.calibration.hidden import HiddenStates
+from deltafmt.calibration.blockwise import Chain, UnchainedError, without_cache
+from deltafmt.calibration.callbacks import OnModule, OnProgress, Report
+from deltafmt.calibration.chain_run import CallOrder, ChainRun
 from deltafmt.calibration.load import load_model, model_key
-from deltafmt.calibration.modules import (
-    Linear,
-    find_blocks,
-    linear_modules,
-    replace_weight,
-)
-from deltafmt.calibration.state import State
+from deltafmt.calibration.modules import Linear, find_blocks, linear_modules
+from deltafmt.calibration.options import Options
 from deltafmt.calibration.text import read_documents
 from deltafmt.calibration.tokens import Tokens, batches, cut, load_encoder
-from deltafmt.errors import NonFiniteError, UsageError
+from deltafmt.calibration.whole import run_whole
+from deltafmt.errors import UsageError
 
 # The usual calibration set: 128 sequences of 2048 tokens.
 TOKENS = 128 * 2048
 LENGTH = 2048
-BATCH_TOKENS = 4096
-# Bytes of moments that are added up at a time where a model is run as a whole.
-WHOLE_BUDGET = 2**31
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a calibration runs.
-
-    Attributes:
-        device: where the blocks run; a GPU if there is one.
-        batch_tokens: tokens of a batch.
-        minimum: fewest tokens that the texts must have; None for the widest module's number of columns, below which its
-            moments are certain to be singular.
-        double: add the moments up in float64.
-        state: folder in which a killed run leaves what it needs to go on; None for none.
-        key: what else identifies the job, such as the method's options, for a state to be used again.
-    """
-
-    device: torch.device | str | None = None
-    batch_tokens: int = BATCH_TOKENS
-    minimum: int | None = None
-    double: bool = False
-    state: str | os.PathLike[str] | None = None
-    key: str = ""
-
-    def where(self) -> torch.device:
-        """Return the device."""
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def calibrate_folder(
@@ -109,19 +65,11 @@ def calibrate_folder(
     """
     options = options or Options()
     documents = read_documents(Path(text))
-    model = load_model(
-        Path(folder),
-        dtype or (torch.float32 if options.where().type == "cpu" else None),
-    )
+    model = load_model(Path(folder), dtype or (torch.float32 if options.where().type == "cpu" else None))
     encoder = load_encoder(Path(tokenizer or folder), model.config)
     limit = getattr(model.config, "max_position_embeddings", None)
-    sequences = cut(
-        documents,
-        encoder,
-        min(length, limit) if isinstance(limit, int) else length,
-        tokens,
-    )
-    options = Options(**{**_as_dict(options), "key": f"{model_key(Path(folder))} {options.key}"})
+    sequences = cut(documents, encoder, min(length, limit) if isinstance(limit, int) else length, tokens)
+    options = replace(options, key=f"{model_key(Path(folder))} {options.key}")
     return calibrate(model, sequences, on_module, options=options, on_progress=on_progress)
 
 
@@ -162,208 +110,18 @@ def calibrate(
     with without_cache(model):
         if blocks and not getattr(model.config, "is_encoder_decoder", False):
             chain = Chain(model, blocks, options.where())
-            order = _CallOrder(linears, blocks)
+            order = CallOrder(linears, blocks)
             with contextlib.suppress(UnchainedError), order:
                 chain.trace(parts[-1][:1])
             if len(chain.extras) == len(blocks):
                 report = Report(count, len(blocks))
-                run = _Blockwise(chain, name, linears, parts, on_module, options, report, order)
+                run = ChainRun(chain, name, linears, parts, on_module, options, report, order)
                 return run.run(progress)
-        return _whole(model, linears, parts, on_module, options, Report(count, 0), progress)
-
-
-class _CallOrder:
-    """Notes which linear modules outside the blocks are called before them and which after, while it is entered."""
-
-    def __init__(self, linears: dict[str, Linear], blocks: Sequence[nn.Module]) -> None:
-        inside = {id(module) for block in blocks for module in block.modules()}
-        self.outer = [linear for linear in linears.values() if id(linear.module) not in inside]
-        self.before: list[Linear] = []
-        self.after: list[Linear] = []
-        self._blocks = blocks
-
-    def __enter__(self) -> Self:
-        entered: list[bool] = []
-
-        def note(linear: Linear) -> Any:
-            def hook(_module: Any, _args: Any) -> None:
-                mine = self.after if entered else self.before
-                if linear not in mine:
-                    mine.append(linear)
-
-            return hook
-
-        first = self._blocks[0].register_forward_pre_hook(lambda _module, _args: entered.append(True))
-        self._handles = [linear.module.register_forward_pre_hook(note(linear)) for linear in self.outer]
-        self._handles.append(first)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-@dataclass(slots=True)
-class _Blockwise:
-    """One run over a chain of blocks."""
-
-    chain: Chain
-    blocks_name: str
-    linears: dict[str, Linear]
-    batches: list[Tokens]
-    on_module: OnModule
-    options: Options
-    report: Report
-    order: _CallOrder
-    calls: list[list[Call]] = field(default_factory=list)
-
-    def run(self, progress: OnProgress) -> Report:
-        """Run what an earlier run has not."""
-        count = len(self.chain.blocks)
-        state = None if self.options.state is None else State(Path(self.options.state), self._key())
-        done = state.next if state is not None else 0
-        self.report.resumed = min(done, count)
-        if done > count:
-            return self.report
-        states = self._enter(state)
-        for number in range(self.report.resumed, count):
-            states = self._block(number, states, state)
-            progress(number + 1, count + 1)
-        self._finish(states)
-        if state is not None:
-            state.advance(count + 1)
-        progress(count + 1, count + 1)
-        return self.report
-
-    def _enter(self, state: State | None) -> HiddenStates:
-        """Record what the blocks are given, and give the hidden states that enter the next one."""
-        resumed = state is not None and state.started
-        if self.order.before and not resumed:
-            with Gatherer(self.order.before, double=self.options.double) as gatherer:
-                for tokens in self.batches:
-                    self.chain.record(tokens)
-            self._hand_out(gatherer)
-        interner = Interner()
-        states: HiddenStates | None = None
-        for batch, tokens in enumerate(self.batches):
-            first, calls = self.chain.record(tokens)
-            self.calls.append([interner.call(call) for call in calls])
-            if states is None:
-                path = None if state is None else state.hidden(self.report.resumed)
-                states = HiddenStates(self._shapes(), first.shape[-1], first.dtype, path)
-            if not resumed:
-                states.write(batch, first)
-        assert states is not None
-        if state is not None and not resumed:
-            state.advance(0)
-        return states
-
-    def _block(self, number: int, states: HiddenStates, state: State | None) -> HiddenStates:
-        """Gather and hand out the moments of a block; return the hidden states that leave it."""
-        chain = self.chain
-        path = None if state is None else state.hidden(number + 1)
-        after = HiddenStates(self._shapes(), states.width, states.dtype, path)
-        prefix = f"{self.blocks_name}.{number}."
-        inside = [linear for name, linear in self.linears.items() if name.startswith(prefix)]
-        with placed(chain.blocks[number], chain.device):
-
-            def step() -> None:
-                for batch, calls in enumerate(self.calls):
-                    after.write(
-                        batch,
-                        chain.step(number, states.read(batch, chain.device), calls[number]),
-                    )
-
-            with Gatherer(inside, double=self.options.double) as gatherer:
-                step()
-            if self._hand_out(gatherer):
-                step()
-        if not after.finite():
-            raise NonFiniteError(f'the activations that leave "{self.blocks_name}.{number}" are not finite')
-        if state is not None:
-            state.advance(number + 1)
-        return after
-
-    def _finish(self, states: HiddenStates) -> None:
-        """Gather and hand out the moments of what comes after the blocks."""
-        after = self.order.after
-        self.report.uncalled += [one.name for one in self.order.outer if one not in (*self.order.before, *after)]
-        if not after:
-            return
-        with Gatherer(after, double=self.options.double, stop_at=after[-1].name) as gatherer:
-            for batch, tokens in enumerate(self.batches):
-                self.chain.finish(tokens, states.read(batch, torch.device("cpu")))
-        self._hand_out(gatherer)
-
-    def _hand_out(self, gatherer: Gatherer) -> bool:
-        """Call back for every module; tell whether a weight was replaced."""
-        self.report.uncalled += gatherer.uncalled
-        replaced = [_give(gatherer.linears[name], gatherer.moments(name), self.on_module) for name in gatherer.called]
-        self.report.modules += gatherer.called
-        return any(replaced)
-
-    def _shapes(self) -> list[tuple[int, int]]:
-        return [(int(tokens.shape[0]), int(tokens.shape[1])) for tokens in self.batches]
-
-    def _key(self) -> str:
-        digest = blake3()
-        for tokens in self.batches:
-            digest.update(f"{tokens.shape} ".encode() + tokens.tobytes())
-        for name, linear in self.linears.items():
-            digest.update(f"{name} {tuple(linear.weight.shape)} {linear.weight.dtype} ".encode())
-        digest.update(f"{self.options.double} {self.options.key}".encode())
-        return digest.hexdigest()
-
-
-def _whole(
-    model: Any,
-    linears: dict[str, Linear],
-    parts: Sequence[Tokens],
-    on_module: OnModule,
-    options: Options,
-    report: Report,
-    progress: OnProgress,
-) -> Report:
-    """Run a whole model on the device, once for as many modules as the budget of moments allows."""
-    device = options.where()
-    with placed(model, device):
-        with Gatherer(linears.values()) as gatherer:
-            run_model(model, parts[-1][:1], device)
-        order, report.uncalled = gatherer.called, gatherer.uncalled
-        groups: list[list[str]] = []
-        room = 0
-        for name in order:
-            size = linears[name].columns ** 2 * (8 if options.double else 4)
-            if size > room:
-                groups.append([])
-                room = max(WHOLE_BUDGET, size)
-            groups[-1].append(name)
-            room -= size
-        for done, group in enumerate(groups, 1):
-            with Gatherer([linears[name] for name in group], double=options.double) as gatherer:
-                for tokens in parts:
-                    with contextlib.suppress(Stop):
-                        run_model(model, tokens, device)
-            for name in gatherer.called:
-                _give(linears[name], gatherer.moments(name), on_module)
-            report.modules += gatherer.called
-            progress(done, len(groups))
-    return report
-
-
-def _give(linear: Linear, moments: Moments, on_module: OnModule) -> bool:
-    new = on_module(linear.name, linear.weight_name, moments)
-    if new is not None:
-        replace_weight(linear, new)
-    return new is not None
+        return run_whole(model, linears, parts, on_module, options, Report(count, 0), progress)
 
 
 def _check(
-    model: Any,
-    linears: dict[str, Linear],
-    sequences: Sequence[Tokens],
-    count: int,
-    minimum: int | None,
+    model: Any, linears: dict[str, Linear], sequences: Sequence[Tokens], count: int, minimum: int | None
 ) -> None:
     if not linears:
         raise UsageError(f"{type(model).__name__} has no linear modules")
@@ -379,7 +137,3 @@ def _check(
     largest = max(int(sequence.max()) for sequence in sequences)
     if largest >= rows:
         raise UsageError(f"the calibration text has token {largest} where the model has {rows}: not its tokenizer")
-
-
-def _as_dict(options: Options) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in Options.__slots__}

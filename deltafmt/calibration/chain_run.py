@@ -1,0 +1,161 @@
+"""A chain of blocks, calibrated from the first to the last, from where an earlier run was killed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from blake3 import blake3
+from torch import nn
+
+from deltafmt.calibration.blockwise import Call, Chain, Interner, placed
+from deltafmt.calibration.callbacks import OnModule, OnProgress, Report
+from deltafmt.calibration.gather import Gatherer, hand_out
+from deltafmt.calibration.hidden import HiddenStates
+from deltafmt.calibration.modules import Linear
+from deltafmt.calibration.options import Options
+from deltafmt.calibration.state import State
+from deltafmt.calibration.tokens import Tokens
+from deltafmt.errors import NonFiniteError
+
+
+class CallOrder:
+    """Notes which linear modules outside the blocks are called before them and which after, while it is entered."""
+
+    def __init__(self, linears: dict[str, Linear], blocks: Sequence[nn.Module]) -> None:
+        inside = {id(module) for block in blocks for module in block.modules()}
+        self.outer = [linear for linear in linears.values() if id(linear.module) not in inside]
+        self.before: list[Linear] = []
+        self.after: list[Linear] = []
+        self._blocks = blocks
+
+    def __enter__(self) -> Self:
+        entered: list[bool] = []
+
+        def note(linear: Linear) -> Any:
+            def hook(_module: Any, _args: Any) -> None:
+                mine = self.after if entered else self.before
+                if linear not in mine:
+                    mine.append(linear)
+
+            return hook
+
+        first = self._blocks[0].register_forward_pre_hook(lambda _module, _args: entered.append(True))
+        self._handles = [linear.module.register_forward_pre_hook(note(linear)) for linear in self.outer]
+        self._handles.append(first)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@dataclass(slots=True)
+class ChainRun:
+    """One run over a chain of blocks."""
+
+    chain: Chain
+    blocks_name: str
+    linears: dict[str, Linear]
+    batches: list[Tokens]
+    on_module: OnModule
+    options: Options
+    report: Report
+    order: CallOrder
+    calls: list[list[Call]] = field(default_factory=list)
+
+    def run(self, progress: OnProgress) -> Report:
+        """Run what an earlier run has not."""
+        count = len(self.chain.blocks)
+        state = None if self.options.state is None else State(Path(self.options.state), self._key())
+        done = state.next if state is not None else 0
+        self.report.resumed = min(done, count)
+        if done > count:
+            return self.report
+        states = self._enter(state)
+        for number in range(self.report.resumed, count):
+            states = self._block(number, states, state)
+            progress(number + 1, count + 1)
+        self._finish(states)
+        if state is not None:
+            state.advance(count + 1)
+        progress(count + 1, count + 1)
+        return self.report
+
+    def _enter(self, state: State | None) -> HiddenStates:
+        """Record what the blocks are given, and give the hidden states that enter the next one."""
+        resumed = state is not None and state.started
+        if self.order.before and not resumed:
+            with Gatherer(self.order.before, double=self.options.double) as gatherer:
+                for tokens in self.batches:
+                    self.chain.record(tokens)
+            self._hand_out(gatherer)
+        interner = Interner()
+        states: HiddenStates | None = None
+        for batch, tokens in enumerate(self.batches):
+            first, calls = self.chain.record(tokens)
+            self.calls.append([interner.call(call) for call in calls])
+            if states is None:
+                path = None if state is None else state.hidden(self.report.resumed)
+                states = HiddenStates(self._shapes(), first.shape[-1], first.dtype, path)
+            if not resumed:
+                states.write(batch, first)
+        assert states is not None
+        if state is not None and not resumed:
+            state.advance(0)
+        return states
+
+    def _block(self, number: int, states: HiddenStates, state: State | None) -> HiddenStates:
+        """Gather and hand out the moments of a block; return the hidden states that leave it."""
+        chain = self.chain
+        path = None if state is None else state.hidden(number + 1)
+        after = HiddenStates(self._shapes(), states.width, states.dtype, path)
+        prefix = f"{self.blocks_name}.{number}."
+        inside = [linear for name, linear in self.linears.items() if name.startswith(prefix)]
+        with placed(chain.blocks[number], chain.device):
+
+            def step() -> None:
+                for batch, calls in enumerate(self.calls):
+                    after.write(batch, chain.step(number, states.read(batch, chain.device), calls[number]))
+
+            with Gatherer(inside, double=self.options.double) as gatherer:
+                step()
+            if self._hand_out(gatherer):
+                step()
+        if not after.finite():
+            raise NonFiniteError(f'the activations that leave "{self.blocks_name}.{number}" are not finite')
+        if state is not None:
+            state.advance(number + 1)
+        return after
+
+    def _finish(self, states: HiddenStates) -> None:
+        """Gather and hand out the moments of what comes after the blocks."""
+        after = self.order.after
+        self.report.uncalled += [one.name for one in self.order.outer if one not in (*self.order.before, *after)]
+        if not after:
+            return
+        with Gatherer(after, double=self.options.double, stop_at=after[-1].name) as gatherer:
+            for batch, tokens in enumerate(self.batches):
+                self.chain.finish(tokens, states.read(batch, torch.device("cpu")))
+        self._hand_out(gatherer)
+
+    def _hand_out(self, gatherer: Gatherer) -> bool:
+        """Call back for every module; tell whether a weight was replaced."""
+        self.report.uncalled += gatherer.uncalled
+        self.report.modules += gatherer.called
+        return hand_out(gatherer, self.on_module)
+
+    def _shapes(self) -> list[tuple[int, int]]:
+        return [(int(tokens.shape[0]), int(tokens.shape[1])) for tokens in self.batches]
+
+    def _key(self) -> str:
+        digest = blake3()
+        for tokens in self.batches:
+            digest.update(f"{tokens.shape} ".encode() + tokens.tobytes())
+        for name, linear in self.linears.items():
+            digest.update(f"{name} {tuple(linear.weight.shape)} {linear.weight.dtype} ".encode())
+        digest.update(f"{self.options.double} {self.options.key}".encode())
+        return digest.hexdigest()

@@ -1,0 +1,466 @@
+"""Calibration: the moments of a plain hooked forward pass, block by block, in bounded memory, resumed when killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from deltafmt.calibration import blockwise, run  # noqa: E402
+from deltafmt.calibration.callbacks import Moments, Report  # noqa: E402
+from deltafmt.calibration.modules import find_blocks, linear_modules  # noqa: E402
+from deltafmt.calibration.run import Options, calibrate, calibrate_folder  # noqa: E402
+from deltafmt.calibration.text import Document, read_documents  # noqa: E402
+from deltafmt.calibration.tokens import Encoder, batches, cut, load_encoder  # noqa: E402
+from deltafmt.errors import InvalidFileError, NonFiniteError, StorageError, UsageError  # noqa: E402
+from tiny_models import ARCHITECTURES, GPT2, KINDS, new_model  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+
+Sequences = list[NDArray[np.int64]]
+
+
+def sequences(seed: int = 0, lengths: tuple[int, ...] = (12, 7, 12, 30, 7, 12, 16, 40)) -> Sequences:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, 96, length) for length in lengths]
+
+
+def plainly(model: Any, texts: Sequences) -> dict[str, NDArray[np.float64]]:
+    """Return the moments of a plain forward pass with hooks, a sequence at a time, in float64."""
+    found: dict[str, NDArray[np.float64]] = {}
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(_module: Any, args: Any) -> None:
+            x = args[0].detach().reshape(-1, args[0].shape[-1]).double().numpy()
+            found[name] = found.get(name, 0.0) + x.T @ x
+
+        return hook
+
+    kinds: tuple[Any, ...] = (torch.nn.Linear,)
+    if hasattr(model, "transformer"):
+        kinds += (type(model.transformer.h[0].mlp.c_fc),)
+    handles = [m.register_forward_pre_hook(hook_for(n)) for n, m in model.named_modules() if isinstance(m, kinds)]
+    with torch.no_grad():
+        for tokens in texts:
+            ids = torch.from_numpy(tokens)[None]
+            extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+            model(input_ids=ids, **extra)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def gather(model: Any, texts: Sequences, **options: Any) -> tuple[dict[str, Moments], Report]:
+    """Calibrate without replacing a weight."""
+    found: dict[str, Moments] = {}
+
+    def on_module(name: str, weight_name: str, moments: Moments) -> None:
+        assert name not in found
+        assert weight_name in dict(model.named_parameters())
+        found[name] = moments
+
+    report = calibrate(model, texts, on_module, options=Options(**{"device": "cpu", **options}))
+    assert list(found) == report.modules
+    return found, report
+
+
+def agree(found: dict[str, Moments], expected: dict[str, NDArray[np.float64]]) -> None:
+    assert set(found) == set(expected)
+    for name, moments in found.items():
+        assert moments.matrix.dtype == np.float32
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(moments.matrix, expected[name], atol=2e-5 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("batch_tokens", [1, 40])
+def test_moments_are_those_of_a_plain_forward_pass(kind: str, batch_tokens: int) -> None:
+    model = new_model(kind)
+    texts = sequences()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found, report = gather(model, texts, batch_tokens=batch_tokens)
+    agree(found, plainly(model, texts))
+    assert report.blocks == 2, "run block by block"
+    assert report.tokens == sum(len(text) for text in texts)
+    # What sees every token counts every token; BERT's pooler and head see the first of each sequence.
+    first = find_blocks(model)[0] + ".0."
+    assert all(found[name].tokens == report.tokens for name in found if name.startswith(first))
+    assert all(found[name].axis == (0 if kind == "gpt2" and name != "lm_head" else 1) for name in found)
+    assert not any(block.__dict__.get("forward") for block in find_blocks(model)[1])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_modules_come_in_the_order_in_which_they_are_called() -> None:
+    found, report = gather(new_model("llama"), sequences())
+    names = [name.rsplit(".", 1)[1] for name in report.modules if ".layers.1." in name]
+    assert names == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert report.modules[-1] == "lm_head"
+    assert next(iter(found)).startswith("model.layers.0.")
+
+
+def test_a_tied_head_is_named_by_its_tensor() -> None:
+    model = new_model("qwen2")
+    names = {name: linear.weight_name for name, linear in linear_modules(model).items()}
+    assert names["lm_head"] == "model.embed_tokens.weight"
+
+
+def test_an_encoder_and_decoder_is_run_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_model("t5")
+    texts = sequences()
+    found, report = gather(model, texts)
+    agree(found, plainly(model, texts))
+    assert report.blocks == 0
+    monkeypatch.setattr("deltafmt.calibration.whole.BUDGET", 3 * 32 * 32 * 4)
+    agree(gather(model, texts)[0], plainly(model, texts))
+
+
+def test_a_model_whose_blocks_are_no_chain_is_run_as_a_whole() -> None:
+    model = new_model("llama")
+    layer = model.model.layers[1]
+    inner = layer.forward
+    layer.forward = lambda hidden, **kwargs: inner(hidden * 2, **kwargs)
+    texts = sequences()
+    found, report = gather(model, texts)
+    assert report.blocks == 2  # what a block does by itself does not matter
+    agree(found, plainly(model, texts))
+
+    model = new_model("llama")
+    hook = model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+    found, report = gather(model, texts)
+    assert report.blocks == 0
+    agree(found, plainly(model, texts))
+    hook.remove()
+
+
+def test_later_blocks_see_what_replaced_weights_do() -> None:
+    texts = sequences()
+    model = new_model("llama")
+    found: dict[str, Moments] = {}
+
+    def halve(name: str, weight_name: str, moments: Moments) -> Any:
+        found[name] = moments
+        weight = dict(model.named_parameters())[weight_name].detach()
+        return (weight / 2).numpy() if ".layers.0." in name else None
+
+    calibrate(model, texts, halve, options=Options(device="cpu"))
+    halved = new_model("llama")
+    first = plainly(halved, texts)
+    with torch.no_grad():
+        for name, linear in linear_modules(halved).items():
+            if ".layers.0." in name:
+                linear.weight.mul_(0.5)
+    later = plainly(halved, texts)
+    # The first block was seen as it was, the rest after its replacement.
+    agree(found, {name: (first if ".layers.0." in name else later)[name] for name in first})
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), halved.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "bert"])
+def test_one_block_at_a_time_is_on_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_model(kind)
+    blocks = find_blocks(model)[1]
+    there: set[int] = set()
+    most = []
+
+    class Moved:
+        def __init__(self, block: Any, _device: Any) -> None:
+            self.block = block
+
+        def __enter__(self) -> None:
+            there.add(id(self.block))
+            most.append(len(there))
+
+        def __exit__(self, *_: object) -> None:
+            there.discard(id(self.block))
+
+    monkeypatch.setattr(blockwise, "placed", Moved)
+    monkeypatch.setattr("deltafmt.calibration.chain_run.placed", Moved)
+    real = {id(block): block.forward for block in blocks}
+
+    def watched(block: Any) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            assert id(block) in there
+            return real[id(block)](*args, **kwargs)
+
+        return forward
+
+    for block in blocks:
+        block.forward = watched(block)
+    gather(model, sequences())
+    assert max(most) == 1
+    assert len(most) == 2 * len(blocks)  # once when the model is traced
+
+
+def test_repeated_runs_give_the_same_bits() -> None:
+    one, other = (gather(new_model("gemma3"), sequences())[0] for _ in range(2))
+    for name in one:
+        np.testing.assert_array_equal(one[name].matrix, other[name].matrix)
+
+
+def test_double_sums_are_no_further_from_the_truth() -> None:
+    texts = sequences(1, (40,) * 30)
+    expected = plainly(new_model("llama"), texts)
+    single, double = (gather(new_model("llama"), texts, double=d, batch_tokens=40)[0] for d in (False, True))
+    errors = [sum(np.abs(found[n].matrix - expected[n]).sum() for n in expected) for found in (single, double)]
+    assert errors[1] <= errors[0]
+
+
+class KilledError(Exception):
+    """Stands for a run that is killed."""
+
+
+@pytest.mark.parametrize("killed_at", range(0, 18, 3))
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_a_killed_run_goes_on(kind: str, killed_at: int, tmp_path: Path) -> None:
+    texts = sequences()
+    expected: dict[str, NDArray[np.float32]] = {}
+    kept: dict[str, NDArray[np.float32]] = {}
+
+    def sequential(model: Any, into: dict[str, NDArray[np.float32]], limit: int) -> Callable[..., Any]:
+        def on_module(name: str, weight_name: str, moments: Moments) -> Any:
+            nonlocal limit
+            if limit == 0:
+                raise KilledError
+            limit -= 1
+            into[name] = moments.matrix
+            if "layers" not in name:
+                return None
+            return dict(model.named_parameters())[weight_name].detach() * 0.9
+
+        return on_module
+
+    model = new_model(kind)
+    calibrate(model, texts, sequential(model, expected, 1000), options=Options(device="cpu"))
+    options = Options(device="cpu", state=tmp_path / "state")
+    model = new_model(kind)
+    try:
+        report = calibrate(model, texts, sequential(model, kept, killed_at), options=options)
+    except KilledError:
+        model = new_model(kind)
+        report = calibrate(model, texts, sequential(model, kept, 1000), options=options)
+    if killed_at >= 14:
+        assert report.resumed > 0 or killed_at >= len(expected)
+    assert set(kept) == set(expected)
+    for name, matrix in expected.items():
+        np.testing.assert_array_equal(kept[name], matrix, err_msg=name)
+    again = calibrate(new_model(kind), texts, sequential(model, kept, 0), options=options)
+    assert (again.modules, again.resumed) == ([], 2)
+
+
+def test_a_state_of_another_job_is_refused(tmp_path: Path) -> None:
+    gather(new_model("llama"), sequences(), state=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {"calibration.json", "hidden-00002.bin"}
+    with pytest.raises(UsageError, match="holds the state of another calibration"):
+        gather(new_model("llama"), sequences(1), state=tmp_path)
+    with pytest.raises(UsageError, match="holds the state of another calibration"):
+        gather(new_model("llama"), sequences(), state=tmp_path, key="other")
+    (tmp_path / "calibration.json").write_text("[]")
+    with pytest.raises(UsageError, match="is not the note of a calibration"):
+        gather(new_model("llama"), sequences(), state=tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError):
+        gather(new_model("llama"), sequences(), state=tmp_path / "file")
+
+
+def test_wrong_texts_are_refused() -> None:
+    model = new_model("llama")
+    with pytest.raises(
+        UsageError, match=r"has 20 tokens where at least 48 are needed: \"model.*down_proj\" has 48 col"
+    ):
+        gather(model, sequences(0, (20,)))
+    with pytest.raises(UsageError, match="has 20 tokens where at least 21 are needed: as asked for"):
+        gather(model, sequences(0, (20,)), minimum=21)
+    gather(model, sequences(0, (20,)), minimum=20)
+    with pytest.raises(UsageError, match="at least 1 are needed"):
+        gather(model, [], minimum=0)
+    with pytest.raises(UsageError, match="token 96 where the model has 96"):
+        gather(model, [np.full(60, 96)])
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_activations_that_are_not_finite_are_named(kind: str) -> None:
+    model = new_model(kind)
+    with torch.no_grad():
+        name, linear = list(linear_modules(model).items())[2]
+        linear.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r'the activations that enter "[\w.]+" are not finite'):
+        gather(model, sequences())
+    assert name
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    for weight, message in ((np.zeros((2, 2)), r"of shape \[2, 2\] does not fit"), (np.nan, "is not finite")):
+
+        def on_module(name: str, weight_name: str, moments: Moments, weight: Any = weight) -> Any:
+            return np.full((32, 32), weight, np.float32) if np.isscalar(weight) else weight
+
+        with pytest.raises(UsageError, match=message):
+            calibrate(new_model("llama"), sequences(), on_module, options=Options(device="cpu"))
+
+
+def test_blocks_are_the_outermost_longest_list() -> None:
+    model = torch.nn.Module()
+    model.short = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
+    model.layers = torch.nn.ModuleList(torch.nn.Module() for _ in range(3))
+    for layer in model.layers:
+        layer.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(8))
+    model.norms = torch.nn.ModuleList(torch.nn.LayerNorm(2) for _ in range(9))
+    assert find_blocks(model)[0] == "layers"
+    assert find_blocks(torch.nn.Linear(2, 2)) == ("", [])
+
+
+def write_lines(path: Path, *objects: Any) -> Path:
+    path.write_text("\n".join(json.dumps(obj) for obj in objects) + "\n\n", "utf-8")
+    return path
+
+
+def test_texts(tmp_path: Path) -> None:
+    lines = write_lines(
+        tmp_path / "a.jsonl",
+        {"text": "one\u2028line"},
+        {"prompt": "2 + 2 =", "completion": " 4"},
+        {"question": "q", "answer": "a", "other": 3},
+    )
+    assert read_documents(lines) == [
+        Document(("one\u2028line",), ended=False),
+        Document(("2 + 2 =", " 4"), ended=True),
+        Document(("q", "a"), ended=True),
+    ]
+    plain = tmp_path / "plain.txt"
+    plain.write_text('{"text": "not parsed"}\nmore')
+    assert read_documents(plain) == [Document(('{"text": "not parsed"}\nmore',), ended=False)]
+    for name, content, error, message in (
+        ("empty.txt", b" \n", UsageError, "the calibration text is empty"),
+        ("empty.jsonl", b"\n\n", UsageError, "the calibration text is empty"),
+        ("blank.jsonl", b'{"text": ""}', UsageError, "the calibration text is empty"),
+        ("bad.jsonl", b'{"text": "a"}\n{', InvalidFileError, "line 2 is not JSON"),
+        ("deep.jsonl", b"[" * 100000, InvalidFileError, "line 1 is not JSON"),
+        (
+            "field.jsonl",
+            b'{"content": "a"}',
+            InvalidFileError,
+            'line 1 is not an object with one of: "text", "prompt" and',
+        ),
+        ("list.jsonl", b'["a"]', InvalidFileError, "line 1 is not an object"),
+        ("latin.txt", b"\xff", InvalidFileError, "not UTF-8"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(error, match=message):
+            read_documents(tmp_path / name)
+    with pytest.raises(StorageError, match="cannot read"):
+        read_documents(tmp_path / "missing.txt")
+
+
+def test_documents_are_cut_into_sequences() -> None:
+    encoder = Encoder(lambda text: [ord(char) for char in text], (1,), (), 2)
+    documents = [Document(("abcdef",), ended=False), Document(("gh", "i"), ended=True), Document(("",), ended=False)]
+    whole = [tokens.tolist() for tokens in cut(documents, encoder, 100, 100)]
+    assert whole == [[1, *b"abcdef"], [1, *b"ghi", 2]]
+    parts = [tokens.tolist() for tokens in cut(documents, encoder, 4, 100)]
+    assert parts == [[1, *b"abc"], [*b"def"], [1, *b"ghi"]]  # a sequence of one token is left out
+    assert len(cut(documents, encoder, 4, 5)) == 2
+    grouped = batches([np.arange(n) for n in (3, 5, 3, 3, 5)], 7)
+    assert [tokens.shape for tokens in grouped] == [(1, 5), (1, 5), (2, 3), (1, 3)]
+
+
+def test_a_folder_is_loaded_and_calibrated(nano: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join((nano / "eval.jsonl").read_text("utf-8").splitlines()[:40]))
+    seen: list[str] = []
+    steps: list[tuple[int, int]] = []
+    report = calibrate_folder(
+        nano / "math",
+        text,
+        lambda name, _weight, _moments: seen.append(name),
+        tokenizer=nano / "tokenizer.json",
+        options=Options(device="cpu"),
+        on_progress=lambda done, total: steps.append((done, total)),
+    )
+    assert report.modules == seen
+    assert steps[-1] == (report.blocks + 1, report.blocks + 1)
+    with pytest.raises(UsageError, match=r"has no tokenizer; name a folder or a tokenizer\.json"):
+        calibrate_folder(nano / "math", text, lambda *_: None)
+    with pytest.raises(UsageError, match="not a tokenizer"):
+        calibrate_folder(nano / "math", text, lambda *_: None, tokenizer=text)
+    with pytest.raises(StorageError, match="no such folder"):
+        calibrate_folder(tmp_path / "none", text, lambda *_: None)
+    with pytest.raises(UsageError, match="transformers cannot load the model"):
+        calibrate_folder(tmp_path, text, lambda *_: None)
+    (tmp_path / "short.txt").write_text("1 + 1")
+    with pytest.raises(UsageError, match=r"has \d+ tokens where at least \d+ are needed"):
+        calibrate_folder(nano / "math", tmp_path / "short.txt", lambda *_: None, tokenizer=nano / "tokenizer.json")
+
+
+def test_a_folder_without_a_weight_is_refused(tmp_path: Path) -> None:
+    model = new_model("llama")
+    state = {name: value for name, value in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    write_lines(tmp_path / "t.jsonl", {"text": "a"})
+    with pytest.raises(UsageError, match=r'the model\'s weight "model.layers.1.mlp.up_proj.weight" is not there'):
+        calibrate_folder(tmp_path, tmp_path / "t.jsonl", lambda *_: None)
+
+
+def test_a_missing_transformers_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    write_lines(tmp_path / "t.jsonl", {"text": "a"})
+    with pytest.raises(UsageError, match="calibration needs transformers"):
+        calibrate_folder(tmp_path, tmp_path / "t.jsonl", lambda *_: None)
+
+
+def test_encoders(nano: Path, tmp_path: Path) -> None:
+    config = type("Config", (), {"bos_token_id": 0, "eos_token_id": [1, 5]})
+    bare = load_encoder(nano / "tokenizer.json", config)
+    assert (bare.before, bare.after, bare.end) == ((0,), (), 1)
+    tokens = bare.document(Document(("2 + ", "2"), ended=True))
+    assert tokens[0] == 0
+    assert tokens[-1] == 1
+    assert tokens[1:-1] == bare.encode("2 + ") + bare.encode("2")
+    parsed = json.loads((nano / "tokenizer.json").read_text("utf-8"))
+    parsed["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parsed))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}'
+    )
+    folder = load_encoder(tmp_path, config)
+    assert (folder.before, folder.after, folder.end) == ((0,), (), 1)
+    assert folder.encode("12") == bare.encode("12")
+
+
+def test_the_real_model(models: Path, tmp_path: Path) -> None:
+    home = models / "wordmath"
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join((home / "eval.jsonl").read_text("utf-8").splitlines()[500:530]))
+    from solve import load, read_problems
+
+    found: dict[str, Moments] = {}
+    calibrate_folder(
+        home / "math",
+        text,
+        lambda name, _weight, moments: found.__setitem__(name, moments),
+        tokenizer=home / "tokenizer.json",
+        options=Options(device="cpu"),
+    )
+    problems = read_problems(home / "tokenizer.json", text)
+    agree(found, plainly(load(home / "math"), [np.array(question + answer) for question, answer in problems]))
+
+
+def test_gpt2_weights_are_not_transposed() -> None:
+    model = new_model("gpt2")
+    linear = linear_modules(model)["transformer.h.0.mlp.c_fc"]
+    assert linear.columns == GPT2["n_embd"]
+    assert KINDS["gpt2"][0] == type(model).__name__
+    assert run.LENGTH == 2048
