@@ -20,6 +20,7 @@ from deltafmt.layout.kinds import Layout
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.lowrank import RAW_FACTORS, LowRankLayout
 from deltafmt.layout.nm import BITS, INDEX_ENCODINGS, SHARES, NMLayout
+from deltafmt.layout.sparse import GAP_BITS, RAW_VALUES, SparseLayout
 from deltafmt.layout.tiles import GRIDS
 
 Mutate = Callable[[bytes, int], bytes]
@@ -30,7 +31,7 @@ NUMBERS = (
 )  # fmt: skip
 WORDS = (
     "", "a", "same", "replace", "add", "alias", "exact", "nm", "hot", "cold", "seeded", "fixed", "rank", "midtread",
-    "midrise", "asymmetric", "lowbit", "lowrank", "row", "column",
+    "midrise", "asymmetric", "lowbit", "lowrank", "sparse", "row", "column",
     "codes", "index", "scales", "data", "terms", "target", "\0", "../up", "a/b", "\u20ac", "x" * 1025,
     "layer.norm.weight", "w", *c.DTYPE_BITS,
 )  # fmt: skip
@@ -169,7 +170,7 @@ def random_layout(rng: random.Random) -> Layout:
     """Return any layout that the specification allows."""
     while True:
         try:
-            return rng.choice((random_nm, random_nm, random_lowbit, random_lowrank))(rng)
+            return rng.choice((random_nm, random_nm, random_lowbit, random_lowrank, random_sparse))(rng)
         except UsageError:
             continue
 
@@ -205,6 +206,12 @@ def random_lowrank(rng: random.Random) -> LowRankLayout:
     """Return a ``lowrank`` layout; not every combination is allowed."""
     raw = rng.random() < 0.3
     return LowRankLayout(rng.choice((1, 2, 3, 33)), rng.choice(RAW_FACTORS) if raw else Coding(*random_coding(rng)))
+
+
+def random_sparse(rng: random.Random) -> SparseLayout:
+    """Return a ``sparse`` layout; not every combination is allowed."""
+    values = rng.choice(RAW_VALUES) if rng.random() < 0.4 else Coding(rng.randrange(1, 9), rng.choice(GRIDS))
+    return SparseLayout(values, rng.choice(GAP_BITS), rng.choice((256, 256, 512, 4096, 65536)))
 
 
 def random_shape(rng: random.Random) -> list[int]:
@@ -250,12 +257,14 @@ def add_tensor(parts: Parts, rng: random.Random, plain: Mutate) -> None:
             obj = layout.to_obj()
             if obj not in layouts:
                 layouts.append(obj)
-            lengths = layout.buffer_lengths(delta_rows, shape[-1])
+            slots = rng.choice(SIZES) if layout.has_slots else 0
+            lengths = layout.buffer_lengths(delta_rows, shape[-1], slots)
             terms.append(
                 {
                     "buffers": {name: buffer(length) for name, length in lengths.items()},
                     "layout": layouts.index(obj),
                     "seed": rng.randrange(2**32) if layout.seeded else 0,
+                    **({"slots": slots} if layout.has_slots else {}),
                 }
             )
         entry = {
@@ -279,5 +288,5 @@ def add_tensor(parts: Parts, rng: random.Random, plain: Mutate) -> None:
         })  # fmt: skip
         parts.sections.append(raw if stored else repair.compress(bytes(raw)))
         tensors[name] = entry
-    except (OverflowError, TypeError, KeyError, AttributeError):
+    except (OverflowError, TypeError, KeyError, AttributeError, UsageError):
         mutate_section(parts, rng, plain)

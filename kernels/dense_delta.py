@@ -10,8 +10,10 @@ from deltafmt.kernels.lowrank_matmul.naive import lowrank_delta
 from deltafmt.kernels.nm_matmul import product
 from deltafmt.kernels.nm_matmul.operand import NMOperand
 from deltafmt.kernels.packed import PackedOperand
+from deltafmt.kernels.sparse_matmul.naive import sparse_delta
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.lowrank import LowRankLayout
+from deltafmt.layout.sparse import SparseLayout
 
 Operand = NMOperand | PackedOperand
 
@@ -29,4 +31,6 @@ def operand_delta(operand: Operand, start: int = 0, stop: int | None = None) -> 
         return lowbit_delta(layout, operand.buffers, rows, columns)[start:stop]
     if isinstance(layout, LowRankLayout):
         return lowrank_delta(layout, operand.buffers, rows, columns)[start:stop]
+    if isinstance(layout, SparseLayout):
+        return sparse_delta(layout, operand.buffers, rows, columns, operand.slots)[start:stop]
     raise UnsupportedError(f"no way to decode {layout.kind} terms on a device")

@@ -17,6 +17,7 @@ from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment
+from deltafmt.layout.sparse import SparseLayout
 
 
 @vector("ok", "no tensor at all: header, index and trailer")
@@ -151,10 +152,26 @@ def lowrank_2_f16() -> bytes:
     return one_tensor(LowRankLayout(2, "F16"), 33, 50)
 
 
-@vector("ok", "a sum of kinds: two bands of vectors, a seeded nm term, a lowbit term")
+@vector("ok", "sparse, 4 bits midtread, gaps of 4 bits, two tiles, the second ragged, and empty rows")
+def sparse_k4_gaps_4() -> bytes:
+    return one_tensor(SparseLayout(Coding(4), 4, 256), 37, 200)
+
+
+@vector("ok", "sparse, BF16 values, gaps of 1 bit: a map of bits; three blocks of 256 columns, the last of 88")
+def sparse_bf16_bitmap() -> bytes:
+    return one_tensor(SparseLayout("BF16", 1, 256), 20, 600)
+
+
+@vector("ok", "sparse, 1 bit midrise, gaps of 16 bits, F32 scales, in a cold file")
+def sparse_k1_gaps_16_cold() -> bytes:
+    return one_tensor(SparseLayout(Coding(1, "midrise", "F32"), 16, 65536), 40, 300, "cold")
+
+
+@vector("ok", "a sum of kinds: two bands of vectors, a seeded nm term, a lowbit term, a sparse term")
 def sum_of_kinds() -> bytes:
     bands = LowRankLayout(2, Coding(8, scale_group=32)), LowRankLayout(5, Coding(3, scale_group=32))
-    return summed(*bands, NMLayout(1, 8, 4, share=4), LowbitLayout(2, "midrise"), rows=70, columns=50)
+    others = NMLayout(1, 8, 4, share=4), LowbitLayout(2, "midrise"), SparseLayout("F32", 2, 256)
+    return summed(*bands, *others, rows=70, columns=50)
 
 
 @vector("ok", "compatible feature bit 9 is set, which a reader ignores")

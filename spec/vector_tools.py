@@ -19,6 +19,7 @@ from deltafmt.codecs.floats import narrow
 from deltafmt.codecs.lowbit import LowbitArrays
 from deltafmt.codecs.lowrank import LowRankArrays
 from deltafmt.codecs.positions import seeded
+from deltafmt.codecs.sparse import SparseArrays
 from deltafmt.codecs.terms import Arrays, slot_count, term_codec
 from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
@@ -31,6 +32,7 @@ from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment
+from deltafmt.layout.sparse import SparseLayout
 
 VECTORS: dict[str, bytes] = {}
 
@@ -112,22 +114,42 @@ def lowrank_arrays(layout: LowRankLayout, rows: int, columns: int, seed: int) ->
     return LowRankArrays(*raw)
 
 
-ARRAYS: dict[str, Callable[..., Arrays]] = {"nm": nm_arrays, "lowbit": lowbit_arrays, "lowrank": lowrank_arrays}
+def sparse_arrays(layout: SparseLayout, rows: int, columns: int, seed: int) -> SparseArrays:  # noqa: ARG001
+    """Return made-up content of a ``sparse`` term: about one entry of eleven, some rows empty."""
+    kept = fields(rows * columns, 10, 5).reshape(rows, columns) == 3
+    kept[::7] = False
+    row, column = np.nonzero(kept)
+    ends = np.cumsum(kept.sum(axis=1))
+    coding = layout.values
+    if isinstance(coding, Coding):
+        scales = ((1 + np.arange(rows, dtype=np.float32)) / 256)[:, None]
+        return SparseArrays(ends, column, fields(row.size, coding.top, 2), scales)
+    values = fields(row.size, 254, 2).astype(np.float32) / 64 - 2
+    return SparseArrays(ends, column, narrow(values, coding))
+
+
+ARRAYS: dict[str, Callable[..., Arrays]] = {
+    "nm": nm_arrays,
+    "lowbit": lowbit_arrays,
+    "lowrank": lowrank_arrays,
+    "sparse": sparse_arrays,
+}
 
 
 def add_term(writer: ContainerWriter, layout: Layout, rows: int, columns: int, seed: int) -> tuple[Term, bytes]:
     """Write a term with made-up content; return it and its payload's digest."""
     seed = seed if layout.seeded else 0
     arrays = ARRAYS[layout.kind](layout, rows, columns, seed)
-    codec = term_codec(layout, rows, columns, seed, slot_count(arrays))
-    packed = blank(layout, rows, columns, slot_count(arrays))
+    slots = slot_count(layout, arrays, columns)
+    codec = term_codec(layout, rows, columns, seed, slots)
+    packed = blank(layout, rows, columns, slots)
     codec.encode(arrays, packed, 0)
     digest = blake3()
     refs = {}
     for name, array in packed.items():
         refs[name] = writer.add(raw_bytes(array))
         digest.update(raw_bytes(codec.digested_form(name, array)))
-    return Term(writer.layout_number(layout), layout, seed, refs, slot_count(arrays)), digest.digest()
+    return Term(writer.layout_number(layout), layout, seed, refs, slots), digest.digest()
 
 
 def one_tensor(layout: Layout, rows: int, columns: int, profile: str = "hot", seed: int = 7) -> bytes:

@@ -18,7 +18,7 @@ from deltafmt.layout.constants import DTYPE_BITS, byte_count
 from deltafmt.layout.entries import BaseRef, TensorEntry, Term
 from deltafmt.layout.kinds import Layout
 from deltafmt.layout.nm import NMLayout
-from strategies import dense_layouts, generators, layouts, shapes
+from strategies import dense_layouts, generators, layouts, shapes, sparse_layouts
 
 DIGEST = bytes(32)
 
@@ -48,14 +48,15 @@ class DeltaWriter:
         written = []
         for layout in terms:
             buffers = {}
-            for key, length in layout.buffer_lengths(rows, columns).items():
+            slots = int(self.rng.integers(0, min(columns, 60))) if layout.has_slots else 0
+            for key, length in layout.buffer_lengths(rows, columns, slots).items():
                 data = self.rng.bytes(length)
                 if key == "index" and layout.cold_only:
                     assert isinstance(layout, NMLayout)
                     data = random_ranks(self.rng, layout, rows, columns).tobytes()
                 buffers[key] = self.writer.add(data)
             seed = int(self.rng.integers(2**32)) if layout.seeded else 0
-            written.append(Term(self.writer.layout_number(layout), layout, seed, buffers))
+            written.append(Term(self.writer.layout_number(layout), layout, seed, buffers, slots))
         grown = self.writer.add(self.rng.bytes(new_rows * columns * 2)) if new_rows else None
         base = BaseRef(DIGEST, "BF16", shape)
         full = (rows + new_rows, columns)
@@ -101,7 +102,7 @@ def delta_files(draw: st.DrawFn) -> bytes:
     """Give files with every kind of tensor, hot and cold."""
     profile = draw(st.sampled_from(("hot", "cold")))
     encodings = ("seeded", "fixed") if profile == "hot" else ("seeded", "fixed", "rank")
-    any_layout = st.one_of(st.sampled_from(encodings).flatmap(layouts), dense_layouts())
+    any_layout = st.one_of(st.sampled_from(encodings).flatmap(layouts), dense_layouts(), sparse_layouts())
     section_bytes = draw(st.sampled_from((1, 3000, 60_000, 4 << 20)))
     made = DeltaWriter(draw(generators()), profile, section_bytes)
     for number in range(draw(st.integers(0, 6))):

@@ -16,11 +16,13 @@ from deltafmt.codecs.floats import RAW_DTYPES, Raw, narrow, widen
 from deltafmt.codecs.lowbit import LowbitArrays
 from deltafmt.codecs.lowrank import LowRankArrays
 from deltafmt.codecs.nm import NMArrays, outside
+from deltafmt.codecs.sparse import SparseArrays
 from deltafmt.layout.coding import CODING_GRIDS, Coding
 from deltafmt.layout.kinds import Layout
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.lowrank import RAW_FACTORS, LowRankLayout
 from deltafmt.layout.nm import BITS, INDEX_ENCODINGS, MAX_GROUP, SHARES, NMLayout
+from deltafmt.layout.sparse import GAP_BITS, RAW_VALUES, SPANS, SparseLayout
 
 FLOAT_DTYPES = tuple(RAW_DTYPES)
 # What a float's bits can hold beyond ordinary numbers: both zeros, the subnormals' ends, the largest, infinities and
@@ -116,6 +118,32 @@ def lowbit_layouts(draw: st.DrawFn) -> LowbitLayout:
 def lowrank_layouts() -> st.SearchStrategy[LowRankLayout]:
     """Give any valid ``lowrank`` layout of a small rank."""
     return st.builds(LowRankLayout, st.integers(1, 70), st.one_of(codings(), st.sampled_from(tuple(RAW_FACTORS))))
+
+
+@st.composite
+def sparse_layouts(draw: st.DrawFn) -> SparseLayout:
+    """Give any valid ``sparse`` layout."""
+    values: Coding | str = draw(st.sampled_from(RAW_VALUES))
+    if draw(st.booleans()):
+        bits = draw(st.integers(1, 8))
+        grid = draw(st.sampled_from(("midrise",) if bits == 1 else ("midtread", "midrise")))
+        values = Coding(bits, grid, draw(st.sampled_from(("BF16", "F32"))))
+    return SparseLayout(values, draw(st.sampled_from(GAP_BITS)), draw(st.sampled_from(SPANS)))
+
+
+@st.composite
+def sparse_arrays(draw: st.DrawFn, layout: SparseLayout, rows: int, columns: int) -> SparseArrays:
+    """Give canonical content of a ``sparse`` term; rows, or the whole, may be empty."""
+    rng = draw(generators())
+    density = draw(st.sampled_from((0.0, 0.01, 0.1, 0.5, 1.0)))
+    kept = rng.random((rows, columns)) < density * rng.random((rows, 1)) * 2
+    column = np.nonzero(kept)[1]
+    ends = np.cumsum(kept.sum(axis=1))
+    coding = layout.values
+    if isinstance(coding, str):
+        return SparseArrays(ends, column, ordinary_raws(rng, coding, (column.size,)))
+    codes = rng.integers(0, coding.top, column.size, np.uint8, endpoint=True)
+    return SparseArrays(ends, column, codes, random_scales(rng, (rows, 1), coding.scale_dtype))
 
 
 def dense_layouts() -> st.SearchStrategy[Layout]:

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltafmt.codecs.buffers import blank
-from deltafmt.codecs.terms import term_codec
+from deltafmt.codecs.terms import slot_count, term_codec
 from deltafmt.errors import UsageError
 from deltafmt.layout.kinds import Layout
 from deltafmt.layout.lowbit import LowbitLayout
-from strategies import dense_arrays, dense_layouts, examples, shapes
+from deltafmt.layout.sparse import SparseLayout
+from strategies import dense_arrays, dense_layouts, examples, shapes, sparse_arrays, sparse_layouts
 
 torch = pytest.importorskip("torch")
 
@@ -21,12 +22,16 @@ from deltafmt.kernels.dense_delta import operand_delta  # noqa: E402 - needs tor
 from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand  # noqa: E402
 
 
-def operand_of(layout: Layout, packed: dict[str, NDArray[np.generic]], rows: int, columns: int) -> PackedOperand:
+def operand_of(
+    layout: Layout, packed: dict[str, NDArray[np.generic]], rows: int, columns: int, slots: int = 0
+) -> PackedOperand:
     buffers = {}
-    for name, form in layout.buffers(rows, columns).items():
-        raw = torch.from_numpy(packed[name].reshape(-1).view(np.uint8).copy())
-        buffers[name] = raw.view(BUFFER_DTYPES[form.dtype]).view(form.shape)
-    return PackedOperand(layout, rows, columns, buffers)
+    for name, form in layout.buffers(rows, columns, slots).items():
+        buffers[name] = torch.empty(form.shape, dtype=BUFFER_DTYPES[form.dtype])
+        if form.nbytes:
+            raw = torch.from_numpy(packed[name].reshape(-1).view(np.uint8).copy())
+            buffers[name] = raw.view(BUFFER_DTYPES[form.dtype]).view(form.shape)
+    return PackedOperand(layout, rows, columns, buffers, 0, slots)
 
 
 @examples(80)
@@ -42,6 +47,19 @@ def test_dense_deltas_agree(data: st.DataObject, layout: Layout, shape: tuple[in
     found = operand_delta(operand)
     np.testing.assert_array_equal(found.numpy(), expected)
     assert torch.equal(operand_delta(operand, 3, 9).nan_to_num(), found[3:9].nan_to_num())
+
+
+@examples(40)
+@given(st.data(), sparse_layouts(), shapes(70, 400))
+def test_sparse_deltas_agree(data: st.DataObject, layout: SparseLayout, shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    arrays = data.draw(sparse_arrays(layout, rows, columns))
+    slots = slot_count(layout, arrays, columns)
+    codec = term_codec(layout, rows, columns, 0, slots)
+    packed = blank(layout, rows, columns, slots)
+    codec.encode(arrays, packed, 0)
+    found = operand_delta(operand_of(layout, packed, rows, columns, slots))
+    np.testing.assert_array_equal(found.numpy(), codec.decode(packed, 0, rows))
 
 
 def test_buffers_of_another_form_are_refused() -> None:

@@ -7,18 +7,21 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.codecs import sparse
 from deltafmt.codecs.buffers import Packed
 from deltafmt.codecs.lowbit import LowbitArrays, LowbitCodec
 from deltafmt.codecs.lowrank import LowRankArrays, LowRankCodec
 from deltafmt.codecs.nm import NMArrays, NMCodec
 from deltafmt.codecs.routines import REFERENCE, CodecRoutines
+from deltafmt.codecs.sparse import SparseArrays, SparseCodec
 from deltafmt.layout.kinds import Layout
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.sparse import SparseLayout
 
 # What a method gives for one term, and a codec packs.
-Arrays = NMArrays | LowbitArrays | LowRankArrays
+Arrays = NMArrays | LowbitArrays | LowRankArrays | SparseArrays
 
 
 class TermCodec(Protocol):
@@ -55,7 +58,7 @@ class TermCodec(Protocol):
         """Return what a buffer contributes to its tensor's digest (section 7.6)."""
 
 
-def term_codec(layout: Layout, rows: int, columns: int, seed: int = 0, slots: int = 0) -> TermCodec:  # noqa: ARG001
+def term_codec(layout: Layout, rows: int, columns: int, seed: int = 0, slots: int = 0) -> TermCodec:
     """Return the codec of a term with this layout, shape, seed and number of slots."""
     if isinstance(layout, NMLayout):
         return NMCodec(layout, rows, columns, seed)
@@ -63,9 +66,13 @@ def term_codec(layout: Layout, rows: int, columns: int, seed: int = 0, slots: in
         return LowbitCodec(layout, rows, columns)
     if isinstance(layout, LowRankLayout):
         return LowRankCodec(layout, rows, columns)
+    if isinstance(layout, SparseLayout):
+        return SparseCodec(layout, rows, columns, slots)
     raise TypeError(f"no codec for {type(layout).__name__}")
 
 
-def slot_count(arrays: Arrays) -> int:  # noqa: ARG001
+def slot_count(layout: Layout, arrays: Arrays, columns: int) -> int:
     """Return the number of slots that a term of these arrays has; 0 for kinds without slots."""
+    if isinstance(layout, SparseLayout) and isinstance(arrays, SparseArrays):
+        return sparse.slot_count(layout, arrays, columns)
     return 0

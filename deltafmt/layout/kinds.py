@@ -8,6 +8,7 @@ from deltafmt.layout.checks import Where, fail
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.sparse import SparseLayout
 from deltafmt.layout.tiles import BufferForm
 
 
@@ -50,8 +51,8 @@ class Layout(Protocol):
         """Return a short form, without the kind."""
 
 
-KINDS: Final[dict[str, type[NMLayout | LowbitLayout | LowRankLayout]]] = {
-    kind.kind: kind for kind in (NMLayout, LowbitLayout, LowRankLayout)
+KINDS: Final[dict[str, type[NMLayout | LowbitLayout | LowRankLayout | SparseLayout]]] = {
+    kind.kind: kind for kind in (NMLayout, LowbitLayout, LowRankLayout, SparseLayout)
 }
 
 

@@ -420,7 +420,7 @@ def _pack_whole(plan: Plan, method: Method, pending: _Pending, per_thread: PerTh
         with _run_of(plan, 0, rows, routines) as whole:
             compressed = method.compress(whole, pending.seed)
         for layout, arrays in zip(_layouts(plan), compressed, strict=True):
-            seed, slots = pending.seed if layout.seeded else 0, slot_count(arrays)
+            seed, slots = pending.seed if layout.seeded else 0, slot_count(layout, arrays, plan.tensor.columns)
             codec = term_codec(layout, rows, plan.tensor.columns, seed, slots)
             term = _PackedTerm(layout, codec, blank(layout, *codec.shape, slots), slots)
             codec.encode(arrays, term.packed, 0, routines.codec)

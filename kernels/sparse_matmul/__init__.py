@@ -1,0 +1,1 @@
+"""Products with packed ``sparse`` terms; the reference alone so far."""
