@@ -116,6 +116,7 @@ def test_a_delta_of_rank_two(tmp_path: Path, shape: tuple[int, int], exact: int)
     assert spectrum.exact is (exact > 4)
     assert spectrum.values[:2] == pytest.approx([4, 3])
     assert [spectrum.energy[count] for count in (1, 2, 4, 8)] == pytest.approx([16 / 25, 1, 1, 1])
+    assert (max(spectrum.energy) >= min(shape)) is spectrum.exact
     assert (spectrum.rank_of(0.5), spectrum.rank_of(0.9), spectrum.stable_rank) == (1, 2, pytest.approx(25 / 16))
     entropy = -(4 / 7 * math.log(4 / 7) + 3 / 7 * math.log(3 / 7))
     assert spectrum.effective_rank == (pytest.approx(math.exp(entropy)) if exact > 4 else None)
@@ -344,7 +345,7 @@ def test_the_page(tmp_path: Path, cli: Cli, small: Pair) -> None:
     assert f"plots: {out}" in cli("analyze", small.base, small.finetuned, "--html", out).out
     page = read_page(out)
     tags = [tag for tag, _ in page.elements]
-    assert tags.count("svg") == 6
+    assert tags.count("svg") == 7
     assert tags.count("table") == 5
     assert not {"script", "link", "img", "iframe"} & set(tags)
     content = out.read_text("utf-8")

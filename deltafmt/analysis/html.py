@@ -66,7 +66,7 @@ def render(report: Report) -> str:
         _section(delta_table(report), [_norms(report), _energies(report)]),
         _section(product_table(report), [_products(report, key) for key in ("variance", "range")]),
         _histogram(report),
-        _section(loss_table(report), [_losses(report)]),
+        _section(loss_table(report), _losses(report)),
         _section(depth_table(report), []),
         f"<details><summary>Every tensor</summary>{_section(tensor_table(report), [])}</details>",
         f"<details><summary>Left out</summary><ul>{skipped}</ul></details>" if skipped else "",
@@ -105,13 +105,21 @@ def _relative_norm(group: Group) -> float | None:
     return group.relative_norm
 
 
-def _losses(report: Report) -> str:
-    return _depth_chart("Share of the delta's squares that is lost", "lost / whole", report, _lost)
+def _losses(report: Report) -> list[str]:
+    return [
+        _depth_chart("Share of the delta's sum of squares that is lost", "lost / whole", report, _lost),
+        _depth_chart("Mean squared error of the outputs", "mean squared error", report, _output_error),
+    ]
 
 
 def _lost(group: Group) -> float | None:
     lost = group.approximation
     return None if lost is None else ratio(lost.lost, lost.squares)
+
+
+def _output_error(group: Group) -> float | None:
+    lost = group.approximation
+    return lost.output_lost / lost.outputs if lost and lost.outputs else None
 
 
 def _depth_chart(title: str, label: str, report: Report, value: Callable[[Group], float | None]) -> str:
@@ -120,7 +128,11 @@ def _depth_chart(title: str, label: str, report: Report, value: Callable[[Group]
         return ""
     x = svg.axis_over("layer", [depth for _, points in lines for depth, _ in points])
     y = svg.axis_over(label, [number for _, points in lines for _, number in points], zero=True)
-    return svg.line_chart(title, x, y, lines, dots=True)
+    return svg.line_chart(title, x, y, lines, names=_names(report), dots=True)
+
+
+def _names(report: Report) -> list[str]:
+    return [group.label for group in report.by_kind()]
 
 
 def _energies(report: Report) -> str:
@@ -132,7 +144,7 @@ def _energies(report: Report) -> str:
         return ""
     x = svg.axis_over("singular values", [count for _, points in lines for count, _ in points], log=True)
     y = svg.Axis("share of the sum of squares", 0.0, 1.0)
-    return svg.line_chart("Energy in the first singular values", x, y, lines, dots=True)
+    return svg.line_chart("Energy in the first singular values", x, y, lines, names=_names(report), dots=True)
 
 
 def _products(report: Report, key: str) -> str:

@@ -81,10 +81,13 @@ class Group:
 
     @property
     def energy(self) -> dict[int, float]:
-        """Mean share of the sum of squares in the first 1, 2, 4, ... singular values, as far as all have so many."""
-        each = [spectrum.energy for spectrum in self.spectra]
-        counts = [count for count in (each[0] if each else ()) if all(count in one for one in each)]
-        return {count: sum(one[count] for one in each) / len(each) for count in counts}
+        """Mean share of the sum of squares in the first 1, 2, 4, ... singular values, as far as it is known of all."""
+        spectra = self.spectra
+        each = [spectrum.energy for spectrum in spectra]
+        limit = min((max(spectrum.energy) for spectrum in spectra if not spectrum.exact), default=math.inf)
+        counts = [count for count in max(each, key=len, default={}) if count <= limit]
+        # Beyond its last singular value, a delta has all of its energy.
+        return {count: sum(one.get(count, 1.0) for one in each) / len(each) for count in counts}
 
     @property
     def effective_rank(self) -> float | None:

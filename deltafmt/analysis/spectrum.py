@@ -33,12 +33,15 @@ class Spectrum:
 
     @property
     def energy(self) -> dict[int, float]:
-        """Share of the sum of squares in the first 1, 2, 4, 8, ... singular values; empty for a delta of zeros."""
+        """Share of the sum of squares in the first 1, 2, 4, 8, ... singular values; empty for a delta of zeros.
+
+        The last count reaches or exceeds the number of singular values, or is the last below those that are known.
+        """
         if not self.squares:
             return {}
-        sums = np.cumsum(np.square(self.values)) / self.squares
-        counts = [1 << i for i in range(len(sums).bit_length())]
-        return {count: min(float(sums[count - 1]), 1.0) for count in counts}
+        sums = np.minimum(np.cumsum(np.square(self.values)) / self.squares, 1.0)
+        last = len(sums) - 1 if self.exact else len(sums)
+        return {1 << i: float(sums[min(1 << i, len(sums)) - 1]) for i in range(last.bit_length() + self.exact)}
 
     @property
     def effective_rank(self) -> float | None:

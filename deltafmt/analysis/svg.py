@@ -70,7 +70,14 @@ def number(value: float) -> str:
 
 
 def line_chart(
-    title: str, x: Axis, y: Axis, lines: Sequence[tuple[str, Points]], *, steps: bool = False, dots: bool = False
+    title: str,
+    x: Axis,
+    y: Axis,
+    lines: Sequence[tuple[str, Points]],
+    *,
+    names: Sequence[str] = (),
+    steps: bool = False,
+    dots: bool = False,
 ) -> str:
     """Return a chart of named lines.
 
@@ -78,12 +85,15 @@ def line_chart(
         title: of the chart.
         x, y: its axes.
         lines: name and points of each.
+        names: a name's place here is its color, the same in several charts; if empty, the order of the lines.
         steps: draw a point as a level up to the next one, as histograms do.
         dots: mark the points.
     """
     across, up = _scales(x, y)
     parts = _frame(title, x, y, across, up, x.ticks())
-    for i, (_, points) in enumerate(lines):
+    order = list(names) or [name for name, _ in lines]
+    for name, points in lines:
+        i = order.index(name)
         good = [(across(a), up(b)) for a, b in points if _fits(x, a) and _fits(y, b)]
         path = ""
         for j, (a, b) in enumerate(good):
@@ -91,7 +101,7 @@ def line_chart(
         parts.append(f'<path class="line c{i % COLORS}{_dash(i)}" d="{path}"/>')
         if dots:
             parts += [f'<circle class="c{i % COLORS}" cx="{a:.1f}" cy="{b:.1f}" r="2.5"/>' for a, b in good]
-    return _svg(title, parts + _legend([name for name, _ in lines], _line_key))
+    return _svg(title, parts + _legend([(order.index(name), name) for name, _ in lines], _line_key))
 
 
 def range_chart(
@@ -122,7 +132,7 @@ def range_chart(
             box = f'x="{center - half:.1f}" y="{third:.1f}" width="{2 * half:.1f}" height="{max(first - third, 1):.1f}"'
             parts.append(f'<rect class="c{i}" {box}/>')
             parts.append(f'<path class="median" d="M{center - half:.1f} {median:.1f}h{2 * half:.1f}"/>')
-    return _svg(title, parts + _legend([name for name, _ in groups], _box_key))
+    return _svg(title, parts + _legend(list(enumerate(name for name, _ in groups)), _box_key))
 
 
 def _fits(axis: Axis, value: float) -> bool:
@@ -159,12 +169,12 @@ def _frame(
     return parts
 
 
-def _legend(names: Sequence[str], key: Callable[[int, float, float], str]) -> list[str]:
+def _legend(entries: Sequence[tuple[int, str]], key: Callable[[int, float, float], str]) -> list[str]:
     left = WIDTH - LEGEND + 14
     parts = []
-    for i, name in enumerate(names):
-        at = TOP + 8 + 17.0 * i
-        parts.append(key(i, left, at))
+    for place, (color, name) in enumerate(entries):
+        at = TOP + 8 + 17.0 * place
+        parts.append(key(color, left, at))
         parts.append(f'<text class="key" x="{left + 26}" y="{at + 4:.0f}">{text(_short(name))}</text>')
     return parts
 
