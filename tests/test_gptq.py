@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from deltafmt.codecs.floats import narrow, widen
 from deltafmt.errors import NonFiniteError, UsageError
 from deltafmt.methods.gptq import gptq, gptq_columns
 from deltafmt.methods.grids import Grid
 from deltafmt.methods.hessian import damp, inverse_factor, output_error
+from deltafmt.methods.refit import refit_scales
 from problems import Floats, layer, weighted_error
 from strategies import examples, shapes
 
@@ -131,6 +133,40 @@ def test_scales_down_the_columns() -> None:
         flat = gptq_columns(weights, np.eye(4, dtype=np.float32), Grid(3, group=128), act_order=act_order)
         nearest = Grid(3, group=128).quantize(np.ascontiguousarray(weights.T)).codes
         np.testing.assert_array_equal(flat.quantized.codes, nearest)
+
+
+@pytest.mark.parametrize("kind", ["midrise", "asymmetric"])
+@pytest.mark.parametrize("group", [0, 16])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_refitted_scales_err_less_each_time(kind: str, group: int, act_order: bool) -> None:
+    weights, hessian = layer(9, 12, 60)
+    grid = Grid(2, kind, "mse", group)
+    found = [gptq(weights, hessian, grid, act_order=act_order, refits=count) for count in range(4)]
+    errors = [one.error for one in found]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < errors[0]
+    for one in found:
+        assert one.error == pytest.approx(weighted_error(weights - one.quantized.dense(), hessian))
+        scales = one.quantized.scales
+        np.testing.assert_array_equal(widen(narrow(scales, "BF16"), "BF16"), scales)
+
+
+def test_refitted_scales_are_those_of_least_squares() -> None:
+    weights, hessian = layer(10, 3, 14)
+    levels = np.random.default_rng(0).integers(-3, 4, (3, 14)).astype(np.float32)
+    levels[2] = -10 * weights[2]  # whose best scale is negative
+    groups = [(levels[:, :8], slice(0, 8)), (levels[:, 8:], slice(8, 14))]
+    root = np.linalg.cholesky(hessian.astype(np.float64))
+    scales = refit_scales(weights, hessian, groups, np.full((3, 2), 7, np.float32), "F32")
+    for row in range(3):
+        terms = np.zeros((2, 14))
+        terms[0, :8], terms[1, 8:] = levels[row, :8], levels[row, 8:]
+        best = np.linalg.lstsq((terms @ root).T, weights[row] @ root, rcond=None)[0]
+        expected = best if (best > 0).all() else np.full(2, 7)
+        np.testing.assert_allclose(scales[row], expected, rtol=1e-4)
+    assert (scales[2] == 7).all()
+    empty = refit_scales(weights, hessian, [(0 * levels, slice(0, 14))], np.ones((3, 1), np.float32), "BF16")
+    assert (empty == 1).all()
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:

@@ -147,3 +147,18 @@ def test_positions_can_be_given() -> None:
     assert found.error < output_error(delta - plain, hessian)
     with pytest.raises(UsageError, match=r"positions of shape \[4, 9, 2\] where \[5, 9, 2\] are needed"):
         sparsegpt(delta, hessian, layout, positions=drawn[:4])
+
+
+@pytest.mark.parametrize("scale_group", [0, 8, 6])
+@pytest.mark.parametrize("share", [1, 4])
+def test_refitted_scales_err_less_each_time(scale_group: int, share: int) -> None:
+    delta, hessian = layer(11, 20, 70)
+    layout = NMLayout(4, 16, 2, "fixed", "midrise", share, scale_group=scale_group)
+    found = [sparsegpt(delta, hessian, layout, rule="mse", refits=count) for count in range(4)]
+    errors = [one.error for one in found]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < errors[0]
+    for one in found:
+        dense = nm.dense(layout, one.arrays, 70)
+        assert one.error == pytest.approx(weighted_error(delta - dense, hessian))
+        np.testing.assert_array_equal(one.arrays.positions, found[0].arrays.positions)

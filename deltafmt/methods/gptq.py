@@ -6,7 +6,8 @@ Cholesky factor U of the inverse Hessian, times row q of U is taken from the col
 3, in the form of section 3.3 step 3). Updates beyond a block of columns are made at once (eq. 4 and 5, step 2).
 
 Beyond the paper: a column whose inputs were always zero keeps its nearest level (the authors' code sets its weights to
-zero, which is as good for the calibration set and worse for any input that it lacks).
+zero, which is as good for the calibration set and worse for any input that it lacks); and the scales can be refitted to
+the codes (:mod:`deltafmt.methods.refit`), which at 1 and 2 bits matters more than the compensation itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from deltafmt.errors import UsageError
 from deltafmt.methods.grids import Fields, Floats, Grid, Quantized, Steps
 from deltafmt.methods.hessian import DAMPING, check_hessian, inverse_factor, output_error
+from deltafmt.methods.refit import refit_scales, row_errors
 
 BLOCK = 128
 
@@ -50,6 +52,7 @@ def gptq(
     damping: float = DAMPING,
     act_order: bool = False,
     block: int = BLOCK,
+    refits: int = 0,
 ) -> Solved:
     """Quantize a matrix so that its outputs, rather than its elements, stay close.
 
@@ -61,6 +64,8 @@ def gptq(
         damping: share of the mean diagonal of H that is added to it.
         act_order: round the columns by falling diagonal of H. Groups stay those of the columns' own order.
         block: columns whose updates are applied one by one.
+        refits: how often the scales are refitted to the codes; between two times the codes are solved for again. Each
+            row keeps the best of all it has had. 0 is the paper's method.
 
     Raises:
         UsageError: shapes do not fit, or H is not positive semidefinite.
@@ -84,8 +89,17 @@ def gptq(
         if size < columns:
             block = max(block // size, 1) * size  # a group's scales want all updates of the blocks before it
         codes, used = _walk(work, hessian, order, grid, _fitted(steps, grid, work), damping, block)
-    quantized = Quantized(grid, np.ascontiguousarray(codes.T), steps.scales, steps.zeros)
-    return Solved(quantized, used, output_error(weights - quantized.dense(), hessian))
+    best = _Best(weights, hessian, Quantized(grid, np.ascontiguousarray(codes.T), steps.scales, steps.zeros))
+    found = best.quantized
+    for number in range(refits):
+        if number:
+            steps = Steps(found.scales, found.zeros)
+            work = np.ascontiguousarray(weights.T[order])
+            codes, _ = _walk(work, hessian, order, grid, _static(steps, order // size), damping, block)
+            found = Quantized(grid, np.ascontiguousarray(codes.T), steps.scales, steps.zeros)
+        found = _refitted(weights, hessian, found)
+        best.offer(found)
+    return Solved(best.quantized, used, output_error(weights - best.quantized.dense(), hessian))
 
 
 def gptq_columns(
@@ -114,6 +128,38 @@ def gptq_columns(
     codes, used = _walk(across[order], hessian, order, grid, column_steps, damping, block)
     quantized = Quantized(grid, codes, steps.scales, steps.zeros)
     return Solved(quantized, used, output_error((across - quantized.dense()).T, hessian))
+
+
+class _Best:
+    """The best that every row has had.
+
+    Attributes:
+        quantized: those rows.
+    """
+
+    def __init__(self, weights: Floats, hessian: NDArray[np.floating], first: Quantized) -> None:
+        self.quantized = first
+        self._weights, self._hessian = weights, hessian
+        self._errors = row_errors(weights - first.dense(), hessian)
+
+    def offer(self, other: Quantized) -> None:
+        """Take the rows that are better in another."""
+        errors = row_errors(self._weights - other.dense(), self._hessian)
+        better = (errors < self._errors)[:, None]
+        self._errors = np.minimum(errors, self._errors)
+        codes = np.where(better, other.codes, self.quantized.codes)
+        scales = np.where(better, other.scales, self.quantized.scales)
+        self.quantized = Quantized(other.grid, codes, scales, other.zeros)
+
+
+def _refitted(weights: Floats, hessian: NDArray[np.floating], found: Quantized) -> Quantized:
+    """Return the same codes with scales of least output error."""
+    grid, columns = found.grid, weights.shape[1]
+    size = grid.size(columns)
+    levels = Quantized(grid, found.codes, np.ones_like(found.scales), found.zeros).dense()
+    groups = [(levels[:, start : start + size], slice(start, start + size)) for start in range(0, columns, size)]
+    scales = refit_scales(weights, hessian, groups, found.scales, grid.scale_dtype)
+    return Quantized(grid, found.codes, scales, found.zeros)
 
 
 def _order(hessian: NDArray[np.floating], act_order: bool) -> NDArray[np.intp]:

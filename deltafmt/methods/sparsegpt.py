@@ -22,8 +22,9 @@ from deltafmt.errors import UsageError
 from deltafmt.layout.nm import NMLayout
 from deltafmt.methods import quantize
 from deltafmt.methods.gptq import BLOCK
-from deltafmt.methods.hessian import DAMPING, check_hessian, inverse_factor, output_error
+from deltafmt.methods.hessian import DAMPING, check_hessian, inverse_factor
 from deltafmt.methods.magnitude import largest
+from deltafmt.methods.refit import refit_scales, row_errors
 from deltafmt.methods.sampling import gather
 
 Floats = NDArray[np.float32]
@@ -54,6 +55,7 @@ def sparsegpt(
     damping: float = DAMPING,
     block: int = BLOCK,
     positions: Positions | None = None,
+    refits: int = 0,
 ) -> Pruned:
     """Prune and quantize a delta so that its outputs stay close.
 
@@ -65,6 +67,8 @@ def sparsegpt(
         damping: share of the mean diagonal of H that is added to it.
         block: columns whose updates are applied one by one, rounded to whole groups.
         positions: what is kept, uint8 of shape (mask rows, groups, N); None to choose.
+        refits: how often the scales are refitted to the codes, as :func:`deltafmt.methods.gptq.gptq` does; the
+            positions stay those chosen first.
 
     Raises:
         UsageError: shapes do not fit, a scale overflows, or H is not positive semidefinite.
@@ -82,13 +86,42 @@ def sparsegpt(
         first = largest((delta / importance) ** 2, layout.keep, layout.group, layout.share)
     kept = gather(delta, first, layout.group, layout.share, np.float32(1))
     _, scales = quantize.quantize(kept, layout.bits, layout.grid, rule, layout.scale_group, layout.scale_dtype)
-    walk = _Walk(layout, scales, np.ascontiguousarray(delta.T), factor.upper, importance, positions)
     step = max(block // layout.group, 1) * layout.group
-    for start in range(0, columns, step):
-        walk.block(start, min(start + step, columns))
-    arrays = NMArrays(walk.positions, walk.codes, scales)
-    error = output_error(delta - nm.dense(layout, arrays, columns), hessian)
-    return Pruned(arrays, factor.damping, error)
+
+    def solve(scales: Floats, positions: Positions | None) -> NMArrays:
+        walk = _Walk(layout, scales, np.ascontiguousarray(delta.T), factor.upper, importance, positions)
+        for start in range(0, columns, step):
+            walk.block(start, min(start + step, columns))
+        return NMArrays(walk.positions, walk.codes, scales)
+
+    found = solve(scales, positions)
+    best, errors = found, row_errors(delta - nm.dense(layout, found, columns), hessian)
+    for number in range(refits):
+        if number:
+            found = solve(found.scales, found.positions)
+        found = _refitted(delta, hessian, layout, found)
+        now = row_errors(delta - nm.dense(layout, found, columns), hessian)
+        better = (now < errors)[:, None]
+        errors = np.minimum(now, errors)
+        codes, scales = np.where(better, found.codes, best.codes), np.where(better, found.scales, best.scales)
+        best = NMArrays(found.positions, codes, scales)
+    return Pruned(best, factor.damping, float(errors.sum()))
+
+
+def _refitted(delta: Floats, hessian: NDArray[np.floating], layout: NMLayout, found: NMArrays) -> NMArrays:
+    """Return the same positions and codes with scales of least output error."""
+    columns, count = delta.shape[1], found.scales.shape[1]
+    size = layout.scale_group or layout.kept(columns)
+    groups = []
+    for number in range(count):
+        one = np.zeros_like(found.scales)
+        one[:, number] = 1
+        last = min((number + 1) * size, layout.kept(columns)) - 1
+        at = slice(number * size // layout.keep * layout.group, (last // layout.keep + 1) * layout.group)
+        levels = nm.dense(layout, NMArrays(found.positions, found.codes, one), columns)[:, at]
+        groups.append((levels, slice(at.start, at.start + levels.shape[1])))
+    scales = refit_scales(delta, hessian, groups, found.scales, layout.scale_dtype)
+    return NMArrays(found.positions, found.codes, scales)
 
 
 class _Walk:
