@@ -21,9 +21,11 @@ from deltafmt.layout.coding import Coding
 from deltafmt.layout.kinds import Layout
 from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.layout.nm import NMLayout
-from deltafmt.methods import METHODS, RTN, BitDelta, DeltaDQ
+from deltafmt.methods import DARE, METHODS, RTN, BitDelta, DeltaDQ, Magnitude
 from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.dare import draw
 from deltafmt.methods.options import make_method, options_of
+from deltafmt.pipeline.plan import tensor_seed
 
 SHAPE = (75, 203)
 
@@ -103,6 +105,47 @@ def test_bitdelta_is_signs_and_means(tmp_path: Path, mean: str, scale_dtype: str
     np.testing.assert_array_equal(stored, np.where(delta >= 0, 1, -1))
 
 
+@pytest.mark.parametrize("bits", [None, 1, 2, 4, 8])
+@pytest.mark.parametrize("drop", [0.0, 0.5, 0.9, 0.99])
+def test_dare_keeps_at_random_and_rescales(tmp_path: Path, drop: float, bits: int | None) -> None:
+    pair = pair_of(tmp_path)
+    delta = true_delta(pair)
+    method = DARE(drop, bits, scale_dtype="F32", value_dtype="F16" if drop else "BF16")
+    found = round_trip(pair, tmp_path, method)
+    kept = draw(tensor_seed(0, "w"), *SHAPE, drop)
+    assert abs(kept.mean() - (1 - drop)) < 4 * (drop * (1 - drop) / kept.size) ** 0.5 + 1e-9
+    assert not found[~kept].any()
+    wanted = delta / (1 - drop)
+    if bits is None:
+        np.testing.assert_allclose(found[kept], wanted[kept], rtol=2**-8)
+    elif bits >= 4:
+        worst = np.abs(np.where(kept, wanted, 0)).max(axis=1, keepdims=True) / (2 ** (bits - 1) - 1)
+        assert (np.abs(found - wanted)[kept] <= np.broadcast_to(worst * 0.51, SHAPE)[kept]).all()
+
+
+@pytest.mark.parametrize("bits", [None, 3, 8])
+@pytest.mark.parametrize("density", [0.02, 0.3])
+def test_magnitude_keeps_the_largest(tmp_path: Path, density: float, bits: int | None) -> None:
+    pair = pair_of(tmp_path)
+    delta = true_delta(pair)
+    found = round_trip(pair, tmp_path, Magnitude(density, bits))
+    count = round(density * delta.size)
+    least = np.sort(np.abs(delta).reshape(-1))[-count]
+    assert not found[np.abs(delta) < least].any()
+    if bits is None:
+        assert np.count_nonzero(found) == count
+        np.testing.assert_allclose(found[np.abs(delta) >= least], delta[np.abs(delta) >= least], rtol=2**-8)
+
+
+def test_what_is_no_smaller_when_packed_is_kept_exactly(tmp_path: Path) -> None:
+    pair = pair_of(tmp_path, dtype="BF16")
+    file = tmp_path / "d.deltafmt"
+    result = deltafmt.pack(pair.base, pair.finetuned, file, method=DARE(0.05))
+    assert result.kept == {"w": "no smaller when packed"}
+    deltafmt.unpack(pair.base, file, tmp_path / "out")
+    assert read_folder(tmp_path / "out")["w"] == pair.b["w"]
+
+
 @dataclass(frozen=True)
 class Summed:
     """Two vectors of the delta's SVD as a band, and a dropout of what they leave: a sum of two kinds of terms."""
@@ -162,7 +205,9 @@ def test_a_sum_of_kinds(tmp_path: Path, threads: int, profile: str, cli: Cli) ->
     assert sum(node["bytes"] for node in obj["tree"]["children"]) == file.stat().st_size
 
 
-@pytest.mark.parametrize("method", [RTN(3), RTN(4, "asymmetric"), BitDelta(), BitDelta("column"), Summed()])
+@pytest.mark.parametrize(
+    "method", [RTN(3), RTN(4, "asymmetric"), BitDelta(), BitDelta("column"), DARE(0.8), Magnitude(0.2, 2), Summed()]
+)
 def test_threads_and_compilers_do_not_change_a_byte(
     tmp_path: Path, method: Any, monkeypatch: pytest.MonkeyPatch, compiled: CodecRoutines
 ) -> None:
@@ -216,6 +261,11 @@ def test_rules_choose_methods(tmp_path: Path, cli: Cli, small: Pair) -> None:
         (("--method", "bitdelta", "--mean", "tensor"), "mean 'tensor'"),
         (("--method", "bitdelta", "--mean", "group", "--scale-group", "0"), "at least one column"),
         (("--rule", "*", "method=rtn,nm=4:16"), "rule 'method=rtn,nm=4:16': method rtn has no option 'nm'"),
+        (("--method", "dare", "--drop", "1"), "drop probability 1.0"),
+        (("--method", "dare", "--drop", "most"), "drop is a number, not 'most'"),
+        (("--method", "dare", "--drop", "nan"), "drop probability nan"),
+        (("--method", "magnitude", "--density", "0"), "density 0.0"),
+        (("--method", "magnitude", "--bits", "9"), "k = 9"),
         (("--rule", "*", "method=gzip"), "unknown method 'gzip'"),
         (("--rule", "*", "rescale=maybe"), "yes or no"),
     ],

@@ -36,7 +36,7 @@ from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.deltadq import DeltaDQ
 from deltafmt.methods.routines import Routines, select_routines
 from deltafmt.output import storage_error
-from deltafmt.pipeline.plan import Plan, Rule, make_plan, tensor_seed
+from deltafmt.pipeline.plan import NO_SMALLER, Plan, Rule, make_plan, shared_bytes, tensor_seed
 from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thread_count
 
 # Below this many columns, keeping under half of a row at random is likely to cost accuracy (docs/benchmarks.md).
@@ -257,7 +257,7 @@ class _Packer:
             entry = self._entries[plan.tensor.name]
             self._result.actions[entry.action] = self._result.actions.get(entry.action, 0) + 1
             if entry.action == "replace" and len(entry.shape) > 1:
-                self._result.kept[entry.name] = plan.reason
+                self._result.kept[entry.name] = plan.reason or NO_SMALLER
             if entry.columns < NARROW_COLUMNS:
                 self._result.narrow += any(_drops_most(term.params) for term in entry.terms)
         self._result.removed = len(self._removed)
@@ -337,6 +337,8 @@ class _Packer:
             return self._replace(tensor)
         for part in pending.parts:
             part.result()
+        if sum(array.nbytes for term in pending.terms for array in term.packed.values()) >= shared_bytes(tensor, base):
+            return self._replace(tensor)
         reference = BaseRef(pending.fingerprint.result(), base.dtype, base.shape)
         return self._add_terms(tensor, reference, pending)
 

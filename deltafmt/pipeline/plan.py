@@ -16,6 +16,8 @@ from deltafmt.methods.base import Method
 
 Rule = tuple[str, Method | None]
 
+NO_SMALLER = "no smaller when packed"
+
 # Reasons for keeping a tensor exactly that the user gave.
 CHOSEN = ("excluded", "not included", "by rule")
 
@@ -108,11 +110,14 @@ def why_exact(tensor: Tensor, base: Tensor | None, method: Method) -> str:
         layouts = method.layouts(shared, tensor.columns)
     except UsageError as error:
         raise UsageError(f'tensor "{tensor.name}": {error}') from error
-    # The slots of unstructured terms are not known yet; without them this is a lower bound.
+    # The slots of unstructured terms are not known yet: this is a lower bound, and is seen to again once they are.
     packed = sum(sum(layout.buffer_lengths(shared, tensor.columns).values()) for layout in layouts)
-    if packed >= tensor.nbytes // tensor.rows * shared:
-        return "no smaller when packed"
-    return ""
+    return NO_SMALLER if packed >= shared_bytes(tensor, base) else ""
+
+
+def shared_bytes(tensor: Tensor, base: Tensor) -> int:
+    """Return the bytes of a tensor's rows that its base has as well."""
+    return tensor.nbytes // tensor.rows * min(tensor.rows, base.rows)
 
 
 def check_architecture(base: Checkpoint, finetuned: Checkpoint) -> None:
