@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,6 +258,26 @@ def test_a_killed_run_goes_on(kind: str, killed_at: int, tmp_path: Path) -> None
     assert (again.modules, again.resumed) == ([], 2)
 
 
+def test_hidden_states_that_went_away_are_missed(tmp_path: Path) -> None:
+    def stop(name: str, *_: Any) -> None:
+        if ".layers.1." in name:
+            raise KilledError
+
+    options = Options(device="cpu", state=tmp_path)
+    with pytest.raises(KilledError):
+        calibrate(new_model("llama"), sequences(), stop, options=options)
+    assert {path.name for path in tmp_path.glob("*.bin")} >= {"hidden-00001.bin"}
+    (tmp_path / "hidden-00001.bin").unlink()
+    with pytest.raises(UsageError, match=r"hidden-00001\.bin is missing; remove .* to start anew"):
+        calibrate(new_model("llama"), sequences(), stop, options=options)
+
+
+def test_texts_and_states_need_no_torch() -> None:
+    modules = ", ".join(f"deltafmt.calibration.{name}" for name in ("text", "tokens", "state", "callbacks"))
+    code = f"import sys, {modules}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_state_of_another_job_is_refused(tmp_path: Path) -> None:
     gather(new_model("llama"), sequences(), state=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} <= {"calibration.json", "hidden-00002.bin"}
@@ -410,7 +432,7 @@ def test_a_folder_without_a_weight_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_transformers_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     write_lines(tmp_path / "t.jsonl", {"text": "a"})
     with pytest.raises(UsageError, match="calibration needs transformers"):
         calibrate_folder(tmp_path, tmp_path / "t.jsonl", lambda *_: None)

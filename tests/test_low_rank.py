@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from deltafmt.errors import NonFiniteError, UsageError
 from deltafmt.methods import svd
-from deltafmt.methods.bands import TRIPLE, dense, fill, quantize_bands, search_bands, vector_bits
+from deltafmt.methods.bands import TRIPLE, band_grid, dense, fill, quantize_bands, search_bands, vector_bits
 from deltafmt.methods.grids import Grid
 from deltafmt.methods.hessian import output_error
 from deltafmt.methods.residual import split_head
@@ -118,10 +118,10 @@ def test_bands_fill_a_budget_of_true_bytes(shape: tuple[int, int], widths: list[
     assert count <= min(shape)
     bands = quantize_bands(factorize(decaying(0, *shape), count), found, COME)
     stored = sum(band.stored_bits for band in bands)
-    assert stored == sum(n * vector_bits(*shape, Grid(bits, "asymmetric", "minmax", 128)) for n, bits in found)
+    assert stored == sum(n * vector_bits(*shape, band_grid(COME, bits)) for n, bits in found)
     assert stored <= budget * 8
     if count < min(shape):
-        assert stored + vector_bits(*shape, Grid(widths[-1][1], "asymmetric", "minmax", 128)) > budget * 8
+        assert stored + vector_bits(*shape, band_grid(COME, widths[-1][1])) > budget * 8
 
 
 def test_bands_sum_to_the_delta() -> None:
@@ -151,6 +151,12 @@ def test_calibrated_bands_err_less_at_the_outputs(kind: str, act_order: bool) ->
     refitted = quantize_bands(factors, widths, grid, hessian=hessian, delta=delta, act_order=act_order)
     errors = [output_error(delta - found, hessian) for found in (nearest, solved, dense(refitted, delta.shape))]
     assert errors[2] < errors[1] < errors[0]
+
+
+def test_one_bit_is_a_sign() -> None:
+    band = quantize_bands(factorize(decaying(9, 20, 30), 5), [(5, 1)], COME)[0]
+    assert band.left.grid.kind == band.right.grid.kind == "midrise"
+    assert len(np.unique(np.abs(band.right.dense()[0]))) == 1
 
 
 def test_refitting_helps_without_calibration() -> None:

@@ -19,7 +19,7 @@ from deltafmt.calibration.modules import Linear
 from deltafmt.calibration.options import Options
 from deltafmt.calibration.state import State
 from deltafmt.calibration.tokens import Tokens
-from deltafmt.errors import NonFiniteError
+from deltafmt.errors import NonFiniteError, UsageError
 
 
 class CallOrder:
@@ -100,6 +100,8 @@ class ChainRun:
             self.calls.append([interner.call(call) for call in calls])
             if states is None:
                 path = None if state is None else state.hidden(self.report.resumed)
+                if resumed and path is not None and not path.exists():
+                    raise UsageError(f"{path} is missing; remove {path.parent} to start anew")
                 states = HiddenStates(self._shapes(), first.shape[-1], first.dtype, path)
             if not resumed:
                 states.write(batch, first)

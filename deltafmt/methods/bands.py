@@ -54,6 +54,11 @@ class Band:
         return self.left.stored_bits + self.right.stored_bits
 
 
+def band_grid(grid: Grid, bits: int) -> Grid:
+    """Return the grid of a band; one bit is a sign (section 3.3: BitDelta), whatever the kind of the others."""
+    return replace(grid, bits=bits, kind="midrise" if bits == 1 else grid.kind)
+
+
 def vector_bits(rows: int, columns: int, grid: Grid) -> int:
     """Return the true bits of one vector pair: codes, scales and zero points of both sides."""
     return grid.stored_bits(1, rows) + grid.stored_bits(1, columns)
@@ -74,7 +79,7 @@ def fill(widths: Sequence[tuple[int, int]], rows: int, columns: int, budget: int
     left, vectors = budget * 8, min(rows, columns)
     found = []
     for number, (count, bits) in enumerate(widths):
-        each = vector_bits(rows, columns, replace(grid, bits=bits))
+        each = vector_bits(rows, columns, band_grid(grid, bits))
         wanted = vectors if number == len(widths) - 1 else count
         taken = min(wanted, left // each, vectors)
         if taken:
@@ -116,7 +121,7 @@ def quantize_bands(
     bands: list[Band] = []
     first = 0
     for count, bits in widths:
-        own = replace(grid, bits=bits)
+        own = band_grid(grid, bits)
         part = slice(first, first + count)
         first += count
         a, b = left[:, part], np.ascontiguousarray(right[part])
