@@ -180,8 +180,19 @@ def _dequantize(codes, step, offsets, factors, group, out):  # type: ignore[no-u
     for r in range(rows):
         for c in range(factors.shape[1]):
             offset, factor = offsets[r, c], factors[r, c]
-            for i in range(c * group, min(count, (c + 1) * group)):
-                out[r, i] = np.float32(step * np.int32(codes[r, i]) - offset) * factor
+            start, stop = c * group, min(count, (c + 1) * group)
+            cell, values = codes[r, start:stop], out[r, start:stop]
+            for i in range(cell.size):
+                values[i] = np.float32(np.int32(step * np.int32(cell[i])) - offset) * factor
+
+
+@compiled
+def _dequantize_each(codes, step, offsets, factors, out):  # type: ignore[no-untyped-def]
+    """Do the same where every field has an offset and a factor of its own."""
+    for r in range(codes.shape[0]):
+        fields, offset, factor, values = codes[r], offsets[r], factors[r], out[r]
+        for i in range(fields.size):
+            values[i] = np.float32(np.int32(step * np.int32(fields[i])) - offset[i]) * factor[i]
 
 
 @compiled
@@ -317,7 +328,10 @@ def dequantize(
 ) -> NDArray[np.float32]:
     """See :func:`deltafmt.codecs.levels.dequantize`."""
     out = scratch.array("dequantize", codes.shape, np.float32)
-    _dequantize(codes, np.int32(step), offsets, factors, max(min(group, codes.shape[1]), 1), out)
+    if group == 1:
+        _dequantize_each(codes, np.int32(step), offsets, factors, out)
+    else:
+        _dequantize(codes, np.int32(step), offsets, factors, max(min(group, codes.shape[1]), 1), out)
     return out
 
 

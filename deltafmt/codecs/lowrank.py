@@ -90,10 +90,12 @@ class LowRankCodec:
                 raise InvalidFileError(f"a value of factor {side} is not finite")
             return factor
         arrays = _arrays(coding, side, packed, self._length(side), start, stop, routines)
-        # A run need not start with a group of the scales, so that every element is given its own.
-        at = np.arange(start, stop) // (coding.scale_group or max(stop, 1))
+        group = coding.scale_group or max(self._length(side), 1)
+        # Where a run starts within a group of the scales, every element is given its own.
+        at = np.arange(start // group, -(-stop // group)) if start % group == 0 else np.arange(start, stop) // group
         zero_points = None if arrays.zero_points is None else arrays.zero_points[:, at]
-        return values(coding, LowbitArrays(arrays.codes, arrays.scales[:, at], zero_points), 1, routines)
+        part = LowbitArrays(arrays.codes, arrays.scales[:, at], zero_points)
+        return values(coding, part, group if start % group == 0 else 1, routines)
 
     def _length(self, side: str) -> int:
         return self.shape[0 if side == "u" else 1]
