@@ -187,7 +187,7 @@ def test_a_pair_that_is_the_same(small: Pair) -> None:
     report = analyze(small.base, small.base)
     assert report.skipped == {"position_ids": "dtype I64"}
     for one in report.tensors:
-        assert (one.norms.relative, one.norms.outlier_columns, one.approximation) == (0, [], None)
+        assert (one.norms.relative, one.norms.outlier_columns, one.approximations) == (0, [], [None])
         assert one.spectrum is None or one.spectrum.energy == {}
         assert one.products is None or one.products.to_obj()["delta"]["mean_range"] == 0
     json.dumps(report.to_obj(), allow_nan=False)
@@ -195,10 +195,10 @@ def test_a_pair_that_is_the_same(small: Pair) -> None:
 
 
 def test_losses_are_those_of_the_file(small: Pair, delta: Path) -> None:
-    report = analyze(small.base, small.finetuned, delta=delta, seed=5)
+    report = analyze(small.base, small.finetuned, deltas=[delta], seed=5)
     with deltafmt.open(delta) as opened:
         for name in (UP, DOWN):
-            lost = figures(name, report.tensors).approximation
+            lost = figures(name, report.tensors).approximations[0]
             assert lost is not None
             base, finetuned = small.a[name].floats(), small.b[name].floats()
             wanted = (finetuned - base).astype(float)
@@ -213,15 +213,15 @@ def test_losses_are_those_of_the_file(small: Pair, delta: Path) -> None:
             assert lost.outliers == len(largest)
             assert lost.outlier_lost == pytest.approx((errors[largest] ** 2).sum(), rel=1e-4)
     embedding = figures("model.embed.weight", report.tensors)
-    assert (embedding.products, embedding.approximation and embedding.approximation.outputs) == (None, 0)
+    assert (embedding.products, embedding.approximations[0] and embedding.approximations[0].outputs) == (None, 0)
 
 
 def test_without_a_file_the_method_is_measured(small: Pair) -> None:
     coarse = analyze(small.base, small.finetuned, quantization=(1, 16, 2), include=["*up*"])
-    fine = analyze(small.base, small.finetuned, method=DeltaDQ(16, 16, 8), include=["*up*"])
-    assert "1:16 k=2" in coarse.delta
-    assert "16:16 k=8" in fine.delta
-    losses = [report.by_kind()[0].to_obj()["approximation"]["relative_squared"] for report in (coarse, fine)]
+    fine = analyze(small.base, small.finetuned, methods=[DeltaDQ(16, 16, 8)], include=["*up*"])
+    assert "1:16 k=2" in coarse.candidates[0].label
+    assert "16:16 k=8" in fine.candidates[0].label
+    losses = [report.by_kind()[0].to_obj()["approximations"][0]["relative_squared"] for report in (coarse, fine)]
     # Dropout with rescale loses M / N - 1 times the whole, on average; quantization comes on top.
     assert losses[0] > 10
     assert losses[1] < 1e-3
@@ -316,8 +316,9 @@ def test_the_tables(cli: Cli, small: Pair, delta: Path) -> None:
     result = cli("analyze", small.base, small.finetuned, "--delta", delta)
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
-    titles = ("The delta", "Balanced Intermediate Results", "What compression loses", "By depth")
-    assert [line for line in lines if line in titles] == list(titles)
+    titles = ("The delta", "Balanced Intermediate Results", f"What {delta}", "By depth")
+    assert [line.partition(" (")[0] for line in lines if line.startswith(titles)] == list(titles)
+    assert f"({delta.stat().st_size:,} bytes, " in result.out
     header = next(i for i, line in enumerate(lines) if line.startswith("kind of layer"))
     rows = [line.split() for line in lines[header + 1 : header + 5]]
     assert [row[0] for row in rows] == ["embed", "down", "frozen", "up"]
@@ -334,10 +335,29 @@ def test_json(cli: Cli, small: Pair) -> None:
     assert {one["name"] for one in obj["tensors"]} == set(small.b) - {"position_ids"}
     assert obj["histogram"]["n"] == 8
     assert sum(obj["histogram"]["kept"]) == pytest.approx(sum(obj["histogram"]["all"]) / 2, rel=0.05)
-    assert "8:16 k=4" in obj["delta"]
+    assert "8:16 k=4" in obj["candidates"][0]["label"]
     assert [one["label"] for one in obj["kinds"]] == ["embed", "down", "frozen", "up"]
     again = cli("analyze", small.base, small.finetuned, "--nm", "8:16", "--json").json()
     assert again == obj
+
+
+def test_a_comparison(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> None:
+    arguments = ("--delta", delta, "--method", "deltadq,nm=1:2,bits=8", "--method", "rtn,bits=4")
+    result = cli("analyze", small.base, small.finetuned, *arguments, "--html", tmp_path / "r.html")
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    header = lines.index("Comparison") + 2
+    assert lines[header].split() == ["bytes", "times", "smaller", "down", "frozen", "up"]
+    rows = lines[header + 1 : header + 4]
+    assert rows[0].startswith(f"{delta}  ")
+    assert [row.partition(" ")[0] for row in rows[1:]] == ["deltadq", "rtn"]
+    assert f"{delta.stat().st_size:,}" in rows[0]
+    losses = [float(row.split()[-1].rstrip("%")) for row in rows]
+    assert losses[0] > losses[1] > losses[2]  # 4:16 loses three times the whole, 1:2 once, rounding nearly nothing
+    read_page(tmp_path / "r.html")
+    obj = cli("analyze", small.base, small.finetuned, *arguments, "--json").json()
+    assert obj["candidates"][0]["bytes"] == delta.stat().st_size
+    assert {len(one["approximations"]) for one in obj["tensors"]} == {3}
 
 
 def test_the_page(tmp_path: Path, cli: Cli, small: Pair) -> None:
@@ -380,6 +400,9 @@ def test_names_are_only_text(tmp_path: Path, cli: Cli) -> None:
         (("--nm", "5:4"), 2, "N = 5"),
         (("--nm", "4"), 2, "'4'"),
         (("--seed", "-1"), 2, "seed -1"),
+        (("--method", "none"), 2, "unknown method 'none'"),
+        (("--method", "rtn,nm=4:16"), 2, "--method rtn,nm=4:16: "),
+        (("--method", "rtn,bits"), 2, "'bits'"),
         (("--include", "*.mlp.*"), 2, "'*.mlp.*' matches no tensor"),
         (("--tokenizer", "here"), 2, "--calibration"),
         (("--calibration", "nowhere.txt"), 5, "nowhere.txt"),

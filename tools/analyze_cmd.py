@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from deltafmt.errors import UsageError
 from deltafmt.tools import console
 
+if TYPE_CHECKING:
+    from deltafmt.methods import Method
+
 EPILOG = """\
-Without --delta, the pair is packed into a temporary file with deltadq and the options --nm and --bits, and what that
-loses is shown. Singular values are exact for matrices whose smaller side is at most 1024, and estimated by a
-randomized projection beyond. Products and histograms look at up to 256 rows of a matrix. Only one block of rows is in
-memory at a time. Without --calibration, the inputs x of the layers are standard normal vectors.
+--delta and --method can be given several times, which compares them. --method takes a method's options as pack's rules
+do, such as rtn,bits=3 (pack --method help lists them), and packs the pair into a temporary file. With neither, that is
+done with deltadq and the options --nm and --bits, which also go for the histograms of the page. Singular values are
+exact for matrices whose smaller side is at most 1024, and estimated by a randomized projection beyond. Products and
+histograms look at up to 256 rows of a matrix. One block of rows is in memory at a time. Without --calibration, the
+inputs x of the layers are standard normal vectors.
 """
 
 
@@ -22,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("base", metavar="BASE", help="checkpoint folder or .safetensors file")
     parser.add_argument("finetuned", metavar="FINETUNED", help="checkpoint folder or .safetensors file")
-    parser.add_argument("--delta", metavar="FILE", help="a delta file of this pair, whose losses are shown")
+    parser.add_argument(
+        "--delta", action="append", default=[], metavar="FILE", help="a delta file of this pair, to see what it loses"
+    )
+    parser.add_argument(
+        "--method", action="append", default=[], metavar="NAME[,KEY=VALUE]", help="a method, to see what it loses"
+    )
     parser.add_argument("--nm", default="4:16", metavar="N:M", help="keep N of every M columns (4:16)")
     parser.add_argument("--bits", type=int, default=4, metavar="K", help="bits of a code, 2 or more (4)")
     parser.add_argument(
@@ -48,16 +59,18 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError("--tokenizer is for --calibration")
     if options.html and not options.force and os.path.lexists(options.html):
         raise UsageError(f"{options.html} exists; --force replaces it")
+    methods = [_method(text) for text in options.method]
     from deltafmt.analysis import analyze, html, tables
     from deltafmt.checkpoint.folder import Checkpoint
 
     with Checkpoint(options.finetuned) as finetuned:
-        total = 2 * finetuned.nbytes
+        total = (1 + max(len(options.delta) + len(methods), 1)) * finetuned.nbytes
     with console.progress_bar("analyzing", total, not options.json) as progress:
         report = analyze(
             options.base,
             options.finetuned,
-            delta=options.delta,
+            deltas=options.delta,
+            methods=methods,
             quantization=quantization,
             calibration=options.calibration,
             tokenizer=options.tokenizer,
@@ -83,3 +96,14 @@ def run(options: argparse.Namespace) -> None:
             console.say(f"left out: {name} ({reason})")
     if options.html:
         console.say(f"plots: {options.html}")
+
+
+def _method(text: str) -> Method:
+    from deltafmt.methods import METHODS
+    from deltafmt.methods.options import make_method, split_pairs
+
+    name, comma, pairs = text.partition(",")
+    try:
+        return make_method(METHODS, name, split_pairs(pairs) if comma else {})
+    except UsageError as error:
+        raise UsageError(f"--method {text}: {error}") from error

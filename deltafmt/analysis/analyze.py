@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from deltafmt.analysis.approximation import approximation_of, packed
 from deltafmt.analysis.inputs import Inputs, calibrated_inputs, normal_inputs
@@ -13,7 +11,7 @@ from deltafmt.analysis.norms import Norms
 from deltafmt.analysis.pairs import TensorPair, find_pairs
 from deltafmt.analysis.products import Products
 from deltafmt.analysis.quantized import histogram_of
-from deltafmt.analysis.report import Report, TensorFigures
+from deltafmt.analysis.report import Candidate, Report, TensorFigures
 from deltafmt.analysis.spectrum import spectrum_of
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.delta import DeltaFile
@@ -27,8 +25,8 @@ def analyze(
     base: str | os.PathLike[str],
     finetuned: str | os.PathLike[str],
     *,
-    delta: str | os.PathLike[str] | None = None,
-    method: Method | None = None,
+    deltas: Sequence[str | os.PathLike[str]] = (),
+    methods: Sequence[Method] = (),
     quantization: tuple[int, int, int] = (4, 16, 4),
     calibration: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
@@ -41,15 +39,16 @@ def analyze(
 
     Args:
         base, finetuned: checkpoint folders or ``.safetensors`` files.
-        delta: a delta file of this pair, whose losses are measured.
-        method: without a delta file, what a temporary one is made with; DeltaDQ with ``quantization`` if None.
+        deltas: delta files of this pair, whose losses are measured.
+        methods: with each of them a temporary file is made and measured likewise; with neither files nor methods,
+            DeltaDQ with ``quantization``.
         quantization: N, M and k of the histograms of values before and after quantization; k at least 2.
         calibration: a text file for the inputs of the layers; without it they are standard normal.
         tokenizer: a ``tokenizer.json``, where the fine-tune's folder has none.
         include: if given, only tensors whose names match one of these patterns.
         exclude: tensors whose names match one of these are left out.
         seed: of everything that is drawn.
-        progress: called with a tensor's name and bytes, once when its figures are done and once when its losses are.
+        progress: called with a tensor's name and bytes, once when its figures are done and once for every file.
 
     Raises:
         UsageError: an option is out of range, a pattern matches nothing, or the calibration cannot be run.
@@ -67,8 +66,7 @@ def analyze(
         if calibration is not None:
             linear = [pair.name for pair in pairs if pair.is_linear]
             inputs = calibrated_inputs(finetuned, calibration, linear, tokenizer)
-        how = str(delta) if delta is not None else (method or own).describe()
-        report = Report(str(base), str(finetuned), inputs.source, how, quantization, skipped=skipped)
+        report = Report(str(base), str(finetuned), inputs.source, after.file_bytes, quantization, skipped=skipped)
         for pair in pairs:
             try:
                 report.tensors.append(figures_of(pair, inputs, quantization, seed))
@@ -76,17 +74,29 @@ def analyze(
                 skipped[pair.name] = "the delta holds NaN or infinity"
             if progress:
                 progress(pair.name, pair.finetuned.nbytes)
-        with contextlib.ExitStack() as stack:
-            path = Path(delta) if delta is not None else None
-            if path is None:
-                path = stack.enter_context(packed(base, finetuned, method or own, [*skipped]))
-            opened = stack.enter_context(DeltaFile(path))
-            for one in report.tensors:
-                vectors = inputs.of(one.pair.name, one.pair.columns) if one.pair.is_linear else None
-                one.approximation = approximation_of(one.pair, opened, vectors)
-                if progress:
-                    progress(one.pair.name, one.pair.finetuned.nbytes)
+        for path in deltas:
+            _measure(report, str(path), path, inputs, progress)
+        for method in methods or (() if deltas else (own,)):
+            with packed(base, finetuned, method, [*skipped]) as path:
+                _measure(report, method.describe(), path, inputs, progress)
     return report
+
+
+def _measure(
+    report: Report,
+    label: str,
+    path: str | os.PathLike[str],
+    inputs: Inputs,
+    progress: Callable[[str, int], None] | None,
+) -> None:
+    """Add a delta file to a report, and what it loses to every tensor."""
+    with DeltaFile(path) as opened:
+        report.candidates.append(Candidate(label, opened.container.size))
+        for one in report.tensors:
+            vectors = inputs.of(one.pair.name, one.pair.columns) if one.pair.is_linear else None
+            one.approximations.append(approximation_of(one.pair, opened, vectors))
+            if progress:
+                progress(one.pair.name, one.pair.finetuned.nbytes)
 
 
 def figures_of(pair: TensorPair, inputs: Inputs, quantization: tuple[int, int, int], seed: int = 0) -> TensorFigures:

@@ -10,7 +10,16 @@ from deltafmt.analysis import products, svg
 from deltafmt.analysis.approximation import ratio
 from deltafmt.analysis.quantized import MAX_ROWS, REACH, edges
 from deltafmt.analysis.report import Group, Report
-from deltafmt.analysis.tables import Table, by_depth, delta_table, depth_table, loss_table, product_table, tensor_table
+from deltafmt.analysis.tables import (
+    Table,
+    by_depth,
+    comparison_table,
+    delta_table,
+    depth_table,
+    loss_table,
+    product_table,
+    tensor_table,
+)
 from deltafmt.errors import UsageError
 from deltafmt.output import storage_error
 
@@ -66,7 +75,8 @@ def render(report: Report) -> str:
         _section(delta_table(report), [_norms(report), _energies(report)]),
         _section(product_table(report), [_products(report, key) for key in ("variance", "range")]),
         _histogram(report),
-        _section(loss_table(report), _losses(report)),
+        *(_section(loss_table(report, i), _losses(report, i)) for i in range(len(report.candidates))),
+        _section(comparison_table(report), [_comparison(report)]),
         _section(depth_table(report), []),
         f"<details><summary>Every tensor</summary>{_section(tensor_table(report), [])}</details>",
         f"<details><summary>Left out</summary><ul>{skipped}</ul></details>" if skipped else "",
@@ -81,7 +91,7 @@ def render(report: Report) -> str:
 def _opening(report: Report) -> str:
     return (
         f"{len(report.matrices)} matrices and {len(report.tensors) - len(report.matrices)} other tensors. "
-        f"Base: {report.base}. Fine-tune: {report.finetuned}. Inputs: {report.inputs}. Losses: {report.delta}."
+        f"Base: {report.base}. Fine-tune: {report.finetuned}. Inputs: {report.inputs}."
     )
 
 
@@ -105,21 +115,39 @@ def _relative_norm(group: Group) -> float | None:
     return group.relative_norm
 
 
-def _losses(report: Report) -> list[str]:
+def _losses(report: Report, candidate: int) -> list[str]:
     return [
-        _depth_chart("Share of the delta's sum of squares that is lost", "lost / whole", report, _lost),
-        _depth_chart("Mean squared error of the outputs", "mean squared error", report, _output_error),
+        _depth_chart("Share of the delta's sum of squares that is lost", "lost / whole", report, _lost(candidate)),
+        _depth_chart("Mean squared error of the outputs", "mean squared error", report, _output_error(candidate)),
     ]
 
 
-def _lost(group: Group) -> float | None:
-    lost = group.approximation
-    return None if lost is None else ratio(lost.lost, lost.squares)
+def _lost(candidate: int) -> Callable[[Group], float | None]:
+    def value(group: Group) -> float | None:
+        lost = group.approximation(candidate)
+        return None if lost is None else ratio(lost.lost, lost.squares)
+
+    return value
 
 
-def _output_error(group: Group) -> float | None:
-    lost = group.approximation
-    return lost.output_lost / lost.outputs if lost and lost.outputs else None
+def _output_error(candidate: int) -> Callable[[Group], float | None]:
+    def value(group: Group) -> float | None:
+        lost = group.approximation(candidate)
+        return lost.output_lost / lost.outputs if lost and lost.outputs else None
+
+    return value
+
+
+def _comparison(report: Report) -> str:
+    lines = []
+    for i, candidate in enumerate(report.candidates):
+        found = ((float(group.label), _output_error(i)(group)) for group in report.by_depth())
+        lines.append((candidate.label, [(depth, error) for depth, error in found if error is not None]))
+    if not any(points for _, points in lines):
+        return ""
+    x = svg.axis_over("layer", [depth for _, points in lines for depth, _ in points])
+    y = svg.axis_over("mean squared error", [error for _, points in lines for _, error in points], zero=True)
+    return svg.line_chart("Mean squared error of the outputs, all kinds of layers", x, y, lines, dots=True)
 
 
 def _depth_chart(title: str, label: str, report: Report, value: Callable[[Group], float | None]) -> str:

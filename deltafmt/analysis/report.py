@@ -16,6 +16,19 @@ from deltafmt.analysis.quantized import Histogram
 from deltafmt.analysis.spectrum import Spectrum
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A delta file of the pair.
+
+    Attributes:
+        label: its name, or the method that made it.
+        size: bytes of the whole file.
+    """
+
+    label: str
+    size: int
+
+
 @dataclass(slots=True)
 class TensorFigures:
     """What was found of one tensor; what does not apply to it is None.
@@ -25,7 +38,7 @@ class TensorFigures:
         norms: of every tensor.
         products: of linear layers.
         spectrum, histogram: of matrices.
-        approximation: of what is packed lossily.
+        approximations: one for every candidate; None where it keeps the tensor exactly.
     """
 
     pair: TensorPair
@@ -33,7 +46,7 @@ class TensorFigures:
     products: Products | None = None
     spectrum: Spectrum | None = None
     histogram: Histogram | None = None
-    approximation: Approximation | None = None
+    approximations: list[Approximation | None] = field(default_factory=list)
 
     def to_obj(self) -> dict[str, Any]:
         """Return a plain object for JSON."""
@@ -43,7 +56,7 @@ class TensorFigures:
         obj["norms"] = self.norms.to_obj()
         obj["products"] = self.products and self.products.to_obj()
         obj["singular_values"] = self.spectrum and self.spectrum.to_obj()
-        obj["approximation"] = self.approximation and self.approximation.to_obj()
+        obj["approximations"] = [lost and lost.to_obj() for lost in self.approximations]
         return obj
 
 
@@ -96,15 +109,14 @@ class Group:
         known = [rank for rank in ranks if rank is not None]
         return sum(known) / len(known) if known and len(known) == len(ranks) else None
 
-    @property
-    def approximation(self) -> Approximation | None:
-        """What is lost of those that are packed lossily."""
-        found = [one.approximation for one in self.members if one.approximation]
+    def approximation(self, candidate: int) -> Approximation | None:
+        """Return what a candidate loses of those tensors that it packs lossily; None if it keeps all exactly."""
+        found = [lost for one in self.members if (lost := one.approximations[candidate])]
         return approximation.pooled(found) if found else None
 
     def to_obj(self) -> dict[str, Any]:
         """Return a plain object for JSON."""
-        lost = self.approximation
+        candidates = range(len(self.members[0].approximations))
         return {
             "label": self.label,
             "tensors": len(self.members),
@@ -113,7 +125,7 @@ class Group:
             "products": products.summary(self.products) if self.products else None,
             "energy": {str(count): share for count, share in self.energy.items()},
             "effective_rank": self.effective_rank,
-            "approximation": lost and lost.to_obj(),
+            "approximations": [(lost := self.approximation(i)) and lost.to_obj() for i in candidates],
         }
 
 
@@ -124,8 +136,9 @@ class Report:
     Attributes:
         base, finetuned: the checkpoints.
         inputs: where the layers' inputs come from, in words.
-        delta: the delta file or method whose losses are given, in words.
+        finetuned_bytes: of the fine-tune's weight files.
         quantization: N, M and k of the histograms.
+        candidates: what the pair is compressed with, to see what that loses.
         tensors: one for every tensor that both sides have.
         skipped: name to reason for the rest.
     """
@@ -133,8 +146,9 @@ class Report:
     base: str
     finetuned: str
     inputs: str
-    delta: str
+    finetuned_bytes: int
     quantization: tuple[int, int, int]
+    candidates: list[Candidate] = field(default_factory=list)
     tensors: list[TensorFigures] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -182,7 +196,8 @@ class Report:
             "base": self.base,
             "finetuned": self.finetuned,
             "inputs": self.inputs,
-            "delta": self.delta,
+            "finetuned_bytes": self.finetuned_bytes,
+            "candidates": [{"label": one.label, "bytes": one.size} for one in self.candidates],
             "kinds": [group.to_obj() for group in self.by_kind()],
             "depths": [group.to_obj() for group in self.by_depth()],
             "histogram": {"n": n, "m": m, "bits": bits, **self.histogram.to_obj()},

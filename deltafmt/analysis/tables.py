@@ -48,7 +48,8 @@ def percent(value: float | None) -> str:
 
 def tables(report: Report) -> list[Table]:
     """Return every table of a report that has rows."""
-    found = [delta_table(report), product_table(report), loss_table(report), depth_table(report)]
+    losses = [loss_table(report, i) for i in range(len(report.candidates))]
+    found = [delta_table(report), product_table(report), *losses, comparison_table(report), depth_table(report)]
     return [table for table in found if len(table.rows) > 1]
 
 
@@ -89,53 +90,76 @@ def product_table(report: Report) -> Table:
     return Table("Balanced Intermediate Results", note, rows)
 
 
-def loss_table(report: Report) -> Table:
-    """Return what is lost by kind of layer, in the low, medium and high third of the layers."""
+def loss_table(report: Report, candidate: int) -> Table:
+    """Return what a candidate loses by kind of layer, in the low, medium and high third of the layers."""
     rows = [["kind of layer", "delta lost", "outputs lost"]]
     bands = ("low", "medium", "high")
     deep = len(report.depths) >= len(bands)
     if deep:
         rows[0] += [f"outputs, {band}" for band in bands] + [f"outliers, {band}" for band in bands]
     for group in report.by_kind():
-        lost = group.approximation
+        lost = group.approximation(candidate)
         if lost is None:
             continue
         row = [group.label, percent(_lost(lost)), percent(_outputs_lost(lost))]
         if deep:
-            each = [band.approximation for band in report.by_band(group)]
+            each = [band.approximation(candidate) for band in report.by_band(group)]
             row += [figure(_mean(one, "outputs")) for one in each] + [figure(_mean(one, "outliers")) for one in each]
         rows.append(row)
     note = (
-        f"{report.delta}: sum of squares lost of the delta and of its outputs, in percent of the whole; then mean "
-        "squared errors of outputs in three thirds of the layers, of all and of the 1% largest (outliers)."
+        "Sum of squares lost of the delta and of its outputs, in percent of the whole; then mean squared errors of "
+        "outputs in three thirds of the layers, of all and of the 1% largest (outliers)."
     )
-    return Table("What compression loses", note, rows)
+    return Table(f"What {_label(report, candidate)} loses", note, rows)
+
+
+def comparison_table(report: Report) -> Table:
+    """Return the outputs lost to every candidate by kind of layer, if there are several."""
+    rows = [["", "bytes", "times smaller"]]
+    kinds = [group for group in report.by_kind() if any(one.pair.is_linear for one in group.members)]
+    rows[0] += [group.label for group in kinds]
+    for i, candidate in enumerate(report.candidates if len(report.candidates) > 1 else ()):
+        rows.append([candidate.label, f"{candidate.size:,}", f"{report.finetuned_bytes / candidate.size:.2f}"])
+        rows[-1] += [percent(_outputs_lost(group.approximation(i))) for group in kinds]
+    note = "Size of the whole file, and the sum of squares that is lost of the delta's outputs, in percent."
+    return Table("Comparison", note, rows)
+
+
+def _label(report: Report, candidate: int) -> str:
+    found = report.candidates[candidate]
+    return f"{found.label} ({found.size:,} bytes, {report.finetuned_bytes / found.size:.2f} times smaller)"
 
 
 def depth_table(report: Report) -> Table:
     """Return figures by depth."""
     rows = [["layer", "matrices", "relative norm", "energy in 8", "effective rank"]]
-    rows[0] += ["delta variance", "delta range", "delta lost", "outputs lost"]
+    rows[0] += ["delta variance", "delta range", *_numbered(report, "outputs lost")]
     for group in report.by_depth():
         found = products.summary(group.products)["delta"] if group.products else {}
-        lost = group.approximation
         rows.append([group.label, str(len(group.members)), figure(group.relative_norm)])
         rows[-1] += [percent(group.energy.get(8)), figure(group.effective_rank)]
         rows[-1] += [figure(found.get("mean_variance")), figure(found.get("mean_range"))]
-        rows[-1] += [percent(_lost(lost)), percent(_outputs_lost(lost))]
+        rows[-1] += [percent(_outputs_lost(group.approximation(i))) for i in range(len(report.candidates))]
     return Table("By depth", "The same figures for all matrices of a layer.", rows)
 
 
 def tensor_table(report: Report) -> Table:
     """Return figures of every tensor."""
-    rows = [["tensor", "shape", "relative norm", "outlier columns", "energy in 8", "effective rank", "delta lost"]]
+    rows = [["tensor", "shape", "relative norm", "outlier columns", "energy in 8", "effective rank"]]
+    rows[0] += _numbered(report, "delta lost")
     for one in report.tensors:
-        spectrum, lost = one.spectrum, one.approximation
+        spectrum = one.spectrum
         rows.append([one.pair.name, "x".join(map(str, one.pair.finetuned.shape)), figure(one.norms.relative)])
         rows[-1] += [_outliers(one), percent(spectrum.energy.get(8) if spectrum else None)]
         rows[-1] += [figure(spectrum.effective_rank if spectrum else None)]
-        rows[-1] += [percent(_lost(lost))]
+        rows[-1] += [percent(_lost(lost)) for lost in one.approximations]
     return Table("Every tensor", "A dash where a figure does not apply, or the tensor is kept exactly.", rows)
+
+
+def _numbered(report: Report, words: str) -> list[str]:
+    """Return a column's name for every candidate."""
+    several = len(report.candidates) > 1
+    return [f"{words} ({i})" if several else words for i, _ in enumerate(report.candidates, 1)]
 
 
 def _outliers(one: TensorFigures) -> str:
