@@ -40,7 +40,8 @@ class Slot:
 
     def wait(self) -> None:
         """Wait until no copy reads this buffer any more."""
-        if self._copied is not None:
+        # Asking keeps the interpreter's lock, waiting hands it over.
+        if self._copied is not None and not self._copied.query():  # type: ignore[no-untyped-call]
             self._copied.synchronize()
 
 

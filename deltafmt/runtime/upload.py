@@ -1,7 +1,8 @@
 """Streaming upload: a delta file into one device allocation, read, checked and copied at the same time.
 
-Threads read pieces of the file into pinned buffers, compare the sections' checksums (spec, section 5.3) and give the
-pieces to a stream of their own; what is uploaded is what the kernels read. A ``rank`` index, which only a ``cold`` file
+Threads read pieces of the file into pinned buffers and give them to a stream of their own; what is uploaded is what the
+kernels read. Checksums (spec, section 5.3) are taken on a GPU of what has arrived there, as far as sections lie there
+as a whole, and otherwise by the threads. A ``rank`` index, which only a ``cold`` file
 has, becomes ``fixed`` on the device (section 11.4).
 """
 
@@ -22,6 +23,8 @@ from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.kernels.rank_index.convert import make_fixed
 from deltafmt.kernels.rank_index.jobs import RankJob
+from deltafmt.kernels.xxh3.digests import can_run, digests
+from deltafmt.kernels.xxh3.naive import SHORT_BYTES
 from deltafmt.layout.constants import BUFFER_ALIGNMENT, align
 from deltafmt.layout.entries import TensorEntry
 from deltafmt.runtime.device_delta import DeviceDelta
@@ -166,9 +169,11 @@ def _fill(
                 for nbytes in (placement.nbytes, placement.scratch_bytes)
             )
             pieces = cut(container.sections, placement, ring.slot_bytes)
-            upload = Upload(container, pieces, ring, memory, scratch, lane, verify=verify, cancel=cancel)
+            later = _checked_there(container, placement) if verify and can_run(device) else {}
+            upload = Upload(container, pieces, ring, memory, scratch, lane, verify=verify, later=later, cancel=cancel)
             try:
                 upload.run(threads)
+                _check(container, memory, later)
                 _make_fixed(container, placement, memory, scratch)
             except BaseException:
                 if lane is not None:
@@ -184,6 +189,23 @@ def _fill(
         current.wait_stream(lane)
         memory.record_stream(current)
     return memory
+
+
+def _checked_there(container: Container, placement: Placement) -> dict[int, int]:
+    """Return the sections that lie on the device as a whole, so that it can take their checksums; number to offset."""
+    found = {}
+    for number in placement.sections:
+        section = container.sections[number]
+        offset = placement.whole(number, section)
+        if offset is not None and section.length > SHORT_BYTES:
+            found[number] = offset
+    return found
+
+
+def _check(container: Container, memory: torch.Tensor, offsets: dict[int, int]) -> None:
+    found = digests(memory, [(offset, container.sections[number].length) for number, offset in offsets.items()])
+    for number, digest in zip(offsets, found, strict=True):
+        container.check_checksum(number, digest)
 
 
 def _upload_stream(device: torch.device) -> torch.cuda.Stream:
