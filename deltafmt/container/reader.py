@@ -293,6 +293,10 @@ class Container:
         if bytes(padding) != bytes(len(padding)):
             raise InvalidFileError(f"{self.name}: the padding after section {number} is not zero")
 
+    def fileno(self) -> int | None:
+        """Return the descriptor of the open file, or None if it is mapped or a file object."""
+        return self._source.fileno()
+
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill ``target`` with bytes of the file, unchecked; several threads may do so at the same time.
 

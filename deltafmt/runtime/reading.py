@@ -126,7 +126,7 @@ class Upload:
             try:
                 if not started:
                     started = True
-                    start_threads(self._work, self._threads)
+                    start_threads(lambda _: self._work(), self._threads)
                 with self._changed:
                     self._changed.wait_for(self._is_over)
                 break

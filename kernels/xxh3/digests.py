@@ -1,4 +1,4 @@
-"""XXH3-128 of sections on a device: the Triton kernels where they run, otherwise the reference."""
+"""XXH3-128 of sections on a device: the Triton kernels where they run, otherwise the hash library on the host."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+import xxhash
 
 from deltafmt import accel
 from deltafmt.errors import UsageError
@@ -17,7 +18,7 @@ MAX_BATCH = 1 << 15
 
 
 def can_run(device: torch.device) -> bool:
-    """Tell whether the kernels run on a device; elsewhere a hash library on the host is faster."""
+    """Tell whether the kernels run on a device."""
     return device.type == "cuda" and accel.has_triton()
 
 
@@ -29,7 +30,7 @@ def digests(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[b
 
     Args:
         memory: uint8, 1-d, contiguous, its length a multiple of 8.
-        sections: offset, a multiple of 8, and length, more than 240, of each in bytes.
+        sections: offset, a multiple of 8, and length of each in bytes.
 
     Raises:
         UsageError: the tensor or a section is of another kind.
@@ -37,11 +38,20 @@ def digests(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[b
     if memory.dtype != torch.uint8 or memory.dim() != 1 or not memory.is_contiguous() or memory.numel() % 8:
         raise UsageError(f"expected uint8 in one row of a multiple of 8, found {memory.dtype} {tuple(memory.shape)}")
     for offset, length in sections:
-        if offset % 8 or length <= naive.SHORT_BYTES or not 0 <= offset <= memory.numel() - length:
+        if offset % 8 or not 0 <= offset <= offset + length <= memory.numel():
             raise UsageError(f"{length} bytes at {offset} of {memory.numel()} are not a section")
-    if not can_run(memory.device):
-        host = memory.cpu().numpy().data
-        return [naive.digest(host[offset : offset + length]) for offset, length in sections]
+    with_kernels = can_run(memory.device)
+    # Short inputs have algorithms of their own, and are no work.
+    by_kernel = [section for section in sections if with_kernels and section[1] > naive.SHORT_BYTES]
+    found = dict(zip(by_kernel, _by_kernel(memory, by_kernel), strict=True)) if by_kernel else {}
+    for offset, length in sections:
+        if (offset, length) not in found:
+            host = memory[offset : offset + length].cpu().numpy()
+            found[offset, length] = xxhash.xxh3_128_digest(host.data)
+    return [found[section] for section in sections]
+
+
+def _by_kernel(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[bytes]:
     from deltafmt.kernels.xxh3 import triton  # noqa: PLC0415 - optional
 
     found = []
