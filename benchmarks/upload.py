@@ -204,6 +204,7 @@ def main() -> None:
         figures = measure(Path(folder), clock, options)
     device = torch.cuda.get_device_name(clock.device) if clock.device.type == "cuda" else "cpu"
     print(f"device: {device}")
+    threads = options.threads or min(upload.DEFAULT_THREADS, len(os.sched_getaffinity(0)))
     name = "upload-small" if options.small else "upload"
     report(
         name,

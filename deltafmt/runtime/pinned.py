@@ -28,6 +28,7 @@ class Slot:
         self.tensor = tensor
         self.view = memoryview(tensor.numpy())  # type: ignore[arg-type]
         self._copied: torch.cuda.Event | None = None
+        self._handle = 0
 
     def record(self, stream: torch.cuda.Stream) -> None:
         """Note that copies from this buffer have been given to a stream."""
@@ -39,8 +40,9 @@ class Slot:
         """Return the handle of the event behind the copies from this buffer; a new one is recorded at once."""
         if self._copied is None:
             self.record(stream)
-        assert self._copied is not None
-        return int(self._copied.cuda_event)
+        if not self._handle and self._copied is not None:
+            self._handle = int(self._copied.cuda_event)
+        return self._handle
 
     def wait(self) -> None:
         """Wait until no copy reads this buffer any more."""

@@ -29,7 +29,9 @@ def gather_tokens(layout: NMLayout) -> int:
 
     Measured (H100): a tile costs what decoding it does, so it pays the later the less a gathered entry costs.
     """
-    return 48 if layout.share == 1 and layout.keep == 1 else 112
+    if layout.keep > 1 or layout.share == 1:
+        return 112 if layout.keep > 1 else 48
+    return 224 if layout.group >= 32 else 96
 
 
 def lane_bits(layout: NMLayout) -> int:

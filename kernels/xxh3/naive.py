@@ -84,19 +84,14 @@ def merged(accumulators: U64, lengths: U64) -> list[bytes]:
         accumulators: shape (inputs, 8).
         lengths: of the inputs in bytes, shape (inputs,).
     """
-    low = _merge(accumulators, 11, lengths * np.uint64(PRIME64[0]))
-    high = _merge(accumulators, len(SECRET) - STRIPE_BYTES - 11, ~(lengths * np.uint64(PRIME64[1])))
-    raw = np.stack([high, low], 1).astype(">u8").tobytes()
-    return [raw[at : at + 16] for at in range(0, len(raw), 16)]
-
-
-def _merge(accumulators: U64, secret_at: int, start: U64) -> U64:
-    mixed = accumulators ^ lanes_at(SECRET, secret_at)
-    total = start
-    for i in range(0, LANES, 2):
-        total = total + _folded_product(mixed[:, i], mixed[:, i + 1])
+    # The high half of a digest, then the low one; each sums four products of neighbouring lanes.
+    secret = np.stack([lanes_at(SECRET, len(SECRET) - STRIPE_BYTES - 11), lanes_at(SECRET, 11)])
+    start = np.stack([~(lengths * np.uint64(PRIME64[1])), lengths * np.uint64(PRIME64[0])], 1)
+    mixed = accumulators[:, None] ^ secret
+    total = start + _folded_product(mixed[:, :, ::2], mixed[:, :, 1::2]).sum(2, dtype=np.uint64)
     total = (total ^ (total >> np.uint64(37))) * np.uint64(PRIME_MX1)
-    return total ^ (total >> _HALF)
+    raw = (total ^ (total >> _HALF)).astype(">u8").tobytes()
+    return [raw[at : at + 16] for at in range(0, len(raw), 16)]
 
 
 def _folded_product(a: U64, b: U64) -> U64:
