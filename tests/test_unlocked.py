@@ -78,6 +78,10 @@ class Stream:
 
     cuda_stream = STREAM
 
+    def query(self) -> bool:
+        """Do nothing."""
+        return True
+
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:

@@ -72,6 +72,7 @@ class UnlockedUpload:
         self._container = container
         self._ring = ring
         self._stream = stream.cuda_stream
+        stream.query()  # this thread has the device's context from here on
         self._context = unlocked_loop.current_context()
         self._events = [slot.recorded(stream) for slot in ring.slots]
         self._cancel = cancel
