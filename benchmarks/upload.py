@@ -1,6 +1,6 @@
 """How soon a delta can be used on a device: reading, checksums, copies and views, beside a plain pinned copy.
 
-    python benchmarks/upload.py [--device cuda] [--threads N] [--slot-mib 2] [--pinned-mib 32] [--repeats 9] [--small]
+    python benchmarks/upload.py [--device cuda] [--threads N] [--slot-mib 2] [--pinned-mib 64] [--repeats 9] [--small]
 
 The files have the shapes of a Llama-2-7B's linear layers and random bytes; they lie in /dev/shm where that exists, so
 that the page cache is what is read from. The floor copies as many bytes from one pinned buffer.
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,8 +31,7 @@ from deltafmt.layout.constants import ZSTD_CHUNK
 from deltafmt.layout.entries import BaseRef, TensorEntry, Term
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.tiles import TILE_ROWS
-from deltafmt.runtime import pinned
-from deltafmt.runtime.upload import PINNED_BYTES
+from deltafmt.runtime import upload
 
 HOT = NMLayout(1, 32, 4)
 COLD = NMLayout(2, 64, 4, "rank", share=4)
@@ -158,6 +158,8 @@ def measure(folder: Path, clock: Clock, options: argparse.Namespace) -> list[Fig
     size, large_size = hot.stat().st_size, large.stat().st_size
     copied = floor(clock, size)
     verified = clock(lambda: load(hot))
+    with mock.patch.object(upload, "can_unlock", return_value=False):
+        locked = clock(lambda: load(hot))
     large_floor = floor(clock, large_size)
     large_taken = clock(lambda: load(large))
     cold_taken = clock(lambda: load(cold))
@@ -169,6 +171,7 @@ def measure(folder: Path, clock: Clock, options: argparse.Namespace) -> list[Fig
     return [
         Figure("floor: one pinned copy of the same bytes", copied, "ms", note=f"{size / copied / 1e6:.1f} GB/s"),
         Figure("load", verified, "ms", note=f"{size / verified / 1e6:.1f} GB/s, {gigabytes:.3f} GB"),
+        Figure("load with the interpreter's lock", locked, "ms", note=f"{size / locked / 1e6:.1f} GB/s, without numba"),
         Figure("load, verify=False", clock(lambda: load(hot, verify=False)), "ms"),
         Figure("load and first use", clock(lambda: use(load(hot))), "ms", soon, True, "a tiny kernel, synchronized"),
         Figure("the same, views of all tensors made", clock(use_all), "ms", note=f"{len(tensors)} tensors"),
@@ -186,23 +189,30 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="threads that read (up to 8)")
-    parser.add_argument("--slot-mib", type=float, default=pinned.SLOT_BYTES / 2**20, help="size of a pinned buffer (2)")
-    parser.add_argument("--pinned-mib", type=float, default=PINNED_BYTES / 2**20, help="all pinned buffers (32)")
+    parser.add_argument("--threads", type=int, help="threads that read (up to 12)")
+    parser.add_argument("--slot-mib", type=float, help="size of a pinned buffer (2, or 8)")
+    parser.add_argument("--pinned-mib", type=float, default=upload.PINNED_BYTES / 2**20, help="all pinned buffers (64)")
     parser.add_argument("--repeats", type=int, default=9, help="runs of each; the median counts (9)")
     parser.add_argument("--small", action="store_true", help="small files, to see that it runs")
     options = parser.parse_args()
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit(f"upload.py: torch finds no CUDA device for --device {options.device}")
-    pinned.SLOT_BYTES = int(options.slot_mib * 2**20) // ZSTD_CHUNK * ZSTD_CHUNK
+    if options.slot_mib:
+        upload.SLOT_BYTES = upload.LOCKED_SLOT_BYTES = int(options.slot_mib * 2**20) // ZSTD_CHUNK * ZSTD_CHUNK
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() and os.access(shared, os.W_OK) else None) as folder:
         clock = Clock(torch.device(options.device), 2 if options.small else options.repeats)
         figures = measure(Path(folder), clock, options)
     device = torch.cuda.get_device_name(clock.device) if clock.device.type == "cuda" else "cpu"
     print(f"device: {device}")
+    threads = options.threads or min(upload.DEFAULT_THREADS, len(os.sched_getaffinity(0)))
     name = "upload-small" if options.small else "upload"
-    report(name, figures, device=device, threads=options.threads or min(8, len(os.sched_getaffinity(0))))
+    report(
+        name,
+        figures,
+        device=device,
+        threads=threads,
+    )
 
 
 if __name__ == "__main__":

@@ -83,10 +83,10 @@ CASES = [
     Case(NMLayout(4, 16, 4, "seeded", "midrise", 4, scale_group=32), (300,), 1003, 3, 3, 0, F16),
     # Many tokens: dense tiles, beside slots with few.
     Case(NMLayout(1, 32, 4), (300, 200), 999, 3, 5, 130, BF16),
-    Case(NMLayout(4, 16, 4, "fixed", share=4), (500,), 640, 2, 3, 55, F16),
+    Case(NMLayout(4, 16, 4, "fixed", share=4), (500,), 640, 2, 3, 115, F16),
     Case(NMLayout(3, 7, 3, "fixed", "midrise", 2), (100,), 500, 2, 3, 200, BF16),
-    Case(NMLayout(1, 8, 8, "seeded", "midrise"), (100,), 500, 1, 2, 70, BF16),
-    Case(NMLayout(2, 16, 2, "seeded", "midtread", 1, "F32", 16), (100,), 500, 1, 2, 70, F32),
+    Case(NMLayout(1, 8, 8, "seeded", "midrise"), (100,), 500, 1, 2, 60, BF16),
+    Case(NMLayout(2, 16, 2, "seeded", "midtread", 1, "F32", 16), (100,), 500, 1, 2, 140, F32),
 ]
 
 

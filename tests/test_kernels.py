@@ -281,14 +281,14 @@ def decoded_rounding(layout: NMLayout, dtype: torch.dtype) -> float:
 def test_dot_any(data: st.DataObject, layout: NMLayout) -> None:
     made = data.draw(products(layout, 2, 6, 120))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "GATHER_TOKENS", 0)
+        patch.setattr(launch, "gather_tokens", lambda _: 0)
         assert set(run(made, values=decoded_rounding(layout, made.x.dtype))) <= {"dot_kernel"}
 
 
 @pytest.mark.parametrize("layout", [*GATHERED[:12:2], *NOT_UNROLLED[::2]], ids=NMLayout.describe)
 def test_dot_beside_gather(layout: NMLayout, monkeypatch: pytest.MonkeyPatch) -> None:
     # Slot 0 has few tokens, slot 1 many, slot 2 none.
-    monkeypatch.setattr(launch, "GATHER_TOKENS", 2)
+    monkeypatch.setattr(launch, "gather_tokens", lambda _: 2)
     rng = np.random.default_rng(2)
     held = [operands(rng, layout, [70, 35], 90) for _ in range(3)]
     tokens = [1, 0, 1, -1, 1, 0, 1]
@@ -297,7 +297,8 @@ def test_dot_beside_gather(layout: NMLayout, monkeypatch: pytest.MonkeyPatch) ->
     assert called == ["gather_kernel" if launch.step_entries(layout) else "entry_kernel", "dot_kernel"]
 
 
-def test_dot_more_tokens_than_a_tile() -> None:
+def test_dot_more_tokens_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "gather_tokens", lambda _: 48)
     rng = np.random.default_rng(3)
     held = [operands(rng, GATHERED[0], [35], 70) for _ in range(2)]
     tokens = rng.permutation([0] * 131 + [1] * 70 + [-1] * 5).tolist()
@@ -398,10 +399,10 @@ def test_damaged_words_stay_inside(group: int, keep: int) -> None:
     operand = damaged_operand(rng, layout, 45, 230)
     made = product(rng, [50], 230, [[[operand]]], [0, -1, 0], F32)
     ids = torch.tensor([44, 3, 0])
-    for limit in (launch.GATHER_TOKENS, 0):
+    for limit in (100, 0):
         made.outputs[0].remember()
         with blocks(32, 2, 4), guarded(made.readable(), [made.outputs[0].inner]), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launch, "GATHER_TOKENS", limit)
+            patch.setattr(launch, "gather_tokens", lambda _, limit=limit: limit)
             launch.launch_products([made.outputs[0].inner], made.x, made.table, made.segments)
         changed = made.outputs[0].changed()
         assert not changed[2].any()

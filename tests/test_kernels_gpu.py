@@ -85,7 +85,7 @@ def test_no_token_has_a_delta() -> None:
         run(made)
 
 
-@pytest.mark.parametrize("tokens", [1, 60])
+@pytest.mark.parametrize("tokens", [1, 230])
 @pytest.mark.parametrize("case", FUSED, ids=str)
 def test_base_and_delta_at_once(case: Case, tokens: int) -> None:
     for seed in range(SEEDS):

@@ -276,14 +276,26 @@ class Container:
         Raises:
             InvalidFileError: they do not fit the index.
         """
+        self.check_checksum(number, found)
+        self.check_padding(number, padding)
+
+    def check_checksum(self, number: int, found: bytes) -> None:
+        """Compare the XXH3-128 of a section's stored bytes with the index; see :meth:`check_section`."""
         section = self.sections[number]
         if found != section.checksum:
             raise InvalidFileError(
                 f"{self.name}: section {number} at {section.offset} is damaged: "
                 f"its checksum is {section.checksum.hex()}, its bytes give {found.hex()}"
             )
+
+    def check_padding(self, number: int, padding: bytes | memoryview) -> None:
+        """Compare the bytes behind a section with zeros; see :meth:`check_section`."""
         if bytes(padding) != bytes(len(padding)):
             raise InvalidFileError(f"{self.name}: the padding after section {number} is not zero")
+
+    def fileno(self) -> int | None:
+        """Return the descriptor of the open file, or None if it is mapped or a file object."""
+        return self._source.fileno()
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill ``target`` with bytes of the file, unchecked; several threads may do so at the same time.

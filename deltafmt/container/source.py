@@ -24,6 +24,9 @@ class Source(Protocol):
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill ``target`` with the bytes from ``offset`` on; several threads may do so at the same time."""
 
+    def fileno(self) -> int | None:
+        """Return a descriptor that reads at positions of its own, if there is one."""
+
     def release(self, offset: int, length: int) -> None:
         """Take note that a range has been used and is not needed in memory."""
 
@@ -55,6 +58,9 @@ class MapSource:
     def read_into(self, offset: int, target: memoryview) -> None:
         """Copy out of the map."""
         target[:] = self._view[offset : offset + len(target)]
+
+    def fileno(self) -> None:
+        """Return None: what is mapped is not read."""
 
     def release(self, offset: int, length: int) -> None:
         """Unmap whole pages of a range from this process; they stay in the page cache, and views stay valid."""
@@ -112,6 +118,10 @@ class FileSource:
                 raise
             raise storage_error("cannot read", self.name, error) from error
 
+    def fileno(self) -> int:
+        """Return the open file's descriptor."""
+        return self._file.fileno()
+
     def release(self, offset: int, length: int) -> None:
         """Do nothing: reads are copies."""
 
@@ -156,6 +166,9 @@ class StreamSource:
     def read_into(self, offset: int, target: memoryview) -> None:
         """Read, one thread at a time."""
         target[:] = self.read(offset, len(target))
+
+    def fileno(self) -> None:
+        """Return None: a file object need not have one."""
 
     def release(self, offset: int, length: int) -> None:
         """Do nothing: reads are copies."""

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
 from deltafmt.errors import UsageError
 from deltafmt.layout.constants import ZSTD_CHUNK
 
-# Smaller pieces would still be in the processor's cache when their checksum is taken, but each hands the interpreter's
-# lock over some ten times: measured with 8 threads, pieces of 8 MiB take two thirds of the time of those of 2 MiB.
-SLOT_BYTES = 8 * 1024 * 1024
 MIN_SLOTS = 4
 MAX_THREADS = 64
 
@@ -31,16 +28,26 @@ class Slot:
         self.tensor = tensor
         self.view = memoryview(tensor.numpy())  # type: ignore[arg-type]
         self._copied: torch.cuda.Event | None = None
+        self._handle = 0
 
     def record(self, stream: torch.cuda.Stream) -> None:
         """Note that copies from this buffer have been given to a stream."""
         if self._copied is None:
-            self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied.record(stream)
+
+    def recorded(self, stream: torch.cuda.Stream) -> int:
+        """Return the handle of the event behind the copies from this buffer; a new one is recorded at once."""
+        if self._copied is None:
+            self.record(stream)
+        if not self._handle and self._copied is not None:
+            self._handle = int(self._copied.cuda_event)
+        return self._handle
 
     def wait(self) -> None:
         """Wait until no copy reads this buffer any more."""
-        if self._copied is not None:
+        # Asking keeps the interpreter's lock, waiting hands it over.
+        if self._copied is not None and not self._copied.query():  # type: ignore[no-untyped-call]
             self._copied.synchronize()
 
 
@@ -50,15 +57,21 @@ class Ring:
     Args:
         device: that the copies go to; only copies to a GPU need pinned memory.
         nbytes: of all buffers together, at least 1 MiB.
+        slot_bytes: of each, unless that would make them fewer than four.
     """
 
-    def __init__(self, device: torch.device, nbytes: int) -> None:
+    def __init__(self, device: torch.device, nbytes: int, slot_bytes: int) -> None:
         self.device = device
         self.nbytes = nbytes
-        self.slot_bytes = min(SLOT_BYTES, nbytes // MIN_SLOTS // ZSTD_CHUNK * ZSTD_CHUNK)
-        memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+        self.slot_bytes = fitting(nbytes, slot_bytes)
+        self.memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
         starts = range(0, nbytes - self.slot_bytes + 1, self.slot_bytes)
-        self.slots = [Slot(memory[start : start + self.slot_bytes]) for start in starts]
+        self.slots = [Slot(self.memory[start : start + self.slot_bytes]) for start in starts]
+
+
+def fitting(nbytes: int, slot_bytes: int) -> int:
+    """Return the size of each of at least four buffers, whole chunks of a compressed section."""
+    return min(slot_bytes, nbytes // MIN_SLOTS // ZSTD_CHUNK * ZSTD_CHUNK)
 
 
 class _Cache:
@@ -81,7 +94,7 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def take_ring(device: torch.device, nbytes: int) -> Ring:
+def take_ring(device: torch.device, nbytes: int, slot_bytes: int) -> Ring:
     """Return the idle ring of a device, or a new one; each load that runs holds its own.
 
     Raises:
@@ -91,7 +104,9 @@ def take_ring(device: torch.device, nbytes: int) -> Ring:
         raise UsageError(f"pinned_bytes {nbytes} is below {MIN_SLOTS * ZSTD_CHUNK}")
     with _cache.lock:
         ring = _cache.rings.pop(device, None)
-    return ring if ring is not None and ring.nbytes == nbytes else Ring(device, nbytes)
+    if ring is not None and (ring.nbytes, ring.slot_bytes) == (nbytes, fitting(nbytes, slot_bytes)):
+        return ring
+    return Ring(device, nbytes, slot_bytes)
 
 
 def give_ring(ring: Ring) -> None:
@@ -100,13 +115,12 @@ def give_ring(ring: Ring) -> None:
         _cache.rings[ring.device] = ring
 
 
-def start_threads(work: Callable[[], None], count: int) -> None:
-    """Run ``work`` in some threads, which are started as they are needed and kept."""
+def start_threads(work: Callable[[int], None], count: int) -> list[Future[None]]:
+    """Run ``work`` with 0, 1 and so on in some threads, which are started as they are needed and kept."""
     with _cache.lock:
         if _cache.threads is None:
             _cache.threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="deltafmt-upload")
-        for _ in range(count):
-            _cache.threads.submit(work)
+        return [_cache.threads.submit(work, number) for number in range(count)]
 
 
 def free_buffers() -> int:

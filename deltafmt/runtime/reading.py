@@ -8,7 +8,7 @@ last; the others go on reading.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,9 @@ from deltafmt.runtime.upload_pieces import Piece, Share
 
 if TYPE_CHECKING:
     from deltafmt.container.chunks import ChunkReader
+
+
+_Move = tuple[Piece, list[torch.Tensor]]
 
 
 class _Digest:
@@ -67,6 +70,7 @@ class Upload:
         memory, scratch: uint8 tensors that it goes to.
         stream: that the copies are given to; None for a CPU.
         verify: compare checksums and padding.
+        later: sections whose checksum is compared once they are on the device: here, only the padding is.
         cancel: when set, the upload stops.
     """
 
@@ -80,15 +84,20 @@ class Upload:
         stream: torch.cuda.Stream | None,
         *,
         verify: bool,
+        later: Collection[int] = (),
         cancel: threading.Event | None,
     ) -> None:
         self._container = container
-        self._memory = memory
-        self._scratch = scratch
+        # Every view taken by a thread would hand the interpreter's lock over once more.
+        self._targets = [
+            [(scratch if copy.scratch else memory).narrow(0, copy.target, copy.length) for copy in piece.copies]
+            for piece in pieces
+        ]
         self._stream = stream
         self._verify = verify
+        self._later = later
         self._cancel = cancel
-        self._pieces: Iterator[Piece] = iter(pieces)
+        self._pieces: Iterator[_Move] = zip(pieces, self._targets, strict=True)
         self._free: SimpleQueue[Slot | None] = SimpleQueue()
         for slot in ring.slots:
             self._free.put(slot)
@@ -117,7 +126,7 @@ class Upload:
             try:
                 if not started:
                     started = True
-                    start_threads(self._work, self._threads)
+                    start_threads(lambda _: self._work(), self._threads)
                 with self._changed:
                     self._changed.wait_for(self._is_over)
                 break
@@ -128,7 +137,8 @@ class Upload:
 
     def forget(self) -> None:
         """Let go of the memory."""
-        self._memory = self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
+        for targets in self._targets:
+            targets.clear()
         self._error = None
 
     def _is_over(self) -> bool:
@@ -146,27 +156,27 @@ class Upload:
             if self._stream is not None:
                 torch.cuda.set_stream(self._stream)
             while (slot := self._free.get()) is not None:
-                piece = self._next()
-                if piece is None:
+                taken = self._next()
+                if taken is None:
                     self._free.put(slot)
                     return
                 try:
                     slot.wait()
-                    self._move(piece, slot)
+                    self._move(*taken, slot)
                 except BaseException as error:  # noqa: BLE001 - before the piece counts as done
                     self._stop(error)
                 self._done()
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
             self._stop(error)
 
-    def _next(self) -> Piece | None:
+    def _next(self) -> _Move | None:
         if self._cancel is not None and self._cancel.is_set():
             raise CancelledError(f"{self._container.name}: loading was cancelled")
         with self._changed:
-            piece = None if self._error is not None else next(self._pieces, None)
-            if piece is not None:
+            taken = None if self._error is not None else next(self._pieces, None)
+            if taken is not None:
                 self._moving += 1
-            return piece
+            return taken
 
     def _done(self) -> None:
         with self._changed:
@@ -175,31 +185,27 @@ class Upload:
             if self._moving == 0:
                 self._changed.notify_all()
 
-    def _move(self, piece: Piece, slot: Slot) -> None:
+    def _move(self, piece: Piece, targets: list[torch.Tensor], slot: Slot) -> None:
         view = slot.view[: piece.length]
         if piece.compressed:
             self._decode(piece, view)
         else:
             self._container.read_into(piece.offset, view)
-        for copy in piece.copies:
-            target = self._scratch if copy.scratch else self._memory
-            source = slot.tensor.narrow(0, copy.source, copy.length)
-            target.narrow(0, copy.target, copy.length).copy_(source, non_blocking=True)
+        for copy, target in zip(piece.copies, targets, strict=True):
+            target.copy_(slot.tensor.narrow(0, copy.source, copy.length), non_blocking=True)
         if self._stream is not None:
             slot.record(self._stream)
         if self._verify and not piece.compressed:
             share = piece.shares[0]
-            if share.parts > 1:
+            if share.parts > 1 and share.section not in self._later:
                 self._hash_in_order(share, slot)
                 return
             for share in piece.shares:
-                stored = view[share.start : share.start + share.length]
-                self._check(share, xxhash.xxh3_128_digest(stored), slot)
+                stop = share.start + share.length
+                if share.section not in self._later:
+                    self._container.check_checksum(share.section, xxhash.xxh3_128_digest(view[share.start : stop]))
+                self._container.check_padding(share.section, view[stop : stop + share.padding])
         self._free.put(slot)
-
-    def _check(self, share: Share, found: bytes, slot: Slot) -> None:
-        stop = share.start + share.length
-        self._container.check_section(share.section, found, slot.view[stop : stop + share.padding])
 
     def _hash_in_order(self, share: Share, slot: Slot) -> None:
         digest = self._digests[share.section]
@@ -210,7 +216,8 @@ class Upload:
             share, slot = taken
             digest.hasher.update(slot.view[: share.length])
             if share.part == share.parts - 1:
-                self._check(share, digest.hasher.digest(), slot)
+                padding = slot.view[share.length : share.length + share.padding]
+                self._container.check_section(share.section, digest.hasher.digest(), padding)
             self._free.put(slot)
             taken = digest.take(share)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from deltafmt.layout import constants as c
 from deltafmt.layout.sections import Section
 from deltafmt.runtime.upload_plan import Placement, Run
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """``length`` bytes from ``source`` in a piece to ``target`` on the device, or in its scratch memory."""
 
     source: int
@@ -20,8 +19,7 @@ class Copy:
     scratch: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """What a piece holds of one section: part ``part`` of ``parts``, at ``start`` in the piece."""
 
     section: int
@@ -32,8 +30,7 @@ class Share:
     padding: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What one thread reads, checks and copies at a time.
 
     Attributes:

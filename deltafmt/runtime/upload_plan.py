@@ -68,6 +68,13 @@ class Placement:
         """Return the runs of a section."""
         return [*self._runs.get(section, ()), *self._scratch.get(section, ())]
 
+    def whole(self, number: int, section: Section) -> int | None:
+        """Return where a stored section lies on the device as a whole, or None if it does not."""
+        runs = self.runs(number)
+        if section.codec != c.CODEC_STORED or len(runs) != 1 or runs[0].scratch:
+            return None
+        return runs[0].target if (runs[0].start, runs[0].stop) == (0, section.length) else None
+
     def offset(self, ref: BufferRef) -> int:
         """Return where a buffer lies on the device."""
         return _find(self._runs, ref)

@@ -17,14 +17,22 @@ from deltafmt.kernels.nm_matmul.segments import Segments, TokenTiles
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.tiles import planes
 
-# Up to this many tokens of a delta are gathered, more are multiplied by dense tiles.
-GATHER_TOKENS = 48
 MAX_UNROLL = 64  # entries of a step that the gather kernel unrolls
 
 
 def tile_tokens(longest: int) -> int:
     """Return T, the tokens of a gather tile; measured: below some eight tokens a delta, one at a time is quickest."""
     return 1 if longest <= 8 else 2 if longest <= 16 else 4
+
+
+def gather_tokens(layout: NMLayout) -> int:
+    """Return how many tokens of a delta are gathered at most; more are multiplied by dense tiles.
+
+    Measured (H100): a tile costs what decoding it does, so it pays the later the less a gathered entry costs.
+    """
+    if layout.keep > 1 or layout.share == 1:
+        return 112 if layout.keep > 1 else 48
+    return 224 if layout.group >= 32 else 96
 
 
 def lane_bits(layout: NMLayout) -> int:
@@ -96,14 +104,14 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
     for first in range(0, len(table.parts), MAX_PARTS):
         parts = slice(first, first + MAX_PARTS)
         for layout_table in table.layout_tables(parts):
-            if segments.shortest <= GATHER_TOKENS:
-                longest = min(segments.longest, GATHER_TOKENS)
-                size = tile_tokens(longest)
-                tiles = segments.tiles(size, longest=GATHER_TOKENS)
+            limit = gather_tokens(layout_table.layout)
+            if segments.shortest <= limit:
+                size = tile_tokens(min(segments.longest, limit))
+                tiles = segments.tiles(size, longest=limit)
                 _launch_gather(outputs[parts], x, layout_table, tiles)
-            if segments.longest > GATHER_TOKENS:
+            if segments.longest > limit:
                 size = 128 if segments.longest > 64 else 64
-                tiles = segments.tiles(size, shortest=GATHER_TOKENS + 1)
+                tiles = segments.tiles(size, shortest=limit + 1)
                 _launch_dot(outputs[parts], x, layout_table, tiles)
 
 

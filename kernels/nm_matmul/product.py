@@ -32,7 +32,8 @@ def nm_matmul_(
     if _on_gpu(x):
         from deltafmt.kernels.nm_matmul.launch import launch_products
 
-        launch_products(outputs, x if x.stride(1) == 1 else x.contiguous(), table, segments)
+        with torch.cuda.device(x.device):
+            launch_products(outputs, x if x.stride(1) == 1 else x.contiguous(), table, segments)
     else:
         naive.nm_matmul_(outputs, x, table, segments)
 
@@ -49,7 +50,8 @@ def can_fuse(table: OperandTable, slot: int, tokens: int) -> bool:
     whole = all(len(terms) == 1 and terms[0].rows == rows for terms, rows in zip(parts, table.parts, strict=True))
     if not whole or len(layouts) != 1 or len(parts) > MAX_PARTS:
         return False
-    return tokens > launch.GATHER_TOKENS or (tokens == 1 and launch.step_entries(next(iter(layouts))) > 0)
+    layout = layouts.pop()
+    return tokens > launch.gather_tokens(layout) or (tokens == 1 and launch.step_entries(layout) > 0)
 
 
 def nm_linear(
@@ -68,19 +70,20 @@ def nm_linear(
     """
     from deltafmt.kernels.nm_matmul import launch
 
-    if x.shape[0] == 1:
-        outputs = tuple(x.new_empty(1, rows) for rows in table.parts)
-        layout = table.operands(slot)[0][0].layout
-        parts = slice(0, len(table.parts))
-        layout_table = next(entry for entry in table.layout_tables(parts) if entry.layout == layout)
-        launch.launch_fused(outputs, x, weights, layout_table, slot)
-        return outputs
-    products = []
-    for weight, (operand,) in zip(weights, table.operands(slot), strict=True):
-        summed = torch.empty_like(weight)
-        launch.launch_expand(operand, weight, summed, 0, operand.rows)
-        products.append(x @ summed.T)
-    return tuple(products)
+    with torch.cuda.device(x.device):
+        if x.shape[0] == 1:
+            outputs = tuple(x.new_empty(1, rows) for rows in table.parts)
+            layout = table.operands(slot)[0][0].layout
+            parts = slice(0, len(table.parts))
+            layout_table = next(entry for entry in table.layout_tables(parts) if entry.layout == layout)
+            launch.launch_fused(outputs, x, weights, layout_table, slot)
+            return outputs
+        products = []
+        for weight, (operand,) in zip(weights, table.operands(slot), strict=True):
+            summed = torch.empty_like(weight)
+            launch.launch_expand(operand, weight, summed, 0, operand.rows)
+            products.append(x @ summed.T)
+        return tuple(products)
 
 
 def nm_embedding_(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, segments: Segments) -> None:
@@ -95,7 +98,8 @@ def nm_embedding_(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, 
     if _on_gpu(output):
         from deltafmt.kernels.nm_matmul.launch import launch_embedding
 
-        launch_embedding(output, ids.contiguous(), table, segments)
+        with torch.cuda.device(output.device):
+            launch_embedding(output, ids.contiguous(), table, segments)
     else:
         naive.nm_embedding_(output, ids, table, segments)
 
@@ -107,7 +111,8 @@ def operand_delta(operand: NMOperand, start: int = 0, stop: int | None = None) -
         from deltafmt.kernels.nm_matmul.launch import launch_expand
 
         out = torch.empty(stop - start, operand.columns, device=operand.device)
-        launch_expand(operand, None, out, start, stop)
+        with torch.cuda.device(operand.device):
+            launch_expand(operand, None, out, start, stop)
         return out
     return naive.operand_delta(operand)[start:stop]
 

@@ -1,0 +1,77 @@
+"""XXH3-128 of sections on a device: the Triton kernels where they run, otherwise the hash library on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import xxhash
+
+from deltafmt import accel
+from deltafmt.errors import UsageError
+from deltafmt.kernels.xxh3 import naive
+
+# A sixteenth of it is taken while the sections of a batch are summed.
+BATCH_BYTES = 1 << 30
+MAX_BATCH = 1 << 15
+
+
+def can_run(device: torch.device) -> bool:
+    """Tell whether the kernels run on a device."""
+    return device.type == "cuda" and accel.has_triton()
+
+
+def digests(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Return the XXH3-128 (seed 0) of parts of a tensor, most significant byte first.
+
+    On a GPU the kernels run on the current stream and are waited for, and memory of a sixteenth of the sections, of
+    those of at most 1 GiB at a time, is taken meanwhile.
+
+    Args:
+        memory: uint8, 1-d, contiguous, its length a multiple of 8.
+        sections: offset, a multiple of 8, and length of each in bytes.
+
+    Raises:
+        UsageError: the tensor or a section is of another kind.
+    """
+    if memory.dtype != torch.uint8 or memory.dim() != 1 or not memory.is_contiguous() or memory.numel() % 8:
+        raise UsageError(f"expected uint8 in one row of a multiple of 8, found {memory.dtype} {tuple(memory.shape)}")
+    for offset, length in sections:
+        if offset % 8 or not 0 <= offset <= offset + length <= memory.numel():
+            raise UsageError(f"{length} bytes at {offset} of {memory.numel()} are not a section")
+    with_kernels = can_run(memory.device)
+    # Short inputs have algorithms of their own, and are no work.
+    by_kernel = [section for section in sections if with_kernels and section[1] > naive.SHORT_BYTES]
+    found = dict(zip(by_kernel, _by_kernel(memory, by_kernel), strict=True)) if by_kernel else {}
+    for offset, length in sections:
+        if (offset, length) not in found:
+            host = memory[offset : offset + length].cpu().numpy()
+            found[offset, length] = xxhash.xxh3_128_digest(host.data)
+    return [found[section] for section in sections]
+
+
+def _by_kernel(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[bytes]:
+    from deltafmt.kernels.xxh3 import triton  # noqa: PLC0415 - optional
+
+    found = []
+    with torch.cuda.device(memory.device):
+        for batch in batches(sections):
+            starts, lengths = np.array(batch, np.int64).T
+            sums = triton.accumulators(memory.view(torch.int64), starts // 8, lengths)
+            found += naive.merged(sums.cpu().numpy().view(np.uint64), lengths.astype(np.uint64))
+    return found
+
+
+def batches(sections: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Yield runs of sections of at most ``BATCH_BYTES`` together, or of one that is larger."""
+    batch: list[tuple[int, int]] = []
+    nbytes = 0
+    for offset, length in sections:
+        if batch and (nbytes + length > BATCH_BYTES or len(batch) == MAX_BATCH):
+            yield batch
+            batch, nbytes = [], 0
+        batch.append((offset, length))
+        nbytes += length
+    if batch:
+        yield batch
