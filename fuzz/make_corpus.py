@@ -24,10 +24,14 @@ from deltafmt.codecs import nm
 from deltafmt.codecs import positions as pos
 from deltafmt.codecs.buffers import blank
 from deltafmt.codecs.floats import narrow
+from deltafmt.codecs.lowbit import LowbitArrays
+from deltafmt.codecs.lowrank import LowRankArrays, LowRankCodec
 from deltafmt.container.writer import ContainerWriter
+from deltafmt.layout.coding import Coding
 from deltafmt.layout.entries import BaseRef, TensorEntry, Term
+from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.layout.nm import NMLayout
-from deltafmt.methods import DeltaDQ
+from deltafmt.methods import DARE, RTN, BitDelta, DeltaDQ, Magnitude, Method
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 LARGEST = 20_000
@@ -139,7 +143,7 @@ FILES = {
 }
 
 Pair = Callable[[np.random.Generator], tuple[Tensors, Tensors]]
-RECIPES: dict[str, tuple[Pair, str, DeltaDQ, dict[str, bytes]]] = {
+RECIPES: dict[str, tuple[Pair, str, Method, dict[str, bytes]]] = {
     "hot-seeded": (layer, "hot", DeltaDQ(4, 16, 4), {}),
     "hot-seeded-2bit": (plain, "hot", DeltaDQ(2, 16, 2, share=8), {}),
     "hot-seeded-128": (plain, "hot", DeltaDQ(1, 128, 1, share=1), {}),
@@ -155,11 +159,19 @@ RECIPES: dict[str, tuple[Pair, str, DeltaDQ, dict[str, bytes]]] = {
     "cold-seeded": (layer, "cold", DeltaDQ(8, 32, 4), FILES),
     "cold-grown": (grown, "cold", DeltaDQ(2, 9, 4, index="fixed"), {}),
     "cold-odd": (odd, "cold", DeltaDQ(), {}),
+    "hot-lowbit": (layer, "hot", RTN(3, "asymmetric", scale_group=16), {}),
+    "hot-lowbit-column": (plain, "hot", BitDelta("column"), {}),
+    "hot-sparse": (plain, "hot", DARE(0.9, 4), {}),
+    "cold-sparse": (plain, "cold", Magnitude(0.05), {}),
 }
 
 
-def sum_of_terms() -> bytes:
-    """Return a file whose one tensor is a sum of two terms; pack has no method that makes one."""
+NM_TERMS = NMLayout(2, 8, 4, share=2), NMLayout(1, 6, 1, "fixed", "midrise", scale_group=2)
+BANDS = LowRankLayout(2, Coding(8, scale_group=32)), LowRankLayout(3, Coding(3, "asymmetric")), LowRankLayout(1, "F16")
+
+
+def sum_of_terms(layouts: tuple[NMLayout | LowRankLayout, ...]) -> bytes:
+    """Return a file whose one tensor is a sum of terms; pack has no method that makes one."""
     chunks: list[bytes] = []
     rows, columns = 70, 24
     rng = np.random.default_rng(99)
@@ -170,10 +182,13 @@ def sum_of_terms() -> bytes:
 
     writer = ContainerWriter(Sink())
     digest, terms = blake3(), []
-    for seed, layout in ((7, NMLayout(2, 8, 4, share=2)), (0, NMLayout(1, 6, 1, "fixed", "midrise", scale_group=2))):
-        arrays = term_arrays(rng, layout, seed, rows, columns)
+    for layout in layouts:
+        seed = 7 if layout.seeded else 0
         packed = blank(layout, rows, columns)
-        nm.encode(layout, arrays, packed)
+        if isinstance(layout, NMLayout):
+            nm.encode(layout, term_arrays(rng, layout, seed, rows, columns), packed)
+        else:
+            LowRankCodec(layout, rows, columns).encode(band(rng, layout, rows, columns), packed)
         refs = {}
         for name, array in packed.items():
             data = array.tobytes()
@@ -202,6 +217,20 @@ def term_arrays(rng: np.random.Generator, layout: NMLayout, seed: int, rows: int
     return nm.NMArrays(positions, codes, scales)
 
 
+def band(rng: np.random.Generator, layout: LowRankLayout, rows: int, columns: int) -> LowRankArrays:
+    """Return random vectors."""
+    sides: list[Any] = []
+    for length in (rows, columns):
+        coding, shape = layout.factors, (layout.rank, length)
+        if isinstance(coding, str):
+            sides.append(narrow(rng.standard_normal(shape, np.float32), coding))
+            continue
+        codes = rng.integers(0, coding.top + 1, shape, np.uint8)
+        scales = np.full((layout.rank, coding.scales(length)), 0.5, np.float32)
+        sides.append(LowbitArrays(codes, scales, np.ones(scales.shape, np.uint8) if coding.has_zero_points else None))
+    return LowRankArrays(*sides)
+
+
 def main(folder: Path) -> None:
     """Write every seed input."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +241,8 @@ def main(folder: Path) -> None:
             work = Path(temporary)
             sides = write_checkpoint(work / "base", base, {}), write_checkpoint(work / "finetuned", finetuned, files)
             deltafmt.pack(*sides, out, method=method, profile=profile, force=True, threads=1)
-    (folder / "hot-sum.deltafmt").write_bytes(sum_of_terms())
+    (folder / "hot-sum.deltafmt").write_bytes(sum_of_terms(NM_TERMS))
+    (folder / "hot-bands.deltafmt").write_bytes(sum_of_terms(BANDS))
     for path in sorted(folder.glob("*.deltafmt")):
         result = deltafmt.verify(path)
         size = path.stat().st_size

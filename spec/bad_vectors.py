@@ -352,7 +352,12 @@ def lowrank_of_rank_0() -> bytes:
 
 @vector("invalid", "more vectors than the buffers hold", "where the shape needs")
 def lowrank_longer_than_buffers() -> bytes:
-    return change(one_tensor(LowRankLayout(1, "BF16"), 32, 32), lambda index: index["layouts"][0].update(rank=65535))
+    return change(one_tensor(LowRankLayout(1, "BF16"), 32, 32), lambda index: index["layouts"][0].update(rank=32))
+
+
+@vector("invalid", "more vectors than the matrix has columns", "rank R = 33 is more than a matrix of 40 x 32 has")
+def lowrank_above_columns() -> bytes:
+    return change(one_tensor(LowRankLayout(1, "BF16"), 40, 32), lambda index: index["layouts"][0].update(rank=33))
 
 
 @vector("invalid", "unused bits of a vector's last word are set", "unused bits of the u_codes")

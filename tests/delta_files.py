@@ -18,7 +18,7 @@ from deltafmt.layout.constants import DTYPE_BITS, byte_count
 from deltafmt.layout.entries import BaseRef, TensorEntry, Term
 from deltafmt.layout.kinds import Layout
 from deltafmt.layout.nm import NMLayout
-from strategies import dense_layouts, generators, layouts, shapes, sparse_layouts
+from strategies import dense_layouts, fitting, generators, layouts, shapes, sparse_layouts
 
 DIGEST = bytes(32)
 
@@ -118,8 +118,9 @@ def delta_files(draw: st.DrawFn) -> bytes:
             made.same(name)
         else:
             count = 2 if kind == "sum" else 1
-            chosen = [draw(any_layout) for _ in range(count)]
-            made.add(name, draw(shapes(140, 120)), chosen, new_rows=3 if kind == "grown" else 0)
+            shape = draw(shapes(140, 120))
+            chosen = [fitting(draw(any_layout), *shape) for _ in range(count)]
+            made.add(name, shape, chosen, new_rows=3 if kind == "grown" else 0)
     return made.finish()
 
 

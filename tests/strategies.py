@@ -146,8 +146,15 @@ def sparse_arrays(draw: st.DrawFn, layout: SparseLayout, rows: int, columns: int
     return SparseArrays(ends, column, codes, random_scales(rng, (rows, 1), coding.scale_dtype))
 
 
+def fitting(layout: Layout, rows: int, columns: int) -> Layout:
+    """Return a layout of as many vectors as a matrix of this shape may have."""
+    if isinstance(layout, LowRankLayout):
+        return LowRankLayout(min(layout.rank, rows, columns), layout.factors)
+    return layout
+
+
 def dense_layouts() -> st.SearchStrategy[Layout]:
-    """Give layouts of the kinds that have neither an index nor slots."""
+    """Give layouts of the kinds that have neither an index nor slots; see :func:`fitting`."""
     return st.one_of(lowbit_layouts(), lowrank_layouts())
 
 

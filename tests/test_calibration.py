@@ -20,6 +20,7 @@ from deltafmt.calibration import blockwise, run  # noqa: E402
 from deltafmt.calibration.callbacks import Moments, Report  # noqa: E402
 from deltafmt.calibration.modules import find_blocks, linear_modules  # noqa: E402
 from deltafmt.calibration.run import Options, calibrate, calibrate_folder  # noqa: E402
+from deltafmt.calibration.store import MomentStore  # noqa: E402
 from deltafmt.calibration.text import Document, read_documents  # noqa: E402
 from deltafmt.calibration.tokens import Encoder, batches, cut, load_encoder  # noqa: E402
 from deltafmt.errors import InvalidFileError, NonFiniteError, StorageError, UsageError  # noqa: E402
@@ -273,9 +274,37 @@ def test_hidden_states_that_went_away_are_missed(tmp_path: Path) -> None:
 
 
 def test_texts_and_states_need_no_torch() -> None:
-    modules = ", ".join(f"deltafmt.calibration.{name}" for name in ("text", "tokens", "state", "callbacks"))
+    modules = ", ".join(f"deltafmt.calibration.{name}" for name in ("text", "tokens", "state", "store", "callbacks"))
     code = f"import sys, {modules}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_moments_are_stored_and_read_again(tmp_path: Path) -> None:
+    found, _ = gather(new_model("gpt2"), sequences())
+    store = MomentStore(tmp_path / "moments")
+    for name, moments in found.items():
+        store.on_module("module", name, moments)
+    assert len(list(store.folder.iterdir())) == len(found)
+    for name, moments in found.items():
+        held = store.load(name)
+        # Each sum is symmetric but for the order in which its products were added.
+        np.testing.assert_allclose(held.matrix, moments.matrix, atol=1e-5 * np.abs(moments.matrix).max())
+        np.testing.assert_array_equal(held.matrix, held.matrix.T)
+        assert (held.tokens, held.axis) == (moments.tokens, moments.axis)
+    with pytest.raises(UsageError, match='holds no moments of "other"'):
+        store.load("other")
+    path = store.path(name)
+    for content in (b"", b"PK", path.read_bytes()[:-30]):
+        path.write_bytes(content)
+        with pytest.raises(InvalidFileError, match="not the moments of a weight"):
+            store.load(name)
+    for wrong in (np.zeros(4, np.float32), np.zeros((3, 1), np.float32), np.zeros(3)):
+        np.savez(path, matrix=wrong, tokens=1, axis=1)
+        with pytest.raises(InvalidFileError, match="not the upper triangle"):
+            store.load(name)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write"):
+        MomentStore(tmp_path / "file").on_module("module", "a", found[name])
 
 
 def test_a_state_of_another_job_is_refused(tmp_path: Path) -> None:

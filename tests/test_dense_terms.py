@@ -22,7 +22,7 @@ from deltafmt.layout.coding import Coding
 from deltafmt.layout.kinds import Layout, parse_layout
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.lowrank import MAX_VECTORS, LowRankLayout
-from strategies import dense_arrays, dense_layouts, examples, generators, lowrank_layouts, shapes, sizes
+from strategies import dense_arrays, dense_layouts, examples, fitting, generators, lowrank_layouts, shapes, sizes
 
 Packed = dict[str, NDArray[np.generic]]
 
@@ -95,6 +95,7 @@ def test_dense_is_the_definition_whatever_the_runs(
     compiled: CodecRoutines, data: st.DataObject, layout: Layout, shape: tuple[int, int]
 ) -> None:
     rows, columns = shape
+    layout = fitting(layout, rows, columns)
     arrays = data.draw(dense_arrays(layout, rows, columns))
     codec = term_codec(layout, rows, columns)
     packed = pack(codec, arrays)
@@ -136,6 +137,7 @@ def test_any_bytes_give_an_array_or_an_error(
     compiled: CodecRoutines, layout: Layout, shape: tuple[int, int], rng: np.random.Generator
 ) -> None:
     rows, columns = shape
+    layout = fitting(layout, rows, columns)
     codec = term_codec(layout, rows, columns)
     lengths = layout.buffer_lengths(rows, columns)
     packed = views(layout, *shape, {name: memoryview(rng.bytes(size)) for name, size in lengths.items()})
@@ -159,6 +161,7 @@ def test_what_is_not_canonical_is_refused(
 ) -> None:
     """Another bit is another matrix, or it is refused."""
     rows, columns = 37, 53
+    layout = fitting(layout, rows, columns)
     codec = term_codec(layout, rows, columns)
     packed = pack(codec, data.draw(dense_arrays(layout, rows, columns)))
     before = codec.decode(packed, 0, rows)
@@ -183,6 +186,7 @@ def test_vectors_in_blocks_are_the_whole(data: st.DataObject, layout: LowRankLay
     from deltafmt.codecs import lowrank
 
     rows, columns = shape
+    layout = fitting(layout, rows, columns)
     codec = term_codec(layout, rows, columns)
     packed = pack(codec, data.draw(dense_arrays(layout, rows, columns)))
     whole = codec.decode(packed, 0, rows, check_form=True)
@@ -276,6 +280,7 @@ def test_layouts_are_read_as_they_are_written(layout: Layout) -> None:
         (lambda: LowbitLayout(4, "asymmetric", axis="column"), "along rows"),
         (lambda: LowRankLayout(0, "BF16"), "rank R = 0"),
         (lambda: LowRankLayout(MAX_VECTORS + 1, "BF16"), "rank R = 65536"),
+        (lambda: LowRankLayout(4, "F16").buffers(3, 50), "rank R = 4 is more than a matrix of 3 x 50 has"),
         (lambda: LowRankLayout(4, "F64"), "dtype of factors 'F64'"),
     ],
 )

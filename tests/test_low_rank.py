@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltafmt.errors import NonFiniteError, UsageError
-from deltafmt.methods import svd
+from deltafmt.methods import factorization
 from deltafmt.methods.bands import TRIPLE, band_grid, dense, fill, quantize_bands, search_bands, vector_bits
+from deltafmt.methods.factorization import factorize, rank_for_bytes, rank_for_energy
 from deltafmt.methods.grids import Grid
 from deltafmt.methods.hessian import output_error
 from deltafmt.methods.residual import split_head
-from deltafmt.methods.svd import factorize, rank_for_bytes, rank_for_energy
 from problems import Floats, layer, weighted_error
 from strategies import examples, shapes
 
@@ -46,7 +46,7 @@ def test_the_error_is_the_energy_that_is_left_out(seed: int, shape: tuple[int, i
 def test_the_randomized_decomposition_is_near_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
     delta = decaying(1, 300, 200)
     exact = factorize(delta, 24)
-    monkeypatch.setattr(svd, "EXACT_SIZE", 100)
+    monkeypatch.setattr(factorization, "EXACT_SIZE", 100)
     found = factorize(delta, 24)
     again = factorize(delta, 24)
     np.testing.assert_allclose(found.values, exact.values, rtol=5e-3)

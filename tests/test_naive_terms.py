@@ -14,7 +14,7 @@ from deltafmt.errors import UsageError
 from deltafmt.layout.kinds import Layout
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.sparse import SparseLayout
-from strategies import dense_arrays, dense_layouts, examples, shapes, sparse_arrays, sparse_layouts
+from strategies import dense_arrays, dense_layouts, examples, fitting, shapes, sparse_arrays, sparse_layouts
 
 torch = pytest.importorskip("torch")
 
@@ -38,6 +38,7 @@ def operand_of(
 @given(st.data(), dense_layouts(), shapes(70, 120))
 def test_dense_deltas_agree(data: st.DataObject, layout: Layout, shape: tuple[int, int]) -> None:
     rows, columns = shape
+    layout = fitting(layout, rows, columns)
     codec = term_codec(layout, rows, columns)
     packed = blank(layout, rows, columns)
     codec.encode(data.draw(dense_arrays(layout, rows, columns)), packed, 0)

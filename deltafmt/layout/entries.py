@@ -81,7 +81,7 @@ class Term:
         try:
             lengths = params.buffer_lengths(rows, columns, slots)
         except UsageError as error:
-            fail((where, ".slots"), str(error))
+            fail(where, str(error))
         values = check_fields(buffers, (where, ".buffers"), tuple(lengths))
         refs = {}
         for (name, length), value in zip(lengths.items(), values, strict=True):

@@ -38,7 +38,7 @@ class Layout(Protocol):
         """Return the arrays of a term by name, sorted: the order in which they are stored and digested.
 
         Raises:
-            UsageError: a term of this shape cannot have so many slots.
+            UsageError: a term of this shape cannot have so many slots, or so many vectors.
         """
 
     def buffer_lengths(self, rows: int, columns: int, slots: int = 0) -> dict[str, int]:

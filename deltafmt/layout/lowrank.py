@@ -45,7 +45,13 @@ class LowRankLayout:
         return self
 
     def buffers(self, rows: int, columns: int, slots: int = 0) -> dict[str, BufferForm]:  # noqa: ARG002 - of every kind
-        """Return the arrays of a term, in the order in which they are stored and digested."""
+        """Return the arrays of a term, in the order in which they are stored and digested.
+
+        Raises:
+            UsageError: there are more vectors than a matrix of this shape can need.
+        """
+        if self.rank > min(rows, columns):
+            raise UsageError(f"rank R = {self.rank} is more than a matrix of {rows} x {columns} has")
         return {**self._factor("u", rows), **self._factor("v", columns)}
 
     def _factor(self, side: str, length: int) -> dict[str, BufferForm]:

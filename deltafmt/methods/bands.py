@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.errors import UsageError
+from deltafmt.methods.factorization import LowRank
 from deltafmt.methods.gptq import gptq, gptq_columns
 from deltafmt.methods.grids import Floats, Grid, Quantized
 from deltafmt.methods.hessian import DAMPING, check_hessian
-from deltafmt.methods.svd import LowRank
 
 # Section 5.1 with its appendix: vectors at 8 bits, at 3, and the rest at 2.
 TRIPLE = ((2, 8), (32, 3), (0, 2))

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.methods.bands import GROUP, Band, quantize_bands
+from deltafmt.methods.factorization import factorize
 from deltafmt.methods.grids import Floats, Grid
-from deltafmt.methods.svd import factorize
 
 HEAD_GRID = Grid(8, "midtread", "minmax", GROUP)
 
