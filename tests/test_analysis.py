@@ -347,7 +347,7 @@ def test_a_comparison(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> Non
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
     header = lines.index("Comparison") + 2
-    assert lines[header].split() == ["bytes", "times", "smaller", "down", "frozen", "up"]
+    assert lines[header].split() == ["delta", "bytes", "times", "smaller", "down", "frozen", "up"]
     rows = lines[header + 1 : header + 4]
     assert rows[0].startswith(f"{delta}  ")
     assert [row.partition(" ")[0] for row in rows[1:]] == ["deltadq", "rtn"]

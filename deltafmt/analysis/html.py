@@ -76,7 +76,7 @@ def render(report: Report) -> str:
         _section(product_table(report), [_products(report, key) for key in ("variance", "range")]),
         _histogram(report),
         *(_section(loss_table(report, i), _losses(report, i)) for i in range(len(report.candidates))),
-        _section(comparison_table(report), [_comparison(report)]),
+        _section(comparison_table(report), [_comparison(report)]) if len(report.candidates) > 1 else "",
         _section(depth_table(report), []),
         f"<details><summary>Every tensor</summary>{_section(tensor_table(report), [])}</details>",
         f"<details><summary>Left out</summary><ul>{skipped}</ul></details>" if skipped else "",

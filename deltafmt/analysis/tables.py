@@ -47,9 +47,9 @@ def percent(value: float | None) -> str:
 
 
 def tables(report: Report) -> list[Table]:
-    """Return every table of a report that has rows."""
-    losses = [loss_table(report, i) for i in range(len(report.candidates))]
-    found = [delta_table(report), product_table(report), *losses, comparison_table(report), depth_table(report)]
+    """Return the tables of a report that have rows; several candidates are compared, one is shown at length."""
+    losses = comparison_table(report) if len(report.candidates) > 1 else loss_table(report, 0)
+    found = [delta_table(report), product_table(report), losses, depth_table(report)]
     return [table for table in found if len(table.rows) > 1]
 
 
@@ -114,11 +114,11 @@ def loss_table(report: Report, candidate: int) -> Table:
 
 
 def comparison_table(report: Report) -> Table:
-    """Return the outputs lost to every candidate by kind of layer, if there are several."""
-    rows = [["", "bytes", "times smaller"]]
+    """Return size and outputs lost of every candidate, by kind of layer."""
+    rows = [["delta", "bytes", "times smaller"]]
     kinds = [group for group in report.by_kind() if any(one.pair.is_linear for one in group.members)]
     rows[0] += [group.label for group in kinds]
-    for i, candidate in enumerate(report.candidates if len(report.candidates) > 1 else ()):
+    for i, candidate in enumerate(report.candidates):
         rows.append([candidate.label, f"{candidate.size:,}", f"{report.finetuned_bytes / candidate.size:.2f}"])
         rows[-1] += [percent(_outputs_lost(group.approximation(i))) for group in kinds]
     note = "Size of the whole file, and the sum of squares that is lost of the delta's outputs, in percent."
