@@ -8,6 +8,7 @@ from a seed.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from itertools import pairwise
@@ -147,6 +148,7 @@ def table_problem(rng: random.Random) -> Problem:
 TASKS: dict[str, Callable[[random.Random], Problem]] = {"lists": lists_problem, "table": table_problem}
 
 
+@functools.cache
 def word_tokenizer(texts: int = 4000) -> Any:
     """Return a tokenizer whose tokens are the words of these texts: byte pairs, merged until every word is one token.
 

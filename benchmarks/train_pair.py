@@ -304,6 +304,7 @@ def main() -> None:
     size = replace(size, **{name: steps for name, steps in given.items() if steps is not None})
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high")
     good = run(options.out, size, options.tasks, device, options.seed, options.minutes)
     if not good and not options.small:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,10 @@ from solve import accuracy
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.codecs.floats import widen
 
+torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+train_pair = pytest.importorskip("train_pair")
+TINY = train_pair.Size(32, 48, 1, 2, 1, 4, 24, 3, 3, 1e-3, 1e-3, 2, 4)
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -60,24 +65,39 @@ def test_the_answers_of_table_are_right() -> None:
 @pytest.mark.filterwarnings("default")  # transformers' own
 def test_a_small_pair(tmp_path: Path) -> None:
     options = ["--small", "--device", "cpu", "--steps", "4", "--tune-steps", "3", "--tasks", "table"]
-    command = [sys.executable, str(BENCHMARKS / "train_pair.py"), "--out", str(tmp_path / "a"), *options]
+    command = [sys.executable, str(BENCHMARKS / "train_pair.py"), "--out", str(tmp_path), *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "table: base solves 0.000" in result.stdout
-    with Checkpoint(tmp_path / "a" / "base") as base, Checkpoint(tmp_path / "a" / "table") as finetuned:
+    with Checkpoint(tmp_path / "base") as base, Checkpoint(tmp_path / "table") as finetuned:
         assert list(base.tensors) == list(finetuned.tensors)
         for name, tensor in finetuned.tensors.items():
             with tensor.row_range(0, tensor.rows) as raw, base.tensors[name].row_range(0, tensor.rows) as before:
                 assert np.isfinite(widen(raw, tensor.dtype)).all()
                 assert (raw != before).any() or len(tensor.shape) == 1, name  # every matrix has moved
         assert {"config.json", "generation_config.json", "tokenizer.json"} <= set(finetuned.files)
-    problems = tmp_path / "a" / "eval-table.jsonl"
+    problems = tmp_path / "eval-table.jsonl"
     assert set(json.loads(problems.read_text("utf-8").splitlines()[0])) == {"question", "answer"}
-    assert accuracy(tmp_path / "a" / "table", tmp_path / "a" / "tokenizer.json", problems, 10) <= 1
-    kept = (tmp_path / "a" / "table" / "model.safetensors").read_bytes()
+    assert accuracy(tmp_path / "table", tmp_path / "tokenizer.json", problems, 10) <= 1
 
-    again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert "step" not in again.stdout  # what is there is kept
-    command[3] = str(tmp_path / "b")
-    subprocess.run(command, capture_output=True, check=True, timeout=300)
-    assert (tmp_path / "b" / "table" / "model.safetensors").read_bytes() == kept
+
+@pytest.mark.filterwarnings("default")
+def test_the_same_seed_gives_the_same_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(folder: str, seed: int, tasks: list[str]) -> bytes:
+        train_pair.run(tmp_path / folder, TINY, tasks, torch.device("cpu"), seed, math.inf)
+        return b"".join((tmp_path / folder / name / "model.safetensors").read_bytes() for name in ("base", *tasks))
+
+    first = run("a", 0, ["lists"])
+    assert run("b", 0, ["lists"]) == first
+    assert run("c", 1, ["lists"]) != first
+    capsys.readouterr()
+    assert run("a", 0, ["lists", "table"]).startswith(first)
+    said = capsys.readouterr().out
+    assert "\nlists:\n" not in f"\n{said}"  # what is there is kept
+    assert "\ntable:\n" in f"\n{said}"
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_training_ends_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_pair.run(tmp_path, replace(TINY, base_steps=10**6), [], torch.device("cpu"), 0, 2 / 60)
+    assert "stopped after" in capsys.readouterr().out
