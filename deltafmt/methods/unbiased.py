@@ -7,8 +7,8 @@ does the rest of the error. The factor that restores the length along X itself,
 
     scale * <X, X> / <Q, X>,
 
-errs more in squares and less where it counts. It is the rescale of dropout, for quantization: for one bit, sum x^2 / sum |x|
-in the place of mean |x|.
+errs more in squares of weights and less at the outputs, where the rest of the error averages out. It is the rescale of
+dropout, for quantization; for one bit, sum x^2 / sum |x| in the place of mean |x|.
 """
 
 from __future__ import annotations
