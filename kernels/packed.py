@@ -1,4 +1,4 @@
-"""A term's packed buffers on a device, of a kind that no kernel reads yet."""
+"""A term's packed buffers on a device, of any kind but ``nm``, which has an operand of its own."""
 
 from __future__ import annotations
 

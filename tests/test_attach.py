@@ -14,11 +14,10 @@ import deltafmt  # noqa: E402
 from deltafmt.errors import (  # noqa: E402
     InvalidFileError,
     StorageError,
-    UnsupportedError,
     UsageError,
     WrongBaseError,
 )
-from deltafmt.methods import RTN, DeltaDQ  # noqa: E402
+from deltafmt.methods import RTN, BitDelta, DeltaDQ  # noqa: E402
 from deltafmt.runtime.residency import NoRoomError  # noqa: E402
 from deltafmt.transformers import attach, detach  # noqa: E402
 from tiny_models import ARCHITECTURES, CAUSAL, Tiny, close, every, generate, ids, logits, made_once, new_model  # noqa: E402
@@ -369,14 +368,21 @@ def test_nano_solves_as_unpacked(nano: Path, tmp_path: Path) -> None:
         assert accuracy_of(model, problems) >= expected - 0.01
 
 
-def test_terms_without_a_kernel_are_refused(nano: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [RTN(4), BitDelta("column")], ids=lambda method: method.name)
+def test_every_kind_of_term_serves_what_it_unpacks_to(nano: Path, tmp_path: Path, method: Any) -> None:
     from solve import load
 
-    for number, method in enumerate((RTN(4), DeltaDQ())):
-        deltafmt.pack(nano / "base", nano / "math", tmp_path / f"{number}.deltafmt", method=method)
-    model = load(nano / "base")
-    with pytest.raises(
-        UnsupportedError, match=r'tensor "model\..*" has a lowbit term, which this version cannot serve'
-    ):
-        attach(model, {"math": tmp_path / "0.deltafmt"})
-    attach(model, {"math": tmp_path / "1.deltafmt"})
+    delta = tmp_path / "d.deltafmt"
+    deltafmt.pack(nano / "base", nano / "math", delta, method=method)
+    deltafmt.unpack(nano / "base", delta, tmp_path / "unpacked")
+    tokens = ids(3, 9)
+    expected = logits(load(tmp_path / "unpacked"), tokens)
+    model = attach(load(nano / "base"), {"math": delta})
+    before = logits(model, tokens)
+    with model.delta(["math", None, "math"]):
+        mixed = logits(model, tokens)
+    # The unpacked weights are rounded to bf16.
+    assert (mixed - expected)[::2].abs().max() <= 0.02 * expected.abs().max()
+    assert close(mixed[1], before[1])
+    model.deltas.merge("math")
+    assert close(logits(model, tokens), expected)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import deltafmt
-from deltafmt.methods import DeltaDQ
+from deltafmt.methods import RTN, BitDelta, DeltaDQ
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
@@ -86,6 +86,8 @@ def shake(model: torch.nn.Module, seed: int, scale: float) -> None:
 
 
 METHODS = {"one": DeltaDQ(4, 16, 4), "two": DeltaDQ(3, 8, 3, index="fixed", share=1, scale_group=4)}
+# The second has terms of another kind in its blocks, so that a batch mixes kinds in one module.
+RULES = {"two": [("*.0.*", RTN(4, scale_group=8)), ("*.1.*", BitDelta("column"))]}
 
 
 def make_tiny(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Tiny:
@@ -99,7 +101,8 @@ def make_tiny(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Ti
         tuned.to(dtype).save_pretrained(folder / name)
         deltas[name] = folder / f"{name}.deltafmt"
         unpacked[name] = folder / f"{name}-unpacked"
-        deltafmt.pack(folder / "base", folder / name, deltas[name], method=method, seed=number)
+        rules = RULES.get(name, ())
+        deltafmt.pack(folder / "base", folder / name, deltas[name], method=method, rules=rules, seed=number)
         deltafmt.unpack(folder / "base", deltas[name], unpacked[name])
     return Tiny(kind, folder / "base", deltas, unpacked)
 

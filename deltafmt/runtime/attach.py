@@ -23,7 +23,7 @@ from deltafmt.errors import UsageError
 from deltafmt.layout.entries import TensorEntry
 from deltafmt.runtime.base_check import BaseCheck
 from deltafmt.runtime.delta_store import DeltaStore, read_source
-from deltafmt.runtime.device_delta import DeviceDelta, check_kernels
+from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.inputs import batch_of, device_of, models_in
 from deltafmt.runtime.merge import Merge
 from deltafmt.runtime.places import Kind, Placement, Rename, place, weight_shape
@@ -129,8 +129,6 @@ class Deltas:
             entries = {tensor: entry for tensor, entry in source.entries.items() if tensor in taken}
             unchecked = self._check.check(entries, placement.parameters)
         needed = _changed(source.entries, placement)
-        for tensor in needed:
-            check_kernels(source.entries[tensor])
         with self._lock:
             if name in self._placements:
                 raise UsageError(f'there is a delta "{name}" already')

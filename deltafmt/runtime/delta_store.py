@@ -10,7 +10,7 @@ import torch
 
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import StorageError, UsageError
-from deltafmt.kernels.dense_delta import Operand
+from deltafmt.kernels.nm_matmul.operand import Operand
 from deltafmt.kernels.packed import PackedOperand
 from deltafmt.layout.constants import BUFFER_ALIGNMENT, align
 from deltafmt.layout.entries import TensorEntry

@@ -7,11 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from deltafmt.errors import UnsupportedError
-from deltafmt.kernels.dense_delta import Operand
-from deltafmt.kernels.nm_matmul.operand import NMOperand
+from deltafmt.kernels.nm_matmul.operand import Operand
 from deltafmt.layout.entries import TensorEntry
-from deltafmt.layout.nm import NMLayout
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,16 +25,6 @@ class DeviceTensor:
     entry: TensorEntry
     terms: tuple[Operand, ...] = ()
     data: torch.Tensor | None = None
-
-    @property
-    def kernel_terms(self) -> tuple[NMOperand, ...]:
-        """The terms, all of which a kernel multiplies with.
-
-        Raises:
-            UnsupportedError: names a kind of which there is no kernel.
-        """
-        check_kernels(self.entry)
-        return tuple(term for term in self.terms if isinstance(term, NMOperand))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,16 +56,3 @@ class DeviceDelta(Mapping[str, DeviceTensor]):
 
     def __len__(self) -> int:
         return len(self.tensors)
-
-
-def check_kernels(entry: TensorEntry) -> None:
-    """Refuse a tensor that no kernel multiplies with as it lies.
-
-    Raises:
-        UnsupportedError: names the tensor and the kind of its term.
-    """
-    for term in entry.terms:
-        if term.params.kind != NMLayout.kind:
-            raise UnsupportedError(
-                f'tensor "{entry.name}" has a {term.params.kind} term, which this version cannot serve; unpack can'
-            )

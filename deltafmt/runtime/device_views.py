@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from deltafmt.container.reader import Container
-from deltafmt.kernels.dense_delta import Operand
-from deltafmt.kernels.nm_matmul.operand import NMOperand
+from deltafmt.kernels.nm_matmul.operand import NMOperand, Operand
 from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
 from deltafmt.layout.constants import element_count
 from deltafmt.layout.entries import TensorEntry, Term

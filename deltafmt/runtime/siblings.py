@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from deltafmt.kernels.nm_matmul.operand import MAX_PARTS, OperandTable
-from deltafmt.kernels.nm_matmul.product import can_fuse, nm_linear, nm_matmul_
+from deltafmt.kernels.nm_matmul.product import can_fuse, nm_linear
+from deltafmt.kernels.products import matmul_
 from deltafmt.runtime.selection import Selection, Waiting
 from deltafmt.runtime.sites import LinearSite
 from deltafmt.runtime.values import version_of
@@ -134,7 +135,7 @@ class Siblings:
         if flat is None:
             flat = [self._forwards[id(site)][0](given).reshape(-1, site.rows) for site in self.sites]
             x = given.to(flat[0].dtype).reshape(-1, given.shape[-1])
-            nm_matmul_(flat, x, self._table, selection.segments(len(x), first.name))
+            matmul_(flat, x, self._table, selection.segments(len(x), first.name))
         shaped = [y.view(*given.shape[:-1], -1) for y in flat]
         others = {id(site): output for site, output in zip(self.sites[1:], shaped[1:], strict=True)}
         selection.waiting = Waiting(given, version_of(given), others)

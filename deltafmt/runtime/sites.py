@@ -16,7 +16,7 @@ from torch.nn import functional
 from deltafmt.errors import UsageError
 from deltafmt.kernels.dense_delta import operand_delta
 from deltafmt.kernels.nm_matmul.operand import OperandTable
-from deltafmt.kernels.nm_matmul.product import nm_matmul_
+from deltafmt.kernels.products import matmul_
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.places import bias_of
 from deltafmt.runtime.selection import Selection
@@ -78,7 +78,7 @@ class Table:
 
     def put(self, slot: int, tensor: DeviceTensor) -> None:
         """Set a slot's terms."""
-        self.operands.put(slot, (tensor.kernel_terms,))
+        self.operands.put(slot, (tensor.terms,))
         self.slots.add(slot)
 
     def clear(self, slot: int) -> None:
@@ -196,7 +196,7 @@ class LinearSite(WeightSite):
     def _multiply(self, y: torch.Tensor, x: torch.Tensor, selection: Selection) -> None:
         """Add the packed terms' products."""
         if self.table.serves(selection):
-            nm_matmul_([y], x, self.table.operands, selection.segments(len(x), self.name))
+            matmul_([y], x, self.table.operands, selection.segments(len(x), self.name))
 
     def _add_biases(self, y: torch.Tensor, selection: Selection) -> None:
         """Add the difference of each token's bias and the base's, in float32."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from deltafmt.errors import UsageError
-from deltafmt.kernels.nm_matmul.product import nm_embedding_
+from deltafmt.kernels.products import embedding_
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.selection import Selection, mixed_error
 from deltafmt.runtime.sites import Site, WeightSite, first_input
@@ -71,7 +71,7 @@ class EmbeddingSite(WeightSite):
             held = flat[mine].clamp(max=len(self._weights[slot]) - 1) if slot in self._new_rows else flat[mine]
             y[mine] = functional.embedding(held, self._weights[slot]).to(y.dtype)
         if self.table.serves(selection):
-            nm_embedding_(y, flat, self.table.operands, selection.segments(len(flat), self.name))
+            embedding_(y, flat, self.table.operands, selection.segments(len(flat), self.name))
         for slot in selection.used & self._new_rows.keys():
             mine = selection.members(slot, len(flat), self.name)
             beyond = flat[mine] - self.rows

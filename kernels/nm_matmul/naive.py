@@ -188,6 +188,8 @@ def nm_matmul_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandT
             continue
         for output, terms in zip(outputs, table.operands(slot), strict=True):
             for operand in terms:
+                if not isinstance(operand, NMOperand):
+                    continue
                 product = x[tokens].float() @ operand_delta(operand).T
                 output[tokens, : operand.rows] = (output[tokens, : operand.rows].float() + product).to(output.dtype)
 
@@ -205,5 +207,7 @@ def nm_embedding_(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, 
     for slot in range(table.slots):
         tokens = (slots == slot).nonzero()[:, 0].to(output.device)
         for operand in table.operands(slot)[0] if len(tokens) else ():
+            if not isinstance(operand, NMOperand):
+                continue
             held = tokens[(ids[tokens] >= 0) & (ids[tokens] < operand.rows)]
             output[held] = (output[held].float() + operand_delta(operand)[ids[held].long()]).to(output.dtype)

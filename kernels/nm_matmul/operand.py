@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from deltafmt.errors import UsageError
+from deltafmt.kernels.packed import PackedOperand
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.tiles import TILE_ROWS
 
@@ -74,6 +75,9 @@ class NMOperand:
         return sum(tensor.nbytes for tensor in self.tensors())
 
 
+Operand = NMOperand | PackedOperand
+
+
 def check_buffer(name: str, tensor: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Refuse a packed buffer that a kernel could leave."""
     wanted = (*shape, TILE_ROWS)
@@ -102,6 +106,7 @@ class OperandTable:
 
     A *slot* is one delta that tokens can choose; a *part* is one of the matrices that multiply the same activations
     (q, k and v; gate and up). A slot holds for each part the terms of its delta; no terms: that part is the base's.
+    Kernels read the ``nm`` terms by :meth:`layout_tables`; :meth:`packed` gives those of other kinds.
 
     Args:
         slots: deltas that the table has room for.
@@ -115,12 +120,12 @@ class OperandTable:
         self.parts = tuple(parts)
         self.columns = columns
         self.device = torch.empty(0, device=device).device  # with its number
-        self._held: list[tuple[tuple[NMOperand, ...], ...]] = [((),) * len(self.parts)] * slots
+        self._held: list[tuple[tuple[Operand, ...], ...]] = [((),) * len(self.parts)] * slots
         self._tables: dict[tuple[NMLayout, int, int, int], LayoutTable] = {}
         self._stale = False
         self._lock = threading.Lock()
 
-    def put(self, slot: int, parts: Sequence[Sequence[NMOperand]]) -> None:
+    def put(self, slot: int, parts: Sequence[Sequence[Operand]]) -> None:
         """Set a slot's operands; what was there is forgotten.
 
         Raises:
@@ -145,9 +150,17 @@ class OperandTable:
         """Empty a slot."""
         self.put(slot, ((),) * len(self.parts))
 
-    def operands(self, slot: int) -> tuple[tuple[NMOperand, ...], ...]:
+    def operands(self, slot: int) -> tuple[tuple[Operand, ...], ...]:
         """Return a slot's operands, by part and term."""
         return self._held[slot]
+
+    def packed(self) -> Iterator[tuple[int, int, PackedOperand]]:
+        """Yield slot, part and operand of every term that is not ``nm``."""
+        for slot, parts in enumerate(self._held):
+            for part, terms in enumerate(parts):
+                for operand in terms:
+                    if isinstance(operand, PackedOperand):
+                        yield slot, part, operand
 
     def layout_tables(self, parts: slice) -> list[LayoutTable]:
         """Return one table for each layout among the operands of some parts; a second term of a layout gets another.
@@ -170,6 +183,8 @@ class OperandTable:
             for part, terms in enumerate(held):
                 seen: dict[NMLayout, int] = {}
                 for operand in terms:
+                    if not isinstance(operand, NMOperand):
+                        continue
                     number = seen[operand.layout] = seen.get(operand.layout, -1) + 1
                     first = part // MAX_PARTS * MAX_PARTS
                     width = min(len(self.parts) - first, MAX_PARTS)

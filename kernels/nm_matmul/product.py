@@ -46,8 +46,11 @@ def can_fuse(table: OperandTable, slot: int, tokens: int) -> bool:
     from deltafmt.kernels.nm_matmul.operand import MAX_PARTS
 
     parts = table.operands(slot)
-    layouts = {operand.layout for terms in parts for operand in terms}
-    whole = all(len(terms) == 1 and terms[0].rows == rows for terms, rows in zip(parts, table.parts, strict=True))
+    layouts = {operand.layout for terms in parts for operand in terms if isinstance(operand, NMOperand)}
+    whole = all(
+        len(terms) == 1 and isinstance(terms[0], NMOperand) and terms[0].rows == rows
+        for terms, rows in zip(parts, table.parts, strict=True)
+    )
     if not whole or len(layouts) != 1 or len(parts) > MAX_PARTS:
         return False
     layout = layouts.pop()
@@ -73,13 +76,14 @@ def nm_linear(
     with torch.cuda.device(x.device):
         if x.shape[0] == 1:
             outputs = tuple(x.new_empty(1, rows) for rows in table.parts)
-            layout = table.operands(slot)[0][0].layout
+            layout = next(term.layout for term in table.operands(slot)[0] if isinstance(term, NMOperand))
             parts = slice(0, len(table.parts))
             layout_table = next(entry for entry in table.layout_tables(parts) if entry.layout == layout)
             launch.launch_fused(outputs, x, weights, layout_table, slot)
             return outputs
         products = []
         for weight, (operand,) in zip(weights, table.operands(slot), strict=True):
+            assert isinstance(operand, NMOperand)
             summed = torch.empty_like(weight)
             launch.launch_expand(operand, weight, summed, 0, operand.rows)
             products.append(x @ summed.T)
