@@ -106,11 +106,10 @@ def loss_table(report: Report, candidate: int) -> Table:
             each = [band.approximation(candidate) for band in report.by_band(group)]
             row += [figure(_mean(one, "outputs")) for one in each] + [figure(_mean(one, "outliers")) for one in each]
         rows.append(row)
-    note = (
-        "Sum of squares lost of the delta and of its outputs, in percent of the whole; then mean squared errors of "
-        "outputs in three thirds of the layers, of all and of the 1% largest (outliers)."
-    )
-    return Table(f"What {_label(report, candidate)} loses", note, rows)
+    note = "Sum of squares lost of the delta and of its outputs, in percent of the whole"
+    if deep:
+        note += "; then mean squared errors of outputs in three thirds of the layers, of all and of the 1% largest (outliers)"
+    return Table(f"What {_label(report, candidate)} loses", f"{note}.", rows)
 
 
 def comparison_table(report: Report) -> Table:
