@@ -108,7 +108,7 @@ def loss_table(report: Report, candidate: int) -> Table:
         rows.append(row)
     note = "Sum of squares lost of the delta and of its outputs, in percent of the whole"
     if deep:
-        note += "; then mean squared errors of outputs in three thirds of the layers, of all and of the 1% largest (outliers)"
+        note += "; then mean squared errors of outputs in three thirds of the layers, all and the 1% largest (outliers)"
     return Table(f"What {_label(report, candidate)} loses", f"{note}.", rows)
 
 
