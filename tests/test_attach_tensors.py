@@ -238,17 +238,17 @@ def test_a_tensor_that_the_base_lacks(tiny: Tiny, tmp_path: Path) -> None:
 @every(["llama", "qwen2"])
 def test_siblings_share_a_launch(tiny: Tiny, names: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused and not, outputs are the same, bit for bit; the second forward needs fewer launches."""
-    from deltafmt.kernels.nm_matmul.naive import nm_matmul_
+    from deltafmt.kernels.products import matmul_
     from deltafmt.runtime import siblings, sites
 
     launches: list[int] = []
 
     def counted(outputs: Any, *arguments: Any) -> None:
         launches.append(len(outputs))
-        nm_matmul_(outputs, *arguments)
+        matmul_(outputs, *arguments)
 
-    monkeypatch.setattr(sites, "nm_matmul_", counted)
-    monkeypatch.setattr(siblings, "nm_matmul_", counted)
+    monkeypatch.setattr(sites, "matmul_", counted)
+    monkeypatch.setattr(siblings, "matmul_", counted)
     tokens = ids(3, 5)
     apart = attach(tiny.load(), tiny.deltas, fuse=False)
     with apart.delta(names):
