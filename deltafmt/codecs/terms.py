@@ -71,6 +71,14 @@ def term_codec(layout: Layout, rows: int, columns: int, seed: int = 0, slots: in
     raise TypeError(f"no codec for {type(layout).__name__}")
 
 
+def fitted(layout: Layout, arrays: Arrays) -> Layout:
+    """Return a method's layout with as many vectors as the arrays have; other layouts as they are."""
+    if isinstance(layout, LowRankLayout) and isinstance(arrays, LowRankArrays):
+        vectors = arrays.u.codes if isinstance(arrays.u, LowbitArrays) else arrays.u
+        return layout if layout.rank == vectors.shape[0] else LowRankLayout(vectors.shape[0], layout.factors)
+    return layout
+
+
 def slot_count(layout: Layout, arrays: Arrays, columns: int) -> int:
     """Return the number of slots that a term of these arrays has; 0 for kinds without slots."""
     if isinstance(layout, SparseLayout) and isinstance(arrays, SparseArrays):

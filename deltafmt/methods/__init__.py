@@ -3,19 +3,26 @@
 ================  =====================================================================
 ``BitDelta``      signs, and the mean magnitude
 ``DARE``          random elements, rescaled
+``DeltaCoMe``     singular vectors, the first at more bits than the later ones
 ``DeltaDQ``       group-wise balanced dropout with rescale, and k-bit quantization
 ``Magnitude``     the largest elements
+``Residual``      the first singular vectors, and dropout of what they leave
 ``RTN``           every element to the nearest of k bits
+``SVD``           the first singular vectors
 ================  =====================================================================
 """
 
 from deltafmt.methods.base import Method
 from deltafmt.methods.bitdelta import BitDelta
 from deltafmt.methods.dare import DARE
+from deltafmt.methods.deltacome import DeltaCoMe
 from deltafmt.methods.deltadq import DeltaDQ
 from deltafmt.methods.prune import Magnitude
+from deltafmt.methods.residual import Residual
 from deltafmt.methods.rtn import RTN
+from deltafmt.methods.svd import SVD
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (DeltaDQ, BitDelta, DARE, Magnitude, RTN)}
+_ALL: tuple[type[Method], ...] = (DeltaDQ, Residual, BitDelta, DARE, DeltaCoMe, Magnitude, RTN, SVD)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
-__all__ = ["DARE", "METHODS", "RTN", "BitDelta", "DeltaDQ", "Magnitude", "Method"]
+__all__ = ["DARE", "METHODS", "RTN", "SVD", "BitDelta", "DeltaCoMe", "DeltaDQ", "Magnitude", "Method", "Residual"]

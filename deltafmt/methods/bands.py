@@ -27,8 +27,6 @@ from deltafmt.methods.gptq import gptq, gptq_columns
 from deltafmt.methods.grids import Floats, Grid, Quantized
 from deltafmt.methods.hessian import DAMPING, check_hessian
 
-# Section 5.1 with its appendix: vectors at 8 bits, at 3, and the rest at 2.
-TRIPLE = ((2, 8), (32, 3), (0, 2))
 GROUP = 128
 
 
@@ -59,32 +57,27 @@ def band_grid(grid: Grid, bits: int) -> Grid:
     return replace(grid, bits=bits, kind="midrise" if bits == 1 else grid.kind)
 
 
-def vector_bits(rows: int, columns: int, grid: Grid) -> int:
-    """Return the true bits of one vector pair: codes, scales and zero points of both sides."""
-    return grid.stored_bits(1, rows) + grid.stored_bits(1, columns)
-
-
-def fill(widths: Sequence[tuple[int, int]], rows: int, columns: int, budget: int, grid: Grid) -> list[tuple[int, int]]:
-    """Cut bands to a budget of true bytes.
+def fill(
+    widths: Sequence[tuple[int | None, int]], vectors: int, budget: float, cost: Callable[[int], int]
+) -> list[tuple[int, int]]:
+    """Cut bands to a budget.
 
     Args:
-        widths: (vectors, bits) pairs, first vectors first; the last pair takes what room is left, whatever its count.
-        rows, columns: of the delta.
-        budget: bytes, with scales and zero points.
-        grid: whose kind, group and scale dtype hold for every band.
+        widths: (vectors, bits) pairs, first vectors first; None takes all that are left.
+        vectors: how many there are.
+        budget: bytes.
+        cost: of a vector of either side with a number of bits, in bytes.
 
     Returns:
-        (vectors, bits) pairs without empty ones, of at most min(rows, columns) vectors together.
+        (vectors, bits) pairs without empty ones, of at most so many vectors together.
     """
-    left, vectors = budget * 8, min(rows, columns)
     found = []
-    for number, (count, bits) in enumerate(widths):
-        each = vector_bits(rows, columns, band_grid(grid, bits))
-        wanted = vectors if number == len(widths) - 1 else count
-        taken = min(wanted, left // each, vectors)
+    for count, bits in widths:
+        each = cost(bits)
+        taken = int(min(vectors if count is None else count, budget // each, vectors))
         if taken:
             found.append((taken, bits))
-        left -= taken * each
+        budget -= taken * each
         vectors -= taken
     return found
 

@@ -25,6 +25,7 @@ class DeltaRows:
         first: the run's first row in the tensor.
         routines: the implementation of the hot loops.
         name: of the tensor.
+        hessian: second moments of the matrix's inputs, shape (columns, columns), where a calibration has gathered them.
     """
 
     finetuned: Raw
@@ -34,6 +35,7 @@ class DeltaRows:
     first: int
     routines: Routines
     name: str = ""
+    hessian: NDArray[np.floating] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,6 +89,8 @@ class Method(Protocol):
 
     def layouts(self, rows: int, columns: int) -> tuple[Layout, ...]:
         """Return the layouts of the terms that a matrix of this shape becomes, in the order of their sum.
+
+        Where the delta decides how many vectors a ``lowrank`` term has, the least number; the arrays then say.
 
         Raises:
             UsageError: the options do not go with this shape.

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltafmt.codecs.nm import NMArrays
 from deltafmt.errors import UsageError
@@ -21,9 +22,11 @@ from deltafmt.layout.nm import NMLayout
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.options import option, parse_nm
 from deltafmt.methods.quantize import SCALE_RULES
+from deltafmt.methods.routines import Routines
 
 
-def _parse_nm(text: str) -> dict[str, int]:
+def read_nm(text: str) -> dict[str, int]:
+    """Return the fields n and m for ``N:M``."""
     return dict(zip(("n", "m"), parse_nm(text), strict=True))
 
 
@@ -46,7 +49,7 @@ class DeltaDQ:
         UsageError: an option is out of range.
     """
 
-    n: int = option(4, "keep N of every M columns (4:16)", "N:M", key="nm", parse=_parse_nm)
+    n: int = option(4, "keep N of every M columns (4:16)", "N:M", key="nm", parse=read_nm)
     m: int = 16
     bits: int = option(4, "bits of a code: 1-6 or 8 (4)", "K")
     index: str = option("seeded", "seeded (no index bytes), fixed, or rank (cold files)", "KIND")
@@ -94,16 +97,29 @@ class DeltaDQ:
         text = f"deltadq {self.layout.describe()} {self.scale_rule}"
         return text if self.rescale else f"{text} unrescaled"
 
-    def compress(self, rows: DeltaRows, seed: int) -> tuple[NMArrays]:
-        """Drop, rescale and quantize a run of rows with the tensor's seed, 32 bits."""
+    def draw(self, rows: DeltaRows, seed: int) -> NDArray[np.uint8]:
+        """Return the positions that a run of rows keeps, shape (mask rows, groups, N)."""
         layout, routines = self.layout, rows.routines
         count, columns = rows.shape
         draw = routines.codec.seeded if self.index == "seeded" else routines.uniform
-        mask_rows, groups = layout.mask_rows(count), layout.groups(columns)
-        positions = draw(seed, rows.first // self.share, mask_rows, groups, self.n, self.m)
-        factor = np.float32(self.m / self.n if self.rescale else 1)
-        kept = rows.gather(positions, self.m, self.share, factor)
-        codes, scales = routines.quantize(
-            kept, self.bits, layout.grid, self.scale_rule, self.scale_group, self.scale_dtype
+        return draw(
+            seed, rows.first // self.share, layout.mask_rows(count), layout.groups(columns), layout.keep, layout.group
         )
-        return (NMArrays(positions, codes, scales),)
+
+    @property
+    def factor(self) -> np.float32:
+        """What kept entries are multiplied by."""
+        return np.float32(self.m / self.n if self.rescale else 1)
+
+    def quantize(self, positions: NDArray[np.uint8], kept: NDArray[np.float32], routines: Routines) -> NMArrays:
+        """Return the arrays of entries that are kept; NaN marks one beyond the last column."""
+        codes, scales = routines.quantize(
+            kept, self.bits, self.layout.grid, self.scale_rule, self.scale_group, self.scale_dtype
+        )
+        return NMArrays(positions, codes, scales)
+
+    def compress(self, rows: DeltaRows, seed: int) -> tuple[NMArrays]:
+        """Drop, rescale and quantize a run of rows with the tensor's seed, 32 bits."""
+        positions = self.draw(rows, seed)
+        kept = rows.gather(positions, self.m, self.share, self.factor)
+        return (self.quantize(positions, kept, rows.routines),)

@@ -23,6 +23,8 @@ Floats = NDArray[np.float32]
 EXACT_SIZE = 768
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
+# Singular values below this share of the largest are rounding of float32.
+NULL = 1e-7
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +32,9 @@ class LowRank:
     """A product ``left @ diag(values) @ right``.
 
     Attributes:
-        left: float32, shape (rows, rank); orthonormal columns.
+        left: float32, shape (rows, rank); orthonormal columns, but for those of singular values that are 0.
         values: singular values, float32, falling.
-        right: float32, shape (rank, columns); orthonormal rows unless the factors were weighted.
+        right: float32, shape (rank, columns); likewise orthonormal rows, unless the factors were weighted.
     """
 
     left: Floats
@@ -112,8 +114,7 @@ def rank_for_bytes(rows: int, columns: int, budget: int, bits_per_value: float =
 def _decompose(matrix: Floats, rank: int) -> tuple[Floats, Floats, Floats]:
     least = min(matrix.shape)
     if least <= EXACT_SIZE or 4 * (rank + OVERSAMPLING) > least:
-        left, values, right = np.linalg.svd(matrix, full_matrices=False)
-        return left[:, :rank], values[:rank], right[:rank]
+        return _exact(matrix, rank)
     rng = np.random.default_rng(matrix.shape)
     basis = matrix @ rng.standard_normal((matrix.shape[1], rank + OVERSAMPLING), np.float32)
     basis = np.linalg.qr(basis)[0]
@@ -122,6 +123,26 @@ def _decompose(matrix: Floats, rank: int) -> tuple[Floats, Floats, Floats]:
         basis = np.linalg.qr(matrix @ basis)[0]
     inner, values, right = np.linalg.svd(basis.T @ matrix, full_matrices=False)
     return (basis @ inner)[:, :rank], values[:rank], right[:rank]
+
+
+def _exact(matrix: Floats, rank: int) -> tuple[Floats, Floats, Floats]:
+    """Decompose by the eigenvectors of the smaller Gram matrix in float64.
+
+    Several times as fast as a decomposition in float32, and as accurate: what float64 loses by squaring is what float32
+    lacks. Vectors of singular values below NULL of the largest are zero on the longer side.
+    """
+    tall = matrix.shape[0] >= matrix.shape[1]
+    wide = (matrix if tall else matrix.T).astype(np.float64)
+    _, vectors = np.linalg.eigh(wide.T @ wide)
+    short = vectors[:, ::-1][:, :rank]
+    long = wide @ short
+    values = np.sqrt(np.einsum("ij,ij->j", long, long))
+    order = np.argsort(-values, kind="stable")
+    short, long, values = short[:, order], long[:, order], values[order]
+    values[values <= NULL * values.max(initial=0)] = 0
+    long = np.where(values > 0, long / np.where(values > 0, values, 1), 0)
+    left, right = (long, short) if tall else (short, long)
+    return left.astype(np.float32), values.astype(np.float32), right.T.astype(np.float32)
 
 
 def _with_signs(left: Floats, values: Floats, right: Floats) -> LowRank:

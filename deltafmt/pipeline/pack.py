@@ -20,7 +20,7 @@ from deltafmt._version import __version__
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.codecs.buffers import Packed, blank, raw_bytes
-from deltafmt.codecs.terms import TermCodec, slot_count, term_codec
+from deltafmt.codecs.terms import TermCodec, fitted, slot_count, term_codec
 from deltafmt.container import canonical
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.stream import StreamFile
@@ -421,7 +421,8 @@ def _pack_whole(plan: Plan, method: Method, pending: _Pending, per_thread: PerTh
     with _named_errors(plan.tensor):
         with _run_of(plan, 0, rows, routines) as whole:
             compressed = method.compress(whole, pending.seed)
-        for layout, arrays in zip(_layouts(plan), compressed, strict=True):
+        for least, arrays in zip(_layouts(plan), compressed, strict=True):
+            layout = fitted(least, arrays)
             seed, slots = pending.seed if layout.seeded else 0, slot_count(layout, arrays, plan.tensor.columns)
             codec = term_codec(layout, rows, plan.tensor.columns, seed, slots)
             term = _PackedTerm(layout, codec, blank(layout, *codec.shape, slots), slots)

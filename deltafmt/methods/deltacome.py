@@ -1,0 +1,140 @@
+"""Delta-CoMe: bands of singular vectors, the first at many bits and the later ones at few.
+
+Ping et al., "Delta-CoMe: Training-Free Delta-Compression with Mixed-Precision for Large Language Models"
+(arXiv 2406.08903). Section 3.3: the vectors of the largest singular values are quantized to more bits than the later
+ones, the last are left out; eq. 5 quantizes them with GPTQ where second moments of the inputs are given. Section 5.1:
+two vectors at 8 bits, 32 at 3 and the rest at 2, as many as a sixteenth of the matrix's bytes holds. A band of 1 bit
+holds signs and scales, as BitDelta's.
+
+Not as in the paper: every matrix has the same bits an element (the authors' code gives those of the MLP more vectors,
+which a rule with other ``bits_per_weight`` does); the size counts scales and zero points; and ``refit`` can replace the
+left vectors of each band by those that make up best for what is left out and lost.
+
+As with :mod:`deltafmt.methods.svd`, the bytes of a file depend on the linear algebra library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from deltafmt.codecs.lowrank import LowRankArrays
+from deltafmt.errors import UsageError
+from deltafmt.layout.coding import Coding
+from deltafmt.layout.entries import MAX_TERMS
+from deltafmt.layout.lowrank import MAX_VECTORS, LowRankLayout
+from deltafmt.methods.bands import GROUP, band_grid, fill, quantize_bands
+from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.factorization import factorize
+from deltafmt.methods.grids import Grid
+from deltafmt.methods.options import option
+from deltafmt.methods.vectors import band_arrays, coding_of, vector_bytes
+
+BANDS = "2@8+32@3+rest@2"
+BITS_PER_WEIGHT = 1.0
+REST = "rest"
+
+
+def parse_bands(text: str) -> tuple[tuple[int | None, int], ...]:
+    """Return (vectors, bits) pairs of ``VECTORS@BITS+VECTORS@BITS+rest@BITS``; None for ``rest``.
+
+    Raises:
+        UsageError: not of that form, or a number is out of range.
+    """
+    found: list[tuple[int | None, int]] = []
+    parts = text.split("+")
+    for number, part in enumerate(parts):
+        count, at, bits = part.partition("@")
+        rest = count == REST and number == len(parts) - 1
+        if not at or not (bits.isascii() and bits.isdigit()) or not (rest or (count.isascii() and count.isdigit())):
+            raise UsageError(f"bands {text!r}: {part!r} is not of the form VECTORS@BITS, or rest@BITS at the end")
+        if not rest and not 1 <= int(count[:9]) <= MAX_VECTORS:
+            raise UsageError(f"bands {text!r}: {count} vectors are outside 1 to {MAX_VECTORS}")
+        found.append((None if rest else int(count), int(bits[:9])))
+    if len(found) > MAX_TERMS:
+        raise UsageError(f"bands {text!r}: {len(found)} bands are more than {MAX_TERMS}")
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaCoMe:
+    """Options of the method.
+
+    Attributes:
+        bands: vectors and bits of each band, largest singular values first, such as ``2@8+32@3+rest@2``.
+        bits_per_weight: as many vectors as take this many bits for each element of the matrix, and at least one; None:
+            1 where the last band is ``rest``, otherwise all vectors of the bands.
+        grid: of codes: ``asymmetric`` (as in the paper), ``midrise`` or ``midtread``; 1 bit is always midrise.
+        scale: ``minmax`` (as in the paper) or ``mse``.
+        scale_group: consecutive codes of a vector that share a scale; 0 for one scale a vector.
+        scale_dtype: ``BF16`` or ``F32``.
+        refit: fit the left vectors of a band to what the bands before it, and the right vectors' codes, have left over.
+
+    Raises:
+        UsageError: an option is out of range.
+    """
+
+    bands: str = option(BANDS, f"vectors and bits of each band ({BANDS})", "BANDS")
+    bits_per_weight: float | None = option(None, "vectors for so many bits an element of the matrix (1)", "B")
+    grid: str = option("asymmetric", "asymmetric, midrise or midtread (asymmetric)", "KIND")
+    scale: str = option("mse", "minmax or mse (mse)", "RULE")
+    scale_group: int = option(GROUP, "codes of a vector that share a scale; 0: all (128)", "G")
+    scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
+    refit: bool = option(False, "fit left vectors to what is left over (no)")
+
+    name = "delta-come"
+    summary = "singular vectors, the first at more bits than the later ones (Delta-CoMe)"
+    whole = True
+
+    def __post_init__(self) -> None:
+        if self.bits_per_weight is not None and not 0 < self.bits_per_weight < np.inf:
+            raise UsageError(f"bits_per_weight {self.bits_per_weight} is not a positive number")
+        for _, bits in self.widths:
+            self._coding(bits)
+
+    @property
+    def widths(self) -> tuple[tuple[int | None, int], ...]:
+        """Vectors and bits of each band; None for the rest."""
+        return parse_bands(self.bands)
+
+    @property
+    def budget(self) -> float | None:
+        """The bits an element of the matrix in force; None for no bound."""
+        return BITS_PER_WEIGHT if self.bits_per_weight is None and self.widths[-1][0] is None else self.bits_per_weight
+
+    @property
+    def quantizer(self) -> Grid:
+        """The grid of every band, but for its bits."""
+        return Grid(8, self.grid, self.scale, self.scale_group, self.scale_dtype)
+
+    def _coding(self, bits: int) -> Coding:
+        return coding_of(band_grid(self.quantizer, bits))
+
+    def _filled(self, rows: int, columns: int) -> list[tuple[int, int]]:
+        """Return vectors and bits of the bands of a matrix of this shape."""
+        vectors, widths = min(rows, columns, MAX_VECTORS), self.widths
+        budget = np.inf if self.budget is None else self.budget * rows * columns / 8
+        found = fill(widths, vectors, budget, lambda bits: vector_bytes(self._coding(bits), rows, columns))
+        return found or [(1, widths[0][1])]
+
+    def layouts(self, rows: int, columns: int) -> tuple[LowRankLayout, ...]:
+        """Return the layouts of the bands."""
+        return tuple(LowRankLayout(count, self._coding(bits)) for count, bits in self._filled(rows, columns))
+
+    def describe(self) -> str:
+        """Return the method and its options in one line."""
+        size = "" if self.budget is None else f" bits_per_weight={self.budget}"
+        grid = self.quantizer
+        how = f"{grid.kind} scale/{grid.group} {grid.scale_dtype} {grid.rule}{' refit' if self.refit else ''}"
+        return f"delta-come {self.bands}{size} {how}"
+
+    def compress(self, rows: DeltaRows, seed: int) -> tuple[LowRankArrays, ...]:  # noqa: ARG002 - nothing is drawn
+        """Factorize a matrix and quantize its bands: by eq. 5 where the inputs' moments are given, or to nearest."""
+        delta = rows.dense()
+        widths = self._filled(*delta.shape)
+        factors = factorize(delta, sum(count for count, _ in widths))
+        bands = quantize_bands(
+            factors, widths, self.quantizer, hessian=rows.hessian, delta=delta if self.refit else None
+        )
+        return tuple(band_arrays(band) for band in bands)

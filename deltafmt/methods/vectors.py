@@ -1,0 +1,66 @@
+"""Singular vectors as ``lowrank`` terms: their layouts and arrays, and what they cost."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from deltafmt.codecs.floats import narrow, widen
+from deltafmt.codecs.lowbit import LowbitArrays
+from deltafmt.codecs.lowrank import LowRankArrays
+from deltafmt.errors import UsageError
+from deltafmt.layout.coding import Coding
+from deltafmt.layout.lowrank import MAX_VECTORS, RAW_FACTORS, LowRankLayout
+from deltafmt.methods.bands import Band
+from deltafmt.methods.factorization import LowRank
+from deltafmt.methods.grids import Grid, Quantized
+
+
+def coding_of(grid: Grid) -> Coding:
+    """Return how vectors on a grid are coded.
+
+    Raises:
+        UsageError: the scale group is outside the specification.
+    """
+    return Coding(grid.bits, grid.kind, grid.scale_dtype, grid.group)
+
+
+def check_raw(dtype: str) -> None:
+    """Check the dtype of vectors that are stored as they are.
+
+    Raises:
+        UsageError: it is not one of the layout's.
+    """
+    if dtype not in RAW_FACTORS:
+        raise UsageError(f"value dtype {dtype!r} is not one of {', '.join(RAW_FACTORS)}")
+
+
+def vectors_layout(count: int, factors: Coding | str, rows: int, columns: int) -> LowRankLayout:
+    """Return the layout of so many vectors, or of as many as a matrix of this shape can have, and at least one."""
+    return LowRankLayout(max(min(count, rows, columns, MAX_VECTORS), 1), factors)
+
+
+def vector_bytes(factors: Coding | str, rows: int, columns: int) -> int:
+    """Return the bytes that a vector of either side takes in a file, with scales, zero points and unused bits."""
+    return sum(LowRankLayout(1, factors).buffer_lengths(rows, columns).values())
+
+
+def band_arrays(band: Band) -> LowRankArrays:
+    """Return the arrays of a band."""
+
+    def side(factor: Quantized) -> LowbitArrays:
+        return LowbitArrays(factor.codes, factor.scales, factor.zeros)
+
+    return LowRankArrays(side(band.left), side(band.right))
+
+
+def raw_arrays(factors: LowRank, dtype: str) -> LowRankArrays:
+    """Return the arrays of vectors that are stored as they are, the singular values' roots on either side.
+
+    Raises:
+        UsageError: a value overflows the dtype.
+    """
+    left, right = factors.balanced()
+    u, v = (narrow(np.ascontiguousarray(side), dtype) for side in (left.T, right))
+    if not (np.isfinite(widen(u, dtype)).all() and np.isfinite(widen(v, dtype)).all()):
+        raise UsageError(f"a singular vector is too large for {dtype}")
+    return LowRankArrays(u, v)
