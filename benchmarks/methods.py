@@ -45,6 +45,16 @@ SETTINGS = (
     "delta-come:bits_per_weight=0.57",
     "delta-come:grid=midrise",
     "delta-come:refit=yes",
+    "magnitude:nm=2:4",
+    "magnitude:nm=4:16",
+    "magnitude",
+    "magnitude:density=0.25,bits=4",
+    "dare",
+    "dare:bits=4",
+    "dare:drop=0.875,bits=4",
+    "deltadq-sq",
+    "deltadq-sq:nm=1:4,bits=2",
+    "deltadq-sq:parts=1",
 )
 
 

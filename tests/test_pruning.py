@@ -17,7 +17,7 @@ from deltafmt.errors import UsageError
 from deltafmt.layout.nm import NMLayout
 from deltafmt.methods import quantize
 from deltafmt.methods.hessian import damp, output_error
-from deltafmt.methods.magnitude import keep_largest, threshold
+from deltafmt.methods.largest import keep_largest, threshold
 from deltafmt.methods.sampling import gather
 from deltafmt.methods.sparsegpt import sparsegpt
 from problems import Floats, layer, weighted_error

@@ -5,7 +5,8 @@
 ``DARE``          random elements, rescaled
 ``DeltaCoMe``     singular vectors, the first at more bits than the later ones
 ``DeltaDQ``       group-wise balanced dropout with rescale, and k-bit quantization
-``Magnitude``     the largest elements
+``DeltaDQSQ``     the same, codes cut into parts with lists of their own
+``Magnitude``     the largest elements, anywhere or N of every M columns
 ``Residual``      the first singular vectors, and dropout of what they leave
 ``RTN``           every element to the nearest of k bits
 ``SVD``           the first singular vectors
@@ -17,12 +18,25 @@ from deltafmt.methods.bitdelta import BitDelta
 from deltafmt.methods.dare import DARE
 from deltafmt.methods.deltacome import DeltaCoMe
 from deltafmt.methods.deltadq import DeltaDQ
-from deltafmt.methods.prune import Magnitude
+from deltafmt.methods.deltadq_sq import DeltaDQSQ
+from deltafmt.methods.magnitude import Magnitude
 from deltafmt.methods.residual import Residual
 from deltafmt.methods.rtn import RTN
 from deltafmt.methods.svd import SVD
 
-_ALL: tuple[type[Method], ...] = (DeltaDQ, Residual, BitDelta, DARE, DeltaCoMe, Magnitude, RTN, SVD)
+_ALL: tuple[type[Method], ...] = (DeltaDQ, Residual, BitDelta, DARE, DeltaCoMe, DeltaDQSQ, Magnitude, RTN, SVD)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
-__all__ = ["DARE", "METHODS", "RTN", "SVD", "BitDelta", "DeltaCoMe", "DeltaDQ", "Magnitude", "Method", "Residual"]
+__all__ = [
+    "DARE",
+    "METHODS",
+    "RTN",
+    "SVD",
+    "BitDelta",
+    "DeltaCoMe",
+    "DeltaDQ",
+    "DeltaDQSQ",
+    "Magnitude",
+    "Method",
+    "Residual",
+]

@@ -78,7 +78,7 @@ class DeltaCoMe:
     bands: str = option(BANDS, f"vectors and bits of each band ({BANDS})", "BANDS")
     bits_per_weight: float | None = option(None, "vectors for so many bits an element of the matrix (1)", "B")
     grid: str = option("asymmetric", "asymmetric, midrise or midtread (asymmetric)", "KIND")
-    scale: str = option("mse", "minmax or mse (mse)", "RULE")
+    scale: str = option("minmax", "minmax or mse (minmax)", "RULE")
     scale_group: int = option(GROUP, "codes of a vector that share a scale; 0: all (128)", "G")
     scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
     refit: bool = option(False, "fit left vectors to what is left over (no)")

@@ -23,7 +23,7 @@ from deltafmt.layout.nm import NMLayout
 from deltafmt.methods import quantize
 from deltafmt.methods.gptq import BLOCK
 from deltafmt.methods.hessian import DAMPING, check_hessian, inverse_factor
-from deltafmt.methods.magnitude import largest
+from deltafmt.methods.largest import largest
 from deltafmt.methods.refit import refit_scales, row_errors
 from deltafmt.methods.sampling import gather
 
