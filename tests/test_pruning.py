@@ -19,7 +19,7 @@ from deltafmt.methods import quantize
 from deltafmt.methods.hessian import damp, output_error
 from deltafmt.methods.largest import keep_largest, threshold
 from deltafmt.methods.sampling import gather
-from deltafmt.methods.sparsegpt import sparsegpt
+from deltafmt.methods.sparsegpt_solver import sparsegpt
 from problems import Floats, layer, weighted_error
 from strategies import examples, generators, layouts, shapes
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from deltafmt.errors import UsageError
 from deltafmt.methods.factorization import LowRank
-from deltafmt.methods.gptq import gptq, gptq_columns
+from deltafmt.methods.gptq_solver import gptq, gptq_columns
 from deltafmt.methods.grids import Floats, Grid, Quantized
 from deltafmt.methods.hessian import DAMPING, check_hessian
 
@@ -100,7 +100,7 @@ def quantize_bands(
         grid: whose kind, rule, group and scale dtype hold for every band.
         hessian: H of the delta's inputs: GPTQ by eq. 5; None to round to nearest.
         delta: the matrix itself, to refit the left factors to it; None not to.
-        damping, act_order: as :func:`deltafmt.methods.gptq.gptq` takes them.
+        damping, act_order: as :func:`deltafmt.methods.gptq_solver.gptq` takes them.
 
     Raises:
         UsageError: more vectors than there are, or a wrong number of bits, or shapes that do not fit.

@@ -21,7 +21,7 @@ from deltafmt.codecs.nm import NMArrays
 from deltafmt.errors import UsageError
 from deltafmt.layout.nm import NMLayout
 from deltafmt.methods import quantize
-from deltafmt.methods.gptq import BLOCK
+from deltafmt.methods.gptq_solver import BLOCK
 from deltafmt.methods.hessian import DAMPING, check_hessian, inverse_factor
 from deltafmt.methods.largest import largest
 from deltafmt.methods.refit import refit_scales, row_errors
@@ -67,7 +67,7 @@ def sparsegpt(
         damping: share of the mean diagonal of H that is added to it.
         block: columns whose updates are applied one by one, rounded to whole groups.
         positions: what is kept, uint8 of shape (mask rows, groups, N); None to choose.
-        refits: how often the scales are refitted to the codes, as :func:`deltafmt.methods.gptq.gptq` does; the
+        refits: how often the scales are refitted to the codes, as :func:`deltafmt.methods.gptq_solver.gptq` does; the
             positions stay those chosen first.
 
     Raises:
