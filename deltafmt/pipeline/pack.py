@@ -34,6 +34,7 @@ from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment
 from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.deltadq import DeltaDQ
+from deltafmt.methods.residual import Residual
 from deltafmt.methods.routines import Routines, select_routines
 from deltafmt.output import storage_error
 from deltafmt.pipeline.plan import NO_SMALLER, Plan, Rule, make_plan, shared_bytes, tensor_seed
@@ -258,7 +259,7 @@ class _Packer:
             self._result.actions[entry.action] = self._result.actions.get(entry.action, 0) + 1
             if entry.action == "replace" and len(entry.shape) > 1:
                 self._result.kept[entry.name] = plan.reason or NO_SMALLER
-            if entry.columns < NARROW_COLUMNS:
+            if entry.columns < NARROW_COLUMNS and isinstance(plan.method, DeltaDQ | Residual):
                 self._result.narrow += any(_drops_most(term.params) for term in entry.terms)
         self._result.removed = len(self._removed)
         identity = self._writer.finish(

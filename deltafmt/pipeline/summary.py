@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,7 +104,9 @@ def describe_entry(entry: TensorEntry) -> str:
         return f"alias of {entry.target}"
     if entry.terms:
         grown = f" + {entry.rows - entry.delta_rows} new rows" if entry.data is not None else ""
-        return " + ".join(f"{term.params.kind} {term.params.describe()}" for term in entry.terms) + grown
+        terms = itertools.groupby(f"{term.params.kind} {term.params.describe()}" for term in entry.terms)
+        counted = ((text, len(list(same))) for text, same in terms)
+        return " + ".join(text if count == 1 else f"{count} of {text}" for text, count in counted) + grown
     return {"same": "same as the base", "replace": "kept exactly"}[entry.action]
 
 
