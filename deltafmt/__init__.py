@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from deltafmt.delta import DeltaFile
     from deltafmt.delta import DeltaFile as open  # noqa: A004, N813 - as safetensors and gzip name theirs
     from deltafmt.pipeline.diff import diff
+    from deltafmt.pipeline.export_lora import export_lora
+    from deltafmt.pipeline.import_lora import import_lora
     from deltafmt.pipeline.pack import pack
     from deltafmt.pipeline.repack import repack
     from deltafmt.pipeline.unpack import unpack
@@ -37,6 +39,8 @@ __all__ = [
     "__version__",
     "diff",
     "errors",
+    "export_lora",
+    "import_lora",
     "methods",
     "open",
     "pack",
@@ -51,6 +55,8 @@ _HOMES = {
     "DeltaFile": ("deltafmt.delta", "DeltaFile"),
     "diff": ("deltafmt.pipeline.diff", "diff"),
     "errors": ("deltafmt.errors", None),
+    "export_lora": ("deltafmt.pipeline.export_lora", "export_lora"),
+    "import_lora": ("deltafmt.pipeline.import_lora", "import_lora"),
     "methods": ("deltafmt.methods", None),
     "open": ("deltafmt.delta", "DeltaFile"),
     "pack": ("deltafmt.pipeline.pack", "pack"),

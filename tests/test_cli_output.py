@@ -98,6 +98,8 @@ def test_json_of_errors(tmp_path: Path, cli: Cli, command: str) -> None:
         "unpack": (missing, missing, "-o", "x"),
         "repack": (missing, "-o", "x", "--profile", "hot"),
         "diff": (missing, missing),
+        "import-lora": (missing, missing, "-o", "x"),
+        "export-lora": (missing, "-o", "x"),
         "analyze": (missing, missing),
     }.get(command, (missing,))
     result = cli(command, *arguments, "--json")

@@ -26,6 +26,8 @@ COMMANDS = {
     "verify": "check a delta file completely, and a base against it",
     "repack": "rewrite a delta file for serving (hot) or for archives (cold), without loss",
     "diff": "show what differs between two delta files, or two checkpoints",
+    "import-lora": "turn a LoRA adapter into a delta file",
+    "export-lora": "turn a delta file of low-rank terms into a LoRA adapter",
     "analyze": "show what a fine-tune's delta looks like, and what compressing it loses",
 }
 
@@ -52,7 +54,7 @@ def build_parser(command: str | None) -> Parser:
 
 
 def _module(command: str) -> Any:
-    return importlib.import_module(f"deltafmt.tools.{command}_cmd")
+    return importlib.import_module(f"deltafmt.tools.{command.replace('-', '_')}_cmd")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,9 +44,10 @@ class Checkpoint:
             raise StorageError(f"no such file or folder: {self.path}")
         self.files: dict[str, Path] = {}
         self.skipped: list[str] = []
+        self._shards: list[SafetensorsFile] = []
         if self.path.is_dir():
             found = self._open_folder()
-            self._find_files()
+            self.files, self.skipped = small_files(self.path, {shard.path.name for shard in self._shards})
         else:
             self._shards = [SafetensorsFile(self.path)]
             found = dict(self._shards[0].tensors)
@@ -108,21 +110,6 @@ class Checkpoint:
                 found[name] = tensor
         return found
 
-    def _find_files(self) -> None:
-        read = {shard.path.name for shard in self._shards}
-        for entry in sorted(os.scandir(self.path), key=lambda entry: entry.name):
-            if entry.name.startswith(".") or entry.name in read or entry.name.endswith(".safetensors.index.json"):
-                continue
-            if (
-                entry.is_file()
-                and not is_weight_file(entry.name)
-                and entry.stat().st_size <= MAX_ATTACHMENT_BYTES
-                and is_safe_path(entry.name)
-            ):
-                self.files[entry.name] = Path(entry.path)
-            else:
-                self.skipped.append(entry.name + "/" * entry.is_dir())
-
     def metadata(self) -> dict[str, str]:
         """Return the metadata of the weight files, but for ``format`` and what unpack itself adds."""
         merged: dict[str, str] = {}
@@ -173,3 +160,25 @@ class Checkpoint:
     def identity(self) -> list[tuple[str, int, int]]:
         """Return what tells whether the weights are still the same files."""
         return [shard.identity() for shard in self._shards]
+
+
+def small_files(folder: Path, read: Collection[str]) -> tuple[dict[str, Path], list[str]]:
+    """Return the files of a folder that can be attached, by name, and the names of what cannot.
+
+    Hidden files, indexes, and the files named in ``read`` are neither.
+    """
+    files: dict[str, Path] = {}
+    skipped: list[str] = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith(".") or entry.name in read or entry.name.endswith(".safetensors.index.json"):
+            continue
+        if (
+            entry.is_file()
+            and not is_weight_file(entry.name)
+            and entry.stat().st_size <= MAX_ATTACHMENT_BYTES
+            and is_safe_path(entry.name)
+        ):
+            files[entry.name] = Path(entry.path)
+        else:
+            skipped.append(entry.name + "/" * entry.is_dir())
+    return files, skipped

@@ -38,6 +38,7 @@ class CheckpointWriter:
         specs: every tensor that will be written.
         metadata: of the safetensors files; ``format`` is always ``pt``, as transformers requires.
         max_shard_bytes: tensor bytes of a shard, unless one tensor alone is larger.
+        stem: what the names of the weight files begin with.
         force: replace ``path`` if it is a folder that exists.
 
     Raises:
@@ -52,9 +53,11 @@ class CheckpointWriter:
         *,
         metadata: dict[str, str] | None = None,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        stem: str = "model",
         force: bool = False,
     ) -> None:
         self.path = path
+        self._stem = stem
         self._force = force
         check_output_folder(path, force=force)
         self._partial = path.parent / f".{path.name}.partial"
@@ -87,9 +90,9 @@ class CheckpointWriter:
             filled += spec.nbytes
         weight_map = {}
         for number, members in enumerate(shards, 1):
-            name = "model.safetensors"
+            name = f"{self._stem}.safetensors"
             if len(shards) > 1:
-                name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+                name = f"{self._stem}-{number:05d}-of-{len(shards):05d}.safetensors"
             self._make_shard(name, members)
             weight_map.update(dict.fromkeys((spec.name for spec in members), name))
         if len(shards) > 1:
@@ -97,7 +100,7 @@ class CheckpointWriter:
                 "metadata": {"total_size": sum(spec.nbytes for spec in specs)},
                 "weight_map": dict(sorted(weight_map.items())),
             }
-            self.add_file("model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
+            self.add_file(f"{self._stem}.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
 
     def _make_shard(self, name: str, specs: list[TensorSpec]) -> None:
         # Wide elements first, as the safetensors library writes them, so that every tensor starts aligned.

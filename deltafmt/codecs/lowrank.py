@@ -81,6 +81,16 @@ class LowRankCodec:
             routines.add_outer(u, self._vectors("v", block, 0, columns, routines), out)
         return out
 
+    def vectors(self, packed: Packed, routines: CodecRoutines = REFERENCE) -> tuple[Floats, Floats]:
+        """Return all vectors: of the rows, shape (R, rows), and of the columns, shape (R, columns).
+
+        Raises:
+            InvalidFileError: a value is not finite, or the buffers break the format.
+        """
+        rows, columns = self.shape
+        u = self._vectors("u", packed, 0, rows, routines).copy()  # the next call may use its memory
+        return u, self._vectors("v", packed, 0, columns, routines)
+
     def _vectors(self, side: str, packed: Packed, start: int, stop: int, routines: CodecRoutines) -> Floats:
         """Return elements ``start`` to ``stop`` of some vectors."""
         coding = self.layout.factors

@@ -1,0 +1,163 @@
+"""A LoRA adapter as PEFT saves it: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from deltafmt.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
+from deltafmt.checkpoint.folder import natural_key, small_files
+from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
+from deltafmt.errors import InvalidFileError, StorageError, UnsupportedError
+from deltafmt.layout.constants import DELTA_DTYPES
+
+WEIGHTS_FILE: Final = "adapter_model.safetensors"
+PREFIX: Final = "base_model.model."
+_FACTOR: Final = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
+
+# Models that keep the weights of these modules with rows and columns exchanged (transformers' Conv1D).
+_CONV1D_MODELS: Final = frozenset(("decision_transformer", "gpt2", "imagegpt", "openai-gpt"))
+_CONV1D_MODULES: Final = frozenset(("c_attn", "c_fc", "c_proj", "q_attn"))
+_EMBEDDING: Final = re.compile(r"embed(_tokens|_positions|_in)?|(\w+_)?embeddings?|wte|wpe|shared")
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The two factors of one module, on disk.
+
+    Attributes:
+        module: its name in the model.
+        a: shape (rank, in_features), or (rank, rows) of an embedding.
+        b: shape (out_features, rank), or (columns, rank) of an embedding.
+        embedding: whether the module is an embedding.
+    """
+
+    module: str
+    a: Tensor
+    b: Tensor
+    embedding: bool
+
+    @property
+    def rank(self) -> int:
+        """Rows of A, which are the columns of B."""
+        return self.a.shape[0]
+
+
+class Adapter:
+    """An open adapter; use as a context manager.
+
+    Attributes:
+        path: the folder.
+        config: what its configuration says.
+        factors: of every module that has some, by the module's name, in natural order.
+        whole: tensors that are stored whole, by the name that they have in the model.
+        files: the small files beside the weights, by name, without the configuration.
+        skipped: names of what cannot be attached.
+
+    Raises:
+        StorageError: missing or unreadable.
+        InvalidFileError: it is not what PEFT writes.
+        UnsupportedError: it is not plain LoRA on matrices, or not in safetensors.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise StorageError(f"no such folder: {self.path}")
+        if not self.path.is_dir():
+            raise InvalidFileError(
+                f"{self.path}: not a folder; an adapter is one with {CONFIG_FILE} and {WEIGHTS_FILE}"
+            )
+        weights = self.path / WEIGHTS_FILE
+        if not weights.exists():
+            pickled = (self.path / "adapter_model.bin").exists()
+            hint = "adapter_model.bin is not read, only safetensors are" if pickled else "not an adapter"
+            raise (UnsupportedError if pickled else InvalidFileError)(f"{self.path}: no {WEIGHTS_FILE}: {hint}")
+        self.config = AdapterConfig.read(self.path / CONFIG_FILE)
+        self._file = SafetensorsFile(weights)
+        self.files, self.skipped = small_files(self.path, {WEIGHTS_FILE, CONFIG_FILE})
+        self.factors: dict[str, Factors] = {}
+        self.whole: dict[str, Tensor] = {}
+        self._sort()
+
+    def _sort(self) -> None:
+        pairs: dict[str, dict[tuple[bool, str], Tensor]] = {}
+        for name in sorted(self._file.tensors, key=natural_key):
+            tensor, inner = self._file.tensors[name], name.removeprefix(PREFIX)
+            found = _FACTOR.fullmatch(inner)
+            if found:
+                pairs.setdefault(found[1], {})[found[2] is not None, found[3]] = tensor
+            elif "lora_" in inner:
+                raise UnsupportedError(f'{self._file.path}: tensor "{name}" is not a factor of plain LoRA')
+            else:
+                plain = inner.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+                if plain in self.whole:
+                    raise InvalidFileError(f'{self._file.path}: tensor "{name}" stands twice')
+                self.whole[plain] = tensor
+        if not pairs and not self.whole:
+            raise InvalidFileError(f"{self._file.path}: it holds no tensor")
+        for module, pair in pairs.items():
+            self.factors[module] = self._pair(module, pair)
+
+    def _pair(self, module: str, pair: dict[tuple[bool, str], Tensor]) -> Factors:
+        embedding = any(of_embedding for of_embedding, _ in pair)
+        a, b = pair.get((embedding, "A")), pair.get((embedding, "B"))
+        if a is None or b is None or len(pair) > 2:
+            names = ", ".join(f'"{tensor.name}"' for tensor in pair.values())
+            raise InvalidFileError(f"{self._file.path}: {names} are not one A and one B")
+        for tensor in (a, b):
+            where = f'{self._file.path}: tensor "{tensor.name}"'
+            if tensor.dtype not in DELTA_DTYPES:
+                raise UnsupportedError(f"{where}: dtype {tensor.dtype} is not one of {', '.join(DELTA_DTYPES)}")
+            if len(tensor.shape) != 2:
+                raise UnsupportedError(f"{where}: shape {list(tensor.shape)} is not that of a matrix's factor")
+        rank = self.config.rank_of(module)
+        if (a.shape[0], b.shape[1]) != (rank, rank) or 0 in (*a.shape, *b.shape):
+            raise InvalidFileError(
+                f'{self._file.path}: tensors "{a.name}" {list(a.shape)} and "{b.name}" {list(b.shape)} '
+                f"are not factors of rank {rank}"
+            )
+        return Factors(module, a, b, embedding)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight file."""
+        return self._file.size
+
+    def check_unchanged(self) -> None:
+        """Check that the weight file was not replaced or written to since it was opened.
+
+        Raises:
+            StorageError: it was.
+        """
+        self._file.check_unchanged()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def is_embedding(module: str) -> bool:
+    """Tell from its name whether a module is an embedding."""
+    return _EMBEDDING.fullmatch(module.rpartition(".")[2]) is not None
+
+
+def may_be_conv1d(module: str) -> bool:
+    """Tell from its name whether some model keeps a module's weight with rows and columns exchanged."""
+    return module.rpartition(".")[2] in _CONV1D_MODULES
+
+
+def is_conv1d(module: str, config: Mapping[str, object]) -> bool:
+    """Tell whether a model of this configuration keeps a module's weight with rows and columns exchanged."""
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in _CONV1D_MODELS and may_be_conv1d(module)

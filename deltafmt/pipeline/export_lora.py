@@ -1,0 +1,312 @@
+"""A delta of ``lowrank`` terms to a LoRA adapter as PEFT saves it; written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from deltafmt.checkpoint.adapter import PREFIX, WEIGHTS_FILE, is_conv1d, is_embedding, may_be_conv1d
+from deltafmt.checkpoint.adapter_config import CONFIG_FILE
+from deltafmt.checkpoint.folder import Checkpoint, natural_key
+from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec, check_output_folder
+from deltafmt.codecs.buffers import raw_bytes
+from deltafmt.codecs.floats import Raw, narrow, widen
+from deltafmt.codecs.lowrank import LowRankCodec
+from deltafmt.delta import DeltaFile
+from deltafmt.errors import NonFiniteError, UsageError
+from deltafmt.layout import constants as c
+from deltafmt.layout.entries import TensorEntry
+from deltafmt.layout.lowrank import LowRankLayout
+from deltafmt.pipeline.bases import find_base, wrong_bytes
+from deltafmt.pipeline.import_lora import METADATA_BASE, METADATA_TASK
+from deltafmt.pipeline.lora_factors import factors_of
+
+DEFAULT_TASK: Final = "CAUSAL_LM"
+
+# Beside an adapter, a model's configuration would say that the folder holds a model.
+_NOT_FOR_ADAPTERS: Final = frozenset(("config.json", "generation_config.json", CONFIG_FILE))
+
+
+@dataclass(slots=True)
+class ExportResult:
+    """What an export did.
+
+    Attributes:
+        path: the folder.
+        nbytes: bytes of the tensors written.
+        rank: the largest rank.
+        modules: number of modules that have factors.
+        saved: modules that are stored whole.
+        files: names of the attached files that were written.
+    """
+
+    path: Path
+    nbytes: int = 0
+    rank: int = 0
+    modules: int = 0
+    saved: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+
+def export_lora(
+    delta: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+    task_type: str | None = None,
+    force: bool = False,
+) -> ExportResult:
+    """Write a delta whose terms are all ``lowrank`` as a LoRA adapter with a scaling of 1.
+
+    Several terms of one tensor become one pair of factors, one after the other along the rank. A tensor that replaces
+    the base's makes its module one of ``modules_to_save``.
+
+    Args:
+        delta: the delta file.
+        out: the folder to make.
+        base: its base, whose configuration is used and which is named in the adapter; not needed where the delta has
+            a configuration attached.
+        dtype: of the factors: ``BF16``, ``F16`` or ``F32``. If not given, the dtype that all terms of a tensor are
+            stored in, and F32 for coded ones, which is exact.
+        task_type: PEFT's name of the task; if not given, that of the imported adapter, or ``CAUSAL_LM``.
+        force: replace ``out`` if it is a folder that exists.
+
+    Raises:
+        UsageError: the output exists, or a tensor's delta is not low rank.
+        NonFiniteError: a factor is not finite in ``dtype``.
+        InvalidFileError: the delta is not valid.
+        WrongBaseError: the base lacks a tensor, or has it in another shape.
+        StorageError: reading or writing failed.
+    """
+    if dtype is not None and dtype not in c.DELTA_DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(c.DELTA_DTYPES)}")
+    path = Path(out)
+    check_output_folder(path, force=force)
+    for source in (delta, *(() if base is None else (base,))):
+        found = Path(source).resolve()
+        if path.resolve() in (found, *found.parents):
+            raise UsageError(f"the output {path} is, or holds, the input {source}")
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(DeltaFile(delta))
+        entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
+        named = opened.metadata.get(METADATA_BASE)
+        config = _attached_config(opened)
+        checkpoint = None if base is None else stack.enter_context(Checkpoint(base))
+        if checkpoint is not None:
+            for entry in entries:
+                find_base(checkpoint, entry)
+            named, config = str(checkpoint.path), config or checkpoint.config()
+        job = _Exporter(opened, checkpoint, entries, _modules(opened, entries, config, dtype))
+        task = task_type or opened.metadata.get(METADATA_TASK) or DEFAULT_TASK
+        return job.run(path, job.config(named, task), force)
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """A module with factors: its name, its entry, its bands, its kind, and the dtype to write."""
+
+    name: str
+    entry: TensorEntry
+    bands: tuple[LowRankLayout, ...]
+    embedding: bool
+    conv1d: bool
+    dtype: str
+
+    @property
+    def rank(self) -> int:
+        """Vectors of all bands."""
+        return sum(band.rank for band in self.bands)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is the transpose of what a linear module has."""
+        return self.embedding or self.conv1d
+
+    def specs(self) -> tuple[TensorSpec, TensorSpec]:
+        """Return A and B as PEFT names them."""
+        start = f"{PREFIX}{self.name}.lora_{'embedding_' if self.embedding else ''}"
+        end = "" if self.embedding else ".weight"
+        into, out = self.entry.shape if self.transposed else self.entry.shape[::-1]
+        a = TensorSpec(f"{start}A{end}", self.dtype, (self.rank, into))
+        return a, TensorSpec(f"{start}B{end}", self.dtype, (out, self.rank))
+
+    def factors(self, delta: DeltaFile) -> tuple[Raw, Raw]:
+        """Decode A and B.
+
+        Raises:
+            NonFiniteError: an element is beyond the dtype's range.
+        """
+        entry = self.entry
+        both = [
+            LowRankCodec(band, *entry.shape).vectors(delta.term_views(entry, term))
+            for band, term in zip(self.bands, entry.terms, strict=True)
+        ]
+        u, v = (np.concatenate(parts) for parts in zip(*both, strict=True))
+        a, b = (narrow(factor, self.dtype) for factor in factors_of(u, v, transposed=self.transposed))
+        if not all(np.isfinite(widen(factor, self.dtype)).all() for factor in (a, b)):
+            raise NonFiniteError(f'tensor "{entry.name}": a factor has values beyond the range of {self.dtype}')
+        return a, b
+
+
+def _modules(
+    delta: DeltaFile, entries: list[TensorEntry], config: Mapping[str, Any], dtype: str | None
+) -> list[_Module]:
+    """Return the modules that have factors, in natural order.
+
+    Raises:
+        UsageError: names the first tensor whose delta is not that of an adapter, or there is none that has one.
+    """
+    found = []
+    for entry in entries:
+        where = f'{delta.container.name}: tensor "{entry.name}"'
+        if entry.target is not None and delta[entry.target].action != "same":
+            raise UsageError(f"{where} is tied to {entry.target}, which an adapter cannot say")
+        if not entry.terms:
+            continue
+        bands = tuple(term.params for term in entry.terms if isinstance(term.params, LowRankLayout))
+        if len(bands) < len(entry.terms):
+            kind = next(term.params.kind for term in entry.terms if term.params.kind != LowRankLayout.kind)
+            raise UsageError(f"{where} has a term of kind {kind}; an adapter has lowrank terms alone")
+        module, _, last = entry.name.rpartition(".")
+        if not module or last != "weight" or len(entry.shape) != 2:
+            raise UsageError(f"{where} of shape {list(entry.shape)} is not the weight matrix of a module")
+        if entry.base is None or entry.base.shape != entry.shape:
+            raise UsageError(f"{where} has other rows than its base, which an adapter cannot say")
+        if not config and may_be_conv1d(module):
+            raise UsageError(f"{where} may be stored transposed; give --base a folder with config.json")
+        stored = {band.factors if isinstance(band.factors, str) else "F32" for band in bands}
+        written = dtype or (stored.pop() if len(stored) == 1 else "F32")
+        found.append(_Module(module, entry, bands, is_embedding(module), is_conv1d(module, config), written))
+    if not found:
+        raise UsageError(f"{delta.container.name}: no tensor has a low-rank delta")
+    return found
+
+
+class _Exporter:
+    """One run of an export."""
+
+    def __init__(
+        self, delta: DeltaFile, base: Checkpoint | None, entries: list[TensorEntry], modules: list[_Module]
+    ) -> None:
+        self._delta = delta
+        self._base = base
+        self._modules = modules
+        self._whole: dict[str, TensorEntry] = {}
+        self._bias = "none"
+        owners: dict[str, list[TensorEntry]] = {}
+        for entry in entries:
+            owners.setdefault(entry.name.rpartition(".")[0], []).append(entry)
+        with_factors = {module.name for module in modules}
+        changed = {module: parts for module, parts in owners.items() if any(part.action == "replace" for part in parts)}
+        self._saved = [module for module, parts in changed.items() if not self._is_biased(module, parts, with_factors)]
+
+    def _is_biased(self, module: str, parts: list[TensorEntry], with_factors: set[str]) -> bool:
+        """Note a module's tensors that are stored whole; tell whether that is a bias alone, which is not said by name.
+
+        Raises:
+            UsageError: a tensor is no module's, or is the base's and its module is stored whole.
+        """
+        replaced = [part for part in parts if part.action == "replace"]
+        where = f'{self._delta.container.name}: tensor "{replaced[0].name}"'
+        if not module:
+            raise UsageError(f"{where} is replaced and belongs to no module")
+        only_bias = [part.name for part in replaced] == [f"{module}.bias"]
+        if module in with_factors:
+            if not only_bias:
+                raise UsageError(f"{where} is replaced, and its module has factors")
+            # What has factors keeps its own parameters one level down.
+            self._whole[f"{PREFIX}{module}.base_layer.bias"] = replaced[0]
+            self._bias = "lora_only" if self._bias == "none" else self._bias
+            return True
+        if only_bias and len(parts) > 1:
+            self._whole[f"{PREFIX}{module}.bias"] = replaced[0]
+            self._bias = "all"
+            return True
+        for part in parts:
+            if part.action != "replace" and self._base is None:
+                raise UsageError(f"{where} is replaced, but {part.name} is the base's; give --base to have both stored")
+            self._whole[f"{PREFIX}{part.name}"] = part
+        return False
+
+    def run(self, path: Path, config: dict[str, Any], force: bool) -> ExportResult:
+        """Write every tensor, the configuration and the attached files, and put the folder in its place."""
+        specs = [spec for module in self._modules for spec in module.specs()]
+        specs += [TensorSpec(name, entry.dtype, entry.shape) for name, entry in self._whole.items()]
+        nbytes = sum(spec.nbytes for spec in specs)
+        stem = Path(WEIGHTS_FILE).stem
+        result = ExportResult(path, nbytes, config["r"], len(self._modules), self._saved)
+        writer = CheckpointWriter(path, specs, max_shard_bytes=max(nbytes, 1), stem=stem, force=force)
+        try:
+            for module in self._modules:
+                for spec, factor in zip(module.specs(), module.factors(self._delta), strict=True):
+                    writer.write(spec.name, 0, raw_bytes(factor))
+            for name, entry in self._whole.items():
+                self._write_whole(writer, name, entry)
+            writer.add_file(CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+            for name in self._delta.container.attachments:
+                if name not in _NOT_FOR_ADAPTERS:
+                    writer.add_file(name, self._delta.attachment(name))
+                    result.files.append(name)
+            writer.commit()
+        except BaseException:
+            writer.abandon()
+            raise
+        return result
+
+    def _write_whole(self, writer: CheckpointWriter, name: str, entry: TensorEntry) -> None:
+        """Write a tensor that the delta replaces, or one of the base's."""
+        if entry.data is not None:
+            writer.write(name, 0, self._delta.container.buffer(entry.data))
+            return
+        tensor = None if self._base is None else find_base(self._base, self._delta.resolve(entry.name))
+        assert tensor is not None
+        assert self._base is not None
+        if entry.base is not None and tensor.fingerprint() != entry.base.digest:
+            raise wrong_bytes(self._base, entry.name)
+        offset = 0
+        for piece in tensor.pieces():
+            writer.write(name, offset, piece)
+            offset += len(piece)
+
+    def config(self, base: str | None, task_type: str) -> dict[str, Any]:
+        """Return the configuration: a scaling of 1 for every rank, so that B A is the delta."""
+        ranks = {module.name: module.rank for module in self._modules}
+        largest = max(ranks.values())
+        pattern: dict[str, int] = {}
+        if min(ranks.values()) < largest:
+            # The first key that ends a module's name decides: long names come first, and none is left out.
+            pattern = {name: ranks[name] for name in sorted(ranks, key=lambda name: (-len(name), natural_key(name)))}
+        return {
+            "peft_type": "LORA",
+            "task_type": task_type,
+            "base_model_name_or_path": base,
+            "inference_mode": True,
+            "r": largest,
+            "lora_alpha": largest,
+            "rank_pattern": pattern,
+            "alpha_pattern": pattern,
+            "lora_dropout": 0.0,
+            "use_rslora": False,
+            "use_dora": False,
+            "init_lora_weights": True,
+            "fan_in_fan_out": any(module.conv1d for module in self._modules),
+            "bias": self._bias,
+            "target_modules": list(ranks),
+            "modules_to_save": self._saved or None,
+        }
+
+
+def _attached_config(delta: DeltaFile) -> dict[str, Any]:
+    try:
+        config = json.loads(delta.attachment("config.json"))
+    except (KeyError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}

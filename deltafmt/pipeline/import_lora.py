@@ -1,0 +1,313 @@
+"""A base and a LoRA adapter to a delta file: the factors as they are, everything else the base's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from blake3 import blake3
+
+from deltafmt._version import __version__
+from deltafmt.checkpoint.adapter import Adapter, Factors, is_conv1d
+from deltafmt.checkpoint.folder import Checkpoint, natural_key
+from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.codecs.buffers import blank, raw_bytes
+from deltafmt.codecs.lowrank import LowRankCodec
+from deltafmt.container.partial import PartialFile
+from deltafmt.container.writer import ContainerWriter
+from deltafmt.errors import InvalidFileError, UnsupportedError, UsageError, WrongBaseError
+from deltafmt.layout import constants as c
+from deltafmt.layout.entries import BaseRef, TensorEntry, Term
+from deltafmt.layout.sections import Attachment
+from deltafmt.output import storage_error
+from deltafmt.pipeline.lora_factors import term_of
+from deltafmt.pipeline.pack import refuse_input
+from deltafmt.pipeline.workers import Progress, drain, thread_count
+
+METADATA_BASE: Final = "lora.base_model_name_or_path"
+METADATA_TASK: Final = "lora.task_type"
+
+# The model is the base's kind, whatever lies beside the adapter.
+_CONFIGS: Final = frozenset(("config.json", "generation_config.json"))
+# The base's card is not the fine-tune's, and tokenizers are taken whole, from one side.
+_CARD: Final = "README.md"
+_TOKENIZER: Final = frozenset(
+    (
+        *(
+            "added_tokens.json",
+            "chat_template.jinja",
+            "merges.txt",
+            "sentencepiece.bpe.model",
+            "special_tokens_map.json",
+        ),
+        *("spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
+    )
+)
+
+
+@dataclass(slots=True)
+class ImportResult:
+    """What an import did.
+
+    Attributes:
+        path: the file.
+        size: bytes of the file.
+        content_id: its content id, hexadecimal.
+        adapter_bytes: bytes of the adapter's weight file.
+        ranks: number of matrices with a low-rank delta, by rank.
+        replaced: tensors that the adapter holds whole, with other bytes than the base.
+        same: tensors that are the base's.
+        base_name: what the adapter names as its base; empty if it names none.
+        skipped_files: names of files of the adapter's folder that could not be attached.
+    """
+
+    path: Path
+    size: int = 0
+    content_id: str = ""
+    adapter_bytes: int = 0
+    ranks: dict[int, int] = field(default_factory=dict)
+    replaced: list[str] = field(default_factory=list)
+    same: int = 0
+    base_name: str = ""
+    skipped_files: list[str] = field(default_factory=list)
+
+
+def import_lora(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    profile: str = "hot",
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ImportResult:
+    """Write a LoRA adapter as a delta file: ``lowrank`` terms of the factors with the scaling in them.
+
+    Args:
+        base: the checkpoint that the adapter was trained on, a folder or a ``.safetensors`` file.
+        adapter: a folder as PEFT saves it, with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        out: the file to make.
+        profile: ``hot`` or ``cold``.
+        force: replace ``out`` if it exists.
+        threads: worker threads for the base's fingerprints; one a processor if not given.
+        progress: called with a base tensor's name and bytes as each is done.
+
+    Raises:
+        UsageError: the output exists or is an input, or the profile is unknown.
+        NonFiniteError: a factor has NaN or infinity.
+        InvalidFileError: an input is not valid.
+        UnsupportedError: the adapter is not plain LoRA on matrices.
+        WrongBaseError: the base lacks a tensor of the adapter, or has it in another shape.
+        StorageError: reading or writing failed.
+    """
+    if profile not in c.PROFILES:
+        raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
+    path = Path(out)
+    with Checkpoint(base) as checkpoint, Adapter(adapter) as opened:
+        refuse_input(path, [checkpoint])
+        if path.resolve().parent == opened.path.resolve() and path.exists():
+            raise UsageError(f"the output {path} lies in the adapter's folder and is not replaced")
+        plan = _plan(checkpoint, opened)
+        workers = thread_count(threads)
+        result = ImportResult(
+            path,
+            adapter_bytes=opened.nbytes,
+            base_name=opened.config.base_name,
+            skipped_files=list(opened.skipped),
+        )
+        sink = PartialFile(path, None, force=force)
+        try:
+            _Importer(checkpoint, opened, plan, ContainerWriter(sink, profile), result).run(workers, progress)
+            checkpoint.check_unchanged()
+            opened.check_unchanged()
+            sink.commit()
+        except BaseException:
+            sink.abandon()
+            raise
+        return result
+
+
+class _Importer:
+    """One run of an import."""
+
+    def __init__(
+        self, base: Checkpoint, adapter: Adapter, plan: _Plan, writer: ContainerWriter, result: ImportResult
+    ) -> None:
+        self._base = base
+        self._adapter = adapter
+        self._plan = plan
+        self._writer = writer
+        self._result = result
+
+    def run(self, threads: int, progress: Progress | None) -> None:
+        """Write every tensor, then the attachments, then finish the file."""
+        base, result = self._base.tensors, self._result
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-import")
+        try:
+            needed = [tensor for name, tensor in base.items() if name not in self._plan.replaced]
+            digests = pool.map(Tensor.fingerprint, needed)
+            entries = []
+            for name in sorted({**base, **self._plan.replaced}, key=natural_key):
+                whole = self._plan.replaced.get(name)
+                entry = self._kept(base[name], next(digests)) if whole is None else self._replaced(name, whole)
+                entries.append(entry)
+                self._writer.boundary()
+                if progress and name in base:
+                    progress(name, base[name].nbytes)
+        finally:
+            drain(pool)
+        result.same = sum(entry.action == "same" for entry in entries)
+        result.replaced = [entry.name for entry in entries if entry.action == "replace"]
+        identity = self._writer.finish(entries, attachments=self._attach(), metadata=self._metadata())
+        result.size, result.content_id = self._writer.position, identity.hex()
+
+    def _kept(self, base: Tensor, digest: bytes) -> TensorEntry:
+        """Return the entry of a tensor that is the base's, or the base's and a term."""
+        reference = BaseRef(digest, base.dtype, base.shape)
+        factors = self._plan.factors.get(base.name)
+        if factors is None:
+            return TensorEntry(base.name, "same", base.dtype, base.shape, reference)
+        scaling = self._adapter.config.scaling_of(factors.module)
+        layout, arrays = term_of(factors, scaling, transposed=base.name in self._plan.transposed)
+        packed = blank(layout, *base.shape)
+        LowRankCodec(layout, *base.shape).encode(arrays, packed)
+        payload, refs = blake3(), {}
+        for name, array in packed.items():
+            payload.update(raw_bytes(array))
+            refs[name] = self._writer.add(raw_bytes(array))
+        term = Term(self._writer.layout_number(layout), layout, 0, refs)
+        self._result.ranks[layout.rank] = self._result.ranks.get(layout.rank, 0) + 1
+        return TensorEntry(base.name, "add", base.dtype, base.shape, reference, payload.digest(), terms=(term,))
+
+    def _replaced(self, name: str, tensor: Tensor) -> TensorEntry:
+        payload = blake3()
+        ref = self._writer.add(_digested(tensor.pieces(), payload))
+        return TensorEntry(name, "replace", tensor.dtype, tensor.shape, digest=payload.digest(), data=ref)
+
+    def _attach(self) -> dict[str, Attachment]:
+        """Attach what makes the unpacked folder load: the adapter's files, and the base's that it lacks."""
+        own, base, found = self._adapter.files, self._base.files, {}
+        left_out = {_CARD} | (_TOKENIZER if _TOKENIZER & own.keys() else set())
+        files = {name: path for name, path in base.items() if name not in left_out} | own
+        files |= {name: base[name] for name in _CONFIGS & base.keys()}
+        for name, path in sorted(files.items()):
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise storage_error("cannot read", path, error) from error
+            found[name] = Attachment(self._writer.add(data, c.KIND_ATTACHMENTS), blake3(data).digest())
+        return found
+
+    def _metadata(self) -> dict[str, str]:
+        config = self._adapter.config
+        named = {METADATA_BASE: config.base_name, METADATA_TASK: config.task_type}
+        return {
+            "deltafmt.version": __version__,
+            "method": "lora",
+            **{key: value for key, value in named.items() if value},
+            **{f"safetensors.{key}": value for key, value in self._base.metadata().items()},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Where the adapter's tensors belong, by the names of the base's tensors; and new tensors by their own."""
+
+    factors: dict[str, Factors]
+    transposed: frozenset[str]
+    replaced: dict[str, Tensor]
+
+
+def _digested(pieces: Iterator[memoryview], digest: blake3) -> Iterator[memoryview]:
+    for piece in pieces:
+        digest.update(piece)
+        yield piece
+
+
+def _plan(base: Checkpoint, adapter: Adapter) -> _Plan:
+    """Find the base tensor of everything in the adapter.
+
+    Raises:
+        InvalidFileError, UnsupportedError, WrongBaseError: see :func:`import_lora`.
+    """
+    factors: dict[str, Factors] = {}
+    transposed = set()
+    for module, pair in adapter.factors.items():
+        name = _find(base, f"{module}.weight")
+        if name is None:
+            raise _unmatched(base, adapter, pair.a.name)
+        if name in factors:
+            raise InvalidFileError(f'{adapter.path}: two modules are the base\'s tensor "{name}"')
+        if _is_transposed(pair, base, name, adapter):
+            transposed.add(name)
+        factors[name] = pair
+    replaced: dict[str, Tensor] = {}
+    for name, tensor in adapter.whole.items():
+        found = _find(base, name)
+        if found is None:
+            if not adapter.config.saves(name.rpartition(".")[0]):
+                raise _unmatched(base, adapter, tensor.name)
+            if name.rpartition(".")[0].endswith("lm_head"):
+                raise UnsupportedError(
+                    f'{adapter.path}: tensor "{tensor.name}" would untie the head from the embedding of {base.path}'
+                )
+            found = name
+        elif base.tensors[found].shape != tensor.shape:
+            raise _misshapen(base, found, f'tensor "{tensor.name}" of the adapter is {list(tensor.shape)}')
+        elif found in factors:
+            if not tensor.equals(base.tensors[found]):
+                raise UnsupportedError(
+                    f'{adapter.path}: tensor "{tensor.name}" is not the base\'s, and has factors too'
+                )
+            continue
+        if found not in base.tensors or not tensor.equals(base.tensors[found]):
+            replaced[found] = tensor
+    return _Plan(factors, frozenset(transposed), replaced)
+
+
+def _find(base: Checkpoint, name: str) -> str | None:
+    """Return the base's tensor of a name, which may stand there without, or with one more, part in front."""
+    rest = name.partition(".")[2]
+    for candidate in (name, rest):
+        if candidate in base.tensors:
+            return candidate
+    longer = [found for found in base.tensors if found.partition(".")[2] == name]
+    return longer[0] if len(longer) == 1 else None
+
+
+def _is_transposed(pair: Factors, base: Checkpoint, name: str, adapter: Adapter) -> bool:
+    """Tell whether the base keeps a weight with rows and columns exchanged.
+
+    Where the shape leaves it open, the kind of model decides, and then the adapter's ``fan_in_fan_out``.
+    """
+    tensor = base.tensors[name]
+    if tensor.dtype not in c.DELTA_DTYPES:
+        raise UnsupportedError(f'{base.path}: tensor "{name}" is {tensor.dtype}, which takes no delta')
+    straight = pair.b.shape[0], pair.a.shape[1]
+    crossed = straight[::-1]
+    if pair.embedding:
+        fits, found = tensor.shape == crossed, True
+    elif straight == crossed:
+        fits, found = tensor.shape == straight, is_conv1d(pair.module, base.config()) or adapter.config.transposed
+    else:
+        fits, found = tensor.shape in (straight, crossed), tensor.shape == crossed
+    if not fits:
+        raise _misshapen(base, name, f"the factors of {pair.module} are of {list(straight)}")
+    return found
+
+
+def _unmatched(base: Checkpoint, adapter: Adapter, name: str) -> WrongBaseError:
+    return WrongBaseError(f'{adapter.path}: tensor "{name}" matches nothing in {base.path}{_named(adapter)}')
+
+
+def _misshapen(base: Checkpoint, name: str, other: str) -> WrongBaseError:
+    return WrongBaseError(f'{base.path}: tensor "{name}" is {list(base.tensors[name].shape)}, and {other}')
+
+
+def _named(adapter: Adapter) -> str:
+    return f", and its base is named {adapter.config.base_name!r}" if adapter.config.base_name else ""

@@ -1,0 +1,54 @@
+"""``deltafmt export-lora``."""
+
+from __future__ import annotations
+
+import argparse
+
+from deltafmt.pipeline.summary import plural
+from deltafmt.tools import console
+
+EPILOG = """\
+Every term of the delta must be lowrank; several of one tensor are joined along the rank. Tensors that the delta
+replaces become modules_to_save. The scaling is 1: B A is the delta.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog = EPILOG
+    parser.add_argument("delta", metavar="DELTA", help="delta file")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="the folder to make")
+    parser.add_argument("--base", metavar="BASE", help="its base, to be named, and for config.json if none is attached")
+    parser.add_argument("--dtype", metavar="NAME", help="BF16, F16 or F32 (as stored; F32 for coded factors)")
+    parser.add_argument("--task-type", metavar="NAME", help="PEFT's task type (that of the import, or CAUSAL_LM)")
+    parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    from deltafmt.pipeline.export_lora import export_lora
+
+    result = export_lora(
+        options.delta,
+        options.output,
+        base=options.base,
+        dtype=options.dtype and options.dtype.upper(),
+        task_type=options.task_type,
+        force=options.force,
+    )
+    if options.json:
+        console.say_json(
+            {
+                "ok": True,
+                "folder": str(result.path),
+                "bytes": result.nbytes,
+                "rank": result.rank,
+                "modules": result.modules,
+                "modules_to_save": result.saved,
+                "files": result.files,
+            }
+        )
+        return
+    saved = f", {plural(len(result.saved), 'module')} kept exactly" if result.saved else ""
+    files = f" and {', '.join(result.files)}" if result.files else ""
+    console.say(f"{result.path}: factors of {plural(result.modules, 'module')}, rank {result.rank}{saved}{files}")

@@ -1,0 +1,68 @@
+"""``deltafmt import-lora``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from deltafmt.pipeline.summary import plural
+from deltafmt.tools import console
+
+EPILOG = """\
+The factors are stored as they are, with the scaling in B; DoRA, convolutions and adapters whose training changed the
+base's weights are refused. unpack then writes the merged checkpoint, with the base's configuration and, where the
+adapter brings none, its tokenizer.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog = EPILOG
+    parser.add_argument("base", metavar="BASE", help="checkpoint folder or .safetensors file")
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder as PEFT saves it")
+    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the delta file to make")
+    parser.add_argument("--profile", default="hot", metavar="NAME", help="hot (mapped and uploaded as it lies) or cold")
+    parser.add_argument("--threads", type=int, metavar="T", help="worker threads (one a processor)")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    from deltafmt.checkpoint.folder import Checkpoint
+    from deltafmt.pipeline.import_lora import import_lora
+
+    total = Checkpoint(options.base).nbytes if sys.stderr.isatty() else 0
+    with console.progress_bar("importing", total, not options.json) as progress:
+        result = import_lora(
+            options.base,
+            options.adapter,
+            options.output,
+            profile=options.profile,
+            force=options.force,
+            threads=options.threads,
+            progress=progress,
+        )
+    for name in result.skipped_files:
+        console.warn(f"{name} does not travel with the delta; small files at the top of the folder do")
+    if options.json:
+        console.say_json(
+            {
+                "ok": True,
+                "file": str(result.path),
+                "bytes": result.size,
+                "adapter_bytes": result.adapter_bytes,
+                "content_id": result.content_id,
+                "ranks": {str(rank): count for rank, count in sorted(result.ranks.items())},
+                "replaced": result.replaced,
+                "same": result.same,
+                "base_name": result.base_name or None,
+            }
+        )
+        return
+    console.say(f"{result.path}: {result.size:,} bytes, from an adapter of {result.adapter_bytes:,}")
+    parts = [f"{plural(count, 'delta')} of rank {rank}" for rank, count in sorted(result.ranks.items())]
+    if result.replaced:
+        parts.append(f"{len(result.replaced)} kept exactly")
+    console.say(", ".join([*parts, f"{result.same} same as the base"]))
+    if result.base_name:
+        console.say(f"the adapter names its base {result.base_name}")
