@@ -146,7 +146,7 @@ def delta_tables(layout: NMLayout, slots: int, layers: int) -> list[list[Operand
                         for rows in table.parts
                     ],
                 )
-            table.layout_tables(slice(0, 3))
+            table.layout_tables(slice(0, 3), NMLayout)
     return tables
 
 
@@ -250,7 +250,7 @@ def measure_peer(path: Path) -> Iterator[Figure]:
             tables.append(OperandTable(tenants, [rows], columns, DEVICE))
             for slot in range(tenants):
                 tables[-1].put(slot, [(random_operand(layout, rows, columns, copy * 99 + slot),)])
-            tables[-1].layout_tables(slice(0, 1))
+            tables[-1].layout_tables(slice(0, 1), NMLayout)
         flat = x[:, 0].bfloat16()
         ours = milliseconds(lambda tables=tables, flat=flat: [nm_matmul_([y], flat, t, segments) for t in tables])
         ours /= copies * tenants

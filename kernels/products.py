@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from deltafmt.kernels.dense_delta import operand_delta
+from deltafmt.kernels.lowbit_matmul.product import lowbit_matmul_
 from deltafmt.kernels.lowrank_matmul.naive import vectors
 from deltafmt.kernels.nm_matmul.operand import OperandTable
 from deltafmt.kernels.nm_matmul.product import nm_embedding_, nm_matmul_
 from deltafmt.kernels.nm_matmul.segments import Segments
 from deltafmt.kernels.packed import PackedOperand
+from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.lowrank import LowRankLayout
 
 
@@ -29,7 +31,10 @@ def matmul_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTabl
         segments: which token uses which of them.
     """
     nm_matmul_(outputs, x, table, segments)
+    by_kernel = lowbit_matmul_(outputs, x, table, segments)
     for tokens, part, operand in _packed(table, segments):
+        if by_kernel and isinstance(operand.layout, LowbitLayout):
+            continue
         y = outputs[part]
         product = packed_product(x[tokens], operand)
         y[tokens, : operand.rows] = (y[tokens, : operand.rows].float() + product).to(y.dtype)

@@ -21,9 +21,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from deltafmt.kernels.lowbit_matmul import launch as lowbit_launch
+from deltafmt.kernels.lowbit_matmul import lowbit
 from deltafmt.kernels.nm_matmul import dense, fused, gather, launch
 from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable
 from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
+from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.nm import NMLayout
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -56,6 +60,7 @@ def recorded(run: Callable[[], None]) -> list[Launch]:
 
     kernels = [(gather, "gather_kernel"), (gather, "entry_kernel"), (fused, "fused_kernel")]
     kernels += [(dense, name) for name in ("dot_kernel", "expand_kernel", "embedding_kernel")]
+    kernels.append((lowbit, "lowbit_kernel"))
     originals = [(module, name, getattr(module, name)) for module, name in kernels]
     for module, name, kernel in originals:
         setattr(module, name, Recorder(kernel))
@@ -119,6 +124,9 @@ def described(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         nonzeros = torch.Size(sizes).numel() / (32 * arguments["num_warps"])
         found |= {"per_nonzero": round(loop / nonzeros, 2), "even": arguments["EVEN"]}
         found |= {"steps": arguments["STEPS"], "mask_rows": arguments["MASK_ROWS"]}
+    if kernel is lowbit.lowbit_kernel:
+        weights = arguments["WORDS"] * 32 * (32 // arguments["PLANE0"]) / (32 * arguments["num_warps"])
+        found |= {"per_nonzero": round(loop / weights, 2)}
     return found
 
 
@@ -173,7 +181,7 @@ def cases() -> dict[str, Callable[[], list[Launch]]]:
         table.put(0, [[operand(layout, rows, columns)] for rows in parts])
         x, weight = torch.empty(1, columns, dtype=bf16), torch.empty(4096, columns, dtype=bf16)
         outputs = [torch.empty(1, rows, dtype=bf16) for rows in parts]
-        launch.launch_fused(outputs, x, [weight] * 3, table.layout_tables(slice(0, 3))[0], 0)
+        launch.launch_fused(outputs, x, [weight] * 3, table.layout_tables(slice(0, 3), NMLayout)[0], 0)
 
     for share in (1, 4):
         layout = NMLayout(1, 32, 4, share=share)
@@ -190,6 +198,22 @@ def cases() -> dict[str, Callable[[], list[Launch]]]:
         launch.launch_embedding(base[:4], ids, table, Segments.of([0] * 4, 1, "cpu"))
 
     found["embedding"] = lambda: recorded(embed)
+
+    def lowbits(layout: LowbitLayout) -> None:
+        parts, columns = GATE_UP
+        table = OperandTable(MANY, parts, columns, "cpu")
+        terms = []
+        for rows in parts:
+            forms = layout.buffers(rows, columns)
+            buffers = {name: torch.zeros(form.shape, dtype=BUFFER_DTYPES[form.dtype]) for name, form in forms.items()}
+            terms.append([PackedOperand(layout, rows, columns, buffers)])
+        table.put(0, terms)
+        x = torch.empty(MANY, columns, dtype=bf16)
+        outputs = [torch.empty(MANY, rows, dtype=bf16) for rows in parts]
+        lowbit_launch.launch_products(outputs, x, table, Segments.of(many, MANY, "cpu"))
+
+    for layout in (LowbitLayout(1, "midrise"), LowbitLayout(2, "midrise"), LowbitLayout(4, scale_group=128)):
+        found[f"lowbit {layout.describe()}, many slots"] = lambda layout=layout: recorded(lambda: lowbits(layout))
     return found
 
 

@@ -339,13 +339,13 @@ def test_replaced_and_cleared_slots() -> None:
     made = product(rng, parts, columns, [operands(rng, layout, parts, columns) for _ in range(3)], [0, 1, 2], F32)
     with blocks(32, 2, 4):
         run(made)
-        entries = made.table.layout_tables(slice(0, 3))[0].entries
+        entries = made.table.layout_tables(slice(0, 3), NMLayout)[0].entries
         made.table.put(0, operands(rng, layout, [33, 0], columns))
         made.table.clear(2)
         for output in made.outputs:
             output.remember()
         run(made)
-    assert made.table.layout_tables(slice(0, 3))[0].entries is entries
+    assert made.table.layout_tables(slice(0, 3), NMLayout)[0].entries is entries
 
 
 @pytest.mark.parametrize("tokens", [[], [-1], [-1, -1, 5]])
@@ -369,7 +369,9 @@ def check_fused(rng: Rng, layout: NMLayout, parts: Sequence[int], columns: int, 
     held = [tensor for terms in table.operands(1) for term in terms for tensor in term.tensors()]
     with guarded(held, [output.inner for output in outputs]), pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "pick", pick_directly)
-        launch.launch_fused([output.inner for output in outputs], x, weights, table.layout_tables(slice(0, 3))[0], 1)
+        launch.launch_fused(
+            [output.inner for output in outputs], x, weights, table.layout_tables(slice(0, 3), NMLayout)[0], 1
+        )
     for output, (wanted, magnitude) in zip(outputs, exact, strict=True):
         error = (output.inner.double() - wanted).abs()
         rounding = ROUNDING[dtype] * wanted.abs() if dtype != F32 else 0.0

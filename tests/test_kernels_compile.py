@@ -42,6 +42,9 @@ LIMITS: dict[str, tuple[int, float | None]] = {
     "4:16 k=4 midtread fixed v=4, prefill": (255, None),
     "1:32 k=4 midtread seeded v=1, fused": (168, None),
     "1:32 k=4 midtread seeded v=4, fused": (232, None),
+    "lowbit k=1 midrise, many slots": (80, 3.2),
+    "lowbit k=2 midrise, many slots": (64, 4.8),
+    "lowbit k=4 midtread scale/128, many slots": (72, 6.2),
     "expand": (128, None),
     "embedding": (64, None),
 }

@@ -132,7 +132,7 @@ def test_captured_graph(case: Case) -> None:
                 made.table.put(slot, case.operands(rng))
             elif kind == 1 and case.slots > 1:
                 made.table.clear(slot)
-        made.table.layout_tables(slice(0, len(case.parts)))
+        made.table.layout_tables(slice(0, len(case.parts)), NMLayout)
         x.copy_(torch.randn_like(x))
         slots.copy_(drawn.segments.slots)
         for output in outputs:

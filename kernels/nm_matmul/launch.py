@@ -103,7 +103,7 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
         return  # no token has a delta
     for first in range(0, len(table.parts), MAX_PARTS):
         parts = slice(first, first + MAX_PARTS)
-        for layout_table in table.layout_tables(parts):
+        for layout_table in table.layout_tables(parts, NMLayout):
             limit = gather_tokens(layout_table.layout)
             if segments.shortest <= limit:
                 size = tile_tokens(min(segments.longest, limit))
@@ -115,7 +115,7 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
                 _launch_dot(outputs[parts], x, layout_table, tiles)
 
 
-def _output_arguments(outputs: Sequence[torch.Tensor], rows: int) -> tuple[dict[str, Any], int]:
+def output_arguments(outputs: Sequence[torch.Tensor], rows: int) -> tuple[dict[str, Any], int]:
     """Return the kernels' arguments for outputs whose programs take ``rows`` rows, and the number of programs."""
     blocks = [-(-output.shape[1] // rows) for output in outputs]
     padded = [*outputs, outputs[0], outputs[0]]
@@ -125,7 +125,8 @@ def _output_arguments(outputs: Sequence[torch.Tensor], rows: int) -> tuple[dict[
     return arguments, sum(blocks)
 
 
-def _token_arguments(x: torch.Tensor, table: LayoutTable, tiles: TokenTiles) -> dict[str, Any]:
+def token_arguments(x: torch.Tensor, table: LayoutTable[Any], tiles: TokenTiles) -> dict[str, Any]:
+    """Return the kernels' arguments for the tokens and the operands."""
     return {
         "x_ptr": x,
         "x_stride": x.stride(0),
@@ -198,30 +199,34 @@ def gather_arguments(layout: NMLayout, entries: int, columns: int, blocks: Block
     }
 
 
-def _launch_gather(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: LayoutTable, tiles: TokenTiles) -> None:
+def _launch_gather(
+    outputs: Sequence[torch.Tensor], x: torch.Tensor, table: LayoutTable[NMLayout], tiles: TokenTiles
+) -> None:
     layout = table.layout
     entries = step_entries(layout)
     tile_count = tiles.table.shape[0]
-    arguments = _token_arguments(x, table, tiles)
+    arguments = token_arguments(x, table, tiles)
     if entries:
         programs = sum(-(-output.shape[1] // (32 * layout.share)) for output in outputs) * tile_count
         blocks = gather_blocks(layout, entries, table.columns, tiles.size, programs)
-        per_part, count = _output_arguments(outputs, blocks.mask_rows * layout.share)
+        per_part, count = output_arguments(outputs, blocks.mask_rows * layout.share)
         arguments |= per_part | gather_arguments(layout, entries, table.columns, blocks)
         gather.gather_kernel[(count, tile_count)](**arguments, num_warps=blocks.warps)
         return
-    per_part, count = _output_arguments(outputs, 32)
+    per_part, count = output_arguments(outputs, 32)
     arguments |= per_part | _entry_arguments(layout, table.columns) | _layout_constants(layout)
     arguments |= {"SCALE": _scale_type(layout), "SCALED": layout.scale_group > 0, "ENTRIES": 32, "ROWS": 32}
     gather.entry_kernel[(count, tile_count)](**arguments, num_warps=4)
 
 
-def _launch_dot(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: LayoutTable, tiles: TokenTiles) -> None:
+def _launch_dot(
+    outputs: Sequence[torch.Tensor], x: torch.Tensor, table: LayoutTable[NMLayout], tiles: TokenTiles
+) -> None:
     layout = table.layout
     padded = triton.next_power_of_2(layout.group)
     rows = 64
-    per_part, count = _output_arguments(outputs, rows)
-    arguments = _token_arguments(x, table, tiles) | per_part
+    per_part, count = output_arguments(outputs, rows)
+    arguments = token_arguments(x, table, tiles) | per_part
     arguments |= _entry_arguments(layout, table.columns) | _layout_constants(layout)
     arguments |= {
         "groups": layout.groups(table.columns),
@@ -267,7 +272,7 @@ def launch_expand(operand: NMOperand, base: torch.Tensor | None, out: torch.Tens
 def launch_embedding(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, segments: Segments) -> None:
     """Launch the addition of embedding rows for every layout that the table holds."""
     entries = 256
-    for layout_table in table.layout_tables(slice(0, 1)):
+    for layout_table in table.layout_tables(slice(0, 1), NMLayout):
         layout = layout_table.layout
         arguments = _entry_arguments(layout, table.columns)
         grid = (output.shape[0], -(-arguments["kept"] // entries))
@@ -288,7 +293,11 @@ def launch_embedding(output: torch.Tensor, ids: torch.Tensor, table: OperandTabl
 
 
 def launch_fused(
-    outputs: Sequence[torch.Tensor], x: torch.Tensor, weights: Sequence[torch.Tensor], table: LayoutTable, slot: int
+    outputs: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    table: LayoutTable[NMLayout],
+    slot: int,
 ) -> None:
     """Launch base and one delta in one kernel: one token, up to three parts, contiguous weights.
 

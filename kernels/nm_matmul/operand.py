@@ -5,14 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
 from deltafmt.errors import UsageError
 from deltafmt.kernels.packed import PackedOperand
+from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.tiles import TILE_ROWS
 
+# Of codes, so that a thread can load the words of four rows at once; a file's buffers lie at multiples of 256.
+WORD_ALIGNMENT = 16
 # Parts of one launch: q, k and v.
 MAX_PARTS = 3
 
@@ -76,6 +80,8 @@ class NMOperand:
 
 
 Operand = NMOperand | PackedOperand
+Tabled = NMLayout | LowbitLayout
+LayoutT = TypeVar("LayoutT", NMLayout, LowbitLayout)
 
 
 def check_buffer(name: str, tensor: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -87,16 +93,17 @@ def check_buffer(name: str, tensor: torch.Tensor, shape: tuple[int, int], dtype:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LayoutTable:
+class LayoutTable(Generic[LayoutT]):
     """What a kernel reads of the operands of one layout.
 
     Attributes:
         layout: of all these operands.
         columns: in_features.
-        entries: int64, shape (slots, parts, 5): addresses of codes, index and scales, the seed, and the rows (0: none).
+        entries: int64, shape (slots, parts, 5): addresses of codes, index or zero points, and scales, the seed, and the
+            rows (0: none).
     """
 
-    layout: NMLayout
+    layout: LayoutT
     columns: int
     entries: torch.Tensor
 
@@ -106,7 +113,7 @@ class OperandTable:
 
     A *slot* is one delta that tokens can choose; a *part* is one of the matrices that multiply the same activations
     (q, k and v; gate and up). A slot holds for each part the terms of its delta; no terms: that part is the base's.
-    Kernels read the ``nm`` terms by :meth:`layout_tables`; :meth:`packed` gives those of other kinds.
+    Kernels read ``nm`` and ``lowbit`` terms by :meth:`layout_tables`; :meth:`packed` gives all that are not ``nm``.
 
     Args:
         slots: deltas that the table has room for.
@@ -121,7 +128,7 @@ class OperandTable:
         self.columns = columns
         self.device = torch.empty(0, device=device).device  # with its number
         self._held: list[tuple[tuple[Operand, ...], ...]] = [((),) * len(self.parts)] * slots
-        self._tables: dict[tuple[NMLayout, int, int, int], LayoutTable] = {}
+        self._tables: dict[tuple[Tabled, int, int, int], torch.Tensor] = {}
         self._stale = False
         self._lock = threading.Lock()
 
@@ -162,8 +169,8 @@ class OperandTable:
                     if isinstance(operand, PackedOperand):
                         yield slot, part, operand
 
-    def layout_tables(self, parts: slice) -> list[LayoutTable]:
-        """Return one table for each layout among the operands of some parts; a second term of a layout gets another.
+    def layout_tables(self, parts: slice, kind: type[LayoutT]) -> list[LayoutTable[LayoutT]]:
+        """Return one table for each layout of a kind among the operands of some parts; a second term gets another.
 
         A table's memory stays where it is when operands change, so that a captured graph goes on reading it; a layout
         that is new to the table is not part of graphs captured before. The first call after a change copies to the
@@ -173,36 +180,47 @@ class OperandTable:
         with self._lock:
             if self._stale:
                 self._rebuild()
-            return [table for (_, _, at, _), table in self._tables.items() if at == first and stop > first]
+            return [
+                LayoutTable(layout, self.columns, entries)
+                for (layout, _, at, _), entries in self._tables.items()
+                if at == first and stop > first and isinstance(layout, kind)
+            ]
 
     def _rebuild(self) -> None:
-        rows: dict[tuple[NMLayout, int, int, int], torch.Tensor] = {
-            key: torch.zeros(table.entries.shape, dtype=torch.int64) for key, table in self._tables.items()
+        rows: dict[tuple[Tabled, int, int, int], torch.Tensor] = {
+            key: torch.zeros(entries.shape, dtype=torch.int64) for key, entries in self._tables.items()
         }
         for slot, held in enumerate(self._held):
             for part, terms in enumerate(held):
-                seen: dict[NMLayout, int] = {}
+                seen: dict[Tabled, int] = {}
                 for operand in terms:
-                    if not isinstance(operand, NMOperand):
+                    layout = operand.layout
+                    if not isinstance(layout, Tabled):
                         continue
-                    number = seen[operand.layout] = seen.get(operand.layout, -1) + 1
+                    number = seen[layout] = seen.get(layout, -1) + 1
                     first = part // MAX_PARTS * MAX_PARTS
                     width = min(len(self.parts) - first, MAX_PARTS)
-                    key = (operand.layout, number, first, width)
+                    key = (layout, number, first, width)
                     if key not in rows:
                         rows[key] = torch.zeros(self.slots, width, 5, dtype=torch.int64)
                     rows[key][slot, part - first] = torch.tensor(_addresses(operand))
         for key, values in rows.items():
             if key in self._tables:
-                self._tables[key].entries.copy_(values)
+                self._tables[key].copy_(values)
             else:
-                self._tables[key] = LayoutTable(key[0], self.columns, values.to(self.device))
+                self._tables[key] = values.to(self.device)
         if self.device.type == "cuda":
             # Other threads launch on other streams, which do not wait for this one's copies.
             torch.cuda.current_stream(self.device).synchronize()
         self._stale = False
 
 
-def _addresses(operand: NMOperand) -> list[int]:
+def _addresses(operand: Operand) -> list[int]:
+    if isinstance(operand, PackedOperand):
+        buffers = operand.buffers
+        if buffers["codes"].data_ptr() % WORD_ALIGNMENT:
+            raise UsageError(f"the codes of a lowbit operand begin at no multiple of {WORD_ALIGNMENT} bytes")
+        zero_points = buffers["zero_points"].data_ptr() if "zero_points" in buffers else 0
+        return [buffers["codes"].data_ptr(), zero_points, buffers["scales"].data_ptr(), 0, operand.rows]
     index = 0 if operand.index is None else operand.index.data_ptr()
     return [operand.codes.data_ptr(), index, operand.scales.data_ptr(), operand.seed, operand.rows]

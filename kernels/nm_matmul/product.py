@@ -11,6 +11,7 @@ from deltafmt.errors import UsageError
 from deltafmt.kernels.nm_matmul import naive
 from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable
 from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.layout.nm import NMLayout
 
 
 def nm_matmul_(
@@ -78,7 +79,7 @@ def nm_linear(
             outputs = tuple(x.new_empty(1, rows) for rows in table.parts)
             layout = next(term.layout for term in table.operands(slot)[0] if isinstance(term, NMOperand))
             parts = slice(0, len(table.parts))
-            layout_table = next(entry for entry in table.layout_tables(parts) if entry.layout == layout)
+            layout_table = next(entry for entry in table.layout_tables(parts, NMLayout) if entry.layout == layout)
             launch.launch_fused(outputs, x, weights, layout_table, slot)
             return outputs
         products = []

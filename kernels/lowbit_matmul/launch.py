@@ -1,0 +1,47 @@
+"""How the lowbit kernel is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+
+from deltafmt.kernels.lowbit_matmul import lowbit
+from deltafmt.kernels.nm_matmul.launch import output_arguments, tile_tokens, token_arguments
+from deltafmt.kernels.nm_matmul.operand import MAX_PARTS, OperandTable
+from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.layout.lowbit import LowbitLayout
+from deltafmt.layout.tiles import plane_words, planes
+
+WORDS = 32
+
+
+def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
+    """Launch the products of every ``lowbit`` layout that the table holds; see :func:`.product.lowbit_matmul_`."""
+    if segments.longest == 0:
+        return  # no token has a delta
+    tiles = segments.tiles(tile_tokens(segments.longest))
+    for first in range(0, len(table.parts), MAX_PARTS):
+        parts = slice(first, first + MAX_PARTS)
+        for held in table.layout_tables(parts, LowbitLayout):
+            layout = held.layout
+            widths = planes(layout.bits)
+            words = [plane_words(table.columns, width) for width in widths]
+            per_part, count = output_arguments(outputs[parts], 32)
+            lowbit.lowbit_kernel[(count, tiles.table.shape[0])](
+                **token_arguments(x, held, tiles),
+                **per_part,
+                code_words=sum(words),
+                **{f"words{i}": words[i] if i < len(words) else 0 for i in range(3)},
+                **{f"PLANE{i}": widths[i] if i < len(widths) else 0 for i in range(3)},
+                scale_group=layout.scale_group or table.columns + 32,
+                scales=0 if layout.axis == "column" else layout.scales(table.columns),
+                TOP=layout.top,
+                SCALE=tl.bfloat16 if layout.scale_dtype == "BF16" else tl.float32,
+                BY_COLUMN=layout.axis == "column",
+                ZEROS=layout.has_zero_points,
+                WORDS=WORDS,
+                EVEN=all(table.columns % (WORDS * (32 // width)) == 0 for width in widths),
+                num_warps=4,
+            )
