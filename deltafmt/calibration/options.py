@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from deltafmt.errors import UsageError
+
 BATCH_TOKENS = 4096
 
 
@@ -32,5 +34,12 @@ class Options:
     key: str = ""
 
     def where(self) -> torch.device:
-        """Return the device."""
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        """Return the device.
+
+        Raises:
+            UsageError: there is no such GPU.
+        """
+        found = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"calibration device '{found}': torch finds {torch.cuda.device_count()} GPUs")
+        return found

@@ -23,13 +23,9 @@ from deltafmt.calibration.load import load_model, model_key
 from deltafmt.calibration.modules import Linear, find_blocks, linear_modules
 from deltafmt.calibration.options import Options
 from deltafmt.calibration.text import read_documents
-from deltafmt.calibration.tokens import Tokens, batches, cut, load_encoder
+from deltafmt.calibration.tokens import LENGTH, TOKENS, Tokens, batches, cut, load_encoder
 from deltafmt.calibration.whole import run_whole
 from deltafmt.errors import UsageError
-
-# The usual calibration set: 128 sequences of 2048 tokens.
-TOKENS = 128 * 2048
-LENGTH = 2048
 
 
 def calibrate_folder(

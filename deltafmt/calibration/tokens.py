@@ -15,6 +15,10 @@ from deltafmt.errors import UsageError
 
 Tokens = NDArray[np.int64]
 
+# The usual calibration set: 128 sequences of 2048 tokens.
+TOKENS = 128 * 2048
+LENGTH = 2048
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ class DeltaRows:
         routines: the implementation of the hot loops.
         name: of the tensor.
         hessian: second moments of the matrix's inputs, shape (columns, columns), where a calibration has gathered them.
+        notes: what a method has to say about the tensor, for whoever packs it.
     """
 
     finetuned: Raw
@@ -36,6 +37,7 @@ class DeltaRows:
     routines: Routines
     name: str = ""
     hessian: NDArray[np.floating] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,6 +77,9 @@ class Method(Protocol):
     A method must give the same arrays for the same delta and seed whatever the runs that the rows are handed in, and
     must not choose its seed by the error that it gives.
 
+    A method that uses second moments of a matrix's inputs says so by an attribute ``calibration``: see
+    :func:`calibration_of`.
+
     Attributes:
         name: as ``--method`` takes it.
         summary: what it does, in a line.
@@ -104,3 +109,8 @@ class Method(Protocol):
 
         A run starts on a multiple of every layout's run of rows; a whole matrix is one run.
         """
+
+
+def calibration_of(method: Method) -> str:
+    """Return what second moments are to a method: ``none``, ``optional`` or ``required``."""
+    return str(getattr(method, "calibration", "none"))

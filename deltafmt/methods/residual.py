@@ -65,6 +65,7 @@ class Residual:
     name = "residual"
     summary = "the first singular vectors, and dropout of what they leave"
     whole = True
+    calibration = "optional"
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -1,0 +1,248 @@
+"""The first pass of a calibrated pack: the fine-tune reads a text, and second moments of its inputs go to a folder.
+
+The folder, ``.NAME.calibration`` beside the output, holds a file for every matrix and what an interrupted pass needs to
+go on, so that memory holds one block of the model at a time. The same job finds it again; it is removed at success.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from deltafmt._version import __version__
+from deltafmt.calibration.callbacks import Moments
+from deltafmt.calibration.store import MomentStore
+from deltafmt.calibration.tokens import LENGTH, TOKENS
+from deltafmt.container import canonical
+from deltafmt.errors import UsageError
+from deltafmt.output import OutputLock, storage_error
+
+_JOB = "job"
+_DONE = "done.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A text for the fine-tune to read, and how.
+
+    Attributes:
+        text: the file: plain text, or ``.jsonl`` with a ``text``, or ``prompt`` and ``completion``, or ``question`` and
+            ``answer``, in every line.
+        tokens: how many to use at most; the first ones of the text.
+        length: of the longest sequence.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None for a GPU if there is one.
+        tokenizer: a folder or ``tokenizer.json``, where the fine-tune's folder has none.
+
+    Raises:
+        UsageError: an option is out of range.
+    """
+
+    text: str | os.PathLike[str]
+    tokens: int = TOKENS
+    length: int = LENGTH
+    device: str | None = None
+    tokenizer: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise UsageError(f"{self.tokens} calibration tokens are fewer than one")
+        if self.length < 2:
+            raise UsageError(f"a calibration length of {self.length} tokens is less than two")
+        kind, colon, number = (self.device or "cpu").partition(":")
+        if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not number.isdecimal())):
+            raise UsageError(f"calibration device {self.device!r} is not cpu, cuda or cuda:N")
+
+    def digest(self) -> str:
+        """Return the BLAKE3 of the text, hexadecimal.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        hasher = blake3()
+        try:
+            with open(self.text, "rb") as file:
+                while data := file.read(1 << 20):
+                    hasher.update(data)
+        except OSError as error:
+            raise storage_error("cannot read", self.text, error) from error
+        return hasher.hexdigest()
+
+    def describe(self) -> dict[str, str]:
+        """Return what decides the moments that a fine-tune gives, as text by name.
+
+        Raises:
+            StorageError: the text cannot be read.
+        """
+        return {
+            "device": self.device or "",
+            "length": str(self.length),
+            "suffix": Path(self.text).suffix,
+            "text": self.digest(),
+            "tokenizer": "" if self.tokenizer is None else os.path.abspath(self.tokenizer),
+            "tokens": str(self.tokens),
+        }
+
+
+class MomentFolder:
+    """Second moments of a fine-tune's matrices, gathered once and kept until the pack is done.
+
+    Args:
+        out: the output, beside which the folder lies; None for a temporary folder.
+        job: whatever must be equal for what an interrupted run has gathered to be of use.
+
+    Attributes:
+        tokens: that the fine-tune has read; 0 before it has.
+
+    Raises:
+        UsageError: a folder of that name is something else.
+        StorageError: it cannot be made.
+    """
+
+    def __init__(self, out: Path | None, job: bytes) -> None:
+        self.tokens = 0
+        self._lock: OutputLock | None = None
+        try:
+            if out is None:
+                self.path = Path(tempfile.mkdtemp(prefix="deltafmt-calibration-"))
+            else:
+                self.path = out.parent / f".{out.name}.calibration"
+                self._lock = self._take(out, job)
+        except OSError as error:
+            raise storage_error("cannot make a calibration's folder for", out or "a stream", error) from error
+        self._store = MomentStore(self.path / "moments")
+
+    def _take(self, out: Path, job: bytes) -> OutputLock:
+        """Use the folder of an interrupted run of the same job, or begin anew; the job's note is the lock."""
+        self.path.mkdir(exist_ok=True)
+        if not (self.path / _JOB).is_file() and any(self.path.iterdir()):
+            raise UsageError(f"{self.path} is not the folder of a calibration; remove it")
+        lock = OutputLock(self.path / _JOB, out)
+        lock.file.seek(0)
+        if lock.file.read() != job:
+            for old in self.path.iterdir():
+                if old.is_dir():
+                    shutil.rmtree(old)
+                elif old.name != _JOB:
+                    old.unlink()
+            lock.file.truncate(0)
+            lock.file.write(job)
+            lock.file.flush()
+        return lock
+
+    def gather(
+        self,
+        finetuned: Path,
+        wanted: Mapping[str, int],
+        calibration: Calibration,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Have a fine-tune read the text, unless an earlier run has had it.
+
+        Args:
+            finetuned: its folder.
+            wanted: columns of the matrices whose moments are of use, by name.
+            calibration: the text.
+            progress: called with the number of steps done and of all.
+
+        Raises:
+            UsageError: torch or transformers is missing or cannot load the model, there is no such device, the text is
+                too short, or no moments are of any of the matrices.
+            NonFiniteError: activations are not finite; names the module.
+            StorageError, InvalidFileError: a file cannot be read or written, or is not what its name says.
+        """
+        if self._read_done():
+            return
+        try:
+            from deltafmt.calibration import options, run  # noqa: PLC0415  # torch is optional and slow to import
+        except ImportError as error:
+            raise UsageError("calibration needs torch, which is not installed (extra: transformers)") from error
+
+        def keep(name: str, weight_name: str, moments: Moments) -> None:
+            # A tied weight is more than this module's: its moments are not all that matters about it.
+            own = weight_name == f"{name}.weight"
+            if own and moments.axis == 1 and wanted.get(weight_name) == len(moments.matrix):
+                self._store.on_module(name, weight_name, moments)
+
+        report = run.calibrate_folder(
+            finetuned,
+            calibration.text,
+            keep,
+            tokenizer=calibration.tokenizer,
+            tokens=calibration.tokens,
+            length=calibration.length,
+            options=options.Options(calibration.device, state=self.path / "state"),
+            on_progress=progress,
+        )
+        if not any(self.has(name) for name in wanted):
+            raise UsageError(
+                f"{finetuned}: the calibration text gives second moments for none of the matrices to be compressed, "
+                f'such as "{next(iter(wanted))}"'
+            )
+        self._write_done(report.tokens)
+
+    def _read_done(self) -> bool:
+        try:
+            obj: Any = json.loads((self.path / _DONE).read_text("utf-8"))
+            self.tokens = int(obj["tokens"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return True
+
+    def _write_done(self, tokens: int) -> None:
+        self.tokens = tokens
+        path = self.path / _DONE
+        try:
+            path.with_suffix(".tmp").write_text(json.dumps({"tokens": tokens}), "utf-8")
+            os.replace(path.with_suffix(".tmp"), path)
+            shutil.rmtree(self.path / "state", ignore_errors=True)
+        except OSError as error:
+            raise storage_error("cannot write", path, error) from error
+
+    def has(self, name: str) -> bool:
+        """Tell whether there are moments of a matrix's inputs."""
+        return self._store.path(name).is_file()
+
+    def get(self, name: str) -> NDArray[np.float32] | None:
+        """Return the second moments of a matrix's inputs, if there are any.
+
+        Raises:
+            StorageError: reading failed.
+            InvalidFileError: the file is damaged.
+        """
+        return self._store.load(name).matrix if self.has(name) else None
+
+    def keep(self) -> bool:
+        """Leave what a later run can use; remove it, and return False, where nothing can."""
+        if self._lock is None:
+            self.remove()
+            return False
+        self._lock.keep()
+        return True
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.keep()
+
+
+def moments_job(finetuned: object, wanted: Mapping[str, int], described: Mapping[str, str]) -> bytes:
+    """Return a digest of everything that decides the moments.
+
+    Args:
+        finetuned: what tells whether the fine-tune's files are the same.
+        wanted: columns of the matrices, by name.
+        described: of the calibration.
+    """
+    parts = {"calibration": dict(described), "files": finetuned, "version": __version__, "wanted": dict(wanted)}
+    return blake3(canonical.encode(parts)).digest()
