@@ -1,0 +1,319 @@
+"""LoRA adapters as delta files: the factors, what unpacks from them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import deltafmt
+from conftest import Cli, Raw, Tensors, expected_sum, normal, plain, raw, read_folder, refused, write_folder
+from deltafmt.errors import NonFiniteError, UnsupportedError, UsageError, WrongBaseError
+from deltafmt.layout.lowrank import LowRankLayout
+from lora_files import BASE_FILES, PREFIX, Files, base_tensors, pair_of, product, small_files, write_adapter
+from strategies import examples
+
+DTYPES = ("BF16", "F16", "F32")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return small_files(tmp_path)
+
+
+def layout_of(delta: Path, name: str) -> LowRankLayout:
+    with deltafmt.open(delta) as opened:
+        (term,) = opened[name].terms
+        assert isinstance(term.params, LowRankLayout)
+        return term.params
+
+
+@st.composite
+def adapters(draw: st.DrawFn) -> tuple[Tensors, Tensors, dict[str, Any], dict[str, float]]:
+    """Give a base, factors, a configuration, and every module's scaling; modules named e are embeddings, t crossed."""
+    config: dict[str, Any] = {"r": draw(st.integers(1, 9)), "lora_alpha": draw(st.integers(1, 40))}
+    config["use_rslora"] = draw(st.booleans())
+    ranks, alphas = {}, {}
+    base: Tensors = {"anchor.weight": normal(90, (8, 8))}
+    factors: Tensors = {}
+    scalings = {}
+    for number in range(draw(st.integers(1, 3))):
+        kind = draw(st.sampled_from(("linear", "crossed", "embedding")))
+        module = f"model.layers.{number}.{'embed_tokens' if kind == 'embedding' else kind}"
+        rank, alpha = config["r"], config["lora_alpha"]
+        if draw(st.booleans()):
+            rank = ranks[f"layers.{number}.*"] = draw(st.integers(1, 9))
+        if draw(st.booleans()):
+            alpha = alphas[module] = draw(st.integers(1, 64))
+        rows, columns = draw(st.integers(1, 40)), draw(st.integers(41, 70))
+        dtype, of_a, of_b = (draw(st.sampled_from(DTYPES)) for _ in range(3))
+        end = "lora_embedding_{}" if kind == "embedding" else "lora_{}.weight"
+        base[f"{module}.weight"] = normal(number, (rows, columns) if kind == "linear" else (columns, rows), dtype)
+        factors[f"{module}.{end.format('A')}"] = normal(number + 10, (rank, columns), of_a, 0.2)
+        factors[f"{module}.{end.format('B')}"] = normal(number + 20, (rows, rank), of_b, 0.2)
+        scalings[module] = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+    return base, factors, {**config, "rank_pattern": ranks, "alpha_pattern": alphas}, scalings
+
+
+@examples(40)
+@given(adapters(), st.sampled_from(("hot", "cold")))
+def test_unpacked_is_base_plus_the_scaled_product(
+    case: tuple[Tensors, Tensors, dict[str, Any], dict[str, float]], profile: str
+) -> None:
+    tensors, factors, config, scalings = case
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = write_folder(folder / "base", tensors)
+        adapter = write_adapter(folder / "adapter", factors, **config)
+        delta = folder / "d.deltafmt"
+        result = deltafmt.import_lora(base, adapter, delta, profile=profile, threads=2)
+        assert result.content_id == deltafmt.verify(delta, base, threads=1).content_id
+        assert (result.size, sum(result.ranks.values()), result.same) == (delta.stat().st_size, len(scalings), 1)
+        deltafmt.unpack(base, delta, folder / "out", threads=1)
+        found = read_folder(folder / "out")
+        assert found["anchor.weight"] == tensors["anchor.weight"]
+        for module, scaling in scalings.items():
+            ends = ("lora_embedding_A", "lora_embedding_B") if "embed" in module else ("lora_A.weight", "lora_B.weight")
+            a, b = (factors[f"{module}.{end}"] for end in ends)
+            dense = product(a, b, scaling)
+            dense = dense if "linear" in module else dense.T
+            old, new = tensors[f"{module}.weight"], found[f"{module}.weight"]
+            layout = layout_of(delta, f"{module}.weight")
+            if a.shape[0] <= b.shape[0]:
+                assert layout.rank == a.shape[0]
+                exact = a.dtype == b.dtype and math.frexp(scaling)[0] == 0.5
+                assert not exact or layout.factors == a.dtype
+                assert a.dtype == b.dtype or layout.factors == "F32"
+                assert new.data == expected_sum(old, dense, old.dtype)
+            else:
+                # More vectors than rows: the product itself, which float64 sums.
+                assert (layout.rank, layout.factors) == (b.shape[0], "F32")
+                with deltafmt.open(delta) as opened:
+                    decoded = opened.delta(f"{module}.weight")
+                np.testing.assert_allclose(decoded, dense, rtol=1e-4, atol=1e-5)
+                assert new.data == expected_sum(old, decoded, old.dtype)
+
+
+def test_the_scaling_is_exact_where_the_dtype_holds_it(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", {"q.weight": normal(1, (48, 24))})
+    for dtype, alpha, kept in (("BF16", 8, "BF16"), ("F16", 1, "F16"), ("BF16", 3, "F32"), ("F32", 3, "F32")):
+        adapter = write_adapter(tmp_path / f"{dtype}-{alpha}", pair_of("q", 48, 24, dtype=dtype), lora_alpha=alpha)
+        out = tmp_path / f"{dtype}-{alpha}.deltafmt"
+        deltafmt.import_lora(base, adapter, out)
+        assert layout_of(out, "q.weight").factors == kept
+    tiny = {**pair_of("q", 48, 24, dtype="F16"), "q.lora_B.weight": raw(np.full((48, 4), 2.0**-24), "F16")}
+    deltafmt.import_lora(base, write_adapter(tmp_path / "tiny", tiny, lora_alpha=2), tmp_path / "tiny.deltafmt")
+    assert layout_of(tmp_path / "tiny.deltafmt", "q.weight").factors == "F32"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module", "flag", "crossed"),
+    [
+        ("gpt2", "h.0.attn.c_proj", False, True),
+        ("gpt_bigcode", "h.0.attn.c_proj", False, False),
+        ("tiny", "h.0.odd", True, True),
+        ("llama", "h.0.q", False, False),
+    ],
+)
+def test_square_matrices_are_crossed_where_the_model_or_the_adapter_says_so(
+    tmp_path: Path, model_type: str, module: str, flag: bool, crossed: bool
+) -> None:
+    config = {"config.json": json.dumps({"model_type": model_type}).encode()}
+    base = write_folder(tmp_path / "base", {f"{module}.weight": normal(1, (24, 24))}, files=config)
+    factors = pair_of(module, 24, 24)
+    adapter = write_adapter(tmp_path / "adapter", factors, fan_in_fan_out=flag)
+    deltafmt.import_lora(base, adapter, tmp_path / "d.deltafmt")
+    dense = product(factors[f"{module}.lora_A.weight"], factors[f"{module}.lora_B.weight"], 2)
+    with deltafmt.open(tmp_path / "d.deltafmt") as opened:
+        assert np.array_equal(opened.delta(f"{module}.weight"), dense.T if crossed else dense)
+
+
+def test_whole_tensors(tmp_path: Path) -> None:
+    """Heads, biases and norms are replaced, what has the base's bytes is not, a head of its own is added."""
+    tensors = base_tensors()
+    base = write_folder(tmp_path / "base", tensors)
+    whole = {
+        "lm_head.weight": normal(50, (40, 24)),
+        "model.norm.weight": tensors["model.norm.weight"],
+        "model.layers.0.q.base_layer.weight": tensors["model.layers.0.q.weight"],
+        "model.layers.0.q.base_layer.bias": normal(51, (48,)),
+        "classifier.dense.weight": normal(52, (3, 24), "F32"),
+    }
+    adapter = write_adapter(
+        tmp_path / "a", {**pair_of("model.layers.0.q", 48, 24), **whole}, modules_to_save=["lm_head", "classifier"]
+    )
+    result = deltafmt.import_lora(base, adapter, tmp_path / "d.deltafmt")
+    assert result.replaced == ["classifier.dense.weight", "lm_head.weight", "model.layers.0.q.bias"]
+    assert (result.ranks, result.same) == ({4: 1}, 4)
+    deltafmt.verify(tmp_path / "d.deltafmt", base)
+    deltafmt.unpack(base, tmp_path / "d.deltafmt", tmp_path / "out")
+    found = read_folder(tmp_path / "out")
+    assert found.keys() == {*tensors, "classifier.dense.weight"}
+    assert found["lm_head.weight"] == whole["lm_head.weight"]
+    assert found["model.layers.0.q.bias"] == whole["model.layers.0.q.base_layer.bias"]
+    assert found["classifier.dense.weight"] == whole["classifier.dense.weight"]
+
+
+@pytest.mark.parametrize("prefixes", [("model.", ""), ("", "model."), ("transformer.", "transformer.")])
+def test_names_with_a_part_in_front(tmp_path: Path, prefixes: tuple[str, str]) -> None:
+    of_adapter, of_base = prefixes
+    base = write_folder(tmp_path / "base", {f"{of_base}layers.0.q.weight": normal(1, (48, 24))})
+    adapter = write_adapter(tmp_path / "a", pair_of(f"{of_adapter}layers.0.q", 48, 24))
+    assert deltafmt.import_lora(base, adapter, tmp_path / "d.deltafmt").ranks == {4: 1}
+
+
+def test_the_unpacked_folder_has_the_bases_configuration(files: Files, tmp_path: Path, cli: Cli) -> None:
+    for name, data in (("README.md", b"the adapter\n"), ("config.json", b"{}"), ("training_args.bin", b"0")):
+        (files.adapter / name).write_bytes(data)
+    (files.adapter / "checkpoint-5").mkdir()
+    out = tmp_path / "d.deltafmt"
+    result = cli("import-lora", files.base, files.adapter, "-o", out)
+    assert result.code == 0
+    assert result.err.count("does not travel") == 2
+    with deltafmt.open(out) as opened:
+        attached = {name: opened.attachment(name) for name in opened.container.attachments}
+        assert opened.metadata["lora.base_model_name_or_path"] == "somebody/tiny"
+    assert attached == {**BASE_FILES, "README.md": b"the adapter\n"}
+    (files.adapter / "tokenizer.json").write_bytes(b'{"of": "the adapter"}')
+    deltafmt.import_lora(files.base, files.adapter, out, force=True)
+    with deltafmt.open(out) as opened:
+        assert set(opened.container.attachments) == {*BASE_FILES} - {"vocab.json"}
+        assert opened.attachment("tokenizer.json") == b'{"of": "the adapter"}'
+
+
+def test_the_same_bytes_whatever_the_number_of_threads(files: Files, tmp_path: Path) -> None:
+    for threads in (1, 5):
+        deltafmt.import_lora(files.base, files.adapter, tmp_path / str(threads), threads=threads)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "5").read_bytes()
+
+
+WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "another type": ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
+    "dora": ({"use_dora": True}, "DoRA"),
+    "pissa": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'"),
+    "a key to come": ({"use_magic": [1]}, "use_magic"),
+    "another rank": ({"r": 5}, "rank 5"),
+    "no rank": ({"r": 0}, "r is 0"),
+    "a rank in words": ({"rank_pattern": {"q": "four"}}, "'four'"),
+    "no number": ({"lora_alpha": math.nan}, "lora_alpha is nan"),
+    "a huge number": ({"lora_alpha": 10**400}, "lora_alpha"),
+    "no map": ({"alpha_pattern": [1]}, "alpha_pattern [1]"),
+    "no expression": ({"rank_pattern": {"(": 4}}, "rank_pattern '('"),
+    "no names": ({"modules_to_save": "lm_head"}, "modules_to_save"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CONFIGS)
+def test_wrong_configurations(files: Files, tmp_path: Path, cli: Cli, case: str) -> None:
+    changes, word = WRONG_CONFIGS[case]
+    adapter = write_adapter(tmp_path / "wrong", files.factors, **changes)
+    refused(cli("import-lora", files.base, adapter, "-o", tmp_path / "d.deltafmt"), 3, word, "wrong")
+    assert not list(tmp_path.glob("*d.deltafmt*"))
+
+
+Q = "model.layers.0.q"
+WRONG_TENSORS: dict[str, tuple[dict[str, Raw | None], int, str]] = {
+    "no B": ({f"{Q}.lora_B.weight": None}, 3, "lora_A.weight"),
+    "an unknown module": (pair_of("model.layers.3.q", 48, 24), 4, "model.layers.3.q.lora_A.weight"),
+    "an unknown tensor": ({"model.layers.0.k.bias": normal(1, (3,))}, 4, "model.layers.0.k.bias"),
+    "another shape": (pair_of(Q, 48, 32), 4, "[48, 24]"),
+    "a whole tensor of another shape": ({"lm_head.weight": normal(1, (41, 24))}, 4, "[41, 24]"),
+    "another base layer": ({f"{Q}.base_layer.weight": normal(9, (48, 24))}, 3, "base_layer"),
+    "a magnitude": ({f"{Q}.lora_magnitude_vector": normal(9, (48,))}, 3, "lora_magnitude_vector"),
+    "a convolution": ({f"{Q}.lora_A.weight": normal(9, (4, 24, 1, 1))}, 3, "[4, 24, 1, 1]"),
+    "integers": ({f"{Q}.lora_A.weight": plain(np.zeros((4, 24), np.int8))}, 3, "I8"),
+    "not a number": ({f"{Q}.lora_A.weight": raw(np.full((4, 24), np.nan), "BF16")}, 2, f"{Q}.lora_A.weight"),
+    "an embedding that is none": (
+        {"lm_head.lora_embedding_A": normal(1, (4, 24)), "lm_head.lora_embedding_B": normal(1, (40, 4))},
+        4,
+        "lm_head",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_wrong_tensors(files: Files, tmp_path: Path, cli: Cli, case: str) -> None:
+    changes, code, word = WRONG_TENSORS[case]
+    tensors = {name: tensor for name, tensor in {**files.factors, **changes}.items() if tensor is not None}
+    adapter = write_adapter(tmp_path / "wrong", tensors)
+    refused(cli("import-lora", files.base, adapter, "-o", tmp_path / "d.deltafmt"), code, word)
+    assert not list(tmp_path.glob("*d.deltafmt*"))
+
+
+def test_wrong_folders(files: Files, tmp_path: Path, cli: Cli) -> None:
+    def fails(adapter: Path, code: int, *words: str) -> None:
+        refused(cli("import-lora", files.base, adapter, "-o", tmp_path / "d.deltafmt"), code, *words)
+
+    fails(tmp_path / "nowhere", 5, "nowhere")
+    fails(files.adapter / "adapter_model.safetensors", 3, "not a folder")
+    fails(files.base, 3, "no adapter_model.safetensors")
+    (files.adapter / "adapter_config.json").write_text("[")
+    fails(files.adapter, 3, "adapter_config.json", "not valid JSON")
+    (files.adapter / "adapter_config.json").unlink()
+    fails(files.adapter, 5, "adapter_config.json")
+    (files.adapter / "adapter_model.safetensors").rename(files.adapter / "adapter_model.bin")
+    fails(files.adapter, 3, "adapter_model.bin is not read", "safetensors")
+
+
+def test_heads_that_would_be_lost(tmp_path: Path) -> None:
+    """A base that ties its head to its embedding has no place for another one."""
+    tensors = base_tensors()
+    del tensors["lm_head.weight"]
+    base = write_folder(tmp_path / "base", tensors)
+    whole = {**pair_of(Q, 48, 24), "lm_head.weight": normal(50, (40, 24))}
+    adapter = write_adapter(tmp_path / "a", whole, modules_to_save=["lm_head"])
+    with pytest.raises(UnsupportedError, match="would untie the head"):
+        deltafmt.import_lora(base, adapter, tmp_path / "d.deltafmt")
+
+
+def test_bases_without_a_delta(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", {"q.weight": plain(np.zeros((48, 24), np.int8))})
+    with pytest.raises(UnsupportedError, match="I8"):
+        deltafmt.import_lora(base, write_adapter(tmp_path / "a", pair_of("q", 48, 24)), tmp_path / "d.deltafmt")
+
+
+def test_two_modules_of_one_tensor(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", {"q.weight": normal(1, (48, 24))})
+    adapter = write_adapter(tmp_path / "a", {**pair_of("q", 48, 24), **pair_of("model.q", 48, 24)})
+    with pytest.raises(deltafmt.errors.InvalidFileError, match="two modules"):
+        deltafmt.import_lora(base, adapter, tmp_path / "d.deltafmt")
+
+
+def test_outputs_that_exist(files: Files, tmp_path: Path) -> None:
+    out = tmp_path / "d.deltafmt"
+    deltafmt.import_lora(files.base, files.adapter, out)
+    before = out.read_bytes()
+    with pytest.raises(UsageError, match="--force"):
+        deltafmt.import_lora(files.base, files.adapter, out)
+    bad = write_adapter(tmp_path / "bad", {**files.factors, f"{Q}.lora_B.weight": raw(np.full((48, 4), np.inf), "F32")})
+    with pytest.raises(NonFiniteError, match="lora_B"):
+        deltafmt.import_lora(files.base, bad, out, force=True)
+    assert out.read_bytes() == before
+    for path in (files.base / "model.safetensors", files.adapter / "adapter_model.safetensors"):
+        with pytest.raises(UsageError):
+            deltafmt.import_lora(files.base, files.adapter, path, force=True)
+    with pytest.raises(UsageError, match="'warm'"):
+        deltafmt.import_lora(files.base, files.adapter, out, profile="warm")
+
+
+def test_an_error_names_the_base_that_the_adapter_names(files: Files, tmp_path: Path) -> None:
+    other = write_folder(tmp_path / "other", {"x.weight": normal(1, (4, 4))})
+    with pytest.raises(WrongBaseError, match="somebody/tiny"):
+        deltafmt.import_lora(other, files.adapter, tmp_path / "d.deltafmt")
+
+
+def test_json(files: Files, tmp_path: Path, cli: Cli) -> None:
+    found = cli("import-lora", files.base, files.adapter, "-o", tmp_path / "d.deltafmt", "--json").json()
+    assert (found["ranks"], found["same"], found["replaced"]) == ({"4": 2}, 5, [])
+    assert found["base_name"] == "somebody/tiny"
+    assert found["bytes"] == (tmp_path / "d.deltafmt").stat().st_size
+    text = cli("import-lora", files.base, files.adapter, "-o", tmp_path / "e.deltafmt").out
+    assert "2 deltas of rank 4, 5 same as the base" in text
+    assert PREFIX not in text
