@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import deltafmt
 from deltafmt.codecs.floats import narrow, widen
+from deltafmt.errors import UsageError
+from deltafmt.methods import RTN, BitDelta
 from deltafmt.methods.grids import Grid, Quantized
 from deltafmt.methods.unbiased import unbiased_scales
+from deltafmt.pipeline import pack
+from method_files import pair_of, round_trip, true_delta
 from strategies import examples, generators, shapes
 
 
@@ -50,3 +57,49 @@ def test_scales_are_of_their_dtype() -> None:
     scales = unbiased_scales(values, found.dense(), found.scales, 64, "BF16")
     np.testing.assert_array_equal(widen(narrow(scales, "BF16"), "BF16"), scales)
     assert (scales > found.scales).all()
+
+
+@pytest.mark.parametrize("mean", ["matrix", "row", "column", "group"])
+def test_bitdelta_keeps_the_length_of_what_has_a_scale(tmp_path: Path, mean: str) -> None:
+    pair = pair_of(tmp_path)
+    delta = true_delta(pair).astype(np.float64)
+    found = round_trip(pair, tmp_path, BitDelta(mean, 64, "F32", scale="unbiased")).astype(np.float64)
+    starts = np.arange(0, delta.shape[1], 64)
+    along = {
+        "matrix": lambda x: x.sum(),
+        "row": lambda x: x.sum(axis=1),
+        "column": lambda x: x.sum(axis=0),
+        "group": lambda x: np.add.reduceat(x, starts, axis=1),
+    }[mean]
+    np.testing.assert_allclose(along(found * delta), along(delta * delta), rtol=1e-4)
+    magnitudes = np.abs(found)
+    assert len(np.unique(magnitudes.round(6))) <= {"matrix": 1, "row": 75, "column": 203, "group": 75 * 4}[mean] + 1
+    with pytest.raises(UsageError, match="scale rule 'minmax' is not one of mean, unbiased"):
+        BitDelta(scale="minmax")
+
+
+@pytest.mark.parametrize(("bits", "grid"), [(1, None), (2, "midrise"), (3, "midtread"), (2, "asymmetric")])
+@pytest.mark.parametrize("group", [0, 50])
+def test_rtn_keeps_the_length_of_every_group(tmp_path: Path, bits: int, grid: str | None, group: int) -> None:
+    pair = pair_of(tmp_path)
+    delta = true_delta(pair).astype(np.float64)
+    method = RTN(bits, grid, None if bits == 1 else "unbiased", group, "F32")
+    assert method.describe().endswith(" unbiased")
+    found = round_trip(pair, tmp_path, method).astype(np.float64)
+    starts = np.arange(0, delta.shape[1], group or delta.shape[1])
+    np.testing.assert_allclose(
+        np.add.reduceat(found * delta, starts, axis=1), np.add.reduceat(delta * delta, starts, axis=1), rtol=1e-4
+    )
+    mse = round_trip(pair, tmp_path, RTN(bits, grid, "mse", group, "F32"))
+    assert (np.sign(mse) == np.sign(found)).all()
+
+
+def test_unbiased_scales_do_not_depend_on_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = pair_of(tmp_path, (700, 203), "BF16")
+    for method in (RTN(1), RTN(2, scale="unbiased"), BitDelta("row", scale="unbiased")):
+        found = []
+        for elements in (1, 1 << 40):
+            monkeypatch.setattr(pack, "BATCH_ELEMENTS", elements)
+            deltafmt.pack(pair.base, pair.finetuned, tmp_path / "d.deltafmt", method=method, force=True)
+            found.append((tmp_path / "d.deltafmt").read_bytes())
+        assert found[0] == found[1]

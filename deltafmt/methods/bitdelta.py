@@ -5,7 +5,8 @@ Liu, Xiao, Li, Lee, Stoica, Han, Cai, "BitDelta: Your Fine-Tune May Only Be Wort
 (eq. 3); Sign gives +1 for 0, as in the authors' code. Their second step, which trains the scales, is not part of this.
 
 Beyond the paper: the mean may be that of every row, of every column (per-axis sign scales, arXiv 2512.19720) or of
-groups of a row.
+groups of a row; and the scale may be sum delta^2 / sum |delta| in the place of the mean, with which the signs are as
+long as the delta along it (:mod:`deltafmt.methods.unbiased`).
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from deltafmt.codecs.lowbit import LowbitArrays
 from deltafmt.errors import UsageError
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.grids import Grid, Quantized
 from deltafmt.methods.options import option
 from deltafmt.methods.quantize import check_scales
+from deltafmt.methods.unbiased import LARGEST_FACTOR, UNBIASED, unbiased_scales
 
 MEANS = ("matrix", "row", "column", "group")
+MEAN = "mean"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,7 @@ class BitDelta:
             ``row``, every ``column``, or every ``group`` of columns of a row.
         scale_group: columns of a group.
         scale_dtype: ``BF16`` or ``F32``.
+        scale: ``mean`` (as in the paper) or ``unbiased``.
 
     Raises:
         UsageError: an option is out of range.
@@ -44,6 +49,7 @@ class BitDelta:
     mean: str = option("matrix", "what has a scale: matrix, row, column or group (matrix)", "OF")
     scale_group: int = option(128, "columns of a group (128)", "G")
     scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
+    scale: str = option(MEAN, "mean or unbiased (mean)", "RULE")
 
     name = "bitdelta"
     summary = "signs, and the mean magnitude (BitDelta)"
@@ -51,6 +57,8 @@ class BitDelta:
     def __post_init__(self) -> None:
         if self.mean not in MEANS:
             raise UsageError(f"mean {self.mean!r} is not one of {', '.join(MEANS)}")
+        if self.scale not in (MEAN, UNBIASED):
+            raise UsageError(f"scale rule {self.scale!r} is not one of {MEAN}, {UNBIASED}")
         if self.mean == "group" and self.scale_group == 0:
             raise UsageError("a group has at least one column")
         _ = self.layout
@@ -72,21 +80,37 @@ class BitDelta:
 
     def describe(self) -> str:
         """Return the method and its options in one line."""
-        return f"bitdelta {self.mean} {self.layout.describe()}"
+        rule = "" if self.scale == MEAN else f" {self.scale}"
+        return f"bitdelta {self.mean} {self.layout.describe()}{rule}"
 
     def compress(self, rows: DeltaRows, seed: int) -> tuple[LowbitArrays]:  # noqa: ARG002 - nothing is drawn
         """Take the signs, and the means that the options ask for."""
         delta, layout = rows.dense(), self.layout
         if not self.whole:
             # On two levels, the scale of least squared error is the mean magnitude.
-            found = rows.routines.quantize(delta, 1, "midrise", "mse", layout.scale_group, self.scale_dtype)
-            return (LowbitArrays(*found),)
-        sums = np.abs(delta).sum(axis=0 if self.mean == "column" else 1, dtype=np.float64)
+            codes, scales = rows.routines.quantize(delta, 1, "midrise", "mse", layout.scale_group, self.scale_dtype)
+            if self.scale == UNBIASED:
+                found = Quantized(Grid(1, "midrise", "mse", layout.scale_group, self.scale_dtype), codes, scales)
+                size = found.grid.size(delta.shape[1])
+                scales = unbiased_scales(delta, found.dense(), scales, size, self.scale_dtype)
+            return (LowbitArrays(codes, scales),)
+        axis = 0 if self.mean == "column" else 1
+        sums = np.abs(delta).sum(axis=axis, dtype=np.float64)
+        squares = np.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", delta, delta, dtype=np.float64)
         if self.mean == "column":
-            scales = self._rounded(sums[None] / delta.shape[0])
+            scales = self._rounded(self._level(sums, squares, delta.shape[0])[None])
         else:
-            scales = self._rounded(np.full((delta.shape[0], 1), math.fsum(sums) / delta.size))
+            level = self._level(np.array(math.fsum(sums)), np.array(math.fsum(squares)), delta.size)
+            scales = self._rounded(np.full((delta.shape[0], 1), level))
         return (LowbitArrays((delta >= 0).astype(np.uint8), scales),)
+
+    def _level(self, sums: NDArray[np.float64], squares: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+        """Return how far the two levels lie from zero, given sums of magnitudes and of squares."""
+        mean: NDArray[np.float64] = sums / count
+        if self.scale == MEAN:
+            return mean
+        unbiased = squares / np.where(sums > 0, sums, 1)
+        return np.where((sums > 0) & (unbiased <= LARGEST_FACTOR * mean), unbiased, mean)
 
     def _rounded(self, means: NDArray[np.float64]) -> NDArray[np.float32]:
         """Return scales of two levels that lie at the means: the levels are half a scale from zero."""

@@ -1,6 +1,7 @@
 """Round to nearest: every element to k bits, with scales for groups of columns.
 
-The baseline that calibrated methods are compared with, as in GPTQ (Frantar et al., arXiv 2210.17323, table 1).
+The baseline that calibrated methods are compared with, as in GPTQ (Frantar et al., arXiv 2210.17323, table 1). Beyond
+it, scales can be those that keep the delta's length (:mod:`deltafmt.methods.unbiased`), which at 1 bit matters most.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 from deltafmt.codecs.lowbit import LowbitArrays
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.methods.base import DeltaRows
-from deltafmt.methods.grids import Grid
+from deltafmt.methods.grids import Grid, Quantized
 from deltafmt.methods.options import option
+from deltafmt.methods.unbiased import UNBIASED, unbiased_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,8 @@ class RTN:
         bits: k, width of a code: 1 to 8.
         grid: ``midtread``, ``midrise``, ``asymmetric`` (a zero point for every scale) or None: midrise for k of 1
             and 2, midtread above.
-        scale: ``minmax``, ``mse`` or None: mse for k below 4, minmax from there on.
+        scale: ``minmax``, ``mse``, ``unbiased`` (the codes of mse, then the scale that does not shrink the delta) or
+            None: unbiased for k of 1, mse below 4, minmax from there on.
         scale_group: consecutive columns of a row that share a scale; 0 for one scale a row.
         scale_dtype: ``BF16`` or ``F32``.
 
@@ -32,7 +35,7 @@ class RTN:
 
     bits: int = option(4, "bits of a code: 1-8 (4)", "K")
     grid: str | None = option(None, "midtread, midrise or asymmetric (midrise for 1 and 2 bits)", "KIND")
-    scale: str | None = option(None, "minmax or mse (mse below 4 bits)", "RULE")
+    scale: str | None = option(None, "minmax, mse or unbiased (unbiased for 1 bit, mse below 4)", "RULE")
     scale_group: int = option(128, "columns that share a scale; 0: a whole row (128)", "G")
     scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
 
@@ -50,9 +53,14 @@ class RTN:
         return LowbitLayout(self.bits, grid, self.scale_dtype, self.scale_group)
 
     @property
+    def scale_rule(self) -> str:
+        """The scale rule in force."""
+        return self.scale or (UNBIASED if self.bits == 1 else "mse" if self.bits < 4 else "minmax")
+
+    @property
     def quantizer(self) -> Grid:
-        """The grid and the rule of its scales."""
-        rule = self.scale or ("mse" if self.bits < 4 else "minmax")
+        """The grid and the rule of its scales, before these are made unbiased."""
+        rule = "mse" if self.scale_rule == UNBIASED else self.scale_rule
         return Grid(self.bits, self.layout.grid, rule, self.scale_group, self.scale_dtype)
 
     def layouts(self, rows: int, columns: int) -> tuple[LowbitLayout]:  # noqa: ARG002 - the same for every shape
@@ -61,13 +69,18 @@ class RTN:
 
     def describe(self) -> str:
         """Return the method and its options in one line."""
-        return f"rtn {self.layout.describe()} {self.quantizer.rule}"
+        return f"rtn {self.layout.describe()} {self.scale_rule}"
 
     def compress(self, rows: DeltaRows, seed: int) -> tuple[LowbitArrays]:  # noqa: ARG002 - nothing is drawn
         """Quantize a run of rows."""
         delta, grid = rows.dense(), self.quantizer
         if grid.kind == "asymmetric":
             found = grid.quantize(delta)
-            return (LowbitArrays(found.codes, found.scales, found.zeros),)
-        codes, scales = rows.routines.quantize(delta, grid.bits, grid.kind, grid.rule, grid.group, grid.scale_dtype)
-        return (LowbitArrays(codes, scales),)
+        else:
+            codes, scales = rows.routines.quantize(delta, grid.bits, grid.kind, grid.rule, grid.group, grid.scale_dtype)
+            found = Quantized(grid, codes, scales)
+        scales = found.scales
+        if self.scale_rule == UNBIASED:
+            size = grid.size(delta.shape[1])
+            scales = unbiased_scales(delta, found.dense(), scales, size, self.scale_dtype)
+        return (LowbitArrays(found.codes, scales, found.zeros),)

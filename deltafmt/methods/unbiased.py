@@ -20,6 +20,9 @@ from deltafmt.codecs.floats import narrow, widen
 
 Floats = NDArray[np.float32]
 
+# The name of the rule, where a method has it.
+UNBIASED = "unbiased"
+
 # Where hardly anything of a group was kept, nothing sensible restores it.
 LARGEST_FACTOR = 8.0
 
