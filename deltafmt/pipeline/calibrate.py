@@ -6,11 +6,12 @@ go on, so that memory holds one block of the model at a time. The same job finds
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,13 @@ from deltafmt._version import __version__
 from deltafmt.calibration.callbacks import Moments
 from deltafmt.calibration.store import MomentStore
 from deltafmt.calibration.tokens import LENGTH, TOKENS
+from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
+from deltafmt.methods.base import calibration_of
 from deltafmt.output import OutputLock, storage_error
+from deltafmt.pipeline.plan import Plan
+from deltafmt.pipeline.workers import Progress
 
 _JOB = "job"
 _DONE = "done.json"
@@ -98,9 +103,11 @@ class MomentFolder:
 
     Args:
         out: the output, beside which the folder lies; None for a temporary folder.
+        described: the calibration, as :meth:`Calibration.describe` has it.
         job: whatever must be equal for what an interrupted run has gathered to be of use.
 
     Attributes:
+        described: as given.
         tokens: that the fine-tune has read; 0 before it has.
 
     Raises:
@@ -108,8 +115,10 @@ class MomentFolder:
         StorageError: it cannot be made.
     """
 
-    def __init__(self, out: Path | None, job: bytes) -> None:
+    def __init__(self, out: Path | None, described: dict[str, str], job: bytes) -> None:
+        self.described = described
         self.tokens = 0
+        self._wanted: frozenset[str] = frozenset()
         self._lock: OutputLock | None = None
         try:
             if out is None:
@@ -160,6 +169,7 @@ class MomentFolder:
             NonFiniteError: activations are not finite; names the module.
             StorageError, InvalidFileError: a file cannot be read or written, or is not what its name says.
         """
+        self._wanted = frozenset(wanted)
         if self._read_done():
             return
         try:
@@ -208,6 +218,18 @@ class MomentFolder:
         except OSError as error:
             raise storage_error("cannot write", path, error) from error
 
+    def metadata(self) -> dict[str, str]:
+        """Return what a file says of its calibration."""
+        return {
+            "calibration.length": self.described["length"],
+            "calibration.text": f"blake3:{self.described['text']}",
+            "calibration.tokens": str(self.tokens),
+        }
+
+    def lacks(self, name: str) -> bool:
+        """Tell whether moments of a matrix's inputs were wanted and not found."""
+        return name in self._wanted and not self.has(name)
+
     def has(self, name: str) -> bool:
         """Tell whether there are moments of a matrix's inputs."""
         return self._store.path(name).is_file()
@@ -236,13 +258,70 @@ class MomentFolder:
             self._lock.keep()
 
 
-def moments_job(finetuned: object, wanted: Mapping[str, int], described: Mapping[str, str]) -> bytes:
-    """Return a digest of everything that decides the moments.
+def calibrated_names(plans: Sequence[Plan], calibration: Calibration | None) -> dict[str, int]:
+    """Return the columns of the matrices whose methods use second moments, by name.
+
+    Raises:
+        UsageError: there is no calibration and a method needs it, or there is one and no method uses it.
+    """
+    found = {}
+    for plan in plans:
+        use = "none" if plan.method is None else calibration_of(plan.method)
+        if plan.method is not None and use == "required" and calibration is None:
+            raise UsageError(f"method {plan.method.name} needs --calibration FILE, a text for the fine-tune to read")
+        if use != "none":
+            found[plan.tensor.name] = plan.tensor.columns
+    if calibration is not None and not found:
+        raise UsageError(f"no method here uses a calibration text such as {os.fspath(calibration.text)}")
+    return found
+
+
+@contextlib.contextmanager
+def gathered_moments(
+    finetuned: Checkpoint,
+    plans: Sequence[Plan],
+    calibration: Calibration | None,
+    out: Path | None,
+    progress: Progress | None,
+) -> Iterator[MomentFolder | None]:
+    """Gather moments and have them while a file is made; without a calibration, None.
+
+    The folder outlives an interrupt, and is removed at success and by every other error.
 
     Args:
-        finetuned: what tells whether the fine-tune's files are the same.
-        wanted: columns of the matrices, by name.
-        described: of the calibration.
+        finetuned: the fine-tune.
+        plans: of all tensors.
+        calibration: the text.
+        out: the output, beside which the folder lies; None for a temporary folder.
+        progress: called with no name and the bytes that a step of the fine-tune's run counts for: all of its own.
+
+    Raises:
+        UsageError, NonFiniteError, StorageError, InvalidFileError: as :func:`calibrated_names` and
+            :meth:`MomentFolder.gather` raise them.
     """
-    parts = {"calibration": dict(described), "files": finetuned, "version": __version__, "wanted": dict(wanted)}
-    return blake3(canonical.encode(parts)).digest()
+    wanted = calibrated_names(plans, calibration)
+    if calibration is None:
+        yield None
+        return
+    files = [[os.fsencode(path), size, time] for path, size, time in finetuned.identity()]
+    described = calibration.describe()
+    parts = {"calibration": described, "files": files, "version": __version__, "wanted": wanted}
+    folder = MomentFolder(out, described, blake3(canonical.encode(parts)).digest())
+    told = 0
+
+    def step(done: int, total: int) -> None:
+        nonlocal told
+        if progress:
+            progress("", finetuned.nbytes * done // total - told)
+        told = finetuned.nbytes * done // total
+
+    try:
+        folder.gather(finetuned.path, wanted, calibration, step)
+        yield folder
+    except KeyboardInterrupt as interrupt:
+        kept = "; the same command goes on where it stopped" if folder.keep() else ""
+        raise KeyboardInterrupt(f"interrupted{kept}") from interrupt
+    except BaseException:
+        folder.remove()
+        raise
+    folder.remove()
