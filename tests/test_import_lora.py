@@ -271,6 +271,9 @@ def test_heads_that_would_be_lost(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "a", whole, modules_to_save=["lm_head"])
     with pytest.raises(UnsupportedError, match="would untie the head"):
         deltafmt.import_lora(base, adapter, tmp_path / "d.deltafmt")
+    whole["model.embed_tokens.weight"] = whole["lm_head.weight"]
+    tied = write_adapter(tmp_path / "tied", whole, modules_to_save=["lm_head", "embed_tokens"])
+    assert deltafmt.import_lora(base, tied, tmp_path / "d.deltafmt").replaced == ["model.embed_tokens.weight"]
 
 
 def test_bases_without_a_delta(tmp_path: Path) -> None:
@@ -279,11 +282,24 @@ def test_bases_without_a_delta(tmp_path: Path) -> None:
         deltafmt.import_lora(base, write_adapter(tmp_path / "a", pair_of("q", 48, 24)), tmp_path / "d.deltafmt")
 
 
-def test_two_modules_of_one_tensor(tmp_path: Path) -> None:
-    base = write_folder(tmp_path / "base", {"q.weight": normal(1, (48, 24))})
-    adapter = write_adapter(tmp_path / "a", {**pair_of("q", 48, 24), **pair_of("model.q", 48, 24)})
-    with pytest.raises(deltafmt.errors.InvalidFileError, match="two modules"):
-        deltafmt.import_lora(base, adapter, tmp_path / "d.deltafmt")
+def test_two_of_one_tensor(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", {"q.weight": normal(1, (48, 24)), "norm.bias": normal(2, (24,))})
+    twice = {
+        "modules": {**pair_of("q", 48, 24), **pair_of("model.q", 48, 24)},
+        "tensors": {"norm.bias": normal(3, (24,)), "model.norm.bias": normal(4, (24,))},
+    }
+    for what, tensors in twice.items():
+        with pytest.raises(deltafmt.errors.InvalidFileError, match=f"two {what}"):
+            deltafmt.import_lora(base, write_adapter(tmp_path / what, tensors), tmp_path / "d.deltafmt")
+
+
+def test_an_adapter_in_the_folder_of_its_base(files: Files, tmp_path: Path) -> None:
+    """Beside merged weights, its configuration would have transformers load the adapter once more."""
+    for path in files.adapter.iterdir():
+        path.rename(files.base / path.name)
+    deltafmt.import_lora(files.base, files.base, tmp_path / "d.deltafmt")
+    with deltafmt.open(tmp_path / "d.deltafmt") as opened:
+        assert "adapter_config.json" not in opened.container.attachments
 
 
 def test_outputs_that_exist(files: Files, tmp_path: Path) -> None:

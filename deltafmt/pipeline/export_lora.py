@@ -5,28 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
-from deltafmt.checkpoint.adapter import PREFIX, WEIGHTS_FILE, is_conv1d, is_embedding, may_be_conv1d
+from deltafmt.checkpoint.adapter import PREFIX, WEIGHTS_FILE
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.codecs.buffers import raw_bytes
-from deltafmt.codecs.floats import Raw, narrow, widen
-from deltafmt.codecs.lowrank import LowRankCodec
 from deltafmt.delta import DeltaFile
-from deltafmt.errors import NonFiniteError, UsageError
+from deltafmt.errors import UsageError
 from deltafmt.layout import constants as c
 from deltafmt.layout.entries import TensorEntry
-from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.pipeline.bases import find_base, wrong_bytes
 from deltafmt.pipeline.import_lora import METADATA_BASE, METADATA_TASK
-from deltafmt.pipeline.lora_factors import factors_of
+from deltafmt.pipeline.lora_modules import LoraModule, lora_modules
 
 DEFAULT_TASK: Final = "CAUSAL_LM"
 
@@ -104,97 +98,16 @@ def export_lora(
             for entry in entries:
                 find_base(checkpoint, entry)
             named, config = str(checkpoint.path), config or checkpoint.config()
-        job = _Exporter(opened, checkpoint, entries, _modules(opened, entries, config, dtype))
+        job = _Exporter(opened, checkpoint, entries, lora_modules(opened, entries, config, dtype))
         task = task_type or opened.metadata.get(METADATA_TASK) or DEFAULT_TASK
         return job.run(path, job.config(named, task), force)
-
-
-@dataclass(frozen=True, slots=True)
-class _Module:
-    """A module with factors: its name, its entry, its bands, its kind, and the dtype to write."""
-
-    name: str
-    entry: TensorEntry
-    bands: tuple[LowRankLayout, ...]
-    embedding: bool
-    conv1d: bool
-    dtype: str
-
-    @property
-    def rank(self) -> int:
-        """Vectors of all bands."""
-        return sum(band.rank for band in self.bands)
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the weight is the transpose of what a linear module has."""
-        return self.embedding or self.conv1d
-
-    def specs(self) -> tuple[TensorSpec, TensorSpec]:
-        """Return A and B as PEFT names them."""
-        start = f"{PREFIX}{self.name}.lora_{'embedding_' if self.embedding else ''}"
-        end = "" if self.embedding else ".weight"
-        into, out = self.entry.shape if self.transposed else self.entry.shape[::-1]
-        a = TensorSpec(f"{start}A{end}", self.dtype, (self.rank, into))
-        return a, TensorSpec(f"{start}B{end}", self.dtype, (out, self.rank))
-
-    def factors(self, delta: DeltaFile) -> tuple[Raw, Raw]:
-        """Decode A and B.
-
-        Raises:
-            NonFiniteError: an element is beyond the dtype's range.
-        """
-        entry = self.entry
-        both = [
-            LowRankCodec(band, *entry.shape).vectors(delta.term_views(entry, term))
-            for band, term in zip(self.bands, entry.terms, strict=True)
-        ]
-        u, v = (np.concatenate(parts) for parts in zip(*both, strict=True))
-        a, b = (narrow(factor, self.dtype) for factor in factors_of(u, v, transposed=self.transposed))
-        if not all(np.isfinite(widen(factor, self.dtype)).all() for factor in (a, b)):
-            raise NonFiniteError(f'tensor "{entry.name}": a factor has values beyond the range of {self.dtype}')
-        return a, b
-
-
-def _modules(
-    delta: DeltaFile, entries: list[TensorEntry], config: Mapping[str, Any], dtype: str | None
-) -> list[_Module]:
-    """Return the modules that have factors, in natural order.
-
-    Raises:
-        UsageError: names the first tensor whose delta is not that of an adapter, or there is none that has one.
-    """
-    found = []
-    for entry in entries:
-        where = f'{delta.container.name}: tensor "{entry.name}"'
-        if entry.target is not None and delta[entry.target].action != "same":
-            raise UsageError(f"{where} is tied to {entry.target}, which an adapter cannot say")
-        if not entry.terms:
-            continue
-        bands = tuple(term.params for term in entry.terms if isinstance(term.params, LowRankLayout))
-        if len(bands) < len(entry.terms):
-            kind = next(term.params.kind for term in entry.terms if term.params.kind != LowRankLayout.kind)
-            raise UsageError(f"{where} has a term of kind {kind}; an adapter has lowrank terms alone")
-        module, _, last = entry.name.rpartition(".")
-        if not module or last != "weight" or len(entry.shape) != 2:
-            raise UsageError(f"{where} of shape {list(entry.shape)} is not the weight matrix of a module")
-        if entry.base is None or entry.base.shape != entry.shape:
-            raise UsageError(f"{where} has other rows than its base, which an adapter cannot say")
-        if not config and may_be_conv1d(module):
-            raise UsageError(f"{where} may be stored transposed; give --base a folder with config.json")
-        stored = {band.factors if isinstance(band.factors, str) else "F32" for band in bands}
-        written = dtype or (stored.pop() if len(stored) == 1 else "F32")
-        found.append(_Module(module, entry, bands, is_embedding(module), is_conv1d(module, config), written))
-    if not found:
-        raise UsageError(f"{delta.container.name}: no tensor has a low-rank delta")
-    return found
 
 
 class _Exporter:
     """One run of an export."""
 
     def __init__(
-        self, delta: DeltaFile, base: Checkpoint | None, entries: list[TensorEntry], modules: list[_Module]
+        self, delta: DeltaFile, base: Checkpoint | None, entries: list[TensorEntry], modules: list[LoraModule]
     ) -> None:
         self._delta = delta
         self._base = base

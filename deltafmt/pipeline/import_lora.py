@@ -12,19 +12,21 @@ from typing import Final
 from blake3 import blake3
 
 from deltafmt._version import __version__
-from deltafmt.checkpoint.adapter import Adapter, Factors, is_conv1d
+from deltafmt.checkpoint.adapter import Adapter
+from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.codecs.buffers import blank, raw_bytes
 from deltafmt.codecs.lowrank import LowRankCodec
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.writer import ContainerWriter
-from deltafmt.errors import InvalidFileError, UnsupportedError, UsageError, WrongBaseError
+from deltafmt.errors import UsageError
 from deltafmt.layout import constants as c
 from deltafmt.layout.entries import BaseRef, TensorEntry, Term
 from deltafmt.layout.sections import Attachment
 from deltafmt.output import storage_error
 from deltafmt.pipeline.lora_factors import term_of
+from deltafmt.pipeline.lora_plan import LoraPlan, plan_lora
 from deltafmt.pipeline.pack import refuse_input
 from deltafmt.pipeline.workers import Progress, drain, thread_count
 
@@ -112,7 +114,7 @@ def import_lora(
         refuse_input(path, [checkpoint])
         if path.resolve().parent == opened.path.resolve() and path.exists():
             raise UsageError(f"the output {path} lies in the adapter's folder and is not replaced")
-        plan = _plan(checkpoint, opened)
+        plan = plan_lora(checkpoint, opened)
         workers = thread_count(threads)
         result = ImportResult(
             path,
@@ -136,7 +138,7 @@ class _Importer:
     """One run of an import."""
 
     def __init__(
-        self, base: Checkpoint, adapter: Adapter, plan: _Plan, writer: ContainerWriter, result: ImportResult
+        self, base: Checkpoint, adapter: Adapter, plan: LoraPlan, writer: ContainerWriter, result: ImportResult
     ) -> None:
         self._base = base
         self._adapter = adapter
@@ -192,7 +194,7 @@ class _Importer:
     def _attach(self) -> dict[str, Attachment]:
         """Attach what makes the unpacked folder load: the adapter's files, and the base's that it lacks."""
         own, base, found = self._adapter.files, self._base.files, {}
-        left_out = {_CARD} | (_TOKENIZER if _TOKENIZER & own.keys() else set())
+        left_out = {_CARD, CONFIG_FILE} | (_TOKENIZER if _TOKENIZER & own.keys() else set())
         files = {name: path for name, path in base.items() if name not in left_out} | own
         files |= {name: base[name] for name in _CONFIGS & base.keys()}
         for name, path in sorted(files.items()):
@@ -214,100 +216,7 @@ class _Importer:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Where the adapter's tensors belong, by the names of the base's tensors; and new tensors by their own."""
-
-    factors: dict[str, Factors]
-    transposed: frozenset[str]
-    replaced: dict[str, Tensor]
-
-
 def _digested(pieces: Iterator[memoryview], digest: blake3) -> Iterator[memoryview]:
     for piece in pieces:
         digest.update(piece)
         yield piece
-
-
-def _plan(base: Checkpoint, adapter: Adapter) -> _Plan:
-    """Find the base tensor of everything in the adapter.
-
-    Raises:
-        InvalidFileError, UnsupportedError, WrongBaseError: see :func:`import_lora`.
-    """
-    factors: dict[str, Factors] = {}
-    transposed = set()
-    for module, pair in adapter.factors.items():
-        name = _find(base, f"{module}.weight")
-        if name is None:
-            raise _unmatched(base, adapter, pair.a.name)
-        if name in factors:
-            raise InvalidFileError(f'{adapter.path}: two modules are the base\'s tensor "{name}"')
-        if _is_transposed(pair, base, name, adapter):
-            transposed.add(name)
-        factors[name] = pair
-    replaced: dict[str, Tensor] = {}
-    for name, tensor in adapter.whole.items():
-        found = _find(base, name)
-        if found is None:
-            if not adapter.config.saves(name.rpartition(".")[0]):
-                raise _unmatched(base, adapter, tensor.name)
-            if name.rpartition(".")[0].endswith("lm_head"):
-                raise UnsupportedError(
-                    f'{adapter.path}: tensor "{tensor.name}" would untie the head from the embedding of {base.path}'
-                )
-            found = name
-        elif base.tensors[found].shape != tensor.shape:
-            raise _misshapen(base, found, f'tensor "{tensor.name}" of the adapter is {list(tensor.shape)}')
-        elif found in factors:
-            if not tensor.equals(base.tensors[found]):
-                raise UnsupportedError(
-                    f'{adapter.path}: tensor "{tensor.name}" is not the base\'s, and has factors too'
-                )
-            continue
-        if found not in base.tensors or not tensor.equals(base.tensors[found]):
-            replaced[found] = tensor
-    return _Plan(factors, frozenset(transposed), replaced)
-
-
-def _find(base: Checkpoint, name: str) -> str | None:
-    """Return the base's tensor of a name, which may stand there without, or with one more, part in front."""
-    rest = name.partition(".")[2]
-    for candidate in (name, rest):
-        if candidate in base.tensors:
-            return candidate
-    longer = [found for found in base.tensors if found.partition(".")[2] == name]
-    return longer[0] if len(longer) == 1 else None
-
-
-def _is_transposed(pair: Factors, base: Checkpoint, name: str, adapter: Adapter) -> bool:
-    """Tell whether the base keeps a weight with rows and columns exchanged.
-
-    Where the shape leaves it open, the kind of model decides, and then the adapter's ``fan_in_fan_out``.
-    """
-    tensor = base.tensors[name]
-    if tensor.dtype not in c.DELTA_DTYPES:
-        raise UnsupportedError(f'{base.path}: tensor "{name}" is {tensor.dtype}, which takes no delta')
-    straight = pair.b.shape[0], pair.a.shape[1]
-    crossed = straight[::-1]
-    if pair.embedding:
-        fits, found = tensor.shape == crossed, True
-    elif straight == crossed:
-        fits, found = tensor.shape == straight, is_conv1d(pair.module, base.config()) or adapter.config.transposed
-    else:
-        fits, found = tensor.shape in (straight, crossed), tensor.shape == crossed
-    if not fits:
-        raise _misshapen(base, name, f"the factors of {pair.module} are of {list(straight)}")
-    return found
-
-
-def _unmatched(base: Checkpoint, adapter: Adapter, name: str) -> WrongBaseError:
-    return WrongBaseError(f'{adapter.path}: tensor "{name}" matches nothing in {base.path}{_named(adapter)}')
-
-
-def _misshapen(base: Checkpoint, name: str, other: str) -> WrongBaseError:
-    return WrongBaseError(f'{base.path}: tensor "{name}" is {list(base.tensors[name].shape)}, and {other}')
-
-
-def _named(adapter: Adapter) -> str:
-    return f", and its base is named {adapter.config.base_name!r}" if adapter.config.base_name else ""

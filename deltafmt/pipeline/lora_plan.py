@@ -1,0 +1,124 @@
+"""Which tensors of a base an adapter's tensors belong to, decided from names, dtypes and shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltafmt.checkpoint.adapter import Adapter, Factors, is_conv1d
+from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.errors import InvalidFileError, UnsupportedError, WrongBaseError
+from deltafmt.layout import constants as c
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPlan:
+    """Where an adapter's tensors belong.
+
+    Attributes:
+        factors: by the name of the base's tensor.
+        transposed: names of base tensors whose rows and columns are exchanged.
+        replaced: tensors that take the place of the base's, and new ones, by name.
+    """
+
+    factors: dict[str, Factors]
+    transposed: frozenset[str]
+    replaced: dict[str, Tensor]
+
+
+def plan_lora(base: Checkpoint, adapter: Adapter) -> LoraPlan:
+    """Find the base tensor of everything in the adapter.
+
+    Raises:
+        InvalidFileError: two modules or tensors of the adapter belong to one of the base's.
+        UnsupportedError: a tensor cannot be said to be the base's plus factors, or replaced.
+        WrongBaseError: the base lacks a tensor, or has it in another shape.
+    """
+    factors: dict[str, Factors] = {}
+    transposed = set()
+    for module, pair in adapter.factors.items():
+        name = _find(base, f"{module}.weight")
+        if name is None:
+            raise _unmatched(base, adapter, pair.a.name)
+        if name in factors:
+            raise InvalidFileError(f'{adapter.path}: two modules are the base\'s tensor "{name}"')
+        if _is_transposed(pair, base, name, adapter):
+            transposed.add(name)
+        factors[name] = pair
+    replaced: dict[str, Tensor] = {}
+    for name, tensor in adapter.whole.items():
+        found = _find(base, name)
+        if not _changes(base, adapter, name, found, tensor):
+            continue
+        if found in factors:
+            raise UnsupportedError(f'{adapter.path}: tensor "{tensor.name}" is not the base\'s, and has factors too')
+        if found in replaced:
+            raise InvalidFileError(f'{adapter.path}: two tensors are the base\'s tensor "{found}"')
+        replaced[found or name] = tensor
+    return LoraPlan(factors, frozenset(transposed), replaced)
+
+
+def _changes(base: Checkpoint, adapter: Adapter, name: str, found: str | None, tensor: Tensor) -> bool:
+    """Tell whether a tensor that is stored whole differs from the base's, or is new and may be.
+
+    Raises:
+        UnsupportedError, WrongBaseError: it is new and may not be, or has another shape.
+    """
+    if found is not None:
+        if base.tensors[found].shape != tensor.shape:
+            raise _misshapen(base, found, f'tensor "{tensor.name}" of the adapter is {list(tensor.shape)}')
+        return not tensor.equals(base.tensors[found])
+    module = name.rpartition(".")[0]
+    if not adapter.config.saves(module):
+        raise _unmatched(base, adapter, tensor.name)
+    if module.rpartition(".")[2] != "lm_head":
+        return True
+    # The base ties its head to its embedding: so must the fine-tune.
+    if not any(tensor.equals(other) for other in adapter.whole.values() if other is not tensor):
+        raise UnsupportedError(
+            f'{adapter.path}: tensor "{tensor.name}" would untie the head from the embedding of {base.path}'
+        )
+    return False
+
+
+def _find(base: Checkpoint, name: str) -> str | None:
+    """Return the base's tensor of a name, which may stand there without, or with one more, part in front."""
+    rest = name.partition(".")[2]
+    for candidate in (name, rest):
+        if candidate in base.tensors:
+            return candidate
+    longer = [found for found in base.tensors if found.partition(".")[2] == name]
+    return longer[0] if len(longer) == 1 else None
+
+
+def _is_transposed(pair: Factors, base: Checkpoint, name: str, adapter: Adapter) -> bool:
+    """Tell whether the base keeps a weight with rows and columns exchanged.
+
+    Where the shape leaves it open, the kind of model decides, and then the adapter's ``fan_in_fan_out``.
+    """
+    tensor = base.tensors[name]
+    if tensor.dtype not in c.DELTA_DTYPES:
+        raise UnsupportedError(f'{base.path}: tensor "{name}" is {tensor.dtype}, which takes no delta')
+    straight = pair.b.shape[0], pair.a.shape[1]
+    crossed = straight[::-1]
+    if pair.embedding:
+        fits, found = tensor.shape == crossed, True
+    elif straight == crossed:
+        fits, found = tensor.shape == straight, is_conv1d(pair.module, base.config()) or adapter.config.transposed
+    else:
+        fits, found = tensor.shape in (straight, crossed), tensor.shape == crossed
+    if not fits:
+        raise _misshapen(base, name, f"the factors of {pair.module} are of {list(straight)}")
+    return found
+
+
+def _unmatched(base: Checkpoint, adapter: Adapter, name: str) -> WrongBaseError:
+    return WrongBaseError(f'{adapter.path}: tensor "{name}" matches nothing in {base.path}{_named(adapter)}')
+
+
+def _misshapen(base: Checkpoint, name: str, other: str) -> WrongBaseError:
+    return WrongBaseError(f'{base.path}: tensor "{name}" is {list(base.tensors[name].shape)}, and {other}')
+
+
+def _named(adapter: Adapter) -> str:
+    return f", and its base is named {adapter.config.base_name!r}" if adapter.config.base_name else ""
