@@ -17,7 +17,7 @@ from deltafmt.codecs.routines import CodecRoutines
 from deltafmt.codecs.terms import slot_count, term_codec
 from deltafmt.errors import UsageError
 from deltafmt.methods import DeltaDQ, DeltaDQSQ, Magnitude, Residual
-from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.base import DeltaRows, calibration_of
 from deltafmt.methods.group_size import expected_error
 from deltafmt.methods.largest import keep_largest
 from deltafmt.methods.routines import select_routines
@@ -142,6 +142,11 @@ def test_the_group_size_is_searched_where_moments_are_given() -> None:
     hessian = (inputs.T @ inputs).astype(np.float32)
     method = DeltaDQSQ(8, 16)
     assert method.group(delta, hessian) == (1, 2)
+    assert [calibration_of(each) for each in (method, DeltaDQSQ(search=False), Magnitude())] == [
+        "optional",
+        "none",
+        "none",
+    ]
     assert method.group(delta, None) == (8, 16)
     assert DeltaDQSQ(8, 16, search=False).group(delta, hessian) == (8, 16)
     assert DeltaDQSQ(3, 7).group(*layer(0, 5, 70)) in [(3 << i, 7 << i) for i in range(6)]

@@ -20,7 +20,7 @@ from deltafmt.errors import UsageError
 from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.methods import SVD, DeltaCoMe, DeltaDQ, Residual
 from deltafmt.methods.bands import dense, quantize_bands
-from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.base import DeltaRows, calibration_of
 from deltafmt.methods.deltacome import parse_bands
 from deltafmt.methods.factorization import factorize, rank_for_energy
 from deltafmt.methods.residual import split_head
@@ -157,6 +157,7 @@ def rows_of(pair: Pair, **more: Any) -> DeltaRows:
 
 @pytest.mark.parametrize("method", [SVD(rank=4), SVD(rank=4, bits=3), DeltaCoMe(BANDS)])
 def test_moments_of_the_inputs_help(tmp_path: Path, method: Any) -> None:
+    assert calibration_of(method) == "optional"
     pair = pair_of(tmp_path, (60, 90))
     _, hessian = layer(3, 1, 90, tokens=120)
     errors = []

@@ -84,6 +84,11 @@ class DeltaDQSQ:
         _ = self.layouts(1, 1)
 
     @property
+    def calibration(self) -> str:
+        """What second moments are to it."""
+        return "optional" if self.search else "none"
+
+    @property
     def number(self) -> int:
         """The number of parts."""
         return 1 << self.bits - 1 if self.parts is None else self.parts
