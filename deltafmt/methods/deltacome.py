@@ -87,7 +87,6 @@ class DeltaCoMe:
     summary = "singular vectors, the first at more bits than the later ones (Delta-CoMe)"
     whole = True
     calibration = "optional"
-    calibration = "optional"
 
     def __post_init__(self) -> None:
         if self.bits_per_weight is not None and not 0 < self.bits_per_weight < np.inf:

@@ -66,7 +66,6 @@ class Residual:
     summary = "the first singular vectors, and dropout of what they leave"
     whole = True
     calibration = "optional"
-    calibration = "optional"
 
     def __post_init__(self) -> None:
         if self.rank < 1:

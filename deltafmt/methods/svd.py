@@ -65,7 +65,6 @@ class SVD:
     summary = "the first singular vectors"
     whole = True
     calibration = "optional"
-    calibration = "optional"
 
     def __post_init__(self) -> None:
         given = [key for key in ("rank", "bits_per_weight", "energy") if getattr(self, key) is not None]
