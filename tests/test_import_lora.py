@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 
 import deltafmt
 from conftest import Cli, Raw, Tensors, expected_sum, normal, plain, raw, read_folder, refused, write_folder
-from deltafmt.errors import NonFiniteError, UnsupportedError, UsageError, WrongBaseError
+from deltafmt.checkpoint.adapter import Adapter
+from deltafmt.errors import InvalidFileError, NonFiniteError, UnsupportedError, UsageError, WrongBaseError
 from deltafmt.layout.lowrank import LowRankLayout
-from lora_files import BASE_FILES, PREFIX, Files, base_tensors, pair_of, product, small_files, write_adapter
+from lora_files import BASE_FILES, CONFIG, PREFIX, Files, base_tensors, pair_of, product, small_files, write_adapter
 from strategies import examples
 
 DTYPES = ("BF16", "F16", "F32")
@@ -218,6 +220,22 @@ def test_wrong_configurations(files: Files, tmp_path: Path, cli: Cli, case: str)
     assert not list(tmp_path.glob("*d.deltafmt*"))
 
 
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just(10**400)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=4,
+)
+
+
+@examples(100)
+@given(st.dictionaries(st.sampled_from(sorted(CONFIG)), VALUES, max_size=4))
+def test_any_configuration_is_read_or_refused(changes: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        adapter = write_adapter(Path(name) / "a", pair_of("q", 6, 5), **changes)
+        with contextlib.suppress(InvalidFileError):
+            Adapter(adapter).close()
+
+
 Q = "model.layers.0.q"
 WRONG_TENSORS: dict[str, tuple[dict[str, Raw | None], int, str]] = {
     "no B": ({f"{Q}.lora_B.weight": None}, 3, "lora_A.weight"),
@@ -289,7 +307,7 @@ def test_two_of_one_tensor(tmp_path: Path) -> None:
         "tensors": {"norm.bias": normal(3, (24,)), "model.norm.bias": normal(4, (24,))},
     }
     for what, tensors in twice.items():
-        with pytest.raises(deltafmt.errors.InvalidFileError, match=f"two {what}"):
+        with pytest.raises(InvalidFileError, match=f"two {what}"):
             deltafmt.import_lora(base, write_adapter(tmp_path / what, tensors), tmp_path / "d.deltafmt")
 
 
