@@ -6,7 +6,7 @@
     ├── UsageError              2   an argument or a combination of arguments is wrong
     │   └── NonFiniteError      2   a delta holds NaN or infinity and is not kept exactly
     ├── InvalidFileError        3   a file breaks its format: what, and where
-    │   └── UnsupportedError    3   a valid file that needs a newer reader
+    │   └── UnsupportedError    3   a valid file that needs a newer reader, or is of a kind that is not read
     ├── WrongBaseError          4   the base differs from the one that was packed against
     ├── StorageError            5   reading or writing failed: missing file, full disk
     └── CancelledError        130   the caller asked to stop
@@ -43,7 +43,7 @@ class InvalidFileError(DeltafmtError, ValueError):
 
 
 class UnsupportedError(InvalidFileError):
-    """A file needs a reader newer than this one."""
+    """A file needs a reader newer than this one, or is of a kind that deltafmt does not read."""
 
 
 class WrongBaseError(DeltafmtError, ValueError):

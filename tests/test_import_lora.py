@@ -351,3 +351,26 @@ def test_json(files: Files, tmp_path: Path, cli: Cli) -> None:
     text = cli("import-lora", files.base, files.adapter, "-o", tmp_path / "e.deltafmt").out
     assert "2 deltas of rank 4, 5 same as the base" in text
     assert PREFIX not in text
+
+
+def test_an_imported_adapter_is_served(tmp_path: Path) -> None:
+    """The logits of attached factors are those of the unpacked checkpoint."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tiny_models import close, ids, logits, new_model
+
+    model = new_model("gpt2")
+    model.save_pretrained(tmp_path / "base")
+    factors: Tensors = {}
+    for number, block in enumerate(("transformer.h.0", "transformer.h.1")):
+        factors |= pair_of(f"{block}.attn.c_attn", 96, 32, dtype="F32", seed=number)
+        factors |= pair_of(f"{block}.attn.c_proj", 32, 32, dtype="F16", seed=number + 10)
+    adapter = write_adapter(tmp_path / "a", factors, fan_in_fan_out=True, lora_alpha=60)
+    delta = deltafmt.import_lora(tmp_path / "base", adapter, tmp_path / "d.deltafmt").path
+    deltafmt.unpack(tmp_path / "base", delta, tmp_path / "merged")
+    tokens = ids(2, 9)
+    expected = logits(type(model).from_pretrained(tmp_path / "merged").eval(), tokens)
+    attached = deltafmt.transformers.attach(type(model).from_pretrained(tmp_path / "base").eval(), {"a": delta})
+    with torch.no_grad(), attached.delta("a"):
+        assert close(logits(attached, tokens), expected)
+    assert not close(logits(type(model).from_pretrained(tmp_path / "base").eval(), tokens), expected)

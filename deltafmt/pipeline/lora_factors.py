@@ -34,7 +34,7 @@ def term_of(factors: Factors, scaling: float, *, transposed: bool) -> tuple[LowR
     wide_a = _finite(widen(a, factors.a.dtype), factors.a)
     exact = _finite(widen(b, factors.b.dtype), factors.b).astype(np.float64).T * scaling
     with np.errstate(over="ignore"):
-        wide_b = _finite(exact.astype(np.float32), factors.b)
+        wide_b = _finite(exact.astype(np.float32), factors.b, f" times the scaling of {scaling:g}")
     if factors.rank > min(wide_b.shape[1], wide_a.shape[1]):
         u, v, dtype = *_multiplied(wide_a, exact, factors), "F32"
         return LowRankLayout(u.shape[0], dtype), _arrays(u, v, dtype, transposed=transposed)
@@ -64,14 +64,14 @@ def _arrays(out: Floats, into: Floats, dtype: str, *, transposed: bool) -> LowRa
 def _multiplied(a: Floats, b: NDArray[np.float64], factors: Factors) -> tuple[Floats, Floats]:
     """Return min(rows, columns) vectors with the same product: the product's own rows or columns, and unit vectors."""
     with np.errstate(over="ignore"):
-        product = _finite((b.T @ a.astype(np.float64)).astype(np.float32), factors.b)
+        product = _finite((b.T @ a.astype(np.float64)).astype(np.float32), factors.b, " times the other factor")
     rows, columns = product.shape
     if rows <= columns:
         return np.eye(rows, dtype=np.float32), product
     return np.ascontiguousarray(product.T), np.eye(columns, dtype=np.float32)
 
 
-def _finite(values: Floats, tensor: Tensor) -> Floats:
+def _finite(values: Floats, tensor: Tensor, change: str = "") -> Floats:
     if not np.isfinite(values).all():
-        raise NonFiniteError(f'{tensor.file.path}: tensor "{tensor.name}" times the scaling is not finite')
+        raise NonFiniteError(f'{tensor.file.path}: tensor "{tensor.name}"{change} is not finite')
     return values
