@@ -65,7 +65,7 @@ def fill(
     Args:
         widths: (vectors, bits) pairs, first vectors first; None takes all that are left.
         vectors: how many there are.
-        budget: bytes.
+        budget: bytes, or infinity.
         cost: of a vector of either side with a number of bits, in bytes.
 
     Returns:
@@ -74,7 +74,7 @@ def fill(
     found = []
     for count, bits in widths:
         each = cost(bits)
-        taken = int(min(vectors if count is None else count, budget // each, vectors))
+        taken = int(min(vectors if count is None else count, budget / each, vectors))
         if taken:
             found.append((taken, bits))
         budget -= taken * each
