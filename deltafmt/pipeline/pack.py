@@ -22,7 +22,7 @@ from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.codecs.buffers import Packed, blank, raw_bytes
 from deltafmt.codecs.terms import TermCodec, fitted, slot_count, term_codec
 from deltafmt.container import canonical
-from deltafmt.container.partial import PartialFile
+from deltafmt.container.partial import PartialFile, check_output_file
 from deltafmt.container.stream import StreamFile
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import BATCH_ELEMENTS, row_ranges
@@ -37,7 +37,9 @@ from deltafmt.methods.deltadq import DeltaDQ
 from deltafmt.methods.residual import Residual
 from deltafmt.methods.routines import Routines, select_routines
 from deltafmt.output import storage_error
-from deltafmt.pipeline.plan import NO_SMALLER, Plan, Rule, make_plan, shared_bytes, tensor_seed
+from deltafmt.pipeline.budget import Choice, Choices, Undecided, target_bytes, target_metadata
+from deltafmt.pipeline.calibrate import Calibration, MomentFolder, gathered_moments
+from deltafmt.pipeline.plan import NO_SMALLER, Plan, Rule, file_metadata, make_plan, shared_bytes, tensor_seed
 from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thread_count
 
 # Below this many columns, keeping under half of a row at random is likely to cost accuracy (docs/benchmarks.md).
@@ -45,6 +47,9 @@ NARROW_COLUMNS = 256
 
 # Float32 arrays of its size that compressing a whole matrix takes, for each byte of a fine-tuned tensor in BF16.
 WHOLE_FACTOR = 8
+
+# Bytes that solving for a whole matrix takes for each element of its inputs' second moments.
+HESSIAN_BYTES = 40
 
 # Bytes of the base that are read for their fingerprints while numba loads, which takes about as long.
 FINGERPRINT_AHEAD_BYTES = 1024 * 1024 * 1024
@@ -65,6 +70,10 @@ class PackResult:
         removed: tensors that only the base has.
         resumed: tensors that an interrupted run had already packed.
         skipped_files: names of files that could not be attached.
+        calibration_tokens: that the fine-tune has read of a calibration text.
+        uncalibrated: names of matrices that a method was to calibrate, and of whose inputs no moments were found.
+        notes: what the method had to say, by name of the tensor; not of those that an interrupted run had packed.
+        choice: what was chosen for a target, if there was one.
     """
 
     path: Path | None
@@ -77,6 +86,10 @@ class PackResult:
     removed: int = 0
     resumed: int = 0
     skipped_files: list[str] = field(default_factory=list)
+    calibration_tokens: int = 0
+    uncalibrated: list[str] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+    choice: Choice | None = None
 
     @property
     def ratio(self) -> float:
@@ -90,9 +103,13 @@ def pack(
     out: str | os.PathLike[str] | BinaryIO,
     *,
     method: Method | None = None,
+    target_ratio: float | None = None,
+    target_size: int | None = None,
+    candidates: Sequence[Method] = (),
     rules: Sequence[Rule] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    calibration: Calibration | None = None,
     profile: str = "hot",
     seed: int = 0,
     force: bool = False,
@@ -105,23 +122,32 @@ def pack(
         base, finetuned: a checkpoint folder or a ``.safetensors`` file.
         out: the file to make, or a binary file object to write to (which cannot be resumed).
         method: compresses the matrices; DeltaDQ() if not given.
+        target_ratio: choose a method for each tensor, so that the file is at least so many times smaller.
+        target_size: choose a method for each tensor, so that the file has at most so many bytes.
+        candidates: what is chosen from; those of :func:`deltafmt.pipeline.budget.default_candidates` if empty.
         rules: (pattern, method or None) pairs; the last that matches a name decides, None keeps it exactly.
         include: if given, only names that match one of these patterns are compressed.
         exclude: names that match one of these patterns are kept exactly.
+        calibration: a text for the fine-tune to read, which the methods gptq and sparsegpt need and others can use.
         profile: ``hot`` or ``cold``.
         seed: 64 bits; every tensor's own seed is derived from it and the tensor's name.
         force: replace ``out`` if it exists.
         threads: worker threads; one a processor if not given. The bytes do not depend on it.
-        progress: called with a tensor's name and bytes as each is done.
+        progress: called with a tensor's name and bytes as each is done; with a target also as each is measured.
 
     Raises:
-        UsageError: a wrong option, a pattern that matches nothing, an output that exists or is an input.
+        UsageError: a wrong option, a pattern that matches nothing, an output that exists or is an input, a target
+            that no plan meets.
         NonFiniteError: a delta has NaN or infinity and its tensor is to be compressed.
         InvalidFileError: an input is not a valid checkpoint.
         WrongBaseError: base and fine-tune are of different architecture.
         StorageError: reading or writing failed.
     """
-    method = method if method is not None else DeltaDQ()
+    targeted = target_ratio is not None or target_size is not None
+    if targeted and method is not None:
+        raise UsageError(f"a target chooses the methods itself, and {method.describe()!r} is given")
+    if candidates and not targeted:
+        raise UsageError("candidates are given, and no target to choose them for")
     if not 0 <= seed < 2**64:
         raise UsageError(f"seed {seed} is outside 0 to 2**64 - 1")
     if profile not in c.PROFILES:
@@ -129,32 +155,80 @@ def pack(
     workers = thread_count(threads)
     with Checkpoint(base) as before, Checkpoint(finetuned) as after:
         sources = before, after
-        plans = make_plan(*sources, method, rules, include, exclude)
+        target = target_bytes(target_ratio, target_size, after.file_bytes)
+        default: Method = Undecided() if target is not None else method or DeltaDQ()
+        plans = make_plan(*sources, default, rules, include, exclude)
         if profile == "hot" and any(layout.cold_only for plan in plans for layout in _layouts(plan)):
             raise UsageError("a rank index needs --profile cold: a hot file is read by kernels as it lies")
-        path: Path | None = None
-        sink: PartialFile | StreamFile
         if isinstance(out, str | os.PathLike):
-            path = Path(out)
-            refuse_input(path, sources)
-            job = _job(sources, plans, profile, seed)
-            sink = PartialFile(path, job, force=force)
-        else:
-            sink = StreamFile(out)
-        result = PackResult(path, finetuned_bytes=sources[1].file_bytes, skipped_files=list(sources[1].skipped))
-        try:
-            packer = _Packer(sources, plans, method, sink, profile, seed, result)
-            packer.run(workers, progress)
-            for source in sources:
-                source.check_unchanged()
-            sink.commit()
-        except KeyboardInterrupt as interrupt:
-            kept = "; the same command goes on where it stopped" if sink.keep() else ""
-            raise KeyboardInterrupt(f"interrupted{kept}") from interrupt
-        except BaseException:
+            out = Path(out)
+            refuse_input(out, sources)
+            check_output_file(out, force=force)
+        place = out if isinstance(out, Path) else None
+        with gathered_moments(after, plans, calibration, place, progress) as moments:
+
+            def write(plans: list[Plan], description: str) -> PackResult:
+                return _write(
+                    sources, plans, description, out, profile, seed, force, workers, progress, target, moments
+                )
+
+            if target is None:
+                return write(plans, default.describe())
+            choices = Choices(sources, plans, candidates, profile, seed, {} if moments is None else moments.metadata())
+            choices.measure(workers, progress, moments)
+            limit = target
+            while True:
+                choice = choices.choose(target, limit)
+                result = write(choice.plans, target_metadata(target))
+                result.choice = choice
+                if result.size <= target:
+                    return result
+                limit -= result.size - target  # the size was foretold wrongly: plan for less
+
+
+def _write(
+    sources: tuple[Checkpoint, Checkpoint],
+    plans: list[Plan],
+    description: str,
+    out: Path | BinaryIO,
+    profile: str,
+    seed: int,
+    force: bool,
+    workers: int,
+    progress: Progress | None,
+    most: int | None,
+    moments: MomentFolder | None,
+) -> PackResult:
+    """Write a file, or nothing where it has more than so many bytes; the result says how many.
+
+    Raises:
+        UsageError: a stream has had too many bytes already.
+    """
+    path = out if isinstance(out, Path) else None
+    sink: PartialFile | StreamFile
+    if isinstance(out, Path):
+        sink = PartialFile(out, _job(sources, plans, profile, seed, moments), force=force)
+    else:
+        sink = StreamFile(out)
+    result = PackResult(path, finetuned_bytes=sources[1].file_bytes, skipped_files=list(sources[1].skipped))
+    try:
+        packer = _Packer(sources, plans, description, sink, profile, seed, result, moments)
+        packer.run(workers, progress)
+        for source in sources:
+            source.check_unchanged()
+        if most is not None and result.size > most:
+            if path is None:
+                raise UsageError(f"the output has {result.size:,} bytes, and the target was {most:,}")
             sink.abandon()
-            raise
-        return result
+        else:
+            sink.commit()
+    except KeyboardInterrupt as interrupt:
+        kept = "; the same command goes on where it stopped" if sink.keep() else ""
+        raise KeyboardInterrupt(f"interrupted{kept}") from interrupt
+    except BaseException:
+        sink.abandon()
+        raise
+    return result
 
 
 def refuse_input(path: Path, sources: Sequence[Checkpoint]) -> None:
@@ -169,15 +243,19 @@ def refuse_input(path: Path, sources: Sequence[Checkpoint]) -> None:
             raise UsageError(f"the output {path} is itself an input")
 
 
-def _job(sources: Sequence[Checkpoint], plans: Sequence[Plan], profile: str, seed: int) -> bytes:
+def _job(
+    sources: Sequence[Checkpoint], plans: Sequence[Plan], profile: str, seed: int, moments: MomentFolder | None
+) -> bytes:
     """Return a digest of everything that decides the bytes of the output."""
-    description = {
+    description: dict[str, Any] = {
         "files": [[[os.fsencode(path), size, time] for path, size, time in source.identity()] for source in sources],
         "plans": [[plan.tensor.name, plan.method.describe() if plan.method else plan.reason] for plan in plans],
         "profile": profile,
         "seed": str(seed),
         "version": __version__,
     }
+    if moments is not None:
+        description["calibration"] = moments.described
     return blake3(canonical.encode(description)).digest()
 
 
@@ -200,6 +278,7 @@ class _Pending:
     parts: list[Future[None]] = field(default_factory=list)
     terms: list[_PackedTerm] = field(default_factory=list)
     seed: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 class _Packer:
@@ -209,24 +288,24 @@ class _Packer:
         self,
         sources: tuple[Checkpoint, Checkpoint],
         plans: list[Plan],
-        method: Method,
+        description: str,
         sink: PartialFile | StreamFile,
         profile: str,
         seed: int,
         result: PackResult,
+        moments: MomentFolder | None,
     ) -> None:
         self._finetuned = sources[1]
         self._plans = plans
         self._seed = seed
         self._sink = sink
         self._result = result
+        self._moments = moments
         self._removed = sorted(set(sources[0].tensors) - set(sources[1].tensors))
-        self._metadata = {
-            "deltafmt.version": __version__,
-            "method": method.describe(),
-            "seed": str(seed),
-            **{f"safetensors.{key}": value for key, value in sources[1].metadata().items()},
-        }
+        self._metadata = file_metadata(description, seed, sources[1])
+        if moments is not None:
+            result.calibration_tokens = moments.tokens
+            self._metadata |= moments.metadata()
         self._writer = ContainerWriter(sink, profile, sink.sections)
         layouts = tuple(sink.layouts)
         for layout in layouts:
@@ -246,9 +325,11 @@ class _Packer:
         try:
             if compiled:
                 self._load_loops(pool, todo)
-            submitted = in_order(todo, lambda plan: self._submit(pool, plan), _footprint)
+            submitted = in_order(todo, lambda plan: self._submit(pool, plan), self._footprint)
             for plan, pending in submitted:
                 self._add(self._finish_tensor(plan, pending))
+                if pending.notes:
+                    self._result.notes[plan.tensor.name] = "; ".join(pending.notes)
                 if progress:
                     progress(plan.tensor.name, plan.tensor.nbytes)
         finally:
@@ -262,6 +343,9 @@ class _Packer:
             if entry.columns < NARROW_COLUMNS and isinstance(plan.method, DeltaDQ | Residual):
                 self._result.narrow += any(_drops_most(term.params) for term in entry.terms)
         self._result.removed = len(self._removed)
+        if self._moments is not None:
+            added = (name for name, entry in self._entries.items() if entry.action == "add")
+            self._result.uncalibrated = [name for name in added if self._moments.lacks(name)]
         identity = self._writer.finish(
             self._entries.values(), removed=self._removed, attachments=attachments, metadata=self._metadata
         )
@@ -310,7 +394,7 @@ class _Packer:
         pending.fingerprint = self._fingerprints.pop(tensor.name, None) or pool.submit(base.fingerprint)
         pending.seed = tensor_seed(self._seed, tensor.name)
         if method.whole:
-            pending.parts.append(pool.submit(_pack_whole, plan, method, pending, self._routines))
+            pending.parts.append(pool.submit(_pack_whole, plan, method, pending, self._routines, self._moments))
             return pending
         rows = min(tensor.rows, base.rows)
         for layout in _layouts(plan):
@@ -322,6 +406,14 @@ class _Packer:
             runs = row_ranges(start, stop, width, step)
             pending.parts.append(pool.submit(_pack_rows, plan, method, pending, runs, self._routines))
         return pending
+
+    def _footprint(self, plan: Plan) -> int:
+        """Return the bytes that count for a tensor on its way; a whole matrix is held in float32, several times."""
+        if plan.method is None or not plan.method.whole:
+            return plan.tensor.nbytes
+        solved = self._moments is not None and self._moments.has(plan.tensor.name)
+        moments = HESSIAN_BYTES * plan.tensor.columns**2 if solved else 0
+        return plan.tensor.nbytes * WHOLE_FACTOR + moments
 
     def _finish_tensor(self, plan: Plan, pending: _Pending) -> TensorEntry:
         """Wait for one tensor, write its buffers and return its entry."""
@@ -374,11 +466,6 @@ def _layouts(plan: Plan) -> tuple[Layout, ...]:
     return plan.method.layouts(min(plan.tensor.rows, plan.base.rows), plan.tensor.columns)
 
 
-def _footprint(plan: Plan) -> int:
-    """Return the bytes that count for a tensor that is on its way; a whole matrix is held in float32, several times."""
-    return plan.tensor.nbytes * (WHOLE_FACTOR if plan.method is not None and plan.method.whole else 1)
-
-
 def _drops_most(layout: Layout) -> bool:
     return isinstance(layout, NMLayout) and 2 * layout.keep < layout.group
 
@@ -415,13 +502,16 @@ def _pack_rows(
                 term.codec.encode(arrays, term.packed, first, routines.codec)
 
 
-def _pack_whole(plan: Plan, method: Method, pending: _Pending, per_thread: PerThread[Routines]) -> None:
+def _pack_whole(
+    plan: Plan, method: Method, pending: _Pending, per_thread: PerThread[Routines], moments: MomentFolder | None
+) -> None:
     """Compress a whole matrix."""
     routines = per_thread.get()
     rows = min(plan.tensor.rows, 0 if plan.base is None else plan.base.rows)
     with _named_errors(plan.tensor):
         with _run_of(plan, 0, rows, routines) as whole:
-            compressed = method.compress(whole, pending.seed)
+            hessian = None if moments is None else moments.get(plan.tensor.name)
+            compressed = method.compress(replace(whole, hessian=hessian, notes=pending.notes), pending.seed)
         for least, arrays in zip(_layouts(plan), compressed, strict=True):
             layout = fitted(least, arrays)
             seed, slots = pending.seed if layout.seeded else 0, slot_count(layout, arrays, plan.tensor.columns)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from blake3 import blake3
 
+from deltafmt._version import __version__
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import UsageError, WrongBaseError
@@ -166,6 +167,16 @@ def find_ties(base: Checkpoint, finetuned: Checkpoint) -> dict[str, str]:
                     ties[tensor.name] = first.name
                     break
     return ties
+
+
+def file_metadata(method: str, seed: int, finetuned: Checkpoint) -> dict[str, str]:
+    """Return the metadata of a delta file, given how its method describes itself."""
+    return {
+        "deltafmt.version": __version__,
+        "method": method,
+        "seed": str(seed),
+        **{f"safetensors.{key}": value for key, value in finetuned.metadata().items()},
+    }
 
 
 def tensor_seed(seed: int, name: str) -> int:
