@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from deltafmt import errors, methods, torch, transformers
     from deltafmt.delta import DeltaFile
     from deltafmt.delta import DeltaFile as open  # noqa: A004, N813 - as safetensors and gzip name theirs
+    from deltafmt.pipeline.calibrate import Calibration
     from deltafmt.pipeline.diff import diff
     from deltafmt.pipeline.export_lora import export_lora
     from deltafmt.pipeline.import_lora import import_lora
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from deltafmt.pipeline.verify import verify
 
 __all__ = [
+    "Calibration",
     "DeltaFile",
     "__version__",
     "diff",
@@ -52,6 +54,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Calibration": ("deltafmt.pipeline.calibrate", "Calibration"),
     "DeltaFile": ("deltafmt.delta", "DeltaFile"),
     "diff": ("deltafmt.pipeline.diff", "diff"),
     "errors": ("deltafmt.errors", None),

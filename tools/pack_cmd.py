@@ -10,6 +10,13 @@ from typing import TYPE_CHECKING
 from deltafmt.errors import UsageError
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
+from deltafmt.tools.calibration_options import (
+    add_calibration_arguments,
+    calibration_obj,
+    read_calibration,
+    say_calibration,
+)
+from deltafmt.tools.targets import add_target_arguments, plan_obj, read_target, show
 
 if TYPE_CHECKING:
     from deltafmt.methods import Method
@@ -40,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", nargs="?", help="checkpoint folder or .safetensors file")
     parser.add_argument("finetuned", metavar="FINETUNED", nargs="?", help="checkpoint folder or .safetensors file")
     parser.add_argument("-o", "--output", metavar="OUT", help="the delta file to make; - for standard output")
-    parser.add_argument("--method", default="deltadq", metavar="NAME", help="deltadq, or help for a list (deltadq)")
+    parser.add_argument("--method", metavar="NAME", help="deltadq, or help for a list (deltadq)")
     parser.add_argument("--profile", default="hot", metavar="NAME", help="hot (mapped and uploaded as it lies) or cold")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the random positions (0)")
     parser.add_argument("--include", action="append", default=[], metavar="PATTERN", help="compress only these")
@@ -50,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="T", help="worker threads (one a processor)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    add_calibration_arguments(parser)
+    add_target_arguments(parser)
     _add_method_options(parser)
 
 
@@ -82,13 +91,17 @@ def run(options: argparse.Namespace) -> None:
     if options.method == "help":
         _list_methods()
         return
-    for name, value in (("BASE", options.base), ("FINETUNED", options.finetuned), ("-o OUT", options.output)):
+    output = "" if options.plan else options.output
+    for name, value in (("BASE", options.base), ("FINETUNED", options.finetuned), ("-o OUT", output)):
         if value is None:
             raise UsageError(f"{name} is missing (see deltafmt pack --help)")
     from deltafmt.checkpoint.folder import Checkpoint
+    from deltafmt.pipeline.budget import plan_for_target
     from deltafmt.pipeline.pack import pack
 
+    target = read_target(options, _given(options))
     method = _method(options)
+    calibration = read_calibration(options)
     rules: list[tuple[str, Method | None]] = [(pattern, _ruled(method, text)) for pattern, text in options.rule]
     to_stdout = options.output == "-"
     if to_stdout and sys.stdout.isatty():
@@ -96,19 +109,30 @@ def run(options: argparse.Namespace) -> None:
     if to_stdout and options.json:
         raise UsageError("--json and -o - both need standard output")
     total = Checkpoint(options.finetuned).nbytes if sys.stderr.isatty() else 0
-    with console.progress_bar("packing", total, not options.json) as progress:
+    shared = {
+        **target,
+        "rules": rules,
+        "include": options.include,
+        "exclude": options.exclude,
+        "profile": options.profile,
+        "seed": options.seed,
+        "threads": options.threads,
+    }
+    if options.plan:
+        with console.progress_bar("measuring", total, not options.json) as progress:
+            choice = plan_for_target(options.base, options.finetuned, **shared, progress=progress)
+        show(choice, as_json=options.json)
+        return
+    passes = 1 + bool(target) + bool(calibration)
+    with console.progress_bar("packing", passes * total, not options.json) as progress:
         result = pack(
             options.base,
             options.finetuned,
             sys.stdout.buffer if to_stdout else options.output,
-            method=method,
-            rules=rules,
-            include=options.include,
-            exclude=options.exclude,
-            profile=options.profile,
-            seed=options.seed,
+            method=None if target else method,
+            **shared,
+            calibration=calibration,
             force=options.force,
-            threads=options.threads,
             progress=progress,
         )
     _report(options, result)
@@ -131,6 +155,8 @@ def _report(options: argparse.Namespace, result: PackResult) -> None:
                 "in_base_only": result.removed,
                 "narrow": result.narrow,
                 "resumed_tensors": result.resumed,
+                **calibration_obj(result),
+                **({"plan": plan_obj(result.choice)} if result.choice else {}),
             }
         )
         return
@@ -150,6 +176,7 @@ def _report(options: argparse.Namespace, result: PackResult) -> None:
             f"note: {plural(result.narrow, 'delta')} of under 256 columns keep less than half of each row at random, "
             "which may cost accuracy; --nm 2:2 keeps everything"
         )
+    say_calibration(result, MENTIONED)
     # What was asked for needs no mention; what was not may surprise.
     surprising = [f"kept exactly: {name} ({reason})" for name, reason in result.kept.items() if reason not in CHOSEN]
     for line in surprising[:MENTIONED]:
@@ -160,12 +187,19 @@ def _report(options: argparse.Namespace, result: PackResult) -> None:
 
 def _method(options: argparse.Namespace) -> Method:
     """Return the method that the command's own options describe."""
-    from deltafmt.methods import METHODS
+    from deltafmt.methods import METHODS, DeltaDQ
     from deltafmt.methods.options import make_method
 
     given = {key.removeprefix(PREFIX): value for key, value in vars(options).items() if key.startswith(PREFIX)}
     texts = {key: value if isinstance(value, str) else ("no", "yes")[value] for key, value in given.items()}
-    return make_method(METHODS, options.method, texts)
+    return make_method(METHODS, options.method or DeltaDQ.name, texts)
+
+
+def _given(options: argparse.Namespace) -> list[str]:
+    """Return the options given that say how everything is packed."""
+    method = [] if options.method is None else [f"--method {options.method}"]
+    keys = [key.removeprefix(PREFIX).replace("_", "-") for key in vars(options) if key.startswith(PREFIX)]
+    return method + [f"--{key}" for key in keys]
 
 
 def _ruled(method: Method, text: str) -> Method | None:

@@ -6,10 +6,12 @@
 ``DeltaCoMe``     singular vectors, the first at more bits than the later ones
 ``DeltaDQ``       group-wise balanced dropout with rescale, and k-bit quantization
 ``DeltaDQSQ``     the same, codes cut into parts with lists of their own
+``GPTQ``          every element to k bits, each error made up for by later columns
 ``Magnitude``     the largest elements, anywhere or N of every M columns
 ``Residual``      the first singular vectors, and dropout of what they leave
 ``RTN``           every element to the nearest of k bits
 ``SVD``           the first singular vectors
+``SparseGPT``     N of every M columns, what is lost made up for by later columns
 ================  =====================================================================
 """
 
@@ -19,16 +21,31 @@ from deltafmt.methods.dare import DARE
 from deltafmt.methods.deltacome import DeltaCoMe
 from deltafmt.methods.deltadq import DeltaDQ
 from deltafmt.methods.deltadq_sq import DeltaDQSQ
+from deltafmt.methods.gptq import GPTQ
 from deltafmt.methods.magnitude import Magnitude
 from deltafmt.methods.residual import Residual
 from deltafmt.methods.rtn import RTN
+from deltafmt.methods.sparsegpt import SparseGPT
 from deltafmt.methods.svd import SVD
 
-_ALL: tuple[type[Method], ...] = (DeltaDQ, Residual, BitDelta, DARE, DeltaCoMe, DeltaDQSQ, Magnitude, RTN, SVD)
+_ALL: tuple[type[Method], ...] = (
+    DeltaDQ,
+    Residual,
+    BitDelta,
+    DARE,
+    DeltaCoMe,
+    DeltaDQSQ,
+    Magnitude,
+    RTN,
+    SVD,
+    GPTQ,
+    SparseGPT,
+)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 __all__ = [
     "DARE",
+    "GPTQ",
     "METHODS",
     "RTN",
     "SVD",
@@ -39,4 +56,5 @@ __all__ = [
     "Magnitude",
     "Method",
     "Residual",
+    "SparseGPT",
 ]
