@@ -27,7 +27,7 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
         "calibration", "The fine-tune reads a text first, for the methods gptq and sparsegpt and those that can use it."
     )
     group.add_argument("--calibration", metavar="FILE", help="text, or .jsonl with text, prompt or question a line")
-    group.add_argument(FIELDS["tokens"], type=int, metavar="N", help="tokens to read at most (262144)")
+    group.add_argument(FIELDS["tokens"], type=int, metavar="N", help="tokens to read, about (262144)")
     group.add_argument(FIELDS["length"], type=int, metavar="L", help="tokens of the longest sequence (2048)")
     group.add_argument(FIELDS["device"], metavar="NAME", help="cpu or cuda (a GPU if there is one)")
     group.add_argument(FIELDS["tokenizer"], metavar="PATH", help="folder or tokenizer.json, if FINETUNED has none")

@@ -43,7 +43,7 @@ class Calibration:
     Attributes:
         text: the file: plain text, or ``.jsonl`` with a ``text``, or ``prompt`` and ``completion``, or ``question`` and
             ``answer``, in every line.
-        tokens: how many to use at most; the first ones of the text.
+        tokens: about how many to use, in whole sequences; the first ones of the text.
         length: of the longest sequence.
         device: ``cpu``, ``cuda`` or ``cuda:N``; None for a GPU if there is one.
         tokenizer: a folder or ``tokenizer.json``, where the fine-tune's folder has none.
