@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from deltafmt.calibration.tokens import LENGTH, TOKENS
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
-from deltafmt.methods.base import calibration_of
+from deltafmt.methods.base import Method, calibration_of
 from deltafmt.output import OutputLock, storage_error
 from deltafmt.pipeline.plan import Plan
 from deltafmt.pipeline.workers import Progress
@@ -258,19 +258,29 @@ class MomentFolder:
             self._lock.keep()
 
 
+def check_calibration(methods: Iterable[Method], calibration: Calibration | None) -> None:
+    """Refuse methods that need a calibration where there is none.
+
+    Raises:
+        UsageError: names the first.
+    """
+    for method in methods:
+        if calibration is None and calibration_of(method) == "required":
+            raise UsageError(f"method {method.name} needs --calibration FILE, a text for the fine-tune to read")
+
+
 def calibrated_names(plans: Sequence[Plan], calibration: Calibration | None) -> dict[str, int]:
     """Return the columns of the matrices whose methods use second moments, by name.
 
     Raises:
         UsageError: there is no calibration and a method needs it, or there is one and no method uses it.
     """
-    found = {}
-    for plan in plans:
-        use = "none" if plan.method is None else calibration_of(plan.method)
-        if plan.method is not None and use == "required" and calibration is None:
-            raise UsageError(f"method {plan.method.name} needs --calibration FILE, a text for the fine-tune to read")
-        if use != "none":
-            found[plan.tensor.name] = plan.tensor.columns
+    check_calibration((plan.method for plan in plans if plan.method is not None), calibration)
+    found = {
+        plan.tensor.name: plan.tensor.columns
+        for plan in plans
+        if plan.method is not None and calibration_of(plan.method) != "none"
+    }
     if calibration is not None and not found:
         raise UsageError(f"no method here uses a calibration text such as {os.fspath(calibration.text)}")
     return found

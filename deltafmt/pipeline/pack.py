@@ -38,7 +38,7 @@ from deltafmt.methods.residual import Residual
 from deltafmt.methods.routines import Routines, select_routines
 from deltafmt.output import storage_error
 from deltafmt.pipeline.budget import Choice, Choices, Undecided, target_bytes, target_metadata
-from deltafmt.pipeline.calibrate import Calibration, MomentFolder, gathered_moments
+from deltafmt.pipeline.calibrate import Calibration, MomentFolder, check_calibration, gathered_moments
 from deltafmt.pipeline.plan import NO_SMALLER, Plan, Rule, file_metadata, make_plan, shared_bytes, tensor_seed
 from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thread_count
 
@@ -148,6 +148,7 @@ def pack(
         raise UsageError(f"a target chooses the methods itself, and {method.describe()!r} is given")
     if candidates and not targeted:
         raise UsageError("candidates are given, and no target to choose them for")
+    check_calibration(candidates, calibration)
     if not 0 <= seed < 2**64:
         raise UsageError(f"seed {seed} is outside 0 to 2**64 - 1")
     if profile not in c.PROFILES:
