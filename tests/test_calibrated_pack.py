@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 from deltafmt.calibration import chain_run  # noqa: E402
 from deltafmt.calibration.run import Options, calibrate_folder  # noqa: E402
 from deltafmt.errors import UsageError  # noqa: E402
-from deltafmt.methods import GPTQ, RTN, Magnitude, SparseGPT  # noqa: E402
+from deltafmt.methods import GPTQ, RTN, SparseGPT  # noqa: E402
 from deltafmt.methods.gptq_solver import gptq  # noqa: E402
 from deltafmt.methods.sparsegpt_solver import sparsegpt  # noqa: E402
 from deltafmt.pipeline.calibrate import Calibration  # noqa: E402
@@ -115,11 +115,12 @@ def test_what_is_stored_is_what_the_solvers_find(home: Path, tmp_path: Path) -> 
 
     with deltafmt.open(out) as opened:
         np.testing.assert_array_equal(opened.delta(NAME), nm.dense(method.layout, arrays, delta.shape[1]))
-        assert isinstance(method.largest, Magnitude)
-        largest = opened.delta(EMBEDDING)
-    deltafmt.pack(home / "base", home / "ft", out, method=method.largest, force=True)
+        dropped = opened.delta(EMBEDDING)
+    deltafmt.pack(home / "base", home / "ft", out, method=method.dropout, force=True)
     with deltafmt.open(out) as opened:
-        np.testing.assert_array_equal(opened.delta(EMBEDDING), largest)
+        np.testing.assert_array_equal(opened.delta(EMBEDDING), dropped)
+    with pytest.raises(UsageError, match="index 'seeded' cannot hold positions"):
+        SparseGPT(index="seeded")
 
 
 def test_the_command(home: Path, tmp_path: Path, cli: Cli) -> None:

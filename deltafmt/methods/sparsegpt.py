@@ -8,8 +8,9 @@ fine-tune's own inputs, as in DeltaZip (Yao, Klimovic, arXiv 2312.05215);
 Not as in the papers: rows may share positions; below 3 bits the scales are refitted to the codes by default; and every
 matrix sees the inputs of the fine-tune itself, not those that the compressed matrices before it would give.
 
-A matrix without moments keeps its largest entries as :mod:`deltafmt.methods.magnitude` does, in the same layout. The
-bytes of a file depend on the libraries that run the model and the linear algebra.
+A matrix without moments keeps entries at random and rescales them as :mod:`deltafmt.methods.deltadq` does, in the same
+layout: its largest entries would not do. The bytes of a file depend on the libraries that run the model and the linear
+algebra.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deltafmt.codecs.nm import NMArrays
+from deltafmt.errors import UsageError
 from deltafmt.layout.nm import NMLayout
 from deltafmt.methods.base import DeltaRows
-from deltafmt.methods.deltadq import read_nm
+from deltafmt.methods.deltadq import DeltaDQ, read_nm
 from deltafmt.methods.gptq import check_solver, damping_note, default_refits
 from deltafmt.methods.hessian import DAMPING
-from deltafmt.methods.magnitude import Magnitude
 from deltafmt.methods.options import option
 from deltafmt.methods.sparsegpt_solver import sparsegpt
 
@@ -62,17 +63,19 @@ class SparseGPT:
 
     def __post_init__(self) -> None:
         check_solver(self.damping, self.refits)
+        if self.index == "seeded":
+            raise UsageError("index 'seeded' cannot hold positions that the values choose; use fixed or rank")
         _ = self.layout
 
     @property
-    def largest(self) -> Magnitude:
+    def dropout(self) -> DeltaDQ:
         """What a matrix without moments is compressed by."""
-        return Magnitude(
-            n=self.n,
-            m=self.m,
-            bits=self.bits,
-            index=self.index,
-            share=self.share,
+        return DeltaDQ(
+            self.n,
+            self.m,
+            self.bits,
+            self.index,
+            self.share,
             scale=self.scale,
             scale_dtype=self.scale_dtype,
         )
@@ -80,9 +83,7 @@ class SparseGPT:
     @property
     def layout(self) -> NMLayout:
         """The layout of the term."""
-        layout = self.largest.layout
-        assert isinstance(layout, NMLayout)
-        return layout
+        return self.dropout.layout
 
     def layouts(self, rows: int, columns: int) -> tuple[NMLayout]:  # noqa: ARG002 - the same for every shape
         """Return the layout of its one term."""
@@ -90,20 +91,18 @@ class SparseGPT:
 
     def describe(self) -> str:
         """Return the method and its options in one line."""
-        how = f"{self.largest.scale_rule} damping={self.damping} refits={default_refits(self.bits, self.refits)}"
+        how = f"{self.dropout.scale_rule} damping={self.damping} refits={default_refits(self.bits, self.refits)}"
         return f"sparsegpt {self.layout.describe()} {how}"
 
     def compress(self, rows: DeltaRows, seed: int) -> tuple[NMArrays]:
-        """Prune and quantize a matrix, or keep its largest entries where no moments of its inputs are given."""
+        """Prune and quantize a matrix, or drop out of it at random where no moments of its inputs are given."""
         if rows.hessian is None:
-            (kept,) = self.largest.compress(rows, seed)
-            assert isinstance(kept, NMArrays)
-            return (kept,)
+            return self.dropout.compress(rows, seed)
         pruned = sparsegpt(
             rows.dense(),
             rows.hessian,
             self.layout,
-            rule=self.largest.scale_rule,
+            rule=self.dropout.scale_rule,
             damping=self.damping,
             refits=default_refits(self.bits, self.refits),
         )
