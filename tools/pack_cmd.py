@@ -119,6 +119,8 @@ def run(options: argparse.Namespace) -> None:
         "threads": options.threads,
     }
     if options.plan:
+        if calibration:
+            raise UsageError("--plan and --calibration: a plan is printed without reading a text")
         with console.progress_bar("measuring", total, not options.json) as progress:
             choice = plan_for_target(options.base, options.finetuned, **shared, progress=progress)
         show(choice, as_json=options.json)

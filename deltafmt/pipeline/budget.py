@@ -35,6 +35,8 @@ from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thre
 
 # Attempts to use up what the sizes of single tensors leave of a target: sections and alignment are shared.
 ROUNDS = 8
+# What the loss of a matrix with a row for every token counts: whatever a model reads or says passes through it.
+VOCABULARY_WEIGHT = 8.0
 # Candidates that are tried for all tensors to find the smallest file.
 UNIFORM_TRIED = 4
 
@@ -224,6 +226,7 @@ class Choices:
         self._profile = profile
         self._seed = seed
         self._metadata = dict(metadata)
+        self._vocabulary = self._finetuned.config().get("vocab_size")
         self._removed = sorted(set(before.tensors) - set(self._finetuned.tensors))
         self._files = _read_files(self._finetuned)
         self._unchanged = frozenset(
@@ -269,8 +272,9 @@ class Choices:
         try:
             for item, losses in in_order(self._items, submit, footprint):
                 plan = self._plans[item.number]
+                weight = VOCABULARY_WEIGHT if plan.tensor.rows == self._vocabulary else 1.0
                 sizes = [tensor_size(replace(plan, method=method), self._seed) for method in item.methods]
-                item.options = list(map(Option, sizes, losses.result()))
+                item.options = [Option(size, weight * loss) for size, loss in zip(sizes, losses.result(), strict=True)]
                 if progress:
                     progress(plan.tensor.name, plan.tensor.nbytes)
         finally:
