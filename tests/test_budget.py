@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from solve import accuracy
 
 import deltafmt
 from conftest import Cli, Pair, normal, nudge, raw, refused
@@ -277,3 +278,13 @@ def test_plan_and_pack_on_the_command_line(tmp_path: Path, cli: Cli, several: Pa
         for name, chosen in plan["tensors"].items():
             if opened[name].action == "add":
                 assert opened[name].terms[0].params.describe() in chosen["method"]
+
+
+@pytest.mark.filterwarnings("default")  # transformers' own
+def test_a_wider_model_at_a_target(models: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    home = models / "wordmath"
+    result = deltafmt.pack(home / "base", home / "math", tmp_path / "d.deltafmt", target_ratio=32)
+    assert 32 <= result.ratio <= 32 / 0.97
+    deltafmt.unpack(home / "base", tmp_path / "d.deltafmt", tmp_path / "out")
+    assert accuracy(tmp_path / "out", home / "tokenizer.json", home / "eval.jsonl", 100) >= 0.98
