@@ -24,6 +24,7 @@ from deltafmt.methods.options import make_method, split_pairs
 SETTINGS = (
     "deltadq",
     "deltadq:nm=4:16,bits=2",
+    "deltadq:nm=5:32,bits=2",
     "deltadq:nm=2:16,bits=2",
     "deltadq:nm=1:8,bits=1",
     "residual",
