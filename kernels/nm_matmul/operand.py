@@ -129,6 +129,7 @@ class OperandTable:
         self.device = torch.empty(0, device=device).device  # with its number
         self._held: list[tuple[tuple[Operand, ...], ...]] = [((),) * len(self.parts)] * slots
         self._tables: dict[tuple[Tabled, int, int, int], torch.Tensor] = {}
+        self._packed: list[tuple[int, int, PackedOperand]] = []
         self._stale = False
         self._lock = threading.Lock()
 
@@ -151,6 +152,14 @@ class OperandTable:
                 if operand.device != self.device:
                     raise UsageError(f"an operand on {operand.device} does not fit a table on {self.device}")
         self._held[slot] = tuple(tuple(terms) for terms in parts)
+        others = [
+            (slot, part, operand)
+            for part, terms in enumerate(parts)
+            for operand in terms
+            if isinstance(operand, PackedOperand)
+        ]
+        # Another list: a thread may be going through the old one.
+        self._packed = [one for one in self._packed if one[0] != slot] + others
         self._stale = True
 
     def clear(self, slot: int) -> None:
@@ -161,13 +170,9 @@ class OperandTable:
         """Return a slot's operands, by part and term."""
         return self._held[slot]
 
-    def packed(self) -> Iterator[tuple[int, int, PackedOperand]]:
-        """Yield slot, part and operand of every term that is not ``nm``."""
-        for slot, parts in enumerate(self._held):
-            for part, terms in enumerate(parts):
-                for operand in terms:
-                    if isinstance(operand, PackedOperand):
-                        yield slot, part, operand
+    def packed(self) -> list[tuple[int, int, PackedOperand]]:
+        """Return slot, part and operand of every term that is not ``nm``."""
+        return self._packed
 
     def layout_tables(self, parts: slice, kind: type[LayoutT]) -> list[LayoutTable[LayoutT]]:
         """Return one table for each layout of a kind among the operands of some parts; a second term gets another.
