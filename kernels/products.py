@@ -1,4 +1,4 @@
-"""The products with packed deltas of every kind: the ``nm`` terms by kernels, the others through torch.
+"""The products with packed deltas of every kind: ``nm``, and ``lowbit`` of few tokens, by kernels, others by torch.
 
 Through torch means right, and slow: a low-rank term decodes its vectors, the others their dense matrix for every
 product. Which tokens such a term has must be known on the host: it waits for the device, and is not for CUDA graphs.
@@ -6,7 +6,7 @@ product. Which tokens such a term has must be known on the host: it waits for th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -31,10 +31,10 @@ def matmul_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTabl
         segments: which token uses which of them.
     """
     nm_matmul_(outputs, x, table, segments)
-    by_kernel = lowbit_matmul_(outputs, x, table, segments)
-    for tokens, part, operand in _packed(table, segments):
-        if by_kernel and isinstance(operand.layout, LowbitLayout):
-            continue
+    others = table.packed()
+    if lowbit_matmul_(outputs, x, table, segments):
+        others = [one for one in others if not isinstance(one[2].layout, LowbitLayout)]
+    for tokens, part, operand in _with_tokens(others, segments):
         y = outputs[part]
         product = packed_product(x[tokens], operand)
         y[tokens, : operand.rows] = (y[tokens, : operand.rows].float() + product).to(y.dtype)
@@ -50,7 +50,7 @@ def embedding_(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, seg
         segments: which token uses which of them.
     """
     nm_embedding_(output, ids, table, segments)
-    for tokens, _, operand in _packed(table, segments):
+    for tokens, _, operand in _with_tokens(table.packed(), segments):
         held = tokens[(ids[tokens] >= 0) & (ids[tokens] < operand.rows)]
         output[held] = (output[held].float() + packed_rows(operand, ids[held].long())).to(output.dtype)
 
@@ -74,10 +74,12 @@ def packed_rows(operand: PackedOperand, rows: torch.Tensor) -> torch.Tensor:
     return operand_delta(operand)[rows]
 
 
-def _packed(table: OperandTable, segments: Segments) -> Iterator[tuple[torch.Tensor, int, PackedOperand]]:
-    """Yield the tokens, the part and the operand of every term that is not ``nm`` and that a token uses."""
+def _with_tokens(
+    operands: Iterable[tuple[int, int, PackedOperand]], segments: Segments
+) -> Iterator[tuple[torch.Tensor, int, PackedOperand]]:
+    """Yield the tokens, the part and the operand of every term that a token uses; asks the device for each slot."""
     known: dict[int, torch.Tensor] = {}
-    for slot, part, operand in table.packed():
+    for slot, part, operand in operands:
         if slot not in known:
             known[slot] = (segments.slots == slot).nonzero()[:, 0]
         if len(known[slot]):

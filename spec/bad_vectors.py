@@ -20,7 +20,6 @@ from deltafmt.layout.entries import BaseRef, TensorEntry, Term
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.layout.nm import NMLayout
-from deltafmt.layout.sections import Attachment
 from deltafmt.layout.sparse import SparseLayout
 
 
@@ -214,7 +213,7 @@ def two_sections() -> bytes:
     layout = NMLayout(1, 8, 4)
     packed = blank(layout, 4, 8)
     refs = {"codes": writer.add(raw_bytes(packed["codes"]))}
-    attachment = Attachment(writer.add(b"x", c.KIND_ATTACHMENTS), blake3(b"x").digest())
+    attachment = writer.attach(b"x")
     refs["scales"] = writer.add(raw_bytes(packed["scales"]))
     digest = blake3(raw_bytes(packed["codes"]))
     digest.update(raw_bytes(packed["scales"]))

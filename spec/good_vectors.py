@@ -16,7 +16,6 @@ from deltafmt.layout.entries import BaseRef, TensorEntry
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.layout.nm import NMLayout
-from deltafmt.layout.sections import Attachment
 from deltafmt.layout.sparse import SparseLayout
 
 
@@ -104,7 +103,7 @@ def every_action() -> bytes:
         TensorEntry("void", "replace", "F16", (0, 4), digest=blake3(nothing).digest(), data=writer.add(nothing)),
     ]
     config = b"{}\n"
-    attachment = Attachment(writer.add(config, c.KIND_ATTACHMENTS), blake3(config).digest())
+    attachment = writer.attach(config)
     writer.finish(entries, removed=["gone"], attachments={"config.json": attachment}, metadata={"method": "made up"})
     return out.getvalue()
 

@@ -20,7 +20,6 @@ from deltafmt.container.reader import Container
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.layout import constants as c
 from deltafmt.layout.entries import TensorEntry
-from deltafmt.layout.sections import Attachment
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 FILE_NAMES = st.from_regex(r"[a-z]{1,8}(/[a-z]{1,8})?\.json", fullmatch=True)
@@ -52,10 +51,7 @@ def write_container(
     sink = io.BytesIO()
     writer = ContainerWriter(sink, profile)
     entries = [replacement(writer, name, data) for name, data in tensors.items()]
-    attached = {
-        name: Attachment(writer.add(data, c.KIND_ATTACHMENTS), blake3(data).digest())
-        for name, data in (attachments or {}).items()
-    }
+    attached = {name: writer.attach(data) for name, data in (attachments or {}).items()}
     identity = writer.finish(entries, attachments=attached, **rest)
     assert Container(io.BytesIO(sink.getvalue())).content_id == identity
     return sink.getvalue()

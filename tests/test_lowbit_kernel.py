@@ -136,3 +136,24 @@ def test_other_kinds_are_left_to_others() -> None:
     expected = x @ operand_delta(operand).T
     assert (y - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert [operand for _, _, operand in table.packed()] == [operand]
+
+
+def test_no_slot_is_asked_for_where_the_kernel_takes_every_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltafmt.kernels import products
+
+    def by_kernel(*arguments: object) -> bool:
+        launch.launch_products(*arguments)
+        return True
+
+    rng = np.random.default_rng(0)
+    table = OperandTable(1, [40], 64, "cpu")
+    operand = random_lowbit(rng, LowbitLayout(2, "midrise"), 40, 64)
+    table.put(0, [[operand]])
+    segments = Segments(torch.tensor([0], dtype=torch.int32), 1)
+    x, y = torch.randn(1, 64), torch.zeros(1, 40)
+    monkeypatch.setattr(products, "lowbit_matmul_", by_kernel)
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda *_: pytest.fail("the host waits for the device"))
+    monkeypatch.setattr(products, "nm_matmul_", lambda *_: None)
+    products.matmul_([y], x, table, segments)
+    expected = x @ operand_delta(operand).T
+    assert (y - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -34,6 +34,12 @@ def warn(line: str) -> None:
     print(f"deltafmt: {clean(line)}", file=sys.stderr)
 
 
+def warn_left_out(names: Sequence[str]) -> None:
+    """Say which files of a folder the delta does not carry."""
+    for name in names:
+        warn(f"{name} does not travel with the delta; small files at the top of the folder do")
+
+
 def say_json(obj: dict[str, Any]) -> None:
     """Print one JSON object with the schema's number."""
     import json

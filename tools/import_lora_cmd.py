@@ -42,8 +42,7 @@ def run(options: argparse.Namespace) -> None:
             threads=options.threads,
             progress=progress,
         )
-    for name in result.skipped_files:
-        console.warn(f"{name} does not travel with the delta; small files at the top of the folder do")
+    console.warn_left_out(result.skipped_files)
     if options.json:
         console.say_json(
             {

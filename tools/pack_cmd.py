@@ -141,8 +141,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace, result: PackResult) -> None:
-    for name in result.skipped_files:
-        console.warn(f"{name} does not travel with the delta; small files at the top of the folder do")
+    console.warn_left_out(result.skipped_files)
     if options.json:
         console.say_json(
             {

@@ -162,6 +162,18 @@ class Checkpoint:
         return [shard.identity() for shard in self._shards]
 
 
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a file that is to be attached.
+
+    Raises:
+        StorageError: reading failed.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise storage_error("cannot read", path, error) from error
+
+
 def small_files(folder: Path, read: Collection[str]) -> tuple[dict[str, Path], list[str]]:
     """Return the files of a folder that can be attached, by name, and the names of what cannot.
 

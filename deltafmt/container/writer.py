@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 import xxhash
+from blake3 import blake3
 
 from deltafmt.container import canonical, frame
 from deltafmt.container.chunks import ChunkCompressor
@@ -111,6 +112,10 @@ class ContainerWriter:
         for part in parts:
             self._raw(part)
         return BufferRef(len(self._sections), start, section.raw_length - start)
+
+    def attach(self, data: bytes) -> Attachment:
+        """Write the bytes of an attached file, and return its row of the index."""
+        return Attachment(self.add(data, c.KIND_ATTACHMENTS), blake3(data).digest())
 
     def boundary(self) -> bool:
         """Mark the end of a tensor; close the section if it is large enough, and tell whether it was closed."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from deltafmt.errors import UsageError
-from deltafmt.layout.tiles import GRIDS, MAX_SCALE_GROUP, SCALE_BYTES, stream_words
+from deltafmt.layout.tiles import GRIDS, MAX_SCALE_GROUP, SCALE_BYTES, scale_words, stream_words
 
 MAX_BITS: Final = 8
 CODING_GRIDS: Final = (*GRIDS, "asymmetric")
@@ -72,9 +72,4 @@ class Coding:
 
     def describe(self) -> str:
         """Return a short form such as ``k=3 midtread scale/128``."""
-        parts = [f"k={self.bits} {self.grid}"]
-        if self.scale_group:
-            parts.append(f"scale/{self.scale_group}")
-        if self.scale_dtype != "BF16":
-            parts.append(f"{self.scale_dtype} scales")
-        return " ".join(parts)
+        return f"k={self.bits} {self.grid}{scale_words(self.scale_group, self.scale_dtype)}"

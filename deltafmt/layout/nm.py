@@ -8,7 +8,16 @@ from typing import Any, ClassVar, Final
 
 from deltafmt.errors import UsageError
 from deltafmt.layout.checks import Where, parse_fields
-from deltafmt.layout.tiles import GRIDS, MAX_SCALE_GROUP, SCALE_BYTES, TILE_ROWS, BufferForm, stream_words, tiles
+from deltafmt.layout.tiles import (
+    GRIDS,
+    MAX_SCALE_GROUP,
+    SCALE_BYTES,
+    TILE_ROWS,
+    BufferForm,
+    scale_words,
+    stream_words,
+    tiles,
+)
 
 BITS: Final = (1, 2, 3, 4, 5, 6, 8)
 SHARES: Final = (1, 2, 4, 8)
@@ -185,9 +194,5 @@ class NMLayout:
 
     def describe(self) -> str:
         """Return a short form such as ``4:16 k=4 midtread seeded v=4``."""
-        parts = [f"{self.keep}:{self.group} k={self.bits} {self.grid} {self.index} v={self.share}"]
-        if self.scale_group:
-            parts.append(f"scale/{self.scale_group}")
-        if self.scale_dtype != "BF16":
-            parts.append(f"{self.scale_dtype} scales")
-        return " ".join(parts)
+        entries = f"{self.keep}:{self.group} k={self.bits} {self.grid} {self.index} v={self.share}"
+        return entries + scale_words(self.scale_group, self.scale_dtype)

@@ -26,6 +26,12 @@ class BufferForm(NamedTuple):
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
+def scale_words(scale_group: int, scale_dtype: str) -> str:
+    """Return what a description of a layout ends with: nothing for one BF16 scale a row."""
+    text = f" scale/{scale_group}" if scale_group else ""
+    return text if scale_dtype == "BF16" else f"{text} {scale_dtype} scales"
+
+
 def planes(width: int) -> tuple[int, ...]:
     """Return the widths of the planes of a word stream of ``width`` bits a field, lowest bits first (section 11.2).
 

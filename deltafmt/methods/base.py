@@ -78,7 +78,7 @@ class Method(Protocol):
     must not choose its seed by the error that it gives.
 
     A method that uses second moments of a matrix's inputs says so by an attribute ``calibration``: see
-    :func:`calibration_of`.
+    :func:`calibration_of`; one whose ranks the delta decides, by ``fixed_rank``: see :func:`has_fixed_rank`.
 
     Attributes:
         name: as ``--method`` takes it.
@@ -114,3 +114,8 @@ class Method(Protocol):
 def calibration_of(method: Method) -> str:
     """Return what second moments are to a method: ``none``, ``optional`` or ``required``."""
     return str(getattr(method, "calibration", "none"))
+
+
+def has_fixed_rank(method: Method) -> bool:
+    """Tell whether the layouts that a method gives for a shape are those of every delta of that shape."""
+    return bool(getattr(method, "fixed_rank", True))

@@ -18,7 +18,7 @@ from deltafmt.errors import UsageError
 from deltafmt.layout.sparse import SparseLayout
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.options import option
-from deltafmt.methods.quantize import SCALE_RULES
+from deltafmt.methods.quantize import SCALE_RULES, default_rule
 from deltafmt.methods.unstructured import sparse_layout, sparse_term
 
 BLOCK_ELEMENTS = 1 << 22
@@ -61,7 +61,7 @@ class DARE:
     @property
     def scale_rule(self) -> str:
         """The scale rule in force."""
-        return self.scale or ("mse" if self.bits is not None and self.bits < 4 else "minmax")
+        return self.scale or ("minmax" if self.bits is None else default_rule(self.bits))
 
     @property
     def layout(self) -> SparseLayout:

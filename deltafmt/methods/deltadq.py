@@ -21,7 +21,7 @@ from deltafmt.errors import UsageError
 from deltafmt.layout.nm import NMLayout
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.options import option, parse_nm
-from deltafmt.methods.quantize import SCALE_RULES
+from deltafmt.methods.quantize import SCALE_RULES, default_grid, default_rule
 from deltafmt.methods.routines import Routines
 
 
@@ -72,7 +72,7 @@ class DeltaDQ:
     @property
     def scale_rule(self) -> str:
         """The scale rule in force."""
-        return self.scale or ("mse" if self.bits < 4 else "minmax")
+        return self.scale or default_rule(self.bits)
 
     @property
     def layout(self) -> NMLayout:
@@ -82,7 +82,7 @@ class DeltaDQ:
             self.m,
             self.bits,
             self.index,
-            self.grid or ("midrise" if self.bits <= 2 else "midtread"),
+            self.grid or default_grid(self.bits),
             self.share,
             self.scale_dtype,
             self.scale_group,

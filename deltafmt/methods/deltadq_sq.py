@@ -32,7 +32,7 @@ from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.deltadq import read_nm
 from deltafmt.methods.group_size import expected_error, search_group
 from deltafmt.methods.options import option
-from deltafmt.methods.quantize import SCALE_RULES, check_scales
+from deltafmt.methods.quantize import SCALE_RULES, check_scales, default_rule
 from deltafmt.methods.sampling import gather
 from deltafmt.methods.unstructured import sparse_layout
 
@@ -96,7 +96,7 @@ class DeltaDQSQ:
     @property
     def scale_rule(self) -> str:
         """The scale rule in force."""
-        return self.scale or ("mse" if self.bits < 4 else "minmax")
+        return self.scale or default_rule(self.bits)
 
     @property
     def paper_ratio(self) -> float:

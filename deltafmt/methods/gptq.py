@@ -24,6 +24,7 @@ from deltafmt.methods.gptq_solver import gptq
 from deltafmt.methods.grids import Grid
 from deltafmt.methods.hessian import DAMPING
 from deltafmt.methods.options import option
+from deltafmt.methods.quantize import default_rule
 from deltafmt.methods.rtn import RTN
 
 REFITS = 2
@@ -101,7 +102,7 @@ class GPTQ:
     @property
     def quantizer(self) -> Grid:
         """The grid and the rule of its scales."""
-        rule = self.scale or ("mse" if self.bits < 4 else "minmax")
+        rule = self.scale or default_rule(self.bits)
         return Grid(self.bits, self.layout.grid, rule, self.scale_group, self.scale_dtype)
 
     def layouts(self, rows: int, columns: int) -> tuple[LowbitLayout]:  # noqa: ARG002 - the same for every shape

@@ -20,7 +20,7 @@ from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.deltadq import read_nm
 from deltafmt.methods.largest import keep_largest, threshold
 from deltafmt.methods.options import option
-from deltafmt.methods.quantize import SCALE_RULES
+from deltafmt.methods.quantize import SCALE_RULES, default_grid, default_rule
 from deltafmt.methods.sampling import gather
 from deltafmt.methods.unstructured import sparse_layout, sparse_term
 
@@ -89,7 +89,7 @@ class Magnitude:
     def scale_rule(self) -> str:
         """The scale rule in force."""
         bits = NM_BITS if self.bits is None and self.n is not None else self.bits
-        return self.scale or ("mse" if bits is not None and bits < 4 else "minmax")
+        return self.scale or ("minmax" if bits is None else default_rule(bits))
 
     @property
     def layout(self) -> SparseLayout | NMLayout:
@@ -97,8 +97,7 @@ class Magnitude:
         if self.n is None or self.m is None:
             return sparse_layout(self.kept, self.bits, self.value_dtype, self.scale_dtype)
         bits = NM_BITS if self.bits is None else self.bits
-        grid = "midrise" if bits <= 2 else "midtread"
-        return NMLayout(self.n, self.m, bits, self.index, grid, self.share, self.scale_dtype)
+        return NMLayout(self.n, self.m, bits, self.index, default_grid(bits), self.share, self.scale_dtype)
 
     def layouts(self, rows: int, columns: int) -> tuple[SparseLayout | NMLayout]:  # noqa: ARG002 - of every shape
         """Return the layout of its one term."""

@@ -26,6 +26,16 @@ TINY = np.float32(2.0**-100)
 SMALLEST = np.float32(2.0**-126)
 
 
+def default_grid(bits: int) -> str:
+    """Return the grid of codes of ``bits`` unless another is asked for: few levels do without a zero."""
+    return "midrise" if bits <= 2 else "midtread"
+
+
+def default_rule(bits: int) -> str:
+    """Return the rule of scales unless another is asked for: the fewer the levels, the more clipping gains."""
+    return "mse" if bits < 4 else "minmax"
+
+
 def candidate_steps(bits: int, grid: str) -> list[float]:
     """Return the steps to try, for magnitudes whose largest is UNIT; the levels of 1 bit do not depend on the step."""
     levels = 2**bits - (grid == "midtread")

@@ -25,6 +25,7 @@ from deltafmt.methods.deltadq import DeltaDQ, read_nm
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.grids import Floats, Grid
 from deltafmt.methods.options import option
+from deltafmt.methods.quantize import default_grid, default_rule
 from deltafmt.methods.sampling import gather
 from deltafmt.methods.vectors import band_arrays, coding_of, vectors_layout
 
@@ -75,8 +76,7 @@ class Residual:
     @property
     def head_grid(self) -> Grid:
         """The grid of the head's codes and the rule of its scales."""
-        kind = "midrise" if self.head_bits <= 2 else "midtread"
-        rule = "mse" if self.head_bits < 4 else "minmax"
+        kind, rule = default_grid(self.head_bits), default_rule(self.head_bits)
         return Grid(self.head_bits, kind, rule, self.head_scale_group, self.scale_dtype)
 
     @property

@@ -13,6 +13,7 @@ from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.grids import Grid, Quantized
 from deltafmt.methods.options import option
+from deltafmt.methods.quantize import default_grid, default_rule
 from deltafmt.methods.unbiased import UNBIASED, unbiased_scales
 
 
@@ -49,13 +50,13 @@ class RTN:
     @property
     def layout(self) -> LowbitLayout:
         """The layout of the term."""
-        grid = self.grid or ("midrise" if self.bits <= 2 else "midtread")
+        grid = self.grid or default_grid(self.bits)
         return LowbitLayout(self.bits, grid, self.scale_dtype, self.scale_group)
 
     @property
     def scale_rule(self) -> str:
         """The scale rule in force."""
-        return self.scale or (UNBIASED if self.bits == 1 else "mse" if self.bits < 4 else "minmax")
+        return self.scale or (UNBIASED if self.bits == 1 else default_rule(self.bits))
 
     @property
     def quantizer(self) -> Grid:

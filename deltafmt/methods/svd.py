@@ -23,6 +23,7 @@ from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.factorization import factorize, rank_for_energy
 from deltafmt.methods.grids import Grid
 from deltafmt.methods.options import option
+from deltafmt.methods.quantize import default_grid, default_rule
 from deltafmt.methods.vectors import band_arrays, check_raw, coding_of, raw_arrays, vector_bytes, vectors_layout
 
 BITS_PER_WEIGHT = 2.0
@@ -80,12 +81,17 @@ class SVD:
         _ = self.factors
 
     @property
+    def fixed_rank(self) -> bool:
+        """Whether the number of vectors follows from a matrix's shape."""
+        return self.energy is None
+
+    @property
     def quantizer(self) -> Grid | None:
         """The grid of codes and the rule of its scales; None where vectors are kept as they are."""
         if self.bits is None:
             return None
-        kind = self.grid or ("midrise" if self.bits <= 2 else "midtread")
-        rule = self.scale or ("mse" if self.bits < 4 else "minmax")
+        kind = self.grid or default_grid(self.bits)
+        rule = self.scale or default_rule(self.bits)
         return band_grid(Grid(self.bits, kind, rule, self.scale_group, self.scale_dtype), self.bits)
 
     @property

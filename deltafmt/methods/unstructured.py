@@ -11,7 +11,7 @@ from deltafmt.errors import UsageError
 from deltafmt.layout.coding import Coding
 from deltafmt.layout.sparse import GAP_BITS, SparseLayout
 from deltafmt.layout.tiles import SCALE_BYTES
-from deltafmt.methods.quantize import check_scales
+from deltafmt.methods.quantize import check_scales, default_grid
 from deltafmt.methods.routines import Routines
 
 # A block has the slots of its fullest row, which is relatively the less above the mean the longer the block is.
@@ -44,7 +44,7 @@ def sparse_layout(density: float, bits: int | None, value_dtype: str, scale_dtyp
     def cost(gap_bits: int) -> float:
         return float((gap_bits + width) / -np.expm1((2.0**gap_bits - 1) * np.log1p(-min(density, 1 - 1e-12))))
 
-    coding = value_dtype if bits is None else Coding(bits, "midrise" if bits <= 2 else "midtread", scale_dtype)
+    coding = value_dtype if bits is None else Coding(bits, default_grid(bits), scale_dtype)
     return SparseLayout(coding, min(GAP_BITS, key=cost), SPAN)
 
 

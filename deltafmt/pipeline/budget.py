@@ -6,10 +6,8 @@ costs follows from shapes (:mod:`deltafmt.pipeline.sizes`), so the size of the f
 
 from __future__ import annotations
 
-import glob
 import math
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,16 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt import accel
-from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.folder import Checkpoint, read_file
 from deltafmt.errors import NonFiniteError, UsageError
 from deltafmt.layout.constants import SECTION_ALIGNMENT
 from deltafmt.methods import RTN, BitDelta, DeltaDQ, Method, Residual
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.routines import Routines, select_routines
-from deltafmt.output import storage_error
 from deltafmt.pipeline.allocate import Option, allocate, total_size
 from deltafmt.pipeline.losses import measure
-from deltafmt.pipeline.plan import Plan, Rule, file_metadata, make_plan, shared_bytes, tensor_seed
+from deltafmt.pipeline.plan import Plan, Rule, exact_hint, file_metadata, make_plan, shared_bytes, tensor_seed
 from deltafmt.pipeline.sizes import file_size, plan_layouts, tensor_size
 from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thread_count
 
@@ -228,7 +225,7 @@ class Choices:
         self._metadata = dict(metadata)
         self._vocabulary = self._finetuned.config().get("vocab_size")
         self._removed = sorted(set(before.tensors) - set(self._finetuned.tensors))
-        self._files = _read_files(self._finetuned)
+        self._files = {name: read_file(path) for name, path in self._finetuned.files.items()}
         self._unchanged = frozenset(
             plan.tensor.name for plan in plans if plan.base is not None and plan.alias is None and _same(plan)
         )
@@ -378,7 +375,7 @@ def _possible(plan: Plan, method: Method) -> Method | None:
     """Return a candidate, or None where a tensor cannot have it or would be kept exactly under it, being smaller."""
     tensor, base = plan.tensor, plan.base
     assert base is not None
-    rows = min(tensor.rows, base.rows)
+    rows = plan.shared_rows
     try:
         method.layouts(rows, tensor.columns)
     except UsageError:
@@ -399,24 +396,8 @@ def _losses(
     try:
         return measure(plan, methods, seed, per_thread.get(), hessian)
     except NonFiniteError as error:
-        hint = f"--exclude {shlex.quote(glob.escape(name))} keeps the tensor exactly"
-        raise NonFiniteError(f'tensor "{name}": the delta has NaN or infinity; {hint}') from error
+        raise NonFiniteError(f'tensor "{name}": the delta has NaN or infinity; {exact_hint(name)}') from error
 
 
 def _same(plan: Plan) -> bool:
     return plan.base is not None and plan.tensor.equals(plan.base)
-
-
-def _read_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Return the attachments of a fine-tune.
-
-    Raises:
-        StorageError: reading failed.
-    """
-    found = {}
-    for name, path in checkpoint.files.items():
-        try:
-            found[name] = path.read_bytes()
-        except OSError as error:
-            raise storage_error("cannot read", path, error) from error
-    return found

@@ -14,7 +14,7 @@ from blake3 import blake3
 from deltafmt._version import __version__
 from deltafmt.checkpoint.adapter import Adapter
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
-from deltafmt.checkpoint.folder import Checkpoint, natural_key
+from deltafmt.checkpoint.folder import Checkpoint, natural_key, read_file
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.codecs.buffers import blank, raw_bytes
 from deltafmt.codecs.lowrank import LowRankCodec
@@ -24,7 +24,6 @@ from deltafmt.errors import UsageError
 from deltafmt.layout import constants as c
 from deltafmt.layout.entries import BaseRef, TensorEntry, Term
 from deltafmt.layout.sections import Attachment
-from deltafmt.output import storage_error
 from deltafmt.pipeline.lora_factors import term_of
 from deltafmt.pipeline.lora_plan import LoraPlan, plan_lora
 from deltafmt.pipeline.pack import refuse_input
@@ -198,11 +197,7 @@ class _Importer:
         files = {name: path for name, path in base.items() if name not in left_out} | own
         files |= {name: base[name] for name in _CONFIGS & base.keys()}
         for name, path in sorted(files.items()):
-            try:
-                data = path.read_bytes()
-            except OSError as error:
-                raise storage_error("cannot read", path, error) from error
-            found[name] = Attachment(self._writer.add(data, c.KIND_ATTACHMENTS), blake3(data).digest())
+            found[name] = self._writer.attach(read_file(path))
         return found
 
     def _metadata(self) -> dict[str, str]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,7 +15,7 @@ from blake3 import blake3
 
 from deltafmt import accel
 from deltafmt._version import __version__
-from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.folder import Checkpoint, read_file
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.codecs.buffers import Packed, blank, raw_bytes
 from deltafmt.codecs.terms import TermCodec, fitted, slot_count, term_codec
@@ -36,10 +34,18 @@ from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.deltadq import DeltaDQ
 from deltafmt.methods.residual import Residual
 from deltafmt.methods.routines import Routines, select_routines
-from deltafmt.output import storage_error
 from deltafmt.pipeline.budget import Choice, Choices, Undecided, target_bytes, target_metadata
 from deltafmt.pipeline.calibrate import Calibration, MomentFolder, check_calibration, gathered_moments
-from deltafmt.pipeline.plan import NO_SMALLER, Plan, Rule, file_metadata, make_plan, shared_bytes, tensor_seed
+from deltafmt.pipeline.plan import (
+    NO_SMALLER,
+    Plan,
+    Rule,
+    exact_hint,
+    file_metadata,
+    make_plan,
+    shared_bytes,
+    tensor_seed,
+)
 from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thread_count
 
 # Below this many columns, keeping under half of a row at random is likely to cost accuracy (docs/benchmarks.md).
@@ -159,7 +165,7 @@ def pack(
         target = target_bytes(target_ratio, target_size, after.file_bytes)
         default: Method = Undecided() if target is not None else method or DeltaDQ()
         plans = make_plan(*sources, default, rules, include, exclude)
-        if profile == "hot" and any(layout.cold_only for plan in plans for layout in _layouts(plan)):
+        if profile == "hot" and any(layout.cold_only for plan in plans for layout in plan.layouts()):
             raise UsageError("a rank index needs --profile cold: a hot file is read by kernels as it lies")
         if isinstance(out, str | os.PathLike):
             out = Path(out)
@@ -373,12 +379,7 @@ class _Packer:
     def _attach(self) -> dict[str, Attachment]:
         found = {}
         for name, path in self._finetuned.files.items():
-            try:
-                data = path.read_bytes()
-            except OSError as error:
-                raise storage_error("cannot read", path, error) from error
-            ref = self._writer.add(data, c.KIND_ATTACHMENTS)
-            found[name] = Attachment(ref, blake3(data).digest())
+            found[name] = self._writer.attach(read_file(path))
         return found
 
     def _submit(self, pool: ThreadPoolExecutor, plan: Plan) -> _Pending:
@@ -397,8 +398,8 @@ class _Packer:
         if method.whole:
             pending.parts.append(pool.submit(_pack_whole, plan, method, pending, self._routines, self._moments))
             return pending
-        rows = min(tensor.rows, base.rows)
-        for layout in _layouts(plan):
+        rows = plan.shared_rows
+        for layout in plan.layouts():
             codec = term_codec(layout, rows, tensor.columns, pending.seed if layout.seeded else 0)
             pending.terms.append(_PackedTerm(layout, codec, blank(layout, *codec.shape)))
         width = max(term.codec.width for term in pending.terms)
@@ -460,13 +461,6 @@ class _Packer:
         )
 
 
-def _layouts(plan: Plan) -> tuple[Layout, ...]:
-    """Return the layouts of the terms that a tensor becomes."""
-    if plan.method is None or plan.base is None:
-        return ()
-    return plan.method.layouts(min(plan.tensor.rows, plan.base.rows), plan.tensor.columns)
-
-
 def _drops_most(layout: Layout) -> bool:
     return isinstance(layout, NMLayout) and 2 * layout.keep < layout.group
 
@@ -508,12 +502,12 @@ def _pack_whole(
 ) -> None:
     """Compress a whole matrix."""
     routines = per_thread.get()
-    rows = min(plan.tensor.rows, 0 if plan.base is None else plan.base.rows)
+    rows = plan.shared_rows
     with _named_errors(plan.tensor):
         with _run_of(plan, 0, rows, routines) as whole:
             hessian = None if moments is None else moments.get(plan.tensor.name)
             compressed = method.compress(replace(whole, hessian=hessian, notes=pending.notes), pending.seed)
-        for least, arrays in zip(_layouts(plan), compressed, strict=True):
+        for least, arrays in zip(plan.layouts(), compressed, strict=True):
             layout = fitted(least, arrays)
             seed, slots = pending.seed if layout.seeded else 0, slot_count(layout, arrays, plan.tensor.columns)
             codec = term_codec(layout, rows, plan.tensor.columns, seed, slots)
@@ -538,7 +532,6 @@ def _named_errors(tensor: Tensor) -> Iterator[None]:
     try:
         yield
     except NonFiniteError as error:
-        hint = f"--exclude {shlex.quote(glob.escape(tensor.name))} keeps the tensor exactly"
-        raise NonFiniteError(f"{where}: {error}; {hint}") from error
+        raise NonFiniteError(f"{where}: {error}; {exact_hint(tensor.name)}") from error
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error

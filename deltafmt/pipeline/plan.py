@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +15,7 @@ from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import UsageError, WrongBaseError
 from deltafmt.layout.constants import DELTA_DTYPES, element_count
+from deltafmt.layout.kinds import Layout
 from deltafmt.methods.base import Method
 
 Rule = tuple[str, Method | None]
@@ -40,6 +43,26 @@ class Plan:
     method: Method | None
     reason: str = ""
     alias: str | None = None
+
+    @property
+    def shared_rows(self) -> int:
+        """Rows that the tensor and its base both have; 0 without a base."""
+        return min(self.tensor.rows, 0 if self.base is None else self.base.rows)
+
+    def layouts(self) -> tuple[Layout, ...]:
+        """Return the layouts of the terms that the tensor becomes; none if it is kept exactly.
+
+        Raises:
+            UsageError: the method's options do not go with this shape.
+        """
+        if self.method is None or self.base is None:
+            return ()
+        return self.method.layouts(self.shared_rows, self.tensor.columns)
+
+
+def exact_hint(name: str) -> str:
+    """Return what to do about a tensor that cannot be compressed."""
+    return f"--exclude {shlex.quote(glob.escape(name))} keeps the tensor exactly"
 
 
 def make_plan(

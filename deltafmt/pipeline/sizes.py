@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from blake3 import blake3
-
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.errors import UsageError
 from deltafmt.layout import constants as c
 from deltafmt.layout.entries import BaseRef, TensorEntry, Term
 from deltafmt.layout.kinds import Layout
-from deltafmt.layout.sections import DIGEST_BYTES, Attachment
+from deltafmt.layout.sections import DIGEST_BYTES
+from deltafmt.methods.base import has_fixed_rank
 from deltafmt.output import Bytes
 from deltafmt.pipeline.plan import Plan, shared_bytes, tensor_seed
 
@@ -59,9 +58,7 @@ def file_size(
     for plan in plans:
         entries.append(_entry(writer, plan, seed, same=plan.tensor.name in unchanged))
         writer.boundary()
-    attachments = {
-        name: Attachment(writer.add(data, c.KIND_ATTACHMENTS), blake3(data).digest()) for name, data in files.items()
-    }
+    attachments = {name: writer.attach(data) for name, data in files.items()}
     writer.finish(entries, removed=removed, attachments=attachments, metadata=dict(metadata))
     if profile == "hot":
         return writer.position
@@ -93,7 +90,7 @@ def _entry(writer: ContainerWriter, plan: Plan, seed: int, *, same: bool) -> Ten
         return TensorEntry(tensor.name, "replace", tensor.dtype, tensor.shape, digest=_DIGEST, data=data)
     terms = []
     for layout in layouts:
-        lengths = layout.buffer_lengths(min(tensor.rows, base.rows), tensor.columns)
+        lengths = layout.buffer_lengths(plan.shared_rows, tensor.columns)
         refs = {name: writer.add(_zeros(length)) for name, length in lengths.items()}
         drawn = tensor_seed(seed, tensor.name) if layout.seeded else 0
         terms.append(Term(writer.layout_number(layout), layout, drawn, refs))
@@ -108,11 +105,10 @@ def plan_layouts(plan: Plan) -> tuple[Layout, ...]:
     Raises:
         UsageError: the delta decides the size of one.
     """
-    if plan.method is None or plan.base is None:
-        return ()
-    layouts = plan.method.layouts(min(plan.tensor.rows, plan.base.rows), plan.tensor.columns)
-    if any(layout.has_slots for layout in layouts) or getattr(plan.method, "energy", None) is not None:
-        raise UsageError(f"the bytes of {plan.method.describe()!r} depend on the delta, so no size can be promised")
+    layouts = plan.layouts()
+    method = plan.method
+    if method is not None and (not has_fixed_rank(method) or any(layout.has_slots for layout in layouts)):
+        raise UsageError(f"the bytes of {method.describe()!r} depend on the delta, so no size can be promised")
     return layouts
 
 

@@ -1,1 +1,1 @@
-"""Products with packed ``lowbit`` terms; the reference alone so far."""
+"""Products with packed ``lowbit`` terms."""

@@ -1,1 +1,1 @@
-"""Products with packed ``lowrank`` terms; the reference alone so far."""
+"""Packed ``lowrank`` terms, decoded by torch."""

@@ -1,1 +1,1 @@
-"""Products with packed ``sparse`` terms; the reference alone so far."""
+"""Packed ``sparse`` terms, decoded by torch."""
