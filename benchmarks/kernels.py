@@ -25,9 +25,12 @@ from pathlib import Path
 import torch
 from common import Figure, report
 
-from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable
+from deltafmt.kernels.nm_matmul.operand import NMOperand, Operand, OperandTable
 from deltafmt.kernels.nm_matmul.product import nm_linear, nm_matmul_
 from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
+from deltafmt.kernels.products import matmul_
+from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.nm import NMLayout
 
 PRODUCTS = (((4096, 4096, 4096), 4096), ((4096,), 4096), ((11008, 11008), 4096), ((4096,), 11008))
@@ -49,8 +52,26 @@ TARGETS = {
 }
 
 
-def random_operand(layout: NMLayout, rows: int, columns: int, seed: int) -> NMOperand:
-    """Return a seeded operand of random codes."""
+# Deltas of every element: the least share of the copy's speed, and by how much BitDelta's kernel must be slower.
+LOWBIT = {
+    "k=1": (LowbitLayout(1, "midrise"), 0.20, 5.0),
+    "k=2": (LowbitLayout(2, "midrise"), 0.35, None),
+    "k=4": (LowbitLayout(4), 0.60, None),
+    "k=4, groups of 128": (LowbitLayout(4, "midtread", "BF16", 128), None, None),
+}
+
+
+def random_operand(layout: NMLayout | LowbitLayout, rows: int, columns: int, seed: int) -> Operand:
+    """Return an operand of random codes, seeded if it keeps some of the elements."""
+    if isinstance(layout, LowbitLayout):
+        buffers = {}
+        for name, form in layout.buffers(rows, columns).items():
+            dtype = BUFFER_DTYPES[form.dtype]
+            if dtype == torch.int32:
+                buffers[name] = torch.randint(-(2**31), 2**31 - 1, form.shape, dtype=dtype, device=DEVICE)
+            else:
+                buffers[name] = torch.rand(form.shape, device=DEVICE).mul(0.01).to(dtype)
+        return PackedOperand(layout, rows, columns, buffers)
     tiles = layout.row_tiles(rows)
     shape = (tiles, layout.codes_words(columns), 32)
     codes = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=DEVICE)
@@ -169,8 +190,12 @@ def compile_job(job: int) -> None:
         if step.tokens == 1:
             step.with_deltas(tables, Segments.of([0], 1, DEVICE))
         step.fused_with_delta(tables)
+    elif job < len(layouts) + 4 + len(LOWBIT):
+        made = Tenants()
+        made.copies = 1
+        made.of_layout(list(LOWBIT.values())[job - len(layouts) - 4][0])
     else:
-        tokens = 2 ** (job - len(layouts) - 4 + 1)
+        tokens = 2 ** (job - len(layouts) - 4 - len(LOWBIT) + 1)
         segments = Segments.of([slot for slot in range(4) for _ in range(tokens)], 4, DEVICE)
         Step(4 * tokens, 1, weights).with_deltas(delta_tables(LAYOUTS[RATIO_128][1], 4, 1), segments)
     torch.cuda.synchronize()
@@ -228,34 +253,67 @@ def measure_several_tokens(weights: list[list[list[torch.Tensor]]], layers: int)
         yield Figure(f"base + 4 deltas {RATIO_128} v=4, {tokens} tokens each", time / base, "")
 
 
-def measure_peer(path: Path) -> Iterator[Figure]:
-    """One 12288x4096 matrix, 16 tenants of one token: BitDelta's kernel and ours, per tenant."""
-    spec = importlib.util.spec_from_file_location("binary_gemm_kernel", path)
-    assert spec is not None
-    assert spec.loader is not None
-    peer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(peer)
+class Tenants:
+    """Products of one 12288x4096 matrix with 16 tenants, one token each; 8 copies, more than the cache holds."""
+
     tenants, copies, rows, columns = 16, 8, 12288, 4096
-    x = torch.randn(tenants, 1, columns, device=DEVICE).half()
-    shape = (copies, tenants, columns // 32, rows)
-    packed = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=DEVICE)
-    peer.binary_bmm(x, packed[0])
-    theirs = milliseconds(lambda: [peer.binary_bmm(x, one) for one in packed]) / copies / tenants
-    yield Figure("BitDelta's kernel, 12288x4096, 16 tenants", theirs * 1000, "us a tenant")
-    segments = Segments.of(list(range(tenants)), tenants, DEVICE)
-    y = torch.zeros(tenants, rows, device=DEVICE, dtype=torch.bfloat16)
-    for layout in LAYOUTS[RATIO_128]:
+
+    def __init__(self) -> None:
+        self.x = torch.randn(self.tenants, self.columns, device=DEVICE).bfloat16()
+        self.y = torch.zeros(self.tenants, self.rows, device=DEVICE, dtype=torch.bfloat16)
+        self.segments = Segments.of(list(range(self.tenants)), self.tenants, DEVICE)
+
+    def of_peer(self, path: Path) -> float:
+        """Return the milliseconds of BitDelta's kernel, per tenant."""
+        spec = importlib.util.spec_from_file_location("binary_gemm_kernel", path)
+        assert spec is not None
+        assert spec.loader is not None
+        peer = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(peer)
+        x = self.x[:, None].half()
+        shape = (self.copies, self.tenants, self.columns // 32, self.rows)
+        packed = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=DEVICE)
+        peer.binary_bmm(x, packed[0])
+        return self.each(lambda: [peer.binary_bmm(x, one) for one in packed])
+
+    def of_layout(self, layout: NMLayout | LowbitLayout) -> float:
+        """Return the milliseconds of our kernel, per tenant."""
         tables = []
-        for copy in range(copies):
-            tables.append(OperandTable(tenants, [rows], columns, DEVICE))
-            for slot in range(tenants):
-                tables[-1].put(slot, [(random_operand(layout, rows, columns, copy * 99 + slot),)])
-            tables[-1].layout_tables(slice(0, 1), NMLayout)
-        flat = x[:, 0].bfloat16()
-        ours = milliseconds(lambda tables=tables, flat=flat: [nm_matmul_([y], flat, t, segments) for t in tables])
-        ours /= copies * tenants
-        yield Figure(f"{RATIO_128} v={layout.share}, 12288x4096, 16 tenants", ours * 1000, "us a tenant")
-        yield Figure(f"BitDelta's time over ours, v={layout.share}", theirs / ours, "", 10.0)
+        for copy in range(self.copies):
+            table = OperandTable(self.tenants, [self.rows], self.columns, DEVICE)
+            for slot in range(self.tenants):
+                table.put(slot, [(random_operand(layout, self.rows, self.columns, copy * 99 + slot),)])
+            table.layout_tables(slice(0, 1), type(layout))
+            tables.append(table)
+        return self.each(lambda: [matmul_([self.y], self.x, table, self.segments) for table in tables])
+
+    def each(self, function: Callable[[], object]) -> float:
+        """Return the milliseconds that a function of all copies and tenants takes for one."""
+        return milliseconds(function) / self.copies / self.tenants
+
+    def bytes_of(self, layout: LowbitLayout) -> int:
+        """Return what a product reads of one tenant's delta."""
+        return sum(layout.buffer_lengths(self.rows, self.columns).values())
+
+
+def measure_tenants(path: Path | None, copy_speed: float) -> Iterator[Figure]:
+    """One wide matrix, 16 tenants of one token: 1:32, ``lowbit`` and, where its file is given, BitDelta's kernel."""
+    made = Tenants()
+    theirs = made.of_peer(path) if path else None
+    if theirs:
+        yield Figure("BitDelta's kernel, 12288x4096, 16 tenants", theirs * made.tenants * 1000, "us")
+    for layout in LAYOUTS[RATIO_128]:
+        time = made.of_layout(layout)
+        yield Figure(f"{RATIO_128} v={layout.share}, 12288x4096, 16 tenants", time * made.tenants * 1000, "us")
+        if theirs:
+            yield Figure(f"BitDelta's time over ours, v={layout.share}", theirs / time, "", 10.0)
+    for name, (layout, share, times) in LOWBIT.items():
+        time = made.of_layout(layout)
+        yield Figure(f"lowbit {name}, 12288x4096, 16 tenants", time * made.tenants * 1000, "us")
+        speed = made.bytes_of(layout) / time / 1e9
+        yield Figure(f"its share of the copy's speed, {name}", speed / copy_speed, "", share)
+        if theirs and times:
+            yield Figure(f"BitDelta's time over ours, {name}", theirs / time, "", times)
 
 
 def copy_time() -> float:
@@ -274,7 +332,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("kernels.py needs a CUDA GPU")
-    jobs = range(sum(map(len, LAYOUTS.values())) + 4 + 7)
+    jobs = range(sum(map(len, LAYOUTS.values())) + 4 + len(LOWBIT) + 7)
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_job, jobs))
     figures: list[Figure] = []
@@ -285,18 +343,17 @@ def main() -> None:
             print(*figure.row(), flush=True)
         torch.cuda.empty_cache()
 
-    copied = copy_time()
+    speed = 2 * (1 << 31) / copy_time() / 1e9
     weights = base_weights(options.layers)
     base = {tokens: milliseconds(Step(tokens, options.layers, weights).base) for tokens in (1, 16)}
-    show(iter([Figure("device copy, read and write", 2 * (1 << 31) / copied / 1e9, "TB/s")]))
+    show(iter([Figure("device copy, read and write", speed, "TB/s")]))
     show(Figure(f"base, one step, batch {tokens}", time, "ms") for tokens, time in base.items())
     show(measure_one_token(weights, options.layers, base[1]))
     show(measure_many_deltas(weights, options.layers, base[16]))
     show(measure_prompt(weights, options.layers))
     show(measure_several_tokens(weights, options.layers))
-    if options.bitdelta:
-        del weights
-        show(measure_peer(options.bitdelta))
+    del weights
+    show(measure_tenants(options.bitdelta, speed))
     versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     print(versions)
     report("kernels", figures, **versions)
