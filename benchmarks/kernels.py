@@ -25,11 +25,12 @@ from pathlib import Path
 import torch
 from common import Figure, report
 
-from deltafmt.kernels.nm_matmul.operand import NMOperand, Operand, OperandTable
+from deltafmt.kernels.nm_matmul.operand import NMOperand
 from deltafmt.kernels.nm_matmul.product import nm_linear, nm_matmul_
 from deltafmt.kernels.nm_matmul.segments import Segments
 from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
 from deltafmt.kernels.products import matmul_
+from deltafmt.kernels.table import Operand, OperandTable
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.nm import NMLayout
 

@@ -8,8 +8,9 @@ from deltafmt.errors import UnsupportedError
 from deltafmt.kernels.lowbit_matmul.naive import lowbit_delta
 from deltafmt.kernels.lowrank_matmul.naive import lowrank_delta
 from deltafmt.kernels.nm_matmul import product
-from deltafmt.kernels.nm_matmul.operand import NMOperand, Operand
+from deltafmt.kernels.nm_matmul.operand import NMOperand
 from deltafmt.kernels.sparse_matmul.naive import sparse_delta
+from deltafmt.kernels.table import Operand
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.layout.sparse import SparseLayout

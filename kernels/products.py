@@ -1,4 +1,4 @@
-"""The products with packed deltas of every kind: ``nm``, and ``lowbit`` of few tokens, by kernels, others by torch.
+"""The products with packed deltas of every kind: of few tokens, and always of ``nm``, by kernels; others by torch.
 
 Through torch means right, and slow: a low-rank term decodes its vectors, the others their dense matrix for every
 product. Which tokens such a term has must be known on the host: it waits for the device, and is not for CUDA graphs.
@@ -11,13 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from deltafmt.kernels.dense_delta import operand_delta
-from deltafmt.kernels.lowbit_matmul.product import lowbit_matmul_
+from deltafmt.kernels.few_tokens import few_token_products_
 from deltafmt.kernels.lowrank_matmul.naive import vectors
-from deltafmt.kernels.nm_matmul.operand import OperandTable
 from deltafmt.kernels.nm_matmul.product import nm_embedding_, nm_matmul_
 from deltafmt.kernels.nm_matmul.segments import Segments
 from deltafmt.kernels.packed import PackedOperand
-from deltafmt.layout.lowbit import LowbitLayout
+from deltafmt.kernels.table import OperandTable
 from deltafmt.layout.lowrank import LowRankLayout
 
 
@@ -31,9 +30,8 @@ def matmul_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTabl
         segments: which token uses which of them.
     """
     nm_matmul_(outputs, x, table, segments)
-    others = table.packed()
-    if lowbit_matmul_(outputs, x, table, segments):
-        others = [one for one in others if not isinstance(one[2].layout, LowbitLayout)]
+    done = few_token_products_(outputs, x, table, segments)
+    others = [one for one in table.packed() if type(one[2].layout) not in done]
     for tokens, part, operand in _with_tokens(others, segments):
         y = outputs[part]
         product = packed_product(x[tokens], operand)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from deltafmt.kernels.nm_matmul.launch import launch_expand
-from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable
+from deltafmt.kernels.nm_matmul.operand import NMOperand
 from deltafmt.kernels.nm_matmul.product import nm_linear, nm_matmul_, operand_delta
+from deltafmt.kernels.table import OperandTable
 from deltafmt.layout.nm import NMLayout
 from operands import Product, product, random_operand
 

@@ -14,6 +14,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime import interpreter
 
+SCRATCH = ("z_ptr",)  # what a low-rank product's first kernel leaves for the second
+
 
 def patch_once() -> None:
     """Let the interpreter replace ``triton.language`` once for a module, not again at each call of a device function.
@@ -37,14 +39,16 @@ class GuardedMemory:
     ) -> None:
         self._memory = interpreter._interpreter
         self._readable = [*readable, *writable]
+        self._writable = writable
         self._spans = {"store": _spans(writable)}
         self._twice = twice
         self._stored: list[NDArray[np.uint64]] = []
 
-    def launch(self, arguments: Iterable[Any]) -> None:
-        """Let one launch read its own arguments too."""
+    def launch(self, arguments: Iterable[Any], scratch: Sequence[torch.Tensor] = ()) -> None:
+        """Let one launch read its own arguments too, and write to memory that one kernel leaves for the next."""
         tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
         self._spans["load"] = _spans([*self._readable, *tensors])
+        self._spans["store"] = _spans([*self._writable, *scratch])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._memory, name)
@@ -103,7 +107,7 @@ def guarded(
     run = interpreter.GridExecutor.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        memory.launch([*args, *kwargs.values()])
+        memory.launch([*args, *kwargs.values()], [kwargs[name] for name in SCRATCH if name in kwargs])
         return run(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -24,9 +24,10 @@ from triton.compiler import ASTSource
 from deltafmt.kernels.lowbit_matmul import launch as lowbit_launch
 from deltafmt.kernels.lowbit_matmul import lowbit
 from deltafmt.kernels.nm_matmul import dense, fused, gather, launch
-from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable
+from deltafmt.kernels.nm_matmul.operand import NMOperand
 from deltafmt.kernels.nm_matmul.segments import Segments
 from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
+from deltafmt.kernels.table import OperandTable
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.nm import NMLayout
 

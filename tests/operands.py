@@ -15,8 +15,9 @@ from deltafmt.codecs.buffers import blank
 from deltafmt.codecs.floats import narrow, widen
 from deltafmt.codecs.nm import NMArrays
 from deltafmt.kernels.nm_matmul import naive
-from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable
+from deltafmt.kernels.nm_matmul.operand import NMOperand
 from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.kernels.table import OperandTable
 from deltafmt.layout.nm import NMLayout
 from strategies import ascending
 

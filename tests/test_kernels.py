@@ -25,8 +25,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from deltafmt.kernels.nm_matmul import dense, fused, gather, launch, naive  # noqa: E402 - need triton
-from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable  # noqa: E402 - needs torch
+from deltafmt.kernels.nm_matmul.operand import NMOperand  # noqa: E402 - needs torch
 from deltafmt.kernels.nm_matmul.segments import Segments  # noqa: E402
+from deltafmt.kernels.table import OperandTable  # noqa: E402 - needs torch
 from interpreter import guarded, patch_once, pick_directly  # noqa: E402 - needs triton
 from operands import (  # noqa: E402 - needs torch
     ROUNDING,

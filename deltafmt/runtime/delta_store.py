@@ -10,8 +10,8 @@ import torch
 
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import StorageError, UsageError
-from deltafmt.kernels.nm_matmul.operand import Operand
 from deltafmt.kernels.packed import PackedOperand
+from deltafmt.kernels.table import Operand
 from deltafmt.layout.constants import BUFFER_ALIGNMENT, align
 from deltafmt.layout.entries import TensorEntry
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from deltafmt.kernels.nm_matmul.operand import Operand
+from deltafmt.kernels.table import Operand
 from deltafmt.layout.entries import TensorEntry
 
 

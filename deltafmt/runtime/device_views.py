@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from deltafmt.container.reader import Container
-from deltafmt.kernels.nm_matmul.operand import NMOperand, Operand
+from deltafmt.kernels.nm_matmul.operand import NMOperand
 from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
+from deltafmt.kernels.table import Operand
 from deltafmt.layout.constants import element_count
 from deltafmt.layout.entries import TensorEntry, Term
 from deltafmt.layout.nm import NMLayout

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from deltafmt.kernels.nm_matmul.operand import MAX_PARTS, OperandTable
 from deltafmt.kernels.nm_matmul.product import can_fuse, nm_linear
 from deltafmt.kernels.products import matmul_
+from deltafmt.kernels.table import MAX_PARTS, OperandTable
 from deltafmt.runtime.selection import Selection, Waiting
 from deltafmt.runtime.sites import LinearSite
 from deltafmt.runtime.values import version_of

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from deltafmt.errors import UsageError
 from deltafmt.kernels.dense_delta import operand_delta
-from deltafmt.kernels.nm_matmul.operand import OperandTable
 from deltafmt.kernels.products import matmul_
+from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.places import bias_of
 from deltafmt.runtime.selection import Selection

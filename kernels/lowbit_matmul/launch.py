@@ -9,8 +9,8 @@ import triton.language as tl
 
 from deltafmt.kernels.lowbit_matmul import lowbit
 from deltafmt.kernels.nm_matmul.launch import output_arguments, tile_tokens, token_arguments
-from deltafmt.kernels.nm_matmul.operand import MAX_PARTS, OperandTable
 from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.kernels.table import MAX_PARTS, OperandTable
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.layout.tiles import plane_words, planes
 
@@ -18,7 +18,7 @@ WORDS = 32
 
 
 def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
-    """Launch the products of every ``lowbit`` layout that the table holds; see :func:`.product.lowbit_matmul_`."""
+    """Launch the products of every ``lowbit`` layout that the table holds."""
     if segments.longest == 0:
         return  # no token has a delta
     tiles = segments.tiles(tile_tokens(segments.longest))

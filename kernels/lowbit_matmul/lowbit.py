@@ -57,16 +57,21 @@ def multiply_words(
 def add_plane(
     total, p_codes, m_rows, start, words, p_scales, p_zeros, scale_group, p_x, p_column_scales, columns,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr, TOP: tl.constexpr, BY_COLUMN: tl.constexpr,
-    ZEROS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
+    ZEROS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr, STEP: tl.constexpr = 32,
 ):  # fmt: skip
-    """Return the totals with one plane's part of ``scale * (u - zero) * x`` added; the first plane brings the zeros."""
+    """Return the totals with one plane's part of ``scale * (u - zero) * x`` added; the first plane brings the zeros.
+
+    A row's words and scales lie ``STEP`` elements apart: 32 in a tile, 1 in the vectors of a ``lowrank`` term.
+    """
     FIELDS: tl.constexpr = 32 // WIDTH
     for first in range(0, words, WORDS):
         o_word = first + tl.arange(0, WORDS)
         m = (o_word < words)[:, None] & m_rows[None, :]
-        word = tl.load(p_codes[None, :] + ((start + o_word) * 32)[:, None], mask=m, other=0).to(tl.uint32, bitcast=True)
+        word = tl.load(p_codes[None, :] + ((start + o_word) * STEP)[:, None], mask=m, other=0).to(
+            tl.uint32, bitcast=True
+        )
         products = multiply_words(word, o_word, p_x, p_column_scales, columns, TOKENS, WIDTH, BY_COLUMN, EVEN)
-        o_group = (o_word * FIELDS // scale_group * 32)[:, None]
+        o_group = (o_word * FIELDS // scale_group * STEP)[:, None]
         if BY_COLUMN:
             scale = 1.0
         else:

@@ -1,1 +1,1 @@
-"""Packed ``lowrank`` terms, decoded by torch."""
+"""Products with packed ``lowrank`` terms."""

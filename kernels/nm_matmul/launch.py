@@ -12,8 +12,9 @@ import triton.language as tl
 
 from deltafmt.codecs import positions
 from deltafmt.kernels.nm_matmul import dense, fused, gather
-from deltafmt.kernels.nm_matmul.operand import MAX_PARTS, LayoutTable, NMOperand, OperandTable
+from deltafmt.kernels.nm_matmul.operand import NMOperand
 from deltafmt.kernels.nm_matmul.segments import Segments, TokenTiles
+from deltafmt.kernels.table import MAX_PARTS, LayoutTable, OperandTable
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.tiles import planes
 

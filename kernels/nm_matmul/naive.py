@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable
+from deltafmt.kernels.nm_matmul.operand import NMOperand
 from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.kernels.table import OperandTable
 from deltafmt.layout.nm import NMLayout
 
 _MASK = 0xFFFFFFFF

@@ -9,8 +9,9 @@ import torch
 from deltafmt import accel
 from deltafmt.errors import UsageError
 from deltafmt.kernels.nm_matmul import naive
-from deltafmt.kernels.nm_matmul.operand import NMOperand, OperandTable
+from deltafmt.kernels.nm_matmul.operand import NMOperand
 from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.kernels.table import OperandTable
 from deltafmt.layout.nm import NMLayout
 
 
@@ -44,7 +45,7 @@ def can_fuse(table: OperandTable, slot: int, tokens: int) -> bool:
     if table.device.type != "cuda" or not accel.has_triton():
         return False
     from deltafmt.kernels.nm_matmul import launch
-    from deltafmt.kernels.nm_matmul.operand import MAX_PARTS
+    from deltafmt.kernels.table import MAX_PARTS
 
     parts = table.operands(slot)
     layouts = {operand.layout for terms in parts for operand in terms if isinstance(operand, NMOperand)}

@@ -1,1 +1,1 @@
-"""Packed ``sparse`` terms, decoded by torch."""
+"""Products with packed ``sparse`` terms."""

@@ -1,0 +1,111 @@
+"""The kernels of few tokens, interpreted: products against float64; they touch what they may."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deltafmt.layout.kinds import Layout
+from deltafmt.layout.lowbit import LowbitLayout
+from deltafmt.layout.lowrank import LowRankLayout
+from deltafmt.layout.nm import NMLayout
+from strategies import generators, sizes
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("kernels are interpreted where there is no GPU, or with TRITON_INTERPRET=1", allow_module_level=True)
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from deltafmt.kernels import few_tokens, products  # noqa: E402
+from deltafmt.kernels.dense_delta import operand_delta  # noqa: E402 - needs torch
+from deltafmt.kernels.lowbit_matmul import launch as lowbit  # noqa: E402 - needs triton
+from deltafmt.kernels.lowrank_matmul import launch as lowrank  # noqa: E402
+from deltafmt.kernels.nm_matmul import launch as nm_launch  # noqa: E402
+from deltafmt.kernels.nm_matmul.segments import Segments  # noqa: E402
+from deltafmt.kernels.sparse_matmul import launch as sparse  # noqa: E402
+from deltafmt.kernels.table import OperandTable  # noqa: E402
+from interpreter import guarded, patch_once  # noqa: E402
+from operands import random_operand  # noqa: E402
+from packed_operands import LAYOUTS, LOW_RANK, LOWBIT, SPARSE, check_packed, random_packed  # noqa: E402
+from test_kernels import examples  # noqa: E402
+
+patch_once()
+F32, F16 = torch.float32, torch.float16
+check = functools.partial(check_packed, guard=guarded)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.kind} {layout.describe()}")
+def test_products(layout: Layout) -> None:
+    check(np.random.default_rng(LAYOUTS.index(layout)), layout, [45], 150, [0, 1, -1, 0], F32)
+
+
+@examples(12)
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    parts=st.lists(sizes(70), min_size=1, max_size=4),
+    columns=sizes(300),
+    tokens=st.lists(st.integers(-1, 2), min_size=1, max_size=6),
+    dtype=st.sampled_from((F32, F16)),
+    rng=generators(),
+)
+def test_any_product(layout, parts, columns, tokens, dtype, rng) -> None:
+    check(rng, layout, parts, columns, tokens, dtype)
+
+
+@pytest.mark.parametrize("layout", [LOWBIT[10], LOW_RANK[4], SPARSE[2]], ids=Layout.describe)
+def test_many_tokens_make_tiles(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (lowbit, lowrank, sparse):
+        monkeypatch.setattr(module, "tile_tokens", lambda _: 4)
+    rng = np.random.default_rng(0)
+    check(rng, layout, [33], 70, rng.integers(-1, 2, 11).tolist(), F32)
+
+
+def test_ranks_of_one_size_share_a_table() -> None:
+    rng = np.random.default_rng(0)
+    table = OperandTable(2, [40], 64, "cpu")
+    operands = [random_packed(rng, LowRankLayout(rank, "BF16"), 40, 64) for rank in (17, 30)]
+    for slot, operand in enumerate(operands):
+        table.put(slot, [[operand]])
+    (held,) = table.layout_tables(slice(0, 1), LowRankLayout)
+    assert held.layout.rank == 32
+    x, y = torch.randn(2, 64), torch.zeros(2, 40)
+    lowrank.launch_products([y], x, table, Segments(torch.tensor([1, 0], dtype=torch.int32), 2))
+    for token, operand in enumerate(reversed(operands)):
+        expected = operand_delta(operand) @ x[token]
+        assert (y[token] - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_sum_of_all_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_tokens, "on_device", lambda _: True)
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda *_: pytest.fail("the host waits for the device"))
+    monkeypatch.setattr(products, "nm_matmul_", nm_launch.launch_products)
+    rng = np.random.default_rng(0)
+    table = OperandTable(1, [40], 64, "cpu")
+    packed = [random_packed(rng, layout, 40, 64) for layout in (LOWBIT[3], LOW_RANK[2], LOW_RANK[2], SPARSE[2])]
+    terms = [random_operand(rng, NMLayout(1, 32, 4), 40, 64), *packed]
+    table.put(0, [terms])
+    segments = Segments(torch.tensor([0], dtype=torch.int32), 1)
+    x, y = torch.randn(1, 64), torch.zeros(1, 40)
+    products.matmul_([y], x, table, segments)
+    expected = x @ sum(operand_delta(term) for term in terms).T
+    assert (y - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert [operand for _, _, operand in table.packed()] == packed
+
+
+def test_what_no_kernel_takes_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_tokens, "on_device", lambda _: True)
+    rng = np.random.default_rng(0)
+    table = OperandTable(1, [40], 96, "cpu")
+    table.put(0, [[random_packed(rng, LowbitLayout(4, "midrise", "F32", 24), 40, 96)]])
+    segments = Segments(torch.tensor([0], dtype=torch.int32), 1)
+    x, y = torch.randn(1, 96), torch.zeros(1, 40)
+    assert not few_tokens.few_token_products_([y], x, table, segments)
+    assert not y.any()
+    products.matmul_([y], x, table, segments)
+    ((operand,),) = table.operands(0)
+    assert torch.equal(y, x @ operand_delta(operand).T)
