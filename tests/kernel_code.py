@@ -21,15 +21,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deltafmt.kernels.lowbit_matmul import launch as lowbit_launch
+from deltafmt.kernels.few_tokens import launch_kinds
 from deltafmt.kernels.lowbit_matmul import lowbit
+from deltafmt.kernels.lowrank_matmul import lowrank
 from deltafmt.kernels.nm_matmul import dense, fused, gather, launch
 from deltafmt.kernels.nm_matmul.operand import NMOperand
 from deltafmt.kernels.nm_matmul.segments import Segments
 from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
+from deltafmt.kernels.sparse_matmul import sparse
 from deltafmt.kernels.table import OperandTable
+from deltafmt.layout.coding import Coding
+from deltafmt.layout.kinds import Layout
 from deltafmt.layout.lowbit import LowbitLayout
+from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.sparse import SparseLayout
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGET = GPUTarget("cuda", 90, 32)
@@ -61,7 +67,8 @@ def recorded(run: Callable[[], None]) -> list[Launch]:
 
     kernels = [(gather, "gather_kernel"), (gather, "entry_kernel"), (fused, "fused_kernel")]
     kernels += [(dense, name) for name in ("dot_kernel", "expand_kernel", "embedding_kernel")]
-    kernels.append((lowbit, "lowbit_kernel"))
+    kernels += [(lowbit, "lowbit_kernel"), (sparse, "sparse_kernel")]
+    kernels += [(lowrank, "project_kernel"), (lowrank, "spread_kernel")]
     originals = [(module, name, getattr(module, name)) for module, name in kernels]
     for module, name, kernel in originals:
         setattr(module, name, Recorder(kernel))
@@ -200,21 +207,28 @@ def cases() -> dict[str, Callable[[], list[Launch]]]:
 
     found["embedding"] = lambda: recorded(embed)
 
-    def lowbits(layout: LowbitLayout) -> None:
+    def packed(layout: Layout, slots: int = 0) -> list[Launch]:
         parts, columns = GATE_UP
         table = OperandTable(MANY, parts, columns, "cpu")
         terms = []
         for rows in parts:
-            forms = layout.buffers(rows, columns)
+            forms = layout.buffers(rows, columns, slots)
             buffers = {name: torch.zeros(form.shape, dtype=BUFFER_DTYPES[form.dtype]) for name, form in forms.items()}
-            terms.append([PackedOperand(layout, rows, columns, buffers)])
+            terms.append([PackedOperand(layout, rows, columns, buffers, slots=slots)])
         table.put(0, terms)
         x = torch.empty(MANY, columns, dtype=bf16)
         outputs = [torch.empty(MANY, rows, dtype=bf16) for rows in parts]
-        lowbit_launch.launch_products(outputs, x, table, Segments.of(many, MANY, "cpu"))
+        segments = Segments.of(many, MANY, "cpu")
+        return recorded(lambda: launch_kinds(frozenset((type(layout),)), outputs, x, table, segments))
 
     for layout in (LowbitLayout(1, "midrise"), LowbitLayout(2, "midrise"), LowbitLayout(4, scale_group=128)):
-        found[f"lowbit {layout.describe()}, many slots"] = lambda layout=layout: recorded(lambda: lowbits(layout))
+        found[f"lowbit {layout.describe()}, many slots"] = lambda layout=layout: packed(layout)
+    bands = (Coding(1, "midrise"), Coding(2, "asymmetric", "BF16", 128), Coding(3, "asymmetric", "BF16", 128))
+    for layout in (*(LowRankLayout(128, coding) for coding in bands), LowRankLayout(16, "BF16")):
+        for number, half in enumerate(("project", "spread")):
+            found[f"lowrank {layout.describe()}, {half}"] = lambda layout=layout, n=number: [packed(layout)[n]]
+    for layout in (SparseLayout("BF16", 8), SparseLayout(Coding(4, "midtread"), 5)):
+        found[f"sparse {layout.describe()}, many slots"] = lambda layout=layout: packed(layout, 1000)
     return found
 
 

@@ -1,0 +1,66 @@
+"""What the benchmarks of kernels share: the time of a captured graph, and operands of random codes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from deltafmt.kernels.nm_matmul.operand import NMOperand
+from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
+from deltafmt.kernels.table import Operand
+from deltafmt.layout.kinds import Layout
+from deltafmt.layout.nm import NMLayout
+from deltafmt.layout.sparse import SparseLayout
+
+DEVICE = "cuda"
+REPEATS = 11
+
+
+def random_operand(layout: Layout, rows: int, columns: int, seed: int) -> Operand:
+    """Return an operand of random codes, seeded if it is of kind ``nm``; a sparse one has an entry in every eighth."""
+    if not isinstance(layout, NMLayout):
+        buffers = {}
+        slots = sparse_slots(layout, rows, columns)
+        for name, form in layout.buffers(rows, columns, slots).items():
+            dtype = BUFFER_DTYPES[form.dtype]
+            if name == "gaps":
+                buffers[name] = torch.full(form.shape, 0x77777777, dtype=dtype, device=DEVICE)
+            elif name == "starts":
+                buffers[name] = torch.arange(form.shape[0], dtype=dtype, device=DEVICE) * (slots // (form.shape[0] - 1))
+            elif dtype == torch.int32:
+                buffers[name] = torch.randint(-(2**31), 2**31 - 1, form.shape, dtype=dtype, device=DEVICE)
+            else:
+                buffers[name] = torch.rand(form.shape, device=DEVICE).mul(0.01).to(dtype)
+        return PackedOperand(layout, rows, columns, buffers, slots=slots)
+    tiles = layout.row_tiles(rows)
+    shape = (tiles, layout.codes_words(columns), 32)
+    codes = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=DEVICE)
+    scales = torch.rand(tiles, 1, 32, device=DEVICE).mul(0.01).bfloat16()
+    return NMOperand(layout, seed, rows, columns, codes, None, scales)
+
+
+def sparse_slots(layout: Layout, rows: int, columns: int) -> int:
+    """Return the slots of a sparse term that has an entry in one of eight columns, all at the same distance."""
+    return -(-rows // 32) * columns // 8 if isinstance(layout, SparseLayout) else 0
+
+
+def milliseconds(function: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Return the median time of a CUDA graph of a function."""
+    warm = torch.cuda.Stream()
+    with torch.cuda.stream(warm):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    times = []
+    for _ in range(repeats + 2):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times[2:])
