@@ -62,13 +62,19 @@ def number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:.1f}"
 
 
-def report(name: str, figures: Sequence[Figure], rows: Sequence[Sequence[str]] | None = None, **more: Any) -> None:
+def report(
+    name: str,
+    figures: Sequence[Figure],
+    rows: Sequence[Sequence[str]] | None = None,
+    folder: Path = RESULTS,
+    **more: Any,
+) -> None:
     """Print the figures as a table, or other rows in their place, and write ``benchmarks/results/NAME.json``."""
     print()
     print(machine())
     table(rows or [["figure", "measured", "", "target", "", ""], *(figure.row() for figure in figures)])
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     measured = [asdict(figure) | {"reached": figure.reached} for figure in figures]
     path.write_text(json.dumps({"machine": machine(), **more, "figures": measured}, indent=2) + "\n", "utf-8")
     print(f"written to {os.path.relpath(path)}")

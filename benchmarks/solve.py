@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,25 +60,47 @@ def read_problems(tokenizer_file: Path, problems_file: Path, limit: int | None =
 
 def accuracy_of(model: Any, problems: list[Problem]) -> float:
     """Return the share of problems that a loaded model solves, 0 to 1."""
+    return scores_of(model, problems)[0]
+
+
+def batches(problems: list[Problem]) -> Iterator[tuple[Any, Any]]:
+    """Iterate over problems as tensors, [batch, length]: their tokens, and the wanted next token or -1.
+
+    Padding stands on the right, where a causal model does not look.
+    """
     import torch
 
     # Batches of like length waste little on padding.
     ordered = sorted(problems, key=lambda pair: len(pair[0]) + len(pair[1]))
-    solved = 0
+    for start in range(0, len(ordered), BATCH):
+        batch = ordered[start : start + BATCH]
+        length = max(len(question) + len(answer) for question, answer in batch)
+        tokens = torch.full((len(batch), length), PAD)
+        wanted = torch.full((len(batch), length), -1)
+        for row, (question, answer) in enumerate(batch):
+            end = len(question) + len(answer)
+            tokens[row, :end] = torch.tensor(question + answer)
+            wanted[row, len(question) - 1 : end - 1] = torch.tensor(answer)
+        yield tokens, wanted
+
+
+def scores_of(model: Any, problems: list[Problem]) -> tuple[float, float]:
+    """Return the share of problems that a loaded model solves, and the mean log-likelihood of the answers' tokens."""
+    import torch
+
+    solved = count = 0
+    total = 0.0
     with torch.no_grad():
-        for start in range(0, len(ordered), BATCH):
-            batch = ordered[start : start + BATCH]
-            length = max(len(question) + len(answer) for question, answer in batch)
-            tokens = torch.full((len(batch), length), PAD)
-            wanted = torch.full((len(batch), length), -1)
-            for row, (question, answer) in enumerate(batch):
-                end = len(question) + len(answer)
-                tokens[row, :end] = torch.tensor(question + answer)
-                wanted[row, len(question) - 1 : end - 1] = torch.tensor(answer)
-            # Padding stands on the right, where a causal model does not look.
-            guess = model(input_ids=tokens.to(model.device)).logits.argmax(-1).cpu()
-            solved += int(((guess == wanted) | (wanted == -1)).all(1).sum())
-    return solved / len(problems)
+        for tokens, wanted in batches(problems):
+            logits = model(input_ids=tokens.to(model.device)).logits
+            target = wanted.to(model.device)
+            solved += int(((logits.argmax(-1) == target) | (target == -1)).all(1).sum())
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), target.flatten(), ignore_index=-1, reduction="sum"
+            )
+            total -= float(loss)
+            count += int((wanted != -1).sum())
+    return solved / len(problems), total / count
 
 
 if __name__ == "__main__":
