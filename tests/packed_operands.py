@@ -82,7 +82,9 @@ def random_arrays(rng: np.random.Generator, layout: Layout, rows: int, columns: 
         sides = []
         for length in (rows, columns):
             if isinstance(layout.factors, Coding):
-                sides.append(random_codes(rng, layout.factors, layout.rank, length))
+                side = random_codes(rng, layout.factors, layout.rank, length)
+                # Sums of products of two codes of 8 bits would leave F16.
+                sides.append(dataclasses.replace(side, scales=side.scales / np.float32(16)))
             else:
                 sides.append(narrow(rng.standard_normal((layout.rank, length), np.float32), layout.factors))
         return LowRankArrays(*sides)

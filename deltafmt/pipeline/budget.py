@@ -56,7 +56,9 @@ def default_candidates() -> list[Method]:
     tails = [(1, 64, 1), (1, 32, 1), (1, 16, 1), (1, 16, 2), (1, 8, 1), (1, 8, 2), (1, 4, 1), (1, 4, 2), (1, 2, 2)]
     return [
         *(DeltaDQ(n, m, k) for n, m, k in dropped),
+        *(DeltaDQ(n, m, 2, share=1) for n, m in ((5, 128), (5, 64), (3, 32), (5, 32), (7, 32))),
         *(Residual(rank=rank, n=n, m=m, bits=k) for rank in (2, 4, 8, 16) for n, m, k in tails),
+        *(Residual(rank, 4, n=5, m=64, bits=k, share=1) for rank in (2, 4, 8) for k in (1, 2)),
         BitDelta(),
         BitDelta("row"),
         *(RTN(k) for k in (1, 2, 3, 4, 6, 8)),
