@@ -77,8 +77,8 @@ class Method(Protocol):
     A method must give the same arrays for the same delta and seed whatever the runs that the rows are handed in, and
     must not choose its seed by the error that it gives.
 
-    A method that uses second moments of a matrix's inputs says so by an attribute ``calibration``: see
-    :func:`calibration_of`; one whose ranks the delta decides, by ``fixed_rank``: see :func:`has_fixed_rank`.
+    What else there is to know of a method, attributes say that need not be there: ``calibration`` (see
+    :func:`calibration_of`), ``fixed_rank`` (:func:`has_fixed_rank`), ``at_random`` (:func:`drops_at_random`).
 
     Attributes:
         name: as ``--method`` takes it.
@@ -119,3 +119,8 @@ def calibration_of(method: Method) -> str:
 def has_fixed_rank(method: Method) -> bool:
     """Tell whether the layouts that a method gives for a shape are those of every delta of that shape."""
     return bool(getattr(method, "fixed_rank", True))
+
+
+def drops_at_random(method: Method) -> bool:
+    """Tell whether most of what a method gets wrong is drawn at random, not decided by the weights."""
+    return bool(getattr(method, "at_random", False))

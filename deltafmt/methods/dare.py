@@ -48,6 +48,7 @@ class DARE:
     rescale: bool = option(True, "divide what is kept by 1 - P (yes)")
 
     name = "dare"
+    at_random = True
     summary = "random elements, rescaled (DARE)"
     whole = True
 

@@ -61,6 +61,7 @@ class DeltaDQ:
     rescale: bool = option(True, "multiply what is kept by M/N (yes)")
 
     name = "deltadq"
+    at_random = True
     whole = False
     summary = "group-wise balanced dropout with rescale, and k-bit quantization (DeltaDQ)"
 

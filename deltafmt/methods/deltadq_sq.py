@@ -66,6 +66,7 @@ class DeltaDQSQ:
     rescale: bool = option(True, "multiply what is kept by M/N (yes)")
 
     name = "deltadq-sq"
+    at_random = True
     summary = "group-wise dropout with rescale, codes cut into parts (DeltaDQ, separate quantization)"
     whole = True
 

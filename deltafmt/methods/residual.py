@@ -64,6 +64,7 @@ class Residual:
     rescale: bool = option(True, "multiply what is kept by M/N (yes)")
 
     name = "residual"
+    at_random = True
     summary = "the first singular vectors, and dropout of what they leave"
     whole = True
     calibration = "optional"

@@ -2,14 +2,14 @@
 
 The squared error of weights does not tell what a model loses: random dropout at 1:8 errs by seven times the delta and
 costs little, the singular vectors of half of a delta's energy err by half and cost most of it. What an approximation Q
-keeps of a delta D along D itself acts on every input alike; the rest of the error is noise, which averages out over the
-columns of a row:
+keeps of a delta D along D itself acts on every input alike; the rest of the error is noise, which averages out over
+the columns of a row:
 
     kept = <Q, D> / <D, D>
     loss = (1 - kept)^2 + w |(Q - kept D) X|^2 / |D X|^2
 
-X are inputs. Gradient descent changes rows by sums of the inputs that were seen: without second moments of those, X are
-random sums of the delta's own rows. docs/decisions.md has what the loss was compared with.
+X are inputs: those that a calibration has seen, or all alike. What dropout adds is drawn at random, and weighs less
+than what rounding adds, which depends on the weights. docs/decisions.md has what the loss was compared with.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deltafmt.codecs.floats import Raw
 from deltafmt.codecs.terms import Arrays, fitted, slot_count, term_codec
 from deltafmt.layout.kinds import Layout
 from deltafmt.methods.bands import quantize_bands
-from deltafmt.methods.base import DeltaRows, Method
+from deltafmt.methods.base import DeltaRows, Method, drops_at_random
 from deltafmt.methods.factorization import LowRank, factorize
 from deltafmt.methods.grids import Grid
 from deltafmt.methods.residual import Residual
@@ -40,11 +40,11 @@ SAMPLE_ELEMENTS = 1 << 21
 # Runs of rows start where super-tiles of any number of sharing rows do.
 SAMPLE_ROWS = 256
 
-# Inputs that the noise of a matrix is measured with.
-PROBES = 64
-# What relative noise at the outputs weighs beside relative bias: for the delta's own rows, and for true inputs.
-NOISE = 0.1
-NOISE_OF_INPUTS = 0.04
+# What relative noise weighs beside relative bias: where it is drawn at random, and where it is not.
+RANDOM_NOISE = 0.01
+OTHER_NOISE = 0.05
+# And how much more it weighs at the outputs for true inputs, where it is relatively smaller.
+OF_INPUTS = 6
 
 
 def sample_runs(rows: int, columns: int) -> list[tuple[int, int]]:
@@ -142,24 +142,24 @@ class Loss:
     def __init__(self, delta: Floats, hessian: NDArray[np.floating] | None = None) -> None:
         self._delta = delta
         self._squares = _dot(delta, delta)
-        if hessian is None:
-            # Random sums of the delta's own rows: their second moments are those of the rows.
-            mixing = np.random.default_rng(delta.shape).standard_normal((PROBES, len(delta)), np.float32)
-            self._inputs = mixing @ delta
-        else:
+        self._inputs: Floats | None = None
+        if hessian is not None:
             values, vectors = np.linalg.eigh(hessian.astype(np.float64))
-            self._inputs = (vectors * np.sqrt(np.maximum(values, 0))).T.astype(np.float32)
-        self._outputs = delta @ self._inputs.T
-        self._energy = _dot(self._outputs, self._outputs)
-        self._weight = NOISE if hessian is None else NOISE_OF_INPUTS
+            self._inputs = (vectors * np.sqrt(np.maximum(values, 0))).astype(np.float32)
+        outputs = self._outputs(delta)
+        self._energy = _dot(outputs, outputs)
+        self._factor = 1 if hessian is None else OF_INPUTS
 
-    def of(self, approximation: Floats) -> float:
-        """Return the loss: 0 for the delta itself, 1 for nothing at all."""
+    def _outputs(self, matrix: Floats) -> Floats:
+        return matrix if self._inputs is None else matrix @ self._inputs
+
+    def of(self, approximation: Floats, weight: float = OTHER_NOISE) -> float:
+        """Return the loss: 0 for the delta itself, 1 for nothing at all; ``weight`` is that of noise."""
         if not self._energy:
             return 0.0
         kept = _dot(approximation, self._delta) / self._squares
-        noise = approximation @ self._inputs.T - np.float32(kept) * self._outputs
-        return (1 - kept) ** 2 + self._weight * _dot(noise, noise) / self._energy
+        noise = self._outputs(approximation - np.float32(kept) * self._delta)
+        return (1 - kept) ** 2 + self._factor * weight * _dot(noise, noise) / self._energy
 
 
 def _dot(a: Floats, b: Floats) -> float:
@@ -189,4 +189,9 @@ def measure(
     most = max((method.rank for method in methods if isinstance(method, Residual)), default=0)
     approximations = Approximations(rows, seed, most)
     loss = Loss(approximations.delta, hessian)
-    return [0.0 if method is None else loss.of(approximations.of(method)) for method in methods]
+    return [
+        0.0
+        if method is None
+        else loss.of(approximations.of(method), RANDOM_NOISE if drops_at_random(method) else OTHER_NOISE)
+        for method in methods
+    ]
