@@ -33,7 +33,7 @@ from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thre
 # Attempts to use up what the sizes of single tensors leave of a target: sections and alignment are shared.
 ROUNDS = 8
 # What the loss of a matrix with a row for every token counts: whatever a model reads or says passes through it.
-VOCABULARY_WEIGHT = 8.0
+VOCABULARY_WEIGHT = 4.0
 # Candidates that are tried for all tensors to find the smallest file.
 UNIFORM_TRIED = 4
 
@@ -56,9 +56,14 @@ def default_candidates() -> list[Method]:
     tails = [(1, 64, 1), (1, 32, 1), (1, 16, 1), (1, 16, 2), (1, 8, 1), (1, 8, 2), (1, 4, 1), (1, 4, 2), (1, 2, 2)]
     return [
         *(DeltaDQ(n, m, k) for n, m, k in dropped),
-        *(DeltaDQ(n, m, 2, share=1) for n, m in ((5, 128), (5, 64), (3, 32), (5, 32), (7, 32))),
+        *(DeltaDQ(5, m, 2, share=1) for m in (128, 64)),
+        *(DeltaDQ(n, 32, 2, share=1) for n in (3, 5, 7, 10, 14, 20, 30)),
         *(Residual(rank=rank, n=n, m=m, bits=k) for rank in (2, 4, 8, 16) for n, m, k in tails),
         *(Residual(rank, 4, n=5, m=64, bits=k, share=1) for rank in (2, 4, 8) for k in (1, 2)),
+        *(
+            Residual(rank, 4, n=n, m=32, bits=2, share=1)
+            for rank, n in ((8, 3), (8, 5), (16, 5), (16, 9), (16, 16), (16, 25))
+        ),
         BitDelta(),
         BitDelta("row"),
         *(RTN(k) for k in (1, 2, 3, 4, 6, 8)),
