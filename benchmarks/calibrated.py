@@ -19,7 +19,7 @@ from typing import Any
 
 from common import Figure, report
 from methods import method_of
-from solve import BATCH, PAD, accuracy_of, load, read_problems
+from solve import BATCH, PAD, load, read_problems
 
 import deltafmt
 from deltafmt.checkpoint.folder import Checkpoint
@@ -46,40 +46,40 @@ class Judge:
 
     def __init__(self, finetuned: Path, problems: list[Problem]) -> None:
         self.problems = sorted(problems, key=lambda pair: len(pair[0]) + len(pair[1]))
-        self.expected = [hidden for hidden, _ in self._outputs(load(finetuned))]
+        self.expected = [hidden for hidden, _, _ in self._outputs(load(finetuned))]
 
-    def _outputs(self, model: Any) -> Iterator[tuple[Any, list[float]]]:
-        """Give the last hidden states of each batch, without padding, and its answers' tokens' log-likelihoods."""
+    def _outputs(self, model: Any) -> Iterator[tuple[Any, int, list[float]]]:
+        """Give the last hidden states of each batch, how many it solves, and its answers' tokens' log-likelihoods."""
         import torch
 
         for start in range(0, len(self.problems), BATCH):
             batch = self.problems[start : start + BATCH]
-            length = max(len(question) + len(answer) for question, answer in batch)
-            tokens = torch.full((len(batch), length), PAD)
+            ends = [len(question) + len(answer) for question, answer in batch]
+            tokens = torch.full((len(batch), max(ends)), PAD)
             for row, (question, answer) in enumerate(batch):
-                tokens[row, : len(question) + len(answer)] = torch.tensor(question + answer)
+                tokens[row, : ends[row]] = torch.tensor(question + answer)
+            solved, likelihoods = 0, []
             with torch.no_grad():
                 # Padding stands on the right, where a causal model does not look.
                 hidden = model.model(input_ids=tokens).last_hidden_state
-                found = []
                 for row, (question, answer) in enumerate(batch):
-                    first = len(question) - 1
+                    first, wanted = len(question) - 1, torch.tensor(answer)
                     logits = model.lm_head(hidden[row, first : first + len(answer)])
-                    chosen = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
-                    found += chosen.flatten().tolist()
-            ends = [len(question) + len(answer) for question, answer in batch]
-            yield torch.cat([hidden[row, :end] for row, end in enumerate(ends)]), found
+                    solved += int((logits.argmax(-1) == wanted).all())
+                    likelihoods += logits.log_softmax(-1).gather(1, wanted[:, None]).flatten().tolist()
+            yield torch.cat([hidden[row, :end] for row, end in enumerate(ends)]), solved, likelihoods
 
     def judge(self, folder: Path) -> tuple[float, float, float]:
         """Return a model's share of problems solved, mean log-likelihood and error of hidden states."""
-        model = load(folder)
         lost = whole = 0.0
+        solved = 0
         likelihoods: list[float] = []
-        for (hidden, found), expected in zip(self._outputs(model), self.expected, strict=True):
+        for (hidden, right, found), expected in zip(self._outputs(load(folder)), self.expected, strict=True):
             lost += float((hidden - expected).square().sum())
             whole += float(expected.square().sum())
+            solved += right
             likelihoods += found
-        return accuracy_of(model, self.problems), sum(likelihoods) / len(likelihoods), (lost / whole) ** 0.5
+        return solved / len(self.problems), sum(likelihoods) / len(likelihoods), (lost / whole) ** 0.5
 
 
 def measure(folder: Path, settings: list[str], limit: int, tokens: int, rules: list[str]) -> list[Figure]:

@@ -104,7 +104,7 @@ class ChainRun:
                 for tokens in self.batches:
                     self.chain.record(tokens)
             self._hand_out(gatherer)
-            self._settle(linear.weight_name for linear in self.order.before)
+            self._settle(linear.weight_name for linear in self.order.before if linear.own)
         interner = Interner()
         states: HiddenStates | None = None
         for batch, tokens in enumerate(self.batches):
