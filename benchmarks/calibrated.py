@@ -1,6 +1,6 @@
 """Calibrated methods on a real fine-tune, each block reading what the fine-tune gives it or what is stored.
 
-    python benchmarks/calibrated.py MODELS_FOLDER [--pair wordmath] [--limit 300] [--tokens 16384] [SETTING ...]
+    python benchmarks/calibrated.py MODELS_FOLDER [--pair wordmath] [--limit 300] [--tokens 8192] [SETTING ...]
 
 The second half of the pair's problems is the calibration text, the first ``--limit`` ones are solved. Beside the share
 that is solved: the mean log-likelihood of a token of their answers, and the error of the last hidden states relative to
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", default=list(SETTINGS), metavar="SETTING", help="METHOD[:OPTIONS]")
     parser.add_argument("--pair", default="wordmath", help="name of the pair's folder (wordmath)")
     parser.add_argument("--limit", type=int, default=300, help="problems to solve (300)")
-    parser.add_argument("--tokens", type=int, default=16384, help="of the text that are read (16384)")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the text that are read (8192)")
     parser.add_argument("--exact", action="append", default=[], metavar="PATTERN", help="keep these exactly")
     options = parser.parse_intermixed_args()
     for setting in options.settings:
