@@ -24,41 +24,14 @@ from deltafmt.calibration.store import MomentStore  # noqa: E402
 from deltafmt.calibration.text import Document, read_documents  # noqa: E402
 from deltafmt.calibration.tokens import Encoder, batches, cut, load_encoder  # noqa: E402
 from deltafmt.errors import InvalidFileError, NonFiniteError, StorageError, UsageError  # noqa: E402
-from tiny_models import ARCHITECTURES, GPT2, KINDS, new_model  # noqa: E402
+from tiny_models import ARCHITECTURES, GPT2, KINDS, Sequences, new_model, plainly  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
-
-Sequences = list[NDArray[np.int64]]
 
 
 def sequences(seed: int = 0, lengths: tuple[int, ...] = (12, 7, 12, 30, 7, 12, 16, 40)) -> Sequences:
     rng = np.random.default_rng(seed)
     return [rng.integers(2, 96, length) for length in lengths]
-
-
-def plainly(model: Any, texts: Sequences) -> dict[str, NDArray[np.float64]]:
-    """Return the moments of a plain forward pass with hooks, a sequence at a time, in float64."""
-    found: dict[str, NDArray[np.float64]] = {}
-
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(_module: Any, args: Any) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1]).double().numpy()
-            found[name] = found.get(name, 0.0) + x.T @ x
-
-        return hook
-
-    kinds: tuple[Any, ...] = (torch.nn.Linear,)
-    if hasattr(model, "transformer"):
-        kinds += (type(model.transformer.h[0].mlp.c_fc),)
-    handles = [m.register_forward_pre_hook(hook_for(n)) for n, m in model.named_modules() if isinstance(m, kinds)]
-    with torch.no_grad():
-        for tokens in texts:
-            ids = torch.from_numpy(tokens)[None]
-            extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-            model(input_ids=ids, **extra)
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 def gather(model: Any, texts: Sequences, **options: Any) -> tuple[dict[str, Moments], Report]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 import deltafmt
 from deltafmt.methods import RTN, BitDelta, DeltaDQ
@@ -16,6 +18,8 @@ from deltafmt.methods import RTN, BitDelta, DeltaDQ
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
+
+Sequences = list[NDArray[np.int64]]
 
 DECODER = {
     "vocab_size": 96,
@@ -144,3 +148,28 @@ def generate(model: Any, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
     """Continue rows of equal length by eight tokens."""
     mask = torch.ones_like(tokens)
     return model.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0, **options)
+
+
+def plainly(model: Any, texts: Sequences) -> dict[str, NDArray[np.float64]]:
+    """Return the moments of a plain forward pass with hooks, a sequence at a time, in float64."""
+    found: dict[str, NDArray[np.float64]] = {}
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(_module: Any, args: Any) -> None:
+            x = args[0].detach().reshape(-1, args[0].shape[-1]).double().numpy()
+            found[name] = found.get(name, 0.0) + x.T @ x
+
+        return hook
+
+    kinds: tuple[Any, ...] = (torch.nn.Linear,)
+    if hasattr(model, "transformer"):
+        kinds += (type(model.transformer.h[0].mlp.c_fc),)
+    handles = [m.register_forward_pre_hook(hook_for(n)) for n, m in model.named_modules() if isinstance(m, kinds)]
+    with torch.no_grad():
+        for tokens in texts:
+            ids = torch.from_numpy(tokens)[None]
+            extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+            model(input_ids=ids, **extra)
+    for handle in handles:
+        handle.remove()
+    return found

@@ -18,6 +18,7 @@ FIELDS = {
     "length": "--calibration-length",
     "device": "--calibration-device",
     "tokenizer": "--tokenizer",
+    "sequential": "--sequential",
 }
 
 
@@ -31,6 +32,12 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(FIELDS["length"], type=int, metavar="L", help="tokens of the longest sequence (2048)")
     group.add_argument(FIELDS["device"], metavar="NAME", help="cpu or cuda (a GPU if there is one)")
     group.add_argument(FIELDS["tokenizer"], metavar="PATH", help="folder or tokenizer.json, if FINETUNED has none")
+    group.add_argument(
+        FIELDS["sequential"],
+        action="store_true",
+        default=None,
+        help="each block reads what those before it give as they will be stored, errors and all",
+    )
 
 
 def read_calibration(options: argparse.Namespace) -> Calibration | None:
@@ -55,13 +62,15 @@ def calibration_obj(result: PackResult) -> dict[str, Any]:
     obj: dict[str, Any] = {}
     if result.calibration_tokens:
         obj |= {"calibration_tokens": result.calibration_tokens, "uncalibrated": result.uncalibrated}
+        obj["sequential"] = result.sequential
     return obj | ({"notes": result.notes} if result.notes else {})
 
 
 def say_calibration(result: PackResult, mentioned: int) -> None:
     """Print what there is to say of a calibration and of the method's notes; of so many tensors by name."""
     if result.calibration_tokens:
-        console.say(f"calibrated with {result.calibration_tokens:,} tokens")
+        how = ", each block seeing the errors of those before it" if result.sequential else ""
+        console.say(f"calibrated with {result.calibration_tokens:,} tokens{how}")
     for names in (
         [f"not calibrated: {name} (no second moments of its inputs alone)" for name in result.uncalibrated],
         [f"note: {name}: {text}" for name, text in result.notes.items()],

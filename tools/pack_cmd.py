@@ -125,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
             choice = plan_for_target(options.base, options.finetuned, **shared, progress=progress)
         show(choice, as_json=options.json)
         return
-    passes = 1 + bool(target) + bool(calibration)
+    passes = 1 + bool(target) + bool(calibration) + bool(target and calibration and calibration.sequential)
     with console.progress_bar("packing", passes * total, not options.json) as progress:
         result = pack(
             options.base,

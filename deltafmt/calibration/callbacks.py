@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,9 @@ class Moments:
 # Given a module's name, its weight's name and the moments of its inputs, returns the weight that the modules after it
 # shall see (a numpy array or a torch tensor of the weight's shape), or None to leave it as it is.
 OnModule = Callable[[str, str, Moments], Any]
+# Given the names of parameters of which all moments have been handed out, and of those whose moments are still to come,
+# returns names and new values of parameters, float arrays of their shapes: what runs after them sees these.
+OnStage = Callable[[Sequence[str], frozenset[str]], Iterable[tuple[str, Any]]]
 # Given how many steps are done and how many there are.
 OnProgress = Callable[[int, int], None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -12,10 +12,10 @@ from blake3 import blake3
 from torch import nn
 
 from deltafmt.calibration.blockwise import Call, Chain, Interner, placed
-from deltafmt.calibration.callbacks import OnModule, OnProgress, Report
+from deltafmt.calibration.callbacks import OnModule, OnProgress, OnStage, Report
 from deltafmt.calibration.gather import Gatherer, hand_out
 from deltafmt.calibration.hidden import HiddenStates
-from deltafmt.calibration.modules import Linear
+from deltafmt.calibration.modules import Linear, replace_parameter
 from deltafmt.calibration.options import Options
 from deltafmt.calibration.state import State
 from deltafmt.calibration.tokens import Tokens
@@ -55,7 +55,11 @@ class CallOrder:
 
 @dataclass(slots=True)
 class ChainRun:
-    """One run over a chain of blocks."""
+    """One run over a chain of blocks.
+
+    Attributes:
+        awaited: names of weights whose moments are still to be handed out.
+    """
 
     chain: Chain
     blocks_name: str
@@ -65,7 +69,9 @@ class ChainRun:
     options: Options
     report: Report
     order: CallOrder
+    on_stage: OnStage | None = None
     calls: list[list[Call]] = field(default_factory=list)
+    awaited: set[str] = field(default_factory=set)
 
     def run(self, progress: OnProgress) -> Report:
         """Run what an earlier run has not."""
@@ -75,6 +81,9 @@ class ChainRun:
         self.report.resumed = min(done, count)
         if done > count:
             return self.report
+        before = [] if state is not None and state.started else self.order.before
+        to_come = [*before, *self._inside(range(done, count)), *self.order.after]
+        self.awaited = {linear.weight_name for linear in to_come if linear.own}
         states = self._enter(state)
         for number in range(self.report.resumed, count):
             states = self._block(number, states, state)
@@ -88,11 +97,14 @@ class ChainRun:
     def _enter(self, state: State | None) -> HiddenStates:
         """Record what the blocks are given, and give the hidden states that enter the next one."""
         resumed = state is not None and state.started
+        # The blocks that an earlier run has finished are not run again; what lies outside of them is, for all.
+        self._settle(self._outer())
         if self.order.before and not resumed:
             with Gatherer(self.order.before, double=self.options.double) as gatherer:
                 for tokens in self.batches:
                     self.chain.record(tokens)
             self._hand_out(gatherer)
+            self._settle(linear.weight_name for linear in self.order.before if linear.own)
         interner = Interner()
         states: HiddenStates | None = None
         for batch, tokens in enumerate(self.batches):
@@ -115,17 +127,16 @@ class ChainRun:
         chain = self.chain
         path = None if state is None else state.hidden(number + 1)
         after = HiddenStates(self._shapes(), states.width, states.dtype, path)
-        prefix = f"{self.blocks_name}.{number}."
-        inside = [linear for name, linear in self.linears.items() if name.startswith(prefix)]
         with placed(chain.blocks[number], chain.device):
 
             def step() -> None:
                 for batch, calls in enumerate(self.calls):
                     after.write(batch, chain.step(number, states.read(batch, chain.device), calls[number]))
 
-            with Gatherer(inside, double=self.options.double) as gatherer:
+            with Gatherer(self._inside([number]), double=self.options.double) as gatherer:
                 step()
-            if self._hand_out(gatherer):
+            replaced = self._hand_out(gatherer)
+            if self._settle(name for name in self._parameters() if name.startswith(self._prefix(number))) or replaced:
                 step()
         if not after.finite():
             raise NonFiniteError(f'the activations that leave "{self.blocks_name}.{number}" are not finite')
@@ -148,7 +159,38 @@ class ChainRun:
         """Call back for every module; tell whether a weight was replaced."""
         self.report.uncalled += gatherer.uncalled
         self.report.modules += gatherer.called
-        return hand_out(gatherer, self.on_module)
+        replaced = hand_out(gatherer, self.on_module)
+        self.awaited -= {linear.weight_name for linear in gatherer.linears.values()}
+        return replaced
+
+    def _settle(self, names: Iterable[str]) -> bool:
+        """Have parameters as what runs after them shall see them; tell whether one was replaced."""
+        if self.on_stage is None:
+            return False
+        replaced = False
+        parameters = self._parameters()
+        for name, new in self.on_stage([name for name in names if name not in self.awaited], frozenset(self.awaited)):
+            replace_parameter(parameters[name], name, new)
+            replaced = True
+        return replaced
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.chain.model.named_parameters())
+
+    def _prefix(self, number: int) -> str:
+        return f"{self.blocks_name}.{number}."
+
+    def _inside(self, numbers: Iterable[int]) -> list[Linear]:
+        """Return the linear modules of blocks."""
+        prefixes = tuple(map(self._prefix, numbers))
+        return [linear for name, linear in self.linears.items() if name.startswith(prefixes)]
+
+    def _outer(self) -> list[str]:
+        """Return the names of the parameters outside the blocks, but for those of modules that are never called."""
+        order = self.order
+        idle = {one.weight_name for one in order.outer if one.own and one not in (*order.before, *order.after)}
+        inside = tuple(map(self._prefix, range(len(self.chain.blocks))))
+        return [name for name in self._parameters() if not name.startswith(inside) and name not in idle]
 
     def _shapes(self) -> list[tuple[int, int]]:
         return [(int(tokens.shape[0]), int(tokens.shape[1])) for tokens in self.batches]

@@ -33,6 +33,11 @@ class Linear:
         return weight
 
     @property
+    def own(self) -> bool:
+        """Whether no other module has the weight too: of one that is tied, its moments are not all that matters."""
+        return self.weight_name == f"{self.name}.weight"
+
+    @property
     def columns(self) -> int:
         """Size of an input."""
         return int(self.weight.shape[self.axis])
@@ -72,16 +77,19 @@ def replace_weight(linear: Linear, new: object) -> None:
     Raises:
         UsageError: the new weight has another shape or is not finite.
     """
+    replace_parameter(linear.weight, linear.weight_name, new)
+
+
+def replace_parameter(parameter: torch.Tensor, name: str, new: object) -> None:
+    """Set a parameter as :func:`replace_weight` does."""
     value = torch.as_tensor(new)
-    if value.shape != linear.weight.shape:
-        raise UsageError(
-            f'a new weight of shape {list(value.shape)} does not fit "{linear.weight_name}" of shape '
-            f"{list(linear.weight.shape)}"
-        )
+    if value.shape != parameter.shape:
+        shapes = f'of shape {list(value.shape)} does not fit "{name}" of shape {list(parameter.shape)}'
+        raise UsageError(f"a new weight {shapes}")
     if not bool(value.isfinite().all()):
-        raise UsageError(f'a new weight for "{linear.weight_name}" is not finite')
+        raise UsageError(f'a new weight for "{name}" is not finite')
     with torch.no_grad():
-        linear.weight.copy_(value)
+        parameter.copy_(value)
 
 
 def _stores_inputs_first(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from deltafmt.calibration.blockwise import Chain, UnchainedError, without_cache
-from deltafmt.calibration.callbacks import OnModule, OnProgress, Report
+from deltafmt.calibration.callbacks import OnModule, OnProgress, OnStage, Report
 from deltafmt.calibration.chain_run import CallOrder, ChainRun
 from deltafmt.calibration.load import load_model, model_key
 from deltafmt.calibration.modules import Linear, find_blocks, linear_modules
@@ -39,6 +39,7 @@ def calibrate_folder(
     dtype: torch.dtype | None = None,
     options: Options | None = None,
     on_progress: OnProgress | None = None,
+    on_stage: OnStage | None = None,
 ) -> Report:
     """Load a fine-tune with transformers and calibrate it with a text.
 
@@ -52,6 +53,7 @@ def calibrate_folder(
         dtype: in which the model runs: that of its weights if not given, on the CPU float32.
         options: of :func:`calibrate`.
         on_progress: called after each block.
+        on_stage: as :func:`calibrate` has it.
 
     Raises:
         UsageError: transformers is missing or cannot load the model, there is no tokenizer, the text is empty or too
@@ -66,7 +68,7 @@ def calibrate_folder(
     limit = getattr(model.config, "max_position_embeddings", None)
     sequences = cut(documents, encoder, min(length, limit) if isinstance(limit, int) else length, tokens)
     options = replace(options, key=f"{model_key(Path(folder))} {options.key}")
-    return calibrate(model, sequences, on_module, options=options, on_progress=on_progress)
+    return calibrate(model, sequences, on_module, options=options, on_progress=on_progress, on_stage=on_stage)
 
 
 def calibrate(
@@ -76,6 +78,7 @@ def calibrate(
     *,
     options: Options | None = None,
     on_progress: OnProgress | None = None,
+    on_stage: OnStage | None = None,
 ) -> Report:
     """Gather the moments of every linear module that the sequences reach.
 
@@ -90,9 +93,13 @@ def calibrate(
         on_module: called for every linear module.
         options: device, batches and state.
         on_progress: called with the number of steps done and of all.
+        on_stage: called before anything is run with what lies outside the blocks, and for each block once its modules
+            are handed out, with the names of its parameters: the values that it gives replace them before the block
+            after it is run. A run that goes on asks again for what lies outside.
 
     Raises:
-        UsageError: too few tokens, a token that the model lacks, or a replaced weight that does not fit.
+        UsageError: too few tokens, a token that the model lacks, a replaced weight that does not fit, or stages where
+            the model is no chain of blocks.
         NonFiniteError: activations are not finite; names the module.
         StorageError: the state cannot be written.
     """
@@ -111,8 +118,13 @@ def calibrate(
                 chain.trace(parts[-1][:1])
             if len(chain.extras) == len(blocks):
                 report = Report(count, len(blocks))
-                run = ChainRun(chain, name, linears, parts, on_module, options, report, order)
+                run = ChainRun(chain, name, linears, parts, on_module, options, report, order, on_stage)
                 return run.run(progress)
+        if on_stage is not None:
+            raise UsageError(
+                f"{type(model).__name__} is not run block by block, so no block can see those before it as they are "
+                "stored: sequential calibration is not for it"
+            )
         return run_whole(model, linears, parts, on_module, options, Report(count, 0), progress)
 
 

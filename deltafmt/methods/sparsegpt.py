@@ -5,8 +5,9 @@ algorithm 1 with the mask of section 3.3 and joint quantization (section 3.5), o
 fine-tune's own inputs, as in DeltaZip (Yao, Klimovic, arXiv 2312.05215);
 :mod:`deltafmt.methods.sparsegpt_solver` has it.
 
-Not as in the papers: rows may share positions; below 3 bits the scales are refitted to the codes by default; and every
-matrix sees the inputs of the fine-tune itself, not those that the compressed matrices before it would give.
+Not as in the papers: rows may share positions; below 3 bits the scales are refitted to the codes by default; and
+matrices see the inputs of the fine-tune itself, or with ``--sequential`` those that the compressed blocks before theirs
+give.
 
 A matrix without moments keeps entries at random and rescales them as :mod:`deltafmt.methods.deltadq` does, in the same
 layout: its largest entries would not do. The bytes of a file depend on the libraries that run the model and the linear

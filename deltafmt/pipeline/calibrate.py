@@ -21,7 +21,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from deltafmt._version import __version__
-from deltafmt.calibration.callbacks import Moments
+from deltafmt.calibration.callbacks import Moments, OnStage
 from deltafmt.calibration.store import MomentStore
 from deltafmt.calibration.tokens import LENGTH, TOKENS
 from deltafmt.checkpoint.folder import Checkpoint
@@ -30,7 +30,11 @@ from deltafmt.errors import UsageError
 from deltafmt.methods.base import Method, calibration_of
 from deltafmt.output import OutputLock, storage_error
 from deltafmt.pipeline.plan import Plan
+from deltafmt.pipeline.sequential import Stages
 from deltafmt.pipeline.workers import Progress
+
+# What a file's metadata says of a sequential calibration.
+SEQUENTIAL = {"calibration.sequential": "yes"}
 
 _JOB = "job"
 _DONE = "done.json"
@@ -47,6 +51,8 @@ class Calibration:
         length: of the longest sequence.
         device: ``cpu``, ``cuda`` or ``cuda:N``; None for a GPU if there is one.
         tokenizer: a folder or ``tokenizer.json``, where the fine-tune's folder has none.
+        sequential: whether each block is given what the blocks before it give as they will be stored, errors and all;
+            otherwise what those of the fine-tune give.
 
     Raises:
         UsageError: an option is out of range.
@@ -57,6 +63,7 @@ class Calibration:
     length: int = LENGTH
     device: str | None = None
     tokenizer: str | os.PathLike[str] | None = None
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -91,6 +98,7 @@ class Calibration:
         return {
             "device": self.device or "",
             "length": str(self.length),
+            "sequential": "yes" if self.sequential else "no",
             "suffix": Path(self.text).suffix,
             "text": self.digest(),
             "tokenizer": "" if self.tokenizer is None else os.path.abspath(self.tokenizer),
@@ -105,6 +113,7 @@ class MomentFolder:
         out: the output, beside which the folder lies; None for a temporary folder.
         described: the calibration, as :meth:`Calibration.describe` has it.
         job: whatever must be equal for what an interrupted run has gathered to be of use.
+        suffix: of the folder's name.
 
     Attributes:
         described: as given.
@@ -115,7 +124,7 @@ class MomentFolder:
         StorageError: it cannot be made.
     """
 
-    def __init__(self, out: Path | None, described: dict[str, str], job: bytes) -> None:
+    def __init__(self, out: Path | None, described: dict[str, str], job: bytes, suffix: str = "calibration") -> None:
         self.described = described
         self.tokens = 0
         self._wanted: frozenset[str] = frozenset()
@@ -124,7 +133,7 @@ class MomentFolder:
             if out is None:
                 self.path = Path(tempfile.mkdtemp(prefix="deltafmt-calibration-"))
             else:
-                self.path = out.parent / f".{out.name}.calibration"
+                self.path = out.parent / f".{out.name}.{suffix}"
                 self._lock = self._take(out, job)
         except OSError as error:
             raise storage_error("cannot make a calibration's folder for", out or "a stream", error) from error
@@ -154,6 +163,7 @@ class MomentFolder:
         wanted: Mapping[str, int],
         calibration: Calibration,
         progress: Callable[[int, int], None] | None = None,
+        on_stage: OnStage | None = None,
     ) -> None:
         """Have a fine-tune read the text, unless an earlier run has had it.
 
@@ -162,6 +172,7 @@ class MomentFolder:
             wanted: columns of the matrices whose moments are of use, by name.
             calibration: the text.
             progress: called with the number of steps done and of all.
+            on_stage: gives what is stored, for a sequential calibration.
 
         Raises:
             UsageError: torch or transformers is missing or cannot load the model, there is no such device, the text is
@@ -192,6 +203,7 @@ class MomentFolder:
             length=calibration.length,
             options=options.Options(calibration.device, state=self.path / "state"),
             on_progress=progress,
+            on_stage=on_stage,
         )
         if not any(self.has(name) for name in wanted):
             raise UsageError(
@@ -199,6 +211,14 @@ class MomentFolder:
                 f'such as "{next(iter(wanted))}"'
             )
         self._write_done(report.tokens)
+
+    def stages(self, plans: Sequence[Plan], packing: Packing) -> Stages:
+        """Return what gives the parameters of each stage as they are stored, from the moments that are here by then."""
+        return Stages(
+            {plan.tensor.name: plan for plan in plans},
+            lambda some, path: packing.pack(some, path, self),
+            self.path / "stage.deltafmt",
+        )
 
     def _read_done(self) -> bool:
         try:
@@ -222,9 +242,15 @@ class MomentFolder:
         """Return what a file says of its calibration."""
         return {
             "calibration.length": self.described["length"],
+            **(SEQUENTIAL if self.sequential else {}),
             "calibration.text": f"blake3:{self.described['text']}",
             "calibration.tokens": str(self.tokens),
         }
+
+    @property
+    def sequential(self) -> bool:
+        """Whether each block was given what the blocks before it give as they are stored."""
+        return self.described["sequential"] == "yes"
 
     def lacks(self, name: str) -> bool:
         """Tell whether moments of a matrix's inputs were wanted and not found."""
@@ -256,6 +282,19 @@ class MomentFolder:
         shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             self._lock.keep()
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How a sequential calibration gets what will be stored.
+
+    Attributes:
+        job: whatever decides the bytes.
+        pack: packs some tensors, with what moments there are by then, into a file.
+    """
+
+    job: bytes
+    pack: Callable[[list[Plan], Path, MomentFolder], None]
 
 
 def check_calibration(methods: Iterable[Method], calibration: Calibration | None) -> None:
@@ -293,6 +332,7 @@ def gathered_moments(
     calibration: Calibration | None,
     out: Path | None,
     progress: Progress | None,
+    packing: Packing | None = None,
 ) -> Iterator[MomentFolder | None]:
     """Gather moments and have them while a file is made; without a calibration, None.
 
@@ -304,6 +344,7 @@ def gathered_moments(
         calibration: the text.
         out: the output, beside which the folder lies; None for a temporary folder.
         progress: called with no name and the bytes that a step of the fine-tune's run counts for: all of its own.
+        packing: where the calibration is sequential; the folder is then ``.NAME.sequential``.
 
     Raises:
         UsageError, NonFiniteError, StorageError, InvalidFileError: as :func:`calibrated_names` and
@@ -315,8 +356,12 @@ def gathered_moments(
         return
     files = [[os.fsencode(path), size, time] for path, size, time in finetuned.identity()]
     described = calibration.describe()
-    parts = {"calibration": described, "files": files, "version": __version__, "wanted": wanted}
-    folder = MomentFolder(out, described, blake3(canonical.encode(parts)).digest())
+    parts: dict[str, Any] = {"calibration": described, "files": files, "version": __version__, "wanted": wanted}
+    if packing is not None:
+        parts["packing"] = packing.job
+    suffix = "calibration" if packing is None else "sequential"
+    folder = MomentFolder(out, described, blake3(canonical.encode(parts)).digest(), suffix)
+    on_stage = None if packing is None else folder.stages(plans, packing)
     told = 0
 
     def step(done: int, total: int) -> None:
@@ -326,7 +371,7 @@ def gathered_moments(
         told = finetuned.nbytes * done // total
 
     try:
-        folder.gather(finetuned.path, wanted, calibration, step)
+        folder.gather(finetuned.path, wanted, calibration, step, on_stage)
         yield folder
     except KeyboardInterrupt as interrupt:
         kept = "; the same command goes on where it stopped" if folder.keep() else ""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,12 +32,20 @@ from deltafmt.layout.entries import BaseRef, TensorEntry, Term
 from deltafmt.layout.kinds import Layout
 from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.sections import Attachment
-from deltafmt.methods.base import DeltaRows, Method
+from deltafmt.methods.base import DeltaRows, Method, calibration_of
 from deltafmt.methods.deltadq import DeltaDQ
 from deltafmt.methods.residual import Residual
 from deltafmt.methods.routines import Routines, select_routines
+from deltafmt.output import storage_error
 from deltafmt.pipeline.budget import Choice, Choices, Undecided, target_bytes, target_metadata
-from deltafmt.pipeline.calibrate import Calibration, MomentFolder, check_calibration, gathered_moments
+from deltafmt.pipeline.calibrate import (
+    SEQUENTIAL,
+    Calibration,
+    MomentFolder,
+    Packing,
+    check_calibration,
+    gathered_moments,
+)
 from deltafmt.pipeline.plan import (
     NO_SMALLER,
     Plan,
@@ -77,6 +87,7 @@ class PackResult:
         resumed: tensors that an interrupted run had already packed.
         skipped_files: names of files that could not be attached.
         calibration_tokens: that the fine-tune has read of a calibration text.
+        sequential: whether each of its blocks has seen what those before it give as they are stored.
         uncalibrated: names of matrices that a method was to calibrate, and of whose inputs no moments were found.
         notes: what the method had to say, by name of the tensor; not of those that an interrupted run had packed.
         choice: what was chosen for a target, if there was one.
@@ -93,6 +104,7 @@ class PackResult:
     resumed: int = 0
     skipped_files: list[str] = field(default_factory=list)
     calibration_tokens: int = 0
+    sequential: bool = False
     uncalibrated: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
     choice: Choice | None = None
@@ -172,21 +184,33 @@ def pack(
             refuse_input(out, sources)
             check_output_file(out, force=force)
         place = out if isinstance(out, Path) else None
-        with gathered_moments(after, plans, calibration, place, progress) as moments:
+        sequential = calibration is not None and calibration.sequential
 
-            def write(plans: list[Plan], description: str) -> PackResult:
-                return _write(
-                    sources, plans, description, out, profile, seed, force, workers, progress, target, moments
-                )
+        def gathered(plans: list[Plan], how: Calibration | None) -> AbstractContextManager[MomentFolder | None]:
+            packing = None
+            if how is not None and how.sequential:
+                some = functools.partial(_write_some, sources, profile, seed, workers)
+                packing = Packing(_job(sources, plans, profile, seed, None), some)
+            return gathered_moments(after, plans, how, place, progress, packing)
 
-            if target is None:
-                return write(plans, default.describe())
-            choices = Choices(sources, plans, candidates, profile, seed, {} if moments is None else moments.metadata())
+        def write(plans: list[Plan], description: str, moments: MomentFolder | None) -> PackResult:
+            return _write(sources, plans, description, out, profile, seed, force, workers, progress, target, moments)
+
+        if target is None:
+            with gathered(plans, calibration) as moments:
+                return write(plans, default.describe(), moments)
+        # What a block sees of those before it depends on what is chosen: it is measured without.
+        measured = replace(calibration, sequential=False) if calibration is not None else None
+        with gathered(plans, measured) as moments:
+            metadata = {} if moments is None else moments.metadata() | (SEQUENTIAL if sequential else {})
+            choices = Choices(sources, plans, candidates, profile, seed, metadata)
             choices.measure(workers, progress, moments)
             limit = target
             while True:
                 choice = choices.choose(target, limit)
-                result = write(choice.plans, target_metadata(target))
+                again = sequential and any(calibration_of(p.method) != "none" for p in choice.plans if p.method)
+                with gathered(choice.plans, calibration) if again else contextlib.nullcontext(moments) as seen:
+                    result = write(choice.plans, target_metadata(target), seen)
                 result.choice = choice
                 if result.size <= target:
                     return result
@@ -236,6 +260,29 @@ def _write(
         sink.abandon()
         raise
     return result
+
+
+def _write_some(
+    sources: tuple[Checkpoint, Checkpoint],
+    profile: str,
+    seed: int,
+    workers: int,
+    plans: list[Plan],
+    path: Path,
+    moments: MomentFolder,
+) -> None:
+    """Write a file of some tensors alone, without attachments.
+
+    Raises:
+        StorageError: writing failed.
+    """
+    try:
+        with open(path, "wb") as file:
+            sink = StreamFile(file)
+            _Packer(sources, plans, "", sink, profile, seed, PackResult(path), moments).run(workers, None, attach=False)
+            sink.commit()
+    except OSError as error:
+        raise storage_error("cannot write", path, error) from error
 
 
 def refuse_input(path: Path, sources: Sequence[Checkpoint]) -> None:
@@ -311,7 +358,7 @@ class _Packer:
         self._removed = sorted(set(sources[0].tensors) - set(sources[1].tensors))
         self._metadata = file_metadata(description, seed, sources[1])
         if moments is not None:
-            result.calibration_tokens = moments.tokens
+            result.calibration_tokens, result.sequential = moments.tokens, moments.sequential
             self._metadata |= moments.metadata()
         self._writer = ContainerWriter(sink, profile, sink.sections)
         layouts = tuple(sink.layouts)
@@ -322,8 +369,8 @@ class _Packer:
         self._unrecorded: dict[str, Any] = {}
         self._fingerprints: dict[str, Future[bytes]] = {}
 
-    def run(self, threads: int, progress: Progress | None) -> None:
-        """Pack every tensor, then the attachments, then finish the file."""
+    def run(self, threads: int, progress: Progress | None, *, attach: bool = True) -> None:
+        """Pack every tensor, then the attachments if they are wanted, then finish the file."""
         todo = [plan for plan in self._plans if plan.tensor.name not in self._entries]
         work = sum(plan.tensor.nbytes for plan in todo if plan.method)
         compiled = accel.worthwhile(work)
@@ -341,7 +388,7 @@ class _Packer:
                     progress(plan.tensor.name, plan.tensor.nbytes)
         finally:
             drain(pool)
-        attachments = self._attach()
+        attachments = self._attach() if attach else {}
         for plan in self._plans:
             entry = self._entries[plan.tensor.name]
             self._result.actions[entry.action] = self._result.actions.get(entry.action, 0) + 1

@@ -1,0 +1,88 @@
+"""What a sequential calibration shows to the blocks after one: its matrices as the file will hold them.
+
+A stage's matrices are packed by themselves, as they will be into the file, from the same moments and seeds, and
+decoded as ``unpack`` does; so all that is decided while packing, such as keeping a matrix that would be no smaller, is
+decided alike. The file that holds them is removed at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt import accel
+from deltafmt.codecs.floats import widen
+from deltafmt.codecs.routines import CodecRoutines, codec_routines
+from deltafmt.delta import DeltaFile, RunDecoder
+from deltafmt.methods.base import calibration_of
+from deltafmt.pipeline.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Gives the parameters of a stage as they will be stored, as ``deltafmt.calibration.callbacks.OnStage``.
+
+    Attributes:
+        plans: of all tensors, by name.
+        pack: packs some of them into a file.
+        path: of that file.
+    """
+
+    plans: dict[str, Plan]
+    pack: Callable[[list[Plan], Path], None]
+    path: Path
+
+    def __call__(self, names: Sequence[str], awaited: frozenset[str]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Give names and values of the parameters that the file will not hold exactly.
+
+        Args:
+            names: of the stage's parameters.
+            awaited: of weights whose moments are still to come: what is a tied copy of one is left as it is.
+        """
+        sources = {name: plan for name in names if (plan := self._source(name, awaited)) is not None}
+        needed = {plan.tensor.name: plan for plan in sources.values()}
+        if not needed:
+            return
+        compiled = accel.worthwhile(sum(plan.tensor.nbytes for plan in needed.values()))
+        routines = codec_routines(compiled)
+        try:
+            self.pack(list(needed.values()), self.path)
+            with DeltaFile(self.path, verify=False) as opened:
+                for name, plan in sources.items():
+                    if opened[plan.tensor.name].action == "add":
+                        yield name, stored(plan, opened, routines)
+        finally:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
+    def _source(self, name: str, awaited: frozenset[str]) -> Plan | None:
+        """Return the plan of the tensor that decides a parameter, if that is to be compressed and can be by now."""
+        plan = self.plans.get(name)
+        if plan is not None and plan.alias is not None:
+            plan = self.plans[plan.alias]
+        if plan is None or plan.method is None:
+            return None
+        waits = calibration_of(plan.method) != "none" and plan.tensor.name in awaited
+        return None if waits else plan
+
+
+def stored(plan: Plan, opened: DeltaFile, routines: CodecRoutines) -> NDArray[np.float32]:
+    """Return a tensor that an open delta holds as an ``add`` as it will be unpacked, in float32."""
+    tensor, base = plan.tensor, plan.base
+    assert base is not None
+    entry = opened[tensor.name]
+    decoder = RunDecoder(opened, entry)
+    found = np.empty((tensor.rows, tensor.columns), np.float32)
+    for start, stop in decoder.ranges():
+        with base.row_range(start, stop) as rows:
+            delta = decoder.rows(start, stop, routines)
+            found[start:stop] = widen(routines.add(rows, base.dtype, delta, tensor.dtype), tensor.dtype)
+    if tensor.rows > entry.delta_rows:
+        with tensor.row_range(entry.delta_rows, tensor.rows) as rows:
+            found[entry.delta_rows :] = widen(rows, tensor.dtype)
+    return found.reshape(tensor.shape)
