@@ -4,7 +4,7 @@
 
 The second half of the pair's problems is the calibration text, the first ``--limit`` ones are solved. Beside the share
 that is solved: the mean log-likelihood of a token of their answers, and the error of the last hidden states relative to
-the fine-tune's own, |H - H'| / |H'| over all tokens. A SETTING is as ``methods.py`` has it. Needs torch and
+the fine-tune's own, |H - H'| / |H'| over all tokens. A SETTING is as ``accuracy.py`` has it. Needs torch and
 transformers.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from common import Figure, report
-from methods import method_of
-from solve import BATCH, PAD, load, read_problems
+from points import method_of
+from solve import PAD, Problem, batches, load, read_problems, scores_of
 
 import deltafmt
 from deltafmt.checkpoint.folder import Checkpoint
@@ -33,8 +33,6 @@ SETTINGS = (
     "delta-come:bits_per_weight=0.5",
 )
 
-Problem = tuple[list[int], list[int]]
-
 
 class Judge:
     """Compares models with the fine-tune on problems.
@@ -45,41 +43,25 @@ class Judge:
     """
 
     def __init__(self, finetuned: Path, problems: list[Problem]) -> None:
-        self.problems = sorted(problems, key=lambda pair: len(pair[0]) + len(pair[1]))
-        self.expected = [hidden for hidden, _, _ in self._outputs(load(finetuned))]
+        self.problems = problems
+        self.expected = list(self._hidden(load(finetuned)))
 
-    def _outputs(self, model: Any) -> Iterator[tuple[Any, int, list[float]]]:
-        """Give the last hidden states of each batch, how many it solves, and its answers' tokens' log-likelihoods."""
+    def _hidden(self, model: Any) -> Iterator[Any]:
+        """Give the last hidden states of each batch's tokens."""
         import torch
 
-        for start in range(0, len(self.problems), BATCH):
-            batch = self.problems[start : start + BATCH]
-            ends = [len(question) + len(answer) for question, answer in batch]
-            tokens = torch.full((len(batch), max(ends)), PAD)
-            for row, (question, answer) in enumerate(batch):
-                tokens[row, : ends[row]] = torch.tensor(question + answer)
-            solved, likelihoods = 0, []
+        for tokens, _ in batches(self.problems):
             with torch.no_grad():
-                # Padding stands on the right, where a causal model does not look.
-                hidden = model.model(input_ids=tokens).last_hidden_state
-                for row, (question, answer) in enumerate(batch):
-                    first, wanted = len(question) - 1, torch.tensor(answer)
-                    logits = model.lm_head(hidden[row, first : first + len(answer)])
-                    solved += int((logits.argmax(-1) == wanted).all())
-                    likelihoods += logits.log_softmax(-1).gather(1, wanted[:, None]).flatten().tolist()
-            yield torch.cat([hidden[row, :end] for row, end in enumerate(ends)]), solved, likelihoods
+                yield model.model(input_ids=tokens).last_hidden_state[tokens != PAD]
 
     def judge(self, folder: Path) -> tuple[float, float, float]:
         """Return a model's share of problems solved, mean log-likelihood and error of hidden states."""
+        model = load(folder)
         lost = whole = 0.0
-        solved = 0
-        likelihoods: list[float] = []
-        for (hidden, right, found), expected in zip(self._outputs(load(folder)), self.expected, strict=True):
+        for hidden, expected in zip(self._hidden(model), self.expected, strict=True):
             lost += float((hidden - expected).square().sum())
             whole += float(expected.square().sum())
-            solved += right
-            likelihoods += found
-        return solved / len(self.problems), sum(likelihoods) / len(likelihoods), (lost / whole) ** 0.5
+        return *scores_of(model, self.problems), (lost / whole) ** 0.5
 
 
 def measure(folder: Path, settings: list[str], limit: int, tokens: int, rules: list[str]) -> list[Figure]:
