@@ -1,9 +1,9 @@
 """The methods that ``accuracy.py`` compares, and the settings of each from which the one for a size is chosen.
 
 A row of a tile packs its codes in whole 32-bit words, so rows of 384 columns waste nothing where the entries that they
-keep, times the bits of a code, come near a multiple of 32: 2:16 at 2 bits fills three words, 5:64 two, 5:128 one. Dropout
-alone does better with two bits a code than with twice the entries at one; behind a low-rank head, where files are the
-smallest, one bit does better.
+keep, times the bits of a code, come near a multiple of 32: 2:16 at 2 bits fills three words, 5:64 two, 5:128 one.
+Dropout alone does better with two bits a code than with twice the entries at one; behind a low-rank head, where files
+are the smallest, one bit does better.
 """
 
 from __future__ import annotations

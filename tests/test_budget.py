@@ -23,7 +23,7 @@ from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.routines import select_routines
 from deltafmt.pipeline import budget, sizes
 from deltafmt.pipeline.budget import plan_for_target
-from deltafmt.pipeline.losses import SAMPLE_ELEMENTS, SAMPLE_ROWS, Approximations, Loss, sample_runs
+from deltafmt.pipeline.losses import SAMPLE_ELEMENTS, SAMPLE_ROWS, Approximations, Loss, sample_runs, strongest
 from pairs import check_round_trip, pair_of
 
 FEW: tuple[Method, ...] = (DeltaDQ(4, 16, 4), DeltaDQ(1, 16, 1), Residual(rank=2), RTN(2), BitDelta())
@@ -195,6 +195,22 @@ def test_approximations_are_what_a_file_decodes_to(tmp_path: Path, several: Pair
             seed = opened[name].terms[-1].seed
         found = Approximations(rows_of(delta), seed, most_vectors=8).of(method)
         np.testing.assert_allclose(found, expected, atol=1e-6, err_msg=method.describe())
+
+
+def test_common_directions_of_a_vocabulary_do_not_count() -> None:
+    rng = np.random.default_rng(0)
+    common = np.outer(np.ones(60), rng.standard_normal(40)).astype(np.float32) * 5
+    delta = common + rng.standard_normal((60, 40)).astype(np.float32)
+    for turned in (delta, np.ascontiguousarray(delta.T)):
+        head = strongest(turned, 2)
+        assert np.linalg.matrix_rank(head) == 2
+        u, s, vt = np.linalg.svd(turned, full_matrices=False)
+        np.testing.assert_allclose(head, (u[:, :2] * s[:2]) @ vt[:2], atol=1e-3)
+        assert Loss(turned).of(head) < 0.05
+        assert Loss(turned, common=2).of(head) == pytest.approx(1, abs=0.01)
+        assert Loss(turned, common=2).of(turned) < 1e-9
+    # Where there is little else, they are the delta.
+    assert Loss(common, common=2).of(np.zeros_like(common)) == pytest.approx(1)
 
 
 def test_losses_of_nothing_everything_and_too_little() -> None:

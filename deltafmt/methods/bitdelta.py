@@ -2,7 +2,8 @@
 
 Liu, Xiao, Li, Lee, Stoica, Han, Cai, "BitDelta: Your Fine-Tune May Only Be Worth One Bit" (arXiv 2402.10193). Section
 3.1: the delta becomes alpha * Sign(delta), where alpha, the mean of its magnitudes, is the scale of least squared error
-(eq. 3); Sign gives +1 for 0, as in the authors' code. Their second step, which trains the scales, is not part of this.
+(eq. 3); Sign gives +1 for 0, as in the authors' code. Where a calibration gives the second moments of a matrix's
+inputs, the scales are distilled instead (:mod:`deltafmt.methods.distill`), in closed form, where the paper trains them.
 
 Beyond the paper: the mean may be that of every row, of every column (per-axis sign scales, arXiv 2512.19720) or of
 groups of a row; and the scale may be sum delta^2 / sum |delta| in the place of the mean, with which the signs are as
@@ -22,6 +23,7 @@ from deltafmt.codecs.lowbit import LowbitArrays
 from deltafmt.errors import UsageError
 from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.distill import distilled_columns, distilled_level, distilled_rows
 from deltafmt.methods.grids import Grid, Quantized
 from deltafmt.methods.options import option
 from deltafmt.methods.quantize import check_scales
@@ -40,7 +42,7 @@ class BitDelta:
             ``row``, every ``column``, or every ``group`` of columns of a row.
         scale_group: columns of a group.
         scale_dtype: ``BF16`` or ``F32``.
-        scale: ``mean`` (as in the paper) or ``unbiased``.
+        scale: ``mean`` (as in the paper) or ``unbiased``; of no matter to a matrix with moments.
 
     Raises:
         UsageError: an option is out of range.
@@ -52,7 +54,9 @@ class BitDelta:
     scale: str = option(MEAN, "mean or unbiased (mean)", "RULE")
 
     name = "bitdelta"
-    summary = "signs, and the mean magnitude (BitDelta)"
+    summary = "signs, and the mean magnitude, or distilled scales with --calibration (BitDelta)"
+    whole = True
+    calibration = "optional"
 
     def __post_init__(self) -> None:
         if self.mean not in MEANS:
@@ -62,11 +66,6 @@ class BitDelta:
         if self.mean == "group" and self.scale_group == 0:
             raise UsageError("a group has at least one column")
         _ = self.layout
-
-    @property
-    def whole(self) -> bool:
-        """Whether a scale depends on all rows."""
-        return self.mean in ("matrix", "column")
 
     @property
     def layout(self) -> LowbitLayout:
@@ -85,22 +84,29 @@ class BitDelta:
 
     def compress(self, rows: DeltaRows, seed: int) -> tuple[LowbitArrays]:  # noqa: ARG002 - nothing is drawn
         """Take the signs, and the means that the options ask for."""
-        delta, layout = rows.dense(), self.layout
-        if not self.whole:
+        delta, layout, hessian = rows.dense(), self.layout, rows.hessian
+        if self.mean in ("row", "group"):
             # On two levels, the scale of least squared error is the mean magnitude.
             codes, scales = rows.routines.quantize(delta, 1, "midrise", "mse", layout.scale_group, self.scale_dtype)
-            if self.scale == UNBIASED:
-                found = Quantized(Grid(1, "midrise", "mse", layout.scale_group, self.scale_dtype), codes, scales)
-                size = found.grid.size(delta.shape[1])
+            found = Quantized(Grid(1, "midrise", "mse", layout.scale_group, self.scale_dtype), codes, scales)
+            size = found.grid.size(delta.shape[1])
+            if hessian is not None:
+                scales = distilled_rows(delta, hessian, scales, size, self.scale_dtype)
+            elif self.scale == UNBIASED:
                 scales = unbiased_scales(delta, found.dense(), scales, size, self.scale_dtype)
             return (LowbitArrays(codes, scales),)
         axis = 0 if self.mean == "column" else 1
         sums = np.abs(delta).sum(axis=axis, dtype=np.float64)
         squares = np.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", delta, delta, dtype=np.float64)
         if self.mean == "column":
-            scales = self._rounded(self._level(sums, squares, delta.shape[0])[None])
+            levels = self._level(sums, squares, delta.shape[0])
+            if hessian is not None:
+                levels = distilled_columns(delta, hessian, levels)
+            scales = self._rounded(levels[None])
         else:
-            level = self._level(np.array(math.fsum(sums)), np.array(math.fsum(squares)), delta.size)
+            level = float(self._level(np.array(math.fsum(sums)), np.array(math.fsum(squares)), delta.size))
+            if hessian is not None:
+                level = distilled_level(delta, hessian, level)
             scales = self._rounded(np.full((delta.shape[0], 1), level))
         return (LowbitArrays((delta >= 0).astype(np.uint8), scales),)
 

@@ -34,6 +34,8 @@ from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thre
 ROUNDS = 8
 # What the loss of a matrix with a row for every token counts: whatever a model reads or says passes through it.
 VOCABULARY_WEIGHT = 4.0
+# Directions in which such a matrix moves all tokens that a fine-tune's texts do not have.
+COMMON_DIRECTIONS = 2
 # Candidates that are tried for all tensors to find the smallest file.
 UNIFORM_TRIED = 4
 
@@ -266,9 +268,9 @@ class Choices:
         def submit(item: _Item) -> Future[list[float]]:
             plan = self._plans[item.number]
             hessian = hessians.get(plan.tensor.name) if hessians else None
-            return pool.submit(
-                _losses, plan, item.methods, tensor_seed(self._seed, plan.tensor.name), routines, hessian
-            )
+            common = COMMON_DIRECTIONS if plan.tensor.rows == self._vocabulary else 0
+            seed = tensor_seed(self._seed, plan.tensor.name)
+            return pool.submit(_losses, plan, item.methods, seed, routines, hessian, common)
 
         def footprint(item: _Item) -> int:
             return 4 * self._plans[item.number].tensor.nbytes
@@ -398,10 +400,11 @@ def _losses(
     seed: int,
     per_thread: PerThread[Routines],
     hessian: NDArray[np.floating] | None,
+    common: int,
 ) -> list[float]:
     name = plan.tensor.name
     try:
-        return measure(plan, methods, seed, per_thread.get(), hessian)
+        return measure(plan, methods, seed, per_thread.get(), hessian, common)
     except NonFiniteError as error:
         raise NonFiniteError(f'tensor "{name}": the delta has NaN or infinity; {exact_hint(name)}') from error
 

@@ -8,6 +8,9 @@ the columns of a row:
     kept = <Q, D> / <D, D>
     loss = (1 - kept)^2 + w |(Q - kept D) X|^2 / |D X|^2
 
+Of an embedding or head, with a row for every token, the two strongest singular directions are left out of D and Q:
+a fine-tune moves all tokens alike that its texts do not have, which is most of the delta and tells nothing.
+
 X are inputs: those that a calibration has seen, or all alike. What dropout adds is drawn at random, and weighs less
 than what rounding adds, which depends on the weights. docs/decisions.md has what the loss was compared with.
 """
@@ -45,6 +48,8 @@ RANDOM_NOISE = 0.01
 OTHER_NOISE = 0.05
 # And how much more it weighs at the outputs for true inputs, where it is relatively smaller.
 OF_INPUTS = 6
+# Strongest directions are not left out where they are all but this of a delta's energy: they are the delta then.
+LEAST_REST = 0.02
 
 
 def sample_runs(rows: int, columns: int) -> list[tuple[int, int]]:
@@ -137,10 +142,14 @@ class Loss:
     Args:
         delta: the matrix, float32, shape (rows, columns).
         hessian: second moments of its inputs, shape (columns, columns).
+        common: strongest singular directions that are left out, of the delta and of approximations.
     """
 
-    def __init__(self, delta: Floats, hessian: NDArray[np.floating] | None = None) -> None:
-        self._delta = delta
+    def __init__(self, delta: Floats, hessian: NDArray[np.floating] | None = None, common: int = 0) -> None:
+        self._common = strongest(delta, common)
+        if _dot(delta - self._common, delta - self._common) < LEAST_REST * _dot(delta, delta):
+            self._common = np.zeros((1, 1), np.float32)
+        self._delta = delta = delta - self._common
         self._squares = _dot(delta, delta)
         self._inputs: Floats | None = None
         if hessian is not None:
@@ -157,9 +166,21 @@ class Loss:
         """Return the loss: 0 for the delta itself, 1 for nothing at all; ``weight`` is that of noise."""
         if not self._energy:
             return 0.0
+        approximation = approximation - self._common
         kept = _dot(approximation, self._delta) / self._squares
         noise = self._outputs(approximation - np.float32(kept) * self._delta)
         return (1 - kept) ** 2 + self._factor * weight * _dot(noise, noise) / self._energy
+
+
+def strongest(matrix: Floats, count: int) -> Floats:
+    """Return the best approximation of a rank, float32, of the matrix's shape."""
+    if not count:
+        return np.zeros((1, 1), np.float32)
+    wide = matrix.astype(np.float64)
+    tall = len(wide) > wide.shape[1]
+    vectors = np.linalg.eigh(wide.T @ wide if tall else wide @ wide.T)[1][:, -count:]
+    found = wide @ vectors @ vectors.T if tall else vectors @ (vectors.T @ wide)
+    return found.astype(np.float32)
 
 
 def _dot(a: Floats, b: Floats) -> float:
@@ -172,6 +193,7 @@ def measure(
     seed: int,
     routines: Routines,
     hessian: NDArray[np.floating] | None = None,
+    common: int = 0,
 ) -> list[float]:
     """Return what each method would lose of a tensor; None keeps it exactly and loses nothing.
 
@@ -180,7 +202,8 @@ def measure(
         methods: to try.
         seed: of the tensor.
         routines: the implementation of the hot loops.
-        hessian: second moments of the matrix's inputs, to measure with instead of the delta's own rows.
+        hessian: second moments of the matrix's inputs, to measure with.
+        common: singular directions that are left out.
 
     Raises:
         NonFiniteError: the delta has NaN or infinity.
@@ -188,7 +211,7 @@ def measure(
     rows = replace(read_sample(plan, routines), hessian=hessian)
     most = max((method.rank for method in methods if isinstance(method, Residual)), default=0)
     approximations = Approximations(rows, seed, most)
-    loss = Loss(approximations.delta, hessian)
+    loss = Loss(approximations.delta, hessian, common)
     return [
         0.0
         if method is None
