@@ -66,6 +66,7 @@ def default_candidates() -> list[Method]:
             Residual(rank, 4, n=n, m=32, bits=2, share=1)
             for rank, n in ((8, 3), (8, 5), (16, 5), (16, 9), (16, 16), (16, 25))
         ),
+        *(Residual(rank, 3, n=5, m=64, bits=1, share=1) for rank in (16, 24, 32, 48)),
         BitDelta(),
         BitDelta("row"),
         *(RTN(k) for k in (1, 2, 3, 4, 6, 8)),
