@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton.language as tl
 
+from deltafmt.kernels.arguments import (
+    DTYPES,
+    output_arguments,
+    plane_arguments,
+    tile_tokens,
+    token_arguments,
+    word_arguments,
+)
 from deltafmt.kernels.lowbit_matmul import lowbit
-from deltafmt.kernels.nm_matmul.launch import output_arguments, tile_tokens, token_arguments
 from deltafmt.kernels.nm_matmul.segments import Segments
 from deltafmt.kernels.table import MAX_PARTS, OperandTable
 from deltafmt.layout.lowbit import LowbitLayout
@@ -32,13 +38,12 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
             lowbit.lowbit_kernel[(count, tiles.table.shape[0])](
                 **token_arguments(x, held, tiles),
                 **per_part,
-                code_words=sum(words),
-                **{f"words{i}": words[i] if i < len(words) else 0 for i in range(3)},
-                **{f"PLANE{i}": widths[i] if i < len(widths) else 0 for i in range(3)},
+                **word_arguments(words),
+                **plane_arguments("PLANE", layout.bits),
                 scale_group=layout.scale_group or table.columns + 32,
                 scales=0 if layout.axis == "column" else layout.scales(table.columns),
                 TOP=layout.top,
-                SCALE=tl.bfloat16 if layout.scale_dtype == "BF16" else tl.float32,
+                SCALE=DTYPES[layout.scale_dtype],
                 BY_COLUMN=layout.axis == "column",
                 ZEROS=layout.has_zero_points,
                 WORDS=WORDS,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton.language as tl
 
+from deltafmt.kernels.arguments import output_arguments, tile_tokens, token_arguments, value_arguments, word_arguments
 from deltafmt.kernels.lowrank_matmul import lowrank
-from deltafmt.kernels.nm_matmul.launch import output_arguments, tile_tokens, token_arguments
 from deltafmt.kernels.nm_matmul.segments import Segments
 from deltafmt.kernels.table import MAX_PARTS, OperandTable
 from deltafmt.layout.coding import Coding
@@ -18,7 +17,6 @@ from deltafmt.layout.tiles import plane_words, planes
 WORDS = 32
 VECTORS, UNITS = 16, 8  # of a spread program: one element of every sum a thread
 MOST_TILE = 2  # tokens of a tile: each has 32 sums a thread
-DTYPES = {"BF16": tl.bfloat16, "F16": tl.float16, "F32": tl.float32}
 
 
 def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
@@ -33,15 +31,12 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
             layout, width = held.layout, held.entries.shape[1]
             tokens = token_arguments(x, held, tiles)
             coding = layout.factors
+            widths: tuple[int, ...] = ()
+            group = scales = 1
             if isinstance(coding, Coding):
-                widths = planes(coding.bits)
+                widths, scales = planes(coding.bits), coding.scales(table.columns)
                 group = coding.scale_group or 2**30
-                common = {"TOP": coding.top, "DTYPE": DTYPES[coding.scale_dtype], "ZEROS": coding.has_zero_points}
-                scales = coding.scales(table.columns)
-            else:
-                widths, group, scales = (), 1, 1
-                common = {"TOP": 0, "DTYPE": DTYPES[coding], "ZEROS": False}
-            common |= {f"PLANE{i}": widths[i] if i < len(widths) else 0 for i in range(3)}
+            common = {**value_arguments(coding), "ZEROS": isinstance(coding, Coding) and coding.has_zero_points}
             words = [plane_words(table.columns, plane) for plane in widths]
             blocks = -(-layout.rank // 32)
             z = torch.empty(count, width, tiles.size, layout.rank, dtype=torch.float32, device=x.device)
@@ -50,8 +45,7 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
                 z_ptr=z,
                 ranks=layout.rank,
                 blocks=blocks,
-                code_words=sum(words),
-                **{f"words{i}": words[i] if i < len(words) else 0 for i in range(3)},
+                **word_arguments(words),
                 scale_group=group,
                 scales=scales,
                 **common,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from deltafmt.codecs import positions
+from deltafmt.kernels.arguments import output_arguments, tile_tokens, token_arguments
 from deltafmt.kernels.nm_matmul import dense, fused, gather
 from deltafmt.kernels.nm_matmul.operand import NMOperand
 from deltafmt.kernels.nm_matmul.segments import Segments, TokenTiles
@@ -19,11 +20,6 @@ from deltafmt.layout.nm import NMLayout
 from deltafmt.layout.tiles import planes
 
 MAX_UNROLL = 64  # entries of a step that the gather kernel unrolls
-
-
-def tile_tokens(longest: int) -> int:
-    """Return T, the tokens of a gather tile; measured: below some eight tokens a delta, one at a time is quickest."""
-    return 1 if longest <= 8 else 2 if longest <= 16 else 4
 
 
 def gather_tokens(layout: NMLayout) -> int:
@@ -114,30 +110,6 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
                 size = 128 if segments.longest > 64 else 64
                 tiles = segments.tiles(size, shortest=limit + 1)
                 _launch_dot(outputs[parts], x, layout_table, tiles)
-
-
-def output_arguments(outputs: Sequence[torch.Tensor], rows: int) -> tuple[dict[str, Any], int]:
-    """Return the kernels' arguments for outputs whose programs take ``rows`` rows, and the number of programs."""
-    blocks = [-(-output.shape[1] // rows) for output in outputs]
-    padded = [*outputs, outputs[0], outputs[0]]
-    arguments: dict[str, Any] = {f"y{i}_ptr": padded[i] for i in range(MAX_PARTS)}
-    arguments |= {f"y{i}_stride": padded[i].stride(0) for i in range(MAX_PARTS)}
-    arguments |= {"block1": blocks[0], "block2": sum(blocks[:2])}
-    return arguments, sum(blocks)
-
-
-def token_arguments(x: torch.Tensor, table: LayoutTable[Any], tiles: TokenTiles) -> dict[str, Any]:
-    """Return the kernels' arguments for the tokens and the operands."""
-    return {
-        "x_ptr": x,
-        "x_stride": x.stride(0),
-        "order_ptr": tiles.order,
-        "tiles_ptr": tiles.table,
-        "table_ptr": table.entries,
-        "columns": table.columns,
-        "PARTS": table.entries.shape[1],
-        "TOKENS": tiles.size,
-    }
 
 
 def _layout_constants(layout: NMLayout) -> dict[str, Any]:
