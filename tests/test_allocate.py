@@ -73,3 +73,7 @@ def test_thousands_of_options_in_units() -> None:
     found = allocate.allocate(items, budget)
     assert found is not None
     assert 0.999 * budget <= total_size(items, found) <= budget
+
+
+def test_nothing_to_choose() -> None:
+    assert allocate.allocate([], 0) == []

@@ -48,7 +48,7 @@ def allocate(items: Sequence[Sequence[Option]], budget: int) -> list[int] | None
     if len(items) <= FEW_ITEMS:
         found.append(_fill(useful, _by_units(useful, budget), budget))
     choices = [[options[i][0] for options, i in zip(useful, choice, strict=True)] for choice in found]
-    for number in range(min(map(len, items))):
+    for number in range(min(map(len, items), default=0)):
         uniform = [number] * len(items)
         if total_size(items, uniform) <= budget:
             choices.append(uniform)
