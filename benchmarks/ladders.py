@@ -80,6 +80,7 @@ LADDERS = (
     Ladder("delta-come", "delta-come", _options("bits_per_weight={}", VECTORS)),
     Ladder("delta-come, calibrated", "delta-come", _options("bits_per_weight={}", VECTORS), calibrated=True),
     Ladder("bitdelta", "bitdelta", ("mean=matrix",)),
+    Ladder("bitdelta, calibrated", "bitdelta", ("mean=matrix",), calibrated=True),
     Ladder("rtn", "rtn", UNIFORM),
     Ladder("gptq", "gptq", UNIFORM, calibrated=True),
     Ladder("dare", "dare", _options("drop={},bits=2", [1 - kept for kept in DENSITIES])),
