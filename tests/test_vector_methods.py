@@ -19,14 +19,15 @@ from deltafmt.codecs.terms import term_codec
 from deltafmt.errors import UsageError
 from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.methods import SVD, DeltaCoMe, DeltaDQ, Residual
-from deltafmt.methods.bands import dense, quantize_bands
-from deltafmt.methods.base import DeltaRows, calibration_of
+from deltafmt.methods.bands import band_grid, dense, fill, quantize_bands, searched, vector_errors
+from deltafmt.methods.base import DeltaRows, calibration_of, has_fixed_rank
 from deltafmt.methods.deltacome import parse_bands
 from deltafmt.methods.factorization import factorize, rank_for_energy
+from deltafmt.methods.hessian import output_error
 from deltafmt.methods.residual import split_head
 from deltafmt.methods.routines import select_routines
 from deltafmt.methods.sampling import gather
-from deltafmt.methods.vectors import band_arrays
+from deltafmt.methods.vectors import band_arrays, coding_of
 from deltafmt.pipeline.plan import tensor_seed
 from method_files import SHAPE, pair_of, round_trip, true_delta
 from problems import layer
@@ -103,6 +104,50 @@ def test_delta_come_is_its_bands(tmp_path: Path, method: DeltaCoMe) -> None:
         factorize(delta, sum(count for count, _ in widths)), widths, grid, delta=delta if method.refit else None
     )
     np.testing.assert_allclose(found, dense(bands, delta.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("moments", [False, True])
+def test_searched_bands_lose_no_more_at_the_same_bytes(moments: bool) -> None:
+    delta, hessian = layer(5, 96, 128)
+    delta *= np.linspace(3, 0.1, 128, dtype=np.float32) ** 2
+    h = hessian if moments else None
+    grid, bits = DeltaCoMe(BANDS).quantizer, (8, 3, 2)
+    factors = factorize(delta, 96)
+
+    def cost(width: int) -> int:
+        return sum(LowRankLayout(1, coding_of(band_grid(grid, width))).buffer_lengths(96, 128).values())
+
+    budget = 40 * cost(2)
+    begin = fill([(2, 8), (16, 3), (None, 2)], 96, budget, cost)
+    found = searched(factors, begin, grid, budget, cost, hessian=h, seed=1)
+    assert [width for _, width in found] == list(bits)
+    assert sum(count * cost(width) for count, width in found) <= budget
+
+    def error(widths: list[tuple[int, int]]) -> float:
+        kept = dense(quantize_bands(factors, widths, grid), delta.shape)
+        return output_error(delta - kept, np.eye(128, dtype=np.float32) if h is None else h)
+
+    assert error(found) <= error(begin) * 1.01
+    assert searched(factors, begin, grid, budget, cost, hessian=h, seed=1) == found
+    # What rounding loses of each vector adds up to what it loses of the matrix.
+    own = band_grid(grid, 3)
+    rounded = dense(quantize_bands(factors, [(96, 3)], grid), delta.shape)
+    assert vector_errors(factors, own, h).sum() == pytest.approx(
+        output_error(delta - rounded, np.eye(128, dtype=np.float32) if h is None else h), rel=0.3
+    )
+
+
+def test_a_search_changes_the_ranks_and_keeps_the_budget(tmp_path: Path, cli: Cli) -> None:
+    pair = pair_of(tmp_path)
+    method = DeltaCoMe(BANDS, 4, search=True)
+    assert not has_fixed_rank(method)
+    round_trip(pair, tmp_path, method)
+    with deltafmt.open(tmp_path / "d.deltafmt") as opened:
+        layouts = [term.params for term in opened["w"].terms]
+    assert sum(sum(layout.buffer_lengths(*SHAPE).values()) for layout in layouts) * 8 <= 4 * SHAPE[0] * SHAPE[1]
+    options = ("--method", "delta-come", "--bands", "2@8+3@2", "--search")
+    done = cli("pack", pair.base, pair.finetuned, "-o", tmp_path / "x.deltafmt", *options)
+    refused(done, 2, "a search needs bits_per_weight")
 
 
 def test_bands_of_the_paper() -> None:

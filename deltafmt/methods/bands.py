@@ -226,6 +226,81 @@ def search_bands(
     return best, score(best)
 
 
+def vector_errors(factors: LowRank, grid: Grid, hessian: NDArray[np.floating] | None = None) -> NDArray[np.float64]:
+    """Return what each singular vector loses when both sides are rounded to nearest, shape (vectors,).
+
+    The error of an outer product, in squares of weights, or of outputs where the moments of the inputs are given.
+    Vectors are orthogonal, so the errors of several add up but for what rounding mixes.
+    """
+    left, right = (side.astype(np.float64) for side in factors.balanced())
+    sides = left.T, right
+    coded = [grid.quantize(np.ascontiguousarray(side, np.float32)).dense().astype(np.float64) for side in sides]
+
+    def moments(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        seen = a if hessian is None else a @ hessian.astype(np.float64)
+        products: NDArray[np.float64] = np.einsum("ij,ij->i", seen, b)
+        return products
+
+    (u, v), (p, q) = sides, coded
+    whole, mixed, rounded = (np.einsum("ij,ij->i", a, b) for a, b in ((u, u), (u, p), (p, p)))
+    found: NDArray[np.float64] = whole * moments(v, v) - 2 * mixed * moments(v, q) + rounded * moments(q, q)
+    return np.maximum(found, 0)
+
+
+def searched(
+    factors: LowRank,
+    widths: Sequence[tuple[int, int]],
+    grid: Grid,
+    budget: float,
+    cost: Callable[[int], int],
+    *,
+    hessian: NDArray[np.floating] | None = None,
+    seed: int = 0,
+) -> list[tuple[int, int]]:
+    """Return the bands of least error at a budget, by :func:`search_bands`; each keeps at least a vector.
+
+    The paper searches one list for the whole model, by what the model then says of a text; here every matrix has its
+    own, by the sum of :func:`vector_errors`, which no candidate has to be quantized for.
+
+    Args:
+        factors: of the delta, as many vectors as the budget could pay for.
+        widths: (vectors, bits) pairs to begin with.
+        grid: of every band, but for its bits.
+        budget: bytes.
+        cost: of a vector of either side with a number of bits, in bytes.
+        hessian: moments of the inputs.
+        seed: of the search.
+    """
+    bits = [width for _, width in widths]
+    costs = [cost(width) for width in bits]
+    count = factors.values.size
+    lost = np.concatenate([[0], np.cumsum(_energies(factors, hessian))])
+    sums = [np.concatenate([[0], np.cumsum(vector_errors(factors, band_grid(grid, width), hessian))]) for width in bits]
+
+    def loss(extra: tuple[int, ...]) -> float:
+        ends = np.cumsum(np.array(extra) + 1)
+        if ends[-1] > count:
+            return np.inf
+        starts = np.concatenate([[0], ends[:-1]])
+        kept = sum(float(total[end] - total[start]) for total, start, end in zip(sums, starts, ends, strict=True))
+        return kept + float(lost[-1] - lost[ends[-1]])
+
+    rest = int(budget) - sum(costs)
+    if rest < 0 or count < len(bits):
+        return list(widths)
+    begin = [tuple(max(number - 1, 0) for number, _ in widths)]
+    best, _ = search_bands(loss, bits, costs, rest, count - len(bits), start=begin, generations=60, seed=seed)
+    return [(number + 1, width) for number, width in zip(best, bits, strict=True)]
+
+
+def _energies(factors: LowRank, hessian: NDArray[np.floating] | None) -> NDArray[np.float64]:
+    """Return what each vector that is left out loses."""
+    left, right = (side.astype(np.float64) for side in factors.balanced())
+    seen = right if hessian is None else right @ hessian.astype(np.float64)
+    found: NDArray[np.float64] = np.einsum("ij,ij->j", left, left) * np.einsum("ij,ij->i", seen, right)
+    return found
+
+
 def _refit(rest: NDArray[np.float64], seen: NDArray[np.float64], moments: NDArray[np.float64]) -> Floats:
     """Return the left factor A that minimizes trace((R - A B) H (R - A B)^T): R (B H)^T (B H B^T)^-1.
 

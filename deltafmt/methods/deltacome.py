@@ -24,7 +24,7 @@ from deltafmt.errors import UsageError
 from deltafmt.layout.coding import Coding
 from deltafmt.layout.entries import MAX_TERMS
 from deltafmt.layout.lowrank import MAX_VECTORS, LowRankLayout
-from deltafmt.methods.bands import GROUP, band_grid, fill, quantize_bands
+from deltafmt.methods.bands import GROUP, band_grid, fill, quantize_bands, searched
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.grids import Grid
@@ -70,6 +70,8 @@ class DeltaCoMe:
         scale_group: consecutive codes of a vector that share a scale; 0 for one scale a vector.
         scale_dtype: ``BF16`` or ``F32``.
         refit: fit the left vectors of a band to what the bands before it, and the right vectors' codes, have left over.
+        search: have a genetic search (appendix B) choose how many vectors each band has, at the same bytes; the list
+            says the bits, and where it begins.
 
     Raises:
         UsageError: an option is out of range.
@@ -82,6 +84,7 @@ class DeltaCoMe:
     scale_group: int = option(GROUP, "codes of a vector that share a scale; 0: all (128)", "G")
     scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
     refit: bool = option(False, "fit left vectors to what is left over (no)")
+    search: bool = option(False, "search the vectors of each band, for each matrix (no)")
 
     name = "delta-come"
     summary = "singular vectors, the first at more bits than the later ones (Delta-CoMe)"
@@ -93,6 +96,13 @@ class DeltaCoMe:
             raise UsageError(f"bits_per_weight {self.bits_per_weight} is not a positive number")
         for _, bits in self.widths:
             self._coding(bits)
+        if self.search and self.budget is None:
+            raise UsageError("a search needs bits_per_weight, or rest as the last band")
+
+    @property
+    def fixed_rank(self) -> bool:
+        """Whether the shape alone decides how many vectors the bands have."""
+        return not self.search
 
     @property
     def widths(self) -> tuple[tuple[int | None, int], ...]:
@@ -120,7 +130,10 @@ class DeltaCoMe:
         return found or [(1, widths[0][1])]
 
     def layouts(self, rows: int, columns: int) -> tuple[LowRankLayout, ...]:
-        """Return the layouts of the bands."""
+        """Return the layouts of the bands; of those that are searched, with one vector."""
+        if self.search:
+            bands = self._filled(rows, columns)
+            return tuple(LowRankLayout(1, self._coding(bits)) for _, bits in bands)
         return tuple(LowRankLayout(count, self._coding(bits)) for count, bits in self._filled(rows, columns))
 
     def describe(self) -> str:
@@ -128,13 +141,25 @@ class DeltaCoMe:
         size = "" if self.budget is None else f" bits_per_weight={self.budget}"
         grid = self.quantizer
         how = f"{grid.kind} scale/{grid.group} {grid.scale_dtype} {grid.rule}{' refit' if self.refit else ''}"
+        how += " searched" if self.search else ""
         return f"delta-come {self.bands}{size} {how}"
 
-    def compress(self, rows: DeltaRows, seed: int) -> tuple[LowRankArrays, ...]:  # noqa: ARG002 - nothing is drawn
+    def compress(self, rows: DeltaRows, seed: int) -> tuple[LowRankArrays, ...]:
         """Factorize a matrix and quantize its bands: by eq. 5 where the inputs' moments are given, or to nearest."""
         delta = rows.dense()
         widths = self._filled(*delta.shape)
-        factors = factorize(delta, sum(count for count, _ in widths))
+        vectors = sum(count for count, _ in widths)
+        if self.search and self.budget is not None:
+            budget = self.budget * delta.size / 8
+
+            def cost(bits: int) -> int:
+                return vector_bytes(self._coding(bits), *delta.shape)
+
+            vectors = min(*delta.shape, max(vectors, int(budget / min(cost(bits) for _, bits in widths))))
+            factors = factorize(delta, vectors)
+            widths = searched(factors, widths, self.quantizer, budget, cost, hessian=rows.hessian, seed=seed)
+        else:
+            factors = factorize(delta, vectors)
         bands = quantize_bands(
             factors, widths, self.quantizer, hessian=rows.hessian, delta=delta if self.refit else None
         )
