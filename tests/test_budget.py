@@ -20,10 +20,11 @@ from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import NonFiniteError, UsageError
 from deltafmt.methods import RTN, BitDelta, DeltaDQ, Magnitude, Method, Residual
 from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.factorization import factorize
 from deltafmt.methods.routines import select_routines
 from deltafmt.pipeline import budget, sizes
 from deltafmt.pipeline.budget import plan_for_target
-from deltafmt.pipeline.losses import SAMPLE_ELEMENTS, SAMPLE_ROWS, Approximations, Loss, sample_runs, strongest
+from deltafmt.pipeline.losses import SAMPLE_ELEMENTS, SAMPLE_ROWS, Approximations, Loss, sample_runs
 from pairs import check_round_trip, pair_of
 
 FEW: tuple[Method, ...] = (DeltaDQ(4, 16, 4), DeltaDQ(1, 16, 1), Residual(rank=2), RTN(2), BitDelta())
@@ -202,7 +203,7 @@ def test_common_directions_of_a_vocabulary_do_not_count() -> None:
     common = np.outer(np.ones(60), rng.standard_normal(40)).astype(np.float32) * 5
     delta = common + rng.standard_normal((60, 40)).astype(np.float32)
     for turned in (delta, np.ascontiguousarray(delta.T)):
-        head = strongest(turned, 2)
+        head = factorize(turned, 2).dense()
         assert np.linalg.matrix_rank(head) == 2
         u, s, vt = np.linalg.svd(turned, full_matrices=False)
         np.testing.assert_allclose(head, (u[:, :2] * s[:2]) @ vt[:2], atol=1e-3)

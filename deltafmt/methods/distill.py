@@ -45,8 +45,9 @@ def distilled_rows(delta: Floats, hessian: NDArray[np.floating], scales: Floats,
 def distilled_level(delta: Floats, hessian: NDArray[np.floating], level: float) -> float:
     """Return the level of a whole matrix, or the one given where no positive one is better; arguments as above."""
     check_hessian(hessian, delta.shape[1])
-    seen = signs(delta).astype(np.float64) @ hessian.astype(np.float64)
-    along, length = float(np.einsum("ij,ij->", seen, delta)), float(np.einsum("ij,ij->", seen, signs(delta)))
+    sign = signs(delta)
+    seen = sign.astype(np.float64) @ hessian.astype(np.float64)
+    along, length = float(np.einsum("ij,ij->", seen, delta)), float(np.einsum("ij,ij->", seen, sign))
     return along / length if along > 0 and length > 0 else level
 
 

@@ -146,11 +146,14 @@ class Loss:
     """
 
     def __init__(self, delta: Floats, hessian: NDArray[np.floating] | None = None, common: int = 0) -> None:
-        self._common = strongest(delta, common)
-        if _dot(delta - self._common, delta - self._common) < LEAST_REST * _dot(delta, delta):
-            self._common = np.zeros((1, 1), np.float32)
-        self._delta = delta = delta - self._common
-        self._squares = _dot(delta, delta)
+        squares = _dot(delta, delta)
+        self._common = np.zeros((1, 1), np.float32)
+        if common:
+            shared = factorize(delta, common).dense()
+            rest = delta - shared
+            if _dot(rest, rest) >= LEAST_REST * squares:
+                self._common, delta, squares = shared, rest, _dot(rest, rest)
+        self._delta, self._squares = delta, squares
         self._inputs: Floats | None = None
         if hessian is not None:
             values, vectors = np.linalg.eigh(hessian.astype(np.float64))
@@ -170,17 +173,6 @@ class Loss:
         kept = _dot(approximation, self._delta) / self._squares
         noise = self._outputs(approximation - np.float32(kept) * self._delta)
         return (1 - kept) ** 2 + self._factor * weight * _dot(noise, noise) / self._energy
-
-
-def strongest(matrix: Floats, count: int) -> Floats:
-    """Return the best approximation of a rank, float32, of the matrix's shape."""
-    if not count:
-        return np.zeros((1, 1), np.float32)
-    wide = matrix.astype(np.float64)
-    tall = len(wide) > wide.shape[1]
-    vectors = np.linalg.eigh(wide.T @ wide if tall else wide @ wide.T)[1][:, -count:]
-    found = wide @ vectors @ vectors.T if tall else vectors @ (vectors.T @ wide)
-    return found.astype(np.float32)
 
 
 def _dot(a: Floats, b: Floats) -> float:
