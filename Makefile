@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint fuzz links clean
+.PHONY: demo test lint fuzz clean
 
 demo: $(VENV)/.models
 	$(BIN)/python examples/demo.py
@@ -14,21 +14,14 @@ demo: $(VENV)/.models
 test: $(VENV)/.models $(VENV)/.dev
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.models $(VENV)/.dev links
+lint: $(VENV)/.models $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p deltafmt
-	cd .links && $(abspath $(BIN))/lint-imports --config ../pyproject.toml
+	$(BIN)/lint-imports
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python fuzz/fuzz_reader.py $$(mktemp -d) fuzz/corpus -max_total_time=60
-
-# mypy and import-linter follow the package as it is installed: kernels/ and tools/ inside deltafmt/.
-links:
-	mkdir -p .links/deltafmt
-	for part in deltafmt/*; do ln -sfn ../../$$part .links/deltafmt/; done
-	ln -sfn ../../kernels .links/deltafmt/kernels
-	ln -sfn ../../tools .links/deltafmt/tools
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,4 +37,4 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 clean:
-	rm -rf $(VENV) .links build dist *.egg-info demo-out
+	rm -rf $(VENV) build dist *.egg-info demo-out

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import torch
 
-from deltafmt.kernels.nm_matmul.operand import NMOperand
+from deltafmt.kernels.nm.operand import NMOperand
 from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
 from deltafmt.kernels.table import Operand
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.nm import NMLayout
-from deltafmt.layout.sparse import SparseLayout
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.registry import Layout
+from deltafmt.terms.sparse.layout import SparseLayout
 
 DEVICE = "cuda"
 REPEATS = 11

@@ -22,10 +22,10 @@ import torch
 from common import Figure, report
 from gpu import DEVICE, milliseconds, random_operand
 
-from deltafmt.kernels.nm_matmul.product import nm_linear, nm_matmul_
-from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.kernels.nm.product import nm_linear, nm_matmul_
+from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
-from deltafmt.layout.nm import NMLayout
+from deltafmt.terms.nm.layout import NMLayout
 
 PRODUCTS = (((4096, 4096, 4096), 4096), ((4096,), 4096), ((11008, 11008), 4096), ((4096,), 11008))
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from common import Figure, report, seconds
 
-from deltafmt.codecs.floats import narrow
-from deltafmt.layout.tiles import stream_words, tiles
-from deltafmt.methods.routines import Routines, select_routines
+from deltafmt.methods.method_routines import Routines, select_routines
+from deltafmt.terms.floats import narrow
+from deltafmt.terms.tiles import stream_words, tiles
 
 
 @dataclass(frozen=True, slots=True)

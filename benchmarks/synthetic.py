@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec
-from deltafmt.codecs.floats import narrow
+from deltafmt.terms.floats import narrow
 
 BLOCK = 1 << 22
 

@@ -21,15 +21,15 @@ import torch
 from common import Figure, report
 from gpu import DEVICE, milliseconds, random_operand, sparse_slots
 
-from deltafmt.kernels.nm_matmul.segments import Segments
 from deltafmt.kernels.products import matmul_
+from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.lowbit import LowbitLayout
-from deltafmt.layout.lowrank import LowRankLayout
-from deltafmt.layout.nm import NMLayout
-from deltafmt.layout.sparse import SparseLayout
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.registry import Layout
+from deltafmt.terms.sparse.layout import SparseLayout
 
 RATIO_128 = tuple(NMLayout(1, 32, 4, "seeded", "midtread", share) for share in (1, 4))
 # Deltas of other kinds than nm: the least share of the copy's speed, and by how much BitDelta's kernel must be slower.

@@ -28,7 +28,7 @@ from synthetic import llama_specs, write_pair
 
 import deltafmt
 from deltafmt.checkpoint.folder import Checkpoint
-from deltafmt.codecs.routines import codec_routines
+from deltafmt.terms.codec_routines import codec_routines
 
 BLOCK = 4 << 20
 GIB = 1 << 30

@@ -24,14 +24,14 @@ from common import Figure, report
 
 import deltafmt
 import deltafmt.torch as dt
-from deltafmt.codecs.positions import encode_rank
 from deltafmt.container.reader import Container
 from deltafmt.container.writer import ContainerWriter
-from deltafmt.layout.constants import ZSTD_CHUNK
-from deltafmt.layout.entries import BaseRef, TensorEntry, Term
-from deltafmt.layout.nm import NMLayout
-from deltafmt.layout.tiles import TILE_ROWS
+from deltafmt.format.constants import ZSTD_CHUNK
+from deltafmt.index.entries import BaseRef, TensorEntry, Term
 from deltafmt.runtime import upload
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.nm.positions import encode_rank
+from deltafmt.terms.tiles import TILE_ROWS
 
 HOT = NMLayout(1, 32, 4)
 COLD = NMLayout(2, 64, 4, "rank", share=4)

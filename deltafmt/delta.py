@@ -10,13 +10,13 @@ from typing import BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs.buffers import views
-from deltafmt.codecs.routines import REFERENCE, CodecRoutines
-from deltafmt.codecs.terms import TermCodec, term_codec
 from deltafmt.container.reader import Container
 from deltafmt.errors import InvalidFileError, UsageError
-from deltafmt.layout.constants import MAX_RAW_BYTES
-from deltafmt.layout.entries import TensorEntry, Term
+from deltafmt.format.constants import MAX_RAW_BYTES
+from deltafmt.index.entries import TensorEntry, Term
+from deltafmt.terms.buffers import views
+from deltafmt.terms.codec import TermCodec, term_codec
+from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 
 # Elements of a run: enough to hide the cost of a call, few enough for its arrays to stay in the processor's cache.
 RUN_ELEMENTS = 1 << 19
@@ -87,7 +87,7 @@ class DeltaFile:
         """Return read-only views of a tensor's packed arrays; no byte is copied in a mapped ``hot`` file.
 
         Returns:
-            For ``add``: the buffers of the term by name, as :func:`deltafmt.codecs.buffers.views`
+            For ``add``: the buffers of the term by name, as :func:`deltafmt.terms.buffers.views`
             gives them (with several terms ``terms[0].codes`` and so on), and ``new_rows`` as
             bytes if the tensor grew. For ``replace``: ``data`` as bytes. Nothing for ``same``. An alias gives its
             target's.

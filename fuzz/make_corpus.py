@@ -20,18 +20,18 @@ from numpy.typing import NDArray
 
 import deltafmt
 from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec
-from deltafmt.codecs import nm
-from deltafmt.codecs import positions as pos
-from deltafmt.codecs.buffers import blank
-from deltafmt.codecs.floats import narrow
-from deltafmt.codecs.lowbit import LowbitArrays
-from deltafmt.codecs.lowrank import LowRankArrays, LowRankCodec
 from deltafmt.container.writer import ContainerWriter
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.entries import BaseRef, TensorEntry, Term
-from deltafmt.layout.lowrank import LowRankLayout
-from deltafmt.layout.nm import NMLayout
+from deltafmt.index.entries import BaseRef, TensorEntry, Term
 from deltafmt.methods import DARE, RTN, BitDelta, DeltaDQ, Magnitude, Method
+from deltafmt.terms.buffers import blank
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.floats import narrow
+from deltafmt.terms.lowbit.codec import LowbitArrays
+from deltafmt.terms.lowrank.codec import LowRankArrays, LowRankCodec
+from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.nm import codec as nm
+from deltafmt.terms.nm import positions as pos
+from deltafmt.terms.nm.layout import NMLayout
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 LARGEST = 20_000

@@ -14,14 +14,14 @@ import repair
 from repair import Parts
 
 from deltafmt.errors import UsageError
-from deltafmt.layout import constants as c
-from deltafmt.layout.coding import CODING_GRIDS, Coding
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.lowbit import LowbitLayout
-from deltafmt.layout.lowrank import RAW_FACTORS, LowRankLayout
-from deltafmt.layout.nm import BITS, INDEX_ENCODINGS, SHARES, NMLayout
-from deltafmt.layout.sparse import GAP_BITS, RAW_VALUES, SparseLayout
-from deltafmt.layout.tiles import GRIDS
+from deltafmt.format import constants as c
+from deltafmt.terms.coding import CODING_GRIDS, Coding
+from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.lowrank.layout import RAW_FACTORS, LowRankLayout
+from deltafmt.terms.nm.layout import BITS, INDEX_ENCODINGS, SHARES, NMLayout
+from deltafmt.terms.registry import Layout
+from deltafmt.terms.sparse.layout import GAP_BITS, RAW_VALUES, SparseLayout
+from deltafmt.terms.tiles import GRIDS
 
 Mutate = Callable[[bytes, int], bytes]
 

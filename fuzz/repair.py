@@ -18,7 +18,7 @@ import deltafmt
 from deltafmt.container import frame
 from deltafmt.container.chunks import ChunkCompressor
 from deltafmt.container.content import content_id
-from deltafmt.layout import constants as c
+from deltafmt.format import constants as c
 from deltafmt.pipeline.verify import payload_digest
 
 BUDGET = 1 << 24

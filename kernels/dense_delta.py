@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 
 from deltafmt.errors import UnsupportedError
-from deltafmt.kernels.lowbit_matmul.naive import lowbit_delta
-from deltafmt.kernels.lowrank_matmul.naive import lowrank_delta
-from deltafmt.kernels.nm_matmul import product
-from deltafmt.kernels.nm_matmul.operand import NMOperand
-from deltafmt.kernels.sparse_matmul.naive import sparse_delta
+from deltafmt.kernels.lowbit.naive import lowbit_delta
+from deltafmt.kernels.lowrank.naive import lowrank_delta
+from deltafmt.kernels.nm import product
+from deltafmt.kernels.nm.operand import NMOperand
+from deltafmt.kernels.sparse.naive import sparse_delta
 from deltafmt.kernels.table import Operand
-from deltafmt.layout.lowbit import LowbitLayout
-from deltafmt.layout.lowrank import LowRankLayout
-from deltafmt.layout.sparse import SparseLayout
+from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.sparse.layout import SparseLayout
 
 
 def operand_delta(operand: Operand, start: int = 0, stop: int | None = None) -> torch.Tensor:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from deltafmt import accel
-from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.lowbit import LowbitLayout
-from deltafmt.layout.lowrank import LowRankLayout
-from deltafmt.layout.sparse import SparseLayout
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.registry import Layout
+from deltafmt.terms.sparse.layout import SparseLayout
 
 # A group of numbers that share a scale takes whole words of every plane.
 GROUP_STEP = 32
@@ -67,9 +67,9 @@ def launch_kinds(
     segments: Segments,
 ) -> None:
     """Launch the kernels of some kinds, on the current device or in Triton's interpreter."""
-    from deltafmt.kernels.lowbit_matmul import launch as lowbit
-    from deltafmt.kernels.lowrank_matmul import launch as lowrank
-    from deltafmt.kernels.sparse_matmul import launch as sparse
+    from deltafmt.kernels.lowbit import launch as lowbit
+    from deltafmt.kernels.lowrank import launch as lowrank
+    from deltafmt.kernels.sparse import launch as sparse
 
     for kind, launch in ((LowbitLayout, lowbit), (LowRankLayout, lowrank), (SparseLayout, sparse)):
         if kind in kinds:

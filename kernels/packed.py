@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.tiles import BufferForm
+from deltafmt.terms.registry import Layout
+from deltafmt.terms.tiles import BufferForm
 
 # Packed words are int32 to torch, whose unsigned integers can do little.
 BUFFER_DTYPES = {

@@ -12,12 +12,12 @@ import torch
 
 from deltafmt.kernels.dense_delta import operand_delta
 from deltafmt.kernels.few_tokens import few_token_products_
-from deltafmt.kernels.lowrank_matmul.naive import vectors
-from deltafmt.kernels.nm_matmul.product import nm_embedding_, nm_matmul_
-from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.kernels.lowrank.naive import vectors
+from deltafmt.kernels.nm.product import nm_embedding_, nm_matmul_
 from deltafmt.kernels.packed import PackedOperand
+from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
-from deltafmt.layout.lowrank import LowRankLayout
+from deltafmt.terms.lowrank.layout import LowRankLayout
 
 
 def matmul_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:

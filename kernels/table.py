@@ -10,10 +10,10 @@ from typing import Generic, TypeVar
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.kernels.nm_matmul.operand import NMOperand
+from deltafmt.kernels.nm.operand import NMOperand
 from deltafmt.kernels.packed import PackedOperand
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.lowrank import MAX_VECTORS, LowRankLayout
+from deltafmt.terms.lowrank.layout import MAX_VECTORS, LowRankLayout
+from deltafmt.terms.registry import Layout
 
 # Of codes, so that a thread can load the words of four rows at once; a file's buffers lie at multiples of 256.
 WORD_ALIGNMENT = 16

@@ -9,18 +9,18 @@ import numpy as np
 from blake3 import blake3
 from vector_tools import change, change_buffer, encode, join, one_attachment, one_tensor, parts, simple, vector
 
-from deltafmt.codecs.buffers import blank, raw_bytes
-from deltafmt.codecs.positions import seeded
 from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
-from deltafmt.layout import constants as c
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.entries import BaseRef, TensorEntry, Term
-from deltafmt.layout.lowbit import LowbitLayout
-from deltafmt.layout.lowrank import LowRankLayout
-from deltafmt.layout.nm import NMLayout
-from deltafmt.layout.sparse import SparseLayout
+from deltafmt.format import constants as c
+from deltafmt.index.entries import BaseRef, TensorEntry, Term
+from deltafmt.terms.buffers import blank, raw_bytes
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.nm.positions import seeded
+from deltafmt.terms.sparse.layout import SparseLayout
 
 
 @vector("invalid", "an empty file", "the file is empty")

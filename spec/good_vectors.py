@@ -10,13 +10,13 @@ from vector_tools import add_term, encode, join, one_tensor, parts, simple, summ
 
 from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
-from deltafmt.layout import constants as c
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.entries import BaseRef, TensorEntry
-from deltafmt.layout.lowbit import LowbitLayout
-from deltafmt.layout.lowrank import LowRankLayout
-from deltafmt.layout.nm import NMLayout
-from deltafmt.layout.sparse import SparseLayout
+from deltafmt.format import constants as c
+from deltafmt.index.entries import BaseRef, TensorEntry
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.sparse.layout import SparseLayout
 
 
 @vector("ok", "no tensor at all: header, index and trailer")

@@ -13,26 +13,26 @@ import numpy as np
 import xxhash
 from blake3 import blake3
 
-from deltafmt.codecs import nm
-from deltafmt.codecs.buffers import blank, raw_bytes
-from deltafmt.codecs.floats import narrow
-from deltafmt.codecs.lowbit import LowbitArrays
-from deltafmt.codecs.lowrank import LowRankArrays
-from deltafmt.codecs.positions import seeded
-from deltafmt.codecs.sparse import SparseArrays
-from deltafmt.codecs.terms import Arrays, slot_count, term_codec
 from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
-from deltafmt.layout import constants as c
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.entries import BaseRef, TensorEntry, Term
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.lowbit import LowbitLayout
-from deltafmt.layout.lowrank import LowRankLayout
-from deltafmt.layout.nm import NMLayout
-from deltafmt.layout.sections import Attachment
-from deltafmt.layout.sparse import SparseLayout
+from deltafmt.format import constants as c
+from deltafmt.index.entries import BaseRef, TensorEntry, Term
+from deltafmt.index.sections import Attachment
+from deltafmt.terms.buffers import blank, raw_bytes
+from deltafmt.terms.codec import Arrays, slot_count, term_codec
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.floats import narrow
+from deltafmt.terms.lowbit.codec import LowbitArrays
+from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.lowrank.codec import LowRankArrays
+from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.nm import codec as nm
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.nm.positions import seeded
+from deltafmt.terms.registry import Layout
+from deltafmt.terms.sparse.codec import SparseArrays
+from deltafmt.terms.sparse.layout import SparseLayout
 
 VECTORS: dict[str, bytes] = {}
 

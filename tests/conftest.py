@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 import deltafmt
 from containers import write_safetensors
-from deltafmt.codecs.routines import REFERENCE, CodecRoutines, codec_routines
-from deltafmt.methods.routines import Routines, select_routines
+from deltafmt.methods.method_routines import Routines, select_routines
+from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines, codec_routines
 
 # Where there is no GPU, Triton kernels are interpreted. Triton reads this when it is imported, and nothing imports it
 # before; what needs the compiler runs in a process of its own.

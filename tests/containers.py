@@ -14,12 +14,12 @@ import numpy as np
 from blake3 import blake3
 from hypothesis import strategies as st
 
-from deltafmt.codecs.floats import narrow
 from deltafmt.container import frame
 from deltafmt.container.reader import Container
 from deltafmt.container.writer import ContainerWriter
-from deltafmt.layout import constants as c
-from deltafmt.layout.entries import TensorEntry
+from deltafmt.format import constants as c
+from deltafmt.index.entries import TensorEntry
+from deltafmt.terms.floats import narrow
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 FILE_NAMES = st.from_regex(r"[a-z]{1,8}(/[a-z]{1,8})?\.json", fullmatch=True)

@@ -10,14 +10,14 @@ import numpy as np
 from blake3 import blake3
 from hypothesis import strategies as st
 
-from deltafmt.codecs import nm
-from deltafmt.codecs.positions import encode_rank
 from deltafmt.container import writer as container_writer
 from deltafmt.container.writer import ContainerWriter
-from deltafmt.layout.constants import DTYPE_BITS, byte_count
-from deltafmt.layout.entries import BaseRef, TensorEntry, Term
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.nm import NMLayout
+from deltafmt.format.constants import DTYPE_BITS, byte_count
+from deltafmt.index.entries import BaseRef, TensorEntry, Term
+from deltafmt.terms.nm import codec as nm
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.nm.positions import encode_rank
+from deltafmt.terms.registry import Layout
 from strategies import dense_layouts, fitting, generators, layouts, shapes, sparse_layouts
 
 DIGEST = bytes(32)

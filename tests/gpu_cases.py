@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from deltafmt.kernels.nm_matmul.launch import launch_expand
-from deltafmt.kernels.nm_matmul.operand import NMOperand
-from deltafmt.kernels.nm_matmul.product import nm_linear, nm_matmul_, operand_delta
+from deltafmt.kernels.nm.launch import launch_expand
+from deltafmt.kernels.nm.operand import NMOperand
+from deltafmt.kernels.nm.product import nm_linear, nm_matmul_, operand_delta
 from deltafmt.kernels.table import OperandTable
-from deltafmt.layout.nm import NMLayout
+from deltafmt.terms.nm.layout import NMLayout
 from operands import Product, product, random_operand
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

@@ -22,20 +22,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deltafmt.kernels.few_tokens import launch_kinds
-from deltafmt.kernels.lowbit_matmul import lowbit
-from deltafmt.kernels.lowrank_matmul import lowrank
-from deltafmt.kernels.nm_matmul import dense, fused, gather, launch
-from deltafmt.kernels.nm_matmul.operand import NMOperand
-from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.kernels.lowbit import kernel as lowbit
+from deltafmt.kernels.lowrank import kernel as lowrank
+from deltafmt.kernels.nm import dense, fused, gather, launch
+from deltafmt.kernels.nm.operand import NMOperand
 from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
-from deltafmt.kernels.sparse_matmul import sparse
+from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.sparse import kernel as sparse
 from deltafmt.kernels.table import OperandTable
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.lowbit import LowbitLayout
-from deltafmt.layout.lowrank import LowRankLayout
-from deltafmt.layout.nm import NMLayout
-from deltafmt.layout.sparse import SparseLayout
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.registry import Layout
+from deltafmt.terms.sparse.layout import SparseLayout
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGET = GPUTarget("cuda", 90, 32)

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from deltafmt.codecs import nm
-from deltafmt.codecs import positions as pos
-from deltafmt.codecs.buffers import blank
-from deltafmt.codecs.floats import narrow, widen
-from deltafmt.codecs.nm import NMArrays
-from deltafmt.kernels.nm_matmul import naive
-from deltafmt.kernels.nm_matmul.operand import NMOperand
-from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.kernels.nm import naive
+from deltafmt.kernels.nm.operand import NMOperand
+from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
-from deltafmt.layout.nm import NMLayout
+from deltafmt.terms.buffers import blank
+from deltafmt.terms.floats import narrow, widen
+from deltafmt.terms.nm import codec as nm
+from deltafmt.terms.nm import positions as pos
+from deltafmt.terms.nm.codec import NMArrays
+from deltafmt.terms.nm.layout import NMLayout
 from strategies import ascending
 
 Device = torch.device | str

@@ -10,23 +10,23 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from deltafmt.codecs.buffers import blank
-from deltafmt.codecs.floats import narrow, widen
-from deltafmt.codecs.lowbit import LowbitArrays
-from deltafmt.codecs.lowrank import LowRankArrays
-from deltafmt.codecs.sparse import SparseArrays
-from deltafmt.codecs.terms import Arrays, slot_count, term_codec
 from deltafmt.kernels.dense_delta import operand_delta
 from deltafmt.kernels.few_tokens import launch_kinds
-from deltafmt.kernels.lowrank_matmul.naive import vectors
-from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.kernels.lowrank.naive import vectors
 from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
+from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.lowbit import LowbitLayout
-from deltafmt.layout.lowrank import LowRankLayout
-from deltafmt.layout.sparse import SparseLayout
+from deltafmt.terms.buffers import blank
+from deltafmt.terms.codec import Arrays, slot_count, term_codec
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.floats import narrow, widen
+from deltafmt.terms.lowbit.codec import LowbitArrays
+from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.lowrank.codec import LowRankArrays
+from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.registry import Layout
+from deltafmt.terms.sparse.codec import SparseArrays
+from deltafmt.terms.sparse.layout import SparseLayout
 from operands import ROUNDING, Device, Inside
 
 Guard = Callable[[list[torch.Tensor], list[torch.Tensor]], contextlib.AbstractContextManager[object]]

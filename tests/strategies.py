@@ -11,18 +11,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltafmt.codecs import positions as pos
-from deltafmt.codecs.floats import RAW_DTYPES, Raw, narrow, widen
-from deltafmt.codecs.lowbit import LowbitArrays
-from deltafmt.codecs.lowrank import LowRankArrays
-from deltafmt.codecs.nm import NMArrays, outside
-from deltafmt.codecs.sparse import SparseArrays
-from deltafmt.layout.coding import CODING_GRIDS, Coding
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.lowbit import LowbitLayout
-from deltafmt.layout.lowrank import RAW_FACTORS, LowRankLayout
-from deltafmt.layout.nm import BITS, INDEX_ENCODINGS, MAX_GROUP, SHARES, NMLayout
-from deltafmt.layout.sparse import GAP_BITS, RAW_VALUES, SPANS, SparseLayout
+from deltafmt.terms.coding import CODING_GRIDS, Coding
+from deltafmt.terms.floats import RAW_DTYPES, Raw, narrow, widen
+from deltafmt.terms.lowbit.codec import LowbitArrays
+from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.lowrank.codec import LowRankArrays
+from deltafmt.terms.lowrank.layout import RAW_FACTORS, LowRankLayout
+from deltafmt.terms.nm import positions as pos
+from deltafmt.terms.nm.codec import NMArrays, outside
+from deltafmt.terms.nm.layout import BITS, INDEX_ENCODINGS, MAX_GROUP, SHARES, NMLayout
+from deltafmt.terms.registry import Layout
+from deltafmt.terms.sparse.codec import SparseArrays
+from deltafmt.terms.sparse.layout import GAP_BITS, RAW_VALUES, SPANS, SparseLayout
 
 FLOAT_DTYPES = tuple(RAW_DTYPES)
 # What a float's bits can hold beyond ordinary numbers: both zeros, the subnormals' ends, the largest, infinities and
@@ -195,7 +195,7 @@ def ascending(rng: np.random.Generator, mask_rows: int, groups: int, keep: int, 
 
 @st.composite
 def nm_arrays(draw: st.DrawFn, layout: NMLayout, rows: int, columns: int, seed: int = 0) -> NMArrays:
-    """Give canonical content of a term: what :func:`deltafmt.codecs.nm.check` must accept."""
+    """Give canonical content of a term: what :func:`deltafmt.terms.nm.codec.check` must accept."""
     rng = draw(generators())
     mask_rows, groups = layout.mask_rows(rows), layout.groups(columns)
     if layout.index == "seeded":

@@ -10,17 +10,17 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import deltafmt  # noqa: E402
-from deltafmt.errors import (  # noqa: E402
+import deltafmt
+from deltafmt.errors import (
     InvalidFileError,
     StorageError,
     UsageError,
     WrongBaseError,
 )
-from deltafmt.methods import RTN, BitDelta, DeltaDQ  # noqa: E402
-from deltafmt.runtime.residency import NoRoomError  # noqa: E402
-from deltafmt.transformers import attach, detach  # noqa: E402
-from tiny_models import ARCHITECTURES, CAUSAL, Tiny, close, every, generate, ids, logits, made_once, new_model  # noqa: E402
+from deltafmt.methods import RTN, BitDelta, DeltaDQ
+from deltafmt.runtime.residency import NoRoomError
+from deltafmt.transformers import attach, detach
+from tiny_models import ARCHITECTURES, CAUSAL, Tiny, close, every, generate, ids, logits, made_once, new_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

@@ -11,11 +11,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import deltafmt  # noqa: E402
-from deltafmt.errors import UsageError, WrongBaseError  # noqa: E402
-from deltafmt.methods import DeltaDQ  # noqa: E402
-from deltafmt.transformers import attach, detach  # noqa: E402
-from tiny_models import Tiny, close, every, generate, ids, logits, made_once, make_tiny, shake  # noqa: E402
+import deltafmt
+from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.methods import DeltaDQ
+from deltafmt.transformers import attach, detach
+from tiny_models import Tiny, close, every, generate, ids, logits, made_once, make_tiny, shake
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

@@ -21,7 +21,7 @@ from deltafmt.errors import NonFiniteError, UsageError
 from deltafmt.methods import RTN, BitDelta, DeltaDQ, Magnitude, Method, Residual
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.factorization import factorize
-from deltafmt.methods.routines import select_routines
+from deltafmt.methods.method_routines import select_routines
 from deltafmt.pipeline import budget, sizes
 from deltafmt.pipeline.budget import plan_for_target
 from deltafmt.pipeline.losses import SAMPLE_ELEMENTS, SAMPLE_ROWS, Approximations, Loss, sample_runs

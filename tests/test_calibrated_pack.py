@@ -16,14 +16,14 @@ from conftest import Cli, refused
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from deltafmt.calibration import chain_run  # noqa: E402
-from deltafmt.calibration.run import Options, calibrate_folder  # noqa: E402
-from deltafmt.errors import UsageError  # noqa: E402
-from deltafmt.methods import GPTQ, RTN, SparseGPT  # noqa: E402
-from deltafmt.methods.gptq_solver import gptq  # noqa: E402
-from deltafmt.methods.sparsegpt_solver import sparsegpt  # noqa: E402
-from deltafmt.pipeline.calibrate import Calibration  # noqa: E402
-from tiny_models import new_model, shake  # noqa: E402
+from deltafmt.calibration import chain_run
+from deltafmt.calibration.run import Options, calibrate_folder
+from deltafmt.errors import UsageError
+from deltafmt.methods import GPTQ, RTN, SparseGPT
+from deltafmt.methods.gptq_solver import gptq
+from deltafmt.methods.sparsegpt_solver import sparsegpt
+from deltafmt.pipeline.calibrate import Calibration
+from tiny_models import new_model, shake
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
@@ -111,7 +111,7 @@ def test_what_is_stored_is_what_the_solvers_find(home: Path, tmp_path: Path) -> 
     method = SparseGPT(4, 8, 2, share=2)
     packed(home, out, method)
     arrays = sparsegpt(delta, hessian, method.layout, rule="mse", refits=2).arrays
-    from deltafmt.codecs import nm
+    from deltafmt.terms.nm import codec as nm
 
     with deltafmt.open(out) as opened:
         np.testing.assert_array_equal(opened.delta(NAME), nm.dense(method.layout, arrays, delta.shape[1]))

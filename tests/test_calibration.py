@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from deltafmt.calibration import blockwise, run  # noqa: E402
-from deltafmt.calibration.callbacks import Moments, Report  # noqa: E402
-from deltafmt.calibration.modules import find_blocks, linear_modules  # noqa: E402
-from deltafmt.calibration.run import Options, calibrate, calibrate_folder  # noqa: E402
-from deltafmt.calibration.store import MomentStore  # noqa: E402
-from deltafmt.calibration.text import Document, read_documents  # noqa: E402
-from deltafmt.calibration.tokens import Encoder, batches, cut, load_encoder  # noqa: E402
-from deltafmt.errors import InvalidFileError, NonFiniteError, StorageError, UsageError  # noqa: E402
-from tiny_models import ARCHITECTURES, GPT2, KINDS, Sequences, new_model, plainly  # noqa: E402
+from deltafmt.calibration import blockwise, run
+from deltafmt.calibration.callbacks import Moments, Report
+from deltafmt.calibration.modules import find_blocks, linear_modules
+from deltafmt.calibration.run import Options, calibrate, calibrate_folder
+from deltafmt.calibration.store import MomentStore
+from deltafmt.calibration.text import Document, read_documents
+from deltafmt.calibration.tokens import Encoder, batches, cut, load_encoder
+from deltafmt.errors import InvalidFileError, NonFiniteError, StorageError, UsageError
+from tiny_models import ARCHITECTURES, GPT2, KINDS, Sequences, new_model, plainly
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

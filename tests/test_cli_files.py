@@ -33,7 +33,7 @@ from conftest import (
     write_pair,
 )
 from deltafmt.container import canonical, frame
-from deltafmt.layout import constants as c
+from deltafmt.format import constants as c
 
 # Every command reads files
 

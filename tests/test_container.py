@@ -17,7 +17,7 @@ from deltafmt.container.reader import Container
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import DeltafmtError, InvalidFileError, StorageError, UnsupportedError
-from deltafmt.layout import constants as c
+from deltafmt.format import constants as c
 from strategies import examples, generators
 
 

@@ -26,9 +26,9 @@ from deltafmt.container.reader import Container
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import DeltafmtError, InvalidFileError, UnsupportedError, UsageError
-from deltafmt.layout import constants as c
-from deltafmt.layout.entries import TensorEntry
-from deltafmt.layout.sections import BufferRef
+from deltafmt.format import constants as c
+from deltafmt.index.entries import TensorEntry
+from deltafmt.index.sections import BufferRef
 from strategies import examples, generators
 
 

@@ -10,18 +10,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltafmt.codecs import levels, words
-from deltafmt.codecs.buffers import blank, views
-from deltafmt.codecs.floats import widen
-from deltafmt.codecs.lowbit import LowbitArrays
-from deltafmt.codecs.lowrank import LowRankArrays
-from deltafmt.codecs.routines import REFERENCE, CodecRoutines
-from deltafmt.codecs.terms import TermCodec, term_codec
 from deltafmt.errors import InvalidFileError, UsageError
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.kinds import Layout, parse_layout
-from deltafmt.layout.lowbit import LowbitLayout
-from deltafmt.layout.lowrank import MAX_VECTORS, LowRankLayout
+from deltafmt.terms import levels, words
+from deltafmt.terms.buffers import blank, views
+from deltafmt.terms.codec import TermCodec, term_codec
+from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.floats import widen
+from deltafmt.terms.lowbit.codec import LowbitArrays
+from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.lowrank.codec import LowRankArrays
+from deltafmt.terms.lowrank.layout import MAX_VECTORS, LowRankLayout
+from deltafmt.terms.registry import Layout, parse_layout
 from strategies import dense_arrays, dense_layouts, examples, fitting, generators, lowrank_layouts, shapes, sizes
 
 Packed = dict[str, NDArray[np.generic]]
@@ -183,7 +183,7 @@ def test_what_is_not_canonical_is_refused(
 @examples(40)
 @given(st.data(), lowrank_layouts(), shapes(40, 60))
 def test_vectors_in_blocks_are_the_whole(data: st.DataObject, layout: LowRankLayout, shape: tuple[int, int]) -> None:
-    from deltafmt.codecs import lowrank
+    from deltafmt.terms.lowrank import codec as lowrank
 
     rows, columns = shape
     layout = fitting(layout, rows, columns)

@@ -12,7 +12,7 @@ from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.bitdelta import MEANS, BitDelta
 from deltafmt.methods.distill import distilled_columns, distilled_level, distilled_rows, signs
 from deltafmt.methods.hessian import output_error
-from deltafmt.methods.routines import select_routines
+from deltafmt.methods.method_routines import select_routines
 from problems import Floats, layer
 from strategies import examples
 

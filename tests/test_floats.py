@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltafmt.codecs import floats
-from deltafmt.codecs.routines import CodecRoutines
+from deltafmt.terms import floats
+from deltafmt.terms.codec_routines import CodecRoutines
 from strategies import FLOAT_DTYPES, SPECIAL_BITS, examples, generators, ordinary_raws, raws, shapes, special_raws
 
 SMALL_DTYPES = ("BF16", "F16")

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltafmt.codecs.floats import narrow, widen
 from deltafmt.errors import NonFiniteError, UsageError
 from deltafmt.methods.gptq_solver import gptq, gptq_columns
 from deltafmt.methods.grids import Grid
 from deltafmt.methods.hessian import damp, inverse_factor, output_error
 from deltafmt.methods.refit import refit_scales
+from deltafmt.terms.floats import narrow, widen
 from problems import Floats, layer, weighted_error
 from strategies import examples, shapes
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltafmt.codecs.floats import narrow, widen
 from deltafmt.errors import UsageError
 from deltafmt.methods import quantize
 from deltafmt.methods.grids import KINDS, Grid
+from deltafmt.terms.floats import narrow, widen
 from strategies import deltas, examples, shapes
 
 SLACK = 2.0**-15

@@ -18,7 +18,7 @@ import deltafmt
 from conftest import Cli, Raw, Tensors, expected_sum, normal, plain, raw, read_folder, refused, write_folder
 from deltafmt.checkpoint.adapter import Adapter
 from deltafmt.errors import InvalidFileError, NonFiniteError, UnsupportedError, UsageError, WrongBaseError
-from deltafmt.layout.lowrank import LowRankLayout
+from deltafmt.terms.lowrank.layout import LowRankLayout
 from lora_files import BASE_FILES, CONFIG, PREFIX, Files, base_tensors, pair_of, product, small_files, write_adapter
 from strategies import examples
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from deltafmt.layout.nm import BITS, SHARES, NMLayout
+from deltafmt.terms.nm.layout import BITS, SHARES, NMLayout
 from strategies import generators, sizes
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -24,12 +24,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from deltafmt.kernels.nm_matmul import dense, fused, gather, launch, naive  # noqa: E402 - need triton
-from deltafmt.kernels.nm_matmul.operand import NMOperand  # noqa: E402 - needs torch
-from deltafmt.kernels.nm_matmul.segments import Segments  # noqa: E402
-from deltafmt.kernels.table import OperandTable  # noqa: E402 - needs torch
-from interpreter import guarded, patch_once, pick_directly  # noqa: E402 - needs triton
-from operands import (  # noqa: E402 - needs torch
+from deltafmt.kernels.nm import dense, fused, gather, launch, naive
+from deltafmt.kernels.nm.operand import NMOperand
+from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.table import OperandTable
+from interpreter import guarded, patch_once, pick_directly
+from operands import (
     ROUNDING,
     Inside,
     Product,

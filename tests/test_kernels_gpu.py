@@ -8,19 +8,19 @@ import os
 import numpy as np
 import pytest
 
-from deltafmt.layout.nm import NMLayout
+from deltafmt.terms.nm.layout import NMLayout
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a GPU, and a Triton that compiles", allow_module_level=True)
 
-from deltafmt.kernels.nm_matmul import launch, naive  # noqa: E402 - needs triton
-from deltafmt.kernels.nm_matmul.product import can_fuse, nm_embedding_, nm_linear, nm_matmul_, operand_delta  # noqa: E402
-from deltafmt.kernels.nm_matmul.segments import Segments  # noqa: E402
-from deltafmt.kernels.table import OperandTable  # noqa: E402 - needs torch
-from gpu_cases import BF16, CASES, DENSE, DENSE_SHAPE, F16, F32, FUSED, JOBS, Case, compile_job, draw_fused  # noqa: E402 - needs torch
-from operands import ROUNDING, Inside, Product, damaged_operand, fused_exactly, product, random_operand  # noqa: E402
+from deltafmt.kernels.nm import launch, naive
+from deltafmt.kernels.nm.product import can_fuse, nm_embedding_, nm_linear, nm_matmul_, operand_delta
+from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.table import OperandTable
+from gpu_cases import BF16, CASES, DENSE, DENSE_SHAPE, F16, F32, FUSED, JOBS, Case, compile_job, draw_fused
+from operands import ROUNDING, Inside, Product, damaged_operand, fused_exactly, product, random_operand
 
 SEEDS = 6
 

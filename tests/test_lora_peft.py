@@ -13,7 +13,7 @@ import deltafmt
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from tiny_models import close, ids, logits, new_model  # noqa: E402 - needs transformers
+from tiny_models import close, ids, logits, new_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltafmt.errors import NonFiniteError, UsageError
-from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.methods import factorization
 from deltafmt.methods.bands import band_grid, dense, fill, quantize_bands, search_bands
 from deltafmt.methods.factorization import factorize, rank_for_bytes, rank_for_energy
@@ -16,6 +15,7 @@ from deltafmt.methods.grids import Grid
 from deltafmt.methods.hessian import output_error
 from deltafmt.methods.residual import split_head
 from deltafmt.methods.vectors import coding_of, vector_bytes
+from deltafmt.terms.lowrank.layout import LowRankLayout
 from problems import Floats, layer, weighted_error
 from strategies import examples, shapes
 

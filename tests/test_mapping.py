@@ -13,9 +13,9 @@ import pytest
 
 import deltafmt
 from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec
-from deltafmt.codecs import nm
-from deltafmt.codecs.floats import narrow
 from deltafmt.methods import DeltaDQ
+from deltafmt.terms.floats import narrow
+from deltafmt.terms.nm import codec as nm
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 SHAPE = (3, 31, 75)

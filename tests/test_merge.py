@@ -10,11 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import deltafmt  # noqa: E402
-from deltafmt.errors import UsageError  # noqa: E402
-from deltafmt.methods import DeltaDQ  # noqa: E402
-from deltafmt.transformers import attach, detach  # noqa: E402
-from tiny_models import ARCHITECTURES, Tiny, every, ids, made_once, make_tiny, new_model, shake  # noqa: E402
+import deltafmt
+from deltafmt.errors import UsageError
+from deltafmt.methods import DeltaDQ
+from deltafmt.transformers import attach, detach
+from tiny_models import ARCHITECTURES, Tiny, every, ids, made_once, make_tiny, new_model, shake
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

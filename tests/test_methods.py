@@ -11,20 +11,20 @@ import pytest
 
 import deltafmt
 from conftest import Cli, Pair, expected_sum, normal, nudge, raw, read_folder, refused, write_folder
-from deltafmt.codecs.lowbit import LowbitArrays
-from deltafmt.codecs.lowrank import LowRankArrays
-from deltafmt.codecs.nm import NMArrays
-from deltafmt.codecs.routines import CodecRoutines
 from deltafmt.errors import UsageError
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.lowrank import LowRankLayout
-from deltafmt.layout.nm import NMLayout
 from deltafmt.methods import DARE, METHODS, RTN, BitDelta, DeltaDQ, Magnitude
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.dare import draw
 from deltafmt.methods.options import make_method, options_of
 from deltafmt.pipeline.plan import tensor_seed
+from deltafmt.terms.codec_routines import CodecRoutines
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.lowbit.codec import LowbitArrays
+from deltafmt.terms.lowrank.codec import LowRankArrays
+from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.nm.codec import NMArrays
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.registry import Layout
 from method_files import SHAPE, pair_of, round_trip, true_delta
 
 

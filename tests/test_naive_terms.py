@@ -8,18 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltafmt.codecs.buffers import blank
-from deltafmt.codecs.terms import slot_count, term_codec
 from deltafmt.errors import UsageError
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.lowbit import LowbitLayout
-from deltafmt.layout.sparse import SparseLayout
+from deltafmt.terms.buffers import blank
+from deltafmt.terms.codec import slot_count, term_codec
+from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.registry import Layout
+from deltafmt.terms.sparse.layout import SparseLayout
 from strategies import dense_arrays, dense_layouts, examples, fitting, shapes, sparse_arrays, sparse_layouts
 
 torch = pytest.importorskip("torch")
 
-from deltafmt.kernels.dense_delta import operand_delta  # noqa: E402 - needs torch
-from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand  # noqa: E402
+from deltafmt.kernels.dense_delta import operand_delta
+from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
 
 
 def operand_of(

@@ -12,16 +12,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltafmt.codecs import nm, scatter, words
-from deltafmt.codecs import positions as pos
-from deltafmt.codecs.buffers import blank, views
-from deltafmt.codecs.floats import narrow
-from deltafmt.codecs.nm import NMArrays, slice_run
-from deltafmt.codecs.routines import REFERENCE, CodecRoutines, codec_routines
 from deltafmt.errors import InvalidFileError, UsageError
-from deltafmt.layout.kinds import parse_layout
-from deltafmt.layout.nm import INDEX_ENCODINGS, NMLayout
-from deltafmt.layout.tiles import planes
+from deltafmt.terms import words
+from deltafmt.terms.buffers import blank, views
+from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines, codec_routines
+from deltafmt.terms.floats import narrow
+from deltafmt.terms.nm import codec as nm
+from deltafmt.terms.nm import positions as pos
+from deltafmt.terms.nm import scatter
+from deltafmt.terms.nm.codec import NMArrays, slice_run
+from deltafmt.terms.nm.layout import INDEX_ENCODINGS, NMLayout
+from deltafmt.terms.registry import parse_layout
+from deltafmt.terms.tiles import planes
 from strategies import examples, generators, layouts, nm_arrays, shapes, sizes
 
 Packed = dict[str, NDArray[np.generic]]

@@ -10,8 +10,8 @@ import pytest
 import deltafmt
 from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec
 from deltafmt.errors import UsageError
-from deltafmt.layout.nm import NMLayout
 from deltafmt.methods import DeltaDQ
+from deltafmt.terms.nm.layout import NMLayout
 
 torch = pytest.importorskip("torch")
 
@@ -47,7 +47,7 @@ def as_torch(name: str, array: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize("method", CASES, ids=lambda method: method.describe())
 @pytest.mark.parametrize(("rows", "columns"), [(64, 256), (75, 203), (259, 203)])
 def test_product_from_packed_words(method: DeltaDQ, rows: int, columns: int, tmp_path: Path) -> None:
-    from deltafmt.kernels.nm_matmul.naive import nm_delta, nm_matmul
+    from deltafmt.kernels.nm.naive import nm_delta, nm_matmul
 
     rng = np.random.default_rng(rows)
     base = rng.standard_normal((rows, columns), np.float32)
@@ -68,7 +68,7 @@ def test_product_from_packed_words(method: DeltaDQ, rows: int, columns: int, tmp
 
 
 def test_rank_is_refused() -> None:
-    from deltafmt.kernels.nm_matmul.naive import nm_delta
+    from deltafmt.kernels.nm.naive import nm_delta
 
     with pytest.raises(UsageError, match="rank"):
         nm_delta(NMLayout(2, 8, 4, "rank"), {}, 0, 1, 8)

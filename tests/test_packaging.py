@@ -1,4 +1,4 @@
-"""The list of packages in pyproject.toml is what lies on disk, and importing deltafmt stays light."""
+"""The packages that setuptools finds are what lies on disk, and importing deltafmt stays light."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import sys
 import tomllib
 from pathlib import Path
 
+from setuptools import find_packages
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_packages_are_those_on_disk() -> None:
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+def test_packages_that_setuptools_finds_are_those_on_disk() -> None:
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]["find"]
+    listed = find_packages(str(ROOT), include=find["include"])
     homes = {"deltafmt": "deltafmt", "kernels": "deltafmt.kernels", "tools": "deltafmt.tools"}
     found = set()
     for folder, package in homes.items():

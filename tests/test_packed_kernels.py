@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.lowbit import LowbitLayout
-from deltafmt.layout.lowrank import LowRankLayout
-from deltafmt.layout.nm import NMLayout
+from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.registry import Layout
 from strategies import generators, sizes
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -21,18 +21,18 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from deltafmt.kernels import few_tokens, products  # noqa: E402
-from deltafmt.kernels.dense_delta import operand_delta  # noqa: E402 - needs torch
-from deltafmt.kernels.lowbit_matmul import launch as lowbit  # noqa: E402 - needs triton
-from deltafmt.kernels.lowrank_matmul import launch as lowrank  # noqa: E402
-from deltafmt.kernels.nm_matmul import launch as nm_launch  # noqa: E402
-from deltafmt.kernels.nm_matmul.segments import Segments  # noqa: E402
-from deltafmt.kernels.sparse_matmul import launch as sparse  # noqa: E402
-from deltafmt.kernels.table import OperandTable  # noqa: E402
-from interpreter import guarded, patch_once  # noqa: E402
-from operands import random_operand  # noqa: E402
-from packed_operands import LAYOUTS, LOW_RANK, LOWBIT, SPARSE, check_packed, random_packed  # noqa: E402
-from test_kernels import examples  # noqa: E402
+from deltafmt.kernels import few_tokens, products
+from deltafmt.kernels.dense_delta import operand_delta
+from deltafmt.kernels.lowbit import launch as lowbit
+from deltafmt.kernels.lowrank import launch as lowrank
+from deltafmt.kernels.nm import launch as nm_launch
+from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.sparse import launch as sparse
+from deltafmt.kernels.table import OperandTable
+from interpreter import guarded, patch_once
+from operands import random_operand
+from packed_operands import LAYOUTS, LOW_RANK, LOWBIT, SPARSE, check_packed, random_packed
+from test_kernels import examples
 
 patch_once()
 F32, F16 = torch.float32, torch.float16

@@ -7,19 +7,19 @@ import os
 import numpy as np
 import pytest
 
-from deltafmt.layout.kinds import Layout
+from deltafmt.terms.registry import Layout
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a GPU, and a Triton that compiles", allow_module_level=True)
 
-from deltafmt.kernels.dense_delta import operand_delta  # noqa: E402 - needs torch
-from deltafmt.kernels.few_tokens import MOST_TOKENS  # noqa: E402
-from deltafmt.kernels.nm_matmul.segments import Segments  # noqa: E402
-from deltafmt.kernels.products import matmul_  # noqa: E402
-from deltafmt.kernels.table import OperandTable  # noqa: E402
-from packed_operands import LAYOUTS, LOW_RANK, LOWBIT, SPARSE, check_packed, random_packed  # noqa: E402
+from deltafmt.kernels.dense_delta import operand_delta
+from deltafmt.kernels.few_tokens import MOST_TOKENS
+from deltafmt.kernels.products import matmul_
+from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.table import OperandTable
+from packed_operands import LAYOUTS, LOW_RANK, LOWBIT, SPARSE, check_packed, random_packed
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SHAPES = (((1021,), 2047), ((1000, 260, 77), 4096), ((33,), 150))

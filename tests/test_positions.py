@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltafmt.codecs import positions as pos
-from deltafmt.codecs import words
-from deltafmt.codecs.nm import transcode_index
-from deltafmt.codecs.routines import CodecRoutines
 from deltafmt.errors import InvalidFileError
-from deltafmt.layout.nm import NMLayout
+from deltafmt.terms import words
+from deltafmt.terms.codec_routines import CodecRoutines
+from deltafmt.terms.nm import positions as pos
+from deltafmt.terms.nm.codec import transcode_index
+from deltafmt.terms.nm.layout import NMLayout
 from strategies import ascending, examples, generators, layouts, sizes
 
 SEEDS = st.integers(0, 2**32 - 1)

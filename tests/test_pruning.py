@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltafmt.codecs import nm
-from deltafmt.codecs import positions as pos
-from deltafmt.codecs.buffers import blank
-from deltafmt.codecs.nm import NMArrays
 from deltafmt.errors import UsageError
-from deltafmt.layout.nm import NMLayout
 from deltafmt.methods import quantize
 from deltafmt.methods.hessian import damp, output_error
 from deltafmt.methods.largest import keep_largest, threshold
 from deltafmt.methods.sampling import gather
 from deltafmt.methods.sparsegpt_solver import sparsegpt
+from deltafmt.terms.buffers import blank
+from deltafmt.terms.nm import codec as nm
+from deltafmt.terms.nm import positions as pos
+from deltafmt.terms.nm.codec import NMArrays
+from deltafmt.terms.nm.layout import NMLayout
 from problems import Floats, layer, weighted_error
 from strategies import examples, generators, layouts, shapes
 

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltafmt.codecs import nm
-from deltafmt.codecs.buffers import blank
-from deltafmt.codecs.floats import narrow, subtract, widen
-from deltafmt.codecs.nm import NMArrays
 from deltafmt.errors import NonFiniteError, UsageError
-from deltafmt.layout.nm import BITS, NMLayout
 from deltafmt.methods import DeltaDQ, quantize
 from deltafmt.methods.base import DeltaRows
-from deltafmt.methods.routines import Routines, select_routines
+from deltafmt.methods.method_routines import Routines, select_routines
+from deltafmt.terms.buffers import blank
+from deltafmt.terms.floats import narrow, subtract, widen
+from deltafmt.terms.nm import codec as nm
+from deltafmt.terms.nm.codec import NMArrays
+from deltafmt.terms.nm.layout import BITS, NMLayout
 from strategies import deltas, examples, generators, layouts, ordinary_raws, shapes, sizes
 
 REFERENCE = select_routines(compiled=False)

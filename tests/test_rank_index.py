@@ -11,18 +11,18 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from deltafmt.codecs import nm
-from deltafmt.codecs import positions as pos
-from deltafmt.codecs import words as word_codec
 from deltafmt.errors import UsageError
-from deltafmt.layout.nm import NMLayout
+from deltafmt.terms import words as word_codec
+from deltafmt.terms.nm import codec as nm
+from deltafmt.terms.nm import positions as pos
+from deltafmt.terms.nm.layout import NMLayout
 from strategies import ascending, examples, generators, layouts, shapes
 
 torch = pytest.importorskip("torch")
 
-from deltafmt.kernels.rank_index import naive  # noqa: E402 - needs torch
-from deltafmt.kernels.rank_index.convert import make_fixed  # noqa: E402
-from deltafmt.kernels.rank_index.jobs import RankJob  # noqa: E402
+from deltafmt.kernels.nm.rank_index import naive
+from deltafmt.kernels.nm.rank_index.convert import make_fixed
+from deltafmt.kernels.nm.rank_index.jobs import RankJob
 
 Convert = Callable[[torch.Tensor, torch.Tensor, Sequence[RankJob]], list[int]]
 
@@ -51,7 +51,7 @@ def implementations() -> list[object]:
     """Return what can run here, and how much of it: the reference; the kernel on a GPU, or slowly, interpreted."""
     found: list[object] = [pytest.param(naive.make_fixed, "cpu", id="naive")]
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        triton = pytest.importorskip("deltafmt.kernels.rank_index.triton")
+        triton = pytest.importorskip("deltafmt.kernels.nm.rank_index.kernel")
         found.append(pytest.param(triton.make_fixed, "cuda" if torch.cuda.is_available() else "cpu", id="triton"))
     return found
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltafmt.codecs.floats import subtract
-from deltafmt.codecs.positions import mix
 from deltafmt.methods import sampling
-from deltafmt.methods.routines import Routines
+from deltafmt.methods.method_routines import Routines
+from deltafmt.terms.floats import subtract
+from deltafmt.terms.nm.positions import mix
 from strategies import FLOAT_DTYPES, ascending, deltas, examples, generators, layouts, raws, shapes, sizes
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -13,7 +13,7 @@ from strategies import examples
 
 torch = pytest.importorskip("torch")
 
-from deltafmt.kernels.nm_matmul.segments import Segments  # noqa: E402 - needs torch
+from deltafmt.kernels.segments import Segments
 
 Tile = tuple[int, list[int]]
 

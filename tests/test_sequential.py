@@ -17,22 +17,22 @@ from numpy.typing import NDArray
 import deltafmt
 from conftest import NANO, Cli, raw, read_folder, refused, write_pair
 from deltafmt.checkpoint.folder import Checkpoint
-from deltafmt.codecs.routines import REFERENCE
 from deltafmt.methods import GPTQ, RTN, BitDelta, DeltaCoMe, DeltaDQ, Magnitude, Residual, SparseGPT
 from deltafmt.pipeline.plan import make_plan
 from deltafmt.pipeline.sequential import stored
+from deltafmt.terms.codec_routines import REFERENCE
 from strategies import examples, generators, shapes
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from deltafmt.calibration.load import load_model  # noqa: E402
-from deltafmt.calibration.store import MomentStore  # noqa: E402
-from deltafmt.calibration.text import read_documents  # noqa: E402
-from deltafmt.calibration.tokens import TOKENS, cut, load_encoder  # noqa: E402
-from deltafmt.pipeline import sequential  # noqa: E402
-from deltafmt.pipeline.calibrate import Calibration  # noqa: E402
-from tiny_models import new_model, plainly, shake  # noqa: E402
+from deltafmt.calibration.load import load_model
+from deltafmt.calibration.store import MomentStore
+from deltafmt.calibration.text import read_documents
+from deltafmt.calibration.tokens import TOKENS, cut, load_encoder
+from deltafmt.pipeline import sequential
+from deltafmt.pipeline.calibrate import Calibration
+from tiny_models import new_model, plainly, shake
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

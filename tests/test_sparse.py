@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltafmt.codecs.buffers import blank, views
-from deltafmt.codecs.floats import widen
-from deltafmt.codecs.routines import REFERENCE, CodecRoutines
-from deltafmt.codecs.sparse import SparseArrays
-from deltafmt.codecs.terms import slot_count, term_codec
 from deltafmt.errors import InvalidFileError, UsageError
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.kinds import parse_layout
-from deltafmt.layout.sparse import SparseLayout
+from deltafmt.terms.buffers import blank, views
+from deltafmt.terms.codec import slot_count, term_codec
+from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.floats import widen
+from deltafmt.terms.registry import parse_layout
+from deltafmt.terms.sparse.codec import SparseArrays
+from deltafmt.terms.sparse.layout import SparseLayout
 from strategies import examples, generators, shapes, sparse_arrays, sparse_layouts
 
 Packed = dict[str, NDArray[np.generic]]

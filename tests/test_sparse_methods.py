@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 
 import deltafmt
 from conftest import Cli, normal, nudge, refused, write_folder
-from deltafmt.codecs.buffers import blank
-from deltafmt.codecs.routines import CodecRoutines
-from deltafmt.codecs.terms import slot_count, term_codec
 from deltafmt.errors import UsageError
 from deltafmt.methods import DeltaDQ, DeltaDQSQ, Magnitude, Residual
 from deltafmt.methods.base import DeltaRows, calibration_of
 from deltafmt.methods.group_size import expected_error
 from deltafmt.methods.largest import keep_largest
-from deltafmt.methods.routines import select_routines
+from deltafmt.methods.method_routines import select_routines
 from deltafmt.methods.sampling import gather, uniform
 from deltafmt.pipeline.plan import tensor_seed
+from deltafmt.terms.buffers import blank
+from deltafmt.terms.codec import slot_count, term_codec
+from deltafmt.terms.codec_routines import CodecRoutines
 from method_files import SHAPE, pair_of, round_trip, true_delta
 from problems import Floats, layer
 from strategies import examples, shapes

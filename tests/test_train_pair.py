@@ -16,7 +16,7 @@ from pair_texts import TASKS, plain_text
 from solve import accuracy
 
 from deltafmt.checkpoint.folder import Checkpoint
-from deltafmt.codecs.floats import widen
+from deltafmt.terms.floats import widen
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deltafmt
-from deltafmt.codecs.floats import narrow, widen
 from deltafmt.errors import UsageError
 from deltafmt.methods import RTN, BitDelta
 from deltafmt.methods.grids import Grid, Quantized
 from deltafmt.methods.unbiased import unbiased_scales
 from deltafmt.pipeline import pack
+from deltafmt.terms.floats import narrow, widen
 from method_files import pair_of, round_trip, true_delta
 from strategies import examples, generators, shapes
 

@@ -19,14 +19,14 @@ from delta_files import DeltaWriter
 from deltafmt import accel
 from deltafmt.container.reader import Container
 from deltafmt.errors import CancelledError, InvalidFileError
-from deltafmt.layout.constants import CODEC_STORED
+from deltafmt.format.constants import CODEC_STORED
 from strategies import examples
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 
-from deltafmt.runtime import pinned, unlocked, unlocked_loop, upload  # noqa: E402 - needs torch
-from deltafmt.runtime.upload_pieces import cut  # noqa: E402
+from deltafmt.runtime import pinned, unlocked, unlocked_loop, upload
+from deltafmt.runtime.upload_pieces import cut
 
 if not accel.available():
     pytest.skip("numba is not to be used", allow_module_level=True)

@@ -23,14 +23,14 @@ from delta_files import DeltaWriter, views_of
 from deltafmt.container.reader import Container
 from deltafmt.container.source import FileSource
 from deltafmt.errors import CancelledError, InvalidFileError, StorageError, UsageError
-from deltafmt.layout.nm import NMLayout
+from deltafmt.terms.nm.layout import NMLayout
 from strategies import examples
 
 torch = pytest.importorskip("torch")
 
-import deltafmt.torch as dt  # noqa: E402 - needs torch
-from deltafmt.kernels.packed import PackedOperand  # noqa: E402
-from deltafmt.runtime import reading, upload, upload_pieces  # noqa: E402
+import deltafmt.torch as dt
+from deltafmt.kernels.packed import PackedOperand
+from deltafmt.runtime import reading, upload, upload_pieces
 
 SEEDED = NMLayout(1, 32, 4)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

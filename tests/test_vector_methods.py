@@ -12,23 +12,23 @@ from hypothesis import strategies as st
 
 import deltafmt
 from conftest import Cli, Pair, normal, nudge, raw, refused, write_folder
-from deltafmt.codecs.buffers import blank
-from deltafmt.codecs.lowbit import LowbitArrays
-from deltafmt.codecs.routines import CodecRoutines
-from deltafmt.codecs.terms import term_codec
 from deltafmt.errors import UsageError
-from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.methods import SVD, DeltaCoMe, DeltaDQ, Residual
 from deltafmt.methods.bands import band_grid, dense, fill, quantize_bands, searched, vector_errors
 from deltafmt.methods.base import DeltaRows, calibration_of, has_fixed_rank
 from deltafmt.methods.deltacome import parse_bands
 from deltafmt.methods.factorization import factorize, rank_for_energy
 from deltafmt.methods.hessian import output_error
+from deltafmt.methods.method_routines import select_routines
 from deltafmt.methods.residual import split_head
-from deltafmt.methods.routines import select_routines
 from deltafmt.methods.sampling import gather
 from deltafmt.methods.vectors import band_arrays, coding_of
 from deltafmt.pipeline.plan import tensor_seed
+from deltafmt.terms.buffers import blank
+from deltafmt.terms.codec import term_codec
+from deltafmt.terms.codec_routines import CodecRoutines
+from deltafmt.terms.lowbit.codec import LowbitArrays
+from deltafmt.terms.lowrank.layout import LowRankLayout
 from method_files import SHAPE, pair_of, round_trip, true_delta
 from problems import layer
 from strategies import examples

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltafmt.codecs import words
-from deltafmt.codecs.routines import CodecRoutines
-from deltafmt.layout.nm import SHARES
-from deltafmt.layout.tiles import planes, stream_words, tiles
+from deltafmt.terms import words
+from deltafmt.terms.codec_routines import CodecRoutines
+from deltafmt.terms.nm.layout import SHARES
+from deltafmt.terms.tiles import planes, stream_words, tiles
 from strategies import examples, generators, shapes
 
 WIDTHS = st.integers(0, 64)

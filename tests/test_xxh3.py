@@ -16,15 +16,15 @@ from strategies import examples, generators
 
 torch = pytest.importorskip("torch")
 
-from deltafmt.kernels.xxh3 import digests as device_digests  # noqa: E402 - needs torch
-from deltafmt.kernels.xxh3 import naive  # noqa: E402
+from deltafmt.kernels.xxh3 import digests as device_digests
+from deltafmt.kernels.xxh3 import naive
 
 Sections = list[tuple[int, int]]
 Digests = Callable[[torch.Tensor, Sections], list[bytes]]
 
 
 def by_kernel(memory: torch.Tensor, sections: Sections) -> list[bytes]:
-    from deltafmt.kernels.xxh3 import triton
+    from deltafmt.kernels.xxh3 import kernel as triton
 
     starts, lengths = np.array(sections, np.int64).T
     found = triton.accumulators(memory.view(torch.int64), starts // 8, lengths)

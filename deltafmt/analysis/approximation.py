@@ -18,7 +18,7 @@ from deltafmt.analysis.norms import relative
 from deltafmt.analysis.pairs import Floats, TensorPair
 from deltafmt.delta import DeltaFile, RunDecoder
 from deltafmt.errors import WrongBaseError
-from deltafmt.layout.entries import TensorEntry
+from deltafmt.index.entries import TensorEntry
 from deltafmt.methods.base import Method
 from deltafmt.pipeline.pack import pack
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.codecs import floats
 from deltafmt.errors import NonFiniteError, UsageError
-from deltafmt.layout.constants import DELTA_DTYPES
+from deltafmt.format.constants import DELTA_DTYPES
+from deltafmt.terms import floats
 
 Floats = NDArray[np.float32]
 

@@ -13,7 +13,7 @@ from deltafmt.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
 from deltafmt.checkpoint.folder import natural_key, small_files
 from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
 from deltafmt.errors import InvalidFileError, StorageError, UnsupportedError
-from deltafmt.layout.constants import DELTA_DTYPES
+from deltafmt.format.constants import DELTA_DTYPES
 
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 PREFIX: Final = "base_model.model."

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
 from deltafmt.errors import InvalidFileError, StorageError
-from deltafmt.layout.sections import is_safe_path, is_weight_file
+from deltafmt.index.sections import is_safe_path, is_weight_file
 from deltafmt.output import storage_error
 
 MAX_ATTACHMENT_BYTES = 64 * 1024 * 1024

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.checkpoint.fingerprint import hasher
-from deltafmt.codecs.floats import RAW_DTYPES
 from deltafmt.errors import InvalidFileError, StorageError
-from deltafmt.layout import constants as c
+from deltafmt.format import constants as c
 from deltafmt.output import storage_error
+from deltafmt.terms.floats import RAW_DTYPES
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _POPULATE_READ = 22  # Linux MADV_POPULATE_READ, which the mmap module does not name

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deltafmt.checkpoint.folder import natural_key
 from deltafmt.errors import InvalidFileError, StorageError, UsageError
-from deltafmt.layout import constants as c
+from deltafmt.format import constants as c
 from deltafmt.output import OutputLock, storage_error, sync_folder
 
 DEFAULT_SHARD_BYTES = 5_000_000_000

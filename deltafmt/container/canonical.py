@@ -7,7 +7,7 @@ from typing import Any
 import msgpack
 
 from deltafmt.errors import InvalidFileError
-from deltafmt.layout.constants import MAX_TENSORS
+from deltafmt.format.constants import MAX_TENSORS
 
 
 def encode(obj: Any) -> bytes:

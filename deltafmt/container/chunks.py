@@ -11,7 +11,7 @@ import struct
 import zstandard
 
 from deltafmt.errors import InvalidFileError
-from deltafmt.layout.constants import ZSTD_CHUNK
+from deltafmt.format.constants import ZSTD_CHUNK
 
 LEVEL = 9
 

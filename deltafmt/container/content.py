@@ -8,8 +8,8 @@ from typing import Any
 from blake3 import blake3
 
 from deltafmt.container import canonical
-from deltafmt.layout.entries import TensorEntry
-from deltafmt.layout.sections import Attachment
+from deltafmt.index.entries import TensorEntry
+from deltafmt.index.sections import Attachment
 
 
 def content_id(

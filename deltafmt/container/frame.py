@@ -9,7 +9,7 @@ import xxhash
 from blake3 import blake3
 
 from deltafmt.errors import InvalidFileError, UnsupportedError
-from deltafmt.layout import constants as c
+from deltafmt.format import constants as c
 
 _HEADER = struct.Struct("<8sIIQQ24sQ")
 _TRAILER = struct.Struct("<QQQ32s32s32s8s")

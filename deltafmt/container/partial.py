@@ -19,10 +19,10 @@ import xxhash
 
 from deltafmt.container import canonical, frame
 from deltafmt.errors import InvalidFileError, StorageError, UsageError
-from deltafmt.layout import constants as c
-from deltafmt.layout.kinds import Layout, parse_layout
-from deltafmt.layout.sections import Section
+from deltafmt.format import constants as c
+from deltafmt.index.sections import Section
 from deltafmt.output import Bytes, OutputLock, storage_error, sync_folder
+from deltafmt.terms.registry import Layout, parse_layout
 
 _RECORD = struct.Struct("<IQ")
 

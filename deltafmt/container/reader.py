@@ -12,11 +12,11 @@ import xxhash
 from deltafmt.container import canonical, frame
 from deltafmt.container.source import Source, open_source
 from deltafmt.errors import DeltafmtError, InvalidFileError
-from deltafmt.layout import constants as c
-from deltafmt.layout.checks import Where, fail
-from deltafmt.layout.entries import TensorEntry
-from deltafmt.layout.kinds import Layout, parse_layout
-from deltafmt.layout.sections import Attachment, BufferRef, Section
+from deltafmt.format import constants as c
+from deltafmt.format.checks import Where, fail
+from deltafmt.index.entries import TensorEntry
+from deltafmt.index.sections import Attachment, BufferRef, Section
+from deltafmt.terms.registry import Layout, parse_layout
 
 if TYPE_CHECKING:
     from deltafmt.container.chunks import ChunkReader

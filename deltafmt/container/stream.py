@@ -6,9 +6,9 @@ import io
 from typing import Any, BinaryIO, cast
 
 from deltafmt.errors import StorageError
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.sections import Section
+from deltafmt.index.sections import Section
 from deltafmt.output import Bytes, storage_error
+from deltafmt.terms.registry import Layout
 
 
 class StreamFile:

@@ -12,11 +12,11 @@ from deltafmt.container import canonical, frame
 from deltafmt.container.chunks import ChunkCompressor
 from deltafmt.container.content import content_id
 from deltafmt.errors import UsageError
-from deltafmt.layout import constants as c
-from deltafmt.layout.entries import TensorEntry
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.sections import Attachment, BufferRef, Section
+from deltafmt.format import constants as c
+from deltafmt.index.entries import TensorEntry
+from deltafmt.index.sections import Attachment, BufferRef, Section
 from deltafmt.output import Bytes
+from deltafmt.terms.registry import Layout
 
 SECTION_TARGET = 4 * 1024 * 1024
 

@@ -8,11 +8,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs.floats import Raw
-from deltafmt.codecs.terms import Arrays
 from deltafmt.errors import NonFiniteError
-from deltafmt.layout.kinds import Layout
-from deltafmt.methods.routines import Routines
+from deltafmt.methods.method_routines import Routines
+from deltafmt.terms.codec import Arrays
+from deltafmt.terms.floats import Raw
+from deltafmt.terms.registry import Layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs.floats import narrow, widen
-from deltafmt.codecs.lowbit import LowbitArrays
 from deltafmt.errors import UsageError
-from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.distill import distilled_columns, distilled_level, distilled_rows
 from deltafmt.methods.grids import Grid, Quantized
 from deltafmt.methods.options import option
 from deltafmt.methods.quantize import check_scales
 from deltafmt.methods.unbiased import LARGEST_FACTOR, UNBIASED, unbiased_scales
+from deltafmt.terms.floats import narrow, widen
+from deltafmt.terms.lowbit.codec import LowbitArrays
+from deltafmt.terms.lowbit.layout import LowbitLayout
 
 MEANS = ("matrix", "row", "column", "group")
 MEAN = "mean"

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs.positions import BLOCK_STEP, ROW_STEP, mix
-from deltafmt.codecs.sparse import SparseArrays
 from deltafmt.errors import UsageError
-from deltafmt.layout.sparse import SparseLayout
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.options import option
 from deltafmt.methods.quantize import SCALE_RULES, default_rule
 from deltafmt.methods.unstructured import sparse_layout, sparse_term
+from deltafmt.terms.nm.positions import BLOCK_STEP, ROW_STEP, mix
+from deltafmt.terms.sparse.codec import SparseArrays
+from deltafmt.terms.sparse.layout import SparseLayout
 
 BLOCK_ELEMENTS = 1 << 22
 

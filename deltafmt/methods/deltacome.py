@@ -19,17 +19,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltafmt.codecs.lowrank import LowRankArrays
 from deltafmt.errors import UsageError
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.entries import MAX_TERMS
-from deltafmt.layout.lowrank import MAX_VECTORS, LowRankLayout
+from deltafmt.index.entries import MAX_TERMS
 from deltafmt.methods.bands import GROUP, band_grid, fill, quantize_bands, searched
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.grids import Grid
 from deltafmt.methods.options import option
 from deltafmt.methods.vectors import band_arrays, coding_of, vector_bytes
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.lowrank.codec import LowRankArrays
+from deltafmt.terms.lowrank.layout import MAX_VECTORS, LowRankLayout
 
 BANDS = "2@8+32@3+rest@2"
 BITS_PER_WEIGHT = 1.0

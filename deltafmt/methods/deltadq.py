@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs.nm import NMArrays
 from deltafmt.errors import UsageError
-from deltafmt.layout.nm import NMLayout
 from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.method_routines import Routines
 from deltafmt.methods.options import option, parse_nm
 from deltafmt.methods.quantize import SCALE_RULES, default_grid, default_rule
-from deltafmt.methods.routines import Routines
+from deltafmt.terms.nm.codec import NMArrays
+from deltafmt.terms.nm.layout import NMLayout
 
 
 def read_nm(text: str) -> dict[str, int]:

@@ -22,12 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs.floats import narrow, widen
-from deltafmt.codecs.sparse import SparseArrays
 from deltafmt.errors import UsageError
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.nm import MAX_GROUP
-from deltafmt.layout.sparse import SparseLayout
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.deltadq import read_nm
 from deltafmt.methods.group_size import expected_error, search_group
@@ -35,6 +30,11 @@ from deltafmt.methods.options import option
 from deltafmt.methods.quantize import SCALE_RULES, check_scales, default_rule
 from deltafmt.methods.sampling import gather
 from deltafmt.methods.unstructured import sparse_layout
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.floats import narrow, widen
+from deltafmt.terms.nm.layout import MAX_GROUP
+from deltafmt.terms.sparse.codec import SparseArrays
+from deltafmt.terms.sparse.layout import SparseLayout
 
 MAX_BITS = 5
 

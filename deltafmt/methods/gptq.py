@@ -16,9 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from deltafmt.codecs.lowbit import LowbitArrays
 from deltafmt.errors import UsageError
-from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.gptq_solver import gptq
 from deltafmt.methods.grids import Grid
@@ -26,6 +24,8 @@ from deltafmt.methods.hessian import DAMPING
 from deltafmt.methods.options import option
 from deltafmt.methods.quantize import default_rule
 from deltafmt.methods.rtn import RTN
+from deltafmt.terms.lowbit.codec import LowbitArrays
+from deltafmt.terms.lowbit.layout import LowbitLayout
 
 REFITS = 2
 

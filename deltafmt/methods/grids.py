@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs.floats import bf16_up, narrow, widen
 from deltafmt.errors import UsageError
 from deltafmt.methods import quantize as symmetric
+from deltafmt.terms.floats import bf16_up, narrow, widen
 
 Floats = NDArray[np.float32]
 Fields = NDArray[np.uint8]

@@ -11,11 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltafmt.codecs.nm import NMArrays
-from deltafmt.codecs.sparse import SparseArrays
 from deltafmt.errors import UsageError
-from deltafmt.layout.nm import NMLayout
-from deltafmt.layout.sparse import SparseLayout
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.deltadq import read_nm
 from deltafmt.methods.largest import keep_largest, threshold
@@ -23,6 +19,10 @@ from deltafmt.methods.options import option
 from deltafmt.methods.quantize import SCALE_RULES, default_grid, default_rule
 from deltafmt.methods.sampling import gather
 from deltafmt.methods.unstructured import sparse_layout, sparse_term
+from deltafmt.terms.nm.codec import NMArrays
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.sparse.codec import SparseArrays
+from deltafmt.terms.sparse.layout import SparseLayout
 
 DENSITY = 0.1
 NM_BITS = 4

@@ -1,7 +1,7 @@
 """Scales and codes of kept entries: min-max and least-squares uniform quantization on both grids.
 
 Everything is elementwise float32 or exact integer arithmetic, so that any implementation and any order of summation
-give the same bits. This is the reference; ``deltafmt.methods.fast`` holds the same functions compiled.
+give the same bits. This is the reference; ``deltafmt.methods.method_numba`` holds the same functions compiled.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs.floats import bf16_up, narrow, widen
 from deltafmt.errors import UsageError
+from deltafmt.terms.floats import bf16_up, narrow, widen
 
 SCALE_RULES = ("minmax", "mse")
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs.floats import narrow, widen
 from deltafmt.methods.quantize import SMALLEST
+from deltafmt.terms.floats import narrow, widen
 
 Floats = NDArray[np.float32]
 # The levels of a group of columns in units of its scale, shape (rows, columns of the group), and where these are.

@@ -14,11 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs.lowrank import LowRankArrays
-from deltafmt.codecs.nm import NMArrays
 from deltafmt.errors import UsageError
-from deltafmt.layout.lowrank import LowRankLayout
-from deltafmt.layout.nm import NMLayout
 from deltafmt.methods.bands import GROUP, Band, quantize_bands
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.deltadq import DeltaDQ, read_nm
@@ -28,6 +24,10 @@ from deltafmt.methods.options import option
 from deltafmt.methods.quantize import default_grid, default_rule
 from deltafmt.methods.sampling import gather
 from deltafmt.methods.vectors import band_arrays, coding_of, vectors_layout
+from deltafmt.terms.lowrank.codec import LowRankArrays
+from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.nm.codec import NMArrays
+from deltafmt.terms.nm.layout import NMLayout
 
 HEAD_GRID = Grid(8, "midtread", "minmax", GROUP)
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltafmt.codecs.lowbit import LowbitArrays
-from deltafmt.layout.lowbit import LowbitLayout
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.grids import Grid, Quantized
 from deltafmt.methods.options import option
 from deltafmt.methods.quantize import default_grid, default_rule
 from deltafmt.methods.unbiased import UNBIASED, unbiased_scales
+from deltafmt.terms.lowbit.codec import LowbitArrays
+from deltafmt.terms.lowbit.layout import LowbitLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Drawing and reading the kept entries of a delta.
 
-This is the reference; ``deltafmt.methods.fast`` holds the same functions compiled.
+This is the reference; ``deltafmt.methods.method_numba`` holds the same functions compiled.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs.floats import Raw, subtract
-from deltafmt.codecs.positions import BLOCK_STEP, ROW_STEP, mix
+from deltafmt.terms.floats import Raw, subtract
+from deltafmt.terms.nm.positions import BLOCK_STEP, ROW_STEP, mix
 
 
 def uniform(seed: int, first: int, count: int, groups: int, keep: int, group: int) -> NDArray[np.uint8]:

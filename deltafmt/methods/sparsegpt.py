@@ -18,15 +18,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltafmt.codecs.nm import NMArrays
 from deltafmt.errors import UsageError
-from deltafmt.layout.nm import NMLayout
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.deltadq import DeltaDQ, read_nm
 from deltafmt.methods.gptq import check_solver, damping_note, default_refits
 from deltafmt.methods.hessian import DAMPING
 from deltafmt.methods.options import option
 from deltafmt.methods.sparsegpt_solver import sparsegpt
+from deltafmt.terms.nm.codec import NMArrays
+from deltafmt.terms.nm.layout import NMLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs import nm
-from deltafmt.codecs.nm import NMArrays
 from deltafmt.errors import UsageError
-from deltafmt.layout.nm import NMLayout
 from deltafmt.methods import quantize
 from deltafmt.methods.gptq_solver import BLOCK
 from deltafmt.methods.hessian import DAMPING, check_hessian, inverse_factor
 from deltafmt.methods.largest import largest
 from deltafmt.methods.refit import refit_scales, row_errors
 from deltafmt.methods.sampling import gather
+from deltafmt.terms.nm import codec as nm
+from deltafmt.terms.nm.codec import NMArrays
+from deltafmt.terms.nm.layout import NMLayout
 
 Floats = NDArray[np.float32]
 Positions = NDArray[np.uint8]

@@ -14,10 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltafmt.codecs.lowrank import LowRankArrays
 from deltafmt.errors import UsageError
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.lowrank import LowRankLayout
 from deltafmt.methods.bands import GROUP, band_grid, quantize_bands
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.factorization import factorize, rank_for_energy
@@ -25,6 +22,9 @@ from deltafmt.methods.grids import Grid
 from deltafmt.methods.options import option
 from deltafmt.methods.quantize import default_grid, default_rule
 from deltafmt.methods.vectors import band_arrays, check_raw, coding_of, raw_arrays, vector_bytes, vectors_layout
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.lowrank.codec import LowRankArrays
+from deltafmt.terms.lowrank.layout import LowRankLayout
 
 BITS_PER_WEIGHT = 2.0
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs.floats import narrow, widen
+from deltafmt.terms.floats import narrow, widen
 
 Floats = NDArray[np.float32]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs.floats import narrow, widen
-from deltafmt.codecs.sparse import SparseArrays
 from deltafmt.errors import UsageError
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.sparse import GAP_BITS, SparseLayout
-from deltafmt.layout.tiles import SCALE_BYTES
+from deltafmt.methods.method_routines import Routines
 from deltafmt.methods.quantize import check_scales, default_grid
-from deltafmt.methods.routines import Routines
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.floats import narrow, widen
+from deltafmt.terms.sparse.codec import SparseArrays
+from deltafmt.terms.sparse.layout import GAP_BITS, SparseLayout
+from deltafmt.terms.tiles import SCALE_BYTES
 
 # A block has the slots of its fullest row, which is relatively the less above the mean the longer the block is.
 SPAN = 16384

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from deltafmt.codecs.floats import narrow, widen
-from deltafmt.codecs.lowbit import LowbitArrays
-from deltafmt.codecs.lowrank import LowRankArrays
 from deltafmt.errors import UsageError
-from deltafmt.layout.coding import Coding
-from deltafmt.layout.lowrank import MAX_VECTORS, RAW_FACTORS, LowRankLayout
 from deltafmt.methods.bands import Band
 from deltafmt.methods.factorization import LowRank
 from deltafmt.methods.grids import Grid, Quantized
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.floats import narrow, widen
+from deltafmt.terms.lowbit.codec import LowbitArrays
+from deltafmt.terms.lowrank.codec import LowRankArrays
+from deltafmt.terms.lowrank.layout import MAX_VECTORS, RAW_FACTORS, LowRankLayout
 
 
 def coding_of(grid: Grid) -> Coding:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import WrongBaseError
-from deltafmt.layout.entries import TensorEntry
+from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.workers import drain
 
 

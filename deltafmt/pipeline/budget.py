@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from deltafmt import accel
 from deltafmt.checkpoint.folder import Checkpoint, read_file
 from deltafmt.errors import NonFiniteError, UsageError
-from deltafmt.layout.constants import SECTION_ALIGNMENT
+from deltafmt.format.constants import SECTION_ALIGNMENT
 from deltafmt.methods import RTN, BitDelta, DeltaDQ, Method, Residual
 from deltafmt.methods.base import DeltaRows
-from deltafmt.methods.routines import Routines, select_routines
+from deltafmt.methods.method_routines import Routines, select_routines
 from deltafmt.pipeline.allocate import Option, allocate, total_size
 from deltafmt.pipeline.losses import measure
 from deltafmt.pipeline.plan import Plan, Rule, exact_hint, file_metadata, make_plan, shared_bytes, tensor_seed

@@ -13,14 +13,14 @@ import numpy as np
 
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.codecs import floats
 from deltafmt.container.content import semantic_entry
 from deltafmt.container.reader import Container
 from deltafmt.delta import DeltaFile, row_ranges
 from deltafmt.errors import StorageError, UsageError
-from deltafmt.layout.constants import DELTA_DTYPES
-from deltafmt.layout.entries import TensorEntry
+from deltafmt.format.constants import DELTA_DTYPES
+from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.summary import describe_entry
+from deltafmt.terms import floats
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,14 @@ from deltafmt.checkpoint.adapter import PREFIX, WEIGHTS_FILE
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec, check_output_folder
-from deltafmt.codecs.buffers import raw_bytes
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import UsageError
-from deltafmt.layout import constants as c
-from deltafmt.layout.entries import TensorEntry
+from deltafmt.format import constants as c
+from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.bases import find_base, wrong_bytes
 from deltafmt.pipeline.import_lora import METADATA_BASE, METADATA_TASK
 from deltafmt.pipeline.lora_modules import LoraModule, lora_modules
+from deltafmt.terms.buffers import raw_bytes
 
 DEFAULT_TASK: Final = "CAUSAL_LM"
 

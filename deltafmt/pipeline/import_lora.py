@@ -16,18 +16,18 @@ from deltafmt.checkpoint.adapter import Adapter
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.folder import Checkpoint, natural_key, read_file
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.codecs.buffers import blank, raw_bytes
-from deltafmt.codecs.lowrank import LowRankCodec
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.errors import UsageError
-from deltafmt.layout import constants as c
-from deltafmt.layout.entries import BaseRef, TensorEntry, Term
-from deltafmt.layout.sections import Attachment
+from deltafmt.format import constants as c
+from deltafmt.index.entries import BaseRef, TensorEntry, Term
+from deltafmt.index.sections import Attachment
 from deltafmt.pipeline.lora_factors import term_of
 from deltafmt.pipeline.lora_plan import LoraPlan, plan_lora
 from deltafmt.pipeline.pack import refuse_input
 from deltafmt.pipeline.workers import Progress, drain, thread_count
+from deltafmt.terms.buffers import blank, raw_bytes
+from deltafmt.terms.lowrank.codec import LowRankCodec
 
 METADATA_BASE: Final = "lora.base_model_name_or_path"
 METADATA_TASK: Final = "lora.task_type"

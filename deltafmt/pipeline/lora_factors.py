@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from deltafmt.checkpoint.adapter import Factors
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.codecs.floats import Raw, narrow, widen
-from deltafmt.codecs.lowrank import LowRankArrays
 from deltafmt.errors import NonFiniteError
-from deltafmt.layout.lowrank import LowRankLayout
+from deltafmt.terms.floats import Raw, narrow, widen
+from deltafmt.terms.lowrank.codec import LowRankArrays
+from deltafmt.terms.lowrank.layout import LowRankLayout
 
 Floats = NDArray[np.float32]
 

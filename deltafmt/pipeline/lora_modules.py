@@ -10,13 +10,13 @@ import numpy as np
 
 from deltafmt.checkpoint.adapter import PREFIX, is_conv1d, is_embedding, may_be_conv1d
 from deltafmt.checkpoint.writer import TensorSpec
-from deltafmt.codecs.floats import Raw, narrow, widen
-from deltafmt.codecs.lowrank import LowRankCodec
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import NonFiniteError, UsageError
-from deltafmt.layout.entries import TensorEntry
-from deltafmt.layout.lowrank import LowRankLayout
+from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.lora_factors import factors_of
+from deltafmt.terms.floats import Raw, narrow, widen
+from deltafmt.terms.lowrank.codec import LowRankCodec
+from deltafmt.terms.lowrank.layout import LowRankLayout
 
 
 @dataclass(frozen=True, slots=True)

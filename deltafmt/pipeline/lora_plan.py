@@ -8,7 +8,7 @@ from deltafmt.checkpoint.adapter import Adapter, Factors, is_conv1d
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import InvalidFileError, UnsupportedError, WrongBaseError
-from deltafmt.layout import constants as c
+from deltafmt.format import constants as c
 
 
 @dataclass(frozen=True, slots=True)

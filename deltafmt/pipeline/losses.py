@@ -23,18 +23,18 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.codecs.buffers import blank
-from deltafmt.codecs.floats import Raw
-from deltafmt.codecs.terms import Arrays, fitted, slot_count, term_codec
-from deltafmt.layout.kinds import Layout
 from deltafmt.methods.bands import quantize_bands
 from deltafmt.methods.base import DeltaRows, Method, drops_at_random
 from deltafmt.methods.factorization import LowRank, factorize
 from deltafmt.methods.grids import Grid
+from deltafmt.methods.method_routines import Routines
 from deltafmt.methods.residual import Residual
-from deltafmt.methods.routines import Routines
 from deltafmt.methods.sampling import gather
 from deltafmt.pipeline.plan import Plan
+from deltafmt.terms.buffers import blank
+from deltafmt.terms.codec import Arrays, fitted, slot_count, term_codec
+from deltafmt.terms.floats import Raw
+from deltafmt.terms.registry import Layout
 
 Floats = NDArray[np.float32]
 

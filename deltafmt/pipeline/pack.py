@@ -19,23 +19,19 @@ from deltafmt import accel
 from deltafmt._version import __version__
 from deltafmt.checkpoint.folder import Checkpoint, read_file
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.codecs.buffers import Packed, blank, raw_bytes
-from deltafmt.codecs.terms import TermCodec, fitted, slot_count, term_codec
 from deltafmt.container import canonical
 from deltafmt.container.partial import PartialFile, check_output_file
 from deltafmt.container.stream import StreamFile
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import BATCH_ELEMENTS, row_ranges
 from deltafmt.errors import NonFiniteError, UsageError
-from deltafmt.layout import constants as c
-from deltafmt.layout.entries import BaseRef, TensorEntry, Term
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.nm import NMLayout
-from deltafmt.layout.sections import Attachment
+from deltafmt.format import constants as c
+from deltafmt.index.entries import BaseRef, TensorEntry, Term
+from deltafmt.index.sections import Attachment
 from deltafmt.methods.base import DeltaRows, Method, calibration_of
 from deltafmt.methods.deltadq import DeltaDQ
+from deltafmt.methods.method_routines import Routines, select_routines
 from deltafmt.methods.residual import Residual
-from deltafmt.methods.routines import Routines, select_routines
 from deltafmt.output import storage_error
 from deltafmt.pipeline.budget import Choice, Choices, Undecided, target_bytes, target_metadata
 from deltafmt.pipeline.calibrate import (
@@ -57,6 +53,10 @@ from deltafmt.pipeline.plan import (
     tensor_seed,
 )
 from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thread_count
+from deltafmt.terms.buffers import Packed, blank, raw_bytes
+from deltafmt.terms.codec import TermCodec, fitted, slot_count, term_codec
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.registry import Layout
 
 # Below this many columns, keeping under half of a row at random is likely to cost accuracy (docs/benchmarks.md).
 NARROW_COLUMNS = 256

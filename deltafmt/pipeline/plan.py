@@ -14,9 +14,9 @@ from deltafmt._version import __version__
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import UsageError, WrongBaseError
-from deltafmt.layout.constants import DELTA_DTYPES, element_count
-from deltafmt.layout.kinds import Layout
+from deltafmt.format.constants import DELTA_DTYPES, element_count
 from deltafmt.methods.base import Method
+from deltafmt.terms.registry import Layout
 
 Rule = tuple[str, Method | None]
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from deltafmt.checkpoint.folder import natural_key
-from deltafmt.codecs.buffers import raw_bytes
-from deltafmt.codecs.nm import transcode_index
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError, UsageError
-from deltafmt.layout import constants as c
-from deltafmt.layout.entries import TensorEntry, Term
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.nm import NMLayout
-from deltafmt.layout.sections import Attachment
+from deltafmt.format import constants as c
+from deltafmt.index.entries import TensorEntry, Term
+from deltafmt.index.sections import Attachment
+from deltafmt.terms.buffers import raw_bytes
+from deltafmt.terms.nm.codec import transcode_index
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.registry import Layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt import accel
-from deltafmt.codecs.floats import widen
-from deltafmt.codecs.routines import CodecRoutines, codec_routines
 from deltafmt.delta import DeltaFile, RunDecoder
 from deltafmt.methods.base import calibration_of
 from deltafmt.pipeline.plan import Plan
+from deltafmt.terms.codec_routines import CodecRoutines, codec_routines
+from deltafmt.terms.floats import widen
 
 
 @dataclass(frozen=True, slots=True)

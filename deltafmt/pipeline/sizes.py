@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.errors import UsageError
-from deltafmt.layout import constants as c
-from deltafmt.layout.entries import BaseRef, TensorEntry, Term
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.sections import DIGEST_BYTES
+from deltafmt.format import constants as c
+from deltafmt.index.entries import BaseRef, TensorEntry, Term
+from deltafmt.index.sections import DIGEST_BYTES
 from deltafmt.methods.base import has_fixed_rank
 from deltafmt.output import Bytes
 from deltafmt.pipeline.plan import Plan, shared_bytes, tensor_seed
+from deltafmt.terms.registry import Layout
 
 _BLOCK = memoryview(bytes(1 << 20))
 _DIGEST = bytes([255]) * DIGEST_BYTES

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltafmt.container.reader import Container
-from deltafmt.layout import constants as c
-from deltafmt.layout.entries import TensorEntry
+from deltafmt.format import constants as c
+from deltafmt.index.entries import TensorEntry
 
 
 @dataclass(slots=True)

@@ -11,14 +11,14 @@ from deltafmt import accel
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
-from deltafmt.codecs.buffers import raw_bytes
-from deltafmt.codecs.floats import RAW_DTYPES
-from deltafmt.codecs.routines import CodecRoutines, codec_routines
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
 from deltafmt.errors import UsageError
-from deltafmt.layout.entries import BaseRef, TensorEntry
+from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.pipeline.bases import compare_bases, find_base, wrong_bytes
 from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thread_count
+from deltafmt.terms.buffers import raw_bytes
+from deltafmt.terms.codec_routines import CodecRoutines, codec_routines
+from deltafmt.terms.floats import RAW_DTYPES
 
 _STEP = 8 * 1024 * 1024
 

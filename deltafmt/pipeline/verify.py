@@ -10,17 +10,17 @@ from blake3 import blake3
 
 from deltafmt import accel
 from deltafmt.checkpoint.folder import Checkpoint
-from deltafmt.codecs.buffers import raw_bytes
-from deltafmt.codecs.routines import CodecRoutines, codec_routines
 from deltafmt.container.content import content_id
 from deltafmt.container.reader import Container
 from deltafmt.delta import DeltaFile, RunDecoder, codec_of
 from deltafmt.errors import InvalidFileError
-from deltafmt.layout import constants as c
-from deltafmt.layout.entries import TensorEntry
-from deltafmt.layout.sections import BufferRef
+from deltafmt.format import constants as c
+from deltafmt.index.entries import TensorEntry
+from deltafmt.index.sections import BufferRef
 from deltafmt.pipeline.bases import compare_bases, wrong_bytes
 from deltafmt.pipeline.workers import thread_count
+from deltafmt.terms.buffers import raw_bytes
+from deltafmt.terms.codec_routines import CodecRoutines, codec_routines
 
 
 @dataclass(frozen=True, slots=True)

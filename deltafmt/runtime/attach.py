@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError
-from deltafmt.layout.entries import TensorEntry
+from deltafmt.index.entries import TensorEntry
 from deltafmt.runtime.base_check import BaseCheck
 from deltafmt.runtime.delta_store import DeltaStore, read_source
 from deltafmt.runtime.device_delta import DeviceDelta

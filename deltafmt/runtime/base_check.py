@@ -11,7 +11,7 @@ import torch
 
 from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.errors import WrongBaseError
-from deltafmt.layout.entries import BaseRef, TensorEntry
+from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.runtime.device_views import TORCH_DTYPES
 from deltafmt.runtime.values import version_of
 

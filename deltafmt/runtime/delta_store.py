@@ -10,10 +10,10 @@ import torch
 
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import StorageError, UsageError
+from deltafmt.format.constants import BUFFER_ALIGNMENT, align
+from deltafmt.index.entries import TensorEntry
 from deltafmt.kernels.packed import PackedOperand
 from deltafmt.kernels.table import Operand
-from deltafmt.layout.constants import BUFFER_ALIGNMENT, align
-from deltafmt.layout.entries import TensorEntry
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
 from deltafmt.runtime.upload import load
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from deltafmt.index.entries import TensorEntry
 from deltafmt.kernels.table import Operand
-from deltafmt.layout.entries import TensorEntry
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 
 from deltafmt.container.reader import Container
-from deltafmt.kernels.nm_matmul.operand import NMOperand
+from deltafmt.format.constants import element_count
+from deltafmt.index.entries import TensorEntry, Term
+from deltafmt.index.sections import BufferRef
+from deltafmt.kernels.nm.operand import NMOperand
 from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
 from deltafmt.kernels.table import Operand
-from deltafmt.layout.constants import element_count
-from deltafmt.layout.entries import TensorEntry, Term
-from deltafmt.layout.nm import NMLayout
-from deltafmt.layout.sections import BufferRef
-from deltafmt.layout.tiles import TILE_ROWS, BufferForm
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.upload_plan import Placement
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.tiles import TILE_ROWS, BufferForm
 
 # A dtype that torch lacks (or lacked when it was built) is left as bytes.
 _TORCH_NAMES = {

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.layout.constants import ZSTD_CHUNK
+from deltafmt.format.constants import ZSTD_CHUNK
 
 MIN_SLOTS = 4
 MAX_THREADS = 64

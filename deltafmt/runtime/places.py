@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from deltafmt.errors import UsageError, WrongBaseError
-from deltafmt.layout.entries import TensorEntry
+from deltafmt.index.entries import TensorEntry
 
 Rename = Callable[[str], str]
 

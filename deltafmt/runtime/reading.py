@@ -18,7 +18,7 @@ import xxhash
 
 from deltafmt.container.reader import Container
 from deltafmt.errors import CancelledError
-from deltafmt.layout.constants import ZSTD_CHUNK
+from deltafmt.format.constants import ZSTD_CHUNK
 from deltafmt.runtime.pinned import Ring, Slot, start_threads
 from deltafmt.runtime.upload_pieces import Piece, Share
 

@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.kernels.nm_matmul.segments import Segments
+from deltafmt.kernels.segments import Segments
 
 T = TypeVar("T")
 

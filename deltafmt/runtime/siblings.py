@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from deltafmt.kernels.nm_matmul.product import can_fuse, nm_linear
+from deltafmt.kernels.nm.product import can_fuse, nm_linear
 from deltafmt.kernels.products import matmul_
 from deltafmt.kernels.table import MAX_PARTS, OperandTable
 from deltafmt.runtime.selection import Selection, Waiting

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from deltafmt import accel
 from deltafmt.container.reader import Container
 from deltafmt.errors import CancelledError
-from deltafmt.layout.constants import CODEC_STORED
+from deltafmt.format.constants import CODEC_STORED
 from deltafmt.runtime.pinned import Ring, start_threads
 from deltafmt.runtime.upload_pieces import Piece
 

@@ -21,12 +21,12 @@ import torch
 from deltafmt.container.reader import Container
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError, UsageError
-from deltafmt.kernels.rank_index.convert import make_fixed
-from deltafmt.kernels.rank_index.jobs import RankJob
+from deltafmt.format.constants import BUFFER_ALIGNMENT, align
+from deltafmt.index.entries import TensorEntry
+from deltafmt.kernels.nm.rank_index.convert import make_fixed
+from deltafmt.kernels.nm.rank_index.jobs import RankJob
 from deltafmt.kernels.xxh3.digests import can_run as has_checksums
 from deltafmt.kernels.xxh3.digests import digests
-from deltafmt.layout.constants import BUFFER_ALIGNMENT, align
-from deltafmt.layout.entries import TensorEntry
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.device_views import DeviceTensors
 from deltafmt.runtime.pinned import MAX_THREADS, give_ring, take_ring

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from deltafmt.layout import constants as c
-from deltafmt.layout.sections import Section
+from deltafmt.format import constants as c
+from deltafmt.index.sections import Section
 from deltafmt.runtime.upload_plan import Placement, Run
 
 

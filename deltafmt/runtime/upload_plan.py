@@ -14,11 +14,11 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from deltafmt.layout import constants as c
-from deltafmt.layout.entries import TensorEntry, Term
-from deltafmt.layout.kinds import Layout
-from deltafmt.layout.nm import NMLayout
-from deltafmt.layout.sections import BufferRef, Section
+from deltafmt.format import constants as c
+from deltafmt.index.entries import TensorEntry, Term
+from deltafmt.index.sections import BufferRef, Section
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.registry import Layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ def digests(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[b
 
 
 def _by_kernel(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[bytes]:
-    from deltafmt.kernels.xxh3 import triton  # noqa: PLC0415 - optional
+    from deltafmt.kernels.xxh3 import kernel as triton
 
     found = []
     with torch.cuda.device(memory.device):

@@ -1,0 +1,1 @@
+"""The index of a file as typed structures: sections, buffers, attachments, tensor entries."""

@@ -1,0 +1,251 @@
+"""Tensor entries of the index, their canonical form and their checks (spec/deltafmt-v1.md, sections 7.3 to 7.5).
+
+Every structure converts to a plain object (``to_obj``) and back (``from_obj``). A plain object is accepted only when
+it has exactly the keys and the kinds of values that ``to_obj`` gives, so unknown and missing keys are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from deltafmt.errors import UsageError
+from deltafmt.format import constants as c
+from deltafmt.format.checks import Where, check_bytes, check_dtype, check_fields, check_shape, check_uint, fail
+from deltafmt.index.sections import DIGEST_BYTES, BufferRef
+from deltafmt.terms.registry import Layout
+
+MAX_TERMS = 16
+MAX_SLOTS = 2**48
+ACTIONS = ("same", "replace", "add", "alias")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRef:
+    """Identity of a base tensor: dtype, shape and fingerprint (spec section 7.5)."""
+
+    digest: bytes
+    dtype: str
+    shape: tuple[int, ...]
+
+    KEYS = ("digest", "dtype", "shape")
+
+    @classmethod
+    def from_obj(cls, obj: Any, where: Where) -> BaseRef:
+        """Check a base identity."""
+        digest, dtype, shape = check_fields(obj, where, cls.KEYS)
+        return cls(
+            check_bytes(digest, (where, ".digest"), DIGEST_BYTES),
+            check_dtype(dtype, (where, ".dtype")),
+            check_shape(shape, (where, ".shape")),
+        )
+
+    def to_obj(self) -> dict[str, Any]:
+        """Return the index's form."""
+        return {"digest": self.digest, "dtype": self.dtype, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One term of a delta.
+
+    Attributes:
+        layout: number of the layout in the index's ``layouts``.
+        params: that layout.
+        seed: the tensor seed where the layout has one; otherwise 0.
+        buffers: by name, sorted.
+        slots: where the layout has slots, their number; otherwise 0.
+    """
+
+    layout: int
+    params: Layout
+    seed: int
+    buffers: dict[str, BufferRef]
+    slots: int = 0
+
+    @classmethod
+    def from_obj(cls, obj: Any, where: Where, layouts: tuple[Layout, ...], rows: int, columns: int) -> Term:
+        """Check a term against the rows and columns that it covers."""
+        number = obj.get("layout") if type(obj) is dict else None
+        has_slots = type(number) is int and 0 <= number < len(layouts) and layouts[number].has_slots
+        keys = ("buffers", "layout", "seed", *(("slots",) if has_slots else ()))
+        buffers, number, seed, *counts = check_fields(obj, where, keys)
+        check_uint(number, (where, ".layout"))
+        if number >= len(layouts):
+            fail((where, ".layout"), f"{number} is not one of the {len(layouts)} layouts")
+        params = layouts[number]
+        check_uint(seed, (where, ".seed"), 2**32 - 1)
+        if seed and not params.seeded:
+            fail((where, ".seed"), f"a layout that is not seeded has seed 0, not {seed}")
+        slots = check_uint(counts[0], (where, ".slots"), MAX_SLOTS) if counts else 0
+        try:
+            lengths = params.buffer_lengths(rows, columns, slots)
+        except UsageError as error:
+            fail(where, str(error))
+        values = check_fields(buffers, (where, ".buffers"), tuple(lengths))
+        refs = {}
+        for (name, length), value in zip(lengths.items(), values, strict=True):
+            ref = BufferRef.from_obj(value, (where, ".buffers.", name))
+            if ref.length != length:
+                fail((where, ".buffers.", name), f"{ref.length} bytes where the shape needs {length}")
+            refs[name] = ref
+        return cls(number, params, seed, refs, slots)
+
+    def to_obj(self) -> dict[str, Any]:
+        """Return the index's form."""
+        buffers = {name: ref.to_obj() for name, ref in self.buffers.items()}
+        return {"buffers": buffers, "layout": self.layout, **self.numbers()}
+
+    def numbers(self) -> dict[str, int]:
+        """Return what the term says beside its layout and its buffers."""
+        return {"seed": self.seed, **({"slots": self.slots} if self.params.has_slots else {})}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """How one fine-tuned tensor comes from the base (spec section 7.4).
+
+    Attributes:
+        name: the tensor's name.
+        action: ``same``, ``replace``, ``add`` or ``alias``.
+        dtype, shape: of the fine-tuned tensor.
+        base: identity of the base tensor (``same`` and ``add``).
+        digest: BLAKE3 of the payload (``replace`` and ``add``; spec section 7.6).
+        data: the bytes of a ``replace``, or the new rows of an ``add`` that grew.
+        terms: the terms of an ``add``, in the order in which they are summed.
+        target: the tensor that an ``alias`` repeats.
+    """
+
+    name: str
+    action: str
+    dtype: str
+    shape: tuple[int, ...]
+    base: BaseRef | None = None
+    digest: bytes | None = None
+    data: BufferRef | None = None
+    terms: tuple[Term, ...] = ()
+    target: str | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows: the product of all dimensions but the last."""
+        return c.row_count(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """Columns: the last dimension (1 for a 0-d tensor)."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def delta_rows(self) -> int:
+        """Rows that the terms of an ``add`` cover: those that base and fine-tune share."""
+        return self.rows if self.base is None else min(self.rows, c.row_count(self.base.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the fine-tuned tensor."""
+        return c.byte_count(self.dtype, self.shape)
+
+    def refs(self) -> list[tuple[str, BufferRef]]:
+        """Return every buffer with its name, in the order in which they are stored and digested."""
+        named = []
+        for number, term in enumerate(self.terms):
+            prefix = f"terms[{number}]." if len(self.terms) > 1 else ""
+            named += [(prefix + name, ref) for name, ref in term.buffers.items()]
+        if self.data is not None:
+            named.append(("data" if self.action == "replace" else "new_rows", self.data))
+        return named
+
+    @classmethod
+    def from_obj(cls, name: str, obj: Any, layouts: tuple[Layout, ...]) -> TensorEntry:
+        """Check one tensor entry; its buffers are checked against the sections by the container."""
+        where = ('tensors["', name, '"]')
+        action = obj.get("action") if type(obj) is dict else None
+        if type(action) is not str or action not in ACTIONS:
+            fail((where, ".action"), f"unknown action {action!r}")
+        if action == "add":
+            return _parse_add(name, obj, where, layouts)
+        return _PARSERS[action](name, obj, where)
+
+    def to_obj(self) -> dict[str, Any]:
+        """Return the index's form."""
+        obj: dict[str, Any] = {"action": self.action}
+        if self.base is not None:
+            obj["base"] = self.base.to_obj()
+        if self.data is not None:
+            obj["data"] = self.data.to_obj()
+        if self.digest is not None:
+            obj["digest"] = self.digest
+        obj["dtype"] = self.dtype
+        obj["shape"] = list(self.shape)
+        if self.target is not None:
+            obj["target"] = self.target
+        if self.terms:
+            obj["terms"] = [term.to_obj() for term in self.terms]
+        return obj
+
+
+def _parse_same(name: str, obj: Any, where: Where) -> TensorEntry:
+    action, base_obj, dtype, shape = check_fields(obj, where, ("action", "base", "dtype", "shape"))
+    base = BaseRef.from_obj(base_obj, (where, ".base"))
+    entry = TensorEntry(
+        name, action, check_dtype(dtype, (where, ".dtype")), check_shape(shape, (where, ".shape")), base
+    )
+    if (base.dtype, base.shape) != (entry.dtype, entry.shape):
+        fail((where, ".base"), "a tensor that is the same has the base's dtype and shape")
+    return entry
+
+
+def _parse_replace(name: str, obj: Any, where: Where) -> TensorEntry:
+    keys = ("action", "data", "digest", "dtype", "shape")
+    action, data_obj, digest, dtype, shape = check_fields(obj, where, keys)
+    data = BufferRef.from_obj(data_obj, (where, ".data"))
+    check_bytes(digest, (where, ".digest"), DIGEST_BYTES)
+    check_dtype(dtype, (where, ".dtype"))
+    entry = TensorEntry(name, action, dtype, check_shape(shape, (where, ".shape")), digest=digest, data=data)
+    if data.length != entry.nbytes:
+        fail((where, ".data"), f"{data.length} bytes where the shape needs {entry.nbytes}")
+    return entry
+
+
+def _parse_add(name: str, obj: Any, where: Where, layouts: tuple[Layout, ...]) -> TensorEntry:
+    grown = type(obj) is dict and "data" in obj
+    keys = ("action", "base", *(("data",) if grown else ()), "digest", "dtype", "shape", "terms")
+    values = dict(zip(keys, check_fields(obj, where, keys), strict=True))
+    base = BaseRef.from_obj(values["base"], (where, ".base"))
+    dtype = check_dtype(values["dtype"], (where, ".dtype"))
+    shape = check_shape(values["shape"], (where, ".shape"))
+    digest = check_bytes(values["digest"], (where, ".digest"), DIGEST_BYTES)
+    if dtype not in c.DELTA_DTYPES or base.dtype not in c.DELTA_DTYPES:
+        fail((where, ".dtype"), f"a delta from {base.dtype} to {dtype} is not defined")
+    if 0 in (c.element_count(shape), c.element_count(base.shape)):
+        fail((where, ".shape"), "a tensor without elements has no delta")
+    if not shape or len(shape) != len(base.shape) or shape[1:] != base.shape[1:]:
+        fail((where, ".base.shape"), f"{list(base.shape)} and {list(shape)} differ beyond the first dimension")
+    if len(shape) == 1 and shape != base.shape:
+        fail((where, ".base.shape"), f"{list(base.shape)} and {list(shape)} differ, and a 1-d tensor cannot grow")
+    data = BufferRef.from_obj(values["data"], (where, ".data")) if grown else None
+    rows = c.row_count(shape)
+    shared = min(rows, c.row_count(base.shape))
+    new_bytes = (rows - shared) * c.byte_count(dtype, shape[-1:])
+    if (data.length if data else 0) != new_bytes or grown != (new_bytes > 0):
+        fail((where, ".data"), f"new rows take {new_bytes} bytes, not {data.length if data else 0}")
+    terms_obj = values["terms"]
+    if type(terms_obj) is not list or not 1 <= len(terms_obj) <= MAX_TERMS:
+        fail((where, ".terms"), f"expected a list of 1 to {MAX_TERMS} terms")
+    terms = tuple(
+        Term.from_obj(term, (where, ".terms[", i, "]"), layouts, shared, shape[-1]) for i, term in enumerate(terms_obj)
+    )
+    return TensorEntry(name, "add", dtype, shape, base, digest, data, terms)
+
+
+def _parse_alias(name: str, obj: Any, where: Where) -> TensorEntry:
+    action, dtype, shape, target = check_fields(obj, where, ("action", "dtype", "shape", "target"))
+    if type(target) is not str or target == name:
+        fail((where, ".target"), f"{target!r} is not the name of another tensor")
+    return TensorEntry(
+        name, action, check_dtype(dtype, (where, ".dtype")), check_shape(shape, (where, ".shape")), target=target
+    )
+
+
+_PARSERS = {"same": _parse_same, "replace": _parse_replace, "alias": _parse_alias}

@@ -1,0 +1,154 @@
+"""Rows of the section table, references to buffers, attachments (spec/deltafmt-v1.md, sections 5 and 7.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from deltafmt.format import constants as c
+from deltafmt.format.checks import Where, check_bytes, check_fields, check_uint, fail
+
+DIGEST_BYTES = 32
+CHECKSUM_BYTES = 16
+
+MAX_PART_BYTES = 255
+
+# Names that Windows takes for devices, whatever follows a full stop.
+DEVICES = frozenset(
+    ("CON", "PRN", "AUX", "NUL", *(f"{port}{digit}" for port in ("COM", "LPT") for digit in "123456789"))
+)
+
+# What files of weights, and indexes of them, end in.
+WEIGHT_ENDINGS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".npz", ".npy"),
+    *(".pkl", ".pickle", ".tflite", ".ot", ".deltafmt", ".partial", ".safetensors.index.json", ".bin.index.json"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One section of the file: a run of stored bytes that starts on a 4096-byte boundary.
+
+    Attributes:
+        kind: ``KIND_TENSORS`` or ``KIND_ATTACHMENTS``.
+        codec: ``CODEC_STORED`` or ``CODEC_ZSTD``.
+        offset: where it starts in the file.
+        length: stored bytes.
+        raw_length: bytes once decoded.
+        checksum: XXH3-128 of the stored bytes, big-endian.
+    """
+
+    kind: int
+    codec: int
+    offset: int
+    length: int
+    raw_length: int
+    checksum: bytes
+
+    KEYS = ("checksum", "codec", "kind", "length", "offset", "raw_length")
+
+    @classmethod
+    def from_obj(cls, obj: Any, where: Where) -> Section:
+        """Check one row of the section table."""
+        checksum, codec, kind, length, offset, raw_length = check_fields(obj, where, cls.KEYS)
+        check_bytes(checksum, (where, ".checksum"), CHECKSUM_BYTES)
+        if type(codec) is not int or codec not in c.CODECS:
+            fail((where, ".codec"), f"unknown codec {codec!r}")
+        if type(kind) is not int or kind not in c.KINDS:
+            fail((where, ".kind"), f"unknown section kind {kind!r}")
+        check_uint(length, (where, ".length"))
+        check_uint(offset, (where, ".offset"))
+        check_uint(raw_length, (where, ".raw_length"))
+        if codec == c.CODEC_STORED and raw_length != length:
+            fail((where, ".raw_length"), f"a stored section has equal lengths, not {length} and {raw_length}")
+        if codec == c.CODEC_ZSTD:
+            chunks = -(-raw_length // c.ZSTD_CHUNK)
+            if chunks * (4 + c.ZSTD_MIN_FRAME) > length:
+                fail((where, ".raw_length"), f"{length} bytes cannot hold the {chunks} frames of {raw_length} bytes")
+        return cls(kind, codec, offset, length, raw_length, checksum)
+
+    def to_obj(self) -> dict[str, Any]:
+        """Return the index's form."""
+        return {
+            "checksum": self.checksum,
+            "codec": self.codec,
+            "kind": self.kind,
+            "length": self.length,
+            "offset": self.offset,
+            "raw_length": self.raw_length,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class BufferRef:
+    """A run of raw bytes in a section: ``[section, offset, length]``."""
+
+    section: int
+    offset: int
+    length: int
+
+    @classmethod
+    def from_obj(cls, obj: Any, where: Where) -> BufferRef:
+        """Check a reference, except for the section's existence and size."""
+        if type(obj) is not list or len(obj) != 3:
+            fail(where, "a buffer is a list of section, offset and length")
+        section, offset, length = obj
+        check_uint(section, where)
+        check_uint(offset, where)
+        check_uint(length, where)
+        if offset % c.BUFFER_ALIGNMENT:
+            fail(where, f"offset {offset} is not a multiple of {c.BUFFER_ALIGNMENT}")
+        return cls(section, offset, length)
+
+    def to_obj(self) -> list[int]:
+        """Return the index's form."""
+        return [self.section, self.offset, self.length]
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A small file that travels with the delta: its bytes and their BLAKE3."""
+
+    data: BufferRef
+    digest: bytes
+
+    KEYS = ("data", "digest")
+
+    @classmethod
+    def from_obj(cls, name: str, obj: Any) -> Attachment:
+        """Check one attachment; its name must be a plain relative path."""
+        where = ('attachments["', name, '"]')
+        data, digest = check_fields(obj, where, cls.KEYS)
+        if not is_safe_path(name):
+            fail(where, "not a plain relative path")
+        if is_weight_file(name):
+            fail(where, "a name for weights")
+        return cls(BufferRef.from_obj(data, (where, ".data")), check_bytes(digest, (where, ".digest"), DIGEST_BYTES))
+
+    def to_obj(self) -> dict[str, Any]:
+        """Return the index's form."""
+        return {"data": self.data.to_obj(), "digest": self.digest}
+
+
+def is_safe_path(name: str) -> bool:
+    """Tell whether ``name`` can be joined to a folder without leaving it or meaning something else, on any system."""
+    if len(name.encode("utf-8", "surrogatepass")) > c.MAX_NAME_BYTES:
+        return False
+    if any(ord(char) < 32 or 127 <= ord(char) < 160 or char in '\\:*?"<>|' or _is_surrogate(char) for char in name):
+        return False
+    return all(map(_is_safe_part, name.split("/")))
+
+
+def _is_safe_part(part: str) -> bool:
+    if not part or part.startswith(".") or part.endswith((" ", ".")) or len(part.encode()) > MAX_PART_BYTES:
+        return False
+    return part.split(".", maxsplit=1)[0].rstrip().upper() not in DEVICES
+
+
+def _is_surrogate(char: str) -> bool:
+    return 0xD800 <= ord(char) < 0xE000
+
+
+def is_weight_file(name: str) -> bool:
+    """Tell whether a file of this name would be taken for weights, or for an index of them."""
+    return name.endswith(WEIGHT_ENDINGS)

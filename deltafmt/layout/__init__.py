@@ -1,1 +1,0 @@
-"""The specification's constants and typed structures; no bytes are read or written here."""

@@ -1,0 +1,75 @@
+"""How a row of numbers is held as k-bit codes with scales (spec/deltafmt-v1.md, section 12.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from deltafmt.errors import UsageError
+from deltafmt.terms.tiles import GRIDS, MAX_SCALE_GROUP, SCALE_BYTES, scale_words, stream_words
+
+MAX_BITS: Final = 8
+CODING_GRIDS: Final = (*GRIDS, "asymmetric")
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """k-bit codes, one for every number, and scales for runs of them.
+
+    Attributes:
+        bits: k, width of a code: 1 to 8.
+        grid: ``midtread``, ``midrise``, or ``asymmetric``: every scale has a zero point.
+        scale_dtype: ``BF16`` or ``F32``.
+        scale_group: consecutive numbers of a row that share a scale; 0 for one scale a row.
+
+    Raises:
+        UsageError: a parameter, or the combination, is outside the specification.
+    """
+
+    bits: int
+    grid: str = "midtread"
+    scale_dtype: str = "BF16"
+    scale_group: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= MAX_BITS:
+            raise UsageError(f"bits k = {self.bits} is outside 1 to {MAX_BITS}")
+        if self.grid not in CODING_GRIDS:
+            raise UsageError(f"grid {self.grid!r} is not one of {', '.join(CODING_GRIDS)}")
+        if self.grid == "midtread" and self.bits == 1:
+            raise UsageError("a midtread grid of 1 bit has no level but zero; use midrise")
+        if self.scale_dtype not in SCALE_BYTES:
+            raise UsageError(f"scale dtype {self.scale_dtype!r} is not one of {', '.join(SCALE_BYTES)}")
+        if not 0 <= self.scale_group <= MAX_SCALE_GROUP:
+            raise UsageError(f"scale group {self.scale_group} is outside 0 to {MAX_SCALE_GROUP}")
+
+    @property
+    def has_zero_points(self) -> bool:
+        """Whether every scale has a zero point."""
+        return self.grid == "asymmetric"
+
+    @property
+    def top(self) -> int:
+        """The largest stored field u; on the symmetric grids also twice the field that would mean zero."""
+        return (1 << self.bits) - (2 if self.grid == "midtread" else 1)
+
+    def words(self, count: int) -> int:
+        """Packed words of a row of ``count`` numbers."""
+        return stream_words(count, self.bits)
+
+    def scales(self, count: int) -> int:
+        """Scales of a row of ``count`` numbers."""
+        return -(-count // self.scale_group) if self.scale_group else 1
+
+    def to_obj(self) -> dict[str, Any]:
+        """Return the index's form of this coding."""
+        return {
+            "bits": self.bits,
+            "grid": self.grid,
+            "scale_dtype": self.scale_dtype,
+            "scale_group": self.scale_group,
+        }
+
+    def describe(self) -> str:
+        """Return a short form such as ``k=3 midtread scale/128``."""
+        return f"k={self.bits} {self.grid}{scale_words(self.scale_group, self.scale_dtype)}"

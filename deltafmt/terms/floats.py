@@ -1,0 +1,61 @@
+"""Floating-point arrays as raw bytes: widening to float32, rounding back, difference and sum (spec, section 10).
+
+Raw arrays are ``uint16`` for BF16 and F16 and ``uint32`` for F32, so that no bit pattern is touched on the way.
+This is the reference; ``deltafmt.terms.codec_numba`` holds :func:`subtract` and :func:`add` compiled for BF16.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+RAW_DTYPES: dict[str, np.dtype[np.unsignedinteger]] = {
+    "BF16": np.dtype("<u2"),
+    "F16": np.dtype("<u2"),
+    "F32": np.dtype("<u4"),
+}
+
+Raw = NDArray[np.unsignedinteger]
+Floats = NDArray[np.float32]
+
+
+def widen(raw: Raw, dtype: str) -> Floats:
+    """Return the float32 values of a raw array; exact."""
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype == "F16":
+        return raw.view(np.float16).astype(np.float32)
+    return raw.view(np.float32)
+
+
+def narrow(values: Floats, dtype: str) -> Raw:
+    """Round float32 values to ``dtype``, ties to even, and return the raw array."""
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)) >> np.uint32(16)
+        nan = bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000)
+        return np.where(nan, bits >> np.uint32(16) | np.uint32(0x40), rounded).astype(np.uint16)
+    if dtype == "F16":
+        with np.errstate(over="ignore", under="ignore"):
+            return values.astype(np.float16).view(np.uint16)
+    return values.view(np.uint32)
+
+
+def subtract(finetuned: Raw, finetuned_dtype: str, base: Raw, base_dtype: str) -> tuple[Floats, bool]:
+    """Return ``finetuned - base`` in float32 and whether every element of it is finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        delta = widen(finetuned, finetuned_dtype) - widen(base, base_dtype)
+    return delta, bool(np.isfinite(delta).all())
+
+
+def add(base: Raw, base_dtype: str, delta: Floats, dtype: str) -> Raw:
+    """Return ``base + delta`` rounded to ``dtype``; where the delta is zero, the base itself."""
+    wide = widen(base, base_dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = narrow(wide + delta, dtype)
+    return np.where(delta == 0, base if base_dtype == dtype else narrow(wide, dtype), total)
+
+
+def bf16_up(values: Floats) -> NDArray[np.uint16]:
+    """Round non-negative float32 values up to BF16, as raw bits."""
+    return (values.view(np.uint32) + np.uint32(0xFFFF) >> np.uint32(16)).astype(np.uint16)

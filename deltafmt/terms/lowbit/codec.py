@@ -1,0 +1,147 @@
+"""The ``lowbit`` layout: buffers to codes, scales and zero points, and back (spec/deltafmt-v1.md, section 12)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.errors import InvalidFileError
+from deltafmt.terms import words
+from deltafmt.terms.buffers import Packed, blank, check_same
+from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.floats import RAW_DTYPES, narrow, widen
+from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.tiles import TILE_ROWS, tiles
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class LowbitArrays:
+    """The decoded content of a run of rows, or of vectors.
+
+    Attributes:
+        codes: fields u, uint8, shape (rows, columns).
+        scales: float32, shape (rows, scales per row); (1, columns) where the layout's axis is ``column``.
+        zero_points: uint8, of the scales' shape, on the asymmetric grid; otherwise None.
+    """
+
+    codes: NDArray[np.uint8]
+    scales: Floats
+    zero_points: NDArray[np.uint8] | None = None
+
+
+class LowbitCodec:
+    """The codec of one ``lowbit`` term; see :class:`deltafmt.terms.codec.TermCodec`.
+
+    ``codes`` has shape (tiles, words, 32); ``scales`` (as uint16 for BF16) and ``zero_points`` have shape
+    (tiles, scales per row, 32), or ``scales`` shape (columns,) where the layout's axis is ``column``.
+    """
+
+    run_rows = TILE_ROWS
+
+    def __init__(self, layout: LowbitLayout, rows: int, columns: int) -> None:
+        self.layout = layout
+        self.shape = rows, columns
+        self.width = columns
+
+    def _run(self, packed: Packed, start: int, stop: int) -> dict[str, NDArray[np.generic]]:
+        """Return the tiles of a run of rows; scales of columns belong to every run."""
+        run = slice(start // TILE_ROWS, tiles(stop))
+        return {name: array if array.ndim == 1 else array[run] for name, array in packed.items()}
+
+    def encode(self, arrays: LowbitArrays, packed: Packed, first: int, routines: CodecRoutines = REFERENCE) -> None:
+        """Pack a run of rows."""
+        run = self._run(packed, first, first + arrays.codes.shape[0])
+        routines.pack_into(arrays.codes, self.layout.bits, run["codes"].view(np.uint32), 1)
+        raw = raw_scales(self.layout, arrays.scales)
+        run["scales"][...] = raw.reshape(-1) if self.layout.axis == "column" else words.to_tiles(raw)
+        if arrays.zero_points is not None:
+            run["zero_points"][...] = words.to_tiles(arrays.zero_points)
+
+    def arrays(self, packed: Packed, start: int, stop: int, routines: CodecRoutines = REFERENCE) -> LowbitArrays:
+        """Unpack rows ``start`` to ``stop``.
+
+        Raises:
+            InvalidFileError: a scale is negative or not finite.
+        """
+        layout, columns, rows = self.layout, self.shape[1], stop - start
+        run = self._run(packed, start, stop)
+        raw = run["scales"][None] if layout.axis == "column" else words.from_tiles(run["scales"], rows)
+        scales = read_scales(layout, raw)
+        zero_points = None
+        if layout.has_zero_points:
+            zero_points = np.ascontiguousarray(words.from_tiles(run["zero_points"], rows)).view(np.uint8)
+        codes = routines.unpack(run["codes"].view(np.uint32), rows, columns, layout.bits, 1)
+        return LowbitArrays(codes.astype(np.uint8, copy=False), scales, zero_points)
+
+    def decode(
+        self, packed: Packed, start: int, stop: int, routines: CodecRoutines = REFERENCE, *, check_form: bool = False
+    ) -> Floats:
+        """Return the delta's rows ``start`` to ``stop``."""
+        arrays = self.arrays(packed, start, stop, routines)
+        if check_form:
+            self.check(packed, arrays, start, routines)
+        if self.layout.axis == "row":
+            return values(self.layout, arrays, self.layout.scale_group or max(self.width, 1), routines)
+        scales = np.broadcast_to(arrays.scales, arrays.codes.shape)
+        return values(self.layout, LowbitArrays(arrays.codes, scales), 1, routines)
+
+    def check(self, packed: Packed, arrays: LowbitArrays, first: int, routines: CodecRoutines = REFERENCE) -> None:
+        """Check what decoding alone does not: that the run is the canonical packing of what it means.
+
+        Raises:
+            InvalidFileError: a field or a zero point beyond the grid, or unused bits that are not zero.
+        """
+        check_range(self.layout, arrays)
+        rows = arrays.codes.shape[0]
+        expected = blank(self.layout, rows, self.shape[1])
+        LowbitCodec(self.layout, rows, self.shape[1]).encode(arrays, expected, 0, routines)
+        check_same(expected, self._run(packed, first, first + rows))
+
+    def digested_form(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:  # noqa: ARG002
+        """Return a buffer as it is."""
+        return array
+
+
+def values(coding: Coding, arrays: LowbitArrays, group: int, routines: CodecRoutines = REFERENCE) -> Floats:
+    """Return the values of codes of which ``group`` in a row share a scale, float32 of the codes' shape."""
+    if arrays.zero_points is not None:
+        offsets, factors, step = arrays.zero_points.astype(np.int32), arrays.scales, 1
+    else:
+        # "value = float32(2u - top) * float32(scale * 0.5)", one rounding in float32.
+        factors, step = arrays.scales * np.float32(0.5), 2
+        offsets = np.full(factors.shape, coding.top, np.int32)
+    return routines.dequantize(arrays.codes, step, offsets, factors, group)
+
+
+def raw_scales(coding: Coding, scales: Floats) -> NDArray[np.generic]:
+    """Return scales as they are stored."""
+    return narrow(scales, "BF16") if coding.scale_dtype == "BF16" else scales
+
+
+def read_scales(coding: Coding, raw: NDArray[np.generic]) -> Floats:
+    """Return stored scales as float32.
+
+    Raises:
+        InvalidFileError: one is negative or not finite.
+    """
+    bits = np.ascontiguousarray(raw).view(RAW_DTYPES[coding.scale_dtype])
+    scales = widen(bits, coding.scale_dtype)
+    if not np.isfinite(scales).all() or np.signbit(scales).any():
+        raise InvalidFileError("a scale is negative or not finite")
+    return scales
+
+
+def check_range(coding: Coding, arrays: LowbitArrays) -> None:
+    """Refuse fields and zero points beyond the grid.
+
+    Raises:
+        InvalidFileError: there is one.
+    """
+    for what, found in (("code", arrays.codes), ("zero point", arrays.zero_points)):
+        if found is not None and found.size and int(found.max()) > coding.top:
+            raise InvalidFileError(f"a {what} is {found.max()}, the grid ends at {coding.top}")

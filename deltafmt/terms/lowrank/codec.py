@@ -1,0 +1,157 @@
+"""The ``lowrank`` layout: buffers to vectors, and their outer products' sum (spec/deltafmt-v1.md, section 13)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.errors import InvalidFileError
+from deltafmt.terms import words
+from deltafmt.terms.buffers import Packed, check_same
+from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.floats import RAW_DTYPES, Raw, widen
+from deltafmt.terms.lowbit.codec import LowbitArrays, check_range, raw_scales, read_scales, values
+from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.tiles import TILE_ROWS, tiles
+
+Floats = NDArray[np.float32]
+
+# Elements of the vectors that are held at a time.
+BLOCK_ELEMENTS = 1 << 19
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankArrays:
+    """The decoded content of a term.
+
+    Attributes:
+        u: the vectors of the rows, shape (R, rows): codes with their scales, or raw values.
+        v: the vectors of the columns, shape (R, columns), likewise.
+    """
+
+    u: LowbitArrays | Raw
+    v: LowbitArrays | Raw
+
+
+class LowRankCodec:
+    """The codec of one ``lowrank`` term; see :class:`deltafmt.terms.codec.TermCodec`.
+
+    Of coded vectors, ``u_codes`` and ``v_codes`` have shape (R, words), ``*_scales`` (as uint16 for BF16) and
+    ``*_zero_points`` shape (R, scales of a vector); raw ``u`` and ``v`` have shape (R, rows) and (R, columns). A run of
+    rows is decoded, a whole matrix encoded at once.
+    """
+
+    run_rows = TILE_ROWS
+
+    def __init__(self, layout: LowRankLayout, rows: int, columns: int) -> None:
+        self.layout = layout
+        self.shape = rows, columns
+        self.width = columns
+
+    def encode(
+        self,
+        arrays: LowRankArrays,
+        packed: Packed,
+        first: int = 0,  # noqa: ARG002 - the whole matrix
+        routines: CodecRoutines = REFERENCE,
+    ) -> None:
+        """Pack the vectors."""
+        for side, factor in (("u", arrays.u), ("v", arrays.v)):
+            if isinstance(factor, LowbitArrays):
+                assert isinstance(self.layout.factors, Coding)
+                _encode(self.layout.factors, side, factor, packed, routines)
+            else:
+                packed[side].view(factor.dtype)[...] = factor
+
+    def decode(
+        self, packed: Packed, start: int, stop: int, routines: CodecRoutines = REFERENCE, *, check_form: bool = False
+    ) -> Floats:
+        """Return the delta's rows ``start`` to ``stop``."""
+        columns = self.shape[1]
+        if check_form and start == 0:
+            self._check(packed, routines)
+        out = np.zeros((stop - start, columns), np.float32)
+        step = max(BLOCK_ELEMENTS // max(columns, stop - start), 1)
+        for first in range(0, self.layout.rank, step):
+            block = {name: array[first : first + step] for name, array in packed.items()}
+            u = self._vectors("u", block, start, stop, routines).copy()  # the next call may use its memory
+            routines.add_outer(u, self._vectors("v", block, 0, columns, routines), out)
+        return out
+
+    def vectors(self, packed: Packed, routines: CodecRoutines = REFERENCE) -> tuple[Floats, Floats]:
+        """Return all vectors: of the rows, shape (R, rows), and of the columns, shape (R, columns).
+
+        Raises:
+            InvalidFileError: a value is not finite, or the buffers break the format.
+        """
+        rows, columns = self.shape
+        u = self._vectors("u", packed, 0, rows, routines).copy()  # the next call may use its memory
+        return u, self._vectors("v", packed, 0, columns, routines)
+
+    def _vectors(self, side: str, packed: Packed, start: int, stop: int, routines: CodecRoutines) -> Floats:
+        """Return elements ``start`` to ``stop`` of some vectors."""
+        coding = self.layout.factors
+        if isinstance(coding, str):
+            factor = widen(np.ascontiguousarray(packed[side][:, start:stop]).view(RAW_DTYPES[coding]), coding)
+            if not np.isfinite(factor).all():
+                raise InvalidFileError(f"a value of factor {side} is not finite")
+            return factor
+        arrays = _arrays(coding, side, packed, self._length(side), start, stop, routines)
+        group = coding.scale_group or max(self._length(side), 1)
+        # Where a run starts within a group of the scales, every element is given its own.
+        at = np.arange(start // group, -(-stop // group)) if start % group == 0 else np.arange(start, stop) // group
+        zero_points = None if arrays.zero_points is None else arrays.zero_points[:, at]
+        part = LowbitArrays(arrays.codes, arrays.scales[:, at], zero_points)
+        return values(coding, part, group if start % group == 0 else 1, routines)
+
+    def _length(self, side: str) -> int:
+        return self.shape[0 if side == "u" else 1]
+
+    def _check(self, packed: Packed, routines: CodecRoutines) -> None:
+        """Check that both factors are the canonical packing of what they mean.
+
+        Raises:
+            InvalidFileError: a field or a zero point beyond the grid, or unused bits that are not zero.
+        """
+        coding = self.layout.factors
+        if isinstance(coding, str):
+            return
+        for side in ("u", "v"):
+            length = self._length(side)
+            step = max(BLOCK_ELEMENTS // max(length, 1), 1)
+            for first in range(0, self.layout.rank, step):
+                block = {name: array[first : first + step] for name, array in packed.items() if name[0] == side}
+                arrays = _arrays(coding, side, block, length, 0, length, routines)
+                check_range(coding, arrays)
+                again = {name: np.zeros_like(array) for name, array in block.items()}
+                _encode(coding, side, arrays, again, routines)
+                check_same(again, block)
+
+    def digested_form(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:  # noqa: ARG002
+        """Return a buffer as it is."""
+        return array
+
+
+def _encode(coding: Coding, side: str, arrays: LowbitArrays, packed: Packed, routines: CodecRoutines) -> None:
+    """Pack coded vectors."""
+    count, length = arrays.codes.shape
+    tiled = np.zeros((tiles(count), coding.words(length), TILE_ROWS), np.uint32)
+    routines.pack_into(arrays.codes, coding.bits, tiled, 1)
+    packed[f"{side}_codes"][...] = words.from_tiles(tiled, count)
+    packed[f"{side}_scales"][...] = raw_scales(coding, arrays.scales)
+    if arrays.zero_points is not None:
+        packed[f"{side}_zero_points"][...] = arrays.zero_points
+
+
+def _arrays(
+    coding: Coding, side: str, packed: Packed, length: int, start: int, stop: int, routines: CodecRoutines
+) -> LowbitArrays:
+    """Unpack elements ``start`` to ``stop``, and all scales, of coded vectors; ``start`` is a multiple of 32."""
+    by_vector = packed[f"{side}_codes"].view(np.uint32)
+    part = words.to_tiles(words.cut(by_vector, length, coding.bits, start, stop))
+    codes = routines.unpack(part, by_vector.shape[0], stop - start, coding.bits, 1).astype(np.uint8, copy=False)
+    zero_points = packed[f"{side}_zero_points"].view(np.uint8) if coding.has_zero_points else None
+    return LowbitArrays(codes, read_scales(coding, packed[f"{side}_scales"]), zero_points)

@@ -1,0 +1,218 @@
+"""The ``nm`` layout: buffers to positions, codes and scales, and back (spec/deltafmt-v1.md, section 11).
+
+A tensor is handled in runs of rows. A run starts where a super-tile does, so its buffers are slices of the tensor's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.errors import InvalidFileError
+from deltafmt.terms import words
+from deltafmt.terms.buffers import Packed, blank, check_same
+from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms.floats import narrow, widen
+from deltafmt.terms.nm import positions as pos
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.tiles import TILE_ROWS, tiles
+
+TRANSCODE_ENTRIES = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class NMArrays:
+    """The decoded content of a run of rows.
+
+    Attributes:
+        positions: uint8, shape (mask rows, groups, N).
+        codes: fields u, uint8, shape (rows, groups * N).
+        scales: float32, shape (rows, scales per row).
+    """
+
+    positions: NDArray[np.uint8]
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+
+
+def run_rows(layout: NMLayout) -> int:
+    """Return the number of rows on whose multiples a run may start (section 11.7): those of a super-tile."""
+    return TILE_ROWS * layout.share
+
+
+def encode(
+    layout: NMLayout,
+    arrays: NMArrays,
+    out: Mapping[str, NDArray[np.generic]],
+    routines: CodecRoutines = REFERENCE,
+) -> None:
+    """Pack a run of rows into its slices of :func:`blank`.
+
+    The positions of a ``seeded`` layout are not stored; those of the others must ascend in every group. Fields of
+    entries beyond the last column must be zero.
+    """
+    routines.pack_into(arrays.codes, layout.bits, _words(out["codes"]), layout.share)
+    if layout.index == "fixed":
+        flat = arrays.positions.reshape(arrays.positions.shape[0], -1)
+        routines.pack_into(flat, layout.position_bits, _words(out["index"]), 1)
+    elif layout.index == "rank":
+        _words(out["index"])[...] = pos.encode_rank(arrays.positions, layout)
+    scales = arrays.scales
+    raw = narrow(scales, "BF16") if layout.scale_dtype == "BF16" else scales
+    out["scales"][...] = words.to_tiles(raw, layout.share)
+
+
+def decode(
+    layout: NMLayout,
+    packed: Mapping[str, NDArray[np.generic]],
+    seed: int,
+    first: int,
+    rows: int,
+    columns: int,
+    routines: CodecRoutines = REFERENCE,
+) -> NMArrays:
+    """Unpack a run of rows.
+
+    Args:
+        layout: of the term.
+        packed: the run's slices of :func:`views`.
+        seed: the tensor seed.
+        first: the run's first row in the tensor, a multiple of :func:`run_rows`.
+        rows: rows of the run.
+        columns: columns of the tensor.
+        routines: the implementation to use.
+
+    Raises:
+        InvalidFileError: an index holds a position or rank that is out of range, positions do not ascend, or a scale
+            is negative or not finite.
+    """
+    groups = layout.groups(columns)
+    raw = words.from_tiles(packed["scales"], rows, layout.share)
+    scales = np.ascontiguousarray(
+        widen(raw.view(np.uint16), "BF16") if layout.scale_dtype == "BF16" else raw.view(np.float32)
+    )
+    if not np.isfinite(scales).all() or np.signbit(scales).any():
+        raise InvalidFileError("a scale is negative or not finite")
+    mask_rows = layout.mask_rows(rows)
+    if layout.index == "seeded":
+        kept_at = routines.seeded(seed, first // layout.share, mask_rows, groups, layout.keep, layout.group)
+    elif layout.index == "fixed":
+        kept_at = pos.decode_fixed(_words(packed["index"]), layout, mask_rows, groups, routines.unpack)
+    else:
+        kept_at = pos.decode_rank(_words(packed["index"]), layout, mask_rows, groups)
+    # Last, because compiled routines use the memory of one unpacking again for the next.
+    codes = routines.unpack(_words(packed["codes"]), rows, layout.kept(columns), layout.bits, layout.share)
+    codes = codes.astype(np.uint8, copy=False)
+    return NMArrays(kept_at, codes, scales)
+
+
+def dense(layout: NMLayout, arrays: NMArrays, columns: int, routines: CodecRoutines = REFERENCE) -> NDArray[np.float32]:
+    """Return the float32 delta of a run of rows, shape (rows, columns)."""
+    return routines.scatter(
+        arrays.codes,
+        arrays.scales,
+        arrays.positions,
+        columns,
+        layout.group,
+        layout.share,
+        layout.top,
+        layout.scale_group,
+    )
+
+
+def outside(layout: NMLayout, arrays: NMArrays, columns: int) -> NDArray[np.bool_]:
+    """Tell which entries lie beyond the last column; shape (rows, groups * N)."""
+    start = np.arange(layout.groups(columns), dtype=np.int64)[:, None] * layout.group
+    beyond = (arrays.positions + start >= columns).reshape(arrays.positions.shape[0], -1)
+    return beyond[np.arange(arrays.codes.shape[0]) // layout.share]
+
+
+def check(
+    layout: NMLayout,
+    packed: Mapping[str, NDArray[np.generic]],
+    arrays: NMArrays,
+    columns: int,
+    routines: CodecRoutines = REFERENCE,
+) -> None:
+    """Check what decoding alone does not: that the run is the canonical packing of what it means.
+
+    Raises:
+        InvalidFileError: a field beyond the grid, an entry beyond the last column whose field is not zero, or unused
+            bits that are not zero.
+    """
+    if arrays.codes.size and int(arrays.codes.max()) > layout.top:
+        raise InvalidFileError(f"a code is {arrays.codes.max()}, the grid ends at {layout.top}")
+    if columns % layout.group and arrays.codes[outside(layout, arrays, columns)].any():
+        raise InvalidFileError("an entry beyond the last column has a code that is not zero")
+    again = blank(layout, arrays.codes.shape[0], columns)
+    encode(layout, arrays, again, routines)
+    check_same(again, packed)
+
+
+def slice_run(packed: Packed, share: int, start: int, stop: int) -> dict[str, NDArray[np.generic]]:
+    """Return the tiles of a run of rows that starts on a multiple of :func:`run_rows`."""
+    whole = slice(start // TILE_ROWS, tiles(stop, share))
+    # A super-tile of rows has one tile of mask rows.
+    masks = slice(whole.start // share, whole.stop // share)
+    return {name: array[masks if name == "index" else whole] for name, array in packed.items()}
+
+
+class NMCodec:
+    """The codec of one ``nm`` term; see :class:`deltafmt.terms.codec.TermCodec`."""
+
+    def __init__(self, layout: NMLayout, rows: int, columns: int, seed: int) -> None:
+        self.layout = layout
+        self.shape = rows, columns
+        self.run_rows = run_rows(layout)
+        self.width = layout.width(columns)
+        self._seed = seed
+
+    def encode(self, arrays: NMArrays, packed: Packed, first: int, routines: CodecRoutines = REFERENCE) -> None:
+        """Pack a run of rows."""
+        run = slice_run(packed, self.layout.share, first, first + arrays.codes.shape[0])
+        encode(self.layout, arrays, run, routines)
+
+    def decode(
+        self, packed: Packed, start: int, stop: int, routines: CodecRoutines = REFERENCE, *, check_form: bool = False
+    ) -> NDArray[np.float32]:
+        """Return the delta's rows ``start`` to ``stop``."""
+        columns = self.shape[1]
+        run = slice_run(packed, self.layout.share, start, stop)
+        arrays = decode(self.layout, run, self._seed, start, stop - start, columns, routines)
+        if check_form:
+            check(self.layout, run, arrays, columns, routines)
+        return dense(self.layout, arrays, columns, routines)
+
+    def digested_form(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
+        """Return a ``rank`` index as ``fixed``, so that hot and cold files agree, and anything else as it is."""
+        if name == "index" and self.layout.index == "rank":
+            rows, columns = self.shape
+            return transcode_index(
+                self.layout, _words(array), self.layout.mask_rows(rows), columns, self.layout.plain()
+            )
+        return array
+
+
+def transcode_index(
+    layout: NMLayout, index: NDArray[np.uint32], mask_rows: int, columns: int, target: NMLayout
+) -> NDArray[np.uint32]:
+    """Return a ``fixed`` index as ``rank`` or the reverse; the positions, and so the codes, stay as they are."""
+    groups = layout.groups(columns)
+    out = np.empty((tiles(mask_rows), target.index_words(columns), TILE_ROWS), np.uint32)
+    # A tile at a time, or a few small ones: the reference takes eight bytes for every bit.
+    step = max(TRANSCODE_ENTRIES // (TILE_ROWS * groups * layout.keep), 1)
+    for tile in range(0, out.shape[0], step):
+        rows = min(mask_rows - tile * TILE_ROWS, step * TILE_ROWS)
+        part = index[tile : tile + step]
+        if layout.index == "rank":
+            out[tile : tile + step] = pos.encode_fixed(pos.decode_rank(part, layout, rows, groups), target)
+        else:
+            out[tile : tile + step] = pos.encode_rank(pos.decode_fixed(part, layout, rows, groups), target)
+    return out
+
+
+def _words(array: NDArray[np.generic]) -> NDArray[np.uint32]:
+    return array.view(np.uint32)

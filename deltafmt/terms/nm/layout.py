@@ -1,0 +1,198 @@
+"""Parameters and sizes of the ``nm`` layout (spec/deltafmt-v1.md, section 11)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from deltafmt.errors import UsageError
+from deltafmt.format.checks import Where, parse_fields
+from deltafmt.terms.tiles import (
+    GRIDS,
+    MAX_SCALE_GROUP,
+    SCALE_BYTES,
+    TILE_ROWS,
+    BufferForm,
+    scale_words,
+    stream_words,
+    tiles,
+)
+
+BITS: Final = (1, 2, 3, 4, 5, 6, 8)
+SHARES: Final = (1, 2, 4, 8)
+MAX_GROUP: Final = 255
+MAX_SEEDED_GROUP: Final = 128
+INDEX_ENCODINGS: Final = ("seeded", "fixed", "rank")
+
+
+@dataclass(frozen=True, slots=True)
+class NMLayout:
+    """How an ``nm`` term arranges its kept entries.
+
+    Attributes:
+        keep: N, entries kept in each group.
+        group: M, consecutive columns of a group.
+        bits: k, width of a code.
+        index: ``seeded``, ``fixed`` or ``rank``.
+        grid: ``midtread`` (2**k - 1 levels, zero among them) or ``midrise`` (2**k levels, none zero).
+        share: v, consecutive rows that keep the same positions.
+        scale_dtype: ``BF16`` or ``F32``.
+        scale_group: kept entries of a row that share a scale; 0 for one scale a row.
+
+    Raises:
+        UsageError: a parameter, or the combination, is outside the specification.
+    """
+
+    keep: int
+    group: int
+    bits: int
+    index: str = "seeded"
+    grid: str = "midtread"
+    share: int = 1
+    scale_dtype: str = "BF16"
+    scale_group: int = 0
+
+    kind: ClassVar[str] = "nm"
+    has_slots: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.index not in INDEX_ENCODINGS:
+            raise UsageError(f"index encoding {self.index!r} is not one of {', '.join(INDEX_ENCODINGS)}")
+        if not 2 <= self.group <= MAX_GROUP:
+            raise UsageError(f"group size M = {self.group} is outside 2 to {MAX_GROUP}")
+        if not 1 <= self.keep <= self.group:
+            raise UsageError(f"N = {self.keep} is outside 1 to M = {self.group}")
+        if self.bits not in BITS:
+            raise UsageError(f"bits k = {self.bits} is not one of {', '.join(map(str, BITS))}")
+        if self.share not in SHARES:
+            raise UsageError(f"share v = {self.share} is not one of {', '.join(map(str, SHARES))}")
+        if self.grid not in GRIDS:
+            raise UsageError(f"grid {self.grid!r} is not one of {', '.join(GRIDS)}")
+        if self.grid == "midtread" and self.bits == 1:
+            raise UsageError("a midtread grid of 1 bit has no level but zero; use midrise")
+        if self.scale_dtype not in SCALE_BYTES:
+            raise UsageError(f"scale dtype {self.scale_dtype!r} is not one of {', '.join(SCALE_BYTES)}")
+        if not 0 <= self.scale_group <= MAX_SCALE_GROUP:
+            raise UsageError(f"scale group {self.scale_group} is outside 0 to {MAX_SCALE_GROUP}")
+        if self.index == "seeded" and (self.group & (self.group - 1) or self.group > MAX_SEEDED_GROUP):
+            raise UsageError(f"a seeded index needs M to be a power of two up to 128, not {self.group}")
+        if self.index == "rank" and math.comb(self.group, self.keep) >= 2**64:
+            raise UsageError(f"a rank index needs C(M, N) below 2**64, which {self.keep}:{self.group} exceeds")
+
+    @property
+    def top(self) -> int:
+        """The largest stored field u, which is also twice the field that would mean zero.
+
+        Both grids then share one formula: ``value = (2u - top) * scale / 2``.
+        """
+        return (1 << self.bits) - (2 if self.grid == "midtread" else 1)
+
+    @property
+    def seeded(self) -> bool:
+        """Whether a term has a seed."""
+        return self.index == "seeded"
+
+    @property
+    def cold_only(self) -> bool:
+        """Whether only a ``cold`` file may have this layout in its table."""
+        return self.index == "rank"
+
+    def plain(self) -> NMLayout:
+        """Return the layout in which digests are taken and kernels read: ``rank`` made ``fixed``."""
+        return self.with_index("fixed") if self.index == "rank" else self
+
+    @property
+    def position_bits(self) -> int:
+        """Width of a position in a ``fixed`` index: ceil(log2 M)."""
+        return (self.group - 1).bit_length()
+
+    @property
+    def rank_bits(self) -> int:
+        """Width of a group's rank in a ``rank`` index: ceil(log2 C(M, N))."""
+        return (math.comb(self.group, self.keep) - 1).bit_length()
+
+    def groups(self, columns: int) -> int:
+        """Groups in a row of ``columns`` elements; the last may be short."""
+        return -(-columns // self.group)
+
+    def width(self, columns: int) -> int:
+        """Elements of a row once its last group is whole: what decoding a row takes, however few its columns."""
+        return self.groups(columns) * self.group
+
+    def kept(self, columns: int) -> int:
+        """Kept entries of a row, those beyond the last column included."""
+        return self.groups(columns) * self.keep
+
+    def scales_per_row(self, columns: int) -> int:
+        """Scales of a row."""
+        if self.scale_group == 0:
+            return 1
+        return -(-self.kept(columns) // self.scale_group)
+
+    def mask_rows(self, rows: int) -> int:
+        """Rows of the index: one for every ``share`` rows."""
+        return -(-rows // self.share)
+
+    def row_tiles(self, rows: int) -> int:
+        """Tiles of the codes and of the scales of ``rows`` rows."""
+        return tiles(rows, self.share)
+
+    def index_tiles(self, rows: int) -> int:
+        """Tiles of the index of ``rows`` rows: those of their mask rows."""
+        return tiles(self.mask_rows(rows))
+
+    def codes_words(self, columns: int) -> int:
+        """Packed words of a row's codes."""
+        return stream_words(self.kept(columns), self.bits)
+
+    def index_words(self, columns: int) -> int:
+        """Packed words of a mask row's index (0 for ``seeded``)."""
+        if self.index == "fixed":
+            return stream_words(self.kept(columns), self.position_bits)
+        if self.index == "rank":
+            return stream_words(self.groups(columns), self.rank_bits)
+        return 0
+
+    def buffers(self, rows: int, columns: int, slots: int = 0) -> dict[str, BufferForm]:  # noqa: ARG002 - of every kind
+        """Return the arrays of a term, in the order in which they are stored and digested."""
+        tiles_of_rows = self.row_tiles(rows)
+        forms = {"codes": BufferForm("U32", (tiles_of_rows, self.codes_words(columns), TILE_ROWS))}
+        if self.index != "seeded":
+            forms["index"] = BufferForm("U32", (self.index_tiles(rows), self.index_words(columns), TILE_ROWS))
+        forms["scales"] = BufferForm(self.scale_dtype, (tiles_of_rows, self.scales_per_row(columns), TILE_ROWS))
+        return forms
+
+    def buffer_lengths(self, rows: int, columns: int, slots: int = 0) -> dict[str, int]:
+        """Byte lengths of :meth:`buffers`."""
+        return {name: form.nbytes for name, form in self.buffers(rows, columns, slots).items()}
+
+    def with_index(self, index: str) -> NMLayout:
+        """Return the same layout with another index encoding."""
+        return NMLayout(
+            self.keep, self.group, self.bits, index, self.grid, self.share, self.scale_dtype, self.scale_group
+        )
+
+    @classmethod
+    def from_obj(cls, obj: Any, where: Where) -> NMLayout:
+        """Check a row of the layout table."""
+        return parse_fields(cls, obj, where)
+
+    def to_obj(self) -> dict[str, Any]:
+        """Return the index's form of this layout (spec section 7.3)."""
+        return {
+            "bits": self.bits,
+            "grid": self.grid,
+            "group": self.group,
+            "index": self.index,
+            "keep": self.keep,
+            "kind": "nm",
+            "scale_dtype": self.scale_dtype,
+            "scale_group": self.scale_group,
+            "share": self.share,
+        }
+
+    def describe(self) -> str:
+        """Return a short form such as ``4:16 k=4 midtread seeded v=4``."""
+        entries = f"{self.keep}:{self.group} k={self.bits} {self.grid} {self.index} v={self.share}"
+        return entries + scale_words(self.scale_group, self.scale_dtype)

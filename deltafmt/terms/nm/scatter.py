@@ -1,0 +1,49 @@
+"""Codes, scales and positions to a dense float32 delta (spec/deltafmt-v1.md, sections 11.5 and 11.6).
+
+This is the reference; ``deltafmt.terms.codec_numba`` holds the same function compiled.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def scatter(
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    positions: NDArray[np.uint8],
+    columns: int,
+    group: int,
+    share: int,
+    top: int,
+    scale_group: int,
+) -> NDArray[np.float32]:
+    """Return the dense delta of a run of rows that starts on a mask row.
+
+    Args:
+        codes: fields u, shape (rows, groups * N).
+        scales: shape (rows, scales per row).
+        positions: shape (mask rows, groups, N); row r uses mask row ``r // share``.
+        columns: columns of the tensor; entries beyond them are ignored.
+        group: M.
+        share: v.
+        top: of the layout, in ``value = (2u - top) * scale / 2``.
+        scale_group: kept entries that share a scale; 0 for all of a row.
+
+    Returns:
+        float32, shape (rows, columns).
+    """
+    rows, kept = codes.shape
+    groups, keep = positions.shape[1:]
+    # "value = float32(2u - top) * float32(scale * 0.5)", one rounding in float32.
+    half = scales * np.float32(0.5)
+    # A group larger than the row is the row: the parameter never decides how much memory is taken.
+    entry_scale = np.repeat(half, min(scale_group or kept, kept), axis=1)[:, :kept]
+    with np.errstate(over="ignore"):
+        values = (2 * codes.astype(np.int32) - top).astype(np.float32) * entry_scale
+    # "Entry i of group g stands at column g * M + position; entries at or beyond the last column are ignored."
+    out = np.zeros((rows, groups, group), np.float32)
+    by_row = positions[np.arange(rows) // share].astype(np.intp)
+    np.put_along_axis(out, by_row, values.reshape(rows, groups, keep), axis=2)
+    return np.ascontiguousarray(out.reshape(rows, groups * group)[:, :columns])

@@ -1,0 +1,112 @@
+"""Packed words: fields in planes of 32-bit words, word-major in tiles of 32 rows (spec, section 11.2).
+
+This is the reference. ``deltafmt.terms.codec_numba`` holds the same functions compiled.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.terms.tiles import TILE_ROWS, plane_words, planes, tiles
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+def pack(fields: NDArray[np.unsignedinteger], width: int, share: int = 1) -> NDArray[np.uint32]:
+    """Pack the fields of every row.
+
+    Args:
+        fields: shape (rows, count), each below ``2**width``.
+        width: bits per field, 0 to 64.
+        share: v, rows of a mask row, which lie in different tiles; 1 for an index.
+
+    Returns:
+        Words of shape (tiles, words, 32), see :func:`to_tiles`.
+    """
+    by_row = [np.zeros((fields.shape[0], 0), np.uint32)]
+    low = 0
+    for plane in planes(width):
+        # "The first plane holds the lowest bits of every field, the next one those that follow."
+        part = fields.astype(np.uint64) >> np.uint64(low) & np.uint64((1 << plane) - 1)
+        by_row.append(_pack_plane(part, plane))
+        low += plane
+    # "A row's words are those of its planes, one plane after another."
+    return to_tiles(np.concatenate(by_row, axis=1), share)
+
+
+def _pack_plane(fields: NDArray[np.uint64], width: int) -> NDArray[np.uint32]:
+    """Return the words of one plane, shape (rows, words)."""
+    rows, count = fields.shape
+    words = plane_words(count, width)
+    # "Field i takes the bits i*width to (i+1)*width of the row's plane, lowest bit first."
+    shifts = np.arange(width, dtype=np.uint64)
+    bits = (fields[:, :, None] >> shifts & np.uint64(1)).astype(np.uint8).reshape(rows, count * width)
+    # "The plane is cut into 32-bit words, lowest bits first; unused bits of its last word are zero."
+    stream = np.zeros((rows, words * 32), np.uint8)
+    stream[:, : count * width] = bits
+    by_row: NDArray[np.uint32] = np.packbits(stream, axis=1, bitorder="little").view(np.dtype("<u4"))
+    return by_row.reshape(rows, words)
+
+
+def pack_into(fields: NDArray[np.unsignedinteger], width: int, out: NDArray[np.uint32], share: int = 1) -> None:
+    """Pack the fields of every row into an array shaped as :func:`pack` shapes its result."""
+    out[...] = pack(fields, width, share)
+
+
+def unpack(packed: NDArray[np.uint32], rows: int, count: int, width: int, share: int = 1) -> NDArray[np.uint64]:
+    """Undo :func:`pack`; return fields of shape (rows, count)."""
+    by_row = from_tiles(packed, rows, share)
+    fields = np.zeros((rows, count), np.uint64)
+    low = first = 0
+    for plane in planes(width):
+        words = plane_words(count, plane)
+        fields |= _unpack_plane(by_row[:, first : first + words], count, plane) << np.uint64(low)
+        low, first = low + plane, first + words
+    return fields
+
+
+def _unpack_plane(by_row: NDArray[np.uint32], count: int, width: int) -> NDArray[np.uint64]:
+    """Undo :func:`_pack_plane`."""
+    stream = np.unpackbits(np.ascontiguousarray(by_row).view(np.uint8), axis=1, bitorder="little")
+    bits = stream[:, : count * width].reshape(by_row.shape[0], count, width).astype(np.uint64)
+    fields: NDArray[np.uint64] = (bits << np.arange(width, dtype=np.uint64)).sum(axis=2, dtype=np.uint64)
+    return fields
+
+
+def cut(by_row: NDArray[np.uint32], count: int, width: int, start: int, stop: int) -> NDArray[np.uint32]:
+    """Return the words of fields ``start`` to ``stop`` of rows of ``count`` fields; ``start`` is a multiple of 32.
+
+    A field before a multiple of 32 ends a word in every plane, so that each plane of the run is a slice.
+    """
+    if (start, stop) == (0, count):
+        return by_row
+    parts, first = [], 0
+    for plane in planes(width):
+        parts.append(by_row[:, first + start * plane // 32 : first + plane_words(stop, plane)])
+        first += plane_words(count, plane)
+    return np.concatenate(parts, axis=1)
+
+
+def to_tiles(by_row: NDArray[Scalar], share: int = 1) -> NDArray[Scalar]:
+    """Rearrange (rows, n) into (tiles, n, 32), lanes without a row zero.
+
+    Row r stands in tile ``r // (32 v) * v + r % v``, lane ``r % (32 v) // v``, where v is ``share``.
+    """
+    rows, count = by_row.shape
+    supers = tiles(rows, share) // share
+    # "Super-tiles are complete. Words of rows that do not exist are zero."
+    padded = np.zeros((supers * TILE_ROWS * share, count), by_row.dtype)
+    padded[:rows] = by_row
+    # "Lane l of the v tiles of a super-tile holds the v rows of its mask row l."
+    by_lane = padded.reshape(supers, TILE_ROWS, share, count)
+    return np.ascontiguousarray(by_lane.transpose(0, 2, 3, 1)).reshape(supers * share, count, TILE_ROWS)
+
+
+def from_tiles(tiled: NDArray[Scalar], rows: int, share: int = 1) -> NDArray[Scalar]:
+    """Undo :func:`to_tiles`."""
+    supers, count = tiled.shape[0] // share, tiled.shape[1]
+    by_lane = tiled.reshape(supers, share, count, TILE_ROWS).transpose(0, 3, 1, 2)
+    return by_lane.reshape(supers * TILE_ROWS * share, count)[:rows]

@@ -1,0 +1,65 @@
+"""What the launches of all kernels give them: tokens, outputs, and how a layout's words and values are to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from deltafmt.kernels.segments import TokenTiles
+from deltafmt.kernels.table import MAX_PARTS, LayoutTable
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.tiles import planes
+
+DTYPES = {"BF16": tl.bfloat16, "F16": tl.float16, "F32": tl.float32}
+MOST_PLANES = 3
+
+
+def tile_tokens(longest: int) -> int:
+    """Return T, the tokens of a gather tile; measured: below some eight tokens a delta, one at a time is quickest."""
+    return 1 if longest <= 8 else 2 if longest <= 16 else 4
+
+
+def output_arguments(outputs: Sequence[torch.Tensor], rows: int) -> tuple[dict[str, Any], int]:
+    """Return the kernels' arguments for outputs whose programs take ``rows`` rows, and the number of programs."""
+    blocks = [-(-output.shape[1] // rows) for output in outputs]
+    padded = [*outputs, outputs[0], outputs[0]]
+    arguments: dict[str, Any] = {f"y{i}_ptr": padded[i] for i in range(MAX_PARTS)}
+    arguments |= {f"y{i}_stride": padded[i].stride(0) for i in range(MAX_PARTS)}
+    arguments |= {"block1": blocks[0], "block2": sum(blocks[:2])}
+    return arguments, sum(blocks)
+
+
+def token_arguments(x: torch.Tensor, table: LayoutTable[Any], tiles: TokenTiles) -> dict[str, Any]:
+    """Return the kernels' arguments for the tokens and the operands."""
+    return {
+        "x_ptr": x,
+        "x_stride": x.stride(0),
+        "order_ptr": tiles.order,
+        "tiles_ptr": tiles.table,
+        "table_ptr": table.entries,
+        "columns": table.columns,
+        "PARTS": table.entries.shape[1],
+        "TOKENS": tiles.size,
+    }
+
+
+def plane_arguments(name: str, bits: int) -> dict[str, int]:
+    """Return the widths of a word stream's planes by the names that kernels have for them; 0: there is none."""
+    widths = planes(bits)
+    return {f"{name}{i}": widths[i] if i < len(widths) else 0 for i in range(MOST_PLANES)}
+
+
+def word_arguments(words: Sequence[int]) -> dict[str, int]:
+    """Return the words of a row that each plane has, and all."""
+    counts = {f"words{i}": words[i] if i < len(words) else 0 for i in range(MOST_PLANES)}
+    return {**counts, "code_words": sum(words)}
+
+
+def value_arguments(values: Coding | str) -> dict[str, Any]:
+    """Return how values are read: as codes on a grid, or (no planes) as they are, in a dtype."""
+    if isinstance(values, str):
+        return {**plane_arguments("PLANE", 0), "TOP": 0, "DTYPE": DTYPES[values]}
+    return {**plane_arguments("PLANE", values.bits), "TOP": values.top, "DTYPE": DTYPES[values.scale_dtype]}

@@ -1,0 +1,210 @@
+"""The low-rank kernels: few tokens, ``y += U^T (V x)`` from packed vectors, the matrix never made (spec, section 13).
+
+``project`` takes 32 vectors of V, a lane each, and is the lowbit kernel but for where words lie; it leaves z = V x, in
+float32, for the tile of tokens. ``spread`` takes a run of rows of the matrix and goes through the vectors of U: for a
+unit of 32 rows, w words of each plane of width w hold all fields of a vector, so that every plane adds to the same 32
+sums. Codes are never converted, as in the lowbit kernel: ``z * scale`` is scaled by ``2**(64 - b)`` instead.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from deltafmt.kernels.lowbit.kernel import add_plane
+from deltafmt.kernels.nm.gather import select_part
+
+
+@triton.jit
+def project_kernel(
+    x_ptr, x_stride, order_ptr, tiles_ptr, table_ptr, z_ptr,
+    columns, ranks, blocks, code_words, words0, words1, words2, scale_group, scales,
+    PARTS: tl.constexpr, TOKENS: tl.constexpr,
+    PLANE0: tl.constexpr, PLANE1: tl.constexpr, PLANE2: tl.constexpr, TOP: tl.constexpr, DTYPE: tl.constexpr,
+    ZEROS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Write ``z = V x`` of one tile of tokens and 32 vectors to z, shape (tiles, PARTS, TOKENS, ranks)."""
+    tile = tl.program_id(1)
+    slot = tl.load(tiles_ptr + tile * 3)
+    first = tl.load(tiles_ptr + tile * 3 + 1)
+    count = tl.load(tiles_ptr + tile * 3 + 2)
+    if count == 0:
+        return
+    part = tl.program_id(0) // blocks
+    p_entry = table_ptr + (slot * PARTS + part) * 8
+    rank = tl.load(p_entry + 6).to(tl.int32)
+    vector = (tl.program_id(0) % blocks) * 32 + tl.arange(0, 32)
+    m_vectors = vector < rank
+    if tl.program_id(0) % blocks * 32 >= rank:
+        return
+    wide = vector.to(tl.int64)
+    p_x = ()
+    total = ()
+    for t in tl.static_range(TOKENS):
+        token = tl.load(order_ptr + first + tl.minimum(t, count - 1)).to(tl.int64)
+        p_x = p_x + (x_ptr + token * x_stride,)
+        total = total + (tl.zeros([WORDS, 32], tl.float32),)
+    if PLANE0 == 0:
+        p_values = tl.load(p_entry + 3).to(tl.pointer_type(DTYPE)) + wide * columns
+        for start in range(0, columns, WORDS):
+            column = start + tl.arange(0, WORDS)
+            m = (column < columns)[:, None] & m_vectors[None, :]
+            value = tl.load(p_values[None, :] + column[:, None], mask=m, other=0).to(tl.float32)
+            new_total = ()
+            for t in tl.static_range(TOKENS):
+                x = tl.load(p_x[t] + column, mask=column < columns, other=0).to(tl.float32)
+                new_total = new_total + (tl.fma(value, x[:, None].broadcast_to(value.shape), total[t]),)
+            total = new_total
+    else:
+        p_codes = tl.load(p_entry + 3).to(tl.pointer_type(tl.int32)) + wide * code_words
+        p_zeros = tl.load(p_entry + 4).to(tl.pointer_type(tl.uint8)) + wide * scales
+        p_scales = tl.load(p_entry + 5).to(tl.pointer_type(DTYPE)) + wide * scales
+        total = add_plane(
+            total, p_codes, m_vectors, 0, words0, p_scales, p_zeros, scale_group, p_x, p_scales, columns,
+            TOKENS, PLANE0, 0, TOP, False, ZEROS, WORDS, EVEN, 1,
+        )  # fmt: skip
+        if PLANE1 > 0:
+            total = add_plane(
+                total, p_codes, m_vectors, words0, words1, p_scales, p_zeros, scale_group, p_x, p_scales, columns,
+                TOKENS, PLANE1, PLANE0, TOP, False, ZEROS, WORDS, EVEN, 1,
+            )  # fmt: skip
+        if PLANE2 > 0:
+            total = add_plane(
+                total, p_codes, m_vectors, words0 + words1, words2, p_scales, p_zeros, scale_group, p_x, p_scales,
+                columns, TOKENS, PLANE2, PLANE0 + PLANE1, TOP, False, ZEROS, WORDS, EVEN, 1,
+            )  # fmt: skip
+    p_z = z_ptr + (tile * PARTS + part).to(tl.int64) * TOKENS * ranks + vector
+    for t in tl.static_range(TOKENS):
+        tl.store(p_z + t * ranks, tl.sum(total[t], 0), mask=m_vectors)
+
+
+@triton.jit
+def spread_plane(sums, weights, p_words, words, m, TOKENS: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr):
+    """Return the 32 sums of each token with one plane's fields times the weights, times 2**-85, added.
+
+    ``p_words`` and ``words`` are the first words of the units and how many words there are from them on.
+    """
+    HALF: tl.constexpr = 16 // WIDTH
+    new_sums = ()
+    for i_word in tl.static_range(WIDTH):
+        word = tl.load(p_words + i_word, mask=m & (words > i_word), other=0).to(tl.uint32, bitcast=True)
+        for half in tl.static_range(2):
+            shifted = word >> (16 * half)
+            for i in tl.static_range(HALF):
+                field = (shifted & (((1 << WIDTH) - 1) << (i * WIDTH))).to(tl.float32, bitcast=True)
+                for t in tl.static_range(TOKENS):
+                    weight = weights[t] * (2.0 ** (64 + LOW - i * WIDTH))
+                    old = sums[((i_word * 2 + half) * HALF + i) * TOKENS + t]
+                    new_sums = new_sums + (tl.fma(field, weight, old),)
+    return new_sums
+
+
+@triton.jit
+def spread_kernel(
+    order_ptr, tiles_ptr, table_ptr, z_ptr,
+    y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, block1, block2, ranks, scale_group,
+    PARTS: tl.constexpr, TOKENS: tl.constexpr,
+    PLANE0: tl.constexpr, PLANE1: tl.constexpr, PLANE2: tl.constexpr, TOP: tl.constexpr, DTYPE: tl.constexpr,
+    ZEROS: tl.constexpr, VECTORS: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """Add ``U^T z`` of one tile of tokens and 32 * UNITS rows to the outputs."""
+    tile = tl.program_id(1)
+    slot = tl.load(tiles_ptr + tile * 3)
+    first = tl.load(tiles_ptr + tile * 3 + 1)
+    count = tl.load(tiles_ptr + tile * 3 + 2)
+    if count == 0:
+        return
+    part, block, y_ptr, y_stride = select_part(
+        tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
+    )
+    p_entry = table_ptr + (slot * PARTS + part) * 8
+    rank = tl.load(p_entry + 6).to(tl.int32)
+    rows = tl.load(p_entry + 7).to(tl.int32)
+    if block * (32 * UNITS) >= rows:
+        return
+    p_z = z_ptr + (tile * PARTS + part).to(tl.int64) * TOKENS * ranks
+    if PLANE0 == 0:
+        row = block * (32 * UNITS) + tl.arange(0, 32 * UNITS)
+        m_rows = row < rows
+        p_values = tl.load(p_entry).to(tl.pointer_type(DTYPE)) + row
+        total = ()
+        for _ in tl.static_range(TOKENS):
+            total = total + (tl.zeros([VECTORS, 32 * UNITS], tl.float32),)
+        for start in range(0, rank, VECTORS):
+            vector = start + tl.arange(0, VECTORS)
+            m_vectors = vector < rank
+            m = m_vectors[:, None] & m_rows[None, :]
+            p = p_values[None, :] + (vector.to(tl.int64) * rows)[:, None]
+            value = tl.load(p, mask=m, other=0).to(tl.float32)
+            new_total = ()
+            for t in tl.static_range(TOKENS):
+                z = tl.load(p_z + t * ranks + vector, mask=m_vectors, other=0)
+                new_total = new_total + (tl.fma(value, z[:, None].broadcast_to(value.shape), total[t]),)
+            total = new_total
+        for t in tl.static_range(TOKENS):
+            y = tl.sum(total[t], 0)
+            if t < count:
+                token = tl.load(order_ptr + first + t).to(tl.int64)
+                p_y = y_ptr + token * y_stride + row
+                old = tl.load(p_y, mask=m_rows, other=0).to(tl.float32)
+                tl.store(p_y, (old + y).to(y_ptr.dtype.element_ty), mask=m_rows)
+    else:
+        words0 = tl.cdiv(rows * PLANE0, 32)
+        words1 = tl.cdiv(rows * PLANE1, 32)
+        words2 = tl.cdiv(rows * PLANE2, 32)
+        code_words = words0 + words1 + words2
+        scales = tl.cdiv(rows, scale_group)
+        unit = block * UNITS + tl.arange(0, UNITS)
+        m_units = unit * 32 < rows
+        p_codes = tl.load(p_entry).to(tl.pointer_type(tl.int32))
+        p_zeros = tl.load(p_entry + 1).to(tl.pointer_type(tl.uint8)) + unit * 32 // scale_group
+        p_scales = tl.load(p_entry + 2).to(tl.pointer_type(DTYPE)) + unit * 32 // scale_group
+        offsets = ()
+        sums = ()
+        for _ in tl.static_range(TOKENS):
+            offsets = offsets + (tl.zeros([VECTORS, UNITS], tl.float32),)
+        for _ in tl.static_range(32 * TOKENS):
+            sums = sums + (tl.zeros([VECTORS, UNITS], tl.float32),)
+        for start in range(0, rank, VECTORS):
+            vector = start + tl.arange(0, VECTORS)
+            m_vectors = vector < rank
+            m = m_vectors[:, None] & m_units[None, :]
+            wide = vector.to(tl.int64)[:, None]
+            scale = tl.load(p_scales[None, :] + wide * scales, mask=m, other=0).to(tl.float32)
+            if ZEROS:
+                zero = tl.load(p_zeros[None, :] + wide * scales, mask=m, other=0).to(tl.float32)
+            else:
+                zero = TOP / 2
+            weights = ()
+            new_offsets = ()
+            for t in tl.static_range(TOKENS):
+                z = tl.load(p_z + t * ranks + vector, mask=m_vectors, other=0)
+                weight = scale * z[:, None]
+                weights = weights + (weight,)
+                new_offsets = new_offsets + (offsets[t] + zero * weight,)
+            offsets = new_offsets
+            p_words = p_codes + wide * code_words
+            sums = spread_plane(
+                sums, weights, p_words + (unit * PLANE0)[None, :], (words0 - unit * PLANE0)[None, :], m,
+                TOKENS, PLANE0, 0,
+            )  # fmt: skip
+            if PLANE1 > 0:
+                sums = spread_plane(
+                    sums, weights, p_words + (words0 + unit * PLANE1)[None, :], (words1 - unit * PLANE1)[None, :], m,
+                    TOKENS, PLANE1, PLANE0,
+                )  # fmt: skip
+            if PLANE2 > 0:
+                sums = spread_plane(
+                    sums, weights, p_words + (words0 + words1 + unit * PLANE2)[None, :],
+                    (words2 - unit * PLANE2)[None, :], m, TOKENS, PLANE2, PLANE0 + PLANE1,
+                )  # fmt: skip
+        for t in tl.static_range(TOKENS):
+            offset = tl.sum(offsets[t], 0)
+            if t < count:
+                token = tl.load(order_ptr + first + t).to(tl.int64)
+                p_y = y_ptr + token * y_stride + unit * 32
+                for j in tl.static_range(32):
+                    y = tl.sum(sums[j * TOKENS + t], 0) * (2.0**85) - offset
+                    m_rows = unit * 32 + j < rows
+                    old = tl.load(p_y + j, mask=m_rows, other=0).to(tl.float32)
+                    tl.store(p_y + j, (old + y).to(y_ptr.dtype.element_ty), mask=m_rows)

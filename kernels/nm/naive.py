@@ -1,0 +1,214 @@
+"""The obvious product with a packed ``nm`` delta, in torch: unpack words, place values, multiply (spec, section 11).
+
+Written apart from the numpy decoder, from the specification alone, so that each checks the other; kernels are compared
+with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deltafmt.errors import UsageError
+from deltafmt.kernels.nm.operand import NMOperand
+from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.table import OperandTable
+from deltafmt.terms.nm.layout import NMLayout
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Section 11.4: the 32-bit mix, on int64 tensors that hold values below 2**32."""
+    x = x ^ (x >> 16)
+    x = _multiply(x, 0x7FEB352D)
+    x = x ^ (x >> 15)
+    x = _multiply(x, 0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _multiply(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """Return ``x * factor`` modulo 2**32; in two halves, because int64 would overflow."""
+    high = ((x >> 16) * factor) & 0xFFFF
+    return ((high << 16) + (x & 0xFFFF) * factor) & _MASK
+
+
+def tiled_rows(tiled: torch.Tensor, rows: int, share: int) -> torch.Tensor:
+    """Section 11.2, "Tiles": return the items of every row.
+
+    Args:
+        tiled: words or scales, shape (tiles, items, 32).
+        rows: of the stream.
+        share: v, the rows of a mask row; 1 for an index.
+
+    Returns:
+        Shape (rows, items).
+    """
+    r = torch.arange(rows, device=tiled.device)
+    tile = r // (32 * share) * share + r % share
+    lane = r % (32 * share) // share
+    return tiled[tile, :, lane]
+
+
+def _mix64(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Section 11.4: 64 bits for each number below 2**32, as their lower and upper halves."""
+    low, high = _wide(x ^ (x >> 16), 0xCD9E8D57)
+    return _wide(low ^ high, 0xFFFEB2D5)
+
+
+def _wide(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the lower and upper 32 bits of ``x * factor``, from products that int64 holds."""
+    total = ((x & 0xFFFF) * factor >> 16) + (x >> 16) * factor
+    return _multiply(x, factor), total >> 16
+
+
+def unpack_fields(words: torch.Tensor, rows: int, count: int, width: int, share: int) -> torch.Tensor:
+    """Section 11.2: return the fields of a word stream.
+
+    Args:
+        words: int32, shape (tiles, words, 32), the bits of the packed words.
+        rows, count, width: of the stream; width at most 8.
+        share: v, the rows of a mask row; 1 for an index.
+
+    Returns:
+        int64, shape (rows, count).
+    """
+    by_row = tiled_rows(words, rows, share).long() & _MASK
+    field = torch.arange(count, device=words.device)
+    fields = torch.zeros(rows, count, dtype=torch.int64, device=words.device)
+    first = low = 0
+    while low < width:
+        plane = 1
+        while 2 * plane <= min(width - low, 32):
+            plane *= 2
+        bit = field * plane
+        part = by_row[:, first + bit // 32] >> bit % 32 & (1 << plane) - 1
+        fields |= part << low
+        first += -(-count * plane // 32)
+        low += plane
+    return fields
+
+
+def seeded_positions(layout: NMLayout, seed: int, mask_rows: int, groups: int) -> torch.Tensor:
+    """Section 11.4, ``seeded``: return positions, int64, shape (mask_rows, groups, N)."""
+    log_m = layout.group.bit_length() - 1
+    needed = log_m if layout.keep == 1 else 2 * log_m - 1
+    width = 4 if needed <= 4 else 8 if needed <= 8 else 16
+    row = torch.arange(mask_rows)
+    key = _mix((_multiply(row, 0x9E3779B1) + seed) & _MASK)
+    g = torch.arange(groups)
+    per_hash = 64 // width
+    low, high = _mix64((key[:, None] + _multiply(g // per_hash, 0x85EBCA6B)) & _MASK)
+    shift = g % per_hash * width
+    lane = torch.where(shift < 32, low >> shift, high >> (shift - 32).clamp(min=0))
+    b = lane & (layout.group - 1)
+    a = (lane >> (log_m - 1)) & (layout.group - 1) | 1
+    i = torch.arange(layout.keep)
+    return (a[:, :, None] * i + b[:, :, None]) & (layout.group - 1)
+
+
+def nm_delta(layout: NMLayout, buffers: dict[str, torch.Tensor], seed: int, rows: int, columns: int) -> torch.Tensor:
+    """Sections 11.5 and 11.6: return the dense float32 delta, shape (rows, columns).
+
+    Args:
+        layout: of the term; ``seeded`` or ``fixed``.
+        buffers: ``codes`` and ``index`` as int32 of shape (tiles, words, 32), ``scales`` as BF16 or F32 of shape
+            (tiles, scales per row, 32).
+        seed: the tensor seed.
+        rows, columns: of the delta.
+
+    Raises:
+        UsageError: the index is ``rank``, which is made ``fixed`` before a product.
+    """
+    groups, kept = layout.groups(columns), layout.kept(columns)
+    mask_rows = layout.mask_rows(rows)
+    if layout.index == "seeded":
+        positions = seeded_positions(layout, seed, mask_rows, groups).to(buffers["codes"].device)
+    elif layout.index == "fixed":
+        positions = unpack_fields(buffers["index"], mask_rows, kept, layout.position_bits, 1)
+        positions = positions.reshape(mask_rows, groups, layout.keep)
+    else:
+        raise UsageError("a rank index is made fixed before it is multiplied with")
+    codes = unpack_fields(buffers["codes"], rows, kept, layout.bits, layout.share)
+    scales = tiled_rows(buffers["scales"], rows, layout.share).float()
+    per_entry = (scales * 0.5).repeat_interleave(min(layout.scale_group or kept, kept), 1)[:, :kept]
+    values = (2 * codes - layout.top).float() * per_entry
+    start = torch.arange(groups, device=positions.device) * layout.group
+    column = (positions + start[:, None]).reshape(mask_rows, kept)
+    column = column.repeat_interleave(layout.share, 0)[:rows]
+    wide = torch.zeros(rows, groups * layout.group, device=values.device)
+    return wide.scatter(1, column, values)[:, :columns]
+
+
+def nm_matmul(
+    x: torch.Tensor,
+    layout: NMLayout,
+    buffers: dict[str, torch.Tensor],
+    seed: int,
+    rows: int,
+    base_output: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``x @ delta.T``, added to the base's output if that is given.
+
+    Args:
+        x: shape (tokens, columns), any floating dtype.
+        layout, buffers, seed, rows: of the delta, see :func:`nm_delta`.
+        base_output: shape (tokens, rows).
+
+    Returns:
+        Shape (tokens, rows), in the dtype of ``x``; the sum is taken in float32.
+    """
+    product = x.float() @ nm_delta(layout, buffers, seed, rows, x.shape[1]).T
+    if base_output is not None:
+        product = product + base_output.float()
+    return product.to(x.dtype)
+
+
+def operand_delta(operand: NMOperand) -> torch.Tensor:
+    """Return the dense float32 delta of an operand, shape (rows, columns)."""
+    buffers = {"codes": operand.codes, "scales": operand.scales}
+    if operand.index is not None:
+        buffers["index"] = operand.index
+    return nm_delta(operand.layout, buffers, operand.seed, operand.rows, operand.columns)
+
+
+def nm_matmul_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
+    """Add each token's ``x @ delta.T`` onto the base's outputs, in place; the reference of the kernels.
+
+    Args:
+        outputs: for each part of the table, shape (tokens, rows).
+        x: shape (tokens, columns).
+        table: the deltas.
+        segments: which token uses which of them.
+    """
+    slots = segments.slots.cpu()
+    for slot in range(table.slots):
+        tokens = (slots == slot).nonzero()[:, 0].to(x.device)
+        if not len(tokens):
+            continue
+        for output, terms in zip(outputs, table.operands(slot), strict=True):
+            for operand in terms:
+                if not isinstance(operand, NMOperand):
+                    continue
+                product = x[tokens].float() @ operand_delta(operand).T
+                output[tokens, : operand.rows] = (output[tokens, : operand.rows].float() + product).to(output.dtype)
+
+
+def nm_embedding_(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, segments: Segments) -> None:
+    """Add each token's row ``delta[id]`` onto the base's embedding, in place; the reference of the kernel.
+
+    Args:
+        output: shape (tokens, columns).
+        ids: row numbers, any integer dtype, shape (tokens,); a row that the delta lacks adds nothing.
+        table: the deltas, of one part.
+        segments: which token uses which of them.
+    """
+    slots = segments.slots.cpu()
+    for slot in range(table.slots):
+        tokens = (slots == slot).nonzero()[:, 0].to(output.device)
+        for operand in table.operands(slot)[0] if len(tokens) else ():
+            if not isinstance(operand, NMOperand):
+                continue
+            held = tokens[(ids[tokens] >= 0) & (ids[tokens] < operand.rows)]
+            output[held] = (output[held].float() + operand_delta(operand)[ids[held].long()]).to(output.dtype)
