@@ -41,7 +41,6 @@ from points import Job, Pair, Workplace, method_of
 from solve import Problem, batches, load, read_problems, scores_of
 
 from deltafmt.checkpoint.folder import Checkpoint
-from deltafmt.methods.base import calibration_of
 
 # Of the linear algebra in the processes that pack, which take it from here as they start.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1") | {
@@ -93,7 +92,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
         found = []
         for setting in options.settings:
             name, _, texts = setting.partition(":")
-            tokens = options.calibration_tokens if calibration_of(method_of(setting)) == "required" else 0
+            tokens = options.calibration_tokens if method_of(setting).calibration == "required" else 0
             found.append(Job("settings", setting, None, name, (texts,), tokens))
         return found
     jobs = [

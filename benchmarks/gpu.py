@@ -10,15 +10,15 @@ import torch
 from deltafmt.kernels.nm.operand import NMOperand
 from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
 from deltafmt.kernels.table import Operand
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.registry import Layout
 from deltafmt.terms.sparse.layout import SparseLayout
 
 DEVICE = "cuda"
 REPEATS = 11
 
 
-def random_operand(layout: Layout, rows: int, columns: int, seed: int) -> Operand:
+def random_operand(layout: TermLayout, rows: int, columns: int, seed: int) -> Operand:
     """Return an operand of random codes, seeded if it is of kind ``nm``; a sparse one has an entry in every eighth."""
     if not isinstance(layout, NMLayout):
         buffers = {}
@@ -41,7 +41,7 @@ def random_operand(layout: Layout, rows: int, columns: int, seed: int) -> Operan
     return NMOperand(layout, seed, rows, columns, codes, None, scales)
 
 
-def sparse_slots(layout: Layout, rows: int, columns: int) -> int:
+def sparse_slots(layout: TermLayout, rows: int, columns: int) -> int:
     """Return the slots of a sparse term that has an entry in one of eight columns, all at the same distance."""
     return -(-rows // 32) * columns // 8 if isinstance(layout, SparseLayout) else 0
 

@@ -25,10 +25,10 @@ from deltafmt.kernels.products import matmul_
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.terms.coding import Coding
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.registry import Layout
 from deltafmt.terms.sparse.layout import SparseLayout
 
 RATIO_128 = tuple(NMLayout(1, 32, 4, "seeded", "midtread", share) for share in (1, 4))
@@ -68,7 +68,7 @@ class Tenants:
         peer.binary_bmm(x, packed[0])
         return self.each(lambda: [peer.binary_bmm(x, one) for one in packed])
 
-    def of_layout(self, layout: Layout) -> float:
+    def of_layout(self, layout: TermLayout) -> float:
         """Return the milliseconds of our kernel, per tenant."""
         tables = []
         for copy in range(self.copies):
@@ -83,7 +83,7 @@ class Tenants:
         """Return the milliseconds that a function of all copies and tenants takes for one."""
         return milliseconds(function) / self.copies / self.tenants
 
-    def bytes_of(self, layout: Layout) -> int:
+    def bytes_of(self, layout: TermLayout) -> int:
         """Return what a product reads of one tenant's delta."""
         return sum(
             layout.buffer_lengths(self.rows, self.columns, sparse_slots(layout, self.rows, self.columns)).values()

@@ -15,8 +15,8 @@ from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format.constants import MAX_RAW_BYTES
 from deltafmt.index.entries import TensorEntry, Term
 from deltafmt.terms.buffers import views
-from deltafmt.terms.codec import TermCodec, term_codec
 from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms.codecs import AnyCodec, term_codec
 
 # Elements of a run: enough to hide the cost of a call, few enough for its arrays to stay in the processor's cache.
 RUN_ELEMENTS = 1 << 19
@@ -106,7 +106,7 @@ class DeltaFile:
     def term_views(self, entry: TensorEntry, term: Term) -> dict[str, NDArray[np.generic]]:
         """Return the packed arrays of one term."""
         buffers = {key: self.container.buffer(ref) for key, ref in term.buffers.items()}
-        return views(term.params, entry.delta_rows, entry.columns, buffers, term.slots)
+        return views(term.layout, entry.delta_rows, entry.columns, buffers, term.slots)
 
     def delta(self, name: str) -> NDArray[np.float32]:
         """Return the dense float32 delta of a tensor, decoded by the reference decoder.
@@ -151,9 +151,9 @@ class DeltaFile:
         self.close()
 
 
-def codec_of(entry: TensorEntry, term: Term) -> TermCodec:
+def codec_of(entry: TensorEntry, term: Term) -> AnyCodec:
     """Return the codec of a tensor's term."""
-    return term_codec(term.params, entry.delta_rows, entry.columns, term.seed, term.slots)
+    return term_codec(term.layout, entry.delta_rows, entry.columns, term.seed, term.slots)
 
 
 class RunDecoder:

@@ -16,10 +16,10 @@ from repair import Parts
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
 from deltafmt.terms.coding import CODING_GRIDS, Coding
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.layout import RAW_FACTORS, LowRankLayout
 from deltafmt.terms.nm.layout import BITS, INDEX_ENCODINGS, SHARES, NMLayout
-from deltafmt.terms.registry import Layout
 from deltafmt.terms.sparse.layout import GAP_BITS, RAW_VALUES, SparseLayout
 from deltafmt.terms.tiles import GRIDS
 
@@ -166,7 +166,7 @@ def mutate_section(parts: Parts, rng: random.Random, plain: Mutate) -> None:
         parts.sections[number] = bytearray(plain(bytes(stored), length))
 
 
-def random_layout(rng: random.Random) -> Layout:
+def random_layout(rng: random.Random) -> TermLayout:
     """Return any layout that the specification allows."""
     while True:
         try:

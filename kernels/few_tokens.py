@@ -11,9 +11,9 @@ from deltafmt import accel
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.terms.coding import Coding
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.layout import LowRankLayout
-from deltafmt.terms.registry import Layout
 from deltafmt.terms.sparse.layout import SparseLayout
 
 # A group of numbers that share a scale takes whole words of every plane.
@@ -24,7 +24,7 @@ MOST_TOKENS = 32
 
 def few_token_products_(
     outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments
-) -> frozenset[type[Layout]]:
+) -> frozenset[type[TermLayout]]:
     """Add each token's ``x @ delta.T`` onto the base's outputs, in place, for all terms of the kinds that kernels take.
 
     Args:
@@ -50,7 +50,7 @@ def on_device(x: torch.Tensor) -> bool:
     return x.is_cuda and accel.has_triton()
 
 
-def has_kernel(layout: Layout) -> bool:
+def has_kernel(layout: TermLayout) -> bool:
     """Tell whether a kernel can multiply with the terms of a layout; ``nm`` has its own."""
     if isinstance(layout, LowbitLayout):
         return layout.scale_group % GROUP_STEP == 0
@@ -60,7 +60,7 @@ def has_kernel(layout: Layout) -> bool:
 
 
 def launch_kinds(
-    kinds: frozenset[type[Layout]],
+    kinds: frozenset[type[TermLayout]],
     outputs: Sequence[torch.Tensor],
     x: torch.Tensor,
     table: OperandTable,

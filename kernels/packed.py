@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.terms.registry import Layout
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.tiles import BufferForm
 
 # Packed words are int32 to torch, whose unsigned integers can do little.
@@ -36,7 +36,7 @@ class PackedOperand:
         UsageError: buffers whose names, shapes or dtypes do not fit, or that lie on several devices.
     """
 
-    layout: Layout
+    layout: TermLayout
     rows: int
     columns: int
     buffers: Mapping[str, torch.Tensor]

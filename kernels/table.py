@@ -12,8 +12,8 @@ import torch
 from deltafmt.errors import UsageError
 from deltafmt.kernels.nm.operand import NMOperand
 from deltafmt.kernels.packed import PackedOperand
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowrank.layout import MAX_VECTORS, LowRankLayout
-from deltafmt.terms.registry import Layout
 
 # Of codes, so that a thread can load the words of four rows at once; a file's buffers lie at multiples of 256.
 WORD_ALIGNMENT = 16
@@ -23,7 +23,7 @@ MAX_PARTS = 3
 LEAST_RANK = 16
 
 Operand = NMOperand | PackedOperand
-LayoutT = TypeVar("LayoutT", bound=Layout)
+LayoutT = TypeVar("LayoutT", bound=TermLayout)
 
 # What a table says of an operand of each kind: addresses of buffers (``a|b``: of the one it has; 0: of none), numbers.
 ENTRIES = {
@@ -33,7 +33,7 @@ ENTRIES = {
     "sparse": ("codes|values", "gaps", "scales", "starts", "slots"),
 }
 
-_Key = tuple[Layout, int, int, int]
+_Key = tuple[TermLayout, int, int, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,7 +141,7 @@ class OperandTable:
         }
         for slot, held in enumerate(self._held):
             for part, terms in enumerate(held):
-                seen: dict[Layout, int] = {}
+                seen: dict[TermLayout, int] = {}
                 for operand in terms:
                     layout = _table_layout(operand.layout)
                     number = seen[layout] = seen.get(layout, -1) + 1
@@ -162,7 +162,7 @@ class OperandTable:
         self._stale = False
 
 
-def _table_layout(layout: Layout) -> Layout:
+def _table_layout(layout: TermLayout) -> TermLayout:
     """Return the layout under which a term's operands are launched together."""
     if not isinstance(layout, LowRankLayout):
         return layout

@@ -20,9 +20,11 @@ from deltafmt.format import constants as c
 from deltafmt.index.entries import BaseRef, TensorEntry, Term
 from deltafmt.index.sections import Attachment
 from deltafmt.terms.buffers import blank, raw_bytes
-from deltafmt.terms.codec import Arrays, slot_count, term_codec
+from deltafmt.terms.codec import TermArrays
+from deltafmt.terms.codecs import fitted, term_codec
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import narrow
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.codec import LowRankArrays
@@ -30,7 +32,6 @@ from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.nm import codec as nm
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.nm.positions import seeded
-from deltafmt.terms.registry import Layout
 from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import SparseLayout
 
@@ -128,7 +129,7 @@ def sparse_arrays(layout: SparseLayout, rows: int, columns: int, seed: int) -> S
     return SparseArrays(ends, column, narrow(values, coding))
 
 
-ARRAYS: dict[str, Callable[..., Arrays]] = {
+ARRAYS: dict[str, Callable[..., TermArrays]] = {
     "nm": nm_arrays,
     "lowbit": lowbit_arrays,
     "lowrank": lowrank_arrays,
@@ -136,11 +137,11 @@ ARRAYS: dict[str, Callable[..., Arrays]] = {
 }
 
 
-def add_term(writer: ContainerWriter, layout: Layout, rows: int, columns: int, seed: int) -> tuple[Term, bytes]:
+def add_term(writer: ContainerWriter, layout: TermLayout, rows: int, columns: int, seed: int) -> tuple[Term, bytes]:
     """Write a term with made-up content; return it and its payload's digest."""
     seed = seed if layout.seeded else 0
     arrays = ARRAYS[layout.kind](layout, rows, columns, seed)
-    slots = slot_count(layout, arrays, columns)
+    layout, slots = fitted(layout, arrays, columns)
     codec = term_codec(layout, rows, columns, seed, slots)
     packed = blank(layout, rows, columns, slots)
     codec.encode(arrays, packed, 0)
@@ -152,7 +153,7 @@ def add_term(writer: ContainerWriter, layout: Layout, rows: int, columns: int, s
     return Term(writer.layout_number(layout), layout, seed, refs, slots), digest.digest()
 
 
-def one_tensor(layout: Layout, rows: int, columns: int, profile: str = "hot", seed: int = 7) -> bytes:
+def one_tensor(layout: TermLayout, rows: int, columns: int, profile: str = "hot", seed: int = 7) -> bytes:
     """Return a file with one BF16 tensor ``w``."""
     out = io.BytesIO()
     writer = ContainerWriter(out, profile)
@@ -162,7 +163,7 @@ def one_tensor(layout: Layout, rows: int, columns: int, profile: str = "hot", se
     return out.getvalue()
 
 
-def summed(*layouts: Layout, rows: int, columns: int) -> bytes:
+def summed(*layouts: TermLayout, rows: int, columns: int) -> bytes:
     """Return a file with one F32 tensor ``w`` of several terms."""
     out = io.BytesIO()
     writer = ContainerWriter(out)

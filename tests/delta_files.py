@@ -14,10 +14,10 @@ from deltafmt.container import writer as container_writer
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.format.constants import DTYPE_BITS, byte_count
 from deltafmt.index.entries import BaseRef, TensorEntry, Term
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.nm import codec as nm
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.nm.positions import encode_rank
-from deltafmt.terms.registry import Layout
 from strategies import dense_layouts, fitting, generators, layouts, shapes, sparse_layouts
 
 DIGEST = bytes(32)
@@ -42,7 +42,7 @@ class DeltaWriter:
         self.sink = io.BytesIO()
         self.writer = ContainerWriter(self.sink, self.profile)
 
-    def add(self, name: str, shape: tuple[int, int], terms: Sequence[Layout], new_rows: int = 0) -> None:
+    def add(self, name: str, shape: tuple[int, int], terms: Sequence[TermLayout], new_rows: int = 0) -> None:
         """Add a tensor that is the base's plus some terms."""
         rows, columns = shape
         written = []
@@ -124,7 +124,7 @@ def delta_files(draw: st.DrawFn) -> bytes:
     return made.finish()
 
 
-def views_of(layout: Layout, index: np.ndarray, rows: int, columns: int) -> np.ndarray:
+def views_of(layout: TermLayout, index: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """Return an index as it must lie on a device: ``fixed``."""
     if not isinstance(layout, NMLayout) or layout.index != "rank":
         return index

@@ -31,10 +31,10 @@ from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.sparse import kernel as sparse
 from deltafmt.kernels.table import OperandTable
 from deltafmt.terms.coding import Coding
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.registry import Layout
 from deltafmt.terms.sparse.layout import SparseLayout
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -207,7 +207,7 @@ def cases() -> dict[str, Callable[[], list[Launch]]]:
 
     found["embedding"] = lambda: recorded(embed)
 
-    def packed(layout: Layout, slots: int = 0) -> list[Launch]:
+    def packed(layout: TermLayout, slots: int = 0) -> list[Launch]:
         parts, columns = GATE_UP
         table = OperandTable(MANY, parts, columns, "cpu")
         terms = []

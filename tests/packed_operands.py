@@ -17,14 +17,15 @@ from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.terms.buffers import blank
-from deltafmt.terms.codec import Arrays, slot_count, term_codec
+from deltafmt.terms.codec import TermArrays
+from deltafmt.terms.codecs import fitted, term_codec
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import narrow, widen
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.codec import LowRankArrays
 from deltafmt.terms.lowrank.layout import LowRankLayout
-from deltafmt.terms.registry import Layout
 from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import SparseLayout
 from operands import ROUNDING, Device, Inside
@@ -57,7 +58,7 @@ SPARSE = [
     SparseLayout(Coding(3, "midrise", "F32"), 1),
     SparseLayout(Coding(7, "midtread"), 16),
 ]
-LAYOUTS: list[Layout] = [*LOWBIT, *LOW_RANK, *SPARSE]
+LAYOUTS: list[TermLayout] = [*LOWBIT, *LOW_RANK, *SPARSE]
 
 
 def random_scales(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -73,7 +74,7 @@ def random_codes(rng: np.random.Generator, coding: Coding, rows: int, columns: i
     return LowbitArrays(codes, random_scales(rng, shape), zeros)
 
 
-def random_arrays(rng: np.random.Generator, layout: Layout, rows: int, columns: int) -> Arrays:
+def random_arrays(rng: np.random.Generator, layout: TermLayout, rows: int, columns: int) -> TermArrays:
     """Draw the content of a term."""
     if isinstance(layout, LowbitLayout):
         drawn = random_codes(rng, layout, rows, columns)
@@ -98,13 +99,13 @@ def random_arrays(rng: np.random.Generator, layout: Layout, rows: int, columns: 
 
 
 def random_packed(
-    rng: np.random.Generator, layout: Layout, rows: int, columns: int, device: Device = "cpu"
+    rng: np.random.Generator, layout: TermLayout, rows: int, columns: int, device: Device = "cpu"
 ) -> PackedOperand:
     """Draw an operand; a low-rank one has no more vectors than its shape allows."""
     if isinstance(layout, LowRankLayout):
         layout = dataclasses.replace(layout, rank=min(layout.rank, rows, columns))
     arrays = random_arrays(rng, layout, rows, columns)
-    slots = slot_count(layout, arrays, columns)
+    layout, slots = fitted(layout, arrays, columns)
     packed = blank(layout, rows, columns, slots)
     term_codec(layout, rows, columns, 0, slots).encode(arrays, packed, 0)
     buffers = {}
@@ -132,7 +133,7 @@ def reach(operand: PackedOperand) -> torch.Tensor:
 
 def check_packed(
     rng: np.random.Generator,
-    layout: Layout,
+    layout: TermLayout,
     parts: Sequence[int],
     columns: int,
     tokens: Sequence[int],

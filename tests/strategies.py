@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from deltafmt.terms.coding import CODING_GRIDS, Coding
 from deltafmt.terms.floats import RAW_DTYPES, Raw, narrow, widen
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.codec import LowRankArrays
@@ -20,7 +21,6 @@ from deltafmt.terms.lowrank.layout import RAW_FACTORS, LowRankLayout
 from deltafmt.terms.nm import positions as pos
 from deltafmt.terms.nm.codec import NMArrays, outside
 from deltafmt.terms.nm.layout import BITS, INDEX_ENCODINGS, MAX_GROUP, SHARES, NMLayout
-from deltafmt.terms.registry import Layout
 from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import GAP_BITS, RAW_VALUES, SPANS, SparseLayout
 
@@ -146,14 +146,14 @@ def sparse_arrays(draw: st.DrawFn, layout: SparseLayout, rows: int, columns: int
     return SparseArrays(ends, column, codes, random_scales(rng, (rows, 1), coding.scale_dtype))
 
 
-def fitting(layout: Layout, rows: int, columns: int) -> Layout:
+def fitting(layout: TermLayout, rows: int, columns: int) -> TermLayout:
     """Return a layout of as many vectors as a matrix of this shape may have."""
     if isinstance(layout, LowRankLayout):
         return LowRankLayout(min(layout.rank, rows, columns), layout.factors)
     return layout
 
 
-def dense_layouts() -> st.SearchStrategy[Layout]:
+def dense_layouts() -> st.SearchStrategy[TermLayout]:
     """Give layouts of the kinds that have neither an index nor slots; see :func:`fitting`."""
     return st.one_of(lowbit_layouts(), lowrank_layouts())
 
@@ -175,7 +175,7 @@ def coded(rng: np.random.Generator, coding: Coding, rows: int, columns: int, per
 
 
 @st.composite
-def dense_arrays(draw: st.DrawFn, layout: Layout, rows: int, columns: int) -> LowbitArrays | LowRankArrays:
+def dense_arrays(draw: st.DrawFn, layout: TermLayout, rows: int, columns: int) -> LowbitArrays | LowRankArrays:
     """Give canonical content of a ``lowbit`` or ``lowrank`` term."""
     rng = draw(generators())
     if isinstance(layout, LowbitLayout):

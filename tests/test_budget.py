@@ -294,7 +294,7 @@ def test_plan_and_pack_on_the_command_line(tmp_path: Path, cli: Cli, several: Pa
     with deltafmt.open(out) as opened:
         for name, chosen in plan["tensors"].items():
             if opened[name].action == "add":
-                assert opened[name].terms[0].params.describe() in chosen["method"]
+                assert opened[name].terms[0].layout.describe() in chosen["method"]
 
 
 @pytest.mark.filterwarnings("default")  # transformers' own

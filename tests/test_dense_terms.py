@@ -13,15 +13,17 @@ from numpy.typing import NDArray
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.terms import levels, words
 from deltafmt.terms.buffers import blank, views
-from deltafmt.terms.codec import TermCodec, term_codec
+from deltafmt.terms.codec import TermCodec
 from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms.codecs import term_codec
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import widen
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.codec import LowRankArrays
 from deltafmt.terms.lowrank.layout import MAX_VECTORS, LowRankLayout
-from deltafmt.terms.registry import Layout, parse_layout
+from deltafmt.terms.registry import parse_layout
 from strategies import dense_arrays, dense_layouts, examples, fitting, generators, lowrank_layouts, shapes, sizes
 
 Packed = dict[str, NDArray[np.generic]]
@@ -57,7 +59,7 @@ def coded_by_definition(coding: Coding, arrays: LowbitArrays, per_column: bool =
     return out
 
 
-def by_definition(layout: Layout, arrays: LowbitArrays | LowRankArrays) -> NDArray[np.float32]:
+def by_definition(layout: TermLayout, arrays: LowbitArrays | LowRankArrays) -> NDArray[np.float32]:
     """Return the matrix, one product and one rounded sum after the other."""
     if isinstance(layout, LowbitLayout):
         assert isinstance(arrays, LowbitArrays)
@@ -92,7 +94,7 @@ def assert_bits(found: NDArray[np.float32], expected: NDArray[np.float32]) -> No
 @examples(150)
 @given(st.data(), dense_layouts(), shapes(70, 200))
 def test_dense_is_the_definition_whatever_the_runs(
-    compiled: CodecRoutines, data: st.DataObject, layout: Layout, shape: tuple[int, int]
+    compiled: CodecRoutines, data: st.DataObject, layout: TermLayout, shape: tuple[int, int]
 ) -> None:
     rows, columns = shape
     layout = fitting(layout, rows, columns)
@@ -114,7 +116,7 @@ def test_dense_is_the_definition_whatever_the_runs(
 
 @examples(60)
 @given(st.data(), dense_layouts(), sizes(120))
-def test_runs_encode_as_the_whole(data: st.DataObject, layout: Layout, columns: int) -> None:
+def test_runs_encode_as_the_whole(data: st.DataObject, layout: TermLayout, columns: int) -> None:
     assume(isinstance(layout, LowbitLayout))
     rows = data.draw(st.integers(1, 100))
     arrays = data.draw(dense_arrays(layout, rows, columns))
@@ -134,7 +136,7 @@ def test_runs_encode_as_the_whole(data: st.DataObject, layout: Layout, columns: 
 @examples(150)
 @given(dense_layouts(), shapes(70, 200), generators())
 def test_any_bytes_give_an_array_or_an_error(
-    compiled: CodecRoutines, layout: Layout, shape: tuple[int, int], rng: np.random.Generator
+    compiled: CodecRoutines, layout: TermLayout, shape: tuple[int, int], rng: np.random.Generator
 ) -> None:
     rows, columns = shape
     layout = fitting(layout, rows, columns)
@@ -157,7 +159,7 @@ def test_any_bytes_give_an_array_or_an_error(
 @examples(80)
 @given(st.data(), dense_layouts(), generators())
 def test_what_is_not_canonical_is_refused(
-    compiled: CodecRoutines, data: st.DataObject, layout: Layout, rng: np.random.Generator
+    compiled: CodecRoutines, data: st.DataObject, layout: TermLayout, rng: np.random.Generator
 ) -> None:
     """Another bit is another matrix, or it is refused."""
     rows, columns = 37, 53
@@ -212,7 +214,7 @@ def test_a_cut_is_the_packing_of_the_part(rng: np.random.Generator, width: int, 
 @pytest.mark.parametrize("kind", ["lowbit", "column", "lowrank"])
 def test_a_scale_that_is_negative_or_not_finite_is_refused(kind: str, scale_dtype: str, bits: int) -> None:
     coding = Coding(4, "midtread", scale_dtype, 0 if kind == "column" else 16)
-    layout: Layout = LowRankLayout(3, coding)
+    layout: TermLayout = LowRankLayout(3, coding)
     if kind != "lowrank":
         axis = "column" if kind == "column" else "row"
         layout = LowbitLayout(4, "midtread", scale_dtype, coding.scale_group, axis)
@@ -259,7 +261,7 @@ def test_sums_that_overflow_follow_the_order() -> None:
 
 
 @given(dense_layouts())
-def test_layouts_are_read_as_they_are_written(layout: Layout) -> None:
+def test_layouts_are_read_as_they_are_written(layout: TermLayout) -> None:
     assert parse_layout(layout.to_obj(), "layouts[0]") == layout
     assert list(layout.to_obj()) == sorted(layout.to_obj())
     assert layout.plain() == layout

@@ -111,7 +111,7 @@ def test_packed_vectors_become_factors(tmp_path: Path, method: Any) -> None:
         names = [name for name in opened if opened[name].terms]
         for name in names:
             a, b = (tensors[f"{name.removesuffix('.weight')}.lora_{side}.weight"] for side in "AB")
-            assert a.shape[0] == sum(term.params.rank for term in opened[name].terms)
+            assert a.shape[0] == sum(term.layout.rank for term in opened[name].terms)
             bands = len(opened[name].terms)
             found, wanted = product(a, b, 1), opened.delta(name)
             # Bands are added one to another, factors vector by vector.

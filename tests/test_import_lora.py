@@ -33,8 +33,8 @@ def files(tmp_path: Path) -> Files:
 def layout_of(delta: Path, name: str) -> LowRankLayout:
     with deltafmt.open(delta) as opened:
         (term,) = opened[name].terms
-        assert isinstance(term.params, LowRankLayout)
-        return term.params
+        assert isinstance(term.layout, LowRankLayout)
+        return term.layout
 
 
 @st.composite

@@ -60,10 +60,10 @@ def expected(path: Path) -> list[str]:
     with deltafmt.open(path) as delta:
         entry = delta["w"]
         (term,) = entry.terms
-        arrays = nm.decode(term.params, delta.buffers("w"), term.seed, 0, entry.rows, entry.columns)
-        positions = arrays.positions[ROW // term.params.share].reshape(-1)
+        arrays = nm.decode(term.layout, delta.buffers("w"), term.seed, 0, entry.rows, entry.columns)
+        positions = arrays.positions[ROW // term.layout.share].reshape(-1)
         lines = ["codes " + " ".join(map(str, arrays.codes[ROW, :SHOWN]))]
-        if term.params.index == "seeded":
+        if term.layout.index == "seeded":
             lines.append(f"positions follow from seed {term.seed}")
         else:
             lines.append("positions " + " ".join(map(str, positions[:SHOWN])))

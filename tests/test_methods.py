@@ -13,18 +13,18 @@ import deltafmt
 from conftest import Cli, Pair, expected_sum, normal, nudge, raw, read_folder, refused, write_folder
 from deltafmt.errors import UsageError
 from deltafmt.methods import DARE, METHODS, RTN, BitDelta, DeltaDQ, Magnitude
-from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.dare import draw
 from deltafmt.methods.options import make_method, options_of
 from deltafmt.pipeline.plan import tensor_seed
 from deltafmt.terms.codec_routines import CodecRoutines
 from deltafmt.terms.coding import Coding
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowrank.codec import LowRankArrays
 from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.nm.codec import NMArrays
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.registry import Layout
 from method_files import SHAPE, pair_of, round_trip, true_delta
 
 
@@ -112,14 +112,14 @@ def test_what_is_no_smaller_when_packed_is_kept_exactly(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Summed:
+class Summed(Method):
     """Two vectors of the delta's SVD as a band, and a dropout of what they leave: a sum of two kinds of terms."""
 
     name = "summed"
     summary = "for this test"
     whole = True
 
-    def layouts(self, rows: int, columns: int) -> tuple[Layout, ...]:  # noqa: ARG002 - the same for every shape
+    def layouts(self, rows: int, columns: int) -> tuple[TermLayout, ...]:  # noqa: ARG002 - the same for every shape
         """Return the layouts of band and dropout."""
         return LowRankLayout(2, Coding(8, "midtread", "F32", 32)), NMLayout(2, 8, 8, share=4, scale_dtype="F32")
 
@@ -161,7 +161,7 @@ def test_a_sum_of_kinds(tmp_path: Path, threads: int, profile: str, cli: Cli) ->
     assert np.corrcoef(found.reshape(-1), delta.reshape(-1))[0, 1] > 0.3
     file = tmp_path / "d.deltafmt"
     with deltafmt.open(file) as opened:
-        assert [term.params.kind for term in opened["w"].terms] == ["lowrank", "nm"]
+        assert [term.layout.kind for term in opened["w"].terms] == ["lowrank", "nm"]
         assert opened["w"].terms[0].seed == 0
         assert {"terms[0].u_codes", "terms[1].codes"} <= set(opened.buffers("w"))
     shown = cli("inspect", file, "--tensors").out
@@ -205,7 +205,7 @@ def test_rules_choose_methods(tmp_path: Path, cli: Cli, small: Pair) -> None:
     )
     assert cli("pack", small.base, small.finetuned, "-o", out, "--nm", "2:16", *rules).code == 0
     with deltafmt.open(out) as opened:
-        how = {name: [t.params.describe() for t in opened[name].terms] for name in opened}
+        how = {name: [t.layout.describe() for t in opened[name].terms] for name in opened}
     assert how["model.layers.0.up.weight"] == ["k=3 midtread scale/128"]
     assert how["model.embed.weight"] == ["k=1 midrise"]
     assert how["model.layers.10.up.weight"] == []

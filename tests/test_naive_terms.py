@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from deltafmt.errors import UsageError
 from deltafmt.terms.buffers import blank
-from deltafmt.terms.codec import slot_count, term_codec
+from deltafmt.terms.codecs import fitted, term_codec
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.layout import LowbitLayout
-from deltafmt.terms.registry import Layout
 from deltafmt.terms.sparse.layout import SparseLayout
 from strategies import dense_arrays, dense_layouts, examples, fitting, shapes, sparse_arrays, sparse_layouts
 
@@ -23,7 +23,7 @@ from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
 
 
 def operand_of(
-    layout: Layout, packed: dict[str, NDArray[np.generic]], rows: int, columns: int, slots: int = 0
+    layout: TermLayout, packed: dict[str, NDArray[np.generic]], rows: int, columns: int, slots: int = 0
 ) -> PackedOperand:
     buffers = {}
     for name, form in layout.buffers(rows, columns, slots).items():
@@ -36,7 +36,7 @@ def operand_of(
 
 @examples(80)
 @given(st.data(), dense_layouts(), shapes(70, 120))
-def test_dense_deltas_agree(data: st.DataObject, layout: Layout, shape: tuple[int, int]) -> None:
+def test_dense_deltas_agree(data: st.DataObject, layout: TermLayout, shape: tuple[int, int]) -> None:
     rows, columns = shape
     layout = fitting(layout, rows, columns)
     codec = term_codec(layout, rows, columns)
@@ -55,7 +55,7 @@ def test_dense_deltas_agree(data: st.DataObject, layout: Layout, shape: tuple[in
 def test_sparse_deltas_agree(data: st.DataObject, layout: SparseLayout, shape: tuple[int, int]) -> None:
     rows, columns = shape
     arrays = data.draw(sparse_arrays(layout, rows, columns))
-    slots = slot_count(layout, arrays, columns)
+    layout, slots = fitted(layout, arrays, columns)
     codec = term_codec(layout, rows, columns, 0, slots)
     packed = blank(layout, rows, columns, slots)
     codec.encode(arrays, packed, 0)

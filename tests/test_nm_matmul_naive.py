@@ -59,10 +59,10 @@ def test_product_from_packed_words(method: DeltaDQ, rows: int, columns: int, tmp
         term = delta["w"].terms[0]
         buffers = {name: as_torch(name, array) for name, array in delta.buffers("w").items()}
         expected = torch.from_numpy(delta.delta("w"))
-    assert torch.equal(nm_delta(term.params, buffers, term.seed, rows, columns), expected)
+    assert torch.equal(nm_delta(term.layout, buffers, term.seed, rows, columns), expected)
     x = torch.randn(5, columns)
     y = torch.randn(5, rows)
-    found = nm_matmul(x, term.params, buffers, term.seed, rows, y)
+    found = nm_matmul(x, term.layout, buffers, term.seed, rows, y)
     exact = y.double() + x.double() @ expected.double().T
     assert torch.linalg.norm(found - exact) / torch.linalg.norm(exact) < 1e-5
 

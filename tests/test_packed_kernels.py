@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.registry import Layout
 from strategies import generators, sizes
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -40,7 +40,7 @@ check = functools.partial(check_packed, guard=guarded)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.kind} {layout.describe()}")
-def test_products(layout: Layout) -> None:
+def test_products(layout: TermLayout) -> None:
     check(np.random.default_rng(LAYOUTS.index(layout)), layout, [45], 150, [0, 1, -1, 0], F32)
 
 
@@ -57,8 +57,8 @@ def test_any_product(layout, parts, columns, tokens, dtype, rng) -> None:
     check(rng, layout, parts, columns, tokens, dtype)
 
 
-@pytest.mark.parametrize("layout", [LOWBIT[10], LOW_RANK[4], SPARSE[2]], ids=Layout.describe)
-def test_many_tokens_make_tiles(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", [LOWBIT[10], LOW_RANK[4], SPARSE[2]], ids=lambda layout: layout.describe())
+def test_many_tokens_make_tiles(layout: TermLayout, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (lowbit, lowrank, sparse):
         monkeypatch.setattr(module, "tile_tokens", lambda _: 4)
     rng = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from deltafmt.terms.registry import Layout
+from deltafmt.terms.layout import TermLayout
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -26,22 +26,22 @@ SHAPES = (((1021,), 2047), ((1000, 260, 77), 4096), ((33,), 150))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.kind} {layout.describe()}")
-def test_products(layout: Layout) -> None:
+def test_products(layout: TermLayout) -> None:
     for seed, (parts, columns) in enumerate(SHAPES):
         rng = np.random.default_rng(seed)
         check_packed(rng, layout, parts, columns, [0, 1, -1, 0], (BF16, F16, F32)[seed], "cuda")
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 9, MOST_TOKENS])
-@pytest.mark.parametrize("layout", [LOWBIT[1], LOW_RANK[4], SPARSE[2]], ids=Layout.describe)
-def test_tokens(layout: Layout, tokens: int) -> None:
+@pytest.mark.parametrize("layout", [LOWBIT[1], LOW_RANK[4], SPARSE[2]], ids=lambda layout: layout.describe())
+def test_tokens(layout: TermLayout, tokens: int) -> None:
     rng = np.random.default_rng(tokens)
     slots = rng.permutation([0] * tokens + rng.integers(-1, 2, 5).tolist()).tolist()
     check_packed(rng, layout, [515], 1000, slots, BF16, "cuda")
 
 
-@pytest.mark.parametrize("layout", [LOWBIT[8], LOW_RANK[3], SPARSE[2]], ids=Layout.describe)
-def test_captured_graph_asks_the_host_for_nothing(layout: Layout) -> None:
+@pytest.mark.parametrize("layout", [LOWBIT[8], LOW_RANK[3], SPARSE[2]], ids=lambda layout: layout.describe())
+def test_captured_graph_asks_the_host_for_nothing(layout: TermLayout) -> None:
     rng = np.random.default_rng(0)
     rows, columns, slots = 500, 1000, 4
     table = OperandTable(slots, [rows], columns, "cuda")

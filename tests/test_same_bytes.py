@@ -188,8 +188,8 @@ def test_hot_to_cold_to_hot_is_the_same_file(tmp_path: Path, small: Pair, name: 
         assert hot.read_bytes() == first.read_bytes()
     with deltafmt.open(cold) as opened, deltafmt.open(hot) as other:
         entry = opened["model.embed.weight"]
-        assert entry.terms[0].params.index == ("seeded" if method.index == "seeded" else "rank")
-        assert other["model.embed.weight"].terms[0].params.index == ("seeded" if method.index == "seeded" else "fixed")
+        assert entry.terms[0].layout.index == ("seeded" if method.index == "seeded" else "rank")
+        assert other["model.embed.weight"].terms[0].layout.index == ("seeded" if method.index == "seeded" else "fixed")
         for tensor in small.b:
             if opened[tensor].action != "replace":
                 assert np.array_equal(opened.delta(tensor), other.delta(tensor))

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.terms.buffers import blank, views
-from deltafmt.terms.codec import slot_count, term_codec
 from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms.codecs import fitted, term_codec
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import widen
 from deltafmt.terms.registry import parse_layout
@@ -26,7 +26,7 @@ def pack(
     layout: SparseLayout, arrays: SparseArrays, rows: int, columns: int, routines: CodecRoutines = REFERENCE
 ) -> tuple[Packed, int]:
     """Encode entries into buffers of their own; return them and the number of slots."""
-    slots = slot_count(layout, arrays, columns)
+    layout, slots = fitted(layout, arrays, columns)
     packed = blank(layout, rows, columns, slots)
     term_codec(layout, rows, columns, 0, slots).encode(arrays, packed, 0, routines)
     return packed, slots

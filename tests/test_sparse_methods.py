@@ -14,15 +14,15 @@ import deltafmt
 from conftest import Cli, normal, nudge, refused, write_folder
 from deltafmt.errors import UsageError
 from deltafmt.methods import DeltaDQ, DeltaDQSQ, Magnitude, Residual
-from deltafmt.methods.base import DeltaRows, calibration_of
+from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.group_size import expected_error
 from deltafmt.methods.largest import keep_largest
 from deltafmt.methods.method_routines import select_routines
 from deltafmt.methods.sampling import gather, uniform
 from deltafmt.pipeline.plan import tensor_seed
 from deltafmt.terms.buffers import blank
-from deltafmt.terms.codec import slot_count, term_codec
 from deltafmt.terms.codec_routines import CodecRoutines
+from deltafmt.terms.codecs import fitted, term_codec
 from method_files import SHAPE, pair_of, round_trip, true_delta
 from problems import Floats, layer
 from strategies import examples, shapes
@@ -37,8 +37,8 @@ def run_of(delta: Floats, first: int = 0, hessian: Floats | None = None) -> Delt
 def decoded(method: Any, rows: DeltaRows, seed: int) -> Floats:
     """Compress, pack and decode a matrix."""
     total = np.zeros(rows.shape, np.float32)
-    for layout, arrays in zip(method.layouts(*rows.shape), method.compress(rows, seed), strict=True):
-        slots = slot_count(layout, arrays, rows.shape[1])
+    for planned, arrays in zip(method.layouts(*rows.shape), method.compress(rows, seed), strict=True):
+        layout, slots = fitted(planned, arrays, rows.shape[1])
         codec = term_codec(layout, *rows.shape, slots=slots)
         packed = blank(layout, *rows.shape, slots)
         codec.encode(arrays, packed, 0)
@@ -142,7 +142,7 @@ def test_the_group_size_is_searched_where_moments_are_given() -> None:
     hessian = (inputs.T @ inputs).astype(np.float32)
     method = DeltaDQSQ(8, 16)
     assert method.group(delta, hessian) == (1, 2)
-    assert [calibration_of(each) for each in (method, DeltaDQSQ(search=False), Magnitude())] == [
+    assert [each.calibration for each in (method, DeltaDQSQ(search=False), Magnitude())] == [
         "optional",
         "none",
         "none",

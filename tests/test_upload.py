@@ -53,7 +53,7 @@ def check_equal(file: deltafmt.DeltaFile, name: str, tensor: dt.DeviceTensor) ->
         for key in term.buffers:
             wanted = buffers.pop(prefix + key)
             if key == "index":
-                wanted = views_of(term.params, wanted, entry.delta_rows, entry.columns)
+                wanted = views_of(term.layout, wanted, entry.delta_rows, entry.columns)
             found = operand.buffers[key] if isinstance(operand, PackedOperand) else getattr(operand, key)
             assert tuple(found.shape) == wanted.shape
             assert raw(found) == wanted.tobytes()
@@ -119,7 +119,7 @@ def test_selection(data, drawn, tmp_path_factory) -> None:
         wanted = 0
         for entry in targets:
             for term in entry.terms:
-                lengths = term.params.plain().buffer_lengths(entry.delta_rows, entry.columns, term.slots).values()
+                lengths = term.layout.plain().buffer_lengths(entry.delta_rows, entry.columns, term.slots).values()
                 wanted += sum(-(-length // 256) * 256 for length in lengths)
             wanted += -(-entry.data.length // 256) * 256 if entry.data else 0
         # No byte of another tensor takes memory.

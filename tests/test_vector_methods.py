@@ -15,7 +15,7 @@ from conftest import Cli, Pair, normal, nudge, raw, refused, write_folder
 from deltafmt.errors import UsageError
 from deltafmt.methods import SVD, DeltaCoMe, DeltaDQ, Residual
 from deltafmt.methods.bands import band_grid, dense, fill, quantize_bands, searched, vector_errors
-from deltafmt.methods.base import DeltaRows, calibration_of, has_fixed_rank
+from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.deltacome import parse_bands
 from deltafmt.methods.factorization import factorize, rank_for_energy
 from deltafmt.methods.hessian import output_error
@@ -25,8 +25,8 @@ from deltafmt.methods.sampling import gather
 from deltafmt.methods.vectors import band_arrays, coding_of
 from deltafmt.pipeline.plan import tensor_seed
 from deltafmt.terms.buffers import blank
-from deltafmt.terms.codec import term_codec
 from deltafmt.terms.codec_routines import CodecRoutines
+from deltafmt.terms.codecs import term_codec
 from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowrank.layout import LowRankLayout
 from method_files import SHAPE, pair_of, round_trip, true_delta
@@ -64,7 +64,7 @@ def test_energy_decides_the_rank(tmp_path: Path, share: float, cli: Cli) -> None
     values = np.linalg.svd(delta.astype(np.float64), compute_uv=False)
     found = round_trip(pair, tmp_path, SVD(energy=share, bits=8))
     with deltafmt.open(tmp_path / "d.deltafmt") as opened:
-        layout = opened["w"].terms[0].params
+        layout = opened["w"].terms[0].layout
     assert isinstance(layout, LowRankLayout)
     assert layout.rank == rank_for_energy(values, share)
     assert ((found - delta) ** 2).sum() <= (1 - share + 2e-3) * (delta**2).sum()
@@ -95,7 +95,7 @@ def test_delta_come_is_its_bands(tmp_path: Path, method: DeltaCoMe) -> None:
     delta = true_delta(pair)
     found = round_trip(pair, tmp_path, method)
     with deltafmt.open(tmp_path / "d.deltafmt") as opened:
-        layouts = [term.params for term in opened["w"].terms]
+        layouts = [term.layout for term in opened["w"].terms]
     assert tuple(layouts) == method.layouts(*SHAPE)
     widths = [(layout.rank, layout.factors.bits) for layout in layouts]
     assert [bits for _, bits in widths] == [bits for _, bits in method.widths]
@@ -140,10 +140,10 @@ def test_searched_bands_lose_no_more_at_the_same_bytes(moments: bool) -> None:
 def test_a_search_changes_the_ranks_and_keeps_the_budget(tmp_path: Path, cli: Cli) -> None:
     pair = pair_of(tmp_path)
     method = DeltaCoMe(BANDS, 4, search=True)
-    assert not has_fixed_rank(method)
+    assert not method.fixed_rank
     round_trip(pair, tmp_path, method)
     with deltafmt.open(tmp_path / "d.deltafmt") as opened:
-        layouts = [term.params for term in opened["w"].terms]
+        layouts = [term.layout for term in opened["w"].terms]
     assert sum(sum(layout.buffer_lengths(*SHAPE).values()) for layout in layouts) * 8 <= 4 * SHAPE[0] * SHAPE[1]
     options = ("--method", "delta-come", "--bands", "2@8+3@2", "--search")
     done = cli("pack", pair.base, pair.finetuned, "-o", tmp_path / "x.deltafmt", *options)
@@ -202,7 +202,7 @@ def rows_of(pair: Pair, **more: Any) -> DeltaRows:
 
 @pytest.mark.parametrize("method", [SVD(rank=4), SVD(rank=4, bits=3), DeltaCoMe(BANDS)])
 def test_moments_of_the_inputs_help(tmp_path: Path, method: Any) -> None:
-    assert calibration_of(method) == "optional"
+    assert method.calibration == "optional"
     pair = pair_of(tmp_path, (60, 90))
     _, hessian = layer(3, 1, 90, tokens=120)
     errors = []
@@ -336,4 +336,4 @@ def test_a_rule_after_a_residual_is_another_method(tmp_path: Path, cli: Cli) -> 
     rule = ("--method", "residual", "--rule", "w", "method=deltadq,nm=2:16")
     cli("pack", pair.base, pair.finetuned, "-o", out, *rule)
     with deltafmt.open(out) as opened:
-        assert [term.params for term in opened["w"].terms] == list(DeltaDQ(2, 16).layouts(128, 256))
+        assert [term.layout for term in opened["w"].terms] == list(DeltaDQ(2, 16).layouts(128, 256))

@@ -37,5 +37,5 @@ def semantic_entry(entry: TensorEntry) -> dict[str, Any]:
     obj = entry.to_obj()
     obj.pop("data", None)
     if entry.terms:
-        obj["terms"] = [{"layout": term.params.plain().to_obj(), **term.numbers()} for term in entry.terms]
+        obj["terms"] = [{"layout": term.layout.plain().to_obj(), **term.numbers()} for term in entry.terms]
     return obj

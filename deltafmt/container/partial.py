@@ -22,7 +22,8 @@ from deltafmt.errors import InvalidFileError, StorageError, UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.sections import Section
 from deltafmt.output import Bytes, OutputLock, storage_error, sync_folder
-from deltafmt.terms.registry import Layout, parse_layout
+from deltafmt.terms.layout import TermLayout
+from deltafmt.terms.registry import parse_layout
 
 _RECORD = struct.Struct("<IQ")
 
@@ -47,7 +48,7 @@ class PartialFile:
         check_output_file(path, force=force)
         self.path = path
         self.sections: list[Section] = []
-        self.layouts: list[Layout] = []
+        self.layouts: list[TermLayout] = []
         self.entries: dict[str, Any] = {}
         self._partial = path.parent / f".{path.name}.partial"
         with self._storage_errors():
@@ -138,7 +139,7 @@ class PartialFile:
         with self._storage_errors():
             self._file.write(data)
 
-    def record(self, section: Section, layouts: list[Layout], entries: dict[str, Any]) -> None:
+    def record(self, section: Section, layouts: list[TermLayout], entries: dict[str, Any]) -> None:
         """Note that a section is complete, and with it some tensors."""
         with self._storage_errors():
             self._file.flush()

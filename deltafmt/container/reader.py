@@ -16,7 +16,8 @@ from deltafmt.format import constants as c
 from deltafmt.format.checks import Where, fail
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.sections import Attachment, BufferRef, Section
-from deltafmt.terms.registry import Layout, parse_layout
+from deltafmt.terms.layout import TermLayout
+from deltafmt.terms.registry import parse_layout
 
 if TYPE_CHECKING:
     from deltafmt.container.chunks import ChunkReader
@@ -93,7 +94,7 @@ class Container:
         if not all(type(value) is str for value in metadata.values()):
             fail("metadata", "a value is not a string")
         self.metadata: Mapping[str, str] = metadata
-        self.layouts: tuple[Layout, ...] = tuple(
+        self.layouts: tuple[TermLayout, ...] = tuple(
             parse_layout(layout, f"layouts[{i}]") for i, layout in enumerate(obj["layouts"])
         )
         if self.profile == "hot" and any(layout.cold_only for layout in self.layouts):

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, cast
 from deltafmt.errors import StorageError
 from deltafmt.index.sections import Section
 from deltafmt.output import Bytes, storage_error
-from deltafmt.terms.registry import Layout
+from deltafmt.terms.layout import TermLayout
 
 
 class StreamFile:
@@ -17,7 +17,7 @@ class StreamFile:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.sections: list[Section] = []
-        self.layouts: list[Layout] = []
+        self.layouts: list[TermLayout] = []
         self.entries: dict[str, Any] = {}
 
     def write(self, data: Bytes) -> None:
@@ -40,7 +40,7 @@ class StreamFile:
         except OSError as error:
             raise storage_error("cannot write", "the output", error) from error
 
-    def record(self, section: Section, layouts: list[Layout], entries: dict[str, Any]) -> None:
+    def record(self, section: Section, layouts: list[TermLayout], entries: dict[str, Any]) -> None:
         """Note nothing: a stream cannot be taken up again."""
 
     def commit(self) -> None:

@@ -16,7 +16,7 @@ from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.sections import Attachment, BufferRef, Section
 from deltafmt.output import Bytes
-from deltafmt.terms.registry import Layout
+from deltafmt.terms.layout import TermLayout
 
 SECTION_TARGET = 4 * 1024 * 1024
 
@@ -69,7 +69,7 @@ class ContainerWriter:
         self._sink = sink
         self._header = frame.encode_header()
         self._sections = list(sections)
-        self._layouts: dict[Layout, int] = {}
+        self._layouts: dict[TermLayout, int] = {}
         self._open: _OpenSection | None = None
         if self._sections:
             last = self._sections[-1]
@@ -90,11 +90,11 @@ class ContainerWriter:
         return self._position
 
     @property
-    def layouts(self) -> list[Layout]:
+    def layouts(self) -> list[TermLayout]:
         """The layout table so far."""
         return list(self._layouts)
 
-    def layout_number(self, layout: Layout) -> int:
+    def layout_number(self, layout: TermLayout) -> int:
         """Return the number of a layout in the file's table, adding it when it is new."""
         return self._layouts.setdefault(layout, len(self._layouts))
 

@@ -13,7 +13,7 @@ from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
 from deltafmt.format.checks import Where, check_bytes, check_dtype, check_fields, check_shape, check_uint, fail
 from deltafmt.index.sections import DIGEST_BYTES, BufferRef
-from deltafmt.terms.registry import Layout
+from deltafmt.terms.layout import TermLayout
 
 MAX_TERMS = 16
 MAX_SLOTS = 2**48
@@ -50,21 +50,21 @@ class Term:
     """One term of a delta.
 
     Attributes:
-        layout: number of the layout in the index's ``layouts``.
-        params: that layout.
+        layout_number: number of the layout in the index's ``layouts``.
+        layout: that layout.
         seed: the tensor seed where the layout has one; otherwise 0.
         buffers: by name, sorted.
         slots: where the layout has slots, their number; otherwise 0.
     """
 
-    layout: int
-    params: Layout
+    layout_number: int
+    layout: TermLayout
     seed: int
     buffers: dict[str, BufferRef]
     slots: int = 0
 
     @classmethod
-    def from_obj(cls, obj: Any, where: Where, layouts: tuple[Layout, ...], rows: int, columns: int) -> Term:
+    def from_obj(cls, obj: Any, where: Where, layouts: tuple[TermLayout, ...], rows: int, columns: int) -> Term:
         """Check a term against the rows and columns that it covers."""
         number = obj.get("layout") if type(obj) is dict else None
         has_slots = type(number) is int and 0 <= number < len(layouts) and layouts[number].has_slots
@@ -73,13 +73,13 @@ class Term:
         check_uint(number, (where, ".layout"))
         if number >= len(layouts):
             fail((where, ".layout"), f"{number} is not one of the {len(layouts)} layouts")
-        params = layouts[number]
+        layout = layouts[number]
         check_uint(seed, (where, ".seed"), 2**32 - 1)
-        if seed and not params.seeded:
+        if seed and not layout.seeded:
             fail((where, ".seed"), f"a layout that is not seeded has seed 0, not {seed}")
         slots = check_uint(counts[0], (where, ".slots"), MAX_SLOTS) if counts else 0
         try:
-            lengths = params.buffer_lengths(rows, columns, slots)
+            lengths = layout.buffer_lengths(rows, columns, slots)
         except UsageError as error:
             fail(where, str(error))
         values = check_fields(buffers, (where, ".buffers"), tuple(lengths))
@@ -89,16 +89,16 @@ class Term:
             if ref.length != length:
                 fail((where, ".buffers.", name), f"{ref.length} bytes where the shape needs {length}")
             refs[name] = ref
-        return cls(number, params, seed, refs, slots)
+        return cls(number, layout, seed, refs, slots)
 
     def to_obj(self) -> dict[str, Any]:
         """Return the index's form."""
         buffers = {name: ref.to_obj() for name, ref in self.buffers.items()}
-        return {"buffers": buffers, "layout": self.layout, **self.numbers()}
+        return {"buffers": buffers, "layout": self.layout_number, **self.numbers()}
 
     def numbers(self) -> dict[str, int]:
         """Return what the term says beside its layout and its buffers."""
-        return {"seed": self.seed, **({"slots": self.slots} if self.params.has_slots else {})}
+        return {"seed": self.seed, **({"slots": self.slots} if self.layout.has_slots else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class TensorEntry:
         return named
 
     @classmethod
-    def from_obj(cls, name: str, obj: Any, layouts: tuple[Layout, ...]) -> TensorEntry:
+    def from_obj(cls, name: str, obj: Any, layouts: tuple[TermLayout, ...]) -> TensorEntry:
         """Check one tensor entry; its buffers are checked against the sections by the container."""
         where = ('tensors["', name, '"]')
         action = obj.get("action") if type(obj) is dict else None
@@ -208,7 +208,7 @@ def _parse_replace(name: str, obj: Any, where: Where) -> TensorEntry:
     return entry
 
 
-def _parse_add(name: str, obj: Any, where: Where, layouts: tuple[Layout, ...]) -> TensorEntry:
+def _parse_add(name: str, obj: Any, where: Where, layouts: tuple[TermLayout, ...]) -> TensorEntry:
     grown = type(obj) is dict and "data" in obj
     keys = ("action", "base", *(("data",) if grown else ()), "digest", "dtype", "shape", "terms")
     values = dict(zip(keys, check_fields(obj, where, keys), strict=True))

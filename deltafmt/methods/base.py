@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.errors import NonFiniteError
 from deltafmt.methods.method_routines import Routines
-from deltafmt.terms.codec import Arrays
+from deltafmt.terms.codec import TermArrays
 from deltafmt.terms.floats import Raw
-from deltafmt.terms.registry import Layout
+from deltafmt.terms.layout import TermLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,56 +72,57 @@ class DeltaRows:
         return kept
 
 
-class Method(Protocol):
-    """A compression method with its options.
+class Method(ABC):
+    """A compression method with its options: a frozen dataclass of this class.
 
     A method must give the same arrays for the same delta and seed whatever the runs that the rows are handed in, and
-    must not choose its seed by the error that it gives.
-
-    What else there is to know of a method, attributes say that need not be there: ``calibration`` (see
-    :func:`calibration_of`), ``fixed_rank`` (:func:`has_fixed_rank`), ``at_random`` (:func:`drops_at_random`).
+    must not choose its seed by the error that it gives. What a method does not define has the values that stand here.
 
     Attributes:
-        name: as ``--method`` takes it.
+        name: the name that ``--method`` takes.
         summary: what it does, in a line.
+        at_random: True if most of its error is drawn at random, not decided by the weights.
     """
 
-    name: str
-    summary: str
+    __slots__ = ()
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    at_random: ClassVar[bool] = False
+
+    @property
+    def calibration(self) -> str:
+        """Whether it uses second moments of a matrix's inputs: ``none``, ``optional`` or ``required``."""
+        return "none"
 
     @property
     def whole(self) -> bool:
-        """Whether :meth:`compress` needs the whole matrix at once, rather than runs of rows."""
+        """True if :meth:`compress` needs the whole matrix at once, rather than runs of rows."""
+        return False
 
-    def layouts(self, rows: int, columns: int) -> tuple[Layout, ...]:
+    @property
+    def fixed_rank(self) -> bool:
+        """True if :meth:`layouts` gives the layouts of every delta of that shape."""
+        return True
+
+    @abstractmethod
+    def layouts(self, rows: int, columns: int) -> tuple[TermLayout, ...]:
         """Return the layouts of the terms that a matrix of this shape becomes, in the order of their sum.
 
-        Where the delta decides how many vectors a ``lowrank`` term has, the least number; the arrays then say.
+        Where the delta decides how many vectors a ``lowrank`` term has, these layouts have the smallest possible
+        number; the arrays of :meth:`compress` have the true one.
 
         Raises:
-            UsageError: the options do not go with this shape.
+            UsageError: the options do not fit this shape.
         """
 
+    @abstractmethod
     def describe(self) -> str:
-        """Return its name and options in one line, for the file's metadata; equal only for equal options."""
+        """Return the name and the options in one line, for the file's metadata; equal only for equal options."""
 
-    def compress(self, rows: DeltaRows, seed: int) -> tuple[Arrays, ...]:
+    @abstractmethod
+    def compress(self, rows: DeltaRows, seed: int) -> tuple[TermArrays, ...]:
         """Compress with the tensor's seed, 32 bits; return the arrays of each term.
 
         A run starts on a multiple of every layout's run of rows; a whole matrix is one run.
         """
-
-
-def calibration_of(method: Method) -> str:
-    """Return what second moments are to a method: ``none``, ``optional`` or ``required``."""
-    return str(getattr(method, "calibration", "none"))
-
-
-def has_fixed_rank(method: Method) -> bool:
-    """Tell whether the layouts that a method gives for a shape are those of every delta of that shape."""
-    return bool(getattr(method, "fixed_rank", True))
-
-
-def drops_at_random(method: Method) -> bool:
-    """Tell whether most of what a method gets wrong is drawn at random, not decided by the weights."""
-    return bool(getattr(method, "at_random", False))

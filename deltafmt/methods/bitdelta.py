@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.errors import UsageError
-from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.distill import distilled_columns, distilled_level, distilled_rows
 from deltafmt.methods.grids import Grid, Quantized
 from deltafmt.methods.options import option
@@ -34,7 +34,7 @@ MEAN = "mean"
 
 
 @dataclass(frozen=True, slots=True)
-class BitDelta:
+class BitDelta(Method):
     """Options of the method.
 
     Attributes:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.errors import UsageError
-from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.options import option
 from deltafmt.methods.quantize import SCALE_RULES, default_rule
 from deltafmt.methods.unstructured import sparse_layout, sparse_term
@@ -25,7 +25,7 @@ BLOCK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
-class DARE:
+class DARE(Method):
     """Options of the method.
 
     Attributes:

@@ -22,7 +22,7 @@ import numpy as np
 from deltafmt.errors import UsageError
 from deltafmt.index.entries import MAX_TERMS
 from deltafmt.methods.bands import GROUP, band_grid, fill, quantize_bands, searched
-from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.grids import Grid
 from deltafmt.methods.options import option
@@ -58,7 +58,7 @@ def parse_bands(text: str) -> tuple[tuple[int | None, int], ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class DeltaCoMe:
+class DeltaCoMe(Method):
     """Options of the method.
 
     Attributes:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.errors import UsageError
-from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.method_routines import Routines
 from deltafmt.methods.options import option, parse_nm
 from deltafmt.methods.quantize import SCALE_RULES, default_grid, default_rule
@@ -31,7 +31,7 @@ def read_nm(text: str) -> dict[str, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class DeltaDQ:
+class DeltaDQ(Method):
     """Options of the method.
 
     Attributes:
@@ -62,7 +62,6 @@ class DeltaDQ:
 
     name = "deltadq"
     at_random = True
-    whole = False
     summary = "group-wise balanced dropout with rescale, and k-bit quantization (DeltaDQ)"
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.errors import UsageError
-from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.deltadq import read_nm
 from deltafmt.methods.group_size import expected_error, search_group
 from deltafmt.methods.options import option
@@ -40,7 +40,7 @@ MAX_BITS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class DeltaDQSQ:
+class DeltaDQSQ(Method):
     """Options of the method.
 
     Attributes:

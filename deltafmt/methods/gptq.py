@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 
 from deltafmt.errors import UsageError
-from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.gptq_solver import gptq
 from deltafmt.methods.grids import Grid
 from deltafmt.methods.hessian import DAMPING
@@ -53,7 +53,7 @@ def damping_note(asked: float, used: float) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class GPTQ:
+class GPTQ(Method):
     """Options of the method.
 
     Attributes:

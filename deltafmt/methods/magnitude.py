@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deltafmt.errors import UsageError
-from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.deltadq import read_nm
 from deltafmt.methods.largest import keep_largest, threshold
 from deltafmt.methods.options import option
@@ -29,7 +29,7 @@ NM_BITS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Magnitude:
+class Magnitude(Method):
     """Options of the method.
 
     Attributes:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from deltafmt.errors import UsageError
 from deltafmt.methods.bands import GROUP, Band, quantize_bands
-from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.deltadq import DeltaDQ, read_nm
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.grids import Floats, Grid
@@ -33,7 +33,7 @@ HEAD_GRID = Grid(8, "midtread", "minmax", GROUP)
 
 
 @dataclass(frozen=True, slots=True)
-class Residual:
+class Residual(Method):
     """Options of the method; those of the second term are DeltaDQ's.
 
     Attributes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.grids import Grid, Quantized
 from deltafmt.methods.options import option
 from deltafmt.methods.quantize import default_grid, default_rule
@@ -18,7 +18,7 @@ from deltafmt.terms.lowbit.layout import LowbitLayout
 
 
 @dataclass(frozen=True, slots=True)
-class RTN:
+class RTN(Method):
     """Options of the method.
 
     Attributes:
@@ -42,7 +42,6 @@ class RTN:
 
     name = "rtn"
     summary = "every element to the nearest of k bits"
-    whole = False
 
     def __post_init__(self) -> None:
         _ = self.layout, self.quantizer

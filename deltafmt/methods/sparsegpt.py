@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deltafmt.errors import UsageError
-from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.deltadq import DeltaDQ, read_nm
 from deltafmt.methods.gptq import check_solver, damping_note, default_refits
 from deltafmt.methods.hessian import DAMPING
@@ -30,7 +30,7 @@ from deltafmt.terms.nm.layout import NMLayout
 
 
 @dataclass(frozen=True, slots=True)
-class SparseGPT:
+class SparseGPT(Method):
     """Options of the method.
 
     Attributes:

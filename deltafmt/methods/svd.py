@@ -16,7 +16,7 @@ import numpy as np
 
 from deltafmt.errors import UsageError
 from deltafmt.methods.bands import GROUP, band_grid, quantize_bands
-from deltafmt.methods.base import DeltaRows
+from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.factorization import factorize, rank_for_energy
 from deltafmt.methods.grids import Grid
 from deltafmt.methods.options import option
@@ -30,7 +30,7 @@ BITS_PER_WEIGHT = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class SVD:
+class SVD(Method):
     """Options of the method.
 
     How many vectors are kept is said by one of the first three; BITS_PER_WEIGHT holds where none is given. A matrix

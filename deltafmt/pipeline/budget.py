@@ -75,13 +75,12 @@ def default_candidates() -> list[Method]:
 
 
 @dataclass(frozen=True, slots=True)
-class Undecided:
+class Undecided(Method):
     """Stands for the method of a tensor until one is chosen."""
 
     name = "undecided"
     summary = "chosen for a target"
     calibration = "optional"
-    whole = False
 
     def layouts(self, rows: int, columns: int) -> tuple[()]:  # noqa: ARG002 - nothing is known yet
         """Return no layout."""

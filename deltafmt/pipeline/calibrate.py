@@ -27,7 +27,7 @@ from deltafmt.calibration.tokens import LENGTH, TOKENS
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
-from deltafmt.methods.base import Method, calibration_of
+from deltafmt.methods.base import Method
 from deltafmt.output import OutputLock, storage_error
 from deltafmt.pipeline.plan import Plan
 from deltafmt.pipeline.sequential import Stages
@@ -304,7 +304,7 @@ def check_calibration(methods: Iterable[Method], calibration: Calibration | None
         UsageError: names the first.
     """
     for method in methods:
-        if calibration is None and calibration_of(method) == "required":
+        if calibration is None and method.calibration == "required":
             raise UsageError(f"method {method.name} needs --calibration FILE, a text for the fine-tune to read")
 
 
@@ -318,7 +318,7 @@ def calibrated_names(plans: Sequence[Plan], calibration: Calibration | None) -> 
     found = {
         plan.tensor.name: plan.tensor.columns
         for plan in plans
-        if plan.method is not None and calibration_of(plan.method) != "none"
+        if plan.method is not None and plan.method.calibration != "none"
     }
     if calibration is not None and not found:
         raise UsageError(f"no method here uses a calibration text such as {os.fspath(calibration.text)}")

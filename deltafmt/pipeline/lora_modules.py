@@ -81,9 +81,9 @@ def lora_modules(
             raise UsageError(f"{where} is tied to {entry.target}, which an adapter cannot say")
         if not entry.terms:
             continue
-        bands = tuple(term.params for term in entry.terms if isinstance(term.params, LowRankLayout))
+        bands = tuple(term.layout for term in entry.terms if isinstance(term.layout, LowRankLayout))
         if len(bands) < len(entry.terms):
-            kind = next(term.params.kind for term in entry.terms if term.params.kind != LowRankLayout.kind)
+            kind = next(term.layout.kind for term in entry.terms if term.layout.kind != LowRankLayout.kind)
             raise UsageError(f"{where} has a term of kind {kind}; an adapter has lowrank terms alone")
         module, _, last = entry.name.rpartition(".")
         if not module or last != "weight" or len(entry.shape) != 2:

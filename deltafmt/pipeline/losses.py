@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.methods.bands import quantize_bands
-from deltafmt.methods.base import DeltaRows, Method, drops_at_random
+from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.factorization import LowRank, factorize
 from deltafmt.methods.grids import Grid
 from deltafmt.methods.method_routines import Routines
@@ -32,9 +32,10 @@ from deltafmt.methods.residual import Residual
 from deltafmt.methods.sampling import gather
 from deltafmt.pipeline.plan import Plan
 from deltafmt.terms.buffers import blank
-from deltafmt.terms.codec import Arrays, fitted, slot_count, term_codec
+from deltafmt.terms.codec import TermArrays
+from deltafmt.terms.codecs import fitted, term_codec
 from deltafmt.terms.floats import Raw
-from deltafmt.terms.registry import Layout
+from deltafmt.terms.layout import TermLayout
 
 Floats = NDArray[np.float32]
 
@@ -107,7 +108,7 @@ class Approximations:
         compressed = method.compress(self._rows, self._seed)
         total = np.zeros(self.delta.shape, np.float32)
         for layout, arrays in zip(method.layouts(*self.delta.shape), compressed, strict=True):
-            total += self._decoded(fitted(layout, arrays), arrays)
+            total += self._decoded(layout, arrays)
         return total
 
     def _residual(self, method: Residual) -> Floats:
@@ -126,9 +127,9 @@ class Approximations:
             self._heads[rank, grid] = band.dense()
         return self._heads[rank, grid]
 
-    def _decoded(self, layout: Layout, arrays: Arrays) -> Floats:
+    def _decoded(self, layout: TermLayout, arrays: TermArrays) -> Floats:
         rows, columns = self.delta.shape
-        slots = slot_count(layout, arrays, columns)
+        layout, slots = fitted(layout, arrays, columns)
         codec = term_codec(layout, rows, columns, self._seed if layout.seeded else 0, slots)
         packed = blank(layout, rows, columns, slots)
         routines = self._rows.routines.codec
@@ -205,8 +206,6 @@ def measure(
     approximations = Approximations(rows, seed, most)
     loss = Loss(approximations.delta, hessian, common)
     return [
-        0.0
-        if method is None
-        else loss.of(approximations.of(method), RANDOM_NOISE if drops_at_random(method) else OTHER_NOISE)
+        0.0 if method is None else loss.of(approximations.of(method), RANDOM_NOISE if method.at_random else OTHER_NOISE)
         for method in methods
     ]

@@ -28,10 +28,9 @@ from deltafmt.errors import NonFiniteError, UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import BaseRef, TensorEntry, Term
 from deltafmt.index.sections import Attachment
-from deltafmt.methods.base import DeltaRows, Method, calibration_of
+from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.deltadq import DeltaDQ
 from deltafmt.methods.method_routines import Routines, select_routines
-from deltafmt.methods.residual import Residual
 from deltafmt.output import storage_error
 from deltafmt.pipeline.budget import Choice, Choices, Undecided, target_bytes, target_metadata
 from deltafmt.pipeline.calibrate import (
@@ -54,9 +53,8 @@ from deltafmt.pipeline.plan import (
 )
 from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thread_count
 from deltafmt.terms.buffers import Packed, blank, raw_bytes
-from deltafmt.terms.codec import TermCodec, fitted, slot_count, term_codec
-from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.registry import Layout
+from deltafmt.terms.codecs import AnyCodec, fitted, term_codec
+from deltafmt.terms.layout import TermLayout
 
 # Below this many columns, keeping under half of a row at random is likely to cost accuracy (docs/benchmarks.md).
 NARROW_COLUMNS = 256
@@ -208,7 +206,7 @@ def pack(
             limit = target
             while True:
                 choice = choices.choose(target, limit)
-                again = sequential and any(calibration_of(p.method) != "none" for p in choice.plans if p.method)
+                again = sequential and any(p.method.calibration != "none" for p in choice.plans if p.method)
                 with gathered(choice.plans, calibration) if again else contextlib.nullcontext(moments) as seen:
                     result = write(choice.plans, target_metadata(target), seen)
                 result.choice = choice
@@ -317,8 +315,8 @@ def _job(
 class _PackedTerm:
     """A term that is being packed: the arrays that the runs fill."""
 
-    layout: Layout
-    codec: TermCodec
+    layout: TermLayout
+    codec: AnyCodec
     packed: Packed
     slots: int = 0
 
@@ -394,8 +392,8 @@ class _Packer:
             self._result.actions[entry.action] = self._result.actions.get(entry.action, 0) + 1
             if entry.action == "replace" and len(entry.shape) > 1:
                 self._result.kept[entry.name] = plan.reason or NO_SMALLER
-            if entry.columns < NARROW_COLUMNS and isinstance(plan.method, DeltaDQ | Residual):
-                self._result.narrow += any(_drops_most(term.params) for term in entry.terms)
+            if entry.columns < NARROW_COLUMNS and plan.method is not None and plan.method.at_random:
+                self._result.narrow += any(term.layout.drops_most for term in entry.terms)
         self._result.removed = len(self._removed)
         if self._moments is not None:
             added = (name for name, entry in self._entries.items() if entry.action == "add")
@@ -508,10 +506,6 @@ class _Packer:
         )
 
 
-def _drops_most(layout: Layout) -> bool:
-    return isinstance(layout, NMLayout) and 2 * layout.keep < layout.group
-
-
 def _digested(pieces: Iterator[memoryview], digest: blake3) -> Iterator[memoryview]:
     for piece in pieces:
         digest.update(piece)
@@ -555,8 +549,8 @@ def _pack_whole(
             hessian = None if moments is None else moments.get(plan.tensor.name)
             compressed = method.compress(replace(whole, hessian=hessian, notes=pending.notes), pending.seed)
         for least, arrays in zip(plan.layouts(), compressed, strict=True):
-            layout = fitted(least, arrays)
-            seed, slots = pending.seed if layout.seeded else 0, slot_count(layout, arrays, plan.tensor.columns)
+            layout, slots = fitted(least, arrays, plan.tensor.columns)
+            seed = pending.seed if layout.seeded else 0
             codec = term_codec(layout, rows, plan.tensor.columns, seed, slots)
             term = _PackedTerm(layout, codec, blank(layout, *codec.shape, slots), slots)
             codec.encode(arrays, term.packed, 0, routines.codec)

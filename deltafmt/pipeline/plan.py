@@ -16,7 +16,7 @@ from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import UsageError, WrongBaseError
 from deltafmt.format.constants import DELTA_DTYPES, element_count
 from deltafmt.methods.base import Method
-from deltafmt.terms.registry import Layout
+from deltafmt.terms.layout import TermLayout
 
 Rule = tuple[str, Method | None]
 
@@ -49,7 +49,7 @@ class Plan:
         """Rows that the tensor and its base both have; 0 without a base."""
         return min(self.tensor.rows, 0 if self.base is None else self.base.rows)
 
-    def layouts(self) -> tuple[Layout, ...]:
+    def layouts(self) -> tuple[TermLayout, ...]:
         """Return the layouts of the terms that the tensor becomes; none if it is kept exactly.
 
         Raises:

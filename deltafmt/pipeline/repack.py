@@ -6,20 +6,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from deltafmt.checkpoint.folder import natural_key
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.writer import ContainerWriter
-from deltafmt.delta import DeltaFile
+from deltafmt.delta import DeltaFile, codec_of
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry, Term
 from deltafmt.index.sections import Attachment
 from deltafmt.terms.buffers import raw_bytes
-from deltafmt.terms.nm.codec import transcode_index
-from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.registry import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,34 +75,14 @@ def repack(
         return RepackResult(path, path.stat().st_size, container.size, identity.hex())
 
 
-def target_layout(layout: NMLayout, profile: str) -> NMLayout:
-    """Return the layout that a profile uses: ``fixed`` when hot, ``rank`` when cold where one exists."""
-    if profile == "hot":
-        return layout.plain()
-    if layout.index == "fixed":
-        try:
-            ranked = layout.with_index("rank")
-        except UsageError:
-            return layout
-        if ranked.rank_bits < layout.position_bits * layout.keep:
-            return ranked
-    return layout
-
-
 def _move(delta: DeltaFile, writer: ContainerWriter, entry: TensorEntry) -> TensorEntry:
     """Copy one tensor's buffers, with its indexes in the form that the profile uses."""
     terms = []
     for term in entry.terms:
-        layout: Layout = term.params
-        arrays = delta.term_views(entry, term)
-        if isinstance(term.params, NMLayout):
-            target = layout = target_layout(term.params, writer.profile)
-            if target != term.params:
-                words = arrays["index"].view(np.uint32)
-                rows = target.mask_rows(entry.delta_rows)
-                arrays["index"] = transcode_index(term.params, words, rows, entry.columns, target)
+        target = term.layout.for_profile(writer.profile)
+        arrays = codec_of(entry, term).converted(delta.term_views(entry, term), target)
         refs = {name: writer.add(raw_bytes(array)) for name, array in arrays.items()}
-        terms.append(Term(writer.layout_number(layout), layout, term.seed, refs, term.slots))
+        terms.append(Term(writer.layout_number(target), target, term.seed, refs, term.slots))
     data = None if entry.data is None else writer.add(delta.container.buffer(entry.data))
     writer.boundary()
     return TensorEntry(

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from deltafmt import accel
 from deltafmt.delta import DeltaFile, RunDecoder
-from deltafmt.methods.base import calibration_of
 from deltafmt.pipeline.plan import Plan
 from deltafmt.terms.codec_routines import CodecRoutines, codec_routines
 from deltafmt.terms.floats import widen
@@ -67,7 +66,7 @@ class Stages:
             plan = self.plans[plan.alias]
         if plan is None or plan.method is None:
             return None
-        waits = calibration_of(plan.method) != "none" and plan.tensor.name in awaited
+        waits = plan.method.calibration != "none" and plan.tensor.name in awaited
         return None if waits else plan
 
 

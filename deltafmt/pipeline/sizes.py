@@ -13,10 +13,9 @@ from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import BaseRef, TensorEntry, Term
 from deltafmt.index.sections import DIGEST_BYTES
-from deltafmt.methods.base import has_fixed_rank
 from deltafmt.output import Bytes
 from deltafmt.pipeline.plan import Plan, shared_bytes, tensor_seed
-from deltafmt.terms.registry import Layout
+from deltafmt.terms.layout import TermLayout
 
 _BLOCK = memoryview(bytes(1 << 20))
 _DIGEST = bytes([255]) * DIGEST_BYTES
@@ -99,7 +98,7 @@ def _entry(writer: ContainerWriter, plan: Plan, seed: int, *, same: bool) -> Ten
     return TensorEntry(tensor.name, "add", tensor.dtype, tensor.shape, reference, _DIGEST, new_rows, tuple(terms))
 
 
-def plan_layouts(plan: Plan) -> tuple[Layout, ...]:
+def plan_layouts(plan: Plan) -> tuple[TermLayout, ...]:
     """Return the layouts of the terms that a tensor becomes.
 
     Raises:
@@ -107,7 +106,7 @@ def plan_layouts(plan: Plan) -> tuple[Layout, ...]:
     """
     layouts = plan.layouts()
     method = plan.method
-    if method is not None and (not has_fixed_rank(method) or any(layout.has_slots for layout in layouts)):
+    if method is not None and (not method.fixed_rank or any(layout.has_slots for layout in layouts)):
         raise UsageError(f"the bytes of {method.describe()!r} depend on the delta, so no size can be promised")
     return layouts
 

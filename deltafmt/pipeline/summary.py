@@ -104,7 +104,7 @@ def describe_entry(entry: TensorEntry) -> str:
         return f"alias of {entry.target}"
     if entry.terms:
         grown = f" + {entry.rows - entry.delta_rows} new rows" if entry.data is not None else ""
-        terms = itertools.groupby(f"{term.params.kind} {term.params.describe()}" for term in entry.terms)
+        terms = itertools.groupby(f"{term.layout.kind} {term.layout.describe()}" for term in entry.terms)
         counted = ((text, len(list(same))) for text, same in terms)
         return " + ".join(text if count == 1 else f"{count} of {text}" for text, count in counted) + grown
     return {"same": "same as the base", "replace": "kept exactly"}[entry.action]
@@ -130,7 +130,7 @@ def entry_obj(container: Container, entry: TensorEntry) -> dict[str, Any]:
     if entry.target is not None:
         obj["target"] = entry.target
     if entry.terms:
-        obj["terms"] = [{**term.params.to_obj(), **term.numbers()} for term in entry.terms]
+        obj["terms"] = [{**term.layout.to_obj(), **term.numbers()} for term in entry.terms]
     buffers = {}
     for name, ref in entry.refs():
         section = container.sections[ref.section]

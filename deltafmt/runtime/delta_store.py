@@ -55,7 +55,7 @@ def device_bytes(entries: Iterable[TensorEntry]) -> int:
     total = 0
     for entry in {entry.name: entry for entry in entries}.values():
         for term in entry.terms:
-            for length in term.params.plain().buffer_lengths(entry.delta_rows, entry.columns, term.slots).values():
+            for length in term.layout.plain().buffer_lengths(entry.delta_rows, entry.columns, term.slots).values():
                 total += align(length, BUFFER_ALIGNMENT)
         if entry.data is not None:
             total += align(entry.data.length, BUFFER_ALIGNMENT)

@@ -116,23 +116,23 @@ class DeviceTensors(Mapping[str, DeviceTensor]):
         return DeviceTensor(entry, terms, self._data(entry))
 
     def _operand(self, entry: TensorEntry, term: Term) -> Operand:
-        params = term.params
+        layout = term.layout
         rows, columns = entry.delta_rows, entry.columns
-        if not isinstance(params, NMLayout):
-            forms = params.buffers(rows, columns, term.slots)
+        if not isinstance(layout, NMLayout):
+            forms = layout.buffers(rows, columns, term.slots)
             buffers = {name: self._buffer(forms[name], ref) for name, ref in term.buffers.items()}
-            return PackedOperand(params, rows, columns, buffers, term.seed, term.slots)
+            return PackedOperand(layout, rows, columns, buffers, term.seed, term.slots)
         # Hundreds of tensors share a few shapes.
-        key = (term.layout, rows, columns)
+        key = (term.layout_number, rows, columns)
         form = self._forms.get(key)
         if form is None:
-            form = self._forms[key] = _Form.of(params, rows, columns)
+            form = self._forms[key] = _Form.of(layout, rows, columns)
         refs = term.buffers
         codes = self._view(torch.int32, form.codes, self._placement.offset(refs["codes"]))
         scales = self._view(form.scale_dtype, form.scales, self._placement.offset(refs["scales"]))
         index = None
         if form.index is not None:
-            is_rank = params.index == "rank"
+            is_rank = layout.index == "rank"
             offset = self._placement.fixed_offset(entry, term) if is_rank else self._placement.offset(refs["index"])
             index = self._view(torch.int32, form.index, offset)
         return NMOperand(form.layout, term.seed, rows, columns, codes, index, scales)

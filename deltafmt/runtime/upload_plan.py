@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry, Term
 from deltafmt.index.sections import BufferRef, Section
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.registry import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Placement:
 
     nbytes: int = 0
     scratch_bytes: int = 0
-    ranks: dict[tuple[BufferRef, Layout, int, int], RankIndex] = field(default_factory=dict)
+    ranks: dict[tuple[BufferRef, TermLayout, int, int], RankIndex] = field(default_factory=dict)
     _runs: dict[int, list[Run]] = field(default_factory=dict)
     _scratch: dict[int, list[Run]] = field(default_factory=dict)
 
@@ -144,11 +144,11 @@ class Placement:
 
 def rank_layout(term: Term) -> NMLayout | None:
     """Return a term's layout if its index is to be made ``fixed`` on the device."""
-    return term.params if isinstance(term.params, NMLayout) and term.params.index == "rank" else None
+    return term.layout if isinstance(term.layout, NMLayout) and term.layout.index == "rank" else None
 
 
-def _rank_key(entry: TensorEntry, term: Term) -> tuple[BufferRef, Layout, int, int]:
-    return term.buffers["index"], term.params, entry.delta_rows, entry.columns
+def _rank_key(entry: TensorEntry, term: Term) -> tuple[BufferRef, TermLayout, int, int]:
+    return term.buffers["index"], term.layout, entry.delta_rows, entry.columns
 
 
 def _find(runs: dict[int, list[Run]], ref: BufferRef) -> int:

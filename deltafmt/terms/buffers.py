@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.errors import InvalidFileError
-from deltafmt.terms.registry import Layout
+from deltafmt.terms.layout import TermLayout
 
 Buffers = Mapping[str, memoryview]
 Packed = Mapping[str, NDArray[np.generic]]
@@ -18,7 +18,9 @@ VIEW_DTYPES = {name: np.dtype(view) for name, view in (("U8", "u1"), ("U32", "<u
 VIEW_DTYPES |= dict.fromkeys(("BF16", "F16"), np.dtype("<u2"))
 
 
-def views(layout: Layout, rows: int, columns: int, buffers: Buffers, slots: int = 0) -> dict[str, NDArray[np.generic]]:
+def views(
+    layout: TermLayout, rows: int, columns: int, buffers: Buffers, slots: int = 0
+) -> dict[str, NDArray[np.generic]]:
     """Return the packed arrays of a term without copying a byte: BF16 and F16 as uint16, packed words as uint32.
 
     Their shapes are those of the layout's ``buffers``.
@@ -30,7 +32,7 @@ def views(layout: Layout, rows: int, columns: int, buffers: Buffers, slots: int 
     }
 
 
-def blank(layout: Layout, rows: int, columns: int, slots: int = 0) -> dict[str, NDArray[np.generic]]:
+def blank(layout: TermLayout, rows: int, columns: int, slots: int = 0) -> dict[str, NDArray[np.generic]]:
     """Return packed arrays of zeros, shaped as :func:`views` shapes them."""
     forms = layout.buffers(rows, columns, slots)
     return {name: np.zeros(form.shape, VIEW_DTYPES[form.dtype]) for name, form in forms.items()}

@@ -1,50 +1,66 @@
-"""What the codec of a term can do, and which one it is for each kind of layout (spec/deltafmt-v1.md, section 11)."""
+"""What the codecs of all kinds of terms have in common (spec/deltafmt-v1.md, section 11)."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.terms.buffers import Packed
 from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
-from deltafmt.terms.lowbit.codec import LowbitArrays, LowbitCodec
-from deltafmt.terms.lowbit.layout import LowbitLayout
-from deltafmt.terms.lowrank.codec import LowRankArrays, LowRankCodec
-from deltafmt.terms.lowrank.layout import LowRankLayout
-from deltafmt.terms.nm.codec import NMArrays, NMCodec
-from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.registry import Layout
-from deltafmt.terms.sparse import codec as sparse
-from deltafmt.terms.sparse.codec import SparseArrays, SparseCodec
-from deltafmt.terms.sparse.layout import SparseLayout
+from deltafmt.terms.layout import TermLayout
+from deltafmt.terms.tiles import TILE_ROWS
 
-# What a method gives for one term, and a codec packs.
-Arrays = NMArrays | LowbitArrays | LowRankArrays | SparseArrays
+LayoutT = TypeVar("LayoutT", bound=TermLayout)
+ArraysT = TypeVar("ArraysT", bound="TermArrays")
 
 
-class TermCodec(Protocol):
-    """The codec of one term: a layout, a number of rows and columns, a seed.
+class TermArrays:
+    """What a method gives for one term and a codec packs; each kind has a dataclass of this class."""
+
+    __slots__ = ()
+
+
+class TermCodec(ABC, Generic[LayoutT, ArraysT]):
+    """The codec of one term: it packs and unpacks runs of rows of one matrix.
+
+    Args:
+        layout: of the term.
+        rows, columns: of the term's matrix.
+        seed: the tensor seed where the layout is seeded; otherwise 0.
+        slots: where the layout has slots, their number; otherwise 0.
 
     Attributes:
-        layout: of the term.
+        layout, seed, slots: as given.
         shape: rows and columns of the term's matrix.
         run_rows: runs of rows start on multiples of this, a power of two.
         width: elements that decoding a row takes.
     """
 
-    @property
-    def layout(self) -> Layout:
-        """Of the term."""
+    run_rows: int = TILE_ROWS
 
-    shape: tuple[int, int]
-    run_rows: int
-    width: int
+    def __init__(self, layout: LayoutT, rows: int, columns: int, seed: int = 0, slots: int = 0) -> None:
+        self.layout = layout
+        self.shape = rows, columns
+        self.seed = seed
+        self.slots = slots
+        self.width = columns
 
-    def encode(self, arrays: Any, packed: Packed, first: int, routines: CodecRoutines = REFERENCE) -> None:
+    @classmethod
+    def fit(cls, layout: LayoutT, arrays: ArraysT, columns: int) -> tuple[LayoutT, int]:  # noqa: ARG003
+        """Return the layout and the number of slots of a term that holds these arrays.
+
+        ``layout`` is what the method planned from the shape alone; a delta may decide the number of vectors or slots.
+        """
+        return layout, 0
+
+    @abstractmethod
+    def encode(self, arrays: ArraysT, packed: Packed, first: int, routines: CodecRoutines = REFERENCE) -> None:
         """Pack a run of rows that starts with row ``first`` into its part of a term's packed arrays."""
 
+    @abstractmethod
     def decode(
         self, packed: Packed, start: int, stop: int, routines: CodecRoutines = REFERENCE, *, check_form: bool = False
     ) -> NDArray[np.float32]:
@@ -54,33 +70,11 @@ class TermCodec(Protocol):
             InvalidFileError: the buffers break the format.
         """
 
-    def digested_form(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
+    def converted(self, packed: Packed, target: LayoutT) -> dict[str, NDArray[np.generic]]:
+        """Return the term's arrays in another layout that ``for_profile`` gave; the matrix stays the same."""
+        assert target == self.layout
+        return dict(packed)
+
+    def digested_form(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:  # noqa: ARG002
         """Return what a buffer contributes to its tensor's digest (section 7.6)."""
-
-
-def term_codec(layout: Layout, rows: int, columns: int, seed: int = 0, slots: int = 0) -> TermCodec:
-    """Return the codec of a term with this layout, shape, seed and number of slots."""
-    if isinstance(layout, NMLayout):
-        return NMCodec(layout, rows, columns, seed)
-    if isinstance(layout, LowbitLayout):
-        return LowbitCodec(layout, rows, columns)
-    if isinstance(layout, LowRankLayout):
-        return LowRankCodec(layout, rows, columns)
-    if isinstance(layout, SparseLayout):
-        return SparseCodec(layout, rows, columns, slots)
-    raise TypeError(f"no codec for {type(layout).__name__}")
-
-
-def fitted(layout: Layout, arrays: Arrays) -> Layout:
-    """Return a method's layout with as many vectors as the arrays have; other layouts as they are."""
-    if isinstance(layout, LowRankLayout) and isinstance(arrays, LowRankArrays):
-        vectors = arrays.u.codes if isinstance(arrays.u, LowbitArrays) else arrays.u
-        return layout if layout.rank == vectors.shape[0] else LowRankLayout(vectors.shape[0], layout.factors)
-    return layout
-
-
-def slot_count(layout: Layout, arrays: Arrays, columns: int) -> int:
-    """Return the number of slots that a term of these arrays has; 0 for kinds without slots."""
-    if isinstance(layout, SparseLayout) and isinstance(arrays, SparseArrays):
-        return sparse.slot_count(layout, arrays, columns)
-    return 0
+        return array

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from deltafmt.errors import InvalidFileError
 from deltafmt.terms import words
 from deltafmt.terms.buffers import Packed, blank, check_same
+from deltafmt.terms.codec import TermArrays, TermCodec
 from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import RAW_DTYPES, narrow, widen
@@ -20,7 +21,7 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class LowbitArrays:
+class LowbitArrays(TermArrays):
     """The decoded content of a run of rows, or of vectors.
 
     Attributes:
@@ -34,19 +35,12 @@ class LowbitArrays:
     zero_points: NDArray[np.uint8] | None = None
 
 
-class LowbitCodec:
+class LowbitCodec(TermCodec[LowbitLayout, LowbitArrays]):
     """The codec of one ``lowbit`` term; see :class:`deltafmt.terms.codec.TermCodec`.
 
     ``codes`` has shape (tiles, words, 32); ``scales`` (as uint16 for BF16) and ``zero_points`` have shape
     (tiles, scales per row, 32), or ``scales`` shape (columns,) where the layout's axis is ``column``.
     """
-
-    run_rows = TILE_ROWS
-
-    def __init__(self, layout: LowbitLayout, rows: int, columns: int) -> None:
-        self.layout = layout
-        self.shape = rows, columns
-        self.width = columns
 
     def _run(self, packed: Packed, start: int, stop: int) -> dict[str, NDArray[np.generic]]:
         """Return the tiles of a run of rows; scales of columns belong to every run."""
@@ -101,10 +95,6 @@ class LowbitCodec:
         expected = blank(self.layout, rows, self.shape[1])
         LowbitCodec(self.layout, rows, self.shape[1]).encode(arrays, expected, 0, routines)
         check_same(expected, self._run(packed, first, first + rows))
-
-    def digested_form(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:  # noqa: ARG002
-        """Return a buffer as it is."""
-        return array
 
 
 def values(coding: Coding, arrays: LowbitArrays, group: int, routines: CodecRoutines = REFERENCE) -> Floats:

@@ -8,13 +8,14 @@ from typing import Any, ClassVar, Final
 from deltafmt.errors import UsageError
 from deltafmt.format.checks import Where, parse_fields
 from deltafmt.terms.coding import Coding
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.tiles import TILE_ROWS, BufferForm, tiles
 
 AXES: Final = ("row", "column")
 
 
 @dataclass(frozen=True, slots=True)
-class LowbitLayout(Coding):
+class LowbitLayout(Coding, TermLayout):
     """How a ``lowbit`` term arranges a code for every element.
 
     Attributes:
@@ -27,9 +28,6 @@ class LowbitLayout(Coding):
     axis: str = "row"
 
     kind: ClassVar[str] = "lowbit"
-    has_slots: ClassVar[bool] = False
-    seeded: ClassVar[bool] = False
-    cold_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         Coding.__post_init__(self)
@@ -39,10 +37,6 @@ class LowbitLayout(Coding):
             raise UsageError(f"scales of columns have scale group 0, not {self.scale_group}")
         if self.axis == "column" and self.has_zero_points:
             raise UsageError("an asymmetric grid has its scales along rows")
-
-    def plain(self) -> LowbitLayout:
-        """Return the layout in which digests are taken and kernels read: this one."""
-        return self
 
     def buffers(self, rows: int, columns: int, slots: int = 0) -> dict[str, BufferForm]:  # noqa: ARG002 - of every kind
         """Return the arrays of a term, in the order in which they are stored and digested."""
@@ -54,10 +48,6 @@ class LowbitLayout(Coding):
         if self.has_zero_points:
             forms["zero_points"] = BufferForm("U8", scales)
         return forms
-
-    def buffer_lengths(self, rows: int, columns: int, slots: int = 0) -> dict[str, int]:
-        """Byte lengths of :meth:`buffers`."""
-        return {name: form.nbytes for name, form in self.buffers(rows, columns, slots).items()}
 
     @classmethod
     def from_obj(cls, obj: Any, where: Where) -> LowbitLayout:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from deltafmt.errors import InvalidFileError
 from deltafmt.terms import words
 from deltafmt.terms.buffers import Packed, check_same
+from deltafmt.terms.codec import TermArrays, TermCodec
 from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import RAW_DTYPES, Raw, widen
@@ -24,7 +25,7 @@ BLOCK_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankArrays:
+class LowRankArrays(TermArrays):
     """The decoded content of a term.
 
     Attributes:
@@ -36,7 +37,7 @@ class LowRankArrays:
     v: LowbitArrays | Raw
 
 
-class LowRankCodec:
+class LowRankCodec(TermCodec[LowRankLayout, LowRankArrays]):
     """The codec of one ``lowrank`` term; see :class:`deltafmt.terms.codec.TermCodec`.
 
     Of coded vectors, ``u_codes`` and ``v_codes`` have shape (R, words), ``*_scales`` (as uint16 for BF16) and
@@ -44,12 +45,11 @@ class LowRankCodec:
     rows is decoded, a whole matrix encoded at once.
     """
 
-    run_rows = TILE_ROWS
-
-    def __init__(self, layout: LowRankLayout, rows: int, columns: int) -> None:
-        self.layout = layout
-        self.shape = rows, columns
-        self.width = columns
+    @classmethod
+    def fit(cls, layout: LowRankLayout, arrays: LowRankArrays, columns: int) -> tuple[LowRankLayout, int]:  # noqa: ARG003
+        """Return the layout with as many vectors as the arrays have."""
+        vectors = arrays.u.codes if isinstance(arrays.u, LowbitArrays) else arrays.u
+        return LowRankLayout(vectors.shape[0], layout.factors), 0
 
     def encode(
         self,
@@ -129,10 +129,6 @@ class LowRankCodec:
                 again = {name: np.zeros_like(array) for name, array in block.items()}
                 _encode(coding, side, arrays, again, routines)
                 check_same(again, block)
-
-    def digested_form(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:  # noqa: ARG002
-        """Return a buffer as it is."""
-        return array
 
 
 def _encode(coding: Coding, side: str, arrays: LowbitArrays, packed: Packed, routines: CodecRoutines) -> None:

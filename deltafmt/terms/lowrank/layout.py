@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Final
 from deltafmt.errors import UsageError
 from deltafmt.format.checks import Where, check_fields, fail, parse_fields
 from deltafmt.terms.coding import Coding
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.tiles import BufferForm
 
 MAX_VECTORS: Final = 65535
@@ -15,7 +16,7 @@ RAW_FACTORS: Final = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankLayout:
+class LowRankLayout(TermLayout):
     """How a ``lowrank`` term arranges one band of vectors: a sum of outer products.
 
     Attributes:
@@ -30,19 +31,12 @@ class LowRankLayout:
     factors: Coding | str
 
     kind: ClassVar[str] = "lowrank"
-    has_slots: ClassVar[bool] = False
-    seeded: ClassVar[bool] = False
-    cold_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= MAX_VECTORS:
             raise UsageError(f"rank R = {self.rank} is outside 1 to {MAX_VECTORS}")
         if isinstance(self.factors, str) and self.factors not in RAW_FACTORS:
             raise UsageError(f"dtype of factors {self.factors!r} is not one of {', '.join(RAW_FACTORS)}")
-
-    def plain(self) -> LowRankLayout:
-        """Return the layout in which digests are taken and kernels read: this one."""
-        return self
 
     def buffers(self, rows: int, columns: int, slots: int = 0) -> dict[str, BufferForm]:  # noqa: ARG002 - of every kind
         """Return the arrays of a term, in the order in which they are stored and digested.
@@ -66,10 +60,6 @@ class LowRankLayout:
         if coding.has_zero_points:
             forms[f"{side}_zero_points"] = BufferForm("U8", scales)
         return forms
-
-    def buffer_lengths(self, rows: int, columns: int, slots: int = 0) -> dict[str, int]:
-        """Byte lengths of :meth:`buffers`."""
-        return {name: form.nbytes for name, form in self.buffers(rows, columns, slots).items()}
 
     @classmethod
     def from_obj(cls, obj: Any, where: Where) -> LowRankLayout:

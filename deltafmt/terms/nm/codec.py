@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from deltafmt.errors import InvalidFileError
 from deltafmt.terms import words
 from deltafmt.terms.buffers import Packed, blank, check_same
+from deltafmt.terms.codec import TermArrays, TermCodec
 from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.floats import narrow, widen
 from deltafmt.terms.nm import positions as pos
@@ -24,7 +25,7 @@ TRANSCODE_ENTRIES = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
-class NMArrays:
+class NMArrays(TermArrays):
     """The decoded content of a run of rows.
 
     Attributes:
@@ -160,15 +161,13 @@ def slice_run(packed: Packed, share: int, start: int, stop: int) -> dict[str, ND
     return {name: array[masks if name == "index" else whole] for name, array in packed.items()}
 
 
-class NMCodec:
+class NMCodec(TermCodec[NMLayout, NMArrays]):
     """The codec of one ``nm`` term; see :class:`deltafmt.terms.codec.TermCodec`."""
 
-    def __init__(self, layout: NMLayout, rows: int, columns: int, seed: int) -> None:
-        self.layout = layout
-        self.shape = rows, columns
+    def __init__(self, layout: NMLayout, rows: int, columns: int, seed: int = 0, slots: int = 0) -> None:
+        super().__init__(layout, rows, columns, seed, slots)
         self.run_rows = run_rows(layout)
         self.width = layout.width(columns)
-        self._seed = seed
 
     def encode(self, arrays: NMArrays, packed: Packed, first: int, routines: CodecRoutines = REFERENCE) -> None:
         """Pack a run of rows."""
@@ -181,10 +180,19 @@ class NMCodec:
         """Return the delta's rows ``start`` to ``stop``."""
         columns = self.shape[1]
         run = slice_run(packed, self.layout.share, start, stop)
-        arrays = decode(self.layout, run, self._seed, start, stop - start, columns, routines)
+        arrays = decode(self.layout, run, self.seed, start, stop - start, columns, routines)
         if check_form:
             check(self.layout, run, arrays, columns, routines)
         return dense(self.layout, arrays, columns, routines)
+
+    def converted(self, packed: Packed, target: NMLayout) -> dict[str, NDArray[np.generic]]:
+        """Return the term's arrays with another index encoding."""
+        arrays = dict(packed)
+        if target != self.layout:
+            rows, columns = self.shape
+            mask_rows = target.mask_rows(rows)
+            arrays["index"] = transcode_index(self.layout, _words(arrays["index"]), mask_rows, columns, target)
+        return arrays
 
     def digested_form(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
         """Return a ``rank`` index as ``fixed``, so that hot and cold files agree, and anything else as it is."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Final
 
 from deltafmt.errors import UsageError
 from deltafmt.format.checks import Where, parse_fields
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.tiles import (
     GRIDS,
     MAX_SCALE_GROUP,
@@ -27,7 +28,7 @@ INDEX_ENCODINGS: Final = ("seeded", "fixed", "rank")
 
 
 @dataclass(frozen=True, slots=True)
-class NMLayout:
+class NMLayout(TermLayout):
     """How an ``nm`` term arranges its kept entries.
 
     Attributes:
@@ -54,7 +55,6 @@ class NMLayout:
     scale_group: int = 0
 
     kind: ClassVar[str] = "nm"
-    has_slots: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.index not in INDEX_ENCODINGS:
@@ -101,6 +101,24 @@ class NMLayout:
     def plain(self) -> NMLayout:
         """Return the layout in which digests are taken and kernels read: ``rank`` made ``fixed``."""
         return self.with_index("fixed") if self.index == "rank" else self
+
+    @property
+    def drops_most(self) -> bool:
+        """True if the layout keeps less than half of each row."""
+        return 2 * self.keep < self.group
+
+    def for_profile(self, profile: str) -> NMLayout:
+        """Return the layout that a profile uses: ``fixed`` when hot, ``rank`` when cold where one exists and pays."""
+        if profile == "hot":
+            return self.plain()
+        if self.index == "fixed":
+            try:
+                ranked = self.with_index("rank")
+            except UsageError:
+                return self
+            if ranked.rank_bits < self.position_bits * self.keep:
+                return ranked
+        return self
 
     @property
     def position_bits(self) -> int:
@@ -162,10 +180,6 @@ class NMLayout:
             forms["index"] = BufferForm("U32", (self.index_tiles(rows), self.index_words(columns), TILE_ROWS))
         forms["scales"] = BufferForm(self.scale_dtype, (tiles_of_rows, self.scales_per_row(columns), TILE_ROWS))
         return forms
-
-    def buffer_lengths(self, rows: int, columns: int, slots: int = 0) -> dict[str, int]:
-        """Byte lengths of :meth:`buffers`."""
-        return {name: form.nbytes for name, form in self.buffers(rows, columns, slots).items()}
 
     def with_index(self, index: str) -> NMLayout:
         """Return the same layout with another index encoding."""

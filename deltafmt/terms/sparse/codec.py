@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from deltafmt.errors import InvalidFileError
 from deltafmt.terms import words
 from deltafmt.terms.buffers import Packed
+from deltafmt.terms.codec import TermArrays, TermCodec
 from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import RAW_DTYPES, Raw, widen
@@ -22,7 +23,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class SparseArrays:
+class SparseArrays(TermArrays):
     """The content of a term: the entries of its rows, one row after the other.
 
     Attributes:
@@ -71,25 +72,17 @@ def _assign(layout: SparseLayout, arrays: SparseArrays, columns: int) -> _Slots:
     return _Slots(row % TILE_ROWS, of_part + taken - before - 1, gaps, starts)
 
 
-def slot_count(layout: SparseLayout, arrays: SparseArrays, columns: int) -> int:
-    """Return the number of slots that a term takes."""
-    return int(_assign(layout, arrays, columns).starts[-1])
-
-
-class SparseCodec:
+class SparseCodec(TermCodec[SparseLayout, SparseArrays]):
     """The codec of one ``sparse`` term; see :class:`deltafmt.terms.codec.TermCodec`.
 
     ``gaps`` and ``codes`` have shape (words, 32), raw ``values`` shape (slots, 32), ``starts`` shape
     (tiles * blocks + 1,), ``scales`` shape (tiles, 1, 32). A run of rows is decoded, a whole matrix encoded at once.
     """
 
-    run_rows = TILE_ROWS
-
-    def __init__(self, layout: SparseLayout, rows: int, columns: int, slots: int) -> None:
-        self.layout = layout
-        self.shape = rows, columns
-        self.width = columns
-        self._slots = slots
+    @classmethod
+    def fit(cls, layout: SparseLayout, arrays: SparseArrays, columns: int) -> tuple[SparseLayout, int]:
+        """Return the layout and the number of slots that the entries take."""
+        return layout, int(_assign(layout, arrays, columns).starts[-1])
 
     def encode(
         self,
@@ -102,12 +95,12 @@ class SparseCodec:
         layout, coding = self.layout, self.layout.values
         at = _assign(layout, arrays, self.shape[1])
         packed["starts"][...] = at.starts
-        gaps = np.full((TILE_ROWS, self._slots), layout.filler, np.uint8 if layout.gap_bits <= 8 else np.uint16)
+        gaps = np.full((TILE_ROWS, self.slots), layout.filler, np.uint8 if layout.gap_bits <= 8 else np.uint16)
         gaps[at.lanes, at.slots] = at.gaps
         routines.pack_into(gaps, layout.gap_bits, packed["gaps"].view(np.uint32)[None], 1)
         if isinstance(coding, Coding):
             assert arrays.scales is not None
-            codes = np.zeros((TILE_ROWS, self._slots), np.uint8)
+            codes = np.zeros((TILE_ROWS, self.slots), np.uint8)
             codes[at.lanes, at.slots] = arrays.values
             routines.pack_into(codes, coding.bits, packed["codes"].view(np.uint32)[None], 1)
             packed["scales"][...] = words.to_tiles(raw_scales(coding, arrays.scales))
@@ -137,8 +130,8 @@ class SparseCodec:
             InvalidFileError: they descend, or are not those of the term's slots.
         """
         starts = packed.astype(np.int64)
-        if starts[0] != 0 or starts[-1] != self._slots or (np.diff(starts) < 0).any():
-            raise InvalidFileError(f"the starts of the blocks do not ascend from 0 to {self._slots}")
+        if starts[0] != 0 or starts[-1] != self.slots or (np.diff(starts) < 0).any():
+            raise InvalidFileError(f"the starts of the blocks do not ascend from 0 to {self.slots}")
         return starts
 
     def _decode_tile(
@@ -186,7 +179,7 @@ class SparseCodec:
     ) -> NDArray[np.unsignedinteger]:
         """Return fields ``first`` to ``last`` of the 32 lanes, shape (32, last - first)."""
         whole = first // 32 * 32
-        by_lane = np.ascontiguousarray(words.cut(stream.view(np.uint32).T, self._slots, width, whole, last))
+        by_lane = np.ascontiguousarray(words.cut(stream.view(np.uint32).T, self.slots, width, whole, last))
         fields = routines.unpack(words.to_tiles(by_lane), TILE_ROWS, last - whole, width, 1)
         return fields[:, first - whole :]
 
@@ -230,11 +223,7 @@ class SparseCodec:
         for name, width in streams.items():
             end = 0
             for plane in planes(width):
-                end += plane_words(self._slots, plane)
-                used = self._slots * plane % 32
+                end += plane_words(self.slots, plane)
+                used = self.slots * plane % 32
                 if used and (packed[name].view(np.uint32)[end - 1] >> np.uint32(used)).any():
                     raise InvalidFileError(f"unused bits of the {name} are not zero")
-
-    def digested_form(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:  # noqa: ARG002
-        """Return a buffer as it is."""
-        return array

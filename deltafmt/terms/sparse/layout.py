@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Final
 from deltafmt.errors import UsageError
 from deltafmt.format.checks import Where, check_fields, fail, parse_fields
 from deltafmt.terms.coding import Coding
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.tiles import TILE_ROWS, BufferForm, stream_words, tiles
 
 GAP_BITS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 16)
@@ -17,7 +18,7 @@ MAX_TERM_SLOTS: Final = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class SparseLayout:
+class SparseLayout(TermLayout):
     """How a ``sparse`` term arranges entries that stand anywhere.
 
     Attributes:
@@ -36,8 +37,6 @@ class SparseLayout:
 
     kind: ClassVar[str] = "sparse"
     has_slots: ClassVar[bool] = True
-    seeded: ClassVar[bool] = False
-    cold_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.values, str):
@@ -54,10 +53,6 @@ class SparseLayout:
     def filler(self) -> int:
         """The gap that stands for no entry, and the number of columns that it skips."""
         return (1 << self.gap_bits) - 1
-
-    def plain(self) -> SparseLayout:
-        """Return the layout in which digests are taken and kernels read: this one."""
-        return self
 
     def blocks(self, columns: int) -> int:
         """Blocks of a row."""
@@ -82,10 +77,6 @@ class SparseLayout:
         if isinstance(coding, str):
             forms["values"] = BufferForm(coding, (slots, TILE_ROWS))
         return forms
-
-    def buffer_lengths(self, rows: int, columns: int, slots: int = 0) -> dict[str, int]:
-        """Byte lengths of :meth:`buffers`."""
-        return {name: form.nbytes for name, form in self.buffers(rows, columns, slots).items()}
 
     @classmethod
     def from_obj(cls, obj: Any, where: Where) -> SparseLayout:
