@@ -283,7 +283,7 @@ def add_tensor(parts: Parts, rng: random.Random, plain: Mutate) -> None:
         stored = rng.random() < 0.6 or parts.index["profile"] == "hot"
         codec = c.CODEC_STORED if stored else c.CODEC_ZSTD
         table.append({
-            "checksum": bytes(16), "codec": codec, "kind": c.KIND_TENSORS, "length": 0, "offset": 0,
+            "checksum": bytes(16), "codec": codec, "kind": c.SECTION_KIND_TENSORS, "length": 0, "offset": 0,
             "raw_length": len(raw),
         })  # fmt: skip
         parts.sections.append(raw if stored else repair.compress(bytes(raw)))

@@ -183,7 +183,7 @@ def one_attachment(name: str) -> bytes:
     """Return a file with one attachment and no tensor."""
     out = io.BytesIO()
     writer = ContainerWriter(out)
-    ref = writer.add(b"x", c.KIND_ATTACHMENTS)
+    ref = writer.add(b"x", c.SECTION_KIND_ATTACHMENTS)
     writer.finish([], attachments={name: Attachment(ref, blake3(b"x").digest())})
     return out.getvalue()
 

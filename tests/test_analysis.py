@@ -18,10 +18,10 @@ import deltafmt
 from conftest import Cli, Pair, Raw, Tensors, normal, nudge, raw, refused, run_cli, write_pair
 from deltafmt.analysis import analyze, svg, tables
 from deltafmt.analysis.approximation import OUTLIERS
-from deltafmt.analysis.inputs import VECTORS, normal_inputs
+from deltafmt.analysis.intermediate_results import Products, spread
+from deltafmt.analysis.layer_inputs import VECTORS, normal_inputs
 from deltafmt.analysis.norms import Norms
 from deltafmt.analysis.pairs import TensorPair, find_pairs, layer_kinds
-from deltafmt.analysis.products import Products, spread
 from deltafmt.analysis.quantized import count, histogram_of, kept_and_quantized
 from deltafmt.analysis.report import TensorFigures
 from deltafmt.analysis.spectrum import spectrum_of

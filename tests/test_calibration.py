@@ -17,10 +17,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from deltafmt.calibration import blockwise, run
-from deltafmt.calibration.callbacks import Moments, Report
+from deltafmt.calibration.callbacks import CalibrationResult, Moments
 from deltafmt.calibration.modules import find_blocks, linear_modules
-from deltafmt.calibration.run import Options, calibrate, calibrate_folder
-from deltafmt.calibration.store import MomentStore
+from deltafmt.calibration.moment_store import MomentStore
+from deltafmt.calibration.run import RunOptions, calibrate, calibrate_folder
 from deltafmt.calibration.text import Document, read_documents
 from deltafmt.calibration.tokens import Encoder, batches, cut, load_encoder
 from deltafmt.errors import InvalidFileError, NonFiniteError, StorageError, UsageError
@@ -34,7 +34,7 @@ def sequences(seed: int = 0, lengths: tuple[int, ...] = (12, 7, 12, 30, 7, 12, 1
     return [rng.integers(2, 96, length) for length in lengths]
 
 
-def gather(model: Any, texts: Sequences, **options: Any) -> tuple[dict[str, Moments], Report]:
+def gather(model: Any, texts: Sequences, **options: Any) -> tuple[dict[str, Moments], CalibrationResult]:
     """Calibrate without replacing a weight."""
     found: dict[str, Moments] = {}
 
@@ -43,9 +43,9 @@ def gather(model: Any, texts: Sequences, **options: Any) -> tuple[dict[str, Mome
         assert weight_name in dict(model.named_parameters())
         found[name] = moments
 
-    report = calibrate(model, texts, on_module, options=Options(**{"device": "cpu", **options}))
-    assert list(found) == report.modules
-    return found, report
+    result = calibrate(model, texts, on_module, options=RunOptions(**{"device": "cpu", **options}))
+    assert list(found) == result.modules
+    return found, result
 
 
 def agree(found: dict[str, Moments], expected: dict[str, NDArray[np.float64]]) -> None:
@@ -62,13 +62,13 @@ def test_moments_are_those_of_a_plain_forward_pass(kind: str, batch_tokens: int)
     model = new_model(kind)
     texts = sequences()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found, report = gather(model, texts, batch_tokens=batch_tokens)
+    found, result = gather(model, texts, batch_tokens=batch_tokens)
     agree(found, plainly(model, texts))
-    assert report.blocks == 2, "run block by block"
-    assert report.tokens == sum(len(text) for text in texts)
+    assert result.blocks == 2, "run block by block"
+    assert result.tokens == sum(len(text) for text in texts)
     # What sees every token counts every token; BERT's pooler and head see the first of each sequence.
     first = find_blocks(model)[0] + ".0."
-    assert all(found[name].tokens == report.tokens for name in found if name.startswith(first))
+    assert all(found[name].tokens == result.tokens for name in found if name.startswith(first))
     assert all(found[name].axis == (0 if kind == "gpt2" and name != "lm_head" else 1) for name in found)
     assert not any(block.__dict__.get("forward") for block in find_blocks(model)[1])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -76,10 +76,10 @@ def test_moments_are_those_of_a_plain_forward_pass(kind: str, batch_tokens: int)
 
 
 def test_modules_come_in_the_order_in_which_they_are_called() -> None:
-    found, report = gather(new_model("llama"), sequences())
-    names = [name.rsplit(".", 1)[1] for name in report.modules if ".layers.1." in name]
+    found, result = gather(new_model("llama"), sequences())
+    names = [name.rsplit(".", 1)[1] for name in result.modules if ".layers.1." in name]
     assert names == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    assert report.modules[-1] == "lm_head"
+    assert result.modules[-1] == "lm_head"
     assert next(iter(found)).startswith("model.layers.0.")
 
 
@@ -92,9 +92,9 @@ def test_a_tied_head_is_named_by_its_tensor() -> None:
 def test_an_encoder_and_decoder_is_run_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model = new_model("t5")
     texts = sequences()
-    found, report = gather(model, texts)
+    found, result = gather(model, texts)
     agree(found, plainly(model, texts))
-    assert report.blocks == 0
+    assert result.blocks == 0
     monkeypatch.setattr("deltafmt.calibration.whole.BUDGET", 3 * 32 * 32 * 4)
     agree(gather(model, texts)[0], plainly(model, texts))
 
@@ -105,14 +105,14 @@ def test_a_model_whose_blocks_are_no_chain_is_run_as_a_whole() -> None:
     inner = layer.forward
     layer.forward = lambda hidden, **kwargs: inner(hidden * 2, **kwargs)
     texts = sequences()
-    found, report = gather(model, texts)
-    assert report.blocks == 2  # what a block does by itself does not matter
+    found, result = gather(model, texts)
+    assert result.blocks == 2  # what a block does by itself does not matter
     agree(found, plainly(model, texts))
 
     model = new_model("llama")
     hook = model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
-    found, report = gather(model, texts)
-    assert report.blocks == 0
+    found, result = gather(model, texts)
+    assert result.blocks == 0
     agree(found, plainly(model, texts))
     hook.remove()
 
@@ -127,7 +127,7 @@ def test_later_blocks_see_what_replaced_weights_do() -> None:
         weight = dict(model.named_parameters())[weight_name].detach()
         return (weight / 2).numpy() if ".layers.0." in name else None
 
-    calibrate(model, texts, halve, options=Options(device="cpu"))
+    calibrate(model, texts, halve, options=RunOptions(device="cpu"))
     halved = new_model("llama")
     first = plainly(halved, texts)
     with torch.no_grad():
@@ -215,16 +215,16 @@ def test_a_killed_run_goes_on(kind: str, killed_at: int, tmp_path: Path) -> None
         return on_module
 
     model = new_model(kind)
-    calibrate(model, texts, sequential(model, expected, 1000), options=Options(device="cpu"))
-    options = Options(device="cpu", state=tmp_path / "state")
+    calibrate(model, texts, sequential(model, expected, 1000), options=RunOptions(device="cpu"))
+    options = RunOptions(device="cpu", state=tmp_path / "state")
     model = new_model(kind)
     try:
-        report = calibrate(model, texts, sequential(model, kept, killed_at), options=options)
+        result = calibrate(model, texts, sequential(model, kept, killed_at), options=options)
     except KilledError:
         model = new_model(kind)
-        report = calibrate(model, texts, sequential(model, kept, 1000), options=options)
+        result = calibrate(model, texts, sequential(model, kept, 1000), options=options)
     if killed_at >= 14:
-        assert report.resumed > 0 or killed_at >= len(expected)
+        assert result.resumed > 0 or killed_at >= len(expected)
     assert set(kept) == set(expected)
     for name, matrix in expected.items():
         np.testing.assert_array_equal(kept[name], matrix, err_msg=name)
@@ -237,7 +237,7 @@ def test_hidden_states_that_went_away_are_missed(tmp_path: Path) -> None:
         if ".layers.1." in name:
             raise KilledError
 
-    options = Options(device="cpu", state=tmp_path)
+    options = RunOptions(device="cpu", state=tmp_path)
     with pytest.raises(KilledError):
         calibrate(new_model("llama"), sequences(), stop, options=options)
     assert {path.name for path in tmp_path.glob("*.bin")} >= {"hidden-00001.bin"}
@@ -328,7 +328,7 @@ def test_weights_that_do_not_fit_are_refused() -> None:
             return np.full((32, 32), weight, np.float32) if np.isscalar(weight) else weight
 
         with pytest.raises(UsageError, match=message):
-            calibrate(new_model("llama"), sequences(), on_module, options=Options(device="cpu"))
+            calibrate(new_model("llama"), sequences(), on_module, options=RunOptions(device="cpu"))
 
 
 def test_blocks_are_the_outermost_longest_list() -> None:
@@ -401,16 +401,16 @@ def test_a_folder_is_loaded_and_calibrated(nano: Path, tmp_path: Path) -> None:
     text.write_text("\n".join((nano / "eval.jsonl").read_text("utf-8").splitlines()[:40]))
     seen: list[str] = []
     steps: list[tuple[int, int]] = []
-    report = calibrate_folder(
+    result = calibrate_folder(
         nano / "math",
         text,
         lambda name, _weight, _moments: seen.append(name),
         tokenizer=nano / "tokenizer.json",
-        options=Options(device="cpu"),
+        options=RunOptions(device="cpu"),
         on_progress=lambda done, total: steps.append((done, total)),
     )
-    assert report.modules == seen
-    assert steps[-1] == (report.blocks + 1, report.blocks + 1)
+    assert result.modules == seen
+    assert steps[-1] == (result.blocks + 1, result.blocks + 1)
     with pytest.raises(UsageError, match=r"has no tokenizer; name a folder or a tokenizer\.json"):
         calibrate_folder(nano / "math", text, lambda *_: None)
     with pytest.raises(UsageError, match="not a tokenizer"):
@@ -476,7 +476,7 @@ def test_the_real_model(models: Path, tmp_path: Path) -> None:
         text,
         lambda name, _weight, moments: found.__setitem__(name, moments),
         tokenizer=home / "tokenizer.json",
-        options=Options(device="cpu"),
+        options=RunOptions(device="cpu"),
     )
     problems = read_problems(home / "tokenizer.json", text)
     agree(found, plainly(load(home / "math"), [np.array(question + answer) for question, answer in problems]))

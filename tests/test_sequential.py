@@ -26,8 +26,8 @@ from strategies import examples, generators, shapes
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from deltafmt.calibration.load import load_model
-from deltafmt.calibration.store import MomentStore
+from deltafmt.calibration.load_model import load_model
+from deltafmt.calibration.moment_store import MomentStore
 from deltafmt.calibration.text import read_documents
 from deltafmt.calibration.tokens import TOKENS, cut, load_encoder
 from deltafmt.pipeline import sequential

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 
 from deltafmt.analysis.approximation import approximation_of, packed
-from deltafmt.analysis.inputs import Inputs, calibrated_inputs, normal_inputs
+from deltafmt.analysis.intermediate_results import Products
+from deltafmt.analysis.layer_inputs import Inputs, calibrated_inputs, normal_inputs
 from deltafmt.analysis.norms import Norms
 from deltafmt.analysis.pairs import TensorPair, find_pairs
-from deltafmt.analysis.products import Products
 from deltafmt.analysis.quantized import histogram_of
 from deltafmt.analysis.report import Candidate, Report, TensorFigures
 from deltafmt.analysis.spectrum import spectrum_of

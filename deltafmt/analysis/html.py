@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from deltafmt.analysis import products, svg
+from deltafmt.analysis import intermediate_results, svg
 from deltafmt.analysis.approximation import ratio
 from deltafmt.analysis.quantized import MAX_ROWS, REACH, edges
 from deltafmt.analysis.report import Group, Report
@@ -177,11 +177,11 @@ def _energies(report: Report) -> str:
 
 def _products(report: Report, key: str) -> str:
     groups = [group for group in report.by_kind() if group.products]
-    found = [products.summary(group.products) for group in groups]
+    found = [intermediate_results.summary(group.products) for group in groups]
     if not found:
         return ""
     names = {"base": "base", "finetuned": "fine-tune", "delta": "delta"}
-    sides = [(names[side], [one[side][f"{key}_quantiles"] for one in found]) for side in products.SIDES]
+    sides = [(names[side], [one[side][f"{key}_quantiles"] for one in found]) for side in intermediate_results.SIDES]
     y = svg.axis_over(key, [value for _, rows in sides for row in rows for value in row], log=True)
     title = f"{key.capitalize()} of the products of an output (5, 25, 50, 75 and 95% of the outputs)"
     return svg.range_chart(title, y, [group.label for group in groups], sides)

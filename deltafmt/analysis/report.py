@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltafmt.analysis import approximation, products
+from deltafmt.analysis import approximation, intermediate_results
 from deltafmt.analysis.approximation import Approximation
+from deltafmt.analysis.intermediate_results import Products
 from deltafmt.analysis.norms import Norms, relative
 from deltafmt.analysis.pairs import TensorPair
-from deltafmt.analysis.products import Products
 from deltafmt.analysis.quantized import Histogram
 from deltafmt.analysis.spectrum import Spectrum
 
@@ -122,7 +122,7 @@ class Group:
             "tensors": len(self.members),
             "relative_norm": self.relative_norm,
             "outlier_columns": self.outlier_columns,
-            "products": products.summary(self.products) if self.products else None,
+            "products": intermediate_results.summary(self.products) if self.products else None,
             "energy": {str(count): share for count, share in self.energy.items()},
             "effective_rank": self.effective_rank,
             "approximations": [(lost := self.approximation(i)) and lost.to_obj() for i in candidates],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deltafmt.analysis import products
+from deltafmt.analysis import intermediate_results
 from deltafmt.analysis.approximation import Approximation, ratio
 from deltafmt.analysis.report import Group, Report, TensorFigures
 
@@ -78,10 +78,10 @@ def product_table(report: Report) -> Table:
     for group in report.by_kind():
         if not group.products:
             continue
-        found = products.summary(group.products)
+        found = intermediate_results.summary(group.products)
         row = [group.label]
         for key in ("mean_variance", "mean_range"):
-            values = [found[side][key] for side in products.SIDES]
+            values = [found[side][key] for side in intermediate_results.SIDES]
             row += [figure(value) for value in values] + [figure(values[0] / values[2] if values[2] else None)]
         rows.append(row)
     note = (
@@ -134,7 +134,7 @@ def depth_table(report: Report) -> Table:
     rows = [["layer", "matrices", "relative norm", "energy in 8", "effective rank"]]
     rows[0] += ["delta variance", "delta range", *_numbered(report, "outputs lost")]
     for group in report.by_depth():
-        found = products.summary(group.products)["delta"] if group.products else {}
+        found = intermediate_results.summary(group.products)["delta"] if group.products else {}
         rows.append([group.label, str(len(group.members)), figure(group.relative_norm)])
         rows[-1] += [percent(group.energy.get(8)), figure(group.effective_rank)]
         rows[-1] += [figure(found.get("mean_variance")), figure(found.get("mean_range"))]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltafmt.calibration.gather import Stop
+from deltafmt.calibration.gatherer import Stop
 from deltafmt.calibration.tokens import Tokens
 
 Forward = Callable[..., Any]

@@ -36,7 +36,7 @@ OnProgress = Callable[[int, int], None]
 
 
 @dataclass(slots=True)
-class Report:
+class CalibrationResult:
     """What a calibration did.
 
     Attributes:

@@ -12,11 +12,11 @@ from blake3 import blake3
 from torch import nn
 
 from deltafmt.calibration.blockwise import Call, Chain, Interner, placed
-from deltafmt.calibration.callbacks import OnModule, OnProgress, OnStage, Report
-from deltafmt.calibration.gather import Gatherer, hand_out
+from deltafmt.calibration.callbacks import CalibrationResult, OnModule, OnProgress, OnStage
+from deltafmt.calibration.gatherer import Gatherer, hand_out
 from deltafmt.calibration.hidden import HiddenStates
 from deltafmt.calibration.modules import Linear, replace_parameter
-from deltafmt.calibration.options import Options
+from deltafmt.calibration.run_options import RunOptions
 from deltafmt.calibration.state import State
 from deltafmt.calibration.tokens import Tokens
 from deltafmt.errors import NonFiniteError, UsageError
@@ -66,33 +66,33 @@ class ChainRun:
     linears: dict[str, Linear]
     batches: list[Tokens]
     on_module: OnModule
-    options: Options
-    report: Report
+    options: RunOptions
+    result: CalibrationResult
     order: CallOrder
     on_stage: OnStage | None = None
     calls: list[list[Call]] = field(default_factory=list)
     awaited: set[str] = field(default_factory=set)
 
-    def run(self, progress: OnProgress) -> Report:
+    def run(self, progress: OnProgress) -> CalibrationResult:
         """Run what an earlier run has not."""
         count = len(self.chain.blocks)
         state = None if self.options.state is None else State(Path(self.options.state), self._key())
         done = state.next if state is not None else 0
-        self.report.resumed = min(done, count)
+        self.result.resumed = min(done, count)
         if done > count:
-            return self.report
+            return self.result
         before = [] if state is not None and state.started else self.order.before
         to_come = [*before, *self._inside(range(done, count)), *self.order.after]
         self.awaited = {linear.weight_name for linear in to_come if linear.own}
         states = self._enter(state)
-        for number in range(self.report.resumed, count):
+        for number in range(self.result.resumed, count):
             states = self._block(number, states, state)
             progress(number + 1, count + 1)
         self._finish(states)
         if state is not None:
             state.advance(count + 1)
         progress(count + 1, count + 1)
-        return self.report
+        return self.result
 
     def _enter(self, state: State | None) -> HiddenStates:
         """Record what the blocks are given, and give the hidden states that enter the next one."""
@@ -111,7 +111,7 @@ class ChainRun:
             first, calls = self.chain.record(tokens)
             self.calls.append([interner.call(call) for call in calls])
             if states is None:
-                path = None if state is None else state.hidden(self.report.resumed)
+                path = None if state is None else state.hidden(self.result.resumed)
                 if resumed and path is not None and not path.exists():
                     raise UsageError(f"{path} is missing; remove {path.parent} to start anew")
                 states = HiddenStates(self._shapes(), first.shape[-1], first.dtype, path)
@@ -147,7 +147,7 @@ class ChainRun:
     def _finish(self, states: HiddenStates) -> None:
         """Gather and hand out the moments of what comes after the blocks."""
         after = self.order.after
-        self.report.uncalled += [one.name for one in self.order.outer if one not in (*self.order.before, *after)]
+        self.result.uncalled += [one.name for one in self.order.outer if one not in (*self.order.before, *after)]
         if not after:
             return
         with Gatherer(after, double=self.options.double, stop_at=after[-1].name) as gatherer:
@@ -157,8 +157,8 @@ class ChainRun:
 
     def _hand_out(self, gatherer: Gatherer) -> bool:
         """Call back for every module; tell whether a weight was replaced."""
-        self.report.uncalled += gatherer.uncalled
-        self.report.modules += gatherer.called
+        self.result.uncalled += gatherer.uncalled
+        self.result.modules += gatherer.called
         replaced = hand_out(gatherer, self.on_module)
         self.awaited -= {linear.weight_name for linear in gatherer.linears.values()}
         return replaced

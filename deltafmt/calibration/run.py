@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from deltafmt.calibration.blockwise import Chain, UnchainedError, without_cache
-from deltafmt.calibration.callbacks import OnModule, OnProgress, OnStage, Report
+from deltafmt.calibration.callbacks import CalibrationResult, OnModule, OnProgress, OnStage
 from deltafmt.calibration.chain_run import CallOrder, ChainRun
-from deltafmt.calibration.load import load_model, model_key
+from deltafmt.calibration.load_model import load_model, model_key
 from deltafmt.calibration.modules import Linear, find_blocks, linear_modules
-from deltafmt.calibration.options import Options
+from deltafmt.calibration.run_options import RunOptions
 from deltafmt.calibration.text import read_documents
 from deltafmt.calibration.tokens import LENGTH, TOKENS, Tokens, batches, cut, load_encoder
 from deltafmt.calibration.whole import run_whole
@@ -37,10 +37,10 @@ def calibrate_folder(
     tokens: int = TOKENS,
     length: int = LENGTH,
     dtype: torch.dtype | None = None,
-    options: Options | None = None,
+    options: RunOptions | None = None,
     on_progress: OnProgress | None = None,
     on_stage: OnStage | None = None,
-) -> Report:
+) -> CalibrationResult:
     """Load a fine-tune with transformers and calibrate it with a text.
 
     Args:
@@ -61,7 +61,7 @@ def calibrate_folder(
         StorageError: a file cannot be read or written.
         InvalidFileError: the text is not what its name says.
     """
-    options = options or Options()
+    options = options or RunOptions()
     documents = read_documents(Path(text))
     model = load_model(Path(folder), dtype or (torch.float32 if options.where().type == "cpu" else None))
     encoder = load_encoder(Path(tokenizer or folder), model.config)
@@ -76,10 +76,10 @@ def calibrate(
     sequences: Sequence[Tokens],
     on_module: OnModule,
     *,
-    options: Options | None = None,
+    options: RunOptions | None = None,
     on_progress: OnProgress | None = None,
     on_stage: OnStage | None = None,
-) -> Report:
+) -> CalibrationResult:
     """Gather the moments of every linear module that the sequences reach.
 
     ``on_module(name, weight_name, moments)`` is called once for each, in the order in which the model calls them. The
@@ -103,7 +103,7 @@ def calibrate(
         NonFiniteError: activations are not finite; names the module.
         StorageError: the state cannot be written.
     """
-    options = options or Options()
+    options = options or RunOptions()
     linears = linear_modules(model)
     count = sum(sequence.size for sequence in sequences)
     _check(model, linears, sequences, count, options.minimum)
@@ -117,15 +117,15 @@ def calibrate(
             with contextlib.suppress(UnchainedError), order:
                 chain.trace(parts[-1][:1])
             if len(chain.extras) == len(blocks):
-                report = Report(count, len(blocks))
-                run = ChainRun(chain, name, linears, parts, on_module, options, report, order, on_stage)
+                result = CalibrationResult(count, len(blocks))
+                run = ChainRun(chain, name, linears, parts, on_module, options, result, order, on_stage)
                 return run.run(progress)
         if on_stage is not None:
             raise UsageError(
                 f"{type(model).__name__} is not run block by block, so no block can see those before it as they are "
                 "stored: sequential calibration is not for it"
             )
-        return run_whole(model, linears, parts, on_module, options, Report(count, 0), progress)
+        return run_whole(model, linears, parts, on_module, options, CalibrationResult(count, 0), progress)
 
 
 def _check(

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltafmt.calibration.blockwise import placed, run_model
-from deltafmt.calibration.callbacks import OnModule, OnProgress, Report
-from deltafmt.calibration.gather import Gatherer, hand_out
+from deltafmt.calibration.callbacks import CalibrationResult, OnModule, OnProgress
+from deltafmt.calibration.gatherer import Gatherer, hand_out
 from deltafmt.calibration.modules import Linear
-from deltafmt.calibration.options import Options
+from deltafmt.calibration.run_options import RunOptions
 from deltafmt.calibration.tokens import Tokens
 
 # Bytes of moments that are added up at a time.
@@ -21,10 +21,10 @@ def run_whole(
     linears: dict[str, Linear],
     batches: Sequence[Tokens],
     on_module: OnModule,
-    options: Options,
-    report: Report,
+    options: RunOptions,
+    result: CalibrationResult,
     progress: OnProgress,
-) -> Report:
+) -> CalibrationResult:
     """Run the model over all batches once for as many modules as the budget allows, in the order of their calls.
 
     Modules of one pass are handed out together: all see the model as the passes before left it.
@@ -33,16 +33,16 @@ def run_whole(
     with placed(model, device):
         with Gatherer(linears.values()) as gatherer:
             run_model(model, batches[-1][:1], device)
-        report.uncalled = gatherer.uncalled
+        result.uncalled = gatherer.uncalled
         groups = _groups([linears[name] for name in gatherer.called], 8 if options.double else 4)
         for done, group in enumerate(groups, 1):
             with Gatherer(group, double=options.double) as gatherer:
                 for tokens in batches:
                     run_model(model, tokens, device)
-            report.modules += gatherer.called
+            result.modules += gatherer.called
             hand_out(gatherer, on_module)
             progress(done, len(groups))
-    return report
+    return result
 
 
 def _groups(linears: Sequence[Linear], itemsize: int) -> list[list[Linear]]:

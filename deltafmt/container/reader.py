@@ -114,7 +114,7 @@ class Container:
             parts = name.split("/")
             if any("/".join(parts[:depth]) in self.attachments for depth in range(1, len(parts))):
                 fail(f'attachments["{name}"]', "another attachment stands in the place of its folder")
-            self._check_ref(attachment.data, f'attachments["{name}"]', c.KIND_ATTACHMENTS)
+            self._check_ref(attachment.data, f'attachments["{name}"]', c.SECTION_KIND_ATTACHMENTS)
 
     def _parse_sections(self, rows: Any, max_raw_bytes: int) -> tuple[Section, ...]:
         if type(rows) is not list:
@@ -127,7 +127,7 @@ class Container:
                 fail(f"sections[{number}].offset", f"{section.offset} where {position} is next")
             if section.offset + section.length > self.index_offset:
                 fail(f"sections[{number}].length", f"{section.length} bytes run into the index")
-            if self.profile == "hot" and section.kind == c.KIND_TENSORS and section.codec != c.CODEC_STORED:
+            if self.profile == "hot" and section.kind == c.SECTION_KIND_TENSORS and section.codec != c.CODEC_STORED:
                 fail(f"sections[{number}].codec", "a hot file stores its tensors as they are")
             raw_bytes += section.raw_length
             if raw_bytes > max_raw_bytes:
@@ -187,7 +187,7 @@ class Container:
         for buffer, ref in refs:
             if ref.section != refs[0][1].section:
                 fail(where, "the buffers lie in several sections")
-            self._check_ref(ref, (where, ".", buffer), c.KIND_TENSORS)
+            self._check_ref(ref, (where, ".", buffer), c.SECTION_KIND_TENSORS)
         if entry.target is not None:
             target = self._decode_entry(entry.target) if entry.target in self._tensors else None
             if type(target) is not dict or target.get("action") == "alias":

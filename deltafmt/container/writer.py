@@ -98,13 +98,13 @@ class ContainerWriter:
         """Return the number of a layout in the file's table, adding it when it is new."""
         return self._layouts.setdefault(layout, len(self._layouts))
 
-    def add(self, pieces: Bytes | Iterable[Bytes], kind: int = c.KIND_TENSORS) -> BufferRef:
+    def add(self, pieces: Bytes | Iterable[Bytes], kind: int = c.SECTION_KIND_TENSORS) -> BufferRef:
         """Write one buffer, given whole or in pieces, and return where it lies."""
         if self._open is not None and self._open.kind != kind:
             self._close_section()
         parts = [pieces] if isinstance(pieces, bytes | bytearray | memoryview) else pieces
         if self._open is None:
-            stored = kind == c.KIND_TENSORS and self.profile == "hot"
+            stored = kind == c.SECTION_KIND_TENSORS and self.profile == "hot"
             self._open = _OpenSection(kind, c.CODEC_STORED if stored else c.CODEC_ZSTD, self._position)
         section = self._open
         self._raw(bytes(-section.raw_length % c.BUFFER_ALIGNMENT))
@@ -115,7 +115,7 @@ class ContainerWriter:
 
     def attach(self, data: bytes) -> Attachment:
         """Write the bytes of an attached file, and return its row of the index."""
-        return Attachment(self.add(data, c.KIND_ATTACHMENTS), blake3(data).digest())
+        return Attachment(self.add(data, c.SECTION_KIND_ATTACHMENTS), blake3(data).digest())
 
     def boundary(self) -> bool:
         """Mark the end of a tensor; close the section if it is large enough, and tell whether it was closed."""

@@ -30,7 +30,7 @@ class Section:
     """One section of the file: a run of stored bytes that starts on a 4096-byte boundary.
 
     Attributes:
-        kind: ``KIND_TENSORS`` or ``KIND_ATTACHMENTS``.
+        kind: ``SECTION_KIND_TENSORS`` or ``SECTION_KIND_ATTACHMENTS``.
         codec: ``CODEC_STORED`` or ``CODEC_ZSTD``.
         offset: where it starts in the file.
         length: stored bytes.
@@ -54,7 +54,7 @@ class Section:
         check_bytes(checksum, (where, ".checksum"), CHECKSUM_BYTES)
         if type(codec) is not int or codec not in c.CODECS:
             fail((where, ".codec"), f"unknown codec {codec!r}")
-        if type(kind) is not int or kind not in c.KINDS:
+        if type(kind) is not int or kind not in c.SECTION_KINDS:
             fail((where, ".kind"), f"unknown section kind {kind!r}")
         check_uint(length, (where, ".length"))
         check_uint(offset, (where, ".offset"))

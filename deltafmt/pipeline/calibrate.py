@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from deltafmt._version import __version__
 from deltafmt.calibration.callbacks import Moments, OnStage
-from deltafmt.calibration.store import MomentStore
+from deltafmt.calibration.moment_store import MomentStore
 from deltafmt.calibration.tokens import LENGTH, TOKENS
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container import canonical
@@ -184,7 +184,7 @@ class MomentFolder:
         if self._read_done():
             return
         try:
-            from deltafmt.calibration import options, run  # noqa: PLC0415  # torch is optional and slow to import
+            from deltafmt.calibration import run, run_options  # noqa: PLC0415  # torch is optional and slow to import
         except ImportError as error:
             raise UsageError("calibration needs torch, which is not installed (extra: transformers)") from error
 
@@ -201,7 +201,7 @@ class MomentFolder:
             tokenizer=calibration.tokenizer,
             tokens=calibration.tokens,
             length=calibration.length,
-            options=options.Options(calibration.device, state=self.path / "state"),
+            options=run_options.RunOptions(calibration.device, state=self.path / "state"),
             on_progress=progress,
             on_stage=on_stage,
         )

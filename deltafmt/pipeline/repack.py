@@ -57,7 +57,7 @@ def repack(
             entries = sorted(container.entries(), key=lambda entry: natural_key(entry.name))
             moved = [_move(opened, writer, entry) for entry in entries]
             attachments = {
-                name: Attachment(writer.add(container.buffer(old.data), c.KIND_ATTACHMENTS), old.digest)
+                name: Attachment(writer.add(container.buffer(old.data), c.SECTION_KIND_ATTACHMENTS), old.digest)
                 for name, old in container.attachments.items()
             }
             identity = writer.finish(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from deltafmt import accel
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
+from deltafmt.checkpoint.folder_writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
 from deltafmt.errors import UsageError
 from deltafmt.index.entries import BaseRef, TensorEntry

@@ -22,14 +22,14 @@ from torch.utils.hooks import RemovableHandle
 from deltafmt.errors import UsageError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.runtime.base_check import BaseCheck
-from deltafmt.runtime.delta_store import DeltaStore, read_source
+from deltafmt.runtime.binding import Binding, Rename, Role, bind, weight_shape
+from deltafmt.runtime.delta_store import DeltaStore, read_attached
 from deltafmt.runtime.device_delta import DeviceDelta
-from deltafmt.runtime.inputs import batch_of, device_of, models_in
 from deltafmt.runtime.merge import Merge
-from deltafmt.runtime.places import Kind, Placement, Rename, place, weight_shape
+from deltafmt.runtime.model_batch import batch_of, device_of, models_in
 from deltafmt.runtime.residency import Residency
 from deltafmt.runtime.selection import BASE, Selection
-from deltafmt.runtime.slots import Slots
+from deltafmt.runtime.served_modules import ServedModules
 
 Names = str | None | Sequence[str | None]
 
@@ -81,11 +81,11 @@ class Deltas:
         self._ignore = tuple(ignore)
         self._rename = rename
         self._check = BaseCheck(type(model).__name__)
-        self._slots = Slots(self._device, self._active, fuse=fuse)
-        self._store = DeltaStore(self._device, self._slots.release)
+        self._served = ServedModules(self._device, self._active, fuse=fuse)
+        self._store = DeltaStore(self._device, self._served.release)
         self.residency: Residency[DeviceDelta, DeviceDelta] = Residency(self._store, budget, host_budget)
         self._lock = threading.RLock()
-        self._placements: dict[str, Placement] = {}
+        self._bindings: dict[str, Binding] = {}
         self._open = 0
         self._merge: Merge | None = None
         self._merged: str | None = None
@@ -96,7 +96,7 @@ class Deltas:
     @property
     def names(self) -> list[str]:
         """The names of the deltas, in the order in which they were added."""
-        return list(self._placements)
+        return list(self._bindings)
 
     @property
     def merged(self) -> str | None:
@@ -120,29 +120,29 @@ class Deltas:
         if not name or name == BASE_NAME:
             raise UsageError(f'a delta cannot have the name "{name}"')
         self._refuse_merged("another is added")
-        source = read_source(os.fspath(path))
-        placement = place(self._model, source.entries, source.removed, self._ignore, self._rename)
-        self._check_growth(source.entries, placement)
+        source = read_attached(os.fspath(path))
+        binding = bind(self._model, source.entries, source.removed, self._ignore, self._rename)
+        self._check_growth(source.entries, binding)
         unchecked = []
         if self._verify_base:
-            taken = {tensor for taker in placement.takers for tensor in taker.tensors.values()}
+            taken = {tensor for bound in binding.modules for tensor in bound.tensors.values()}
             entries = {tensor: entry for tensor, entry in source.entries.items() if tensor in taken}
-            unchecked = self._check.check(entries, placement.parameters)
-        needed = _changed(source.entries, placement)
+            unchecked = self._check.check(entries, binding.parameters)
+        needed = _changed(source.entries, binding)
         with self._lock:
-            if name in self._placements:
+            if name in self._bindings:
                 raise UsageError(f'there is a delta "{name}" already')
-            self._store.sources[name] = replace(source, needed=needed)
+            self._store.files[name] = replace(source, needed=needed)
             try:
                 self.residency.add(name)
             except UsageError:
-                del self._store.sources[name]
+                del self._store.files[name]
                 raise
-            self._placements[name] = placement
+            self._bindings[name] = binding
             self.unchecked[name] = unchecked
-            self.ignored[name] = placement.ignored
-            self._slots.prepare(
-                taker for taker in placement.takers if not set(needed).isdisjoint(taker.tensors.values())
+            self.ignored[name] = binding.ignored
+            self._served.prepare(
+                bound for bound in binding.modules if not set(needed).isdisjoint(bound.tensors.values())
             )
 
     def remove(self, name: str) -> None:
@@ -153,7 +153,7 @@ class Deltas:
         """
         self.residency.remove(name)
         with self._lock:
-            for held in (self._placements, self.unchecked, self.ignored, self._store.sources):
+            for held in (self._bindings, self.unchecked, self.ignored, self._store.files):
                 held.pop(name)
 
     def prefetch(self, name: str) -> bool:
@@ -170,7 +170,7 @@ class Deltas:
         After a forward, a name here that the model should have used means that it reads the module's weight by another
         way than calling it, where no delta can be added.
         """
-        return self._slots.unused()
+        return self._served.unused()
 
     @contextlib.contextmanager
     def use(self, names: Names, *, wait: float = 0) -> Iterator[None]:
@@ -197,11 +197,11 @@ class Deltas:
             wanted = [name for name in rows if name is not None]
             with self.residency.acquire(wanted, wait) as lease, torch.no_grad():
                 slots = {
-                    name: self._slots.assign(name, value, self._placements[name].takers)
+                    name: self._served.assign(name, value, self._bindings[name].modules)
                     for name, value in lease.values.items()
                 }
                 row_slots = [BASE if name is None else slots[name] for name in rows]
-                selection = Selection(row_slots, self._slots.count, self._device)
+                selection = Selection(row_slots, self._served.count, self._device)
                 token = _active.set({**_active.get(), id(self): selection})
                 try:
                     yield
@@ -227,7 +227,7 @@ class Deltas:
         lease = None
         try:
             lease = self.residency.acquire([name])
-            self._merge = Merge(name, lease, self._placements[name])
+            self._merge = Merge(name, lease, self._bindings[name])
             self._merge.apply()
         except BaseException:
             self._merge = self._merged = None
@@ -258,7 +258,7 @@ class Deltas:
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
-            self._slots.close()
+            self._served.close()
         self.residency.close()
 
     def _refuse_merged(self, what: str) -> None:
@@ -269,13 +269,13 @@ class Deltas:
         if self._open:
             raise UsageError(f"cannot {what} while deltas are in use")
 
-    def _check_growth(self, entries: Mapping[str, TensorEntry], placement: Placement) -> None:
+    def _check_growth(self, entries: Mapping[str, TensorEntry], binding: Binding) -> None:
         """Refuse a weight of other rows than the base's, except where they are a vocabulary."""
         head = getattr(self._model, "get_output_embeddings", lambda: None)()
-        for taker in placement.takers:
-            shape = weight_shape(taker.module, taker.kind)
-            name = taker.tensors.get("weight")
-            if shape is None or name is None or taker.kind is Kind.EMBEDDING or taker.module is head:
+        for bound in binding.modules:
+            shape = weight_shape(bound.module, bound.role)
+            name = bound.tensors.get("weight")
+            if shape is None or name is None or bound.role is Role.EMBEDDING or bound.module is head:
                 continue
             if entries[name].shape != shape:
                 found = f"{list(entries[name].shape)} where {type(self._model).__name__} has {list(shape)}"
@@ -291,6 +291,6 @@ class Deltas:
             selection.enter(*batch, type(module).__name__)
 
 
-def _changed(entries: Mapping[str, TensorEntry], placement: Placement) -> tuple[str, ...]:
-    taken = {tensor: None for taker in placement.takers for tensor in taker.tensors.values()}
+def _changed(entries: Mapping[str, TensorEntry], binding: Binding) -> tuple[str, ...]:
+    taken = {tensor: None for bound in binding.modules for tensor in bound.tensors.values()}
     return tuple(name for name in taken if entries[name].action != "same")

@@ -19,7 +19,7 @@ from deltafmt.runtime.upload import load
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class AttachedFile:
     """A delta file as it was when it was attached.
 
     Attributes:
@@ -39,7 +39,7 @@ class Source:
     needed: tuple[str, ...] = ()
 
 
-def read_source(path: str) -> Source:
+def read_attached(path: str) -> AttachedFile:
     """Read the index of a delta file.
 
     Raises:
@@ -47,7 +47,7 @@ def read_source(path: str) -> Source:
     """
     with DeltaFile(path) as delta:
         entries = {name: delta.resolve(name) for name in delta}
-        return Source(path, delta.content_id, delta, entries, tuple(delta.container.removed))
+        return AttachedFile(path, delta.content_id, delta, entries, tuple(delta.container.removed))
 
 
 def device_bytes(entries: Iterable[TensorEntry]) -> int:
@@ -71,14 +71,14 @@ class DeltaStore:
     """
 
     def __init__(self, device: torch.device, evicted: Callable[[str], None]) -> None:
-        self.sources: dict[str, Source] = {}
+        self.files: dict[str, AttachedFile] = {}
         self.evicted = evicted
         self._device = device
 
     def nbytes(self, name: str) -> int:
         """Return the bytes that a delta takes on the device."""
-        source = self.sources[name]
-        return device_bytes(source.entries[tensor] for tensor in source.needed)
+        file = self.files[name]
+        return device_bytes(file.entries[tensor] for tensor in file.needed)
 
     def load(self, name: str, cancel: threading.Event) -> DeviceDelta:
         """Bring a delta from its file to the device.
@@ -86,23 +86,23 @@ class DeltaStore:
         Raises:
             StorageError: the file is missing, or another than the one that was attached.
         """
-        source = self.sources[name]
+        file = self.files[name]
         try:
-            delta = load(source.path, self._device, tensors=source.needed or None, cancel=cancel, known=source.opened)
+            delta = load(file.path, self._device, tensors=file.needed or None, cancel=cancel, known=file.opened)
         except UsageError:
             # A tensor may be missing because the file is another one.
-            self._check_unchanged(name, read_source(source.path).content_id)
+            self._check_unchanged(name, read_attached(file.path).content_id)
             raise
         self._check_unchanged(name, delta.content_id)
         self._settle()
         return delta
 
     def _check_unchanged(self, name: str, content_id: str) -> None:
-        source = self.sources[name]
-        if content_id != source.content_id:
+        file = self.files[name]
+        if content_id != file.content_id:
             raise StorageError(
-                f'{source.path} changed since it was attached as "{name}": '
-                f"content id {content_id[:16]}, not {source.content_id[:16]}"
+                f'{file.path} changed since it was attached as "{name}": '
+                f"content id {content_id[:16]}, not {file.content_id[:16]}"
             )
 
     def to_host(self, name: str, value: DeviceDelta) -> DeviceDelta:  # noqa: ARG002 - the store's signature

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Self
 
 from deltafmt.errors import UsageError
-from deltafmt.runtime.store import Fence, H, V
+from deltafmt.runtime.store_protocol import Fence, H, V
 
 
 class NoRoomError(UsageError):

@@ -13,10 +13,10 @@ import torch
 
 from deltafmt.delta import row_ranges
 from deltafmt.errors import UsageError
+from deltafmt.runtime.binding import Binding
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
 from deltafmt.runtime.device_views import TORCH_DTYPES
 from deltafmt.runtime.leases import Lease
-from deltafmt.runtime.places import Placement
 from deltafmt.runtime.values import added, dense_delta, new_values, version_of
 
 _CHUNK_ELEMENTS = 1 << 26  # decoded at a time, in float32
@@ -30,13 +30,13 @@ class Merge:
     Args:
         name: of the delta.
         lease: keeps the delta on the device; released by :meth:`undo`.
-        placement: which parameter each tensor changes.
+        binding: which parameter each tensor changes.
 
     Raises:
         UsageError: a tensor cannot be merged.
     """
 
-    def __init__(self, name: str, lease: Lease[DeviceDelta], placement: Placement) -> None:
+    def __init__(self, name: str, lease: Lease[DeviceDelta], binding: Binding) -> None:
         self.name = name
         self._lease = lease
         self._changes: list[_Change] = []
@@ -45,7 +45,7 @@ class Merge:
         for tensor_name, tensor in lease.values[name].items():
             if tensor.entry.action == "same":
                 continue
-            parameter = placement.parameters.get(tensor_name)
+            parameter = binding.parameters.get(tensor_name)
             check_mergeable(tensor_name, tensor, parameter)
             assert parameter is not None
             owner, payload = owners.setdefault(id(parameter), (tensor_name, tensor.entry.name))

@@ -12,11 +12,11 @@ import torch
 from deltafmt.errors import UsageError
 from deltafmt.format.constants import ZSTD_CHUNK
 
-MIN_SLOTS = 4
+MIN_BUFFERS = 4
 MAX_THREADS = 64
 
 
-class Slot:
+class PinnedBuffer:
     """One buffer of a ring.
 
     Attributes:
@@ -57,21 +57,21 @@ class Ring:
     Args:
         device: that the copies go to; only copies to a GPU need pinned memory.
         nbytes: of all buffers together, at least 1 MiB.
-        slot_bytes: of each, unless that would make them fewer than four.
+        buffer_bytes: of each, unless that would make them fewer than four.
     """
 
-    def __init__(self, device: torch.device, nbytes: int, slot_bytes: int) -> None:
+    def __init__(self, device: torch.device, nbytes: int, buffer_bytes: int) -> None:
         self.device = device
         self.nbytes = nbytes
-        self.slot_bytes = fitting(nbytes, slot_bytes)
+        self.buffer_bytes = fitting(nbytes, buffer_bytes)
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-        starts = range(0, nbytes - self.slot_bytes + 1, self.slot_bytes)
-        self.slots = [Slot(self.memory[start : start + self.slot_bytes]) for start in starts]
+        starts = range(0, nbytes - self.buffer_bytes + 1, self.buffer_bytes)
+        self.buffers = [PinnedBuffer(self.memory[start : start + self.buffer_bytes]) for start in starts]
 
 
-def fitting(nbytes: int, slot_bytes: int) -> int:
+def fitting(nbytes: int, buffer_bytes: int) -> int:
     """Return the size of each of at least four buffers, whole chunks of a compressed section."""
-    return min(slot_bytes, nbytes // MIN_SLOTS // ZSTD_CHUNK * ZSTD_CHUNK)
+    return min(buffer_bytes, nbytes // MIN_BUFFERS // ZSTD_CHUNK * ZSTD_CHUNK)
 
 
 class _Cache:
@@ -94,19 +94,19 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def take_ring(device: torch.device, nbytes: int, slot_bytes: int) -> Ring:
+def take_ring(device: torch.device, nbytes: int, buffer_bytes: int) -> Ring:
     """Return the idle ring of a device, or a new one; each load that runs holds its own.
 
     Raises:
         UsageError: fewer bytes than four buffers need.
     """
-    if nbytes < MIN_SLOTS * ZSTD_CHUNK:
-        raise UsageError(f"pinned_bytes {nbytes} is below {MIN_SLOTS * ZSTD_CHUNK}")
+    if nbytes < MIN_BUFFERS * ZSTD_CHUNK:
+        raise UsageError(f"pinned_bytes {nbytes} is below {MIN_BUFFERS * ZSTD_CHUNK}")
     with _cache.lock:
         ring = _cache.rings.pop(device, None)
-    if ring is not None and (ring.nbytes, ring.slot_bytes) == (nbytes, fitting(nbytes, slot_bytes)):
+    if ring is not None and (ring.nbytes, ring.buffer_bytes) == (nbytes, fitting(nbytes, buffer_bytes)):
         return ring
-    return Ring(device, nbytes, slot_bytes)
+    return Ring(device, nbytes, buffer_bytes)
 
 
 def give_ring(ring: Ring) -> None:
@@ -135,6 +135,6 @@ def free_buffers() -> int:
     if threads is not None:
         threads.shutdown(wait=True)
     for ring in rings:
-        for slot in ring.slots:
-            slot.wait()
+        for buffer in ring.buffers:
+            buffer.wait()
     return sum(ring.nbytes for ring in rings)

@@ -19,7 +19,7 @@ import xxhash
 from deltafmt.container.reader import Container
 from deltafmt.errors import CancelledError
 from deltafmt.format.constants import ZSTD_CHUNK
-from deltafmt.runtime.pinned import Ring, Slot, start_threads
+from deltafmt.runtime.pinned import PinnedBuffer, Ring, start_threads
 from deltafmt.runtime.upload_pieces import Piece, Share
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ class _Digest:
         self.hasher = xxhash.xxh3_128()
         self.next = 0
         self.busy = False
-        self.waiting: dict[int, tuple[Share, Slot]] = {}
+        self.waiting: dict[int, tuple[Share, PinnedBuffer]] = {}
 
-    def take(self, done: Share | None = None) -> tuple[Share, Slot] | None:
+    def take(self, done: Share | None = None) -> tuple[Share, PinnedBuffer] | None:
         """Return the part to hash next, if it is there and nobody is at work; ``done``: the one hashed last."""
         with self.lock:
             if done is not None:
@@ -98,9 +98,9 @@ class Upload:
         self._later = later
         self._cancel = cancel
         self._pieces: Iterator[_Move] = zip(pieces, self._targets, strict=True)
-        self._free: SimpleQueue[Slot | None] = SimpleQueue()
-        for slot in ring.slots:
-            self._free.put(slot)
+        self._free: SimpleQueue[PinnedBuffer | None] = SimpleQueue()
+        for buffer in ring.buffers:
+            self._free.put(buffer)
         self._digests = {share.section: _Digest() for p in pieces for share in p.shares if share.parts > 1}
         self._decoders = {piece.shares[0].section: _Decoder() for piece in pieces if piece.compressed}
         for piece in pieces:
@@ -155,14 +155,14 @@ class Upload:
         try:
             if self._stream is not None:
                 torch.cuda.set_stream(self._stream)
-            while (slot := self._free.get()) is not None:
+            while (buffer := self._free.get()) is not None:
                 taken = self._next()
                 if taken is None:
-                    self._free.put(slot)
+                    self._free.put(buffer)
                     return
                 try:
-                    slot.wait()
-                    self._move(*taken, slot)
+                    buffer.wait()
+                    self._move(*taken, buffer)
                 except BaseException as error:  # noqa: BLE001 - before the piece counts as done
                     self._stop(error)
                 self._done()
@@ -185,40 +185,40 @@ class Upload:
             if self._moving == 0:
                 self._changed.notify_all()
 
-    def _move(self, piece: Piece, targets: list[torch.Tensor], slot: Slot) -> None:
-        view = slot.view[: piece.length]
+    def _move(self, piece: Piece, targets: list[torch.Tensor], buffer: PinnedBuffer) -> None:
+        view = buffer.view[: piece.length]
         if piece.compressed:
             self._decode(piece, view)
         else:
             self._container.read_into(piece.offset, view)
         for copy, target in zip(piece.copies, targets, strict=True):
-            target.copy_(slot.tensor.narrow(0, copy.source, copy.length), non_blocking=True)
+            target.copy_(buffer.tensor.narrow(0, copy.source, copy.length), non_blocking=True)
         if self._stream is not None:
-            slot.record(self._stream)
+            buffer.record(self._stream)
         if self._verify and not piece.compressed:
             share = piece.shares[0]
             if share.parts > 1 and share.section not in self._later:
-                self._hash_in_order(share, slot)
+                self._hash_in_order(share, buffer)
                 return
             for share in piece.shares:
                 stop = share.start + share.length
                 if share.section not in self._later:
                     self._container.check_checksum(share.section, xxhash.xxh3_128_digest(view[share.start : stop]))
                 self._container.check_padding(share.section, view[stop : stop + share.padding])
-        self._free.put(slot)
+        self._free.put(buffer)
 
-    def _hash_in_order(self, share: Share, slot: Slot) -> None:
+    def _hash_in_order(self, share: Share, buffer: PinnedBuffer) -> None:
         digest = self._digests[share.section]
         with digest.lock:
-            digest.waiting[share.part] = (share, slot)
+            digest.waiting[share.part] = (share, buffer)
         taken = digest.take()
         while taken is not None:
-            share, slot = taken
-            digest.hasher.update(slot.view[: share.length])
+            share, buffer = taken
+            digest.hasher.update(buffer.view[: share.length])
             if share.part == share.parts - 1:
-                padding = slot.view[share.length : share.length + share.padding]
+                padding = buffer.view[share.length : share.length + share.padding]
                 self._container.check_section(share.section, digest.hasher.digest(), padding)
-            self._free.put(slot)
+            self._free.put(buffer)
             taken = digest.take(share)
 
     def _decode(self, piece: Piece, view: memoryview) -> None:

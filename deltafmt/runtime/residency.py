@@ -18,7 +18,7 @@ from typing import Generic
 
 from deltafmt.errors import UsageError
 from deltafmt.runtime.leases import Item, Lease, NoRoomError, Victim, listed
-from deltafmt.runtime.store import Fence, H, Store, V
+from deltafmt.runtime.store_protocol import Fence, H, Store, V
 
 
 class Residency(Generic[V, H]):

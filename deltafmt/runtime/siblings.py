@@ -29,7 +29,7 @@ Active = Callable[[], Selection | None]
 
 
 @dataclass(slots=True, eq=False)
-class Run:
+class SharedInput:
     """Modules that were called one after the other with the same tensor."""
 
     given: weakref.ref[torch.Tensor] | None = None

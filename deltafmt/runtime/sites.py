@@ -17,8 +17,8 @@ from deltafmt.errors import UsageError
 from deltafmt.kernels.dense_delta import operand_delta
 from deltafmt.kernels.products import matmul_
 from deltafmt.kernels.table import OperandTable
+from deltafmt.runtime.binding import bias_of
 from deltafmt.runtime.device_delta import DeviceTensor
-from deltafmt.runtime.places import bias_of
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.values import new_values
 
@@ -69,7 +69,7 @@ class Site(ABC):
     def _clear(self, slot: int) -> None: ...
 
 
-class Table:
+class GrowingTable:
     """An operand table of one part that can grow."""
 
     def __init__(self, rows: int, columns: int, device: torch.device) -> None:
@@ -107,7 +107,7 @@ class WeightSite(Site):
     def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
         super().__init__(name, module, device)
         self.rows = rows
-        self.table = Table(rows, columns, device)
+        self.table = GrowingTable(rows, columns, device)
         self._weights: dict[int, torch.Tensor] = {}
         self._new_rows: dict[int, torch.Tensor] = {}
 

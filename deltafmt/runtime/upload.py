@@ -39,10 +39,10 @@ from deltafmt.runtime.upload_plan import Placement
 PINNED_BYTES = 64 * 1024 * 1024
 # Without the interpreter's lock (measured on 16 cores): 12 threads read and copy 1.3 times what 8 do, 16 no more. Two
 # buffers a thread, one to read into while the other is copied; larger ones leave the processor's cache.
-SLOT_BYTES = 2 * 1024 * 1024
+BUFFER_BYTES = 2 * 1024 * 1024
 DEFAULT_THREADS = 12
 # Where every piece hands the lock over some times, larger pieces take two thirds of the time of those of 2 MiB.
-LOCKED_SLOT_BYTES = 8 * 1024 * 1024
+LOCKED_BUFFER_BYTES = 8 * 1024 * 1024
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -168,7 +168,7 @@ def _fill(
     lane = None if device.type == "cpu" else stream or _upload_stream(device)
     later = _checked_there(container, placement) if verify and has_checksums(device) else {}
     unlocked = lane is not None and can_unlock(device) and takes(container, placement.sections, later, verify=verify)
-    ring = take_ring(device, pinned_bytes, SLOT_BYTES if unlocked else LOCKED_SLOT_BYTES)
+    ring = take_ring(device, pinned_bytes, BUFFER_BYTES if unlocked else LOCKED_BUFFER_BYTES)
     try:
         # Tensors made in inference mode could not be written to by the threads, which are not in it. On its stream the
         # allocation need not wait for what the caller has given to another.
@@ -177,7 +177,7 @@ def _fill(
                 torch.empty(align(nbytes, BUFFER_ALIGNMENT), dtype=torch.uint8, device=device)
                 for nbytes in (placement.nbytes, placement.scratch_bytes)
             )
-            pieces = cut(container.sections, placement, ring.slot_bytes)
+            pieces = cut(container.sections, placement, ring.buffer_bytes)
             upload: Upload | UnlockedUpload
             if unlocked and lane is not None:
                 upload = UnlockedUpload(container, pieces, ring, memory, scratch, lane, verify=verify, cancel=cancel)

@@ -87,7 +87,7 @@ class Placement:
         """Place all sections of tensors, each as a whole."""
         before: Section | None = None
         for number, section in enumerate(sections):
-            if section.kind != c.KIND_TENSORS:
+            if section.kind != c.SECTION_KIND_TENSORS:
                 continue
             gap = 0
             if before is not None and c.CODEC_ZSTD not in (before.codec, section.codec):

@@ -13,7 +13,7 @@ BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class RunOptions:
     """Device, batches and state.
 
     Attributes:

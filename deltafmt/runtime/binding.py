@@ -24,7 +24,7 @@ _NEVER_CALLED = ("NonDynamicallyQuantizableLinear",)
 _OLD_NAMES = {"gamma": "weight", "beta": "bias"}
 
 
-class Kind(Enum):
+class Role(Enum):
     """How a module uses its parameters."""
 
     LINEAR = "linear"
@@ -34,60 +34,60 @@ class Kind(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Taker:
+class BoundModule:
     """A module that takes tensors of a delta: the tensor's name by the parameter's."""
 
     name: str
     module: nn.Module
-    kind: Kind
+    role: Role
     tensors: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Placement:
+class Binding:
     """Where the tensors of one delta go.
 
     Attributes:
-        takers: modules that take at least one tensor, the unchanged included.
+        modules: modules that take at least one tensor, the unchanged included.
         parameters: the parameter that each placed tensor changes, by the tensor's name; a tensor whose base weight a
             quantized module holds in a form of its own is missing here.
         ignored: changed tensors that were left out because a pattern said so.
     """
 
-    takers: list[Taker]
+    modules: list[BoundModule]
     parameters: dict[str, torch.Tensor]
     ignored: list[str]
 
 
-def kind_of(module: nn.Module) -> Kind:
+def role_of(module: nn.Module) -> Role:
     """Return how a module uses its parameters, told by the attributes that quantized modules have as well."""
     if isinstance(getattr(module, "nf", None), int) and type(module).__name__ == "Conv1D":
-        return Kind.TRANSPOSED
+        return Role.TRANSPOSED
     if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
-        return Kind.LINEAR
+        return Role.LINEAR
     if isinstance(getattr(module, "num_embeddings", None), int):
-        return Kind.EMBEDDING
-    return Kind.OTHER
+        return Role.EMBEDDING
+    return Role.OTHER
 
 
-def weight_shape(module: nn.Module, kind: Kind) -> tuple[int, int] | None:
+def weight_shape(module: nn.Module, role: Role) -> tuple[int, int] | None:
     """Return rows and columns of a linear or embedding weight as a file has it."""
-    if kind is Kind.TRANSPOSED:
+    if role is Role.TRANSPOSED:
         return int(module.nx), int(module.nf)  # type: ignore[arg-type]
-    if kind is Kind.LINEAR:
+    if role is Role.LINEAR:
         return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-    if kind is Kind.EMBEDDING:
+    if role is Role.EMBEDDING:
         return int(module.num_embeddings), int(module.embedding_dim)  # type: ignore[arg-type]
     return None
 
 
-def place(
+def bind(
     model: nn.Module,
     entries: Mapping[str, TensorEntry],
     removed: Sequence[str] = (),
     ignore: Sequence[str] = (),
     rename: Rename | None = None,
-) -> Placement:
+) -> Binding:
     """Find the modules that take the tensors of a delta.
 
     Args:
@@ -103,7 +103,7 @@ def place(
         WrongBaseError: a module has another shape than the base of its tensor, or tied tensors differ.
     """
     finder = _Finder(model, rename)
-    takers: dict[int, Taker] = {}
+    modules: dict[int, BoundModule] = {}
     parameters: dict[str, torch.Tensor] = {}
     ignored = []
     found: dict[str, tuple[str, str]] = {}
@@ -131,13 +131,13 @@ def place(
         parameter = finder.parameter(path, attribute)
         if parameter is not None:
             parameters[name] = parameter
-        for taker, key in finder.serving(shared, name, entries[name]):
-            known = takers.setdefault(id(taker.module), taker)
+        for bound, key in finder.serving(shared, name, entries[name]):
+            known = modules.setdefault(id(bound.module), bound)
             known.tensors[key] = name
             _check_shape(model, known, key, name, entries[name])
     for name in parameters:
         _check_tie(name, entries[name], parameters)
-    return Placement(list(takers.values()), parameters, ignored)
+    return Binding(list(modules.values()), parameters, ignored)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -190,8 +190,8 @@ class _Finder:
             return True
         # A quantized module keeps its weight in a form of its own.
         if key == "weight":
-            return kind_of(module) in (Kind.LINEAR, Kind.EMBEDDING)
-        return key == "bias" and kind_of(module) is Kind.LINEAR and bias_of(module) is not None
+            return role_of(module) in (Role.LINEAR, Role.EMBEDDING)
+        return key == "bias" and role_of(module) is Role.LINEAR and bias_of(module) is not None
 
     def parameter(self, path: str, key: str) -> torch.Tensor | None:
         """Return the parameter, unless the module keeps it in another form."""
@@ -206,26 +206,28 @@ class _Finder:
         """Return all places of the parameters at some places."""
         return {other for spot in spots for other in (spot, *self.shared(*spot))}
 
-    def serving(self, spots: Iterable[tuple[str, str]], name: str, entry: TensorEntry) -> Iterator[tuple[Taker, str]]:
+    def serving(
+        self, spots: Iterable[tuple[str, str]], name: str, entry: TensorEntry
+    ) -> Iterator[tuple[BoundModule, str]]:
         """Give the modules that compute with a parameter.
 
         A module with modules inside cannot be run again for its own parameter alone; it may own one only to hand it to
         a module inside (as the output head of BERT does with its bias), which then is the one that counts.
         """
-        takers = [(Taker(path, self._modules[path], kind_of(self._modules[path])), key) for path, key in spots]
-        plain = [(taker, key) for taker, key in takers if _is_plain(taker.module)]
-        if any(type(taker.module).__name__ in _NEVER_CALLED for taker, _ in plain) and entry.action != "same":
+        modules = [(BoundModule(path, self._modules[path], role_of(self._modules[path])), key) for path, key in spots]
+        plain = [(bound, key) for bound, key in modules if _is_plain(bound.module)]
+        if any(type(bound.module).__name__ in _NEVER_CALLED for bound, _ in plain) and entry.action != "same":
             raise UsageError(f'tensor "{name}" is read by torch.nn.MultiheadAttention, which does not call its modules')
         if not plain and entry.action != "same":
             raise UsageError(
-                f'tensor "{name}" belongs to {type(takers[0][0].module).__name__}, which has modules inside; '
+                f'tensor "{name}" belongs to {type(modules[0][0].module).__name__}, which has modules inside; '
                 "only linear, embedding and other innermost modules are served"
             )
         yield from plain
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return kind_of(module) is not Kind.OTHER or next(module.children(), None) is None
+    return role_of(module) is not Role.OTHER or next(module.children(), None) is None
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:
@@ -235,11 +237,11 @@ def bias_of(module: nn.Module) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _check_shape(model: nn.Module, taker: Taker, key: str, name: str, entry: TensorEntry) -> None:
+def _check_shape(model: nn.Module, bound: BoundModule, key: str, name: str, entry: TensorEntry) -> None:
     """Compare the shape of a module's parameter with that of the tensor's base."""
     wanted = entry.shape if entry.base is None else entry.base.shape
-    rows_columns = weight_shape(taker.module, taker.kind) if key == "weight" else None
-    held = getattr(taker.module, key, None)
+    rows_columns = weight_shape(bound.module, bound.role) if key == "weight" else None
+    held = getattr(bound.module, key, None)
     found = rows_columns or (tuple(held.shape) if isinstance(held, torch.Tensor) else wanted)
     if entry.base is None and entry.action == "replace" and len(wanted) == 2 and found[1:] == wanted[1:]:
         return  # as many rows as the fine-tune has: a vocabulary of another size
