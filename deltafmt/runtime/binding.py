@@ -1,8 +1,8 @@
-"""Which module of a model takes which tensor of a delta.
+"""The binding of a delta's tensors to the modules of a model.
 
-A tensor's name is a path to a module and the name of a parameter there. Names in files and in a loaded model differ in
-known ways: the prefix of the inner model (``model.``, ``bert.``) is there or not, and old checkpoints say ``gamma`` and
-``beta``. A parameter that several modules share is found under all of them.
+A tensor's name is a path to a module and the name of a parameter there. Names in a file and in a loaded model differ in
+known ways: the prefix of the inner model (``model.``, ``bert.``) may be missing, and old checkpoints say ``gamma`` and
+``beta`` for ``weight`` and ``bias``. A parameter that several modules share is found under all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _OLD_NAMES = {"gamma": "weight", "beta": "bias"}
 
 
 class Role(Enum):
-    """How a module uses its parameters."""
+    """The way in which a module uses its parameters."""
 
     LINEAR = "linear"
     TRANSPOSED = "transposed linear"
@@ -35,7 +35,14 @@ class Role(Enum):
 
 @dataclass(slots=True, eq=False)
 class BoundModule:
-    """A module that takes tensors of a delta: the tensor's name by the parameter's."""
+    """A module that tensors of a delta are bound to.
+
+    Attributes:
+        name: the module's name in the model.
+        module: the module.
+        role: the way in which the module uses its parameters.
+        tensors: the tensors' names by the names of the module's parameters, such as ``weight``.
+    """
 
     name: str
     module: nn.Module
@@ -45,13 +52,13 @@ class BoundModule:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Binding:
-    """Where the tensors of one delta go.
+    """The modules and parameters that the tensors of one delta are bound to.
 
     Attributes:
-        modules: modules that take at least one tensor, the unchanged included.
-        parameters: the parameter that each placed tensor changes, by the tensor's name; a tensor whose base weight a
-            quantized module holds in a form of its own is missing here.
-        ignored: changed tensors that were left out because a pattern said so.
+        modules: the modules with at least one bound tensor, changed or unchanged.
+        parameters: the parameter that each tensor changes, by the tensor's name. A quantized module holds its weight
+            in a form of its own; such a weight is missing here.
+        ignored: the names of changed tensors that were left out because they match an ``ignore`` pattern.
     """
 
     modules: list[BoundModule]
@@ -60,7 +67,7 @@ class Binding:
 
 
 def role_of(module: nn.Module) -> Role:
-    """Return how a module uses its parameters, told by the attributes that quantized modules have as well."""
+    """Return a module's role. It is told from attributes that quantized modules have as well, not from the class."""
     if isinstance(getattr(module, "nf", None), int) and type(module).__name__ == "Conv1D":
         return Role.TRANSPOSED
     if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
@@ -71,7 +78,7 @@ def role_of(module: nn.Module) -> Role:
 
 
 def weight_shape(module: nn.Module, role: Role) -> tuple[int, int] | None:
-    """Return rows and columns of a linear or embedding weight as a file has it."""
+    """Return the rows and columns that a linear or embedding weight has in a file; None for other modules."""
     if role is Role.TRANSPOSED:
         return int(module.nx), int(module.nf)  # type: ignore[arg-type]
     if role is Role.LINEAR:
@@ -88,19 +95,20 @@ def bind(
     ignore: Sequence[str] = (),
     rename: Rename | None = None,
 ) -> Binding:
-    """Find the modules that take the tensors of a delta.
+    """Bind the tensors of a delta to the modules of a model.
 
     Args:
         model: the base.
-        entries: of the delta, by name; for an alias, that of its target.
-        removed: names of tensors that only the base has.
-        ignore: names that match one of these patterns are left out.
-        rename: gives the model's name for a tensor's name in the file.
+        entries: the delta's entries by tensor name; an alias has the entry of its target.
+        removed: the names of tensors that only the base has.
+        ignore: patterns; tensors whose names match one of them are left out.
+        rename: a function from a tensor's name in the file to its name in the model.
 
     Raises:
-        UsageError: a changed tensor has no place, or one in a module that cannot be served; or the model has a tensor
-            that the fine-tune has not.
-        WrongBaseError: a module has another shape than the base of its tensor, or tied tensors differ.
+        UsageError: a changed tensor has no place in the model, or only in a module that cannot be served; or the model
+            has a tensor that the fine-tune lacks.
+        WrongBaseError: a module's parameter has another shape than the tensor's base, or tensors that are tied in the
+            fine-tune differ in the model.
     """
     finder = _Finder(model, rename)
     modules: dict[int, BoundModule] = {}
@@ -145,7 +153,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _check_tie(name: str, entry: TensorEntry, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a tensor that the fine-tune takes from another's base, if the model has something else there."""
+    """Refuse an alias whose parameter in the model differs from the parameter of its target."""
     mine, target = parameters.get(name), parameters.get(entry.name)
     if entry.action == "replace" or mine is None or target is None or mine is target:
         return
@@ -154,7 +162,7 @@ def _check_tie(name: str, entry: TensorEntry, parameters: Mapping[str, torch.Ten
 
 
 class _Finder:
-    """Look up modules and parameters by the names that files use."""
+    """Look up modules and parameters of a model by the names that files use."""
 
     def __init__(self, model: nn.Module, rename: Rename | None) -> None:
         self._rename = rename
@@ -166,7 +174,7 @@ class _Finder:
                 self._spots.setdefault(id(parameter), []).append((path, key))
 
     def find(self, name: str) -> tuple[str, str] | None:
-        """Return the module's path and the parameter's name there."""
+        """Return the path of the module and the parameter's name there, or None."""
         for candidate in self._candidates(name if self._rename is None else self._rename(name)):
             path, _, key = candidate.rpartition(".")
             if path in self._modules and self._holds(self._modules[path], key):
@@ -188,31 +196,31 @@ class _Finder:
     def _holds(module: nn.Module, key: str) -> bool:
         if isinstance(getattr(module, key, None), nn.Parameter):
             return True
-        # A quantized module keeps its weight in a form of its own.
+        # A quantized module keeps its weight in a form of its own, not as a parameter.
         if key == "weight":
             return role_of(module) in (Role.LINEAR, Role.EMBEDDING)
         return key == "bias" and role_of(module) is Role.LINEAR and bias_of(module) is not None
 
     def parameter(self, path: str, key: str) -> torch.Tensor | None:
-        """Return the parameter, unless the module keeps it in another form."""
+        """Return the parameter, or None if the module keeps it in another form."""
         return dict(self._modules[path].named_parameters(recurse=False)).get(key)
 
     def shared(self, path: str, key: str) -> list[tuple[str, str]]:
-        """Return the other places of a parameter."""
+        """Return the other modules and names under which the model has the same parameter."""
         parameter = self.parameter(path, key)
         return [] if parameter is None else [spot for spot in self._spots[id(parameter)] if spot != (path, key)]
 
     def reached(self, spots: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
-        """Return all places of the parameters at some places."""
+        """Return the given places of parameters, and all other places of the same parameters."""
         return {other for spot in spots for other in (spot, *self.shared(*spot))}
 
     def serving(
         self, spots: Iterable[tuple[str, str]], name: str, entry: TensorEntry
     ) -> Iterator[tuple[BoundModule, str]]:
-        """Give the modules that compute with a parameter.
+        """Yield the modules that compute with a parameter.
 
-        A module with modules inside cannot be run again for its own parameter alone; it may own one only to hand it to
-        a module inside (as the output head of BERT does with its bias), which then is the one that counts.
+        A module with other modules inside cannot be run again for its own parameter alone. It may own a parameter
+        only to hand it to an inner module, as the output head of BERT does with its bias; the inner module is served.
         """
         modules = [(BoundModule(path, self._modules[path], role_of(self._modules[path])), key) for path, key in spots]
         plain = [(bound, key) for bound, key in modules if _is_plain(bound.module)]
@@ -231,19 +239,19 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:
-    """Return a linear module's bias; dynamically quantized modules have a method of that name."""
+    """Return a linear module's bias, or None; dynamically quantized modules have a method of that name."""
     bias = getattr(module, "bias", None)
     value = bias() if callable(bias) and not isinstance(bias, torch.Tensor) else bias
     return value if isinstance(value, torch.Tensor) else None
 
 
 def _check_shape(model: nn.Module, bound: BoundModule, key: str, name: str, entry: TensorEntry) -> None:
-    """Compare the shape of a module's parameter with that of the tensor's base."""
+    """Refuse a tensor whose base has another shape than the module's parameter."""
     wanted = entry.shape if entry.base is None else entry.base.shape
     rows_columns = weight_shape(bound.module, bound.role) if key == "weight" else None
     held = getattr(bound.module, key, None)
     found = rows_columns or (tuple(held.shape) if isinstance(held, torch.Tensor) else wanted)
     if entry.base is None and entry.action == "replace" and len(wanted) == 2 and found[1:] == wanted[1:]:
-        return  # as many rows as the fine-tune has: a vocabulary of another size
+        return  # a vocabulary of another size
     if found != wanted:
         raise WrongBaseError(f'wrong base {type(model).__name__}: tensor "{name}" is {list(found)}, not {list(wanted)}')

@@ -1,4 +1,4 @@
-"""Deltas as the residency moves them: from files and host copies to the device."""
+"""Loading and copying of deltas for the residency: from files and host copies to the device, and back to the host."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class AttachedFile:
     """A delta file as it was when it was attached.
 
     Attributes:
-        path: the file.
-        content_id: in hexadecimal.
-        opened: the file, closed; its index has been decoded.
-        entries: of its tensors by name; for an alias, that of its target.
-        removed: names of tensors that only the base has.
-        needed: names of the tensors to bring to the device.
+        path: the file's path.
+        content_id: the content id in hexadecimal.
+        opened: the file, which is closed again but keeps its decoded index.
+        entries: the entries of its tensors by name; an alias has the entry of its target.
+        removed: the names of tensors that only the base has.
+        needed: the names of the tensors that must be on the device.
     """
 
     path: str
@@ -51,7 +51,7 @@ def read_attached(path: str) -> AttachedFile:
 
 
 def device_bytes(entries: Iterable[TensorEntry]) -> int:
-    """Return the bytes that tensors take on the device: buffers aligned as in a file, a rank index made fixed."""
+    """Return the bytes that tensors take on the device: buffers are aligned as in a file, a rank index is fixed."""
     total = 0
     for entry in {entry.name: entry for entry in entries}.values():
         for term in entry.terms:
@@ -66,8 +66,8 @@ class DeltaStore:
     """Load deltas to a device, and copy them to and from host memory.
 
     Args:
-        device: where the deltas go.
-        evicted: called with the name of a delta that leaves the device, to forget its tensors.
+        device: the device of the deltas.
+        evicted: a function that is called with the name of a delta that leaves the device.
     """
 
     def __init__(self, device: torch.device, evicted: Callable[[str], None]) -> None:
@@ -84,13 +84,13 @@ class DeltaStore:
         """Bring a delta from its file to the device.
 
         Raises:
-            StorageError: the file is missing, or another than the one that was attached.
+            StorageError: the file is missing, or it is not the file that was attached.
         """
         file = self.files[name]
         try:
             delta = load(file.path, self._device, tensors=file.needed or None, cancel=cancel, known=file.opened)
         except UsageError:
-            # A tensor may be missing because the file is another one.
+            # A tensor may be missing because the file was replaced.
             self._check_unchanged(name, read_attached(file.path).content_id)
             raise
         self._check_unchanged(name, delta.content_id)
@@ -119,7 +119,7 @@ class DeltaStore:
         return copied
 
     def fence(self) -> torch.cuda.Event | None:
-        """Return an event behind what the calling thread's stream has been given."""
+        """Return an event behind all work that the calling thread has queued on its stream."""
         if self._device.type != "cuda":
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -133,11 +133,11 @@ class DeltaStore:
 
 
 def copy_delta(delta: DeviceDelta, allocate: Callable[[int], torch.Tensor]) -> DeviceDelta:
-    """Copy a delta into new memory, one copy for each allocation that it lies in.
+    """Copy a delta into new memory, with one copy for each allocation that holds a part of it.
 
     Args:
-        delta: on a device or in host memory.
-        allocate: gives a uint8 tensor of a number of bytes.
+        delta: a delta on a device or in host memory.
+        allocate: a function from a number of bytes to an empty uint8 tensor.
     """
     copies: dict[int, torch.Tensor] = {}
 

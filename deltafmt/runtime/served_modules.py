@@ -1,4 +1,7 @@
-"""The served modules of a model: their hooks, and the slots under which they have each delta that is on the device."""
+"""The served modules of a model: their hooks, and the slot of every delta that is on the device.
+
+A slot is a row of the modules' operand tables. A delta on the device has the same slot in all modules.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,15 @@ _FIRST_SLOTS = 4
 
 
 class ServedModules:
-    """Sites by module, slots by delta.
+    """The sites of a model's modules, and the slots of its deltas.
 
     Args:
-        device: of all deltas.
-        active: gives the selection of the calling thread, if it serves deltas.
-        fuse: whether modules that are given the same input share a launch.
+        device: the device of all deltas.
+        active: a function that returns the selection of the calling thread, or None if it serves no delta.
+        fuse: let linear modules that receive the same input share one launch.
+
+    Attributes:
+        count: the number of slots of every operand table.
     """
 
     def __init__(self, device: torch.device, active: Active, *, fuse: bool) -> None:
@@ -43,11 +49,11 @@ class ServedModules:
         self._free: list[int] = []
 
     def unused(self) -> list[str]:
-        """Return the names of modules that deltas change and that have not run while one of those was served."""
+        """Return the names of modules that deltas change but that have not run while such a delta was served."""
         return [site.name for site in self._sites.values() if site.name not in self._ran]
 
     def prepare(self, modules: Iterable[BoundModule]) -> None:
-        """Hook modules, if they are not yet."""
+        """Make a site for each module that has none, and hook the module."""
         with self._lock:
             for bound in modules:
                 if id(bound.module) not in self._sites:
@@ -57,7 +63,7 @@ class ServedModules:
                     self._hook(site)
 
     def assign(self, name: str, delta: DeviceDelta, modules: Iterable[BoundModule]) -> int:
-        """Return the slot of a delta that is on the device, giving it one if it has none."""
+        """Return the slot of a delta that is on the device; a delta without a slot gets a free one."""
         with self._lock:
             if name in self._slots:
                 return self._slots[name]
@@ -77,7 +83,7 @@ class ServedModules:
             return slot
 
     def release(self, name: str) -> None:
-        """Forget a delta's tensors and give its slot back, if it has one."""
+        """Forget a delta's tensors and free its slot, if it has one."""
         with self._lock:
             slot = self._slots.pop(name, None)
             if slot is not None:
@@ -88,7 +94,7 @@ class ServedModules:
                 self._free.append(slot)
 
     def close(self) -> None:
-        """Leave the modules as they were."""
+        """Remove all hooks, so that the modules are as they were before."""
         with self._lock:
             for hook in self._hooks:
                 hook.remove()

@@ -1,4 +1,4 @@
-"""What the residency of deltas asks of whoever loads, copies and drops them."""
+"""The protocol between the residency and a store, which loads, copies and drops values."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ class Sized(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes taken."""
+        """The number of bytes."""
 
 
 class Fence(Protocol):
-    """Work of a device that may still be under way."""
+    """A mark in a device's work, which may still be under way; a CUDA event is one."""
 
     def query(self) -> bool:
-        """Tell whether it is done."""
+        """Tell whether the work before the mark is done."""
 
     def synchronize(self) -> None:
-        """Wait until it is done."""
+        """Wait until the work before the mark is done."""
 
 
 V = TypeVar("V", bound=Sized)
@@ -29,22 +29,22 @@ H = TypeVar("H", bound=Sized)
 
 
 class Store(Protocol[V, H]):
-    """How values come and go; everything but ``nbytes`` and ``fence`` is called by the worker thread alone."""
+    """A store of values by name; only the worker thread calls it, except for ``nbytes`` and ``fence``."""
 
     def nbytes(self, name: str) -> int:
         """Return the bytes that a value will take on the device."""
 
     def load(self, name: str, cancel: threading.Event) -> V:
-        """Bring a value to the device from its file; usable by every stream when this returns."""
+        """Bring a value from its file to the device; every stream can use it when this returns."""
 
     def to_host(self, name: str, value: V) -> H:
-        """Return a copy in host memory."""
+        """Return a copy of a value in host memory."""
 
     def to_device(self, name: str, host: H) -> V:
-        """Bring a value to the device from its copy in host memory."""
+        """Bring a value from its copy in host memory to the device."""
 
     def evicted(self, name: str) -> None:
-        """Forget every reference to a value; its memory is reused after this."""
+        """Drop every reference to a value: its memory is reused from now on."""
 
     def fence(self) -> Fence | None:
-        """Return a fence behind what the calling thread has started on the device, if it has one."""
+        """Return a fence behind the work that the calling thread has started; None if the device has no fences."""
