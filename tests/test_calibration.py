@@ -301,7 +301,7 @@ def test_wrong_texts_are_refused() -> None:
         UsageError, match=r"has 20 tokens where at least 48 are needed: \"model.*down_proj\" has 48 col"
     ):
         gather(model, sequences(0, (20,)))
-    with pytest.raises(UsageError, match="has 20 tokens where at least 21 are needed: as asked for"):
+    with pytest.raises(UsageError, match="has 20 tokens where at least 21 are needed: the options say so"):
         gather(model, sequences(0, (20,)), minimum=21)
     gather(model, sequences(0, (20,)), minimum=20)
     with pytest.raises(UsageError, match="at least 1 are needed"):
@@ -411,7 +411,7 @@ def test_a_folder_is_loaded_and_calibrated(nano: Path, tmp_path: Path) -> None:
     )
     assert result.modules == seen
     assert steps[-1] == (result.blocks + 1, result.blocks + 1)
-    with pytest.raises(UsageError, match=r"has no tokenizer; name a folder or a tokenizer\.json"):
+    with pytest.raises(UsageError, match=r"has no tokenizer; name a folder that has one, or a tokenizer\.json"):
         calibrate_folder(nano / "math", text, lambda *_: None)
     with pytest.raises(UsageError, match="not a tokenizer"):
         calibrate_folder(nano / "math", text, lambda *_: None, tokenizer=text)

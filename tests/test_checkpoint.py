@@ -28,7 +28,8 @@ from conftest import (
     write_folder,
 )
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
-from deltafmt.errors import InvalidFileError, StorageError
+from deltafmt.checkpoint.folder_writer import CheckpointWriter
+from deltafmt.errors import InvalidFileError, StorageError, UsageError
 
 
 def _layout(folder: Path, tensors: Tensors, how: str) -> Path:
@@ -206,7 +207,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
 
 def test_a_folder_with_a_pickle_only_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
-    with pytest.raises(InvalidFileError, match=r"pytorch_model\.bin is not read, convert it to safetensors"):
+    with pytest.raises(InvalidFileError, match=r"pytorch_model\.bin cannot be read, convert it to safetensors"):
         Checkpoint(tmp_path)
 
 
@@ -405,3 +406,10 @@ def test_a_small_file_with_an_awkward_name_gives_no_unreadable_delta(tmp_path: P
         return
     with deltafmt.open(out) as delta:
         assert (name in delta.container.attachments) != (name in result.skipped_files)
+
+
+@pytest.mark.parametrize("name", ["restored.safetensors", "math.deltafmt", "pytorch_model.bin"])
+def test_a_folder_that_is_named_like_a_file_is_refused(tmp_path, name):
+    with pytest.raises(UsageError, match=f"its name is that of a file; name a folder such as .*/{name.split('.')[0]}$"):
+        CheckpointWriter(tmp_path / name, [])
+    assert not list(tmp_path.iterdir())

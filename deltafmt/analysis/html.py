@@ -1,4 +1,4 @@
-"""The report as one page that needs nothing else: no script, no font, no network; light or dark, as the reader's is."""
+"""The report as one HTML page without scripts, fonts and network; it is light or dark as the reader prefers."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ COLORS"""
 
 
 def write(report: Report, path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Write the page.
+    """Write the page to a file.
 
     Raises:
         UsageError: the file exists, and ``force`` is not given.
-        StorageError: it cannot be written.
+        StorageError: the file cannot be written.
     """
     try:
         with open(path, "w" if force else "x", encoding="utf-8") as file:
@@ -66,7 +66,7 @@ def write(report: Report, path: str | os.PathLike[str], *, force: bool = False) 
 
 
 def render(report: Report) -> str:
-    """Return the page."""
+    """Return the page as text."""
     title = f"Delta of {_base_name(report.finetuned)} against {_base_name(report.base)}"
     skipped = "".join(f"<li>{svg.text(name)}: {svg.text(reason)}</li>" for name, reason in report.skipped.items())
     parts = [

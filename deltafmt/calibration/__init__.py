@@ -1,4 +1,4 @@
-"""Second moments of the inputs of a model's linear modules, gathered from a calibration text, block by block.
+"""Calibration: second moments of the inputs of a model's linear modules, gathered from a text, block by block.
 
 ::
 
@@ -7,7 +7,7 @@
     def on_module(name, weight_name, moments):
         delta = finetuned[weight_name] - base[weight_name]
         solved = gptq(delta, moments.matrix, grid)
-        return base[weight_name] + solved.quantized.dense()   # or None, to go on with the weight as it is
+        return base[weight_name] + solved.quantized.dense()   # or None: the model goes on with its own weight
 
     calibrate_folder("finetuned/", "text.jsonl", on_module)
 

@@ -1,4 +1,4 @@
-"""A chain of blocks, calibrated from the first to the last, from where an earlier run was killed."""
+"""The calibration of a chain of blocks, from the first block or from the block at which an earlier run was killed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deltafmt.errors import NonFiniteError, UsageError
 
 
 class CallOrder:
-    """Notes which linear modules outside the blocks are called before them and which after, while it is entered."""
+    """Within a ``with`` block, note which linear modules outside the blocks are called before them and which after."""
 
     def __init__(self, linears: dict[str, Linear], blocks: Sequence[nn.Module]) -> None:
         inside = {id(module) for block in blocks for module in block.modules()}
@@ -58,7 +58,16 @@ class ChainRun:
     """One run over a chain of blocks.
 
     Attributes:
-        awaited: names of weights whose moments are still to be handed out.
+        chain: the model as a chain of blocks.
+        blocks_name: the name of the list of blocks in the model, such as ``model.layers``.
+        linears: the linear modules by name.
+        batches: the token numbers of each batch, shape (sequences, tokens).
+        on_module, on_stage: the caller's functions; see :mod:`deltafmt.calibration.callbacks`.
+        options: device, precision and state.
+        result: the result, which the run fills in.
+        order: the linear modules outside the blocks.
+        calls: the recorded arguments of every block, by batch.
+        awaited: the names of the weights whose moments are still to be handed out.
     """
 
     chain: Chain
@@ -74,7 +83,7 @@ class ChainRun:
     awaited: set[str] = field(default_factory=set)
 
     def run(self, progress: OnProgress) -> CalibrationResult:
-        """Run what an earlier run has not."""
+        """Run the blocks that no earlier run has finished."""
         count = len(self.chain.blocks)
         state = None if self.options.state is None else State(Path(self.options.state), self._key())
         done = state.next if state is not None else 0
@@ -95,9 +104,9 @@ class ChainRun:
         return self.result
 
     def _enter(self, state: State | None) -> HiddenStates:
-        """Record what the blocks are given, and give the hidden states that enter the next one."""
+        """Record the arguments of the blocks, and return the hidden states that enter the next one."""
         resumed = state is not None and state.started
-        # The blocks that an earlier run has finished are not run again; what lies outside of them is, for all.
+        # Blocks that an earlier run has finished are not run again, but the modules before the first block are.
         self._settle(self._outer())
         if self.order.before and not resumed:
             with Gatherer(self.order.before, double=self.options.double) as gatherer:
@@ -145,7 +154,7 @@ class ChainRun:
         return after
 
     def _finish(self, states: HiddenStates) -> None:
-        """Gather and hand out the moments of what comes after the blocks."""
+        """Gather and hand out the moments of the modules behind the blocks."""
         after = self.order.after
         self.result.uncalled += [one.name for one in self.order.outer if one not in (*self.order.before, *after)]
         if not after:
@@ -156,7 +165,7 @@ class ChainRun:
         self._hand_out(gatherer)
 
     def _hand_out(self, gatherer: Gatherer) -> bool:
-        """Call back for every module; tell whether a weight was replaced."""
+        """Call ``on_module`` for every module that was called; return True if a weight was replaced."""
         self.result.uncalled += gatherer.uncalled
         self.result.modules += gatherer.called
         replaced = hand_out(gatherer, self.on_module)
@@ -164,7 +173,7 @@ class ChainRun:
         return replaced
 
     def _settle(self, names: Iterable[str]) -> bool:
-        """Have parameters as what runs after them shall see them; tell whether one was replaced."""
+        """Call ``on_stage`` and set the parameters that it returns; return True if there was one."""
         if self.on_stage is None:
             return False
         replaced = False
@@ -181,12 +190,12 @@ class ChainRun:
         return f"{self.blocks_name}.{number}."
 
     def _inside(self, numbers: Iterable[int]) -> list[Linear]:
-        """Return the linear modules of blocks."""
+        """Return the linear modules of the blocks with these numbers."""
         prefixes = tuple(map(self._prefix, numbers))
         return [linear for name, linear in self.linears.items() if name.startswith(prefixes)]
 
     def _outer(self) -> list[str]:
-        """Return the names of the parameters outside the blocks, but for those of modules that are never called."""
+        """Return the names of the parameters outside the blocks, except those of modules that are never called."""
         order = self.order
         idle = {one.weight_name for one in order.outer if one.own and one not in (*order.before, *order.after)}
         inside = tuple(map(self._prefix, range(len(self.chain.blocks))))

@@ -1,4 +1,4 @@
-"""A model that is no chain of blocks, calibrated as a whole: all of it on the device, in one pass or several."""
+"""The calibration of a model that is not a chain of blocks: all of it is on the device, in one pass or several."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deltafmt.calibration.modules import Linear
 from deltafmt.calibration.run_options import RunOptions
 from deltafmt.calibration.tokens import Tokens
 
-# Bytes of moments that are added up at a time.
+# The bytes of all moments that are added up in one pass.
 BUDGET = 2**31
 
 
@@ -25,9 +25,10 @@ def run_whole(
     result: CalibrationResult,
     progress: OnProgress,
 ) -> CalibrationResult:
-    """Run the model over all batches once for as many modules as the budget allows, in the order of their calls.
+    """Run the model over all batches, once for each group of modules whose moments fit the budget.
 
-    Modules of one pass are handed out together: all see the model as the passes before left it.
+    The modules of one pass are handed out together. Their moments come from the model with the weights that earlier
+    passes have replaced.
     """
     device = options.where()
     with placed(model, device):
@@ -46,7 +47,7 @@ def run_whole(
 
 
 def _groups(linears: Sequence[Linear], itemsize: int) -> list[list[Linear]]:
-    """Cut modules into runs whose moments fit the budget, of one module at least."""
+    """Cut the modules into groups whose moments fit the budget; a group has at least one module."""
     groups: list[list[Linear]] = []
     room = 0
     for linear in linears:

@@ -11,7 +11,7 @@ from deltafmt.runtime.store_protocol import Fence, H, V
 
 
 class NoRoomError(UsageError):
-    """The deltas in use leave no room for another one; try again when they are released."""
+    """The deltas in use leave no room for another; it may be there when they are given back."""
 
 
 @dataclass(slots=True, eq=False)
