@@ -247,7 +247,9 @@ def test_hidden_states_that_went_away_are_missed(tmp_path: Path) -> None:
 
 
 def test_texts_and_states_need_no_torch() -> None:
-    modules = ", ".join(f"deltafmt.calibration.{name}" for name in ("text", "tokens", "state", "store", "callbacks"))
+    modules = ", ".join(
+        f"deltafmt.calibration.{name}" for name in ("text", "tokens", "state", "moment_store", "callbacks")
+    )
     code = f"import sys, {modules}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -306,7 +308,7 @@ def test_wrong_texts_are_refused() -> None:
     gather(model, sequences(0, (20,)), minimum=20)
     with pytest.raises(UsageError, match="at least 1 are needed"):
         gather(model, [], minimum=0)
-    with pytest.raises(UsageError, match="token 96 where the model has 96"):
+    with pytest.raises(UsageError, match="token 96, but the model has 96 tokens"):
         gather(model, [np.full(60, 96)])
 
 
@@ -418,26 +420,26 @@ def test_a_folder_is_loaded_and_calibrated(nano: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no such folder"):
         calibrate_folder(tmp_path / "none", text, lambda *_: None)
     with pytest.raises(UsageError, match="transformers cannot load the model"):
-        calibrate_folder(tmp_path, text, lambda *_: None)
+        calibrate_folder(tmp_path, text, lambda *_: None, tokenizer=nano / "tokenizer.json")
     (tmp_path / "short.txt").write_text("1 + 1")
     with pytest.raises(UsageError, match=r"has \d+ tokens where at least \d+ are needed"):
         calibrate_folder(nano / "math", tmp_path / "short.txt", lambda *_: None, tokenizer=nano / "tokenizer.json")
 
 
-def test_a_folder_without_a_weight_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_weight_is_refused(nano: Path, tmp_path: Path) -> None:
     model = new_model("llama")
     state = {name: value for name, value in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
     write_lines(tmp_path / "t.jsonl", {"text": "a"})
     with pytest.raises(UsageError, match=r'the model\'s weight "model.layers.1.mlp.up_proj.weight" is not there'):
-        calibrate_folder(tmp_path, tmp_path / "t.jsonl", lambda *_: None)
+        calibrate_folder(tmp_path, tmp_path / "t.jsonl", lambda *_: None, tokenizer=nano / "tokenizer.json")
 
 
-def test_a_missing_transformers_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_transformers_is_said(nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     write_lines(tmp_path / "t.jsonl", {"text": "a"})
     with pytest.raises(UsageError, match="calibration needs transformers"):
-        calibrate_folder(tmp_path, tmp_path / "t.jsonl", lambda *_: None)
+        calibrate_folder(tmp_path, tmp_path / "t.jsonl", lambda *_: None, tokenizer=nano / "tokenizer.json")
 
 
 def test_encoders(nano: Path, tmp_path: Path) -> None:
