@@ -379,7 +379,7 @@ def test_force_replaces_outputs_and_nothing_else(tmp_path: Path, cli: Cli, small
     (notes / "thesis.tex").write_text("mine")
     (nested / "sub").mkdir(parents=True)
     (nested / "model.safetensors").write_text("old")
-    for folder, what in ((notes, "no checkpoint"), (nested, "holds the folder sub")):
+    for folder, what in ((notes, "not a checkpoint"), (nested, "holds the folder sub")):
         refused(cli("unpack", small.base, delta, "-o", folder, "--force"), 2, str(folder), what)
     assert (notes / "thesis.tex").read_text() == "mine"
     assert (nested / "sub").is_dir()

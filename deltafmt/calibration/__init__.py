@@ -11,6 +11,6 @@
 
     calibrate_folder("finetuned/", "text.jsonl", on_module)
 
-``MomentStore(folder).on_module`` keeps all moments on disk for later. ``text``, ``tokens``, ``state``, ``moment_store`` and
-``callbacks`` need neither torch nor transformers; the rest imports torch when it is imported.
+``MomentStore(folder).on_module`` keeps all moments on disk for later. The modules ``text``, ``tokens``, ``state``,
+``moment_store`` and ``callbacks`` need neither torch nor transformers; the others import torch when they are imported.
 """
