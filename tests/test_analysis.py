@@ -109,10 +109,13 @@ def test_products_of_normal_inputs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(30, 12), (12, 30), (20, 20)])
 @pytest.mark.parametrize("exact", [1024, 4])
-def test_a_delta_of_rank_two(tmp_path: Path, shape: tuple[int, int], exact: int) -> None:
+def test_a_delta_of_rank_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], exact: int
+) -> None:
+    monkeypatch.setattr("deltafmt.analysis.spectrum.EXACT", exact)
     delta = np.zeros(shape)
     delta[3, 5], delta[7, 2] = 4, -3
-    spectrum = spectrum_of(matrix_pair(tmp_path, delta), 25.0, exact=exact)
+    spectrum = spectrum_of(matrix_pair(tmp_path, delta), 25.0)
     assert spectrum.exact is (exact > 4)
     assert spectrum.values[:2] == pytest.approx([4, 3])
     assert [spectrum.energy[count] for count in (1, 2, 4, 8)] == pytest.approx([16 / 25, 1, 1, 1])
@@ -132,14 +135,15 @@ def test_singular_values_are_those_of_numpy(tmp_path: Path, monkeypatch: pytest.
         assert spectrum.energy[16] < 1
 
 
-def test_a_randomized_spectrum_comes_close(tmp_path: Path) -> None:
+def test_a_randomized_spectrum_comes_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On values that fall slowly, as those of a full-parameter delta do, the first hundred are within some percent."""
+    monkeypatch.setattr("deltafmt.analysis.spectrum.EXACT", 100)
     rng = np.random.default_rng(2)
     left, right = (np.linalg.qr(rng.standard_normal((size, 200)))[0] for size in (300, 260))
     values = np.arange(1, 201) ** -0.5
     pair = matrix_pair(tmp_path, left * values @ right.T)
     squares = float((values**2).sum())
-    spectrum = spectrum_of(pair, squares, exact=100)
+    spectrum = spectrum_of(pair, squares)
     assert len(spectrum.values) == 128
     assert spectrum.values[:100] == pytest.approx(values[:100], rel=0.03)
     assert spectrum.energy[64] == pytest.approx((values[:64] ** 2).sum() / squares, rel=0.01)

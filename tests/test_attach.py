@@ -18,6 +18,7 @@ from deltafmt.errors import (
     WrongBaseError,
 )
 from deltafmt.methods import RTN, BitDelta, DeltaDQ
+from deltafmt.runtime.eviction import host_bytes
 from deltafmt.runtime.residency import NoRoomError
 from deltafmt.transformers import attach, detach
 from tiny_models import ARCHITECTURES, CAUSAL, Tiny, close, every, generate, ids, logits, made_once, new_model
@@ -204,7 +205,7 @@ def test_many_deltas_under_a_budget(tiny: Tiny) -> None:
         with model.delta(name):
             assert torch.equal(logits(model, tokens), want[name[:3]])
         assert model.deltas.residency.used <= size
-        assert model.deltas.residency.host_used <= size
+        assert host_bytes(model.deltas.residency._items) <= size
     with pytest.raises(UsageError, match=r"take \d+ bytes together where the budget is"), model.delta(list(files)):
         pass
     with model.delta(["one0", "two1"]), pytest.raises(NoRoomError, match=r'^no room for "one1"'), model.delta("one1"):

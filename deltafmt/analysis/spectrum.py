@@ -82,16 +82,15 @@ class Spectrum:
         }
 
 
-def spectrum_of(pair: TensorPair, squares: float, seed: int = 0, exact: int = EXACT) -> Spectrum:
+def spectrum_of(pair: TensorPair, squares: float, seed: int = 0) -> Spectrum:
     """Return the singular values of a matrix's delta.
 
     Args:
         pair: the matrix in both checkpoints.
         squares: the sum of squares of its delta.
         seed: the seed of the random projection.
-        exact: compute all singular values if the smaller side of the matrix is at most this.
     """
-    if min(pair.rows, pair.columns) <= exact:
+    if min(pair.rows, pair.columns) <= EXACT:
         return Spectrum(_exact(pair), squares, True)
     return Spectrum(_randomized(pair, seed), squares, False)
 

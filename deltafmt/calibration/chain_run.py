@@ -63,7 +63,7 @@ class ChainRun:
         linears: the linear modules by name.
         batches: the token numbers of each batch, shape (sequences, tokens).
         on_module, on_stage: the caller's functions; see :mod:`deltafmt.calibration.callbacks`.
-        options: device, precision and state.
+        options: device, batches and state.
         result: the result, which the run fills in.
         order: the linear modules outside the blocks.
         calls: the recorded arguments of every block, by batch.
@@ -109,7 +109,7 @@ class ChainRun:
         # Blocks that an earlier run has finished are not run again, but the modules before the first block are.
         self._settle(self._outer())
         if self.order.before and not resumed:
-            with Gatherer(self.order.before, double=self.options.double) as gatherer:
+            with Gatherer(self.order.before) as gatherer:
                 for tokens in self.batches:
                     self.chain.record(tokens)
             self._hand_out(gatherer)
@@ -142,7 +142,7 @@ class ChainRun:
                 for batch, calls in enumerate(self.calls):
                     after.write(batch, chain.step(number, states.read(batch, chain.device), calls[number]))
 
-            with Gatherer(self._inside([number]), double=self.options.double) as gatherer:
+            with Gatherer(self._inside([number])) as gatherer:
                 step()
             replaced = self._hand_out(gatherer)
             if self._settle(name for name in self._parameters() if name.startswith(self._prefix(number))) or replaced:
@@ -159,7 +159,7 @@ class ChainRun:
         self.result.uncalled += [one.name for one in self.order.outer if one not in (*self.order.before, *after)]
         if not after:
             return
-        with Gatherer(after, double=self.options.double, stop_at=after[-1].name) as gatherer:
+        with Gatherer(after, stop_at=after[-1].name) as gatherer:
             for batch, tokens in enumerate(self.batches):
                 self.chain.finish(tokens, states.read(batch, torch.device("cpu")))
         self._hand_out(gatherer)
@@ -210,5 +210,5 @@ class ChainRun:
             digest.update(f"{tokens.shape} ".encode() + tokens.tobytes())
         for name, linear in self.linears.items():
             digest.update(f"{name} {tuple(linear.weight.shape)} {linear.weight.dtype} ".encode())
-        digest.update(f"{self.options.double} {self.options.key}".encode())
+        digest.update(self.options.key.encode())
         return digest.hexdigest()

@@ -19,14 +19,12 @@ class Gatherer:
 
     Args:
         linears: the modules.
-        double: add up in float64; the products of a batch stay in float32.
         stop_at: the name of a module that need not run: its inputs are added up, then :class:`Stop` is raised.
     """
 
-    def __init__(self, linears: Iterable[Linear], *, double: bool = False, stop_at: str | None = None) -> None:
+    def __init__(self, linears: Iterable[Linear], *, stop_at: str | None = None) -> None:
         self.linears = {linear.name: linear for linear in linears}
         self.called: list[str] = []
-        self._dtype = torch.float64 if double else torch.float32
         self._stop_at = stop_at
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, int] = {}
@@ -61,7 +59,7 @@ class Gatherer:
         name = linear.name
         if name not in self._sums:
             self.called.append(name)
-            self._sums[name] = torch.zeros(product.shape, dtype=self._dtype, device=product.device)
+            self._sums[name] = torch.zeros_like(product)
             self._tokens[name] = 0
         self._sums[name] += product
         self._tokens[name] += inputs.numel() // inputs.shape[-1]
@@ -75,7 +73,7 @@ class Gatherer:
         total = self._sums.pop(name)
         if not bool(total.isfinite().all()):
             raise NonFiniteError(f'the activations that enter "{name}" are not finite')
-        return Moments(total.to(torch.float32).cpu().numpy(), self._tokens[name], self.linears[name].axis)
+        return Moments(total.cpu().numpy(), self._tokens[name], self.linears[name].axis)
 
     @property
     def uncalled(self) -> list[str]:

@@ -37,7 +37,6 @@ def calibrate_folder(
     tokenizer: str | os.PathLike[str] | None = None,
     tokens: int = TOKENS,
     length: int = LENGTH,
-    dtype: torch.dtype | None = None,
     options: RunOptions | None = None,
     on_progress: OnProgress | None = None,
     on_stage: OnStage | None = None,
@@ -45,13 +44,12 @@ def calibrate_folder(
     """Load a fine-tune with transformers and calibrate it with a text.
 
     Args:
-        folder: the fine-tune's folder.
+        folder: the fine-tune's folder. The model runs in float32 on a CPU and in the weights' dtype on a GPU.
         text: the calibration text, as :func:`deltafmt.calibration.text.read_documents` reads it.
         on_module: a function that is called for every linear module.
         tokenizer: a folder or ``tokenizer.json``, if the fine-tune's folder has no tokenizer.
         tokens: the number of tokens to use, from the beginning of the text.
         length: the number of tokens in the longest sequence.
-        dtype: the dtype in which the model runs; by default float32 on a CPU and the weights' dtype on a GPU.
         options: device, batches and state.
         on_progress: a function that is called after each block.
         on_stage: a function that may replace parameters between blocks; see :func:`calibrate`.
@@ -65,7 +63,7 @@ def calibrate_folder(
     options = options or RunOptions()
     documents = read_documents(Path(text))
     check_tokenizer(Path(tokenizer or folder))
-    model = load_model(Path(folder), dtype or (torch.float32 if options.where().type == "cpu" else None))
+    model = load_model(Path(folder), torch.float32 if options.where().type == "cpu" else None)
     encoder = load_encoder(Path(tokenizer or folder), model.config)
     limit = getattr(model.config, "max_position_embeddings", None)
     sequences = cut(documents, encoder, min(length, limit) if isinstance(limit, int) else length, tokens)
@@ -109,7 +107,7 @@ def calibrate(
     options = options or RunOptions()
     linears = linear_modules(model)
     count = sum(sequence.size for sequence in sequences)
-    _check(model, linears, sequences, count, options.minimum)
+    _check(model, linears, sequences, count)
     parts = batches(sequences, options.batch_tokens)
     name, blocks = find_blocks(model)
     progress = on_progress or (lambda _done, _total: None)
@@ -131,17 +129,14 @@ def calibrate(
         return run_whole(model, linears, parts, on_module, options, CalibrationResult(count, 0), progress)
 
 
-def _check(
-    model: Any, linears: dict[str, Linear], sequences: Sequence[Tokens], count: int, minimum: int | None
-) -> None:
+def _check(model: Any, linears: dict[str, Linear], sequences: Sequence[Tokens], count: int) -> None:
     if not linears:
         raise UsageError(f"{type(model).__name__} has no linear modules")
     widest = max(linears.values(), key=lambda linear: linear.columns)
-    needed = widest.columns if minimum is None else minimum
-    if count < max(needed, 1):
-        reason = f'"{widest.name}" has {widest.columns} columns' if minimum is None else "the options say so"
+    if count < widest.columns:  # fewer tokens than columns give singular moments
         raise UsageError(
-            f"the calibration text has {count} tokens where at least {max(needed, 1)} are needed: {reason}"
+            f"the calibration text has {count} tokens where at least {widest.columns} are needed: "
+            f'"{widest.name}" has {widest.columns} columns'
         )
     embedding = model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])

@@ -14,22 +14,17 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """Device, batches, precision and state of a calibration run.
+    """Device, batches and state of a calibration run.
 
     Attributes:
         device: the device on which the blocks run; a GPU if there is one.
         batch_tokens: the number of tokens in a batch.
-        minimum: the number of tokens that the texts must have at least; None for the number of columns of the widest
-            module, because fewer tokens give singular moments.
-        double: add the moments up in float64.
         state: a folder for the state with which a killed run is resumed; None keeps no state.
         key: text that identifies the job further, such as the method's options; another key refuses an old state.
     """
 
     device: torch.device | str | None = None
     batch_tokens: int = BATCH_TOKENS
-    minimum: int | None = None
-    double: bool = False
     state: str | os.PathLike[str] | None = None
     key: str = ""
 

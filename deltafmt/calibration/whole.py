@@ -35,9 +35,9 @@ def run_whole(
         with Gatherer(linears.values()) as gatherer:
             run_model(model, batches[-1][:1], device)
         result.uncalled = gatherer.uncalled
-        groups = _groups([linears[name] for name in gatherer.called], 8 if options.double else 4)
+        groups = _groups([linears[name] for name in gatherer.called])
         for done, group in enumerate(groups, 1):
-            with Gatherer(group, double=options.double) as gatherer:
+            with Gatherer(group) as gatherer:
                 for tokens in batches:
                     run_model(model, tokens, device)
             result.modules += gatherer.called
@@ -46,12 +46,12 @@ def run_whole(
     return result
 
 
-def _groups(linears: Sequence[Linear], itemsize: int) -> list[list[Linear]]:
+def _groups(linears: Sequence[Linear]) -> list[list[Linear]]:
     """Cut the modules into groups whose moments fit the budget; a group has at least one module."""
     groups: list[list[Linear]] = []
     room = 0
     for linear in linears:
-        size = linear.columns**2 * itemsize
+        size = linear.columns**2 * 4
         if size > room:
             groups.append([])
             room = max(BUDGET, size)

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Generic
 
 from deltafmt.errors import UsageError
-from deltafmt.runtime.eviction import drop_host_copies, host_bytes, victims_for
+from deltafmt.runtime.eviction import drop_host_copies, victims_for
 from deltafmt.runtime.leases import Item, Lease, NoRoomError, Victim, listed
 from deltafmt.runtime.store_protocol import Fence, H, Store, V
 
@@ -51,12 +51,6 @@ class Residency(Generic[V, H]):
     def used(self) -> int:
         """Bytes on the device, including those that are being loaded."""
         return self._used
-
-    @property
-    def host_used(self) -> int:
-        """Bytes of the copies in host memory."""
-        with self._changed:
-            return host_bytes(self._items)
 
     def resident(self) -> list[str]:
         """Return the names on the device, least recently used first."""
