@@ -140,7 +140,7 @@ def test_a_grown_vocabulary(tiny: Tiny, tmp_path: Path, options: dict[str, Any])
     assert torch.equal(text[1:2], generate(one, wide[1:2]))
     with model.delta("one"):
         assert logits(model, tokens).shape[-1] == 96
-    with pytest.raises(UsageError, match=r"cannot be merged: it is"):
+    with pytest.raises(UsageError, match=r"cannot be merged: its shape is"):
         model.deltas.merge("grown")
 
 
@@ -202,7 +202,7 @@ def test_a_tie_in_the_delta_alone(tiny: Tiny, tmp_path: Path) -> None:
     model.deltas.merge("d")
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     refused = (
-        r'^tensors "model.embed_tokens.weight" and "lm_head.weight" are one in the fine-tune and differ in the model'
+        r'^tensors "model.embed_tokens.weight" and "lm_head.weight" are tied in the fine-tune but differ in the model'
     )
     with pytest.raises(WrongBaseError, match=refused):
         attach(tiny.load(), {"d": tmp_path / "d"}, verify_base=False)

@@ -80,7 +80,7 @@ def calibrated_inputs(
     model = _load(transformers, model_folder)
     sequences = cut(documents, load_encoder(where, model.config), SEQUENCE, TOKENS)
     if not sequences:
-        raise UsageError(f"{text_file}: its texts have no two tokens in a row")
+        raise UsageError(f"{text_file}: no text in it has two tokens")
     total = sum(sequence.size for sequence in sequences)
     chosen = np.unique(np.linspace(0, total - 1, VECTORS).round().astype(np.int64))
     source = f"{len(chosen)} of {total:,} positions of {Path(text_file).name}"

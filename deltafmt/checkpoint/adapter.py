@@ -70,7 +70,7 @@ class Adapter:
             raise StorageError(f"no such folder: {self.path}")
         if not self.path.is_dir():
             raise InvalidFileError(
-                f"{self.path}: not a folder; an adapter is one with {CONFIG_FILE} and {WEIGHTS_FILE}"
+                f"{self.path}: not a folder; an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
             )
         weights = self.path / WEIGHTS_FILE
         if not weights.exists():

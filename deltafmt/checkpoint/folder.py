@@ -68,7 +68,7 @@ class Checkpoint:
         elif "model.safetensors" in shards:
             indexes, shards = [], ["model.safetensors"]
         if len(indexes) > 1:
-            raise InvalidFileError(f"{self.path}: several indexes: {', '.join(indexes)}")
+            raise InvalidFileError(f"{self.path}: several indexes, {', '.join(indexes)}; keep one")
         if indexes:
             return self._open_sharded(indexes[0])
         if not shards:

@@ -221,7 +221,7 @@ def check_output_folder(path: Path, *, force: bool) -> None:
         if not force:
             raise UsageError(f"{path} exists; --force replaces it")
         if path.is_symlink() or not path.is_dir():
-            raise UsageError(f"{path} is not a folder, and is not replaced by one")
+            raise UsageError(f"{path} is not a folder and is not replaced by one; remove it first")
         # --force is for the outputs of earlier runs, not for whatever a slip of the hand names.
         found = sorted(path.iterdir())
         folder = next((entry.name for entry in found if entry.is_dir()), None)

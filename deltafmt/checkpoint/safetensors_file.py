@@ -126,7 +126,7 @@ class SafetensorsFile:
                 self.stat = os.fstat(file.fileno())
                 self.size = self.stat.st_size
                 if self.size < 8:
-                    raise InvalidFileError(f"{path}: {self.size} bytes are no safetensors file")
+                    raise InvalidFileError(f"{path}: {self.size} bytes are too few for a safetensors file")
                 self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except InvalidFileError:
             raise
@@ -175,8 +175,9 @@ class SafetensorsFile:
             raise InvalidFileError(f"{where}: {list(shape)} has more than {c.MAX_ELEMENTS} elements")
         if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= self.size - start:
             raise InvalidFileError(f"{where}: bytes {begin} to {end} lie outside the file: it may be truncated")
-        if end - begin != c.byte_count(dtype, shape):
-            raise InvalidFileError(f"{where}: {end - begin} bytes where {dtype} {list(shape)} needs another number")
+        needed = c.byte_count(dtype, shape)
+        if end - begin != needed:
+            raise InvalidFileError(f"{where}: {end - begin} bytes where {dtype} {list(shape)} needs {needed}")
         return Tensor(name, dtype, shape, self, start + begin)
 
     def populate(self, offset: int, length: int) -> None:

@@ -158,7 +158,7 @@ def _check_tie(name: str, entry: TensorEntry, parameters: Mapping[str, torch.Ten
     if entry.action == "replace" or mine is None or target is None or mine is target:
         return
     if not torch.equal(mine, target):
-        raise WrongBaseError(f'tensors "{name}" and "{entry.name}" are one in the fine-tune and differ in the model')
+        raise WrongBaseError(f'tensors "{name}" and "{entry.name}" are tied in the fine-tune but differ in the model')
 
 
 class _Finder:
@@ -254,4 +254,6 @@ def _check_shape(model: nn.Module, bound: BoundModule, key: str, name: str, entr
     if entry.base is None and entry.action == "replace" and len(wanted) == 2 and found[1:] == wanted[1:]:
         return  # a vocabulary of another size
     if found != wanted:
-        raise WrongBaseError(f'wrong base {type(model).__name__}: tensor "{name}" is {list(found)}, not {list(wanted)}')
+        raise WrongBaseError(
+            f'wrong base {type(model).__name__}: tensor "{name}" has shape {list(found)}, not {list(wanted)}'
+        )

@@ -51,7 +51,9 @@ class Merge:
             assert parameter is not None
             owner, payload = owners.setdefault(id(parameter), (tensor_name, tensor.entry.name))
             if payload != tensor.entry.name:
-                raise UsageError(f'tensors "{owner}" and "{tensor_name}" differ, but the model has one for both')
+                raise UsageError(
+                    f'tensors "{owner}" and "{tensor_name}" differ, but the model has one parameter for both'
+                )
             if owner == tensor_name:
                 self._changes.append(_Change(tensor_name, tensor, parameter))
 
@@ -102,8 +104,8 @@ def check_mergeable(name: str, tensor: DeviceTensor, parameter: torch.Tensor | N
     if parameter is None:
         raise UsageError(f'tensor "{name}" cannot be merged: its module holds the weight in another form')
     if tuple(parameter.shape) != tensor.entry.shape:
-        shapes = f"{list(tensor.entry.shape)} where the model has {list(parameter.shape)}"
-        raise UsageError(f'tensor "{name}" cannot be merged: it is {shapes}')
+        shapes = f"{list(tensor.entry.shape)}, but the model's parameter has {list(parameter.shape)}"
+        raise UsageError(f'tensor "{name}" cannot be merged: its shape is {shapes}')
     if not parameter.is_floating_point():
         raise UsageError(f'tensor "{name}" cannot be merged: the model holds it as {parameter.dtype}')
 

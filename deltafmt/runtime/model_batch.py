@@ -21,7 +21,7 @@ def device_of(model: nn.Module) -> torch.device:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1:
         found = " and ".join(sorted(map(str, devices))) or "no device"
-        raise UsageError(f"the model lies on {found}; deltas are served on one device, which device= names")
+        raise UsageError(f"the model lies on {found}; choose one device for the deltas with device=")
     return devices.pop()
 
 

@@ -81,7 +81,9 @@ class Selection:
             UsageError: the number of rows is not a multiple of the number of names.
         """
         if rows % self._names:
-            raise UsageError(f"{self._names} names of deltas do not divide the {rows} rows that {where} is given")
+            raise UsageError(
+                f"{where} is given {rows} rows, which is not a multiple of the {self._names} names of deltas"
+            )
         self.rows, self.tokens = rows, tokens
 
     def check(self, shape: Sequence[int], where: str) -> None:
@@ -102,7 +104,9 @@ class Selection:
             UsageError: ``size`` is not a multiple of the number of names.
         """
         if size % len(self.slots):
-            raise UsageError(f"{len(self.slots)} names of deltas do not divide the {size} rows of {where}")
+            raise UsageError(
+                f"{where} has {size} rows, which is not a multiple of the {len(self.slots)} names of deltas"
+            )
         return size // len(self.slots)
 
     def segments(self, tokens: int, where: str) -> Segments:

@@ -265,4 +265,4 @@ def refuse_gradient(name: str, output: Any) -> None:
         UsageError: the output requires a gradient.
     """
     if isinstance(output, torch.Tensor) and output.requires_grad:
-        raise UsageError(f"{name} is to compute a gradient; deltas are served without, under torch.no_grad()")
+        raise UsageError(f"{name} would compute a gradient, and deltas have none; run the model under torch.no_grad()")

@@ -56,7 +56,7 @@ class EmbeddingSite(WeightSite):
             ids = asked if asked is not None else first_input(args, kwargs)
             return self._look_up(selection, ids, output)
         if asked is not None:
-            raise UsageError(f"{self.name}, a {type(self.module).__name__}, cannot take the new rows of a delta")
+            raise UsageError(f"{self.name}, a {type(self.module).__name__}, cannot serve the new rows of a delta")
         with _LookUps(self, selection):
             return type(self.module).forward(self.module, *args, **kwargs)
 

@@ -103,7 +103,7 @@ def _device(device: torch.device | str) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise UsageError(f"device {device!r} is none that torch knows") from error
+        raise UsageError(f"device {device!r} is unknown to torch") from error
     if found.type == "cpu":
         return torch.device("cpu")
     if found.type != "cuda":
@@ -123,7 +123,7 @@ def _thread_count(threads: int | None) -> int:
         held = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(held, DEFAULT_THREADS)
     if not 1 <= threads <= MAX_THREADS:
-        raise UsageError(f"{threads} threads are not 1 to {MAX_THREADS}")
+        raise UsageError(f"{threads} threads are not a number from 1 to {MAX_THREADS}")
     return threads
 
 
