@@ -249,7 +249,7 @@ def test_gradients_are_refused(tiny: Tiny) -> None:
     model = attach(tiny.load(), tiny.deltas)
     with model.delta("one"):
         assert not model(input_ids=ids(1, 3)).logits.requires_grad
-        with torch.enable_grad(), pytest.raises(UsageError, match=r"to compute a gradient"):
+        with torch.enable_grad(), pytest.raises(UsageError, match=r"would compute a gradient"):
             model(input_ids=ids(1, 3))
 
 
@@ -269,7 +269,7 @@ def test_a_wrong_base_is_named(tiny: Tiny) -> None:
 
 
 def test_a_base_of_another_shape(tiny: Tiny) -> None:
-    with pytest.raises(WrongBaseError, match=r"mlp\.(gate|up|down)_proj.weight\" is \[.*\], not \["):
+    with pytest.raises(WrongBaseError, match=r"mlp\.(gate|up|down)_proj.weight\" has shape \[.*\], not \["):
         attach(new_model("llama", intermediate_size=64), tiny.deltas)
 
 
