@@ -16,7 +16,7 @@ from deltafmt.kernels.table import OperandTable
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.floats import narrow, widen
 from deltafmt.terms.nm import codec as nm
-from deltafmt.terms.nm import positions as pos
+from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.codec import NMArrays
 from deltafmt.terms.nm.layout import NMLayout
 from strategies import ascending
@@ -33,9 +33,9 @@ def random_operand(
     mask_rows, groups = layout.mask_rows(rows), layout.groups(columns)
     seed = int(rng.integers(2**32)) if layout.index == "seeded" else 0
     if layout.index == "seeded":
-        kept_at = pos.seeded(seed, 0, mask_rows, groups, layout.keep, layout.group)
+        kept_at = hashing.seeded(seed, 0, mask_rows, groups, layout.n, layout.m)
     else:
-        kept_at = ascending(rng, mask_rows, groups, layout.keep, layout.group)
+        kept_at = ascending(rng, mask_rows, groups, layout.n, layout.m)
     codes = rng.integers(0, layout.top, (rows, layout.kept(columns)), np.uint8, endpoint=True)
     scales = (rng.random((rows, layout.scales_per_row(columns)), np.float32) + np.float32(0.1)) / np.float32(8)
     if layout.scale_dtype == "BF16":

@@ -173,7 +173,7 @@ def gathered(draw: st.DrawFn) -> NMLayout:
         draw(st.sampled_from(SHARES)),
         draw(st.sampled_from(("BF16", "F32"))),
     )
-    return layout if 0 < launch.step_entries(layout) <= 32 else dataclasses.replace(layout, keep=1, bits=8)
+    return layout if 0 < launch.step_entries(layout) <= 32 else dataclasses.replace(layout, n=1, bits=8)
 
 
 @examples(25)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from deltafmt.errors import UsageError
 from deltafmt.terms import words as word_codec
 from deltafmt.terms.nm import codec as nm
-from deltafmt.terms.nm import positions as pos
 from deltafmt.terms.nm.layout import NMLayout
+from index_words import encoded
 from strategies import ascending, examples, generators, layouts, shapes
 
 torch = pytest.importorskip("torch")
@@ -37,10 +37,10 @@ def as_words(array: np.ndarray) -> torch.Tensor:
 
 def random_index(rng: np.random.Generator, layout: NMLayout, rows: int, columns: int) -> np.ndarray:
     """Return the rank words of random positions, the first and the last possible ones among them."""
-    drawn = ascending(rng, layout.mask_rows(rows), layout.groups(columns), layout.keep, layout.group)
-    drawn[rng.random(drawn.shape[:2]) < 0.1] = np.arange(layout.keep)
-    drawn[rng.random(drawn.shape[:2]) < 0.1] = np.arange(layout.group - layout.keep, layout.group)
-    return pos.encode_rank(drawn, layout)
+    drawn = ascending(rng, layout.mask_rows(rows), layout.groups(columns), layout.n, layout.m)
+    drawn[rng.random(drawn.shape[:2]) < 0.1] = np.arange(layout.n)
+    drawn[rng.random(drawn.shape[:2]) < 0.1] = np.arange(layout.m - layout.n, layout.m)
+    return encoded(drawn, layout)
 
 
 def expected(layout: NMLayout, index: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -60,7 +60,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize(("convert", "device"), implementations
 INTERPRETED = not torch.cuda.is_available() and len(implementations()) > 1
 TRIES = 6 if INTERPRETED else 60
 LIMIT = 40 if INTERPRETED else 150
-LAYOUTS = layouts("rank", max_group=20) if INTERPRETED else layouts("rank")
+LAYOUTS = layouts("rank", max_m=20) if INTERPRETED else layouts("rank")
 
 
 def check(
@@ -110,10 +110,10 @@ def test_any_bits_give_positions_in_range(
     target = torch.empty(math.prod(job.target_shape), dtype=torch.int32, device=device)
     wrong = convert(as_words(bits).to(device), target, [job])
     words = target.cpu().numpy().view(np.uint32).reshape(job.target_shape)
-    fields = word_codec.unpack(words, mask_rows, groups * layout.keep, layout.position_bits)
-    assert fields.max() < layout.group
+    fields = word_codec.unpack(words, mask_rows, groups * layout.n, layout.position_bits)
+    assert fields.max() < layout.m
     ranks = word_codec.unpack(bits, mask_rows, groups, layout.rank_bits)
-    assert wrong == ([0] if int(ranks.max()) >= math.comb(layout.group, layout.keep) else [])
+    assert wrong == ([0] if int(ranks.max()) >= math.comb(layout.m, layout.n) else [])
     # Nothing but the fields is written: the words are the canonical packing of their positions.
     np.testing.assert_array_equal(word_codec.pack(fields, layout.position_bits), words)
     reference = torch.empty_like(target, device="cpu")

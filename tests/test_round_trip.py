@@ -370,7 +370,7 @@ def _how(pair: Pair, out: Path, **options: Any) -> dict[str, str]:
         for name in opened:
             found[name] = opened[name].action
             for term in opened[name].terms:
-                found[name] = f"{term.layout.keep}:{term.layout.group} k={term.layout.bits}"
+                found[name] = f"{term.layout.n}:{term.layout.m} k={term.layout.bits}"
     return found
 
 

@@ -236,6 +236,6 @@ def _make_fixed(container: Container, placement: Placement, memory: torch.Tensor
     wrong = make_fixed(scratch.view(torch.int32), memory.view(torch.int32), jobs)
     if wrong:
         layout = indexes[wrong[0]].layout
-        total = math.comb(layout.group, layout.keep)
+        total = math.comb(layout.m, layout.n)
         where = f'tensors["{indexes[wrong[0]].name}"]'
         raise InvalidFileError(f"{container.name}: {where}: the index has a rank that is not below {total}")

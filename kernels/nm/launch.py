@@ -15,7 +15,7 @@ from deltafmt.kernels.nm import dense, fused, gather
 from deltafmt.kernels.nm.operand import NMOperand
 from deltafmt.kernels.segments import Segments, TokenTiles
 from deltafmt.kernels.table import MAX_PARTS, LayoutTable, OperandTable
-from deltafmt.terms.nm import positions
+from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.tiles import planes
 
@@ -27,14 +27,14 @@ def gather_tokens(layout: NMLayout) -> int:
 
     Measured (H100): a tile costs what decoding it does, so it pays the later the less a gathered entry costs.
     """
-    if layout.keep > 1 or layout.share == 1:
-        return 112 if layout.keep > 1 else 48
-    return 224 if layout.group >= 32 else 96
+    if layout.n > 1 or layout.share == 1:
+        return 112 if layout.n > 1 else 48
+    return 224 if layout.m >= 32 else 96
 
 
 def lane_bits(layout: NMLayout) -> int:
     """Section 11.4: bits of a hash that a group takes; 0 for a ``fixed`` index."""
-    return 0 if layout.index == "fixed" else positions.lane_bits(layout.keep, layout.group)
+    return 0 if layout.index == "fixed" else hashing.lane_bits(layout.n, layout.m)
 
 
 def is_power_of_two(number: int) -> bool:
@@ -44,13 +44,13 @@ def is_power_of_two(number: int) -> bool:
 
 def step_entries(layout: NMLayout) -> int:
     """Return the entries of a gather step, whole words of every plane and whole hashes; 0: not to be unrolled."""
-    if layout.scale_group or not (is_power_of_two(layout.keep) and is_power_of_two(layout.group)):
+    if layout.scale_group or not (is_power_of_two(layout.n) and is_power_of_two(layout.m)):
         return 0
-    entries = [layout.keep] + [32 // width for width in planes(layout.bits)]
+    entries = [layout.n] + [32 // width for width in planes(layout.bits)]
     if layout.index == "fixed":
         entries += [32 // width for width in planes(layout.position_bits)]
     else:
-        entries.append(layout.keep * 64 // lane_bits(layout))
+        entries.append(layout.n * 64 // lane_bits(layout))
     return max(entries) if max(entries) <= MAX_UNROLL else 0
 
 
@@ -79,17 +79,17 @@ def gather_blocks(layout: NMLayout, entries: int, columns: int, tokens: int, pro
         tokens: T, tokens of a tile.
         programs: 32-row blocks of the whole launch, all tiles: how much there is to share out.
     """
-    row_steps = triton.next_power_of_2(-(-layout.groups(columns) * layout.keep // entries))
+    row_steps = triton.next_power_of_2(-(-layout.groups(columns) * layout.n // entries))
     classes = 4 if tokens * layout.share <= 8 else 2 if tokens * layout.share <= 16 else 1
     if programs <= 1024 and tokens == 1:
         # Little work: few rows a program and all columns at once, so that every multiprocessor has its share.
         return Blocks(32, min(16, row_steps), 8 if row_steps >= 8 else 4, classes)
     mask_rows = 128 if entries * layout.share <= 32 or tokens > 1 else 32
     per_thread = max(1, min(4, 128 // (entries * layout.share * tokens)))
-    if layout.share == 1 and tokens == 1 and layout.keep > 1:
+    if layout.share == 1 and tokens == 1 and layout.n > 1:
         mask_rows, per_thread = 64, min(per_thread, 2)
     steps = min(per_thread * (128 // mask_rows), row_steps)
-    while steps > 1 and steps * (entries // layout.keep) * layout.group > 4096:
+    while steps > 1 and steps * (entries // layout.n) * layout.m > 4096:
         steps //= 2
     return Blocks(mask_rows, steps, max(1, min(4, mask_rows * steps // 32)), classes)
 
@@ -114,8 +114,8 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
 
 def _layout_constants(layout: NMLayout) -> dict[str, Any]:
     return {
-        "KEEP": layout.keep,
-        "GROUP": layout.group,
+        "KEEP": layout.n,
+        "GROUP": layout.m,
         "BITS": layout.bits,
         "SHARE": layout.share,
         "TOP": layout.top,
@@ -155,7 +155,7 @@ def gather_arguments(layout: NMLayout, entries: int, columns: int, blocks: Block
         "places0": places[0],
         "places1": places[1],
         "places2": places[2],
-        "KEEP": layout.keep,
+        "KEEP": layout.n,
         "LOG_GROUP": layout.position_bits,
         "SHARE": layout.share,
         "TOP": layout.top,
@@ -168,7 +168,7 @@ def gather_arguments(layout: NMLayout, entries: int, columns: int, blocks: Block
         "ENTRIES": entries,
         "STEPS": blocks.steps,
         "MASK_ROWS": blocks.mask_rows,
-        "EVEN": kept % (entries * blocks.steps) == 0 and columns % layout.group == 0,
+        "EVEN": kept % (entries * blocks.steps) == 0 and columns % layout.m == 0,
     }
 
 
@@ -196,7 +196,7 @@ def _launch_dot(
     outputs: Sequence[torch.Tensor], x: torch.Tensor, table: LayoutTable[NMLayout], tiles: TokenTiles
 ) -> None:
     layout = table.layout
-    padded = triton.next_power_of_2(layout.group)
+    padded = triton.next_power_of_2(layout.m)
     rows = 64
     per_part, count = output_arguments(outputs, rows)
     arguments = token_arguments(x, table, tiles) | per_part
@@ -216,7 +216,7 @@ def _launch_dot(
 def launch_expand(operand: NMOperand, base: torch.Tensor | None, out: torch.Tensor, start: int, stop: int) -> None:
     """Launch the decoding of rows ``start`` to ``stop`` into ``out``, added to ``base`` if that is given."""
     layout = operand.layout
-    padded = triton.next_power_of_2(layout.group)
+    padded = triton.next_power_of_2(layout.m)
     rows, groups = 32, max(1, 128 // padded)
     constants = _layout_constants(layout)
     grid = (-(-(stop - start) // rows), -(-layout.groups(operand.columns) // groups))
@@ -283,7 +283,7 @@ def launch_fused(
     """
     layout, columns = table.layout, table.columns
     entries = step_entries(layout)
-    row_steps = triton.next_power_of_2(-(-layout.groups(columns) * layout.keep // entries))
+    row_steps = triton.next_power_of_2(-(-layout.groups(columns) * layout.n // entries))
     mask_rows = 16 if layout.share <= 2 else 32 // layout.share
     blocks = Blocks(mask_rows, min(16, row_steps), 4, 4)
     counts = [-(-output.shape[1] // (mask_rows * layout.share)) for output in outputs]

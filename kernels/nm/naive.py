@@ -92,8 +92,8 @@ def unpack_fields(words: torch.Tensor, rows: int, count: int, width: int, share:
 
 def seeded_positions(layout: NMLayout, seed: int, mask_rows: int, groups: int) -> torch.Tensor:
     """Section 11.4, ``seeded``: return positions, int64, shape (mask_rows, groups, N)."""
-    log_m = layout.group.bit_length() - 1
-    needed = log_m if layout.keep == 1 else 2 * log_m - 1
+    log_m = layout.m.bit_length() - 1
+    needed = log_m if layout.n == 1 else 2 * log_m - 1
     width = 4 if needed <= 4 else 8 if needed <= 8 else 16
     row = torch.arange(mask_rows)
     key = _mix((_multiply(row, 0x9E3779B1) + seed) & _MASK)
@@ -102,10 +102,10 @@ def seeded_positions(layout: NMLayout, seed: int, mask_rows: int, groups: int) -
     low, high = _mix64((key[:, None] + _multiply(g // per_hash, 0x85EBCA6B)) & _MASK)
     shift = g % per_hash * width
     lane = torch.where(shift < 32, low >> shift, high >> (shift - 32).clamp(min=0))
-    b = lane & (layout.group - 1)
-    a = (lane >> (log_m - 1)) & (layout.group - 1) | 1
-    i = torch.arange(layout.keep)
-    return (a[:, :, None] * i + b[:, :, None]) & (layout.group - 1)
+    b = lane & (layout.m - 1)
+    a = (lane >> (log_m - 1)) & (layout.m - 1) | 1
+    i = torch.arange(layout.n)
+    return (a[:, :, None] * i + b[:, :, None]) & (layout.m - 1)
 
 
 def nm_delta(layout: NMLayout, buffers: dict[str, torch.Tensor], seed: int, rows: int, columns: int) -> torch.Tensor:
@@ -127,17 +127,17 @@ def nm_delta(layout: NMLayout, buffers: dict[str, torch.Tensor], seed: int, rows
         positions = seeded_positions(layout, seed, mask_rows, groups).to(buffers["codes"].device)
     elif layout.index == "fixed":
         positions = unpack_fields(buffers["index"], mask_rows, kept, layout.position_bits, 1)
-        positions = positions.reshape(mask_rows, groups, layout.keep)
+        positions = positions.reshape(mask_rows, groups, layout.n)
     else:
         raise UsageError("a rank index is made fixed before it is multiplied with")
     codes = unpack_fields(buffers["codes"], rows, kept, layout.bits, layout.share)
     scales = tiled_rows(buffers["scales"], rows, layout.share).float()
     per_entry = (scales * 0.5).repeat_interleave(min(layout.scale_group or kept, kept), 1)[:, :kept]
     values = (2 * codes - layout.top).float() * per_entry
-    start = torch.arange(groups, device=positions.device) * layout.group
+    start = torch.arange(groups, device=positions.device) * layout.m
     column = (positions + start[:, None]).reshape(mask_rows, kept)
     column = column.repeat_interleave(layout.share, 0)[:rows]
-    wide = torch.zeros(rows, groups * layout.group, device=values.device)
+    wide = torch.zeros(rows, groups * layout.m, device=values.device)
     return wide.scatter(1, column, values)[:, :columns]
 
 
