@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from deltafmt.errors import InvalidFileError
 from deltafmt.terms import words
-from deltafmt.terms.codec_routines import CodecRoutines
+from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.codec import transcode_index
 from deltafmt.terms.nm.layout import NMLayout
@@ -155,8 +155,8 @@ def test_fixed_holds_the_positions_of_any_layout(
     positions = ascending(rng, mask_rows, groups, layout.n, layout.m)
     packed = encoded(positions, layout)
     assert packed.nbytes == layout.buffer_lengths(mask_rows * layout.share, groups * layout.m)["index"]
-    for unpack in (words.unpack, compiled.unpack):
-        found = decoded(packed, layout, mask_rows, groups, unpack)
+    for routines in (REFERENCE, compiled):
+        found = decoded(packed, layout, mask_rows, groups, routines)
         np.testing.assert_array_equal(found, positions, strict=True)
 
 

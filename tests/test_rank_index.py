@@ -1,4 +1,4 @@
-"""The references and the kernel that make a rank index fixed agree with the codec, on any layout and ragged shapes."""
+"""What makes a rank index fixed, in torch and as a kernel, agrees with the codec on any layout and ragged shapes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from strategies import ascending, examples, generators, layouts, shapes
 
 torch = pytest.importorskip("torch")
 
-from deltafmt.kernels.nm.rank_index import naive
-from deltafmt.kernels.nm.rank_index.convert import make_fixed
+from deltafmt.kernels.nm.rank_index.convert import convert_ranks
+from deltafmt.kernels.nm.rank_index.decode import convert_words
 from deltafmt.kernels.nm.rank_index.jobs import RankJob
 
 Convert = Callable[[torch.Tensor, torch.Tensor, Sequence[RankJob]], list[int]]
@@ -48,11 +48,13 @@ def expected(layout: NMLayout, index: np.ndarray, rows: int, columns: int) -> np
 
 
 def implementations() -> list[object]:
-    """Return what can run here, and how much of it: the reference; the kernel on a GPU, or slowly, interpreted."""
-    found: list[object] = [pytest.param(naive.make_fixed, "cpu", id="naive")]
+    """Return what can run here: the torch function; the kernel on a GPU, or slowly, interpreted."""
+    found: list[object] = [pytest.param(convert_words, "cpu", id="torch")]
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        triton = pytest.importorskip("deltafmt.kernels.nm.rank_index.kernel")
-        found.append(pytest.param(triton.make_fixed, "cuda" if torch.cuda.is_available() else "cpu", id="triton"))
+        kernel = pytest.importorskip("deltafmt.kernels.nm.rank_index.kernel")
+        found.append(
+            pytest.param(kernel.launch_conversion, "cuda" if torch.cuda.is_available() else "cpu", id="triton")
+        )
     return found
 
 
@@ -117,7 +119,7 @@ def test_any_bits_give_positions_in_range(
     # Nothing but the fields is written: the words are the canonical packing of their positions.
     np.testing.assert_array_equal(word_codec.pack(fields, layout.position_bits), words)
     reference = torch.empty_like(target, device="cpu")
-    naive.make_fixed(as_words(bits), reference, [job])
+    convert_words(as_words(bits), reference, [job])
     assert torch.equal(target.cpu(), reference)
 
 
@@ -135,9 +137,9 @@ def test_one_rank_too_high_is_told(convert: Convert, device: str) -> None:
 
 
 def test_tensors_of_other_kinds_are_refused() -> None:
-    words = torch.zeros(32, dtype=torch.int32)
+    memory = torch.zeros(32, dtype=torch.uint8)
     with pytest.raises(UsageError, match="int64"):
-        make_fixed(words.long(), words, [])
+        convert_ranks(memory.long(), memory, [])
     with pytest.raises(UsageError, match=r"\(4, 8\)"):
-        make_fixed(words, words.view(4, 8), [])
-    assert make_fixed(words, words.clone(), []) == []
+        convert_ranks(memory, memory.view(4, 8), [])
+    assert convert_ranks(memory, memory.clone(), []) == {}

@@ -123,8 +123,8 @@ def _tile_rows(number: int, job: RankJob) -> np.ndarray[tuple[int, int], np.dtyp
     return rows
 
 
-def make_fixed(source: torch.Tensor, target: torch.Tensor, jobs: Sequence[RankJob]) -> list[int]:
-    """Do what :func:`deltafmt.kernels.nm.rank_index.naive.make_fixed` does, on the current stream of a GPU.
+def launch_conversion(source: torch.Tensor, target: torch.Tensor, jobs: Sequence[RankJob]) -> list[int]:
+    """Do what :func:`deltafmt.kernels.nm.rank_index.decode.convert_words` does, on the current stream of a GPU.
 
     Waits for the kernels, to tell which indexes are wrong.
     """

@@ -1,4 +1,4 @@
-"""The obvious way from ``rank`` to ``fixed``, in torch: unpack, look positions up, pack (spec, sections 11.2 and 11.4).
+"""From ``rank`` to ``fixed`` in torch, for devices without the kernel: unpack, look up, pack (sections 11.2 and 11.4).
 
 Ranks take up to 64 bits. They are held in int64 as the same bits, and compared as if unsigned.
 """
@@ -109,7 +109,7 @@ def fixed_index(words: torch.Tensor, layout: NMLayout, mask_rows: int, columns: 
     return pack_fields(unrank(ranks, layout).flatten(1), layout.position_bits), valid
 
 
-def make_fixed(source: torch.Tensor, target: torch.Tensor, jobs: Sequence[RankJob]) -> list[int]:
+def convert_words(source: torch.Tensor, target: torch.Tensor, jobs: Sequence[RankJob]) -> list[int]:
     """Make ``rank`` indexes ``fixed``; return the numbers of those with a rank that is out of range.
 
     Args:
