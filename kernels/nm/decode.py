@@ -35,7 +35,9 @@ def decode_rows(operand: Operand, rows: torch.Tensor) -> torch.Tensor:
 def _positions(operand: Operand, mask_rows: torch.Tensor) -> torch.Tensor:
     """Return the positions of some mask rows (int64), int64, shape (mask rows, groups, N), each within its group."""
     layout = cast("NMLayout", operand.layout)
-    return INDEX_POSITIONS[layout.index](operand, mask_rows).view(len(mask_rows), -1, layout.n)
+    return INDEX_POSITIONS[layout.index](operand, mask_rows).view(
+        len(mask_rows), layout.groups(operand.columns), layout.n
+    )
 
 
 def _scattered(operand: Operand, codes: torch.Tensor, scales: torch.Tensor, kept_at: torch.Tensor) -> torch.Tensor:
@@ -54,5 +56,5 @@ def _scattered(operand: Operand, codes: torch.Tensor, scales: torch.Tensor, kept
         column = torch.where(kept_at < layout.m, column, width)
     # One column more, which takes what is left out.
     wide = torch.zeros(rows, width + 1, device=codes.device)
-    wide.scatter_(1, column.view(rows, -1), values)
+    wide.scatter_(1, column.flatten(1), values)
     return wide[:, :columns]
