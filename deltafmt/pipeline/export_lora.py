@@ -14,7 +14,7 @@ from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.delta import DeltaFile
-from deltafmt.errors import UsageError
+from deltafmt.errors import Remedy, UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.bases import find_base, wrong_bytes
@@ -145,7 +145,8 @@ class _Exporter:
             return True
         for part in parts:
             if part.action != "replace" and self._base is None:
-                raise UsageError(f"{where} is replaced, but {part.name} is the base's; give --base to have both stored")
+                text = f"{where} is replaced, but {part.name} of the same module is the base's, and both must be stored"
+                raise UsageError(text, Remedy("base", None))
             self._whole[f"{PREFIX}{part.name}"] = part
         return False
 

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
-
-from blake3 import blake3
 
 from deltafmt._version import __version__
 from deltafmt.checkpoint.adapter import Adapter
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.folder import Checkpoint, natural_key, read_file
 from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.checkpoint.writer import TensorSpec
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
-from deltafmt.index.entries import BaseRef, TensorEntry, Term
+from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.index.sections import Attachment
+from deltafmt.pipeline.entry_writer import EntryWriter, packed_bytes
 from deltafmt.pipeline.lora_factors import term_of
 from deltafmt.pipeline.lora_plan import LoraPlan, plan_lora
 from deltafmt.pipeline.pack import refuse_input
 from deltafmt.pipeline.workers import Progress, drain, thread_count
-from deltafmt.terms.buffers import blank, raw_bytes
+from deltafmt.terms.buffers import blank
 from deltafmt.terms.lowrank.codec import LowRankCodec
 
 METADATA_BASE: Final = "lora.base_model_name_or_path"
@@ -137,12 +136,13 @@ class _Importer:
     """One run of an import."""
 
     def __init__(
-        self, base: Checkpoint, adapter: Adapter, plan: LoraPlan, writer: ContainerWriter, result: ImportResult
+        self, base: Checkpoint, adapter: Adapter, plan: LoraPlan, container: ContainerWriter, result: ImportResult
     ) -> None:
         self._base = base
         self._adapter = adapter
         self._plan = plan
-        self._writer = writer
+        self._container = container
+        self._writer = EntryWriter(container)
         self._result = result
 
     def run(self, threads: int, progress: Progress | None) -> None:
@@ -157,38 +157,33 @@ class _Importer:
                 whole = self._plan.replaced.get(name)
                 entry = self._kept(base[name], next(digests)) if whole is None else self._replaced(name, whole)
                 entries.append(entry)
-                self._writer.boundary()
+                self._container.boundary()
                 if progress and name in base:
                     progress(name, base[name].nbytes)
         finally:
             drain(pool)
         result.same = sum(entry.action == "same" for entry in entries)
         result.replaced = [entry.name for entry in entries if entry.action == "replace"]
-        identity = self._writer.finish(entries, attachments=self._attach(), metadata=self._metadata())
-        result.size, result.content_id = self._writer.position, identity.hex()
+        identity = self._container.finish(entries, attachments=self._attach(), metadata=self._metadata())
+        result.size, result.content_id = self._container.position, identity.hex()
 
     def _kept(self, base: Tensor, digest: bytes) -> TensorEntry:
         """Return the entry of a tensor that is the base's, or the base's and a term."""
         reference = BaseRef(digest, base.dtype, base.shape)
         factors = self._plan.factors.get(base.name)
         if factors is None:
-            return TensorEntry(base.name, "same", base.dtype, base.shape, reference)
+            return self._writer.same(base, reference)
         scaling = self._adapter.config.scaling_of(factors.module)
         layout, arrays = term_of(factors, scaling, transposed=base.name in self._plan.transposed)
+        codec = LowRankCodec(layout, *base.shape)
         packed = blank(layout, *base.shape)
-        LowRankCodec(layout, *base.shape).encode(arrays, packed)
-        payload, refs = blake3(), {}
-        for name, array in packed.items():
-            payload.update(raw_bytes(array))
-            refs[name] = self._writer.add(raw_bytes(array))
-        term = Term(self._writer.layout_number(layout), layout, 0, refs)
+        codec.encode(arrays, packed)
         self._result.ranks[layout.rank] = self._result.ranks.get(layout.rank, 0) + 1
-        return TensorEntry(base.name, "add", base.dtype, base.shape, reference, payload.digest(), terms=(term,))
+        return self._writer.add(base, reference, [packed_bytes(codec, packed)])
 
     def _replaced(self, name: str, tensor: Tensor) -> TensorEntry:
-        payload = blake3()
-        ref = self._writer.add(_digested(tensor.pieces(), payload))
-        return TensorEntry(name, "replace", tensor.dtype, tensor.shape, digest=payload.digest(), data=ref)
+        """Return the entry of a tensor that the adapter holds whole, under the name that it has in the model."""
+        return self._writer.replace(TensorSpec(name, tensor.dtype, tensor.shape), tensor.pieces())
 
     def _attach(self) -> dict[str, Attachment]:
         """Attach what makes the unpacked folder load: the adapter's files, and the base's that it lacks."""
@@ -197,7 +192,7 @@ class _Importer:
         files = {name: path for name, path in base.items() if name not in left_out} | own
         files |= {name: base[name] for name in _CONFIGS & base.keys()}
         for name, path in sorted(files.items()):
-            found[name] = self._writer.attach(read_file(path))
+            found[name] = self._container.attach(read_file(path))
         return found
 
     def _metadata(self) -> dict[str, str]:
@@ -209,9 +204,3 @@ class _Importer:
             **{key: value for key, value in named.items() if value},
             **{f"safetensors.{key}": value for key, value in self._base.metadata().items()},
         }
-
-
-def _digested(pieces: Iterator[memoryview], digest: blake3) -> Iterator[memoryview]:
-    for piece in pieces:
-        digest.update(piece)
-        yield piece

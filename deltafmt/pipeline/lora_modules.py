@@ -11,7 +11,7 @@ import numpy as np
 from deltafmt.checkpoint.adapter import PREFIX, is_conv1d, is_embedding, may_be_conv1d
 from deltafmt.checkpoint.writer import TensorSpec
 from deltafmt.delta import DeltaFile
-from deltafmt.errors import NonFiniteError, UsageError
+from deltafmt.errors import NonFiniteError, Remedy, UsageError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.lora_factors import factors_of
 from deltafmt.terms.floats import Raw, narrow, widen
@@ -91,7 +91,8 @@ def lora_modules(
         if entry.base is None or entry.base.shape != entry.shape:
             raise UsageError(f"{where} has other rows than its base, which an adapter cannot say")
         if not config and may_be_conv1d(module):
-            raise UsageError(f"{where} may be stored transposed; give --base a folder with config.json")
+            text = f"{where} may be stored transposed, which only its base's config.json tells"
+            raise UsageError(text, Remedy("base", None))
         stored = {band.factors if isinstance(band.factors, str) else "F32" for band in bands}
         written = dtype or (stored.pop() if len(stored) == 1 else "F32")
         found.append(LoraModule(module, entry, bands, is_embedding(module), is_conv1d(module, config), written))
