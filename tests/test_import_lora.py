@@ -324,7 +324,7 @@ def test_outputs_that_exist(files: Files, tmp_path: Path) -> None:
     out = tmp_path / "d.deltafmt"
     deltafmt.import_lora(files.base, files.adapter, out)
     before = out.read_bytes()
-    with pytest.raises(UsageError, match="exists$") as caught:
+    with pytest.raises(UsageError, match=r"exists$") as caught:
         deltafmt.import_lora(files.base, files.adapter, out)
     assert caught.value.remedy == Remedy("force")
     bad = write_adapter(tmp_path / "bad", {**files.factors, f"{Q}.lora_B.weight": raw(np.full((48, 4), np.inf), "F32")})
