@@ -113,8 +113,8 @@ class Compressor:
     """Compress the tensors of a job in worker threads; a context manager that stops them at its end.
 
     Args:
-        job: what is packed; its ``plans`` are not used.
-        plans: the tensors to compress, in order.
+        job: what is packed.
+        plans: those of the job's plans that are still to be packed, in order.
         threads: worker threads.
     """
 

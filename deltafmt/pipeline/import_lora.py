@@ -1,4 +1,7 @@
-"""A base and a LoRA adapter to a delta file: the factors as they are, everything else the base's."""
+"""``deltafmt.import_lora``: a base and a LoRA adapter to a delta file.
+
+The factors become ``lowrank`` terms; every other tensor is the base's, or replaced by one that the adapter holds whole.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,9 @@ from deltafmt.terms.lowrank.codec import LowRankCodec
 METADATA_BASE: Final = "lora.base_model_name_or_path"
 METADATA_TASK: Final = "lora.task_type"
 
-# The model is the base's kind, whatever lies beside the adapter.
+# These describe the model, so they come from the base even if the adapter's folder has files of the same name.
 _CONFIGS: Final = frozenset(("config.json", "generation_config.json"))
-# The base's card is not the fine-tune's, and tokenizers are taken whole, from one side.
+# The base's card does not describe the fine-tune. A tokenizer is taken whole: all its files come from one folder.
 _CARD: Final = "README.md"
 _TOKENIZER: Final = frozenset(
     (
@@ -59,9 +62,9 @@ class ImportResult:
         content_id: its content id, hexadecimal.
         adapter_bytes: bytes of the adapter's weight file.
         ranks: number of matrices with a low-rank delta, by rank.
-        replaced: tensors that the adapter holds whole, with other bytes than the base.
-        same: tensors that are the base's.
-        base_name: what the adapter names as its base; empty if it names none.
+        replaced: names of tensors that the adapter holds whole, with other bytes than the base.
+        same: number of tensors that equal the base's.
+        base_name: the base that the adapter names; empty if it names none.
         skipped_files: names of files of the adapter's folder that could not be attached.
     """
 
@@ -86,15 +89,15 @@ def import_lora(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> ImportResult:
-    """Write a LoRA adapter as a delta file: ``lowrank`` terms of the factors with the scaling in them.
+    """Write a LoRA adapter as a delta file, with the adapter's scaling multiplied into the factors.
 
     Args:
         base: the checkpoint that the adapter was trained on, a folder or a ``.safetensors`` file.
         adapter: a folder as PEFT saves it, with ``adapter_config.json`` and ``adapter_model.safetensors``.
         out: the file to make.
         profile: ``hot`` or ``cold``.
-        force: replace ``out`` if it exists.
-        threads: worker threads for the base's fingerprints; one a processor if not given.
+        force: True to replace ``out`` if it exists.
+        threads: worker threads for the base's fingerprints; one for each processor if not given.
         progress: called with a base tensor's name and bytes as each is done.
 
     Raises:
@@ -168,7 +171,7 @@ class _Importer:
         result.size, result.content_id = self._container.position, identity.hex()
 
     def _kept(self, base: Tensor, digest: bytes) -> TensorEntry:
-        """Return the entry of a tensor that is the base's, or the base's and a term."""
+        """Return the entry of a tensor that equals its base, or is its base plus one term."""
         reference = BaseRef(digest, base.dtype, base.shape)
         factors = self._plan.factors.get(base.name)
         if factors is None:
@@ -186,7 +189,7 @@ class _Importer:
         return self._writer.replace(TensorSpec(name, tensor.dtype, tensor.shape), tensor.pieces())
 
     def _attach(self) -> dict[str, Attachment]:
-        """Attach what makes the unpacked folder load: the adapter's files, and the base's that it lacks."""
+        """Attach the files with which the unpacked folder loads: the adapter's, and those that only the base has."""
         own, base, found = self._adapter.files, self._base.files, {}
         left_out = {_CARD, CONFIG_FILE} | (_TOKENIZER if _TOKENIZER & own.keys() else set())
         files = {name: path for name, path in base.items() if name not in left_out} | own
