@@ -1,4 +1,4 @@
-"""Choosing options under a budget, against all combinations of small problems."""
+"""Choosing alternatives under a budget, against all combinations of small problems."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ problems = st.integers(1, 5).flatmap(
 @settings(deadline=None)
 def test_the_best_of_all_combinations(items: list[list[Alternative]], budget: int) -> None:
     found = allocate.allocate(items, budget)
-    every = itertools.product(*(range(len(options)) for options in items))
+    every = itertools.product(*(range(len(alternatives)) for alternatives in items))
     fitting = [total_loss(items, choice) for choice in every if total_size(items, choice) <= budget]
     if not fitting:
         assert found is None
@@ -48,13 +48,13 @@ def test_many_items_come_within_one_step(items: list[list[Alternative]], budget:
         assert found is best
         return
     assert total_size(items, found) <= budget
-    step = max(max(o.loss for o in options) - min(o.loss for o in options) for options in items)
+    step = max(max(o.loss for o in alternatives) - min(o.loss for o in alternatives) for alternatives in items)
     assert total_loss(items, found) <= total_loss(items, best) + step
 
 
 @given(problems, st.integers(0, 200))
 @settings(deadline=None)
-def test_never_worse_than_one_option_for_all(items: list[list[Alternative]], budget: int) -> None:
+def test_never_worse_than_one_alternative_for_all(items: list[list[Alternative]], budget: int) -> None:
     found = allocate.allocate(items, budget)
     for number in range(len(items[0])):
         uniform = [number] * len(items)
@@ -63,7 +63,7 @@ def test_never_worse_than_one_option_for_all(items: list[list[Alternative]], bud
             assert total_loss(items, found) <= total_loss(items, uniform)
 
 
-def test_thousands_of_options_in_units() -> None:
+def test_thousands_of_alternatives_in_units() -> None:
     rng = np.random.default_rng(0)
     items = [
         [Alternative(int(size), float(scale / size)) for size in rng.integers(1000, 100_000, 40)]
