@@ -23,6 +23,7 @@ from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.bases import find_base, wrong_bytes
 from deltafmt.pipeline.import_lora import METADATA_BASE, METADATA_TASK
 from deltafmt.pipeline.lora_modules import LoraModule, lora_modules
+from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.terms.buffers import raw_bytes
 
 DEFAULT_TASK: Final = "CAUSAL_LM"
@@ -87,10 +88,7 @@ def export_lora(
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(c.DELTA_DTYPES)}")
     path = Path(out)
     check_output_folder(path, force=force)
-    for source in (delta, *(() if base is None else (base,))):
-        found = Path(source).resolve()
-        if path.resolve() in (found, *found.parents):
-            raise UsageError(f"the output {path} is, or holds, the input {source}")
+    refuse_input_folder(path, [delta] if base is None else [delta, base])
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(DeltaFile(delta))
         entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))

@@ -26,7 +26,7 @@ from deltafmt.index.sections import Attachment
 from deltafmt.pipeline.entry_writer import EntryWriter, packed_bytes
 from deltafmt.pipeline.lora_factors import term_of
 from deltafmt.pipeline.lora_plan import LoraPlan, plan_lora
-from deltafmt.pipeline.pack import refuse_input
+from deltafmt.pipeline.outputs import refuse_input_file
 from deltafmt.pipeline.workers import Progress, drain, thread_count
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.lowrank.codec import LowRankCodec
@@ -112,7 +112,7 @@ def import_lora(
         raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
     path = Path(out)
     with Checkpoint(base) as checkpoint, Adapter(adapter) as opened:
-        refuse_input(path, [checkpoint])
+        refuse_input_file(path, [checkpoint])
         if path.resolve().parent == opened.path.resolve() and path.exists():
             raise UsageError(f"the output {path} lies in the adapter's folder and is not replaced")
         plan = plan_lora(checkpoint, opened)

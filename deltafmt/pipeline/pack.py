@@ -17,6 +17,7 @@ from deltafmt.pipeline.calibrate import Calibration, check_calibration
 from deltafmt.pipeline.file_writer import write_file
 from deltafmt.pipeline.first_pass import calibrated
 from deltafmt.pipeline.job import Delivery, PackJob, check_options
+from deltafmt.pipeline.outputs import refuse_input_file
 from deltafmt.pipeline.pack_result import PackResult
 from deltafmt.pipeline.plan import Rule, make_plan
 from deltafmt.pipeline.targeted import pack_for_target
@@ -123,19 +124,7 @@ def _check_output(job: PackJob, delivery: Delivery) -> None:
     path = delivery.path
     if path is None:
         return
-    refuse_input(path, (job.base, job.finetuned))
+    refuse_input_file(path, (job.base, job.finetuned))
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UsageError(f"{path} is not a regular file", Remedy("out", None))
     check_output_file(path, force=delivery.force)
-
-
-def refuse_input(path: Path, sources: Sequence[Checkpoint]) -> None:
-    """Refuse an output that is one of the inputs.
-
-    Raises:
-        UsageError: the output is an input.
-    """
-    for source in sources:
-        inputs = [source.path, *(Path(name) for name, _, _ in source.identity()), *source.files.values()]
-        if path.exists() and any(found.exists() and os.path.samefile(path, found) for found in inputs):
-            raise UsageError(f"the output {path} is itself an input")

@@ -15,9 +15,9 @@ from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
-from deltafmt.errors import UsageError
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.pipeline.bases import compare_bases, find_base, wrong_bytes
+from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thread_count
 from deltafmt.terms.buffers import raw_bytes
 from deltafmt.terms.codec_routines import CodecRoutines, codec_routines
@@ -77,13 +77,7 @@ def unpack(
     """
     path = Path(out)
     check_output_folder(path, force=force)
-    for source in (Path(base), Path(delta)):
-        if (
-            path.exists()
-            and source.exists()
-            and (os.path.samefile(path, source) or path.resolve() in source.resolve().parents)
-        ):
-            raise UsageError(f"the output {path} is, or holds, the input {source}")
+    refuse_input_folder(path, [base, delta])
     with Checkpoint(base) as checkpoint, DeltaFile(delta) as opened:
         entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
         # ``force_base`` allows other bytes, but no other dtypes and shapes.
