@@ -14,9 +14,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from deltafmt.errors import StorageError, UsageError
+from deltafmt.errors import NoRoomError, StorageError, UsageError
 from deltafmt.runtime.eviction import host_bytes
-from deltafmt.runtime.residency import NoRoomError, Residency
+from deltafmt.runtime.residency import Residency
 
 
 @dataclass(eq=False)

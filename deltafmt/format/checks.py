@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 from deltafmt.errors import InvalidFileError, UsageError
@@ -64,20 +66,30 @@ def check_dtype(value: Any, where: Where) -> str:
     return value
 
 
-def parse_fields(cls: type[Made], obj: Any, where: Where) -> Made:
+def parse_fields(cls: type[Made], obj: Any, where: Where, keys_of: Mapping[str, str] = MappingProxyType({})) -> Made:
     """Return an instance of ``cls``, a dataclass, made from a map with exactly its fields (and its ``kind``, if any).
 
     A field is a string or an integer, as the class annotates it. The class checks its values itself and raises
     UsageError, which is turned into an InvalidFileError here.
+
+    Args:
+        cls: the dataclass.
+        obj: the map.
+        where: the map's place in the index.
+        keys_of: the map's keys by field name, for fields whose key has another name.
+
+    Raises:
+        InvalidFileError: the map is not one of the class; the message names the place and the value.
     """
-    wanted = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]
-    keys = tuple(sorted((*wanted, "kind") if hasattr(cls, "kind") else wanted))
+    found = {keys_of.get(field.name, field.name): field for field in fields(cls)}  # type: ignore[arg-type]
+    keys = tuple(sorted((*found, "kind") if hasattr(cls, "kind") else found))
     values = dict(zip(keys, check_fields(obj, where, keys), strict=True))
     values.pop("kind", None)
     for key, value in values.items():
-        if type(value) is not (str if wanted[key] == "str" else int):
-            fail((where, ".", key), f"{value!r} is not {'a string' if wanted[key] == 'str' else 'an integer'}")
+        wanted = str(found[key].type)
+        if type(value) is not (str if wanted == "str" else int):
+            fail((where, ".", key), f"{value!r} is not {'a string' if wanted == 'str' else 'an integer'}")
     try:
-        return cls(**values)
+        return cls(**{found[key].name: value for key, value in values.items()})
     except UsageError as error:
         fail(where, str(error))

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic
 
-from deltafmt.errors import UsageError
+from deltafmt.errors import NoRoomError, UsageError
 from deltafmt.runtime.eviction import drop_host_copies, victims_for
-from deltafmt.runtime.leases import Item, Lease, NoRoomError, Victim, listed
+from deltafmt.runtime.leases import Item, Lease, Victim, listed
 from deltafmt.runtime.store_protocol import Fence, H, Store, V
 
 
