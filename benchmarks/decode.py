@@ -2,9 +2,9 @@
 
     python benchmarks/decode.py [--size 4096] [--tokens 128] [--repeats 5]
 
-A merge and a prompt decode a delta once. For each kind, the table gives the seconds of the numpy decoder (the
-reference, without compiled loops), of torch's decoder, and of a prompt of ``--tokens`` tokens through the product that
-serves it, less what the same product costs with a delta that is dense already.
+A merge and a prompt decode a delta once. For each kind, the table gives the seconds of the numpy decoder (without
+compiled loops), of torch's decoder, and of a prompt of ``--tokens`` tokens through the product that serves it,
+less what the same product costs with a delta that is dense already.
 """
 
 from __future__ import annotations

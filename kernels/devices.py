@@ -10,7 +10,7 @@ from deltafmt import accel
 
 
 def usable(tensor: torch.Tensor) -> bool:
-    """Tell whether kernels can run where a tensor lies."""
+    """Return True if kernels can run where a tensor lies."""
     return tensor.is_cuda and accel.has_triton()
 
 

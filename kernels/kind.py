@@ -1,4 +1,4 @@
-"""What the device side has of each kind of term: its record, its kernels and its decoder."""
+"""The base class of the device side of all kinds of terms: a record, kernels and a decoder."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class TermKernels(ABC, Generic[LayoutT]):
             jobs: which buffers, and where.
 
         Returns:
-            What is wrong with a job's buffer, by the job's number.
+            The problem of each buffer that is not valid, by the number of its job.
         """
         raise TypeError(f"{self.kind} terms are read as they are stored")
 

@@ -90,7 +90,7 @@ def operand_delta(operand: Operand, start: int = 0, stop: int | None = None) -> 
 
 
 def can_fuse(table: OperandTable, slot: int, tokens: int) -> bool:
-    """Tell whether :func:`fused_linear` takes a slot: on a GPU, one term of one layout a part, a fitting batch."""
+    """Return True if :func:`fused_linear` takes a slot: on a GPU, one term of one layout a part, a fitting batch."""
     if table.device.type != "cuda" or not accel.has_triton() or len(table.parts) > MAX_PARTS:
         return False
     parts = table.operands(slot)

@@ -1,4 +1,4 @@
-"""What an operand table holds of one operand: int64 fields, which kernels load by their offsets.
+"""The record of one operand in an operand table: int64 fields, which kernels load by their offsets.
 
 Each kind of term declares its record once. The table writes the fields in that order, and the kernels take their
 offsets from the same declaration, as constants of the compilation: no kernel holds a number of its own.
@@ -58,7 +58,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayoutTable(Generic[LayoutT]):
-    """What a kernel reads of the operands of one layout.
+    """The records of the operands of one layout, as a kernel reads them.
 
     Attributes:
         layout: of all these operands, as :meth:`deltafmt.kernels.kind.TermKernels.table_layout` gives it.

@@ -39,7 +39,7 @@ class OperandTable:
     """Operands by slot and part: what one product multiplies with.
 
     A *slot* is one delta that tokens can choose; a *part* is one of the matrices that multiply the same activations
-    (q, k and v; gate and up). A slot holds for each part the terms of its delta; a part without terms is the base's.
+    (q, k and v; gate and up). For each part, a slot holds the terms of its delta; a part without terms is the base's.
 
     Args:
         slots: deltas that the table has room for.

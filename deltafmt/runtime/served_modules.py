@@ -1,6 +1,6 @@
 """The served modules of a model: their hooks, and the slot of every delta that is on the device.
 
-A slot is a row of the modules' operand tables. A delta on the device has the same slot in all modules.
+A slot is a place in the modules' operand tables. A delta on the device has the same slot in all modules.
 """
 
 from __future__ import annotations

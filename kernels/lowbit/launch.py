@@ -1,4 +1,4 @@
-"""How the lowbit kernel is launched."""
+"""The launch of the lowbit kernel: its grid, blocks and arguments."""
 
 from __future__ import annotations
 

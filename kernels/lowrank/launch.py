@@ -1,4 +1,4 @@
-"""How the low-rank kernels are launched."""
+"""The launches of the two low-rank kernels: their grids, blocks and arguments."""
 
 from __future__ import annotations
 

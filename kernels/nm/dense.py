@@ -1,7 +1,7 @@
 """Decoding into dense tiles: for ``tl.dot`` when a delta has many tokens, and for writing a delta out.
 
 A tile covers some rows and some groups of columns; each group takes ``PADDED`` places, the power of two at or above M.
-Entry i of every group is compared with all places of its group, so that each element is decoded where it is used.
+Kept element i of every group is compared with all places of its group, so that each element is decoded where it is used.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def embedding_kernel(
     SCALE: tl.constexpr, INDEX: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Add row ``id`` of a token's delta onto its embedding; entries of a row stand in different columns."""
+    """Add row ``id`` of a token's delta onto its embedding; kept elements of a row stand in different columns."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     if (slot < 0) | (slot >= slot_count):

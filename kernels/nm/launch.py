@@ -1,4 +1,4 @@
-"""How the ``nm`` kernels are launched: which kernel a layout takes, with which blocks, on which grid."""
+"""The launches of the ``nm`` kernels: the kernel that a layout takes, its grid, blocks and arguments."""
 
 from __future__ import annotations
 

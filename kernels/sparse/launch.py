@@ -1,4 +1,4 @@
-"""How the sparse kernel is launched."""
+"""The launch of the sparse kernel: its grid, blocks and arguments."""
 
 from __future__ import annotations
 

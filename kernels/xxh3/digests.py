@@ -18,7 +18,7 @@ MAX_BATCH = 1 << 15
 
 
 def can_run(device: torch.device) -> bool:
-    """Tell whether the kernels run on a device."""
+    """Return True if the kernels run on a device."""
     return device.type == "cuda" and accel.has_triton()
 
 

@@ -53,7 +53,7 @@ def encode(
     """Pack a run of rows into its slices of :func:`blank`.
 
     The positions of a ``seeded`` layout are not stored; those of the others must ascend in every group. Fields of
-    entries beyond the last column must be zero.
+    elements beyond the last column must be zero.
     """
     routines.pack_into(arrays.codes, layout.bits, _words(out["codes"]), layout.share)
     if "index" in out:
@@ -118,7 +118,7 @@ def dense(layout: NMLayout, arrays: NMArrays, columns: int, routines: CodecRouti
 
 
 def outside(layout: NMLayout, arrays: NMArrays, columns: int) -> NDArray[np.bool_]:
-    """Tell which entries lie beyond the last column; shape (rows, groups * N)."""
+    """Return True for each kept element beyond the last column; shape (rows, groups * N)."""
     start = np.arange(layout.groups(columns), dtype=np.int64)[:, None] * layout.m
     beyond = (arrays.positions + start >= columns).reshape(arrays.positions.shape[0], -1)
     return beyond[np.arange(arrays.codes.shape[0]) // layout.share]
@@ -134,7 +134,7 @@ def check(
     """Check what decoding alone does not: that the run is the canonical packing of what it means.
 
     Raises:
-        InvalidFileError: a field beyond the grid, an entry beyond the last column whose field is not zero, or unused
+        InvalidFileError: a field beyond the grid, an element beyond the last column whose field is not zero, or unused
             bits that are not zero.
     """
     if arrays.codes.size and int(arrays.codes.max()) > layout.top:

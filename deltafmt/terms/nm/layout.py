@@ -27,17 +27,17 @@ MAX_M: Final = 255
 
 @dataclass(frozen=True, slots=True)
 class NMLayout(TermLayout):
-    """How an ``nm`` term arranges its kept entries.
+    """The layout of an ``nm`` term: N kept elements in every group of M columns.
 
     Attributes:
-        n: N, entries kept in each group.
+        n: N, elements kept in each group.
         m: M, consecutive columns of a group.
         bits: k, width of a code.
         index: ``seeded``, ``fixed`` or ``rank``.
         grid: ``midtread`` (2**k - 1 levels, zero among them) or ``midrise`` (2**k levels, none zero).
         share: v, consecutive rows that keep the same positions.
         scale_dtype: ``BF16`` or ``F32``.
-        scale_group: kept entries of a row that share a scale; 0 for one scale a row.
+        scale_group: kept elements of a row that share a scale; 0 for one scale a row.
 
     Raises:
         UsageError: a parameter, or the combination, is outside the specification.
@@ -90,12 +90,12 @@ class NMLayout(TermLayout):
 
     @property
     def seeded(self) -> bool:
-        """Whether a term has a seed."""
+        """True if a term has a seed."""
         return self.encoding.seeded
 
     @property
     def cold_only(self) -> bool:
-        """Whether only a ``cold`` file may have this layout in its table."""
+        """True if only a ``cold`` file may have this layout in its table."""
         return self.encoding.cold_only
 
     def plain(self) -> NMLayout:
@@ -123,41 +123,41 @@ class NMLayout(TermLayout):
         return rank_bits(self.n, self.m)
 
     def groups(self, columns: int) -> int:
-        """Groups in a row of ``columns`` elements; the last may be short."""
+        """Return the groups in a row of ``columns`` elements; the last may be short."""
         return -(-columns // self.m)
 
     def width(self, columns: int) -> int:
-        """Elements of a row once its last group is whole: what decoding a row takes, however few its columns."""
+        """Return the elements of a row whose last group is made whole: decoding a row needs room for so many."""
         return self.groups(columns) * self.m
 
     def kept(self, columns: int) -> int:
-        """Kept entries of a row, those beyond the last column included."""
+        """Return the kept elements of a row, those beyond the last column included."""
         return self.groups(columns) * self.n
 
     def scales_per_row(self, columns: int) -> int:
-        """Scales of a row."""
+        """Return the scales of a row."""
         if self.scale_group == 0:
             return 1
         return -(-self.kept(columns) // self.scale_group)
 
     def mask_rows(self, rows: int) -> int:
-        """Rows of the index: one for every ``share`` rows."""
+        """Return the rows of the index: one for every ``share`` rows."""
         return -(-rows // self.share)
 
     def row_tiles(self, rows: int) -> int:
-        """Tiles of the codes and of the scales of ``rows`` rows."""
+        """Return the tiles of the codes and of the scales of ``rows`` rows."""
         return tiles(rows, self.share)
 
     def index_tiles(self, rows: int) -> int:
-        """Tiles of the index of ``rows`` rows: those of their mask rows."""
+        """Return the tiles of the index of ``rows`` rows: the tiles of their mask rows."""
         return tiles(self.mask_rows(rows))
 
     def codes_words(self, columns: int) -> int:
-        """Packed words of a row's codes."""
+        """Return the packed words of a row's codes."""
         return stream_words(self.kept(columns), self.bits)
 
     def index_words(self, columns: int) -> int:
-        """Packed words of a mask row's index (0 for ``seeded``)."""
+        """Return the packed words of a mask row's index (0 for ``seeded``)."""
         return self.encoding.row_words(self.n, self.m, self.groups(columns))
 
     def buffers(self, rows: int, columns: int, slots: int = 0) -> dict[str, BufferForm]:  # noqa: ARG002 - of every kind
