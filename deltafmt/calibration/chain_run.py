@@ -106,7 +106,8 @@ class ChainRun:
     def _enter(self, state: State | None) -> HiddenStates:
         """Record the arguments of the blocks, and return the hidden states that enter the next one."""
         resumed = state is not None and state.started
-        # Blocks that an earlier run has finished are not run again, but the modules before the first block are.
+        # The blocks that an earlier run has finished are not run again. The modules outside the blocks are, so their
+        # parameters are replaced again.
         self._settle(self._outer())
         if self.order.before and not resumed:
             with Gatherer(self.order.before) as gatherer:
