@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deltafmt
-from deltafmt.checkpoint.writer import TensorSpec
+from deltafmt.checkpoint.folder_writer import TensorSpec
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError
