@@ -82,10 +82,14 @@ class Folder:
             program = programs / name
             program.write_text(f"#!/bin/sh\nexec '{sys.executable}'{arguments}\n", "utf-8")
             program.chmod(0o755)
+        # Only deltafmt is on the path, not the repository's root: transformers would take kernels/ for another package.
+        library = path / "lib"
+        library.mkdir()
+        (library / "deltafmt").symlink_to(ROOT / "deltafmt")
         self.environment = {
             **os.environ,
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(library),
             "PYTHONWARNINGS": "ignore",
             "COLUMNS": "100",
             "NO_COLOR": "1",
