@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,12 @@ def test_paths_exist(page: Path) -> None:
     for name in re.findall(r"`((?:deltafmt|kernels|tools|tests|docs|examples|benchmarks|spec|fuzz)/[\w./-]*)`", text):
         if name != name.upper() and not any(part.isupper() for part in re.split(r"[./]", name) if part):
             assert (ROOT / name).exists(), name
+
+
+def test_the_staircase_is_the_one_that_is_checked() -> None:
+    rules = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    drawn = re.findall(r'class="layer">([^<]*)<', (DOCS / "staircase.svg").read_text("utf-8"))
+    assert drawn == next(rule["layers"] for rule in rules if rule["type"] == "layers")
 
 
 def known_options() -> set[str]:
