@@ -1,9 +1,11 @@
 """The console blocks of the pages: find them, run them as a reader would, and compare or rewrite what they print.
 
-A block is fenced as ``console``. A line that begins with ``$`` is a command, up to a line that does not end in a
-backslash; what follows is its output, standard error included. The blocks of one page run in order, in one new folder in
-which the repository's ``examples``, ``benchmarks`` and ``docs`` can be reached. In an output, ``...`` stands for what may
-differ or is left out: within a line for anything, as a line of its own for any lines.
+A block is fenced as ``console``. A line that begins with ``$`` is a command; a backslash at its end continues it. What
+follows is its output, standard error included. The blocks of one page run in order, in one new folder that links to the
+repository's ``examples``, ``benchmarks`` and ``docs``.
+
+In an output, ``...`` stands for what may differ or is left out: within a line for any text, as a line of its own for any
+lines.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ import re
 import tomllib
 from pathlib import Path
 
-import pytest
-
 import console_blocks
-import deltafmt
+import pytest
 import site_hooks
+
+import deltafmt
 from deltafmt.errors import DeltafmtError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,9 @@ def test_commands_print_what_the_page_shows(page: Path, tmp_path: Path) -> None:
     for step in steps:
         printed = folder.run(step.command)
         shown = "\n".join(step.shown)
-        assert console_blocks.matches(step.shown, printed), f"$ {step.command}\n" + "\n".join(printed) + "\nnot\n" + shown
+        assert console_blocks.matches(step.shown, printed), (
+            f"$ {step.command}\n" + "\n".join(printed) + "\nnot\n" + shown
+        )
 
 
 def test_an_output_that_differs_is_seen() -> None:
@@ -108,7 +110,9 @@ def test_options_exist(page: Path) -> None:
 
 
 def test_the_methods_named_exist() -> None:
-    spelled = r"(?:--method |--candidate |--rule \S+ |`)(({})(?::[\w.=:,@+-]+)?)(?=[\s`])".format("|".join(deltafmt.methods.METHODS))
+    spelled = r"(?:--method |--candidate |--rule \S+ |`)(({})(?::[\w.=:,@+-]+)?)(?=[\s`])".format(
+        "|".join(deltafmt.methods.METHODS)
+    )
     found = {name for page in PAGES for name, _ in re.findall(spelled, page.read_text("utf-8"))}
     assert len(found) > len(deltafmt.methods.METHODS)
     for text in found:
@@ -122,7 +126,9 @@ def test_exit_codes() -> None:
     def classes(root: type[DeltafmtError]) -> list[type[DeltafmtError]]:
         return [root, *(each for child in root.__subclasses__() for each in classes(child))]
 
-    assert listed == {each.__name__: each.exit_code for each in classes(DeltafmtError) if each.__module__ == "deltafmt.errors"}
+    assert listed == {
+        each.__name__: each.exit_code for each in classes(DeltafmtError) if each.__module__ == "deltafmt.errors"
+    }
 
 
 def test_the_python_page_has_every_public_name() -> None:

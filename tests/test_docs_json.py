@@ -33,7 +33,8 @@ RUNS = {
         "pack SMALL LARGE -o tied.deltafmt --json",
         "inspect tied.deltafmt --json",
     ),
-    "verify": ("pack BASE MATH -o OUT --json", "verify OUT --base BASE --json"),
+    "methods": ("methods --json", "methods magnitude --json"),
+    "verify": ("pack BASE MATH -o OUT --json", "verify OUT --base BASE --json", "verify OUT OUT --json"),
     "repack": ("pack BASE MATH -o OUT --json", "repack OUT -o cold.deltafmt --profile cold --json"),
     "diff": ("diff BASE MATH --json",),
     "export-lora": (
@@ -62,7 +63,13 @@ def segments(field: str) -> Pattern:
 
 
 def leaves(value: Any, at: Pattern = ()) -> Iterator[Pattern]:
-    children = value.items() if isinstance(value, dict) else (("[]", one) for one in value or ()) if isinstance(value, list) else ()
+    children = (
+        value.items()
+        if isinstance(value, dict)
+        else (("[]", one) for one in value or ())
+        if isinstance(value, list)
+        else ()
+    )
     empty = True
     for key, child in children:
         empty = False
@@ -122,7 +129,7 @@ def test_every_command_has_a_section() -> None:
 def test_fields(title: str, show: Callable[[str], Any]) -> None:
     pages = documented()
     known = [*pages["Every command"], *pages[title]]
-    command = title.split()[0]
+    command = title.split(maxsplit=1)[0]
     found = {leaf for line in RUNS[title] for out in [show(line)] if line.startswith(command) for leaf in leaves(out)}
     for leaf in found:
         assert any(covers(pattern, leaf) for pattern in known), leaf

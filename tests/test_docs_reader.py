@@ -70,7 +70,12 @@ def example() -> Any:
 )
 @settings(max_examples=60, deadline=None)
 def test_any_sum_of_terms(
-    example: Any, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, kinds: list[str], rows: int, columns: int
+    example: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
+    kinds: list[str],
+    rows: int,
+    columns: int,
 ) -> None:
     path = tmp_path_factory.mktemp("read") / "random.deltafmt"
     with path.open("wb") as sink:

@@ -44,7 +44,9 @@ def main(finetuned: str, restored: str, text: str, tokenizer_file: str = "") -> 
         tokens += len(wanted)
         same += float((wanted.argmax(-1) == found.argmax(-1)).sum())
         divergence += float((wanted.exp() * (wanted - found)).sum())
-    print(f"{tokens} tokens: {same / tokens:.3f} with the same most likely next token, mean KL {divergence / tokens:.4f}")
+    print(
+        f"{tokens} tokens: {same / tokens:.3f} with the same most likely next token, mean KL {divergence / tokens:.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Print the numbers that ``map_c`` takes after FILE and ROW, from what ``deltafmt inspect --json`` printed.
 
-    ./map_c math.deltafmt 70 $(python docs/examples/map_c_arguments.py math.json TENSOR)
+./map_c math.deltafmt 70 $(python docs/examples/map_c_arguments.py math.json TENSOR)
 """
 
 from __future__ import annotations
