@@ -4,7 +4,7 @@ A block is fenced as ``console``. A line that begins with ``$`` is a command; a 
 follows is its output, standard error included. The blocks of one page run in order, in one new folder that links to the
 repository's ``examples``, ``benchmarks`` and ``docs``.
 
-In an output, ``...`` stands for what may differ or is left out: within a line for any text, as a line of its own for any
+In an output, ``...`` stands for what may differ or is left out: within a line for any text, as a line for any number of
 lines.
 """
 

@@ -3,8 +3,8 @@
     deltafmt inspect math.deltafmt --json > math.json
     python docs/examples/read_numpy.py math.json TENSOR
 
-deltafmt is not imported. The JSON says where the arrays lie, so the file must be of the hot profile; ``deltafmt repack``
-makes one of a cold file. Section numbers are those of the specification, ``spec/deltafmt-v1.md``.
+deltafmt is not imported. The JSON says where the arrays lie, so the file must be of the hot profile; ``repack`` makes
+one of a cold file. Section numbers are those of the specification, ``spec/deltafmt-v1.md``.
 """
 
 from __future__ import annotations
