@@ -31,7 +31,8 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
     for action in build_parser(command)._actions:
         if isinstance(action, argparse._SubParsersAction):
-            return action.choices[command]
+            found: argparse.ArgumentParser = action.choices[command]
+            return found
     raise LookupError(command)
 
 
