@@ -101,7 +101,7 @@ def known_options() -> set[str]:
             found.update(action.option_strings)
     for benchmark in (ROOT / "benchmarks").glob("*.py"):
         found.update(re.findall(r'"(--[a-z][a-z-]*)"', benchmark.read_text("utf-8")))
-    found.add("--finetuned")  # accuracy.py makes it from a list of names
+    found.update(("--finetuned", "--eval"))  # accuracy.py makes them from a list of names
     return found
 
 
