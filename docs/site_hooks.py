@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WIDTH = "100"
+WIDTH = "82"
 
 
 def commands() -> list[str]:
@@ -37,7 +37,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 
 def help_of(command: str | None) -> str:
-    """Return what ``--help`` prints, 100 columns wide and without colours."""
+    """Return what ``--help`` prints, narrow enough for the page and without colours."""
     from deltafmt.tools.main import build_parser
 
     parser = build_parser(None) if command is None else parser_of(command)
@@ -73,3 +73,8 @@ MADE: dict[str, Callable[[], str]] = {"command line": command_line, "specificati
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace the lines that ask for text; MkDocs calls this for every page."""
     return re.sub(r"<!-- made: (.*?) -->", lambda found: MADE[found[1]](), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Take out the roles that docstrings put in front of names, such as ``:mod:``; MkDocs calls this for every page."""
+    return re.sub(r":(?:attr|class|data|exc|func|meth|mod):(?=<code)", "", html)
