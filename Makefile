@@ -24,7 +24,7 @@ lint: $(VENV)/.models $(VENV)/.dev
 fuzz: $(VENV)/.dev
 	$(BIN)/python fuzz/fuzz_reader.py $$(mktemp -d) fuzz/corpus -max_total_time=60
 
-docs: $(VENV)/.models $(VENV)/.docs
+docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/.base: pyproject.toml constraints.txt

@@ -75,6 +75,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in map(slug, headings), target
 
 
+def test_pages_that_code_names_exist() -> None:
+    for folder in ("deltafmt", "kernels", "tools", "examples", "benchmarks", "tests", "fuzz", "spec"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for name in re.findall(r"docs/[\w/-]+\.(?:md|py)", file.read_text("utf-8")):
+                assert (ROOT / name).exists(), f"{file}: {name}"
+
+
 # Made by a run, and the file that a guide tells readers to write.
 NOT_THERE = ("benchmarks/results", "benchmarks/results/", "tools/count_cmd.py")
 
