@@ -3,7 +3,7 @@
     python docs/update_outputs.py [PAGE ...]
 
 Run it after a change of the output, and read what ``git diff docs README.md`` shows. The same blocks are compared by
-``tests/test_docs.py``; the rules for them are in ``docs/console_blocks.py``.
+``tests/test_docs_commands.py``; the rules for them are in ``docs/console_blocks.py``.
 """
 
 from __future__ import annotations
