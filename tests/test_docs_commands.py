@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pytest
-
 import console_blocks
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS_TRANSFORMERS = ("benchmarks/solve.py", "docs/examples/agreement.py")
