@@ -17,45 +17,22 @@ from deltafmt.tools.main import COMMANDS
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "json.md"
 
 Pattern = tuple[str, ...]
+
+# Each section of the page names the runs that together print every field: ``<!-- run: verify OUT --json -->``.
+RUN = re.compile(r"^<!-- run: (.*) -->$", re.MULTILINE)
 CALIBRATED = {"calibration_tokens", "uncalibrated", "sequential", "notes"}
 
-# What is run for each section of the page; together these runs print every field.
-RUNS = {
-    "pack": (
-        "pack BASE MATH -o OUT --method svd --rank 100 --include '*.layers.[01].*' --json",
-        "pack BASE MATH -o OUT --target-ratio 1.01 --include '*.layers.0.mlp.down*' --force --json",
-    ),
-    "pack --plan": ("pack BASE MATH --target-ratio 1.01 --include '*.layers.0.mlp.down*' --plan --json",),
-    "unpack": ("pack BASE MATH -o OUT --method dare --json", "unpack OTHER OUT -o restored --force-base --json"),
-    "inspect": (
-        "pack OTHER MATH -o OUT --method residual --rank 4 --json",
-        "inspect OUT --json",
-        "pack SMALL LARGE -o tied.deltafmt --json",
-        "inspect tied.deltafmt --json",
-    ),
-    "methods": ("methods --json", "methods magnitude --json"),
-    "verify": ("pack BASE MATH -o OUT --json", "verify OUT --base BASE --json", "verify OUT OUT --json"),
-    "repack": ("pack BASE MATH -o OUT --json", "repack OUT -o cold.deltafmt --profile cold --json"),
-    "diff": ("diff BASE MATH --json",),
-    "export-lora": (
-        "pack BASE MATH -o OUT --method svd --rank 4 --json",
-        "export-lora OUT -o adapter --base BASE --json",
-    ),
-    "import-lora": (
-        "pack BASE MATH -o OUT --method svd --rank 4 --json",
-        "export-lora OUT -o adapter --base BASE --json",
-        "import-lora BASE adapter -o lora.deltafmt --json",
-    ),
-    "analyze": ("analyze BASE MATH --json",),
-}
+
+def sections() -> dict[str, str]:
+    return dict(section.split("\n", 1) for section in PAGE.read_text("utf-8").split("\n## ")[1:])
 
 
 def documented() -> dict[str, list[Pattern]]:
-    found: dict[str, list[Pattern]] = {}
-    for section in PAGE.read_text("utf-8").split("\n## ")[1:]:
-        title, body = section.split("\n", 1)
-        found[title] = [segments(field) for field in re.findall(r"^\| `([^`]+)` \|", body, re.MULTILINE)]
-    return found
+    fields = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)
+    return {title: [segments(field) for field in fields.findall(body)] for title, body in sections().items()}
+
+
+RUNS = {title: RUN.findall(body) for title, body in sections().items() if title != "Every command"}
 
 
 def segments(field: str) -> Pattern:
@@ -122,6 +99,7 @@ def make_tied_pair(folder: Path) -> tuple[Path, Path]:
 
 
 def test_every_command_has_a_section() -> None:
+    assert all(RUNS.values())
     assert {title.split()[0] for title in documented()} - {"Every"} == set(COMMANDS)
 
 
