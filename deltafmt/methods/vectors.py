@@ -12,7 +12,7 @@ from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import narrow, widen
 from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowrank.codec import LowRankArrays
-from deltafmt.terms.lowrank.layout import MAX_VECTORS, RAW_FACTORS, LowRankLayout
+from deltafmt.terms.lowrank.layout import MAX_VECTORS, LowRankLayout
 
 
 def coding_of(grid: Grid) -> Coding:
@@ -22,16 +22,6 @@ def coding_of(grid: Grid) -> Coding:
         UsageError: the scale group is outside the specification.
     """
     return Coding(grid.bits, grid.kind, grid.scale_dtype, grid.group)
-
-
-def check_raw(dtype: str) -> None:
-    """Check the dtype of vectors that are stored as they are.
-
-    Raises:
-        UsageError: it is not one of the layout's.
-    """
-    if dtype not in RAW_FACTORS:
-        raise UsageError(f"value dtype {dtype!r} is not one of {', '.join(RAW_FACTORS)}")
 
 
 def vectors_layout(count: int, factors: Coding | str, rows: int, columns: int) -> LowRankLayout:
