@@ -342,7 +342,7 @@ def test_json(cli: Cli, small: Pair) -> None:
 
 
 def test_a_comparison(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> None:
-    arguments = ("--delta", delta, "--method", "deltadq,nm=1:2,bits=8", "--method", "rtn,bits=4")
+    arguments = ("--delta", delta, "--method", "deltadq:nm=1:2,bits=8", "--method", "rtn:bits=4")
     result = cli("analyze", small.base, small.finetuned, *arguments, "--html", tmp_path / "r.html")
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
@@ -401,8 +401,9 @@ def test_names_are_only_text(tmp_path: Path, cli: Cli) -> None:
         (("--nm", "4"), 2, "'4'"),
         (("--seed", "-1"), 2, "seed -1"),
         (("--method", "none"), 2, "unknown method 'none'"),
-        (("--method", "rtn,nm=4:16"), 2, "--method rtn,nm=4:16: "),
-        (("--method", "rtn,bits"), 2, "'bits'"),
+        (("--method", "rtn:nm=4:16"), 2, "--method 'rtn:nm=4:16': "),
+        (("--method", "rtn:bits"), 2, "'bits'"),
+        (("--method", "rtn", "--bits", "4"), 2, "for histograms"),
         (("--include", "*.mlp.*"), 2, "'*.mlp.*' matches no tensor"),
         (("--tokenizer", "here"), 2, "--calibration"),
         (("--calibration", "nowhere.txt"), 5, "nowhere.txt"),

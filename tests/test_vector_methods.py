@@ -320,7 +320,7 @@ def test_from_the_command_line(tmp_path: Path, cli: Cli) -> None:
         (("--method", "svd", "--energy", "0.4"), "BF16"),
         (("--method", "svd", "--rank", "5", "--bits", "4"), "lowrank r=5 k=4 midtread scale/128"),
         (("--method", "delta-come", "--bands", "1@8+2@1"), "r=1 k=8 asymmetric scale/128 + lowrank r=2 k=1 midrise"),
-        (("--rule", "*", "method=delta-come,bands=1@8+rest@2,bits_per_weight=3"), "r=1 k=8 asymmetric"),
+        (("--rule", "*", "delta-come:bands=1@8+rest@2,bits_per_weight=3"), "r=1 k=8 asymmetric"),
     ):
         result = cli("pack", pair.base, pair.finetuned, "-o", out, "--force", *arguments, "--json").json()
         assert result["actions"] == {"add": 1}
@@ -333,7 +333,7 @@ def test_from_the_command_line(tmp_path: Path, cli: Cli) -> None:
 def test_a_rule_after_a_residual_is_another_method(tmp_path: Path, cli: Cli) -> None:
     pair = pair_of(tmp_path, (128, 256), "BF16")
     out = tmp_path / "d.deltafmt"
-    rule = ("--method", "residual", "--rule", "w", "method=deltadq,nm=2:16")
+    rule = ("--method", "residual", "--rule", "w", "deltadq:nm=2:16")
     cli("pack", pair.base, pair.finetuned, "-o", out, *rule)
     with deltafmt.open(out) as opened:
         assert [term.layout for term in opened["w"].terms] == list(DeltaDQ(2, 16).layouts(128, 256))

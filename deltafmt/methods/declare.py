@@ -126,7 +126,7 @@ class Option:
         (value,) = values
         if self.type == "bool":
             return "yes" if value else "no"
-        return repr(float(value)) if self.type == "float" else str(value)
+        return repr(float(value)).removesuffix(".0") if self.type == "float" else str(value)
 
     def check(self, options: Any) -> None:
         """Check the value by itself.

@@ -32,27 +32,37 @@ def spelling(method: Method) -> str:
 
 def parse_method(methods: Mapping[str, type[Method]], text: str, like: Method | None = None) -> Method:
     """Return the method of a spelling; see :func:`deltafmt.methods.parse`, which does this for all methods."""
+    if like is not None and text not in methods and text in options_of(type(like)):
+        raise UsageError(f"{text!r} is an option of {like.name}; write {text}=VALUE")
+    kind, pairs = split(methods, text)
+    if kind is not None:
+        return make(kind, read_pairs(kind, pairs))
+    if like is None:
+        raise UsageError(f"{text!r} names no method; write NAME:{text}, where NAME is one of {', '.join(methods)}")
+    return changed(like, read_pairs(type(like), pairs))
+
+
+def split(methods: Mapping[str, type[Method]], text: str) -> tuple[type[Method] | None, str]:
+    """Return the method that a spelling names and its pairs; None for pairs alone.
+
+    Raises:
+        UsageError: there is no such method, or the text is not of the form.
+    """
     head = _HEAD.match(text)
     assert head is not None
     name, rest = head.group(), text[head.end() :]
-    if not rest:
-        if like is not None and name not in methods and name in options_of(type(like)):
-            raise UsageError(f"{name!r} is an option of {like.name}; write {name}=VALUE")
-        return _made(find(methods, name), {})
-    if rest[0] == ":":
-        kind = find(methods, name)
-        if rest == ":":
-            raise UsageError(f"{text!r} names no option after the colon; write {name}")
-        return _made(kind, read_pairs(kind, rest[1:]))
-    if rest[0] == ",":
+    if rest.startswith("="):
+        if name == "method":
+            raise UsageError(f"{text!r}: a method is spelled NAME:key=value; write {_renewed(rest[1:])}")
+        return None, text
+    if rest.startswith(","):
         if name in methods:
             raise UsageError(f"{text!r}: options follow the name after a colon; write {name}:{rest[1:]}")
         raise UsageError(f"{name!r} is not of the form key=value")
-    if name == "method":
-        raise UsageError(f"{text!r}: a method is spelled NAME:key=value; write {_renewed(rest[1:])}")
-    if like is None:
-        raise UsageError(f"{text!r} names no method; write NAME:{text}, where NAME is one of {', '.join(methods)}")
-    return changed(like, read_pairs(type(like), text))
+    kind = find(methods, name)
+    if rest == ":":
+        raise UsageError(f"{text!r} names no option after the colon; write {name}")
+    return kind, rest[1:]
 
 
 def find(methods: Mapping[str, type[Method]], name: str) -> type[Method]:
@@ -67,13 +77,13 @@ def find(methods: Mapping[str, type[Method]], name: str) -> type[Method]:
 
 
 def read_pairs(method: type[Method], text: str) -> dict[str, tuple[Any, ...]]:
-    """Return values of options by key for ``key=value,key=value``.
+    """Return values of options by key for ``key=value,key=value``; none for an empty text.
 
     Raises:
         UsageError: a part is not of that form, names no option of the method or one twice, or has no such value.
     """
     found: dict[str, tuple[Any, ...]] = {}
-    for pair in text.split(","):
+    for pair in text.split(",") if text else ():
         key, equals, value = pair.partition("=")
         if not equals:
             raise UsageError(f"{pair!r} is not of the form key=value")
@@ -118,14 +128,24 @@ def changed(like: Method, given: Mapping[str, tuple[Any, ...]]) -> Method:
         values = as_options(kind, _fields(kind, kept | dict(given)))
         idle = [key for key in kept if unmet(kind, key, values)]
         if not idle:
-            return _made(kind, given, kept)
+            return make(kind, given, kept)
         for key in idle:
             del kept[key]
 
 
-def _made(
+def make(
     kind: type[Method], given: Mapping[str, tuple[Any, ...]], kept: Mapping[str, tuple[Any, ...]] | None = None
 ) -> Method:
+    """Return a method with options.
+
+    Args:
+        kind: the class of the method.
+        given: values of the fields of options that were given, by key.
+        kept: the same for options that follow from elsewhere.
+
+    Raises:
+        UsageError: a value is out of range, or an option given has no effect.
+    """
     made = kind(**_fields(kind, dict(kept or {}) | dict(given)))
     for key in given:
         check_effect(kind, key, made)

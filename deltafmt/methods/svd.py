@@ -20,7 +20,6 @@ from deltafmt.methods.common import (
     BITS,
     BITS_PER_WEIGHT,
     CODED,
-    GRID,
     RANK,
     RAW,
     SCALE_GROUP,
@@ -98,7 +97,6 @@ class SVD(CodeOptions, VectorOptions, Method):
         UsageError: an option, or the combination, is out of range.
     """
 
-    grid: str | None = option(None, GRID)
     scale_group: int = option(128, SCALE_GROUP, help="consecutive codes of a vector that share a scale; 0 for all")
 
     name = "svd"
