@@ -219,7 +219,7 @@ def test_losses_are_those_of_the_file(small: Pair, delta: Path) -> None:
 def test_without_a_file_the_method_is_measured(small: Pair) -> None:
     coarse = analyze(small.base, small.finetuned, quantization=(1, 16, 2), include=["*up*"])
     fine = analyze(small.base, small.finetuned, methods=[DeltaDQ(16, 16, 8)], include=["*up*"])
-    assert "1:16 k=2" in coarse.candidates[0].label
+    assert coarse.candidates[0].label == "deltadq:nm=1:16,bits=2"
     assert "16:16 k=8" in fine.candidates[0].label
     losses = [report.by_kind()[0].to_obj()["approximations"][0]["relative_squared"] for report in (coarse, fine)]
     # Dropout with rescale loses M / N - 1 times the whole, on average; quantization comes on top.
@@ -335,7 +335,7 @@ def test_json(cli: Cli, small: Pair) -> None:
     assert {one["name"] for one in obj["tensors"]} == set(small.b) - {"position_ids"}
     assert obj["histogram"]["n"] == 8
     assert sum(obj["histogram"]["kept"]) == pytest.approx(sum(obj["histogram"]["all"]) / 2, rel=0.05)
-    assert "8:16 k=4" in obj["candidates"][0]["label"]
+    assert obj["candidates"][0]["label"] == "deltadq:nm=8:16"
     assert [one["label"] for one in obj["kinds"]] == ["embed", "down", "frozen", "up"]
     again = cli("analyze", small.base, small.finetuned, "--nm", "8:16", "--json").json()
     assert again == obj
@@ -350,7 +350,7 @@ def test_a_comparison(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> Non
     assert lines[header].split() == ["delta", "bytes", "times", "smaller", "down", "frozen", "up"]
     rows = lines[header + 1 : header + 4]
     assert rows[0].startswith(f"{delta}  ")
-    assert [row.partition(" ")[0] for row in rows[1:]] == ["deltadq", "rtn"]
+    assert [row.partition(" ")[0] for row in rows[1:]] == ["deltadq:nm=1:2,bits=8", "rtn"]
     assert f"{delta.stat().st_size:,}" in rows[0]
     losses = [float(row.split()[-1].rstrip("%")) for row in rows]
     assert losses[0] > losses[1] > losses[2]  # 4:16 loses three times the whole, 1:2 once, rounding nearly nothing

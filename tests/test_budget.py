@@ -18,7 +18,7 @@ import deltafmt
 from conftest import Cli, Pair, normal, nudge, raw, refused
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import NonFiniteError, UsageError
-from deltafmt.methods import RTN, BitDelta, DeltaDQ, Magnitude, Method, Residual
+from deltafmt.methods import RTN, BitDelta, DeltaDQ, Magnitude, Method, Residual, parse
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.measured import Heads
@@ -265,7 +265,7 @@ USAGE = {
     "candidate alone": (("--candidate", "rtn"), "--candidate needs"),
     "plan alone": (("--plan",), "--plan needs"),
     "candidate of no method": (("--target-ratio", "4", "--candidate", "zip"), "unknown method 'zip'"),
-    "candidate of no name": (("--target-ratio", "4", "--candidate", "bits=2"), "names no method"),
+    "candidate of no name": (("--target-ratio", "4", "--candidate", "bits=2"), "no method is named"),
     "candidate out of range": (("--target-ratio", "4", "--candidate", "deltadq:bits=9"), "k = 9"),
     "candidate of unknown size": (("--target-ratio", "4", "--candidate", "dare"), "depend on the delta"),
 }
@@ -285,6 +285,7 @@ def test_plan_and_pack_on_the_command_line(tmp_path: Path, cli: Cli, several: Pa
     assert (shown.code, shown.err) == (0, "")
     assert "same as the base" in shown.out
     assert "of 40,000, " in shown.out.splitlines()[-1]
+    assert "lower is better; not an accuracy" in shown.out
     plan = cli("pack", several.base, several.finetuned, *size, *candidates, "--plan", "--json").json()["plan"]
     assert list(tmp_path.iterdir()) == []
     out = tmp_path / "o"
@@ -295,7 +296,7 @@ def test_plan_and_pack_on_the_command_line(tmp_path: Path, cli: Cli, several: Pa
     with deltafmt.open(out) as opened:
         for name, chosen in plan["tensors"].items():
             if opened[name].action == "add":
-                assert opened[name].terms[0].layout.describe() in chosen["method"]
+                assert opened[name].terms[0].layout == parse(chosen["method"]).layouts(*opened[name].shape)[0]
 
 
 @pytest.mark.filterwarnings("default")  # transformers' own

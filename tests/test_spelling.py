@@ -220,7 +220,7 @@ WRONG = {
     "help": "unknown method 'help'; there are deltadq",
     "rnt": "unknown method 'rnt', perhaps rtn",
     "exact": "unknown method 'exact'",
-    "rtn:": "'rtn:' names no option after the colon; write rtn",
+    "rtn:": "no option follows the colon; write rtn",
     "rtn:bits": "'bits' is not of the form key=value",
     "rtn:bits=3,": "'' is not of the form key=value",
     "rtn:bit=3": "method rtn has no option 'bit', perhaps bits; it has bits, grid",
@@ -237,8 +237,8 @@ WRONG = {
     "rtn,bits=3": "write rtn:bits=3",
     "method=rtn,bits=3": "write rtn:bits=3",
     "method=rtn": "write rtn",
-    "bits=3": "'bits=3' names no method; write NAME:bits=3",
-    "nm=2:16,bits=3": "names no method",
+    "bits=3": "no method is named; write NAME:bits=3",
+    "nm=2:16,bits=3": "no method is named; write NAME:nm=2:16,bits=3",
     "rtn:method=rtn": "a method is spelled NAME:key=value",
 }
 

@@ -67,7 +67,7 @@ def read_method(options: argparse.Namespace) -> Method:
     try:
         kind, pairs = split(METHODS, text)
         if kind is None:
-            raise UsageError(f"{text!r} names no method; write NAME:{text}, such as {DEFAULT}:{text}")
+            raise UsageError(f"--method {text} names no method; write NAME:{text}, such as {DEFAULT}:{text}")
         given = read_pairs(kind, pairs)
         for key, flag in given_texts(options).items():
             value = read_value(kind, key, flag)

@@ -95,14 +95,15 @@ def _explain(method: type[Method]) -> None:
     console.say()
     console.say("options:")
     for each in found["options"]:
-        console.say(f"  {each['key']}  ({each['values']}; default: {each['default_text']})")
+        _say(f"{each['key']}  ({each['values']}; default: {each['default_text']})", "  ", "      ")
         _say(each["help"], "      ")
         for need in each["needs"]:
             _say(f"needs {need}", "      ")
     console.say()
     console.say("example:")
     text = " --calibration text.txt" if found["calibration"] == "required" else ""
-    console.say(f"  deltafmt pack base/ finetuned/ -o small.deltafmt --method {found['example']}{text}")
+    console.say("  deltafmt pack base/ math/ -o math.deltafmt \\")
+    console.say(f"    --method {found['example']}{text}")
 
 
 def _say(text: str, before: str = "", after: str | None = None) -> None:

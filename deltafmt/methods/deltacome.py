@@ -80,7 +80,7 @@ class BandOptions:
     bits_per_weight: float | None = option(
         None,
         BITS_PER_WEIGHT,
-        otherwise=f"{DEFAULT_BITS_PER_WEIGHT} where the last band is rest, else all vectors of the bands",
+        otherwise=f"{DEFAULT_BITS_PER_WEIGHT:g} where the last band is rest, else all vectors of the bands",
     )
 
 

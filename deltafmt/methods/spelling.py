@@ -38,7 +38,7 @@ def parse_method(methods: Mapping[str, type[Method]], text: str, like: Method | 
     if kind is not None:
         return make(kind, read_pairs(kind, pairs))
     if like is None:
-        raise UsageError(f"{text!r} names no method; write NAME:{text}, where NAME is one of {', '.join(methods)}")
+        raise UsageError(f"no method is named; write NAME:{text}, where NAME is one of {', '.join(methods)}")
     return changed(like, read_pairs(type(like), pairs))
 
 
@@ -53,15 +53,15 @@ def split(methods: Mapping[str, type[Method]], text: str) -> tuple[type[Method] 
     name, rest = head.group(), text[head.end() :]
     if rest.startswith("="):
         if name == "method":
-            raise UsageError(f"{text!r}: a method is spelled NAME:key=value; write {_renewed(rest[1:])}")
+            raise UsageError(f"a method is spelled NAME:key=value; write {_renewed(rest[1:])}")
         return None, text
     if rest.startswith(","):
         if name in methods:
-            raise UsageError(f"{text!r}: options follow the name after a colon; write {name}:{rest[1:]}")
+            raise UsageError(f"options follow the name after a colon; write {name}:{rest[1:]}")
         raise UsageError(f"{name!r} is not of the form key=value")
     kind = find(methods, name)
     if rest == ":":
-        raise UsageError(f"{text!r} names no option after the colon; write {name}")
+        raise UsageError(f"no option follows the colon; write {name}")
     return kind, rest[1:]
 
 
@@ -88,7 +88,7 @@ def read_pairs(method: type[Method], text: str) -> dict[str, tuple[Any, ...]]:
         if not equals:
             raise UsageError(f"{pair!r} is not of the form key=value")
         if key == "method":
-            raise UsageError(f"{pair!r}: a method is spelled NAME:key=value")
+            raise UsageError(f"{pair!r} is no option: a method is spelled NAME:key=value")
         if key in found:
             raise UsageError(f"option {key!r} is given twice")
         found[key] = read_value(method, key, value)

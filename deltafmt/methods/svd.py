@@ -65,7 +65,7 @@ class VectorOptions:
 
     rank: int | None = option(None, RANK, otherwise="none: bits_per_weight says how many")
     bits_per_weight: float | None = option(
-        None, BITS_PER_WEIGHT, otherwise=f"{DEFAULT_BITS_PER_WEIGHT} without rank and energy"
+        None, BITS_PER_WEIGHT, otherwise=f"{DEFAULT_BITS_PER_WEIGHT:g} without rank and energy"
     )
     energy: float | None = option(
         None,

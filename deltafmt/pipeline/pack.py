@@ -56,7 +56,7 @@ from deltafmt.terms.buffers import Packed, blank, raw_bytes
 from deltafmt.terms.codecs import AnyCodec, fitted, term_codec
 from deltafmt.terms.layout import TermLayout
 
-# Below this many columns, keeping under half of a row at random is likely to cost accuracy (docs/benchmarks.md).
+# With so many columns or fewer, keeping under half of a row at random is likely to cost accuracy (docs/benchmarks.md).
 NARROW_COLUMNS = 256
 
 # Float32 arrays of its size that compressing a whole matrix takes, for each byte of a fine-tuned tensor in BF16.
@@ -392,7 +392,7 @@ class _Packer:
             self._result.actions[entry.action] = self._result.actions.get(entry.action, 0) + 1
             if entry.action == "replace" and len(entry.shape) > 1:
                 self._result.kept[entry.name] = plan.reason or NO_SMALLER
-            if entry.columns < NARROW_COLUMNS and plan.method is not None and plan.method.at_random:
+            if entry.columns <= NARROW_COLUMNS and plan.method is not None and plan.method.at_random:
                 self._result.narrow += any(term.layout.drops_most for term in entry.terms)
         self._result.removed = len(self._removed)
         if self._moments is not None:
