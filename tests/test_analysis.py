@@ -220,7 +220,7 @@ def test_without_a_file_the_method_is_measured(small: Pair) -> None:
     coarse = analyze(small.base, small.finetuned, quantization=(1, 16, 2), include=["*up*"])
     fine = analyze(small.base, small.finetuned, methods=[DeltaDQ(16, 16, 8)], include=["*up*"])
     assert coarse.candidates[0].label == "deltadq:nm=1:16,bits=2"
-    assert "16:16 k=8" in fine.candidates[0].label
+    assert fine.candidates[0].label == "deltadq:nm=16:16,bits=8"
     losses = [report.by_kind()[0].to_obj()["approximations"][0]["relative_squared"] for report in (coarse, fine)]
     # Dropout with rescale loses M / N - 1 times the whole, on average; quantization comes on top.
     assert losses[0] > 10

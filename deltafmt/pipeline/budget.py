@@ -48,7 +48,7 @@ class Hessians(Protocol):
 
 
 def default_candidates() -> list[Method]:
-    """Return what is tried on every tensor unless candidates are given."""
+    """Return the methods that are tried on every tensor unless candidates are given."""
     dropped = [
         *((1, 64, k) for k in (1, 2)),
         *((1, 32, k) for k in (1, 2, 4)),
