@@ -1,4 +1,7 @@
-"""What a method is: a rule that turns rows of a dense delta into the arrays of one or more terms."""
+"""The base class of methods, and the rows that a method is given.
+
+A method is a rule that turns rows of a dense delta into the arrays of one or more terms.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,12 @@ class DeltaRows:
 
     Attributes:
         finetuned, base: raw arrays of shape (rows, columns).
-        finetuned_dtype, base_dtype: of those, by their safetensors names.
+        finetuned_dtype, base_dtype: dtypes of the raw arrays, by their safetensors names.
         first: the run's first row in the tensor.
         routines: the implementation of the hot loops.
-        name: of the tensor.
+        name: name of the tensor.
         hessian: second moments of the matrix's inputs, shape (columns, columns), where a calibration has gathered them.
-        notes: what a method has to say about the tensor, for whoever packs it.
+        notes: lines that a method adds about the tensor, such as a raised damping; pack prints them.
     """
 
     finetuned: Raw
@@ -62,14 +65,14 @@ class DeltaRows:
             raise NonFiniteError(f"the delta at row {self.first + row}, column {column} is {delta[row, column]}")
         return delta
 
-    def gather(self, positions: NDArray[np.uint8], group: int, share: int, factor: np.float32) -> NDArray[np.float32]:
+    def gather(self, positions: NDArray[np.uint8], m: int, share: int, factor: np.float32) -> NDArray[np.float32]:
         """Return the kept entries times ``factor``, as :func:`deltafmt.methods.sampling.gather` does.
 
         Raises:
             NonFiniteError: an element, kept or not, is NaN or infinite.
         """
         kept, finite = self.routines.gather_difference(
-            self.finetuned, self.finetuned_dtype, self.base, self.base_dtype, positions, group, share, factor
+            self.finetuned, self.finetuned_dtype, self.base, self.base_dtype, positions, m, share, factor
         )
         if not finite:
             self.dense()
@@ -80,7 +83,7 @@ class Method(ABC):
     """A compression method with its options: a frozen dataclass of this class.
 
     A method must give the same arrays for the same delta and seed whatever the runs that the rows are handed in, and
-    must not choose its seed by the error that it gives. What a method does not define has the values that stand here.
+    must not choose its seed by the error that it gives. Attributes that a method does not define have the values here.
 
     Attributes:
         name: the name of the method in its spelling, such as ``deltadq``.
@@ -123,7 +126,7 @@ class Method(ABC):
 
     @property
     def calibration(self) -> str:
-        """Whether it uses second moments of a matrix's inputs: ``none``, ``optional`` or ``required``."""
+        """How the method uses second moments of a matrix's inputs: ``none``, ``optional`` or ``required``."""
         return "none"
 
     @property
@@ -168,7 +171,7 @@ class Method(ABC):
         """
 
     def approximate(self, rows: DeltaRows, seed: int, heads: Heads) -> NDArray[np.float32]:  # noqa: ARG002
-        """Return what compressing a whole matrix would leave of its delta, to measure the method by.
+        """Return the delta that a reader would decode after this method, to measure its loss.
 
         A method that begins with singular vectors takes them from ``heads``, which computes them once for all methods.
 

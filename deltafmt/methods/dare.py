@@ -2,7 +2,7 @@
 
 Yu, Yu, Yu, Huang, Li, "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch"
 (arXiv 2311.03099), section 3.2: every element of the delta is set to zero with probability p, the others are divided
-by 1 - p (eq. 1 and 2). Which ones are dropped is a function of the tensor's seed, row and column, never of the values.
+by 1 - p (eq. 1 and 2). The tensor's seed, the row and the column decide which elements are dropped, never the values.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DROP = Option(
 
 @dataclass(frozen=True)
 class KeptValueOptions:
-    """What DARE keeps.
+    """The elements that DARE keeps, and how it stores them.
 
     Attributes:
         drop: p, the probability with which an element is dropped.

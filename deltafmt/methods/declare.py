@@ -46,14 +46,14 @@ class Option:
     The last four attributes follow from the field that the option stands beside; :func:`options_of` fills them in.
 
     Attributes:
-        help: what the option says, without its default.
+        help: one line about the option, without its default.
         metavar: stands for the value, such as ``K``; empty for a switch, whose value is yes or no.
         values: the possible values in words, such as ``1 to 8``; not needed if there are ``choices``.
         choices: the possible values, if there are only a few.
-        otherwise: what holds where the value is None, such as ``mse below 4 bits, else minmax``.
-        noun: what errors call the option, such as ``scale rule``; the key if empty.
+        otherwise: the default in words where the value is None, such as ``mse below 4 bits, else minmax``.
+        noun: the option's name in errors, such as ``scale rule``; the key if empty.
         right: True for a value that is in range.
-        wrong: what errors say of a value that is out of range, such as ``is not positive``.
+        wrong: the predicate of the error for a value that is out of range, such as ``is not positive``.
         refused: values that other methods take, and why this one does not.
         key: the name of the option in a spelling; the name of the field if empty.
         fields: the fields that hold the value: one, or two for ``N:M``.
@@ -214,7 +214,7 @@ def check_effect(method: type[Method], key: str, options: Any) -> None:
 
 
 def unmet(method: type[Method], key: str, options: Any) -> Need | None:
-    """Return what keeps an option from having an effect, or None."""
+    """Return the need that keeps an option from having an effect, or None."""
     return next((need for need in method.needs.get(key, ()) if not need.met(options)), None)
 
 

@@ -2,7 +2,7 @@
 
 "DeltaDQ: Distribution-Driven Delta Compression for Fine-tuned LLMs" (ACL submission; v2 is arXiv 2410.08666).
 Section 3.4: in each group of M consecutive elements of a row, N chosen at random are kept and multiplied by M / N, the
-others dropped, so that the expected product is unchanged. Section 3.5: what is kept is quantized uniformly to k bits
+others dropped, so that the expected product is unchanged. Section 3.5: kept elements are quantized uniformly to k bits
 with the min-max scale of equation 9.
 
 Beyond the paper: rows may share their positions (``share``), a scale serves a row rather than a matrix, the midrise
@@ -38,7 +38,7 @@ from deltafmt.terms.nm.layout import NMLayout
 
 @dataclass(frozen=True)
 class DropoutOptions(CodeOptions, PositionOptions, BitsOption, KeptOptions):
-    """Options of group-wise dropout: what is kept of a row, and how it is stored.
+    """Options of group-wise dropout: which entries are kept, and how they are stored.
 
     Attributes:
         n, m: N and M: entries kept in each group of M columns.
@@ -49,7 +49,7 @@ class DropoutOptions(CodeOptions, PositionOptions, BitsOption, KeptOptions):
         scale: ``minmax`` (eq. 9), ``mse`` or None: mse for k below 4, minmax from there on.
         scale_group: kept entries that share a scale; 0 for one scale a row.
         scale_dtype: ``BF16`` or ``F32``.
-        rescale: multiply what is kept by M / N (section 3.4, step 2).
+        rescale: multiply kept entries by M / N (section 3.4, step 2).
     """
 
     bits: int = option(4, BITS, values="1 to 6, or 8")
@@ -113,7 +113,7 @@ class DeltaDQ(DropoutOptions, Method):
         return text if self.rescale else f"{text} unrescaled"
 
     def draw(self, rows: DeltaRows, seed: int) -> NDArray[np.uint8]:
-        """Return the positions that a run of rows keeps, shape (mask rows, groups, N)."""
+        """Return the positions that are kept of a run of rows, shape (mask rows, groups, N)."""
         layout, routines = self.layout, rows.routines
         count, columns = rows.shape
         draw = routines.codec.seeded if self.index == "seeded" else routines.uniform
@@ -121,11 +121,11 @@ class DeltaDQ(DropoutOptions, Method):
 
     @property
     def factor(self) -> np.float32:
-        """What kept entries are multiplied by."""
+        """The factor that kept entries are multiplied by."""
         return np.float32(self.m / self.n if self.rescale else 1)
 
     def quantize(self, positions: NDArray[np.uint8], kept: NDArray[np.float32], routines: Routines) -> NMArrays:
-        """Return the arrays of entries that are kept; NaN marks one beyond the last column."""
+        """Return the arrays of kept entries; NaN marks an entry beyond the last column."""
         codes, scales = routines.quantize(
             kept, self.bits, self.layout.grid, self.scale_rule, self.scale_group, self.scale_dtype
         )

@@ -4,10 +4,11 @@ Jiang, Yang, Chen, Li, Li, Li, "DeltaDQ: Ultra-High Delta Compression for Fine-T
 Separate Quantization" (arXiv 2410.08666). N of M entries are kept at random and multiplied by M / N; they are quantized
 to k bits and cut by value into m parts, sparse matrices of their own, whose codes need k - log2 m bits.
 
-A part is a ``sparse`` term. That layout has symmetric grids, so a part is what one of them can hold: with m = 2^(k-1)
-the entries of one magnitude, of which a code tells the sign, on a scale 2j + 1 times the common one. Other numbers of
+A part is a ``sparse`` term. That layout has symmetric grids. With m = 2^(k-1), part j therefore holds the
+entries of one magnitude: a code tells the sign, and the scale is 2j + 1 times the common one. Other numbers of
 parts would need offsets. The paper counts the k - log2 m bits alone: 16 M / N / (k - log2 m) times smaller. The
-positions tell the parts apart, and take more bytes than the codes (:func:`deltafmt.methods.separate.part_costs`).
+positions tell the parts apart, and take more bytes than the codes
+(``tests/separate_parts.py`` counts them).
 
 The paper searches the group size of least error of attention. Here it is the one of least expected error of the layer's
 outputs, which is known in closed form (:mod:`deltafmt.methods.group_size`), where second moments of the inputs are
@@ -73,7 +74,7 @@ class DeltaDQSQ(ScaleOptions, PartOptions, Method):
         scale: ``minmax``, ``mse`` or None: mse for k below 4, minmax from there on.
         scale_dtype: ``BF16`` or ``F32``; every part has one scale a row.
         search: take the best group size with the same N / M where second moments of the inputs are given.
-        rescale: multiply what is kept by M / N.
+        rescale: multiply kept entries by M / N.
 
     Raises:
         UsageError: an option is out of range.
@@ -122,7 +123,7 @@ class DeltaDQSQ(ScaleOptions, PartOptions, Method):
 
     @property
     def calibration(self) -> str:
-        """What second moments are to it."""
+        """How second moments are used: for the search alone."""
         return "optional" if self.search else "none"
 
     @property

@@ -29,12 +29,12 @@ REFITS = 2
 
 
 def default_refits(bits: int, refits: int | None) -> int:
-    """Return how often scales are refitted: as asked for, or below 3 bits twice and otherwise never."""
+    """Return how often scales are refitted: ``refits`` times, or where that is None twice below 3 bits, else never."""
     return refits if refits is not None else REFITS if bits < 3 else 0
 
 
 def damping_note(asked: float, used: float) -> list[str]:
-    """Return what there is to say about the damping that a matrix took."""
+    """Return a note if a matrix took more damping than was asked for."""
     return [f"singular second moments: damping raised from {asked:g} to {used:g}"] if used > asked else []
 
 

@@ -2,7 +2,7 @@
 
 Han, Pool, Tran, Dally, "Learning both Weights and Connections for Efficient Neural Networks" (arXiv 1506.02626),
 section 3, applied to the delta; N of M as in Mishra et al., "Accelerating Sparse Deep Neural Networks" (arXiv
-2104.08378), section 3. What is kept is not rescaled.
+2104.08378), section 3. Kept elements are not rescaled by default.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SOME = Need(
 
 @dataclass(frozen=True)
 class LargestOptions:
-    """What magnitude pruning keeps.
+    """The elements that magnitude pruning keeps, and how it stores them.
 
     Attributes:
         density: share of a matrix's elements that are kept, wherever they stand; DENSITY where neither this nor N:M is
@@ -77,7 +77,7 @@ class Magnitude(ScaleOptions, ChosenPositionOptions, LargestOptions, Method):
         share: v, consecutive rows that keep the same positions, those of the largest sums of squares.
         scale: ``minmax``, ``mse`` or None: mse for k below 4, minmax from there on.
         scale_dtype: ``BF16`` or ``F32``; there is one scale a row.
-        rescale: divide what is kept by the share that is kept.
+        rescale: divide kept elements by the share that is kept.
 
     Raises:
         UsageError: an option, or the combination, is out of range.
@@ -115,7 +115,7 @@ class Magnitude(ScaleOptions, ChosenPositionOptions, LargestOptions, Method):
 
     @property
     def whole(self) -> bool:
-        """Whether what is kept of a row depends on all rows."""
+        """True if the other rows decide what is kept of a row."""
         return self.n is None
 
     @property

@@ -1,4 +1,4 @@
-"""What methods share while they are measured: decoding of their arrays, and heads of singular vectors.
+"""Helpers of methods that are being measured: decoding their arrays, and heads of singular vectors that they share.
 
 A target tries some forty methods on a matrix. Those that begin with singular vectors would each factorize it.
 """

@@ -1,10 +1,11 @@
-"""A low-rank head and what it leaves: a sum of two terms.
+"""Residual: a low-rank head, and dropout of the rest; a sum of two terms.
 
-The first singular vectors at 8 bits carry what random dropout hurts most; group-wise dropout of the rest
-(:class:`deltafmt.methods.deltadq.DeltaDQ`) then loses far less than dropout of the whole. The residual is taken from
-the head *as it is stored*, so that the second term makes up for the first one's rounding.
+The first singular vectors, at 8 bits, carry the part of a delta that random dropout hurts most. Group-wise dropout of
+the rest (:class:`deltafmt.methods.deltadq.DeltaDQ`) then loses far less than dropout of the whole. The rest is taken
+from the head *as it is stored*, so that the second term makes up for the rounding of the first.
 
-Of this project. As with :mod:`deltafmt.methods.svd`, the bytes of a file depend on the linear algebra library.
+The method is of this project. As with :mod:`deltafmt.methods.svd`, the bytes of a file depend on the linear algebra
+library.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Residual(DropoutOptions, HeadOptions, Method):
         return dropout.quantize(positions, kept, rows.routines)
 
     def approximate(self, rows: DeltaRows, seed: int, heads: Heads) -> Floats:
-        """Return what compressing a matrix would leave of its delta, with a head that methods share."""
+        """Return the delta that a reader would decode, with a head that methods share."""
         head = heads.dense(self.rank, self.head_grid)
         arrays = self._dropped(heads.delta - head, rows, seed)
         return head + decoded(self.dropout.layout, arrays, rows.shape, seed, rows.routines)
@@ -135,8 +136,9 @@ def split_head(
     Args:
         delta: float32, shape (rows, columns).
         rank: vectors of the head, or min(rows, columns) where that is less.
-        grid: of both factors.
-        hessian: of the inputs: takes the head that leaves the least error of the outputs. None for plain vectors.
+        grid: grid of both factors.
+        hessian: second moments of the inputs; the head then leaves the least error of the outputs. None takes plain
+            singular vectors.
 
     Returns:
         The band, and ``delta - band.dense()`` in float32.

@@ -57,8 +57,8 @@ class VectorOptions:
 
     Attributes:
         rank: number of vectors.
-        bits_per_weight: as many as take this many bits for each element of the matrix.
-        energy: as few as hold this share of the squared singular values, above 0 and at most 1.
+        bits_per_weight: keep as many vectors as take this many bits for each element of the matrix.
+        energy: keep as few vectors as hold this share of the squared singular values, above 0 and at most 1.
         bits: k, width of a code; None keeps vectors as they are.
         value_dtype: dtype of vectors that are kept as they are: ``BF16``, ``F16`` or ``F32``.
     """
@@ -130,7 +130,7 @@ class SVD(CodeOptions, VectorOptions, Method):
 
     @property
     def fixed_rank(self) -> bool:
-        """Whether the number of vectors follows from a matrix's shape."""
+        """True if the number of vectors follows from a matrix's shape."""
         return self.energy is None
 
     @property

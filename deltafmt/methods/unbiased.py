@@ -1,4 +1,4 @@
-"""Scales that keep what quantization would shrink.
+"""Scales that keep the length of a delta, which quantization would shrink.
 
 The scale of least squared error makes the decoded values Q orthogonal to what they miss: <Q, X - Q> = 0, hence
 <Q, X> = <Q, Q> < <X, X>. A sign times the mean magnitude keeps 64% of a normal delta that way, 2 bits 88%, and every
@@ -32,7 +32,7 @@ def unbiased_scales(values: Floats, decoded: Floats, scales: Floats, size: int, 
 
     Args:
         values: X, float32, shape (rows, entries); NaN marks an entry that lies beyond the last column.
-        decoded: Q, what the codes stand for at the scales given.
+        decoded: Q, the values of the codes at the scales given.
         scales: float32, shape (rows, groups).
         size: entries that share a scale.
         scale_dtype: ``BF16`` or ``F32``, to which the result is rounded.

@@ -1,4 +1,4 @@
-"""Singular vectors as ``lowrank`` terms: their layouts and arrays, and what they cost."""
+"""Singular vectors as ``lowrank`` terms: their layouts, their arrays and their bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def coding_of(grid: Grid) -> Coding:
 
 
 def vectors_layout(count: int, factors: Coding | str, rows: int, columns: int) -> LowRankLayout:
-    """Return the layout of so many vectors, or of as many as a matrix of this shape can have, and at least one."""
+    """Return the layout of ``count`` vectors; at most as many as a matrix of this shape can have, and at least one."""
     return LowRankLayout(max(min(count, rows, columns, MAX_VECTORS), 1), factors)
 
 
@@ -44,7 +44,7 @@ def band_arrays(band: Band) -> LowRankArrays:
 
 
 def raw_arrays(factors: LowRank, dtype: str) -> LowRankArrays:
-    """Return the arrays of vectors that are stored as they are, the singular values' roots on either side.
+    """Return the arrays of vectors that are stored as they are, with the roots of the singular values on either side.
 
     Raises:
         UsageError: a value overflows the dtype.
