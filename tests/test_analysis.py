@@ -404,6 +404,7 @@ def test_names_are_only_text(tmp_path: Path, cli: Cli) -> None:
         (("--method", "rtn:nm=4:16"), 2, "--method 'rtn:nm=4:16': "),
         (("--method", "rtn:bits"), 2, "'bits'"),
         (("--method", "rtn", "--bits", "4"), 2, "for histograms"),
+        (("--force",), 2, "--force needs --html REPORT"),
         (("--include", "*.mlp.*"), 2, "'*.mlp.*' matches no tensor"),
         (("--tokenizer", "here"), 2, "--calibration"),
         (("--calibration", "nowhere.txt"), 5, "nowhere.txt"),

@@ -109,6 +109,7 @@ def test_every_option_of_a_method_is_a_flag(tmp_path: Path, cli: Cli) -> None:
         (("--method", "dare", "--scale", "mse", "--scale-dtype", "F32"), "needs bits"),
         (("--method", "svd", "--rank", "4", "--scale", "mse"), "scale needs bits"),
         (("--method", "magnitude", "--density", ".1", "--share", "8", "--index", "rank"), "needs nm"),
+        (("--method", ""), "unknown method ''"),
         (("--method", "help"), "unknown method 'help'; there are deltadq"),
         (("--method", "help"), "(see deltafmt methods)"),
         (("--method", "rtn:bit=3"), "perhaps bits"),

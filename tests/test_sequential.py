@@ -259,7 +259,7 @@ def test_the_command(home: Path, tmp_path: Path, cli: Cli) -> None:
     method = ("--method", "gptq", "--bits", "1")
     found = cli("pack", *pair, *method, *text, "--sequential")
     assert found.code == 0, found
-    assert "tokens, each block seeing the errors of those before it" in found.out
+    assert "tokens, each block on the outputs of the compressed blocks before it" in found.out
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     direct = packed(home, tmp_path / "direct.deltafmt")
     assert out.read_bytes() == direct.path.read_bytes()

@@ -78,6 +78,8 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError("--tokenizer needs --calibration FILE")
     if options.calibration:
         check_tokenizer(options.finetuned, options.tokenizer)
+    if options.force and not options.html:
+        raise UsageError("--force needs --html REPORT, which it replaces")
     if options.html and not options.force and os.path.lexists(options.html):
         raise UsageError(f"{options.html} exists; --force replaces it")
     methods = [read_spelling("--method", text) for text in options.method]

@@ -63,7 +63,7 @@ def read_method(options: argparse.Namespace) -> Method:
     from deltafmt.methods.declare import options_of
     from deltafmt.methods.spelling import make, read_pairs, read_value, split
 
-    text = options.method or DEFAULT
+    text = DEFAULT if options.method is None else options.method
     try:
         kind, pairs = split(METHODS, text)
         if kind is None:

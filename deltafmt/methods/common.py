@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from deltafmt.methods import hessian
 from deltafmt.methods.declare import Need, Option, option
 
 RANK = Option("singular vectors that are kept", "R", "1 or more", right=lambda rank: rank >= 1, wrong="is not positive")
@@ -134,5 +135,5 @@ class CodeOptions:
 class SolverOptions:
     """Options of the solvers that make up for errors."""
 
-    damping: float = option(0.01, DAMPING)
+    damping: float = option(hessian.DAMPING, DAMPING)
     refits: int | None = option(None, REFITS)
