@@ -267,7 +267,7 @@ def test_the_command(home: Path, tmp_path: Path, cli: Cli) -> None:
     assert again["sequential"] is True
     assert cli("pack", *pair, *method, *text, "--force", "--json").json()["sequential"] is False
     assert cli("verify", out, "--base", home / "base").code == 0
-    refused(cli("pack", *pair, "--force", "--sequential"), 2, "--sequential is for --calibration")
+    refused(cli("pack", *pair, "--force", "--sequential"), 2, "--sequential needs --calibration FILE")
 
     # An encoder and decoder is run as a whole.
     write_models(tmp_path / "t5", "t5")
