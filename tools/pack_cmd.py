@@ -22,7 +22,7 @@ from deltafmt.tools.targets import add_target_arguments, plan_obj, read_target, 
 
 if TYPE_CHECKING:
     from deltafmt.methods import Method
-    from deltafmt.pipeline.pack import PackResult
+    from deltafmt.pipeline.pack_result import PackResult
 
 MENTIONED = 10
 USAGE = "deltafmt pack BASE FINETUNED -o OUT [options]"
@@ -182,22 +182,19 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
 
 
 def _actions(result: PackResult) -> str:
-    """Return how many tensors were stored how."""
+    """Return how many tensors were stored how, such as ``57 tensors compressed, 17 small ones stored whole``."""
     from deltafmt.pipeline.plan import NO_SMALLER
 
-    whole = result.actions.get("replace", 0)
     large = sum(reason != NO_SMALLER for reason in result.kept.values())
-    parts = [f"{plural(result.actions.get('add', 0), 'tensor')} compressed"]
-    for number, words in (
-        (whole - large, "small {} stored whole"),
-        (large, "matri{} stored whole"),
-        (result.actions.get("same", 0), "same as the base"),
-        (result.actions.get("alias", 0), "tied to another"),
-    ):
-        if number:
-            ending = {"small": "one" if number == 1 else "ones", "matri": "x" if number == 1 else "ces"}
-            parts.append(f"{number:,} {words.format(ending.get(words[:5], ''))}")
-    return ", ".join(parts)
+    small = result.actions.get("replace", 0) - large
+    counts = {
+        f"small {'one' if small == 1 else 'ones'} stored whole": small,
+        f"{'matrix' if large == 1 else 'matrices'} stored whole": large,
+        "same as the base": result.actions.get("same", 0),
+        "tied to another": result.actions.get("alias", 0),
+    }
+    compressed = f"{plural(result.actions.get('add', 0), 'tensor')} compressed"
+    return ", ".join([compressed, *(f"{number:,} {words}" for words, number in counts.items() if number)])
 
 
 def _narrow(number: int, method: Method) -> str:
@@ -205,11 +202,8 @@ def _narrow(number: int, method: Method) -> str:
     from deltafmt.methods.declare import options_of
 
     verb = "matrix is" if number == 1 else "matrices are"
-    known, mended = options_of(type(method)), ""
-    kept = ""
-    if "nm" in known:
-        kept = f" with {known['nm'].write(known['nm'].of(method))}"
-        mended = "--nm 2:2, or "
+    nm = options_of(type(method)).get("nm")
+    kept, mended = ("", "") if nm is None else (f" with {nm.write(nm.of(method))}", "--nm 2:2, or ")
     return (
         f"warning: {number:,} {verb} 256 columns wide or less;{kept} the restored model will probably not work. "
         f"Use {mended}--target-ratio R"

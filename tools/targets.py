@@ -12,7 +12,7 @@ from deltafmt.tools.method_arguments import read_spelling
 from deltafmt.tools.unpack_cmd import parse_size
 
 if TYPE_CHECKING:
-    from deltafmt.pipeline.budget import Choice, Chosen
+    from deltafmt.pipeline.choice import Choice, Chosen
 
 NEEDS_TARGET = ("plan", "candidate")
 

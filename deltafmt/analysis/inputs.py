@@ -74,7 +74,7 @@ def calibrated_inputs(
         import torch  # noqa: F401, PLC0415 - only calibration needs it
         import transformers  # noqa: PLC0415 - only calibration needs it
     except ImportError as error:
-        raise UsageError(f"--calibration needs torch and transformers: {error}") from error
+        raise UsageError(f"a calibration needs torch and transformers: {error}") from error
     from deltafmt.calibration.tokens import cut, load_encoder  # noqa: PLC0415 - only calibration needs it
 
     model = _load(transformers, model_folder)

@@ -18,7 +18,7 @@ from deltafmt.methods.common import BITS, CODED, RAW, RESCALE, VALUE_DTYPE, Scal
 from deltafmt.methods.declare import Need, Needs, Option, option
 from deltafmt.methods.quantize import default_rule
 from deltafmt.methods.unstructured import sparse_layout, sparse_term
-from deltafmt.terms.nm.positions import BLOCK_STEP, ROW_STEP, mix
+from deltafmt.terms.nm.hashing import BLOCK_STEP, ROW_STEP, mix
 from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import SparseLayout
 

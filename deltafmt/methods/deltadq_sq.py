@@ -34,7 +34,7 @@ from deltafmt.methods.sampling import gather
 from deltafmt.methods.unstructured import sparse_layout
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import narrow, widen
-from deltafmt.terms.nm.layout import MAX_GROUP
+from deltafmt.terms.nm.layout import MAX_M
 from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import SparseLayout
 
@@ -44,7 +44,7 @@ MAX_BITS = 5
 def group_sizes(n: int, m: int) -> list[int]:
     """Return the group sizes M with the same N / M that a search can choose from."""
     least = max(m // max(math.gcd(n, m), 1), 1)
-    return [least << shift for shift in range(8) if 2 <= least << shift <= MAX_GROUP]
+    return [least << shift for shift in range(8) if 2 <= least << shift <= MAX_M]
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class DeltaDQSQ(ScaleOptions, PartOptions, Method):
 
     def check(self) -> None:
         """Check what the declarations of the options do not say."""
-        if not 2 <= self.m <= MAX_GROUP:
-            raise UsageError(f"group size M = {self.m} is outside 2 to {MAX_GROUP}")
+        if not 2 <= self.m <= MAX_M:
+            raise UsageError(f"group size M = {self.m} is outside 2 to {MAX_M}")
         if not 1 <= self.n <= self.m:
             raise UsageError(f"N = {self.n} is outside 1 to M = {self.m}")
         if not 1 <= self.bits <= MAX_BITS:
