@@ -17,7 +17,7 @@ from deltafmt.pipeline.workers import Progress, thread_count
 
 
 def default_candidates() -> list[Method]:
-    """Return what is tried on every tensor unless candidates are given."""
+    """Return the methods that are tried on every tensor unless candidates are given."""
     dropped = [
         *((1, 64, k) for k in (1, 2)),
         *((1, 32, k) for k in (1, 2, 4)),
