@@ -1,4 +1,4 @@
-"""Choosing a method for every tensor, so that a file of a given size loses as little as possible (docs/budgets.md)."""
+"""Choosing a method for every tensor, so that a file of a given size loses little (docs/how-to/hit-a-size.md)."""
 
 from __future__ import annotations
 
