@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-LINES = 64
+LINES = 32
 
 
 def examples(text: Path) -> list[str]:
