@@ -27,6 +27,7 @@ from deltafmt.calibration.tokens import LENGTH, TOKENS
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
+from deltafmt.extras import need
 from deltafmt.methods.base import Method
 from deltafmt.output import OutputLock, storage_error
 from deltafmt.pipeline.plan import Plan
@@ -175,18 +176,17 @@ class MomentFolder:
             on_stage: gives what is stored, for a sequential calibration.
 
         Raises:
-            UsageError: torch or transformers is missing or cannot load the model, there is no such device, the text is
-                too short, or no moments are of any of the matrices.
+            MissingExtraError: torch or transformers is missing.
+            UsageError: transformers cannot load the model, there is no such device, the text is too short, or no
+                moments are of any of the matrices.
             NonFiniteError: activations are not finite; names the module.
             StorageError, InvalidFileError: a file cannot be read or written, or is not what its name says.
         """
         self._wanted = frozenset(wanted)
         if self._read_done():
             return
-        try:
-            from deltafmt.calibration import options, run  # noqa: PLC0415  # torch is optional and slow to import
-        except ImportError as error:
-            raise UsageError("calibration needs torch, which is not installed (extra: transformers)") from error
+        need("calibration", "torch", "transformers", extra="transformers")
+        from deltafmt.calibration import options, run  # noqa: PLC0415  # torch is optional and slow to import
 
         def keep(name: str, weight_name: str, moments: Moments) -> None:
             # A tied weight is more than this module's: its moments are not all that matters about it.
