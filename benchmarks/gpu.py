@@ -7,11 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from deltafmt.kernels.nm.operand import NMOperand
-from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
-from deltafmt.kernels.table import Operand
+from deltafmt.kernels.operand import BUFFER_DTYPES, Operand
 from deltafmt.terms.layout import TermLayout
-from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.sparse.layout import SparseLayout
 
 DEVICE = "cuda"
@@ -19,26 +16,20 @@ REPEATS = 11
 
 
 def random_operand(layout: TermLayout, rows: int, columns: int, seed: int) -> Operand:
-    """Return an operand of random codes, seeded if it is of kind ``nm``; a sparse one has an entry in every eighth."""
-    if not isinstance(layout, NMLayout):
-        buffers = {}
-        slots = sparse_slots(layout, rows, columns)
-        for name, form in layout.buffers(rows, columns, slots).items():
-            dtype = BUFFER_DTYPES[form.dtype]
-            if name == "gaps":
-                buffers[name] = torch.full(form.shape, 0x77777777, dtype=dtype, device=DEVICE)
-            elif name == "starts":
-                buffers[name] = torch.arange(form.shape[0], dtype=dtype, device=DEVICE) * (slots // (form.shape[0] - 1))
-            elif dtype == torch.int32:
-                buffers[name] = torch.randint(-(2**31), 2**31 - 1, form.shape, dtype=dtype, device=DEVICE)
-            else:
-                buffers[name] = torch.rand(form.shape, device=DEVICE).mul(0.01).to(dtype)
-        return PackedOperand(layout, rows, columns, buffers, slots=slots)
-    tiles = layout.row_tiles(rows)
-    shape = (tiles, layout.codes_words(columns), 32)
-    codes = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=DEVICE)
-    scales = torch.rand(tiles, 1, 32, device=DEVICE).mul(0.01).bfloat16()
-    return NMOperand(layout, seed, rows, columns, codes, None, scales)
+    """Return an operand of random codes; a seeded one has this seed, a sparse one an entry in every eighth column."""
+    buffers = {}
+    slots = sparse_slots(layout, rows, columns)
+    for name, form in layout.buffers(rows, columns, slots).items():
+        dtype = BUFFER_DTYPES[form.dtype]
+        if name == "gaps":
+            buffers[name] = torch.full(form.shape, 0x77777777, dtype=dtype, device=DEVICE)
+        elif name == "starts":
+            buffers[name] = torch.arange(form.shape[0], dtype=dtype, device=DEVICE) * (slots // (form.shape[0] - 1))
+        elif dtype == torch.int32:
+            buffers[name] = torch.randint(-(2**31), 2**31 - 1, form.shape, dtype=dtype, device=DEVICE)
+        else:
+            buffers[name] = torch.rand(form.shape, device=DEVICE).mul(0.01).to(dtype)
+    return Operand(layout, rows, columns, buffers, seed if layout.seeded else 0, slots)
 
 
 def sparse_slots(layout: TermLayout, rows: int, columns: int) -> int:

@@ -22,7 +22,7 @@ import torch
 from common import Figure, report
 from gpu import DEVICE, milliseconds, random_operand
 
-from deltafmt.kernels.nm.product import nm_linear, nm_matmul_
+from deltafmt.kernels.products import fused_linear, matmul_
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.terms.nm.layout import NMLayout
@@ -71,12 +71,12 @@ class Step:
         """Multiply with the base, then add the deltas."""
         for layer, number, x in self.places():
             torch.mm(x, whole(self.weights[layer][number]).T, out=self.fused[number])
-            nm_matmul_(self.outputs[number], x, tables[layer][number], segments)
+            matmul_(self.outputs[number], x, tables[layer][number], segments)
 
     def fused_with_delta(self, tables: list[list[OperandTable]]) -> None:
         """Multiply with base and one delta at once."""
         for layer, number, x in self.places():
-            nm_linear(x, self.weights[layer][number], tables[layer][number], 0)
+            fused_linear(x, self.weights[layer][number], tables[layer][number], 0)
 
 
 def whole(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -112,12 +112,12 @@ def delta_tables(layout: NMLayout, slots: int, layers: int) -> list[list[Operand
                         for rows in table.parts
                     ],
                 )
-            table.layout_tables(slice(0, 3), NMLayout)
+            table.layout_tables(slice(0, 3))
     return tables
 
 
 def nonzeros(layout: NMLayout, slots: int, layers: int) -> int:
-    """Return the kept entries of all deltas."""
+    """Return the kept elements of all deltas."""
     return layers * slots * sum(sum(rows) * layout.kept(columns) for rows, columns in PRODUCTS)
 
 

@@ -75,7 +75,7 @@ class Tenants:
             table = OperandTable(self.tenants, [self.rows], self.columns, DEVICE)
             for slot in range(self.tenants):
                 table.put(slot, [(random_operand(layout, self.rows, self.columns, copy * 99 + slot),)])
-            table.layout_tables(slice(0, 1), type(layout))
+            table.layout_tables(slice(0, 1))
             tables.append(table)
         return self.each(lambda: [matmul_([self.y], self.x, table, self.segments) for table in tables])
 

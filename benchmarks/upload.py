@@ -29,8 +29,8 @@ from deltafmt.container.writer import ContainerWriter
 from deltafmt.format.constants import ZSTD_CHUNK
 from deltafmt.index.entries import BaseRef, TensorEntry, Term
 from deltafmt.runtime import upload
+from deltafmt.terms.nm.index.codecs import INDEX_CODECS
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.nm.positions import encode_rank
 from deltafmt.terms.tiles import TILE_ROWS
 
 HOT = NMLayout(1, 32, 4)
@@ -46,8 +46,10 @@ NO_DIGEST = bytes(32)
 
 def random_index(rng: np.random.Generator, layout: NMLayout, columns: int) -> bytes:
     """Return the words of one tile of a rank index."""
-    drawn = np.argsort(rng.random((TILE_ROWS, layout.groups(columns), layout.group)), axis=2)[:, :, : layout.keep]
-    return encode_rank(np.sort(drawn, axis=2).astype(np.uint8), layout).tobytes()
+    drawn = np.argsort(rng.random((TILE_ROWS, layout.groups(columns), layout.m)), axis=2)[:, :, : layout.n]
+    out = np.zeros((1, layout.index_words(columns), 32), np.uint32)
+    INDEX_CODECS[layout.index].encode(np.sort(drawn, axis=2).astype(np.uint8), layout, out)
+    return out.tobytes()
 
 
 def write_delta(path: Path, layout: NMLayout, layers: int, profile: str) -> Path:

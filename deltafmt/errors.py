@@ -5,26 +5,59 @@
     DeltafmtError               (exit code)
     ├── UsageError              2   an argument or a combination of arguments is wrong
     │   ├── MissingExtraError   2   an optional package is missing; names the extra that brings it
-    │   └── NonFiniteError      2   a delta holds NaN or infinity and is not kept exactly
+    │   ├── NonFiniteError      2   a delta holds NaN or infinity and is not kept exactly
+    │   └── NoRoomError         2   the deltas in use leave no room on the device for another
     ├── InvalidFileError        3   a file breaks its format: what, and where
     │   └── UnsupportedError    3   a valid file that needs a newer reader, or is of a kind that is not read
     ├── WrongBaseError          4   the base differs from the one that was packed against
     ├── StorageError            5   reading or writing failed: missing file, full disk
     └── CancelledError        130   the caller asked to stop
 
-Messages start in lower case, name the offending value and where it stands, and end without a full stop.
+A message starts in lower case, names the offending value and where it stands, and ends without a full stop. It says
+nothing of the command line: an error that an option would have prevented has a :class:`Remedy`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple, Self
 
 EXIT_OK = 0
 EXIT_INTERRUPTED = 130
 
 
+# No dataclass: importing dataclasses would add some milliseconds to ``deltafmt --help``.
+class Remedy(NamedTuple):
+    """A keyword argument of the function that failed, with which the call would go on.
+
+    For example, ``pack`` refuses an output that exists with ``Remedy("force")``: ``pack(..., force=True)`` replaces it.
+
+    Attributes:
+        option: the argument's name.
+        value: its value. For an argument that takes a list, such as ``exclude``, this is the item to add. None if the
+            caller has to find the value, as for ``calibration``.
+    """
+
+    option: str
+    value: object = True
+
+
 class DeltafmtError(Exception):
-    """Root of every error that deltafmt raises on purpose."""
+    """Root of every error that deltafmt raises on purpose.
+
+    Args:
+        message: what is wrong, and where.
+        remedy: the argument that would help, if there is one.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", remedy: Remedy | None = None) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+    def located(self, where: object) -> Self:
+        """Return the same error with the place in front of its message: ``WHERE: MESSAGE``."""
+        return type(self)(f"{where}: {self}", self.remedy)
 
 
 class UsageError(DeltafmtError, ValueError):
@@ -39,6 +72,10 @@ class MissingExtraError(UsageError, ImportError):
 
 class NonFiniteError(UsageError):
     """A delta holds NaN or infinity; such a tensor can only be kept exactly."""
+
+
+class NoRoomError(UsageError):
+    """The deltas in use leave no room on the device for another; there may be room once they are given back."""
 
 
 class InvalidFileError(DeltafmtError, ValueError):

@@ -30,7 +30,7 @@ from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowrank.codec import LowRankArrays, LowRankCodec
 from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.nm import codec as nm
-from deltafmt.terms.nm import positions as pos
+from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.layout import NMLayout
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
@@ -208,10 +208,10 @@ def term_arrays(rng: np.random.Generator, layout: NMLayout, seed: int, rows: int
     """Return random codes and scales at the positions that a layout allows."""
     groups, mask_rows = layout.groups(columns), layout.mask_rows(rows)
     if layout.index == "seeded":
-        positions = pos.seeded(seed, 0, mask_rows, groups, layout.keep, layout.group)
+        positions = hashing.seeded(seed, 0, mask_rows, groups, layout.n, layout.m)
     else:
-        drawn: NDArray[Any] = rng.permuted(np.tile(np.arange(layout.group), (mask_rows, groups, 1)), axis=2)
-        positions = np.sort(drawn[:, :, : layout.keep], axis=2).astype(np.uint8)
+        drawn: NDArray[Any] = rng.permuted(np.tile(np.arange(layout.m), (mask_rows, groups, 1)), axis=2)
+        positions = np.sort(drawn[:, :, : layout.n], axis=2).astype(np.uint8)
     codes = rng.integers(0, layout.top + 1, (rows, layout.kept(columns)), np.uint8)
     scales = np.full((rows, layout.scales_per_row(columns)), 0.5, np.float32)
     return nm.NMArrays(positions, codes, scales)

@@ -19,7 +19,8 @@ from deltafmt.terms.coding import CODING_GRIDS, Coding
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.layout import RAW_FACTORS, LowRankLayout
-from deltafmt.terms.nm.layout import BITS, INDEX_ENCODINGS, SHARES, NMLayout
+from deltafmt.terms.nm.index.encodings import ENCODINGS
+from deltafmt.terms.nm.layout import BITS, SHARES, NMLayout
 from deltafmt.terms.sparse.layout import GAP_BITS, RAW_VALUES, SparseLayout
 from deltafmt.terms.tiles import GRIDS
 
@@ -182,7 +183,7 @@ def random_nm(rng: random.Random) -> NMLayout:
         rng.choice((1, 2, group, rng.randrange(1, group + 1))),
         group,
         rng.choice(BITS),
-        rng.choice(INDEX_ENCODINGS),
+        rng.choice(list(ENCODINGS)),
         rng.choice(GRIDS),
         rng.choice(SHARES),
         rng.choice(("BF16", "F32")),

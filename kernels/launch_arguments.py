@@ -1,4 +1,4 @@
-"""What the launches of all kernels give them: tokens, outputs, and how a layout's words and values are to be read."""
+"""The arguments that launches of all kinds share: tokens, outputs, and how words and values are read."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from deltafmt.kernels.record import MAX_PARTS, LayoutTable
 from deltafmt.kernels.segments import TokenTiles
-from deltafmt.kernels.table import MAX_PARTS, LayoutTable
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.tiles import planes
 
@@ -39,9 +39,9 @@ def token_arguments(x: torch.Tensor, table: LayoutTable[Any], tiles: TokenTiles)
         "x_stride": x.stride(0),
         "order_ptr": tiles.order,
         "tiles_ptr": tiles.table,
-        "table_ptr": table.entries,
+        "records_ptr": table.records,
         "columns": table.columns,
-        "PARTS": table.entries.shape[1],
+        "PARTS": table.records.shape[1],
         "TOKENS": tiles.size,
     }
 

@@ -1,23 +1,24 @@
-"""The products with packed deltas of every kind: of few tokens, and always of ``nm``, by kernels; others by torch.
+"""The products with packed deltas of every kind: by kernels on a GPU, and by decoding the delta everywhere else.
 
-Through torch means right, and slow: a low-rank term decodes its vectors, the others their dense matrix for every
-product. Which tokens such a term has must be known on the host: it waits for the device, and is not for CUDA graphs.
+A kernel multiplies with the packed words as they lie. A delta is decoded where no kernel runs (on the CPU), where its
+layout has none, and for a slot that has more tokens than its kernel takes; other slots of the same batch are not
+affected. Which tokens such a slot has, the host must know: if ``segments`` does not say, decoding waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from deltafmt.kernels.dense_delta import operand_delta
-from deltafmt.kernels.few_tokens import few_token_products_
-from deltafmt.kernels.lowrank.naive import vectors
-from deltafmt.kernels.nm.product import nm_embedding_, nm_matmul_
-from deltafmt.kernels.packed import PackedOperand
+from deltafmt import accel
+from deltafmt.errors import UsageError
+from deltafmt.kernels import devices, launching
+from deltafmt.kernels.operand import Operand
+from deltafmt.kernels.record import MAX_PARTS
+from deltafmt.kernels.registry import kernels_of
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
-from deltafmt.terms.lowrank.layout import LowRankLayout
 
 
 def matmul_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
@@ -25,16 +26,23 @@ def matmul_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTabl
 
     Args:
         outputs: for each part of the table, shape (tokens, rows), rows contiguous; sums are taken in float32.
-        x: shape (tokens, columns), BF16, F16 or F32, columns contiguous.
+        x: shape (tokens, columns), BF16, F16 or F32.
         table: the deltas.
         segments: which token uses which of them.
+
+    Raises:
+        UsageError: the rows of an output are not contiguous.
     """
-    nm_matmul_(outputs, x, table, segments)
-    done = few_token_products_(outputs, x, table, segments)
-    others = [one for one in table.packed() if type(one[2].layout) not in done]
-    for tokens, part, operand in _with_tokens(others, segments):
+    if any(output.stride(1) != 1 for output in outputs):
+        raise UsageError("the rows of an output are not contiguous")
+    by_kernel = devices.usable(x)
+    if by_kernel:
+        with devices.on_device_of(x):
+            launching.launch_products(outputs, x if x.stride(1) == 1 else x.contiguous(), table, segments)
+    for slot, part, operand in _decoded(table, segments, by_kernel=by_kernel):
+        tokens = segments.members(slot)
         y = outputs[part]
-        product = packed_product(x[tokens], operand)
+        product = kernels_of(operand.layout).multiply(x[tokens], operand)
         y[tokens, : operand.rows] = (y[tokens, : operand.rows].float() + product).to(y.dtype)
 
 
@@ -47,38 +55,81 @@ def embedding_(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, seg
         table: the deltas, of one part.
         segments: which token uses which of them.
     """
-    nm_embedding_(output, ids, table, segments)
-    for tokens, _, operand in _with_tokens(table.packed(), segments):
-        held = tokens[(ids[tokens] >= 0) & (ids[tokens] < operand.rows)]
-        output[held] = (output[held].float() + packed_rows(operand, ids[held].long())).to(output.dtype)
+    by_kernel = devices.usable(output)
+    if by_kernel:
+        with devices.on_device_of(output):
+            launching.launch_embeddings(output, ids.contiguous(), table, segments)
+    for slot in range(table.slots):
+        for operand in table.operands(slot)[0]:
+            kernels = kernels_of(operand.layout)
+            if not (by_kernel and kernels.embeds) and segments.lengths().get(slot):
+                tokens = segments.members(slot)
+                held = tokens[(ids[tokens] >= 0) & (ids[tokens] < operand.rows)]
+                rows = kernels.decode_rows(operand, ids[held].long())
+                output[held] = (output[held].float() + rows).to(output.dtype)
 
 
-def packed_product(x: torch.Tensor, operand: PackedOperand) -> torch.Tensor:
-    """Return ``x @ delta.T`` in float32, shape (tokens, rows); x has shape (tokens, columns)."""
-    layout = operand.layout
-    if isinstance(layout, LowRankLayout):
-        # Two thin products: the matrix is never made.
-        right = vectors(layout, operand.buffers, "v", operand.columns)
-        return (x.float() @ right.T) @ vectors(layout, operand.buffers, "u", operand.rows)
-    return x.float() @ operand_delta(operand).T
+def _decoded(table: OperandTable, segments: Segments, *, by_kernel: bool) -> Iterator[tuple[int, int, Operand]]:
+    """Yield slot, part and operand of every product that no kernel has made."""
+    if not by_kernel:
+        for slot in range(table.slots):
+            for part, terms in enumerate(table.operands(slot)):
+                for operand in terms:
+                    if segments.lengths().get(slot):
+                        yield slot, part, operand
+        return
+    for one in table.bounded():
+        if segments.longest > one.most and segments.lengths().get(one.slot, 0) > one.most:
+            yield one.slot, one.part, one.operand
 
 
-def packed_rows(operand: PackedOperand, rows: torch.Tensor) -> torch.Tensor:
-    """Return some rows of an operand's delta in float32, shape (len(rows), columns)."""
-    layout = operand.layout
-    if isinstance(layout, LowRankLayout):
-        left = vectors(layout, operand.buffers, "u", operand.rows)
-        return left[:, rows].T @ vectors(layout, operand.buffers, "v", operand.columns)
-    return operand_delta(operand)[rows]
+def operand_delta(operand: Operand, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Return rows ``start`` to ``stop`` of an operand's dense float32 delta, shape (rows, columns)."""
+    stop = operand.rows if stop is None else min(stop, operand.rows)
+    return kernels_of(operand.layout).decode(operand, min(start, stop), stop)
 
 
-def _with_tokens(
-    operands: Iterable[tuple[int, int, PackedOperand]], segments: Segments
-) -> Iterator[tuple[torch.Tensor, int, PackedOperand]]:
-    """Yield the tokens, the part and the operand of every term that a token uses; asks the device for each slot."""
-    known: dict[int, torch.Tensor] = {}
-    for slot, part, operand in operands:
-        if slot not in known:
-            known[slot] = (segments.slots == slot).nonzero()[:, 0]
-        if len(known[slot]):
-            yield known[slot], part, operand
+def can_fuse(table: OperandTable, slot: int, tokens: int) -> bool:
+    """Return True if :func:`fused_linear` takes a slot: on a GPU, one term of one layout a part, a fitting batch."""
+    if table.device.type != "cuda" or not accel.has_triton() or len(table.parts) > MAX_PARTS:
+        return False
+    parts = table.operands(slot)
+    if any(len(terms) != 1 or terms[0].rows != rows for terms, rows in zip(parts, table.parts, strict=True)):
+        return False
+    layouts = {terms[0].layout for terms in parts}
+    if len(layouts) != 1:
+        return False
+    layout = layouts.pop()
+    return kernels_of(layout).fuses(layout, tokens)
+
+
+def fused_linear(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], table: OperandTable, slot: int
+) -> tuple[torch.Tensor, ...]:
+    """Return ``x @ (weight + delta).T`` for each part, when all tokens are of one slot that :func:`can_fuse` accepts.
+
+    For one token, base and delta are one kernel, in float32. For more, the sum is written out a part at a time, rounded
+    as ``deltafmt unpack`` rounds it, and multiplied by the base's own library.
+
+    Args:
+        x: shape (tokens, columns), contiguous.
+        weights: of the base, for each part, shape (rows, columns), contiguous, in the dtype of ``x``.
+        table: the deltas.
+        slot: the delta.
+    """
+    operands = [terms[0] for terms in table.operands(slot)]
+    kernels = kernels_of(operands[0].layout)
+    with devices.on_device_of(x):
+        if x.shape[0] == 1:
+            outputs = tuple(x.new_empty(1, rows) for rows in table.parts)
+            layout = kernels.table_layout(operands[0].layout)
+            tables = table.layout_tables(slice(0, len(table.parts)))
+            held = next(one for one in tables if one.layout == layout)
+            kernels.launch_fused(outputs, x, weights, held, slot)
+            return outputs
+        products = []
+        for weight, operand in zip(weights, operands, strict=True):
+            summed = torch.empty_like(weight)
+            kernels.add_to(weight, operand, summed)
+            products.append(x @ summed.T)
+        return tuple(products)

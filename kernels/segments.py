@@ -6,6 +6,8 @@ of tiles that could be needed is known on the host; how many are, only on the de
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,31 +38,44 @@ class Segments:
         slots: int32, shape (tokens,): each token's slot, -1 for the base alone. A number outside 0 to ``count`` - 1
             counts as -1.
         count: slots there are.
-        longest: no slot has more tokens than this (default: all could be of one slot). A wrong promise loses tokens
-            from the product, so give it only where the host knows.
-        shortest: likewise, no slot that has tokens has fewer.
+        lengths: how many tokens each slot has, where the host knows; slots without tokens may be missing. A wrong
+            promise loses tokens from the product.
+
+    Attributes:
+        longest: no slot has more tokens than this.
+        shortest: no slot that has tokens has fewer.
     """
 
-    def __init__(self, slots: torch.Tensor, count: int, longest: int | None = None, shortest: int = 1) -> None:
+    def __init__(self, slots: torch.Tensor, count: int, lengths: Mapping[int, int] | None = None) -> None:
         if slots.dim() != 1 or slots.dtype != torch.int32:
             raise UsageError(f"slots are a 1-d int32 tensor, not {slots.dtype} {tuple(slots.shape)}")
         self.slots = slots.contiguous()  # a slot repeated by ``expand`` has no memory of its own for each token
         self.count = count
         self.tokens = slots.shape[0]
-        self.longest = self.tokens if longest is None else min(longest, self.tokens)
-        self.shortest = shortest
+        self._lengths = lengths
+        self.longest = self.tokens if lengths is None else max(lengths.values(), default=0)
+        self.shortest = 1 if lengths is None else min(lengths.values(), default=0)
         self._sorted: tuple[torch.Tensor, torch.Tensor] | None = None
         self._tiles: dict[tuple[int, int, int], TokenTiles] = {}
 
     @classmethod
     def of(cls, slots: list[int], count: int, device: torch.device | str) -> Segments:
         """Build from slots that the host knows."""
-        lengths: dict[int, int] = {}
-        for slot in slots:
-            if slot >= 0:
-                lengths[slot] = lengths.get(slot, 0) + 1
-        tensor = torch.tensor(slots, dtype=torch.int32).to(device, non_blocking=True)
-        return cls(tensor, count, max(lengths.values(), default=0), min(lengths.values(), default=0))
+        lengths = Counter(slot for slot in slots if 0 <= slot < count)
+        return cls(torch.tensor(slots, dtype=torch.int32).to(device, non_blocking=True), count, lengths)
+
+    def members(self, slot: int) -> torch.Tensor:
+        """Return the numbers of a slot's tokens, int64, ascending; waits for the device if the host has no lengths."""
+        lengths = self.lengths()
+        start = sum(length for other, length in lengths.items() if other < slot)
+        return self._sort()[0][start : start + lengths.get(slot, 0)].long()
+
+    def lengths(self) -> Mapping[int, int]:
+        """Return how many tokens each slot has; waits for the device if the host does not know."""
+        if self._lengths is None:
+            places = self._sort()[1].tolist()
+            self._lengths = {slot: places[slot + 1] - places[slot] for slot in range(self.count)}
+        return self._lengths
 
     def _sort(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the token order, and the places where each slot's tokens start and end (shape (count + 1,))."""

@@ -1,63 +1,45 @@
-"""The table of packed operands that one product multiplies with, and what kernels read of it."""
+"""The table of packed operands that one product multiplies with, and the records that kernels read of it."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.kernels.nm.operand import NMOperand
-from deltafmt.kernels.packed import PackedOperand
+from deltafmt.kernels.kind import AnyKernels
+from deltafmt.kernels.operand import Operand
+from deltafmt.kernels.record import MAX_PARTS, LayoutTable
+from deltafmt.kernels.registry import kernels_of
 from deltafmt.terms.layout import TermLayout
-from deltafmt.terms.lowrank.layout import MAX_VECTORS, LowRankLayout
-
-# Of codes, so that a thread can load the words of four rows at once; a file's buffers lie at multiples of 256.
-WORD_ALIGNMENT = 16
-# Parts of one launch: q, k and v.
-MAX_PARTS = 3
-# Ranks are rounded up to a power of two, at least this, so that bands of about as many vectors share a launch.
-LEAST_RANK = 16
-
-Operand = NMOperand | PackedOperand
-LayoutT = TypeVar("LayoutT", bound=TermLayout)
-
-# What a table says of an operand of each kind: addresses of buffers (``a|b``: of the one it has; 0: of none), numbers.
-ENTRIES = {
-    "nm": ("codes", "index", "scales", "seed"),
-    "lowbit": ("codes", "zero_points", "scales", "seed"),
-    "lowrank": ("u_codes|u", "u_zero_points", "u_scales", "v_codes|v", "v_zero_points", "v_scales", "rank"),
-    "sparse": ("codes|values", "gaps", "scales", "starts", "slots"),
-}
 
 _Key = tuple[TermLayout, int, int, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LayoutTable(Generic[LayoutT]):
-    """What a kernel reads of the operands of one layout.
+class BoundedOperand:
+    """An operand whose kernel takes only so many tokens of a slot; the delta is decoded for more.
 
     Attributes:
-        layout: of all these operands; of a ``lowrank`` one the rank is the most that one may have.
-        columns: in_features.
-        entries: int64, shape (slots, parts, numbers): what :data:`ENTRIES` says for the kind, and last the rows (0:
-            none).
+        slot, part: its place in the table.
+        operand: the operand.
+        most: the most tokens that its kernel takes; 0 where it has none.
     """
 
-    layout: LayoutT
-    columns: int
-    entries: torch.Tensor
+    slot: int
+    part: int
+    operand: Operand
+    most: int
 
 
 class OperandTable:
     """Operands by slot and part: what one product multiplies with.
 
     A *slot* is one delta that tokens can choose; a *part* is one of the matrices that multiply the same activations
-    (q, k and v; gate and up). A slot holds for each part the terms of its delta; no terms: that part is the base's.
-    Kernels read terms by :meth:`layout_tables`; :meth:`packed` gives all that are not ``nm``.
+    (q, k and v; gate and up). For each part, a slot holds the terms of its delta; a part without terms is the base's.
 
     Args:
         slots: deltas that the table has room for.
@@ -73,7 +55,7 @@ class OperandTable:
         self.device = torch.empty(0, device=device).device  # with its number
         self._held: list[tuple[tuple[Operand, ...], ...]] = [((),) * len(self.parts)] * slots
         self._tables: dict[_Key, torch.Tensor] = {}
-        self._packed: list[tuple[int, int, PackedOperand]] = []
+        self._bounded: list[BoundedOperand] = []
         self._stale = False
         self._lock = threading.Lock()
 
@@ -96,14 +78,14 @@ class OperandTable:
                 if operand.device != self.device:
                     raise UsageError(f"an operand on {operand.device} does not fit a table on {self.device}")
         self._held[slot] = tuple(tuple(terms) for terms in parts)
-        others = [
-            (slot, part, operand)
+        bounded = [
+            BoundedOperand(slot, part, operand, most)
             for part, terms in enumerate(parts)
             for operand in terms
-            if isinstance(operand, PackedOperand)
+            if (most := kernels_of(operand.layout).most_tokens(operand.layout)) is not None
         ]
         # Another list: a thread may be going through the old one.
-        self._packed = [one for one in self._packed if one[0] != slot] + others
+        self._bounded = [one for one in self._bounded if one.slot != slot] + bounded
         self._stale = True
 
     def clear(self, slot: int) -> None:
@@ -114,12 +96,12 @@ class OperandTable:
         """Return a slot's operands, by part and term."""
         return self._held[slot]
 
-    def packed(self) -> list[tuple[int, int, PackedOperand]]:
-        """Return slot, part and operand of every term that is not ``nm``."""
-        return self._packed
+    def bounded(self) -> list[BoundedOperand]:
+        """Return the operands whose kernels do not take any number of tokens."""
+        return self._bounded
 
-    def layout_tables(self, parts: slice, kind: type[LayoutT]) -> list[LayoutTable[LayoutT]]:
-        """Return one table for each layout of a kind among the operands of some parts; a second term gets another.
+    def layout_tables(self, parts: slice) -> list[LayoutTable[Any]]:
+        """Return one table for each layout among the operands of some parts; a second term of a layout gets another.
 
         A table's memory stays where it is when operands change, so that a captured graph goes on reading it; a layout
         that is new to the table is not part of graphs captured before. The first call after a change copies to the
@@ -130,27 +112,28 @@ class OperandTable:
             if self._stale:
                 self._rebuild()
             return [
-                LayoutTable(layout, self.columns, entries)
-                for (layout, _, at, _), entries in self._tables.items()
-                if at == first and stop > first and isinstance(layout, kind)
+                LayoutTable(layout, self.columns, records)
+                for (layout, _, at, _), records in self._tables.items()
+                if at == first and stop > first
             ]
 
     def _rebuild(self) -> None:
         rows: dict[_Key, torch.Tensor] = {
-            key: torch.zeros(entries.shape, dtype=torch.int64) for key, entries in self._tables.items()
+            key: torch.zeros(records.shape, dtype=torch.int64) for key, records in self._tables.items()
         }
         for slot, held in enumerate(self._held):
             for part, terms in enumerate(held):
                 seen: dict[TermLayout, int] = {}
                 for operand in terms:
-                    layout = _table_layout(operand.layout)
+                    kernels = kernels_of(operand.layout)
+                    layout = kernels.table_layout(operand.layout)
                     number = seen[layout] = seen.get(layout, -1) + 1
                     first = part // MAX_PARTS * MAX_PARTS
                     width = min(len(self.parts) - first, MAX_PARTS)
                     key = (layout, number, first, width)
                     if key not in rows:
-                        rows[key] = torch.zeros(self.slots, width, len(ENTRIES[layout.kind]) + 1, dtype=torch.int64)
-                    rows[key][slot, part - first] = torch.tensor(_entry(operand))
+                        rows[key] = torch.zeros(self.slots, width, len(kernels.record), dtype=torch.int64)
+                    rows[key][slot, part - first] = torch.tensor(_record(kernels, operand))
         for key, values in rows.items():
             if key in self._tables:
                 self._tables[key].copy_(values)
@@ -162,25 +145,7 @@ class OperandTable:
         self._stale = False
 
 
-def _table_layout(layout: TermLayout) -> TermLayout:
-    """Return the layout under which a term's operands are launched together."""
-    if not isinstance(layout, LowRankLayout):
-        return layout
-    return replace(layout, rank=min(max(1 << (layout.rank - 1).bit_length(), LEAST_RANK), MAX_VECTORS))
-
-
-def _entry(operand: Operand) -> list[int]:
-    """Return an operand's numbers in a table."""
-    known = {"seed": operand.seed, "rank": getattr(operand.layout, "rank", 0)}
-    if isinstance(operand, NMOperand):
-        index = {} if operand.index is None else {"index": operand.index}
-        buffers = {"codes": operand.codes, **index, "scales": operand.scales}
-    else:
-        buffers = dict(operand.buffers)
-        known["slots"] = operand.slots
-    known |= {name: tensor.data_ptr() for name, tensor in buffers.items()}
-    kind = operand.layout.kind
-    if kind == "lowbit" and known["codes"] % WORD_ALIGNMENT:
-        raise UsageError(f"the codes of a lowbit operand begin at no multiple of {WORD_ALIGNMENT} bytes")
-    numbers = [next((known[name] for name in names.split("|") if name in known), 0) for names in ENTRIES[kind]]
-    return [*numbers, operand.rows]
+def _record(kernels: AnyKernels, operand: Operand) -> list[int]:
+    """Return an operand's record."""
+    addresses = {name: tensor.data_ptr() for name, tensor in operand.buffers.items()}
+    return kernels.record.values({**addresses, **kernels.numbers(operand)})

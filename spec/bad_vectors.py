@@ -18,8 +18,8 @@ from deltafmt.terms.buffers import blank, raw_bytes
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.nm.hashing import seeded
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.nm.positions import seeded
 from deltafmt.terms.sparse.layout import SparseLayout
 
 

@@ -30,8 +30,8 @@ from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.codec import LowRankArrays
 from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.nm import codec as nm
+from deltafmt.terms.nm.hashing import seeded
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.nm.positions import seeded
 from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import SparseLayout
 
@@ -72,11 +72,11 @@ def nm_arrays(layout: NMLayout, rows: int, columns: int, seed: int) -> nm.NMArra
     groups, kept = layout.groups(columns), layout.kept(columns)
     mask_rows = layout.mask_rows(rows)
     if layout.index == "seeded":
-        positions = seeded(seed, 0, mask_rows, groups, layout.keep, layout.group)
+        positions = seeded(seed, 0, mask_rows, groups, layout.n, layout.m)
     else:
-        keys = np.arange(mask_rows * groups * layout.group, dtype=np.uint64) * 0x9E3779B97F4A7C15 >> np.uint64(20)
-        order = np.argsort(keys.reshape(mask_rows, groups, layout.group), axis=2, kind="stable")
-        positions = np.sort(order[:, :, : layout.keep], axis=2).astype(np.uint8)
+        keys = np.arange(mask_rows * groups * layout.m, dtype=np.uint64) * 0x9E3779B97F4A7C15 >> np.uint64(20)
+        order = np.argsort(keys.reshape(mask_rows, groups, layout.m), axis=2, kind="stable")
+        positions = np.sort(order[:, :, : layout.n], axis=2).astype(np.uint8)
     codes = fields(rows * kept, layout.top, seed).reshape(rows, kept)
     scales = (1 + np.arange(rows * layout.scales_per_row(columns), dtype=np.float32)) / 256
     arrays = nm.NMArrays(positions, codes, scales.reshape(rows, -1))

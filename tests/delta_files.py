@@ -17,7 +17,7 @@ from deltafmt.index.entries import BaseRef, TensorEntry, Term
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.nm import codec as nm
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.nm.positions import encode_rank
+from index_words import encoded
 from strategies import dense_layouts, fitting, generators, layouts, shapes, sparse_layouts
 
 DIGEST = bytes(32)
@@ -93,8 +93,8 @@ class DeltaWriter:
 
 def random_ranks(rng: np.random.Generator, layout: NMLayout, rows: int, columns: int) -> np.ndarray:
     shape = (layout.mask_rows(rows), layout.groups(columns))
-    drawn = np.argsort(rng.random((*shape, layout.group)), axis=2)[:, :, : layout.keep]
-    return encode_rank(np.sort(drawn, axis=2).astype(np.uint8), layout)
+    drawn = np.argsort(rng.random((*shape, layout.m)), axis=2)[:, :, : layout.n]
+    return encoded(np.sort(drawn, axis=2).astype(np.uint8), layout)
 
 
 @st.composite

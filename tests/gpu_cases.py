@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from deltafmt.kernels.nm.launch import launch_expand
-from deltafmt.kernels.nm.operand import NMOperand
-from deltafmt.kernels.nm.product import nm_linear, nm_matmul_, operand_delta
+from deltafmt.kernels.operand import Operand
+from deltafmt.kernels.products import fused_linear, matmul_, operand_delta
 from deltafmt.kernels.table import OperandTable
 from deltafmt.terms.nm.layout import NMLayout
 from operands import Product, product, random_operand
@@ -44,7 +44,7 @@ class Case:
         shape = "+".join(map(str, self.parts)) + f"x{self.columns}"
         return f"{self.layout.describe()}, {shape}, {self.few}+{self.many} tokens, {str(self.dtype)[6:]}"
 
-    def operands(self, rng: np.random.Generator, device: str = "cuda") -> list[list[NMOperand]]:
+    def operands(self, rng: np.random.Generator, device: str = "cuda") -> list[list[Operand]]:
         """Draw a slot's operands, by part and term; a part may have fewer rows than the base, or no delta."""
         held = []
         for rows in self.parts:
@@ -113,13 +113,13 @@ def draw_fused(case: Case, seed: int) -> tuple[torch.Tensor, list[torch.Tensor],
 def compile_case(number: int) -> None:
     """Launch the kernels of a case once, so that Triton's cache holds them."""
     made = CASES[number].draw(0)
-    nm_matmul_([output.inner for output in made.outputs], made.x, made.table, made.segments)
+    matmul_([output.inner for output in made.outputs], made.x, made.table, made.segments)
 
 
 def compile_fused(number: int) -> None:
     """Likewise for base and delta in one kernel."""
     x, weights, table = draw_fused(FUSED[number], 0)
-    nm_linear(x, weights, table, 1)
+    fused_linear(x, weights, table, 1)
 
 
 def compile_dense(number: int) -> None:

@@ -21,12 +21,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deltafmt.kernels.few_tokens import launch_kinds
+from deltafmt.kernels.launching import launch_products
 from deltafmt.kernels.lowbit import kernel as lowbit
 from deltafmt.kernels.lowrank import kernel as lowrank
-from deltafmt.kernels.nm import dense, fused, gather, launch
-from deltafmt.kernels.nm.operand import NMOperand
-from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
+from deltafmt.kernels.nm import dense, elements, fused, gather, launch
+from deltafmt.kernels.operand import BUFFER_DTYPES, Operand
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.sparse import kernel as sparse
 from deltafmt.kernels.table import OperandTable
@@ -65,7 +64,7 @@ def recorded(run: Callable[[], None]) -> list[Launch]:
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             return lambda **arguments: found.append((self.kernel, arguments))
 
-    kernels = [(gather, "gather_kernel"), (gather, "entry_kernel"), (fused, "fused_kernel")]
+    kernels = [(gather, "gather_kernel"), (elements, "element_kernel"), (fused, "fused_kernel")]
     kernels += [(dense, name) for name in ("dot_kernel", "expand_kernel", "embedding_kernel")]
     kernels += [(lowbit, "lowbit_kernel"), (sparse, "sparse_kernel")]
     kernels += [(lowrank, "project_kernel"), (lowrank, "spread_kernel")]
@@ -128,7 +127,7 @@ def described(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     found = {"kernel": kernel.__name__, "registers": used["REG"], "local": used["STACK"] + used["LOCAL"]}
     found |= {"shared": made.metadata.shared, "warps": arguments["num_warps"], "loop": loop}
     if kernel is gather.gather_kernel:
-        sizes = [arguments[name] for name in ("ENTRIES", "STEPS", "MASK_ROWS", "SHARE", "TOKENS")]
+        sizes = [arguments[name] for name in ("ELEMENTS", "STEPS", "MASK_ROWS", "SHARE", "TOKENS")]
         nonzeros = torch.Size(sizes).numel() / (32 * arguments["num_warps"])
         found |= {"per_nonzero": round(loop / nonzeros, 2), "even": arguments["EVEN"]}
         found |= {"steps": arguments["STEPS"], "mask_rows": arguments["MASK_ROWS"]}
@@ -138,16 +137,11 @@ def described(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def operand(layout: NMLayout, rows: int, columns: int) -> NMOperand:
+def operand(layout: TermLayout, rows: int, columns: int, slots: int = 0) -> Operand:
     """Return an operand of zeros."""
-    tiles = layout.row_tiles(rows)
-    index = None
-    if layout.index == "fixed":
-        index = torch.zeros(layout.index_tiles(rows), layout.index_words(columns), 32, dtype=torch.int32)
-    codes = torch.zeros(tiles, layout.codes_words(columns), 32, dtype=torch.int32)
-    dtype = torch.bfloat16 if layout.scale_dtype == "BF16" else torch.float32
-    scales = torch.zeros(tiles, layout.scales_per_row(columns), 32, dtype=dtype)
-    return NMOperand(layout, 0, rows, columns, codes, index, scales)
+    forms = layout.buffers(rows, columns, slots)
+    buffers = {name: torch.zeros(form.shape, dtype=BUFFER_DTYPES[form.dtype]) for name, form in forms.items()}
+    return Operand(layout, rows, columns, buffers, slots=slots)
 
 
 def launches(layout: NMLayout, shape: Shape, slots: list[int], dtype: torch.dtype) -> list[Launch]:
@@ -158,7 +152,7 @@ def launches(layout: NMLayout, shape: Shape, slots: list[int], dtype: torch.dtyp
     x = torch.empty(len(slots), columns, dtype=dtype)
     outputs = [torch.empty(len(slots), rows, dtype=dtype) for rows in parts]
     segments = Segments.of(slots, table.slots, "cpu")
-    return recorded(lambda: launch.launch_products(outputs, x, table, segments))
+    return recorded(lambda: launch_products(outputs, x, table, segments))
 
 
 def cases() -> dict[str, Callable[[], list[Launch]]]:
@@ -189,7 +183,7 @@ def cases() -> dict[str, Callable[[], list[Launch]]]:
         table.put(0, [[operand(layout, rows, columns)] for rows in parts])
         x, weight = torch.empty(1, columns, dtype=bf16), torch.empty(4096, columns, dtype=bf16)
         outputs = [torch.empty(1, rows, dtype=bf16) for rows in parts]
-        launch.launch_fused(outputs, x, [weight] * 3, table.layout_tables(slice(0, 3), NMLayout)[0], 0)
+        launch.launch_fused(outputs, x, [weight] * 3, table.layout_tables(slice(0, 3))[0], 0)
 
     for share in (1, 4):
         layout = NMLayout(1, 32, 4, share=share)
@@ -203,23 +197,18 @@ def cases() -> dict[str, Callable[[], list[Launch]]]:
         table = OperandTable(1, [4096], 4096, "cpu")
         table.put(0, [[one]])
         ids = torch.zeros(4, dtype=torch.int64)
-        launch.launch_embedding(base[:4], ids, table, Segments.of([0] * 4, 1, "cpu"))
+        launch.launch_embedding(base[:4], ids, table.layout_tables(slice(0, 1))[0], Segments.of([0] * 4, 1, "cpu"))
 
     found["embedding"] = lambda: recorded(embed)
 
     def packed(layout: TermLayout, slots: int = 0) -> list[Launch]:
         parts, columns = GATE_UP
         table = OperandTable(MANY, parts, columns, "cpu")
-        terms = []
-        for rows in parts:
-            forms = layout.buffers(rows, columns, slots)
-            buffers = {name: torch.zeros(form.shape, dtype=BUFFER_DTYPES[form.dtype]) for name, form in forms.items()}
-            terms.append([PackedOperand(layout, rows, columns, buffers, slots=slots)])
-        table.put(0, terms)
+        table.put(0, [[operand(layout, rows, columns, slots)] for rows in parts])
         x = torch.empty(MANY, columns, dtype=bf16)
         outputs = [torch.empty(MANY, rows, dtype=bf16) for rows in parts]
         segments = Segments.of(many, MANY, "cpu")
-        return recorded(lambda: launch_kinds(frozenset((type(layout),)), outputs, x, table, segments))
+        return recorded(lambda: launch_products(outputs, x, table, segments))
 
     for layout in (LowbitLayout(1, "midrise"), LowbitLayout(2, "midrise"), LowbitLayout(4, scale_group=128)):
         found[f"lowbit {layout.describe()}, many slots"] = lambda layout=layout: packed(layout)

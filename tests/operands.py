@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from deltafmt.kernels.nm import naive
-from deltafmt.kernels.nm.operand import NMOperand
+from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.floats import narrow, widen
 from deltafmt.terms.nm import codec as nm
-from deltafmt.terms.nm import positions as pos
+from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.codec import NMArrays
 from deltafmt.terms.nm.layout import NMLayout
+from reference import naive_delta
 from strategies import ascending
 
 Device = torch.device | str
@@ -28,14 +28,14 @@ ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.
 
 def random_operand(
     rng: np.random.Generator, layout: NMLayout, rows: int, columns: int, device: Device = "cpu"
-) -> NMOperand:
+) -> Operand:
     """Draw a valid operand; its seed may use all 32 bits."""
     mask_rows, groups = layout.mask_rows(rows), layout.groups(columns)
     seed = int(rng.integers(2**32)) if layout.index == "seeded" else 0
     if layout.index == "seeded":
-        kept_at = pos.seeded(seed, 0, mask_rows, groups, layout.keep, layout.group)
+        kept_at = hashing.seeded(seed, 0, mask_rows, groups, layout.n, layout.m)
     else:
-        kept_at = ascending(rng, mask_rows, groups, layout.keep, layout.group)
+        kept_at = ascending(rng, mask_rows, groups, layout.n, layout.m)
     codes = rng.integers(0, layout.top, (rows, layout.kept(columns)), np.uint8, endpoint=True)
     scales = (rng.random((rows, layout.scales_per_row(columns)), np.float32) + np.float32(0.1)) / np.float32(8)
     if layout.scale_dtype == "BF16":
@@ -49,20 +49,20 @@ def random_operand(
 
 def damaged_operand(
     rng: np.random.Generator, layout: NMLayout, rows: int, columns: int, device: Device = "cpu"
-) -> NMOperand:
+) -> Operand:
     """Draw an operand whose words are any bits, those of rows that do not exist included; scales are finite."""
     operand = random_operand(rng, layout, rows, columns, device)
 
     def bits(tensor: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(rng.integers(-(2**31), 2**31, tuple(tensor.shape)).astype(np.int32)).to(device)
 
-    index = None if operand.index is None else bits(operand.index)
-    return dataclasses.replace(operand, codes=bits(operand.codes), index=index)
+    damaged = {name: bits(words) for name, words in operand.buffers.items() if name != "scales"}
+    return dataclasses.replace(operand, buffers={**operand.buffers, **damaged})
 
 
 def _operand(
     layout: NMLayout, seed: int, rows: int, columns: int, packed: dict[str, np.ndarray], device: Device
-) -> NMOperand:
+) -> Operand:
     def words(name: str) -> torch.Tensor:
         return torch.from_numpy(packed[name].view(np.int32)).to(device)
 
@@ -70,19 +70,25 @@ def _operand(
         scales = torch.from_numpy(packed["scales"].view(np.float32))
     else:
         scales = torch.from_numpy(packed["scales"].view(np.int16)).view(torch.bfloat16)
-    index = words("index") if layout.index == "fixed" else None
-    return NMOperand(layout, seed, rows, columns, words("codes"), index, scales.to(device))
+    buffers = {name: words(name) for name in packed if name != "scales"}
+    return Operand(layout, rows, columns, {**buffers, "scales": scales.to(device)}, seed)
 
 
-def reach(operand: NMOperand) -> torch.Tensor:
+def all_ones(operand: Operand) -> Operand:
+    """Return an operand whose codes have every bit set."""
+    codes = torch.full_like(operand.buffers["codes"], -1)
+    return dataclasses.replace(operand, buffers={**operand.buffers, "codes": codes})
+
+
+def reach(operand: Operand) -> torch.Tensor:
     """Return the largest magnitude that each kept entry could have, zero elsewhere: what rounding errors scale with."""
-    return naive.operand_delta(dataclasses.replace(operand, codes=torch.full_like(operand.codes, -1))).abs()
+    return naive_delta(all_ones(operand)).abs()
 
 
-def fused_exactly(x: torch.Tensor, weight: torch.Tensor, operand: NMOperand) -> tuple[torch.Tensor, torch.Tensor]:
+def fused_exactly(x: torch.Tensor, weight: torch.Tensor, operand: Operand) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``x @ (weight + delta).T`` and the magnitude of what is summed, both float64."""
     wide, base = x.double(), weight.double()
-    exact = wide @ (base + naive.operand_delta(operand).double()).T
+    exact = wide @ (base + naive_delta(operand).double()).T
     return exact, wide.abs() @ (base.abs() + reach(operand).double()).T
 
 
@@ -131,7 +137,9 @@ class Product:
         """Return the memory that kernels may read."""
         held = [self.x, self.segments.slots]
         for slot in range(self.table.slots):
-            held += [tensor for terms in self.table.operands(slot) for term in terms for tensor in term.tensors()]
+            held += [
+                tensor for terms in self.table.operands(slot) for term in terms for tensor in term.buffers.values()
+            ]
         return held
 
     def expected(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
@@ -145,7 +153,7 @@ class Product:
             for part, terms in enumerate(self.table.operands(slot) if len(tokens) else ()):
                 for term in terms:
                     x = self.x[tokens].double()
-                    exact[part][tokens, : term.rows] += x @ naive.operand_delta(term).double().T
+                    exact[part][tokens, : term.rows] += x @ naive_delta(term).double().T
                     size[part][tokens, : term.rows] += x.abs() @ reach(term).double().T
                     touched[part][tokens, : term.rows] = True
         return exact, size, touched
@@ -190,7 +198,7 @@ def product(
     rng: np.random.Generator,
     parts: Sequence[int],
     columns: int,
-    slots: Sequence[Sequence[Sequence[NMOperand]]],
+    slots: Sequence[Sequence[Sequence[Operand]]],
     tokens: Sequence[int],
     dtype: torch.dtype,
     device: Device = "cpu",

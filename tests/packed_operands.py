@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from deltafmt.kernels.dense_delta import operand_delta
-from deltafmt.kernels.few_tokens import launch_kinds
+from deltafmt.kernels.launching import launch_products
 from deltafmt.kernels.lowrank.naive import vectors
-from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
+from deltafmt.kernels.operand import BUFFER_DTYPES, Operand
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.terms.buffers import blank
@@ -29,6 +28,7 @@ from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import SparseLayout
 from operands import ROUNDING, Device, Inside
+from reference import naive_delta
 
 Guard = Callable[[list[torch.Tensor], list[torch.Tensor]], contextlib.AbstractContextManager[object]]
 
@@ -100,7 +100,7 @@ def random_arrays(rng: np.random.Generator, layout: TermLayout, rows: int, colum
 
 def random_packed(
     rng: np.random.Generator, layout: TermLayout, rows: int, columns: int, device: Device = "cpu"
-) -> PackedOperand:
+) -> Operand:
     """Draw an operand; a low-rank one has no more vectors than its shape allows."""
     if isinstance(layout, LowRankLayout):
         layout = dataclasses.replace(layout, rank=min(layout.rank, rows, columns))
@@ -112,10 +112,10 @@ def random_packed(
     for name, form in layout.buffers(rows, columns, slots).items():
         raw = torch.frombuffer(bytearray(packed[name].tobytes() or b"\0" * 8), dtype=BUFFER_DTYPES[form.dtype])
         buffers[name] = raw[: math.prod(form.shape)].view(form.shape).to(device)
-    return PackedOperand(layout, rows, columns, buffers, slots=slots)
+    return Operand(layout, rows, columns, buffers, slots=slots)
 
 
-def reach(operand: PackedOperand) -> torch.Tensor:
+def reach(operand: Operand) -> torch.Tensor:
     """Return the magnitude of what is summed for each element of a delta, float64: what rounding errors scale with."""
     layout, buffers = operand.layout, dict(operand.buffers)
     for name, buffer in buffers.items():
@@ -128,7 +128,7 @@ def reach(operand: PackedOperand) -> torch.Tensor:
         left, right = (vectors(layout, buffers, side, length).abs().double() for side, length in sides)
         return 4 * left.T @ right
     # Codes and zero points are summed apart.
-    return 2 * operand_delta(dataclasses.replace(operand, buffers=buffers)).abs().double()
+    return 2 * naive_delta(dataclasses.replace(operand, buffers=buffers)).abs().double()
 
 
 def check_packed(
@@ -161,11 +161,11 @@ def check_packed(
         chosen = [token for token, own in enumerate(tokens) if own == slot]
         for part, (term,) in enumerate(parted):
             wide = x.inner[chosen].double()
-            exact[part][chosen, : term.rows] += wide @ operand_delta(term).double().T
+            exact[part][chosen, : term.rows] += wide @ naive_delta(term).double().T
             size[part][chosen, : term.rows] += wide.abs() @ reach(term).T
-    readable = [x.inner, *(tensor for terms in held for (term,) in terms for tensor in term.tensors())]
+    readable = [x.inner, *(tensor for terms in held for (term,) in terms for tensor in term.buffers.values())]
     with guard(readable, [output.inner for output in outputs]):
-        launch_kinds(frozenset((type(layout),)), [output.inner for output in outputs], x.inner, table, segments)
+        launch_products([output.inner for output in outputs], x.inner, table, segments)
     for output, wanted, magnitude in zip(outputs, exact, size, strict=True):
         changed = output.changed()
         changed[1:-1, 3:-4] = False

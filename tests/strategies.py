@@ -18,9 +18,10 @@ from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.codec import LowRankArrays
 from deltafmt.terms.lowrank.layout import RAW_FACTORS, LowRankLayout
-from deltafmt.terms.nm import positions as pos
+from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.codec import NMArrays, outside
-from deltafmt.terms.nm.layout import BITS, INDEX_ENCODINGS, MAX_GROUP, SHARES, NMLayout
+from deltafmt.terms.nm.index.encodings import ENCODINGS
+from deltafmt.terms.nm.layout import BITS, MAX_M, SHARES, NMLayout
 from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import GAP_BITS, RAW_VALUES, SPANS, SparseLayout
 
@@ -60,37 +61,37 @@ def shapes(max_rows: int = 70, max_columns: int = 300) -> st.SearchStrategy[tupl
 
 
 @cache
-def _rankable(group: int) -> tuple[int, ...]:
-    return tuple(keep for keep in range(1, group + 1) if math.comb(group, keep) < 2**64)
+def _rankable(m: int) -> tuple[int, ...]:
+    return tuple(n for n in range(1, m + 1) if math.comb(m, n) < 2**64)
 
 
 @st.composite
-def layouts(draw: st.DrawFn, index: str | None = None, max_group: int = MAX_GROUP, **fixed: Any) -> NMLayout:
+def layouts(draw: st.DrawFn, index: str | None = None, max_m: int = MAX_M, **fixed: Any) -> NMLayout:
     """Give any valid layout.
 
     Args:
         draw: hypothesis's.
         index: draw this encoding only.
-        max_group: the largest M.
+        max_m: the largest M.
         fixed: other fields of the layout that are given.
     """
-    index = index or draw(st.sampled_from(INDEX_ENCODINGS))
-    if "group" in fixed:
-        group = fixed["group"]
+    index = index or draw(st.sampled_from(list(ENCODINGS)))
+    if "m" in fixed:
+        m = fixed["m"]
     elif index == "seeded":
-        group = 2 ** draw(st.integers(1, min(7, max_group.bit_length() - 1)))
+        m = 2 ** draw(st.integers(1, min(7, max_m.bit_length() - 1)))
     else:
-        group = draw(st.one_of(st.integers(2, min(max_group, 20)), st.integers(2, max_group)))
+        m = draw(st.one_of(st.integers(2, min(max_m, 20)), st.integers(2, max_m)))
     bits = fixed.get("bits") or draw(st.sampled_from(BITS))
     drawn = {
-        "keep": st.sampled_from(_rankable(group)) if index == "rank" else st.integers(1, group),
+        "n": st.sampled_from(_rankable(m)) if index == "rank" else st.integers(1, m),
         "grid": st.sampled_from(("midrise",) if bits == 1 else ("midtread", "midrise")),
         "share": st.sampled_from(SHARES),
         "scale_dtype": st.sampled_from(("BF16", "F32")),
         "scale_group": st.one_of(st.just(0), st.integers(1, 300)),
     }
     chosen = {name: fixed[name] if name in fixed else draw(strategy) for name, strategy in drawn.items()}
-    return NMLayout(group=group, bits=bits, index=index, **chosen)
+    return NMLayout(m=m, bits=bits, index=index, **chosen)
 
 
 GRIDS_OF_BITS = {1: ("midrise", "asymmetric")}
@@ -199,9 +200,9 @@ def nm_arrays(draw: st.DrawFn, layout: NMLayout, rows: int, columns: int, seed: 
     rng = draw(generators())
     mask_rows, groups = layout.mask_rows(rows), layout.groups(columns)
     if layout.index == "seeded":
-        kept_at = pos.seeded(seed, 0, mask_rows, groups, layout.keep, layout.group)
+        kept_at = hashing.seeded(seed, 0, mask_rows, groups, layout.n, layout.m)
     else:
-        kept_at = ascending(rng, mask_rows, groups, layout.keep, layout.group)
+        kept_at = ascending(rng, mask_rows, groups, layout.n, layout.m)
     codes = rng.integers(0, layout.top, (rows, layout.kept(columns)), np.uint8, endpoint=True)
     scales = random_scales(rng, (rows, layout.scales_per_row(columns)), layout.scale_dtype)
     arrays = NMArrays(kept_at, codes, scales)

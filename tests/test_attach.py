@@ -13,12 +13,12 @@ pytest.importorskip("transformers")
 import deltafmt
 from deltafmt.errors import (
     InvalidFileError,
+    NoRoomError,
     StorageError,
     UsageError,
     WrongBaseError,
 )
 from deltafmt.methods import RTN, BitDelta, DeltaDQ
-from deltafmt.runtime.residency import NoRoomError
 from deltafmt.transformers import attach, detach
 from tiny_models import ARCHITECTURES, CAUSAL, Tiny, close, every, generate, ids, logits, made_once, new_model
 

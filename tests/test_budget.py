@@ -22,8 +22,9 @@ from deltafmt.methods import RTN, BitDelta, DeltaDQ, Magnitude, Method, Residual
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.method_routines import select_routines
-from deltafmt.pipeline import budget, sizes
+from deltafmt.pipeline import alternatives, sizes
 from deltafmt.pipeline.budget import plan_for_target
+from deltafmt.pipeline.choice import Choice
 from deltafmt.pipeline.losses import SAMPLE_ELEMENTS, SAMPLE_ROWS, Approximations, Loss, sample_runs
 from pairs import check_round_trip, pair_of
 
@@ -54,7 +55,7 @@ def uniform_sizes(pair: Pair, folder: Path, methods: tuple[Method, ...]) -> dict
     }
 
 
-def described(choice: budget.Choice) -> list[tuple[str, Method | None, int, float]]:
+def described(choice: Choice) -> list[tuple[str, Method | None, int, float]]:
     return [(each.plan.tensor.name, each.plan.method, each.size, each.loss) for each in choice.tensors]
 
 
@@ -144,7 +145,7 @@ def test_rules_hold(tmp_path: Path, several: Pair) -> None:
 
 def test_a_size_that_was_foretold_wrongly(tmp_path: Path, several: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     real = sizes.file_size
-    monkeypatch.setattr(budget, "file_size", lambda *args, **options: real(*args, **options) - 6000)
+    monkeypatch.setattr(alternatives, "file_size", lambda *args, **options: real(*args, **options) - 6000)
     with Checkpoint(several.finetuned) as checkpoint:
         target = checkpoint.file_bytes // 5
     result = deltafmt.pack(several.base, several.finetuned, tmp_path / "o", target_size=target, candidates=FEW)
@@ -162,7 +163,7 @@ def test_what_python_refuses(tmp_path: Path, several: Pair) -> None:
         ({"candidates": FEW}, "no target"),
         ({"target_ratio": 500}, "no plan fits .* least that the candidates reach is"),
         ({"target_ratio": 2, "candidates": [Magnitude(density=0.25)]}, "depend on the delta"),
-        ({"target_ratio": 2, "candidates": [DeltaDQ(index="rank")]}, "profile cold"),
+        ({"target_ratio": 2, "candidates": [DeltaDQ(index="rank")]}, "has a rank index"),
     ]
     for options, message in wrong:
         with pytest.raises(UsageError, match=message):
@@ -174,8 +175,11 @@ def test_a_delta_that_is_not_finite(tmp_path: Path) -> None:
     values = np.ones((40, 64), np.float32)
     values[3, 5] = np.inf
     pair = pair_of(tmp_path / "pair", {"w[0]": normal(1, (40, 64))}, {"w[0]": raw(values, "BF16")})
-    with pytest.raises(NonFiniteError, match=r'tensor "w\[0\]".*--exclude'):
+    with pytest.raises(NonFiniteError, match=r'^tensor "w\[0\]": the delta has NaN or infinity$') as caught:
         plan_for_target(pair.base, pair.finetuned, target_ratio=2, candidates=FEW)
+    assert caught.value.remedy is not None
+    assert caught.value.remedy.option == "exclude"
+    plan_for_target(pair.base, pair.finetuned, target_ratio=1.1, candidates=FEW, exclude=[caught.value.remedy.value])
 
 
 # Losses

@@ -147,9 +147,17 @@ def test_the_command(home: Path, tmp_path: Path, cli: Cli) -> None:
     out.unlink()
     short = ("--calibration", home / "short.txt", *text[2:])
     for arguments, code, words in (
-        (("--method", "gptq"), 2, ("method gptq needs --calibration FILE",)),
-        (("--rule", "*.mlp.*", "method=sparsegpt"), 2, ("method sparsegpt needs --calibration FILE",)),
-        (("--target-ratio", "4", "--candidate", "method=gptq"), 2, ("method gptq needs --calibration FILE",)),
+        (("--method", "gptq"), 2, ("method gptq needs", "; --calibration FILE")),
+        (
+            ("--rule", "*.mlp.*", "method=sparsegpt"),
+            2,
+            ("method sparsegpt needs", "; --calibration FILE"),
+        ),
+        (
+            ("--target-ratio", "4", "--candidate", "method=gptq"),
+            2,
+            ("method gptq needs", "; --calibration FILE"),
+        ),
         (("--method", "rtn", *text), 2, ("no method here uses a calibration text",)),
         (("--method", "gptq", "--calibration-length", "9"), 2, ("--calibration-length is for --calibration",)),
         (("--method", "gptq", *short), 2, ("tokens where at least 48 are needed", "down_proj")),

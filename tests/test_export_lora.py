@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import deltafmt
 from conftest import Cli, Raw, Tensors, normal, nudge, raw, read_file, refused, write_folder
-from deltafmt.errors import NonFiniteError, UsageError, WrongBaseError
+from deltafmt.errors import NonFiniteError, Remedy, UsageError, WrongBaseError
 from deltafmt.methods import RTN, SVD, DeltaCoMe
 from lora_files import BASE_FILES, PREFIX, Files, base_tensors, pair_of, product, small_files, write_adapter
 from strategies import examples
@@ -169,8 +169,9 @@ def test_a_module_kept_whole_takes_the_rest_from_the_base(tmp_path: Path) -> Non
     base = write_folder(tmp_path / "base", tensors)
     new = {**pair_of("q", 48, 24), "norm.weight": normal(4, (24,))}
     deltafmt.import_lora(base, write_adapter(tmp_path / "a", new), tmp_path / "d.deltafmt")
-    with pytest.raises(UsageError, match=r'"norm\.weight".*norm\.bias.*--base'):
+    with pytest.raises(UsageError, match=r'"norm\.weight" is replaced, but norm\.bias') as caught:
         deltafmt.export_lora(tmp_path / "d.deltafmt", tmp_path / "out")
+    assert caught.value.remedy == Remedy("base", None)
     deltafmt.export_lora(tmp_path / "d.deltafmt", tmp_path / "out", base=base)
     written, _ = read_adapter(tmp_path / "out")
     assert (written["norm.weight"], written["norm.bias"]) == (new["norm.weight"], tensors["norm.bias"])
@@ -199,7 +200,7 @@ def test_shapes_and_names_that_no_module_has(tmp_path: Path) -> None:
         "other rows": ("embed.weight", normal(1, (40, 24)), normal(2, (44, 24))),
         "not the weight matrix": ("experts.up", normal(1, (40, 24)), normal(2, (40, 24))),
         r"\[2, 40, 24\]": ("conv.weight", normal(1, (2, 40, 24)), normal(2, (2, 40, 24))),
-        "--base": ("h.0.c_attn.weight", normal(1, (40, 24)), normal(2, (40, 24))),
+        "transposed, which only": ("h.0.c_attn.weight", normal(1, (40, 24)), normal(2, (40, 24))),
     }
     for number, (word, (name, old, new)) in enumerate(cases.items()):
         base = write_folder(tmp_path / f"base{number}", {name: old})

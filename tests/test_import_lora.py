@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import deltafmt
 from conftest import Cli, Raw, Tensors, expected_sum, normal, plain, raw, read_folder, refused, write_folder
 from deltafmt.checkpoint.adapter import Adapter
-from deltafmt.errors import InvalidFileError, NonFiniteError, UnsupportedError, UsageError, WrongBaseError
+from deltafmt.errors import InvalidFileError, NonFiniteError, Remedy, UnsupportedError, UsageError, WrongBaseError
 from deltafmt.terms.lowrank.layout import LowRankLayout
 from lora_files import BASE_FILES, CONFIG, PREFIX, Files, base_tensors, pair_of, product, small_files, write_adapter
 from strategies import examples
@@ -324,8 +324,9 @@ def test_outputs_that_exist(files: Files, tmp_path: Path) -> None:
     out = tmp_path / "d.deltafmt"
     deltafmt.import_lora(files.base, files.adapter, out)
     before = out.read_bytes()
-    with pytest.raises(UsageError, match="--force"):
+    with pytest.raises(UsageError, match=r"exists$") as caught:
         deltafmt.import_lora(files.base, files.adapter, out)
+    assert caught.value.remedy == Remedy("force")
     bad = write_adapter(tmp_path / "bad", {**files.factors, f"{Q}.lora_B.weight": raw(np.full((48, 4), np.inf), "F32")})
     with pytest.raises(NonFiniteError, match="lora_B"):
         deltafmt.import_lora(files.base, bad, out, force=True)

@@ -24,8 +24,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from deltafmt.kernels.nm import dense, fused, gather, launch, naive
-from deltafmt.kernels.nm.operand import NMOperand
+from deltafmt.kernels.launching import launch_embeddings, launch_products
+from deltafmt.kernels.nm import dense, elements, fused, gather, launch
+from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from interpreter import guarded, patch_once, pick_directly
@@ -38,6 +39,7 @@ from operands import (
     product,
     random_operand,
 )
+from reference import naive_delta, naive_embedding_, naive_matmul_
 
 patch_once()
 F32, F16 = torch.float32, torch.float16
@@ -80,7 +82,7 @@ def kernels_called() -> Iterator[list[str]]:
             return self.kernel[grid]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((gather, "gather_kernel"), (gather, "entry_kernel"), (dense, "dot_kernel")):
+        for module, name in ((gather, "gather_kernel"), (elements, "element_kernel"), (dense, "dot_kernel")):
             patch.setattr(module, name, Recorder(getattr(module, name)))
         yield called
 
@@ -89,10 +91,10 @@ def run(made: Product, *, terms: int = 1, values: float = 0.0) -> list[str]:
     """Launch a product and compare it; return the kernels that were launched."""
     exact, size, touched = made.expected()
     by_naive = [output.inner.clone() for output in made.outputs]
-    naive.nm_matmul_(by_naive, made.x, made.table, made.segments)
+    naive_matmul_(by_naive, made.x, made.table, made.segments)
     outputs = [output.inner for output in made.outputs]
     with guarded(made.readable(), outputs) as memory, kernels_called() as called:
-        launch.launch_products(outputs, made.x, made.table, made.segments)
+        launch_products(outputs, made.x, made.table, made.segments)
     for output, changes in zip(outputs, touched, strict=True):
         assert torch.equal(memory.stored_to(output), changes)
     made.check(exact, size, touched, terms, values)
@@ -118,12 +120,12 @@ def blocks(mask_rows: int, steps: int, classes: int) -> Iterator[None]:
         yield
 
 
-def operands(rng: Rng, layout: NMLayout, parts: Sequence[int], columns: int) -> list[list[NMOperand]]:
+def operands(rng: Rng, layout: NMLayout, parts: Sequence[int], columns: int) -> list[list[Operand]]:
     """Return a slot's operands: one term for each part, none where a part has no rows."""
     return [[random_operand(rng, layout, rows, columns)] if rows else [] for rows in parts]
 
 
-def fewer_rows(rng: Rng, layout: NMLayout, parts: Sequence[int], columns: int) -> list[list[NMOperand]]:
+def fewer_rows(rng: Rng, layout: NMLayout, parts: Sequence[int], columns: int) -> list[list[Operand]]:
     """Return a slot's operands; a delta has at most the rows of its part, and may leave a part to the base."""
     return operands(rng, layout, [int(rng.integers(0, rows, endpoint=True)) for rows in parts], columns)
 
@@ -173,7 +175,7 @@ def gathered(draw: st.DrawFn) -> NMLayout:
         draw(st.sampled_from(SHARES)),
         draw(st.sampled_from(("BF16", "F32"))),
     )
-    return layout if 0 < launch.step_entries(layout) <= 32 else dataclasses.replace(layout, keep=1, bits=8)
+    return layout if 0 < launch.step_elements(layout) <= 32 else dataclasses.replace(layout, n=1, bits=8)
 
 
 @examples(25)
@@ -230,7 +232,7 @@ def test_entries(layout: NMLayout) -> None:
     rng = np.random.default_rng(1)
     parts = [70, 33, 5]
     held = [operands(rng, layout, parts, 150), operands(rng, layout, [64, 0, 4], 150)]
-    assert run(product(rng, parts, 150, held, [1, 0, -1, 1, 2], F32)) == ["entry_kernel"]
+    assert run(product(rng, parts, 150, held, [1, 0, -1, 1, 2], F32)) == ["element_kernel"]
 
 
 @st.composite
@@ -268,8 +270,8 @@ def products(draw: st.DrawFn, layout: NMLayout, most: int, max_tokens: int, max_
 def test_entries_any(data: st.DataObject, layout: NMLayout) -> None:
     made = data.draw(products(layout, 3, 4, 200))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "step_entries", lambda _: 0)
-        assert set(run(made)) <= {"entry_kernel"}
+        patch.setattr(launch, "step_elements", lambda _: 0)
+        assert set(run(made)) <= {"element_kernel"}
 
 
 def decoded_rounding(layout: NMLayout, dtype: torch.dtype) -> float:
@@ -295,7 +297,7 @@ def test_dot_beside_gather(layout: NMLayout, monkeypatch: pytest.MonkeyPatch) ->
     tokens = [1, 0, 1, -1, 1, 0, 1]
     with blocks(32, 2, 4):
         called = run(product(rng, [70, 35], 90, held, tokens, F16), values=decoded_rounding(layout, F16))
-    assert called == ["gather_kernel" if launch.step_entries(layout) else "entry_kernel", "dot_kernel"]
+    assert called == ["gather_kernel" if launch.step_elements(layout) else "element_kernel", "dot_kernel"]
 
 
 def test_dot_more_tokens_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +314,7 @@ def test_sums_and_slots_of_several_layouts(dtype: torch.dtype) -> None:
     first, second, third = GATHERED[1], NOT_UNROLLED[0], GATHERED[10]
     parts, columns = [40, 70], 66
 
-    def term(layout: NMLayout, rows: int) -> NMOperand:
+    def term(layout: NMLayout, rows: int) -> Operand:
         return random_operand(rng, layout, rows, columns)
 
     held = [
@@ -323,7 +325,7 @@ def test_sums_and_slots_of_several_layouts(dtype: torch.dtype) -> None:
     ]
     with blocks(32, 2, 4):
         called = run(product(rng, parts, columns, held, [0, 1, 2, 3, -1, 2, 0], dtype), terms=3)
-    assert sorted(called) == ["entry_kernel"] + ["gather_kernel"] * 4
+    assert sorted(called) == ["element_kernel"] + ["gather_kernel"] * 4
 
 
 def test_more_parts_than_a_launch_takes() -> None:
@@ -340,13 +342,13 @@ def test_replaced_and_cleared_slots() -> None:
     made = product(rng, parts, columns, [operands(rng, layout, parts, columns) for _ in range(3)], [0, 1, 2], F32)
     with blocks(32, 2, 4):
         run(made)
-        entries = made.table.layout_tables(slice(0, 3), NMLayout)[0].entries
+        records = made.table.layout_tables(slice(0, 3))[0].records
         made.table.put(0, operands(rng, layout, [33, 0], columns))
         made.table.clear(2)
         for output in made.outputs:
             output.remember()
         run(made)
-    assert made.table.layout_tables(slice(0, 3), NMLayout)[0].entries is entries
+    assert made.table.layout_tables(slice(0, 3))[0].records is records
 
 
 @pytest.mark.parametrize("tokens", [[], [-1], [-1, -1, 5]])
@@ -367,12 +369,10 @@ def check_fused(rng: Rng, layout: NMLayout, parts: Sequence[int], columns: int, 
     x = torch.from_numpy(rng.standard_normal((1, columns), np.float32)).to(dtype)
     outputs = [Inside(1, rows, dtype, "cpu") for rows in parts]
     exact = [fused_exactly(x, weight, terms[0]) for weight, terms in zip(weights, table.operands(1), strict=True)]
-    held = [tensor for terms in table.operands(1) for term in terms for tensor in term.tensors()]
+    held = [tensor for terms in table.operands(1) for term in terms for tensor in term.buffers.values()]
     with guarded(held, [output.inner for output in outputs]), pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "pick", pick_directly)
-        launch.launch_fused(
-            [output.inner for output in outputs], x, weights, table.layout_tables(slice(0, 3), NMLayout)[0], 1
-        )
+        launch.launch_fused([output.inner for output in outputs], x, weights, table.layout_tables(slice(0, 3))[0], 1)
     for output, (wanted, magnitude) in zip(outputs, exact, strict=True):
         error = (output.inner.double() - wanted).abs()
         rounding = ROUNDING[dtype] * wanted.abs() if dtype != F32 else 0.0
@@ -406,7 +406,7 @@ def test_damaged_words_stay_inside(group: int, keep: int) -> None:
         made.outputs[0].remember()
         with blocks(32, 2, 4), guarded(made.readable(), [made.outputs[0].inner]), pytest.MonkeyPatch.context() as patch:
             patch.setattr(launch, "gather_tokens", lambda _, limit=limit: limit)
-            launch.launch_products([made.outputs[0].inner], made.x, made.table, made.segments)
+            launch_products([made.outputs[0].inner], made.x, made.table, made.segments)
         changed = made.outputs[0].changed()
         assert not changed[2].any()
         assert not changed[:, 48:].any()
@@ -417,7 +417,7 @@ def test_damaged_words_stay_inside(group: int, keep: int) -> None:
     # Damaged positions may be equal.
     with guarded(made.readable(), [out.inner, embedded.inner], twice=True):
         launch.launch_expand(operand, None, out.inner, 0, 45)
-        launch.launch_embedding(embedded.inner, ids, made.table, made.segments)
+        launch_embeddings(embedded.inner, ids, made.table, made.segments)
     for result in (out, embedded):
         assert torch.isfinite(result.inner).all()
         outside = result.changed()
@@ -430,11 +430,11 @@ def check_expand(
 ) -> None:
     """Compare rows of a delta, and of a base with it added, bit for bit."""
     operand = random_operand(rng, layout, rows, columns)
-    delta = naive.operand_delta(operand)[start:stop]
+    delta = naive_delta(operand)[start:stop]
     out, base = Inside(stop - start, columns, dtype, "cpu"), Inside(stop - start, columns, dtype, "cpu")
     base.inner[:] = torch.from_numpy(rng.standard_normal((stop - start, columns), np.float32))
     for given_base, wanted in ((None, delta), (base.inner, base.inner.float() + delta)):
-        with guarded([*operand.tensors(), base.inner], [out.inner]):
+        with guarded([*operand.buffers.values(), base.inner], [out.inner]):
             launch.launch_expand(operand, given_base, out.inner, start, stop)
         assert torch.equal(out.inner, wanted.to(dtype))
         outside = out.changed()
@@ -461,10 +461,12 @@ def check_embedding(table: OperandTable, slots: Sequence[int], ids: torch.Tensor
     segments = Segments(torch.tensor(slots, dtype=torch.int32), table.slots)
     output = Inside(len(slots), table.columns, dtype, "cpu")
     wanted = output.wide.clone()
-    naive.nm_embedding_(wanted[1:-1, 3:-4], ids, table, segments)
-    held = [tensor for slot in range(table.slots) for term in table.operands(slot)[0] for tensor in term.tensors()]
+    naive_embedding_(wanted[1:-1, 3:-4], ids, table, segments)
+    held = [
+        tensor for slot in range(table.slots) for term in table.operands(slot)[0] for tensor in term.buffers.values()
+    ]
     with guarded(held, [output.inner]) as memory:
-        launch.launch_embedding(output.inner, ids, table, segments)
+        launch_embeddings(output.inner, ids, table, segments)
     rows = [max((term.rows for term in table.operands(slot)[0]), default=0) for slot in range(table.slots)]
     has_row = [0 <= slot < table.slots and 0 <= ids[token] < rows[slot] for token, slot in enumerate(slots)]
     # A row may have nothing to store: where its only entries lie beyond the last column.

@@ -15,12 +15,13 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a GPU, and a Triton that compiles", allow_module_level=True)
 
-from deltafmt.kernels.nm import launch, naive
-from deltafmt.kernels.nm.product import can_fuse, nm_embedding_, nm_linear, nm_matmul_, operand_delta
+from deltafmt.kernels.nm import launch
+from deltafmt.kernels.products import can_fuse, embedding_, fused_linear, matmul_, operand_delta
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from gpu_cases import BF16, CASES, DENSE, DENSE_SHAPE, F16, F32, FUSED, JOBS, Case, compile_job, draw_fused
 from operands import ROUNDING, Inside, Product, damaged_operand, fused_exactly, product, random_operand
+from reference import naive_delta, naive_embedding_, naive_matmul_
 
 SEEDS = 6
 
@@ -43,9 +44,9 @@ def run(made: Product, *, terms: int = 1, values: float = 0.0) -> None:
     """Launch a product and compare it with float64 and with the reference on the GPU."""
     exact, size, touched = made.expected()
     by_naive = [output.inner.clone() for output in made.outputs]
-    naive.nm_matmul_(by_naive, made.x, made.table, made.segments)
+    naive_matmul_(by_naive, made.x, made.table, made.segments)
     outputs = [output.inner for output in made.outputs]
-    nm_matmul_(outputs, made.x, made.table, made.segments)
+    matmul_(outputs, made.x, made.table, made.segments)
     made.check(exact, size, touched, terms, values)
     for output, reference, magnitude, changes in zip(outputs, by_naive, size, touched, strict=True):
         rounding = 32 * ROUNDING[F32] + (2 * terms * ROUNDING[output.dtype] if output.dtype != F32 else 0) + values
@@ -92,7 +93,7 @@ def test_base_and_delta_at_once(case: Case, tokens: int) -> None:
         x, weights, table = draw_fused(case, seed)
         assert can_fuse(table, 1, tokens)
         x = torch.randn(tokens, case.columns, device="cuda", dtype=case.dtype)
-        outputs = nm_linear(x, weights, table, 1)
+        outputs = fused_linear(x, weights, table, 1)
         for output, weight, terms in zip(outputs, weights, table.operands(1), strict=True):
             exact, magnitude = fused_exactly(x, weight, terms[0])
             # One token: float32, rounded once. More: the sum of base and delta is rounded, and the library's sums are.
@@ -112,7 +113,7 @@ def test_captured_graph(case: Case) -> None:
     def multiply() -> None:
         # Sorting the tokens is part of the graph.
         segments = Segments(slots, case.slots)
-        nm_matmul_([output.inner for output in outputs], x, made.table, segments)
+        matmul_([output.inner for output in outputs], x, made.table, segments)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -132,7 +133,7 @@ def test_captured_graph(case: Case) -> None:
                 made.table.put(slot, case.operands(rng))
             elif kind == 1 and case.slots > 1:
                 made.table.clear(slot)
-        made.table.layout_tables(slice(0, len(case.parts)), NMLayout)
+        made.table.layout_tables(slice(0, len(case.parts)))
         x.copy_(torch.randn_like(x))
         slots.copy_(drawn.segments.slots)
         for output in outputs:
@@ -149,7 +150,7 @@ def test_expand(layout: NMLayout, dtype: torch.dtype) -> None:
     for seed in range(SEEDS):
         rng = np.random.default_rng(seed)
         operand = random_operand(rng, layout, *DENSE_SHAPE, "cuda")
-        delta = naive.operand_delta(operand)
+        delta = naive_delta(operand)
         assert torch.equal(operand_delta(operand), delta)
         start, stop = 33, 500
         assert torch.equal(operand_delta(operand, start, stop), delta[start:stop])
@@ -175,8 +176,8 @@ def test_embedding(layout: NMLayout, dtype: torch.dtype) -> None:
         segments = Segments(slots, 2)
         output = Inside(40, 1003, dtype, "cuda")
         wanted = output.wide.clone()
-        naive.nm_embedding_(wanted[1:-1, 3:-4], ids, table, segments)
-        nm_embedding_(output.inner, ids, table, segments)
+        naive_embedding_(wanted[1:-1, 3:-4], ids, table, segments)
+        embedding_(output.inner, ids, table, segments)
         assert torch.equal(output.wide, wanted)
 
 
@@ -187,7 +188,7 @@ def test_damaged_words_stay_inside(layout: NMLayout) -> None:
         rng = np.random.default_rng(seed)
         operand = damaged_operand(rng, layout, 500, 1000, "cuda")
         made = product(rng, [515], 1000, [[[operand]]], [0, -1, 0, 0], F16, "cuda")
-        nm_matmul_([made.outputs[0].inner], made.x, made.table, made.segments)
+        matmul_([made.outputs[0].inner], made.x, made.table, made.segments)
         changed = made.outputs[0].changed()
         assert not changed[2].any()
         assert not changed[:, 503:].any()

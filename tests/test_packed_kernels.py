@@ -21,17 +21,18 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from deltafmt.kernels import few_tokens, products
-from deltafmt.kernels.dense_delta import operand_delta
+from deltafmt.kernels import devices, products
+from deltafmt.kernels.launching import launch_products
 from deltafmt.kernels.lowbit import launch as lowbit
 from deltafmt.kernels.lowrank import launch as lowrank
-from deltafmt.kernels.nm import launch as nm_launch
+from deltafmt.kernels.registry import KERNELS
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.sparse import launch as sparse
 from deltafmt.kernels.table import OperandTable
 from interpreter import guarded, patch_once
 from operands import random_operand
 from packed_operands import LAYOUTS, LOW_RANK, LOWBIT, SPARSE, check_packed, random_packed
+from reference import naive_delta
 from test_kernels import examples
 
 patch_once()
@@ -71,19 +72,18 @@ def test_ranks_of_one_size_share_a_table() -> None:
     operands = [random_packed(rng, LowRankLayout(rank, "BF16"), 40, 64) for rank in (17, 30)]
     for slot, operand in enumerate(operands):
         table.put(slot, [[operand]])
-    (held,) = table.layout_tables(slice(0, 1), LowRankLayout)
+    (held,) = table.layout_tables(slice(0, 1))
     assert held.layout.rank == 32
     x, y = torch.randn(2, 64), torch.zeros(2, 40)
-    lowrank.launch_products([y], x, table, Segments(torch.tensor([1, 0], dtype=torch.int32), 2))
+    launch_products([y], x, table, Segments(torch.tensor([1, 0], dtype=torch.int32), 2))
     for token, operand in enumerate(reversed(operands)):
-        expected = operand_delta(operand) @ x[token]
+        expected = naive_delta(operand) @ x[token]
         assert (y[token] - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_a_sum_of_all_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few_tokens, "on_device", lambda _: True)
+    monkeypatch.setattr(devices, "usable", lambda _: True)
     monkeypatch.setattr(torch.Tensor, "nonzero", lambda *_: pytest.fail("the host waits for the device"))
-    monkeypatch.setattr(products, "nm_matmul_", nm_launch.launch_products)
     rng = np.random.default_rng(0)
     table = OperandTable(1, [40], 64, "cpu")
     packed = [random_packed(rng, layout, 40, 64) for layout in (LOWBIT[3], LOW_RANK[2], LOW_RANK[2], SPARSE[2])]
@@ -92,20 +92,57 @@ def test_a_sum_of_all_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     segments = Segments(torch.tensor([0], dtype=torch.int32), 1)
     x, y = torch.randn(1, 64), torch.zeros(1, 40)
     products.matmul_([y], x, table, segments)
-    expected = x @ sum(operand_delta(term) for term in terms).T
+    expected = x @ sum(naive_delta(term) for term in terms).T
     assert (y - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert [operand for _, _, operand in table.packed()] == packed
+    assert [one.operand for one in table.bounded()] == packed
 
 
-def test_what_no_kernel_takes_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few_tokens, "on_device", lambda _: True)
+def test_one_layout_without_a_kernel_leaves_the_others_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "usable", lambda _: True)
     rng = np.random.default_rng(0)
-    table = OperandTable(1, [40], 96, "cpu")
-    table.put(0, [[random_packed(rng, LowbitLayout(4, "midrise", "F32", 24), 40, 96)]])
-    segments = Segments(torch.tensor([0], dtype=torch.int32), 1)
-    x, y = torch.randn(1, 96), torch.zeros(1, 40)
-    assert not few_tokens.few_token_products_([y], x, table, segments)
-    assert not y.any()
+    table = OperandTable(2, [40], 96, "cpu")
+    odd, even = LowbitLayout(4, "midrise", "F32", 24), LowbitLayout(4, "midrise", "F32", 32)
+    for slot, layout in enumerate((odd, even)):
+        table.put(slot, [[random_packed(rng, layout, 40, 96)]])
+    segments = Segments.of([0, 1], 2, "cpu")
+    x, y = torch.randn(2, 96), torch.zeros(2, 40)
+    decoded = decoded_layouts(monkeypatch)
     products.matmul_([y], x, table, segments)
-    ((operand,),) = table.operands(0)
-    assert torch.equal(y, x @ operand_delta(operand).T)
+    assert decoded == [odd]
+    for slot in range(2):
+        expected = naive_delta(table.operands(slot)[0][0]) @ x[slot]
+        assert (y[slot] - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("layout", [LOWBIT[3], LOW_RANK[2], SPARSE[2]], ids=lambda layout: layout.kind)
+def test_one_slot_of_many_tokens_leaves_the_others_their_kernel(
+    layout: TermLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "usable", lambda _: True)
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda *_: pytest.fail("the host waits for the device"))
+    rng = np.random.default_rng(0)
+    table = OperandTable(2, [40], 96, "cpu")
+    for slot in range(2):
+        table.put(slot, [[random_packed(rng, layout, 40, 96)]])
+    slots = [0] * 40 + [1, -1, 1]
+    x, y = torch.randn(len(slots), 96), torch.zeros(len(slots), 40)
+    decoded = decoded_layouts(monkeypatch)
+    products.matmul_([y], x, table, Segments.of(slots, 2, "cpu"))
+    assert len(decoded) == 1
+    for token, slot in enumerate(slots):
+        expected = naive_delta(table.operands(slot)[0][0]) @ x[token] if slot >= 0 else torch.zeros(40)
+        assert (y[token] - expected).abs().max() <= 1e-4 * max(expected.abs().max(), 1)
+
+
+def decoded_layouts(monkeypatch: pytest.MonkeyPatch) -> list[TermLayout]:
+    """Return a list that takes the layout of every operand that is multiplied by decoding it."""
+    found: list[TermLayout] = []
+    for kernels in KERNELS.values():
+        multiply = kernels.multiply
+
+        def noted(x, operand, multiply=multiply):
+            found.append(operand.layout)
+            return multiply(x, operand)
+
+        monkeypatch.setattr(kernels, "multiply", noted)
+    return found

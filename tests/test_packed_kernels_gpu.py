@@ -14,9 +14,8 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a GPU, and a Triton that compiles", allow_module_level=True)
 
-from deltafmt.kernels.dense_delta import operand_delta
-from deltafmt.kernels.few_tokens import MOST_TOKENS
-from deltafmt.kernels.products import matmul_
+from deltafmt.kernels.lowbit.kind import MOST_TOKENS
+from deltafmt.kernels.products import matmul_, operand_delta
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from packed_operands import LAYOUTS, LOW_RANK, LOWBIT, SPARSE, check_packed, random_packed
@@ -64,7 +63,7 @@ def test_captured_graph_asks_the_host_for_nothing(layout: TermLayout) -> None:
         multiply()
     for changed in range(slots):
         table.put(changed, [[random_packed(rng, layout, rows, columns, "cuda")]])
-        table.layout_tables(slice(0, 1), type(layout))
+        table.layout_tables(slice(0, 1))
         x.normal_()
         y.zero_()
         used.copy_(torch.from_numpy(rng.integers(-1, slots, 6).astype(np.int32)))

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from deltafmt.errors import InvalidFileError
 from deltafmt.terms import words
-from deltafmt.terms.codec_routines import CodecRoutines
-from deltafmt.terms.nm import positions as pos
+from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.codec import transcode_index
 from deltafmt.terms.nm.layout import NMLayout
+from index_words import decoded, encoded
 from strategies import ascending, examples, generators, layouts, sizes
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -62,7 +63,7 @@ def chi_square(counts: NDArray[np.int64]) -> float:
 @given(SEEDS, FIRST_ROWS, st.integers(1, 4), st.integers(1, 12), st.data())
 def test_seeded_is_the_definition(seed: int, first: int, count: int, groups: int, data: st.DataObject) -> None:
     keep, group = data.draw(st.sampled_from(SEEDED_PAIRS))
-    drawn = pos.seeded(seed, first, count, groups, keep, group)
+    drawn = hashing.seeded(seed, first, count, groups, keep, group)
     expected = [[seeded_by_definition(seed, first + r, g, keep, group) for g in range(groups)] for r in range(count)]
     assert drawn.dtype == np.uint8
     assert drawn.tolist() == expected
@@ -70,22 +71,22 @@ def test_seeded_is_the_definition(seed: int, first: int, count: int, groups: int
 
 def test_mix_is_a_bijection() -> None:
     known = np.array([mix_by_definition(x) for x in range(4096)], np.uint32)
-    np.testing.assert_array_equal(pos.mix(np.arange(4096, dtype=np.uint32)), known, strict=True)
-    assert pos.mix(np.zeros(1, np.uint32))[0] == 0
+    np.testing.assert_array_equal(hashing.mix(np.arange(4096, dtype=np.uint32)), known, strict=True)
+    assert hashing.mix(np.zeros(1, np.uint32))[0] == 0
     spread = np.arange(2**17, dtype=np.uint32) * np.uint32(0x9E3779B1)
-    assert np.unique(pos.mix(spread)).size == spread.size
+    assert np.unique(hashing.mix(spread)).size == spread.size
 
 
 @pytest.mark.parametrize(("keep", "group"), SEEDED_PAIRS)
 def test_seeded_positions_are_distinct_and_below_m(keep: int, group: int) -> None:
-    drawn = np.sort(pos.seeded(7, 3, 50, 21, keep, group), axis=2).astype(int)
+    drawn = np.sort(hashing.seeded(7, 3, 50, 21, keep, group), axis=2).astype(int)
     assert drawn.max() < group
     assert (np.diff(drawn, axis=2) > 0).all()
 
 
 @pytest.mark.parametrize(("keep", "group"), [(1, 2), (1, 16), (4, 16), (2, 32), (1, 64), (8, 128), (3, 4)])
 def test_seeded_positions_are_uniform(keep: int, group: int) -> None:
-    drawn = pos.seeded(20240611, 0, 600, 64, keep, group)
+    drawn = hashing.seeded(20240611, 0, 600, 64, keep, group)
     # Every entry of a group by itself, then every place of a group in a hash, then every row by itself.
     for i in range(keep):
         assert chi_square(np.bincount(drawn[:, :, i].ravel(), minlength=group)) < 6
@@ -98,8 +99,8 @@ def test_seeded_positions_are_uniform(keep: int, group: int) -> None:
 
 @pytest.mark.parametrize(("keep", "group"), [(1, 16), (4, 16), (1, 128)])
 def test_seeded_rows_groups_and_seeds_are_independent(keep: int, group: int) -> None:
-    drawn = pos.seeded(1, 0, 512, 64, keep, group)[:, :, 0].astype(int)
-    other = pos.seeded(2, 0, 512, 64, keep, group)[:, :, 0].astype(int)
+    drawn = hashing.seeded(1, 0, 512, 64, keep, group)[:, :, 0].astype(int)
+    other = hashing.seeded(2, 0, 512, 64, keep, group)[:, :, 0].astype(int)
     for pair in ((drawn[1:], drawn[:-1]), (drawn[:, 1:], drawn[:, :-1]), (drawn, other)):
         difference = (pair[0] - pair[1]) % group
         assert chi_square(np.bincount(difference.ravel(), minlength=group)) < 6
@@ -111,11 +112,12 @@ def test_seeded_does_not_depend_on_the_cut(
     seed: int, first: int, count: int, cut: int, groups: int, pair: tuple[int, int]
 ) -> None:
     cut = min(cut, count)
-    whole = pos.seeded(seed, first, count, groups, *pair)
-    parts = [pos.seeded(seed, first, cut, groups, *pair), pos.seeded(seed, first + cut, count - cut, groups, *pair)]
+    whole = hashing.seeded(seed, first, count, groups, *pair)
+    spans = (first, cut), (first + cut, count - cut)
+    parts = [hashing.seeded(seed, start, rows, groups, *pair) for start, rows in spans]
     np.testing.assert_array_equal(np.concatenate(parts), whole, strict=True)
     # Nor do a row's first groups depend on how many follow.
-    fewer = pos.seeded(seed, first, count, (groups + 1) // 2, *pair)
+    fewer = hashing.seeded(seed, first, count, (groups + 1) // 2, *pair)
     np.testing.assert_array_equal(fewer, whole[:, : (groups + 1) // 2], strict=True)
 
 
@@ -124,7 +126,7 @@ def test_seeded_does_not_depend_on_the_cut(
 def test_compiled_seeded_equals_the_reference(
     compiled: CodecRoutines, seed: int, first: int, count: int, groups: int, pair: tuple[int, int]
 ) -> None:
-    expected = pos.seeded(seed, first, count, groups, *pair)
+    expected = hashing.seeded(seed, first, count, groups, *pair)
     np.testing.assert_array_equal(compiled.seeded(seed, first, count, groups, *pair), expected, strict=True)
 
 
@@ -135,11 +137,11 @@ def test_fixed_and_rank_hold_the_positions(
 ) -> None:
     ranked = data.draw(layouts("rank"))
     fixed = ranked.with_index("fixed")
-    positions = ascending(rng, mask_rows, groups, ranked.keep, ranked.group)
-    as_rank, as_fixed = pos.encode_rank(positions, ranked), pos.encode_fixed(positions, fixed)
-    np.testing.assert_array_equal(pos.decode_rank(as_rank, ranked, mask_rows, groups), positions, strict=True)
-    np.testing.assert_array_equal(pos.decode_fixed(as_fixed, fixed, mask_rows, groups), positions, strict=True)
-    columns = groups * ranked.group
+    positions = ascending(rng, mask_rows, groups, ranked.n, ranked.m)
+    as_rank, as_fixed = encoded(positions, ranked), encoded(positions, fixed)
+    np.testing.assert_array_equal(decoded(as_rank, ranked, mask_rows, groups), positions, strict=True)
+    np.testing.assert_array_equal(decoded(as_fixed, fixed, mask_rows, groups), positions, strict=True)
+    columns = groups * ranked.m
     np.testing.assert_array_equal(transcode_index(ranked, as_rank, mask_rows, columns, fixed), as_fixed, strict=True)
     np.testing.assert_array_equal(transcode_index(fixed, as_fixed, mask_rows, columns, ranked), as_rank, strict=True)
 
@@ -150,11 +152,11 @@ def test_fixed_holds_the_positions_of_any_layout(
     compiled: CodecRoutines, data: st.DataObject, rng: np.random.Generator, mask_rows: int, groups: int
 ) -> None:
     layout = data.draw(layouts("fixed"))
-    positions = ascending(rng, mask_rows, groups, layout.keep, layout.group)
-    packed = pos.encode_fixed(positions, layout)
-    assert packed.nbytes == layout.buffer_lengths(mask_rows * layout.share, groups * layout.group)["index"]
-    for unpack in (words.unpack, compiled.unpack):
-        found = pos.decode_fixed(packed, layout, mask_rows, groups, unpack)
+    positions = ascending(rng, mask_rows, groups, layout.n, layout.m)
+    packed = encoded(positions, layout)
+    assert packed.nbytes == layout.buffer_lengths(mask_rows * layout.share, groups * layout.m)["index"]
+    for routines in (REFERENCE, compiled):
+        found = decoded(packed, layout, mask_rows, groups, routines)
         np.testing.assert_array_equal(found, positions, strict=True)
 
 
@@ -165,9 +167,9 @@ def test_rank_counts_every_subset_once(keep: int, group: int) -> None:
     subsets = sorted(itertools.combinations(range(group), keep), key=lambda subset: subset[::-1])
     ranks = np.arange(len(subsets), dtype=np.uint64)[None, :]
     packed = words.pack(ranks, layout.rank_bits)
-    decoded = pos.decode_rank(packed, layout, 1, len(subsets))
-    assert decoded[0].tolist() == [list(subset) for subset in subsets]
-    np.testing.assert_array_equal(pos.encode_rank(decoded, layout), packed, strict=True)
+    found = decoded(packed, layout, 1, len(subsets))
+    assert found[0].tolist() == [list(subset) for subset in subsets]
+    np.testing.assert_array_equal(encoded(found, layout), packed, strict=True)
 
 
 def test_largest_ranks() -> None:
@@ -177,7 +179,7 @@ def test_largest_ranks() -> None:
         layout = NMLayout(keep, group, 4, "rank")
         total = math.comb(group, keep)
         packed = words.pack(np.array([[total - 1, 0]], np.uint64), layout.rank_bits)
-        last, first = pos.decode_rank(packed, layout, 1, 2)[0].tolist()
+        last, first = decoded(packed, layout, 1, 2)[0].tolist()
         assert last == list(range(group - keep, group))
         assert first == list(range(keep))
         assert total < 2**64
@@ -190,7 +192,7 @@ def test_rank_beyond_the_last_subset_is_refused(keep: int, group: int) -> None:
     for rank in {total, 2**layout.rank_bits - 1}:
         packed = words.pack(np.array([[0, 1], [0, rank]], np.uint64), layout.rank_bits)
         with pytest.raises(InvalidFileError, match=rf"mask row 1, group 1: rank {rank} is not below {total}"):
-            pos.decode_rank(packed, layout, 2, 2)
+            decoded(packed, layout, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +201,6 @@ def test_rank_beyond_the_last_subset_is_refused(keep: int, group: int) -> None:
 def test_fixed_that_does_not_ascend_below_m_is_refused(wrong: list[int], entry: int) -> None:
     layout = NMLayout(3, 10, 4, "fixed")
     positions = np.array([[[0, 1, 2], [7, 8, 9]], [[0, 5, 9], wrong]], np.uint8)
-    packed = pos.encode_fixed(positions, layout)
+    packed = encoded(positions, layout)
     with pytest.raises(InvalidFileError, match=rf"mask row 1, group 1: entry {entry} is at {wrong[entry]}"):
-        pos.decode_fixed(packed, layout, 2, 2)
+        decoded(packed, layout, 2, 2)

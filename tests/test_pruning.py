@@ -17,7 +17,7 @@ from deltafmt.methods.sampling import gather
 from deltafmt.methods.sparsegpt_solver import sparsegpt
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.nm import codec as nm
-from deltafmt.terms.nm import positions as pos
+from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.codec import NMArrays
 from deltafmt.terms.nm.layout import NMLayout
 from problems import Floats, layer, weighted_error
@@ -25,8 +25,8 @@ from strategies import examples, generators, layouts, shapes
 
 
 def by_magnitude(delta: Floats, layout: NMLayout, rule: str) -> NMArrays:
-    positions = keep_largest(delta, layout.keep, layout.group, layout.share)
-    kept = gather(delta, positions, layout.group, layout.share, np.float32(1))
+    positions = keep_largest(delta, layout.n, layout.m, layout.share)
+    kept = gather(delta, positions, layout.m, layout.share, np.float32(1))
     codes, scales = quantize.quantize(kept, layout.bits, layout.grid, rule, layout.scale_group, layout.scale_dtype)
     return NMArrays(positions, codes, scales)
 
@@ -65,7 +65,7 @@ def test_a_density_out_of_range_is_refused() -> None:
 
 
 @examples(40)
-@given(layouts(index="fixed", max_group=20), shapes(20, 90), generators(), st.sampled_from(quantize.SCALE_RULES))
+@given(layouts(index="fixed", max_m=20), shapes(20, 90), generators(), st.sampled_from(quantize.SCALE_RULES))
 def test_inputs_that_have_nothing_in_common_give_magnitude(
     layout: NMLayout, shape: tuple[int, int], rng: np.random.Generator, rule: str
 ) -> None:
@@ -92,18 +92,18 @@ def by_definition(delta: Floats, hessian: Floats, layout: NMLayout) -> Floats:
         rest = rest - np.outer(rest[:, column], rest[column]) / rest[column, column]
     first = np.zeros(delta.shape, bool)
     kept = np.zeros(delta.shape, bool)
-    for r, start in itertools.product(range(rows), range(0, columns, layout.group)):
-        score = delta[r, start : start + layout.group] ** 2 / importance[start : start + layout.group]
-        first[r, start + np.argsort(-score)[: layout.keep]] = True
+    for r, start in itertools.product(range(rows), range(0, columns, layout.m)):
+        score = delta[r, start : start + layout.m] ** 2 / importance[start : start + layout.m]
+        first[r, start + np.argsort(-score)[: layout.n]] = True
     largest = np.where(first, np.abs(delta), 0).max(axis=1, keepdims=True)
     scales = quantize.minmax_scale(largest, layout.bits, layout.grid, layout.scale_dtype)[:, 0]
     result = np.zeros(delta.shape)
     for column in range(columns):
-        if column % layout.group == 0:
-            part = slice(column, column + layout.group)
+        if column % layout.m == 0:
+            part = slice(column, column + layout.m)
             score = work[:, part] ** 2 / importance[part]
             for r in range(rows):
-                kept[r, column + np.argsort(-score[r])[: layout.keep]] = True
+                kept[r, column + np.argsort(-score[r])[: layout.n]] = True
         fields = quantize.assign(work[:, column].astype(np.float32), scales, layout.bits, layout.grid)
         rounded = np.where(kept[:, column], (2 * fields - layout.top) * scales / 2, 0)
         result[:, column] = rounded
@@ -138,7 +138,7 @@ def test_it_errs_less_than_magnitude(seed: int, columns: int, share: int, bits: 
 def test_positions_can_be_given() -> None:
     delta, hessian = layer(9, 20, 70)
     layout = NMLayout(2, 8, 4, "seeded", "midrise", 4)
-    drawn = pos.seeded(7, 0, layout.mask_rows(20), layout.groups(70), 2, 8)
+    drawn = hashing.seeded(7, 0, layout.mask_rows(20), layout.groups(70), 2, 8)
     found = sparsegpt(delta, hessian, layout, positions=drawn)
     np.testing.assert_array_equal(found.arrays.positions, drawn)
     kept = gather(delta, drawn, 8, 4, np.float32(1))

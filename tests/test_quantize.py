@@ -233,8 +233,8 @@ def methods(draw: st.DrawFn) -> DeltaDQ:
     """Give any method whose layout is valid."""
     layout = draw(layouts())
     return DeltaDQ(
-        layout.keep,
-        layout.group,
+        layout.n,
+        layout.m,
         layout.bits,
         layout.index,
         layout.share,
@@ -276,8 +276,8 @@ def test_decoded_delta_is_right_where_kept_and_zero_elsewhere(
     scale_group = layout.scale_group or layout.kept(columns)
     for row in range(rows):
         for entry in range(layout.kept(columns)):
-            g, i = divmod(entry, layout.keep)
-            column = g * layout.group + int(arrays.positions[row // layout.share, g, i])
+            g, i = divmod(entry, layout.n)
+            column = g * layout.m + int(arrays.positions[row // layout.share, g, i])
             if column < columns:
                 kept[row, column] = True
                 scale[row, column] = arrays.scales[row, entry // scale_group]

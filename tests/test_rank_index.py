@@ -1,4 +1,4 @@
-"""The references and the kernel that make a rank index fixed agree with the codec, on any layout and ragged shapes."""
+"""What makes a rank index fixed, in torch and as a kernel, agrees with the codec on any layout and ragged shapes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from deltafmt.errors import UsageError
 from deltafmt.terms import words as word_codec
 from deltafmt.terms.nm import codec as nm
-from deltafmt.terms.nm import positions as pos
 from deltafmt.terms.nm.layout import NMLayout
+from index_words import encoded
 from strategies import ascending, examples, generators, layouts, shapes
 
 torch = pytest.importorskip("torch")
 
-from deltafmt.kernels.nm.rank_index import naive
-from deltafmt.kernels.nm.rank_index.convert import make_fixed
+from deltafmt.kernels.nm.rank_index.convert import convert_ranks
+from deltafmt.kernels.nm.rank_index.decode import convert_words
 from deltafmt.kernels.nm.rank_index.jobs import RankJob
 
 Convert = Callable[[torch.Tensor, torch.Tensor, Sequence[RankJob]], list[int]]
@@ -37,10 +37,10 @@ def as_words(array: np.ndarray) -> torch.Tensor:
 
 def random_index(rng: np.random.Generator, layout: NMLayout, rows: int, columns: int) -> np.ndarray:
     """Return the rank words of random positions, the first and the last possible ones among them."""
-    drawn = ascending(rng, layout.mask_rows(rows), layout.groups(columns), layout.keep, layout.group)
-    drawn[rng.random(drawn.shape[:2]) < 0.1] = np.arange(layout.keep)
-    drawn[rng.random(drawn.shape[:2]) < 0.1] = np.arange(layout.group - layout.keep, layout.group)
-    return pos.encode_rank(drawn, layout)
+    drawn = ascending(rng, layout.mask_rows(rows), layout.groups(columns), layout.n, layout.m)
+    drawn[rng.random(drawn.shape[:2]) < 0.1] = np.arange(layout.n)
+    drawn[rng.random(drawn.shape[:2]) < 0.1] = np.arange(layout.m - layout.n, layout.m)
+    return encoded(drawn, layout)
 
 
 def expected(layout: NMLayout, index: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -48,11 +48,13 @@ def expected(layout: NMLayout, index: np.ndarray, rows: int, columns: int) -> np
 
 
 def implementations() -> list[object]:
-    """Return what can run here, and how much of it: the reference; the kernel on a GPU, or slowly, interpreted."""
-    found: list[object] = [pytest.param(naive.make_fixed, "cpu", id="naive")]
+    """Return what can run here: the torch function; the kernel on a GPU, or slowly, interpreted."""
+    found: list[object] = [pytest.param(convert_words, "cpu", id="torch")]
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        triton = pytest.importorskip("deltafmt.kernels.nm.rank_index.kernel")
-        found.append(pytest.param(triton.make_fixed, "cuda" if torch.cuda.is_available() else "cpu", id="triton"))
+        kernel = pytest.importorskip("deltafmt.kernels.nm.rank_index.kernel")
+        found.append(
+            pytest.param(kernel.launch_conversion, "cuda" if torch.cuda.is_available() else "cpu", id="triton")
+        )
     return found
 
 
@@ -60,7 +62,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize(("convert", "device"), implementations
 INTERPRETED = not torch.cuda.is_available() and len(implementations()) > 1
 TRIES = 6 if INTERPRETED else 60
 LIMIT = 40 if INTERPRETED else 150
-LAYOUTS = layouts("rank", max_group=20) if INTERPRETED else layouts("rank")
+LAYOUTS = layouts("rank", max_m=20) if INTERPRETED else layouts("rank")
 
 
 def check(
@@ -110,14 +112,14 @@ def test_any_bits_give_positions_in_range(
     target = torch.empty(math.prod(job.target_shape), dtype=torch.int32, device=device)
     wrong = convert(as_words(bits).to(device), target, [job])
     words = target.cpu().numpy().view(np.uint32).reshape(job.target_shape)
-    fields = word_codec.unpack(words, mask_rows, groups * layout.keep, layout.position_bits)
-    assert fields.max() < layout.group
+    fields = word_codec.unpack(words, mask_rows, groups * layout.n, layout.position_bits)
+    assert fields.max() < layout.m
     ranks = word_codec.unpack(bits, mask_rows, groups, layout.rank_bits)
-    assert wrong == ([0] if int(ranks.max()) >= math.comb(layout.group, layout.keep) else [])
+    assert wrong == ([0] if int(ranks.max()) >= math.comb(layout.m, layout.n) else [])
     # Nothing but the fields is written: the words are the canonical packing of their positions.
     np.testing.assert_array_equal(word_codec.pack(fields, layout.position_bits), words)
     reference = torch.empty_like(target, device="cpu")
-    naive.make_fixed(as_words(bits), reference, [job])
+    convert_words(as_words(bits), reference, [job])
     assert torch.equal(target.cpu(), reference)
 
 
@@ -135,9 +137,9 @@ def test_one_rank_too_high_is_told(convert: Convert, device: str) -> None:
 
 
 def test_tensors_of_other_kinds_are_refused() -> None:
-    words = torch.zeros(32, dtype=torch.int32)
+    memory = torch.zeros(32, dtype=torch.uint8)
     with pytest.raises(UsageError, match="int64"):
-        make_fixed(words.long(), words, [])
+        convert_ranks(memory.long(), memory, [])
     with pytest.raises(UsageError, match=r"\(4, 8\)"):
-        make_fixed(words, words.view(4, 8), [])
-    assert make_fixed(words, words.clone(), []) == []
+        convert_ranks(memory, memory.view(4, 8), [])
+    assert convert_ranks(memory, memory.clone(), []) == {}

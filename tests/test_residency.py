@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from deltafmt.errors import StorageError, UsageError
-from deltafmt.runtime.residency import NoRoomError, Residency
+from deltafmt.errors import NoRoomError, StorageError, UsageError
+from deltafmt.runtime.residency import Residency
 
 
 @dataclass(eq=False)

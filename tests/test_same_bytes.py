@@ -28,7 +28,7 @@ from conftest import (
     write_pair,
 )
 from deltafmt import accel
-from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.errors import Remedy, UsageError, WrongBaseError
 from deltafmt.methods import DeltaDQ
 from pairs import DTYPES, check_round_trip, pack_pair, pair_of
 
@@ -216,8 +216,9 @@ def test_an_index_that_has_no_rank_stays_fixed_when_cold(tmp_path: Path, small: 
 
 
 def test_a_rank_index_is_refused_in_a_hot_file(tmp_path: Path, small: Pair) -> None:
-    with pytest.raises(UsageError, match="profile cold"):
+    with pytest.raises(UsageError, match="a hot file cannot have a rank index") as caught:
         pack_pair(small, tmp_path / "d.deltafmt", method=DeltaDQ(4, 16, 4, "rank"))
+    assert caught.value.remedy == Remedy("profile", "cold")
 
 
 # Reading

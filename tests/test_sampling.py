@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from deltafmt.methods import sampling
 from deltafmt.methods.method_routines import Routines
 from deltafmt.terms.floats import subtract
-from deltafmt.terms.nm.positions import mix
+from deltafmt.terms.nm.hashing import mix
 from strategies import FLOAT_DTYPES, ascending, deltas, examples, generators, layouts, raws, shapes, sizes
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -108,15 +108,15 @@ def test_gather_takes_the_kept_entries(data: st.DataObject, shape: tuple[int, in
     rows, columns = shape
     layout = data.draw(layouts())
     delta = data.draw(deltas(rows, columns))
-    positions = ascending(rng, layout.mask_rows(rows), layout.groups(columns), layout.keep, layout.group)
-    factor = np.float32(layout.group / layout.keep)
-    kept = sampling.gather(delta, positions, layout.group, layout.share, factor)
+    positions = ascending(rng, layout.mask_rows(rows), layout.groups(columns), layout.n, layout.m)
+    factor = np.float32(layout.m / layout.n)
+    kept = sampling.gather(delta, positions, layout.m, layout.share, factor)
     assert kept.shape == (rows, layout.kept(columns))
     assert kept.dtype == np.float32
     for _ in range(40):
         row, entry = int(rng.integers(rows)), int(rng.integers(kept.shape[1]))
-        g, i = divmod(entry, layout.keep)
-        column = g * layout.group + int(positions[row // layout.share, g, i])
+        g, i = divmod(entry, layout.n)
+        column = g * layout.m + int(positions[row // layout.share, g, i])
         if column < columns:
             assert kept[row, entry] == delta[row, column] * factor
         else:
@@ -134,8 +134,8 @@ def test_compiled_gather_equals_the_reference(
     finetuned, base = (data.draw(raws(dtype, shape)) for dtype in dtypes)
     for raw in (finetuned, base):
         raw.flags.writeable = not readonly
-    positions = ascending(rng, layout.mask_rows(rows), layout.groups(columns), layout.keep, layout.group)
-    arguments = (finetuned, dtypes[0], base, dtypes[1], positions, layout.group, layout.share, np.float32(4))
+    positions = ascending(rng, layout.mask_rows(rows), layout.groups(columns), layout.n, layout.m)
+    arguments = (finetuned, dtypes[0], base, dtypes[1], positions, layout.m, layout.share, np.float32(4))
     expected, finite = sampling.gather_difference(*arguments)
     found, found_finite = compiled_methods.gather_difference(*arguments)
     assert found_finite is finite

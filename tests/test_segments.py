@@ -93,9 +93,9 @@ def test_slots_that_the_host_knows(batch: tuple[list[int], int], size: int) -> N
 
 def test_promises_limit_the_tiles() -> None:
     slots = torch.tensor([0, 1, 0, 0, 1, -1], dtype=torch.int32)
-    segments = Segments(slots, 2, longest=3, shortest=2)
+    segments = Segments(slots, 2, {0: 3, 1: 2})
     assert (segments.longest, segments.shortest) == (3, 2)
-    assert Segments(slots, 2, longest=100).longest == 6
+    assert (Segments(slots, 2).longest, Segments(slots, 2).shortest) == (6, 1)
     assert segments.tiles(4) is segments.tiles(4)
     assert segments.tiles(4, longest=100) is segments.tiles(4)
     assert tiles_found(segments, 4, longest=2) == [(1, [1, 4])]
@@ -120,3 +120,11 @@ def test_slots_that_were_expanded_have_memory_of_their_own() -> None:
     segments = Segments(torch.tensor([1], dtype=torch.int32).expand(5), 2)
     assert segments.slots.is_contiguous()
     assert segments.slots.tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_members_of_a_slot(known: bool) -> None:
+    slots = [2, -1, 0, 2, 7, 0, 2]
+    segments = Segments.of(slots, 3, "cpu") if known else Segments(torch.tensor(slots, dtype=torch.int32), 3)
+    assert [segments.members(slot).tolist() for slot in range(3)] == [[2, 5], [], [0, 3, 6]]
+    assert {slot: length for slot, length in segments.lengths().items() if length} == {0: 2, 2: 3}

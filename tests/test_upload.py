@@ -29,7 +29,6 @@ from strategies import examples
 torch = pytest.importorskip("torch")
 
 import deltafmt.torch as dt
-from deltafmt.kernels.packed import PackedOperand
 from deltafmt.runtime import reading, upload, upload_pieces
 
 SEEDED = NMLayout(1, 32, 4)
@@ -54,7 +53,7 @@ def check_equal(file: deltafmt.DeltaFile, name: str, tensor: dt.DeviceTensor) ->
             wanted = buffers.pop(prefix + key)
             if key == "index":
                 wanted = views_of(term.layout, wanted, entry.delta_rows, entry.columns)
-            found = operand.buffers[key] if isinstance(operand, PackedOperand) else getattr(operand, key)
+            found = operand.buffers[key]
             assert tuple(found.shape) == wanted.shape
             assert raw(found) == wanted.tobytes()
     if tensor.data is None:
@@ -65,7 +64,7 @@ def check_equal(file: deltafmt.DeltaFile, name: str, tensor: dt.DeviceTensor) ->
 
 
 def tensors_of(delta: dt.DeviceDelta) -> list[torch.Tensor]:
-    held = [part for tensor in delta.values() for term in tensor.terms for part in term.tensors()]
+    held = [part for tensor in delta.values() for term in tensor.terms for part in term.buffers.values()]
     return held + [tensor.data for tensor in delta.values() if tensor.data is not None]
 
 

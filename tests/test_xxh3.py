@@ -16,8 +16,8 @@ from strategies import examples, generators
 
 torch = pytest.importorskip("torch")
 
+from deltafmt.kernels.xxh3 import algorithm, naive
 from deltafmt.kernels.xxh3 import digests as device_digests
-from deltafmt.kernels.xxh3 import naive
 
 Sections = list[tuple[int, int]]
 Digests = Callable[[torch.Tensor, Sections], list[bytes]]
@@ -28,7 +28,7 @@ def by_kernel(memory: torch.Tensor, sections: Sections) -> list[bytes]:
 
     starts, lengths = np.array(sections, np.int64).T
     found = triton.accumulators(memory.view(torch.int64), starts // 8, lengths)
-    return naive.merged(found.cpu().numpy().view(np.uint64), lengths.astype(np.uint64))
+    return algorithm.merged(found.cpu().numpy().view(np.uint64), lengths.astype(np.uint64))
 
 
 def by_reference(memory: torch.Tensor, sections: Sections) -> list[bytes]:
@@ -51,7 +51,7 @@ LENGTHS = st.one_of(
     st.integers(241, 5000),
     st.integers(1, 20).flatmap(lambda blocks: st.integers(1024 * blocks - 65, 1024 * blocks + 65)),
     st.integers(65_000, 70_000),
-).filter(lambda length: length > naive.SHORT_BYTES)
+).filter(lambda length: length > algorithm.SHORT_BYTES)
 
 
 def laid_out(rng: np.random.Generator, lengths: list[int], gaps: list[int]) -> tuple[np.ndarray, Sections]:

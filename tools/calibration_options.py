@@ -10,7 +10,7 @@ from deltafmt.tools import console
 
 if TYPE_CHECKING:
     from deltafmt.pipeline.calibrate import Calibration
-    from deltafmt.pipeline.pack import PackResult
+    from deltafmt.pipeline.pack_result import PackResult
 
 # Options by the fields of a calibration.
 FIELDS = {

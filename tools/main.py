@@ -18,6 +18,7 @@ from deltafmt._version import __version__
 from deltafmt.errors import EXIT_INTERRUPTED, EXIT_OK, DeltafmtError, StorageError, UsageError
 from deltafmt.output import reason
 from deltafmt.tools import console
+from deltafmt.tools.remedies import message_of
 
 COMMANDS = {
     "pack": "pack the difference of two checkpoints into a delta file",
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return EXIT_OK
     except DeltafmtError as error:
-        return _report(str(error), error.exit_code, as_json)
+        return _report(message_of(error), error.exit_code, as_json)
     except KeyboardInterrupt as error:
         return _report(str(error) or "interrupted", EXIT_INTERRUPTED, as_json)
     except BrokenPipeError:

@@ -20,7 +20,7 @@ from deltafmt.tools.targets import add_target_arguments, plan_obj, read_target, 
 
 if TYPE_CHECKING:
     from deltafmt.methods import Method
-    from deltafmt.pipeline.pack import PackResult
+    from deltafmt.pipeline.pack_result import PackResult
 
 MENTIONED = 10
 PREFIX = "method_option_"

@@ -12,7 +12,7 @@ from deltafmt.tools.unpack_cmd import parse_size
 
 if TYPE_CHECKING:
     from deltafmt.methods import Method
-    from deltafmt.pipeline.budget import Choice, Chosen
+    from deltafmt.pipeline.choice import Choice, Chosen
 
 NEEDS_TARGET = ("plan", "candidate")
 

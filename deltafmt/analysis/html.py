@@ -20,7 +20,7 @@ from deltafmt.analysis.tables import (
     product_table,
     tensor_table,
 )
-from deltafmt.errors import UsageError
+from deltafmt.errors import Remedy, UsageError
 from deltafmt.output import storage_error
 
 _LIGHT = ["1f77b4", "d95f02", "1b9e77", "c2255c", "7048e8", "a07000", "0b7285", "868e96", "5c940d", "9c36b5"]
@@ -60,7 +60,7 @@ def write(report: Report, path: str | os.PathLike[str], *, force: bool = False) 
         with open(path, "w" if force else "x", encoding="utf-8") as file:
             file.write(render(report))
     except FileExistsError:
-        raise UsageError(f"{path} exists; --force replaces it") from None
+        raise UsageError(f"{path} exists", Remedy("force")) from None
     except OSError as error:
         raise storage_error("cannot write", path, error) from error
 

@@ -82,7 +82,7 @@ class AdapterConfig:
         try:
             return cls._parse(obj)
         except InvalidFileError as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise error.located(path) from error
 
     @classmethod
     def _parse(cls, obj: dict[str, Any]) -> Self:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltafmt.checkpoint.folder import natural_key
-from deltafmt.errors import InvalidFileError, StorageError, UsageError
+from deltafmt.errors import InvalidFileError, Remedy, StorageError, UsageError
 from deltafmt.format import constants as c
 from deltafmt.output import OutputLock, storage_error, sync_folder
 
@@ -208,10 +208,10 @@ def check_output_folder(path: Path, *, force: bool) -> None:
         raise StorageError(f"no such folder: {path.parent}")
     if path.exists() or path.is_symlink():
         if not force:
-            raise UsageError(f"{path} exists; --force replaces it")
+            raise UsageError(f"{path} exists", Remedy("force"))
         if path.is_symlink() or not path.is_dir():
             raise UsageError(f"{path} is not a folder, and is not replaced by one")
-        # --force is for the outputs of earlier runs, not for whatever a slip of the hand names.
+        # ``force`` replaces the output of an earlier run, not whatever folder is named by mistake.
         found = sorted(path.iterdir())
         folder = next((entry.name for entry in found if entry.is_dir()), None)
         if folder is not None:

@@ -18,7 +18,7 @@ import msgpack
 import xxhash
 
 from deltafmt.container import canonical, frame
-from deltafmt.errors import InvalidFileError, StorageError, UsageError
+from deltafmt.errors import InvalidFileError, Remedy, StorageError, UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.sections import Section
 from deltafmt.output import Bytes, OutputLock, storage_error, sync_folder
@@ -200,8 +200,8 @@ def check_output_file(path: Path, *, force: bool) -> None:
     if path.is_dir():
         raise UsageError(f"{path} is a folder, not a name for the output file")
     if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is not a regular file; -o - writes to standard output")
+        raise UsageError(f"{path} is not a regular file")
     if not path.parent.is_dir():
         raise StorageError(f"no such folder: {path.parent}")
     if (path.exists() or path.is_symlink()) and not force:
-        raise UsageError(f"{path} exists; --force replaces it")
+        raise UsageError(f"{path} exists", Remedy("force"))

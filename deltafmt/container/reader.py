@@ -51,7 +51,7 @@ class Container:
         try:
             self._source: Source = open_source(path, mmap=mmap)
         except InvalidFileError as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise error.located(path) from error
         self.name = self._source.name
         self._verify = verify
         self._touched: set[int] = set()
@@ -62,7 +62,7 @@ class Container:
             self._open(max_raw_bytes)
         except DeltafmtError as error:
             self._source.close()
-            raise type(error)(f"{self.name}: {error}") from error
+            raise error.located(self.name) from error
 
     def _open(self, max_raw_bytes: int) -> None:
         source = self._source

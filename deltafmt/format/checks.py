@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 from deltafmt.errors import InvalidFileError, UsageError
@@ -64,19 +66,29 @@ def check_dtype(value: Any, where: Where) -> str:
     return value
 
 
-def parse_fields(cls: type[Made], obj: Any, where: Where) -> Made:
+def parse_fields(cls: type[Made], obj: Any, where: Where, keys_of: Mapping[str, str] = MappingProxyType({})) -> Made:
     """Return a layout of the plain values of a map, which are its fields by name and, if it has one, its kind.
 
-    A class's fields are strings and integers; what else they must be is for the class to say.
+    A class's fields are strings and integers; what else they must be, the class checks.
+
+    Args:
+        cls: a dataclass.
+        obj: the map.
+        where: its place in the index.
+        keys_of: the map's key for a field, where that is not the field's name.
+
+    Raises:
+        InvalidFileError: names the place and the value.
     """
-    wanted = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]
-    keys = tuple(sorted((*wanted, "kind") if hasattr(cls, "kind") else wanted))
+    found = {keys_of.get(field.name, field.name): field for field in fields(cls)}  # type: ignore[arg-type]
+    keys = tuple(sorted((*found, "kind") if hasattr(cls, "kind") else found))
     values = dict(zip(keys, check_fields(obj, where, keys), strict=True))
     values.pop("kind", None)
     for key, value in values.items():
-        if type(value) is not (str if wanted[key] == "str" else int):
-            fail((where, ".", key), f"{value!r} is not {'a string' if wanted[key] == 'str' else 'an integer'}")
+        wanted = str(found[key].type)
+        if type(value) is not (str if wanted == "str" else int):
+            fail((where, ".", key), f"{value!r} is not {'a string' if wanted == 'str' else 'an integer'}")
     try:
-        return cls(**values)
+        return cls(**{found[key].name: value for key, value in values.items()})
     except UsageError as error:
         fail(where, str(error))

@@ -17,7 +17,7 @@ from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.options import option
 from deltafmt.methods.quantize import SCALE_RULES, default_rule
 from deltafmt.methods.unstructured import sparse_layout, sparse_term
-from deltafmt.terms.nm.positions import BLOCK_STEP, ROW_STEP, mix
+from deltafmt.terms.nm.hashing import BLOCK_STEP, ROW_STEP, mix
 from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import SparseLayout
 

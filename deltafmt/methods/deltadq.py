@@ -102,9 +102,7 @@ class DeltaDQ(Method):
         layout, routines = self.layout, rows.routines
         count, columns = rows.shape
         draw = routines.codec.seeded if self.index == "seeded" else routines.uniform
-        return draw(
-            seed, rows.first // self.share, layout.mask_rows(count), layout.groups(columns), layout.keep, layout.group
-        )
+        return draw(seed, rows.first // self.share, layout.mask_rows(count), layout.groups(columns), layout.n, layout.m)
 
     @property
     def factor(self) -> np.float32:

@@ -32,7 +32,7 @@ from deltafmt.methods.sampling import gather
 from deltafmt.methods.unstructured import sparse_layout
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import narrow, widen
-from deltafmt.terms.nm.layout import MAX_GROUP
+from deltafmt.terms.nm.layout import MAX_M
 from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import SparseLayout
 
@@ -71,8 +71,8 @@ class DeltaDQSQ(Method):
     whole = True
 
     def __post_init__(self) -> None:
-        if not 2 <= self.m <= MAX_GROUP:
-            raise UsageError(f"group size M = {self.m} is outside 2 to {MAX_GROUP}")
+        if not 2 <= self.m <= MAX_M:
+            raise UsageError(f"group size M = {self.m} is outside 2 to {MAX_M}")
         if not 1 <= self.n <= self.m:
             raise UsageError(f"N = {self.n} is outside 1 to M = {self.m}")
         if not 1 <= self.bits <= MAX_BITS:
@@ -146,7 +146,7 @@ class DeltaDQSQ(Method):
         if hessian is None or not self.search:
             return self.n, self.m
         least = self.m // math.gcd(self.n, self.m)
-        sizes = [least << shift for shift in range(8) if 2 <= least << shift <= MAX_GROUP]
+        sizes = [least << shift for shift in range(8) if 2 <= least << shift <= MAX_M]
         return search_group(lambda n, m: expected_error(delta, hessian, n, m), self.n / self.m, sizes)
 
 

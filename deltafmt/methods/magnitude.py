@@ -120,7 +120,7 @@ class Magnitude(Method):
             kept.reshape(-1)[threshold(delta, self.kept)] = True
             with np.errstate(over="ignore"):
                 return (sparse_term(layout, delta * factor, kept, self.scale_rule, routines),)
-        positions = keep_largest(delta, layout.keep, layout.group, layout.share)
-        values = gather(delta, positions, layout.group, layout.share, factor)
+        positions = keep_largest(delta, layout.n, layout.m, layout.share)
+        values = gather(delta, positions, layout.m, layout.share, factor)
         codes, scales = routines.quantize(values, layout.bits, layout.grid, self.scale_rule, 0, self.scale_dtype)
         return (NMArrays(positions, codes, scales),)

@@ -13,7 +13,7 @@ from deltafmt.accel import compiled
 from deltafmt.methods import quantize as reference
 from deltafmt.terms.codec_numba import Scratch, _difference, _mix
 from deltafmt.terms.floats import Raw, narrow, subtract, widen
-from deltafmt.terms.nm.positions import BLOCK_STEP, ROW_STEP
+from deltafmt.terms.nm.hashing import BLOCK_STEP, ROW_STEP
 
 _ROW_STEP = np.uint32(ROW_STEP)
 _BLOCK_STEP = np.uint32(BLOCK_STEP)

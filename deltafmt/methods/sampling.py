@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.terms.floats import Raw, subtract
-from deltafmt.terms.nm.positions import BLOCK_STEP, ROW_STEP, mix
+from deltafmt.terms.nm.hashing import BLOCK_STEP, ROW_STEP, mix
 
 
 def uniform(seed: int, first: int, count: int, groups: int, keep: int, group: int) -> NDArray[np.uint8]:

@@ -76,17 +76,17 @@ def sparsegpt(
     """
     rows, columns = delta.shape
     check_hessian(hessian, columns)
-    expected = (layout.mask_rows(rows), layout.groups(columns), layout.keep)
+    expected = (layout.mask_rows(rows), layout.groups(columns), layout.n)
     if positions is not None and positions.shape != expected:
         raise UsageError(f"positions of shape {list(positions.shape)} where {list(expected)} are needed")
     factor = inverse_factor(hessian, damping)
     importance = np.diagonal(factor.upper).copy()
     first = positions
     if first is None:
-        first = largest((delta / importance) ** 2, layout.keep, layout.group, layout.share)
-    kept = gather(delta, first, layout.group, layout.share, np.float32(1))
+        first = largest((delta / importance) ** 2, layout.n, layout.m, layout.share)
+    kept = gather(delta, first, layout.m, layout.share, np.float32(1))
     _, scales = quantize.quantize(kept, layout.bits, layout.grid, rule, layout.scale_group, layout.scale_dtype)
-    step = max(block // layout.group, 1) * layout.group
+    step = max(block // layout.m, 1) * layout.m
 
     def solve(scales: Floats, positions: Positions | None) -> NMArrays:
         walk = _Walk(layout, scales, np.ascontiguousarray(delta.T), factor.upper, importance, positions)
@@ -117,7 +117,7 @@ def _refitted(delta: Floats, hessian: NDArray[np.floating], layout: NMLayout, fo
         one = np.zeros_like(found.scales)
         one[:, number] = 1
         last = min((number + 1) * size, layout.kept(columns)) - 1
-        at = slice(number * size // layout.keep * layout.group, (last // layout.keep + 1) * layout.group)
+        at = slice(number * size // layout.n * layout.m, (last // layout.n + 1) * layout.m)
         levels = nm.dense(layout, NMArrays(found.positions, found.codes, one), columns)[:, at]
         groups.append((levels, slice(at.start, at.start + levels.shape[1])))
     scales = refit_scales(delta, hessian, groups, found.scales, layout.scale_dtype)
@@ -144,17 +144,17 @@ class _Walk:
         groups = layout.groups(columns)
         self.layout, self.scales, self.work, self.upper, self.importance = layout, scales, work, upper, importance
         self.choose = positions is None
-        self.positions = np.zeros((layout.mask_rows(rows), groups, layout.keep), np.uint8)
+        self.positions = np.zeros((layout.mask_rows(rows), groups, layout.n), np.uint8)
         if positions is not None:
             self.positions[...] = positions
-        self.codes = np.zeros((rows, groups * layout.keep), np.uint8)
+        self.codes = np.zeros((rows, groups * layout.n), np.uint8)
 
     def block(self, start: int, stop: int) -> None:
         """Decide the columns of a block, and apply their errors to all that follow."""
         errors = np.zeros((stop - start, self.work.shape[1]), np.float32)
-        for first in range(start, stop, self.layout.group):
-            entry = self._entries(first, min(first + self.layout.group, stop))
-            for column in range(first, min(first + self.layout.group, stop)):
+        for first in range(start, stop, self.layout.m):
+            entry = self._entries(first, min(first + self.layout.m, stop))
+            for column in range(first, min(first + self.layout.m, stop)):
                 error = self._round(column, entry[column - first]) / self.upper[column, column]
                 errors[column - start] = error
                 self.work[column + 1 : stop] -= np.outer(self.upper[column, column + 1 : stop], error)
@@ -163,13 +163,13 @@ class _Walk:
     def _entries(self, first: int, stop: int) -> NDArray[np.int64]:
         """Decide the mask of a group; return the entry that every element of it is, or -1; (columns, rows)."""
         layout, rows = self.layout, self.work.shape[1]
-        group = first // layout.group
+        group = first // layout.m
         if self.choose:
             scores = (self.work[first:stop].T / self.importance[first:stop]) ** 2
-            self.positions[:, group] = largest(scores, layout.keep, layout.group, layout.share)[:, 0]
+            self.positions[:, group] = largest(scores, layout.n, layout.m, layout.share)[:, 0]
         kept = self.positions[np.arange(rows) // layout.share, group]
-        entry = np.full((layout.group, rows), -1, np.int64)
-        entry[kept.T, np.arange(rows)] = group * layout.keep + np.arange(layout.keep)[:, None]
+        entry = np.full((layout.m, rows), -1, np.int64)
+        entry[kept.T, np.arange(rows)] = group * layout.n + np.arange(layout.n)[:, None]
         return entry
 
     def _round(self, column: int, entry: NDArray[np.int64]) -> Floats:

@@ -1,9 +1,10 @@
-"""Choosing one option for each of many items, so that the losses add up to the least that a number of bytes allows.
+"""Choosing one alternative for each of many items, so that the sum of the losses is the least that a budget allows.
 
-The multiple-choice knapsack problem. The lower convex hull of every item's (bytes, loss) points is walked in the order
-of loss saved a byte, which gives the best total for Lagrange multipliers, at most one step from the best of all (Sinha
-and Zoltners, "The multiple-choice knapsack problem", 1979); what that leaves of the bytes is then used up. For few
-items dynamic programming over bytes in small units comes closer.
+This is the multiple-choice knapsack problem. Every item is a tensor, and every alternative a way to pack it, with its
+bytes and its loss. The lower convex hull of each item's (bytes, loss) points is walked; the step that saves the most
+loss for a byte comes first. The result is at most one step from the best (Sinha and Zoltners, "The multiple-choice
+knapsack problem", 1979). The bytes that are left are then spent on whatever still fits. For few items, dynamic
+programming over bytes in small units comes closer to the best.
 """
 
 from __future__ import annotations
@@ -20,34 +21,34 @@ FEW_ITEMS = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class Alternative:
     """A way to pack one tensor.
 
     Attributes:
         size: bytes.
-        loss: what is lost, not negative.
+        loss: the predicted loss, not negative.
     """
 
     size: int
     loss: float
 
 
-def allocate(items: Sequence[Sequence[Option]], budget: int) -> list[int] | None:
-    """Return the number of each item's option, or None where not even the smallest fit.
+def allocate(items: Sequence[Sequence[Alternative]], budget: int) -> list[int] | None:
+    """Return the number of the alternative chosen for each item, or None if even the smallest ones do not fit.
 
-    The total is never above the best that all items reach with options of the same number.
+    The total loss is never above that of the best choice in which all items have the same number.
 
     Args:
-        items: the options of each item, at least one.
+        items: the alternatives of each item, at least one.
         budget: bytes.
     """
     if least_size(items) > budget:
         return None
-    useful = [_undominated(options) for options in items]
+    useful = [_undominated(alternatives) for alternatives in items]
     found = [_fill(useful, _walk(useful, budget), budget)]
     if len(items) <= FEW_ITEMS:
         found.append(_fill(useful, _by_units(useful, budget), budget))
-    choices = [[options[i][0] for options, i in zip(useful, choice, strict=True)] for choice in found]
+    choices = [[alternatives[i][0] for alternatives, i in zip(useful, choice, strict=True)] for choice in found]
     for number in range(min(map(len, items), default=0)):
         uniform = [number] * len(items)
         if total_size(items, uniform) <= budget:
@@ -55,113 +56,113 @@ def allocate(items: Sequence[Sequence[Option]], budget: int) -> list[int] | None
     return min(choices, key=lambda choice: total_loss(items, choice))
 
 
-def least_size(items: Sequence[Sequence[Option]]) -> int:
-    """Return the bytes of the smallest options."""
-    return sum(min(option.size for option in options) for options in items)
+def least_size(items: Sequence[Sequence[Alternative]]) -> int:
+    """Return the sum of the bytes of each item's smallest alternative."""
+    return sum(min(alternative.size for alternative in alternatives) for alternatives in items)
 
 
-def total_size(items: Sequence[Sequence[Option]], choice: Sequence[int]) -> int:
+def total_size(items: Sequence[Sequence[Alternative]], choice: Sequence[int]) -> int:
     """Return the bytes of a choice."""
-    return sum(options[i].size for options, i in zip(items, choice, strict=True))
+    return sum(alternatives[i].size for alternatives, i in zip(items, choice, strict=True))
 
 
-def total_loss(items: Sequence[Sequence[Option]], choice: Sequence[int]) -> float:
+def total_loss(items: Sequence[Sequence[Alternative]], choice: Sequence[int]) -> float:
     """Return the loss of a choice."""
-    return sum(options[i].loss for options, i in zip(items, choice, strict=True))
+    return sum(alternatives[i].loss for alternatives, i in zip(items, choice, strict=True))
 
 
-_Useful = list[tuple[int, Option]]
+_Useful = list[tuple[int, Alternative]]
 
 
-def _undominated(options: Sequence[Option]) -> _Useful:
-    """Return numbered options by size, without those that another one equals or beats in both bytes and loss."""
+def _undominated(alternatives: Sequence[Alternative]) -> _Useful:
+    """Return alternatives with their numbers, by size; without those that another equals or beats in bytes and loss."""
     useful: _Useful = []
-    for number, option in sorted(enumerate(options), key=lambda each: (each[1].size, each[1].loss)):
-        if not useful or option.loss < useful[-1][1].loss:
-            useful.append((number, option))
+    for number, alternative in sorted(enumerate(alternatives), key=lambda each: (each[1].size, each[1].loss)):
+        if not useful or alternative.loss < useful[-1][1].loss:
+            useful.append((number, alternative))
     return useful
 
 
-def _hull(options: _Useful) -> list[int]:
-    """Return which options lie on the lower convex hull, from the smallest on."""
+def _hull(alternatives: _Useful) -> list[int]:
+    """Return the places of the alternatives on the lower convex hull, the smallest first."""
     hull: list[int] = []
-    for i in range(len(options)):
-        while len(hull) > 1 and _saved(options, hull[-2], hull[-1]) <= _saved(options, hull[-2], i):
+    for i in range(len(alternatives)):
+        while len(hull) > 1 and _saved(alternatives, hull[-2], hull[-1]) <= _saved(alternatives, hull[-2], i):
             hull.pop()
         hull.append(i)
     return hull
 
 
-def _saved(options: _Useful, small: int, large: int) -> float:
+def _saved(alternatives: _Useful, small: int, large: int) -> float:
     """Return the loss saved for a byte."""
-    (_, one), (_, other) = options[small], options[large]
+    (_, one), (_, other) = alternatives[small], alternatives[large]
     return (one.loss - other.loss) / (other.size - one.size)
 
 
 def _walk(items: Sequence[_Useful], budget: int) -> list[int]:
     """Take steps along the hulls while they fit, the one that saves the most a byte first."""
-    hulls = [_hull(options) for options in items]
+    hulls = [_hull(alternatives) for alternatives in items]
     place = [0] * len(items)
-    left = budget - sum(options[0][1].size for options in items)
+    left = budget - sum(alternatives[0][1].size for alternatives in items)
     steps = [(-_saved(items[i], *hull[:2]), i) for i, hull in enumerate(hulls) if len(hull) > 1]
     heapq.heapify(steps)
     while steps:
         _, i = heapq.heappop(steps)
-        options, hull = items[i], hulls[i]
-        step = options[hull[place[i] + 1]][1].size - options[hull[place[i]]][1].size
+        alternatives, hull = items[i], hulls[i]
+        step = alternatives[hull[place[i] + 1]][1].size - alternatives[hull[place[i]]][1].size
         if step > left:
             continue  # later steps of this item hang on this one
         left -= step
         place[i] += 1
         if place[i] + 1 < len(hull):
-            heapq.heappush(steps, (-_saved(options, hull[place[i]], hull[place[i] + 1]), i))
+            heapq.heappush(steps, (-_saved(alternatives, hull[place[i]], hull[place[i] + 1]), i))
     return [hull[at] for hull, at in zip(hulls, place, strict=True)]
 
 
 def _fill(items: Sequence[_Useful], choice: list[int], budget: int) -> list[int]:
-    """Use up what is left of the bytes: the option that saves the most of any item, as long as one fits."""
+    """Spend the bytes that are left: as long as an alternative fits, take the one that saves the most loss."""
     choice = list(choice)
-    left = budget - sum(options[i][1].size for options, i in zip(items, choice, strict=True))
+    left = budget - sum(alternatives[i][1].size for alternatives, i in zip(items, choice, strict=True))
 
     def best_step(i: int) -> tuple[float, int]:
-        """Return the loss that the largest option that fits saves, and its number."""
-        options, now = items[i], choice[i]
+        """Return the loss that the largest alternative that fits saves, and its number."""
+        alternatives, now = items[i], choice[i]
         fitting = now
-        while fitting + 1 < len(options) and options[fitting + 1][1].size - options[now][1].size <= left:
+        while fitting + 1 < len(alternatives) and alternatives[fitting + 1][1].size - alternatives[now][1].size <= left:
             fitting += 1
-        return options[now][1].loss - options[fitting][1].loss, fitting
+        return alternatives[now][1].loss - alternatives[fitting][1].loss, fitting
 
     waiting = [(-best_step(i)[0], i) for i in range(len(items))]
     heapq.heapify(waiting)
     while waiting:
         known, i = heapq.heappop(waiting)
-        saved, option = best_step(i)
+        saved, alternative = best_step(i)
         if saved <= 0:
             continue
         if saved < -known:  # less is left than when this was pushed
             heapq.heappush(waiting, (-saved, i))
             continue
-        left -= items[i][option][1].size - items[i][choice[i]][1].size
-        choice[i] = option
+        left -= items[i][alternative][1].size - items[i][choice[i]][1].size
+        choice[i] = alternative
     return choice
 
 
 def _by_units(items: Sequence[_Useful], budget: int) -> list[int]:
-    """Return the best choice for sizes above the smallest ones rounded up to units."""
-    smallest = [options[0][1].size for options in items]
+    """Return the best choice, with the bytes beyond each item's smallest alternative rounded up to units."""
+    smallest = [alternatives[0][1].size for alternatives in items]
     spare = budget - sum(smallest)
     unit = max(-(-spare // UNITS), 1)
     units = spare // unit
     best = np.zeros(units + 1)
     taken = np.zeros((len(items), units + 1), np.uint16)
-    for i, options in enumerate(items):
+    for i, alternatives in enumerate(items):
         before = best
-        best = before + options[0][1].loss
-        for number, (_, option) in enumerate(options[1:], 1):
-            more = -(-(option.size - smallest[i]) // unit)
+        best = before + alternatives[0][1].loss
+        for number, (_, alternative) in enumerate(alternatives[1:], 1):
+            more = -(-(alternative.size - smallest[i]) // unit)
             if more > units:
                 break
-            other = before[: units + 1 - more] + option.loss
+            other = before[: units + 1 - more] + alternative.loss
             view = best[more:]
             better = other < view
             view[better] = other[better]

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is the base that a delta was packed against (spec/deltafmt-v1.md, section 7.5)."""
+"""Checks that a checkpoint is the base that a delta was packed against (spec/deltafmt-v1.md, section 7.5)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def find_base(checkpoint: Checkpoint, entry: TensorEntry) -> Tensor | None:
     """Return the base tensor that an entry needs, or None if it needs none.
 
     Raises:
-        WrongBaseError: the base lacks it, or has it in another dtype or shape.
+        WrongBaseError: the base lacks the tensor, or has it in another dtype or shape.
     """
     if entry.base is None:
         return None
@@ -37,7 +37,12 @@ def wrong_bytes(checkpoint: Checkpoint, name: str) -> WrongBaseError:
 
 
 def compare_bases(base: Checkpoint, entries: Iterable[TensorEntry], threads: int) -> Iterator[tuple[str, bool]]:
-    """Give the name of every base tensor that the entries need and whether its bytes are those packed against.
+    """Give the name of every base tensor that the entries need, and True if its bytes are those packed against.
+
+    Args:
+        base: the checkpoint.
+        entries: the entries of a delta file.
+        threads: worker threads for the fingerprints.
 
     Raises:
         WrongBaseError: the base lacks a tensor, or has it in another dtype or shape.

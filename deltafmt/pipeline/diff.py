@@ -1,4 +1,4 @@
-"""What changed, tensor by tensor, between two delta files or two checkpoints."""
+"""``deltafmt.diff``: the tensors that differ between two delta files or two checkpoints."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from deltafmt.terms import floats
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One tensor that is not the same on both sides.
+    """One tensor, attachment or key of the metadata that is not the same on both sides.
 
     Attributes:
-        name: of the tensor.
+        name: the tensor's name.
         kind: ``only in A``, ``only in B`` or ``changed``.
         detail: what differs, in words.
-        relative: for two checkpoints, the norm of the difference over the norm of A's tensor.
+        relative: for two checkpoints, the norm of the difference divided by the norm of A's tensor.
         largest: for two checkpoints, the largest absolute difference.
     """
 
@@ -53,7 +53,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class DiffResult:
-    """The changes, and how many tensors are the same."""
+    """The changes, and the number of tensors that are the same."""
 
     changes: list[Change]
     same: int
@@ -62,14 +62,17 @@ class DiffResult:
 def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> DiffResult:
     """Compare two delta files, or two checkpoints.
 
+    Args:
+        a, b: two delta files, or two checkpoints: folders or ``.safetensors`` files.
+
     Raises:
         UsageError: one is a delta file and the other a checkpoint.
         InvalidFileError, StorageError: an input cannot be read.
     """
-    kinds = [_is_delta(Path(a)), _is_delta(Path(b))]
-    if kinds[0] != kinds[1]:
+    are_deltas = [_is_delta(Path(path)) for path in (a, b)]
+    if are_deltas[0] != are_deltas[1]:
         raise UsageError(f"{a} and {b} are a delta file and a checkpoint; diff compares two of a kind")
-    if kinds[0]:
+    if are_deltas[0]:
         with DeltaFile(a) as first, DeltaFile(b) as second:
             found = _collect(
                 {entry.name: entry for entry in first.container.entries()},
@@ -107,7 +110,7 @@ def _collect(a: dict[str, Any], b: dict[str, Any], compare: Any) -> DiffResult:
 
 
 def _compare_rest(a: Container, b: Container) -> list[Change]:
-    """Compare what a delta file holds beside its tensors."""
+    """Compare the attachments, the metadata and the names of removed tensors of two delta files."""
     changes = []
     for name in sorted(a.attachments.keys() | b.attachments.keys()):
         label = f"attachment {name}"
@@ -126,7 +129,7 @@ def _compare_rest(a: Container, b: Container) -> list[Change]:
 
 def _compare_entries(a: TensorEntry, b: TensorEntry) -> Change | None:
     left, right = semantic_entry(a), semantic_entry(b)
-    if left == right:  # also where the same positions are stored as fixed in one file and as rank in the other
+    if left == right:  # even if one file stores the positions as a fixed index and the other as a rank index
         return None
     parts = [key for key in ("dtype", "shape", "base") if left.get(key) != right.get(key)]
     before, after = describe_entry(a), describe_entry(b)

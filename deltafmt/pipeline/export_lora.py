@@ -1,4 +1,7 @@
-"""A delta of ``lowrank`` terms to a LoRA adapter as PEFT saves it; written whole or not at all."""
+"""``deltafmt.export_lora``: a delta of ``lowrank`` terms to a LoRA adapter as PEFT saves it.
+
+The folder appears whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,18 @@ from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.delta import DeltaFile
-from deltafmt.errors import UsageError
+from deltafmt.errors import Remedy, UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.bases import find_base, wrong_bytes
 from deltafmt.pipeline.import_lora import METADATA_BASE, METADATA_TASK
 from deltafmt.pipeline.lora_modules import LoraModule, lora_modules
+from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.terms.buffers import raw_bytes
 
 DEFAULT_TASK: Final = "CAUSAL_LM"
 
-# Beside an adapter, a model's configuration would say that the folder holds a model.
+# A model's configuration in an adapter's folder would say that the folder holds a model.
 _NOT_FOR_ADAPTERS: Final = frozenset(("config.json", "generation_config.json", CONFIG_FILE))
 
 
@@ -37,7 +41,7 @@ class ExportResult:
         nbytes: bytes of the tensors written.
         rank: the largest rank.
         modules: number of modules that have factors.
-        saved: modules that are stored whole.
+        saved: names of modules that are stored whole.
         files: names of the attached files that were written.
     """
 
@@ -60,18 +64,18 @@ def export_lora(
 ) -> ExportResult:
     """Write a delta whose terms are all ``lowrank`` as a LoRA adapter with a scaling of 1.
 
-    Several terms of one tensor become one pair of factors, one after the other along the rank. A tensor that replaces
-    the base's makes its module one of ``modules_to_save``.
+    Several terms of one tensor become one pair of factors, joined along the rank. The module of a tensor that the delta
+    replaces becomes one of ``modules_to_save``.
 
     Args:
         delta: the delta file.
         out: the folder to make.
-        base: its base, whose configuration is used and which is named in the adapter; not needed where the delta has
-            a configuration attached.
-        dtype: of the factors: ``BF16``, ``F16`` or ``F32``. If not given, the dtype that all terms of a tensor are
-            stored in, and F32 for coded ones, which is exact.
-        task_type: PEFT's name of the task; if not given, that of the imported adapter, or ``CAUSAL_LM``.
-        force: replace ``out`` if it is a folder that exists.
+        base: the delta's base. The adapter then names it, and its configuration is used. It is not needed if the delta
+            has a configuration attached.
+        dtype: the dtype of the factors: ``BF16``, ``F16`` or ``F32``. If not given, the dtype in which all terms of a
+            tensor are stored, or F32 for terms of codes; both are exact.
+        task_type: PEFT's name of the task. If not given, the task of the adapter that was imported, or ``CAUSAL_LM``.
+        force: True to replace ``out`` if it is a folder that exists.
 
     Raises:
         UsageError: the output exists, or a tensor's delta is not low rank.
@@ -84,10 +88,7 @@ def export_lora(
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(c.DELTA_DTYPES)}")
     path = Path(out)
     check_output_folder(path, force=force)
-    for source in (delta, *(() if base is None else (base,))):
-        found = Path(source).resolve()
-        if path.resolve() in (found, *found.parents):
-            raise UsageError(f"the output {path} is, or holds, the input {source}")
+    refuse_input_folder(path, [delta] if base is None else [delta, base])
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(DeltaFile(delta))
         entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
@@ -98,9 +99,9 @@ def export_lora(
             for entry in entries:
                 find_base(checkpoint, entry)
             named, config = str(checkpoint.path), config or checkpoint.config()
-        job = _Exporter(opened, checkpoint, entries, lora_modules(opened, entries, config, dtype))
+        exporter = _Exporter(opened, checkpoint, entries, lora_modules(opened, entries, config, dtype))
         task = task_type or opened.metadata.get(METADATA_TASK) or DEFAULT_TASK
-        return job.run(path, job.config(named, task), force)
+        return exporter.run(path, exporter.config(named, task), force)
 
 
 class _Exporter:
@@ -122,10 +123,13 @@ class _Exporter:
         self._saved = [module for module, parts in changed.items() if not self._is_biased(module, parts, with_factors)]
 
     def _is_biased(self, module: str, parts: list[TensorEntry], with_factors: set[str]) -> bool:
-        """Note a module's tensors that are stored whole; tell whether that is a bias alone, which is not said by name.
+        """Note a module's tensors that are stored whole; return True if that is a bias alone.
+
+        PEFT names modules that are stored whole in ``modules_to_save``, and biases alone in ``bias``.
 
         Raises:
-            UsageError: a tensor is no module's, or is the base's and its module is stored whole.
+            UsageError: a replaced tensor belongs to no module or to one with factors, or the module has another tensor
+                that only the base holds.
         """
         replaced = [part for part in parts if part.action == "replace"]
         where = f'{self._delta.container.name}: tensor "{replaced[0].name}"'
@@ -135,7 +139,7 @@ class _Exporter:
         if module in with_factors:
             if not only_bias:
                 raise UsageError(f"{where} is replaced, and its module has factors")
-            # What has factors keeps its own parameters one level down.
+            # PEFT keeps the own parameters of a module with factors one level down.
             self._whole[f"{PREFIX}{module}.base_layer.bias"] = replaced[0]
             self._bias = "lora_only" if self._bias == "none" else self._bias
             return True
@@ -145,7 +149,8 @@ class _Exporter:
             return True
         for part in parts:
             if part.action != "replace" and self._base is None:
-                raise UsageError(f"{where} is replaced, but {part.name} is the base's; give --base to have both stored")
+                text = f"{where} is replaced, but {part.name} of the same module is the base's, and both must be stored"
+                raise UsageError(text, Remedy("base", None))
             self._whole[f"{PREFIX}{part.name}"] = part
         return False
 
@@ -195,7 +200,7 @@ class _Exporter:
         largest = max(ranks.values())
         pattern: dict[str, int] = {}
         if min(ranks.values()) < largest:
-            # The first key that ends a module's name decides: long names come first, and none is left out.
+            # PEFT takes the first key that a module's name ends with. Long names come first, and all are there.
             pattern = {name: ranks[name] for name in sorted(ranks, key=lambda name: (-len(name), natural_key(name)))}
         return {
             "peft_type": "LORA",

@@ -1,40 +1,42 @@
-"""A base and a LoRA adapter to a delta file: the factors as they are, everything else the base's."""
+"""``deltafmt.import_lora``: a base and a LoRA adapter to a delta file.
+
+The factors become ``lowrank`` terms; every other tensor is the base's, or replaced by one that the adapter holds whole.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
-
-from blake3 import blake3
 
 from deltafmt._version import __version__
 from deltafmt.checkpoint.adapter import Adapter
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.folder import Checkpoint, natural_key, read_file
 from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.checkpoint.writer import TensorSpec
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
-from deltafmt.index.entries import BaseRef, TensorEntry, Term
+from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.index.sections import Attachment
+from deltafmt.pipeline.entry_writer import EntryWriter, packed_bytes
 from deltafmt.pipeline.lora_factors import term_of
 from deltafmt.pipeline.lora_plan import LoraPlan, plan_lora
-from deltafmt.pipeline.pack import refuse_input
+from deltafmt.pipeline.outputs import refuse_input_file
 from deltafmt.pipeline.workers import Progress, drain, thread_count
-from deltafmt.terms.buffers import blank, raw_bytes
+from deltafmt.terms.buffers import blank
 from deltafmt.terms.lowrank.codec import LowRankCodec
 
 METADATA_BASE: Final = "lora.base_model_name_or_path"
 METADATA_TASK: Final = "lora.task_type"
 
-# The model is the base's kind, whatever lies beside the adapter.
+# These describe the model, so they come from the base even if the adapter's folder has files of the same name.
 _CONFIGS: Final = frozenset(("config.json", "generation_config.json"))
-# The base's card is not the fine-tune's, and tokenizers are taken whole, from one side.
+# The base's card does not describe the fine-tune. A tokenizer is taken whole: all its files come from one folder.
 _CARD: Final = "README.md"
 _TOKENIZER: Final = frozenset(
     (
@@ -60,9 +62,9 @@ class ImportResult:
         content_id: its content id, hexadecimal.
         adapter_bytes: bytes of the adapter's weight file.
         ranks: number of matrices with a low-rank delta, by rank.
-        replaced: tensors that the adapter holds whole, with other bytes than the base.
-        same: tensors that are the base's.
-        base_name: what the adapter names as its base; empty if it names none.
+        replaced: names of tensors that the adapter holds whole, with other bytes than the base.
+        same: number of tensors that equal the base's.
+        base_name: the base that the adapter names; empty if it names none.
         skipped_files: names of files of the adapter's folder that could not be attached.
     """
 
@@ -87,15 +89,15 @@ def import_lora(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> ImportResult:
-    """Write a LoRA adapter as a delta file: ``lowrank`` terms of the factors with the scaling in them.
+    """Write a LoRA adapter as a delta file, with the adapter's scaling multiplied into the factors.
 
     Args:
         base: the checkpoint that the adapter was trained on, a folder or a ``.safetensors`` file.
         adapter: a folder as PEFT saves it, with ``adapter_config.json`` and ``adapter_model.safetensors``.
         out: the file to make.
         profile: ``hot`` or ``cold``.
-        force: replace ``out`` if it exists.
-        threads: worker threads for the base's fingerprints; one a processor if not given.
+        force: True to replace ``out`` if it exists.
+        threads: worker threads for the base's fingerprints; one for each processor if not given.
         progress: called with a base tensor's name and bytes as each is done.
 
     Raises:
@@ -110,7 +112,7 @@ def import_lora(
         raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
     path = Path(out)
     with Checkpoint(base) as checkpoint, Adapter(adapter) as opened:
-        refuse_input(path, [checkpoint])
+        refuse_input_file(path, [checkpoint])
         if path.resolve().parent == opened.path.resolve() and path.exists():
             raise UsageError(f"the output {path} lies in the adapter's folder and is not replaced")
         plan = plan_lora(checkpoint, opened)
@@ -137,12 +139,13 @@ class _Importer:
     """One run of an import."""
 
     def __init__(
-        self, base: Checkpoint, adapter: Adapter, plan: LoraPlan, writer: ContainerWriter, result: ImportResult
+        self, base: Checkpoint, adapter: Adapter, plan: LoraPlan, container: ContainerWriter, result: ImportResult
     ) -> None:
         self._base = base
         self._adapter = adapter
         self._plan = plan
-        self._writer = writer
+        self._container = container
+        self._writer = EntryWriter(container)
         self._result = result
 
     def run(self, threads: int, progress: Progress | None) -> None:
@@ -157,47 +160,42 @@ class _Importer:
                 whole = self._plan.replaced.get(name)
                 entry = self._kept(base[name], next(digests)) if whole is None else self._replaced(name, whole)
                 entries.append(entry)
-                self._writer.boundary()
+                self._container.boundary()
                 if progress and name in base:
                     progress(name, base[name].nbytes)
         finally:
             drain(pool)
         result.same = sum(entry.action == "same" for entry in entries)
         result.replaced = [entry.name for entry in entries if entry.action == "replace"]
-        identity = self._writer.finish(entries, attachments=self._attach(), metadata=self._metadata())
-        result.size, result.content_id = self._writer.position, identity.hex()
+        identity = self._container.finish(entries, attachments=self._attach(), metadata=self._metadata())
+        result.size, result.content_id = self._container.position, identity.hex()
 
     def _kept(self, base: Tensor, digest: bytes) -> TensorEntry:
-        """Return the entry of a tensor that is the base's, or the base's and a term."""
+        """Return the entry of a tensor that equals its base, or is its base plus one term."""
         reference = BaseRef(digest, base.dtype, base.shape)
         factors = self._plan.factors.get(base.name)
         if factors is None:
-            return TensorEntry(base.name, "same", base.dtype, base.shape, reference)
+            return self._writer.same(base, reference)
         scaling = self._adapter.config.scaling_of(factors.module)
         layout, arrays = term_of(factors, scaling, transposed=base.name in self._plan.transposed)
+        codec = LowRankCodec(layout, *base.shape)
         packed = blank(layout, *base.shape)
-        LowRankCodec(layout, *base.shape).encode(arrays, packed)
-        payload, refs = blake3(), {}
-        for name, array in packed.items():
-            payload.update(raw_bytes(array))
-            refs[name] = self._writer.add(raw_bytes(array))
-        term = Term(self._writer.layout_number(layout), layout, 0, refs)
+        codec.encode(arrays, packed)
         self._result.ranks[layout.rank] = self._result.ranks.get(layout.rank, 0) + 1
-        return TensorEntry(base.name, "add", base.dtype, base.shape, reference, payload.digest(), terms=(term,))
+        return self._writer.add(base, reference, [packed_bytes(codec, packed)])
 
     def _replaced(self, name: str, tensor: Tensor) -> TensorEntry:
-        payload = blake3()
-        ref = self._writer.add(_digested(tensor.pieces(), payload))
-        return TensorEntry(name, "replace", tensor.dtype, tensor.shape, digest=payload.digest(), data=ref)
+        """Return the entry of a tensor that the adapter holds whole, under the name that it has in the model."""
+        return self._writer.replace(TensorSpec(name, tensor.dtype, tensor.shape), tensor.pieces())
 
     def _attach(self) -> dict[str, Attachment]:
-        """Attach what makes the unpacked folder load: the adapter's files, and the base's that it lacks."""
+        """Attach the files with which the unpacked folder loads: the adapter's, and those that only the base has."""
         own, base, found = self._adapter.files, self._base.files, {}
         left_out = {_CARD, CONFIG_FILE} | (_TOKENIZER if _TOKENIZER & own.keys() else set())
         files = {name: path for name, path in base.items() if name not in left_out} | own
         files |= {name: base[name] for name in _CONFIGS & base.keys()}
         for name, path in sorted(files.items()):
-            found[name] = self._writer.attach(read_file(path))
+            found[name] = self._container.attach(read_file(path))
         return found
 
     def _metadata(self) -> dict[str, str]:
@@ -209,9 +207,3 @@ class _Importer:
             **{key: value for key, value in named.items() if value},
             **{f"safetensors.{key}": value for key, value in self._base.metadata().items()},
         }
-
-
-def _digested(pieces: Iterator[memoryview], digest: blake3) -> Iterator[memoryview]:
-    for piece in pieces:
-        digest.update(piece)
-        yield piece

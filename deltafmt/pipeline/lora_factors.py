@@ -1,9 +1,10 @@
 """LoRA factors as the vectors of a ``lowrank`` term, and back (spec/deltafmt-v1.md, section 13).
 
-A module computes ``y = W x + s B A x``, so its weight's delta is ``s B A``: vector u_r is column r of B, v_r row r of
-A. Embeddings and Conv1D modules keep the transpose: there u_r is row r of A and v_r column r of B. The scaling s goes
-into B. Where every element of s B has a value in the factors' dtype, as it has for any power of two within range, that
-dtype stays; otherwise both factors become float32, A exactly and s B rounded once.
+A module computes ``y = W x + s B A x``, so its weight's delta is ``s B A``: vector u_r is column r of B, and v_r is row
+r of A. Embeddings and Conv1D modules store the transpose of the weight: there u_r is row r of A, and v_r is column r of
+B. The scaling s is multiplied into B. If the factors' dtype holds every element of s B exactly, the term keeps that
+dtype. This is so for every s that is a power of two, within the dtype's range. Otherwise both factors become float32: A
+exactly, and s B rounded once.
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ Floats = NDArray[np.float32]
 
 
 def term_of(factors: Factors, scaling: float, *, transposed: bool) -> tuple[LowRankLayout, LowRankArrays]:
-    """Return the term of a module's factors.
+    """Return the layout and the arrays of the term that a module's factors become.
 
-    Factors of more vectors than the matrix has rows or columns are multiplied out: the product in float32 takes the
-    place of one factor, and the identity that of the other.
+    Factors with more vectors than the matrix has rows or columns are multiplied out: their product in float32 becomes
+    one factor, and the identity matrix the other.
+
+    Args:
+        factors: A and B of the module.
+        scaling: the factor s of B A.
+        transposed: True if the base stores the transpose of the module's weight.
 
     Raises:
         NonFiniteError: a factor, or its product with the scaling, has NaN or infinity.
@@ -62,7 +68,7 @@ def _arrays(out: Floats, into: Floats, dtype: str, *, transposed: bool) -> LowRa
 
 
 def _multiplied(a: Floats, b: NDArray[np.float64], factors: Factors) -> tuple[Floats, Floats]:
-    """Return min(rows, columns) vectors with the same product: the product's own rows or columns, and unit vectors."""
+    """Return min(rows, columns) vectors with the same product: the rows or columns of the product, and unit vectors."""
     with np.errstate(over="ignore"):
         product = _finite((b.T @ a.astype(np.float64)).astype(np.float32), factors.b, " times the other factor")
     rows, columns = product.shape

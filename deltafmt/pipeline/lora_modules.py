@@ -1,4 +1,4 @@
-"""The modules of an adapter that a delta becomes, and their factors."""
+"""The modules of the adapter that ``export_lora`` makes of a delta, and their factors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from deltafmt.checkpoint.adapter import PREFIX, is_conv1d, is_embedding, may_be_conv1d
 from deltafmt.checkpoint.writer import TensorSpec
 from deltafmt.delta import DeltaFile
-from deltafmt.errors import NonFiniteError, UsageError
+from deltafmt.errors import NonFiniteError, Remedy, UsageError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.lora_factors import factors_of
 from deltafmt.terms.floats import Raw, narrow, widen
@@ -21,7 +21,16 @@ from deltafmt.terms.lowrank.layout import LowRankLayout
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """A module with factors: its name, its entry, its bands, its kind, and the dtype to write."""
+    """A module with factors.
+
+    Attributes:
+        name: the module's name.
+        entry: the entry of the module's weight.
+        bands: the layouts of the entry's terms.
+        embedding: True for an embedding.
+        conv1d: True for a Conv1D module of GPT-2, which stores the transpose of its weight.
+        dtype: the dtype in which the factors are written.
+    """
 
     name: str
     entry: TensorEntry
@@ -32,12 +41,12 @@ class LoraModule:
 
     @property
     def rank(self) -> int:
-        """Vectors of all bands."""
+        """Number of vectors of all bands."""
         return sum(band.rank for band in self.bands)
 
     @property
     def transposed(self) -> bool:
-        """Whether the weight is the transpose of what a linear module has."""
+        """True if the weight is the transpose of a linear module's weight."""
         return self.embedding or self.conv1d
 
     def specs(self) -> tuple[TensorSpec, TensorSpec]:
@@ -72,7 +81,7 @@ def lora_modules(
     """Return the modules that have factors, in natural order.
 
     Raises:
-        UsageError: names the first tensor whose delta is not that of an adapter, or there is none that has one.
+        UsageError: a tensor's delta cannot be an adapter's (names the first), or no tensor has a low-rank delta.
     """
     found = []
     for entry in entries:
@@ -91,7 +100,8 @@ def lora_modules(
         if entry.base is None or entry.base.shape != entry.shape:
             raise UsageError(f"{where} has other rows than its base, which an adapter cannot say")
         if not config and may_be_conv1d(module):
-            raise UsageError(f"{where} may be stored transposed; give --base a folder with config.json")
+            text = f"{where} may be stored transposed, which only its base's config.json tells"
+            raise UsageError(text, Remedy("base", None))
         stored = {band.factors if isinstance(band.factors, str) else "F32" for band in bands}
         written = dtype or (stored.pop() if len(stored) == 1 else "F32")
         found.append(LoraModule(module, entry, bands, is_embedding(module), is_conv1d(module, config), written))

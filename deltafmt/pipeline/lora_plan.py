@@ -1,4 +1,4 @@
-"""Which tensors of a base an adapter's tensors belong to, decided from names, dtypes and shapes."""
+"""The base tensor that each tensor of an adapter belongs to, found from names, dtypes and shapes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from deltafmt.format import constants as c
 
 @dataclass(frozen=True, slots=True)
 class LoraPlan:
-    """Where an adapter's tensors belong.
+    """The place of every tensor of an adapter.
 
     Attributes:
-        factors: by the name of the base's tensor.
-        transposed: names of base tensors whose rows and columns are exchanged.
-        replaced: tensors that take the place of the base's, and new ones, by name.
+        factors: pairs of factors, by the name of the base tensor to which their product is added.
+        transposed: names of base tensors that are the transpose of their module's weight.
+        replaced: tensors of the adapter that replace a base tensor, and new ones, by their name in the model.
     """
 
     factors: dict[str, Factors]
@@ -30,8 +30,8 @@ def plan_lora(base: Checkpoint, adapter: Adapter) -> LoraPlan:
     """Find the base tensor of everything in the adapter.
 
     Raises:
-        InvalidFileError: two modules or tensors of the adapter belong to one of the base's.
-        UnsupportedError: a tensor cannot be said to be the base's plus factors, or replaced.
+        InvalidFileError: two modules or tensors of the adapter belong to the same base tensor.
+        UnsupportedError: a tensor can be written neither as base plus factors nor as a replacement.
         WrongBaseError: the base lacks a tensor, or has it in another shape.
     """
     factors: dict[str, Factors] = {}
@@ -59,10 +59,10 @@ def plan_lora(base: Checkpoint, adapter: Adapter) -> LoraPlan:
 
 
 def _changes(base: Checkpoint, adapter: Adapter, name: str, found: str | None, tensor: Tensor) -> bool:
-    """Tell whether a tensor that is stored whole differs from the base's, or is new and may be.
+    """Return True if a tensor that the adapter stores whole differs from the base's, or is new.
 
     Raises:
-        UnsupportedError, WrongBaseError: it is new and may not be, or has another shape.
+        UnsupportedError, WrongBaseError: the tensor is new where none may be, or has another shape than the base's.
     """
     if found is not None:
         if base.tensors[found].shape != tensor.shape:
@@ -73,7 +73,7 @@ def _changes(base: Checkpoint, adapter: Adapter, name: str, found: str | None, t
         raise _unmatched(base, adapter, tensor.name)
     if module.rpartition(".")[2] != "lm_head":
         return True
-    # The base ties its head to its embedding: so must the fine-tune.
+    # The base ties its head to its embedding, so the adapter's head must equal its embedding.
     if not any(tensor.equals(other) for other in adapter.whole.values() if other is not tensor):
         raise UnsupportedError(
             f'{adapter.path}: tensor "{tensor.name}" would untie the head from the embedding of {base.path}'
@@ -82,7 +82,7 @@ def _changes(base: Checkpoint, adapter: Adapter, name: str, found: str | None, t
 
 
 def _find(base: Checkpoint, name: str) -> str | None:
-    """Return the base's tensor of a name, which may stand there without, or with one more, part in front."""
+    """Return the name of a tensor in the base, where the name may have one part fewer, or one more, in front."""
     rest = name.partition(".")[2]
     for candidate in (name, rest):
         if candidate in base.tensors:
@@ -92,9 +92,9 @@ def _find(base: Checkpoint, name: str) -> str | None:
 
 
 def _is_transposed(pair: Factors, base: Checkpoint, name: str, adapter: Adapter) -> bool:
-    """Tell whether the base keeps a weight with rows and columns exchanged.
+    """Return True if the base stores a weight with rows and columns exchanged.
 
-    Where the shape leaves it open, the kind of model decides, and then the adapter's ``fan_in_fan_out``.
+    If the weight is square, its shape does not tell: the model's type decides, or the adapter's ``fan_in_fan_out``.
     """
     tensor = base.tensors[name]
     if tensor.dtype not in c.DELTA_DTYPES:

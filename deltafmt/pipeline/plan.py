@@ -1,10 +1,9 @@
-"""Which tensor is packed how, decided from names, dtypes and shapes before any weight is read."""
+"""How each tensor is packed, decided from names, dtypes and shapes before any weight is read."""
 
 from __future__ import annotations
 
 import fnmatch
 import glob
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ from blake3 import blake3
 from deltafmt._version import __version__
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.errors import NonFiniteError, Remedy, UsageError, WrongBaseError
 from deltafmt.format.constants import DELTA_DTYPES, element_count
 from deltafmt.methods.base import Method
 from deltafmt.terms.layout import TermLayout
@@ -33,9 +32,10 @@ class Plan:
     Attributes:
         tensor: the fine-tuned tensor.
         base: the base tensor of that name, if there is one.
-        method: compresses the delta; None keeps the tensor exactly.
-        reason: why it is kept exactly; empty otherwise.
+        method: compresses the delta; None keeps the tensor exactly, or leaves the choice open if ``undecided``.
+        reason: why the tensor is kept exactly; empty otherwise.
         alias: the tensor of which this one is a tied copy, or None.
+        undecided: True until a method is chosen for a target. No undecided plan is ever packed.
     """
 
     tensor: Tensor
@@ -43,6 +43,16 @@ class Plan:
     method: Method | None
     reason: str = ""
     alias: str | None = None
+    undecided: bool = False
+
+    @property
+    def uses_moments(self) -> bool:
+        """True if the tensor's method, or a method that may be chosen for it, uses a calibration's second moments."""
+        return self.undecided or (self.method is not None and self.method.calibration != "none")
+
+    def decided(self, method: Method | None, reason: str = "") -> Plan:
+        """Return the plan with a method that is now chosen; None keeps the tensor exactly, for a reason."""
+        return replace(self, method=method, reason=reason, undecided=False)
 
     @property
     def shared_rows(self) -> int:
@@ -50,7 +60,7 @@ class Plan:
         return min(self.tensor.rows, 0 if self.base is None else self.base.rows)
 
     def layouts(self) -> tuple[TermLayout, ...]:
-        """Return the layouts of the terms that the tensor becomes; none if it is kept exactly.
+        """Return the layouts of the terms that the tensor becomes; none if it is kept exactly or undecided.
 
         Raises:
             UsageError: the method's options do not go with this shape.
@@ -60,15 +70,15 @@ class Plan:
         return self.method.layouts(self.shared_rows, self.tensor.columns)
 
 
-def exact_hint(name: str) -> str:
-    """Return what to do about a tensor that cannot be compressed."""
-    return f"--exclude {shlex.quote(glob.escape(name))} keeps the tensor exactly"
+def not_finite(name: str, message: str) -> NonFiniteError:
+    """Return the error for a tensor whose delta is not finite, which can only be kept exactly."""
+    return NonFiniteError(f'tensor "{name}": {message}', Remedy("exclude", glob.escape(name)))
 
 
 def make_plan(
     base: Checkpoint,
     finetuned: Checkpoint,
-    method: Method,
+    method: Method | None,
     rules: Sequence[Rule] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -77,8 +87,9 @@ def make_plan(
 
     Args:
         base, finetuned: the checkpoints.
-        method: for every tensor that nothing else decides.
-        rules: (pattern, method or None) pairs; the last one that matches a name decides.
+        method: compresses every tensor that no rule decides; None leaves those undecided, for a target to choose.
+        rules: (pattern, method or None) pairs; the last one that matches a name decides, and None there keeps the
+            tensor exactly.
         include: if given, only names that match one of these patterns are compressed.
         exclude: names that match one of these patterns are kept exactly.
 
@@ -96,29 +107,31 @@ def make_plan(
     def decide(tensor: Tensor) -> Plan:
         name = tensor.name
         other = base.tensors.get(name)
-        chosen: Method | None = method
-        reason = ""
+        plan = Plan(tensor, other, method, undecided=method is None)
         if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
-            chosen, reason = None, "not included"
+            plan = plan.decided(None, "not included")
         for pattern, ruled in rules:
             if fnmatch.fnmatchcase(name, pattern):
-                chosen, reason = ruled, "by rule" if ruled is None else ""
+                plan = plan.decided(ruled, "by rule" if ruled is None else "")
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
-            chosen, reason = None, "excluded"
-        if chosen is not None:
-            reason = why_exact(tensor, other, chosen)
-        return Plan(tensor, other, None if reason else chosen, reason)
+            plan = plan.decided(None, "excluded")
+        reason = plan.reason or why_exact(tensor, other, plan.method)
+        return plan.decided(None, reason) if reason else plan
 
     plans = {name: decide(tensor) for name, tensor in finetuned.tensors.items()}
     for name, target in ties.items():
-        # Whoever asks for one of two tied tensors to be exact does not get the other's approximation.
-        if plans[target].method is None or plans[name].reason not in CHOSEN:
-            plans[name] = replace(plans[name], method=None, reason="tied", alias=target)
+        # A tensor that the user keeps exactly is no alias of one that is compressed.
+        exact = plans[target].method is None and not plans[target].undecided
+        if exact or plans[name].reason not in CHOSEN:
+            plans[name] = replace(plans[name].decided(None, "tied"), alias=target)
     return list(plans.values())
 
 
-def why_exact(tensor: Tensor, base: Tensor | None, method: Method) -> str:
-    """Return why a tensor cannot or should not be compressed, or an empty string."""
+def why_exact(tensor: Tensor, base: Tensor | None, method: Method | None) -> str:
+    """Return why a tensor cannot or should not be compressed, or an empty string.
+
+    Without a method, the reason is one that holds for every method.
+    """
     if base is None:
         return "not in the base"
     if tensor.dtype not in DELTA_DTYPES or base.dtype not in DELTA_DTYPES:
@@ -129,12 +142,14 @@ def why_exact(tensor: Tensor, base: Tensor | None, method: Method) -> str:
         return "another shape than the base's"
     if not tensor.nbytes or not base.nbytes:
         return "empty"
+    if method is None:
+        return ""
     shared = min(tensor.rows, base.rows)
     try:
         layouts = method.layouts(shared, tensor.columns)
     except UsageError as error:
-        raise UsageError(f'tensor "{tensor.name}": {error}') from error
-    # The slots of unstructured terms are not known yet: this is a lower bound, and is seen to again once they are.
+        raise error.located(f'tensor "{tensor.name}"') from error
+    # The slots of unstructured terms are not known yet. This is a lower bound; packing compares the true size again.
     packed = sum(sum(layout.buffer_lengths(shared, tensor.columns).values()) for layout in layouts)
     return NO_SMALLER if packed >= shared_bytes(tensor, base) else ""
 
@@ -145,14 +160,14 @@ def shared_bytes(tensor: Tensor, base: Tensor) -> int:
 
 
 def check_architecture(base: Checkpoint, finetuned: Checkpoint) -> None:
-    """Refuse a pair whose models differ in kind, or whose tensors mostly have no counterpart.
+    """Refuse a pair whose models have different types, or in which most elements have no counterpart in the base.
 
     Raises:
-        WrongBaseError: names the first tensor, or the two kinds of model.
+        WrongBaseError: names the first tensor without a counterpart, or the two types of model.
     """
-    kinds = base.config().get("model_type"), finetuned.config().get("model_type")
-    if None not in kinds and kinds[0] != kinds[1]:
-        raise WrongBaseError(f"the base is a {kinds[0]!r} model, the fine-tune a {kinds[1]!r} model")
+    types = base.config().get("model_type"), finetuned.config().get("model_type")
+    if None not in types and types[0] != types[1]:
+        raise WrongBaseError(f"the base is a {types[0]!r} model, the fine-tune a {types[1]!r} model")
     matched = total = 0
     odd = ""
     for name, tensor in finetuned.tensors.items():
@@ -169,9 +184,10 @@ def check_architecture(base: Checkpoint, finetuned: Checkpoint) -> None:
 
 
 def find_ties(base: Checkpoint, finetuned: Checkpoint) -> dict[str, str]:
-    """Find matrices of the fine-tune that are stored twice, as tied weights are; name to the first one's name.
+    """Return matrices that the fine-tune stores twice, as tied weights are: the second one's name to the first one's.
 
-    A pair counts as tied when its bytes are equal in the fine-tune and, as far as the base has them, in the base.
+    Two matrices are tied if their bytes are equal in the fine-tune, and equal in the base where the base has both.
+    For example, ``lm_head.weight`` is often a copy of ``model.embed_tokens.weight``.
     """
     candidates: dict[tuple[object, ...], list[Tensor]] = {}
     for tensor in finetuned.tensors.values():
@@ -193,7 +209,13 @@ def find_ties(base: Checkpoint, finetuned: Checkpoint) -> dict[str, str]:
 
 
 def file_metadata(method: str, seed: int, finetuned: Checkpoint) -> dict[str, str]:
-    """Return the metadata of a delta file, given how its method describes itself."""
+    """Return the metadata of a delta file.
+
+    Args:
+        method: what the file says of its method: the method's description, or the target.
+        seed: the file's seed.
+        finetuned: the metadata of its safetensors files is kept under ``safetensors.KEY``.
+    """
     return {
         "deltafmt.version": __version__,
         "method": method,
@@ -203,5 +225,5 @@ def file_metadata(method: str, seed: int, finetuned: Checkpoint) -> dict[str, st
 
 
 def tensor_seed(seed: int, name: str) -> int:
-    """Derive a tensor's 32-bit seed from the file's and the tensor's name, never from the weights."""
+    """Derive a tensor's 32-bit seed from the file's seed and the tensor's name, never from the weights."""
     return int.from_bytes(blake3(seed.to_bytes(8, "little") + name.encode()).digest(4), "little")

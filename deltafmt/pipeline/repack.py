@@ -1,4 +1,8 @@
-"""One profile to the other without loss: zstd and rank indexes for archives, stored and fixed for kernels."""
+"""A delta file in the other profile, without loss.
+
+A ``cold`` file, for archives, is compressed by zstd and has ``rank`` indexes. A ``hot`` file, for kernels, is stored as
+it is and has ``fixed`` indexes.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,15 @@ from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile, codec_of
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
-from deltafmt.index.entries import TensorEntry, Term
+from deltafmt.index.entries import TensorEntry
 from deltafmt.index.sections import Attachment
+from deltafmt.pipeline.entry_writer import EntryWriter, TermBytes
 from deltafmt.terms.buffers import raw_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class RepackResult:
-    """What a repack did: the file, its size, the size before, and the content id, which stays."""
+    """What a repack did: the new file, its size, the old file's size, and the content id, which both files have."""
 
     path: Path
     size: int
@@ -53,14 +58,17 @@ def repack(
         # An interrupted repack starts over: it runs at the speed of the disk.
         sink = PartialFile(path, None, force=force)
         try:
-            writer = ContainerWriter(sink, profile)
-            entries = sorted(container.entries(), key=lambda entry: natural_key(entry.name))
-            moved = [_move(opened, writer, entry) for entry in entries]
+            target = ContainerWriter(sink, profile)
+            writer = EntryWriter(target)
+            moved = []
+            for entry in sorted(container.entries(), key=lambda entry: natural_key(entry.name)):
+                moved.append(_moved(opened, entry, writer, profile))
+                target.boundary()
             attachments = {
-                name: Attachment(writer.add(container.buffer(old.data), c.KIND_ATTACHMENTS), old.digest)
+                name: Attachment(target.add(container.buffer(old.data), c.KIND_ATTACHMENTS), old.digest)
                 for name, old in container.attachments.items()
             }
-            identity = writer.finish(
+            identity = target.finish(
                 moved,
                 removed=container.removed,
                 attachments=attachments,
@@ -75,24 +83,20 @@ def repack(
         return RepackResult(path, path.stat().st_size, container.size, identity.hex())
 
 
-def _move(delta: DeltaFile, writer: ContainerWriter, entry: TensorEntry) -> TensorEntry:
-    """Copy one tensor's buffers, with its indexes in the form that the profile uses."""
+def _moved(delta: DeltaFile, entry: TensorEntry, writer: EntryWriter, profile: str) -> TensorEntry:
+    """Write one tensor's buffers, with its indexes in the form that the profile uses, and return its entry."""
+    if entry.target is not None:
+        return writer.alias(entry, entry.target)
+    data = None if entry.data is None else delta.container.buffer(entry.data)
+    if entry.base is None:
+        assert data is not None
+        return writer.replace(entry, data, entry.digest)
+    if not entry.terms:
+        return writer.same(entry, entry.base)
     terms = []
     for term in entry.terms:
-        target = term.layout.for_profile(writer.profile)
-        arrays = codec_of(entry, term).converted(delta.term_views(entry, term), target)
-        refs = {name: writer.add(raw_bytes(array)) for name, array in arrays.items()}
-        terms.append(Term(writer.layout_number(target), target, term.seed, refs, term.slots))
-    data = None if entry.data is None else writer.add(delta.container.buffer(entry.data))
-    writer.boundary()
-    return TensorEntry(
-        entry.name,
-        entry.action,
-        entry.dtype,
-        entry.shape,
-        entry.base,
-        entry.digest,
-        data,
-        tuple(terms),
-        entry.target,
-    )
+        layout = term.layout.for_profile(profile)
+        arrays = codec_of(entry, term).converted(delta.term_views(entry, term), layout)
+        buffers = {name: raw_bytes(array) for name, array in arrays.items()}
+        terms.append(TermBytes(layout, term.seed, term.slots, buffers))
+    return writer.add(entry, entry.base, terms, data, entry.digest)

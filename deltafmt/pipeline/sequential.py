@@ -1,8 +1,9 @@
-"""What a sequential calibration shows to the blocks after one: its matrices as the file will hold them.
+"""The compressed parameters that a sequential calibration shows to later blocks.
 
-A stage's matrices are packed by themselves, as they will be into the file, from the same moments and seeds, and
-decoded as ``unpack`` does; so all that is decided while packing, such as keeping a matrix that would be no smaller, is
-decided alike. The file that holds them is removed at once.
+In sequential calibration, each block is calibrated on the outputs of the compressed blocks before it. The matrices of a
+finished block are packed into a file of their own, with the moments and seeds that the real file will use, and decoded
+as ``unpack`` decodes them. Whatever packing decides is therefore decided in the same way, for example that a matrix is
+kept exactly because its delta would be no smaller. The file is removed at once.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ from deltafmt.terms.floats import widen
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """Gives the parameters of a stage as they will be stored, as ``deltafmt.calibration.callbacks.OnStage``.
+    """A ``deltafmt.calibration.callbacks.OnStage`` that gives the parameters of a stage as they will be stored.
 
     Attributes:
-        plans: of all tensors, by name.
-        pack: packs some of them into a file.
-        path: of that file.
+        plans: the plans of all tensors, by name.
+        pack: packs some tensors into a file.
+        path: that file.
     """
 
     plans: dict[str, Plan]
-    pack: Callable[[list[Plan], Path], None]
+    pack: Callable[[Sequence[Plan], Path], None]
     path: Path
 
     def __call__(self, names: Sequence[str], awaited: frozenset[str]) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """Give names and values of the parameters that the file will not hold exactly.
 
         Args:
-            names: of the stage's parameters.
-            awaited: of weights whose moments are still to come: what is a tied copy of one is left as it is.
+            names: the stage's parameters.
+            awaited: names of weights whose moments are still to come. A tied copy of such a weight is left as it is.
         """
         sources = {name: plan for name in names if (plan := self._source(name, awaited)) is not None}
         needed = {plan.tensor.name: plan for plan in sources.values()}
@@ -60,7 +61,7 @@ class Stages:
                 self.path.unlink()
 
     def _source(self, name: str, awaited: frozenset[str]) -> Plan | None:
-        """Return the plan of the tensor that decides a parameter, if that is to be compressed and can be by now."""
+        """Return the plan of the tensor that a parameter is decoded from; None if the tensor is exact or awaited."""
         plan = self.plans.get(name)
         if plan is not None and plan.alias is not None:
             plan = self.plans[plan.alias]
@@ -71,7 +72,7 @@ class Stages:
 
 
 def stored(plan: Plan, opened: DeltaFile, routines: CodecRoutines) -> NDArray[np.float32]:
-    """Return a tensor that an open delta holds as an ``add`` as it will be unpacked, in float32."""
+    """Return a tensor as it will be unpacked, in float32; the open delta has terms for it."""
     tensor, base = plan.tensor, plan.base
     assert base is not None
     entry = opened[tensor.name]

@@ -1,7 +1,8 @@
 """The size of the file that ``pack`` would write, known from shapes and layouts before a delta is compressed.
 
-The container's writer is run on zeros: sections, alignment and index come out as they will. Sections of a ``cold`` file
-are counted as if zstd saved nothing, which makes the size an upper bound there; attachments are compressed as they are.
+The writers of entries and containers run on zeros, so sections, alignment and index have the sizes that they will have.
+For a ``cold`` file the size is an upper bound: its sections are counted as if zstd saved nothing. Attachments are
+compressed as they are.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
-from deltafmt.index.entries import BaseRef, TensorEntry, Term
+from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.index.sections import DIGEST_BYTES
 from deltafmt.output import Bytes
+from deltafmt.pipeline.entry_writer import EntryWriter, TermBytes
 from deltafmt.pipeline.plan import Plan, shared_bytes, tensor_seed
 from deltafmt.terms.layout import TermLayout
 
@@ -45,57 +47,56 @@ def file_size(
         unchanged: names of tensors that equal their base.
         removed: names of tensors that only the base has.
         files: the attachments.
-        metadata: of the file.
+        metadata: the file's metadata.
         profile: ``hot``, or ``cold`` for an upper bound.
-        seed: of the file.
+        seed: the file's seed.
 
     Raises:
         UsageError: the size of a term depends on the data.
     """
-    writer = ContainerWriter(_Nowhere())
+    container = ContainerWriter(_Nowhere())
+    writer = EntryWriter(container)
     entries = []
     for plan in plans:
         entries.append(_entry(writer, plan, seed, same=plan.tensor.name in unchanged))
-        writer.boundary()
-    attachments = {name: writer.attach(data) for name, data in files.items()}
-    writer.finish(entries, removed=removed, attachments=attachments, metadata=dict(metadata))
+        container.boundary()
+    attachments = {name: container.attach(data) for name, data in files.items()}
+    container.finish(entries, removed=removed, attachments=attachments, metadata=dict(metadata))
     if profile == "hot":
-        return writer.position
-    stored = [section for section in writer.sections if section.codec == c.CODEC_STORED]
+        return container.position
+    stored = [section for section in container.sections if section.codec == c.CODEC_STORED]
     chunks = sum(-(-section.length // c.ZSTD_CHUNK) for section in stored)
-    return writer.position + chunks * _CHUNK_OVERHEAD + len(stored) * c.SECTION_ALIGNMENT
+    return container.position + chunks * _CHUNK_OVERHEAD + len(stored) * c.SECTION_ALIGNMENT
 
 
 def tensor_size(plan: Plan, seed: int) -> int:
-    """Return about what a tensor takes in a file that has others: its buffers, aligned, and its entry in the index."""
-    writer = ContainerWriter(_Nowhere())
-    entry = _entry(writer, plan, seed, same=False)
+    """Return about how many bytes a tensor adds to a file: its buffers, aligned, and its entry in the index."""
+    container = ContainerWriter(_Nowhere())
+    entry = _entry(EntryWriter(container), plan, seed, same=False)
     payload = sum(c.align(ref.length, c.BUFFER_ALIGNMENT) for _, ref in entry.refs())
-    before = writer.position
-    writer.finish([entry])
-    return payload + writer.position - c.align(before, c.SECTION_ALIGNMENT)
+    before = container.position
+    container.finish([entry])
+    return payload + container.position - c.align(before, c.SECTION_ALIGNMENT)
 
 
-def _entry(writer: ContainerWriter, plan: Plan, seed: int, *, same: bool) -> TensorEntry:
+def _entry(writer: EntryWriter, plan: Plan, seed: int, *, same: bool) -> TensorEntry:
+    """Write zeros in place of a tensor's buffers, and return its entry."""
     tensor, base = plan.tensor, plan.base
     if plan.alias is not None:
-        return TensorEntry(tensor.name, "alias", tensor.dtype, tensor.shape, target=plan.alias)
-    reference = None if base is None else BaseRef(_DIGEST, base.dtype, base.shape)
+        return writer.alias(tensor, plan.alias)
+    layouts = () if same else plan_layouts(plan)
+    if base is None or not (same or layouts):
+        return writer.replace(tensor, _zeros(tensor.nbytes), _DIGEST)
+    reference = BaseRef(_DIGEST, base.dtype, base.shape)
     if same:
-        return TensorEntry(tensor.name, "same", tensor.dtype, tensor.shape, reference)
-    layouts = plan_layouts(plan)
-    if not layouts or base is None:
-        data = writer.add(_zeros(tensor.nbytes))
-        return TensorEntry(tensor.name, "replace", tensor.dtype, tensor.shape, digest=_DIGEST, data=data)
+        return writer.same(tensor, reference)
     terms = []
     for layout in layouts:
         lengths = layout.buffer_lengths(plan.shared_rows, tensor.columns)
-        refs = {name: writer.add(_zeros(length)) for name, length in lengths.items()}
-        drawn = tensor_seed(seed, tensor.name) if layout.seeded else 0
-        terms.append(Term(writer.layout_number(layout), layout, drawn, refs))
+        buffers = {name: _zeros(length) for name, length in lengths.items()}
+        terms.append(TermBytes(layout, tensor_seed(seed, tensor.name) if layout.seeded else 0, 0, buffers))
     new_bytes = tensor.nbytes - shared_bytes(tensor, base)
-    new_rows = writer.add(_zeros(new_bytes)) if new_bytes else None
-    return TensorEntry(tensor.name, "add", tensor.dtype, tensor.shape, reference, _DIGEST, new_rows, tuple(terms))
+    return writer.add(tensor, reference, terms, _zeros(new_bytes) if new_bytes else None, _DIGEST)
 
 
 def plan_layouts(plan: Plan) -> tuple[TermLayout, ...]:

@@ -1,4 +1,4 @@
-"""What costs what in a delta file, from its index alone: no section is read."""
+"""What is in a delta file and how many bytes each part takes, from the index alone: no section is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deltafmt.index.entries import TensorEntry
 
 @dataclass(slots=True)
 class Node:
-    """A line of the tree of costs: a label, its bytes, a remark, and what it is made of."""
+    """A line of the tree of costs: a label, its bytes, a remark, and the parts that the bytes divide into."""
 
     label: str
     size: int
@@ -31,7 +31,7 @@ class Node:
         return obj
 
 
-# What a buffer counts as. Everything else in the file is overhead.
+# The label under which each buffer is counted. Everything else in the file is overhead.
 PAYLOAD = {
     "codes": "codes",
     "index": "index",
@@ -53,30 +53,28 @@ def plural(number: int, noun: str) -> str:
 
 
 def finetuned_bytes(entries: Iterable[TensorEntry]) -> int:
-    """Return the bytes of the fine-tuned tensors, tied ones counted once."""
+    """Return the bytes of the fine-tuned tensors, with tied tensors counted once."""
     return sum(entry.nbytes for entry in entries if entry.action != "alias")
 
 
 def cost_tree(container: Container) -> Node:
-    """Return the tree of costs; the sizes of every node's children sum to its own, the root's is the file's."""
-    kinds: dict[str, dict[str, int]] = {}
+    """Return the tree of costs. The root is the file, and the sizes of a node's children add up to the node's size."""
+    groups: dict[str, dict[str, int]] = {}
     counts: dict[str, int] = {}
-    used = 0
     for entry in container.entries():
         for name, ref in entry.refs():
             plain = name.rpartition(".")[2].removeprefix("u_").removeprefix("v_")
             group = "tensors kept exactly" if entry.action == "replace" else "deltas"
             label = PAYLOAD[plain]
-            kinds.setdefault(group, {}).setdefault(label, 0)
-            kinds[group][label] += ref.length
-            used += ref.length
+            groups.setdefault(group, {}).setdefault(label, 0)
+            groups[group][label] += ref.length
         counts[entry.action] = counts.get(entry.action, 0) + 1
     tensors = [section for section in container.sections if section.kind == c.KIND_TENSORS]
     raw = sum(section.raw_length for section in tensors)
     stored = sum(section.length for section in tensors)
     nodes = []
     for group, action in (("deltas", "add"), ("tensors kept exactly", "replace")):
-        parts = [Node(label, size) for label, size in kinds.get(group, {}).items() if size]
+        parts = [Node(label, size) for label, size in groups.get(group, {}).items() if size]
         note = plural(counts.get(action, 0), "tensor")
         children = parts if group == "deltas" else []
         nodes.append(Node(group, sum(part.size for part in parts), note, children))
@@ -93,13 +91,13 @@ def cost_tree(container: Container) -> Node:
 
 
 def overhead(container: Container) -> int:
-    """Return the bytes that are neither codes, index, scales nor kept tensors (attachments included)."""
+    """Return the bytes that belong to no tensor's buffer: attachments, the index, alignment and the like."""
     payload = sum(ref.length for entry in container.entries() for _, ref in entry.refs())
     return container.size - payload
 
 
 def describe_entry(entry: TensorEntry) -> str:
-    """Return how a tensor comes about, in a few words."""
+    """Return how a tensor is made from its base, in a few words, such as ``same as the base``."""
     if entry.action == "alias":
         return f"alias of {entry.target}"
     if entry.terms:
@@ -111,7 +109,7 @@ def describe_entry(entry: TensorEntry) -> str:
 
 
 def entry_obj(container: Container, entry: TensorEntry) -> dict[str, Any]:
-    """Return everything about a tensor as a plain object; ``file_offset`` is where a stored buffer lies in the file."""
+    """Return everything about a tensor as a plain object; ``file_offset`` is a stored buffer's place in the file."""
     obj: dict[str, Any] = {
         "action": entry.action,
         "dtype": entry.dtype,

@@ -1,4 +1,7 @@
-"""Base and delta file to a loadable checkpoint folder: streamed, in bounded memory, whole or not at all."""
+"""``deltafmt.unpack``: base and delta file to a checkpoint folder, streamed and in bounded memory.
+
+The folder appears whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
-from deltafmt.errors import UsageError
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.pipeline.bases import compare_bases, find_base, wrong_bytes
+from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thread_count
 from deltafmt.terms.buffers import raw_bytes
 from deltafmt.terms.codec_routines import CodecRoutines, codec_routines
@@ -30,9 +33,9 @@ class UnpackResult:
     Attributes:
         path: the folder.
         tensors: number of tensors written.
-        nbytes: bytes of those tensors.
+        nbytes: bytes of the tensors written.
         files: names of the attached files that were written.
-        mismatched: base tensors that differ from those packed against (only with ``force_base``).
+        mismatched: names of base tensors that differ from those packed against; only ``force_base`` allows any.
     """
 
     path: Path
@@ -56,13 +59,14 @@ def unpack(
     """Apply a delta to its base and write the fine-tuned checkpoint as a folder.
 
     Args:
-        base: a checkpoint folder or a ``.safetensors`` file, in any shards.
+        base: a checkpoint folder or a ``.safetensors`` file; the number of its shards does not matter.
         delta: the delta file.
         out: the folder to make.
-        force: replace ``out`` if it is a folder that exists.
-        force_base: go on although the base's bytes differ; recorded in the output's metadata.
-        max_shard_bytes: tensor bytes of a shard.
-        threads: worker threads; one a processor if not given.
+        force: True to replace ``out`` if it is a checkpoint folder that exists.
+        force_base: True to go on if the base's bytes differ from those packed against. The output's metadata then
+            names the tensors that differ.
+        max_shard_bytes: bytes of tensors in one shard of the output.
+        threads: worker threads; one for each processor if not given.
         progress: called with a tensor's name and bytes as each is done.
 
     Raises:
@@ -73,24 +77,20 @@ def unpack(
     """
     path = Path(out)
     check_output_folder(path, force=force)
-    for source in (Path(base), Path(delta)):
-        if (
-            path.exists()
-            and source.exists()
-            and (os.path.samefile(path, source) or path.resolve() in source.resolve().parents)
-        ):
-            raise UsageError(f"the output {path} is, or holds, the input {source}")
+    refuse_input_folder(path, [base, delta])
     with Checkpoint(base) as checkpoint, DeltaFile(delta) as opened:
         entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
-        # With force_base, the bytes are compared all the same, and the differences recorded.
+        # ``force_base`` allows other bytes, but no other dtypes and shapes.
         for entry in entries:
             find_base(checkpoint, entry)
-        job = _Unpacker(opened, checkpoint, entries, UnpackResult(path))
-        return job.run(force, force_base, max_shard_bytes, thread_count(threads), progress)
+        unpacker = _Unpacker(opened, checkpoint, entries, UnpackResult(path))
+        return unpacker.run(force, force_base, max_shard_bytes, thread_count(threads), progress)
 
 
 @dataclass(slots=True)
 class _Pending:
+    """The work on one tensor that has been submitted."""
+
     fingerprint: Future[bytes] | None = None
     parts: list[Future[None]] = field(default_factory=list)
 
@@ -164,7 +164,7 @@ class _Unpacker:
         """Start the work on one tensor."""
         pending = _Pending()
         source = self._delta.resolve(entry.name)
-        # An alias is written from its target's terms, over its target's base.
+        # An alias is its target's base plus its target's terms.
         tensor = find_base(self._base, source)
         if tensor is not None:
             tensor.file.will_need(tensor.offset, tensor.nbytes)
@@ -187,7 +187,7 @@ class _Unpacker:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Write batches of rows of an ``add``."""
+    """Writes batches of rows of a tensor that is its base plus terms."""
 
     writer: CheckpointWriter
     name: str
@@ -209,7 +209,7 @@ class _Part:
 
 
 def _copy(writer: CheckpointWriter, name: str, tensor: Tensor) -> None:
-    """Write a tensor that is the base's."""
+    """Write a tensor that equals its base."""
     offset = 0
     for piece in tensor.pieces():
         writer.write(name, offset, piece)

@@ -1,4 +1,4 @@
-"""Everything that can be checked of a delta file, and of a base against it."""
+"""``deltafmt.verify``: every check that a delta file, and a base for it, can be put to."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from deltafmt.terms.codec_routines import CodecRoutines, codec_routines
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    """What was found to be right.
+    """What was checked and found right.
 
     Attributes:
-        sections: checksums compared.
-        tensors: entries whose buffers were decoded and whose digests were compared.
-        base_tensors: base tensors whose fingerprints were compared; None without a base.
-        content_id: recomputed content id, hexadecimal.
+        sections: number of sections whose checksums were compared.
+        tensors: number of entries whose buffers were decoded and whose digests were compared.
+        base_tensors: number of base tensors whose fingerprints were compared; None without a base.
+        content_id: the content id, computed anew, hexadecimal.
     """
 
     sections: int
@@ -50,13 +50,13 @@ def verify(
     """Check a delta file completely: structure, checksums, canonical packing, digests, content id.
 
     Args:
-        delta: the file.
-        base: if given, its tensors are compared with the fingerprints in the file.
+        delta: the delta file.
+        base: the checkpoint whose tensors are compared with the fingerprints in the file, if given.
         threads: worker threads for the base's fingerprints.
         progress: called with a tensor's name and bytes as each is done.
 
     Raises:
-        InvalidFileError: the first fault, with its place.
+        InvalidFileError: the file is not valid; names the first fault and its place.
         WrongBaseError: names the first tensor of the base that differs.
         StorageError: reading failed.
     """
@@ -100,7 +100,7 @@ def _check_payload(delta: DeltaFile, entry: TensorEntry, routines: CodecRoutines
 
 
 def check_base(base: Checkpoint, entries: list[TensorEntry], threads: int) -> int:
-    """Compare a base with the fingerprints; return how many tensors were compared.
+    """Compare a base with the fingerprints in the entries; return the number of tensors compared.
 
     Raises:
         WrongBaseError: names the first tensor that differs.
@@ -114,7 +114,7 @@ def check_base(base: Checkpoint, entries: list[TensorEntry], threads: int) -> in
 
 
 def check_coverage(container: Container, entries: list[TensorEntry]) -> None:
-    """Check that the buffers of every section follow each other, with zero padding only between them.
+    """Check that the buffers of every section follow each other, with nothing but zero padding between them.
 
     Raises:
         InvalidFileError: buffers overlap, leave a gap, or bytes between them are not zero.
@@ -142,7 +142,7 @@ def check_coverage(container: Container, entries: list[TensorEntry]) -> None:
 
 
 def payload_digest(delta: DeltaFile, entry: TensorEntry) -> bytes:
-    """Return the BLAKE3 of a tensor's payload: its buffers in order, a ``rank`` index in its ``fixed`` form."""
+    """Return the BLAKE3 of a tensor's payload: its buffers in order, with a ``rank`` index in its ``fixed`` form."""
     digest = blake3()
     for term in entry.terms:
         codec = codec_of(entry, term)
@@ -154,5 +154,5 @@ def payload_digest(delta: DeltaFile, entry: TensorEntry) -> bytes:
 
 
 def _named(container: Container, error: InvalidFileError) -> InvalidFileError:
-    prefix = f"{container.name}: "
-    return error if str(error).startswith(prefix) else type(error)(prefix + str(error))
+    """Return an error with the file's name in front, unless the name stands there already."""
+    return error if str(error).startswith(f"{container.name}: ") else error.located(container.name)

@@ -1,4 +1,4 @@
-"""A thread pool whose jobs come back in order, with a bound on how much is in flight."""
+"""Worker threads whose results come back in order, with a bound on the memory of those that wait."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Generic, TypeVar
 from deltafmt.errors import UsageError
 
 Item = TypeVar("Item")
-Job = TypeVar("Job")
+Work = TypeVar("Work")
 
-# Called with a tensor's name and bytes as each is done.
+# Called with a tensor's name and bytes as each tensor is done.
 Progress = Callable[[str, int], None]
 
-# Bytes of fine-tuned tensors whose results may wait for their turn.
+# Bytes of fine-tuned tensors whose results may wait while an earlier one is in use.
 IN_FLIGHT_BYTES = 64 * 1024 * 1024
 
 
 def thread_count(threads: int | None) -> int:
-    """Return the number of worker threads: as asked for, or one for each processor this process may use.
+    """Return the number of worker threads: the given one, or one for each processor that this process may use.
 
     Raises:
-        UsageError: fewer than one thread was asked for.
+        UsageError: the given number is below 1.
     """
     if threads is not None:
         if threads < 1:
@@ -35,13 +35,19 @@ def thread_count(threads: int | None) -> int:
 
 
 def in_order(
-    items: Iterable[Item], submit: Callable[[Item], Job], size: Callable[[Item], int]
-) -> Iterator[tuple[Item, Job]]:
-    """Submit items ahead of their use, at most IN_FLIGHT_BYTES beyond the one in use, and give them in order."""
-    waiting: deque[tuple[Item, Job]] = deque()
+    items: Iterable[Item], submit: Callable[[Item], Work], size: Callable[[Item], int]
+) -> Iterator[tuple[Item, Work]]:
+    """Submit items to worker threads ahead of their use, and give them in order with what ``submit`` returned.
+
+    Args:
+        items: what is worked on.
+        submit: starts the work on an item, and returns a handle to its result.
+        size: bytes that an item counts for while its result waits; at most IN_FLIGHT_BYTES wait beside the one in use.
+    """
+    waiting: deque[tuple[Item, Work]] = deque()
     held = 0
     for item in items:
-        # One item is always ahead of the one in use, so that its first bytes are being read meanwhile.
+        # One item is always submitted ahead, so that its first bytes are read while the one before it is in use.
         while len(waiting) > 1 and held + size(item) > IN_FLIGHT_BYTES:
             first = waiting.popleft()
             yield first
@@ -52,7 +58,7 @@ def in_order(
 
 
 class PerThread(Generic[Item]):
-    """One object for each thread that asks, made when it first does."""
+    """One object for each thread, made when the thread first asks for it."""
 
     def __init__(self, make: Callable[[], Item]) -> None:
         self._make = make
@@ -67,5 +73,5 @@ class PerThread(Generic[Item]):
 
 
 def drain(pool: ThreadPoolExecutor) -> None:
-    """Stop a pool: drop what has not begun, wait for what has."""
+    """Stop a pool: cancel the work that has not begun, and wait for the work that has."""
     pool.shutdown(wait=True, cancel_futures=True)

@@ -12,8 +12,7 @@ from deltafmt.delta import DeltaFile
 from deltafmt.errors import StorageError, UsageError
 from deltafmt.format.constants import BUFFER_ALIGNMENT, align
 from deltafmt.index.entries import TensorEntry
-from deltafmt.kernels.packed import PackedOperand
-from deltafmt.kernels.table import Operand
+from deltafmt.kernels.operand import Operand
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
 from deltafmt.runtime.upload import load
 
@@ -164,7 +163,4 @@ def _map_tensor(tensor: DeviceTensor, moved: Callable[[torch.Tensor], torch.Tens
 
 
 def _map_operand(term: Operand, moved: Callable[[torch.Tensor], torch.Tensor]) -> Operand:
-    if isinstance(term, PackedOperand):
-        return replace(term, buffers={name: moved(tensor) for name, tensor in term.buffers.items()})
-    index = None if term.index is None else moved(term.index)
-    return replace(term, codes=moved(term.codes), index=index, scales=moved(term.scales))
+    return replace(term, buffers={name: moved(tensor) for name, tensor in term.buffers.items()})

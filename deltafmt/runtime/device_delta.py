@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from deltafmt.index.entries import TensorEntry
-from deltafmt.kernels.table import Operand
+from deltafmt.kernels.operand import Operand
 
 
 @dataclass(frozen=True, slots=True, eq=False)

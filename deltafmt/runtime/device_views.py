@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from deltafmt.container.reader import Container
 from deltafmt.format.constants import element_count
 from deltafmt.index.entries import TensorEntry, Term
-from deltafmt.index.sections import BufferRef
-from deltafmt.kernels.nm.operand import NMOperand
-from deltafmt.kernels.packed import BUFFER_DTYPES, PackedOperand
-from deltafmt.kernels.table import Operand
+from deltafmt.kernels.operand import BUFFER_DTYPES, Operand, buffer_forms
 from deltafmt.runtime.device_delta import DeviceTensor
-from deltafmt.runtime.upload_plan import Placement
-from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.tiles import TILE_ROWS, BufferForm
+from deltafmt.runtime.upload_plan import UploadPlan
+from deltafmt.terms.layout import TermLayout
 
 # A dtype that torch lacks (or lacked when it was built) is left as bytes.
 _TORCH_NAMES = {
@@ -47,47 +42,23 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """What operands of one layout and shape have in common: the layout on a device, and the shapes of the buffers."""
-
-    layout: NMLayout
-    codes: tuple[int, int, int]
-    index: tuple[int, int, int] | None
-    scales: tuple[int, int, int]
-    scale_dtype: torch.dtype
-
-    @classmethod
-    def of(cls, stored: NMLayout, rows: int, columns: int) -> _Form:
-        layout = stored.plain()
-        tiles = layout.row_tiles(rows)
-        index = (layout.index_tiles(rows), layout.index_words(columns), TILE_ROWS)
-        return cls(
-            layout,
-            (tiles, layout.codes_words(columns), TILE_ROWS),
-            None if layout.index == "seeded" else index,
-            (tiles, layout.scales_per_row(columns), TILE_ROWS),
-            torch.bfloat16 if layout.scale_dtype == "BF16" else torch.float32,
-        )
-
-
 class DeviceTensors(Mapping[str, DeviceTensor]):
     """The tensors of a delta, made from its index when they are first asked for.
 
     Args:
         container: its index; the file may be closed.
         names: of the tensors.
-        memory: uint8, 1-d, its length a multiple of 256; holds what ``placement`` placed.
-        placement: where the buffers lie.
+        memory: uint8, 1-d, its length a multiple of 256; holds what ``plan`` placed.
+        plan: where the buffers lie.
     """
 
-    def __init__(self, container: Container, names: Sequence[str], memory: torch.Tensor, placement: Placement) -> None:
+    def __init__(self, container: Container, names: Sequence[str], memory: torch.Tensor, plan: UploadPlan) -> None:
         self._container = container
         self._names = dict.fromkeys(names)
-        self._placement = placement
+        self._plan = plan
         self._made: dict[str, DeviceTensor] = {}
         self._bases = {torch.uint8: memory}
-        self._forms: dict[tuple[int, int, int], _Form] = {}
+        self._plain: dict[TermLayout, TermLayout] = {}
 
     def __getitem__(self, name: str) -> DeviceTensor:
         found = self._made.get(name)
@@ -116,35 +87,19 @@ class DeviceTensors(Mapping[str, DeviceTensor]):
         return DeviceTensor(entry, terms, self._data(entry))
 
     def _operand(self, entry: TensorEntry, term: Term) -> Operand:
-        layout = term.layout
         rows, columns = entry.delta_rows, entry.columns
-        if not isinstance(layout, NMLayout):
-            forms = layout.buffers(rows, columns, term.slots)
-            buffers = {name: self._buffer(forms[name], ref) for name, ref in term.buffers.items()}
-            return PackedOperand(layout, rows, columns, buffers, term.seed, term.slots)
-        # Hundreds of tensors share a few shapes.
-        key = (term.layout_number, rows, columns)
-        form = self._forms.get(key)
-        if form is None:
-            form = self._forms[key] = _Form.of(layout, rows, columns)
-        refs = term.buffers
-        codes = self._view(torch.int32, form.codes, self._placement.offset(refs["codes"]))
-        scales = self._view(form.scale_dtype, form.scales, self._placement.offset(refs["scales"]))
-        index = None
-        if form.index is not None:
-            is_rank = layout.index == "rank"
-            offset = self._placement.fixed_offset(entry, term) if is_rank else self._placement.offset(refs["index"])
-            index = self._view(torch.int32, form.index, offset)
-        return NMOperand(form.layout, term.seed, rows, columns, codes, index, scales)
-
-    def _buffer(self, form: BufferForm, ref: BufferRef) -> torch.Tensor:
-        return self._view(BUFFER_DTYPES[form.dtype], form.shape, self._placement.offset(ref))
+        layout = self._plain.setdefault(term.layout, term.layout.plain())
+        buffers = {}
+        for name, form in buffer_forms(layout, rows, columns, term.slots).items():
+            offset = self._plan.plain_offset(entry, term, name)
+            buffers[name] = self._view(BUFFER_DTYPES[form.dtype], form.shape, offset)
+        return Operand(layout, rows, columns, buffers, term.seed, term.slots)
 
     def _data(self, entry: TensorEntry) -> torch.Tensor | None:
         """Return the bytes of ``replace``, or of new rows, in the tensor's dtype if torch has it."""
         if entry.data is None:
             return None
-        offset = self._placement.offset(entry.data)
+        offset = self._plan.offset(entry.data)
         dtype = TORCH_DTYPES.get(entry.dtype)
         if dtype is None:
             return self._view(torch.uint8, (entry.data.length,), offset)

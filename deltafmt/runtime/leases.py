@@ -6,12 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Self
 
-from deltafmt.errors import UsageError
 from deltafmt.runtime.store import Fence, H, V
-
-
-class NoRoomError(UsageError):
-    """The deltas in use leave no room for another; it may be there when they are given back."""
 
 
 @dataclass(slots=True, eq=False)

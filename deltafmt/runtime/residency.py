@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic
 
-from deltafmt.errors import UsageError
-from deltafmt.runtime.leases import Item, Lease, NoRoomError, Victim, listed
+from deltafmt.errors import NoRoomError, UsageError
+from deltafmt.runtime.leases import Item, Lease, Victim, listed
 from deltafmt.runtime.store import Fence, H, Store, V
 
 

@@ -103,9 +103,9 @@ class Selection:
             if len(self._segments) == _KEPT:
                 self._segments.pop(next(iter(self._segments)))
             each = self.share(tokens, where)
-            rows = [self.slots.count(slot) for slot in self.used]
+            lengths = {slot: each * self.slots.count(slot) for slot in self.used}
             slots = self._row_slots[:, None].expand(-1, each).reshape(-1)
-            self._segments[tokens] = Segments(slots, self.count, each * max(rows), each * min(rows))
+            self._segments[tokens] = Segments(slots, self.count, lengths)
         return self._segments[tokens]
 
     def members(self, slot: int, size: int, where: str) -> torch.Tensor | slice:

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from deltafmt.kernels.nm.product import can_fuse, nm_linear
-from deltafmt.kernels.products import matmul_
-from deltafmt.kernels.table import MAX_PARTS, OperandTable
+from deltafmt.kernels.products import can_fuse, fused_linear, matmul_
+from deltafmt.kernels.record import MAX_PARTS
+from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.selection import Selection, Waiting
 from deltafmt.runtime.sites import LinearSite
 from deltafmt.runtime.values import version_of
@@ -156,7 +156,7 @@ class Siblings:
                 return None
             weights.append(weight)
         x = given.reshape(tokens, -1).contiguous()
-        return list(nm_linear(x, weights, self._table, slot))
+        return list(fused_linear(x, weights, self._table, slot))
 
 
 def shareable(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

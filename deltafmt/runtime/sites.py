@@ -14,8 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from deltafmt.errors import UsageError
-from deltafmt.kernels.dense_delta import operand_delta
-from deltafmt.kernels.products import matmul_
+from deltafmt.kernels.products import matmul_, operand_delta
 from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.places import bias_of

@@ -2,15 +2,14 @@
 
 Threads read pieces of the file into pinned buffers and give them to a stream of their own; what is uploaded is what the
 kernels read. Checksums (spec, section 5.3) are taken on a GPU of what has arrived there, as far as sections lie there
-as a whole, and otherwise by the threads. A ``rank`` index, which only a ``cold`` file
-has, becomes ``fixed`` on the device (section 11.4).
+as a whole, and otherwise by the threads. A ``rank`` index, which only a ``cold`` file has,
+becomes ``fixed`` on the device (section 11.4).
 """
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
-import math
 import os
 import threading
 from collections.abc import Iterable, Sequence
@@ -23,8 +22,8 @@ from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format.constants import BUFFER_ALIGNMENT, align
 from deltafmt.index.entries import TensorEntry
-from deltafmt.kernels.nm.rank_index.convert import make_fixed
-from deltafmt.kernels.nm.rank_index.jobs import RankJob
+from deltafmt.kernels.kind import Conversion
+from deltafmt.kernels.registry import KERNELS
 from deltafmt.kernels.xxh3.digests import can_run as has_checksums
 from deltafmt.kernels.xxh3.digests import digests
 from deltafmt.runtime.device_delta import DeviceDelta
@@ -34,7 +33,7 @@ from deltafmt.runtime.reading import Upload
 from deltafmt.runtime.unlocked import UnlockedUpload, takes
 from deltafmt.runtime.unlocked import can_run as can_unlock
 from deltafmt.runtime.upload_pieces import cut
-from deltafmt.runtime.upload_plan import Placement
+from deltafmt.runtime.upload_plan import UploadPlan
 
 PINNED_BYTES = 64 * 1024 * 1024
 # Without the interpreter's lock (measured on 16 cores): 12 threads read and copy 1.3 times what 8 do, 16 no more. Two
@@ -92,9 +91,9 @@ def load(
         if known is not None:
             container.adopt(known.container)
         names = _select(container, tensors)
-        placement = _place(container, None if tensors is None else names)
-        memory = _fill(container, placement, target, count, pinned_bytes, stream, verify=verify, cancel=cancel)
-    found = DeviceTensors(container, names, memory, placement)
+        plan = _place(container, None if tensors is None else names)
+        memory = _fill(container, plan, target, count, pinned_bytes, stream, verify=verify, cancel=cancel)
+    found = DeviceTensors(container, names, memory, plan)
     return DeviceDelta(target, container.content_id.hex(), container.metadata, memory.nbytes, found)
 
 
@@ -140,22 +139,22 @@ def _select(container: Container, tensors: str | Sequence[str] | None) -> list[s
     return [name for name in names if name in chosen]
 
 
-def _place(container: Container, names: Iterable[str] | None) -> Placement:
-    placement = Placement()
+def _place(container: Container, names: Iterable[str] | None) -> UploadPlan:
+    plan = UploadPlan()
     if names is None and not any(layout.cold_only for layout in container.layouts):
-        placement.add_whole(container.sections)
-        return placement
+        plan.add_whole(container.sections)
+        return plan
     entries: dict[str, TensorEntry] = {}
     for name in container.keys() if names is None else names:
         entry = container.entry(name)
         entries[entry.target or name] = container.entry(entry.target) if entry.target else entry
-    placement.add_buffers(entries.values())
-    return placement
+    plan.add_buffers(entries.values())
+    return plan
 
 
 def _fill(
     container: Container,
-    placement: Placement,
+    plan: UploadPlan,
     device: torch.device,
     threads: int,
     pinned_bytes: int,
@@ -166,8 +165,8 @@ def _fill(
 ) -> torch.Tensor:
     """Return the device allocation with everything in its place."""
     lane = None if device.type == "cpu" else stream or _upload_stream(device)
-    later = _checked_there(container, placement) if verify and has_checksums(device) else {}
-    unlocked = lane is not None and can_unlock(device) and takes(container, placement.sections, later, verify=verify)
+    later = _checked_there(container, plan) if verify and has_checksums(device) else {}
+    unlocked = lane is not None and can_unlock(device) and takes(container, plan.sections, later, verify=verify)
     ring = take_ring(device, pinned_bytes, SLOT_BYTES if unlocked else LOCKED_SLOT_BYTES)
     try:
         # Tensors made in inference mode could not be written to by the threads, which are not in it. On its stream the
@@ -175,9 +174,9 @@ def _fill(
         with torch.inference_mode(mode=False), contextlib.nullcontext() if lane is None else torch.cuda.stream(lane):
             memory, scratch = (
                 torch.empty(align(nbytes, BUFFER_ALIGNMENT), dtype=torch.uint8, device=device)
-                for nbytes in (placement.nbytes, placement.scratch_bytes)
+                for nbytes in (plan.nbytes, plan.scratch_bytes)
             )
-            pieces = cut(container.sections, placement, ring.slot_bytes)
+            pieces = cut(container.sections, plan, ring.slot_bytes)
             upload: Upload | UnlockedUpload
             if unlocked and lane is not None:
                 upload = UnlockedUpload(container, pieces, ring, memory, scratch, lane, verify=verify, cancel=cancel)
@@ -188,7 +187,7 @@ def _fill(
             try:
                 upload.run(threads)
                 _check(container, memory, later)
-                _make_fixed(container, placement, memory, scratch)
+                _convert(container, plan, memory, scratch)
             except BaseException:
                 if lane is not None:
                     lane.synchronize()
@@ -205,12 +204,12 @@ def _fill(
     return memory
 
 
-def _checked_there(container: Container, placement: Placement) -> dict[int, int]:
+def _checked_there(container: Container, plan: UploadPlan) -> dict[int, int]:
     """Return the sections that lie on the device as a whole, so that it can take their checksums; number to offset."""
     found = {}
-    for number in placement.sections:
+    for number in plan.sections:
         section = container.sections[number]
-        offset = placement.whole(number, section)
+        offset = plan.whole(number, section)
         if offset is not None:
             found[number] = offset
     return found
@@ -228,14 +227,11 @@ def _upload_stream(device: torch.device) -> torch.cuda.Stream:
     return _streams[device]
 
 
-def _make_fixed(container: Container, placement: Placement, memory: torch.Tensor, scratch: torch.Tensor) -> None:
-    indexes = list(placement.ranks.values())
-    if not indexes:
-        return
-    jobs = [RankJob(rank.layout, rank.mask_rows, rank.columns, rank.source // 4, rank.target // 4) for rank in indexes]
-    wrong = make_fixed(scratch.view(torch.int32), memory.view(torch.int32), jobs)
-    if wrong:
-        layout = indexes[wrong[0]].layout
-        total = math.comb(layout.group, layout.keep)
-        where = f'tensors["{indexes[wrong[0]].name}"]'
-        raise InvalidFileError(f"{container.name}: {where}: the index has a rank that is not below {total}")
+def _convert(container: Container, plan: UploadPlan, memory: torch.Tensor, scratch: torch.Tensor) -> None:
+    """Bring the buffers of layouts that kernels do not read into their plain form."""
+    by_kind: dict[str, list[Conversion]] = {}
+    for conversion in plan.conversions.values():
+        by_kind.setdefault(conversion.layout.kind, []).append(conversion)
+    for kind, jobs in by_kind.items():
+        for number, problem in KERNELS[kind].convert(scratch, memory, jobs).items():
+            raise InvalidFileError(f'{container.name}: tensors["{jobs[number].tensor}"]: {problem}')

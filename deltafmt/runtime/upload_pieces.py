@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from deltafmt.format import constants as c
 from deltafmt.index.sections import Section
-from deltafmt.runtime.upload_plan import Placement, Run
+from deltafmt.runtime.upload_plan import SectionRun, UploadPlan
 
 
 class Copy(NamedTuple):
@@ -48,30 +48,30 @@ class Piece(NamedTuple):
     compressed: bool = False
 
 
-def cut(sections: Sequence[Section], placement: Placement, size: int) -> list[Piece]:
-    """Cut the sections of a placement into pieces of at most ``size`` bytes, a multiple of 256 KiB.
+def cut(sections: Sequence[Section], plan: UploadPlan, size: int) -> list[Piece]:
+    """Cut the sections of a plan into pieces of at most ``size`` bytes, a multiple of 256 KiB.
 
     Small stored sections that follow each other share a piece; a large section is cut into even parts.
     """
     pieces: list[Piece] = []
     group: list[int] = []
-    for number in placement.sections:
+    for number in plan.sections:
         section = sections[number]
         whole = c.align(section.length, c.SECTION_ALIGNMENT)
         if group and (section.codec != c.CODEC_STORED or _span(sections, [*group, number]) > size):
-            pieces.append(_group_piece(sections, placement, group))
+            pieces.append(_group_piece(sections, plan, group))
             group = []
         if section.codec == c.CODEC_ZSTD:
-            pieces += _compressed_pieces(number, section, placement, size)
+            pieces += _compressed_pieces(number, section, plan, size)
         elif whole > size:
-            pieces += _large_pieces(number, section, placement, size)
+            pieces += _large_pieces(number, section, plan, size)
         elif group and number != group[-1] + 1:
-            pieces.append(_group_piece(sections, placement, group))
+            pieces.append(_group_piece(sections, plan, group))
             group = [number]
         else:
             group.append(number)
     if group:
-        pieces.append(_group_piece(sections, placement, group))
+        pieces.append(_group_piece(sections, plan, group))
     return pieces
 
 
@@ -80,7 +80,7 @@ def _span(sections: Sequence[Section], group: list[int]) -> int:
     return c.align(last.offset + last.length, c.SECTION_ALIGNMENT) - sections[group[0]].offset
 
 
-def _group_piece(sections: Sequence[Section], placement: Placement, group: list[int]) -> Piece:
+def _group_piece(sections: Sequence[Section], plan: UploadPlan, group: list[int]) -> Piece:
     first = sections[group[0]].offset
     shares, copies = [], []
     for number in group:
@@ -89,7 +89,7 @@ def _group_piece(sections: Sequence[Section], placement: Placement, group: list[
         shares.append(Share(number, start, section.length, padding=-section.length % c.SECTION_ALIGNMENT))
         copies += [
             Copy(start + run.start, run.target, run.stop - run.start, run.scratch)
-            for run in placement.runs(number)
+            for run in plan.runs(number)
             if run.stop > run.start
         ]
     return Piece(first, _span(sections, group), tuple(shares), _joined(copies))
@@ -112,7 +112,7 @@ def _joined(copies: list[Copy]) -> tuple[Copy, ...]:
     return tuple(out)
 
 
-def _large_pieces(number: int, section: Section, placement: Placement, size: int) -> list[Piece]:
+def _large_pieces(number: int, section: Section, plan: UploadPlan, size: int) -> list[Piece]:
     padding = -section.length % c.SECTION_ALIGNMENT
     parts = -(-(section.length + padding) // size)
     step = c.align(-(-section.length // parts), c.SECTION_ALIGNMENT)
@@ -122,25 +122,23 @@ def _large_pieces(number: int, section: Section, placement: Placement, size: int
         stop = min(start + step, section.length)
         behind = padding if stop == section.length else 0
         share = Share(number, 0, stop - start, part, len(starts), behind)
-        copies = _overlap(placement.runs(number), start, stop)
+        copies = _overlap(plan.runs(number), start, stop)
         pieces.append(Piece(section.offset + start, stop - start + behind, (share,), copies))
     return pieces
 
 
-def _compressed_pieces(number: int, section: Section, placement: Placement, size: int) -> list[Piece]:
+def _compressed_pieces(number: int, section: Section, plan: UploadPlan, size: int) -> list[Piece]:
     step = size // c.ZSTD_CHUNK * c.ZSTD_CHUNK
     starts = range(0, max(section.raw_length, 1), step)
     pieces = []
     for part, start in enumerate(starts):
         stop = min(start + step, section.raw_length)
         share = Share(number, 0, stop - start, part, len(starts))
-        pieces.append(
-            Piece(start, stop - start, (share,), _overlap(placement.runs(number), start, stop), compressed=True)
-        )
+        pieces.append(Piece(start, stop - start, (share,), _overlap(plan.runs(number), start, stop), compressed=True))
     return pieces
 
 
-def _overlap(runs: list[Run], start: int, stop: int) -> tuple[Copy, ...]:
+def _overlap(runs: list[SectionRun], start: int, stop: int) -> tuple[Copy, ...]:
     """Return what raw bytes ``start`` to ``stop`` of a section hold of its runs."""
     copies = []
     for run in runs:

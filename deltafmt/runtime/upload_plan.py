@@ -2,10 +2,11 @@
 
 Planned from the index alone, before a byte is read. All offsets are in bytes.
 
-Where a whole ``hot`` file is loaded, consecutive sections keep their distances from each other, so that a piece that
-holds several of them is one copy. Of a selection, only the buffers go to the device (those of a tensor, and of
-tensors that follow each other, in one run), though the sections that they lie in are read and checked as a whole.
-A ``rank`` index goes to scratch memory, and has a place for its ``fixed`` form.
+If a whole ``hot`` file is loaded, consecutive sections keep their distances from each other, so that a piece that
+holds several of them is one copy. If some tensors are selected, only their buffers go to the device (the buffers of
+tensors that follow each other are one run), though the sections that hold them are read and checked as a whole.
+A buffer that kernels read in another form than the file's (a ``rank`` index) goes to scratch memory, and has a place on
+the device for its plain form.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from dataclasses import dataclass, field
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry, Term
 from deltafmt.index.sections import BufferRef, Section
+from deltafmt.kernels.kind import Conversion
+from deltafmt.kernels.operand import buffer_forms
 from deltafmt.terms.layout import TermLayout
-from deltafmt.terms.nm.layout import NMLayout
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SectionRun:
     """Raw bytes ``start`` to ``stop`` of a section, which go to ``target``, or into the scratch memory."""
 
     start: int
@@ -31,40 +33,31 @@ class Run:
     scratch: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class RankIndex:
-    """A ``rank`` index to be made ``fixed``: its place in the scratch memory, and the other's on the device."""
-
-    name: str
-    layout: NMLayout
-    mask_rows: int
-    columns: int
-    source: int
-    target: int
+_Key = tuple[BufferRef, TermLayout, int, int]
 
 
 @dataclass(slots=True)
-class Placement:
+class UploadPlan:
     """Where everything goes.
 
     Attributes:
-        nbytes: of the device allocation.
-        scratch_bytes: of the scratch memory.
-        ranks: the indexes to be made ``fixed``, by the place of their buffer and their layout.
+        nbytes: bytes of the device allocation.
+        scratch_bytes: bytes of the scratch memory.
+        conversions: the buffers to be brought into their plain form, by their place in the file and their layout.
     """
 
     nbytes: int = 0
     scratch_bytes: int = 0
-    ranks: dict[tuple[BufferRef, TermLayout, int, int], RankIndex] = field(default_factory=dict)
-    _runs: dict[int, list[Run]] = field(default_factory=dict)
-    _scratch: dict[int, list[Run]] = field(default_factory=dict)
+    conversions: dict[_Key, Conversion] = field(default_factory=dict)
+    _runs: dict[int, list[SectionRun]] = field(default_factory=dict)
+    _scratch: dict[int, list[SectionRun]] = field(default_factory=dict)
 
     @property
     def sections(self) -> list[int]:
         """Numbers of the sections to read, ascending."""
         return sorted(self._runs.keys() | self._scratch.keys())
 
-    def runs(self, section: int) -> list[Run]:
+    def runs(self, section: int) -> list[SectionRun]:
         """Return the runs of a section."""
         return [*self._runs.get(section, ()), *self._scratch.get(section, ())]
 
@@ -79,9 +72,11 @@ class Placement:
         """Return where a buffer lies on the device."""
         return _find(self._runs, ref)
 
-    def fixed_offset(self, entry: TensorEntry, term: Term) -> int:
-        """Return where the ``fixed`` form of a term's ``rank`` index lies on the device."""
-        return self.ranks[_rank_key(entry, term)].target
+    def plain_offset(self, entry: TensorEntry, term: Term, name: str) -> int:
+        """Return where the plain form of a term's buffer lies on the device."""
+        ref = term.buffers[name]
+        conversion = self.conversions.get(_key(ref, entry, term)) if self.conversions else None
+        return self.offset(ref) if conversion is None else conversion.target
 
     def add_whole(self, sections: Sequence[Section]) -> None:
         """Place all sections of tensors, each as a whole."""
@@ -95,41 +90,38 @@ class Placement:
             if gap < c.SECTION_ALIGNMENT:
                 self.nbytes += gap
             start = self._take(section.raw_length)
-            self._runs[number] = [Run(0, section.raw_length, start)]
+            self._runs[number] = [SectionRun(0, section.raw_length, start)]
             before = section
 
     def add_buffers(self, entries: Iterable[TensorEntry]) -> None:
-        """Place the buffers of some tensors; the ``fixed`` forms of ``rank`` indexes come last."""
+        """Place the buffers of some tensors; the plain forms of converted buffers come last."""
         refs: dict[int, list[BufferRef]] = {}
-        rank_refs: dict[int, list[BufferRef]] = {}
-        ranked: list[tuple[TensorEntry, Term, NMLayout]] = []
+        scratch_refs: dict[int, list[BufferRef]] = {}
+        converted: list[tuple[TensorEntry, Term, str]] = []
         for entry in entries:
             for term in entry.terms:
-                params = rank_layout(term)
+                names = converted_buffers(term.layout, entry.delta_rows, entry.columns, term.slots)
                 for name, ref in term.buffers.items():
-                    is_rank = name == "index" and params is not None
-                    (rank_refs if is_rank else refs).setdefault(ref.section, []).append(ref)
-                if params is not None:
-                    ranked.append((entry, term, params))
+                    (scratch_refs if name in names else refs).setdefault(ref.section, []).append(ref)
+                converted += [(entry, term, name) for name in names]
             if entry.data is not None:
                 refs.setdefault(entry.data.section, []).append(entry.data)
         for section in sorted(refs):
-            self._runs[section] = [Run(start, stop, self._take(stop - start)) for start, stop in _join(refs[section])]
-        for section in sorted(rank_refs):
-            self._scratch[section] = [
-                Run(start, stop, self._take_scratch(stop - start), scratch=True)
-                for start, stop in _join(rank_refs[section])
+            self._runs[section] = [
+                SectionRun(start, stop, self._take(stop - start)) for start, stop in _join(refs[section])
             ]
-        for entry, term, params in ranked:
-            if _rank_key(entry, term) in self.ranks:
-                continue
-            fixed = params.plain()
-            length = fixed.buffer_lengths(entry.delta_rows, entry.columns)["index"]
-            mask_rows = fixed.mask_rows(entry.delta_rows)
-            source = _find(self._scratch, term.buffers["index"])
-            self.ranks[_rank_key(entry, term)] = RankIndex(
-                entry.name, params, mask_rows, entry.columns, source, self._take(length)
-            )
+        for section in sorted(scratch_refs):
+            self._scratch[section] = [
+                SectionRun(start, stop, self._take_scratch(stop - start), scratch=True)
+                for start, stop in _join(scratch_refs[section])
+            ]
+        for entry, term, name in converted:
+            key = _key(term.buffers[name], entry, term)
+            if key not in self.conversions:
+                rows, columns = entry.delta_rows, entry.columns
+                length = buffer_forms(term.layout.plain(), rows, columns, term.slots)[name].nbytes
+                source, target = _find(self._scratch, term.buffers[name]), self._take(length)
+                self.conversions[key] = Conversion(entry.name, name, term.layout, rows, columns, source, target)
 
     def _take(self, length: int) -> int:
         start = c.align(self.nbytes, c.BUFFER_ALIGNMENT)
@@ -142,16 +134,20 @@ class Placement:
         return start
 
 
-def rank_layout(term: Term) -> NMLayout | None:
-    """Return a term's layout if its index is to be made ``fixed`` on the device."""
-    return term.layout if isinstance(term.layout, NMLayout) and term.layout.index == "rank" else None
+def converted_buffers(layout: TermLayout, rows: int, columns: int, slots: int) -> list[str]:
+    """Return the names of a term's buffers that kernels read in another form than the file's."""
+    plain = layout.plain()
+    if plain == layout:
+        return []
+    forms = layout.buffers(rows, columns, slots)
+    return [name for name, form in buffer_forms(plain, rows, columns, slots).items() if form != forms[name]]
 
 
-def _rank_key(entry: TensorEntry, term: Term) -> tuple[BufferRef, TermLayout, int, int]:
-    return term.buffers["index"], term.layout, entry.delta_rows, entry.columns
+def _key(ref: BufferRef, entry: TensorEntry, term: Term) -> _Key:
+    return ref, term.layout, entry.delta_rows, entry.columns
 
 
-def _find(runs: dict[int, list[Run]], ref: BufferRef) -> int:
+def _find(runs: dict[int, list[SectionRun]], ref: BufferRef) -> int:
     if ref.length == 0:
         return 0
     found = runs[ref.section]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deltafmt.kernels.dense_delta import operand_delta
+from deltafmt.kernels.products import operand_delta
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.device_views import TORCH_DTYPES
 

@@ -1,4 +1,4 @@
-"""What the codecs of all kinds of terms have in common (spec/deltafmt-v1.md, section 11)."""
+"""The base class of the codecs of all kinds of terms (specification, section 11)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ArraysT = TypeVar("ArraysT", bound="TermArrays")
 
 
 class TermArrays:
-    """What a method gives for one term and a codec packs; each kind has a dataclass of this class."""
+    """The content of one term: a method makes it, a codec packs it. Each kind has a dataclass of this class."""
 
     __slots__ = ()
 

@@ -15,11 +15,15 @@ from numpy.typing import NDArray
 
 from deltafmt.accel import compiled
 from deltafmt.terms import floats, words
-from deltafmt.terms.nm import positions
+from deltafmt.terms.nm import hashing
 from deltafmt.terms.tiles import TILE_ROWS, plane_words, planes
 
-_ROW_STEP = np.uint32(positions.ROW_STEP)
-_BLOCK_STEP = np.uint32(positions.BLOCK_STEP)
+_ROW_STEP = np.uint32(hashing.ROW_STEP)
+_BLOCK_STEP = np.uint32(hashing.BLOCK_STEP)
+_MIX_FIRST = np.uint32(hashing.MIX_FIRST)
+_MIX_SECOND = np.uint32(hashing.MIX_SECOND)
+_FOLD = np.uint64(hashing.FOLD)
+_SPREAD = np.uint64(hashing.SPREAD)
 
 
 @compiled
@@ -112,16 +116,16 @@ def _unpack_plane(packed, low, width, first, last, share, out):  # type: ignore[
 @compiled
 def _mix(x):  # type: ignore[no-untyped-def]
     x = np.uint32(x ^ (x >> np.uint32(16)))
-    x = np.uint32(x * np.uint32(0x7FEB352D))
+    x = np.uint32(x * _MIX_FIRST)
     x = np.uint32(x ^ (x >> np.uint32(15)))
-    x = np.uint32(x * np.uint32(0x846CA68B))
+    x = np.uint32(x * _MIX_SECOND)
     return np.uint32(x ^ (x >> np.uint32(16)))
 
 
 @compiled
 def _mix64(x):  # type: ignore[no-untyped-def]
-    wide = np.uint64(np.uint32(x ^ (x >> np.uint32(16)))) * np.uint64(0xCD9E8D57)
-    return np.uint64((wide >> np.uint64(32)) ^ (wide & np.uint64(0xFFFFFFFF))) * np.uint64(0xFFFEB2D5)
+    wide = np.uint64(np.uint32(x ^ (x >> np.uint32(16)))) * _FOLD
+    return np.uint64((wide >> np.uint64(32)) ^ (wide & np.uint64(0xFFFFFFFF))) * _SPREAD
 
 
 @compiled
@@ -296,9 +300,9 @@ def unpack(
 def seeded(
     scratch: Scratch, seed: int, first: int, count: int, groups: int, keep: int, group: int
 ) -> NDArray[np.uint8]:
-    """See :func:`deltafmt.terms.nm.positions.seeded`."""
+    """See :func:`deltafmt.terms.nm.hashing.seeded`."""
     out = scratch.array("seeded", (count, groups, keep), np.uint8)
-    _seeded(np.uint32(seed), first, keep, group.bit_length() - 1, positions.lane_bits(keep, group), out)
+    _seeded(np.uint32(seed), first, keep, group.bit_length() - 1, hashing.lane_bits(keep, group), out)
     return out
 
 

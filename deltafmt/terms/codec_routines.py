@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deltafmt import accel
 from deltafmt.terms import floats, levels, words
-from deltafmt.terms.nm import positions, scatter
+from deltafmt.terms.nm import hashing, scatter
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class CodecRoutines:
 
 
 REFERENCE = CodecRoutines(
-    positions.seeded,
+    hashing.seeded,
     words.pack_into,
     words.unpack,
     scatter.scatter,

@@ -1,4 +1,4 @@
-"""How a row of numbers is held as k-bit codes with scales (spec/deltafmt-v1.md, section 12.1)."""
+"""A row of numbers as k-bit codes with scales (specification, section 12.1)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Coding:
 
     @property
     def has_zero_points(self) -> bool:
-        """Whether every scale has a zero point."""
+        """True if every scale has a zero point."""
         return self.grid == "asymmetric"
 
     @property
@@ -54,11 +54,11 @@ class Coding:
         return (1 << self.bits) - (2 if self.grid == "midtread" else 1)
 
     def words(self, count: int) -> int:
-        """Packed words of a row of ``count`` numbers."""
+        """Return the packed words of a row of ``count`` numbers."""
         return stream_words(count, self.bits)
 
     def scales(self, count: int) -> int:
-        """Scales of a row of ``count`` numbers."""
+        """Return the scales of a row of ``count`` numbers."""
         return -(-count // self.scale_group) if self.scale_group else 1
 
     def to_obj(self) -> dict[str, Any]:

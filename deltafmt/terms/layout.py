@@ -1,4 +1,4 @@
-"""What the layouts of all kinds of terms have in common (spec/deltafmt-v1.md, section 7.3)."""
+"""The base class of the layouts of all kinds of terms (specification, section 7.3)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltafmt.kernels.nm.gather import select_part
+from deltafmt.kernels.device_functions import (
+    add_token,
+    load_address,
+    load_aligned_words,
+    load_tile,
+    record_of,
+    select_part,
+    token_pointers,
+    zeros_tuple,
+)
+from deltafmt.kernels.lowbit.kind import RECORD
+
+FIELDS = tl.constexpr(len(RECORD))
+CODES = tl.constexpr(RECORD.offset("codes"))
+ZERO_POINTS = tl.constexpr(RECORD.offset("zero_points"))
+SCALES = tl.constexpr(RECORD.offset("scales"))
+ROWS = tl.constexpr(RECORD.offset("rows"))
 
 
 @triton.jit
@@ -36,9 +52,7 @@ def multiply_words(
 ):  # fmt: skip
     """Return for each token the products of some words' fields, times 2**-85, of the shape of ``word``."""
     HALF: tl.constexpr = 16 // WIDTH
-    products = ()
-    for _ in tl.static_range(TOKENS):
-        products = products + (tl.zeros([word.shape[0], word.shape[1]], tl.float32),)
+    products = zeros_tuple(TOKENS, word.shape[0], word.shape[1])
     for half in tl.static_range(2):
         shifted = word >> (16 * half)
         for i in tl.static_range(HALF):
@@ -94,7 +108,7 @@ def add_plane(
 
 @triton.jit
 def lowbit_kernel(
-    x_ptr, x_stride, order_ptr, tiles_ptr, table_ptr,
+    x_ptr, x_stride, order_ptr, tiles_ptr, records_ptr,
     y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, block1, block2,
     columns, code_words, words0, words1, words2, scale_group, scales,
     PARTS: tl.constexpr, TOKENS: tl.constexpr,
@@ -102,35 +116,27 @@ def lowbit_kernel(
     BY_COLUMN: tl.constexpr, ZEROS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Add ``x @ delta.T`` of one tile of tokens and 32 rows; see the module's docstring."""
-    tile = tl.program_id(1)
-    slot = tl.load(tiles_ptr + tile * 3)
-    first = tl.load(tiles_ptr + tile * 3 + 1)
-    count = tl.load(tiles_ptr + tile * 3 + 2)
+    slot, first, count = load_tile(tiles_ptr, tl.program_id(1))
     if count == 0:
         return
     part, block, y_ptr, y_stride = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
     )
-    p_entry = table_ptr + (slot * PARTS + part) * 5
-    rows = tl.load(p_entry + 4).to(tl.int32)
+    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    rows = tl.load(p_record + ROWS).to(tl.int32)
     if block * 32 >= rows:
         return
     lane = tl.arange(0, 32)
     row = block * 32 + lane
     m_rows = row < rows
     wide = block.to(tl.int64)
-    # Buffers begin at multiples of 256 bytes, so that a thread loads the words of four rows at once.
-    codes_ptr = tl.multiple_of(tl.load(p_entry).to(tl.pointer_type(tl.int32)), 16)
+    codes_ptr = load_aligned_words(p_record, CODES)
     p_codes = codes_ptr + wide * code_words * 32 + lane
-    p_zeros = tl.load(p_entry + 1).to(tl.pointer_type(tl.uint8)) + wide * scales * 32 + lane
-    p_column_scales = tl.load(p_entry + 2).to(tl.pointer_type(SCALE))
+    p_zeros = load_address(p_record, ZERO_POINTS, tl.uint8) + wide * scales * 32 + lane
+    p_column_scales = load_address(p_record, SCALES, SCALE)
     p_scales = p_column_scales + wide * scales * 32 + lane
-    p_x = ()
-    total = ()
-    for t in tl.static_range(TOKENS):
-        token = tl.load(order_ptr + first + tl.minimum(t, count - 1)).to(tl.int64)
-        p_x = p_x + (x_ptr + token * x_stride,)
-        total = total + (tl.zeros([WORDS, 32], tl.float32),)
+    p_x = token_pointers(x_ptr, x_stride, order_ptr, first, count, TOKENS)
+    total = zeros_tuple(TOKENS, WORDS, 32)
     total = add_plane(
         total, p_codes, m_rows, 0, words0, p_scales, p_zeros, scale_group, p_x, p_column_scales, columns,
         TOKENS, PLANE0, 0, TOP, BY_COLUMN, ZEROS, WORDS, EVEN,
@@ -146,9 +152,4 @@ def lowbit_kernel(
             columns, TOKENS, PLANE2, PLANE0 + PLANE1, TOP, BY_COLUMN, ZEROS, WORDS, EVEN,
         )  # fmt: skip
     for t in tl.static_range(TOKENS):
-        y = tl.sum(total[t], 0)
-        if t < count:
-            token = tl.load(order_ptr + first + t).to(tl.int64)
-            p_y = y_ptr + token * y_stride + row
-            old = tl.load(p_y, mask=m_rows, other=0).to(tl.float32)
-            tl.store(p_y, (old + y).to(y_ptr.dtype.element_ty), mask=m_rows)
+        add_token(y_ptr, y_stride, order_ptr, first, t, count, row, m_rows, tl.sum(total[t], 0))

@@ -11,13 +11,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from deltafmt.kernels.device_functions import (
+    add_to_rows,
+    add_token,
+    load_address,
+    load_tile,
+    load_words,
+    record_of,
+    select_part,
+    token_pointers,
+    zeros_tuple,
+)
 from deltafmt.kernels.lowbit.kernel import add_plane
-from deltafmt.kernels.nm.gather import select_part
+from deltafmt.kernels.lowrank.kind import RECORD
+
+FIELDS = tl.constexpr(len(RECORD))
+U = tl.constexpr(RECORD.offset("u"))
+U_ZERO_POINTS = tl.constexpr(RECORD.offset("u_zero_points"))
+U_SCALES = tl.constexpr(RECORD.offset("u_scales"))
+V = tl.constexpr(RECORD.offset("v"))
+V_ZERO_POINTS = tl.constexpr(RECORD.offset("v_zero_points"))
+V_SCALES = tl.constexpr(RECORD.offset("v_scales"))
+RANK = tl.constexpr(RECORD.offset("rank"))
+ROWS = tl.constexpr(RECORD.offset("rows"))
 
 
 @triton.jit
 def project_kernel(
-    x_ptr, x_stride, order_ptr, tiles_ptr, table_ptr, z_ptr,
+    x_ptr, x_stride, order_ptr, tiles_ptr, records_ptr, z_ptr,
     columns, ranks, blocks, code_words, words0, words1, words2, scale_group, scales,
     PARTS: tl.constexpr, TOKENS: tl.constexpr,
     PLANE0: tl.constexpr, PLANE1: tl.constexpr, PLANE2: tl.constexpr, TOP: tl.constexpr, DTYPE: tl.constexpr,
@@ -25,27 +46,21 @@ def project_kernel(
 ):  # fmt: skip
     """Write ``z = V x`` of one tile of tokens and 32 vectors to z, shape (tiles, PARTS, TOKENS, ranks)."""
     tile = tl.program_id(1)
-    slot = tl.load(tiles_ptr + tile * 3)
-    first = tl.load(tiles_ptr + tile * 3 + 1)
-    count = tl.load(tiles_ptr + tile * 3 + 2)
+    slot, first, count = load_tile(tiles_ptr, tile)
     if count == 0:
         return
     part = tl.program_id(0) // blocks
-    p_entry = table_ptr + (slot * PARTS + part) * 8
-    rank = tl.load(p_entry + 6).to(tl.int32)
+    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    rank = tl.load(p_record + RANK).to(tl.int32)
     vector = (tl.program_id(0) % blocks) * 32 + tl.arange(0, 32)
     m_vectors = vector < rank
     if tl.program_id(0) % blocks * 32 >= rank:
         return
     wide = vector.to(tl.int64)
-    p_x = ()
-    total = ()
-    for t in tl.static_range(TOKENS):
-        token = tl.load(order_ptr + first + tl.minimum(t, count - 1)).to(tl.int64)
-        p_x = p_x + (x_ptr + token * x_stride,)
-        total = total + (tl.zeros([WORDS, 32], tl.float32),)
+    p_x = token_pointers(x_ptr, x_stride, order_ptr, first, count, TOKENS)
+    total = zeros_tuple(TOKENS, WORDS, 32)
     if PLANE0 == 0:
-        p_values = tl.load(p_entry + 3).to(tl.pointer_type(DTYPE)) + wide * columns
+        p_values = load_address(p_record, V, DTYPE) + wide * columns
         for start in range(0, columns, WORDS):
             column = start + tl.arange(0, WORDS)
             m = (column < columns)[:, None] & m_vectors[None, :]
@@ -56,9 +71,9 @@ def project_kernel(
                 new_total = new_total + (tl.fma(value, x[:, None].broadcast_to(value.shape), total[t]),)
             total = new_total
     else:
-        p_codes = tl.load(p_entry + 3).to(tl.pointer_type(tl.int32)) + wide * code_words
-        p_zeros = tl.load(p_entry + 4).to(tl.pointer_type(tl.uint8)) + wide * scales
-        p_scales = tl.load(p_entry + 5).to(tl.pointer_type(DTYPE)) + wide * scales
+        p_codes = load_words(p_record, V) + wide * code_words
+        p_zeros = load_address(p_record, V_ZERO_POINTS, tl.uint8) + wide * scales
+        p_scales = load_address(p_record, V_SCALES, DTYPE) + wide * scales
         total = add_plane(
             total, p_codes, m_vectors, 0, words0, p_scales, p_zeros, scale_group, p_x, p_scales, columns,
             TOKENS, PLANE0, 0, TOP, False, ZEROS, WORDS, EVEN, 1,
@@ -101,7 +116,7 @@ def spread_plane(sums, weights, p_words, words, m, TOKENS: tl.constexpr, WIDTH: 
 
 @triton.jit
 def spread_kernel(
-    order_ptr, tiles_ptr, table_ptr, z_ptr,
+    order_ptr, tiles_ptr, records_ptr, z_ptr,
     y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, block1, block2, ranks, scale_group,
     PARTS: tl.constexpr, TOKENS: tl.constexpr,
     PLANE0: tl.constexpr, PLANE1: tl.constexpr, PLANE2: tl.constexpr, TOP: tl.constexpr, DTYPE: tl.constexpr,
@@ -109,27 +124,23 @@ def spread_kernel(
 ):  # fmt: skip
     """Add ``U^T z`` of one tile of tokens and 32 * UNITS rows to the outputs."""
     tile = tl.program_id(1)
-    slot = tl.load(tiles_ptr + tile * 3)
-    first = tl.load(tiles_ptr + tile * 3 + 1)
-    count = tl.load(tiles_ptr + tile * 3 + 2)
+    slot, first, count = load_tile(tiles_ptr, tile)
     if count == 0:
         return
     part, block, y_ptr, y_stride = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
     )
-    p_entry = table_ptr + (slot * PARTS + part) * 8
-    rank = tl.load(p_entry + 6).to(tl.int32)
-    rows = tl.load(p_entry + 7).to(tl.int32)
+    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    rank = tl.load(p_record + RANK).to(tl.int32)
+    rows = tl.load(p_record + ROWS).to(tl.int32)
     if block * (32 * UNITS) >= rows:
         return
     p_z = z_ptr + (tile * PARTS + part).to(tl.int64) * TOKENS * ranks
     if PLANE0 == 0:
         row = block * (32 * UNITS) + tl.arange(0, 32 * UNITS)
         m_rows = row < rows
-        p_values = tl.load(p_entry).to(tl.pointer_type(DTYPE)) + row
-        total = ()
-        for _ in tl.static_range(TOKENS):
-            total = total + (tl.zeros([VECTORS, 32 * UNITS], tl.float32),)
+        p_values = load_address(p_record, U, DTYPE) + row
+        total = zeros_tuple(TOKENS, VECTORS, 32 * UNITS)
         for start in range(0, rank, VECTORS):
             vector = start + tl.arange(0, VECTORS)
             m_vectors = vector < rank
@@ -142,12 +153,7 @@ def spread_kernel(
                 new_total = new_total + (tl.fma(value, z[:, None].broadcast_to(value.shape), total[t]),)
             total = new_total
         for t in tl.static_range(TOKENS):
-            y = tl.sum(total[t], 0)
-            if t < count:
-                token = tl.load(order_ptr + first + t).to(tl.int64)
-                p_y = y_ptr + token * y_stride + row
-                old = tl.load(p_y, mask=m_rows, other=0).to(tl.float32)
-                tl.store(p_y, (old + y).to(y_ptr.dtype.element_ty), mask=m_rows)
+            add_token(y_ptr, y_stride, order_ptr, first, t, count, row, m_rows, tl.sum(total[t], 0))
     else:
         words0 = tl.cdiv(rows * PLANE0, 32)
         words1 = tl.cdiv(rows * PLANE1, 32)
@@ -156,15 +162,11 @@ def spread_kernel(
         scales = tl.cdiv(rows, scale_group)
         unit = block * UNITS + tl.arange(0, UNITS)
         m_units = unit * 32 < rows
-        p_codes = tl.load(p_entry).to(tl.pointer_type(tl.int32))
-        p_zeros = tl.load(p_entry + 1).to(tl.pointer_type(tl.uint8)) + unit * 32 // scale_group
-        p_scales = tl.load(p_entry + 2).to(tl.pointer_type(DTYPE)) + unit * 32 // scale_group
-        offsets = ()
-        sums = ()
-        for _ in tl.static_range(TOKENS):
-            offsets = offsets + (tl.zeros([VECTORS, UNITS], tl.float32),)
-        for _ in tl.static_range(32 * TOKENS):
-            sums = sums + (tl.zeros([VECTORS, UNITS], tl.float32),)
+        p_codes = load_words(p_record, U)
+        p_zeros = load_address(p_record, U_ZERO_POINTS, tl.uint8) + unit * 32 // scale_group
+        p_scales = load_address(p_record, U_SCALES, DTYPE) + unit * 32 // scale_group
+        offsets = zeros_tuple(TOKENS, VECTORS, UNITS)
+        sums = zeros_tuple(32 * TOKENS, VECTORS, UNITS)
         for start in range(0, rank, VECTORS):
             vector = start + tl.arange(0, VECTORS)
             m_vectors = vector < rank
@@ -205,6 +207,4 @@ def spread_kernel(
                 p_y = y_ptr + token * y_stride + unit * 32
                 for j in tl.static_range(32):
                     y = tl.sum(sums[j * TOKENS + t], 0) * (2.0**85) - offset
-                    m_rows = unit * 32 + j < rows
-                    old = tl.load(p_y + j, mask=m_rows, other=0).to(tl.float32)
-                    tl.store(p_y + j, (old + y).to(y_ptr.dtype.element_ty), mask=m_rows)
+                    add_to_rows(p_y + j, y, unit * 32 + j < rows)

@@ -1,7 +1,7 @@
 """Decoding into dense tiles: for ``tl.dot`` when a delta has many tokens, and for writing a delta out.
 
 A tile covers some rows and some groups of columns; each group takes ``PADDED`` places, the power of two at or above M.
-Entry i of every group is compared with all places of its group, so that each element is decoded where it is used.
+Kept element i of every group is compared with all places of its group, so that each element is decoded where it is used.
 """
 
 from __future__ import annotations
@@ -9,29 +9,39 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltafmt.kernels.nm.entries import load_code, load_position, load_scale
-from deltafmt.kernels.nm.gather import select_part
+from deltafmt.kernels.device_functions import (
+    add_to_rows,
+    load_address,
+    load_tile,
+    load_words,
+    record_of,
+    select_part,
+    token_of,
+)
+from deltafmt.kernels.nm.elements import load_code, load_scale
+from deltafmt.kernels.nm.positions import load_position
+from deltafmt.kernels.nm.record_fields import CODES, FIELDS, INDEX_WORDS, ROWS, SCALES, SEED
 
 
 @triton.jit
 def dense_tile(
     codes_ptr, index_ptr, scales_ptr, seed, row, group, rows, kept, code_words, index_words, scale_group, scales,
-    KEEP: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
-    TOP: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr, SCALED: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
+    TOP: tl.constexpr, INDEX: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Return ``2u - top`` (times half the scale if SCALED), float32, shape (rows, groups * PADDED)."""
     place = tl.arange(0, PADDED)[None, None, :]
     tile = tl.zeros([row.shape[0], group.shape[0], PADDED], tl.float32)
     r = row[:, None]
-    for i in range(KEEP):
-        entry = (group * KEEP + i)[None, :]
-        m = (entry < kept) & (r < rows)
+    for i in range(N):
+        element = (group * N + i)[None, :]
+        m = (element < kept) & (r < rows)
         position = load_position(
-            index_ptr, seed, r // SHARE, entry, kept, index_words, m, KEEP, GROUP, LANE_BITS, POSITION_BITS
+            index_ptr, seed, r // SHARE, element, kept, index_words, m, N, M, INDEX, LANE_BITS, POSITION_BITS
         )
-        value = load_code(codes_ptr, r, entry, kept, code_words, m, BITS, SHARE, TOP)
+        value = load_code(codes_ptr, r, element, kept, code_words, m, BITS, SHARE, TOP)
         if SCALED:
-            value *= load_scale(scales_ptr, r, entry // scale_group, scales, m, SHARE)
+            value *= load_scale(scales_ptr, r, element // scale_group, scales, m, SHARE)
         value = tl.where(m, value, 0.0)
         tile = tl.where(position[:, :, None] == place, value[:, :, None], tile)
     return tl.reshape(tile, [row.shape[0], group.shape[0] * PADDED])
@@ -39,77 +49,73 @@ def dense_tile(
 
 @triton.jit
 def dot_kernel(
-    x_ptr, x_stride, order_ptr, tiles_ptr, table_ptr,
+    x_ptr, x_stride, order_ptr, tiles_ptr, records_ptr,
     y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, block1, block2,
     columns, groups, kept, code_words, index_words, scale_group, scales,
     PARTS: tl.constexpr, TOKENS: tl.constexpr,
-    KEEP: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
-    TOP: tl.constexpr, SCALE: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr,
-    SCALED: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
+    TOP: tl.constexpr, SCALE: tl.constexpr, INDEX: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add ``x @ delta.T`` of one tile of tokens and one block of rows, the delta decoded tile by tile.
 
     With one scale a row the tile holds the integers ``2u - top``, which every dtype of x holds exactly.
     """
-    tile = tl.program_id(1)
-    slot = tl.load(tiles_ptr + tile * 3)
-    first = tl.load(tiles_ptr + tile * 3 + 1)
-    count = tl.load(tiles_ptr + tile * 3 + 2)
+    slot, first, count = load_tile(tiles_ptr, tl.program_id(1))
     if count == 0:
         return
     part, block, y_ptr, y_stride = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
     )
-    p_entry = table_ptr + (slot * PARTS + part) * 5
-    rows = tl.load(p_entry + 4).to(tl.int32)
-    if block * ROWS >= rows:
+    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    rows = tl.load(p_record + ROWS).to(tl.int32)
+    if block * BLOCK_ROWS >= rows:
         return
-    codes_ptr = tl.load(p_entry).to(tl.pointer_type(tl.int32))
-    index_ptr = tl.load(p_entry + 1).to(tl.pointer_type(tl.int32))
-    scales_ptr = tl.load(p_entry + 2).to(tl.pointer_type(SCALE))
-    seed = tl.load(p_entry + 3).to(tl.uint32)
-    row = block * ROWS + tl.arange(0, ROWS)
+    codes_ptr = load_words(p_record, CODES)
+    index_ptr = load_words(p_record, INDEX_WORDS)
+    scales_ptr = load_address(p_record, SCALES, SCALE)
+    seed = tl.load(p_record + SEED).to(tl.uint32)
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     i_token = tl.arange(0, TOKENS)
-    token = tl.load(order_ptr + first + tl.minimum(i_token, count - 1)).to(tl.int64)
+    token = token_of(order_ptr, first, i_token, count)
     p_x = x_ptr + token[:, None] * x_stride
     place = tl.arange(0, GROUPS * PADDED)
-    acc = tl.zeros([TOKENS, ROWS], tl.float32)
+    acc = tl.zeros([TOKENS, BLOCK_ROWS], tl.float32)
     for start in range(0, groups, GROUPS):
         group = start + tl.arange(0, GROUPS)
         delta = dense_tile(
             codes_ptr, index_ptr, scales_ptr, seed, row, group, rows, kept, code_words, index_words, scale_group,
-            scales, KEEP, GROUP, PADDED, BITS, SHARE, TOP, LANE_BITS, POSITION_BITS, SCALED,
+            scales, N, M, PADDED, BITS, SHARE, TOP, INDEX, LANE_BITS, POSITION_BITS, SCALED,
         )  # fmt: skip
-        column = (start + place // PADDED) * GROUP + place % PADDED
-        m = (place % PADDED < GROUP) & (column < columns)
+        column = (start + place // PADDED) * M + place % PADDED
+        m = (place % PADDED < M) & (column < columns)
         x = tl.load(p_x + column[None, :], mask=m[None, :], other=0)
         acc = tl.dot(x, tl.trans(delta).to(x.dtype), acc, input_precision=PRECISION)
     if not SCALED:
         acc *= load_scale(scales_ptr, row, 0, 1, row < rows, SHARE)[None, :]
     p_y = y_ptr + token[:, None] * y_stride + row[None, :]
     m = (i_token < count)[:, None] & (row < rows)[None, :]
-    old = tl.load(p_y, mask=m, other=0).to(tl.float32)
-    tl.store(p_y, (old + acc).to(y_ptr.dtype.element_ty), mask=m)
+    add_to_rows(p_y, acc, m)
 
 
 @triton.jit
 def expand_kernel(
     codes_ptr, index_ptr, scales_ptr, seed, base_ptr, base_stride, out_ptr, out_stride, first_row, rows,
     columns, kept, code_words, index_words, scale_group, scales,
-    KEEP: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
-    TOP: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr, BASE: tl.constexpr,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
+    TOP: tl.constexpr, INDEX: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr, BASE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Write rows ``first_row`` to ``rows`` of the delta, or of base + delta, rounded to the output's dtype once."""
-    row = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = first_row + tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     delta = dense_tile(
         codes_ptr, index_ptr, scales_ptr, seed.to(tl.uint32), row, group, rows, kept, code_words, index_words,
-        scale_group, scales, KEEP, GROUP, PADDED, BITS, SHARE, TOP, LANE_BITS, POSITION_BITS, True,
+        scale_group, scales, N, M, PADDED, BITS, SHARE, TOP, INDEX, LANE_BITS, POSITION_BITS, True,
     )  # fmt: skip
     place = tl.arange(0, GROUPS * PADDED)
-    column = (tl.program_id(1) * GROUPS + place // PADDED) * GROUP + place % PADDED
-    m = (row < rows)[:, None] & ((place % PADDED < GROUP) & (column < columns))[None, :]
+    column = (tl.program_id(1) * GROUPS + place // PADDED) * M + place % PADDED
+    m = (row < rows)[:, None] & ((place % PADDED < M) & (column < columns))[None, :]
     o = (row - first_row).to(tl.int64)[:, None]
     if BASE:
         delta += tl.load(base_ptr + o * base_stride + column[None, :], mask=m, other=0).to(tl.float32)
@@ -118,35 +124,35 @@ def expand_kernel(
 
 @triton.jit
 def embedding_kernel(
-    ids_ptr, slots_ptr, slot_count, table_ptr, y_ptr, y_stride, columns, kept, code_words, index_words, scale_group,
+    ids_ptr, slots_ptr, slot_count, records_ptr, y_ptr, y_stride, columns, kept, code_words, index_words, scale_group,
     scales,
-    KEEP: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr, TOP: tl.constexpr,
-    SCALE: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr, ENTRIES: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr, TOP: tl.constexpr,
+    SCALE: tl.constexpr, INDEX: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Add row ``id`` of a token's delta onto its embedding; entries of a row stand in different columns."""
+    """Add row ``id`` of a token's delta onto its embedding; kept elements of a row stand in different columns."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     if (slot < 0) | (slot >= slot_count):
         return
-    p_entry = table_ptr + slot * 5
-    rows = tl.load(p_entry + 4).to(tl.int32)
+    p_record = record_of(records_ptr, slot, 0, 1, FIELDS)
+    rows = tl.load(p_record + ROWS).to(tl.int32)
     number = tl.load(ids_ptr + token).to(tl.int64)
     if (number < 0) | (number >= rows):
         return
     row = number.to(tl.int32)
-    codes_ptr = tl.load(p_entry).to(tl.pointer_type(tl.int32))
-    index_ptr = tl.load(p_entry + 1).to(tl.pointer_type(tl.int32))
-    scales_ptr = tl.load(p_entry + 2).to(tl.pointer_type(SCALE))
-    seed = tl.load(p_entry + 3).to(tl.uint32)
-    entry = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
-    m = entry < kept
+    codes_ptr = load_words(p_record, CODES)
+    index_ptr = load_words(p_record, INDEX_WORDS)
+    scales_ptr = load_address(p_record, SCALES, SCALE)
+    seed = tl.load(p_record + SEED).to(tl.uint32)
+    element = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
+    m = element < kept
     position = load_position(
-        index_ptr, seed, row // SHARE, entry, kept, index_words, m, KEEP, GROUP, LANE_BITS, POSITION_BITS
+        index_ptr, seed, row // SHARE, element, kept, index_words, m, N, M, INDEX, LANE_BITS, POSITION_BITS
     )
-    value = load_code(codes_ptr, row, entry, kept, code_words, m, BITS, SHARE, TOP)
-    value *= load_scale(scales_ptr, row, entry // scale_group, scales, m, SHARE)
-    column = entry // KEEP * GROUP + position
-    m = m & (position < GROUP) & (column < columns)
+    value = load_code(codes_ptr, row, element, kept, code_words, m, BITS, SHARE, TOP)
+    value *= load_scale(scales_ptr, row, element // scale_group, scales, m, SHARE)
+    column = element // N * M + position
+    m = m & (position < M) & (column < columns)
     p_y = y_ptr + token * y_stride + column
-    old = tl.load(p_y, mask=m, other=0).to(tl.float32)
-    tl.store(p_y, (old + value).to(y_ptr.dtype.element_ty), mask=m)
+    add_to_rows(p_y, value, m)

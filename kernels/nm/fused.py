@@ -9,15 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltafmt.kernels.nm.entries import mix
-from deltafmt.kernels.nm.gather import (
-    fixed_positions,
-    load_planes,
-    multiply_plane,
-    pick,
-    seeded_positions,
-    select_part,
-)
+from deltafmt.kernels.device_functions import TWO_64, load_address, load_words, record_of, select_part, zeros_tuple
+from deltafmt.kernels.nm.fields import load_planes
+from deltafmt.kernels.nm.gather import multiply_plane, pick
+from deltafmt.kernels.nm.positions import chunk_positions, row_index
+from deltafmt.kernels.nm.record_fields import CODES, FIELDS, INDEX_WORDS, ROWS, SCALES, SEED
 
 
 @triton.jit
@@ -38,19 +34,19 @@ def interleave_rows(parts, SHARE: tl.constexpr):
 @triton.jit
 def fused_kernel(
     x_ptr, weight0_ptr, weight1_ptr, weight2_ptr, y0_ptr, y1_ptr, y2_ptr, rows0, rows1, rows2, block1, block2,
-    table_ptr, slot, columns, groups, code_words, words0, words1, index_words, places0, places1, places2,
+    records_ptr, slot, columns, groups, code_words, words0, words1, index_words, places0, places1, places2,
     PARTS: tl.constexpr,
-    KEEP: tl.constexpr, LOG_GROUP: tl.constexpr, SHARE: tl.constexpr, TOP: tl.constexpr, SCALE: tl.constexpr,
-    LANE_BITS: tl.constexpr, PLANE0: tl.constexpr, CLASSES0: tl.constexpr, PLANE1: tl.constexpr,
-    CLASSES1: tl.constexpr, ENTRIES: tl.constexpr, STEPS: tl.constexpr, MASK_ROWS: tl.constexpr, EVEN: tl.constexpr,
+    N: tl.constexpr, LOG_M: tl.constexpr, SHARE: tl.constexpr, TOP: tl.constexpr, SCALE: tl.constexpr,
+    INDEX: tl.constexpr, LANE_BITS: tl.constexpr, PLANE0: tl.constexpr, CLASSES0: tl.constexpr, PLANE1: tl.constexpr,
+    CLASSES1: tl.constexpr, ELEMENTS: tl.constexpr, STEPS: tl.constexpr, MASK_ROWS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write ``y = x @ (weight + delta).T`` of one token, one part and one block of ``MASK_ROWS * SHARE`` rows.
 
     Weights are contiguous, shape (rows, columns).
     """
-    GROUPS: tl.constexpr = ENTRIES // KEEP
-    CHUNK: tl.constexpr = (STEPS * GROUPS) << LOG_GROUP
+    GROUPS: tl.constexpr = ELEMENTS // N
+    CHUNK: tl.constexpr = (STEPS * GROUPS) << LOG_M
     part, block, y_ptr, rows = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, rows0, rows1, rows2, PARTS
     )
@@ -62,47 +58,43 @@ def fused_kernel(
         if part == 2:
             weight_ptr = weight2_ptr
     # A pointer that comes from memory is not known to be aligned: loads of words then keep a row a lane.
-    p_entry = table_ptr + (slot * PARTS + part) * 5
-    codes_ptr = tl.load(p_entry).to(tl.pointer_type(tl.int32))
-    index_ptr = tl.load(p_entry + 1).to(tl.pointer_type(tl.int32))
-    scales_ptr = tl.load(p_entry + 2).to(tl.pointer_type(SCALE))
-    seed = tl.load(p_entry + 3).to(tl.uint32)
-    delta_rows = tl.load(p_entry + 4).to(tl.int32)
+    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    codes_ptr = load_words(p_record, CODES)
+    index_ptr = load_words(p_record, INDEX_WORDS)
+    scales_ptr = load_address(p_record, SCALES, SCALE)
+    seed = tl.load(p_record + SEED).to(tl.uint32)
+    delta_rows = tl.load(p_record + ROWS).to(tl.int32)
     mask_row = block * MASK_ROWS + tl.arange(0, MASK_ROWS)
     m_rows = mask_row * SHARE < delta_rows
     o_tile = (mask_row // 32).to(tl.int64) * (SHARE * 32)
     p_codes = codes_ptr + o_tile * code_words + mask_row % 32
-    p_index = index_ptr + (mask_row // 32).to(tl.int64) * (index_words * 32) + mask_row % 32
-    key = mix(mask_row.to(tl.uint32) * 0x9E3779B1 + seed)
-    acc = ()
-    for _ in tl.static_range(SHARE * (CLASSES0 + CLASSES1)):
-        acc = acc + (tl.zeros([STEPS, MASK_ROWS], tl.float32),)
+    indexed = row_index(index_ptr, seed, mask_row, index_words, INDEX)
+    acc = zeros_tuple(SHARE * (CLASSES0 + CLASSES1), STEPS, MASK_ROWS)
     sums = tl.zeros([STEPS, MASK_ROWS], tl.float32)
-    o_gather = (tl.arange(0, ENTRIES) // KEEP)[:, None] + (tl.arange(0, STEPS) * GROUPS)[None, :]
+    o_gather = (tl.arange(0, ELEMENTS) // N)[:, None] + (tl.arange(0, STEPS) * GROUPS)[None, :]
     for chunk in range(tl.cdiv(groups, STEPS * GROUPS)):
         step = chunk * STEPS + tl.arange(0, STEPS)
         column = chunk * CHUNK + tl.arange(0, CHUNK)
-        x = tl.load(x_ptr + column, mask=column < columns, other=0).to(tl.float32) * 18446744073709551616.0
-        if LANE_BITS == 0:
-            position = fixed_positions(p_index, places0, places1, places2, step, m_rows, ENTRIES, LOG_GROUP)
-        else:
-            position = seeded_positions(key, step, ENTRIES, KEEP, LOG_GROUP, LANE_BITS)
-        position = position.to(tl.int32) + (o_gather << LOG_GROUP)[:, :, None]
-        g = tl.gather(x, tl.reshape(position, [ENTRIES * STEPS * MASK_ROWS]), 0)
-        g = tl.reshape(g, [ENTRIES, STEPS, MASK_ROWS])
-        for e in tl.static_range(ENTRIES):
+        x = tl.load(x_ptr + column, mask=column < columns, other=0).to(tl.float32) * TWO_64
+        position = chunk_positions(
+            indexed, places0, places1, places2, step, m_rows, INDEX, ELEMENTS, N, LOG_M, LANE_BITS
+        )
+        position = position.to(tl.int32) + (o_gather << LOG_M)[:, :, None]
+        g = tl.gather(x, tl.reshape(position, [ELEMENTS * STEPS * MASK_ROWS]), 0)
+        g = tl.reshape(g, [ELEMENTS, STEPS, MASK_ROWS])
+        for e in tl.static_range(ELEMENTS):
             sums += pick(g, e)
         new_acc = ()
         for v in tl.static_range(SHARE):
             p_row = p_codes + v * code_words * 32
             limit0 = 2147483647 if EVEN else words0
-            loaded = load_planes(p_row, limit0, 0, step, m_rows, ENTRIES, PLANE0)
-            new_acc = new_acc + multiply_plane(acc, g, loaded, v * (CLASSES0 + CLASSES1), ENTRIES, PLANE0, CLASSES0)
+            loaded = load_planes(p_row, limit0, 0, step, m_rows, ELEMENTS, PLANE0)
+            new_acc = new_acc + multiply_plane(acc, g, loaded, v * (CLASSES0 + CLASSES1), ELEMENTS, PLANE0, CLASSES0)
             if PLANE1 > 0:
                 limit1 = 2147483647 if EVEN else words1
-                loaded = load_planes(p_row, limit1, words0, step, m_rows, ENTRIES, PLANE1)
+                loaded = load_planes(p_row, limit1, words0, step, m_rows, ELEMENTS, PLANE1)
                 new_acc = new_acc + multiply_plane(
-                    acc, g, loaded, v * (CLASSES0 + CLASSES1) + CLASSES0, ENTRIES, PLANE1, CLASSES1
+                    acc, g, loaded, v * (CLASSES0 + CLASSES1) + CLASSES0, ELEMENTS, PLANE1, CLASSES1
                 )
         acc = new_acc
     deltas = ()
@@ -112,7 +104,7 @@ def fused_kernel(
             total += acc[v * (CLASSES0 + CLASSES1) + c] * (2.0 ** (85 - c * PLANE0))
         for c in tl.static_range(CLASSES1):
             total += acc[v * (CLASSES0 + CLASSES1) + CLASSES0 + c] * (2.0 ** (85 + PLANE0 - c * PLANE1))
-        total -= sums * (0.5 * TOP / 18446744073709551616.0)
+        total -= sums * (0.5 * TOP / TWO_64)
         scale = tl.load(scales_ptr + o_tile + v * 32 + mask_row % 32, mask=m_rows, other=0).to(tl.float32)
         deltas = deltas + (tl.sum(total, 0) * scale,)
     row = block * (MASK_ROWS * SHARE) + tl.arange(0, MASK_ROWS * SHARE)

@@ -1,40 +1,34 @@
-"""How the Triton kernels are launched: which kernel a layout takes, with which blocks, on which grid."""
+"""The launches of the ``nm`` kernels: the kernel that a layout takes, its grid, blocks and arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
-import triton.language as tl
 
-from deltafmt.kernels.launch_arguments import output_arguments, tile_tokens, token_arguments
-from deltafmt.kernels.nm import dense, fused, gather
-from deltafmt.kernels.nm.operand import NMOperand
+from deltafmt.kernels.launch_arguments import DTYPES, output_arguments, tile_tokens, token_arguments
+from deltafmt.kernels.nm import dense, elements, fused, gather
+from deltafmt.kernels.nm.index import index_constants, whole_words
+from deltafmt.kernels.operand import Operand
+from deltafmt.kernels.record import MAX_PARTS, LayoutTable
 from deltafmt.kernels.segments import Segments, TokenTiles
-from deltafmt.kernels.table import MAX_PARTS, LayoutTable, OperandTable
-from deltafmt.terms.nm import positions
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.tiles import planes
 
-MAX_UNROLL = 64  # entries of a step that the gather kernel unrolls
+MAX_UNROLL = 64  # elements of a step that the gather kernel unrolls
 
 
 def gather_tokens(layout: NMLayout) -> int:
     """Return how many tokens of a delta are gathered at most; more are multiplied by dense tiles.
 
-    Measured (H100): a tile costs what decoding it does, so it pays the later the less a gathered entry costs.
+    Measured (H100): a tile costs what decoding it does, so it pays the later the less a gathered element costs.
     """
-    if layout.keep > 1 or layout.share == 1:
-        return 112 if layout.keep > 1 else 48
-    return 224 if layout.group >= 32 else 96
-
-
-def lane_bits(layout: NMLayout) -> int:
-    """Section 11.4: bits of a hash that a group takes; 0 for a ``fixed`` index."""
-    return 0 if layout.index == "fixed" else positions.lane_bits(layout.keep, layout.group)
+    if layout.n > 1 or layout.share == 1:
+        return 112 if layout.n > 1 else 48
+    return 224 if layout.m >= 32 else 96
 
 
 def is_power_of_two(number: int) -> bool:
@@ -42,16 +36,12 @@ def is_power_of_two(number: int) -> bool:
     return number & (number - 1) == 0
 
 
-def step_entries(layout: NMLayout) -> int:
-    """Return the entries of a gather step, whole words of every plane and whole hashes; 0: not to be unrolled."""
-    if layout.scale_group or not (is_power_of_two(layout.keep) and is_power_of_two(layout.group)):
+def step_elements(layout: NMLayout) -> int:
+    """Return the elements of a gather step, whole words of every plane and whole hashes; 0: not to be unrolled."""
+    if layout.scale_group or not (is_power_of_two(layout.n) and is_power_of_two(layout.m)):
         return 0
-    entries = [layout.keep] + [32 // width for width in planes(layout.bits)]
-    if layout.index == "fixed":
-        entries += [32 // width for width in planes(layout.position_bits)]
-    else:
-        entries.append(layout.keep * 64 // lane_bits(layout))
-    return max(entries) if max(entries) <= MAX_UNROLL else 0
+    step = max(layout.n, *(32 // width for width in planes(layout.bits)), *whole_words(layout))
+    return step if step <= MAX_UNROLL else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,64 +61,57 @@ class Blocks:
     classes: int
 
 
-def gather_blocks(layout: NMLayout, entries: int, columns: int, tokens: int, programs: int) -> Blocks:
+def gather_blocks(layout: NMLayout, step: int, columns: int, tokens: int, programs: int) -> Blocks:
     """Return the shape of a gather program.
 
     Args:
-        layout, entries, columns: of the launch.
+        layout: of the launch.
+        step: elements of a gather step.
+        columns: in_features.
         tokens: T, tokens of a tile.
         programs: 32-row blocks of the whole launch, all tiles: how much there is to share out.
     """
-    row_steps = triton.next_power_of_2(-(-layout.groups(columns) * layout.keep // entries))
+    row_steps = triton.next_power_of_2(-(-layout.groups(columns) * layout.n // step))
     classes = 4 if tokens * layout.share <= 8 else 2 if tokens * layout.share <= 16 else 1
     if programs <= 1024 and tokens == 1:
         # Little work: few rows a program and all columns at once, so that every multiprocessor has its share.
         return Blocks(32, min(16, row_steps), 8 if row_steps >= 8 else 4, classes)
-    mask_rows = 128 if entries * layout.share <= 32 or tokens > 1 else 32
-    per_thread = max(1, min(4, 128 // (entries * layout.share * tokens)))
-    if layout.share == 1 and tokens == 1 and layout.keep > 1:
+    mask_rows = 128 if step * layout.share <= 32 or tokens > 1 else 32
+    per_thread = max(1, min(4, 128 // (step * layout.share * tokens)))
+    if layout.share == 1 and tokens == 1 and layout.n > 1:
         mask_rows, per_thread = 64, min(per_thread, 2)
     steps = min(per_thread * (128 // mask_rows), row_steps)
-    while steps > 1 and steps * (entries // layout.keep) * layout.group > 4096:
+    while steps > 1 and steps * (step // layout.n) * layout.m > 4096:
         steps //= 2
     return Blocks(mask_rows, steps, max(1, min(4, mask_rows * steps // 32)), classes)
 
 
-def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
-    """Launch the products of every layout that the table holds; see :func:`.product.nm_matmul_`."""
-    if segments.longest == 0:
-        return  # no token has a delta
-    for first in range(0, len(table.parts), MAX_PARTS):
-        parts = slice(first, first + MAX_PARTS)
-        for layout_table in table.layout_tables(parts, NMLayout):
-            limit = gather_tokens(layout_table.layout)
-            if segments.shortest <= limit:
-                size = tile_tokens(min(segments.longest, limit))
-                tiles = segments.tiles(size, longest=limit)
-                _launch_gather(outputs[parts], x, layout_table, tiles)
-            if segments.longest > limit:
-                size = 128 if segments.longest > 64 else 64
-                tiles = segments.tiles(size, shortest=limit + 1)
-                _launch_dot(outputs[parts], x, layout_table, tiles)
+def launch_products(
+    outputs: Sequence[torch.Tensor], x: torch.Tensor, table: LayoutTable[NMLayout], segments: Segments
+) -> None:
+    """Launch the products of one layout: few tokens of a slot are gathered, many are multiplied by dense tiles."""
+    limit = gather_tokens(table.layout)
+    if segments.shortest <= limit:
+        tiles = segments.tiles(tile_tokens(min(segments.longest, limit)), longest=limit)
+        _launch_gather(outputs, x, table, tiles)
+    if segments.longest > limit:
+        tiles = segments.tiles(128 if segments.longest > 64 else 64, shortest=limit + 1)
+        _launch_dot(outputs, x, table, tiles)
 
 
 def _layout_constants(layout: NMLayout) -> dict[str, Any]:
     return {
-        "KEEP": layout.keep,
-        "GROUP": layout.group,
+        "N": layout.n,
+        "M": layout.m,
         "BITS": layout.bits,
         "SHARE": layout.share,
         "TOP": layout.top,
-        "LANE_BITS": lane_bits(layout),
+        **index_constants(layout),
         "POSITION_BITS": layout.position_bits,
     }
 
 
-def _scale_type(layout: NMLayout) -> tl.dtype:
-    return tl.bfloat16 if layout.scale_dtype == "BF16" else tl.float32
-
-
-def _entry_arguments(layout: NMLayout, columns: int) -> dict[str, Any]:
+def _element_arguments(layout: NMLayout, columns: int) -> dict[str, Any]:
     kept = layout.kept(columns)
     return {
         "kept": kept,
@@ -139,7 +122,7 @@ def _entry_arguments(layout: NMLayout, columns: int) -> dict[str, Any]:
     }
 
 
-def gather_arguments(layout: NMLayout, entries: int, columns: int, blocks: Blocks) -> dict[str, Any]:
+def gather_arguments(layout: NMLayout, step: int, columns: int, blocks: Blocks) -> dict[str, Any]:
     """Return the gather kernel's arguments that follow from the layout and the shape of a program."""
     kept = layout.kept(columns)
     code_planes = planes(layout.bits)
@@ -155,20 +138,20 @@ def gather_arguments(layout: NMLayout, entries: int, columns: int, blocks: Block
         "places0": places[0],
         "places1": places[1],
         "places2": places[2],
-        "KEEP": layout.keep,
-        "LOG_GROUP": layout.position_bits,
+        "N": layout.n,
+        "LOG_M": layout.position_bits,
         "SHARE": layout.share,
         "TOP": layout.top,
-        "SCALE": _scale_type(layout),
-        "LANE_BITS": lane_bits(layout),
+        "SCALE": DTYPES[layout.scale_dtype],
+        **index_constants(layout),
         "PLANE0": code_planes[0],
         "CLASSES0": classes[0],
         "PLANE1": code_planes[1] if len(words) > 1 else 0,
         "CLASSES1": classes[1] if len(words) > 1 else 0,
-        "ENTRIES": entries,
+        "ELEMENTS": step,
         "STEPS": blocks.steps,
         "MASK_ROWS": blocks.mask_rows,
-        "EVEN": kept % (entries * blocks.steps) == 0 and columns % layout.group == 0,
+        "EVEN": kept % (step * blocks.steps) == 0 and columns % layout.m == 0,
     }
 
 
@@ -176,54 +159,59 @@ def _launch_gather(
     outputs: Sequence[torch.Tensor], x: torch.Tensor, table: LayoutTable[NMLayout], tiles: TokenTiles
 ) -> None:
     layout = table.layout
-    entries = step_entries(layout)
+    step = step_elements(layout)
     tile_count = tiles.table.shape[0]
     arguments = token_arguments(x, table, tiles)
-    if entries:
+    if step:
         programs = sum(-(-output.shape[1] // (32 * layout.share)) for output in outputs) * tile_count
-        blocks = gather_blocks(layout, entries, table.columns, tiles.size, programs)
+        blocks = gather_blocks(layout, step, table.columns, tiles.size, programs)
         per_part, count = output_arguments(outputs, blocks.mask_rows * layout.share)
-        arguments |= per_part | gather_arguments(layout, entries, table.columns, blocks)
+        arguments |= per_part | gather_arguments(layout, step, table.columns, blocks)
         gather.gather_kernel[(count, tile_count)](**arguments, num_warps=blocks.warps)
         return
     per_part, count = output_arguments(outputs, 32)
-    arguments |= per_part | _entry_arguments(layout, table.columns) | _layout_constants(layout)
-    arguments |= {"SCALE": _scale_type(layout), "SCALED": layout.scale_group > 0, "ENTRIES": 32, "ROWS": 32}
-    gather.entry_kernel[(count, tile_count)](**arguments, num_warps=4)
+    arguments |= per_part | _element_arguments(layout, table.columns) | _layout_constants(layout)
+    arguments |= {
+        "SCALE": DTYPES[layout.scale_dtype],
+        "SCALED": layout.scale_group > 0,
+        "ELEMENTS": 32,
+        "BLOCK_ROWS": 32,
+    }
+    elements.element_kernel[(count, tile_count)](**arguments, num_warps=4)
 
 
 def _launch_dot(
     outputs: Sequence[torch.Tensor], x: torch.Tensor, table: LayoutTable[NMLayout], tiles: TokenTiles
 ) -> None:
     layout = table.layout
-    padded = triton.next_power_of_2(layout.group)
+    padded = triton.next_power_of_2(layout.m)
     rows = 64
     per_part, count = output_arguments(outputs, rows)
     arguments = token_arguments(x, table, tiles) | per_part
-    arguments |= _entry_arguments(layout, table.columns) | _layout_constants(layout)
+    arguments |= _element_arguments(layout, table.columns) | _layout_constants(layout)
     arguments |= {
         "groups": layout.groups(table.columns),
         "PADDED": padded,
-        "SCALE": _scale_type(layout),
+        "SCALE": DTYPES[layout.scale_dtype],
         "SCALED": layout.scale_group > 0,
-        "ROWS": rows,
+        "BLOCK_ROWS": rows,
         "GROUPS": max(1, 64 // padded),
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
     }
     dense.dot_kernel[(count, tiles.table.shape[0])](**arguments, num_warps=4, num_stages=2)
 
 
-def launch_expand(operand: NMOperand, base: torch.Tensor | None, out: torch.Tensor, start: int, stop: int) -> None:
+def launch_expand(operand: Operand, base: torch.Tensor | None, out: torch.Tensor, start: int, stop: int) -> None:
     """Launch the decoding of rows ``start`` to ``stop`` into ``out``, added to ``base`` if that is given."""
-    layout = operand.layout
-    padded = triton.next_power_of_2(layout.group)
+    layout, buffers = cast("NMLayout", operand.layout), operand.buffers
+    padded = triton.next_power_of_2(layout.m)
     rows, groups = 32, max(1, 128 // padded)
     constants = _layout_constants(layout)
     grid = (-(-(stop - start) // rows), -(-layout.groups(operand.columns) // groups))
     dense.expand_kernel[grid](
-        codes_ptr=operand.codes,
-        index_ptr=operand.codes if operand.index is None else operand.index,
-        scales_ptr=operand.scales,
+        codes_ptr=buffers["codes"],
+        index_ptr=buffers.get("index", buffers["codes"]),
+        scales_ptr=buffers["scales"],
         seed=operand.seed - (1 << 32 if operand.seed >= 1 << 31 else 0),
         base_ptr=out if base is None else base,
         base_stride=0 if base is None else base.stride(0),
@@ -232,37 +220,34 @@ def launch_expand(operand: NMOperand, base: torch.Tensor | None, out: torch.Tens
         first_row=start,
         rows=stop,
         columns=operand.columns,
-        **_entry_arguments(layout, operand.columns),
+        **_element_arguments(layout, operand.columns),
         **constants,
         PADDED=padded,
         BASE=base is not None,
-        ROWS=rows,
+        BLOCK_ROWS=rows,
         GROUPS=groups,
         num_warps=4,
     )
 
 
-def launch_embedding(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, segments: Segments) -> None:
-    """Launch the addition of embedding rows for every layout that the table holds."""
-    entries = 256
-    for layout_table in table.layout_tables(slice(0, 1), NMLayout):
-        layout = layout_table.layout
-        arguments = _entry_arguments(layout, table.columns)
-        grid = (output.shape[0], -(-arguments["kept"] // entries))
-        dense.embedding_kernel[grid](
-            ids_ptr=ids,
-            slots_ptr=segments.slots,
-            slot_count=segments.count,
-            table_ptr=layout_table.entries,
-            y_ptr=output,
-            y_stride=output.stride(0),
-            columns=table.columns,
-            SCALE=_scale_type(layout),
-            ENTRIES=entries,
-            **arguments,
-            **_layout_constants(layout),
-            num_warps=4,
-        )
+def launch_embedding(output: torch.Tensor, ids: torch.Tensor, table: LayoutTable[NMLayout], segments: Segments) -> None:
+    """Launch the addition of each token's row onto its embedding."""
+    layout, block = table.layout, 256
+    arguments = _element_arguments(layout, table.columns)
+    dense.embedding_kernel[(output.shape[0], -(-arguments["kept"] // block))](
+        ids_ptr=ids,
+        slots_ptr=segments.slots,
+        slot_count=segments.count,
+        records_ptr=table.records,
+        y_ptr=output,
+        y_stride=output.stride(0),
+        columns=table.columns,
+        SCALE=DTYPES[layout.scale_dtype],
+        ELEMENTS=block,
+        **arguments,
+        **_layout_constants(layout),
+        num_warps=4,
+    )
 
 
 def launch_fused(
@@ -278,17 +263,17 @@ def launch_fused(
         outputs: for each part, shape (1, rows); written, not added to.
         x: shape (1, columns).
         weights: of the base, for each part, shape (rows, columns).
-        table: of a layout that :func:`step_entries` can unroll.
+        table: of a layout that :func:`step_elements` can unroll.
         slot: of the delta.
     """
     layout, columns = table.layout, table.columns
-    entries = step_entries(layout)
-    row_steps = triton.next_power_of_2(-(-layout.groups(columns) * layout.keep // entries))
+    step = step_elements(layout)
+    row_steps = triton.next_power_of_2(-(-layout.groups(columns) * layout.n // step))
     mask_rows = 16 if layout.share <= 2 else 32 // layout.share
     blocks = Blocks(mask_rows, min(16, row_steps), 4, 4)
     counts = [-(-output.shape[1] // (mask_rows * layout.share)) for output in outputs]
     weight, output = [*weights, weights[0], weights[0]], [*outputs, outputs[0], outputs[0]]
-    arguments = gather_arguments(layout, entries, columns, blocks)
+    arguments = gather_arguments(layout, step, columns, blocks)
     fused.fused_kernel[(sum(counts),)](
         x_ptr=x,
         **{f"weight{i}_ptr": weight[i] for i in range(MAX_PARTS)},
@@ -296,7 +281,7 @@ def launch_fused(
         **{f"rows{i}": output[i].shape[1] for i in range(MAX_PARTS)},
         block1=counts[0],
         block2=sum(counts[:2]),
-        table_ptr=table.entries,
+        records_ptr=table.records,
         slot=slot,
         columns=columns,
         PARTS=len(outputs),

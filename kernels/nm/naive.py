@@ -6,14 +6,12 @@ with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.kernels.nm.operand import NMOperand
-from deltafmt.kernels.segments import Segments
-from deltafmt.kernels.table import OperandTable
+from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.layout import NMLayout
 
 _MASK = 0xFFFFFFFF
@@ -22,9 +20,9 @@ _MASK = 0xFFFFFFFF
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """Section 11.4: the 32-bit mix, on int64 tensors that hold values below 2**32."""
     x = x ^ (x >> 16)
-    x = _multiply(x, 0x7FEB352D)
+    x = _multiply(x, hashing.MIX_FIRST)
     x = x ^ (x >> 15)
-    x = _multiply(x, 0x846CA68B)
+    x = _multiply(x, hashing.MIX_SECOND)
     return x ^ (x >> 16)
 
 
@@ -53,8 +51,8 @@ def tiled_rows(tiled: torch.Tensor, rows: int, share: int) -> torch.Tensor:
 
 def _mix64(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Section 11.4: 64 bits for each number below 2**32, as their lower and upper halves."""
-    low, high = _wide(x ^ (x >> 16), 0xCD9E8D57)
-    return _wide(low ^ high, 0xFFFEB2D5)
+    low, high = _wide(x ^ (x >> 16), hashing.FOLD)
+    return _wide(low ^ high, hashing.SPREAD)
 
 
 def _wide(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,23 +90,23 @@ def unpack_fields(words: torch.Tensor, rows: int, count: int, width: int, share:
 
 def seeded_positions(layout: NMLayout, seed: int, mask_rows: int, groups: int) -> torch.Tensor:
     """Section 11.4, ``seeded``: return positions, int64, shape (mask_rows, groups, N)."""
-    log_m = layout.group.bit_length() - 1
-    needed = log_m if layout.keep == 1 else 2 * log_m - 1
+    log_m = layout.m.bit_length() - 1
+    needed = log_m if layout.n == 1 else 2 * log_m - 1
     width = 4 if needed <= 4 else 8 if needed <= 8 else 16
     row = torch.arange(mask_rows)
-    key = _mix((_multiply(row, 0x9E3779B1) + seed) & _MASK)
+    key = _mix((_multiply(row, hashing.ROW_STEP) + seed) & _MASK)
     g = torch.arange(groups)
     per_hash = 64 // width
-    low, high = _mix64((key[:, None] + _multiply(g // per_hash, 0x85EBCA6B)) & _MASK)
+    low, high = _mix64((key[:, None] + _multiply(g // per_hash, hashing.BLOCK_STEP)) & _MASK)
     shift = g % per_hash * width
     lane = torch.where(shift < 32, low >> shift, high >> (shift - 32).clamp(min=0))
-    b = lane & (layout.group - 1)
-    a = (lane >> (log_m - 1)) & (layout.group - 1) | 1
-    i = torch.arange(layout.keep)
-    return (a[:, :, None] * i + b[:, :, None]) & (layout.group - 1)
+    b = lane & (layout.m - 1)
+    a = (lane >> (log_m - 1)) & (layout.m - 1) | 1
+    i = torch.arange(layout.n)
+    return (a[:, :, None] * i + b[:, :, None]) & (layout.m - 1)
 
 
-def nm_delta(layout: NMLayout, buffers: dict[str, torch.Tensor], seed: int, rows: int, columns: int) -> torch.Tensor:
+def nm_delta(layout: NMLayout, buffers: Mapping[str, torch.Tensor], seed: int, rows: int, columns: int) -> torch.Tensor:
     """Sections 11.5 and 11.6: return the dense float32 delta, shape (rows, columns).
 
     Args:
@@ -127,24 +125,24 @@ def nm_delta(layout: NMLayout, buffers: dict[str, torch.Tensor], seed: int, rows
         positions = seeded_positions(layout, seed, mask_rows, groups).to(buffers["codes"].device)
     elif layout.index == "fixed":
         positions = unpack_fields(buffers["index"], mask_rows, kept, layout.position_bits, 1)
-        positions = positions.reshape(mask_rows, groups, layout.keep)
+        positions = positions.reshape(mask_rows, groups, layout.n)
     else:
         raise UsageError("a rank index is made fixed before it is multiplied with")
     codes = unpack_fields(buffers["codes"], rows, kept, layout.bits, layout.share)
     scales = tiled_rows(buffers["scales"], rows, layout.share).float()
     per_entry = (scales * 0.5).repeat_interleave(min(layout.scale_group or kept, kept), 1)[:, :kept]
     values = (2 * codes - layout.top).float() * per_entry
-    start = torch.arange(groups, device=positions.device) * layout.group
+    start = torch.arange(groups, device=positions.device) * layout.m
     column = (positions + start[:, None]).reshape(mask_rows, kept)
     column = column.repeat_interleave(layout.share, 0)[:rows]
-    wide = torch.zeros(rows, groups * layout.group, device=values.device)
+    wide = torch.zeros(rows, groups * layout.m, device=values.device)
     return wide.scatter(1, column, values)[:, :columns]
 
 
 def nm_matmul(
     x: torch.Tensor,
     layout: NMLayout,
-    buffers: dict[str, torch.Tensor],
+    buffers: Mapping[str, torch.Tensor],
     seed: int,
     rows: int,
     base_output: torch.Tensor | None = None,
@@ -163,52 +161,3 @@ def nm_matmul(
     if base_output is not None:
         product = product + base_output.float()
     return product.to(x.dtype)
-
-
-def operand_delta(operand: NMOperand) -> torch.Tensor:
-    """Return the dense float32 delta of an operand, shape (rows, columns)."""
-    buffers = {"codes": operand.codes, "scales": operand.scales}
-    if operand.index is not None:
-        buffers["index"] = operand.index
-    return nm_delta(operand.layout, buffers, operand.seed, operand.rows, operand.columns)
-
-
-def nm_matmul_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
-    """Add each token's ``x @ delta.T`` onto the base's outputs, in place; the reference of the kernels.
-
-    Args:
-        outputs: for each part of the table, shape (tokens, rows).
-        x: shape (tokens, columns).
-        table: the deltas.
-        segments: which token uses which of them.
-    """
-    slots = segments.slots.cpu()
-    for slot in range(table.slots):
-        tokens = (slots == slot).nonzero()[:, 0].to(x.device)
-        if not len(tokens):
-            continue
-        for output, terms in zip(outputs, table.operands(slot), strict=True):
-            for operand in terms:
-                if not isinstance(operand, NMOperand):
-                    continue
-                product = x[tokens].float() @ operand_delta(operand).T
-                output[tokens, : operand.rows] = (output[tokens, : operand.rows].float() + product).to(output.dtype)
-
-
-def nm_embedding_(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, segments: Segments) -> None:
-    """Add each token's row ``delta[id]`` onto the base's embedding, in place; the reference of the kernel.
-
-    Args:
-        output: shape (tokens, columns).
-        ids: row numbers, any integer dtype, shape (tokens,); a row that the delta lacks adds nothing.
-        table: the deltas, of one part.
-        segments: which token uses which of them.
-    """
-    slots = segments.slots.cpu()
-    for slot in range(table.slots):
-        tokens = (slots == slot).nonzero()[:, 0].to(output.device)
-        for operand in table.operands(slot)[0] if len(tokens) else ():
-            if not isinstance(operand, NMOperand):
-                continue
-            held = tokens[(ids[tokens] >= 0) & (ids[tokens] < operand.rows)]
-            output[held] = (output[held].float() + operand_delta(operand)[ids[held].long()]).to(output.dtype)

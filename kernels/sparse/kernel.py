@@ -10,7 +10,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltafmt.kernels.nm.gather import select_part
+from deltafmt.kernels.device_functions import (
+    add_token,
+    load_address,
+    load_tile,
+    load_words,
+    record_of,
+    select_part,
+    token_pointers,
+)
+from deltafmt.kernels.sparse.kind import RECORD
+
+FIELDS = tl.constexpr(len(RECORD))
+VALUES = tl.constexpr(RECORD.offset("values"))
+GAPS = tl.constexpr(RECORD.offset("gaps"))
+SCALES = tl.constexpr(RECORD.offset("scales"))
+STARTS = tl.constexpr(RECORD.offset("starts"))
+SLOT_COUNT = tl.constexpr(RECORD.offset("slots"))
+ROWS = tl.constexpr(RECORD.offset("rows"))
 
 
 @triton.jit
@@ -38,7 +55,7 @@ def read_fields(
 
 @triton.jit
 def sparse_kernel(
-    x_ptr, x_stride, order_ptr, tiles_ptr, table_ptr,
+    x_ptr, x_stride, order_ptr, tiles_ptr, records_ptr,
     y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, block1, block2, columns, blocks, span,
     PARTS: tl.constexpr, TOKENS: tl.constexpr,
     GAP0: tl.constexpr, GAP1: tl.constexpr, GAP2: tl.constexpr, FILLER: tl.constexpr,
@@ -46,29 +63,24 @@ def sparse_kernel(
     SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Add ``x @ delta.T`` of one tile of tokens and 32 rows; PLANE0 is 0 where values are stored as they are."""
-    tile = tl.program_id(1)
-    owner = tl.load(tiles_ptr + tile * 3)
-    first = tl.load(tiles_ptr + tile * 3 + 1)
-    count = tl.load(tiles_ptr + tile * 3 + 2)
+    owner, first, count = load_tile(tiles_ptr, tl.program_id(1))
     if count == 0:
         return
     part, block, y_ptr, y_stride = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
     )
-    p_entry = table_ptr + (owner * PARTS + part) * 6
-    rows = tl.load(p_entry + 5).to(tl.int32)
+    p_record = record_of(records_ptr, owner, part, PARTS, FIELDS)
+    rows = tl.load(p_record + ROWS).to(tl.int32)
     if block * 32 >= rows:
         return
-    slots = tl.load(p_entry + 4)
+    slots = tl.load(p_record + SLOT_COUNT)
     lane = tl.arange(0, 32)
     row = block * 32 + lane
-    p_gaps = tl.load(p_entry + 1).to(tl.pointer_type(tl.int32)) + lane[None, :]
-    p_starts = tl.load(p_entry + 3).to(tl.pointer_type(tl.int32)) + block.to(tl.int64) * blocks
-    p_x = ()
+    p_gaps = load_words(p_record, GAPS) + lane[None, :]
+    p_starts = load_words(p_record, STARTS) + block.to(tl.int64) * blocks
+    p_x = token_pointers(x_ptr, x_stride, order_ptr, first, count, TOKENS)
     total = ()
-    for t in tl.static_range(TOKENS):
-        token = tl.load(order_ptr + first + tl.minimum(t, count - 1)).to(tl.int64)
-        p_x = p_x + (x_ptr + token * x_stride,)
+    for _ in tl.static_range(TOKENS):
         total = total + (tl.zeros([32], tl.float32),)
     for i_block in range(blocks):
         start = tl.load(p_starts + i_block).to(tl.uint32, bitcast=True).to(tl.int64)
@@ -83,10 +95,10 @@ def sparse_kernel(
             column = after[None, :] + ends - 1
             m &= (gap != FILLER) & (column >= 0) & (column < columns)
             if PLANE0 == 0:
-                p_values = tl.load(p_entry).to(tl.pointer_type(DTYPE)) + lane[None, :]
+                p_values = load_address(p_record, VALUES, DTYPE) + lane[None, :]
                 value = tl.load(p_values + (slot * 32)[:, None], mask=m, other=0).to(tl.float32)
             else:
-                p_codes = tl.load(p_entry).to(tl.pointer_type(tl.int32)) + lane[None, :]
+                p_codes = load_words(p_record, VALUES) + lane[None, :]
                 code = read_fields(p_codes, slots, slot, m, PLANE0, PLANE1, PLANE2)
                 value = (2 * code - TOP).to(tl.float32)
             new_total = ()
@@ -99,12 +111,6 @@ def sparse_kernel(
     if PLANE0 == 0:
         scale = 1.0
     else:
-        scale = (
-            tl.load(tl.load(p_entry + 2).to(tl.pointer_type(DTYPE)) + row, mask=m_rows, other=0).to(tl.float32) * 0.5
-        )
+        scale = tl.load(load_address(p_record, SCALES, DTYPE) + row, mask=m_rows, other=0).to(tl.float32) * 0.5
     for t in tl.static_range(TOKENS):
-        if t < count:
-            token = tl.load(order_ptr + first + t).to(tl.int64)
-            p_y = y_ptr + token * y_stride + row
-            old = tl.load(p_y, mask=m_rows, other=0).to(tl.float32)
-            tl.store(p_y, (old + total[t] * scale).to(y_ptr.dtype.element_ty), mask=m_rows)
+        add_token(y_ptr, y_stride, order_ptr, first, t, count, row, m_rows, total[t] * scale)

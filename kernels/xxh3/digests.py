@@ -10,7 +10,7 @@ import xxhash
 
 from deltafmt import accel
 from deltafmt.errors import UsageError
-from deltafmt.kernels.xxh3 import naive
+from deltafmt.kernels.xxh3 import algorithm
 
 # A sixteenth of it is taken while the sections of a batch are summed.
 BATCH_BYTES = 1 << 30
@@ -18,7 +18,7 @@ MAX_BATCH = 1 << 15
 
 
 def can_run(device: torch.device) -> bool:
-    """Tell whether the kernels run on a device."""
+    """Return True if the kernels run on a device."""
     return device.type == "cuda" and accel.has_triton()
 
 
@@ -42,7 +42,7 @@ def digests(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[b
             raise UsageError(f"{length} bytes at {offset} of {memory.numel()} are not a section")
     with_kernels = can_run(memory.device)
     # Short inputs have algorithms of their own, and are no work.
-    by_kernel = [section for section in sections if with_kernels and section[1] > naive.SHORT_BYTES]
+    by_kernel = [section for section in sections if with_kernels and section[1] > algorithm.SHORT_BYTES]
     found = dict(zip(by_kernel, _by_kernel(memory, by_kernel), strict=True)) if by_kernel else {}
     for offset, length in sections:
         if (offset, length) not in found:
@@ -52,14 +52,14 @@ def digests(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[b
 
 
 def _by_kernel(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[bytes]:
-    from deltafmt.kernels.xxh3 import kernel as triton
+    from deltafmt.kernels.xxh3 import kernel
 
     found = []
     with torch.cuda.device(memory.device):
         for batch in batches(sections):
             starts, lengths = np.array(batch, np.int64).T
-            sums = triton.accumulators(memory.view(torch.int64), starts // 8, lengths)
-            found += naive.merged(sums.cpu().numpy().view(np.uint64), lengths.astype(np.uint64))
+            sums = kernel.accumulators(memory.view(torch.int64), starts // 8, lengths)
+            found += algorithm.merged(sums.cpu().numpy().view(np.uint64), lengths.astype(np.uint64))
     return found
 
 

@@ -1,4 +1,4 @@
-"""XXH3-128 of many sections at once on a GPU, in two kernels; names are those of the naive form.
+"""XXH3-128 of many sections at once on a GPU, in two kernels; names are those of ``algorithm``.
 
 Within a block of 1,024 bytes the stripes only add to the accumulators, so what a block adds is summed first, for all
 blocks of all sections side by side, at the speed of memory. What is left is a chain over a section's blocks of one
@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from deltafmt.kernels.xxh3 import naive
+from deltafmt.kernels.xxh3 import algorithm
 
 BLOCKS = 16
-WORDS = naive.BLOCK_BYTES // 8
-STRIPES = naive.BLOCK_BYTES // naive.STRIPE_BYTES
+WORDS = algorithm.BLOCK_BYTES // 8
+STRIPES = algorithm.BLOCK_BYTES // algorithm.STRIPE_BYTES
 # The loads of that many blocks are on their way at once; a scramble takes some 25 cycles, a load 700.
 UNROLL = 64
 
@@ -96,17 +96,17 @@ def _chain_kernel(  # type: ignore[no-untyped-def]
 
 @functools.lru_cache(maxsize=16)
 def _secret(device: torch.device) -> torch.Tensor:
-    rows = [naive.lanes_at(naive.SECRET, 8 * stripe) for stripe in range(STRIPES)]
+    rows = [algorithm.lanes_at(algorithm.SECRET, 8 * stripe) for stripe in range(STRIPES)]
     return torch.from_numpy(np.stack(rows).view(np.int64)).to(device)
 
 
 @functools.lru_cache(maxsize=16)
 def _constants(device: torch.device) -> torch.Tensor:
     rows = (
-        naive.START,
-        naive.lanes_at(naive.SECRET, naive.SCRAMBLE_AT),
-        naive.lanes_at(naive.SECRET, naive.LAST_STRIPE_AT),
-        np.full(naive.LANES, naive.PRIME32_1, np.uint64),
+        algorithm.START,
+        algorithm.lanes_at(algorithm.SECRET, algorithm.SCRAMBLE_AT),
+        algorithm.lanes_at(algorithm.SECRET, algorithm.LAST_STRIPE_AT),
+        np.full(algorithm.LANES, algorithm.PRIME32_1, np.uint64),
     )
     return torch.from_numpy(np.stack(rows).view(np.int64)).to(device)
 
@@ -123,11 +123,11 @@ def accumulators(words: torch.Tensor, starts: np.ndarray, lengths: np.ndarray) -
         int64 with the bits of uint64, shape (sections, 8).
     """
     device = words.device
-    rows = (lengths - 1) // naive.BLOCK_BYTES + 1
+    rows = (lengths - 1) // algorithm.BLOCK_BYTES + 1
     table = np.stack([starts, lengths, np.cumsum(rows) - rows], 1).astype(np.int64)
     sections = torch.from_numpy(table).to(device)
-    sums = torch.empty(int(rows.sum()), naive.LANES, dtype=torch.int64, device=device)
-    out = torch.empty(len(table), naive.LANES, dtype=torch.int64, device=device)
+    sums = torch.empty(int(rows.sum()), algorithm.LANES, dtype=torch.int64, device=device)
+    out = torch.empty(len(table), algorithm.LANES, dtype=torch.int64, device=device)
     grid = triton.cdiv(int(rows.max()), BLOCKS), len(table)
     _sums_kernel[grid](words, sections, _secret(device), sums, BLOCKS=BLOCKS, num_warps=4)
     _chain_kernel[(len(table),)](words, sections, _constants(device), sums, out, UNROLL=UNROLL, num_warps=1)

@@ -16,7 +16,7 @@ AXES: Final = ("row", "column")
 
 @dataclass(frozen=True, slots=True)
 class LowbitLayout(Coding, TermLayout):
-    """How a ``lowbit`` term arranges a code for every element.
+    """The layout of a ``lowbit`` term: a code for every element.
 
     Attributes:
         axis: ``row``: scales belong to rows, or to runs of a row; ``column``: there is one scale a column.

@@ -40,7 +40,7 @@ class LowRankArrays(TermArrays):
 class LowRankCodec(TermCodec[LowRankLayout, LowRankArrays]):
     """The codec of one ``lowrank`` term; see :class:`deltafmt.terms.codec.TermCodec`.
 
-    Of coded vectors, ``u_codes`` and ``v_codes`` have shape (R, words), ``*_scales`` (as uint16 for BF16) and
+    If vectors are coded, ``u_codes`` and ``v_codes`` have shape (R, words), ``*_scales`` (as uint16 for BF16) and
     ``*_zero_points`` shape (R, scales of a vector); raw ``u`` and ``v`` have shape (R, rows) and (R, columns). A run of
     rows is decoded, a whole matrix encoded at once.
     """

@@ -17,7 +17,7 @@ from deltafmt.terms.buffers import Packed, blank, check_same
 from deltafmt.terms.codec import TermArrays, TermCodec
 from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.floats import narrow, widen
-from deltafmt.terms.nm import positions as pos
+from deltafmt.terms.nm.index.codecs import INDEX_CODECS
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.tiles import TILE_ROWS, tiles
 
@@ -53,14 +53,11 @@ def encode(
     """Pack a run of rows into its slices of :func:`blank`.
 
     The positions of a ``seeded`` layout are not stored; those of the others must ascend in every group. Fields of
-    entries beyond the last column must be zero.
+    elements beyond the last column must be zero.
     """
     routines.pack_into(arrays.codes, layout.bits, _words(out["codes"]), layout.share)
-    if layout.index == "fixed":
-        flat = arrays.positions.reshape(arrays.positions.shape[0], -1)
-        routines.pack_into(flat, layout.position_bits, _words(out["index"]), 1)
-    elif layout.index == "rank":
-        _words(out["index"])[...] = pos.encode_rank(arrays.positions, layout)
+    if "index" in out:
+        INDEX_CODECS[layout.index].encode(arrays.positions, layout, _words(out["index"]), routines)
     scales = arrays.scales
     raw = narrow(scales, "BF16") if layout.scale_dtype == "BF16" else scales
     out["scales"][...] = words.to_tiles(raw, layout.share)
@@ -98,12 +95,8 @@ def decode(
     if not np.isfinite(scales).all() or np.signbit(scales).any():
         raise InvalidFileError("a scale is negative or not finite")
     mask_rows = layout.mask_rows(rows)
-    if layout.index == "seeded":
-        kept_at = routines.seeded(seed, first // layout.share, mask_rows, groups, layout.keep, layout.group)
-    elif layout.index == "fixed":
-        kept_at = pos.decode_fixed(_words(packed["index"]), layout, mask_rows, groups, routines.unpack)
-    else:
-        kept_at = pos.decode_rank(_words(packed["index"]), layout, mask_rows, groups)
+    index = _words(packed["index"]) if "index" in packed else None
+    kept_at = INDEX_CODECS[layout.index].decode(index, layout, seed, first // layout.share, mask_rows, groups, routines)
     # Last, because compiled routines use the memory of one unpacking again for the next.
     codes = routines.unpack(_words(packed["codes"]), rows, layout.kept(columns), layout.bits, layout.share)
     codes = codes.astype(np.uint8, copy=False)
@@ -117,7 +110,7 @@ def dense(layout: NMLayout, arrays: NMArrays, columns: int, routines: CodecRouti
         arrays.scales,
         arrays.positions,
         columns,
-        layout.group,
+        layout.m,
         layout.share,
         layout.top,
         layout.scale_group,
@@ -125,8 +118,8 @@ def dense(layout: NMLayout, arrays: NMArrays, columns: int, routines: CodecRouti
 
 
 def outside(layout: NMLayout, arrays: NMArrays, columns: int) -> NDArray[np.bool_]:
-    """Tell which entries lie beyond the last column; shape (rows, groups * N)."""
-    start = np.arange(layout.groups(columns), dtype=np.int64)[:, None] * layout.group
+    """Return True for each kept element beyond the last column; shape (rows, groups * N)."""
+    start = np.arange(layout.groups(columns), dtype=np.int64)[:, None] * layout.m
     beyond = (arrays.positions + start >= columns).reshape(arrays.positions.shape[0], -1)
     return beyond[np.arange(arrays.codes.shape[0]) // layout.share]
 
@@ -141,12 +134,12 @@ def check(
     """Check what decoding alone does not: that the run is the canonical packing of what it means.
 
     Raises:
-        InvalidFileError: a field beyond the grid, an entry beyond the last column whose field is not zero, or unused
+        InvalidFileError: a field beyond the grid, an element beyond the last column whose field is not zero, or unused
             bits that are not zero.
     """
     if arrays.codes.size and int(arrays.codes.max()) > layout.top:
         raise InvalidFileError(f"a code is {arrays.codes.max()}, the grid ends at {layout.top}")
-    if columns % layout.group and arrays.codes[outside(layout, arrays, columns)].any():
+    if columns % layout.m and arrays.codes[outside(layout, arrays, columns)].any():
         raise InvalidFileError("an entry beyond the last column has a code that is not zero")
     again = blank(layout, arrays.codes.shape[0], columns)
     encode(layout, arrays, again, routines)
@@ -195,30 +188,26 @@ class NMCodec(TermCodec[NMLayout, NMArrays]):
         return arrays
 
     def digested_form(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
-        """Return a ``rank`` index as ``fixed``, so that hot and cold files agree, and anything else as it is."""
-        if name == "index" and self.layout.index == "rank":
+        """Return an index in the encoding that kernels read, so that hot and cold files agree."""
+        plain = self.layout.plain()
+        if name == "index" and plain != self.layout:
             rows, columns = self.shape
-            return transcode_index(
-                self.layout, _words(array), self.layout.mask_rows(rows), columns, self.layout.plain()
-            )
+            return transcode_index(self.layout, _words(array), self.layout.mask_rows(rows), columns, plain)
         return array
 
 
 def transcode_index(
     layout: NMLayout, index: NDArray[np.uint32], mask_rows: int, columns: int, target: NMLayout
 ) -> NDArray[np.uint32]:
-    """Return a ``fixed`` index as ``rank`` or the reverse; the positions, and so the codes, stay as they are."""
+    """Return a stored index in another encoding; the positions, and so the codes, stay as they are."""
     groups = layout.groups(columns)
     out = np.empty((tiles(mask_rows), target.index_words(columns), TILE_ROWS), np.uint32)
     # A tile at a time, or a few small ones: the reference takes eight bytes for every bit.
-    step = max(TRANSCODE_ENTRIES // (TILE_ROWS * groups * layout.keep), 1)
+    step = max(TRANSCODE_ENTRIES // (TILE_ROWS * groups * layout.n), 1)
     for tile in range(0, out.shape[0], step):
         rows = min(mask_rows - tile * TILE_ROWS, step * TILE_ROWS)
-        part = index[tile : tile + step]
-        if layout.index == "rank":
-            out[tile : tile + step] = pos.encode_fixed(pos.decode_rank(part, layout, rows, groups), target)
-        else:
-            out[tile : tile + step] = pos.encode_rank(pos.decode_fixed(part, layout, rows, groups), target)
+        positions = INDEX_CODECS[layout.index].decode(index[tile : tile + step], layout, 0, 0, rows, groups)
+        INDEX_CODECS[target.index].encode(positions, target, out[tile : tile + step])
     return out
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 from deltafmt.errors import UsageError
 from deltafmt.format.checks import Where, parse_fields
 from deltafmt.terms.layout import TermLayout
+from deltafmt.terms.nm.index.encodings import ENCODINGS, IndexEncoding, position_bits, rank_bits
 from deltafmt.terms.tiles import (
     GRIDS,
     MAX_SCALE_GROUP,
@@ -22,31 +22,29 @@ from deltafmt.terms.tiles import (
 
 BITS: Final = (1, 2, 3, 4, 5, 6, 8)
 SHARES: Final = (1, 2, 4, 8)
-MAX_GROUP: Final = 255
-MAX_SEEDED_GROUP: Final = 128
-INDEX_ENCODINGS: Final = ("seeded", "fixed", "rank")
+MAX_M: Final = 255
 
 
 @dataclass(frozen=True, slots=True)
 class NMLayout(TermLayout):
-    """How an ``nm`` term arranges its kept entries.
+    """The layout of an ``nm`` term: N kept elements in every group of M columns.
 
     Attributes:
-        keep: N, entries kept in each group.
-        group: M, consecutive columns of a group.
+        n: N, elements kept in each group.
+        m: M, consecutive columns of a group.
         bits: k, width of a code.
         index: ``seeded``, ``fixed`` or ``rank``.
         grid: ``midtread`` (2**k - 1 levels, zero among them) or ``midrise`` (2**k levels, none zero).
         share: v, consecutive rows that keep the same positions.
         scale_dtype: ``BF16`` or ``F32``.
-        scale_group: kept entries of a row that share a scale; 0 for one scale a row.
+        scale_group: kept elements of a row that share a scale; 0 for one scale a row.
 
     Raises:
         UsageError: a parameter, or the combination, is outside the specification.
     """
 
-    keep: int
-    group: int
+    n: int
+    m: int
     bits: int
     index: str = "seeded"
     grid: str = "midtread"
@@ -57,12 +55,12 @@ class NMLayout(TermLayout):
     kind: ClassVar[str] = "nm"
 
     def __post_init__(self) -> None:
-        if self.index not in INDEX_ENCODINGS:
-            raise UsageError(f"index encoding {self.index!r} is not one of {', '.join(INDEX_ENCODINGS)}")
-        if not 2 <= self.group <= MAX_GROUP:
-            raise UsageError(f"group size M = {self.group} is outside 2 to {MAX_GROUP}")
-        if not 1 <= self.keep <= self.group:
-            raise UsageError(f"N = {self.keep} is outside 1 to M = {self.group}")
+        if self.index not in ENCODINGS:
+            raise UsageError(f"index encoding {self.index!r} is not one of {', '.join(ENCODINGS)}")
+        if not 2 <= self.m <= MAX_M:
+            raise UsageError(f"group size M = {self.m} is outside 2 to {MAX_M}")
+        if not 1 <= self.n <= self.m:
+            raise UsageError(f"N = {self.n} is outside 1 to M = {self.m}")
         if self.bits not in BITS:
             raise UsageError(f"bits k = {self.bits} is not one of {', '.join(map(str, BITS))}")
         if self.share not in SHARES:
@@ -75,10 +73,12 @@ class NMLayout(TermLayout):
             raise UsageError(f"scale dtype {self.scale_dtype!r} is not one of {', '.join(SCALE_BYTES)}")
         if not 0 <= self.scale_group <= MAX_SCALE_GROUP:
             raise UsageError(f"scale group {self.scale_group} is outside 0 to {MAX_SCALE_GROUP}")
-        if self.index == "seeded" and (self.group & (self.group - 1) or self.group > MAX_SEEDED_GROUP):
-            raise UsageError(f"a seeded index needs M to be a power of two up to 128, not {self.group}")
-        if self.index == "rank" and math.comb(self.group, self.keep) >= 2**64:
-            raise UsageError(f"a rank index needs C(M, N) below 2**64, which {self.keep}:{self.group} exceeds")
+        self.encoding.check(self.n, self.m)
+
+    @property
+    def encoding(self) -> type[IndexEncoding]:
+        """The rules of the index encoding."""
+        return ENCODINGS[self.index]
 
     @property
     def top(self) -> int:
@@ -90,116 +90,102 @@ class NMLayout(TermLayout):
 
     @property
     def seeded(self) -> bool:
-        """Whether a term has a seed."""
-        return self.index == "seeded"
+        """True if a term has a seed."""
+        return self.encoding.seeded
 
     @property
     def cold_only(self) -> bool:
-        """Whether only a ``cold`` file may have this layout in its table."""
-        return self.index == "rank"
+        """True if only a ``cold`` file may have this layout in its table."""
+        return self.encoding.cold_only
 
     def plain(self) -> NMLayout:
         """Return the layout in which digests are taken and kernels read: ``rank`` made ``fixed``."""
-        return self.with_index("fixed") if self.index == "rank" else self
+        return self.with_index(self.encoding.plain)
 
     @property
     def drops_most(self) -> bool:
         """True if the layout keeps less than half of each row."""
-        return 2 * self.keep < self.group
+        return 2 * self.n < self.m
 
     def for_profile(self, profile: str) -> NMLayout:
         """Return the layout that a profile uses: ``fixed`` when hot, ``rank`` when cold where one exists and pays."""
-        if profile == "hot":
-            return self.plain()
-        if self.index == "fixed":
-            try:
-                ranked = self.with_index("rank")
-            except UsageError:
-                return self
-            if ranked.rank_bits < self.position_bits * self.keep:
-                return ranked
-        return self
+        archived = None if profile == "hot" else self.encoding.archived(self.n, self.m)
+        return self.plain() if profile == "hot" else self.with_index(archived) if archived else self
 
     @property
     def position_bits(self) -> int:
         """Width of a position in a ``fixed`` index: ceil(log2 M)."""
-        return (self.group - 1).bit_length()
+        return position_bits(self.m)
 
     @property
     def rank_bits(self) -> int:
         """Width of a group's rank in a ``rank`` index: ceil(log2 C(M, N))."""
-        return (math.comb(self.group, self.keep) - 1).bit_length()
+        return rank_bits(self.n, self.m)
 
     def groups(self, columns: int) -> int:
-        """Groups in a row of ``columns`` elements; the last may be short."""
-        return -(-columns // self.group)
+        """Return the groups in a row of ``columns`` elements; the last may be short."""
+        return -(-columns // self.m)
 
     def width(self, columns: int) -> int:
-        """Elements of a row once its last group is whole: what decoding a row takes, however few its columns."""
-        return self.groups(columns) * self.group
+        """Return the elements of a row whose last group is made whole: decoding a row needs room for so many."""
+        return self.groups(columns) * self.m
 
     def kept(self, columns: int) -> int:
-        """Kept entries of a row, those beyond the last column included."""
-        return self.groups(columns) * self.keep
+        """Return the kept elements of a row, those beyond the last column included."""
+        return self.groups(columns) * self.n
 
     def scales_per_row(self, columns: int) -> int:
-        """Scales of a row."""
+        """Return the scales of a row."""
         if self.scale_group == 0:
             return 1
         return -(-self.kept(columns) // self.scale_group)
 
     def mask_rows(self, rows: int) -> int:
-        """Rows of the index: one for every ``share`` rows."""
+        """Return the rows of the index: one for every ``share`` rows."""
         return -(-rows // self.share)
 
     def row_tiles(self, rows: int) -> int:
-        """Tiles of the codes and of the scales of ``rows`` rows."""
+        """Return the tiles of the codes and of the scales of ``rows`` rows."""
         return tiles(rows, self.share)
 
     def index_tiles(self, rows: int) -> int:
-        """Tiles of the index of ``rows`` rows: those of their mask rows."""
+        """Return the tiles of the index of ``rows`` rows: the tiles of their mask rows."""
         return tiles(self.mask_rows(rows))
 
     def codes_words(self, columns: int) -> int:
-        """Packed words of a row's codes."""
+        """Return the packed words of a row's codes."""
         return stream_words(self.kept(columns), self.bits)
 
     def index_words(self, columns: int) -> int:
-        """Packed words of a mask row's index (0 for ``seeded``)."""
-        if self.index == "fixed":
-            return stream_words(self.kept(columns), self.position_bits)
-        if self.index == "rank":
-            return stream_words(self.groups(columns), self.rank_bits)
-        return 0
+        """Return the packed words of a mask row's index (0 for ``seeded``)."""
+        return self.encoding.row_words(self.n, self.m, self.groups(columns))
 
     def buffers(self, rows: int, columns: int, slots: int = 0) -> dict[str, BufferForm]:  # noqa: ARG002 - of every kind
         """Return the arrays of a term, in the order in which they are stored and digested."""
         tiles_of_rows = self.row_tiles(rows)
         forms = {"codes": BufferForm("U32", (tiles_of_rows, self.codes_words(columns), TILE_ROWS))}
-        if self.index != "seeded":
+        if not self.seeded:
             forms["index"] = BufferForm("U32", (self.index_tiles(rows), self.index_words(columns), TILE_ROWS))
         forms["scales"] = BufferForm(self.scale_dtype, (tiles_of_rows, self.scales_per_row(columns), TILE_ROWS))
         return forms
 
     def with_index(self, index: str) -> NMLayout:
         """Return the same layout with another index encoding."""
-        return NMLayout(
-            self.keep, self.group, self.bits, index, self.grid, self.share, self.scale_dtype, self.scale_group
-        )
+        return self if index == self.index else replace(self, index=index)
 
     @classmethod
     def from_obj(cls, obj: Any, where: Where) -> NMLayout:
         """Check a row of the layout table."""
-        return parse_fields(cls, obj, where)
+        return parse_fields(cls, obj, where, {"n": "keep", "m": "group"})
 
     def to_obj(self) -> dict[str, Any]:
         """Return the index's form of this layout (spec section 7.3)."""
         return {
             "bits": self.bits,
             "grid": self.grid,
-            "group": self.group,
+            "group": self.m,
             "index": self.index,
-            "keep": self.keep,
+            "keep": self.n,
             "kind": "nm",
             "scale_dtype": self.scale_dtype,
             "scale_group": self.scale_group,
@@ -208,5 +194,5 @@ class NMLayout(TermLayout):
 
     def describe(self) -> str:
         """Return a short form such as ``4:16 k=4 midtread seeded v=4``."""
-        entries = f"{self.keep}:{self.group} k={self.bits} {self.grid} {self.index} v={self.share}"
+        entries = f"{self.n}:{self.m} k={self.bits} {self.grid} {self.index} v={self.share}"
         return entries + scale_words(self.scale_group, self.scale_dtype)

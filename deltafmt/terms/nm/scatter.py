@@ -14,7 +14,7 @@ def scatter(
     scales: NDArray[np.float32],
     positions: NDArray[np.uint8],
     columns: int,
-    group: int,
+    m: int,
     share: int,
     top: int,
     scale_group: int,
@@ -25,25 +25,25 @@ def scatter(
         codes: fields u, shape (rows, groups * N).
         scales: shape (rows, scales per row).
         positions: shape (mask rows, groups, N); row r uses mask row ``r // share``.
-        columns: columns of the tensor; entries beyond them are ignored.
-        group: M.
+        columns: columns of the tensor; elements beyond them are ignored.
+        m: M.
         share: v.
         top: of the layout, in ``value = (2u - top) * scale / 2``.
-        scale_group: kept entries that share a scale; 0 for all of a row.
+        scale_group: kept elements that share a scale; 0 for all of a row.
 
     Returns:
         float32, shape (rows, columns).
     """
     rows, kept = codes.shape
-    groups, keep = positions.shape[1:]
+    groups, n = positions.shape[1:]
     # "value = float32(2u - top) * float32(scale * 0.5)", one rounding in float32.
     half = scales * np.float32(0.5)
     # A group larger than the row is the row: the parameter never decides how much memory is taken.
-    entry_scale = np.repeat(half, min(scale_group or kept, kept), axis=1)[:, :kept]
+    element_scale = np.repeat(half, min(scale_group or kept, kept), axis=1)[:, :kept]
     with np.errstate(over="ignore"):
-        values = (2 * codes.astype(np.int32) - top).astype(np.float32) * entry_scale
+        values = (2 * codes.astype(np.int32) - top).astype(np.float32) * element_scale
     # "Entry i of group g stands at column g * M + position; entries at or beyond the last column are ignored."
-    out = np.zeros((rows, groups, group), np.float32)
+    out = np.zeros((rows, groups, m), np.float32)
     by_row = positions[np.arange(rows) // share].astype(np.intp)
-    np.put_along_axis(out, by_row, values.reshape(rows, groups, keep), axis=2)
-    return np.ascontiguousarray(out.reshape(rows, groups * group)[:, :columns])
+    np.put_along_axis(out, by_row, values.reshape(rows, groups, n), axis=2)
+    return np.ascontiguousarray(out.reshape(rows, groups * m)[:, :columns])

@@ -19,7 +19,7 @@ MAX_TERM_SLOTS: Final = 2**32 - 1
 
 @dataclass(frozen=True, slots=True)
 class SparseLayout(TermLayout):
-    """How a ``sparse`` term arranges entries that stand anywhere.
+    """The layout of a ``sparse`` term: entries that stand anywhere.
 
     Attributes:
         values: how values are coded, with one scale a row, or the dtype in which they are stored as they are:
@@ -55,7 +55,7 @@ class SparseLayout(TermLayout):
         return (1 << self.gap_bits) - 1
 
     def blocks(self, columns: int) -> int:
-        """Blocks of a row."""
+        """Return the blocks of a row."""
         return -(-columns // self.span)
 
     def buffers(self, rows: int, columns: int, slots: int = 0) -> dict[str, BufferForm]:

@@ -1,41 +1,56 @@
-"""``rank`` to ``fixed``: the Triton kernel where it runs, otherwise the reference."""
+"""``rank`` indexes made ``fixed`` after they have arrived on a device, by a kernel or in torch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
-from deltafmt import accel
 from deltafmt.errors import UsageError
-from deltafmt.kernels.nm.rank_index import naive
+from deltafmt.kernels import devices
+from deltafmt.kernels.kind import Conversion
+from deltafmt.kernels.nm.rank_index import decode
 from deltafmt.kernels.nm.rank_index.jobs import RankJob
+from deltafmt.terms.nm.layout import NMLayout
 
 
-def make_fixed(source: torch.Tensor, target: torch.Tensor, jobs: Sequence[RankJob]) -> list[int]:
+def convert_ranks(source: torch.Tensor, target: torch.Tensor, conversions: Sequence[Conversion]) -> dict[int, str]:
     """Make ``rank`` indexes ``fixed``.
 
     Positions are below M whatever the ranks are; the bits behind a row's last rank are not looked at.
 
     Args:
-        source: int32, 1-d, holds the ``rank`` words.
-        target: int32, 1-d, on the same device; takes the ``fixed`` words.
-        jobs: which indexes, and where.
+        source: uint8, 1-d, holds the ``rank`` words.
+        target: uint8, 1-d, on the same device; takes the ``fixed`` words.
+        conversions: which indexes, and where.
 
     Returns:
-        The numbers of the jobs with a rank that is not below C(M, N).
+        What is wrong with an index, by its number: a rank that is not below C(M, N).
 
     Raises:
         UsageError: the tensors' dtypes, dimensions or devices do not fit.
     """
     for tensor in (source, target):
-        if tensor.dtype != torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
-            raise UsageError(f"expected a contiguous 1-d int32 tensor, found {tensor.dtype} {tuple(tensor.shape)}")
+        if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
+            raise UsageError(f"expected a contiguous 1-d uint8 tensor, found {tensor.dtype} {tuple(tensor.shape)}")
     if source.device != target.device:
         raise UsageError(f"words on {source.device} cannot be written to {target.device}")
-    if not target.is_cuda or not accel.has_triton():
-        return naive.make_fixed(source, target, jobs)
-    from deltafmt.kernels.nm.rank_index import kernel as triton
+    layouts = [cast("NMLayout", one.layout) for one in conversions]
+    jobs = [
+        RankJob(layout, layout.mask_rows(one.rows), one.columns, one.source // 4, one.target // 4)
+        for layout, one in zip(layouts, conversions, strict=True)
+    ]
+    words = source.view(torch.int32), target.view(torch.int32)
+    if devices.usable(target):
+        from deltafmt.kernels.nm.rank_index import kernel
 
-    with torch.cuda.device(target.device):
-        return triton.make_fixed(source, target, jobs)
+        with devices.on_device_of(target):
+            wrong = kernel.launch_conversion(*words, jobs)
+    else:
+        wrong = decode.convert_words(*words, jobs)
+    return {
+        number: f"the index has a rank that is not below {math.comb(layouts[number].m, layouts[number].n)}"
+        for number in wrong
+    }

@@ -1,4 +1,4 @@
-"""Which ``rank`` indexes to make ``fixed``, and where they lie."""
+"""One ``rank`` index to be made ``fixed``: its layout, its shape and its place."""
 
 from __future__ import annotations
 

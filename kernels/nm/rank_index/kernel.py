@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from deltafmt.kernels.nm.rank_index.jobs import RankJob
+from deltafmt.terms.nm.index.rank import binomials
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.nm.positions import binomials
 from deltafmt.terms.tiles import TILE_ROWS, planes
 
 BLOCK_WORDS = 8
@@ -105,8 +105,8 @@ def _planes(rank_bits: int, position_bits: int, device: torch.device) -> torch.T
 
 @functools.lru_cache(maxsize=16)
 def _table(layout: NMLayout, device: torch.device) -> torch.Tensor:
-    highest = np.array([math.comb(layout.group, layout.keep) - 1], np.uint64)
-    table = np.concatenate([binomials(layout.keep, layout.group).reshape(-1), highest])
+    highest = np.array([math.comb(layout.m, layout.n) - 1], np.uint64)
+    table = np.concatenate([binomials(layout.n, layout.m).reshape(-1), highest])
     return torch.from_numpy(table.view(np.int64)).to(device)
 
 
@@ -123,8 +123,8 @@ def _tile_rows(number: int, job: RankJob) -> np.ndarray[tuple[int, int], np.dtyp
     return rows
 
 
-def make_fixed(source: torch.Tensor, target: torch.Tensor, jobs: Sequence[RankJob]) -> list[int]:
-    """Do what :func:`deltafmt.kernels.nm.rank_index.naive.make_fixed` does, on the current stream of a GPU.
+def launch_conversion(source: torch.Tensor, target: torch.Tensor, jobs: Sequence[RankJob]) -> list[int]:
+    """Do what :func:`deltafmt.kernels.nm.rank_index.decode.convert_words` does, on the current stream of a GPU.
 
     Waits for the kernels, to tell which indexes are wrong.
     """
@@ -132,7 +132,7 @@ def make_fixed(source: torch.Tensor, target: torch.Tensor, jobs: Sequence[RankJo
     wrong = torch.zeros(len(jobs), dtype=torch.int32, device=device)
     by_layout: dict[tuple[int, int], list[int]] = {}
     for number, job in enumerate(jobs):
-        by_layout.setdefault((job.layout.keep, job.layout.group), []).append(number)
+        by_layout.setdefault((job.layout.n, job.layout.m), []).append(number)
     for numbers in by_layout.values():
         layout = jobs[numbers[0]].layout
         table = np.concatenate([_tile_rows(number, jobs[number]) for number in numbers])
@@ -144,8 +144,8 @@ def make_fixed(source: torch.Tensor, target: torch.Tensor, jobs: Sequence[RankJo
             _planes(layout.rank_bits, layout.position_bits, device),
             _table(layout, device),
             wrong,
-            KEEP=layout.keep,
-            GROUP=layout.group,
+            KEEP=layout.n,
+            GROUP=layout.m,
             RANK_PLANES=len(planes(layout.rank_bits)),
             POSITION_PLANES=len(planes(layout.position_bits)),
             SEARCH_STEPS=layout.position_bits,

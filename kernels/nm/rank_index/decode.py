@@ -1,4 +1,4 @@
-"""The obvious way from ``rank`` to ``fixed``, in torch: unpack, look positions up, pack (spec, sections 11.2 and 11.4).
+"""From ``rank`` to ``fixed`` in torch, for devices without the kernel: unpack, look up, pack (sections 11.2 and 11.4).
 
 Ranks take up to 64 bits. They are held in int64 as the same bits, and compared as if unsigned.
 """
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from deltafmt.kernels.nm.rank_index.jobs import RankJob
+from deltafmt.terms.nm.index.rank import binomials
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.nm.positions import binomials
 from deltafmt.terms.tiles import TILE_ROWS
 
 _MASK = 0xFFFFFFFF
@@ -53,11 +53,11 @@ def unpack_ranks(words: torch.Tensor, rows: int, count: int, width: int) -> torc
 
 def unrank(ranks: torch.Tensor, layout: NMLayout) -> torch.Tensor:
     """Return the positions of ranks, int64, shape (rows, groups, N); below M, whatever the ranks are."""
-    table = torch.from_numpy(binomials(layout.keep, layout.group).view("int64")).to(ranks.device)
+    table = torch.from_numpy(binomials(layout.n, layout.m).view("int64")).to(ranks.device)
     rest = ranks.clone()
     positions = []
     # "p_i, from i = N-1 down to 0, is the largest p with C(p, i+1) at most what is left of the rank."
-    for i in reversed(range(layout.keep)):
+    for i in reversed(range(layout.n)):
         # Both with the highest bit turned: then signed order is unsigned order. C(0, i+1) = 0 is at most anything.
         fits = (table[i] ^ _SIGN) <= (rest ^ _SIGN)[:, :, None]
         position = fits.sum(2) - 1
@@ -103,13 +103,13 @@ def fixed_index(words: torch.Tensor, layout: NMLayout, mask_rows: int, columns: 
         The words of the ``fixed`` index, and whether every rank was below C(M, N).
     """
     ranks = unpack_ranks(words, mask_rows, layout.groups(columns), layout.rank_bits)
-    highest = math.comb(layout.group, layout.keep) - 1
+    highest = math.comb(layout.m, layout.n) - 1
     signed = highest - 2**64 if highest >= 2**63 else highest
     valid = bool(((ranks ^ _SIGN) <= (signed ^ _SIGN)).all())
     return pack_fields(unrank(ranks, layout).flatten(1), layout.position_bits), valid
 
 
-def make_fixed(source: torch.Tensor, target: torch.Tensor, jobs: Sequence[RankJob]) -> list[int]:
+def convert_words(source: torch.Tensor, target: torch.Tensor, jobs: Sequence[RankJob]) -> list[int]:
     """Make ``rank`` indexes ``fixed``; return the numbers of those with a rank that is out of range.
 
     Args:

@@ -1,8 +1,9 @@
-"""A term's packed buffers on a device, of any kind but ``nm``, which has an operand of its own."""
+"""One term's packed buffers on a device, whatever its kind."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,18 +23,18 @@ BUFFER_DTYPES = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PackedOperand:
+class Operand:
     """One term as it lies on a device.
 
     Attributes:
-        layout: of the term.
+        layout: of the term, as kernels read it (``layout.plain()``).
         rows, columns: of the delta.
-        buffers: by name, with the shapes and dtypes that the layout's ``buffers`` says.
+        buffers: by name, with the shapes and dtypes that the layout's ``buffers`` gives.
         seed: the tensor seed of a seeded layout; otherwise 0.
-        slots: of a layout that has slots; otherwise 0.
+        slots: the number of slots of a layout that has slots; otherwise 0.
 
     Raises:
-        UsageError: buffers whose names, shapes or dtypes do not fit, or that lie on several devices.
+        UsageError: a layout that kernels do not read, or buffers whose names, shapes, dtypes or devices do not fit.
     """
 
     layout: TermLayout
@@ -44,36 +45,44 @@ class PackedOperand:
     slots: int = 0
 
     def __post_init__(self) -> None:
-        forms = self.layout.buffers(self.rows, self.columns, self.slots)
-        if list(self.buffers) != list(forms):
+        forms = buffer_forms(self.layout, self.rows, self.columns, self.slots)
+        if tuple(self.buffers) != tuple(forms):
             raise UsageError(f"a {self.layout.kind} term has the buffers {', '.join(forms)}")
         for name, form in forms.items():
             check_form(name, self.buffers[name], form)
-        if len({tensor.device for tensor in self.tensors()}) != 1:
+        if len({tensor.device for tensor in self.buffers.values()}) != 1:
             raise UsageError("the buffers of an operand lie on one device")
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Yield the packed buffers."""
-        yield from self.buffers.values()
 
     @property
     def device(self) -> torch.device:
         """Where the buffers lie."""
-        return next(self.tensors()).device
+        return next(iter(self.buffers.values())).device
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed buffers."""
-        return sum(tensor.nbytes for tensor in self.tensors())
+        return sum(tensor.nbytes for tensor in self.buffers.values())
+
+
+@functools.lru_cache(maxsize=4096)
+def buffer_forms(layout: TermLayout, rows: int, columns: int, slots: int = 0) -> Mapping[str, BufferForm]:
+    """Return the arrays of a term as kernels read them, by name; hundreds of tensors share a few.
+
+    Raises:
+        UsageError: kernels do not read this layout.
+    """
+    if layout.plain() != layout:
+        raise UsageError(f"{layout.describe()} is made {layout.plain().describe()} before it is multiplied with")
+    return layout.buffers(rows, columns, slots)
 
 
 def check_form(name: str, tensor: torch.Tensor, form: BufferForm) -> None:
-    """Refuse a buffer of another form, which a kernel could leave.
+    """Refuse a buffer of another form, because a kernel could read beyond it.
 
     Raises:
         UsageError: names the buffer.
     """
     dtype = BUFFER_DTYPES[form.dtype]
-    if tuple(tensor.shape) != form.shape or tensor.dtype != dtype or not tensor.is_contiguous():
+    if tensor.shape != form.shape or tensor.dtype != dtype or not tensor.is_contiguous():
         found = f"{tensor.dtype} {tuple(tensor.shape)}"
         raise UsageError(f"{name}: expected contiguous {dtype} {form.shape}, found {found}")

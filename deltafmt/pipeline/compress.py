@@ -1,0 +1,243 @@
+"""The deltas of many tensors, compressed by several threads.
+
+A method that takes runs of rows gets batches of them, and each thread fills its rows of the packed arrays. A method
+that needs the whole matrix gets it in one piece. Results come back in the order of the plans, and do not depend on the
+number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from deltafmt import accel
+from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.delta import BATCH_ELEMENTS, row_ranges
+from deltafmt.errors import NonFiniteError, UsageError
+from deltafmt.index.entries import BaseRef
+from deltafmt.methods.base import DeltaRows, Method
+from deltafmt.methods.method_routines import Routines, select_routines
+from deltafmt.pipeline.entry_writer import TermBytes, packed_bytes
+from deltafmt.pipeline.job import PackJob
+from deltafmt.pipeline.plan import Plan, not_finite, shared_bytes, tensor_seed
+from deltafmt.pipeline.workers import PerThread, drain, in_order
+from deltafmt.terms.buffers import Packed, blank
+from deltafmt.terms.codecs import AnyCodec, fitted, term_codec
+from deltafmt.terms.layout import TermLayout
+
+# Compressing a whole matrix takes float32 arrays of its size: so many bytes for each byte of a fine-tuned BF16 tensor.
+WHOLE_FACTOR = 8
+
+# Bytes that solving for a whole matrix takes for each element of its inputs' second moments.
+HESSIAN_BYTES = 40
+
+# Bytes of the base whose fingerprints are taken while numba loads, which takes about as long.
+FINGERPRINT_AHEAD_BYTES = 1024 * 1024 * 1024
+
+# Columns of the row of zeros on which the compiled loops are first called.
+_WARM_UP_COLUMNS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """What has become of one tensor.
+
+    Attributes:
+        base: the identity of the base tensor, for a tensor that is the same or has terms; otherwise None.
+        terms: the terms of the delta; empty for a tensor that is the same or is kept exactly.
+        notes: remarks of the method.
+    """
+
+    base: BaseRef | None = None
+    terms: tuple[TermBytes, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Term:
+    """A term that is being packed: the arrays that its codec fills."""
+
+    codec: AnyCodec
+    packed: Packed
+
+
+@dataclass(slots=True)
+class _Work:
+    """The work on one tensor: futures of its parts, and the terms that the parts fill."""
+
+    plan: Plan
+    seed: int
+    same: Future[bool] | None = None
+    fingerprint: Future[bytes] | None = None
+    parts: list[Future[None]] = field(default_factory=list)
+    terms: list[_Term] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def new_term(self, layout: TermLayout, slots: int = 0) -> _Term:
+        """Add a term of zeros."""
+        seed = self.seed if layout.seeded else 0
+        codec = term_codec(layout, self.plan.shared_rows, self.plan.tensor.columns, seed, slots)
+        self.terms.append(_Term(codec, blank(layout, *codec.shape, slots)))
+        return self.terms[-1]
+
+    def result(self) -> Compressed:
+        """Wait for the parts, and return what has become of the tensor."""
+        tensor, base = self.plan.tensor, self.plan.base
+        if base is None or self.same is None:
+            return Compressed()
+        if self.same.result():
+            for part in self.parts:
+                part.cancel()
+            return Compressed(self._base_ref(base))
+        for part in self.parts:
+            part.result()
+        packed = sum(array.nbytes for term in self.terms for array in term.packed.values())
+        notes = tuple(self.notes)
+        if not self.terms or packed >= shared_bytes(tensor, base):
+            return Compressed(notes=notes)
+        terms = tuple(packed_bytes(term.codec, term.packed) for term in self.terms)
+        return Compressed(self._base_ref(base), terms, notes)
+
+    def _base_ref(self, base: Tensor) -> BaseRef:
+        digest = base.fingerprint() if self.fingerprint is None else self.fingerprint.result()
+        return BaseRef(digest, base.dtype, base.shape)
+
+
+class Compressor:
+    """Compress the tensors of a job in worker threads; a context manager that stops them at its end.
+
+    Args:
+        job: what is packed.
+        plans: those of the job's plans that are still to be packed, in order.
+        threads: worker threads.
+    """
+
+    def __init__(self, job: PackJob, plans: Sequence[Plan], threads: int) -> None:
+        self._job = job
+        self._plans = plans
+        self._fingerprints: dict[str, Future[bytes]] = {}
+        compiled = self._compiled = accel.worthwhile(sum(plan.tensor.nbytes for plan in plans if plan.method))
+        self._routines = PerThread(lambda: select_routines(compiled))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-pack")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        drain(self._pool)
+
+    def results(self) -> Iterator[tuple[Plan, Compressed]]:
+        """Give every plan with what has become of its tensor, in order.
+
+        Raises:
+            NonFiniteError: a delta has NaN or infinity; names the tensor.
+            UsageError: a method cannot have a tensor; names the tensor.
+        """
+        if self._compiled:
+            self._load_loops()
+        for plan, work in in_order(self._plans, self._submit, self._footprint):
+            yield plan, work.result()
+
+    def _load_loops(self) -> None:
+        """Load numba and its cached code in one thread, while the others take the fingerprints that come first."""
+        method = next(plan.method for plan in self._plans if plan.method)
+        self._pool.submit(_warm_up, method, self._routines)
+        ahead = 0
+        for plan in self._plans:
+            if plan.method is not None and plan.base is not None and ahead < FINGERPRINT_AHEAD_BYTES:
+                self._fingerprints[plan.tensor.name] = self._pool.submit(plan.base.fingerprint)
+                ahead += plan.base.nbytes
+
+    def _submit(self, plan: Plan) -> _Work:
+        """Start the work on one tensor."""
+        tensor, base, method = plan.tensor, plan.base, plan.method
+        work = _Work(plan, tensor_seed(self._job.seed, tensor.name))
+        tensor.file.will_need(tensor.offset, tensor.nbytes)
+        if plan.alias is not None or base is None:
+            return work
+        work.same = self._pool.submit(tensor.equals, base)
+        if method is None:
+            return work
+        work.fingerprint = self._fingerprints.pop(tensor.name, None) or self._pool.submit(base.fingerprint)
+        if method.whole:
+            work.parts.append(self._pool.submit(self._compress_whole, work, method))
+            return work
+        terms = [work.new_term(layout) for layout in plan.layouts()]
+        width = max(term.codec.width for term in terms)
+        step = max(term.codec.run_rows for term in terms)
+        for start, stop in row_ranges(0, plan.shared_rows, width, step, BATCH_ELEMENTS):
+            runs = row_ranges(start, stop, width, step)
+            work.parts.append(self._pool.submit(self._compress_rows, work, method, runs))
+        return work
+
+    def _footprint(self, plan: Plan) -> int:
+        """Return the bytes of memory that a tensor counts for while work on it is under way."""
+        if plan.method is None or not plan.method.whole:
+            return plan.tensor.nbytes
+        moments = self._job.moments
+        solved = moments is not None and moments.has(plan.tensor.name)
+        hessian = HESSIAN_BYTES * plan.tensor.columns**2 if solved else 0
+        return plan.tensor.nbytes * WHOLE_FACTOR + hessian
+
+    def _compress_rows(self, work: _Work, method: Method, runs: list[tuple[int, int]]) -> None:
+        """Compress a batch of runs of rows into their slices of the packed arrays."""
+        routines = self._routines.get()
+        with _named_errors(work.plan.tensor), _mapped_rows(work.plan, runs[0][0], runs[-1][1], routines) as batch:
+            for first, last in runs:
+                run = slice(first - batch.first, last - batch.first)
+                rows = replace(batch, finetuned=batch.finetuned[run], base=batch.base[run], first=first)
+                compressed = method.compress(rows, work.seed)
+                for term, arrays in zip(work.terms, compressed, strict=True):
+                    term.codec.encode(arrays, term.packed, first, routines.codec)
+
+    def _compress_whole(self, work: _Work, method: Method) -> None:
+        """Compress a whole matrix, which may decide the number of a term's vectors or slots."""
+        routines = self._routines.get()
+        plan, moments = work.plan, self._job.moments
+        with _named_errors(plan.tensor):
+            with _mapped_rows(plan, 0, plan.shared_rows, routines) as whole:
+                hessian = None if moments is None else moments.get(plan.tensor.name)
+                compressed = method.compress(replace(whole, hessian=hessian, notes=work.notes), work.seed)
+            for planned, arrays in zip(plan.layouts(), compressed, strict=True):
+                term = work.new_term(*fitted(planned, arrays, plan.tensor.columns))
+                term.codec.encode(arrays, term.packed, 0, routines.codec)
+
+
+def _warm_up(method: Method, per_thread: PerThread[Routines]) -> None:
+    """Call every loop once, on a row of zeros that is read-only as a mapped tensor is."""
+    raw = np.frombuffer(bytes(2 * _WARM_UP_COLUMNS), np.uint16).reshape(1, -1)
+    routines = per_thread.get()
+    if method.whole:
+        return
+    compressed = method.compress(DeltaRows(raw, "BF16", raw, "BF16", 0, routines), 0)
+    for layout, arrays in zip(method.layouts(*raw.shape), compressed, strict=True):
+        codec = term_codec(layout, *raw.shape)
+        codec.encode(arrays, blank(layout, *raw.shape), 0, routines.codec)
+
+
+@contextlib.contextmanager
+def _mapped_rows(plan: Plan, start: int, stop: int, routines: Routines) -> Iterator[DeltaRows]:
+    """Map rows ``start`` to ``stop`` of a tensor and of its base."""
+    tensor, base = plan.tensor, plan.base
+    assert base is not None
+    with tensor.row_range(start, stop) as mine, base.row_range(start, stop) as theirs:
+        yield DeltaRows(mine, tensor.dtype, theirs, base.dtype, start, routines, tensor.name)
+
+
+@contextlib.contextmanager
+def _named_errors(tensor: Tensor) -> Iterator[None]:
+    """Name the tensor in errors about it."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise not_finite(tensor.name, str(error)) from error
+    except UsageError as error:
+        raise error.located(f'tensor "{tensor.name}"') from error

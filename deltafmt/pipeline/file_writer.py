@@ -1,0 +1,151 @@
+"""One delta file from one job: tensors are compressed, written and recorded in order, then attachments and index."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deltafmt.checkpoint.folder import read_file
+from deltafmt.container.partial import PartialFile
+from deltafmt.container.stream import StreamFile
+from deltafmt.container.writer import ContainerWriter
+from deltafmt.errors import UsageError
+from deltafmt.format import constants as c
+from deltafmt.index.entries import TensorEntry
+from deltafmt.output import storage_error
+from deltafmt.pipeline.compress import Compressed, Compressor
+from deltafmt.pipeline.entry_writer import EntryWriter
+from deltafmt.pipeline.job import Delivery, PackJob
+from deltafmt.pipeline.pack_result import PackResult
+from deltafmt.pipeline.plan import NO_SMALLER, Plan
+from deltafmt.pipeline.workers import Progress
+
+# Below this many columns, keeping under half of a row at random is likely to cost accuracy (docs/benchmarks.md).
+NARROW_COLUMNS = 256
+
+
+def write_file(job: PackJob, delivery: Delivery, most: int | None = None) -> PackResult:
+    """Write a job's file, or go on with what an interrupted run of the same job has written.
+
+    Args:
+        job: what is packed.
+        delivery: where the file goes.
+        most: the bytes that the file may have. A larger file is removed again; the result says its size.
+
+    Raises:
+        UsageError: a stream has already taken more than ``most`` bytes.
+        KeyboardInterrupt: says whether the next run can go on.
+    """
+    finetuned, path = job.finetuned, delivery.path
+    sink: PartialFile | StreamFile
+    if isinstance(delivery.out, Path):
+        sink = PartialFile(delivery.out, job.digest(), force=delivery.force)
+    else:
+        sink = StreamFile(delivery.out)
+    result = PackResult(path, finetuned_bytes=finetuned.file_bytes, skipped_files=list(finetuned.skipped))
+    try:
+        _FileWriter(job, sink, result).run(delivery.threads, delivery.progress)
+        for source in (job.base, finetuned):
+            source.check_unchanged()
+        if most is not None and result.size > most:
+            if path is None:
+                raise UsageError(f"the output has {result.size:,} bytes, and the target was {most:,}")
+            sink.abandon()
+        else:
+            sink.commit()
+    except KeyboardInterrupt as interrupt:
+        kept = "; the same command goes on where it stopped" if sink.keep() else ""
+        raise KeyboardInterrupt(f"interrupted{kept}") from interrupt
+    except BaseException:
+        sink.abandon()
+        raise
+    return result
+
+
+def write_tensors(job: PackJob, path: Path, threads: int) -> None:
+    """Write a file of a job's tensors alone, without attachments.
+
+    Raises:
+        StorageError: writing failed.
+    """
+    try:
+        with open(path, "wb") as file:
+            sink = StreamFile(file)
+            _FileWriter(job, sink, PackResult(path)).run(threads, None, attach=False)
+            sink.commit()
+    except OSError as error:
+        raise storage_error("cannot write", path, error) from error
+
+
+class _FileWriter:
+    """One run of writing a file."""
+
+    def __init__(self, job: PackJob, sink: PartialFile | StreamFile, result: PackResult) -> None:
+        self._job = job
+        self._sink = sink
+        self._result = result
+        self._container = ContainerWriter(sink, job.profile, sink.sections)
+        self._writer = EntryWriter(self._container)
+        layouts = tuple(sink.layouts)
+        for layout in layouts:
+            self._container.layout_number(layout)
+        self._entries = {name: TensorEntry.from_obj(name, obj, layouts) for name, obj in sink.entries.items()}
+        self._unrecorded: dict[str, Any] = {}
+        result.resumed = len(self._entries)
+
+    def run(self, threads: int, progress: Progress | None, *, attach: bool = True) -> None:
+        """Pack every tensor, then the attachments if they are wanted, then finish the file."""
+        job, container = self._job, self._container
+        todo = [plan for plan in job.plans if plan.tensor.name not in self._entries]
+        with Compressor(job, todo, threads) as compressor:
+            for plan, compressed in compressor.results():
+                self._add(self._entry(plan, compressed))
+                if compressed.notes:
+                    self._result.notes[plan.tensor.name] = "; ".join(compressed.notes)
+                if progress:
+                    progress(plan.tensor.name, plan.tensor.nbytes)
+        files = job.finetuned.files if attach else {}
+        attachments = {name: container.attach(read_file(path)) for name, path in files.items()}
+        identity = container.finish(
+            self._entries.values(), removed=job.removed(), attachments=attachments, metadata=job.metadata()
+        )
+        self._report(identity)
+
+    def _entry(self, plan: Plan, compressed: Compressed) -> TensorEntry:
+        """Write one tensor's buffers and return its entry."""
+        tensor, base = plan.tensor, compressed.base
+        if plan.alias is not None:
+            return self._writer.alias(tensor, plan.alias)
+        if base is None:
+            return self._writer.replace(tensor, tensor.pieces())
+        if not compressed.terms:
+            return self._writer.same(tensor, base)
+        base_bytes = c.byte_count(tensor.dtype, base.shape)
+        new_rows = tensor.pieces(base_bytes) if tensor.nbytes > base_bytes else None
+        return self._writer.add(tensor, base, compressed.terms, new_rows)
+
+    def _add(self, entry: TensorEntry) -> None:
+        """Take an entry; once its section is complete, record what a later run needs to go on behind it."""
+        self._entries[entry.name] = entry
+        self._unrecorded[entry.name] = entry.to_obj()
+        if self._container.boundary():
+            self._sink.record(self._container.sections[-1], self._container.layouts, self._unrecorded)
+            self._unrecorded = {}
+
+    def _report(self, identity: bytes) -> None:
+        """Fill in what is known once the file is complete."""
+        result, moments = self._result, self._job.moments
+        for plan in self._job.plans:
+            entry = self._entries[plan.tensor.name]
+            result.actions[entry.action] = result.actions.get(entry.action, 0) + 1
+            if entry.action == "replace" and len(entry.shape) > 1:
+                result.kept[entry.name] = plan.reason or NO_SMALLER
+            if entry.columns < NARROW_COLUMNS and plan.method is not None and plan.method.at_random:
+                result.narrow += any(term.layout.drops_most for term in entry.terms)
+        result.removed = len(self._job.removed())
+        if moments is not None:
+            result.calibration_tokens, result.sequential = moments.tokens, moments.sequential
+            added = (name for name, entry in self._entries.items() if entry.action == "add")
+            result.uncalibrated = [name for name in added if moments.lacks(name)]
+        result.size = self._container.position
+        result.content_id = identity.hex()

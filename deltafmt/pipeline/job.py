@@ -1,0 +1,105 @@
+"""One pack as a value: :class:`PackJob` decides every byte of the file, :class:`Delivery` decides none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from blake3 import blake3
+
+from deltafmt._version import __version__
+from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.container import canonical
+from deltafmt.errors import UsageError
+from deltafmt.format import constants as c
+from deltafmt.pipeline.moments import MomentFolder
+from deltafmt.pipeline.plan import Plan, file_metadata
+from deltafmt.pipeline.workers import Progress
+
+
+def check_options(profile: str, seed: int) -> None:
+    """Refuse a profile or a seed that no file can have.
+
+    Raises:
+        UsageError: names the value.
+    """
+    if not 0 <= seed < 2**64:
+        raise UsageError(f"seed {seed} is outside 0 to 2**64 - 1")
+    if profile not in c.PROFILES:
+        raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
+
+
+@dataclass(frozen=True, slots=True)
+class PackJob:
+    """What is packed: everything that the bytes of a delta file depend on.
+
+    Attributes:
+        base, finetuned: the two checkpoints, open.
+        plans: how each tensor is packed, in the order of the file.
+        profile: ``hot`` or ``cold``.
+        seed: the file's seed, 64 bits.
+        description: what the file's metadata says of its method.
+        moments: second moments of the matrices' inputs, if a calibration has gathered some.
+    """
+
+    base: Checkpoint
+    finetuned: Checkpoint
+    plans: Sequence[Plan]
+    profile: str
+    seed: int
+    description: str
+    moments: MomentFolder | None = None
+
+    def digest(self) -> bytes:
+        """Return a digest of the job: what an interrupted run has written is of use to a job of equal digest alone.
+
+        Checkpoints count by the path, size and time of their files. The description of the method is left out, because
+        every plan says which method it has.
+        """
+        sources = self.base, self.finetuned
+        files = [[[os.fsencode(path), size, time] for path, size, time in source.identity()] for source in sources]
+        plans = [[plan.tensor.name, plan.method.describe() if plan.method else plan.reason] for plan in self.plans]
+        parts: dict[str, Any] = {
+            "files": files,
+            "plans": plans,
+            "profile": self.profile,
+            "seed": str(self.seed),
+            "version": __version__,
+        }
+        if self.moments is not None:
+            parts["calibration"] = self.moments.described
+        return blake3(canonical.encode(parts)).digest()
+
+    def removed(self) -> list[str]:
+        """Return the names of the tensors that only the base has, sorted."""
+        return sorted(set(self.base.tensors) - set(self.finetuned.tensors))
+
+    def metadata(self) -> dict[str, str]:
+        """Return the file's metadata."""
+        calibration = {} if self.moments is None else self.moments.metadata()
+        return file_metadata(self.description, self.seed, self.finetuned) | calibration
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Where a packed file goes, and how the work is done.
+
+    Attributes:
+        out: the file to make, or a binary file object to write to.
+        force: True to replace the file if it exists.
+        threads: worker threads.
+        progress: called with a tensor's name and bytes as each tensor is done.
+    """
+
+    out: Path | BinaryIO
+    force: bool
+    threads: int
+    progress: Progress | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The file to make, or None for a file object."""
+        return self.out if isinstance(self.out, Path) else None

@@ -1,0 +1,52 @@
+"""What a pack reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deltafmt.pipeline.choice import Choice
+
+
+@dataclass(slots=True)
+class PackResult:
+    """What a pack did.
+
+    Attributes:
+        path: the file, or None when it went to a stream.
+        size: bytes of the file.
+        content_id: its content id, hexadecimal.
+        finetuned_bytes: bytes of the fine-tune's weight files, headers included.
+        actions: number of tensors by action.
+        kept: names of matrices that are kept exactly, with the reason.
+        narrow: number of matrices with so few columns that dropping most of each row at random may cost accuracy.
+        removed: number of tensors that only the base has.
+        resumed: number of tensors that an interrupted run had already packed.
+        skipped_files: names of files that could not be attached.
+        calibration_tokens: number of tokens of the calibration text that the fine-tune has read.
+        sequential: True if each block was calibrated on the outputs of the compressed blocks before it.
+        uncalibrated: names of compressed matrices for which a calibration was wanted and no moments were found.
+        notes: remarks of the method, by name of the tensor. Tensors that an interrupted run had packed have none.
+        choice: what was chosen for the target, if there was one.
+    """
+
+    path: Path | None
+    size: int = 0
+    content_id: str = ""
+    finetuned_bytes: int = 0
+    actions: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    narrow: int = 0
+    removed: int = 0
+    resumed: int = 0
+    skipped_files: list[str] = field(default_factory=list)
+    calibration_tokens: int = 0
+    sequential: bool = False
+    uncalibrated: list[str] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+    choice: Choice | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the fine-tune's weight files over bytes of the delta file, everything in it included."""
+        return self.finetuned_bytes / self.size

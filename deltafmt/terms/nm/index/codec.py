@@ -1,0 +1,79 @@
+"""What the codecs of all index encodings have in common: positions to packed words and back (specification, 11.4).
+
+Positions are uint8 arrays of shape (mask rows, groups, N), each value below M.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.errors import InvalidFileError
+from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms.nm.index.encodings import IndexEncoding
+from deltafmt.terms.nm.layout import NMLayout
+
+Positions = NDArray[np.uint8]
+Words = NDArray[np.uint32]
+
+
+class IndexCodec(ABC):
+    """The codec of one index encoding, for runs of mask rows."""
+
+    encoding: ClassVar[type[IndexEncoding]]
+
+    @staticmethod
+    def encode(
+        positions: Positions,  # noqa: ARG004
+        layout: NMLayout,
+        out: Words,  # noqa: ARG004
+        routines: CodecRoutines = REFERENCE,  # noqa: ARG004
+    ) -> None:
+        """Write ascending positions into packed words, shape (tiles, words, 32).
+
+        An encoding that stores nothing has no such words, and is never asked.
+        """
+        raise TypeError(f"an index {layout.index!r} is not stored")
+
+    @staticmethod
+    @abstractmethod
+    def decode(
+        packed: Words | None,
+        layout: NMLayout,
+        seed: int,
+        first: int,
+        mask_rows: int,
+        groups: int,
+        routines: CodecRoutines = REFERENCE,
+    ) -> Positions:
+        """Return the positions of mask rows ``first`` to ``first + mask_rows``.
+
+        Args:
+            packed: the run's packed words; None where the encoding is seeded.
+            layout: of the term.
+            seed: the tensor seed.
+            first, mask_rows: the mask rows.
+            groups: groups in a row.
+            routines: the implementation of the hot loops.
+
+        Raises:
+            InvalidFileError: the words say no valid positions.
+        """
+
+
+def check_ascending(positions: Positions, m: int) -> None:
+    """Check that every group's positions are below M and strictly ascending.
+
+    Raises:
+        InvalidFileError: names the mask row, the group and the position.
+    """
+    wrong = positions >= m
+    wrong[:, :, 1:] |= positions[:, :, 1:] <= positions[:, :, :-1]
+    if wrong.any():
+        row, g, i = (int(x) for x in np.argwhere(wrong)[0])
+        raise InvalidFileError(
+            f"mask row {row}, group {g}: entry {i} is at {positions[row, g, i]}, which is not ascending and below {m}"
+        )

@@ -1,0 +1,77 @@
+"""The index encoding ``rank``: the combinatorial number of each group's positions (specification, 11.4)."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.errors import InvalidFileError
+from deltafmt.terms import words
+from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms.nm.index.codec import IndexCodec, Positions, Words
+from deltafmt.terms.nm.index.encodings import Rank
+from deltafmt.terms.nm.layout import NMLayout
+
+
+@functools.cache
+def binomials(n: int, m: int) -> NDArray[np.uint64]:
+    """Return C(p, i + 1) at [i, p] for p < M, i < N.
+
+    Every value that a rank can use is below C(M, N) < 2**64; those that it cannot are held at 2**64 - 1.
+    """
+    table = np.empty((n, m), np.uint64)
+    for i in range(n):
+        for p in range(m):
+            table[i, p] = min(math.comb(p, i + 1), 2**64 - 1)
+    return table
+
+
+class RankIndex(IndexCodec):
+    """Ranks as fields of ceil(log2 C(M, N)) bits."""
+
+    encoding = Rank
+
+    @staticmethod
+    def encode(
+        positions: Positions,
+        layout: NMLayout,
+        out: Words,
+        routines: CodecRoutines = REFERENCE,  # noqa: ARG004 - compiled loops pack fields of one byte
+    ) -> None:
+        """Write the rank of every group's ascending positions."""
+        table = binomials(layout.n, layout.m)
+        # "rank = C(p_0, 1) + C(p_1, 2) + ... + C(p_{N-1}, N)"
+        ranks = np.zeros(positions.shape[:2], np.uint64)
+        for i in range(layout.n):
+            ranks += table[i][positions[:, :, i]]
+        words.pack_into(ranks, layout.rank_bits, out)
+
+    @staticmethod
+    def decode(
+        packed: Words | None,
+        layout: NMLayout,
+        seed: int,  # noqa: ARG004 - nothing is drawn
+        first: int,  # noqa: ARG004 - the run's words are given
+        mask_rows: int,
+        groups: int,
+        routines: CodecRoutines = REFERENCE,  # noqa: ARG004 - compiled loops unpack fields of one byte
+    ) -> Positions:
+        """Read the ranks, each below C(M, N), and return their positions."""
+        assert packed is not None
+        ranks = words.unpack(packed, mask_rows, groups, layout.rank_bits)
+        total = math.comb(layout.m, layout.n)
+        if ranks.size and int(ranks.max()) >= total:
+            row, g = (int(x) for x in np.argwhere(ranks >= total)[0])
+            raise InvalidFileError(f"mask row {row}, group {g}: rank {ranks[row, g]} is not below {total}")
+        table = binomials(layout.n, layout.m)
+        positions = np.empty((mask_rows, groups, layout.n), np.uint8)
+        rest = ranks.copy()
+        # "p_i, from i = N-1 down to 0, is the largest p with C(p, i+1) at most what is left of the rank."
+        for i in range(layout.n - 1, -1, -1):
+            p = np.searchsorted(table[i], rest, side="right") - 1
+            positions[:, :, i] = p
+            rest -= table[i][p]
+        return positions

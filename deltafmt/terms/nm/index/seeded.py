@@ -1,0 +1,27 @@
+"""The index encoding ``seeded``: positions drawn from the tensor's seed (specification, 11.4)."""
+
+from __future__ import annotations
+
+from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms.nm.index.codec import IndexCodec, Positions, Words
+from deltafmt.terms.nm.index.encodings import Seeded
+from deltafmt.terms.nm.layout import NMLayout
+
+
+class SeededIndex(IndexCodec):
+    """Positions that :func:`deltafmt.terms.nm.hashing.seeded` draws; nothing is stored."""
+
+    encoding = Seeded
+
+    @staticmethod
+    def decode(
+        packed: Words | None,  # noqa: ARG004 - there are no words
+        layout: NMLayout,
+        seed: int,
+        first: int,
+        mask_rows: int,
+        groups: int,
+        routines: CodecRoutines = REFERENCE,
+    ) -> Positions:
+        """Draw the positions."""
+        return routines.seeded(seed, first, mask_rows, groups, layout.n, layout.m)

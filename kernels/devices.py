@@ -1,0 +1,19 @@
+"""Where Triton's kernels can run."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from deltafmt import accel
+
+
+def usable(tensor: torch.Tensor) -> bool:
+    """Return True if kernels can run where a tensor lies."""
+    return tensor.is_cuda and accel.has_triton()
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the device of a tensor the current one, on which Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

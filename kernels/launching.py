@@ -1,0 +1,49 @@
+"""The launches of all products of an operand table: which kernel takes which slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deltafmt.kernels.record import MAX_PARTS
+from deltafmt.kernels.registry import kernels_of
+from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.table import OperandTable
+
+
+def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
+    """Launch the products of every layout of a table that has a kernel, on the current device or in the interpreter.
+
+    A kernel leaves out the slots that have more tokens than it takes. Nothing waits for the device.
+
+    Args:
+        outputs: for each part of the table, shape (tokens, rows), rows contiguous; products are added in place.
+        x: shape (tokens, columns), columns contiguous.
+        table: the deltas.
+        segments: which token uses which of them.
+    """
+    if segments.longest == 0:
+        return  # no token has a delta
+    for first in range(0, len(table.parts), MAX_PARTS):
+        parts = slice(first, first + MAX_PARTS)
+        for held in table.layout_tables(parts):
+            kernels = kernels_of(held.layout)
+            most = kernels.most_tokens(held.layout)
+            if most is None or segments.shortest <= most:
+                kernels.launch(outputs[parts], x, held, segments)
+
+
+def launch_embeddings(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, segments: Segments) -> None:
+    """Launch the addition of embedding rows for every layout of a table that has a kernel for it.
+
+    Args:
+        output: shape (tokens, columns), columns contiguous; rows are added in place.
+        ids: int32 or int64, shape (tokens,), contiguous; a row that the delta lacks adds nothing.
+        table: the deltas, of one part.
+        segments: which token uses which of them.
+    """
+    for held in table.layout_tables(slice(0, 1)):
+        kernels = kernels_of(held.layout)
+        if kernels.embeds:
+            kernels.launch_embedding(output, ids, held, segments)

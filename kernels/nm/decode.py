@@ -1,0 +1,60 @@
+"""The dense delta of a packed ``nm`` term, vectorised in torch, for devices without the kernels (section 11)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from deltafmt.kernels.nm.index import INDEX_POSITIONS
+from deltafmt.kernels.operand import Operand
+from deltafmt.kernels.unpack import chosen_rows, coded_values, each_of_group, fields, rows_of_tiles
+from deltafmt.terms.nm.layout import NMLayout
+
+
+def decode(operand: Operand, start: int, stop: int) -> torch.Tensor:
+    """Return rows ``start`` to ``stop`` of the delta, float32, shape (stop - start, columns)."""
+    share = cast("NMLayout", operand.layout).share
+    codes, scales = (rows_of_tiles(operand.buffers[name], start, stop, share) for name in ("codes", "scales"))
+    first, last = start // share, -(-stop // share)
+    masks = torch.arange(first, last, device=operand.device)
+    kept_at = _positions(operand, masks)
+    if share > 1:
+        row = torch.arange(start, stop, device=operand.device)
+        kept_at = kept_at[row // share - first]
+    return _scattered(operand, codes, scales, kept_at)
+
+
+def decode_rows(operand: Operand, rows: torch.Tensor) -> torch.Tensor:
+    """Return some rows of the delta, float32, shape (len(rows), columns); rows are int64."""
+    share = cast("NMLayout", operand.layout).share
+    codes, scales = (chosen_rows(operand.buffers[name], rows, share) for name in ("codes", "scales"))
+    return _scattered(operand, codes, scales, _positions(operand, rows // share))
+
+
+def _positions(operand: Operand, mask_rows: torch.Tensor) -> torch.Tensor:
+    """Return the positions of some mask rows (int64), int64, shape (mask rows, groups, N), each within its group."""
+    layout = cast("NMLayout", operand.layout)
+    return INDEX_POSITIONS[layout.index](operand, mask_rows).view(
+        len(mask_rows), layout.groups(operand.columns), layout.n
+    )
+
+
+def _scattered(operand: Operand, codes: torch.Tensor, scales: torch.Tensor, kept_at: torch.Tensor) -> torch.Tensor:
+    """Return dense rows of packed codes (rows, words), scales (rows, scales) and positions (rows, groups, N).
+
+    Positions of a damaged index that lie beyond M are left out, as the kernels leave them out.
+    """
+    layout, columns = cast("NMLayout", operand.layout), operand.columns
+    rows, kept = len(codes), layout.kept(columns)
+    unpacked = fields(codes, kept, layout.bits)
+    values = coded_values(layout.top, unpacked, each_of_group(scales, layout.scale_group, 0, kept))
+    groups = layout.groups(columns)
+    width = groups * layout.m
+    column = kept_at + torch.arange(groups, device=kept_at.device)[:, None] * layout.m
+    if layout.m & (layout.m - 1):
+        column = torch.where(kept_at < layout.m, column, width)
+    # One column more, which takes what is left out.
+    wide = torch.zeros(rows, width + 1, device=codes.device)
+    wide.scatter_(1, column.flatten(1), values)
+    return wide[:, :columns]

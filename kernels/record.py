@@ -1,0 +1,72 @@
+"""The record of one operand in an operand table: int64 fields, which kernels load by their offsets.
+
+Each kind of term declares its record once. The table writes the fields in that order, and the kernels take their
+offsets from the same declaration, as constants of the compilation: no kernel holds a number of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+import torch
+
+from deltafmt.terms.layout import TermLayout
+
+# Parts of one launch: q, k and v.
+MAX_PARTS: Final = 3
+ROWS: Final = "rows"
+
+LayoutT = TypeVar("LayoutT", bound=TermLayout)
+
+
+class Record:
+    """The fields of one operand, in the order in which they are stored.
+
+    ``Record(codes="codes", scales="scales", seed="seed")`` has the fields ``codes``, ``scales``, ``seed`` and, last,
+    ``rows``. A field's source is the name of a buffer, whose address is stored, or of a number of the operand.
+    ``"codes|values"`` means: the buffer ``codes`` or ``values``, whichever the operand has. A buffer that the operand
+    lacks has the address 0.
+    """
+
+    def __init__(self, **sources: str) -> None:
+        self._sources = {**sources, ROWS: ROWS}
+        self._offsets = {name: offset for offset, name in enumerate(self._sources)}
+
+    def __len__(self) -> int:
+        """Fields of a record: how far two records of a table lie apart."""
+        return len(self._sources)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def offset(self, field: str) -> int:
+        """Return where a field stands in a record.
+
+        Raises:
+            KeyError: there is no such field.
+        """
+        return self._offsets[field]
+
+    def values(self, known: Mapping[str, int]) -> list[int]:
+        """Return the fields' values, given the addresses of the buffers and the numbers of an operand."""
+        return [
+            next((known[name] for name in source.split("|") if name in known), 0) for source in self._sources.values()
+        ]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayoutTable(Generic[LayoutT]):
+    """The records of the operands of one layout, as a kernel reads them.
+
+    Attributes:
+        layout: of all these operands, as :meth:`deltafmt.kernels.kind.TermKernels.table_layout` gives it.
+        columns: in_features.
+        records: int64, shape (slots, parts, fields): what the kind's record says of each operand; rows are 0 where
+            there is no operand.
+    """
+
+    layout: LayoutT
+    columns: int
+    records: torch.Tensor

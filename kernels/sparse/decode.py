@@ -1,0 +1,69 @@
+"""The dense delta of a packed ``sparse`` term, vectorised in torch (specification, section 14).
+
+The sum of a lane's gaps up to a slot is where the slot's entry stands: one cumulative sum serves all tiles of a run.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from deltafmt.kernels.operand import Operand
+from deltafmt.kernels.unpack import coded_values, fields
+from deltafmt.terms.coding import Coding
+from deltafmt.terms.sparse.layout import SparseLayout
+from deltafmt.terms.tiles import TILE_ROWS
+
+
+def decode(operand: Operand, start: int, stop: int) -> torch.Tensor:
+    """Return rows ``start`` to ``stop`` of the delta, float32, shape (stop - start, columns)."""
+    first = start // TILE_ROWS
+    found = decode_tiles(operand, first, -(-stop // TILE_ROWS))
+    return found[start - first * TILE_ROWS : stop - first * TILE_ROWS]
+
+
+def decode_rows(operand: Operand, rows: torch.Tensor) -> torch.Tensor:
+    """Return some rows of the delta, float32, shape (len(rows), columns); rows are int64."""
+    found = torch.zeros(len(rows), operand.columns, device=operand.device)
+    tiles = rows // TILE_ROWS
+    for tile in sorted(set(tiles.tolist())):
+        mine = (tiles == tile).nonzero()[:, 0]
+        found[mine] = decode_tiles(operand, tile, tile + 1)[rows[mine] % TILE_ROWS]
+    return found
+
+
+def decode_tiles(operand: Operand, first: int, last: int) -> torch.Tensor:
+    """Return all rows of tiles ``first`` to ``last``, float32, shape (32 * tiles, columns).
+
+    An entry that a damaged file puts beyond its row is left out; rows that do not exist are zero.
+    """
+    layout, columns, device = cast("SparseLayout", operand.layout), operand.columns, operand.device
+    blocks, filler = layout.blocks(columns), layout.filler
+    starts = operand.buffers["starts"][first * blocks : last * blocks + 1].long() & 0xFFFFFFFF
+    begin, end = (min(int(place), operand.slots) for place in (starts[0], starts[-1]))
+    rows = (last - first) * TILE_ROWS
+    # One element more, which takes what is no entry.
+    flat = torch.zeros(rows * columns + 1, device=device)
+    if begin >= end:
+        return flat[:-1].view(rows, columns)
+    gaps = fields(operand.buffers["gaps"].T, operand.slots, layout.gap_bits, begin, end)
+    is_entry = gaps != filler
+    # "A filler skips F columns, an entry its gap and its own."
+    passed = torch.cumsum(gaps + is_entry, 1, dtype=torch.int64)
+    slot = torch.arange(begin, end, device=device)
+    part = (torch.searchsorted(starts, slot, right=True) - 1).clamp(0, len(starts) - 2)
+    before = torch.nn.functional.pad(passed, (1, 0))[:, (starts[part] - begin).clamp(0, end - begin)]
+    column = passed - before - 1 + part % blocks * layout.span
+    row = part // blocks * TILE_ROWS + torch.arange(TILE_ROWS, device=device)[:, None]
+    is_entry &= (column < columns) & (row < operand.rows - first * TILE_ROWS)
+    coding = layout.values
+    if isinstance(coding, Coding):
+        codes = fields(operand.buffers["codes"].T, operand.slots, coding.bits, begin, end)
+        of_tiles = operand.buffers["scales"][first:last, 0].reshape(-1)
+        values = coded_values(coding.top, codes, of_tiles[row])
+    else:
+        values = operand.buffers["values"][begin:end].T.float()
+    place = torch.where(is_entry, row * columns + column, rows * columns)
+    flat.scatter_(0, place.reshape(-1), values.reshape(-1))
+    return flat[:-1].view(rows, columns)

@@ -1,0 +1,27 @@
+"""What an error of the library means for somebody at the command line: the option that would help."""
+
+from __future__ import annotations
+
+import shlex
+
+from deltafmt.errors import DeltafmtError, Remedy
+
+# By the keyword argument that a remedy names; VALUE stands for the remedy's value.
+_SENTENCES = {
+    "base": "--base FOLDER names the base",
+    "calibration": "--calibration FILE names a text for the fine-tune to read",
+    "exclude": "--exclude VALUE keeps the tensor exactly",
+    "force": "--force replaces it",
+    "out": "-o - writes to standard output",
+    "profile": "--profile VALUE allows it",
+}
+
+
+def message_of(error: DeltafmtError) -> str:
+    """Return an error's message with the option that would help, as in ``x.deltafmt exists; --force replaces it``."""
+    return str(error) if error.remedy is None else f"{error}; {sentence(error.remedy)}"
+
+
+def sentence(remedy: Remedy) -> str:
+    """Return what the command line's user can do."""
+    return _SENTENCES[remedy.option].replace("VALUE", shlex.quote(str(remedy.value)))
