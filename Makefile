@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL = $(PIP) install -c constraints.txt
 
 # Tests of the source distribution that are run from the unpacked archive.
-SDIST_TESTS = $(addprefix tests/test_,lora_doc.py mapping.py packaging.py surface.py vectors.py)
+SDIST_TESTS = $(addprefix tests/test_,examples.py mapping.py packaging.py surface.py vectors.py)
 
 .PHONY: demo test lint fuzz package clean
 
