@@ -19,7 +19,7 @@ from common import Figure, report, run_child, seconds
 from synthetic import write_pair
 
 import deltafmt
-from deltafmt.checkpoint.writer import TensorSpec
+from deltafmt.checkpoint.folder_writer import TensorSpec
 from deltafmt.container.reader import Container
 from deltafmt.pipeline import summary
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec
+from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec
 from deltafmt.terms.floats import narrow
 
 BLOCK = 1 << 22

@@ -200,7 +200,7 @@ def main() -> None:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit(f"upload.py: torch finds no CUDA device for --device {options.device}")
     if options.slot_mib:
-        upload.SLOT_BYTES = upload.LOCKED_SLOT_BYTES = int(options.slot_mib * 2**20) // ZSTD_CHUNK * ZSTD_CHUNK
+        upload.BUFFER_BYTES = upload.LOCKED_BUFFER_BYTES = int(options.slot_mib * 2**20) // ZSTD_CHUNK * ZSTD_CHUNK
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() and os.access(shared, os.W_OK) else None) as folder:
         clock = Clock(torch.device(options.device), 2 if options.small else options.repeats)

@@ -1,7 +1,7 @@
-"""Which optional compilers are used: numba for the CPU's hot loops, Triton for a GPU's kernels.
+"""The optional compilers: numba for the hot loops on the CPU, Triton for the kernels on a GPU.
 
-Without numba, or with ``DELTAFMT_NUMBA=0`` in the environment, the numpy reference runs instead; the bytes are the
-same.
+Without numba, or with ``DELTAFMT_NUMBA=0`` in the environment, the numpy reference runs instead and gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ WORTHWHILE_BYTES = 24 * 1024 * 1024
 
 @functools.cache
 def available() -> bool:
-    """Tell whether compiled loops can be used; imports nothing."""
+    """Tell whether numba's compiled loops can be used; nothing is imported to find out."""
     return os.environ.get("DELTAFMT_NUMBA", "1") != "0" and importlib.util.find_spec("numba") is not None
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Tell whether Triton's kernels can be used on a GPU; imports nothing."""
+    """Tell whether Triton is installed for kernels on a GPU; nothing is imported to find out."""
     return importlib.util.find_spec("triton") is not None
 
 
 def worthwhile(nbytes: int) -> bool:
-    """Tell whether that many bytes of tensors take the reference longer than loading the compiled loops takes."""
+    """Tell whether compiled loops pay: for fewer than 24 MiB of tensors, the reference is done before they load."""
     return nbytes >= WORTHWHILE_BYTES and available()
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a loop on first use, without the GIL, and cache the machine code on disk where that is possible."""
+    """Compile a loop on first use; it runs without the GIL, and its machine code is cached on disk if possible."""
     import numba
 
     try:

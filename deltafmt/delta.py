@@ -1,4 +1,4 @@
-"""An open delta: tensors by name, their packed buffers as views, their dense form on request."""
+"""An open delta file: tensors by name, packed buffers as views, dense deltas on request."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from deltafmt.terms.buffers import views
 from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.codecs import AnyCodec, term_codec
 
-# Elements of a run: enough to hide the cost of a call, few enough for its arrays to stay in the processor's cache.
+# Elements of a run of rows: enough to hide the cost of a call, few enough that its arrays stay in the CPU's cache.
 RUN_ELEMENTS = 1 << 19
-# A batch of runs is one job of a worker thread, and the unit in which pages are mapped and given back.
+# Elements of a batch of runs: one job of a worker thread, which maps the batch's pages and gives them back.
 BATCH_ELEMENTS = 1 << 22
 
 
@@ -29,7 +29,7 @@ class DeltaFile:
 
     Args:
         path: a path, or a binary file object with ``seek`` and ``read``.
-        mmap: map the file (views cost nothing); otherwise use plain reads.
+        mmap: map the file, so that views copy nothing; if False, read it.
         verify: check every section's checksum when it is first touched.
         max_raw_bytes: refuse a file whose sections decode to more than this many bytes.
 
@@ -61,25 +61,25 @@ class DeltaFile:
         return name in self.container
 
     def __getitem__(self, name: str) -> TensorEntry:
-        """Return a tensor's entry: ``shape``, ``dtype``, ``action``, ``terms`` and so on.
+        """Return a tensor's entry, which has ``shape``, ``dtype``, ``action``, ``terms`` and so on.
 
         Raises:
-            KeyError: no such tensor.
+            KeyError: the file has no such tensor.
         """
         return self.container.entry(name)
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The file's metadata, strings by name."""
+        """The file's metadata: strings by name."""
         return self.container.metadata
 
     @property
     def content_id(self) -> str:
-        """The content id in hexadecimal: equal for files that say the same, however they are stored."""
+        """The content id in hexadecimal; files with the same content have the same id, however they are stored."""
         return self.container.content_id.hex()
 
     def resolve(self, name: str) -> TensorEntry:
-        """Return a tensor's entry, or for an alias that of its target."""
+        """Return a tensor's entry; for an alias, the entry of its target."""
         entry = self[name]
         return entry if entry.target is None else self[entry.target]
 
@@ -87,10 +87,9 @@ class DeltaFile:
         """Return read-only views of a tensor's packed arrays; no byte is copied in a mapped ``hot`` file.
 
         Returns:
-            For ``add``: the buffers of the term by name, as :func:`deltafmt.terms.buffers.views`
-            gives them (with several terms ``terms[0].codes`` and so on), and ``new_rows`` as
-            bytes if the tensor grew. For ``replace``: ``data`` as bytes. Nothing for ``same``. An alias gives its
-            target's.
+            For ``add``: the buffers of the term by name, as :func:`deltafmt.terms.buffers.views` gives them, and
+            ``new_rows`` as bytes if the tensor grew. With several terms the names are ``terms[0].codes`` and so on.
+            For ``replace``: ``data`` as bytes. For ``same``: nothing. For an alias: the buffers of its target.
         """
         entry = self.resolve(name)
         arrays: dict[str, NDArray[np.generic]] = {}
@@ -104,21 +103,20 @@ class DeltaFile:
         return arrays
 
     def term_views(self, entry: TensorEntry, term: Term) -> dict[str, NDArray[np.generic]]:
-        """Return the packed arrays of one term."""
+        """Return views of the packed arrays of one term, by buffer name."""
         buffers = {key: self.container.buffer(ref) for key, ref in term.buffers.items()}
         return views(term.layout, entry.delta_rows, entry.columns, buffers, term.slots)
 
     def delta(self, name: str) -> NDArray[np.float32]:
         """Return the dense float32 delta of a tensor, decoded by the reference decoder.
 
-        The shape is the fine-tuned tensor's; rows that the base lacks are zero here (their values are in
-        ``buffers(name)["new_rows"]``). A tensor that is the same has a delta of zeros. The array takes 4 bytes an
-        element, as the index gives the shape.
+        The array has the fine-tuned tensor's shape and takes 4 bytes an element. Rows that the base lacks are zero
+        in it; their values are in ``buffers(name)["new_rows"]``. A ``same`` tensor has a delta of zeros.
 
         Raises:
-            KeyError: no such tensor.
-            UsageError: the tensor replaces the base's and has no delta.
-            InvalidFileError: its buffers break the format.
+            KeyError: the file has no such tensor.
+            UsageError: the tensor's action is ``replace``: it has no delta.
+            InvalidFileError: the tensor's buffers break the format.
         """
         entry = self.resolve(name)
         if entry.action == "replace":
@@ -134,7 +132,7 @@ class DeltaFile:
         """Return the bytes of an attached file.
 
         Raises:
-            KeyError: no such attachment.
+            KeyError: the file has no such attachment.
         """
         return bytes(self.container.buffer(self.container.attachments[name].data))
 
@@ -166,24 +164,25 @@ class RunDecoder:
 
     @property
     def step(self) -> int:
-        """Rows on whose multiples a run of every term may start."""
+        """A number of rows; a run may start at any multiple of it, whatever the terms."""
         return max(codec.run_rows for codec, _ in self._terms)
 
     @property
     def width(self) -> int:
-        """Elements that decoding a row takes."""
+        """The number of elements in memory for each row that is decoded, at most."""
         return max(codec.width for codec, _ in self._terms)
 
     def ranges(self) -> list[tuple[int, int]]:
-        """Return the runs that cover the tensor."""
+        """Return the runs of rows that together cover the tensor, as (start, stop)."""
         return row_ranges(0, self._rows, self.width, self.step)
 
     def rows(
         self, start: int, stop: int, routines: CodecRoutines = REFERENCE, *, check: bool = False
     ) -> NDArray[np.float32]:
-        """Return float32 rows ``start`` to ``stop``; ``check`` also refuses what is not canonical.
+        """Return rows ``start`` to ``stop`` of the delta in float32.
 
-        With compiled routines, the result lasts until the next call with the same routines.
+        With ``check``, buffers that are not in canonical form are refused as well, for example set bits that no field
+        uses. With compiled routines, the result is valid until the next call with the same routines.
 
         Raises:
             InvalidFileError: the buffers break the format.

@@ -1,4 +1,4 @@
-"""Fuzz the reader: whatever the bytes, only InvalidFileError may come out, and nothing may take long or much memory.
+"""Fuzz the reader: for any bytes, it may raise only InvalidFileError, and it must take little time and memory.
 
     python fuzz/fuzz_reader.py NEW_INPUTS fuzz/corpus -max_total_time=60
 
@@ -34,7 +34,7 @@ from blake3 import blake3
 MAX_RAW_BYTES = 1 << 24
 MAX_ELEMENTS = 1 << 20
 MAX_LENGTH = 32768
-# Far above what a file within the limits above may need: an allocation that only its numbers ask for fails.
+# Much more than any file within the limits above needs. An allocation that only a number in the file asks for fails.
 SPARE_MEMORY = 1 << 30
 
 # Compiled loops check no bounds, so every decoding is done with both and compared. None without numba.
@@ -42,7 +42,7 @@ COMPILED: CodecRoutines = codec_routines(True)
 
 
 def test_one_input(data: bytes) -> None:
-    """Read everything that a file holds, in every way there is."""
+    """Read every part of a file in every way that the library offers."""
     with contextlib.suppress(InvalidFileError), deltafmt.open(io.BytesIO(data), max_raw_bytes=MAX_RAW_BYTES) as delta:
         entries = list(delta.container.entries())
         json.dumps(summary.summary_obj(delta.container))
@@ -66,7 +66,7 @@ def read_tensor(delta: DeltaFile, entry: TensorEntry) -> None:
 
 
 def verify(delta: DeltaFile, entries: list[TensorEntry]) -> None:
-    """Check what ``deltafmt verify`` checks, and that both decoders agree."""
+    """Run the checks of ``deltafmt verify``, and compare the two decoders."""
     container = delta.container
     for number in range(len(container.sections)):
         container.touch(number, force=True)
@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def limit_memory(spare: int) -> None:
-    """Let this process grow by so many bytes, and no more."""
+    """Limit this process's memory to its present size and ``spare`` bytes more."""
     with contextlib.suppress(OSError):  # where there is no /proc, libFuzzer's own limit must do
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
         limit = pages * resource.getpagesize() + spare

@@ -19,7 +19,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 import deltafmt
-from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec
+from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.index.entries import BaseRef, TensorEntry, Term
 from deltafmt.methods import DARE, RTN, BitDelta, DeltaDQ, Magnitude, Method

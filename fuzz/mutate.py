@@ -1,6 +1,6 @@
-"""Mutations that know the format: of index bytes, of the decoded index, of section bytes, and whole new tensors.
+"""Mutations that know the format: they change index bytes, the decoded index or section bytes, or add a new tensor.
 
-Each takes a valid or broken file and gives another, sealed so that the reader gets past the checksums.
+Each mutation takes a valid or broken file and returns another one, sealed so that the reader gets past the checksums.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def mutate_node(index: Any, rng: random.Random) -> None:
 
 
 def another(value: Any, rng: random.Random) -> Any:
-    """Return a value like another one, or rarely of another kind."""
+    """Return another value of the same type, or rarely one of another type."""
     if rng.random() < 0.1:
         return rng.choice((None, True, 0, 1.5, "a", b"a", [], {}, [0, 0, 0]))
     if isinstance(value, bool):
@@ -151,7 +151,7 @@ def another(value: Any, rng: random.Random) -> Any:
 
 
 def mutate_section(parts: Parts, rng: random.Random, plain: Mutate) -> None:
-    """Change stored bytes of a section, or for a zstd section sometimes its raw bytes."""
+    """Change stored bytes of a section."""
     if not parts.sections:
         return
     number = rng.randrange(len(parts.sections))
@@ -284,7 +284,7 @@ def add_tensor(parts: Parts, rng: random.Random, plain: Mutate) -> None:
         stored = rng.random() < 0.6 or parts.index["profile"] == "hot"
         codec = c.CODEC_STORED if stored else c.CODEC_ZSTD
         table.append({
-            "checksum": bytes(16), "codec": codec, "kind": c.KIND_TENSORS, "length": 0, "offset": 0,
+            "checksum": bytes(16), "codec": codec, "kind": c.SECTION_KIND_TENSORS, "length": 0, "offset": 0,
             "raw_length": len(raw),
         })  # fmt: skip
         parts.sections.append(raw if stored else repair.compress(bytes(raw)))

@@ -1,7 +1,8 @@
-"""Take a delta file apart, and put it together again with lengths, checksums, digests and seal made right.
+"""Take a delta file apart, and put it together again with correct lengths, checksums, digests and seal.
 
-A reader turns nearly every random change away at a checksum. These functions mend the checksums behind a change, so
-that it reaches the code behind them. They follow spec/deltafmt-v1.md, sections 4 to 8, and accept anything.
+A reader refuses nearly every random change at a checksum. These functions mend the checksums after a change, so that
+the changed bytes reach the code that decodes them. They follow spec/deltafmt-v1.md, sections 4 to 8, and accept any
+input.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Parts:
 
 
 def split(data: bytes) -> Parts | None:
-    """Take a file apart; None if its trailer or index are too far gone."""
+    """Take a file apart; return None if its trailer or index cannot be read."""
     if len(data) < c.SECTION_ALIGNMENT + c.TRAILER_SIZE:
         return None
     start = int.from_bytes(data[-c.TRAILER_SIZE : -c.TRAILER_SIZE + 8], "little")
@@ -48,7 +49,7 @@ def split(data: bytes) -> Parts | None:
 
 
 def decode_entry(entry: Any) -> Any:
-    """Return a decoded tensor entry, or what stands in its place as it is."""
+    """Return a decoded tensor entry, or the entry itself if it cannot be decoded."""
     try:
         return msgpack.unpackb(entry, strict_map_key=False)
     except (*DECODE_ERRORS, TypeError):
@@ -56,7 +57,7 @@ def decode_entry(entry: Any) -> Any:
 
 
 def encode_index(index: Any) -> bytes | None:
-    """Return the bytes of an index whose entries are decoded; None where it cannot be encoded."""
+    """Return the bytes of an index whose entries are decoded; None if it cannot be encoded."""
     try:
         if isinstance(index, dict) and isinstance(index.get("tensors"), dict):
             packed = {
@@ -70,11 +71,11 @@ def encode_index(index: Any) -> bytes | None:
 
 
 def join(parts: Parts, *, mend: bool = True) -> bytes | None:
-    """Put a file together and seal it; None where the index cannot be encoded.
+    """Put a file together and seal it; return None if the index cannot be encoded.
 
     Args:
-        parts: the pieces.
-        mend: make offsets, lengths and checksums of the section table right first.
+        parts: the pieces of the file.
+        mend: correct the offsets, lengths and checksums of the sections first.
     """
     body = bytearray(frame.encode_header().ljust(c.SECTION_ALIGNMENT, b"\0"))
     for number, stored in enumerate(parts.sections):
@@ -111,7 +112,7 @@ def reseal_index(data: bytes, index: bytes) -> bytes:
 
 
 def mend_digests(data: bytes) -> bytes:
-    """Return a file whose payload digests and content id are those of its bytes, as far as it can be read."""
+    """Return a file with correct payload digests and content id, as far as it can be read."""
     parts = split(data)
     if parts is None:
         return data

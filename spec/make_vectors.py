@@ -1,10 +1,10 @@
 """Make the test vectors of deltafmt-v1.md, section 16.
 
     python spec/make_vectors.py            write spec/vectors/
-    python spec/make_vectors.py --check    compare with what is there
+    python spec/make_vectors.py --check    compare with the files that are there
 
-Good files come from the writer; bad ones are good ones with one thing changed, and their seal made right again where
-the scenario is about what lies behind it.
+The writer makes the good files. A bad file is a good one with one thing changed. If a reader must get past the seal to
+see the change, the seal is computed anew.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import bad_vectors  # noqa: F401 - importing registers the generators
+import bad_term_vectors  # noqa: F401 - importing registers the generators
+import bad_vectors  # noqa: F401
 import good_vectors  # noqa: F401
 from vector_tools import VECTORS
 
@@ -20,7 +21,7 @@ FOLDER = Path(__file__).parent / "vectors"
 
 
 def main() -> int:
-    """Write the vectors, or compare them with what is there."""
+    """Write the vectors, or compare them with the files that are there."""
     if sys.argv[1:] == ["--check"]:
         found = {path.stem: path.read_bytes() for path in FOLDER.glob("*.vec")}
         wrong = sorted(name for name in found.keys() | VECTORS.keys() if found.get(name) != VECTORS.get(name))

@@ -1,4 +1,4 @@
-"""What the generators of the test vectors share: registering, making a term, changing a file behind its seal."""
+"""Tools of the test vectors' generators: registering one, making a term, changing a file behind its seal."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def nm_arrays(layout: NMLayout, rows: int, columns: int, seed: int) -> nm.NMArra
 
 
 def coded(coding: Coding, rows: int, columns: int, scales: int, salt: int) -> LowbitArrays:
-    """Return made-up codes, scales (so many a row) and zero points."""
+    """Return made-up codes, zero points, and ``scales`` scales for each row."""
     zero_points = fields(rows * scales, coding.top, salt + 1).reshape(rows, scales)
     return LowbitArrays(
         fields(rows * columns, coding.top, salt).reshape(rows, columns),
@@ -183,7 +183,7 @@ def one_attachment(name: str) -> bytes:
     """Return a file with one attachment and no tensor."""
     out = io.BytesIO()
     writer = ContainerWriter(out)
-    ref = writer.add(b"x", c.KIND_ATTACHMENTS)
+    ref = writer.add(b"x", c.SECTION_KIND_ATTACHMENTS)
     writer.finish([], attachments={name: Attachment(ref, blake3(b"x").digest())})
     return out.getvalue()
 
@@ -194,7 +194,7 @@ def simple() -> bytes:
 
 
 def parts(data: bytes) -> tuple[bytes, Any]:
-    """Split a file into what lies before the index and the decoded index."""
+    """Split a file into the bytes before the index, and the decoded index."""
     offset = int.from_bytes(data[-c.TRAILER_SIZE :][:8], "little")
     length = int.from_bytes(data[-c.TRAILER_SIZE :][8:16], "little")
     index = msgpack.unpackb(data[offset : offset + length])
@@ -203,13 +203,13 @@ def parts(data: bytes) -> tuple[bytes, Any]:
 
 
 def encode(index: Any) -> bytes:
-    """Undo the decoding of :func:`parts`, in the order in which the keys stand."""
+    """Encode an index that :func:`parts` has decoded; the keys keep their order."""
     tensors = {name: msgpack.packb(entry) for name, entry in index["tensors"].items()}
     return msgpack.packb({key: tensors if key == "tensors" else value for key, value in index.items()})
 
 
 def join(body: bytes, index: bytes, content_id: bytes) -> bytes:
-    """Put an index behind a body, with a trailer that is right."""
+    """Return a file: a body, an index behind it, and the trailer that fits them."""
     return body + index + frame.encode_trailer(body[: c.HEADER_SIZE], index, len(body), content_id)
 
 

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from deltafmt.calibration import chain_run
-from deltafmt.calibration.run import Options, calibrate_folder
+from deltafmt.calibration.run import RunOptions, calibrate_folder
 from deltafmt.errors import UsageError
 from deltafmt.methods import GPTQ, RTN, SparseGPT
 from deltafmt.methods.gptq_solver import gptq
@@ -63,7 +63,7 @@ def moments_of(home: Path) -> dict[str, Any]:
         home / "text.jsonl",
         lambda _name, weight, moments: found.__setitem__(weight, moments.matrix),
         tokenizer=home / "ft" / "tokenizer.json",
-        options=Options("cpu"),
+        options=RunOptions("cpu"),
     )
     return found
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import deltafmt
-from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec
+from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec
 from deltafmt.errors import StorageError
 
 

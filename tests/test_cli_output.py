@@ -46,7 +46,7 @@ def test_every_command_in_words(tmp_path: Path, cli: Cli, small: Pair) -> None:
     inspected = cli("inspect", out)
     assert f"{size:,} bytes" in inspected.out
     assert "7 tensors" in cli("verify", out).out
-    assert "6 base tensors match" in cli("verify", out, "--base", small.base).out
+    assert "made for this base (6 tensors compared)" in cli("verify", out, "--base", small.base).out
     repacked = cli("repack", out, "-o", tmp_path / "cold", "--profile", "cold")
     assert deltafmt.open(out).content_id in repacked.out
     assert "7 tensors" in cli("unpack", small.base, out, "-o", tmp_path / "u").out
@@ -56,6 +56,59 @@ def test_every_command_in_words(tmp_path: Path, cli: Cli, small: Pair) -> None:
     assert "model.embed.weight" in differing.out
     for result in (packed, inspected, repacked, differing):
         assert (result.code, result.err) == (0, "")
+
+
+def test_diff_tells_by_its_exit_code_if_it_is_asked_to(cli: Cli, small: Pair) -> None:
+    different = cli("diff", small.base, small.finetuned, "--exit-code", "--json")
+    assert (different.code, different.json()["equal"]) == (1, False)
+    equal = cli("diff", small.base, small.base, "--exit-code", "--json")
+    assert (equal.code, equal.json()["equal"]) == (0, True)
+    assert cli("diff", small.base, small.finetuned, "--json").json()["equal"] is False
+
+
+def test_verify_takes_several_files_and_goes_on_after_a_bad_one(tmp_path: Path, cli: Cli, small: Pair) -> None:
+    good, bad, missing = tmp_path / "good.deltafmt", tmp_path / "bad.deltafmt", tmp_path / "missing.deltafmt"
+    cli("pack", small.base, small.finetuned, "-o", good)
+    data = bytearray(good.read_bytes())
+    data[4100] ^= 1
+    bad.write_bytes(data)
+    both = cli("verify", good, good, "--base", small.base)
+    assert (both.code, both.err) == (0, "")
+    assert both.out.count(f"{good}: file intact, 7 tensors in ") == 2
+    result = cli("verify", bad, good, missing)
+    assert result.code == 3
+    assert f"{good}: file intact" in result.out
+    assert [line.split(":")[0] for line in result.err.splitlines()] == ["deltafmt", "deltafmt"]
+    assert str(bad) in result.err
+    assert str(missing) in result.err
+    found = cli("verify", bad, good, missing, "--json").json()
+    assert found["ok"] is False
+    assert [(file["file"], file["ok"]) for file in found["files"]] == [
+        (str(bad), False),
+        (str(good), True),
+        (str(missing), False),
+    ]
+    assert [file.get("exit_code") for file in found["files"]] == [3, None, 5]
+
+
+def test_any_base_fits_a_file_that_holds_every_tensor_whole(tmp_path: Path, cli: Cli, small: Pair) -> None:
+    out = tmp_path / "whole.deltafmt"
+    cli("pack", small.finetuned / "model.safetensors", small.finetuned, "-o", out)
+    same = cli("verify", out, "--base", small.finetuned)
+    assert "made for this base (7 tensors compared)" in same.out
+    whole = tmp_path / "new.deltafmt"
+    before, after = (write_folder(tmp_path / str(seed), {"w": normal(seed, (8, 16))}) for seed in (1, 2))
+    cli("pack", before, after, "-o", whole, "--exclude", "*")
+    assert "it holds every tensor whole, so any base fits" in cli("verify", whole, "--base", before).out
+
+
+def test_unpack_does_not_make_a_folder_that_is_named_like_a_file(tmp_path: Path, cli: Cli, small: Pair) -> None:
+    delta = tmp_path / "d.deltafmt"
+    cli("pack", small.base, small.finetuned, "-o", delta)
+    result = cli("unpack", small.base, delta, "-o", tmp_path / "restored.safetensors")
+    assert result.code == 2
+    assert f"name a folder such as {tmp_path / 'restored'}" in result.err
+    assert not (tmp_path / "restored.safetensors").exists()
 
 
 def test_json_of_every_command(tmp_path: Path, cli: Cli, small: Pair) -> None:

@@ -69,7 +69,9 @@ def test_large_tensors_close_a_section() -> None:
     data = write_container({f"t{i}": bytes([i]) * size for i, size in enumerate(sizes)}, {"a.json": b"{}"})
     container = Container(io.BytesIO(data))
     assert [container.entry(f"t{i}").refs()[0][1].section for i in range(5)] == [0, 0, 1, 1, 2]
-    assert [section.kind for section in container.sections] == [c.KIND_TENSORS] * 3 + [c.KIND_ATTACHMENTS]
+    assert [section.kind for section in container.sections] == [c.SECTION_KIND_TENSORS] * 3 + [
+        c.SECTION_KIND_ATTACHMENTS
+    ]
 
 
 def test_profiles_share_a_content_id() -> None:

@@ -277,7 +277,7 @@ def test_wrong_folders(files: Files, tmp_path: Path, cli: Cli) -> None:
     (files.adapter / "adapter_config.json").unlink()
     fails(files.adapter, 5, "adapter_config.json")
     (files.adapter / "adapter_model.safetensors").rename(files.adapter / "adapter_model.bin")
-    fails(files.adapter, 3, "adapter_model.bin is not read", "safetensors")
+    fails(files.adapter, 3, "adapter_model.bin cannot be read", "safetensors")
 
 
 def test_heads_that_would_be_lost(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import deltafmt
-from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec
+from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec
 from deltafmt.methods import DeltaDQ
 from deltafmt.terms.floats import narrow
 from deltafmt.terms.nm import codec as nm

@@ -165,6 +165,6 @@ def test_untied_deltas_of_a_tied_base(tiny: Tiny, tmp_path: Path) -> None:
     with model.delta("d"), torch.no_grad():
         assert torch.allclose(model(tokens).logits, tuned(tokens).logits, atol=0.05)
     before = bits(model)
-    with pytest.raises(UsageError, match=r"differ, but the model has one for both$"):
+    with pytest.raises(UsageError, match=r"differ, but the model has one parameter for both$"):
         model.deltas.merge("d")
     assert equal(bits(model), before)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import deltafmt
-from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec
+from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec
 from deltafmt.errors import UsageError
 from deltafmt.methods import DeltaDQ
 from deltafmt.terms.nm.layout import NMLayout

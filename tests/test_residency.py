@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("torch")
 
 from deltafmt.errors import NoRoomError, StorageError, UsageError
+from deltafmt.runtime.eviction import host_bytes
 from deltafmt.runtime.residency import Residency
 
 
@@ -175,9 +176,9 @@ def test_a_copy_in_host_memory() -> None:
     assert fake.log[3:] == ["drop a", "back c"]
     use(residency, "b")
     assert fake.log[5:] == ["drop c", "load b"]
-    assert residency.host_used == 20
+    assert host_bytes(residency._items) == 20
     residency.remove("a")
-    assert residency.host_used == 10
+    assert host_bytes(residency._items) == 10
     residency.close()
 
 

@@ -26,8 +26,8 @@ from strategies import examples, generators, shapes
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from deltafmt.calibration.load import load_model
-from deltafmt.calibration.store import MomentStore
+from deltafmt.calibration.load_model import load_model
+from deltafmt.calibration.moment_store import MomentStore
 from deltafmt.calibration.text import read_documents
 from deltafmt.calibration.tokens import TOKENS, cut, load_encoder
 from deltafmt.pipeline import sequential
@@ -272,7 +272,7 @@ def test_the_command(home: Path, tmp_path: Path, cli: Cli) -> None:
     # An encoder and decoder is run as a whole.
     write_models(tmp_path / "t5", "t5")
     pair = (tmp_path / "t5" / "base", tmp_path / "t5" / "ft", "-o", tmp_path / "t5.deltafmt")
-    words = "T5ForConditionalGeneration is not run block by block", "sequential calibration is not for it"
+    words = "T5ForConditionalGeneration cannot be run block by block", "which sequential calibration needs"
     refused(cli("pack", *pair, *method, *text, "--calibration-length", "60", "--sequential"), 2, *words)
     assert not list(tmp_path.glob("*t5.*"))
 

@@ -104,7 +104,7 @@ def play(patch: pytest.MonkeyPatch) -> Driver:
     driver = Driver()
     patch.setattr(unlocked_loop, "driver_calls", driver.calls)
     patch.setattr(unlocked_loop, "current_context", lambda: CONTEXT)
-    patch.setattr(pinned.Slot, "recorded", lambda self, _: self.view.nbytes)
+    patch.setattr(pinned.PinnedBuffer, "recorded", lambda self, _: self.view.nbytes)
     return driver
 
 
@@ -118,7 +118,7 @@ def moved(
             torch.full((nbytes,), 99, dtype=torch.uint8) for nbytes in (placement.nbytes, placement.scratch_bytes)
         )
         ring = pinned.Ring(torch.device("cpu"), pinned_bytes, MIB)
-        pieces = cut(container.sections, placement, ring.slot_bytes)
+        pieces = cut(container.sections, placement, ring.buffer_bytes)
         made = unlocked.UnlockedUpload(container, pieces, ring, memory, scratch, Stream(), verify=verify, cancel=cancel)
         made.run(threads)
     return memory, placement, container

@@ -11,12 +11,12 @@ SCHEMA = 1
 
 
 def clean(text: str) -> str:
-    """Return text with control characters and lone surrogates spelt out: names come from files, and go to terminals."""
+    """Return text with control characters and lone surrogates escaped: a name in a file must not control a terminal."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def can_print(text: str) -> bool:
-    """Tell whether standard output's encoding has these characters."""
+    """Tell whether standard output can print these characters in its encoding."""
     try:
         text.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
@@ -35,20 +35,20 @@ def warn(line: str) -> None:
 
 
 def warn_left_out(names: Sequence[str]) -> None:
-    """Say which files of a folder the delta does not carry."""
+    """Warn about the files and folders beside the weights that the delta does not carry."""
     for name in names:
         warn(f"{name} does not travel with the delta; small files at the top of the folder do")
 
 
 def say_json(obj: dict[str, Any]) -> None:
-    """Print one JSON object with the schema's number."""
+    """Print one JSON object; the schema's number is its first field."""
     import json
 
     print(json.dumps({"schema": SCHEMA, **obj}, indent=2, allow_nan=False))
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
-    """Print rows in columns; ``right`` tells which columns are aligned to the right."""
+    """Print rows in columns; ``right`` has True for each column that is aligned to the right."""
     cleaned = [[clean(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cleaned) for i in range(len(right))]
     for row in cleaned:
@@ -61,7 +61,7 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
 
 @contextlib.contextmanager
 def progress_bar(title: str, total: int, wanted: bool) -> Iterator[Callable[[str, int], None] | None]:
-    """Give a callback that advances a bar, or None where no person is watching."""
+    """Give a function that advances a progress bar; None if standard error is not a terminal."""
     if not wanted or not sys.stderr.isatty():
         yield None
         return

@@ -1,28 +1,36 @@
-"""``deltafmt diff``."""
+"""``deltafmt diff``: the differences between two delta files or two checkpoints, tensor by tensor."""
 
 from __future__ import annotations
 
 import argparse
 
+from deltafmt.errors import EXIT_OK
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
+
+# The exit code of git diff --exit-code, diff and cmp for inputs that differ.
+EXIT_DIFFERENT = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("a", metavar="A", help="delta file, or checkpoint folder or .safetensors file")
-    parser.add_argument("b", metavar="B", help="another of the same kind")
+    parser.add_argument("a", metavar="A", help="a delta file, a checkpoint folder or a .safetensors file")
+    parser.add_argument("b", metavar="B", help="another delta file if A is one, otherwise another checkpoint")
+    parser.add_argument(
+        "--exit-code", action="store_true", help="exit with 1 if A and B differ; without this option, exit with 0"
+    )
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run the command."""
+def run(options: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
     from deltafmt.pipeline.diff import diff
 
     result = diff(options.a, options.b)
+    code = EXIT_DIFFERENT if options.exit_code and result.changes else EXIT_OK
     if options.json:
         changes = [change.to_obj() for change in result.changes]
-        console.say_json({"ok": True, "same": result.same, "changes": changes})
-        return
+        console.say_json({"ok": True, "equal": not changes, "same": result.same, "changes": changes})
+        return code
     rows = []
     for change in result.changes:
         numbers = "" if change.relative is None else f"relative {change.relative:.2e}, largest {change.largest:.2e}"
@@ -30,3 +38,4 @@ def run(options: argparse.Namespace) -> None:
     if rows:
         console.table(rows, (False, False, False, False))
     console.say(f"{plural(len(result.changes), 'difference')}, {plural(result.same, 'tensor')} the same")
+    return code

@@ -1,4 +1,4 @@
-"""``deltafmt export-lora``."""
+"""``deltafmt export-lora``: a delta file of low-rank terms to a LoRA adapter for PEFT."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
 
 EPILOG = """\
-Every term of the delta must be lowrank; several of one tensor are joined along the rank. Tensors that the delta
-replaces become modules_to_save. The scaling is 1: B A is the delta.
+Every term of the delta must be lowrank; several terms of one tensor become one pair of factors with the sum of their
+ranks. Coded factors are decoded, so the adapter can be several times larger than the delta. Tensors that the delta
+stores whole become modules_to_save. The scaling is 1: the product B A is the delta.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = EPILOG
-    parser.add_argument("delta", metavar="DELTA", help="delta file")
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="the folder to make")
-    parser.add_argument("--base", metavar="BASE", help="its base, to be named, and for config.json if none is attached")
-    parser.add_argument("--dtype", metavar="NAME", help="BF16, F16 or F32 (as stored; F32 for coded factors)")
-    parser.add_argument("--task-type", metavar="NAME", help="PEFT's task type (that of the import, or CAUSAL_LM)")
+    parser.add_argument("delta", metavar="DELTA", help="the delta file")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="the adapter folder to write")
+    parser.add_argument(
+        "--base",
+        metavar="BASE",
+        help="the delta's base: the adapter names it; its config.json is used if none is attached",
+    )
+    parser.add_argument(
+        "--dtype", metavar="NAME", help="BF16, F16 or F32 (default: as stored, and F32 for coded factors)"
+    )
+    parser.add_argument(
+        "--task-type", metavar="NAME", help="PEFT's task type (default: that of the imported adapter, or CAUSAL_LM)"
+    )
     parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
 
 

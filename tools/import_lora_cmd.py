@@ -1,4 +1,4 @@
-"""``deltafmt import-lora``."""
+"""``deltafmt import-lora``: a LoRA adapter from PEFT to a delta file."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
 
 EPILOG = """\
-The factors are stored as they are, with the scaling in B; DoRA, convolutions and adapters whose training changed the
-base's weights are refused. unpack then writes the merged checkpoint, with the base's configuration and, where the
-adapter brings none, its tokenizer.
+The factors are stored as they are, except that B is multiplied by the adapter's scaling. DoRA, convolutions and
+adapters whose training changed the base's weights are refused. unpack then writes the merged checkpoint, with the
+base's configuration and, if the adapter has no tokenizer, the base's tokenizer.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = EPILOG
-    parser.add_argument("base", metavar="BASE", help="checkpoint folder or .safetensors file")
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder as PEFT saves it")
-    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the delta file to make")
-    parser.add_argument("--profile", default="hot", metavar="NAME", help="hot (mapped and uploaded as it lies) or cold")
-    parser.add_argument("--threads", type=int, metavar="T", help="worker threads (one a processor)")
+    parser.add_argument("base", metavar="BASE", help="the base: a checkpoint folder or a .safetensors file")
+    parser.add_argument("adapter", metavar="ADAPTER", help="the adapter: a folder as PEFT saves it")
+    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the delta file to write")
+    parser.add_argument(
+        "--profile",
+        default="hot",
+        metavar="NAME",
+        help="hot (default): stored as it is uploaded, for serving; cold: compressed, for archives",
+    )
+    parser.add_argument("--threads", type=int, metavar="T", help="number of threads (default: one for each processor)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 

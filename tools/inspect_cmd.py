@@ -1,4 +1,4 @@
-"""``deltafmt inspect``."""
+"""``deltafmt inspect``: a delta file's parts and their sizes, read from its index alone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from deltafmt.tools import console
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("delta", metavar="DELTA", help="delta file")
-    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("delta", metavar="DELTA", help="the delta file")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor with its shape, size and action")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -38,8 +38,8 @@ def _print_tree(container: Container) -> None:
     console.say(f"content id {container.content_id.hex()}")
     for key, value in container.metadata.items():
         console.say(f"{key}: {value}")
-    for text, number in (("same as the base", "same"), ("tied", "alias")):
-        found = sum(entry.action == number for entry in entries)
+    for text, action in (("same as the base", "same"), ("tied", "alias")):
+        found = sum(entry.action == action for entry in entries)
         if found:
             console.say(f"{text}: {plural(found, 'tensor')}")
     if container.removed:

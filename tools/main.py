@@ -1,6 +1,7 @@
 """``deltafmt``: parse the command line, run one command, turn every error into one line and an exit code.
 
-Exit codes: 0 done; 2 wrong usage; 3 a file is not valid; 4 wrong base; 5 reading or writing failed; 130 interrupted.
+Exit codes: 0 done; 1 ``diff --exit-code`` found differences, or an internal error; 2 wrong usage; 3 a file is not
+valid; 4 wrong base; 5 reading or writing failed; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = next((word for word in arguments if not word.startswith("-")), None)
         options = build_parser(command).parse_args(arguments)
-        _module(options.command).run(options)
+        code: int | None = _module(options.command).run(options)
         sys.stdout.flush()
-        return EXIT_OK
+        return EXIT_OK if code is None else code
     except DeltafmtError as error:
         return _report(message_of(error), error.exit_code, as_json)
     except KeyboardInterrupt as error:

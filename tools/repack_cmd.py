@@ -1,4 +1,4 @@
-"""``deltafmt repack``."""
+"""``deltafmt repack``: a delta file rewritten for serving (hot) or for archives (cold)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from deltafmt.tools import console
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("delta", metavar="DELTA", help="delta file")
-    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the delta file to make")
-    parser.add_argument("--profile", required=True, metavar="NAME", help="hot (for serving) or cold (for archives)")
+    parser.add_argument("delta", metavar="DELTA", help="the delta file to read")
+    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the delta file to write")
+    parser.add_argument(
+        "--profile",
+        required=True,
+        metavar="NAME",
+        help="hot: stored as it is uploaded, for serving; cold: compressed, for archives",
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 

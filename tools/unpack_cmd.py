@@ -1,4 +1,4 @@
-"""``deltafmt unpack``."""
+"""``deltafmt unpack``: a base and a delta file to a checkpoint folder that loads."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("base", metavar="BASE", help="checkpoint folder or .safetensors file")
-    parser.add_argument("delta", metavar="DELTA", help="delta file")
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="the folder to make")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="tensor bytes of a file (5GB)")
-    parser.add_argument("--threads", type=int, metavar="T", help="worker threads (one a processor)")
-    parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
+    parser.add_argument("base", metavar="BASE", help="the base: a checkpoint folder or a .safetensors file")
+    parser.add_argument("delta", metavar="DELTA", help="the delta file")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="the checkpoint folder to write")
     parser.add_argument(
-        "--force-base", action="store_true", help="go on over a base whose bytes differ; recorded in the output"
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="start another weight file when one has so many bytes of tensors (default 5GB)",
+    )
+    parser.add_argument("--threads", type=int, metavar="T", help="number of threads (default: one for each processor)")
+    parser.add_argument("--force", action="store_true", help="replace DIR if it is an earlier checkpoint")
+    parser.add_argument(
+        "--force-base",
+        action="store_true",
+        help="accept a base whose bytes differ from those packed against; the output's metadata records it",
     )
 
 
@@ -63,10 +70,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Return a number of bytes from ``5GB``, ``200MiB`` or plain digits.
+    """Return the number of bytes that a text such as ``5GB``, ``200MiB`` or ``1048576`` names.
 
     Raises:
-        UsageError: not a size above zero.
+        UsageError: the text is not a size, or the size is zero.
     """
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([KMG]I?B)?", text.strip().upper())
     size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0

@@ -1,38 +1,74 @@
-"""``deltafmt verify``."""
+"""``deltafmt verify``: one or more delta files checked completely, and a base compared with them."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
+from deltafmt.errors import EXIT_OK, DeltafmtError
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
+
+if TYPE_CHECKING:
+    from deltafmt.pipeline.verify import VerifyResult
+
+EPILOG = """\
+Every file is checked, also after one that is damaged. The exit code is that of the first file that fails: 3 if the file
+is not valid, 4 if the base is not its base, 5 if it cannot be read.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("delta", metavar="DELTA", help="delta file")
-    parser.add_argument("--base", metavar="BASE", help="compare this base with the one that was packed against")
-    parser.add_argument("--threads", type=int, metavar="T", help="worker threads (one a processor)")
+    parser.epilog = EPILOG
+    parser.add_argument("delta", metavar="DELTA", nargs="+", help="a delta file; several may be given")
+    parser.add_argument("--base", metavar="BASE", help="check that this is the base that the delta was packed against")
+    parser.add_argument("--threads", type=int, metavar="T", help="number of threads (default: one for each processor)")
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run the command."""
+def run(options: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    if len(options.delta) == 1:
+        found = _check(options.delta[0], options)
+        if options.json:
+            console.say_json(found)
+        return EXIT_OK
+    code = EXIT_OK
+    results = []
+    for file in options.delta:
+        try:
+            results.append(_check(file, options))
+        except DeltafmtError as error:
+            code = code or error.exit_code
+            console.warn(str(error))
+            results.append({"ok": False, "file": file, "error": str(error), "exit_code": error.exit_code})
+    if options.json:
+        console.say_json({"ok": code == EXIT_OK, "files": results})
+    return code
+
+
+def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Check one file and return its object for JSON; without ``--json``, say that it is intact."""
     from deltafmt.pipeline.verify import verify
 
-    result = verify(options.delta, options.base, threads=options.threads)
-    if options.json:
-        console.say_json(
-            {
-                "ok": True,
-                "file": options.delta,
-                "sections": result.sections,
-                "tensors": result.tensors,
-                "base_tensors": result.base_tensors,
-                "content_id": result.content_id,
-            }
-        )
-        return
-    base = "" if result.base_tensors is None else f"; {plural(result.base_tensors, 'base tensor')} match"
-    console.say(
-        f"{options.delta}: ok, {plural(result.tensors, 'tensor')} in {plural(result.sections, 'section')}{base}"
-    )
+    result = verify(file, options.base, threads=options.threads)
+    if not options.json:
+        console.say(f"{file}: {describe(result)}")
+    return {
+        "ok": True,
+        "file": file,
+        "sections": result.sections,
+        "tensors": result.tensors,
+        "base_tensors": result.base_tensors,
+        "content_id": result.content_id,
+    }
+
+
+def describe(result: VerifyResult) -> str:
+    """Return in words that a file is intact, and whether the base was compared with it."""
+    intact = f"file intact, {plural(result.tensors, 'tensor')} in {plural(result.sections, 'section')}"
+    if result.base_tensors is None:
+        return intact
+    if result.base_tensors == 0:
+        return f"{intact}; it holds every tensor whole, so any base fits"
+    return f"{intact}; made for this base ({plural(result.base_tensors, 'tensor')} compared)"

@@ -1,4 +1,4 @@
-"""Go through a pair of checkpoints, a tensor and a block of rows at a time, and collect its figures."""
+"""The analysis of a pair of checkpoints: it reads the tensors one by one, in blocks of rows, and collects figures."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 
 from deltafmt.analysis.approximation import approximation_of, packed
-from deltafmt.analysis.inputs import Inputs, calibrated_inputs, normal_inputs
+from deltafmt.analysis.intermediate_results import Products
+from deltafmt.analysis.layer_inputs import Inputs, calibrated_inputs, normal_inputs
 from deltafmt.analysis.norms import Norms
 from deltafmt.analysis.pairs import TensorPair, find_pairs
-from deltafmt.analysis.products import Products
 from deltafmt.analysis.quantized import histogram_of
 from deltafmt.analysis.report import Candidate, Report, TensorFigures
 from deltafmt.analysis.spectrum import spectrum_of
@@ -35,24 +35,25 @@ def analyze(
     seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
 ) -> Report:
-    """Return figures on a fine-tune's delta, and on what compressing it loses.
+    """Return figures of a fine-tune's delta, and of the losses when it is compressed.
 
     Args:
         base, finetuned: checkpoint folders or ``.safetensors`` files.
         deltas: delta files of this pair, whose losses are measured.
-        methods: with each of them a temporary file is made and measured likewise; with neither files nor methods,
-            DeltaDQ with ``quantization``.
-        quantization: N, M and k of the histograms of values before and after quantization; k at least 2.
-        calibration: a text file for the inputs of the layers; without it they are standard normal.
-        tokenizer: a ``tokenizer.json``, where the fine-tune's folder has none.
-        include: if given, only tensors whose names match one of these patterns.
-        exclude: tensors whose names match one of these are left out.
-        seed: of everything that is drawn.
-        progress: called with a tensor's name and bytes, once when its figures are done and once for every file.
+        methods: methods whose losses are measured; each makes a temporary delta file. Without files and methods, the
+            losses of DeltaDQ with ``quantization`` are measured.
+        quantization: N, M and k of the histograms of values before and after quantization; k is at least 2.
+        calibration: a text file that gives the inputs of the layers; without it the inputs are standard normal.
+        tokenizer: a ``tokenizer.json``, if the fine-tune's folder has no tokenizer.
+        include: patterns; if given, only tensors whose names match one of them are analyzed.
+        exclude: patterns; tensors whose names match one of them are left out.
+        seed: the seed for random inputs, positions and projections.
+        progress: a function that is called with a tensor's name and bytes: once when the tensor's figures are done, and
+            once more for every delta file.
 
     Raises:
         UsageError: an option is out of range, a pattern matches nothing, or the calibration cannot be run.
-        WrongBaseError: base and fine-tune, or the delta file, do not belong together.
+        WrongBaseError: base and fine-tune, or a delta file and the pair, do not belong together.
         InvalidFileError, StorageError: a file cannot be read.
     """
     n, m, bits = quantization
@@ -89,7 +90,7 @@ def _measure(
     inputs: Inputs,
     progress: Callable[[str, int], None] | None,
 ) -> None:
-    """Add a delta file to a report, and what it loses to every tensor."""
+    """Add a delta file to a report, and its loss to the figures of every tensor."""
     with DeltaFile(path) as opened:
         report.candidates.append(Candidate(label, opened.container.size))
         for one in report.tensors:
@@ -100,7 +101,7 @@ def _measure(
 
 
 def figures_of(pair: TensorPair, inputs: Inputs, quantization: tuple[int, int, int], seed: int = 0) -> TensorFigures:
-    """Return the figures of one tensor, but for what a delta file loses of it.
+    """Return the figures of one tensor, still without the losses of delta files.
 
     Raises:
         NonFiniteError: the delta holds NaN or infinity.

@@ -1,4 +1,7 @@
-"""What a delta file loses of each tensor, in the weights and in the outputs (Delta-CoMe, section 6.1 and table 8)."""
+"""The loss of a delta file, tensor by tensor, in the weights and in the outputs (Delta-CoMe, section 6.1, table 8).
+
+Every loss compares the true delta with the delta that the file decodes to.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,19 @@ from deltafmt.index.entries import TensorEntry
 from deltafmt.methods.base import Method
 from deltafmt.pipeline.pack import pack
 
-OUTLIERS = 0.01  # share of a layer's outputs, the largest in magnitude, that count as outliers
+OUTLIERS = 0.01  # the share of a layer's outputs that count as outliers: the 1% largest in magnitude
 
 
 @dataclass(frozen=True, slots=True)
 class Approximation:
-    """Sums of squares of what a delta file loses of one tensor.
+    """The loss of one tensor as sums of squares.
 
     Attributes:
-        squares, lost: of the delta, and of what is lost of it.
-        output_squares, output_lost: of the delta's outputs under some inputs, and of what is lost of them.
-        outputs: number of outputs; 0 for what is no linear layer.
-        outliers, outlier_lost: number of outputs of the fine-tune that are outliers, and what is lost of those.
+        squares: the sum of squares of the delta's elements.
+        lost: the sum of squares of the difference between the delta and its decoded form.
+        output_squares, output_lost: the same two sums over the delta's outputs for some inputs.
+        outputs: the number of outputs; 0 if the tensor is not the weight of a linear layer.
+        outliers, outlier_lost: the number of the fine-tune's outputs that are outliers, and ``output_lost`` over those.
     """
 
     squares: float
@@ -57,13 +61,13 @@ class Approximation:
 
 
 def ratio(lost: float, squares: float) -> float | None:
-    """Return a ratio of sums of squares; 0 for 0 / 0, None where something is lost of nothing."""
+    """Return ``lost / squares``; 0 for 0 / 0, and None if only ``squares`` is 0."""
     root = relative(lost, squares)
     return None if root is None else root * root
 
 
 def pooled(several: Sequence[Approximation]) -> Approximation:
-    """Return the sums over several tensors."""
+    """Return the loss of several tensors together."""
     return Approximation(*(sum(getattr(one, name) for one in several) for name in Approximation.__slots__))
 
 
@@ -71,7 +75,7 @@ def pooled(several: Sequence[Approximation]) -> Approximation:
 def packed(
     base: str | os.PathLike[str], finetuned: str | os.PathLike[str], method: Method, leave_out: Sequence[str] = ()
 ) -> Iterator[Path]:
-    """Give a temporary delta file made with a method; tensors named in ``leave_out`` are kept exactly."""
+    """Give the path of a temporary delta file that a method makes; tensors named in ``leave_out`` are stored whole."""
     with tempfile.TemporaryDirectory(prefix="deltafmt-") as folder:
         out = Path(folder) / "analyzed.deltafmt"
         pack(base, finetuned, out, method=method, exclude=[glob.escape(name) for name in leave_out])
@@ -79,11 +83,11 @@ def packed(
 
 
 def approximation_of(pair: TensorPair, delta: DeltaFile, inputs: Floats | None) -> Approximation | None:
-    """Compare a tensor's delta with what a delta file has of it; None where the file keeps it exactly.
+    """Return the loss of a tensor in a delta file; None if the file stores the tensor exactly.
 
     Args:
-        pair: the tensor.
-        delta: the file.
+        pair: the tensor in both checkpoints.
+        delta: the delta file.
         inputs: vectors x, shape (vectors, columns), for which outputs are compared; None to compare weights only.
 
     Raises:

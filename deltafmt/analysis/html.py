@@ -1,4 +1,4 @@
-"""The report as one page that needs nothing else: no script, no font, no network; light or dark, as the reader's is."""
+"""The report as one HTML page without scripts, fonts and network; it is light or dark as the reader prefers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from deltafmt.analysis import products, svg
+from deltafmt.analysis import intermediate_results, svg
 from deltafmt.analysis.approximation import ratio
 from deltafmt.analysis.quantized import MAX_ROWS, REACH, edges
 from deltafmt.analysis.report import Group, Report
@@ -50,11 +50,11 @@ COLORS"""
 
 
 def write(report: Report, path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Write the page.
+    """Write the page to a file.
 
     Raises:
         UsageError: the file exists, and ``force`` is not given.
-        StorageError: it cannot be written.
+        StorageError: the file cannot be written.
     """
     try:
         with open(path, "w" if force else "x", encoding="utf-8") as file:
@@ -66,7 +66,7 @@ def write(report: Report, path: str | os.PathLike[str], *, force: bool = False) 
 
 
 def render(report: Report) -> str:
-    """Return the page."""
+    """Return the page as text."""
     title = f"Delta of {_base_name(report.finetuned)} against {_base_name(report.base)}"
     skipped = "".join(f"<li>{svg.text(name)}: {svg.text(reason)}</li>" for name, reason in report.skipped.items())
     parts = [
@@ -177,11 +177,11 @@ def _energies(report: Report) -> str:
 
 def _products(report: Report, key: str) -> str:
     groups = [group for group in report.by_kind() if group.products]
-    found = [products.summary(group.products) for group in groups]
+    found = [intermediate_results.summary(group.products) for group in groups]
     if not found:
         return ""
     names = {"base": "base", "finetuned": "fine-tune", "delta": "delta"}
-    sides = [(names[side], [one[side][f"{key}_quantiles"] for one in found]) for side in products.SIDES]
+    sides = [(names[side], [one[side][f"{key}_quantiles"] for one in found]) for side in intermediate_results.SIDES]
     y = svg.axis_over(key, [value for _, rows in sides for row in rows for value in row], log=True)
     title = f"{key.capitalize()} of the products of an output (5, 25, 50, 75 and 95% of the outputs)"
     return svg.range_chart(title, y, [group.label for group in groups], sides)

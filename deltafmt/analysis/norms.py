@@ -1,4 +1,4 @@
-"""How large a delta is, and whether some columns of it stand out."""
+"""Norms of a delta: how large it is, and which of its columns stand out."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Norms:
     """Sums of squares of a tensor, added up block by block.
 
     Attributes:
-        elements: how many elements.
-        base, finetuned, delta: sums of squares.
-        largest: largest magnitude in the delta.
-        columns: sums of squares of the delta's columns.
+        elements: the number of elements.
+        base, finetuned, delta: the sums of squares of the base, of the fine-tune and of the delta.
+        largest: the largest magnitude in the delta.
+        columns: the sums of squares of the delta's columns.
     """
 
     elements: int = 0
@@ -44,24 +44,24 @@ class Norms:
 
     @property
     def relative(self) -> float | None:
-        """Frobenius norm of the delta over the base's; None where the base is zero and the delta is not."""
+        """The Frobenius norm of the delta over the base's; None if the base is zero and the delta is not."""
         return relative(self.delta, self.base)
 
     @property
     def rms(self) -> float:
-        """Root mean square of the delta's elements."""
+        """The root mean square of the delta's elements."""
         return math.sqrt(self.delta / self.elements) if self.elements else 0.0
 
     @property
     def column_ratios(self) -> NDArray[np.float64]:
-        """Norms of the delta's columns over their root mean square."""
+        """The norms of the delta's columns over their root mean square."""
         mean = self.columns.mean() if self.columns.size else 0.0
         ratios: NDArray[np.float64] = np.sqrt(self.columns / (mean or 1.0))
         return ratios
 
     @property
     def outlier_columns(self) -> list[int]:
-        """Columns of the delta that stand out, the largest first."""
+        """The numbers of the columns that stand out, the largest first."""
         ratios = self.column_ratios
         order = np.argsort(-ratios, kind="stable")
         return [int(column) for column in order if ratios[column] > OUTLIER]
@@ -83,7 +83,7 @@ class Norms:
 
 
 def relative(squares: float, reference: float) -> float | None:
-    """Return the root of a ratio of sums of squares; 0 for 0 / 0, None where only the reference is zero."""
+    """Return the root of a ratio of sums of squares; 0 for 0 / 0, and None if only the reference is zero."""
     if reference:
         return math.sqrt(squares / reference)
     return None if squares else 0.0

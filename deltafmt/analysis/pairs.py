@@ -1,4 +1,4 @@
-"""Which tensors of a pair are analyzed, what kind of layer each is and at which depth, and their rows in blocks."""
+"""The tensors of a pair of checkpoints: the choice of those to analyze, their kind of layer and depth, their rows."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class TensorPair:
     """A tensor of both checkpoints.
 
     Attributes:
-        name: of the tensor.
-        kind: of its layer, such as ``q_proj``.
-        depth: number of its layer; None outside the layers.
-        base, finetuned: on disk.
+        name: the tensor's name.
+        kind: the kind of the tensor's layer, such as ``q_proj``.
+        depth: the number of the tensor's layer; None outside the layers.
+        base, finetuned: the tensor in the base and in the fine-tune, on disk.
     """
 
     name: str
@@ -51,26 +51,26 @@ class TensorPair:
 
     @property
     def rows(self) -> int:
-        """Rows that both have."""
+        """The number of rows that both sides have."""
         return min(self.base.rows, self.finetuned.rows)
 
     @property
     def columns(self) -> int:
-        """Columns."""
+        """The number of columns."""
         return self.finetuned.columns
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it has two dimensions or more."""
+        """True if the tensor has two dimensions or more."""
         return len(self.finetuned.shape) >= 2
 
     @property
     def is_linear(self) -> bool:
-        """Whether it multiplies a vector of inputs: a matrix that is no embedding, by its name."""
+        """True if the tensor multiplies a vector of inputs: a matrix whose name is not that of an embedding."""
         return self.is_matrix and not _EMBEDDING.search(self.kind)
 
     def rows_of(self, start: int, stop: int) -> Block:
-        """Return some rows.
+        """Return rows ``start`` to ``stop`` of base, fine-tune and delta.
 
         Raises:
             NonFiniteError: the delta holds NaN or infinity.
@@ -79,7 +79,7 @@ class TensorPair:
             delta, finite = floats.subtract(after, self.finetuned.dtype, before, self.base.dtype)
             if not finite:
                 raise NonFiniteError(f'tensor "{self.name}": the delta holds NaN or infinity')
-            # A copy, where the dtype needs no widening: the mapped pages are given back.
+            # float32 rows need no widening, and are copied instead: the mapped pages are given back.
             left, right = (
                 np.array(floats.widen(raw, tensor.dtype))
                 for raw, tensor in ((before, self.base), (after, self.finetuned))
@@ -87,7 +87,7 @@ class TensorPair:
         return Block(start, left, right, delta)
 
     def blocks(self) -> Iterator[Block]:
-        """Iterate over the rows that both have, some megabytes at a time."""
+        """Iterate over the rows that both sides have, some megabytes at a time."""
         step = max(BLOCK_ELEMENTS // max(self.columns, 1), 1)
         for start in range(0, self.rows, step):
             yield self.rows_of(start, min(start + step, self.rows))
@@ -96,12 +96,12 @@ class TensorPair:
 def find_pairs(
     base: Checkpoint, finetuned: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> tuple[list[TensorPair], dict[str, str]]:
-    """Return the tensors to analyze, and for every other of the fine-tune why it is left out.
+    """Return the tensors to analyze, and the reason why each other tensor of the fine-tune is left out.
 
     Args:
         base, finetuned: the checkpoints.
-        include: if given, only names that match one of these shell patterns.
-        exclude: names that match one of these are left out.
+        include: shell patterns; if given, only tensors whose names match one of them are analyzed.
+        exclude: shell patterns; tensors whose names match one of them are left out.
 
     Raises:
         UsageError: a pattern matches no tensor.
@@ -140,11 +140,11 @@ def _why_not(tensor: Tensor, base: Tensor | None) -> str:
 
 
 def layer_kinds(names: Sequence[str]) -> dict[str, tuple[str, int | None]]:
-    """Return the kind of layer and the depth that tensors' names tell.
+    """Return the kind of layer and the depth that the names of tensors tell.
 
-    The depth is the first part of a name that is a number; what follows it, without a last ``weight``, is the kind.
-    Where the last part of that says enough, it stands for the whole: ``self_attn.q_proj`` becomes ``q_proj``, while
-    ``attention.output.dense`` and ``intermediate.dense`` stay.
+    The depth is the first part of a name that is a number. The kind of layer is the rest of the name behind it, without
+    ``weight`` at the end. Where its last part is unique, the kind is that part alone: ``self_attn.q_proj`` becomes
+    ``q_proj``, but ``attention.output.dense`` and ``intermediate.dense`` stay.
     """
     whole: dict[str, tuple[str, int | None]] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""Distribution of a delta's values before and after quantization (DeltaDQ, section 3.5 and figure 4)."""
+"""Histograms of a delta's values before and after quantization (DeltaDQ, section 3.5 and figure 4)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from deltafmt.analysis.pairs import Floats, TensorPair
 from deltafmt.methods.quantize import quantize
 from deltafmt.methods.sampling import gather, uniform
 
-MAX_ROWS = 256  # of a matrix, in one run from its middle, whose values are counted
-REACH = 6.0  # the histogram goes this many root mean squares to both sides
-BINS = 121  # odd, so that zero is the middle of one
+MAX_ROWS = 256  # the values of at most so many consecutive rows from the middle of a matrix are counted
+REACH = 6.0  # the histogram reaches this many root mean squares to both sides
+BINS = 121  # an odd number, so that zero is in the middle of a bin
 
 
 def kept_and_quantized(delta: Floats, n: int, m: int, bits: int, seed: int) -> tuple[Floats, Floats]:
-    """Keep N of every M columns at random, and quantize them as DeltaDQ's equations 8 and 9 say, a scale for each row.
+    """Keep N of every M columns at random, and quantize them by DeltaDQ's equations 8 and 9 with one scale a row.
 
     Args:
-        delta: shape (rows, columns).
+        delta: the delta, shape (rows, columns).
         n, m: N and M, at most 255.
         bits: k, at least 2.
-        seed: of the positions, 32 bits.
+        seed: the seed of the positions, 32 bits.
 
     Returns:
-        What is kept, before and after quantization, without the rescale by M / N; both of shape (entries,).
+        The kept values before and after quantization, without the rescale by M / N; both have the shape (values,).
     """
     rows, columns = delta.shape
     positions = uniform(seed, 0, rows, -(-columns // m), n, m)
@@ -40,11 +40,11 @@ def kept_and_quantized(delta: Floats, n: int, m: int, bits: int, seed: int) -> t
 
 @dataclass(slots=True)
 class Histogram:
-    """Counts of values before and after quantization, over the root mean square of their matrix's delta.
+    """Counts of values before and after quantization, in units of the root mean square of their matrix's delta.
 
     Attributes:
-        all, kept, quantized: counts of all elements, of those kept, and of these after quantization; BINS and one
-            more at either end for what lies beyond REACH.
+        all, kept, quantized: the counts of all values, of the kept values, and of the kept values after quantization.
+            Each has BINS counts, and one more at either end for values beyond REACH.
     """
 
     all: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS + 2, np.int64))
@@ -52,7 +52,7 @@ class Histogram:
     quantized: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS + 2, np.int64))
 
     def add(self, other: Histogram) -> None:
-        """Add another's counts."""
+        """Add the counts of another histogram."""
         self.all = self.all + other.all
         self.kept = self.kept + other.kept
         self.quantized = self.quantized + other.quantized
@@ -68,17 +68,17 @@ class Histogram:
 
 
 def edges() -> NDArray[np.float64]:
-    """Return the edges of the BINS, in root mean squares."""
+    """Return the edges of the bins, in root mean squares."""
     return np.linspace(-REACH, REACH, BINS + 1)
 
 
 def count(values: Floats, rms: float) -> NDArray[np.int64]:
-    """Return how many values lie below, in each bin, and above."""
+    """Return the number of values below all bins, in each bin, and above all bins."""
     return np.bincount(np.searchsorted(edges(), values / (rms or 1.0), side="right"), minlength=BINS + 2)
 
 
 def histogram_of(pair: TensorPair, rms: float, n: int, m: int, bits: int, seed: int) -> Histogram:
-    """Count the values of some rows of a matrix's delta whose elements have this root mean square."""
+    """Return the histogram of some rows of a matrix's delta; ``rms`` is the root mean square of the whole delta."""
     start = max(pair.rows - MAX_ROWS, 0) // 2
     delta = pair.rows_of(start, min(start + MAX_ROWS, pair.rows)).delta
     kept, quantized = kept_and_quantized(delta, n, m, bits, seed)

@@ -1,4 +1,4 @@
-"""The figures of an analysis: tensor by tensor, and pooled by kind of layer and by depth."""
+"""The figures of an analysis: for each tensor, and pooled by kind of layer and by depth."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltafmt.analysis import approximation, products
+from deltafmt.analysis import approximation, intermediate_results
 from deltafmt.analysis.approximation import Approximation
+from deltafmt.analysis.intermediate_results import Products
 from deltafmt.analysis.norms import Norms, relative
 from deltafmt.analysis.pairs import TensorPair
-from deltafmt.analysis.products import Products
 from deltafmt.analysis.quantized import Histogram
 from deltafmt.analysis.spectrum import Spectrum
 
@@ -21,8 +21,8 @@ class Candidate:
     """A delta file of the pair.
 
     Attributes:
-        label: its name, or the method that made it.
-        size: bytes of the whole file.
+        label: the file's name, or the method that made it.
+        size: the bytes of the whole file.
     """
 
     label: str
@@ -31,14 +31,14 @@ class Candidate:
 
 @dataclass(slots=True)
 class TensorFigures:
-    """What was found of one tensor; what does not apply to it is None.
+    """The figures of one tensor.
 
     Attributes:
-        pair: the tensor.
-        norms: of every tensor.
-        products: of linear layers.
-        spectrum, histogram: of matrices.
-        approximations: one for every candidate; None where it keeps the tensor exactly.
+        pair: the tensor in both checkpoints.
+        norms: the tensor's norms.
+        products: the variance and range of its products; None if it is not the weight of a linear layer.
+        spectrum, histogram: the delta's singular values and the histogram of its values; None if it is not a matrix.
+        approximations: the loss of each candidate; None for a candidate that stores the tensor exactly.
     """
 
     pair: TensorPair
@@ -65,8 +65,8 @@ class Group:
     """Several tensors taken together.
 
     Attributes:
-        label: kind of layer, or depth.
-        members: the tensors.
+        label: the kind of layer, or the depth.
+        members: the figures of the tensors.
     """
 
     label: str
@@ -74,27 +74,27 @@ class Group:
 
     @property
     def relative_norm(self) -> float | None:
-        """Norm of all deltas over the norm of all bases."""
+        """The norm of all deltas together over the norm of all bases together."""
         return relative(sum(one.norms.delta for one in self.members), sum(one.norms.base for one in self.members))
 
     @property
     def outlier_columns(self) -> int:
-        """Columns that stand out in their matrix."""
+        """The number of columns that stand out in their matrix."""
         return sum(len(one.norms.outlier_columns) for one in self.members if one.pair.is_matrix)
 
     @property
     def products(self) -> list[Products]:
-        """Products of those that have them."""
+        """The products of those tensors that have them."""
         return [one.products for one in self.members if one.products]
 
     @property
     def spectra(self) -> list[Spectrum]:
-        """Spectra of those that have a delta."""
+        """The spectra of those matrices whose delta is not zero."""
         return [one.spectrum for one in self.members if one.spectrum and one.spectrum.squares]
 
     @property
     def energy(self) -> dict[int, float]:
-        """Mean share of the sum of squares in the first 1, 2, 4, ... singular values, as far as it is known of all."""
+        """The mean share of the sum of squares in the first 1, 2, 4, ... singular values, as far as all are known."""
         spectra = self.spectra
         each = [spectrum.energy for spectrum in spectra]
         limit = min((max(spectrum.energy) for spectrum in spectra if not spectrum.exact), default=math.inf)
@@ -104,13 +104,13 @@ class Group:
 
     @property
     def effective_rank(self) -> float | None:
-        """Mean effective rank; None if one is unknown."""
+        """The mean effective rank; None if one of the ranks is unknown."""
         ranks = [spectrum.effective_rank for spectrum in self.spectra]
         known = [rank for rank in ranks if rank is not None]
         return sum(known) / len(known) if known and len(known) == len(ranks) else None
 
     def approximation(self, candidate: int) -> Approximation | None:
-        """Return what a candidate loses of those tensors that it packs lossily; None if it keeps all exactly."""
+        """Return a candidate's loss over the tensors that it compresses; None if it stores all of them exactly."""
         found = [lost for one in self.members if (lost := one.approximations[candidate])]
         return approximation.pooled(found) if found else None
 
@@ -122,7 +122,7 @@ class Group:
             "tensors": len(self.members),
             "relative_norm": self.relative_norm,
             "outlier_columns": self.outlier_columns,
-            "products": products.summary(self.products) if self.products else None,
+            "products": intermediate_results.summary(self.products) if self.products else None,
             "energy": {str(count): share for count, share in self.energy.items()},
             "effective_rank": self.effective_rank,
             "approximations": [(lost := self.approximation(i)) and lost.to_obj() for i in candidates],
@@ -131,16 +131,16 @@ class Group:
 
 @dataclass(slots=True)
 class Report:
-    """Everything that an analysis found.
+    """All figures of an analysis.
 
     Attributes:
-        base, finetuned: the checkpoints.
-        inputs: where the layers' inputs come from, in words.
-        finetuned_bytes: of the fine-tune's weight files.
+        base, finetuned: the paths of the checkpoints.
+        inputs: the origin of the layers' inputs, in words.
+        finetuned_bytes: the bytes of the fine-tune's weight files.
         quantization: N, M and k of the histograms.
-        candidates: what the pair is compressed with, to see what that loses.
-        tensors: one for every tensor that both sides have.
-        skipped: name to reason for the rest.
+        candidates: the delta files whose losses were measured.
+        tensors: the figures of every analyzed tensor.
+        skipped: the reasons for leaving out the other tensors, by name.
     """
 
     base: str
@@ -154,12 +154,12 @@ class Report:
 
     @property
     def matrices(self) -> list[TensorFigures]:
-        """The matrices."""
+        """The figures of the matrices."""
         return [one for one in self.tensors if one.pair.is_matrix]
 
     @property
     def depths(self) -> list[int]:
-        """Numbers of the layers that hold matrices, ascending."""
+        """The numbers of the layers that hold matrices, ascending."""
         return sorted({one.pair.depth for one in self.matrices if one.pair.depth is not None})
 
     def by_kind(self) -> list[Group]:
@@ -172,7 +172,7 @@ class Report:
         return _groups((str(one.pair.depth), one) for one in sorted(inside, key=lambda one: one.pair.depth or 0))
 
     def by_band(self, kind: Group) -> list[Group]:
-        """Return a kind's matrices in the low, medium and high third of the depths."""
+        """Return the matrices of one kind of layer in the low, medium and high third of the depths."""
         depths = self.depths
         size = math.ceil(len(depths) / 3)
         bands = ("low", "medium", "high")
@@ -182,7 +182,7 @@ class Report:
 
     @property
     def histogram(self) -> Histogram:
-        """Counts of all matrices together."""
+        """The histogram of all matrices together."""
         total = Histogram()
         for one in self.tensors:
             if one.histogram:

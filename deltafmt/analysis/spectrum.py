@@ -1,4 +1,4 @@
-"""How fast the singular values of a delta fall: what low rank can hold of it (Delta-CoMe, section 3)."""
+"""The singular values of a delta: how fast they fall, and so how well low rank can hold it (Delta-CoMe, section 3)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from numpy.typing import NDArray
 
 from deltafmt.analysis.pairs import Block, Floats, TensorPair
 
-EXACT = 1024  # with a smaller side up to this, all singular values are computed
-KNOWN = 128  # beyond, this many are estimated
+EXACT = 1024  # all singular values are computed if the smaller side of the matrix is at most this
+KNOWN = 128  # otherwise so many singular values are estimated
 _OVERSAMPLING = 16
 _POWER_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Singular values of a delta.
+    """The singular values of a delta D.
 
     Attributes:
-        values: singular values, descending, float64: all of them, or the first ones.
-        squares: the sum of squares of all singular values, which is that of the delta's elements.
-        exact: whether ``values`` are all, from the eigenvalues of D D^T or D^T D; otherwise they are estimated from
-            below by a randomized projection (Halko, Martinsson and Tropp 2011, algorithm 4.4).
+        values: the singular values, descending, in float64: all of them, or the first ones.
+        squares: the sum of squares of all singular values, which equals the sum of squares of D's elements.
+        exact: True if ``values`` are all of them, computed from the eigenvalues of D D^T or D^T D. Otherwise they are
+            estimated from below by a randomized projection (Halko, Martinsson and Tropp 2011, algorithm 4.4).
     """
 
     values: NDArray[np.float64]
@@ -33,9 +33,10 @@ class Spectrum:
 
     @property
     def energy(self) -> dict[int, float]:
-        """Share of the sum of squares in the first 1, 2, 4, 8, ... singular values; empty for a delta of zeros.
+        """The share of the sum of squares in the first 1, 2, 4, 8, ... singular values; empty for a delta of zeros.
 
-        The last count reaches or exceeds the number of singular values, or is the last below those that are known.
+        If all singular values are known, the last count is at least their number. Otherwise it is the last power of two
+        up to the number of known values.
         """
         if not self.squares:
             return {}
@@ -45,7 +46,10 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float | None:
-        """Exponential of the entropy of the singular values over their sum (Roy and Vetterli 2007); None if unknown."""
+        """The exponential of the entropy of the singular values over their sum (Roy and Vetterli 2007).
+
+        None if not all singular values are known, or all are zero.
+        """
         total = self.values.sum()
         if not self.exact or not total:
             return None
@@ -54,11 +58,11 @@ class Spectrum:
 
     @property
     def stable_rank(self) -> float | None:
-        """Sum of squares of all singular values over the square of the largest; None for a delta of zeros."""
+        """The sum of squares of all singular values over the square of the largest; None for a delta of zeros."""
         return float(self.squares / self.values[0] ** 2) if self.squares else None
 
     def rank_of(self, share: float) -> int | None:
-        """Return how many singular values hold a share of the sum of squares; None if more than are known."""
+        """Return how many singular values hold a share of the sum of squares; None if the known ones do not."""
         if not self.squares:
             return 0
         sums = np.cumsum(np.square(self.values)) / self.squares
@@ -78,16 +82,15 @@ class Spectrum:
         }
 
 
-def spectrum_of(pair: TensorPair, squares: float, seed: int = 0, exact: int = EXACT) -> Spectrum:
+def spectrum_of(pair: TensorPair, squares: float, seed: int = 0) -> Spectrum:
     """Return the singular values of a matrix's delta.
 
     Args:
-        pair: the matrix.
-        squares: sum of squares of its delta.
-        seed: of the random projection.
-        exact: largest smaller side with which all singular values are computed.
+        pair: the matrix in both checkpoints.
+        squares: the sum of squares of its delta.
+        seed: the seed of the random projection.
     """
-    if min(pair.rows, pair.columns) <= exact:
+    if min(pair.rows, pair.columns) <= EXACT:
         return Spectrum(_exact(pair), squares, True)
     return Spectrum(_randomized(pair, seed), squares, False)
 
@@ -99,7 +102,7 @@ def _exact(pair: TensorPair) -> NDArray[np.float64]:
             delta = block.delta.astype(np.float64)
             gram += delta.T @ delta
     else:
-        # Few rows: each block of rows against each other, never more than two at a time in float64.
+        # With few rows, each block of rows is multiplied with each other; only two blocks at a time are in float64.
         gram = np.zeros((pair.rows, pair.rows))
         for block in pair.blocks():
             left = block.delta.astype(np.float64)
@@ -110,7 +113,7 @@ def _exact(pair: TensorPair) -> NDArray[np.float64]:
                     gram[own, its] = product
                     gram[its, own] = product.T
     squares = np.linalg.eigvalsh(gram)[::-1]
-    # What rounding leaves of a zero eigenvalue is no singular value.
+    # A tiny eigenvalue is the rounding error of zero, not a singular value.
     noise = squares[0] * len(squares) * np.finfo(np.float64).eps
     return np.sqrt(np.where(squares > noise, squares, 0.0))
 

@@ -1,7 +1,7 @@
-"""Charts as inline SVG: lines, and ranges by category. Colors come from the page's style sheet, by class.
+"""Charts as inline SVG: lines, and ranges by category. The page's style sheet gives the colors, by class.
 
-A chart has its own title, labelled axes with ticks, and a legend. Numbers that are no numbers, or not positive on a
-logarithmic axis, are left out.
+A chart has a title, labelled axes with ticks, and a legend. NaN and infinity are left out, and on a logarithmic axis
+also zero and negative numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis: what it shows, and between which values."""
+    """One axis: its label, its lowest and highest value, and its scale."""
 
     label: str
     low: float
@@ -28,12 +28,12 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """Return where a value lies, 0 to 1."""
+        """Return the place of a value on the axis, from 0 to 1."""
         low, high, value = (math.log10(x) if self.log else x for x in (self.low, self.high, value))
         return (value - low) / (high - low)
 
     def ticks(self) -> list[float]:
-        """Return round values within the axis."""
+        """Return round values on the axis."""
         if self.log:
             lowest, highest = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
             return [10.0**power for power in range(lowest, highest + 1, max((highest - lowest) // 6, 1))]
@@ -45,7 +45,7 @@ class Axis:
 
 
 def axis_over(label: str, values: Sequence[float], *, log: bool = False, zero: bool = False) -> Axis:
-    """Return an axis that holds all values: whole decades if logarithmic, from zero if asked for."""
+    """Return an axis for all values; a logarithmic one has whole decades, and with ``zero`` it starts at zero."""
     good = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
     low, high = (min(good), max(good)) if good else (1.0, 10.0) if log else (0.0, 1.0)
     if log:
@@ -57,7 +57,7 @@ def axis_over(label: str, values: Sequence[float], *, log: bool = False, zero: b
 
 
 def text(line: str) -> str:
-    """Return text for a page or an attribute in it: names come from files that anyone may have made."""
+    """Return text that is safe in a page and in an attribute: names come from files that anyone may have made."""
     printable = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
     return html.escape(printable)
 
@@ -82,11 +82,12 @@ def line_chart(
     """Return a chart of named lines.
 
     Args:
-        title: of the chart.
-        x, y: its axes.
-        lines: name and points of each.
-        names: a name's place here is its color, the same in several charts; if empty, the order of the lines.
-        steps: draw a point as a level up to the next one, as histograms do.
+        title: the chart's title.
+        x, y: the chart's axes.
+        lines: the name and the points of each line.
+        names: all names of lines in a fixed order, which gives each name the same color in several charts; if empty,
+            the order of the lines gives the colors.
+        steps: draw steps, as in a histogram.
         dots: mark the points.
     """
     across, up = _scales(x, y)
@@ -110,10 +111,10 @@ def range_chart(
     """Return a chart of five quantiles (5, 25, 50, 75, 95%) for every category and group: whiskers, box and median.
 
     Args:
-        title: of the chart.
-        y: its axis.
-        categories: along the horizontal axis.
-        groups: name, and five ascending numbers for each category.
+        title: the chart's title.
+        y: the vertical axis.
+        categories: the labels along the horizontal axis.
+        groups: the name of each group, and five ascending numbers for each category.
     """
     x = Axis("kind of layer", 0.0, float(max(len(categories), 1)))
     across, up = _scales(x, y)

@@ -1,11 +1,11 @@
-"""The tables of a report as rows of cells, for the terminal and for the page alike."""
+"""The tables of a report as rows of cells, for the terminal and for the HTML page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deltafmt.analysis import products
+from deltafmt.analysis import intermediate_results
 from deltafmt.analysis.approximation import Approximation, ratio
 from deltafmt.analysis.report import Group, Report, TensorFigures
 
@@ -17,9 +17,9 @@ class Table:
     """A table.
 
     Attributes:
-        title: what it shows.
-        note: how to read it, in a sentence or two.
-        rows: cells; the first row names the columns, the first column what a row is about.
+        title: the table's title.
+        note: a sentence or two that explain how to read the table.
+        rows: the cells; the first row has the columns' names, the first column the rows' names.
     """
 
     title: str
@@ -28,7 +28,7 @@ class Table:
 
     @property
     def right(self) -> tuple[bool, ...]:
-        """Which columns are aligned to the right."""
+        """For each column, True if it is aligned to the right."""
         return (False, *(True for _ in self.rows[0][1:]))
 
 
@@ -47,14 +47,14 @@ def percent(value: float | None) -> str:
 
 
 def tables(report: Report) -> list[Table]:
-    """Return the tables of a report that have rows; several candidates are compared, one is shown at length."""
+    """Return the tables of a report that have rows. A single candidate is shown at length; several are compared."""
     losses = comparison_table(report) if len(report.candidates) > 1 else loss_table(report, 0)
     found = [delta_table(report), product_table(report), losses, depth_table(report)]
     return [table for table in found if len(table.rows) > 1]
 
 
 def delta_table(report: Report) -> Table:
-    """Return norms and singular values by kind of layer."""
+    """Return the norms and singular values by kind of layer."""
     rows = [["kind of layer", "matrices", "relative norm", "outlier columns"]]
     rows[0] += [f"energy in {count}" for count in SHOWN_RANKS] + ["effective rank"]
     for group in report.by_kind():
@@ -78,10 +78,10 @@ def product_table(report: Report) -> Table:
     for group in report.by_kind():
         if not group.products:
             continue
-        found = products.summary(group.products)
+        found = intermediate_results.summary(group.products)
         row = [group.label]
         for key in ("mean_variance", "mean_range"):
-            values = [found[side][key] for side in products.SIDES]
+            values = [found[side][key] for side in intermediate_results.SIDES]
             row += [figure(value) for value in values] + [figure(values[0] / values[2] if values[2] else None)]
         rows.append(row)
     note = (
@@ -91,7 +91,7 @@ def product_table(report: Report) -> Table:
 
 
 def loss_table(report: Report, candidate: int) -> Table:
-    """Return what a candidate loses by kind of layer, in the low, medium and high third of the layers."""
+    """Return a candidate's losses by kind of layer, in the low, medium and high third of the layers."""
     rows = [["kind of layer", "delta lost", "outputs lost"]]
     bands = ("low", "medium", "high")
     deep = len(report.depths) >= len(bands)
@@ -113,7 +113,7 @@ def loss_table(report: Report, candidate: int) -> Table:
 
 
 def comparison_table(report: Report) -> Table:
-    """Return size and outputs lost of every candidate, by kind of layer."""
+    """Return the size of every candidate, and its loss of the outputs by kind of layer."""
     rows = [["delta", "bytes", "times smaller"]]
     kinds = [group for group in report.by_kind() if any(one.pair.is_linear for one in group.members)]
     rows[0] += [group.label for group in kinds]
@@ -130,11 +130,11 @@ def _label(report: Report, candidate: int) -> str:
 
 
 def depth_table(report: Report) -> Table:
-    """Return figures by depth."""
+    """Return the figures by depth."""
     rows = [["layer", "matrices", "relative norm", "energy in 8", "effective rank"]]
     rows[0] += ["delta variance", "delta range", *_numbered(report, "outputs lost")]
     for group in report.by_depth():
-        found = products.summary(group.products)["delta"] if group.products else {}
+        found = intermediate_results.summary(group.products)["delta"] if group.products else {}
         rows.append([group.label, str(len(group.members)), figure(group.relative_norm)])
         rows[-1] += [percent(group.energy.get(8)), figure(group.effective_rank)]
         rows[-1] += [figure(found.get("mean_variance")), figure(found.get("mean_range"))]
@@ -143,7 +143,7 @@ def depth_table(report: Report) -> Table:
 
 
 def tensor_table(report: Report) -> Table:
-    """Return figures of every tensor."""
+    """Return the figures of every tensor."""
     rows = [["tensor", "shape", "relative norm", "outlier columns", "energy in 8", "effective rank"]]
     rows[0] += _numbered(report, "delta lost")
     for one in report.tensors:
@@ -180,7 +180,7 @@ def _mean(lost: Approximation | None, of: str) -> float | None:
 
 
 def by_depth(report: Report, value: Callable[[Group], float | None]) -> list[tuple[str, list[tuple[float, float]]]]:
-    """Return a figure of every kind of layer by depth: points of one line each."""
+    """Return a figure by depth for every kind of layer: the kind's name, and the points (depth, figure) of its line."""
     lines = []
     for kind in report.by_kind():
         depths = sorted({one.pair.depth for one in kind.members if one.pair.depth is not None})

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of a model's linear modules, gathered from a calibration text, block by block.
+"""Calibration: second moments of the inputs of a model's linear modules, gathered from a text, block by block.
 
 ::
 
@@ -7,10 +7,10 @@
     def on_module(name, weight_name, moments):
         delta = finetuned[weight_name] - base[weight_name]
         solved = gptq(delta, moments.matrix, grid)
-        return base[weight_name] + solved.quantized.dense()   # or None, to go on with the weight as it is
+        return base[weight_name] + solved.quantized.dense()   # or None: the model goes on with its own weight
 
     calibrate_folder("finetuned/", "text.jsonl", on_module)
 
-``MomentStore(folder).on_module`` keeps all moments on disk for later. ``text``, ``tokens``, ``state``, ``store`` and
-``callbacks`` need neither torch nor transformers; the rest imports torch when it is imported.
+``MomentStore(folder).on_module`` keeps all moments on disk for later. The modules ``text``, ``tokens``, ``state``,
+``moment_store`` and ``callbacks`` need neither torch nor transformers; the others import torch when they are imported.
 """

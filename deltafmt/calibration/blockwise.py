@@ -1,8 +1,8 @@
-"""A model as a chain of blocks, of which one at a time is on the device.
+"""A model as a chain of blocks, one of which is on the device at a time.
 
-What a block is given beside the hidden states (masks, positions, rotary embeddings) is whatever the model gives it: it
-is recorded by running the model with its blocks passing hidden states through untouched. That works for any model that
-hands the hidden states from block to block as they are; whether a model does is found out by running one sequence.
+A block receives more than hidden states: masks, positions, rotary embeddings. These arguments are recorded in a run of
+the model in which each block returns its hidden states unchanged. This works for every model that hands the hidden
+states from block to block as they are; a run over one sequence finds out if a model does.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltafmt.calibration.gather import Stop
+from deltafmt.calibration.gatherer import Stop
 from deltafmt.calibration.tokens import Tokens
 
 Forward = Callable[..., Any]
 
 
 class UnchainedError(Exception):
-    """A model's blocks cannot be run one after the other; says why."""
+    """A model's blocks cannot be run one after the other; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a block is given beside the hidden states.
+    """The arguments of a block beside the hidden states.
 
     Attributes:
-        keyword: the name by which the hidden states are given; empty where they are the first argument.
-        args, kwargs: all else.
+        keyword: the name of the argument with the hidden states; empty if they are the first positional argument.
+        args, kwargs: all other arguments.
     """
 
     keyword: str
@@ -44,10 +44,11 @@ class Chain:
     """The blocks of a model.
 
     Attributes:
-        model: in evaluation mode, on the host.
-        blocks: in order.
-        device: where a block runs.
-        extras: length of a block's result beyond the hidden states, each None; -1 where it is a tensor by itself.
+        model: the model, in evaluation mode and on the host.
+        blocks: the blocks in the order of their calls.
+        device: the device on which a block runs.
+        extras: for each block, the number of results (all None) that it returns beside the hidden states; -1 if it
+            returns a bare tensor.
     """
 
     model: nn.Module
@@ -56,10 +57,10 @@ class Chain:
     extras: list[int] = field(default_factory=list)
 
     def trace(self, tokens: Tokens) -> torch.Tensor:
-        """Run a batch through the whole model, a block at a time on the device, and learn what the blocks return.
+        """Run a batch through the whole model, with one block at a time on the device; learn the results' form.
 
         Returns:
-            Hidden states after the last block, on the host.
+            The hidden states after the last block, on the host.
 
         Raises:
             UnchainedError: the blocks do not hand on the hidden states as they are.
@@ -87,7 +88,7 @@ class Chain:
         return last[0]
 
     def record(self, tokens: Tokens) -> tuple[torch.Tensor, list[Call]]:
-        """Return the hidden states that enter the first block, and what every block is given beside them."""
+        """Return the hidden states that enter the first block, and the other arguments of every block."""
         first: list[torch.Tensor] = []
         calls: list[Call] = []
 
@@ -112,7 +113,7 @@ class Chain:
         return _states(_call(self.blocks[number].__call__, states, call, self.device))
 
     def finish(self, tokens: Tokens, states: torch.Tensor) -> None:
-        """Run what comes after the blocks, for hidden states that leave the last one."""
+        """Run the modules behind the blocks on hidden states that leave the last block."""
 
         def stub(number: int, _forward: Forward) -> Forward:
             def passed(*args: Any, **kwargs: Any) -> Any:
@@ -145,7 +146,7 @@ def run_model(model: nn.Module, tokens: Tokens, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def placed(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have a block on a device, and back on the host at the end."""
+    """Move a block to a device, and back to the host at the end."""
     block.to(device)
     try:
         yield
@@ -155,7 +156,7 @@ def placed(block: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Have a model keep no keys and values, and be in evaluation mode."""
+    """Run a model in evaluation mode and without its cache of keys and values."""
     config: Any = model.config
     configs: list[Any] = [one for one in (config, getattr(config, "text_config", None)) if hasattr(one, "use_cache")]
     before = [one.use_cache for one in configs]
@@ -172,7 +173,7 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 
 class Interner:
-    """Keeps one copy of equal tensors: batches of the same shape are given the same masks and positions."""
+    """Keep one copy of equal tensors: batches of the same shape have the same masks and positions."""
 
     _RECENT = 8
 
@@ -180,7 +181,7 @@ class Interner:
         self._known: dict[tuple[Any, ...], list[torch.Tensor]] = {}
 
     def call(self, call: Call) -> Call:
-        """Return a call whose tensors are shared with earlier ones."""
+        """Return a call whose tensors are shared with equal tensors of earlier calls."""
         return Call(call.keyword, _mapped(call.args, self._shared), _mapped(call.kwargs, self._shared))
 
     def _shared(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -194,7 +195,7 @@ class Interner:
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
-    """Return the hidden states of a call, and the rest.
+    """Return the hidden states of a call, and its other arguments.
 
     Raises:
         UnchainedError: neither the first argument nor ``hidden_states`` is a tensor.
@@ -219,7 +220,7 @@ def _states(result: Any) -> torch.Tensor:
 
 
 def _extras(result: Any, states: torch.Tensor) -> int:
-    """Return how many results follow the hidden states, -1 for a bare tensor."""
+    """Return the number of results behind the hidden states; -1 for a bare tensor."""
     parts = result if isinstance(result, tuple) else (result,)
     if not parts or not isinstance(parts[0], torch.Tensor) or parts[0].shape != states.shape:
         raise UnchainedError("a block returns no hidden states like those that it is given")
@@ -229,7 +230,7 @@ def _extras(result: Any, states: torch.Tensor) -> int:
 
 
 def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Change the tensors within tuples, lists and maps."""
+    """Return a value with every tensor in its tuples, lists and maps changed."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if type(value) is dict:
@@ -241,7 +242,7 @@ def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 @contextlib.contextmanager
 def _replaced(blocks: Sequence[nn.Module], stub: Callable[[int, Forward], Forward]) -> Iterator[None]:
-    """Have other functions run in the place of the blocks."""
+    """Run other functions in the place of the blocks."""
     before = [block.__dict__.get("forward") for block in blocks]
     try:
         for number, block in enumerate(blocks):

@@ -1,4 +1,4 @@
-"""What calibration hands to whoever asked for it, and what it takes back."""
+"""The callbacks of a calibration: the values that it hands to its caller, and the values that it takes back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Moments:
 
     Attributes:
         matrix: H = sum of x x^T, float32, shape (in_features, in_features).
-        tokens: how many inputs were summed.
+        tokens: the number of inputs x in the sum.
         axis: the dimension of the weight that runs over the inputs: 1, or 0 for modules that store ``weight[in, out]``.
     """
 
@@ -25,26 +25,27 @@ class Moments:
     axis: int = 1
 
 
-# Given a module's name, its weight's name and the moments of its inputs, returns the weight that the modules after it
-# shall see (a numpy array or a torch tensor of the weight's shape), or None to leave it as it is.
+# on_module(module name, weight name, moments of the inputs) is called for each linear module. It returns a new weight
+# for the run of the later modules (a numpy array or torch tensor of the weight's shape), or None to keep the old one.
 OnModule = Callable[[str, str, Moments], Any]
-# Given the names of parameters of which all moments have been handed out, and of those whose moments are still to come,
-# returns names and new values of parameters, float arrays of their shapes: what runs after them sees these.
+# on_stage(settled, awaited) receives the names of parameters whose moments are all handed out, and the names of weights
+# whose moments are still to come. It returns names and new values of parameters (float arrays of the parameters'
+# shapes), with which the later modules are run.
 OnStage = Callable[[Sequence[str], frozenset[str]], Iterable[tuple[str, Any]]]
-# Given how many steps are done and how many there are.
+# on_progress(done, total) receives the number of finished steps and the number of all steps.
 OnProgress = Callable[[int, int], None]
 
 
 @dataclass(slots=True)
-class Report:
-    """What a calibration did.
+class CalibrationResult:
+    """The result of a calibration.
 
     Attributes:
-        tokens: in all sequences together.
-        blocks: of the model; 0 where the model was run as a whole.
-        modules: names of those whose moments were handed out in this run, in order.
-        uncalled: names of linear modules that the texts never reached.
-        resumed: blocks that an earlier run had finished.
+        tokens: the number of tokens in all sequences together.
+        blocks: the number of the model's blocks; 0 if the model was run as a whole.
+        modules: the names of the modules whose moments were handed out in this run, in order.
+        uncalled: the names of the linear modules that the texts never reached.
+        resumed: the number of blocks that an earlier run had finished.
     """
 
     tokens: int

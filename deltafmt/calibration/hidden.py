@@ -15,10 +15,10 @@ class HiddenStates:
     """Hidden states, a batch at a time.
 
     Args:
-        shapes: (rows, tokens) of every batch.
-        width: of a hidden state.
-        dtype: of its elements.
-        path: of the file that holds them; made if it is not there. None for host memory.
+        shapes: the shape (rows, tokens) of every batch.
+        width: the number of elements of a hidden state.
+        dtype: the dtype of the elements.
+        path: the file that holds the hidden states, which is made if it is missing; None for host memory.
 
     Raises:
         StorageError: the file cannot be made.
@@ -39,25 +39,25 @@ class HiddenStates:
     def read(self, batch: int, device: torch.device) -> torch.Tensor:
         """Return a batch on a device, shape (rows, tokens, width)."""
         part = self._states[self._starts[batch] : self._starts[batch + 1]]
-        # A copy also on the host: blocks may work in place.
+        # Also on the host a block gets a copy, because it may work in place.
         return part.to(device, copy=True).view(*self.shapes[batch], self.width)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Their dtype."""
+        """The dtype of the hidden states."""
         return self._states.dtype
 
     def finite(self) -> bool:
-        """Tell whether all of them are finite."""
+        """Tell whether all hidden states are finite."""
         return all(bool(part.isfinite().all()) for part in torch.split(self._states, 65536))
 
     def write(self, batch: int, states: torch.Tensor) -> None:
-        """Store a batch."""
+        """Store the hidden states of a batch."""
         self._states[self._starts[batch] : self._starts[batch + 1]] = states.reshape(-1, self.width).cpu()
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Give a file its whole size on disk, for a map that runs out of room ends in a bus error, not an exception."""
+    """Give a file its whole size on disk: if a mapped file runs out of room later, the process dies of a bus error."""
     try:
         with open(path, "a+b") as file:
             if size:

@@ -1,4 +1,4 @@
-"""The parts of a model that calibration works on: linear modules, and the list of blocks that hidden states pass."""
+"""The parts of a model that calibration works on: its linear modules, and its list of blocks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Linear:
     """A linear module.
 
     Attributes:
-        name: of the module in the model.
-        weight_name: of its weight; of a tied weight, the first name.
-        module: itself.
-        axis: the dimension of its weight that runs over the inputs.
+        name: the module's name in the model.
+        weight_name: the weight's name; a tied weight has the first of its names.
+        module: the module itself.
+        axis: the dimension of the weight that runs over the inputs.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Linear:
 
     @property
     def own(self) -> bool:
-        """Whether no other module has the weight too: of one that is tied, its moments are not all that matters."""
+        """True if the weight is not tied. A tied weight has other uses, of which this module's moments know nothing."""
         return self.weight_name == f"{self.name}.weight"
 
     @property
     def columns(self) -> int:
-        """Size of an input."""
+        """The size of an input."""
         return int(self.weight.shape[self.axis])
 
 
@@ -56,9 +56,10 @@ def linear_modules(model: nn.Module) -> dict[str, Linear]:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """Return the name and members of the longest outermost list of modules that hold linear ones; ("", []) if none is.
+    """Return the name and the members of the model's list of blocks; ("", []) if there is none.
 
-    Lists within lists, such as the experts of a block, do not count.
+    This is the longest list of modules that all have linear modules inside. Lists within lists, such as the experts of
+    a block, do not count.
     """
     best: tuple[str, list[nn.Module]] = "", []
     lists: list[str] = []
@@ -81,7 +82,7 @@ def replace_weight(linear: Linear, new: object) -> None:
 
 
 def replace_parameter(parameter: torch.Tensor, name: str, new: object) -> None:
-    """Set a parameter as :func:`replace_weight` does."""
+    """Set a parameter, rounded to its dtype, in place; see :func:`replace_weight`."""
     value = torch.as_tensor(new)
     if value.shape != parameter.shape:
         shapes = f'of shape {list(value.shape)} does not fit "{name}" of shape {list(parameter.shape)}'

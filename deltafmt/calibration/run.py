@@ -1,8 +1,9 @@
-"""Calibration: a model and texts in, second moments of every linear module's inputs out, in the order of the model.
+"""Calibration: from a model and texts to the second moments of every linear module's inputs, in the model's order.
 
-A block is brought to the device, run over all sequences while its linear modules' inputs are added up, and run again if
-a weight was replaced, so that the blocks after it see what the replacement does. Hidden states wait on the host, or
-in a file. Nothing is random; the same model, texts and options give the same numbers on the same machine.
+One block after the other is brought to the device and run over all sequences, while the second moments of its linear
+modules' inputs are added up. If a weight was replaced, the block runs again, so that the blocks after it receive the
+outputs of the replaced weight. Hidden states wait on the host or in a file. Nothing is random: the same model, texts
+and options give the same numbers on the same machine.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Any
 import torch
 
 from deltafmt.calibration.blockwise import Chain, UnchainedError, without_cache
-from deltafmt.calibration.callbacks import OnModule, OnProgress, OnStage, Report
+from deltafmt.calibration.callbacks import CalibrationResult, OnModule, OnProgress, OnStage
 from deltafmt.calibration.chain_run import CallOrder, ChainRun
-from deltafmt.calibration.load import load_model, model_key
+from deltafmt.calibration.load_model import load_model, model_key
 from deltafmt.calibration.modules import Linear, find_blocks, linear_modules
-from deltafmt.calibration.options import Options
+from deltafmt.calibration.run_options import RunOptions
 from deltafmt.calibration.text import read_documents
-from deltafmt.calibration.tokens import LENGTH, TOKENS, Tokens, batches, cut, load_encoder
+from deltafmt.calibration.tokens import LENGTH, TOKENS, Tokens, batches, check_tokenizer, cut, load_encoder
 from deltafmt.calibration.whole import run_whole
 from deltafmt.errors import UsageError
 
@@ -36,34 +37,33 @@ def calibrate_folder(
     tokenizer: str | os.PathLike[str] | None = None,
     tokens: int = TOKENS,
     length: int = LENGTH,
-    dtype: torch.dtype | None = None,
-    options: Options | None = None,
+    options: RunOptions | None = None,
     on_progress: OnProgress | None = None,
     on_stage: OnStage | None = None,
-) -> Report:
+) -> CalibrationResult:
     """Load a fine-tune with transformers and calibrate it with a text.
 
     Args:
-        folder: the fine-tune.
+        folder: the fine-tune's folder. The model runs in float32 on a CPU and in the weights' dtype on a GPU.
         text: the calibration text, as :func:`deltafmt.calibration.text.read_documents` reads it.
-        on_module: called for every linear module.
-        tokenizer: a folder or ``tokenizer.json``, where the fine-tune's folder has none.
-        tokens: how many to use; the first ones of the text.
-        length: of the longest sequence.
-        dtype: in which the model runs: that of its weights if not given, on the CPU float32.
-        options: of :func:`calibrate`.
-        on_progress: called after each block.
-        on_stage: as :func:`calibrate` has it.
+        on_module: a function that is called for every linear module.
+        tokenizer: a folder or ``tokenizer.json``, if the fine-tune's folder has no tokenizer.
+        tokens: the number of tokens to use, from the beginning of the text.
+        length: the number of tokens in the longest sequence.
+        options: device, batches and state.
+        on_progress: a function that is called after each block.
+        on_stage: a function that may replace parameters between blocks; see :func:`calibrate`.
 
     Raises:
         UsageError: transformers is missing or cannot load the model, there is no tokenizer, the text is empty or too
             short, or the activations are not finite.
         StorageError: a file cannot be read or written.
-        InvalidFileError: the text is not what its name says.
+        InvalidFileError: the text's content is not what its file name says.
     """
-    options = options or Options()
+    options = options or RunOptions()
     documents = read_documents(Path(text))
-    model = load_model(Path(folder), dtype or (torch.float32 if options.where().type == "cpu" else None))
+    check_tokenizer(Path(tokenizer or folder))
+    model = load_model(Path(folder), torch.float32 if options.where().type == "cpu" else None)
     encoder = load_encoder(Path(tokenizer or folder), model.config)
     limit = getattr(model.config, "max_position_embeddings", None)
     sequences = cut(documents, encoder, min(length, limit) if isinstance(limit, int) else length, tokens)
@@ -76,37 +76,38 @@ def calibrate(
     sequences: Sequence[Tokens],
     on_module: OnModule,
     *,
-    options: Options | None = None,
+    options: RunOptions | None = None,
     on_progress: OnProgress | None = None,
     on_stage: OnStage | None = None,
-) -> Report:
+) -> CalibrationResult:
     """Gather the moments of every linear module that the sequences reach.
 
-    ``on_module(name, weight_name, moments)`` is called once for each, in the order in which the model calls them. The
-    weight that it returns, if any, takes the place of the module's own, and what follows the block sees it. Modules of
-    one block are handed out together: all see their block as it was. Where a model is no chain of blocks, it is run as
-    a whole, on the device at once, and is not resumed.
+    ``on_module(name, weight_name, moments)`` is called once for each module, in the order in which the model calls
+    them. If it returns a weight, that weight replaces the module's own for all later blocks. The modules of one block
+    are handed out together, so the moments of all of them come from the block's old weights. A model that is not a
+    chain of blocks is run as a whole, with all of it on the device; such a run cannot be resumed.
 
     Args:
-        model: a transformers model on the host. Weights that were replaced stay so.
-        sequences: token numbers, one array for each.
-        on_module: called for every linear module.
+        model: a transformers model on the host. Replaced weights stay in it.
+        sequences: the token numbers, one array for each sequence.
+        on_module: a function that is called for every linear module.
         options: device, batches and state.
-        on_progress: called with the number of steps done and of all.
-        on_stage: called before anything is run with what lies outside the blocks, and for each block once its modules
-            are handed out, with the names of its parameters: the values that it gives replace them before the block
-            after it is run. A run that goes on asks again for what lies outside.
+        on_progress: a function that is called with the number of finished steps and the number of all steps.
+        on_stage: a function that may replace parameters. It is called before the first block with the names of the
+            parameters outside the blocks, and after each block with the names of the block's parameters. The values
+            that it returns are set before the next block runs. A resumed run calls it again for the parameters
+            outside the blocks.
 
     Raises:
-        UsageError: too few tokens, a token that the model lacks, a replaced weight that does not fit, or stages where
-            the model is no chain of blocks.
-        NonFiniteError: activations are not finite; names the module.
+        UsageError: there are too few tokens, the model lacks a token, a new weight does not fit, or ``on_stage`` is
+            given for a model that is not a chain of blocks.
+        NonFiniteError: activations are not finite; the message names the module.
         StorageError: the state cannot be written.
     """
-    options = options or Options()
+    options = options or RunOptions()
     linears = linear_modules(model)
     count = sum(sequence.size for sequence in sequences)
-    _check(model, linears, sequences, count, options.minimum)
+    _check(model, linears, sequences, count)
     parts = batches(sequences, options.batch_tokens)
     name, blocks = find_blocks(model)
     progress = on_progress or (lambda _done, _total: None)
@@ -117,31 +118,30 @@ def calibrate(
             with contextlib.suppress(UnchainedError), order:
                 chain.trace(parts[-1][:1])
             if len(chain.extras) == len(blocks):
-                report = Report(count, len(blocks))
-                run = ChainRun(chain, name, linears, parts, on_module, options, report, order, on_stage)
+                result = CalibrationResult(count, len(blocks))
+                run = ChainRun(chain, name, linears, parts, on_module, options, result, order, on_stage)
                 return run.run(progress)
         if on_stage is not None:
             raise UsageError(
-                f"{type(model).__name__} is not run block by block, so no block can see those before it as they are "
-                "stored: sequential calibration is not for it"
+                f"{type(model).__name__} cannot be run block by block, which sequential calibration needs; "
+                "calibrate without it"
             )
-        return run_whole(model, linears, parts, on_module, options, Report(count, 0), progress)
+        return run_whole(model, linears, parts, on_module, options, CalibrationResult(count, 0), progress)
 
 
-def _check(
-    model: Any, linears: dict[str, Linear], sequences: Sequence[Tokens], count: int, minimum: int | None
-) -> None:
+def _check(model: Any, linears: dict[str, Linear], sequences: Sequence[Tokens], count: int) -> None:
     if not linears:
         raise UsageError(f"{type(model).__name__} has no linear modules")
     widest = max(linears.values(), key=lambda linear: linear.columns)
-    needed = widest.columns if minimum is None else minimum
-    if count < max(needed, 1):
-        reason = f'"{widest.name}" has {widest.columns} columns' if minimum is None else "as asked for"
+    if count < widest.columns:  # fewer tokens than columns give singular moments
         raise UsageError(
-            f"the calibration text has {count} tokens where at least {max(needed, 1)} are needed: {reason}"
+            f"the calibration text has {count} tokens where at least {widest.columns} are needed: "
+            f'"{widest.name}" has {widest.columns} columns'
         )
     embedding = model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
     largest = max(int(sequence.max()) for sequence in sequences)
     if largest >= rows:
-        raise UsageError(f"the calibration text has token {largest} where the model has {rows}: not its tokenizer")
+        raise UsageError(
+            f"the calibration text has token {largest}, but the model has {rows} tokens; use the model's own tokenizer"
+        )

@@ -1,4 +1,4 @@
-"""What a calibration keeps on disk so that a killed run goes on: which block is next, and that it is the same job."""
+"""The state of a calibration on disk, with which a killed run is resumed: the next block and the job's key."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ _FILE = "calibration.json"
 
 
 class State:
-    """A folder with the hidden states that enter the next block and a note of which block that is.
+    """A folder with the hidden states that enter the next block, and a note with that block's number.
 
-    A note is written, atomically, once the hidden states that it speaks of are on disk; the older ones go after it. The
-    modules of a block may thus be handed out twice, if a run is killed between the last of them and the note.
+    The note is written atomically once the hidden states of its block are on disk; the older hidden states are removed
+    after it. If a run is killed between a block's last module and the note, the next run hands out the modules of that
+    block a second time.
 
     Args:
-        folder: made if it is not there.
-        key: identifies the job: model, texts and options. A note of another job is refused.
+        folder: the folder, which is made if it is missing.
+        key: the job's key, from model, texts and options. A note with another key is refused.
 
     Raises:
         StorageError: the folder cannot be made or read.
-        UsageError: the folder holds another job.
+        UsageError: the folder holds the state of another job.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -55,7 +56,7 @@ class State:
         return self.folder / f"hidden-{block:05d}.bin"
 
     def advance(self, block: int) -> None:
-        """Record that a block is next; its hidden states, if it has any, are in their file.
+        """Note that a block is next; the hidden states that enter it, if any, are in their file already.
 
         Raises:
             StorageError: writing failed.

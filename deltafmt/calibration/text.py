@@ -1,4 +1,4 @@
-"""Calibration texts: plain text, or JSON lines with a text or with a question and its answer."""
+"""Reading calibration texts: plain text, or JSON lines with a text or with a question and its answer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Document:
     """One text.
 
     Attributes:
-        pieces: the text, or prompt and completion, which are turned into tokens apart, as when a model is asked.
-        ended: whether the text is complete, so that the end token follows.
+        pieces: the text; or prompt and completion, each of which becomes tokens by itself, as when a model is asked.
+        ended: True if the text is complete, so that the end token follows it.
     """
 
     pieces: tuple[str, ...]
@@ -30,13 +30,13 @@ class Document:
 def read_documents(path: Path) -> list[Document]:
     """Read a calibration text.
 
-    ``.jsonl``, ``.ndjson`` and ``.json`` hold an object a line: ``text``, or ``prompt`` and ``completion``, or
-    ``question`` and ``answer``. Anything else is one plain text.
+    A ``.jsonl``, ``.ndjson`` or ``.json`` file has a JSON object on each line, with ``text``, with ``prompt`` and
+    ``completion``, or with ``question`` and ``answer``. Any other file is one plain text.
 
     Raises:
         StorageError: the file cannot be read.
-        InvalidFileError: it is not UTF-8, or a line is not such an object.
-        UsageError: it holds no text.
+        InvalidFileError: the file is not UTF-8, or a line is not such an object.
+        UsageError: the file holds no text.
     """
     try:
         content = path.read_text("utf-8")

@@ -1,4 +1,4 @@
-"""Texts to token sequences, and sequences to batches of one length, which need no padding."""
+"""From texts to token sequences, and from sequences to batches of one length, which need no padding."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """How a model wants its text.
+    """A model's tokenizer, and the special tokens that the model wants around a text.
 
     Attributes:
-        encode: a text to tokens, without any special ones.
-        before, after: special tokens around every document.
-        end: the token that ends a complete text, if there is one.
+        encode: a function from a text to its tokens, without special tokens.
+        before, after: the special tokens before and after every document.
+        end: the token that ends a complete text, or None.
     """
 
     encode: Callable[[str], list[int]]
@@ -55,24 +55,33 @@ class Encoder:
         return tokens
 
 
+def check_tokenizer(source: Path) -> None:
+    """Refuse a folder without a tokenizer; this takes no time, where loading the model does.
+
+    Raises:
+        UsageError: the folder has none of the files that a tokenizer is saved in.
+    """
+    if source.is_dir() and not any((source / name).is_file() for name in TOKENIZER_FILES):
+        raise UsageError(f"{source} has no tokenizer; name a folder that has one, or a tokenizer.json")
+
+
 def load_encoder(source: Path, config: Any) -> Encoder:
     """Return the encoder of a model's folder, or of a ``tokenizer.json`` by itself.
 
-    A folder's tokenizer puts its own special tokens around a text. Where a ``tokenizer.json`` says nothing about them,
-    the first token is the configuration's ``bos_token_id``, and ``eos_token_id`` ends a text.
+    A folder's tokenizer puts its own special tokens around a text. If a ``tokenizer.json`` has none, the
+    configuration's ``bos_token_id`` begins a text and its ``eos_token_id`` ends it.
 
     Raises:
         UsageError: there is no tokenizer, or it cannot be loaded.
     """
     begin, end = (_single(getattr(config, name, None)) for name in ("bos_token_id", "eos_token_id"))
+    check_tokenizer(source)
     if source.is_dir():
-        if not any((source / name).is_file() for name in TOKENIZER_FILES):
-            raise UsageError(f"{source} has no tokenizer; name a folder or a tokenizer.json that has it")
         from transformers import AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-        except Exception as error:  # whatever a tokenizer's files make transformers raise
+        except Exception as error:  # the files of a tokenizer can make transformers raise anything
             raise UsageError(f"{source}: transformers cannot load the tokenizer: {first_line(error)}") from error
 
         def encode(text: str, special: bool = False) -> list[int]:
@@ -97,10 +106,10 @@ def load_encoder(source: Path, config: Any) -> Encoder:
 
 
 def cut(documents: Iterable[Document], encoder: Encoder, length: int, limit: int) -> list[Tokens]:
-    """Return sequences of at most ``length`` tokens, in the documents' order, of about ``limit`` tokens together.
+    """Return sequences of at most ``length`` tokens, in the documents' order, with about ``limit`` tokens together.
 
-    A document longer than a sequence is cut into several; a shorter one is a sequence by itself, so that every text is
-    seen as the model would see it. Sequences of a single token are left out.
+    A document that is longer than a sequence is cut into several. A shorter document is a sequence by itself, so that
+    the model reads every text from its beginning. Sequences of a single token are left out.
     """
     found: list[Tokens] = []
     count = 0
@@ -117,7 +126,7 @@ def cut(documents: Iterable[Document], encoder: Encoder, length: int, limit: int
 
 
 def batches(sequences: Sequence[Tokens], tokens: int) -> list[Tokens]:
-    """Group sequences of equal length, longest first and otherwise in their order, into batches of about ``tokens``."""
+    """Group sequences of equal length into batches of about ``tokens`` tokens, the longest sequences first."""
     by_length: dict[int, list[Tokens]] = {}
     for sequence in sequences:
         by_length.setdefault(sequence.size, []).append(sequence)
@@ -130,20 +139,20 @@ def batches(sequences: Sequence[Tokens], tokens: int) -> list[Tokens]:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, for a message of one line."""
+    """Return the first line of an error's text, for a message that has one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _single(token: Any) -> int | None:
-    """Return a token number; of a list of them, the first."""
+    """Return a token number as an integer, or the first one of a list; None if there is none."""
     if isinstance(token, (list, tuple)):
         token = token[0] if token else None
     return None if token is None else int(token)
 
 
 def _around(plain: list[int], special: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return what stands before and after ``plain`` in ``special``."""
+    """Return the tokens before and after ``plain`` in ``special``."""
     for start in range(len(special) - len(plain) + 1):
         if special[start : start + len(plain)] == plain:
             return tuple(special[:start]), tuple(special[start + len(plain) :])

@@ -1,4 +1,4 @@
-"""A model that is no chain of blocks, calibrated as a whole: all of it on the device, in one pass or several."""
+"""The calibration of a model that is not a chain of blocks: all of it is on the device, in one pass or several."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltafmt.calibration.blockwise import placed, run_model
-from deltafmt.calibration.callbacks import OnModule, OnProgress, Report
-from deltafmt.calibration.gather import Gatherer, hand_out
+from deltafmt.calibration.callbacks import CalibrationResult, OnModule, OnProgress
+from deltafmt.calibration.gatherer import Gatherer, hand_out
 from deltafmt.calibration.modules import Linear
-from deltafmt.calibration.options import Options
+from deltafmt.calibration.run_options import RunOptions
 from deltafmt.calibration.tokens import Tokens
 
-# Bytes of moments that are added up at a time.
+# The bytes of all moments that are added up in one pass.
 BUDGET = 2**31
 
 
@@ -21,36 +21,37 @@ def run_whole(
     linears: dict[str, Linear],
     batches: Sequence[Tokens],
     on_module: OnModule,
-    options: Options,
-    report: Report,
+    options: RunOptions,
+    result: CalibrationResult,
     progress: OnProgress,
-) -> Report:
-    """Run the model over all batches once for as many modules as the budget allows, in the order of their calls.
+) -> CalibrationResult:
+    """Run the model over all batches, once for each group of modules whose moments fit the budget.
 
-    Modules of one pass are handed out together: all see the model as the passes before left it.
+    The modules of one pass are handed out together. Their moments come from the model with the weights that earlier
+    passes have replaced.
     """
     device = options.where()
     with placed(model, device):
         with Gatherer(linears.values()) as gatherer:
             run_model(model, batches[-1][:1], device)
-        report.uncalled = gatherer.uncalled
-        groups = _groups([linears[name] for name in gatherer.called], 8 if options.double else 4)
+        result.uncalled = gatherer.uncalled
+        groups = _groups([linears[name] for name in gatherer.called])
         for done, group in enumerate(groups, 1):
-            with Gatherer(group, double=options.double) as gatherer:
+            with Gatherer(group) as gatherer:
                 for tokens in batches:
                     run_model(model, tokens, device)
-            report.modules += gatherer.called
+            result.modules += gatherer.called
             hand_out(gatherer, on_module)
             progress(done, len(groups))
-    return report
+    return result
 
 
-def _groups(linears: Sequence[Linear], itemsize: int) -> list[list[Linear]]:
-    """Cut modules into runs whose moments fit the budget, of one module at least."""
+def _groups(linears: Sequence[Linear]) -> list[list[Linear]]:
+    """Cut the modules into groups whose moments fit the budget; a group has at least one module."""
     groups: list[list[Linear]] = []
     room = 0
     for linear in linears:
-        size = linear.columns**2 * itemsize
+        size = linear.columns**2 * 4
         if size > room:
             groups.append([])
             room = max(BUDGET, size)

@@ -19,7 +19,7 @@ WEIGHTS_FILE: Final = "adapter_model.safetensors"
 PREFIX: Final = "base_model.model."
 _FACTOR: Final = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 
-# Models that keep the weights of these modules with rows and columns exchanged (transformers' Conv1D).
+# Some models keep the weights of some modules with rows and columns exchanged (transformers' Conv1D).
 _CONV1D_MODELS: Final = frozenset(("decision_transformer", "gpt2", "imagegpt", "openai-gpt"))
 _CONV1D_MODULES: Final = frozenset(("c_attn", "c_fc", "c_proj", "q_attn"))
 _EMBEDDING: Final = re.compile(r"embed(_tokens|_positions|_in)?|(\w+_)?embeddings?|wte|wpe|shared")
@@ -30,10 +30,10 @@ class Factors:
     """The two factors of one module, on disk.
 
     Attributes:
-        module: its name in the model.
-        a: shape (rank, in_features), or (rank, rows) of an embedding.
-        b: shape (out_features, rank), or (columns, rank) of an embedding.
-        embedding: whether the module is an embedding.
+        module: the module's name in the model.
+        a: the factor A, shape (rank, in_features); for an embedding (rank, rows).
+        b: the factor B, shape (out_features, rank); for an embedding (columns, rank).
+        embedding: True if the module is an embedding.
     """
 
     module: str
@@ -43,7 +43,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Rows of A, which are the columns of B."""
+        """The rank: the number of rows of A and of columns of B."""
         return self.a.shape[0]
 
 
@@ -51,17 +51,17 @@ class Adapter:
     """An open adapter; use as a context manager.
 
     Attributes:
-        path: the folder.
-        config: what its configuration says.
-        factors: of every module that has some, by the module's name, in natural order.
-        whole: tensors that are stored whole, by the name that they have in the model.
+        path: the adapter's folder.
+        config: the adapter's configuration.
+        factors: the factors by module name, in natural order.
+        whole: the tensors that are stored whole, by their names in the model.
         files: the small files beside the weights, by name, without the configuration.
-        skipped: names of what cannot be attached.
+        skipped: the names of files and folders that cannot be attached.
 
     Raises:
-        StorageError: missing or unreadable.
-        InvalidFileError: it is not what PEFT writes.
-        UnsupportedError: it is not plain LoRA on matrices, or not in safetensors.
+        StorageError: the folder is missing or unreadable.
+        InvalidFileError: the folder is not an adapter as PEFT writes it.
+        UnsupportedError: the adapter is not plain LoRA on matrices, or not in safetensors.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -70,12 +70,12 @@ class Adapter:
             raise StorageError(f"no such folder: {self.path}")
         if not self.path.is_dir():
             raise InvalidFileError(
-                f"{self.path}: not a folder; an adapter is one with {CONFIG_FILE} and {WEIGHTS_FILE}"
+                f"{self.path}: not a folder; an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
             )
         weights = self.path / WEIGHTS_FILE
         if not weights.exists():
             pickled = (self.path / "adapter_model.bin").exists()
-            hint = "adapter_model.bin is not read, only safetensors are" if pickled else "not an adapter"
+            hint = "adapter_model.bin cannot be read; save it as safetensors" if pickled else "not an adapter"
             raise (UnsupportedError if pickled else InvalidFileError)(f"{self.path}: no {WEIGHTS_FILE}: {hint}")
         self.config = AdapterConfig.read(self.path / CONFIG_FILE)
         self._file = SafetensorsFile(weights)
@@ -125,14 +125,14 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight file."""
+        """The bytes of the weight file."""
         return self._file.size
 
     def check_unchanged(self) -> None:
         """Check that the weight file was not replaced or written to since it was opened.
 
         Raises:
-            StorageError: it was.
+            StorageError: the file has changed.
         """
         self._file.check_unchanged()
 
@@ -153,11 +153,11 @@ def is_embedding(module: str) -> bool:
 
 
 def may_be_conv1d(module: str) -> bool:
-    """Tell from its name whether some model keeps a module's weight with rows and columns exchanged."""
+    """Tell from its name whether some model may keep a module's weight with rows and columns exchanged."""
     return module.rpartition(".")[2] in _CONV1D_MODULES
 
 
 def is_conv1d(module: str, config: Mapping[str, object]) -> bool:
     """Tell whether a model of this configuration keeps a module's weight with rows and columns exchanged."""
-    kind = config.get("model_type")
-    return isinstance(kind, str) and kind in _CONV1D_MODELS and may_be_conv1d(module)
+    model_type = config.get("model_type")
+    return isinstance(model_type, str) and model_type in _CONV1D_MODELS and may_be_conv1d(module)

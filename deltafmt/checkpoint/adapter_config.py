@@ -1,4 +1,4 @@
-"""What the ``adapter_config.json`` of a PEFT adapter says about its LoRA factors."""
+"""The configuration of a PEFT adapter: the part of ``adapter_config.json`` that decides its LoRA delta."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_ALPHA: Final = 8
 MAX_RANK: Final = 2**20
 MAX_ALPHA: Final = 1e30
 
-# Keys that say how an adapter was trained, what it was trained on, or what its tensors' names say already.
+# Keys without influence on the delta: they say how an adapter was trained, or repeat what its tensors' names say.
 _HARMLESS: Final = frozenset(
     (
         *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
@@ -29,7 +29,7 @@ _HARMLESS: Final = frozenset(
         *("qalora_group_size", "revision", "runtime_config", "target_modules", "task_type"),
     )
 )
-# Initializations that move a part of the base's weights into the factors, which then fit another base.
+# Initializations that move a part of the base's weights into the factors; the factors then fit another base.
 _MOVING: Final = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _READ: Final = frozenset(
     (
@@ -44,12 +44,12 @@ class AdapterConfig:
     """The part of an adapter's configuration that decides its delta.
 
     Attributes:
-        rank, alpha: of modules that no pattern matches.
-        rank_pattern, alpha_pattern: regular expressions to ranks and alphas; the first that matches decides.
-        rslora: the scaling is alpha / sqrt(rank), not alpha / rank.
-        transposed: weights are stored with rows and columns exchanged, as GPT-2's are (``fan_in_fan_out``).
-        saved: names of modules that are stored whole (``modules_to_save``).
-        base_name, task_type: as the file names them, for people; empty if it does not.
+        rank, alpha: the rank and alpha of modules that no pattern matches.
+        rank_pattern, alpha_pattern: ranks and alphas by regular expression; the first one that matches decides.
+        rslora: True if the scaling is alpha / sqrt(rank); False if it is alpha / rank.
+        transposed: True if the weights have rows and columns exchanged, as GPT-2's have (``fan_in_fan_out``).
+        saved: the names of modules that are stored whole (``modules_to_save``).
+        base_name, task_type: the base's name and the task type, as the file gives them; empty if it gives none.
     """
 
     rank: int
@@ -64,12 +64,12 @@ class AdapterConfig:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a file.
+        """Read an ``adapter_config.json``.
 
         Raises:
-            StorageError: it cannot be read.
-            InvalidFileError: it is not what PEFT writes.
-            UnsupportedError: an adapter that is not plain LoRA.
+            StorageError: the file cannot be read.
+            InvalidFileError: the file is not a configuration as PEFT writes it.
+            UnsupportedError: the adapter is not plain LoRA.
         """
         try:
             obj = json.loads(path.read_bytes())
@@ -86,9 +86,9 @@ class AdapterConfig:
 
     @classmethod
     def _parse(cls, obj: dict[str, Any]) -> Self:
-        kind = obj.get("peft_type", "LORA")
-        if kind != "LORA":
-            raise UnsupportedError(f"peft_type {kind!r} is not read, only LORA is")
+        peft_type = obj.get("peft_type", "LORA")
+        if peft_type != "LORA":
+            raise UnsupportedError(f"peft_type {peft_type!r} is not supported; only LORA is")
         if obj.get("use_dora"):
             raise UnsupportedError("use_dora is set, and DoRA is not a sum of a base and a low-rank delta")
         start = obj.get("init_lora_weights")
@@ -99,7 +99,7 @@ class AdapterConfig:
             )
         for key, value in obj.items():
             if value and key not in _READ and key not in _HARMLESS:
-                raise UnsupportedError(f"{key} is set, which is not read")
+                raise UnsupportedError(f"{key} is set, which is not supported")
         saved = obj.get("modules_to_save") or []
         if type(saved) is not list or not all(type(name) is str for name in saved):
             raise InvalidFileError(f"modules_to_save {saved!r} is not a list of names")
@@ -122,12 +122,12 @@ class AdapterConfig:
         return _matching(self.rank_pattern, module, self.rank)
 
     def scaling_of(self, module: str) -> float:
-        """Return what the product of a module's factors is multiplied by."""
+        """Return the scaling: the number that the product of a module's factors is multiplied by."""
         rank = self.rank_of(module)
         return _matching(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     def saves(self, module: str) -> bool:
-        """Tell whether a module is, or lies in, one that is stored whole."""
+        """Tell whether a module is stored whole, by itself or as a part of another module."""
         return any(f".{name}." in f".{module}." for name in self.saved)
 
 

@@ -25,17 +25,18 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 
 
 class Checkpoint:
-    """Tensors by name, whatever files they lie in, and the small files beside them.
+    """A checkpoint's tensors by name, in whichever files they lie, and the small files beside them.
 
     Attributes:
         path: the folder or file.
         tensors: every tensor, in natural order of the names.
         files: the small files of the folder (configuration, tokenizer, ...), by name.
-        skipped: names of what cannot be attached: folders, other weights, large files, names not for every system.
+        skipped: the names of folders and files that cannot be attached: other weights, files over 64 MiB, and names
+            that some systems do not allow.
 
     Raises:
-        StorageError: missing or unreadable.
-        InvalidFileError: no weights, or a file or index that is wrong.
+        StorageError: the checkpoint is missing or unreadable.
+        InvalidFileError: it has no weights, or a weight file or an index is wrong.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -67,12 +68,12 @@ class Checkpoint:
         elif "model.safetensors" in shards:
             indexes, shards = [], ["model.safetensors"]
         if len(indexes) > 1:
-            raise InvalidFileError(f"{self.path}: several indexes: {', '.join(indexes)}")
+            raise InvalidFileError(f"{self.path}: several indexes, {', '.join(indexes)}; keep one")
         if indexes:
             return self._open_sharded(indexes[0])
         if not shards:
             others = [name for name in names if re.search(r"\.(bin|pt|pth|gguf)$", name)]
-            hint = f"; {others[0]} is not read, convert it to safetensors" if others else ""
+            hint = f"; {others[0]} cannot be read, convert it to safetensors" if others else ""
             raise InvalidFileError(f"{self.path}: no .safetensors weights in this folder{hint}")
         return self._open_shards(shards)
 
@@ -111,7 +112,7 @@ class Checkpoint:
         return found
 
     def metadata(self) -> dict[str, str]:
-        """Return the metadata of the weight files, but for ``format`` and what unpack itself adds."""
+        """Return the metadata of the weight files, without ``format`` and without the keys that unpack adds."""
         merged: dict[str, str] = {}
         for shard in self._shards:
             merged.update(shard.metadata)
@@ -121,12 +122,12 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the weight files, headers included."""
+        """The bytes of the weight files, including their headers."""
         return sum(shard.size for shard in self._shards)
 
     def config(self) -> dict[str, Any]:
@@ -152,18 +153,18 @@ class Checkpoint:
         """Check that no weight file was replaced or written to since it was opened.
 
         Raises:
-            StorageError: names the file.
+            StorageError: a file has changed; the message names it.
         """
         for shard in self._shards:
             shard.check_unchanged()
 
     def identity(self) -> list[tuple[str, int, int]]:
-        """Return what tells whether the weights are still the same files."""
+        """Return path, size and modification time of each weight file: equal as long as the files are the same."""
         return [shard.identity() for shard in self._shards]
 
 
 def read_file(path: Path) -> bytes:
-    """Return the bytes of a file that is to be attached.
+    """Return the bytes of a small file that will be attached.
 
     Raises:
         StorageError: reading failed.
@@ -175,9 +176,9 @@ def read_file(path: Path) -> bytes:
 
 
 def small_files(folder: Path, read: Collection[str]) -> tuple[dict[str, Path], list[str]]:
-    """Return the files of a folder that can be attached, by name, and the names of what cannot.
+    """Return the files of a folder that can be attached, by name, and the names of files and folders that cannot.
 
-    Hidden files, indexes, and the files named in ``read`` are neither.
+    Hidden files, indexes of weights, and the files named in ``read`` (which are read otherwise) are in neither.
     """
     files: dict[str, Path] = {}
     skipped: list[str] = []

@@ -1,4 +1,4 @@
-"""One ``.safetensors`` file, memory-mapped: its header checked, its tensors as views of raw bytes."""
+"""Reading a ``.safetensors`` file: it is mapped, its header is checked, and its tensors are views of raw bytes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Tensor:
     """One tensor of a checkpoint, on disk.
 
     Attributes:
-        name, dtype, shape: as the file's header says; the dtype by its safetensors name.
-        file: the file that holds it.
-        offset: of its first byte in the file.
+        name, dtype, shape: the tensor's name, dtype (by its safetensors name) and shape, as the file's header says.
+        file: the file that holds the tensor.
+        offset: the place of the tensor's first byte in the file.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Tensor:
 
     @contextlib.contextmanager
     def pages(self, start: int, length: int) -> Iterator[memoryview]:
-        """Give a view of some bytes; their pages leave this process's memory at the end (not the page cache)."""
+        """Give a view of some bytes. At the end their pages leave this process's memory, but not the page cache."""
         first = self.offset + start
         self.file.populate(first, length)
         try:
@@ -71,7 +71,7 @@ class Tensor:
     def row_range(self, start: int, stop: int) -> Iterator[NDArray[np.unsignedinteger]]:
         """Give rows ``start`` to ``stop`` as a raw array (uint16 or uint32), shape (rows, columns).
 
-        Only for the dtypes in which a delta is computed.
+        The tensor must have a dtype that deltas are defined for.
         """
         raw = RAW_DTYPES[self.dtype]
         width = self.columns * raw.itemsize
@@ -82,7 +82,7 @@ class Tensor:
             yield array
 
     def pieces(self, first: int = 0) -> Iterator[memoryview]:
-        """Iterate over the tensor's bytes from ``first`` on, some megabytes at a time."""
+        """Iterate over the tensor's bytes from ``first`` on, 8 MiB at a time."""
         for start in range(first, self.nbytes, _STEP):
             with self.pages(start, min(_STEP, self.nbytes - start)) as view:
                 yield view
@@ -126,7 +126,7 @@ class SafetensorsFile:
                 self.stat = os.fstat(file.fileno())
                 self.size = self.stat.st_size
                 if self.size < 8:
-                    raise InvalidFileError(f"{path}: {self.size} bytes are no safetensors file")
+                    raise InvalidFileError(f"{path}: {self.size} bytes are too few for a safetensors file")
                 self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except InvalidFileError:
             raise
@@ -175,16 +175,17 @@ class SafetensorsFile:
             raise InvalidFileError(f"{where}: {list(shape)} has more than {c.MAX_ELEMENTS} elements")
         if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= self.size - start:
             raise InvalidFileError(f"{where}: bytes {begin} to {end} lie outside the file: it may be truncated")
-        if end - begin != c.byte_count(dtype, shape):
-            raise InvalidFileError(f"{where}: {end - begin} bytes where {dtype} {list(shape)} needs another number")
+        needed = c.byte_count(dtype, shape)
+        if end - begin != needed:
+            raise InvalidFileError(f"{where}: {end - begin} bytes where {dtype} {list(shape)} needs {needed}")
         return Tensor(name, dtype, shape, self, start + begin)
 
     def populate(self, offset: int, length: int) -> None:
-        """Bring pages in with one call instead of a fault each; best effort."""
+        """Bring pages into memory with one call, not with a page fault each. An error is ignored."""
         self._advise(_POPULATE_READ, offset, length)
 
     def will_need(self, offset: int, length: int) -> None:
-        """Ask the system to read ahead; best effort."""
+        """Ask the system to read ahead. An error is ignored."""
         self._advise(getattr(mmap, "MADV_WILLNEED", -1), offset, length)
 
     def release(self, offset: int, length: int) -> None:
@@ -198,17 +199,17 @@ class SafetensorsFile:
                 self._map.madvise(advice, start, offset + length - start)
 
     def close(self) -> None:
-        """Unmap the file, or leave that to the last view that is still in use."""
+        """Unmap the file; if views are still in use, the file is unmapped when the last one goes."""
         self.tensors.clear()
         with contextlib.suppress(BufferError):
             self.view.release()
             self._map.close()
 
     def check_unchanged(self) -> None:
-        """Check that the file at the path is still the one that was opened, with the bytes that it had.
+        """Check that the file at the path is still the one that was opened, and was not written to since.
 
         Raises:
-            StorageError: it is not.
+            StorageError: the file is gone or has changed.
         """
         try:
             now = os.stat(self.path)
@@ -219,7 +220,7 @@ class SafetensorsFile:
             raise StorageError(f"{self.path} changed while it was being read")
 
     def identity(self) -> tuple[str, int, int]:
-        """Return path, size and modification time, which tell whether the file is still the same."""
+        """Return path, size and modification time: equal as long as the file is the same."""
         return str(self.path.resolve()), self.size, self.stat.st_mtime_ns
 
 

@@ -11,10 +11,10 @@ from deltafmt.format.constants import MAX_TENSORS
 
 
 def encode(obj: Any) -> bytes:
-    """Encode maps (sorted string keys), lists, strings, bytes, integers, booleans and None.
+    """Encode maps with string keys, lists, strings, bytes, integers, booleans and None; the keys are sorted.
 
     Raises:
-        InvalidFileError: the object holds anything else, an integer beyond 64 bits or a string that is not Unicode.
+        InvalidFileError: the object holds another type, an integer beyond 64 bits, or a string that is not Unicode.
     """
     try:
         return pack(_sorted(obj))
@@ -30,15 +30,18 @@ def pack(obj: Any) -> bytes:
 
 
 def decode(data: bytes | memoryview, what: str) -> Any:
-    """Decode ``data`` and refuse it unless encoding what it means gives the same bytes.
+    """Decode ``data``, encode the result again, and refuse the data unless both encodings are the same bytes.
 
-    That settles duplicate keys, integers and lengths that are not minimal, and trailing bytes, at the speed of the
-    msgpack library. What it leaves open is settled where the decoded values are used: the order of keys by
-    :func:`check_names` and by structures that demand their keys in order, floats and extensions by structures that
-    demand the types of their values.
+    This comparison finds duplicate keys, integers and lengths that are not minimal, and trailing bytes, at the speed
+    of the msgpack library. It does not find unsorted keys, floats and extensions; the callers do: :func:`check_names`
+    checks the order of free keys, and every structure of the index checks its own keys and the types of its values.
+
+    Args:
+        data: the encoded bytes.
+        what: the name of the data in messages, such as "the index".
 
     Raises:
-        InvalidFileError: not msgpack, or not in canonical form.
+        InvalidFileError: the data is not msgpack, or not in canonical form.
     """
     try:
         obj = msgpack.unpackb(
@@ -53,10 +56,10 @@ def decode(data: bytes | memoryview, what: str) -> Any:
 
 
 def check_names(obj: Any, what: str) -> dict[str, Any]:
-    """Return a map whose keys are free, after checking that they are sorted strings.
+    """Return a map with free keys (such as tensor names), after checking that the keys are strings in sorted order.
 
     Raises:
-        InvalidFileError: it is no map, or its keys are anything else.
+        InvalidFileError: the object is not a map, a key is not a string, or the keys are not sorted.
     """
     if type(obj) is not dict or not all(type(key) is str for key in obj):
         raise InvalidFileError(f"{what}: expected a map with strings for keys")

@@ -1,7 +1,7 @@
-"""Sections in independent zstd frames with a chunk table (spec/deltafmt-v1.md, section 6).
+"""Compressed sections: independent zstd frames and a chunk table (spec/deltafmt-v1.md, section 6).
 
-python-zstandard ignores ``max_output_size`` when a frame declares its size, and drops whatever follows the first
-frame; every frame is therefore checked for its declared size and its exact end before it is decoded.
+python-zstandard ignores ``max_output_size`` when a frame declares its size, and it drops the bytes that follow the
+first frame. The reader therefore checks the declared size of each frame before decoding it, and its exact end after.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from deltafmt.format.constants import ZSTD_CHUNK
 
 LEVEL = 9
 
-# One a thread: it is not to be shared.
+# A decompressor must not be shared between threads; each thread makes one.
 Decompressor = zstandard.ZstdDecompressor
 
 
 class ChunkCompressor:
-    """Turn raw bytes, fed in any pieces, into frames followed by their table of lengths."""
+    """Turn raw bytes, which may come in pieces of any size, into frames followed by the table of their lengths."""
 
     def __init__(self) -> None:
         self._pending = bytearray()
@@ -28,7 +28,7 @@ class ChunkCompressor:
         self._compressor = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True, write_checksum=False)
 
     def feed(self, data: bytes | memoryview) -> list[bytes]:
-        """Take raw bytes; return the frames that are complete."""
+        """Take raw bytes and return the frames that they complete."""
         self._pending += data
         frames = []
         while len(self._pending) >= ZSTD_CHUNK:
@@ -37,7 +37,7 @@ class ChunkCompressor:
         return frames
 
     def finish(self) -> list[bytes]:
-        """Return the last frame, if any, and the chunk table."""
+        """Return the last frame, if bytes are left for one, and the chunk table."""
         frames = [self._frame(bytes(self._pending))] if self._pending else []
         return [*frames, struct.pack(f"<{len(self._lengths)}I", *self._lengths)]
 
@@ -52,8 +52,8 @@ class ChunkReader:
 
     Args:
         stored: the section's stored bytes.
-        raw_length: the length that the index gives.
-        where: name of the section in messages.
+        raw_length: the section's raw length, as the index gives it.
+        where: the name of the section in messages.
 
     Raises:
         InvalidFileError: the chunk table does not cover the stored bytes exactly.
@@ -76,7 +76,7 @@ class ChunkReader:
         self._decompressor = Decompressor()
 
     def read(self, offset: int, length: int) -> bytearray:
-        """Return raw bytes; the range must lie inside the section."""
+        """Return ``length`` raw bytes from ``offset`` on; the range must lie inside the section."""
         out = bytearray(length)
         position = 0
         while position < length:
@@ -88,10 +88,10 @@ class ChunkReader:
         return out
 
     def chunk(self, number: int, decompressor: Decompressor) -> bytes:
-        """Return a chunk's raw bytes; several threads may do so, each with a decompressor of its own.
+        """Return the raw bytes of one chunk; several threads may call this, each with its own decompressor.
 
         Raises:
-            InvalidFileError: its frame breaks section 6.
+            InvalidFileError: the chunk's frame breaks section 6 of the specification.
         """
         where = f"{self._where}, chunk {number}"
         frame = self._stored[self._starts[number] : self._starts[number + 1]]

@@ -1,4 +1,4 @@
-"""The content id and the payload digests: what a file says, however it is stored (spec/deltafmt-v1.md, section 7.6)."""
+"""The content id: one digest of a file's meaning, however the file is stored (spec/deltafmt-v1.md, section 7.6)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def content_id(
 ) -> bytes:
     """Return the BLAKE3 of the semantic index.
 
-    The semantic index leaves out where and how bytes are stored (profile, sections, buffers, ``rank`` against
-    ``fixed``), so recompressing a file keeps its content id.
+    The semantic index leaves out where and how the bytes are stored: profile, sections, buffers, and whether an index
+    is ``rank`` or ``fixed``. Repacking a file from ``hot`` to ``cold`` therefore keeps its content id.
     """
     index = {
         "attachments": {name: attachment.digest for name, attachment in attachments.items()},
@@ -33,7 +33,7 @@ def content_id(
 
 
 def semantic_entry(entry: TensorEntry) -> dict[str, Any]:
-    """Return what an entry says without where its bytes lie."""
+    """Return an entry as a plain object, without the places of its bytes."""
     obj = entry.to_obj()
     obj.pop("data", None)
     if entry.terms:

@@ -29,8 +29,8 @@ def check_header(data: bytes) -> None:
     """Check a header.
 
     Raises:
-        UnsupportedError: it asks for a newer reader or for a feature that this one lacks.
-        InvalidFileError: it is anything but a header.
+        UnsupportedError: the file needs a newer reader, or a feature that this reader lacks.
+        InvalidFileError: the bytes are not a valid header.
     """
     if not data.startswith(c.HEADER_MAGIC):
         if data[1:4] == c.HEADER_MAGIC[1:4]:
@@ -72,10 +72,10 @@ def encode_trailer(header: bytes, index: bytes, index_offset: int, content_id: b
 
 
 def decode_trailer(data: bytes, file_length: int) -> Trailer:
-    """Check a trailer's own fields against the file's length.
+    """Return the trailer in ``data``, after checking its fields against the file's length.
 
     Raises:
-        InvalidFileError: truncated, extended or otherwise damaged.
+        InvalidFileError: the file is truncated, bytes follow the trailer, or a field is wrong.
     """
     if len(data) < c.TRAILER_SIZE or not data.endswith(c.TRAILER_MAGIC):
         raise InvalidFileError("no trailer at the end: the file is truncated, or something follows it")

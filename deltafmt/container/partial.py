@@ -1,8 +1,9 @@
-"""An output file that appears whole or not at all, and can be taken up again after an interrupt.
+"""An output file that appears whole or not at all; an interrupted write can be resumed.
 
-The bytes go to ``.NAME.partial`` beside the output. After every section a record goes to ``.NAME.partial.journal``:
-the section's row and the tensor entries that it completes. A later run of the same job checks the recorded sections'
-checksums, cuts off what follows them and goes on there, so nothing needs to be synced before the final rename.
+The bytes go to ``.NAME.partial`` beside the output. After every section, a record goes to ``.NAME.partial.journal``.
+The record holds the section's row of the index and the tensor entries that the section completes. A later run of the
+same job checks the checksums of the recorded sections, cuts off the bytes behind them and goes on from there. Nothing
+therefore needs to be synced before the final rename.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ class PartialFile:
     """The sink of an atomic, resumable write.
 
     Args:
-        path: the final place.
-        job: whatever must be equal for an earlier run's sections to be of use; None to start over.
+        path: the output file.
+        job: the digest of the job; sections of an earlier run are kept only if its job is equal. None starts over.
         force: replace ``path`` if it exists.
 
     Attributes:
-        sections, layouts, entries: what an earlier run has completed (entries as plain objects, by name).
+        sections, layouts, entries: the sections, layouts and entries that an earlier run has completed; the entries
+            are plain objects, by tensor name.
 
     Raises:
         UsageError: the output exists, or another process is writing it.
@@ -67,7 +69,7 @@ class PartialFile:
                 self._resume(job)
             except BaseException as error:
                 if earlier and isinstance(error, KeyboardInterrupt):
-                    self._file.close()  # what is there stays: it was only being checked
+                    self._file.close()  # the earlier run's bytes stay: they were only being checked
                     self._lock.keep()
                 else:
                     self.abandon()
@@ -131,16 +133,16 @@ class PartialFile:
         return True
 
     def write(self, data: Bytes) -> None:
-        """Take bytes.
+        """Write bytes behind those that were written before.
 
         Raises:
-            StorageError: writing failed, as on a full disk.
+            StorageError: writing failed, for example because the disk is full.
         """
         with self._storage_errors():
             self._file.write(data)
 
     def record(self, section: Section, layouts: list[TermLayout], entries: dict[str, Any]) -> None:
-        """Note that a section is complete, and with it some tensors."""
+        """Note in the journal that a section is complete, and the entries of the tensors that it completes."""
         with self._storage_errors():
             self._file.flush()
             self._append(
@@ -154,7 +156,7 @@ class PartialFile:
         self._journal.flush()
 
     def commit(self) -> None:
-        """Make the file durable and put it in its place."""
+        """Sync the file to disk and rename it to the output's name."""
         with self._storage_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -164,7 +166,7 @@ class PartialFile:
         self._lock.remove()
 
     def keep(self) -> bool:
-        """Leave what a later run can use; remove it, and return False, where that is nothing."""
+        """Keep the complete sections for a later run and return True; without any, remove the file and return False."""
         if not self.sections:
             self.abandon()
             return False
@@ -174,7 +176,7 @@ class PartialFile:
         return True
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove the partial file and the journal."""
         with contextlib.suppress(OSError):
             self._file.close()
         self._partial.unlink(missing_ok=True)
@@ -191,11 +193,11 @@ class PartialFile:
 
 
 def check_output_file(path: Path, *, force: bool) -> None:
-    """Refuse an output file that exists, or whose folder does not.
+    """Refuse an output file that exists already, or whose folder is missing.
 
     Raises:
-        UsageError: it exists, or is a folder.
-        StorageError: its folder is missing.
+        UsageError: the file exists and ``force`` is not given, or the path is a folder or a device.
+        StorageError: the folder is missing.
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder, not a name for the output file")

@@ -1,28 +1,28 @@
-"""Reading a container: its ends and index at once, a section when it is first touched (spec, sections 3 to 9)."""
+"""Reading a container (spec, sections 3 to 9).
+
+Opening a file reads and checks its header, trailer and index. A section is read and checked when it is first touched.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 import xxhash
 
-from deltafmt.container import canonical, frame
+from deltafmt.container import frame
+from deltafmt.container.file_index import FileIndex
 from deltafmt.container.source import Source, open_source
 from deltafmt.errors import DeltafmtError, InvalidFileError
 from deltafmt.format import constants as c
-from deltafmt.format.checks import Where, fail
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.sections import Attachment, BufferRef, Section
 from deltafmt.terms.layout import TermLayout
-from deltafmt.terms.registry import parse_layout
 
 if TYPE_CHECKING:
     from deltafmt.container.chunks import ChunkReader
-
-_TOP_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "sections", "tensors")
 
 
 class Container:
@@ -30,14 +30,14 @@ class Container:
 
     Args:
         path: a path, or a binary file object with ``seek`` and ``read``.
-        mmap: map the file; otherwise use plain reads.
+        mmap: map the file; if False, read it.
         verify: check a section's checksum when it is first touched.
         max_raw_bytes: refuse a file whose sections decode to more than this many bytes.
 
     Raises:
         StorageError: the file cannot be read.
-        InvalidFileError: it breaks the format; the message names the place.
-        UnsupportedError: it needs a newer reader.
+        InvalidFileError: the file breaks the format; the message names the place.
+        UnsupportedError: the file needs a newer reader.
     """
 
     def __init__(
@@ -80,136 +80,69 @@ class Container:
         self.content_id = trailer.content_id
         self.seal = trailer.digest
         self._check_zeros(c.HEADER_SIZE, c.SECTION_ALIGNMENT, "after the header")
-        self._parse(canonical.decode(index, "the index"), max_raw_bytes)
+        self._index = FileIndex.parse(index, trailer.index_offset, max_raw_bytes)
 
-    def _parse(self, obj: Any, max_raw_bytes: int) -> None:
-        if type(obj) is not dict or tuple(obj) != _TOP_KEYS:
-            fail("index", f"expected the keys {', '.join(_TOP_KEYS)}")
-        if obj["profile"] not in c.PROFILES:
-            fail("profile", f"unknown profile {obj['profile']!r}")
-        self.profile: str = obj["profile"]
-        if type(obj["layouts"]) is not list:
-            fail("layouts", "expected a list")
-        metadata = canonical.check_names(obj["metadata"], "metadata")
-        if not all(type(value) is str for value in metadata.values()):
-            fail("metadata", "a value is not a string")
-        self.metadata: Mapping[str, str] = metadata
-        self.layouts: tuple[TermLayout, ...] = tuple(
-            parse_layout(layout, f"layouts[{i}]") for i, layout in enumerate(obj["layouts"])
-        )
-        if self.profile == "hot" and any(layout.cold_only for layout in self.layouts):
-            fail("layouts", "a rank index stands in a hot file")
-        if len(set(self.layouts)) != len(self.layouts):
-            fail("layouts", "a layout stands in the table twice")
-        self.sections = self._parse_sections(obj["sections"], max_raw_bytes)
-        self._tensors = canonical.check_names(obj["tensors"], "tensors")
-        if len(self._tensors) > c.MAX_TENSORS:
-            fail("tensors", f"{len(self._tensors)} entries are more than {c.MAX_TENSORS}")
-        self.removed = self._parse_removed(obj["removed"])
-        self.attachments: Mapping[str, Attachment] = {
-            name: Attachment.from_obj(name, value)
-            for name, value in canonical.check_names(obj["attachments"], "attachments").items()
-        }
-        for name, attachment in self.attachments.items():
-            parts = name.split("/")
-            if any("/".join(parts[:depth]) in self.attachments for depth in range(1, len(parts))):
-                fail(f'attachments["{name}"]', "another attachment stands in the place of its folder")
-            self._check_ref(attachment.data, f'attachments["{name}"]', c.KIND_ATTACHMENTS)
+    @property
+    def profile(self) -> str:
+        """The file's profile, ``hot`` or ``cold``."""
+        return self._index.profile
 
-    def _parse_sections(self, rows: Any, max_raw_bytes: int) -> tuple[Section, ...]:
-        if type(rows) is not list:
-            fail("sections", "expected a list")
-        sections = tuple(Section.from_obj(row, f"sections[{i}]") for i, row in enumerate(rows))
-        position = c.SECTION_ALIGNMENT
-        raw_bytes = 0
-        for number, section in enumerate(sections):
-            if section.offset != position:
-                fail(f"sections[{number}].offset", f"{section.offset} where {position} is next")
-            if section.offset + section.length > self.index_offset:
-                fail(f"sections[{number}].length", f"{section.length} bytes run into the index")
-            if self.profile == "hot" and section.kind == c.KIND_TENSORS and section.codec != c.CODEC_STORED:
-                fail(f"sections[{number}].codec", "a hot file stores its tensors as they are")
-            raw_bytes += section.raw_length
-            if raw_bytes > max_raw_bytes:
-                fail(f"sections[{number}].raw_length", f"the sections decode to more than {max_raw_bytes} bytes")
-            position = c.align(section.offset + section.length, c.SECTION_ALIGNMENT)
-        if position != self.index_offset:
-            fail("sections", f"they end at {position}, the index starts at {self.index_offset}")
-        return sections
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The file's metadata: strings by name."""
+        return self._index.metadata
 
-    def _parse_removed(self, names: Any) -> tuple[str, ...]:
-        if type(names) is not list or not all(type(name) is str for name in names):
-            fail("removed", "expected a list of names")
-        if not all(1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES for name in names):
-            fail("removed", f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
-        if names != sorted(set(names)) or any(name in self._tensors for name in names):
-            fail("removed", "the names are not sorted and distinct from the tensors")
-        return tuple(names)
+    @property
+    def layouts(self) -> tuple[TermLayout, ...]:
+        """The file's layout table."""
+        return self._index.layouts
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """The file's sections, in the order of their offsets."""
+        return self._index.sections
+
+    @property
+    def removed(self) -> tuple[str, ...]:
+        """The names of the tensors that the base has and the fine-tune lacks, sorted."""
+        return self._index.removed
+
+    @property
+    def attachments(self) -> Mapping[str, Attachment]:
+        """The attached files by name."""
+        return self._index.attachments
 
     def keys(self) -> list[str]:
         """Return the tensor names, sorted."""
-        return list(self._tensors)
+        return list(self._index.tensors)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+        return name in self._index.tensors
 
     def entry(self, name: str) -> TensorEntry:
         """Return the checked entry of a tensor.
 
         Raises:
-            KeyError: no such tensor.
+            KeyError: the file has no such tensor.
             InvalidFileError: the entry breaks the format.
         """
         found = self._entries.get(name)
         if found is None:
             try:
-                found = self._parse_entry(name)
+                found = self._index.entry(name)
             except InvalidFileError as error:
                 raise InvalidFileError(f"{self.name}: {error}") from error
             self._entries[name] = found
         return found
 
     def adopt(self, earlier: Container) -> None:
-        """Take over the entries that an earlier opening of the file has decoded, if the index is still the same."""
+        """Reuse the entries that an earlier opening of the file has decoded, if the index is still the same."""
         if earlier.seal == self.seal:
             self._entries = earlier._entries
 
     def entries(self) -> Iterator[TensorEntry]:
         """Iterate over all entries, in the order of their names."""
-        return (self.entry(name) for name in self._tensors)
-
-    def _parse_entry(self, name: str) -> TensorEntry:
-        where = ('tensors["', name, '"]')
-        if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
-            fail(where, f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
-        entry = TensorEntry.from_obj(name, self._decode_entry(name), self.layouts)
-        refs = entry.refs()
-        for buffer, ref in refs:
-            if ref.section != refs[0][1].section:
-                fail(where, "the buffers lie in several sections")
-            self._check_ref(ref, (where, ".", buffer), c.KIND_TENSORS)
-        if entry.target is not None:
-            target = self._decode_entry(entry.target) if entry.target in self._tensors else None
-            if type(target) is not dict or target.get("action") == "alias":
-                fail((where, ".target"), f"{entry.target!r} is not a tensor of its own")
-            if [target.get("dtype"), target.get("shape")] != [entry.dtype, list(entry.shape)]:
-                fail((where, ".target"), f"{entry.target!r} has another dtype or shape")
-        return entry
-
-    def _decode_entry(self, name: str) -> Any:
-        data = self._tensors[name]
-        if type(data) is not bytes:
-            fail(f'tensors["{name}"]', "expected a byte string that holds an entry")
-        return canonical.decode(data, f'tensors["{name}"]')
-
-    def _check_ref(self, ref: BufferRef, where: Where, kind: int) -> None:
-        if ref.section >= len(self.sections):
-            fail(where, f"section {ref.section} is not one of the {len(self.sections)} sections")
-        section = self.sections[ref.section]
-        if section.kind != kind:
-            fail(where, f"section {ref.section} is of another kind")
-        if ref.offset + ref.length > section.raw_length:
-            fail(where, f"{ref.length} bytes at {ref.offset} leave section {ref.section}")
+        return (self.entry(name) for name in self._index.tensors)
 
     def buffer(self, ref: BufferRef) -> memoryview:
         """Return a buffer's raw bytes, read-only: a view where the section is stored and the file is mapped.
@@ -229,13 +162,17 @@ class Container:
             return memoryview(reader.read(ref.offset, ref.length)).toreadonly()
 
     def _chunk_reader(self, number: int, stored: memoryview) -> ChunkReader:
-        # Only here, because zstandard takes a while to import and a hot file's tensors do not need it.
+        # zstandard takes a while to import, and the tensors of a hot file do not need it.
         from deltafmt.container import chunks
 
         return chunks.ChunkReader(stored, self.sections[number].raw_length, f"{self.name}: section {number}")
 
     def chunk_reader(self, number: int, *, verify: bool) -> ChunkReader:
-        """Read a compressed section's stored bytes, and return a decoder of its chunks.
+        """Read the stored bytes of a compressed section and return a reader of its chunks.
+
+        Args:
+            number: the section's number.
+            verify: check the section's checksum.
 
         Raises:
             StorageError: reading failed.
@@ -251,14 +188,22 @@ class Container:
         return self._chunk_reader(number, stored[: section.length])
 
     def release(self, entry: TensorEntry) -> None:
-        """Take note that a tensor's buffers have been used; views of them stay valid."""
+        """Give the memory of a tensor's buffers back to the system; views of them stay valid."""
         for _, ref in entry.refs():
             section = self.sections[ref.section]
             if section.codec == c.CODEC_STORED:
                 self._source.release(section.offset + ref.offset, ref.length)
 
     def touch(self, number: int, *, force: bool = False) -> None:
-        """Check a section's checksum and the padding behind it, once (``force``: now, whatever was asked for)."""
+        """Check a section's checksum and the padding behind it, the first time that the section is used.
+
+        Args:
+            number: the section's number.
+            force: check the section now, even if it was checked before or the file is open without ``verify``.
+
+        Raises:
+            InvalidFileError: the section is damaged.
+        """
         if not force and (not self._verify or number in self._touched):
             return
         section = self.sections[number]
@@ -267,21 +212,21 @@ class Container:
         self._touched.add(number)
 
     def check_section(self, number: int, found: bytes, padding: bytes | memoryview) -> None:
-        """Compare a section with what has been read of it elsewhere (spec section 5.3).
+        """Check a section that the caller has read (spec section 5.3).
 
         Args:
-            number: of the section.
+            number: the section's number.
             found: the XXH3-128 of the stored bytes that were read.
             padding: the bytes behind the section, up to the next multiple of 4096.
 
         Raises:
-            InvalidFileError: they do not fit the index.
+            InvalidFileError: the checksum differs from the index, or the padding is not zero.
         """
         self.check_checksum(number, found)
         self.check_padding(number, padding)
 
     def check_checksum(self, number: int, found: bytes) -> None:
-        """Compare the XXH3-128 of a section's stored bytes with the index; see :meth:`check_section`."""
+        """Check the XXH3-128 of a section's stored bytes against the index; see :meth:`check_section`."""
         section = self.sections[number]
         if found != section.checksum:
             raise InvalidFileError(
@@ -290,7 +235,7 @@ class Container:
             )
 
     def check_padding(self, number: int, padding: bytes | memoryview) -> None:
-        """Compare the bytes behind a section with zeros; see :meth:`check_section`."""
+        """Check that the bytes behind a section are zero; see :meth:`check_section`."""
         if bytes(padding) != bytes(len(padding)):
             raise InvalidFileError(f"{self.name}: the padding after section {number} is not zero")
 
@@ -299,11 +244,11 @@ class Container:
         return self._source.fileno()
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        """Fill ``target`` with bytes of the file, unchecked; several threads may do so at the same time.
+        """Fill ``target`` with bytes of the file, which are not checked; several threads may call this together.
 
         Raises:
             StorageError: reading failed.
-            InvalidFileError: the file has become shorter.
+            InvalidFileError: the file has become shorter since it was opened.
         """
         try:
             self._source.read_into(offset, target)
@@ -330,7 +275,7 @@ class Container:
             raise InvalidFileError(f"the padding {place} is not zero")
 
     def close(self) -> None:
-        """Close the file. Views that are still in use keep their mapping alive."""
+        """Close the file; views that are still in use stay valid."""
         self._chunks.clear()
         self._source.close()
 

@@ -1,4 +1,4 @@
-"""Where a reader's bytes come from: a memory map, plain positioned reads, or a file object."""
+"""Sources of a reader's bytes: a memory map, positioned reads of an open file, or a file object."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Source(Protocol):
         """Return exactly ``length`` bytes, read-only; the caller has checked the range against ``size``."""
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        """Fill ``target`` with the bytes from ``offset`` on; several threads may do so at the same time."""
+        """Fill ``target`` with the bytes from ``offset`` on; several threads may call this at the same time."""
 
     def fileno(self) -> int | None:
-        """Return a descriptor that reads at positions of its own, if there is one."""
+        """Return the file's descriptor for positioned reads, or None if the source has none."""
 
     def release(self, offset: int, length: int) -> None:
-        """Take note that a range has been used and is not needed in memory."""
+        """Tell the source that a range has been used and need not stay in memory."""
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close what the source has opened."""
 
 
 class MapSource:
@@ -56,14 +56,14 @@ class MapSource:
         return self._view[offset : offset + length]
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        """Copy out of the map."""
+        """Copy bytes out of the map."""
         target[:] = self._view[offset : offset + len(target)]
 
     def fileno(self) -> None:
-        """Return None: what is mapped is not read."""
+        """Return None: a mapped file needs no reads."""
 
     def release(self, offset: int, length: int) -> None:
-        """Unmap whole pages of a range from this process; they stay in the page cache, and views stay valid."""
+        """Unmap the whole pages of a range from this process; they stay in the page cache, and views stay valid."""
         start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (offset + length) // mmap.PAGESIZE * mmap.PAGESIZE - start
         if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
@@ -71,16 +71,16 @@ class MapSource:
                 self._map.madvise(mmap.MADV_DONTNEED, start, length)
 
     def close(self) -> None:
-        """Unmap the file, or leave that to the last view that is still in use."""
+        """Unmap the file; if views are still in use, the file is unmapped when the last one goes."""
         try:
             self._view.release()
             self._map.close()
         except BufferError:
-            pass  # a view handed out is still alive; the map goes with it
+            pass  # a caller still holds a view; the map is closed with the last one
 
 
 class FileSource:
-    """An open file of a file system: reads are copies, and several threads may read at the same time."""
+    """An open file of a file system: each read makes a copy, and several threads may read at the same time."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fspath(path)
@@ -131,7 +131,7 @@ class FileSource:
 
 
 class StreamSource:
-    """A binary file object, local or not: reads are copies. Needs ``seek`` and ``read``."""
+    """A binary file object with ``seek`` and ``read``, local or remote: each read makes a copy."""
 
     def __init__(self, file: BinaryIO, name: str = "<stream>") -> None:
         self.name = name
@@ -164,21 +164,21 @@ class StreamSource:
         return memoryview(parts[0] if len(parts) == 1 else b"".join(parts)).toreadonly()
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        """Read, one thread at a time."""
+        """Read at a position; one thread reads at a time."""
         target[:] = self.read(offset, len(target))
 
     def fileno(self) -> None:
-        """Return None: a file object need not have one."""
+        """Return None: a file object need not have a descriptor."""
 
     def release(self, offset: int, length: int) -> None:
         """Do nothing: reads are copies."""
 
     def close(self) -> None:
-        """Leave the file open: it was not opened here."""
+        """Leave the file open: the caller opened it."""
 
 
 def open_source(path: str | os.PathLike[str] | BinaryIO, *, mmap: bool = True) -> Source:
-    """Open a path as a map or for positioned reads, or wrap a binary file object.
+    """Return a source for a path (mapped, or read at positions) or for a binary file object.
 
     Raises:
         StorageError: the file cannot be opened.

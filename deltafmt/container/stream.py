@@ -1,4 +1,4 @@
-"""An output that the caller owns: a pipe, an upload, a buffer in memory."""
+"""Writing to a file object that the caller owns: a pipe, an upload, a buffer in memory."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ class StreamFile:
         self.entries: dict[str, Any] = {}
 
     def write(self, data: Bytes) -> None:
-        """Take bytes.
+        """Write all bytes.
 
         Raises:
-            StorageError: writing failed.
+            StorageError: writing failed, or the file object takes no more.
         """
         view = memoryview(data)
         try:
             while view:
                 written = cast("int | None", self._file.write(view))
                 if written is None and not isinstance(self._file, io.RawIOBase):
-                    break  # some file objects say nothing, and take everything
-                if not written:  # a raw file that would block says None
+                    break  # some file objects return None although they took all bytes
+                if not written:  # a raw file that would block returns None
                     raise StorageError("cannot write the output: it takes no more")
-                view = view[written:]  # a raw file may take less than it is given
+                view = view[written:]  # a raw file may take fewer bytes than it is given
         except StorageError:
             raise
         except OSError as error:
             raise storage_error("cannot write", "the output", error) from error
 
     def record(self, section: Section, layouts: list[TermLayout], entries: dict[str, Any]) -> None:
-        """Note nothing: a stream cannot be taken up again."""
+        """Do nothing: a write to a stream cannot be resumed."""
 
     def commit(self) -> None:
         """Flush the file.
 
         Raises:
-            StorageError: what was still to be written cannot be.
+            StorageError: the file's buffered bytes cannot be written.
         """
         try:
             self._file.flush()
@@ -55,8 +55,8 @@ class StreamFile:
             raise storage_error("cannot write", "the output", error) from error
 
     def keep(self) -> bool:
-        """Leave what is written, which is the caller's; nothing can be resumed."""
+        """Leave the written bytes, which belong to the caller; return False, for nothing can be resumed."""
         return False
 
     def abandon(self) -> None:
-        """Leave what is written, which is the caller's."""
+        """Leave the written bytes, which belong to the caller."""

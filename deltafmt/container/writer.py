@@ -22,7 +22,7 @@ SECTION_TARGET = 4 * 1024 * 1024
 
 
 class Sink(Protocol):
-    """Whatever takes bytes in order: a file, a pipe, an upload."""
+    """A target that takes bytes in order: a file, a pipe, an upload."""
 
     def write(self, data: Bytes, /) -> object:
         """Take all of ``data``."""
@@ -41,25 +41,26 @@ class _OpenSection:
         self.compressor = ChunkCompressor() if codec == c.CODEC_ZSTD else None
 
     def encode(self, data: Bytes) -> Iterable[Bytes]:
-        """Take raw bytes, return stored bytes."""
+        """Take raw bytes and return the stored bytes that they give so far."""
         self.raw_length += len(data)
         return [data] if self.compressor is None else self.compressor.feed(memoryview(data))
 
     def record(self) -> Section:
-        """Return the section's row of the table."""
+        """Return the section's row of the index."""
         return Section(self.kind, self.codec, self.offset, self.length, self.raw_length, self.hasher.digest())
 
 
 class ContainerWriter:
-    """Write a container front to back; nothing is sought or rewritten, so the sink may be a pipe.
+    """Write a container from front to back. The writer never seeks and never rewrites, so the sink may be a pipe.
 
     Call :meth:`add` for every buffer, :meth:`boundary` between tensors, and :meth:`finish` once. A section closes at
-    the first boundary after it has reached 4 MiB, so small tensors share one and a tensor never spans two.
+    the first boundary after it has reached 4 MiB. Small tensors therefore share a section, and a tensor never lies in
+    two.
 
     Args:
-        sink: takes the bytes.
+        sink: the target of the bytes.
         profile: ``hot`` stores tensors as they are, ``cold`` compresses them; attachments are compressed in both.
-        sections: those that an interrupted run has already written to the sink; writing goes on behind them.
+        sections: the sections that an interrupted run has written to the sink already; writing goes on behind them.
     """
 
     def __init__(self, sink: Sink, profile: str = "hot", sections: Iterable[Section] = ()) -> None:
@@ -86,7 +87,7 @@ class ContainerWriter:
 
     @property
     def position(self) -> int:
-        """Bytes written so far, those of an interrupted run included."""
+        """Bytes written so far, including those of an interrupted run."""
         return self._position
 
     @property
@@ -95,16 +96,16 @@ class ContainerWriter:
         return list(self._layouts)
 
     def layout_number(self, layout: TermLayout) -> int:
-        """Return the number of a layout in the file's table, adding it when it is new."""
+        """Return the number of a layout in the file's layout table; a new layout is added to it."""
         return self._layouts.setdefault(layout, len(self._layouts))
 
-    def add(self, pieces: Bytes | Iterable[Bytes], kind: int = c.KIND_TENSORS) -> BufferRef:
+    def add(self, pieces: Bytes | Iterable[Bytes], kind: int = c.SECTION_KIND_TENSORS) -> BufferRef:
         """Write one buffer, given whole or in pieces, and return where it lies."""
         if self._open is not None and self._open.kind != kind:
             self._close_section()
         parts = [pieces] if isinstance(pieces, bytes | bytearray | memoryview) else pieces
         if self._open is None:
-            stored = kind == c.KIND_TENSORS and self.profile == "hot"
+            stored = kind == c.SECTION_KIND_TENSORS and self.profile == "hot"
             self._open = _OpenSection(kind, c.CODEC_STORED if stored else c.CODEC_ZSTD, self._position)
         section = self._open
         self._raw(bytes(-section.raw_length % c.BUFFER_ALIGNMENT))
@@ -115,10 +116,10 @@ class ContainerWriter:
 
     def attach(self, data: bytes) -> Attachment:
         """Write the bytes of an attached file, and return its row of the index."""
-        return Attachment(self.add(data, c.KIND_ATTACHMENTS), blake3(data).digest())
+        return Attachment(self.add(data, c.SECTION_KIND_ATTACHMENTS), blake3(data).digest())
 
     def boundary(self) -> bool:
-        """Mark the end of a tensor; close the section if it is large enough, and tell whether it was closed."""
+        """Mark the end of a tensor. Close the section if it has reached 4 MiB, and then return True."""
         if self._open is None or self._open.raw_length < SECTION_TARGET:
             return False
         self._close_section()

@@ -1,1 +1,1 @@
-"""Constants of the format and checks of plain values; no bytes are read or written here."""
+"""The format's constants, and checks of plain values of the index. Nothing here reads or writes bytes."""

@@ -1,4 +1,4 @@
-"""Checks of the index's plain values; each names the place where a value is wrong."""
+"""Checks of the index's plain values; each error names the place of the wrong value, such as ``sections[2].offset``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, NoReturn, TypeVar
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
 
-# A place in the index, in parts that are only put together when something is wrong there.
+# A place in the index, as parts that are joined only when an error names the place: ('tensors["', name, '"]').
 Where = str | tuple[Any, ...]
 
 Made = TypeVar("Made")
 
 
 def fail(where: Where, what: str) -> NoReturn:
-    """Raise InvalidFileError naming the place in the index."""
+    """Raise an InvalidFileError that names a place in the index and says what is wrong there."""
     raise InvalidFileError(f"{_place(where)}: {what}")
 
 
@@ -26,7 +26,7 @@ def _place(where: object) -> str:
 
 
 def check_fields(obj: Any, where: Where, keys: tuple[str, ...]) -> list[Any]:
-    """Return the values of a map that has exactly these keys, in order."""
+    """Return the values of a map, after checking that it has exactly these keys in this order."""
     if type(obj) is not dict or tuple(obj) != keys:
         found = ", ".join(map(repr, obj)) if type(obj) is dict else type(obj).__name__
         fail(where, f"expected the keys {', '.join(keys)}, found {found or 'none'}")
@@ -34,21 +34,21 @@ def check_fields(obj: Any, where: Where, keys: tuple[str, ...]) -> list[Any]:
 
 
 def check_uint(value: Any, where: Where, limit: int = 2**63 - 1) -> int:
-    """Return an integer from 0 to ``limit``."""
+    """Return a value, after checking that it is an integer from 0 to ``limit``."""
     if type(value) is not int or not 0 <= value <= limit:
         fail(where, f"{value!r} is not an integer from 0 to {limit}")
     return value
 
 
 def check_bytes(value: Any, where: Where, length: int) -> bytes:
-    """Return a byte string of a given length."""
+    """Return a value, after checking that it is a byte string of ``length`` bytes."""
     if type(value) is not bytes or len(value) != length:
         fail(where, f"expected {length} bytes")
     return value
 
 
 def check_shape(value: Any, where: Where) -> tuple[int, ...]:
-    """Return a shape within the limits of rank and size."""
+    """Return a value as a shape, after checking it against the limits of dimensions and elements."""
     if type(value) is not list or len(value) > c.MAX_RANK:
         fail(where, f"a shape is a list of at most {c.MAX_RANK} sizes")
     for size in value:
@@ -60,25 +60,26 @@ def check_shape(value: Any, where: Where) -> tuple[int, ...]:
 
 
 def check_dtype(value: Any, where: Where) -> str:
-    """Return the name of a known dtype."""
+    """Return a value, after checking that it names a dtype of the format."""
     if type(value) is not str or value not in c.DTYPE_BITS:
         fail(where, f"unknown dtype {value!r}")
     return value
 
 
 def parse_fields(cls: type[Made], obj: Any, where: Where, keys_of: Mapping[str, str] = MappingProxyType({})) -> Made:
-    """Return a layout of the plain values of a map, which are its fields by name and, if it has one, its kind.
+    """Return an instance of ``cls``, a dataclass, made from a map with exactly its fields (and its ``kind``, if any).
 
-    A class's fields are strings and integers; what else they must be, the class checks.
+    A field is a string or an integer, as the class annotates it. The class checks its values itself and raises
+    UsageError, which is turned into an InvalidFileError here.
 
     Args:
-        cls: a dataclass.
+        cls: the dataclass.
         obj: the map.
-        where: its place in the index.
-        keys_of: the map's key for a field, where that is not the field's name.
+        where: the map's place in the index.
+        keys_of: the map's keys by field name, for fields whose key has another name.
 
     Raises:
-        InvalidFileError: names the place and the value.
+        InvalidFileError: the map is not one of the class; the message names the place and the value.
     """
     found = {keys_of.get(field.name, field.name): field for field in fields(cls)}  # type: ignore[arg-type]
     keys = tuple(sorted((*found, "kind") if hasattr(cls, "kind") else found))

@@ -6,8 +6,8 @@ from typing import Final
 
 FORMAT_VERSION: Final = 1
 
-# Section 4: the header. The first byte has its high bit set, and CR LF and SUB follow, so that a text-mode
-# transfer damages the magic rather than the content behind it.
+# Section 4: the header. The first byte has its high bit set, and CR LF and SUB follow. A transfer in text mode
+# therefore damages the magic, and the damage is seen at once.
 HEADER_MAGIC: Final = b"\x89DLT\r\n\x1a\n"
 HEADER_SIZE: Final = 64
 
@@ -19,15 +19,16 @@ TRAILER_SIZE: Final = 128
 SECTION_ALIGNMENT: Final = 4096
 BUFFER_ALIGNMENT: Final = 256
 
-KIND_TENSORS: Final = 1
-KIND_ATTACHMENTS: Final = 2
-KINDS: Final = (KIND_TENSORS, KIND_ATTACHMENTS)
+# A section kind says what a section holds. It is not the kind of a term ("nm", "lowbit", ...).
+SECTION_KIND_TENSORS: Final = 1
+SECTION_KIND_ATTACHMENTS: Final = 2
+SECTION_KINDS: Final = (SECTION_KIND_TENSORS, SECTION_KIND_ATTACHMENTS)
 
 CODEC_STORED: Final = 0
 CODEC_ZSTD: Final = 1
 CODECS: Final = (CODEC_STORED, CODEC_ZSTD)
 ZSTD_CHUNK: Final = 256 * 1024
-ZSTD_MIN_FRAME: Final = 9  # magic, frame header with a size, one empty block: no frame is shorter
+ZSTD_MIN_FRAME: Final = 9  # bytes of the shortest frame: magic, a header with a size, one empty block
 
 PROFILES: Final = ("hot", "cold")
 
@@ -65,7 +66,7 @@ DTYPE_BITS: Final[dict[str, int]] = {
     "C64": 64,
 }
 
-# Dtypes in which a delta is computed (in float32); a tensor of any other dtype is kept as it is.
+# The dtypes of tensors that can have a delta (computed in float32); a tensor of another dtype is stored whole.
 DELTA_DTYPES: Final = ("BF16", "F16", "F32")
 
 
@@ -83,7 +84,7 @@ def element_count(shape: tuple[int, ...]) -> int:
 
 
 def is_bounded(shape: tuple[int, ...]) -> bool:
-    """Tell whether a shape is within MAX_ELEMENTS, also where a size of 0 makes the number of elements 0."""
+    """Tell whether a shape has at most MAX_ELEMENTS elements; sizes of 0 count as 1 (section 9)."""
     count = 1
     for size in shape:
         count *= size or 1

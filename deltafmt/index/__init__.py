@@ -1,1 +1,1 @@
-"""The index of a file as typed structures: sections, buffers, attachments, tensor entries."""
+"""The index of a file as typed structures: sections, references to buffers, attachments, tensor entries."""

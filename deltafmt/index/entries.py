@@ -1,7 +1,7 @@
 """Tensor entries of the index, their canonical form and their checks (spec/deltafmt-v1.md, sections 7.3 to 7.5).
 
-Every structure converts to a plain object (``to_obj``) and back (``from_obj``). A plain object is accepted only when
-it has exactly the keys and the kinds of values that ``to_obj`` gives, so unknown and missing keys are refused.
+Every structure converts to a plain object (``to_obj``) and back (``from_obj``). ``from_obj`` accepts a plain object
+only if it has exactly the keys and types of values that ``to_obj`` gives; unknown and missing keys are refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class BaseRef:
 
     @classmethod
     def from_obj(cls, obj: Any, where: Where) -> BaseRef:
-        """Check a base identity."""
+        """Return a base identity, after checking it."""
         digest, dtype, shape = check_fields(obj, where, cls.KEYS)
         return cls(
             check_bytes(digest, (where, ".digest"), DIGEST_BYTES),
@@ -50,11 +50,11 @@ class Term:
     """One term of a delta.
 
     Attributes:
-        layout_number: number of the layout in the index's ``layouts``.
-        layout: that layout.
-        seed: the tensor seed where the layout has one; otherwise 0.
-        buffers: by name, sorted.
-        slots: where the layout has slots, their number; otherwise 0.
+        layout_number: the layout's number in the index's ``layouts``.
+        layout: the layout itself.
+        seed: the tensor seed if the layout is seeded; otherwise 0.
+        buffers: references to the term's buffers by name, in sorted order.
+        slots: the number of slots of a ``sparse`` term (spec section 14); otherwise 0.
     """
 
     layout_number: int
@@ -65,7 +65,7 @@ class Term:
 
     @classmethod
     def from_obj(cls, obj: Any, where: Where, layouts: tuple[TermLayout, ...], rows: int, columns: int) -> Term:
-        """Check a term against the rows and columns that it covers."""
+        """Return a term, after checking it against the rows and columns that it covers."""
         number = obj.get("layout") if type(obj) is dict else None
         has_slots = type(number) is int and 0 <= number < len(layouts) and layouts[number].has_slots
         keys = ("buffers", "layout", "seed", *(("slots",) if has_slots else ()))
@@ -97,7 +97,7 @@ class Term:
         return {"buffers": buffers, "layout": self.layout_number, **self.numbers()}
 
     def numbers(self) -> dict[str, int]:
-        """Return what the term says beside its layout and its buffers."""
+        """Return the term's numbers: its seed, and its slots if the layout has them."""
         return {"seed": self.seed, **({"slots": self.slots} if self.layout.has_slots else {})}
 
 
@@ -108,12 +108,12 @@ class TensorEntry:
     Attributes:
         name: the tensor's name.
         action: ``same``, ``replace``, ``add`` or ``alias``.
-        dtype, shape: of the fine-tuned tensor.
-        base: identity of the base tensor (``same`` and ``add``).
-        digest: BLAKE3 of the payload (``replace`` and ``add``; spec section 7.6).
+        dtype, shape: the dtype and shape of the fine-tuned tensor.
+        base: the identity of the base tensor (``same`` and ``add``).
+        digest: the BLAKE3 of the payload (``replace`` and ``add``; spec section 7.6).
         data: the bytes of a ``replace``, or the new rows of an ``add`` that grew.
         terms: the terms of an ``add``, in the order in which they are summed.
-        target: the tensor that an ``alias`` repeats.
+        target: the name of the tensor that an ``alias`` repeats.
     """
 
     name: str
@@ -128,17 +128,17 @@ class TensorEntry:
 
     @property
     def rows(self) -> int:
-        """Rows: the product of all dimensions but the last."""
+        """The number of rows: the product of all dimensions but the last."""
         return c.row_count(self.shape)
 
     @property
     def columns(self) -> int:
-        """Columns: the last dimension (1 for a 0-d tensor)."""
+        """The number of columns: the last dimension (1 for a 0-d tensor)."""
         return self.shape[-1] if self.shape else 1
 
     @property
     def delta_rows(self) -> int:
-        """Rows that the terms of an ``add`` cover: those that base and fine-tune share."""
+        """The number of rows that the terms of an ``add`` cover: the rows that both base and fine-tune have."""
         return self.rows if self.base is None else min(self.rows, c.row_count(self.base.shape))
 
     @property
@@ -147,7 +147,7 @@ class TensorEntry:
         return c.byte_count(self.dtype, self.shape)
 
     def refs(self) -> list[tuple[str, BufferRef]]:
-        """Return every buffer with its name, in the order in which they are stored and digested."""
+        """Return every buffer's name and reference, in the order in which the buffers are stored and digested."""
         named = []
         for number, term in enumerate(self.terms):
             prefix = f"terms[{number}]." if len(self.terms) > 1 else ""
@@ -158,7 +158,7 @@ class TensorEntry:
 
     @classmethod
     def from_obj(cls, name: str, obj: Any, layouts: tuple[TermLayout, ...]) -> TensorEntry:
-        """Check one tensor entry; its buffers are checked against the sections by the container."""
+        """Return a tensor entry, after checking it; the container checks its buffers against the sections."""
         where = ('tensors["', name, '"]')
         action = obj.get("action") if type(obj) is dict else None
         if type(action) is not str or action not in ACTIONS:

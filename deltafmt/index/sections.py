@@ -1,4 +1,4 @@
-"""Rows of the section table, references to buffers, attachments (spec/deltafmt-v1.md, sections 5 and 7.2)."""
+"""Sections as the index lists them, references to buffers, attachments (spec/deltafmt-v1.md, sections 5 and 7.2)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ CHECKSUM_BYTES = 16
 
 MAX_PART_BYTES = 255
 
-# Names that Windows takes for devices, whatever follows a full stop.
+# Names that Windows takes for devices, also with an extension: "con.txt" is the console.
 DEVICES = frozenset(
     ("CON", "PRN", "AUX", "NUL", *(f"{port}{digit}" for port in ("COM", "LPT") for digit in "123456789"))
 )
 
-# What files of weights, and indexes of them, end in.
+# The endings of weight files and of their indexes.
 WEIGHT_ENDINGS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".npz", ".npy"),
     *(".pkl", ".pickle", ".tflite", ".ot", ".deltafmt", ".partial", ".safetensors.index.json", ".bin.index.json"),
@@ -30,12 +30,12 @@ class Section:
     """One section of the file: a run of stored bytes that starts on a 4096-byte boundary.
 
     Attributes:
-        kind: ``KIND_TENSORS`` or ``KIND_ATTACHMENTS``.
+        kind: the section kind, ``SECTION_KIND_TENSORS`` or ``SECTION_KIND_ATTACHMENTS``.
         codec: ``CODEC_STORED`` or ``CODEC_ZSTD``.
-        offset: where it starts in the file.
-        length: stored bytes.
-        raw_length: bytes once decoded.
-        checksum: XXH3-128 of the stored bytes, big-endian.
+        offset: the section's first byte in the file.
+        length: the number of stored bytes.
+        raw_length: the number of raw bytes, after decoding.
+        checksum: the XXH3-128 of the stored bytes, big-endian.
     """
 
     kind: int
@@ -49,12 +49,12 @@ class Section:
 
     @classmethod
     def from_obj(cls, obj: Any, where: Where) -> Section:
-        """Check one row of the section table."""
+        """Return one section of the index, after checking it."""
         checksum, codec, kind, length, offset, raw_length = check_fields(obj, where, cls.KEYS)
         check_bytes(checksum, (where, ".checksum"), CHECKSUM_BYTES)
         if type(codec) is not int or codec not in c.CODECS:
             fail((where, ".codec"), f"unknown codec {codec!r}")
-        if type(kind) is not int or kind not in c.KINDS:
+        if type(kind) is not int or kind not in c.SECTION_KINDS:
             fail((where, ".kind"), f"unknown section kind {kind!r}")
         check_uint(length, (where, ".length"))
         check_uint(offset, (where, ".offset"))
@@ -89,7 +89,7 @@ class BufferRef:
 
     @classmethod
     def from_obj(cls, obj: Any, where: Where) -> BufferRef:
-        """Check a reference, except for the section's existence and size."""
+        """Return a reference, after checking it; the container checks that its section exists and is large enough."""
         if type(obj) is not list or len(obj) != 3:
             fail(where, "a buffer is a list of section, offset and length")
         section, offset, length = obj
@@ -116,7 +116,7 @@ class Attachment:
 
     @classmethod
     def from_obj(cls, name: str, obj: Any) -> Attachment:
-        """Check one attachment; its name must be a plain relative path."""
+        """Return an attachment, after checking it; its name must be a plain relative path."""
         where = ('attachments["', name, '"]')
         data, digest = check_fields(obj, where, cls.KEYS)
         if not is_safe_path(name):
@@ -131,7 +131,7 @@ class Attachment:
 
 
 def is_safe_path(name: str) -> bool:
-    """Tell whether ``name`` can be joined to a folder without leaving it or meaning something else, on any system."""
+    """Tell whether ``name`` is a plain relative path on every system: joined to a folder, it stays inside."""
     if len(name.encode("utf-8", "surrogatepass")) > c.MAX_NAME_BYTES:
         return False
     if any(ord(char) < 32 or 127 <= ord(char) < 160 or char in '\\:*?"<>|' or _is_surrogate(char) for char in name):

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
+from deltafmt.checkpoint.folder_writer import TensorSpec
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.checkpoint.writer import TensorSpec
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.index.entries import BaseRef, TensorEntry, Term
 from deltafmt.index.sections import BufferRef

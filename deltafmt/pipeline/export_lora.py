@@ -15,7 +15,7 @@ from typing import Any, Final
 from deltafmt.checkpoint.adapter import PREFIX, WEIGHTS_FILE
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
-from deltafmt.checkpoint.writer import CheckpointWriter, TensorSpec, check_output_folder
+from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.format import constants as c

@@ -15,8 +15,8 @@ from deltafmt._version import __version__
 from deltafmt.checkpoint.adapter import Adapter
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.folder import Checkpoint, natural_key, read_file
+from deltafmt.checkpoint.folder_writer import TensorSpec
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.checkpoint.writer import TensorSpec
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.errors import UsageError

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from deltafmt.checkpoint.adapter import PREFIX, is_conv1d, is_embedding, may_be_conv1d
-from deltafmt.checkpoint.writer import TensorSpec
+from deltafmt.checkpoint.folder_writer import TensorSpec
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import NonFiniteError, Remedy, UsageError
 from deltafmt.index.entries import TensorEntry

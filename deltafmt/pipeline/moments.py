@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.calibration.callbacks import Moments, OnStage
-from deltafmt.calibration.store import MomentStore
+from deltafmt.calibration.moment_store import MomentStore
 from deltafmt.errors import UsageError
 from deltafmt.extras import need
 from deltafmt.output import OutputLock, storage_error
@@ -108,7 +108,7 @@ class MomentFolder:
         if self._read_done():
             return
         need("calibration", "torch", "transformers", extra="transformers")
-        from deltafmt.calibration import options, run  # noqa: PLC0415  # torch is optional and slow to import
+        from deltafmt.calibration import run, run_options  # noqa: PLC0415  # torch is optional and slow to import
 
         def keep(name: str, weight_name: str, moments: Moments) -> None:
             # Moments of a tied weight are left out: other modules use the weight with other inputs.
@@ -123,7 +123,7 @@ class MomentFolder:
             tokenizer=calibration.tokenizer,
             tokens=calibration.tokens,
             length=calibration.length,
-            options=options.Options(calibration.device, state=self.path / "state"),
+            options=run_options.RunOptions(calibration.device, state=self.path / "state"),
             on_progress=progress,
             on_stage=on_stage,
         )

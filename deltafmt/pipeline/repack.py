@@ -65,7 +65,7 @@ def repack(
                 moved.append(_moved(opened, entry, writer, profile))
                 target.boundary()
             attachments = {
-                name: Attachment(target.add(container.buffer(old.data), c.KIND_ATTACHMENTS), old.digest)
+                name: Attachment(target.add(container.buffer(old.data), c.SECTION_KIND_ATTACHMENTS), old.digest)
                 for name, old in container.attachments.items()
             }
             identity = target.finish(

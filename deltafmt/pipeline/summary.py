@@ -69,7 +69,7 @@ def cost_tree(container: Container) -> Node:
             groups.setdefault(group, {}).setdefault(label, 0)
             groups[group][label] += ref.length
         counts[entry.action] = counts.get(entry.action, 0) + 1
-    tensors = [section for section in container.sections if section.kind == c.KIND_TENSORS]
+    tensors = [section for section in container.sections if section.kind == c.SECTION_KIND_TENSORS]
     raw = sum(section.raw_length for section in tensors)
     stored = sum(section.length for section in tensors)
     nodes = []
@@ -80,7 +80,7 @@ def cost_tree(container: Container) -> Node:
         nodes.append(Node(group, sum(part.size for part in parts), note, children))
     if stored != raw:
         nodes.append(Node("zstd saves", stored - raw, plural(len(tensors), "section")))
-    attached = [section for section in container.sections if section.kind == c.KIND_ATTACHMENTS]
+    attached = [section for section in container.sections if section.kind == c.SECTION_KIND_ATTACHMENTS]
     if attached:
         names = ", ".join(container.attachments)
         nodes.append(Node("attachments", sum(section.length for section in attached), names))

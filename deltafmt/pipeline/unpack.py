@@ -12,8 +12,8 @@ from pathlib import Path
 
 from deltafmt import accel
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
+from deltafmt.checkpoint.folder_writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.pipeline.bases import compare_bases, find_base, wrong_bytes

@@ -1,1 +1,1 @@
-"""Deltas on a device: streaming upload, and models that serve them."""
+"""Deltas on a device: the streaming upload of files, and models that serve deltas."""

@@ -1,8 +1,8 @@
-"""Deltas attached to a model: one base in memory, and for each row of a batch the fine-tune that it asks for.
+"""Deltas attached to a model: the base is in memory once, and each row of a batch names the fine-tune that it uses.
 
-Works with any ``torch.nn.Module`` that is built of linear, embedding and other innermost modules. The model keeps its
-class, its modules, its parameters and its state dict: forward hooks add to the modules' outputs, and
-:meth:`Deltas.close` takes them away.
+Any ``torch.nn.Module`` will do that is built of linear, embedding and other innermost modules. The model keeps its
+class, its modules, its parameters and its state dict: forward hooks add the deltas to the modules' outputs, and
+:meth:`Deltas.close` removes the hooks.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from torch.utils.hooks import RemovableHandle
 from deltafmt.errors import UsageError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.runtime.base_check import BaseCheck
-from deltafmt.runtime.delta_store import DeltaStore, read_source
+from deltafmt.runtime.binding import Binding, Rename, Role, bind, weight_shape
+from deltafmt.runtime.delta_store import DeltaStore, read_attached
 from deltafmt.runtime.device_delta import DeviceDelta
-from deltafmt.runtime.inputs import batch_of, device_of, models_in
 from deltafmt.runtime.merge import Merge
-from deltafmt.runtime.places import Kind, Placement, Rename, place, weight_shape
+from deltafmt.runtime.model_batch import batch_of, device_of, models_in
 from deltafmt.runtime.residency import Residency
 from deltafmt.runtime.selection import BASE, Selection
-from deltafmt.runtime.slots import Slots
+from deltafmt.runtime.served_modules import ServedModules
 
 Names = str | None | Sequence[str | None]
 
 BASE_NAME = "base"
 
-# The selections of the thread (or task) by model; a new one shadows the one outside it, as torch.no_grad does.
+# The selections of this thread (or task), by the model's id. An inner ``with`` block shadows the outer one.
 _active: ContextVar[Mapping[int, Selection]] = ContextVar("deltafmt_selections", default={})  # noqa: B039 - never written to
 
 
@@ -43,22 +43,23 @@ class Deltas:
     """The deltas of one model.
 
     Args:
-        model: the base; on its device, in its dtype, and not moved or converted as long as deltas are attached.
-        device: where the deltas go; that of the model's parameters if not given.
-        budget: bytes of deltas on the device; None for no bound.
-        host_budget: bytes of deltas in host memory, from which one comes back quicker than from its file.
+        model: the base, on its device and in its dtype; it must not be moved or converted while deltas are attached.
+        device: the device of the deltas; the device of the model's parameters if not given.
+        budget: the bytes of deltas that the device may hold; None for no limit.
+        host_budget: the bytes of copies in host memory; a delta comes back from a copy quicker than from its file.
         verify_base: compare the model's parameters with the fingerprints of every delta's base.
-        ignore: tensors whose names match one of these patterns are left out.
-        rename: gives the model's name for a tensor's name in a file, where that is not found by itself.
-        fuse: have linear modules that are given the same input share a launch.
+        ignore: patterns; tensors whose names match one of them are left out.
+        rename: a function from a tensor's name in a file to its name in the model; needed only for names that are not
+            found by themselves.
+        fuse: let linear modules that receive the same input share one launch.
 
     Attributes:
-        residency: what lies on the device.
-        unchecked: names of base tensors that could not be compared, by the delta's name; see :class:`BaseCheck`.
-        ignored: names of changed tensors that were left out, by the delta's name.
+        residency: the deltas on the device.
+        unchecked: the names of base tensors that could not be compared, by delta name; see :class:`BaseCheck`.
+        ignored: the names of changed tensors that were left out, by delta name.
 
     Raises:
-        UsageError: the model lies on several devices, and none is given.
+        UsageError: the model lies on several devices, and ``device`` is not given.
     """
 
     def __init__(
@@ -81,11 +82,11 @@ class Deltas:
         self._ignore = tuple(ignore)
         self._rename = rename
         self._check = BaseCheck(type(model).__name__)
-        self._slots = Slots(self._device, self._active, fuse=fuse)
-        self._store = DeltaStore(self._device, self._slots.release)
+        self._served = ServedModules(self._device, self._active, fuse=fuse)
+        self._store = DeltaStore(self._device, self._served.release)
         self.residency: Residency[DeviceDelta, DeviceDelta] = Residency(self._store, budget, host_budget)
         self._lock = threading.RLock()
-        self._placements: dict[str, Placement] = {}
+        self._bindings: dict[str, Binding] = {}
         self._open = 0
         self._merge: Merge | None = None
         self._merged: str | None = None
@@ -96,7 +97,7 @@ class Deltas:
     @property
     def names(self) -> list[str]:
         """The names of the deltas, in the order in which they were added."""
-        return list(self._placements)
+        return list(self._bindings)
 
     @property
     def merged(self) -> str | None:
@@ -105,84 +106,85 @@ class Deltas:
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes of the base's values that are kept in host memory while a delta is merged."""
+        """Bytes of the base's original values, which are kept in host memory while a delta is merged."""
         return 0 if self._merge is None else self._merge.saved_bytes
 
     def add(self, name: str, path: str | os.PathLike[str]) -> None:
-        """Attach a delta. Its file's index is read and the base is checked; it is loaded when it is first used.
+        """Attach a delta. The index of its file is read and the base is checked; the delta is loaded on first use.
 
         Raises:
             UsageError: the name is taken, the delta alone exceeds the budget, or a tensor has no place in the model.
-            WrongBaseError: the model is not the delta's base; names the first tensor that differs.
+            WrongBaseError: the model is not the delta's base; the message names the first tensor that differs.
             UnsupportedError: a tensor has a term of a kind that cannot be served.
             StorageError, InvalidFileError: the file cannot be read.
         """
         if not name or name == BASE_NAME:
             raise UsageError(f'a delta cannot have the name "{name}"')
         self._refuse_merged("another is added")
-        source = read_source(os.fspath(path))
-        placement = place(self._model, source.entries, source.removed, self._ignore, self._rename)
-        self._check_growth(source.entries, placement)
+        source = read_attached(os.fspath(path))
+        binding = bind(self._model, source.entries, source.removed, self._ignore, self._rename)
+        self._check_growth(source.entries, binding)
         unchecked = []
         if self._verify_base:
-            taken = {tensor for taker in placement.takers for tensor in taker.tensors.values()}
+            taken = {tensor for bound in binding.modules for tensor in bound.tensors.values()}
             entries = {tensor: entry for tensor, entry in source.entries.items() if tensor in taken}
-            unchecked = self._check.check(entries, placement.parameters)
-        needed = _changed(source.entries, placement)
+            unchecked = self._check.check(entries, binding.parameters)
+        needed = _changed(source.entries, binding)
         with self._lock:
-            if name in self._placements:
+            if name in self._bindings:
                 raise UsageError(f'there is a delta "{name}" already')
-            self._store.sources[name] = replace(source, needed=needed)
+            self._store.files[name] = replace(source, needed=needed)
             try:
                 self.residency.add(name)
             except UsageError:
-                del self._store.sources[name]
+                del self._store.files[name]
                 raise
-            self._placements[name] = placement
+            self._bindings[name] = binding
             self.unchecked[name] = unchecked
-            self.ignored[name] = placement.ignored
-            self._slots.prepare(
-                taker for taker in placement.takers if not set(needed).isdisjoint(taker.tensors.values())
+            self.ignored[name] = binding.ignored
+            self._served.prepare(
+                bound for bound in binding.modules if not set(needed).isdisjoint(bound.tensors.values())
             )
 
     def remove(self, name: str) -> None:
         """Detach one delta and free its memory.
 
         Raises:
-            UsageError: it is unknown or in use.
+            UsageError: the delta is unknown or in use.
         """
         self.residency.remove(name)
         with self._lock:
-            for held in (self._placements, self.unchecked, self.ignored, self._store.sources):
+            for held in (self._bindings, self.unchecked, self.ignored, self._store.files):
                 held.pop(name)
 
     def prefetch(self, name: str) -> bool:
-        """Start loading a delta and return at once; False if those in use leave no room for it.
+        """Start to load a delta and return at once; return False if the deltas in use leave no room for it.
 
         Raises:
-            UsageError: it is unknown.
+            UsageError: the delta is unknown.
         """
         return self.residency.prefetch(name)
 
     def unused(self) -> list[str]:
-        """Return the names of modules that deltas change and that have not run while one of those was served.
+        """Return the names of modules that deltas change but that have not run while such a delta was served.
 
-        After a forward, a name here that the model should have used means that it reads the module's weight by another
-        way than calling it, where no delta can be added.
+        If a module that the model uses is still listed after a forward, the model reads its weight without calling
+        the module. No delta is added then.
         """
-        return self._slots.unused()
+        return self._served.unused()
 
     @contextlib.contextmanager
     def use(self, names: Names, *, wait: float = 0) -> Iterator[None]:
         """Serve deltas within a ``with`` block, in this thread, without gradients.
 
         Args:
-            names: one name for all rows of the batch, or a name for each row; None or "base" for the base alone.
-                Where the model is given several rows for each name (beams), they stand side by side.
-            wait: seconds to wait for other threads to give deltas back where the budget has no room.
+            names: one name for all rows of the batch, or a name for each row; None or "base" for the base alone. If
+                the model receives several rows for each name (beams), the rows of a name stand side by side.
+            wait: seconds to wait for other threads to give deltas back, if the budget has no room.
 
         Raises:
-            UsageError: an unknown name, no names, a merged delta, or deltas that together exceed the budget.
+            UsageError: a name is unknown, no names are given, a delta is merged, or the deltas together exceed the
+                budget.
             NoRoomError: the deltas in use leave no room.
             StorageError, InvalidFileError: a delta's file cannot be read, or has changed.
         """
@@ -197,11 +199,11 @@ class Deltas:
             wanted = [name for name in rows if name is not None]
             with self.residency.acquire(wanted, wait) as lease, torch.no_grad():
                 slots = {
-                    name: self._slots.assign(name, value, self._placements[name].takers)
+                    name: self._served.assign(name, value, self._bindings[name].modules)
                     for name, value in lease.values.items()
                 }
                 row_slots = [BASE if name is None else slots[name] for name in rows]
-                selection = Selection(row_slots, self._slots.count, self._device)
+                selection = Selection(row_slots, self._served.count, self._device)
                 token = _active.set({**_active.get(), id(self): selection})
                 try:
                     yield
@@ -212,12 +214,13 @@ class Deltas:
                 self._open -= 1
 
     def merge(self, name: str) -> None:
-        """Add a delta to the base's weights in place; every parameter becomes what unpacking would write.
+        """Add a delta to the base's weights in place; every parameter gets the values that unpacking would write.
 
-        The original values of what changes are kept in host memory, so that :meth:`unmerge` restores every bit.
+        The original values of the changed elements are kept in host memory, so that :meth:`unmerge` restores every
+        bit.
 
         Raises:
-            UsageError: deltas are in use or merged, or the delta cannot be merged; names the tensor.
+            UsageError: deltas are in use or merged, or a tensor cannot be merged; the message names it.
         """
         # The lock is not held while waiting: the thread that loads deltas takes it to empty slots.
         with self._lock:
@@ -227,7 +230,7 @@ class Deltas:
         lease = None
         try:
             lease = self.residency.acquire([name])
-            self._merge = Merge(name, lease, self._placements[name])
+            self._merge = Merge(name, lease, self._bindings[name])
             self._merge.apply()
         except BaseException:
             self._merge = self._merged = None
@@ -239,7 +242,7 @@ class Deltas:
         """Restore the base's weights, bit for bit.
 
         Raises:
-            UsageError: nothing is merged, or the weights have been changed since; then nothing is restored.
+            UsageError: nothing is merged, or the weights were changed since; then nothing is restored.
         """
         if self._merge is None:
             raise UsageError("no delta is merged")
@@ -247,7 +250,7 @@ class Deltas:
         self._merge = self._merged = None
 
     def close(self) -> None:
-        """Take every hook away and free every delta.
+        """Remove every hook and free every delta.
 
         Raises:
             UsageError: deltas are in use or merged.
@@ -258,7 +261,7 @@ class Deltas:
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
-            self._slots.close()
+            self._served.close()
         self.residency.close()
 
     def _refuse_merged(self, what: str) -> None:
@@ -269,13 +272,13 @@ class Deltas:
         if self._open:
             raise UsageError(f"cannot {what} while deltas are in use")
 
-    def _check_growth(self, entries: Mapping[str, TensorEntry], placement: Placement) -> None:
-        """Refuse a weight of other rows than the base's, except where they are a vocabulary."""
+    def _check_growth(self, entries: Mapping[str, TensorEntry], binding: Binding) -> None:
+        """Refuse a weight with more or fewer rows than the base's; only a vocabulary may grow or shrink."""
         head = getattr(self._model, "get_output_embeddings", lambda: None)()
-        for taker in placement.takers:
-            shape = weight_shape(taker.module, taker.kind)
-            name = taker.tensors.get("weight")
-            if shape is None or name is None or taker.kind is Kind.EMBEDDING or taker.module is head:
+        for bound in binding.modules:
+            shape = weight_shape(bound.module, bound.role)
+            name = bound.tensors.get("weight")
+            if shape is None or name is None or bound.role is Role.EMBEDDING or bound.module is head:
                 continue
             if entries[name].shape != shape:
                 found = f"{list(entries[name].shape)} where {type(self._model).__name__} has {list(shape)}"
@@ -291,6 +294,6 @@ class Deltas:
             selection.enter(*batch, type(module).__name__)
 
 
-def _changed(entries: Mapping[str, TensorEntry], placement: Placement) -> tuple[str, ...]:
-    taken = {tensor: None for taker in placement.takers for tensor in taker.tensors.values()}
+def _changed(entries: Mapping[str, TensorEntry], binding: Binding) -> tuple[str, ...]:
+    taken = {tensor: None for bound in binding.modules for tensor in bound.tensors.values()}
     return tuple(name for name in taken if entries[name].action != "same")

@@ -1,4 +1,4 @@
-"""Whether a model in memory is the base that a delta was packed against (spec/deltafmt-v1.md, section 7.5)."""
+"""Check that a model in memory is the base that a delta was packed against (spec/deltafmt-v1.md, section 7.5)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.runtime.device_views import TORCH_DTYPES
 from deltafmt.runtime.values import version_of
 
-_THREADS = 4  # each holds one tensor in host memory
+_THREADS = 4  # each thread holds one tensor in host memory
 
 
 class BaseCheck:
-    """Compare a model's parameters with the fingerprints in deltas; one that stays the same is hashed once."""
+    """Compare a model's parameters with the fingerprints in deltas; an unchanged parameter is hashed only once."""
 
     def __init__(self, model_name: str) -> None:
         self._model = model_name
@@ -29,15 +29,15 @@ class BaseCheck:
         """Check every tensor that a delta takes from the base.
 
         Args:
-            entries: of the delta.
-            parameters: of the model, by the tensor's name; what is missing is not checked.
+            entries: the delta's entries by tensor name.
+            parameters: the model's parameters by tensor name; tensors without a parameter are not checked.
 
         Returns:
-            Names of the tensors that cannot be checked, because the model holds them in another form: quantized, or in
-            a dtype that the base's bits cannot be had back from.
+            The names of the tensors that cannot be checked, because the model holds them in another form: quantized,
+            or in a dtype from which the base's bits cannot be restored.
 
         Raises:
-            WrongBaseError: names the first tensor that differs.
+            WrongBaseError: a tensor differs; the message names the first one.
         """
         needed = [(name, entry.base) for name, entry in entries.items() if entry.base is not None]
         unchecked = []
@@ -75,9 +75,9 @@ class _Known:
 
 
 def fingerprint(parameter: torch.Tensor, dtype: str) -> bytes | None:
-    """Return the fingerprint that a parameter has in the dtype of its file.
+    """Return the fingerprint that a parameter has in the dtype of its file, or None if its bits are lost.
 
-    A model that was loaded in a wider dtype still has the file's bits; None if it doesn't.
+    A model that was loaded in a wider dtype, for example a BF16 file in float32, still has the file's bits.
     """
     wanted = TORCH_DTYPES[dtype]
     held = parameter.detach()
@@ -88,6 +88,6 @@ def fingerprint(parameter: torch.Tensor, dtype: str) -> bytes | None:
     if narrow.dtype != held.dtype and not torch.equal(narrow.to(held.dtype), held):
         return None
     digest = hasher(dtype, tuple(held.shape))
-    # A torch tensor has no buffer in BF16; its bytes have.
+    # numpy has no BF16, so the bytes are taken as uint8.
     digest.update(narrow.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()

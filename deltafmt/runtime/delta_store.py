@@ -1,4 +1,4 @@
-"""Deltas as the residency moves them: from files and host copies to the device."""
+"""Loading and copying of deltas for the residency: from files and host copies to the device, and back to the host."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from deltafmt.runtime.upload import load
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class AttachedFile:
     """A delta file as it was when it was attached.
 
     Attributes:
-        path: the file.
-        content_id: in hexadecimal.
-        opened: the file, closed; its index has been decoded.
-        entries: of its tensors by name; for an alias, that of its target.
-        removed: names of tensors that only the base has.
-        needed: names of the tensors to bring to the device.
+        path: the file's path.
+        content_id: the content id in hexadecimal.
+        opened: the file, which is closed again but keeps its decoded index.
+        entries: the entries of its tensors by name; an alias has the entry of its target.
+        removed: the names of tensors that only the base has.
+        needed: the names of the tensors that must be on the device.
     """
 
     path: str
@@ -38,7 +38,7 @@ class Source:
     needed: tuple[str, ...] = ()
 
 
-def read_source(path: str) -> Source:
+def read_attached(path: str) -> AttachedFile:
     """Read the index of a delta file.
 
     Raises:
@@ -46,11 +46,11 @@ def read_source(path: str) -> Source:
     """
     with DeltaFile(path) as delta:
         entries = {name: delta.resolve(name) for name in delta}
-        return Source(path, delta.content_id, delta, entries, tuple(delta.container.removed))
+        return AttachedFile(path, delta.content_id, delta, entries, tuple(delta.container.removed))
 
 
 def device_bytes(entries: Iterable[TensorEntry]) -> int:
-    """Return the bytes that tensors take on the device: buffers aligned as in a file, a rank index made fixed."""
+    """Return the bytes that tensors take on the device: buffers are aligned as in a file, a rank index is fixed."""
     total = 0
     for entry in {entry.name: entry for entry in entries}.values():
         for term in entry.terms:
@@ -65,43 +65,43 @@ class DeltaStore:
     """Load deltas to a device, and copy them to and from host memory.
 
     Args:
-        device: where the deltas go.
-        evicted: called with the name of a delta that leaves the device, to forget its tensors.
+        device: the device of the deltas.
+        evicted: a function that is called with the name of a delta that leaves the device.
     """
 
     def __init__(self, device: torch.device, evicted: Callable[[str], None]) -> None:
-        self.sources: dict[str, Source] = {}
+        self.files: dict[str, AttachedFile] = {}
         self.evicted = evicted
         self._device = device
 
     def nbytes(self, name: str) -> int:
         """Return the bytes that a delta takes on the device."""
-        source = self.sources[name]
-        return device_bytes(source.entries[tensor] for tensor in source.needed)
+        file = self.files[name]
+        return device_bytes(file.entries[tensor] for tensor in file.needed)
 
     def load(self, name: str, cancel: threading.Event) -> DeviceDelta:
         """Bring a delta from its file to the device.
 
         Raises:
-            StorageError: the file is missing, or another than the one that was attached.
+            StorageError: the file is missing, or it is not the file that was attached.
         """
-        source = self.sources[name]
+        file = self.files[name]
         try:
-            delta = load(source.path, self._device, tensors=source.needed or None, cancel=cancel, known=source.opened)
+            delta = load(file.path, self._device, tensors=file.needed or None, cancel=cancel, known=file.opened)
         except UsageError:
-            # A tensor may be missing because the file is another one.
-            self._check_unchanged(name, read_source(source.path).content_id)
+            # A tensor may be missing because the file was replaced.
+            self._check_unchanged(name, read_attached(file.path).content_id)
             raise
         self._check_unchanged(name, delta.content_id)
         self._settle()
         return delta
 
     def _check_unchanged(self, name: str, content_id: str) -> None:
-        source = self.sources[name]
-        if content_id != source.content_id:
+        file = self.files[name]
+        if content_id != file.content_id:
             raise StorageError(
-                f'{source.path} changed since it was attached as "{name}": '
-                f"content id {content_id[:16]}, not {source.content_id[:16]}"
+                f'{file.path} changed since it was attached as "{name}": '
+                f"content id {content_id[:16]}, not {file.content_id[:16]}"
             )
 
     def to_host(self, name: str, value: DeviceDelta) -> DeviceDelta:  # noqa: ARG002 - the store's signature
@@ -118,7 +118,7 @@ class DeltaStore:
         return copied
 
     def fence(self) -> torch.cuda.Event | None:
-        """Return an event behind what the calling thread's stream has been given."""
+        """Return an event behind all work that the calling thread has queued on its stream."""
         if self._device.type != "cuda":
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -132,11 +132,11 @@ class DeltaStore:
 
 
 def copy_delta(delta: DeviceDelta, allocate: Callable[[int], torch.Tensor]) -> DeviceDelta:
-    """Copy a delta into new memory, one copy for each allocation that it lies in.
+    """Copy a delta into new memory, with one copy for each allocation that holds a part of it.
 
     Args:
-        delta: on a device or in host memory.
-        allocate: gives a uint8 tensor of a number of bytes.
+        delta: a delta on a device or in host memory.
+        allocate: a function from a number of bytes to an empty uint8 tensor.
     """
     copies: dict[int, torch.Tensor] = {}
 

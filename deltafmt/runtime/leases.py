@@ -1,4 +1,4 @@
-"""The parts of the residency: its books on each value, and the leases that keep values on the device."""
+"""The parts of the residency: the state of each value, and the leases that keep values on the device."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Self
 
-from deltafmt.runtime.store import Fence, H, V
+from deltafmt.runtime.store_protocol import Fence, H, V
 
 
 @dataclass(slots=True, eq=False)
 class Item(Generic[V, H]):
-    """State of one name; ``size`` counts against the budget while ``value`` is set or ``loading``."""
+    """The state of one named value.
+
+    Attributes:
+        size: the value's bytes; they count against the budget while the value is set or loading.
+        value: the value on the device, if it is there.
+        host: the copy in host memory, if there is one.
+        loading: True while the value is on its way to the device.
+        error: the error that the last load ended with, if it failed.
+        leases: the number of leases that hold the value.
+        last_use: a counter that is higher for values that were used later.
+        fences: work on the device that may still read the value.
+    """
 
     size: int
     value: V | None = None
@@ -23,7 +34,7 @@ class Item(Generic[V, H]):
     fences: list[Fence] = field(default_factory=list)
 
     def release(self, fence: Fence | None) -> None:
-        """Count a lease as given back; ``fence`` stands behind what used the value."""
+        """Count one lease less; ``fence`` marks the end of the work that used the value."""
         self.leases -= 1
         if fence is not None:
             self.fences = [*(before for before in self.fences if not before.query()), fence]
@@ -31,7 +42,7 @@ class Item(Generic[V, H]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Victim(Generic[V]):
-    """A value that is out of the books and still has to be dropped."""
+    """A value that was chosen to leave and still has to be dropped by the worker thread."""
 
     name: str
     value: V
@@ -46,7 +57,7 @@ class Lease(Generic[V]):
         self._release = release
 
     def release(self) -> None:
-        """Give them back; a second call does nothing."""
+        """Release the deltas; a second call does nothing."""
         names, self.values = list(self.values), {}
         if names:
             self._release(names)
@@ -59,5 +70,5 @@ class Lease(Generic[V]):
 
 
 def listed(names: list[str]) -> str:
-    """Return names as a message shows them."""
+    """Return names in quotes, joined by commas, for a message."""
     return ", ".join(f'"{name}"' for name in names)

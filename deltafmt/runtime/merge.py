@@ -1,7 +1,8 @@
-"""A delta added to the base's weights in place, and taken out again without a bit of difference.
+"""A delta that is added to the base's weights in place, and taken out again without a bit of difference.
 
-Floating-point sums cannot be undone, so the original values of what changes are kept, in host memory. For packed terms
-that is only what the delta keeps: which elements those are follows from the delta, so no index is stored.
+Floating-point sums cannot be undone, so the original values of the changed elements are kept in host memory. For packed
+terms these are only the elements that the delta keeps. The delta itself tells which elements those are, so no index is
+stored with them.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import torch
 
 from deltafmt.delta import row_ranges
 from deltafmt.errors import UsageError
+from deltafmt.runtime.binding import Binding
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
 from deltafmt.runtime.device_views import TORCH_DTYPES
 from deltafmt.runtime.leases import Lease
-from deltafmt.runtime.places import Placement
 from deltafmt.runtime.values import added, dense_delta, new_values, version_of
 
-_CHUNK_ELEMENTS = 1 << 26  # decoded at a time, in float32
-_STEP_ROWS = 256  # whole tiles of every layout
+_CHUNK_ELEMENTS = 1 << 26  # elements of the delta that are decoded at a time, in float32
+_STEP_ROWS = 256  # chunks start at multiples of this: at whole tiles, whatever the layout
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -28,15 +29,15 @@ class Merge:
     """One delta in the weights of a model.
 
     Args:
-        name: of the delta.
-        lease: keeps the delta on the device; released by :meth:`undo`.
-        placement: which parameter each tensor changes.
+        name: the delta's name.
+        lease: the lease that keeps the delta on the device; :meth:`undo` releases it.
+        binding: the parameters that the delta's tensors change.
 
     Raises:
         UsageError: a tensor cannot be merged.
     """
 
-    def __init__(self, name: str, lease: Lease[DeviceDelta], placement: Placement) -> None:
+    def __init__(self, name: str, lease: Lease[DeviceDelta], binding: Binding) -> None:
         self.name = name
         self._lease = lease
         self._changes: list[_Change] = []
@@ -45,12 +46,14 @@ class Merge:
         for tensor_name, tensor in lease.values[name].items():
             if tensor.entry.action == "same":
                 continue
-            parameter = placement.parameters.get(tensor_name)
+            parameter = binding.parameters.get(tensor_name)
             check_mergeable(tensor_name, tensor, parameter)
             assert parameter is not None
             owner, payload = owners.setdefault(id(parameter), (tensor_name, tensor.entry.name))
             if payload != tensor.entry.name:
-                raise UsageError(f'tensors "{owner}" and "{tensor_name}" differ, but the model has one for both')
+                raise UsageError(
+                    f'tensors "{owner}" and "{tensor_name}" differ, but the model has one parameter for both'
+                )
             if owner == tensor_name:
                 self._changes.append(_Change(tensor_name, tensor, parameter))
 
@@ -61,7 +64,7 @@ class Merge:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Change the weights; if that fails, they are as they were."""
+        """Change the weights; on an error they are restored."""
         try:
             for change in self._changes:
                 change.save()
@@ -76,7 +79,7 @@ class Merge:
         """Restore the weights.
 
         Raises:
-            UsageError: a parameter was changed since; nothing is restored.
+            UsageError: a parameter was changed since the merge; nothing is restored.
         """
         for change, version in zip(self._changes, self._versions, strict=True):
             if version_of(change.parameter) != version or not change.is_written():
@@ -93,23 +96,31 @@ class Merge:
 
 
 def check_mergeable(name: str, tensor: DeviceTensor, parameter: torch.Tensor | None) -> None:
-    """Refuse a tensor that has no parameter of its shape.
+    """Refuse a tensor whose parameter is missing, has another shape, or is not floating point.
 
     Raises:
-        UsageError: it has none.
+        UsageError: the tensor cannot be merged; the message names it and says why.
     """
     if parameter is None:
         raise UsageError(f'tensor "{name}" cannot be merged: its module holds the weight in another form')
     if tuple(parameter.shape) != tensor.entry.shape:
-        shapes = f"{list(tensor.entry.shape)} where the model has {list(parameter.shape)}"
-        raise UsageError(f'tensor "{name}" cannot be merged: it is {shapes}')
+        shapes = f"{list(tensor.entry.shape)}, but the model's parameter has {list(parameter.shape)}"
+        raise UsageError(f'tensor "{name}" cannot be merged: its shape is {shapes}')
     if not parameter.is_floating_point():
         raise UsageError(f'tensor "{name}" cannot be merged: the model holds it as {parameter.dtype}')
 
 
 @dataclass(slots=True, eq=False)
 class _Change:
-    """One parameter; ``original`` is what was there, of the elements that change or (``whole``) of all."""
+    """One changed parameter.
+
+    Attributes:
+        name: the tensor's name.
+        tensor: the delta's tensor.
+        parameter: the model's parameter.
+        original: the original values: of all elements if ``whole``, otherwise of the elements that change.
+        whole: True if all elements are kept.
+    """
 
     name: str
     tensor: DeviceTensor
@@ -118,10 +129,10 @@ class _Change:
     whole: bool = True
 
     def save(self) -> None:
-        """Keep the values that will change."""
+        """Copy the values that will change to host memory."""
         held = self.parameter.detach()
         wanted = TORCH_DTYPES[self.tensor.entry.dtype]
-        # Rounding to a narrower dtype may change elements of which the delta is zero.
+        # Rounding to a narrower dtype may change elements whose delta is zero.
         self.whole = not self.tensor.terms or not (
             torch.promote_types(held.dtype, wanted) == wanted or torch.equal(held.to(wanted).to(held.dtype), held)
         )
@@ -136,11 +147,11 @@ class _Change:
             rows.copy_(values)
 
     def is_written(self) -> bool:
-        """Tell whether the parameter has the values that were written."""
+        """Tell whether the parameter still has the values that were written."""
         return all(torch.equal(_bits(rows), _bits(values)) for rows, values in self._fine_tuned(self.original))
 
     def restore(self) -> None:
-        """Put the original values back, if any were kept."""
+        """Write the original values back, if any were kept."""
         if self.original is None:
             return
         if self.whole:
@@ -151,7 +162,7 @@ class _Change:
         self.original = None
 
     def _fine_tuned(self, original: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Give chunks of the parameter with their fine-tuned values, from the original ones if they are given."""
+        """Yield chunks of the parameter with their fine-tuned values, computed from the original values if given."""
         held = self.parameter.detach()
         if self.whole:
             base = held if original is None else original.to(held.device)
@@ -170,7 +181,7 @@ class _Change:
     def _originals(
         self, original: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Give chunks of the parameter with their delta, the mask of what changes and its original values."""
+        """Yield chunks of the parameter with their delta, the mask of changed elements and their original values."""
         start = 0
         for rows, delta in self._chunks():
             mask = delta != 0
@@ -179,7 +190,7 @@ class _Change:
             start = stop
 
     def _chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Give rows of the parameter, as a matrix, with their delta."""
+        """Yield rows of the parameter, as a matrix, with their delta."""
         entry = self.tensor.entry
         held = self.parameter.detach().view(entry.rows, entry.columns)
         for start, stop in row_ranges(0, entry.rows, entry.columns, _STEP_ROWS, _CHUNK_ELEMENTS):

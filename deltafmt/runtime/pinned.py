@@ -1,4 +1,8 @@
-"""Host buffers that files are read into and devices copy from, and the threads that fill them; kept between loads."""
+"""Pinned host memory and threads of the upload, which are kept from one load to the next.
+
+Threads read pieces of a file into pinned buffers, and the device copies from these. A ring is the set of pinned buffers
+that one load uses.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,16 @@ import torch
 from deltafmt.errors import UsageError
 from deltafmt.format.constants import ZSTD_CHUNK
 
-MIN_SLOTS = 4
+MIN_BUFFERS = 4
 MAX_THREADS = 64
 
 
-class Slot:
+class PinnedBuffer:
     """One buffer of a ring.
 
     Attributes:
-        tensor: uint8, pinned if the device is a GPU.
-        view: the same bytes.
+        tensor: a uint8 tensor, pinned if the device is a GPU.
+        view: the same bytes as a memoryview.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -31,13 +35,13 @@ class Slot:
         self._handle = 0
 
     def record(self, stream: torch.cuda.Stream) -> None:
-        """Note that copies from this buffer have been given to a stream."""
+        """Note that copies from this buffer are queued on a stream."""
         if self._copied is None:
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied.record(stream)
 
     def recorded(self, stream: torch.cuda.Stream) -> int:
-        """Return the handle of the event behind the copies from this buffer; a new one is recorded at once."""
+        """Return the handle of the event behind the copies from this buffer; a new event is recorded at once."""
         if self._copied is None:
             self.record(stream)
         if not self._handle and self._copied is not None:
@@ -46,36 +50,36 @@ class Slot:
 
     def wait(self) -> None:
         """Wait until no copy reads this buffer any more."""
-        # Asking keeps the interpreter's lock, waiting hands it over.
+        # A query keeps the interpreter's lock; a wait gives it away and must get it back.
         if self._copied is not None and not self._copied.query():  # type: ignore[no-untyped-call]
             self._copied.synchronize()
 
 
 class Ring:
-    """Buffers for copies to one device.
+    """The pinned buffers of one load.
 
     Args:
-        device: that the copies go to; only copies to a GPU need pinned memory.
-        nbytes: of all buffers together, at least 1 MiB.
-        slot_bytes: of each, unless that would make them fewer than four.
+        device: the device that the copies go to; only copies to a GPU need pinned memory.
+        nbytes: the bytes of all buffers together, at least 1 MiB.
+        buffer_bytes: the bytes of each buffer; smaller if there would be fewer than four buffers.
     """
 
-    def __init__(self, device: torch.device, nbytes: int, slot_bytes: int) -> None:
+    def __init__(self, device: torch.device, nbytes: int, buffer_bytes: int) -> None:
         self.device = device
         self.nbytes = nbytes
-        self.slot_bytes = fitting(nbytes, slot_bytes)
+        self.buffer_bytes = fitting(nbytes, buffer_bytes)
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-        starts = range(0, nbytes - self.slot_bytes + 1, self.slot_bytes)
-        self.slots = [Slot(self.memory[start : start + self.slot_bytes]) for start in starts]
+        starts = range(0, nbytes - self.buffer_bytes + 1, self.buffer_bytes)
+        self.buffers = [PinnedBuffer(self.memory[start : start + self.buffer_bytes]) for start in starts]
 
 
-def fitting(nbytes: int, slot_bytes: int) -> int:
-    """Return the size of each of at least four buffers, whole chunks of a compressed section."""
-    return min(slot_bytes, nbytes // MIN_SLOTS // ZSTD_CHUNK * ZSTD_CHUNK)
+def fitting(nbytes: int, buffer_bytes: int) -> int:
+    """Return the bytes of each buffer, so that there are at least four and each holds whole zstd chunks."""
+    return min(buffer_bytes, nbytes // MIN_BUFFERS // ZSTD_CHUNK * ZSTD_CHUNK)
 
 
 class _Cache:
-    """Idle rings by device, and the threads; forgotten in a forked child, which has neither."""
+    """The idle rings by device, and the threads. A forked child starts with an empty cache: it has no threads."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -94,29 +98,29 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def take_ring(device: torch.device, nbytes: int, slot_bytes: int) -> Ring:
-    """Return the idle ring of a device, or a new one; each load that runs holds its own.
+def take_ring(device: torch.device, nbytes: int, buffer_bytes: int) -> Ring:
+    """Return the idle ring of a device, or a new one; every running load has a ring of its own.
 
     Raises:
-        UsageError: fewer bytes than four buffers need.
+        UsageError: ``nbytes`` is too small for four buffers.
     """
-    if nbytes < MIN_SLOTS * ZSTD_CHUNK:
-        raise UsageError(f"pinned_bytes {nbytes} is below {MIN_SLOTS * ZSTD_CHUNK}")
+    if nbytes < MIN_BUFFERS * ZSTD_CHUNK:
+        raise UsageError(f"pinned_bytes {nbytes} is below {MIN_BUFFERS * ZSTD_CHUNK}")
     with _cache.lock:
         ring = _cache.rings.pop(device, None)
-    if ring is not None and (ring.nbytes, ring.slot_bytes) == (nbytes, fitting(nbytes, slot_bytes)):
+    if ring is not None and (ring.nbytes, ring.buffer_bytes) == (nbytes, fitting(nbytes, buffer_bytes)):
         return ring
-    return Ring(device, nbytes, slot_bytes)
+    return Ring(device, nbytes, buffer_bytes)
 
 
 def give_ring(ring: Ring) -> None:
-    """Keep a ring for the next load; of two that come back, one."""
+    """Keep a ring for the next load. Only one ring a device is kept; another one is dropped."""
     with _cache.lock:
         _cache.rings[ring.device] = ring
 
 
 def start_threads(work: Callable[[int], None], count: int) -> list[Future[None]]:
-    """Run ``work`` with 0, 1 and so on in some threads, which are started as they are needed and kept."""
+    """Run ``work(0)``, ``work(1)`` and so on in ``count`` threads, which are kept for the next load."""
     with _cache.lock:
         if _cache.threads is None:
             _cache.threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="deltafmt-upload")
@@ -124,10 +128,9 @@ def start_threads(work: Callable[[int], None], count: int) -> list[Future[None]]
 
 
 def free_buffers() -> int:
-    """Give back the buffers and threads that are kept between loads; return how many bytes of buffers those were.
+    """Free the buffers and threads that are kept between loads; return the bytes of the freed buffers.
 
-    Pinned memory goes back to torch's cache of it, which keeps it for other uses. Loads under way go on to their end,
-    which is waited for.
+    Pinned memory goes back to torch's cache of pinned memory. The call waits for loads that are under way.
     """
     with _cache.lock:
         rings, threads = list(_cache.rings.values()), _cache.threads
@@ -135,6 +138,6 @@ def free_buffers() -> int:
     if threads is not None:
         threads.shutdown(wait=True)
     for ring in rings:
-        for slot in ring.slots:
-            slot.wait()
+        for buffer in ring.buffers:
+            buffer.wait()
     return sum(ring.nbytes for ring in rings)

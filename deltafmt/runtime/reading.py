@@ -1,8 +1,8 @@
-"""Threads that read the pieces of a file, check them and give them to the device, all at the same time.
+"""Threads that read the pieces of a file, check them and copy them to the device, all at the same time.
 
-A thread takes a free buffer, then the next piece, so that whoever waits for an earlier piece waits for somebody who
-has all it takes. The parts of a large section are read in any order and hashed in theirs, by whichever thread comes
-last; the others go on reading.
+A thread takes a free buffer first and then the next piece. A piece that was taken therefore always has a buffer, and
+no thread can wait for a piece that cannot move. The parts of a large section are read in any order but hashed in the
+order of the file: a thread that has the next part hashes it, and the others go on reading.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import xxhash
 from deltafmt.container.reader import Container
 from deltafmt.errors import CancelledError
 from deltafmt.format.constants import ZSTD_CHUNK
-from deltafmt.runtime.pinned import Ring, Slot, start_threads
+from deltafmt.runtime.pinned import PinnedBuffer, Ring, start_threads
 from deltafmt.runtime.upload_pieces import Piece, Share
 
 if TYPE_CHECKING:
@@ -30,17 +30,21 @@ _Move = tuple[Piece, list[torch.Tensor]]
 
 
 class _Digest:
-    """The checksum of a section whose parts arrive in any order."""
+    """The running checksum of a section whose parts arrive in any order."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.hasher = xxhash.xxh3_128()
         self.next = 0
         self.busy = False
-        self.waiting: dict[int, tuple[Share, Slot]] = {}
+        self.waiting: dict[int, tuple[Share, PinnedBuffer]] = {}
 
-    def take(self, done: Share | None = None) -> tuple[Share, Slot] | None:
-        """Return the part to hash next, if it is there and nobody is at work; ``done``: the one hashed last."""
+    def take(self, done: Share | None = None) -> tuple[Share, PinnedBuffer] | None:
+        """Return the next part to hash, or None if it has not arrived or another thread is hashing.
+
+        Args:
+            done: the part that the calling thread has just hashed.
+        """
         with self.lock:
             if done is not None:
                 self.busy = False
@@ -52,7 +56,7 @@ class _Digest:
 
 
 class _Decoder:
-    """A compressed section: its stored bytes, read and checked by the thread that needs them first."""
+    """A compressed section; the thread that needs its stored bytes first reads and checks them."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -65,13 +69,13 @@ class Upload:
 
     Args:
         container: the file.
-        pieces: what to move.
-        ring: buffers to move it through.
-        memory, scratch: uint8 tensors that it goes to.
-        stream: that the copies are given to; None for a CPU.
-        verify: compare checksums and padding.
-        later: sections whose checksum is compared once they are on the device: here, only the padding is.
-        cancel: when set, the upload stops.
+        pieces: the pieces to move.
+        ring: the pinned buffers that the pieces pass through.
+        memory, scratch: the uint8 tensors that the pieces are copied to.
+        stream: the stream that the copies are queued on; None for a CPU.
+        verify: check checksums and padding.
+        later: the sections whose checksum the device takes after the upload; only their padding is checked here.
+        cancel: an event; when it is set, the upload stops.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class Upload:
         cancel: threading.Event | None,
     ) -> None:
         self._container = container
-        # Every view taken by a thread would hand the interpreter's lock over once more.
+        # The views are made here: a thread that makes one must take the interpreter's lock once more.
         self._targets = [
             [(scratch if copy.scratch else memory).narrow(0, copy.target, copy.length) for copy in piece.copies]
             for piece in pieces
@@ -98,9 +102,9 @@ class Upload:
         self._later = later
         self._cancel = cancel
         self._pieces: Iterator[_Move] = zip(pieces, self._targets, strict=True)
-        self._free: SimpleQueue[Slot | None] = SimpleQueue()
-        for slot in ring.slots:
-            self._free.put(slot)
+        self._free: SimpleQueue[PinnedBuffer | None] = SimpleQueue()
+        for buffer in ring.buffers:
+            self._free.put(buffer)
         self._digests = {share.section: _Digest() for p in pieces for share in p.shares if share.parts > 1}
         self._decoders = {piece.shares[0].section: _Decoder() for piece in pieces if piece.compressed}
         for piece in pieces:
@@ -113,7 +117,7 @@ class Upload:
         self._changed = threading.Condition()
 
     def run(self, threads: int) -> None:
-        """Move everything; return once all of it is checked and given to the stream.
+        """Move all pieces; return when all are checked and their copies are queued on the stream.
 
         Raises:
             InvalidFileError: a section is damaged, or the file has become shorter.
@@ -130,13 +134,13 @@ class Upload:
                 with self._changed:
                     self._changed.wait_for(self._is_over)
                 break
-            except BaseException as error:  # noqa: BLE001 - an interrupt: raised again when no piece is under way
+            except BaseException as error:  # noqa: BLE001 - an interrupt, which is raised again when no piece is moving
                 self._stop(error)
         if self._error is not None:
             raise self._error
 
     def forget(self) -> None:
-        """Let go of the memory."""
+        """Drop the references to the device's memory."""
         for targets in self._targets:
             targets.clear()
         self._error = None
@@ -149,20 +153,20 @@ class Upload:
             self._error = self._error or error
             self._changed.notify_all()
         for _ in range(self._threads):
-            self._free.put(None)  # whoever waits for a buffer
+            self._free.put(None)  # wakes a thread that waits for a buffer
 
     def _work(self) -> None:
         try:
             if self._stream is not None:
                 torch.cuda.set_stream(self._stream)
-            while (slot := self._free.get()) is not None:
+            while (buffer := self._free.get()) is not None:
                 taken = self._next()
                 if taken is None:
-                    self._free.put(slot)
+                    self._free.put(buffer)
                     return
                 try:
-                    slot.wait()
-                    self._move(*taken, slot)
+                    buffer.wait()
+                    self._move(*taken, buffer)
                 except BaseException as error:  # noqa: BLE001 - before the piece counts as done
                     self._stop(error)
                 self._done()
@@ -185,44 +189,44 @@ class Upload:
             if self._moving == 0:
                 self._changed.notify_all()
 
-    def _move(self, piece: Piece, targets: list[torch.Tensor], slot: Slot) -> None:
-        view = slot.view[: piece.length]
+    def _move(self, piece: Piece, targets: list[torch.Tensor], buffer: PinnedBuffer) -> None:
+        view = buffer.view[: piece.length]
         if piece.compressed:
             self._decode(piece, view)
         else:
             self._container.read_into(piece.offset, view)
         for copy, target in zip(piece.copies, targets, strict=True):
-            target.copy_(slot.tensor.narrow(0, copy.source, copy.length), non_blocking=True)
+            target.copy_(buffer.tensor.narrow(0, copy.source, copy.length), non_blocking=True)
         if self._stream is not None:
-            slot.record(self._stream)
+            buffer.record(self._stream)
         if self._verify and not piece.compressed:
             share = piece.shares[0]
             if share.parts > 1 and share.section not in self._later:
-                self._hash_in_order(share, slot)
+                self._hash_in_order(share, buffer)
                 return
             for share in piece.shares:
                 stop = share.start + share.length
                 if share.section not in self._later:
                     self._container.check_checksum(share.section, xxhash.xxh3_128_digest(view[share.start : stop]))
                 self._container.check_padding(share.section, view[stop : stop + share.padding])
-        self._free.put(slot)
+        self._free.put(buffer)
 
-    def _hash_in_order(self, share: Share, slot: Slot) -> None:
+    def _hash_in_order(self, share: Share, buffer: PinnedBuffer) -> None:
         digest = self._digests[share.section]
         with digest.lock:
-            digest.waiting[share.part] = (share, slot)
+            digest.waiting[share.part] = (share, buffer)
         taken = digest.take()
         while taken is not None:
-            share, slot = taken
-            digest.hasher.update(slot.view[: share.length])
+            share, buffer = taken
+            digest.hasher.update(buffer.view[: share.length])
             if share.part == share.parts - 1:
-                padding = slot.view[share.length : share.length + share.padding]
+                padding = buffer.view[share.length : share.length + share.padding]
                 self._container.check_section(share.section, digest.hasher.digest(), padding)
-            self._free.put(slot)
+            self._free.put(buffer)
             taken = digest.take(share)
 
     def _decode(self, piece: Piece, view: memoryview) -> None:
-        """Decode a part of a compressed section into a buffer."""
+        """Decode a part of a compressed section into a pinned buffer."""
         from deltafmt.container.chunks import Decompressor  # noqa: PLC0415 - slow to import, and only cold files need it
 
         number = piece.shares[0].section

@@ -1,10 +1,11 @@
-"""Which deltas lie on the device: a byte budget, least recently used out first, never one that is in use.
+"""Residency: the deltas on a device, within a budget of bytes.
 
-Independent of torch and of models: a *store* loads, copies and drops the values. One worker thread does all of that, in
-the order in which it was asked for, so that the device never holds more than the budget and callers go on computing.
+If the budget has no room, the least recently used delta leaves, but never one that is in use. This module knows neither
+torch nor models: a *store* loads, copies and drops the values. One worker thread runs the store's operations in the
+order of the requests, so the device never holds more than the budget, and callers go on computing.
 
-A *lease* keeps its deltas on the device. It is taken for all of them at once or not at all, so two threads that want
-each other's deltas cannot wait for each other.
+A *lease* keeps its deltas on the device. A caller gets a lease of all the deltas that it names, or of none, so two
+threads cannot each hold a delta that the other waits for.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Generic
 
 from deltafmt.errors import NoRoomError, UsageError
+from deltafmt.runtime.eviction import drop_host_copies, victims_for
 from deltafmt.runtime.leases import Item, Lease, Victim, listed
-from deltafmt.runtime.store import Fence, H, Store, V
+from deltafmt.runtime.store_protocol import Fence, H, Store, V
 
 
 class Residency(Generic[V, H]):
     """Values on the device by name.
 
     Args:
-        store: see :class:`Store`.
-        budget: bytes on the device; None for no bound.
-        host_budget: bytes of copies in host memory, from which an evicted value comes back quickly; 0 for none.
+        store: the store that loads, copies and drops the values.
+        budget: the bytes that the device may hold; None for no limit.
+        host_budget: the bytes of copies in host memory, from which an evicted value comes back quickly; 0 for none.
     """
 
     def __init__(self, store: Store[V, H], budget: int | None = None, host_budget: int = 0) -> None:
@@ -47,14 +49,8 @@ class Residency(Generic[V, H]):
 
     @property
     def used(self) -> int:
-        """Bytes on the device, those that are being loaded included."""
+        """Bytes on the device, including those that are being loaded."""
         return self._used
-
-    @property
-    def host_used(self) -> int:
-        """Bytes of the copies in host memory."""
-        with self._changed:
-            return self._host_used()
 
     def resident(self) -> list[str]:
         """Return the names on the device, least recently used first."""
@@ -63,10 +59,10 @@ class Residency(Generic[V, H]):
         return [name for _, name in sorted(found)]
 
     def add(self, name: str) -> None:
-        """Make a name known; nothing is loaded.
+        """Make a name known; nothing is loaded yet.
 
         Raises:
-            UsageError: it is known already, or its value alone exceeds the budget.
+            UsageError: the name is known already, or its value alone exceeds the budget.
         """
         size = self._store.nbytes(name)
         with self._changed:
@@ -81,7 +77,7 @@ class Residency(Generic[V, H]):
         """Forget a name and free its memory.
 
         Raises:
-            UsageError: it is unknown or in use.
+            UsageError: the name is unknown or in use.
         """
         with self._changed:
             self._check_open()
@@ -95,7 +91,7 @@ class Residency(Generic[V, H]):
         done.result()
 
     def prefetch(self, name: str) -> bool:
-        """Start loading a value and return at once; False if deltas in use leave no room for it.
+        """Start to load a value and return at once; return False if deltas in use leave no room for it.
 
         Raises:
             UsageError: the name is unknown.
@@ -111,16 +107,16 @@ class Residency(Generic[V, H]):
             return True
 
     def acquire(self, names: Iterable[str], wait: float = 0) -> Lease[V]:
-        """Return a lease of values, all of them on the device and usable by every stream.
+        """Return a lease of values, all of which are on the device and usable by every stream.
 
         Args:
-            names: what is needed, each once however often it is named.
-            wait: seconds to wait for others to give theirs back where there is no room.
+            names: the values' names; a name that is given twice counts once.
+            wait: seconds to wait for other leases to be released, if there is no room.
 
         Raises:
             UsageError: a name is unknown, or the values together exceed the budget.
             NoRoomError: the deltas in use leave no room.
-            DeltafmtError: what loading one of them raised.
+            DeltafmtError: loading one of the values failed.
         """
         wanted = list(dict.fromkeys(names))
         deadline = time.monotonic() + wait
@@ -134,7 +130,7 @@ class Residency(Generic[V, H]):
         return Lease(values, self._release)
 
     def close(self) -> None:
-        """Free everything; loads under way are abandoned.
+        """Free everything and cancel the loads that are under way.
 
         Raises:
             UsageError: a delta is in use.
@@ -166,7 +162,7 @@ class Residency(Generic[V, H]):
         item.last_use = self._clock
 
     def _reserve(self, names: list[str], deadline: float) -> None:
-        """Lease all names and start what is missing, once there is room for all of it."""
+        """Wait for room for all names, lease them all and start to load the missing ones."""
         while True:
             self._check_open()
             items = [self._item(name) for name in names]
@@ -177,7 +173,7 @@ class Residency(Generic[V, H]):
             victims = self._room(missing, keep=names)
             if victims is not None:
                 break
-            # A prefetch that nobody has leased is evictable once it has arrived; that needs nobody to give way.
+            # A value that is being prefetched can be evicted once it has arrived: wait for it, whatever the deadline.
             if any(item.loading and not item.leases for item in self._items.values()):
                 self._changed.wait()
             elif not self._changed.wait(max(deadline - time.monotonic(), 0)) and time.monotonic() >= deadline:
@@ -191,22 +187,8 @@ class Residency(Generic[V, H]):
         self._start(missing, victims)
 
     def _room(self, names: list[str], keep: Sequence[str] = ()) -> list[str] | None:
-        """Return whom to evict to make room for names, or None if that is not enough."""
-        if self.budget is None or not names:
-            return []
-        short = self._used + sum(self._items[name].size for name in names) - self.budget
-        idle = [
-            (item.last_use, name, item.size)
-            for name, item in self._items.items()
-            if item.value is not None and not item.leases and name not in keep
-        ]
-        victims = []
-        for _, name, size in sorted(idle):
-            if short <= 0:
-                break
-            victims.append(name)
-            short -= size
-        return victims if short <= 0 else None
+        """Return the names to evict so that others fit, or None if that is impossible now."""
+        return victims_for(self._items, names, self._used, self.budget, keep)
 
     def _start(self, names: list[str], victims: list[str]) -> None:
         taken = [self._take(name, self._items[name]) for name in victims]
@@ -218,7 +200,7 @@ class Residency(Generic[V, H]):
             taken = []
 
     def _take(self, name: str, item: Item[V, H]) -> Victim[V]:
-        """Take a value out of the books; the worker drops it before anything is loaded into its room."""
+        """Mark a value as gone; the worker drops it before anything is loaded in its place."""
         assert item.value is not None
         victim = Victim(name, item.value, item.fences)
         item.value, item.fences = None, []
@@ -241,12 +223,12 @@ class Residency(Generic[V, H]):
 
     def _give_back(self, names: list[str], fence: Fence | None) -> None:
         for name in names:
-            if name in self._items:  # not so when all was closed in the meantime
+            if name in self._items:  # missing if the residency was closed in the meantime
                 self._items[name].release(fence)
         self._changed.notify_all()
 
     def _load(self, name: str, item: Item[V, H], victims: list[Victim[V]]) -> None:
-        """Worker: make room, then load."""
+        """Drop the victims, then load a value; runs in the worker thread."""
         value: V | None = None
         error: BaseException | None = None
         try:
@@ -254,9 +236,9 @@ class Residency(Generic[V, H]):
             self._check_open()
             host = item.host
             value = self._store.load(name, self._cancel) if host is None else self._store.to_device(name, host)
-        except BaseException as caught:  # noqa: BLE001 - raised by whoever waits
+        except BaseException as caught:  # noqa: BLE001 - the thread that waits for the value raises it
             error = caught
-            traceback.clear_frames(error.__traceback__)  # they would keep memory of the device
+            traceback.clear_frames(error.__traceback__)  # the frames would keep memory of the device alive
         with self._changed:
             item.value, item.error, item.loading = value, error, False
             self._used -= item.size
@@ -266,7 +248,7 @@ class Residency(Generic[V, H]):
             self._changed.notify_all()
 
     def _drop(self, victims: list[Victim[V]], *, keep: bool = True) -> None:
-        """Worker: free values, once the kernels that read them are done."""
+        """Drop values once the kernels that read them are done; runs in the worker thread."""
         failed: Exception | None = None
         while victims:
             victim = victims.pop()
@@ -275,27 +257,20 @@ class Residency(Generic[V, H]):
                     fence.synchronize()
                 if keep:
                     self._keep_copy(victim)
-            except Exception as error:  # noqa: BLE001 - the others are dropped first
+            except Exception as error:  # noqa: BLE001 - raised when the other values are dropped
                 failed = failed or error
             self._store.evicted(victim.name)
         if failed is not None:
             raise failed
 
     def _keep_copy(self, victim: Victim[V]) -> None:
-        """Worker: copy a value to host memory if that has room or can be made to have it."""
+        """Copy a value to host memory, if its budget allows one such copy; runs in the worker thread."""
         size = victim.value.nbytes
         with self._changed:
             item = self._items.get(victim.name)
             if item is None or item.host is not None or size > self.host_budget:
                 return
-            held = [(other.last_use, name) for name, other in self._items.items() if other.host is not None]
-            for _, name in sorted(held):
-                if self._host_used() + size <= self.host_budget:
-                    break
-                self._items[name].host = None
+            drop_host_copies(self._items, size, self.host_budget)
         host = self._store.to_host(victim.name, victim.value)
         with self._changed:
             item.host = host
-
-    def _host_used(self) -> int:
-        return sum(item.host.nbytes for item in self._items.values() if item.host is not None)

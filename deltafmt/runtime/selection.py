@@ -1,9 +1,9 @@
-"""Which delta each row of a batch uses, for as long as a ``with`` block lasts.
+"""The selection: which delta each row of a batch uses, within one ``with`` block.
 
-Rows follow each other in the order of the names. A forward may have several rows for each name (beams, samples), which
-then stand side by side, as transformers repeats them; and a module may see rows cut into tokens or flattened. In all
-these cases the first dimension, or the product of the leading ones, is a multiple of the number of names, and equal
-shares of it belong to each name.
+Rows follow each other in the order of the names. A forward may have several rows for each name (beams, samples); they
+stand side by side, as transformers repeats them. A module may also see rows as tokens, or flattened. In all these cases
+the first dimension, or the product of the leading ones, is a multiple of the number of names, and each name has an
+equal share of it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ from deltafmt.kernels.segments import Segments
 T = TypeVar("T")
 
 BASE = -1
-_KEPT = 8  # sizes of a batch in tokens for which things are kept: prefill, decoding and what lies between
+_KEPT = 8  # numbers of tokens whose segments are kept: prefill, decoding and a few in between
 
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """Outputs that wait for their modules to be called with the tensor from which they come."""
+    """Outputs that were computed ahead; each waits until its module is called with the same input.
+
+    Attributes:
+        given: the input.
+        version: the input's version when the outputs were computed.
+        outputs: the outputs by the site's id.
+    """
 
     given: torch.Tensor
     version: int
@@ -36,17 +42,17 @@ class Selection:
     """The slots of the rows of a batch.
 
     Args:
-        slots: each row's slot; -1 for the base alone.
-        count: slots that the operand tables have.
-        device: of the model.
+        slots: each row's slot in the operand tables; -1 for the base alone.
+        count: the number of slots of the operand tables.
+        device: the model's device.
 
     Attributes:
-        slots: the same, or one slot for all rows, if they are equal: then it doesn't matter which row is which.
+        slots: each row's slot; or a single slot, if all rows have the same one.
         used: the slots that occur, without -1.
-        rows, tokens: of the batch that the model was last called with; 0 before.
-        stash: what a module's hook before the forward leaves for the one after it.
+        rows, tokens: the size of the batch that the model was last called with; 0 before the first call.
+        stash: tensors that a module's hook before the forward leaves for its hook after it, by the site's id.
         waiting: outputs that were computed ahead.
-        multiplied: modules whose output has the products already.
+        multiplied: the ids of the sites whose output contains the deltas' products already.
     """
 
     def __init__(self, slots: Sequence[int], count: int, device: torch.device) -> None:
@@ -65,40 +71,46 @@ class Selection:
 
     @property
     def uniform(self) -> bool:
-        """Whether all rows use the same slot."""
+        """True if all rows use the same slot."""
         return len(self.slots) == 1
 
     def enter(self, rows: int, tokens: int, where: str) -> None:
         """Note the rows and tokens of the batch that the model is called with.
 
         Raises:
-            UsageError: the names do not divide them.
+            UsageError: the number of rows is not a multiple of the number of names.
         """
         if rows % self._names:
-            raise UsageError(f"{self._names} names of deltas do not divide the {rows} rows that {where} is given")
+            raise UsageError(
+                f"{where} is given {rows} rows, which is not a multiple of the {self._names} names of deltas"
+            )
         self.rows, self.tokens = rows, tokens
 
     def check(self, shape: Sequence[int], where: str) -> None:
-        """Refuse a module's input whose rows are not those of the batch, where it matters which is which.
+        """Refuse a module's input whose first dimension is neither the batch's rows nor its tokens.
+
+        If all rows use the same slot, any shape will do.
 
         Raises:
-            UsageError: they are not.
+            UsageError: the rows of the input cannot be told apart.
         """
         if not self.uniform and shape[0] not in (self.rows, self.tokens):
             raise mixed_error(where, shape)
 
     def share(self, size: int, where: str) -> int:
-        """Return how many of ``size`` rows or tokens belong to each slot.
+        """Return how many of ``size`` rows or tokens belong to each name.
 
         Raises:
-            UsageError: the names do not divide them.
+            UsageError: ``size`` is not a multiple of the number of names.
         """
         if size % len(self.slots):
-            raise UsageError(f"{len(self.slots)} names of deltas do not divide the {size} rows of {where}")
+            raise UsageError(
+                f"{where} has {size} rows, which is not a multiple of the {len(self.slots)} names of deltas"
+            )
         return size // len(self.slots)
 
     def segments(self, tokens: int, where: str) -> Segments:
-        """Return the tokens by slot; made once for each number of tokens."""
+        """Return the segments of a batch of tokens: which tokens use which slot. They are kept for the next module."""
         if tokens not in self._segments:
             if len(self._segments) == _KEPT:
                 self._segments.pop(next(iter(self._segments)))
@@ -109,7 +121,7 @@ class Selection:
         return self._segments[tokens]
 
     def members(self, slot: int, size: int, where: str) -> torch.Tensor | slice:
-        """Return which of ``size`` rows or tokens use a slot that is in use."""
+        """Return the numbers of those rows or tokens, of ``size``, that use a slot."""
         if self.uniform:
             return slice(None)
 
@@ -121,7 +133,7 @@ class Selection:
         return self.memo(("members", slot, size), build)
 
     def memo(self, key: Hashable, build: Callable[[], T]) -> T:
-        """Return what was built for a key before, or build it."""
+        """Return the object that was built for a key before, or build it."""
         if key not in self._memo:
             if len(self._memo) > 4096:
                 self._memo.clear()

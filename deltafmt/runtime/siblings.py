@@ -1,12 +1,13 @@
-"""Linear modules that are given the same input (q, k and v; gate and up): one product for all of them.
+"""Siblings: linear modules that receive the same input (q, k and v; gate and up) share one product.
 
-Who they are is seen when a model first runs: modules that are called one after the other with the very same tensor.
-From then on, the first of them computes the base's outputs of all, has the deltas added by one launch, and leaves the
-others' outputs for when they are called. Where all tokens use one delta and the base's weights are plain, base and
-delta are one product. On a GPU a module that shares its input with no other is a group of its own, for that product.
-Should one then be called with anything but that same, unchanged tensor, it computes for itself as it did before. Torch
-doesn't count changes of tensors made under ``torch.inference_mode``, so there nothing is shared; ``generate`` runs
-under ``torch.no_grad``.
+The siblings are found when a model first runs: modules that are called one after the other with the very same tensor.
+From then on, the first of them computes the base's outputs of all siblings, one launch adds the deltas, and the other
+outputs wait until their modules are called. If all tokens use one delta and the base's weights are plain, base and
+delta are one product. On a GPU, a module without siblings is a group of its own, for the sake of that product.
+
+If a sibling is called with another tensor, or with the same tensor after a change, it computes its output by itself.
+Torch does not count the changes of tensors that are made under ``torch.inference_mode``; nothing is shared there.
+(``generate`` runs under ``torch.no_grad``.)
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ Active = Callable[[], Selection | None]
 
 
 @dataclass(slots=True, eq=False)
-class Run:
-    """Modules that were called one after the other with the same tensor."""
+class SharedInput:
+    """The modules that were called one after the other with the same tensor, which is the last input seen."""
 
     given: weakref.ref[torch.Tensor] | None = None
     version: int = 0
     sites: list[LinearSite] = field(default_factory=list)
 
     def observe(self, site: LinearSite, given: torch.Tensor) -> list[LinearSite]:
-        """Note a call; return the run that it ends."""
+        """Note a call. If its input is a new one, return the modules that shared the input before."""
         same = self.given is not None and self.given() is given and self.version == version_of(given)
         if same and site not in self.sites and len(self.sites) < MAX_PARTS:
             self.sites.append(site)
@@ -51,9 +52,9 @@ class Siblings:
     """A group of linear modules with one operand table.
 
     Args:
-        sites: in the order in which they are called.
-        slots: that the tables have.
-        active: gives the selection of the calling thread.
+        sites: the modules' sites, in the order of their calls.
+        slots: the number of slots of the operand tables.
+        active: a function that returns the selection of the calling thread, or None.
     """
 
     def __init__(self, sites: list[LinearSite], slots: int, active: Active) -> None:
@@ -74,7 +75,7 @@ class Siblings:
         return OperandTable(slots, rows, operands.columns, operands.device)
 
     def refresh(self, slot: int) -> None:
-        """Follow a slot of the modules' own tables."""
+        """Copy a slot from the modules' own tables, or clear it if none of them has it."""
         if any(slot in site.table.slots for site in self.sites):
             self._table.put(slot, [site.table.operands.operands(slot)[0] for site in self.sites])
             self._slots.add(slot)
@@ -83,13 +84,13 @@ class Siblings:
             self._slots.discard(slot)
 
     def grow(self, slots: int) -> None:
-        """Make room for a number of slots."""
+        """Make the table larger, for ``slots`` slots."""
         old, self._table = self._table, self._new_table(slots)
         for slot in self._slots:
             self._table.put(slot, old.operands(slot))
 
     def dissolve(self) -> None:
-        """Give the modules their own forwards back."""
+        """Give each module its own forward back."""
         for site in self.sites:
             forward, own = self._forwards[id(site)]
             if own:
@@ -128,7 +129,7 @@ class Siblings:
         return output
 
     def _compute(self, given: torch.Tensor, selection: Selection) -> torch.Tensor:
-        """Return the first module's output with its deltas, and leave those of the others."""
+        """Return the first module's output with its deltas; the outputs of the others wait for their calls."""
         first = self.sites[0]
         selection.check(given.shape[:-1], first.name)
         flat = self._compute_fused(given, selection)
@@ -142,7 +143,10 @@ class Siblings:
         return shaped[0]
 
     def _compute_fused(self, given: torch.Tensor, selection: Selection) -> list[torch.Tensor] | None:
-        """Return base and delta of all modules as one product, if one delta serves all tokens and the weights allow."""
+        """Return the modules' outputs, base and delta in one product; None if that is not possible.
+
+        It is possible if all tokens use one delta and the base's weights are plain.
+        """
         tokens = given.numel() // given.shape[-1]
         if not selection.uniform:
             return None
@@ -160,7 +164,7 @@ class Siblings:
 
 
 def shareable(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether a module is called with one tensor of which changes would be seen, and no gradient is wanted."""
+    """Tell whether a call may be shared: it has one tensor, torch counts its changes, and no gradient is wanted."""
     if kwargs or len(args) != 1 or torch.is_grad_enabled():
         return False
     return isinstance(args[0], torch.Tensor) and not args[0].is_inference()

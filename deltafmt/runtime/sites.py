@@ -1,6 +1,7 @@
-"""What a served module has of every delta, and how it is added to the module's output: linear modules.
+"""Sites: the served modules, with the parts of every delta that concern them. This file has the linear ones.
 
-Nothing of the base is changed: a forward hook sees the module's input and its output and returns another output.
+A site adds the deltas to its module's output. The base is not changed: a forward hook sees the module's input and
+output, and returns another output.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from torch.nn import functional
 from deltafmt.errors import UsageError
 from deltafmt.kernels.products import matmul_, operand_delta
 from deltafmt.kernels.table import OperandTable
+from deltafmt.runtime.binding import bias_of
 from deltafmt.runtime.device_delta import DeviceTensor
-from deltafmt.runtime.places import bias_of
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.values import new_values
 
 
 class Site(ABC):
-    """A module, and what the deltas in slots change of it."""
+    """A served module, and the parts of the deltas that change it, by slot."""
 
     def __init__(self, name: str, module: nn.Module, device: torch.device) -> None:
         self.name = name
@@ -32,11 +33,11 @@ class Site(ABC):
         self.slots: set[int] = set()
 
     def changes(self, selection: Selection) -> bool:
-        """Tell whether a slot that is in use changes this module."""
+        """Tell whether one of the selection's slots changes this module."""
         return not self.slots.isdisjoint(selection.used)
 
     def put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None:
-        """Set what a slot changes, by the parameter's name."""
+        """Fill a slot with a delta's tensors, given by the names of the module's parameters."""
         self.clear(slot)
         changed = {key: tensor for key, tensor in tensors.items() if tensor.entry.action != "same"}
         if changed:
@@ -50,16 +51,16 @@ class Site(ABC):
             self._clear(slot)
 
     def before(self, _selection: Selection, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
-        """Return other arguments for the base module, or None to keep them."""
+        """Return other arguments for the base module, or None to keep the given ones."""
         return None
 
     @abstractmethod
     def after(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the output with the deltas of a selection that changes this module."""
+        """Return the output with the selection's deltas; only called if one of them changes this module."""
 
     @abstractmethod
     def grow(self, slots: int) -> None:
-        """Make room for a number of slots."""
+        """Make room for ``slots`` slots."""
 
     @abstractmethod
     def _put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None: ...
@@ -68,7 +69,7 @@ class Site(ABC):
     def _clear(self, slot: int) -> None: ...
 
 
-class Table:
+class GrowingTable:
     """An operand table of one part that can grow."""
 
     def __init__(self, rows: int, columns: int, device: torch.device) -> None:
@@ -76,7 +77,7 @@ class Table:
         self.slots: set[int] = set()
 
     def put(self, slot: int, tensor: DeviceTensor) -> None:
-        """Set a slot's terms."""
+        """Fill a slot with a tensor's terms."""
         self.operands.put(slot, (tensor.terms,))
         self.slots.add(slot)
 
@@ -87,7 +88,7 @@ class Table:
             self.operands.clear(slot)
 
     def grow(self, slots: int) -> None:
-        """Make room for a number of slots."""
+        """Make room for ``slots`` slots."""
         old = self.operands
         if slots > old.slots:
             grown = OperandTable(slots, old.parts, old.columns, old.device)
@@ -96,22 +97,22 @@ class Table:
             self.operands = grown
 
     def serves(self, selection: Selection) -> bool:
-        """Tell whether a slot that is in use has terms here."""
+        """Tell whether one of the selection's slots has terms here."""
         return not self.slots.isdisjoint(selection.used)
 
 
 class WeightSite(Site):
-    """A module whose weight takes packed terms, or another weight of the same columns, and new rows behind either."""
+    """A module with a weight. A delta brings packed terms or a whole other weight, and new rows behind either."""
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
         super().__init__(name, module, device)
         self.rows = rows
-        self.table = Table(rows, columns, device)
+        self.table = GrowingTable(rows, columns, device)
         self._weights: dict[int, torch.Tensor] = {}
         self._new_rows: dict[int, torch.Tensor] = {}
 
     def grow(self, slots: int) -> None:
-        """Make room for a number of slots."""
+        """Make room for ``slots`` slots."""
         self.table.grow(slots)
 
     def _put_weight(self, slot: int, tensor: DeviceTensor) -> None:
@@ -133,9 +134,9 @@ class WeightSite(Site):
 class LinearSite(WeightSite):
     """A linear module, quantized or not.
 
-    Its weight takes packed terms, or another weight of the same columns; its bias another bias, of which the
-    difference is added. A head whose delta has more rows than the base gives more logits: minus infinity for rows of
-    the batch whose delta lacks them.
+    A delta brings packed terms or a whole other weight with the same columns, and perhaps another bias, whose
+    difference to the base's is added. An output head with more rows than the base's gives more logits; rows of the
+    batch whose delta lacks them get minus infinity there.
     """
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
@@ -163,7 +164,7 @@ class LinearSite(WeightSite):
         self._biases.pop(slot, None)
 
     def after(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the output with everything that the deltas in use change."""
+        """Return the output with the deltas' weights, products, biases and new logits."""
         given = first_input(args, kwargs)
         selection.check(given.shape[:-1], self.name)
         x = given.to(output.dtype).reshape(-1, given.shape[-1])
@@ -185,7 +186,7 @@ class LinearSite(WeightSite):
         return y.view(*output.shape[:-1], -1)
 
     def plain_weight(self, given: torch.Tensor) -> torch.Tensor | None:
-        """Return the base's weight if the module is nothing but a product of ``given`` with it."""
+        """Return the base's weight if the module does nothing but multiply ``given`` with it; otherwise None."""
         if type(self.module) is not nn.Linear or bias_of(self.module) is not None or self._weights:
             return None
         weight = self.module.weight
@@ -193,12 +194,12 @@ class LinearSite(WeightSite):
         return weight if plain else None
 
     def _multiply(self, y: torch.Tensor, x: torch.Tensor, selection: Selection) -> None:
-        """Add the packed terms' products."""
+        """Add the products of the packed terms."""
         if self.table.serves(selection):
             matmul_([y], x, self.table.operands, selection.segments(len(x), self.name))
 
     def _add_biases(self, y: torch.Tensor, selection: Selection) -> None:
-        """Add the difference of each token's bias and the base's, in float32."""
+        """Add to each token the difference between its delta's bias and the base's, in float32."""
         some = next(iter(self._biases.values()))
 
         def build() -> torch.Tensor:
@@ -209,7 +210,7 @@ class LinearSite(WeightSite):
         y.view(len(differences), each, -1)[:, :, : some.shape[0]] += differences[:, None]
 
     def _widen(self, y: torch.Tensor, x: torch.Tensor, selection: Selection) -> torch.Tensor:
-        """Return logits for the largest vocabulary in use."""
+        """Return logits for the largest vocabulary among the selection's deltas."""
         width = max(self._totals.get(slot, self.rows) for slot in selection.slots)
         wide = y.new_full((len(y), width), -torch.inf)
         shared = min(width, self.rows)
@@ -224,9 +225,9 @@ class LinearSite(WeightSite):
 
 
 class TransposedSite(LinearSite):
-    """GPT-2's Conv1D, whose weight a file has as (in, out); the kernels multiply with (out, in).
+    """GPT-2's Conv1D, whose weight has the shape (in, out), where the kernels multiply with (out, in).
 
-    The delta is decoded for every product: right, and slow.
+    The delta is decoded for every product, which is correct but slow.
     """
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
@@ -251,16 +252,16 @@ class TransposedSite(LinearSite):
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """Return what a module of one input was called with."""
+    """Return the input of a call to a module that has a single input."""
     given: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
     return given
 
 
 def refuse_gradient(name: str, output: Any) -> None:
-    """Refuse to serve where a gradient would pass the delta by.
+    """Refuse an output that takes part in a gradient: the gradient would not pass through the delta.
 
     Raises:
-        UsageError: the output takes part in a gradient.
+        UsageError: the output requires a gradient.
     """
     if isinstance(output, torch.Tensor) and output.requires_grad:
-        raise UsageError(f"{name} is to compute a gradient; deltas are served without, under torch.no_grad()")
+        raise UsageError(f"{name} would compute a gradient, and deltas have none; run the model under torch.no_grad()")

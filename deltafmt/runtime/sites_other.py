@@ -1,4 +1,4 @@
-"""How deltas are added to the outputs of embeddings and of small innermost modules such as norms."""
+"""Sites of embeddings, and of other innermost modules such as norms."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from deltafmt.runtime.values import new_values
 class EmbeddingSite(WeightSite):
     """An embedding.
 
-    Its weight takes packed terms, another weight, and new rows. A module that does more than look up (scales the rows,
-    or works out the numbers itself) runs again, with the deltas added to what its look-up gives.
+    A delta brings packed terms or a whole other weight, and new rows. A module that does more than look up rows (it
+    scales them, or computes the row numbers itself) runs a second time, and the deltas are added inside its look-up.
     """
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
@@ -34,7 +34,7 @@ class EmbeddingSite(WeightSite):
         self._put_weight(slot, tensors["weight"])
 
     def before(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Keep the base's look-up within its rows, where a delta has more of them."""
+        """Clamp the ids of new rows, which the base lacks, so that the base's look-up does not fail."""
         grown = selection.used & self._new_rows.keys()
         if not grown:
             return None
@@ -56,7 +56,7 @@ class EmbeddingSite(WeightSite):
             ids = asked if asked is not None else first_input(args, kwargs)
             return self._look_up(selection, ids, output)
         if asked is not None:
-            raise UsageError(f"{self.name}, a {type(self.module).__name__}, cannot take the new rows of a delta")
+            raise UsageError(f"{self.name}, a {type(self.module).__name__}, cannot serve the new rows of a delta")
         with _LookUps(self, selection):
             return type(self.module).forward(self.module, *args, **kwargs)
 
@@ -67,7 +67,7 @@ class EmbeddingSite(WeightSite):
         y = output.reshape(len(flat), -1)
         for slot in selection.used & self._weights.keys():
             mine = selection.members(slot, len(flat), self.name)
-            # An id beyond these rows is one of the new rows, which follow.
+            # An id beyond these rows belongs to a new row; its values are set below.
             held = flat[mine].clamp(max=len(self._weights[slot]) - 1) if slot in self._new_rows else flat[mine]
             y[mine] = functional.embedding(held, self._weights[slot]).to(y.dtype)
         if self.table.serves(selection):
@@ -82,10 +82,10 @@ class EmbeddingSite(WeightSite):
     def _by_row(
         self, selection: Selection, ids: torch.Tensor, output: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and output with one row for each row of the batch; positions often come as one row for all.
+        """Return ids and output with one row for each row of the batch; positions often have a single row for all.
 
         Raises:
-            UsageError: it cannot be told which id belongs to which row.
+            UsageError: the ids do not tell which of them belongs to which row of the batch.
         """
         relative = "relative" in self.name.rpartition(".")[2]
         if ids.dim() > 1 and ids.shape[0] == 1 and selection.rows and not relative:
@@ -98,7 +98,7 @@ class EmbeddingSite(WeightSite):
 
 
 class _LookUps(TorchFunctionMode):
-    """Add deltas to the look-ups in a module's weight."""
+    """A torch mode that adds the deltas to every look-up in a module's weight."""
 
     def __init__(self, site: EmbeddingSite, selection: Selection) -> None:
         super().__init__()
@@ -110,15 +110,15 @@ class _LookUps(TorchFunctionMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if func is functional.embedding and len(args) > 1 and args[1] is self._site.module.weight:
-            return self._site._look_up(self._selection, args[0], output)  # noqa: SLF001 - the two are one thing
+            return self._site._look_up(self._selection, args[0], output)  # noqa: SLF001 - this class is part of the site
         return output
 
 
 class OtherSite(Site):
-    """An innermost module of another kind: it runs on the delta's own parameters.
+    """Another innermost module, such as a norm: it runs with the delta's own parameters.
 
-    With one delta for all rows it runs once. Otherwise it runs once for each, on its rows; or, if it is an RMSNorm
-    written in torch operations, which multiplies with its weight, once for all with a weight for each row.
+    With one delta for all rows it runs once. With several deltas it runs once for each of them, on the delta's rows. An
+    RMSNorm that is written in torch operations multiplies with its weight; it runs once, with a weight for each row.
     """
 
     def __init__(self, name: str, module: nn.Module, device: torch.device) -> None:
@@ -128,7 +128,7 @@ class OtherSite(Site):
         self._by_row = type(module).__name__.endswith("RMSNorm") and not isinstance(module, nn.RMSNorm)
 
     def grow(self, slots: int) -> None:
-        """Do nothing: any number has room."""
+        """Do nothing: there is room for any number of slots."""
 
     def _put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None:
         base = dict(self.module.named_parameters(recurse=False))
@@ -139,10 +139,12 @@ class OtherSite(Site):
         del self._values[slot], self._twins[slot]
 
     def after(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the output that the deltas' parameters give."""
+        """Return the output that the module gives with the deltas' parameters."""
         if not isinstance(output, torch.Tensor):
-            kind = type(self.module).__name__
-            raise UsageError(f"{self.name}, a {kind}, gives {type(output).__name__}, which a delta cannot be added to")
+            module_type = type(self.module).__name__
+            raise UsageError(
+                f"{self.name}, a {module_type}, gives {type(output).__name__}, which a delta cannot be added to"
+            )
         if selection.uniform:
             return _run(self._twins[selection.slots[0]], args, kwargs)
         rows = output.shape[0]
@@ -160,13 +162,13 @@ class OtherSite(Site):
         return output
 
     def _twin(self, values: Mapping[str, torch.Tensor]) -> nn.Module:
-        """Return the module with other parameters; the two share the rest."""
+        """Return a copy of the module with other parameters; everything else is shared with the module."""
         twin = copy.copy(self.module)
         twin.__dict__["_parameters"] = {**dict(self.module.named_parameters(recurse=False)), **values}
         return twin
 
     def _spread(self, selection: Selection, rows: int, dimensions: int) -> nn.Module:
-        """Return the module with parameters for each row, shape (rows, 1, ..., size)."""
+        """Return a copy of the module whose parameters have a row for each row of the batch: (rows, 1, ..., size)."""
 
         def build() -> nn.Module:
             each = selection.share(rows, self.name)
@@ -186,5 +188,5 @@ def _run(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _pick(value: Any, rows: int, mine: torch.Tensor | slice) -> Any:
-    """Return the rows of an argument that has as many as the batch."""
+    """Return some rows of an argument if it has as many rows as the batch; otherwise the argument itself."""
     return value[mine] if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows else value

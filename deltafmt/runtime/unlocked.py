@@ -74,7 +74,7 @@ class UnlockedUpload:
         self._stream = stream.cuda_stream
         stream.query()  # this thread has the device's context from here on
         self._context = unlocked_loop.current_context()
-        self._events = [slot.recorded(stream) for slot in ring.slots]
+        self._events = [slot.recorded(stream) for slot in ring.buffers]
         self._cancel = cancel
         self._stop = np.zeros(1, np.int64)
         calls = unlocked_loop.driver_calls()
@@ -92,7 +92,7 @@ class UnlockedUpload:
             StorageError: reading failed.
             CancelledError: ``cancel`` was set.
         """
-        count = min(threads, len(self._pieces), len(self._ring.slots))
+        count = min(threads, len(self._pieces), len(self._ring.buffers))
         futures: list[Future[None]] = []
         try:
             futures = start_threads(lambda number: self._work(number, count), count)
@@ -118,8 +118,8 @@ class UnlockedUpload:
     def _work(self, number: int, count: int) -> None:
         """Move every piece whose number is ``number`` modulo ``count``, through every slot of the same kind."""
         loop, ring = self._loop, self._ring
-        numbers = range(number, len(ring.slots) // count * count, count)
-        slots = np.array([slot * ring.slot_bytes for slot in numbers], np.int64)
+        numbers = range(number, len(ring.buffers) // count * count, count)
+        slots = np.array([slot * ring.buffer_bytes for slot in numbers], np.int64)
         events = np.array([self._events[slot] for slot in numbers], np.int64)
         memory = ring.memory.numpy()
         place, is_read = number, False

@@ -1,9 +1,9 @@
-"""Streaming upload: a delta file into one device allocation, read, checked and copied at the same time.
+"""Streaming upload: a delta file is read, checked and copied into one device allocation at the same time.
 
-Threads read pieces of the file into pinned buffers and give them to a stream of their own; what is uploaded is what the
-kernels read. Checksums (spec, section 5.3) are taken on a GPU of what has arrived there, as far as sections lie there
-as a whole, and otherwise by the threads. A ``rank`` index, which only a ``cold`` file has,
-becomes ``fixed`` on the device (section 11.4).
+Threads read pieces of the file into pinned buffers and queue the copies on a stream. The uploaded bytes are the bytes
+that the kernels read. A GPU takes the checksums (spec, section 5.3) of the sections that lie on it as a whole; the
+threads take the others. A ``rank`` index, which only a ``cold`` file has, becomes ``fixed`` on the device (section
+11.4).
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ from deltafmt.runtime.upload_pieces import cut
 from deltafmt.runtime.upload_plan import UploadPlan
 
 PINNED_BYTES = 64 * 1024 * 1024
-# Without the interpreter's lock (measured on 16 cores): 12 threads read and copy 1.3 times what 8 do, 16 no more. Two
-# buffers a thread, one to read into while the other is copied; larger ones leave the processor's cache.
-SLOT_BYTES = 2 * 1024 * 1024
+# Threads without the interpreter's lock, measured on 16 cores: 12 threads are 1.3 times as fast as 8, and 16 are no
+# faster. Each thread has two buffers and reads into one while the other is copied; larger ones leave the CPU's cache.
+BUFFER_BYTES = 2 * 1024 * 1024
 DEFAULT_THREADS = 12
-# Where every piece hands the lock over some times, larger pieces take two thirds of the time of those of 2 MiB.
-LOCKED_SLOT_BYTES = 8 * 1024 * 1024
+# Threads with the interpreter's lock pass it on several times for each piece. Pieces of 8 MiB take two thirds of the
+# time of pieces of 2 MiB.
+LOCKED_BUFFER_BYTES = 8 * 1024 * 1024
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -60,28 +61,28 @@ def load(
 ) -> DeviceDelta:
     """Bring a delta to a device.
 
-    When this returns, every checksum has been compared, and the tensors can be used on the current stream; other
-    streams wait for it as for any tensor. Entries of the index are decoded when a tensor is first asked for.
+    When this returns, every checksum has been compared, and the current stream can use the tensors; other streams wait
+    for it as for any tensor. Entries of the index are decoded when a tensor is first asked for.
 
     Args:
         path: a path, or a binary file object with ``seek`` and ``read``.
         device: a CUDA device, or ``cpu``.
-        tensors: a name, a pattern such as ``model.layers.0.*``, or a list of them; None for all. Sections are read and
-            checked as a whole; of a selection only the buffers take memory on the device.
+        tensors: a name, a pattern such as ``model.layers.0.*``, or a list of them; None for all. Sections are always
+            read and checked as a whole, but only the buffers of the named tensors take memory on the device.
         verify: compare the checksum of every section that is read, and check the padding behind it.
-        threads: that read; by default as many as there are processors, up to 12. A file object is read by one at a
-            time.
-        pinned_bytes: of host memory that the file passes through, at least 1 MiB. It is kept for the next load, see
-            :func:`deltafmt.runtime.pinned.free_buffers`; loads at the same time have their own.
-        cancel: set it, from any thread, to stop.
-        stream: to copy on; by default one of its own.
-        known: an earlier opening of the same file (which may be closed again): entries that it has decoded are used
+        threads: the number of threads that read; by default the number of processors, up to 12. Only one thread at a
+            time reads a file object.
+        pinned_bytes: the bytes of host memory that the file passes through, at least 1 MiB. The memory is kept for the
+            next load, see :func:`deltafmt.runtime.pinned.free_buffers`; each of several simultaneous loads has its own.
+        cancel: an event; set it from any thread to stop the load.
+        stream: the stream to copy on; by default a stream that only uploads use.
+        known: an earlier opening of the same file, which may be closed. The entries that it has decoded are used again
             if the index is still the same.
 
     Raises:
-        InvalidFileError: a section is damaged, the file became shorter, or it breaks the format.
+        InvalidFileError: a section is damaged, or the file became shorter or breaks the format.
         StorageError: the file cannot be read.
-        UsageError: there is no such device or tensor, or an argument is out of range.
+        UsageError: the device or a tensor does not exist, or an argument is out of range.
         CancelledError: ``cancel`` was set.
         torch.OutOfMemoryError: the device has no room.
     """
@@ -101,7 +102,7 @@ def _device(device: torch.device | str) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise UsageError(f"device {device!r} is none that torch knows") from error
+        raise UsageError(f"device {device!r} is unknown to torch") from error
     if found.type == "cpu":
         return torch.device("cpu")
     if found.type != "cuda":
@@ -121,12 +122,12 @@ def _thread_count(threads: int | None) -> int:
         held = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(held, DEFAULT_THREADS)
     if not 1 <= threads <= MAX_THREADS:
-        raise UsageError(f"{threads} threads are not 1 to {MAX_THREADS}")
+        raise UsageError(f"{threads} threads are not a number from 1 to {MAX_THREADS}")
     return threads
 
 
 def _select(container: Container, tensors: str | Sequence[str] | None) -> list[str]:
-    """Return names in the file's order."""
+    """Return the names that match, in the file's order."""
     names = container.keys()
     if tensors is None:
         return names
@@ -163,20 +164,20 @@ def _fill(
     verify: bool,
     cancel: threading.Event | None,
 ) -> torch.Tensor:
-    """Return the device allocation with everything in its place."""
+    """Return the device allocation, filled with the file's bytes."""
     lane = None if device.type == "cpu" else stream or _upload_stream(device)
     later = _checked_there(container, plan) if verify and has_checksums(device) else {}
     unlocked = lane is not None and can_unlock(device) and takes(container, plan.sections, later, verify=verify)
-    ring = take_ring(device, pinned_bytes, SLOT_BYTES if unlocked else LOCKED_SLOT_BYTES)
+    ring = take_ring(device, pinned_bytes, BUFFER_BYTES if unlocked else LOCKED_BUFFER_BYTES)
     try:
-        # Tensors made in inference mode could not be written to by the threads, which are not in it. On its stream the
-        # allocation need not wait for what the caller has given to another.
+        # The threads, which are not in inference mode, could not write to tensors that are made in it. Memory that is
+        # allocated on the upload's stream need not wait for the caller's work on other streams.
         with torch.inference_mode(mode=False), contextlib.nullcontext() if lane is None else torch.cuda.stream(lane):
             memory, scratch = (
                 torch.empty(align(nbytes, BUFFER_ALIGNMENT), dtype=torch.uint8, device=device)
                 for nbytes in (plan.nbytes, plan.scratch_bytes)
             )
-            pieces = cut(container.sections, plan, ring.slot_bytes)
+            pieces = cut(container.sections, plan, ring.buffer_bytes)
             upload: Upload | UnlockedUpload
             if unlocked and lane is not None:
                 upload = UnlockedUpload(container, pieces, ring, memory, scratch, lane, verify=verify, cancel=cancel)
@@ -191,7 +192,7 @@ def _fill(
             except BaseException:
                 if lane is not None:
                     lane.synchronize()
-                # The error may be kept for long, and the frames of its traceback with it, but not the memory.
+                # Somebody may keep the error, and with it the frames of its traceback: they must not hold the memory.
                 upload.forget()
                 del memory, scratch
                 raise
@@ -205,7 +206,11 @@ def _fill(
 
 
 def _checked_there(container: Container, plan: UploadPlan) -> dict[int, int]:
-    """Return the sections that lie on the device as a whole, so that it can take their checksums; number to offset."""
+    """Return the sections that lie on the device as a whole, so that it can take their checksums.
+
+    Returns:
+        The sections' offsets in the device allocation, by section number.
+    """
     found = {}
     for number in plan.sections:
         section = container.sections[number]

@@ -1,4 +1,7 @@
-"""What one thread of an upload reads, checks and copies at a time (spec, section 5). All offsets are in bytes."""
+"""The pieces of an upload: the parts of a file that a thread reads, checks and copies at a time (spec, section 5).
+
+All offsets are in bytes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from deltafmt.runtime.upload_plan import SectionRun, UploadPlan
 
 
 class Copy(NamedTuple):
-    """``length`` bytes from ``source`` in a piece to ``target`` on the device, or in its scratch memory."""
+    """A copy of ``length`` bytes from offset ``source`` in a piece to offset ``target`` on the device.
+
+    With ``scratch``, the target is in the device's scratch memory.
+    """
 
     source: int
     target: int
@@ -20,7 +26,7 @@ class Copy(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What a piece holds of one section: part ``part`` of ``parts``, at ``start`` in the piece."""
+    """The share of one section in a piece: part ``part`` of ``parts``, at offset ``start`` in the piece."""
 
     section: int
     start: int
@@ -31,14 +37,14 @@ class Share(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What one thread reads, checks and copies at a time.
+    """A part of a file that one thread reads, checks and copies at a time.
 
     Attributes:
-        offset: in the file; for a compressed section, in its raw bytes.
-        length: bytes.
-        shares: the sections that it holds, or the part of one.
-        copies: what goes to the device.
-        compressed: whether the section is to be decoded.
+        offset: the piece's place in the file; for a compressed section, its place in the section's raw bytes.
+        length: the number of bytes.
+        shares: the sections that the piece holds, or the part of one section.
+        copies: the copies to the device.
+        compressed: True if the piece is a part of a compressed section.
     """
 
     offset: int
@@ -96,7 +102,7 @@ def _group_piece(sections: Sequence[Section], plan: UploadPlan, group: list[int]
 
 
 def _joined(copies: list[Copy]) -> tuple[Copy, ...]:
-    """Join copies that keep their distance, across the padding between them."""
+    """Join copies whose distance is the same in the piece and on the device, with the padding between them."""
     out: list[Copy] = []
     for copy in copies:
         last = out[-1] if out else None
@@ -139,7 +145,7 @@ def _compressed_pieces(number: int, section: Section, plan: UploadPlan, size: in
 
 
 def _overlap(runs: list[SectionRun], start: int, stop: int) -> tuple[Copy, ...]:
-    """Return what raw bytes ``start`` to ``stop`` of a section hold of its runs."""
+    """Return the copies for those parts of a section's runs that lie in its raw bytes ``start`` to ``stop``."""
     copies = []
     for run in runs:
         first, last = max(run.start, start), min(run.stop, stop)

@@ -82,7 +82,7 @@ class UploadPlan:
         """Place all sections of tensors, each as a whole."""
         before: Section | None = None
         for number, section in enumerate(sections):
-            if section.kind != c.KIND_TENSORS:
+            if section.kind != c.SECTION_KIND_TENSORS:
                 continue
             gap = 0
             if before is not None and c.CODEC_ZSTD not in (before.codec, section.codec):

@@ -1,4 +1,7 @@
-"""The fine-tuned values of a tensor, from the base's and a delta on the device; what unpacking writes to a file."""
+"""The fine-tuned values of a tensor, computed from the base's values and a delta on the device.
+
+They are the values that ``deltafmt unpack`` would write.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +26,18 @@ def added(base: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> torch.
     """Return ``base + delta``, summed in float32 and rounded to a dtype; the base's own values where delta is zero.
 
     Args:
-        base: any floating dtype.
-        delta: float32, of the base's shape.
-        dtype: of the fine-tuned tensor.
+        base: the base's values, in any floating dtype.
+        delta: the delta in float32, with the base's shape.
+        dtype: the dtype of the fine-tuned tensor.
     """
     return torch.where(delta == 0, base.to(dtype), (base.float() + delta).to(dtype))
 
 
 def new_values(tensor: DeviceTensor, base: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's fine-tuned values in the base's dtype, rounded to the fine-tune's before.
+    """Return a tensor's fine-tuned values, rounded to the fine-tune's dtype and converted to the base's.
 
     Args:
-        tensor: one that is not grown.
+        tensor: a tensor with the base's shape.
         base: the base's values, on the delta's device.
     """
     if tensor.terms:

@@ -1,4 +1,7 @@
-"""The served modules of a model: their hooks, and the slots under which they have each delta that is on the device."""
+"""The served modules of a model: their hooks, and the slot of every delta that is on the device.
+
+A slot is a place in the modules' operand tables. A delta on the device has the same slot in all modules.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,26 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from deltafmt.runtime.binding import BoundModule, Role, weight_shape
 from deltafmt.runtime.device_delta import DeviceDelta
-from deltafmt.runtime.places import Kind, Taker, weight_shape
 from deltafmt.runtime.selection import Selection
-from deltafmt.runtime.siblings import Active, Run, Siblings, shareable
+from deltafmt.runtime.siblings import Active, SharedInput, Siblings, shareable
 from deltafmt.runtime.sites import LinearSite, Site, TransposedSite, refuse_gradient
 from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite
 
 _FIRST_SLOTS = 4
 
 
-class Slots:
-    """Sites by module, slots by delta.
+class ServedModules:
+    """The sites of a model's modules, and the slots of its deltas.
 
     Args:
-        device: of all deltas.
-        active: gives the selection of the calling thread, if it serves deltas.
-        fuse: whether modules that are given the same input share a launch.
+        device: the device of all deltas.
+        active: a function that returns the selection of the calling thread, or None if it serves no delta.
+        fuse: let linear modules that receive the same input share one launch.
+
+    Attributes:
+        count: the number of slots of every operand table.
     """
 
     def __init__(self, device: torch.device, active: Active, *, fuse: bool) -> None:
@@ -43,21 +49,21 @@ class Slots:
         self._free: list[int] = []
 
     def unused(self) -> list[str]:
-        """Return the names of modules that deltas change and that have not run while one of those was served."""
+        """Return the names of modules that deltas change but that have not run while such a delta was served."""
         return [site.name for site in self._sites.values() if site.name not in self._ran]
 
-    def prepare(self, takers: Iterable[Taker]) -> None:
-        """Hook modules, if they are not yet."""
+    def prepare(self, modules: Iterable[BoundModule]) -> None:
+        """Make a site for each module that has none, and hook the module."""
         with self._lock:
-            for taker in takers:
-                if id(taker.module) not in self._sites:
-                    site = _make_site(taker, self._device)
+            for bound in modules:
+                if id(bound.module) not in self._sites:
+                    site = _make_site(bound, self._device)
                     site.grow(self.count)
-                    self._sites[id(taker.module)] = site
+                    self._sites[id(bound.module)] = site
                     self._hook(site)
 
-    def assign(self, name: str, delta: DeviceDelta, takers: Iterable[Taker]) -> int:
-        """Return the slot of a delta that is on the device, giving it one if it has none."""
+    def assign(self, name: str, delta: DeviceDelta, modules: Iterable[BoundModule]) -> int:
+        """Return the slot of a delta that is on the device; a delta without a slot gets a free one."""
         with self._lock:
             if name in self._slots:
                 return self._slots[name]
@@ -65,10 +71,10 @@ class Slots:
                 self._grow(max(2 * self.count, _FIRST_SLOTS))
             self._slots[name] = slot = self._free.pop()
             try:
-                for taker in takers:
-                    if id(taker.module) in self._sites:
-                        tensors = {key: delta[tensor] for key, tensor in taker.tensors.items() if tensor in delta}
-                        self._sites[id(taker.module)].put(slot, tensors)
+                for bound in modules:
+                    if id(bound.module) in self._sites:
+                        tensors = {key: delta[tensor] for key, tensor in bound.tensors.items() if tensor in delta}
+                        self._sites[id(bound.module)].put(slot, tensors)
                 for group in self._groups.values():
                     group.refresh(slot)
             except BaseException:
@@ -77,7 +83,7 @@ class Slots:
             return slot
 
     def release(self, name: str) -> None:
-        """Forget a delta's tensors and give its slot back, if it has one."""
+        """Forget a delta's tensors and free its slot, if it has one."""
         with self._lock:
             slot = self._slots.pop(name, None)
             if slot is not None:
@@ -88,7 +94,7 @@ class Slots:
                 self._free.append(slot)
 
     def close(self) -> None:
-        """Leave the modules as they were."""
+        """Remove all hooks, so that the modules are as they were before."""
         with self._lock:
             for hook in self._hooks:
                 hook.remove()
@@ -124,7 +130,7 @@ class Slots:
         self._hooks.append(site.module.register_forward_hook(after, with_kwargs=True))
 
     def _learn(self, site: LinearSite, given: torch.Tensor, selection: Selection) -> None:
-        ended = selection.memo("run", Run).observe(site, given)
+        ended = selection.memo("run", SharedInput).observe(site, given)
         if len(ended) > 1 or (ended and self._device.type == "cuda"):
             with self._lock:
                 if not any(id(found) in self._groups for found in ended):
@@ -132,12 +138,12 @@ class Slots:
                     self._groups.update({id(found): group for found in ended})
 
 
-def _make_site(taker: Taker, device: torch.device) -> Site:
-    shape = weight_shape(taker.module, taker.kind)
+def _make_site(bound: BoundModule, device: torch.device) -> Site:
+    shape = weight_shape(bound.module, bound.role)
     if shape is None:
-        return OtherSite(taker.name, taker.module, device)
+        return OtherSite(bound.name, bound.module, device)
     rows, columns = shape
-    if taker.kind is Kind.TRANSPOSED:
-        return TransposedSite(taker.name, taker.module, device, columns, rows)
-    kind = EmbeddingSite if taker.kind is Kind.EMBEDDING else LinearSite
-    return kind(taker.name, taker.module, device, rows, columns)
+    if bound.role is Role.TRANSPOSED:
+        return TransposedSite(bound.name, bound.module, device, columns, rows)
+    made = EmbeddingSite if bound.role is Role.EMBEDDING else LinearSite
+    return made(bound.name, bound.module, device, rows, columns)

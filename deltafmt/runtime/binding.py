@@ -1,8 +1,8 @@
-"""Which module of a model takes which tensor of a delta.
+"""The binding of a delta's tensors to the modules of a model.
 
-A tensor's name is a path to a module and the name of a parameter there. Names in files and in a loaded model differ in
-known ways: the prefix of the inner model (``model.``, ``bert.``) is there or not, and old checkpoints say ``gamma`` and
-``beta``. A parameter that several modules share is found under all of them.
+A tensor's name is a path to a module and the name of a parameter there. Names in a file and in a loaded model differ in
+known ways: the prefix of the inner model (``model.``, ``bert.``) may be missing, and old checkpoints say ``gamma`` and
+``beta`` for ``weight`` and ``bias``. A parameter that several modules share is found under all of them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _NEVER_CALLED = ("NonDynamicallyQuantizableLinear",)
 _OLD_NAMES = {"gamma": "weight", "beta": "bias"}
 
 
-class Kind(Enum):
-    """How a module uses its parameters."""
+class Role(Enum):
+    """The way in which a module uses its parameters."""
 
     LINEAR = "linear"
     TRANSPOSED = "transposed linear"
@@ -34,76 +34,84 @@ class Kind(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Taker:
-    """A module that takes tensors of a delta: the tensor's name by the parameter's."""
+class BoundModule:
+    """A module that tensors of a delta are bound to.
+
+    Attributes:
+        name: the module's name in the model.
+        module: the module.
+        role: the way in which the module uses its parameters.
+        tensors: the tensors' names by the names of the module's parameters, such as ``weight``.
+    """
 
     name: str
     module: nn.Module
-    kind: Kind
+    role: Role
     tensors: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Placement:
-    """Where the tensors of one delta go.
+class Binding:
+    """The modules and parameters that the tensors of one delta are bound to.
 
     Attributes:
-        takers: modules that take at least one tensor, the unchanged included.
-        parameters: the parameter that each placed tensor changes, by the tensor's name; a tensor whose base weight a
-            quantized module holds in a form of its own is missing here.
-        ignored: changed tensors that were left out because a pattern said so.
+        modules: the modules with at least one bound tensor, changed or unchanged.
+        parameters: the parameter that each tensor changes, by the tensor's name. A quantized module holds its weight
+            in a form of its own; such a weight is missing here.
+        ignored: the names of changed tensors that were left out because they match an ``ignore`` pattern.
     """
 
-    takers: list[Taker]
+    modules: list[BoundModule]
     parameters: dict[str, torch.Tensor]
     ignored: list[str]
 
 
-def kind_of(module: nn.Module) -> Kind:
-    """Return how a module uses its parameters, told by the attributes that quantized modules have as well."""
+def role_of(module: nn.Module) -> Role:
+    """Return a module's role. It is told from attributes that quantized modules have as well, not from the class."""
     if isinstance(getattr(module, "nf", None), int) and type(module).__name__ == "Conv1D":
-        return Kind.TRANSPOSED
+        return Role.TRANSPOSED
     if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
-        return Kind.LINEAR
+        return Role.LINEAR
     if isinstance(getattr(module, "num_embeddings", None), int):
-        return Kind.EMBEDDING
-    return Kind.OTHER
+        return Role.EMBEDDING
+    return Role.OTHER
 
 
-def weight_shape(module: nn.Module, kind: Kind) -> tuple[int, int] | None:
-    """Return rows and columns of a linear or embedding weight as a file has it."""
-    if kind is Kind.TRANSPOSED:
+def weight_shape(module: nn.Module, role: Role) -> tuple[int, int] | None:
+    """Return the rows and columns that a linear or embedding weight has in a file; None for other modules."""
+    if role is Role.TRANSPOSED:
         return int(module.nx), int(module.nf)  # type: ignore[arg-type]
-    if kind is Kind.LINEAR:
+    if role is Role.LINEAR:
         return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-    if kind is Kind.EMBEDDING:
+    if role is Role.EMBEDDING:
         return int(module.num_embeddings), int(module.embedding_dim)  # type: ignore[arg-type]
     return None
 
 
-def place(
+def bind(
     model: nn.Module,
     entries: Mapping[str, TensorEntry],
     removed: Sequence[str] = (),
     ignore: Sequence[str] = (),
     rename: Rename | None = None,
-) -> Placement:
-    """Find the modules that take the tensors of a delta.
+) -> Binding:
+    """Bind the tensors of a delta to the modules of a model.
 
     Args:
         model: the base.
-        entries: of the delta, by name; for an alias, that of its target.
-        removed: names of tensors that only the base has.
-        ignore: names that match one of these patterns are left out.
-        rename: gives the model's name for a tensor's name in the file.
+        entries: the delta's entries by tensor name; an alias has the entry of its target.
+        removed: the names of tensors that only the base has.
+        ignore: patterns; tensors whose names match one of them are left out.
+        rename: a function from a tensor's name in the file to its name in the model.
 
     Raises:
-        UsageError: a changed tensor has no place, or one in a module that cannot be served; or the model has a tensor
-            that the fine-tune has not.
-        WrongBaseError: a module has another shape than the base of its tensor, or tied tensors differ.
+        UsageError: a changed tensor has no place in the model, or only in a module that cannot be served; or the model
+            has a tensor that the fine-tune lacks.
+        WrongBaseError: a module's parameter has another shape than the tensor's base, or tensors that are tied in the
+            fine-tune differ in the model.
     """
     finder = _Finder(model, rename)
-    takers: dict[int, Taker] = {}
+    modules: dict[int, BoundModule] = {}
     parameters: dict[str, torch.Tensor] = {}
     ignored = []
     found: dict[str, tuple[str, str]] = {}
@@ -131,13 +139,13 @@ def place(
         parameter = finder.parameter(path, attribute)
         if parameter is not None:
             parameters[name] = parameter
-        for taker, key in finder.serving(shared, name, entries[name]):
-            known = takers.setdefault(id(taker.module), taker)
+        for bound, key in finder.serving(shared, name, entries[name]):
+            known = modules.setdefault(id(bound.module), bound)
             known.tensors[key] = name
             _check_shape(model, known, key, name, entries[name])
     for name in parameters:
         _check_tie(name, entries[name], parameters)
-    return Placement(list(takers.values()), parameters, ignored)
+    return Binding(list(modules.values()), parameters, ignored)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -145,16 +153,16 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _check_tie(name: str, entry: TensorEntry, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a tensor that the fine-tune takes from another's base, if the model has something else there."""
+    """Refuse an alias whose parameter in the model differs from the parameter of its target."""
     mine, target = parameters.get(name), parameters.get(entry.name)
     if entry.action == "replace" or mine is None or target is None or mine is target:
         return
     if not torch.equal(mine, target):
-        raise WrongBaseError(f'tensors "{name}" and "{entry.name}" are one in the fine-tune and differ in the model')
+        raise WrongBaseError(f'tensors "{name}" and "{entry.name}" are tied in the fine-tune but differ in the model')
 
 
 class _Finder:
-    """Look up modules and parameters by the names that files use."""
+    """Look up modules and parameters of a model by the names that files use."""
 
     def __init__(self, model: nn.Module, rename: Rename | None) -> None:
         self._rename = rename
@@ -166,7 +174,7 @@ class _Finder:
                 self._spots.setdefault(id(parameter), []).append((path, key))
 
     def find(self, name: str) -> tuple[str, str] | None:
-        """Return the module's path and the parameter's name there."""
+        """Return the path of the module and the parameter's name there, or None."""
         for candidate in self._candidates(name if self._rename is None else self._rename(name)):
             path, _, key = candidate.rpartition(".")
             if path in self._modules and self._holds(self._modules[path], key):
@@ -188,60 +196,64 @@ class _Finder:
     def _holds(module: nn.Module, key: str) -> bool:
         if isinstance(getattr(module, key, None), nn.Parameter):
             return True
-        # A quantized module keeps its weight in a form of its own.
+        # A quantized module keeps its weight in a form of its own, not as a parameter.
         if key == "weight":
-            return kind_of(module) in (Kind.LINEAR, Kind.EMBEDDING)
-        return key == "bias" and kind_of(module) is Kind.LINEAR and bias_of(module) is not None
+            return role_of(module) in (Role.LINEAR, Role.EMBEDDING)
+        return key == "bias" and role_of(module) is Role.LINEAR and bias_of(module) is not None
 
     def parameter(self, path: str, key: str) -> torch.Tensor | None:
-        """Return the parameter, unless the module keeps it in another form."""
+        """Return the parameter, or None if the module keeps it in another form."""
         return dict(self._modules[path].named_parameters(recurse=False)).get(key)
 
     def shared(self, path: str, key: str) -> list[tuple[str, str]]:
-        """Return the other places of a parameter."""
+        """Return the other modules and names under which the model has the same parameter."""
         parameter = self.parameter(path, key)
         return [] if parameter is None else [spot for spot in self._spots[id(parameter)] if spot != (path, key)]
 
     def reached(self, spots: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
-        """Return all places of the parameters at some places."""
+        """Return the given places of parameters, and all other places of the same parameters."""
         return {other for spot in spots for other in (spot, *self.shared(*spot))}
 
-    def serving(self, spots: Iterable[tuple[str, str]], name: str, entry: TensorEntry) -> Iterator[tuple[Taker, str]]:
-        """Give the modules that compute with a parameter.
+    def serving(
+        self, spots: Iterable[tuple[str, str]], name: str, entry: TensorEntry
+    ) -> Iterator[tuple[BoundModule, str]]:
+        """Yield the modules that compute with a parameter.
 
-        A module with modules inside cannot be run again for its own parameter alone; it may own one only to hand it to
-        a module inside (as the output head of BERT does with its bias), which then is the one that counts.
+        A module with other modules inside cannot be run again for its own parameter alone. It may own a parameter
+        only to hand it to an inner module, as the output head of BERT does with its bias; the inner module is served.
         """
-        takers = [(Taker(path, self._modules[path], kind_of(self._modules[path])), key) for path, key in spots]
-        plain = [(taker, key) for taker, key in takers if _is_plain(taker.module)]
-        if any(type(taker.module).__name__ in _NEVER_CALLED for taker, _ in plain) and entry.action != "same":
+        modules = [(BoundModule(path, self._modules[path], role_of(self._modules[path])), key) for path, key in spots]
+        plain = [(bound, key) for bound, key in modules if _is_plain(bound.module)]
+        if any(type(bound.module).__name__ in _NEVER_CALLED for bound, _ in plain) and entry.action != "same":
             raise UsageError(f'tensor "{name}" is read by torch.nn.MultiheadAttention, which does not call its modules')
         if not plain and entry.action != "same":
             raise UsageError(
-                f'tensor "{name}" belongs to {type(takers[0][0].module).__name__}, which has modules inside; '
+                f'tensor "{name}" belongs to {type(modules[0][0].module).__name__}, which has modules inside; '
                 "only linear, embedding and other innermost modules are served"
             )
         yield from plain
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return kind_of(module) is not Kind.OTHER or next(module.children(), None) is None
+    return role_of(module) is not Role.OTHER or next(module.children(), None) is None
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:
-    """Return a linear module's bias; dynamically quantized modules have a method of that name."""
+    """Return a linear module's bias, or None; dynamically quantized modules have a method of that name."""
     bias = getattr(module, "bias", None)
     value = bias() if callable(bias) and not isinstance(bias, torch.Tensor) else bias
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _check_shape(model: nn.Module, taker: Taker, key: str, name: str, entry: TensorEntry) -> None:
-    """Compare the shape of a module's parameter with that of the tensor's base."""
+def _check_shape(model: nn.Module, bound: BoundModule, key: str, name: str, entry: TensorEntry) -> None:
+    """Refuse a tensor whose base has another shape than the module's parameter."""
     wanted = entry.shape if entry.base is None else entry.base.shape
-    rows_columns = weight_shape(taker.module, taker.kind) if key == "weight" else None
-    held = getattr(taker.module, key, None)
+    rows_columns = weight_shape(bound.module, bound.role) if key == "weight" else None
+    held = getattr(bound.module, key, None)
     found = rows_columns or (tuple(held.shape) if isinstance(held, torch.Tensor) else wanted)
     if entry.base is None and entry.action == "replace" and len(wanted) == 2 and found[1:] == wanted[1:]:
-        return  # as many rows as the fine-tune has: a vocabulary of another size
+        return  # a vocabulary of another size
     if found != wanted:
-        raise WrongBaseError(f'wrong base {type(model).__name__}: tensor "{name}" is {list(found)}, not {list(wanted)}')
+        raise WrongBaseError(
+            f'wrong base {type(model).__name__}: tensor "{name}" has shape {list(found)}, not {list(wanted)}'
+        )

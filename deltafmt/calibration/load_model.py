@@ -1,4 +1,4 @@
-"""A fine-tune's folder as a model, by transformers."""
+"""Loading a fine-tune's folder as a model, with transformers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from deltafmt.extras import need
 
 
 def load_model(folder: Path, dtype: torch.dtype | None) -> Any:
-    """Load a model to the host, of the class that its configuration names.
+    """Load a model to the host; its configuration names the class.
 
     Args:
         folder: a checkpoint folder.
-        dtype: of the weights; None for what the configuration says.
+        dtype: the dtype of the weights; None for the dtype that the configuration names.
 
     Raises:
-        StorageError: there is no such folder.
+        StorageError: the folder does not exist.
         MissingExtraError: transformers is missing.
         UsageError: transformers cannot load the folder, or the folder lacks a weight.
     """
@@ -56,7 +56,7 @@ def load_model(folder: Path, dtype: torch.dtype | None) -> Any:
 
 
 def model_key(folder: Path) -> str:
-    """Return what tells whether a folder's weights are still the same: names, sizes and times of its files."""
+    """Return a key of a folder's weights that changes when they do: names, sizes and times of the files."""
     files = sorted(folder.glob("*.safetensors"))
     stats = [os.stat(file) for file in files]
     return " ".join(f"{file.name}:{s.st_size}:{s.st_mtime_ns}" for file, s in zip(files, stats, strict=True))

@@ -1,4 +1,4 @@
-"""How a calibration runs."""
+"""The options of a calibration run."""
 
 from __future__ import annotations
 
@@ -13,23 +13,18 @@ BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """Device, batches and state.
+class RunOptions:
+    """Device, batches and state of a calibration run.
 
     Attributes:
-        device: where the blocks run; a GPU if there is one.
-        batch_tokens: tokens of a batch.
-        minimum: fewest tokens that the texts must have; None for the widest module's number of columns, below which its
-            moments are certain to be singular.
-        double: add the moments up in float64.
-        state: folder in which a killed run leaves what it needs to go on; None for none.
-        key: what else identifies the job, such as the method's options, for a state to be used again.
+        device: the device on which the blocks run; a GPU if there is one.
+        batch_tokens: the number of tokens in a batch.
+        state: a folder for the state with which a killed run is resumed; None keeps no state.
+        key: text that identifies the job further, such as the method's options; another key refuses an old state.
     """
 
     device: torch.device | str | None = None
     batch_tokens: int = BATCH_TOKENS
-    minimum: int | None = None
-    double: bool = False
     state: str | os.PathLike[str] | None = None
     key: str = ""
 
@@ -37,7 +32,7 @@ class Options:
         """Return the device.
 
         Raises:
-            UsageError: there is no such GPU.
+            UsageError: torch does not find that GPU.
         """
         found = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():

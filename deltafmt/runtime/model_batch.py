@@ -1,4 +1,4 @@
-"""Where a model lies, and what it is called with."""
+"""The device of a model, the models inside it, and the size of the batch that it is called with."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from deltafmt.errors import UsageError
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's parameters and buffers."""
+    """Return the device of a model's parameters and buffers.
+
+    Raises:
+        UsageError: the model lies on several devices, or on none.
+    """
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1:
         found = " and ".join(sorted(map(str, devices))) or "no device"
-        raise UsageError(f"the model lies on {found}; deltas are served on one device, which device= names")
+        raise UsageError(f"the model lies on {found}; choose one device for the deltas with device=")
     return devices.pop()
 
 
 def models_in(model: nn.Module) -> list[nn.Module]:
-    """Return the model and those inside it that are given a batch: a decoder, an encoder."""
+    """Return the model and the models inside it that receive the batch, such as a decoder or an encoder."""
     found = [model]
     for module in model.modules():
         parameters = inspect.signature(type(module).forward).parameters
@@ -32,7 +36,7 @@ def models_in(model: nn.Module) -> list[nn.Module]:
 
 
 def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the rows and tokens of the batch that a model is called with."""
+    """Return the numbers of rows and tokens in the batch that a model is called with; None if it has no batch."""
     ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     for value in (ids, embeddings, *args[:1], *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.dim() > 1:

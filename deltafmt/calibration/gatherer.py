@@ -1,4 +1,4 @@
-"""Hooks that add up the second moments of what linear modules are given."""
+"""The gatherer: hooks that add up the second moments of the inputs of linear modules."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ from deltafmt.errors import NonFiniteError
 
 
 class Gatherer:
-    """Sums of x x^T for linear modules, while it is entered.
+    """Within a ``with`` block, add up x x^T over all inputs x of linear modules.
 
-    Modules that are given the same tensor, as q, k and v are, share the product, not the sum.
+    Modules that receive the same tensor, as q, k and v do, share the product of a batch; each has its own sum.
 
     Args:
         linears: the modules.
-        double: add up in float64; the products of a batch stay in float32.
-        stop_at: a module whose inputs are added up, but which shall not run: :class:`Stop` is raised instead.
+        stop_at: the name of a module that need not run: its inputs are added up, then :class:`Stop` is raised.
     """
 
-    def __init__(self, linears: Iterable[Linear], *, double: bool = False, stop_at: str | None = None) -> None:
+    def __init__(self, linears: Iterable[Linear], *, stop_at: str | None = None) -> None:
         self.linears = {linear.name: linear for linear in linears}
         self.called: list[str] = []
-        self._dtype = torch.float64 if double else torch.float32
         self._stop_at = stop_at
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, int] = {}
@@ -61,32 +59,32 @@ class Gatherer:
         name = linear.name
         if name not in self._sums:
             self.called.append(name)
-            self._sums[name] = torch.zeros(product.shape, dtype=self._dtype, device=product.device)
+            self._sums[name] = torch.zeros_like(product)
             self._tokens[name] = 0
         self._sums[name] += product
         self._tokens[name] += inputs.numel() // inputs.shape[-1]
 
     def moments(self, name: str) -> Moments:
-        """Return what was added up for a module that was called, and forget it.
+        """Return the moments of a module that was called, and free its sum.
 
         Raises:
-            NonFiniteError: an input was NaN or infinite, or too large for its square.
+            NonFiniteError: an input was NaN or infinite, or so large that its square is infinite.
         """
         total = self._sums.pop(name)
         if not bool(total.isfinite().all()):
             raise NonFiniteError(f'the activations that enter "{name}" are not finite')
-        return Moments(total.to(torch.float32).cpu().numpy(), self._tokens[name], self.linears[name].axis)
+        return Moments(total.cpu().numpy(), self._tokens[name], self.linears[name].axis)
 
     @property
     def uncalled(self) -> list[str]:
-        """Names of modules that were given nothing."""
+        """The names of the modules that were never called."""
         return [name for name in self.linears if name not in self._tokens]
 
 
 def hand_out(gatherer: Gatherer, on_module: OnModule) -> bool:
-    """Call back for every module that was called, in that order; tell whether a weight was replaced.
+    """Call ``on_module`` for every module that was called, in that order; return True if a weight was replaced.
 
-    All moments are those of the modules as they were when they were gathered.
+    All moments were gathered before the first weight is replaced.
 
     Raises:
         NonFiniteError: the inputs of a module are not finite.
@@ -102,5 +100,5 @@ def hand_out(gatherer: Gatherer, on_module: OnModule) -> bool:
     return replaced
 
 
-class Stop(Exception):  # noqa: N818  # no error: it ends a forward pass that has given what was wanted
-    """Ends a forward pass."""
+class Stop(Exception):  # noqa: N818  # not an error
+    """Raised in a hook to end a forward pass early, once all wanted inputs were seen."""

@@ -1,7 +1,7 @@
-"""Moments in a folder: gathered once, read by any number of methods and threads.
+"""A store of moments in a folder: they are gathered once and read by any number of methods and threads.
 
-A file holds one weight's moments in NumPy's ``.npz`` form: ``matrix`` (the upper triangle of H, row by row),
-``tokens``, ``axis`` and ``name``. Its own name is a digest of the weight's, which may hold any character.
+A file holds the moments of one weight in NumPy's ``.npz`` form: ``matrix`` (the upper triangle of H, row by row),
+``tokens``, ``axis`` and ``name``. The file's name is a digest of the weight's name, which may have any character.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from deltafmt.output import storage_error
 
 
 class MomentStore:
-    """Moments by the names of weights.
+    """Moments by weight name.
 
     Args:
-        folder: made when the first moments are written.
+        folder: the store's folder, which is made when the first moments are written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, weight_name: str) -> Path:
-        """Return the path of a weight's file, whether it is there or not."""
+        """Return the path of a weight's file, which need not exist."""
         return self.folder / f"{blake3(weight_name.encode()).hexdigest(16)}.npz"
 
     def on_module(self, name: str, weight_name: str, moments: Moments) -> None:  # noqa: ARG002  # a calibration calls it
-        """Keep the moments that a calibration hands out; a weight's file appears whole or not at all.
+        """Store the moments that a calibration hands out; a weight's file appears whole or not at all.
 
         Raises:
             StorageError: writing failed.
@@ -53,9 +53,9 @@ class MomentStore:
         """Return the moments of a weight.
 
         Raises:
-            UsageError: there are none.
+            UsageError: the store has no moments of this weight.
             StorageError: reading failed.
-            InvalidFileError: the file is not one that a store writes.
+            InvalidFileError: the file was not written by a store.
         """
         path = self.path(weight_name)
         try:

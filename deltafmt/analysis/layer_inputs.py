@@ -1,4 +1,4 @@
-"""Inputs of linear layers: drawn at random, or taken from the fine-tune as it reads a text."""
+"""Inputs of linear layers: random vectors, or the vectors that the layers of the fine-tune receive for a text."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Vectors for every layer.
+    """Input vectors for every layer.
 
     Attributes:
-        source: in words, where they come from.
-        seed: of the drawn ones.
-        taken: for calibrated inputs, vectors by the weight's name; None to draw all of them.
+        source: the origin of the vectors, in words.
+        seed: the seed of random vectors.
+        taken: the vectors from a calibration text, by weight name; None if all vectors are random.
     """
 
     source: str
@@ -54,18 +54,18 @@ def calibrated_inputs(
     names: Sequence[str],
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> Inputs:
-    """Return what a model's linear layers receive as it reads texts: VECTORS positions, evenly spaced over all tokens.
+    """Return the inputs that a model's linear layers receive for a text, at VECTORS positions spread over all tokens.
 
     Args:
-        model_folder: the fine-tune, a folder that transformers loads.
-        text_file: see :func:`deltafmt.calibration.text.read_documents`; its first TOKENS tokens or so are read.
-        names: of the weights whose inputs are wanted.
-        tokenizer: a ``tokenizer.json``, or a folder with a tokenizer; the model folder if None.
+        model_folder: the fine-tune's folder, which transformers loads.
+        text_file: the text, see :func:`deltafmt.calibration.text.read_documents`; about TOKENS tokens of it are read.
+        names: the names of the weights whose inputs are wanted.
+        tokenizer: a ``tokenizer.json``, or a folder with a tokenizer; by default the model's folder.
 
     Raises:
         MissingExtraError: torch or transformers is missing.
-        UsageError: the text gives no token, or the folder is no model that it loads.
-        InvalidFileError, StorageError: a file is not as it should be, or missing.
+        UsageError: transformers cannot load the model, or the text gives no tokens.
+        InvalidFileError, StorageError: a file is wrong or missing.
     """
     documents = read_documents(Path(text_file))
     where = Path(tokenizer or model_folder)
@@ -80,7 +80,7 @@ def calibrated_inputs(
     model = _load(transformers, model_folder)
     sequences = cut(documents, load_encoder(where, model.config), SEQUENCE, TOKENS)
     if not sequences:
-        raise UsageError(f"{text_file}: its texts have no two tokens in a row")
+        raise UsageError(f"{text_file}: no text in it has two tokens")
     total = sum(sequence.size for sequence in sequences)
     chosen = np.unique(np.linspace(0, total - 1, VECTORS).round().astype(np.int64))
     source = f"{len(chosen)} of {total:,} positions of {Path(text_file).name}"
@@ -92,9 +92,9 @@ def _load(transformers: Any, folder: str | os.PathLike[str]) -> Any:
     transformers.utils.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-        return kind.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
-    except Exception as error:  # whatever a model's files make transformers raise
+        model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        return model_class.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    except Exception as error:  # the files of a model can make transformers raise anything
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise UsageError(f"{folder}: transformers cannot load the model: {reason}") from error
 
@@ -102,7 +102,7 @@ def _load(transformers: Any, folder: str | os.PathLike[str]) -> Any:
 def _run(
     model: Any, sequences: Sequence[NDArray[np.int64]], chosen: NDArray[np.int64], names: set[str]
 ) -> dict[str, Floats]:
-    """Read the sequences one by one, and keep what the layers receive at the chosen positions."""
+    """Run the model over the sequences one by one, and keep the layers' inputs at the chosen positions."""
     import torch  # noqa: PLC0415 - only calibration needs it
 
     from deltafmt.calibration.modules import linear_modules  # noqa: PLC0415 - only calibration needs it

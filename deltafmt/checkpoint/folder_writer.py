@@ -1,4 +1,4 @@
-"""Writing a loadable folder: shards filled in any order, an index, the small files, all or nothing."""
+"""Writing a checkpoint folder that loads: shards, an index and small files; the folder appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ class TensorSpec:
 
 
 class CheckpointWriter:
-    """Write a checkpoint folder beside its final place and rename it when it is whole.
+    """Write a checkpoint folder under a temporary name beside its final place, and rename it when it is whole.
+
+    The bytes of the tensors may be written in any order and from several threads.
 
     Args:
         path: the folder to make.
         specs: every tensor that will be written.
-        metadata: of the safetensors files; ``format`` is always ``pt``, as transformers requires.
-        max_shard_bytes: tensor bytes of a shard, unless one tensor alone is larger.
-        stem: what the names of the weight files begin with.
+        metadata: the metadata of the safetensors files; ``format`` is always ``pt``, as transformers requires.
+        max_shard_bytes: the bytes of tensors in a shard; a larger tensor has a shard of its own.
+        stem: the beginning of the weight files' names, such as ``model``.
         force: replace ``path`` if it is a folder that exists.
 
     Raises:
         UsageError: the output exists.
-        StorageError: the folder above is missing, or writing failed.
+        StorageError: the parent folder is missing, or writing failed.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class CheckpointWriter:
             self.add_file(f"{self._stem}.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
 
     def _make_shard(self, name: str, specs: list[TensorSpec]) -> None:
-        # Wide elements first, as the safetensors library writes them, so that every tensor starts aligned.
+        # Tensors with wide elements come first, as the safetensors library writes them: every tensor is then aligned.
         ordered = sorted(specs, key=lambda spec: -c.DTYPE_BITS[spec.dtype])
         header: dict[str, object] = {"__metadata__": self._metadata}
         position = 0
@@ -127,7 +129,7 @@ class CheckpointWriter:
         os.ftruncate(descriptor, start + position)
 
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
-        """Write some bytes of a tensor; may be called from several threads.
+        """Write some bytes of a tensor at an offset in it; several threads may call this at the same time.
 
         Raises:
             StorageError: writing failed.
@@ -142,7 +144,7 @@ class CheckpointWriter:
         """Write a small file into the folder; the checkpoint's own files are never overwritten.
 
         Raises:
-            InvalidFileError: a file of that name is there already.
+            InvalidFileError: the folder has a file of that name already.
             StorageError: writing failed.
         """
         place = self._partial / name
@@ -158,7 +160,7 @@ class CheckpointWriter:
             raise storage_error("cannot write", self.path, error) from error
 
     def commit(self) -> None:
-        """Flush everything and put the folder in its place."""
+        """Sync all files to disk and rename the folder to its final name."""
         try:
             while self._files:
                 descriptor = self._files.pop()
@@ -176,7 +178,7 @@ class CheckpointWriter:
             raise storage_error("cannot write", self.path, error) from error
 
     def _replace(self) -> None:
-        """Put the folder in the place of the old one, which is only removed once that is done."""
+        """Rename the folder to the name of the old one, and remove the old one only after that."""
         old = self.path.parent / f".{self.path.name}.replaced"
         shutil.rmtree(old, ignore_errors=True)
         self.path.rename(old)
@@ -188,7 +190,7 @@ class CheckpointWriter:
         shutil.rmtree(old, ignore_errors=True)
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove the temporary folder."""
         while self._files:
             os.close(self._files.pop())
         shutil.rmtree(self._partial, ignore_errors=True)
@@ -196,28 +198,37 @@ class CheckpointWriter:
 
 
 def check_output_folder(path: Path, *, force: bool) -> None:
-    """Refuse an output folder that exists, or whose parent does not.
+    """Refuse an output folder that exists already, that is named like a file of weights, or that has no parent folder.
+
+    Args:
+        path: the folder to make.
+        force: allow an existing folder, if it is a checkpoint.
 
     Raises:
-        UsageError: it exists (with ``force``: and is not a folder).
-        StorageError: the folder above is missing.
+        UsageError: the folder exists, or its name is not one for a folder.
+        StorageError: the parent folder is missing.
     """
     if path.name in ("", ".", ".."):
-        raise UsageError(f"{str(path)!r} is no name for an output folder")
+        raise UsageError(f"{str(path)!r} is not a name for an output folder")
+    if path.suffix in (".safetensors", ".deltafmt", ".bin"):
+        raise UsageError(
+            f"the output {path} would be a folder, but its name is that of a file; "
+            f"name a folder such as {path.with_suffix('')}"
+        )
     if not path.parent.is_dir():
         raise StorageError(f"no such folder: {path.parent}")
     if path.exists() or path.is_symlink():
         if not force:
             raise UsageError(f"{path} exists", Remedy("force"))
         if path.is_symlink() or not path.is_dir():
-            raise UsageError(f"{path} is not a folder, and is not replaced by one")
+            raise UsageError(f"{path} is not a folder and is not replaced by one; remove it first")
         # ``force`` replaces the output of an earlier run, not whatever folder is named by mistake.
         found = sorted(path.iterdir())
         folder = next((entry.name for entry in found if entry.is_dir()), None)
         if folder is not None:
             raise UsageError(f"{path} holds the folder {folder} and is not replaced; remove it first")
         if found and not any(entry.suffix == ".safetensors" for entry in found):
-            raise UsageError(f"{path} is no checkpoint and is not replaced; remove it first")
+            raise UsageError(f"{path} is not a checkpoint and is not replaced; remove it first")
 
 
 def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:

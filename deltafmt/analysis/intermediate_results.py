@@ -1,7 +1,7 @@
 """Balanced Intermediate Results (DeltaDQ, section 3.2 and figure 2).
 
-An output of a linear layer is a sum of products w[p, j] * x[j] over the columns j. Where the products of a delta vary
-little and lie in a narrow range, a random part of them, rescaled, gives nearly the same sum: that is why dropout works.
+An output of a linear layer is a sum of products w[p, j] * x[j] over the columns j. If the products of a delta vary
+little and lie in a narrow range, a random part of them, rescaled, has nearly the same sum. This is why dropout works.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 
 from deltafmt.analysis.pairs import Block, Floats
 
-MAX_ROWS = 256  # of a matrix, evenly spaced, whose products are looked at
+MAX_ROWS = 256  # the products of at most so many rows of a matrix are examined, evenly spaced
 SIDES = ("base", "finetuned", "delta")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def spread(rows: Floats, inputs: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return variance and max - min of the products of every row with every input.
+    """Return the variance and the range (max - min) of the products of every row with every input.
 
     Args:
-        rows: shape (rows, columns).
-        inputs: shape (vectors, columns).
+        rows: rows of a matrix, shape (rows, columns).
+        inputs: input vectors, shape (vectors, columns).
 
     Returns:
-        Two arrays of shape (rows * vectors,): over the columns, the variance (divided by their number) and the range.
+        Two arrays of shape (rows * vectors,): the population variance over the columns, and the range over them.
     """
     variances, ranges = [], []
     for x in inputs:
@@ -39,12 +39,12 @@ def spread(rows: Floats, inputs: Floats) -> tuple[NDArray[np.float64], NDArray[n
 
 @dataclass(slots=True)
 class Products:
-    """Variance and range of the products of some rows of a tensor, for base, fine-tune and delta.
+    """Variances and ranges of the products of some rows of a tensor, for base, fine-tune and delta.
 
     Attributes:
-        inputs: vectors x, shape (vectors, columns).
-        rows: rows of the tensor.
-        variances, ranges: for every side, an array for each block.
+        inputs: input vectors x, shape (vectors, columns).
+        rows: the number of rows of the tensor.
+        variances, ranges: for each side, a list with one array for each block of rows.
     """
 
     inputs: Floats
@@ -53,7 +53,7 @@ class Products:
     ranges: dict[str, list[NDArray[np.float64]]] = field(default_factory=lambda: {side: [] for side in SIDES})
 
     def add(self, block: Block) -> None:
-        """Add those rows of a block that are looked at."""
+        """Add the examined rows of a block."""
         step = -(-self.rows // MAX_ROWS)
         chosen = slice(-block.first % step, None, step)
         for side in SIDES:
@@ -76,7 +76,7 @@ def pooled(several: list[Products], side: str) -> tuple[NDArray[np.float64], NDA
 
 
 def summary(several: list[Products]) -> dict[str, Any]:
-    """Return means and quantiles of several tensors' products, a plain object for JSON."""
+    """Return the means and quantiles of several tensors' products as a plain object for JSON."""
     obj: dict[str, Any] = {}
     for side in SIDES:
         variances, ranges = pooled(several, side)

@@ -1,0 +1,171 @@
+"""The index of one file, decoded and checked (spec/deltafmt-v1.md, sections 7 and 9).
+
+Tensor entries stay encoded until somebody asks for one, so a file of many tensors opens quickly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from deltafmt.container import canonical
+from deltafmt.format import constants as c
+from deltafmt.format.checks import Where, fail
+from deltafmt.index.entries import TensorEntry
+from deltafmt.index.sections import Attachment, BufferRef, Section
+from deltafmt.terms.layout import TermLayout
+from deltafmt.terms.registry import parse_layout
+
+_TOP_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "sections", "tensors")
+
+
+@dataclass(frozen=True, slots=True)
+class FileIndex:
+    """The index of a file.
+
+    Attributes:
+        profile: ``hot`` or ``cold``.
+        metadata: strings by name.
+        layouts: the layout table.
+        sections: the sections in the order of their offsets.
+        tensors: the encoded entries by tensor name; :meth:`entry` decodes one.
+        removed: the names of the tensors that the base has and the fine-tune lacks.
+        attachments: the attached files by name.
+    """
+
+    profile: str
+    metadata: Mapping[str, str]
+    layouts: tuple[TermLayout, ...]
+    sections: tuple[Section, ...]
+    tensors: dict[str, Any]
+    removed: tuple[str, ...]
+    attachments: Mapping[str, Attachment]
+
+    @classmethod
+    def parse(cls, data: bytes, index_offset: int, max_raw_bytes: int) -> Self:
+        """Decode and check an index.
+
+        Args:
+            data: the encoded index.
+            index_offset: the place of the index in the file, where the last section must end.
+            max_raw_bytes: refuse an index whose sections decode to more bytes than this.
+
+        Raises:
+            InvalidFileError: the index breaks the format; the message names the place.
+        """
+        obj = canonical.decode(data, "the index")
+        if type(obj) is not dict or tuple(obj) != _TOP_KEYS:
+            fail("index", f"expected the keys {', '.join(_TOP_KEYS)}")
+        profile = obj["profile"]
+        if profile not in c.PROFILES:
+            fail("profile", f"unknown profile {profile!r}")
+        metadata = canonical.check_names(obj["metadata"], "metadata")
+        if not all(type(value) is str for value in metadata.values()):
+            fail("metadata", "a value is not a string")
+        layouts = _parse_layouts(obj["layouts"], profile)
+        sections = _parse_sections(obj["sections"], profile, index_offset, max_raw_bytes)
+        tensors = canonical.check_names(obj["tensors"], "tensors")
+        if len(tensors) > c.MAX_TENSORS:
+            fail("tensors", f"{len(tensors)} entries are more than {c.MAX_TENSORS}")
+        removed = _parse_removed(obj["removed"], tensors)
+        index = cls(profile, metadata, layouts, sections, tensors, removed, _parse_attachments(obj["attachments"]))
+        for name, attachment in index.attachments.items():
+            index.check_ref(attachment.data, f'attachments["{name}"]', c.SECTION_KIND_ATTACHMENTS)
+        return index
+
+    def entry(self, name: str) -> TensorEntry:
+        """Decode and check the entry of a tensor that the index has.
+
+        Raises:
+            InvalidFileError: the entry breaks the format.
+        """
+        where = ('tensors["', name, '"]')
+        if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
+            fail(where, f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
+        entry = TensorEntry.from_obj(name, self._decode_entry(name), self.layouts)
+        refs = entry.refs()
+        for buffer, ref in refs:
+            if ref.section != refs[0][1].section:
+                fail(where, "the buffers lie in several sections")
+            self.check_ref(ref, (where, ".", buffer), c.SECTION_KIND_TENSORS)
+        if entry.target is not None:
+            target = self._decode_entry(entry.target) if entry.target in self.tensors else None
+            if type(target) is not dict or target.get("action") == "alias":
+                fail((where, ".target"), f"{entry.target!r} is not a tensor of its own")
+            if [target.get("dtype"), target.get("shape")] != [entry.dtype, list(entry.shape)]:
+                fail((where, ".target"), f"{entry.target!r} has another dtype or shape")
+        return entry
+
+    def _decode_entry(self, name: str) -> Any:
+        data = self.tensors[name]
+        if type(data) is not bytes:
+            fail(f'tensors["{name}"]', "expected a byte string that holds an entry")
+        return canonical.decode(data, f'tensors["{name}"]')
+
+    def check_ref(self, ref: BufferRef, where: Where, section_kind: int) -> None:
+        """Check that a buffer lies inside a section of the right section kind.
+
+        Raises:
+            InvalidFileError: it does not.
+        """
+        if ref.section >= len(self.sections):
+            fail(where, f"section {ref.section} is not one of the {len(self.sections)} sections")
+        section = self.sections[ref.section]
+        if section.kind != section_kind:
+            fail(where, f"section {ref.section} is of another kind")
+        if ref.offset + ref.length > section.raw_length:
+            fail(where, f"{ref.length} bytes at {ref.offset} leave section {ref.section}")
+
+
+def _parse_layouts(rows: Any, profile: str) -> tuple[TermLayout, ...]:
+    if type(rows) is not list:
+        fail("layouts", "expected a list")
+    layouts: tuple[TermLayout, ...] = tuple(parse_layout(row, f"layouts[{i}]") for i, row in enumerate(rows))
+    if profile == "hot" and any(layout.cold_only for layout in layouts):
+        fail("layouts", "a rank index stands in a hot file")
+    if len(set(layouts)) != len(layouts):
+        fail("layouts", "a layout stands in the table twice")
+    return layouts
+
+
+def _parse_sections(rows: Any, profile: str, index_offset: int, max_raw_bytes: int) -> tuple[Section, ...]:
+    if type(rows) is not list:
+        fail("sections", "expected a list")
+    sections = tuple(Section.from_obj(row, f"sections[{i}]") for i, row in enumerate(rows))
+    position = c.SECTION_ALIGNMENT
+    raw_bytes = 0
+    for number, section in enumerate(sections):
+        if section.offset != position:
+            fail(f"sections[{number}].offset", f"{section.offset} where {position} is next")
+        if section.offset + section.length > index_offset:
+            fail(f"sections[{number}].length", f"{section.length} bytes run into the index")
+        if profile == "hot" and section.kind == c.SECTION_KIND_TENSORS and section.codec != c.CODEC_STORED:
+            fail(f"sections[{number}].codec", "a hot file stores its tensors as they are")
+        raw_bytes += section.raw_length
+        if raw_bytes > max_raw_bytes:
+            fail(f"sections[{number}].raw_length", f"the sections decode to more than {max_raw_bytes} bytes")
+        position = c.align(section.offset + section.length, c.SECTION_ALIGNMENT)
+    if position != index_offset:
+        fail("sections", f"they end at {position}, the index starts at {index_offset}")
+    return sections
+
+
+def _parse_removed(names: Any, tensors: Mapping[str, Any]) -> tuple[str, ...]:
+    if type(names) is not list or not all(type(name) is str for name in names):
+        fail("removed", "expected a list of names")
+    if not all(1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES for name in names):
+        fail("removed", f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
+    if names != sorted(set(names)) or any(name in tensors for name in names):
+        fail("removed", "the names are not sorted and distinct from the tensors")
+    return tuple(names)
+
+
+def _parse_attachments(obj: Any) -> dict[str, Attachment]:
+    names = canonical.check_names(obj, "attachments")
+    attachments = {name: Attachment.from_obj(name, value) for name, value in names.items()}
+    for name in attachments:
+        parts = name.split("/")
+        if any("/".join(parts[:depth]) in attachments for depth in range(1, len(parts))):
+            fail(f'attachments["{name}"]', "another attachment stands in the place of its folder")
+    return attachments
