@@ -89,9 +89,9 @@ def the_real_driver_is_back() -> Iterator[None]:
 
     This fixture is set up before all that a test asks for, and so ends after them.
     """
-    before = (unlocked_loop.driver_calls, unlocked_loop.current_context, pinned.Slot.recorded)
+    before = (unlocked_loop.driver_calls, unlocked_loop.current_context, pinned.PinnedBuffer.recorded)
     yield
-    assert (unlocked_loop.driver_calls, unlocked_loop.current_context, pinned.Slot.recorded) == before
+    assert (unlocked_loop.driver_calls, unlocked_loop.current_context, pinned.PinnedBuffer.recorded) == before
 
 
 @pytest.fixture
