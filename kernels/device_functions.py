@@ -8,6 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from deltafmt.kernels import segments
+
+TILE_FIELDS = tl.constexpr(segments.TILE_FIELDS)
 # A code is read as a denormal float; x is scaled by this so that products are normal numbers.
 TWO_64 = tl.constexpr(2.0**64)
 
@@ -15,7 +18,7 @@ TWO_64 = tl.constexpr(2.0**64)
 @triton.jit
 def load_tile(tiles_ptr, tile):
     """Return the slot of a tile of tokens, its first place in the order, and its number of tokens."""
-    p_tile = tiles_ptr + tile * 3
+    p_tile = tiles_ptr + tile * TILE_FIELDS
     return tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
 
 

@@ -14,6 +14,9 @@ import torch
 
 from deltafmt.errors import UsageError
 
+# The fields of a tile in TokenTiles.table: its slot, its first place in the order, its number of tokens.
+TILE_FIELDS = 3
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenTiles:

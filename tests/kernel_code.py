@@ -6,6 +6,7 @@ interprets.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,19 +24,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deltafmt.kernels.launching import launch_products
-from deltafmt.kernels.lowbit import kernel as lowbit
-from deltafmt.kernels.lowrank import kernel as lowrank
 from deltafmt.kernels.nm import dense, elements, fused, gather, launch
 from deltafmt.kernels.operand import BUFFER_DTYPES, Operand
 from deltafmt.kernels.segments import Segments
-from deltafmt.kernels.sparse import kernel as sparse
 from deltafmt.kernels.table import OperandTable
-from deltafmt.terms.coding import Coding
 from deltafmt.terms.layout import TermLayout
-from deltafmt.terms.lowbit.layout import LowbitLayout
-from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.sparse.layout import SparseLayout
+from term_kinds import CASES
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGET = GPUTarget("cuda", 90, 32)
@@ -53,6 +49,12 @@ Launch = tuple[Any, dict[str, Any]]
 Shape = tuple[tuple[int, ...], int]
 
 
+def kernel_modules() -> list[ModuleType]:
+    """Return the modules that hold the product kernels: of ``nm``, and ``kernel`` of every other kind."""
+    others = (importlib.import_module(f"deltafmt.kernels.{kind}.kernel") for kind in CASES if kind != "nm")
+    return [gather, elements, fused, dense, *others]
+
+
 def recorded(run: Callable[[], None]) -> list[Launch]:
     """Return the kernels that a function would launch, and their arguments."""
     found: list[Launch] = []
@@ -64,10 +66,7 @@ def recorded(run: Callable[[], None]) -> list[Launch]:
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             return lambda **arguments: found.append((self.kernel, arguments))
 
-    kernels = [(gather, "gather_kernel"), (elements, "element_kernel"), (fused, "fused_kernel")]
-    kernels += [(dense, name) for name in ("dot_kernel", "expand_kernel", "embedding_kernel")]
-    kernels += [(lowbit, "lowbit_kernel"), (sparse, "sparse_kernel")]
-    kernels += [(lowrank, "project_kernel"), (lowrank, "spread_kernel")]
+    kernels = [(module, name) for module in kernel_modules() for name in vars(module) if name.endswith("_kernel")]
     originals = [(module, name, getattr(module, name)) for module, name in kernels]
     for module, name, kernel in originals:
         setattr(module, name, Recorder(kernel))
@@ -131,7 +130,7 @@ def described(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         nonzeros = torch.Size(sizes).numel() / (32 * arguments["num_warps"])
         found |= {"per_nonzero": round(loop / nonzeros, 2), "even": arguments["EVEN"]}
         found |= {"steps": arguments["STEPS"], "mask_rows": arguments["MASK_ROWS"]}
-    if kernel is lowbit.lowbit_kernel:
+    if kernel.__name__ == "lowbit_kernel":
         weights = arguments["WORDS"] * 32 * (32 // arguments["PLANE0"]) / (32 * arguments["num_warps"])
         found |= {"per_nonzero": round(loop / weights, 2)}
     return found
@@ -210,14 +209,11 @@ def cases() -> dict[str, Callable[[], list[Launch]]]:
         segments = Segments.of(many, MANY, "cpu")
         return recorded(lambda: launch_products(outputs, x, table, segments))
 
-    for layout in (LowbitLayout(1, "midrise"), LowbitLayout(2, "midrise"), LowbitLayout(4, scale_group=128)):
-        found[f"lowbit {layout.describe()}, many slots"] = lambda layout=layout: packed(layout)
-    bands = (Coding(1, "midrise"), Coding(2, "asymmetric", "BF16", 128), Coding(3, "asymmetric", "BF16", 128))
-    for layout in (*(LowRankLayout(128, coding) for coding in bands), LowRankLayout(16, "BF16")):
-        for number, half in enumerate(("project", "spread")):
-            found[f"lowrank {layout.describe()}, {half}"] = lambda layout=layout, n=number: [packed(layout)[n]]
-    for layout in (SparseLayout("BF16", 8), SparseLayout(Coding(4, "midtread"), 5)):
-        found[f"sparse {layout.describe()}, many slots"] = lambda layout=layout: packed(layout, 1000)
+    for kind, known in CASES.items():
+        for name, (layout, slots) in known.compiled.items():
+            for number, suffix in enumerate(known.launches or ("",)):
+                case = f"{kind} {name}, {suffix}" if suffix else f"{kind} {name}"
+                found[case] = lambda layout=layout, slots=slots, number=number: [packed(layout, slots)[number]]
     return found
 
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from deltafmt.kernels.operand import Operand
+from deltafmt.kernels.operand import BUFFER_DTYPES, Operand
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.terms.buffers import blank
-from deltafmt.terms.floats import narrow, widen
-from deltafmt.terms.nm import codec as nm
-from deltafmt.terms.nm import hashing
-from deltafmt.terms.nm.codec import NMArrays
+from deltafmt.terms.codecs import fitted, term_codec
+from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.nm.layout import NMLayout
 from reference import naive_delta
-from strategies import ascending
+from term_kinds import CASES
 
 Device = torch.device | str
 # Half the distance of two neighbours at 1: what one rounding loses.
@@ -27,24 +26,19 @@ ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.
 
 
 def random_operand(
-    rng: np.random.Generator, layout: NMLayout, rows: int, columns: int, device: Device = "cpu"
+    rng: np.random.Generator, layout: TermLayout, rows: int, columns: int, device: Device = "cpu"
 ) -> Operand:
-    """Draw a valid operand; its seed may use all 32 bits."""
-    mask_rows, groups = layout.mask_rows(rows), layout.groups(columns)
-    seed = int(rng.integers(2**32)) if layout.index == "seeded" else 0
-    if layout.index == "seeded":
-        kept_at = hashing.seeded(seed, 0, mask_rows, groups, layout.n, layout.m)
-    else:
-        kept_at = ascending(rng, mask_rows, groups, layout.n, layout.m)
-    codes = rng.integers(0, layout.top, (rows, layout.kept(columns)), np.uint8, endpoint=True)
-    scales = (rng.random((rows, layout.scales_per_row(columns)), np.float32) + np.float32(0.1)) / np.float32(8)
-    if layout.scale_dtype == "BF16":
-        scales = widen(narrow(scales, "BF16"), "BF16")
-    arrays = NMArrays(kept_at, codes, scales)
-    codes[nm.outside(layout, arrays, columns)] = 0
-    packed = blank(layout, rows, columns)
-    nm.encode(layout, arrays, packed)
-    return _operand(layout, seed, rows, columns, packed, device)
+    """Draw a valid operand of any kind; its seed may use all 32 bits."""
+    seed = int(rng.integers(2**32)) if layout.seeded else 0
+    arrays = CASES[layout.kind].arrays(rng, layout, rows, columns, seed)
+    layout, slots = fitted(layout, arrays, columns)
+    packed = blank(layout, rows, columns, slots)
+    term_codec(layout, rows, columns, seed, slots).encode(arrays, packed, 0)
+    buffers = {}
+    for name, form in layout.buffers(rows, columns, slots).items():
+        raw = torch.frombuffer(bytearray(packed[name].tobytes() or b"\0" * 8), dtype=BUFFER_DTYPES[form.dtype])
+        buffers[name] = raw[: math.prod(form.shape)].view(form.shape).to(device)
+    return Operand(layout, rows, columns, buffers, seed, slots)
 
 
 def damaged_operand(
@@ -60,29 +54,9 @@ def damaged_operand(
     return dataclasses.replace(operand, buffers={**operand.buffers, **damaged})
 
 
-def _operand(
-    layout: NMLayout, seed: int, rows: int, columns: int, packed: dict[str, np.ndarray], device: Device
-) -> Operand:
-    def words(name: str) -> torch.Tensor:
-        return torch.from_numpy(packed[name].view(np.int32)).to(device)
-
-    if layout.scale_dtype == "F32":
-        scales = torch.from_numpy(packed["scales"].view(np.float32))
-    else:
-        scales = torch.from_numpy(packed["scales"].view(np.int16)).view(torch.bfloat16)
-    buffers = {name: words(name) for name in packed if name != "scales"}
-    return Operand(layout, rows, columns, {**buffers, "scales": scales.to(device)}, seed)
-
-
-def all_ones(operand: Operand) -> Operand:
-    """Return an operand whose codes have every bit set."""
-    codes = torch.full_like(operand.buffers["codes"], -1)
-    return dataclasses.replace(operand, buffers={**operand.buffers, "codes": codes})
-
-
 def reach(operand: Operand) -> torch.Tensor:
-    """Return the largest magnitude that each kept entry could have, zero elsewhere: what rounding errors scale with."""
-    return naive_delta(all_ones(operand)).abs()
+    """Return the magnitude of what is summed for each element of a delta, float64: rounding errors scale with it."""
+    return CASES[operand.layout.kind].magnitude(operand)
 
 
 def fused_exactly(x: torch.Tensor, weight: torch.Tensor, operand: Operand) -> tuple[torch.Tensor, torch.Tensor]:

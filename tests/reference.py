@@ -6,25 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-from deltafmt.kernels.lowbit.naive import lowbit_delta
-from deltafmt.kernels.lowrank.naive import lowrank_delta
-from deltafmt.kernels.nm.naive import nm_delta
 from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.segments import Segments
-from deltafmt.kernels.sparse.naive import sparse_delta
 from deltafmt.kernels.table import OperandTable
-
-_NAIVE = {
-    "nm": lambda one: nm_delta(one.layout, one.buffers, one.seed, one.rows, one.columns),
-    "lowbit": lambda one: lowbit_delta(one.layout, one.buffers, one.rows, one.columns),
-    "lowrank": lambda one: lowrank_delta(one.layout, one.buffers, one.rows, one.columns),
-    "sparse": lambda one: sparse_delta(one.layout, one.buffers, one.rows, one.columns, one.slots),
-}
+from term_kinds import CASES
 
 
 def naive_delta(operand: Operand) -> torch.Tensor:
     """Return the dense float32 delta of an operand of any kind, shape (rows, columns)."""
-    return _NAIVE[operand.layout.kind](operand)
+    return CASES[operand.layout.kind].naive(operand)
 
 
 def naive_matmul_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:

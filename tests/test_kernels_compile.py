@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from term_kinds import CASES
+
 pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 
@@ -42,22 +44,10 @@ LIMITS: dict[str, tuple[int, float | None]] = {
     "4:16 k=4 midtread fixed v=4, prefill": (255, None),
     "1:32 k=4 midtread seeded v=1, fused": (168, None),
     "1:32 k=4 midtread seeded v=4, fused": (232, None),
-    "lowbit k=1 midrise, many slots": (80, 3.2),
-    "lowbit k=2 midrise, many slots": (64, 4.8),
-    "lowbit k=4 midtread scale/128, many slots": (72, 6.2),
-    "lowrank r=128 k=1 midrise, project": (88, None),
-    "lowrank r=128 k=1 midrise, spread": (72, None),
-    "lowrank r=128 k=2 asymmetric scale/128, project": (88, None),
-    "lowrank r=128 k=2 asymmetric scale/128, spread": (80, None),
-    "lowrank r=128 k=3 asymmetric scale/128, project": (104, None),
-    "lowrank r=128 k=3 asymmetric scale/128, spread": (88, None),
-    "lowrank r=16 BF16, project": (56, None),
-    "lowrank r=16 BF16, spread": (104, None),
-    "sparse BF16 gaps=8 span=4096, many slots": (88, None),
-    "sparse k=4 midtread gaps=5 span=4096, many slots": (88, None),
     "expand": (128, None),
     "embedding": (64, None),
 }
+LIMITS |= {f"{kind} {name}": limits for kind, known in CASES.items() for name, limits in known.limits.items()}
 
 
 @pytest.fixture(scope="module")

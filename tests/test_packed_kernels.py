@@ -31,7 +31,7 @@ from deltafmt.kernels.sparse import launch as sparse
 from deltafmt.kernels.table import OperandTable
 from interpreter import guarded, patch_once
 from operands import random_operand
-from packed_operands import LAYOUTS, LOW_RANK, LOWBIT, SPARSE, check_packed, random_packed
+from packed_operands import LAYOUTS, LOW_RANK, LOWBIT, SPARSE, check_packed
 from reference import naive_delta
 from test_kernels import examples
 
@@ -69,7 +69,7 @@ def test_many_tokens_make_tiles(layout: TermLayout, monkeypatch: pytest.MonkeyPa
 def test_ranks_of_one_size_share_a_table() -> None:
     rng = np.random.default_rng(0)
     table = OperandTable(2, [40], 64, "cpu")
-    operands = [random_packed(rng, LowRankLayout(rank, "BF16"), 40, 64) for rank in (17, 30)]
+    operands = [random_operand(rng, LowRankLayout(rank, "BF16"), 40, 64) for rank in (17, 30)]
     for slot, operand in enumerate(operands):
         table.put(slot, [[operand]])
     (held,) = table.layout_tables(slice(0, 1))
@@ -86,7 +86,7 @@ def test_a_sum_of_all_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "nonzero", lambda *_: pytest.fail("the host waits for the device"))
     rng = np.random.default_rng(0)
     table = OperandTable(1, [40], 64, "cpu")
-    packed = [random_packed(rng, layout, 40, 64) for layout in (LOWBIT[3], LOW_RANK[2], LOW_RANK[2], SPARSE[2])]
+    packed = [random_operand(rng, layout, 40, 64) for layout in (LOWBIT[3], LOW_RANK[2], LOW_RANK[2], SPARSE[2])]
     terms = [random_operand(rng, NMLayout(1, 32, 4), 40, 64), *packed]
     table.put(0, [terms])
     segments = Segments(torch.tensor([0], dtype=torch.int32), 1)
@@ -103,7 +103,7 @@ def test_one_layout_without_a_kernel_leaves_the_others_theirs(monkeypatch: pytes
     table = OperandTable(2, [40], 96, "cpu")
     odd, even = LowbitLayout(4, "midrise", "F32", 24), LowbitLayout(4, "midrise", "F32", 32)
     for slot, layout in enumerate((odd, even)):
-        table.put(slot, [[random_packed(rng, layout, 40, 96)]])
+        table.put(slot, [[random_operand(rng, layout, 40, 96)]])
     segments = Segments.of([0, 1], 2, "cpu")
     x, y = torch.randn(2, 96), torch.zeros(2, 40)
     decoded = decoded_layouts(monkeypatch)
@@ -123,7 +123,7 @@ def test_one_slot_of_many_tokens_leaves_the_others_their_kernel(
     rng = np.random.default_rng(0)
     table = OperandTable(2, [40], 96, "cpu")
     for slot in range(2):
-        table.put(slot, [[random_packed(rng, layout, 40, 96)]])
+        table.put(slot, [[random_operand(rng, layout, 40, 96)]])
     slots = [0] * 40 + [1, -1, 1]
     x, y = torch.randn(len(slots), 96), torch.zeros(len(slots), 40)
     decoded = decoded_layouts(monkeypatch)

@@ -18,7 +18,8 @@ from deltafmt.kernels.lowbit.kind import MOST_TOKENS
 from deltafmt.kernels.products import matmul_, operand_delta
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
-from packed_operands import LAYOUTS, LOW_RANK, LOWBIT, SPARSE, check_packed, random_packed
+from operands import random_operand
+from packed_operands import LAYOUTS, LOW_RANK, LOWBIT, SPARSE, check_packed
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SHAPES = (((1021,), 2047), ((1000, 260, 77), 4096), ((33,), 150))
@@ -45,7 +46,7 @@ def test_captured_graph_asks_the_host_for_nothing(layout: TermLayout) -> None:
     rows, columns, slots = 500, 1000, 4
     table = OperandTable(slots, [rows], columns, "cuda")
     for slot in range(slots):
-        table.put(slot, [[random_packed(rng, layout, rows, columns, "cuda")]])
+        table.put(slot, [[random_operand(rng, layout, rows, columns, "cuda")]])
     x = torch.zeros(6, columns, device="cuda", dtype=BF16)
     y = torch.zeros(6, rows, device="cuda", dtype=BF16)
     used = torch.zeros(6, dtype=torch.int32, device="cuda")
@@ -62,7 +63,7 @@ def test_captured_graph_asks_the_host_for_nothing(layout: TermLayout) -> None:
     with torch.cuda.graph(graph):
         multiply()
     for changed in range(slots):
-        table.put(changed, [[random_packed(rng, layout, rows, columns, "cuda")]])
+        table.put(changed, [[random_operand(rng, layout, rows, columns, "cuda")]])
         table.layout_tables(slice(0, 1))
         x.normal_()
         y.zero_()

@@ -1,7 +1,7 @@
 """Decoding into dense tiles: for ``tl.dot`` when a delta has many tokens, and for writing a delta out.
 
 A tile covers some rows and some groups of columns; each group takes ``PADDED`` places, the power of two at or above M.
-Kept element i of every group is compared with all places of its group, so that each element is decoded where it is used.
+Kept element i of every group is compared with all places of its group, so that each is decoded where it is used.
 """
 
 from __future__ import annotations

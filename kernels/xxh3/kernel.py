@@ -23,13 +23,13 @@ STRIPES = algorithm.BLOCK_BYTES // algorithm.STRIPE_BYTES
 UNROLL = 64
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _sums_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def _sums_kernel(
     p_data,  # int64, holds the sections
     p_sections,  # int64, (sections, 3): first word, bytes, first row of the sums
     p_secret,  # int64, (16, 8): the secret of each stripe of a block
     p_sums,  # int64, (blocks of all sections, 8): what a block adds
-    BLOCKS: tl.constexpr,  # noqa: N803 - constants of the kernel
+    BLOCKS: tl.constexpr,
 ):
     p_section = p_sections + tl.program_id(1) * 3
     # The last stripe is not one of those that come first, even where it ends a block.
@@ -54,19 +54,19 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scrambled(accumulators, secret, prime):  # type: ignore[no-untyped-def]
+def _scrambled(accumulators, secret, prime):
     shifted = (accumulators >> 47) & 0x1FFFF
     return (accumulators ^ shifted ^ secret) * prime
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _chain_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def _chain_kernel(
     p_data,  # int64, holds the sections
     p_sections,  # int64, (sections, 3): first word, bytes, first row of the sums
     p_constants,  # int64, (4, 8): the accumulators' start, the scramble's and the last stripe's secret, the prime
     p_sums,  # int64, (blocks of all sections, 8)
     p_out,  # int64, (sections, 8): accumulators
-    UNROLL: tl.constexpr,  # noqa: N803
+    UNROLL: tl.constexpr,
 ):
     p_section = p_sections + tl.program_id(0) * 3
     length = tl.load(p_section + 1)

@@ -20,45 +20,47 @@ from deltafmt.terms.nm.index.rank import binomials
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.tiles import TILE_ROWS, planes
 
+# What a program is told of its tile: first word in source and in target, rows, groups, job.
+TILE_FIELDS = tl.constexpr(5)
 BLOCK_WORDS = 8
 MAX_BLOCKS = 64
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _fixed_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def _fixed_kernel(
     p_source,  # int32: rank words
     p_target,  # int32: fixed words
     p_tiles,  # int64, (tiles, 5): first word in source and in target, rows, groups, job
     p_planes,  # int32, (planes, 2): width and lowest bit of the planes of a rank, then of those of a position
-    p_binomials,  # int64, the bits of uint64: (KEEP, GROUP), then C(M, N) - 1
+    p_binomials,  # int64, the bits of uint64: (N, M), then C(M, N) - 1
     p_wrong,  # int32, (jobs): set where a rank is out of range
-    KEEP: tl.constexpr,  # noqa: N803 - constants of the kernel
-    GROUP: tl.constexpr,  # noqa: N803
-    RANK_PLANES: tl.constexpr,  # noqa: N803
-    POSITION_PLANES: tl.constexpr,  # noqa: N803
-    SEARCH_STEPS: tl.constexpr,  # noqa: N803 - ceil(log2 M)
-    BLOCK: tl.constexpr,  # noqa: N803 - words that a program makes at a time
+    N: tl.constexpr,
+    M: tl.constexpr,
+    RANK_PLANES: tl.constexpr,
+    POSITION_PLANES: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,  # ceil(log2 M)
+    BLOCK: tl.constexpr,  # words that a program makes at a time
 ):
-    p_tile = p_tiles + tl.program_id(0).to(tl.int64) * 5
+    p_tile = p_tiles + tl.program_id(0).to(tl.int64) * TILE_FIELDS
     p_ranks = p_source + tl.load(p_tile)
     p_fixed = p_target + tl.load(p_tile + 1)
     m_lane = tl.arange(0, 32)[None, :] < tl.load(p_tile + 2)
     groups = tl.load(p_tile + 3)
     p_wrong += tl.load(p_tile + 4)
     o_lane = tl.arange(0, 32)[None, :]
-    highest = tl.load(p_binomials + KEEP * GROUP).to(tl.uint64, bitcast=True)
+    highest = tl.load(p_binomials + N * M).to(tl.uint64, bitcast=True)
     for i_plane in range(RANK_PLANES, RANK_PLANES + POSITION_PLANES):
         width = tl.load(p_planes + 2 * i_plane)
         low = tl.load(p_planes + 2 * i_plane + 1)
         fields = 32 // width
-        words = (groups * KEEP * width + 31) >> 5
+        words = (groups * N * width + 31) >> 5
         for i_block in range(tl.program_id(1), (words + BLOCK - 1) // BLOCK, tl.num_programs(1)):
             o_word = tl.arange(0, BLOCK)[:, None].to(tl.int64) + i_block * BLOCK
             first_entry = o_word * fields
             b_fixed = tl.zeros((BLOCK, 32), tl.uint32)
             b_wrong = tl.zeros((BLOCK, 32), tl.int32)
-            for i_group in range((fields + KEEP - 2) // KEEP + 1):
-                group = first_entry // KEEP + i_group
+            for i_group in range((fields + N - 2) // N + 1):
+                group = first_entry // N + i_group
                 m_group = (group < groups) & (o_word < words) & m_lane
                 rest = tl.zeros((BLOCK, 32), tl.uint64)
                 p_plane = p_ranks
@@ -72,17 +74,17 @@ def _fixed_kernel(  # type: ignore[no-untyped-def]
                     rest |= part << tl.load(p_planes + 2 * i_part + 1).to(tl.uint64)
                     p_plane += ((groups * rank_width + 31) >> 5) * 32
                 b_wrong |= (m_group & (rest > highest)).to(tl.int32)
-                for i_step in range(KEEP):
-                    i_entry = KEEP - 1 - i_step
+                for i_step in range(N):
+                    i_entry = N - 1 - i_step
                     # The largest p below M with C(p, i + 1) at most what is left of the rank, a bit at a time.
-                    p_column = p_binomials + i_entry * GROUP
+                    p_column = p_binomials + i_entry * M
                     position = tl.zeros((BLOCK, 32), tl.int32)
                     for i_bit in tl.static_range(SEARCH_STEPS):
                         tried = position + (1 << (SEARCH_STEPS - 1 - i_bit))
-                        found = tl.load(p_column + tried, mask=tried < GROUP, other=0).to(tl.uint64, bitcast=True)
-                        position = tl.where((tried < GROUP) & (found <= rest), tried, position)
+                        found = tl.load(p_column + tried, mask=tried < M, other=0).to(tl.uint64, bitcast=True)
+                        position = tl.where((tried < M) & (found <= rest), tried, position)
                     rest -= tl.load(p_column + position).to(tl.uint64, bitcast=True)
-                    number = (group * KEEP + i_entry - first_entry).to(tl.int32)
+                    number = (group * N + i_entry - first_entry).to(tl.int32)
                     m_field = m_group & (number >= 0) & (number < fields)
                     field = (position >> low) & ((1 << width) - 1)
                     shift = tl.where(m_field, number * width, 0)
@@ -114,7 +116,7 @@ def _tile_rows(number: int, job: RankJob) -> np.ndarray[tuple[int, int], np.dtyp
     count, source_words, _ = job.source_shape
     target_words = job.target_shape[1]
     tile = np.arange(count, dtype=np.int64)
-    rows = np.empty((count, 5), np.int64)
+    rows = np.empty((count, TILE_FIELDS.value), np.int64)
     rows[:, 0] = job.source + tile * source_words * TILE_ROWS
     rows[:, 1] = job.target + tile * target_words * TILE_ROWS
     rows[:, 2] = np.minimum(job.mask_rows - tile * TILE_ROWS, TILE_ROWS)
@@ -144,8 +146,8 @@ def launch_conversion(source: torch.Tensor, target: torch.Tensor, jobs: Sequence
             _planes(layout.rank_bits, layout.position_bits, device),
             _table(layout, device),
             wrong,
-            KEEP=layout.n,
-            GROUP=layout.m,
+            N=layout.n,
+            M=layout.m,
             RANK_PLANES=len(planes(layout.rank_bits)),
             POSITION_PLANES=len(planes(layout.position_bits)),
             SEARCH_STEPS=layout.position_bits,
