@@ -1,7 +1,8 @@
 # Two commands do everything on a fresh machine with Python 3.11 to 3.13:
 #   make demo   sets up, packs the nano pair, inspects, verifies and unpacks it, prints sizes and accuracy
 #   make test   sets up, runs the tests, one process a processor, and prints what they cover
-# make test PYTEST_ARGS="-n 0 --no-cov tests/test_nm.py" runs some of them in one process.
+# make docs builds the documentation into site/.
+# make test PYTEST_ARGS="-n 0 --no-cov tests/test_nm.py" runs some tests in one process.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -11,7 +12,7 @@ INSTALL = $(PIP) install -c constraints.txt
 # Tests of the source distribution that are run from the unpacked archive.
 SDIST_TESTS = $(addprefix tests/test_,examples.py mapping.py packaging.py surface.py vectors.py)
 
-.PHONY: demo test lint fuzz package clean
+.PHONY: demo test lint fuzz docs package clean
 
 demo: $(VENV)/.models
 	$(BIN)/python examples/demo.py
@@ -36,6 +37,9 @@ package: $(VENV)/.dev
 	.ci/use-wheel "$(abspath $(BIN))/python" dist/*.whl examples/nano
 	.ci/test-sdist "$(abspath $(BIN))/pytest" dist/*.tar.gz $(SDIST_TESTS)
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[fast]'
@@ -49,5 +53,9 @@ $(VENV)/.dev: $(VENV)/.models
 	$(INSTALL) -e '.[dev]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.dev
+	$(INSTALL) -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-out .coverage
+	rm -rf $(VENV) build dist site *.egg-info demo-out .coverage

@@ -343,7 +343,7 @@ def main() -> None:
     labels = [ladder.label for ladder in LADDERS]
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS), metavar="R", help="(8 16 32 64 128)")
     parser.add_argument("--methods", nargs="+", choices=labels, default=labels, metavar="LABEL", help=", ".join(labels))
-    parser.add_argument("--settings", nargs="+", metavar="METHOD[:OPTIONS]", help="measure these as they are")
+    parser.add_argument("--settings", nargs="+", metavar="METHOD", help="measure these, such as rtn:bits=3")
     parser.add_argument("--dropped", action=argparse.BooleanOptionalAction, help="the table of equal shares (with all)")
     parser.add_argument("--limit", type=int, help="measure only so many problems, for a quick look")
     parser.add_argument("--calibration-tokens", type=int, default=16384, help="tokens of the text (16384)")

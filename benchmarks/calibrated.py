@@ -112,7 +112,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, metavar="MODELS_FOLDER", help="folder that holds the pair's folder")
-    parser.add_argument("settings", nargs="*", default=list(SETTINGS), metavar="SETTING", help="METHOD[:OPTIONS]")
+    parser.add_argument("settings", nargs="*", default=list(SETTINGS), metavar="METHOD", help="such as gptq:bits=2")
     parser.add_argument("--pair", default="wordmath", help="name of the pair's folder (wordmath)")
     parser.add_argument("--limit", type=int, default=300, help="problems to solve (300)")
     parser.add_argument("--tokens", type=int, default=8192, help="of the text that are read (8192)")

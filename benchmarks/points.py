@@ -22,8 +22,7 @@ import deltafmt
 from deltafmt.analysis.pairs import TensorPair
 from deltafmt.checkpoint.folder import Checkpoint, read_file
 from deltafmt.errors import DeltafmtError, UsageError
-from deltafmt.methods import METHODS, Method
-from deltafmt.methods.options import make_method, split_pairs
+from deltafmt.methods import Method, parse
 from deltafmt.pipeline.calibrate import Calibration
 from deltafmt.pipeline.plan import file_metadata, make_plan
 from deltafmt.pipeline.sizes import file_size
@@ -65,9 +64,8 @@ class Job:
 
 
 def method_of(setting: str) -> Method:
-    """Return the method of a setting, ``METHOD`` or ``METHOD:OPTIONS``."""
-    name, colon, options = setting.partition(":")
-    return make_method(METHODS, name, split_pairs(options) if colon else {})
+    """Return the method of a setting, which is its spelling."""
+    return parse(setting)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
-"""The main job on a real pair: pack, inspect, verify, unpack, and solve word problems with the result.
+"""Pack a real pair, inspect, verify and unpack the file, and solve word problems with the restored model.
 
 The pair in ``examples/nano`` is a Llama of 0.9 million parameters (4 layers, 128 wide, bf16) and its full fine-tune on
-word problems. Run with ``make demo``.
+word problems. Run it with ``make demo``.
 
-Rows of 128 columns are too short for random dropout, whose errors average out over a row, so every element is kept here
-(``--nm 2:2``) and only quantized; ``docs/benchmarks.md`` has the figures of a model that is wide enough.
+The errors of random dropout average out over a row. Rows of 128 columns are too short for that, so every element is
+kept here (``--nm 2:2``) and only rounded. ``docs/benchmarks.md`` has the figures of a model that is wide enough.
 """
 
 from __future__ import annotations

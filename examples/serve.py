@@ -1,7 +1,7 @@
-"""Several fine-tunes of one base in one batch: pack, attach, generate, and what that takes in memory.
+"""Serve several fine-tunes of one base in one batch, and print what that takes in memory.
 
-The pair in ``examples/nano`` is packed twice, in two ways: two deltas of the same fine-tune stand for two fine-tunes
-here, since the repository holds one. Runs on a GPU if there is one. Run with ``python examples/serve.py``.
+The repository has one fine-tune, so it is packed twice, with two settings: two deltas stand for two fine-tunes. The
+program runs on a GPU if there is one. Run it with ``python examples/serve.py``; ``docs/how-to/serve.md`` explains it.
 """
 
 from __future__ import annotations

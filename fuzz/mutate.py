@@ -5,24 +5,25 @@ Each mutation takes a valid or broken file and returns another one, sealed so th
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import random
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import repair
 from repair import Parts
 
-from deltafmt.errors import UsageError
+from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
-from deltafmt.terms.coding import CODING_GRIDS, Coding
 from deltafmt.terms.layout import TermLayout
-from deltafmt.terms.lowbit.layout import LowbitLayout
-from deltafmt.terms.lowrank.layout import RAW_FACTORS, LowRankLayout
 from deltafmt.terms.nm.index.encodings import ENCODINGS
-from deltafmt.terms.nm.layout import BITS, SHARES, NMLayout
-from deltafmt.terms.sparse.layout import GAP_BITS, RAW_VALUES, SparseLayout
-from deltafmt.terms.tiles import GRIDS
+from deltafmt.terms.registry import LAYOUTS, parse_layout
+
+VECTORS = Path(__file__).resolve().parent.parent / "spec" / "vectors"
 
 Mutate = Callable[[bytes, int], bytes]
 
@@ -31,8 +32,8 @@ NUMBERS = (
     2**32, 2**40, 2**48, 2**48 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -1, -128, -(2**63),
 )  # fmt: skip
 WORDS = (
-    "", "a", "same", "replace", "add", "alias", "exact", "nm", "hot", "cold", "seeded", "fixed", "rank", "midtread",
-    "midrise", "asymmetric", "lowbit", "lowrank", "sparse", "row", "column",
+    "", "a", "same", "replace", "add", "alias", "exact", "hot", "cold", "midtread",
+    "midrise", "asymmetric", "row", "column", *LAYOUTS, *ENCODINGS,
     "codes", "index", "scales", "data", "terms", "target", "\0", "../up", "a/b", "\u20ac", "x" * 1025,
     "layer.norm.weight", "w", *c.DTYPE_BITS,
 )  # fmt: skip
@@ -167,52 +168,36 @@ def mutate_section(parts: Parts, rng: random.Random, plain: Mutate) -> None:
         parts.sections[number] = bytearray(plain(bytes(stored), length))
 
 
+@functools.cache
+def known_layouts() -> list[dict[str, Any]]:
+    """Return the layouts of the test vectors. Every kind has some, so a new kind is fuzzed once it has a vector."""
+    found = []
+    for path in sorted(VECTORS.glob("*.vec")):
+        head, _, body = path.read_bytes().partition(b"\n\n")
+        if head.startswith(b"expect: ok"):
+            parts = repair.split(zlib.decompress(body))
+            assert parts is not None
+            found += parts.index["layouts"]
+    return found
+
+
 def random_layout(rng: random.Random) -> TermLayout:
-    """Return any layout that the specification allows."""
+    """Return any layout that the specification allows: one of a vector, some of its parameters changed."""
     while True:
-        try:
-            return rng.choice((random_nm, random_nm, random_lowbit, random_lowrank, random_sparse))(rng)
-        except UsageError:
-            continue
+        obj = copy.deepcopy(rng.choice(known_layouts()))
+        for held, key in nodes(obj):
+            if key != "kind" and rng.random() < 0.4:
+                held[key] = other_parameter(key, held[key], rng)
+        with contextlib.suppress(InvalidFileError):
+            return parse_layout(obj, "layouts[0]")
 
 
-def random_nm(rng: random.Random) -> NMLayout:
-    """Return an ``nm`` layout; not every combination is allowed."""
-    group = rng.choice((2, 3, 4, 8, 10, 16, 32, 64, 128, 255, rng.randrange(2, 256)))
-    return NMLayout(
-        rng.choice((1, 2, group, rng.randrange(1, group + 1))),
-        group,
-        rng.choice(BITS),
-        rng.choice(list(ENCODINGS)),
-        rng.choice(GRIDS),
-        rng.choice(SHARES),
-        rng.choice(("BF16", "F32")),
-        rng.choice(GROUPS),
-    )
-
-
-def random_coding(rng: random.Random) -> tuple[int, str, str, int]:
-    """Return the parameters of a coding; not every combination is allowed."""
-    return rng.randrange(1, 9), rng.choice(CODING_GRIDS), rng.choice(("BF16", "F32")), rng.choice(GROUPS)
-
-
-def random_lowbit(rng: random.Random) -> LowbitLayout:
-    """Return a ``lowbit`` layout; not every combination is allowed."""
-    if rng.random() < 0.2:
-        return LowbitLayout(rng.randrange(1, 9), rng.choice(GRIDS), rng.choice(("BF16", "F32")), 0, "column")
-    return LowbitLayout(*random_coding(rng))
-
-
-def random_lowrank(rng: random.Random) -> LowRankLayout:
-    """Return a ``lowrank`` layout; not every combination is allowed."""
-    raw = rng.random() < 0.3
-    return LowRankLayout(rng.choice((1, 2, 3, 33)), rng.choice(RAW_FACTORS) if raw else Coding(*random_coding(rng)))
-
-
-def random_sparse(rng: random.Random) -> SparseLayout:
-    """Return a ``sparse`` layout; not every combination is allowed."""
-    values = rng.choice(RAW_VALUES) if rng.random() < 0.4 else Coding(rng.randrange(1, 9), rng.choice(GRIDS))
-    return SparseLayout(values, rng.choice(GAP_BITS), rng.choice((256, 256, 512, 4096, 65536)))
+def other_parameter(key: str, value: Any, rng: random.Random) -> Any:
+    """Return a value that a parameter of this name has in a layout of a vector, or another number."""
+    if isinstance(value, int) and rng.random() < 0.7:
+        return rng.choice((value + 1, max(value - 1, 0), rng.randrange(1, 9), rng.randrange(1, 256), *GROUPS))
+    held = rng.choice([(held, at) for layout in known_layouts() for held, at in nodes(layout) if at == key])
+    return copy.deepcopy(held[0][held[1]])
 
 
 def random_shape(rng: random.Random) -> list[int]:

@@ -9,13 +9,19 @@ see the change, the seal is computed anew.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sys
 from pathlib import Path
 
-import bad_term_vectors  # noqa: F401 - importing registers the generators
-import bad_vectors  # noqa: F401
-import good_vectors  # noqa: F401
+import kind_vectors
 from vector_tools import VECTORS
+
+# Importing registers the generators; those of the kinds come first, because the others use their content.
+for _module in pkgutil.iter_modules(kind_vectors.__path__):
+    importlib.import_module(f"kind_vectors.{_module.name}")
+for _name in ("bad_vectors", "good_vectors"):
+    importlib.import_module(_name)
 
 FOLDER = Path(__file__).parent / "vectors"
 

@@ -23,21 +23,27 @@ from deltafmt.terms.buffers import blank, raw_bytes
 from deltafmt.terms.codec import TermArrays
 from deltafmt.terms.codecs import fitted, term_codec
 from deltafmt.terms.coding import Coding
-from deltafmt.terms.floats import narrow
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.codec import LowbitArrays
-from deltafmt.terms.lowbit.layout import LowbitLayout
-from deltafmt.terms.lowrank.codec import LowRankArrays
-from deltafmt.terms.lowrank.layout import LowRankLayout
-from deltafmt.terms.nm import codec as nm
-from deltafmt.terms.nm.hashing import seeded
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.sparse.codec import SparseArrays
-from deltafmt.terms.sparse.layout import SparseLayout
 
 VECTORS: dict[str, bytes] = {}
 
 Maker = Callable[[], bytes]
+MakeArrays = Callable[..., TermArrays]
+
+# What makes up the content of a term of each kind: (layout, rows, columns, seed) to arrays.
+ARRAYS: dict[str, MakeArrays] = {}
+
+
+def makes_arrays(kind: str) -> Callable[[MakeArrays], MakeArrays]:
+    """Register what makes up the content of terms of a kind."""
+
+    def register(make: MakeArrays) -> MakeArrays:
+        ARRAYS[kind] = make
+        return make
+
+    return register
 
 
 def vector(expect: str, comment: str, error: str = "") -> Callable[[Maker], Maker]:
@@ -67,23 +73,6 @@ def fields(count: int, top: int, salt: int) -> np.ndarray[Any, np.dtype[np.uint8
     return ((np.arange(count, dtype=np.uint64) * 2654435761 + salt >> np.uint64(7)) % (top + 1)).astype(np.uint8)
 
 
-def nm_arrays(layout: NMLayout, rows: int, columns: int, seed: int) -> nm.NMArrays:
-    """Return made-up content of an ``nm`` term."""
-    groups, kept = layout.groups(columns), layout.kept(columns)
-    mask_rows = layout.mask_rows(rows)
-    if layout.index == "seeded":
-        positions = seeded(seed, 0, mask_rows, groups, layout.n, layout.m)
-    else:
-        keys = np.arange(mask_rows * groups * layout.m, dtype=np.uint64) * 0x9E3779B97F4A7C15 >> np.uint64(20)
-        order = np.argsort(keys.reshape(mask_rows, groups, layout.m), axis=2, kind="stable")
-        positions = np.sort(order[:, :, : layout.n], axis=2).astype(np.uint8)
-    codes = fields(rows * kept, layout.top, seed).reshape(rows, kept)
-    scales = (1 + np.arange(rows * layout.scales_per_row(columns), dtype=np.float32)) / 256
-    arrays = nm.NMArrays(positions, codes, scales.reshape(rows, -1))
-    arrays.codes[nm.outside(layout, arrays, columns)] = 0
-    return arrays
-
-
 def coded(coding: Coding, rows: int, columns: int, scales: int, salt: int) -> LowbitArrays:
     """Return made-up codes, zero points, and ``scales`` scales for each row."""
     zero_points = fields(rows * scales, coding.top, salt + 1).reshape(rows, scales)
@@ -92,49 +81,6 @@ def coded(coding: Coding, rows: int, columns: int, scales: int, salt: int) -> Lo
         (1 + np.arange(rows * scales, dtype=np.float32)).reshape(rows, scales) / 256,
         zero_points if coding.has_zero_points else None,
     )
-
-
-def lowbit_arrays(layout: LowbitLayout, rows: int, columns: int, seed: int) -> LowbitArrays:  # noqa: ARG001
-    """Return made-up content of a ``lowbit`` term."""
-    if layout.axis == "column":
-        scales = coded(layout, 1, columns, columns, 3).scales
-        return LowbitArrays(coded(layout, rows, columns, 1, 3).codes, scales)
-    return coded(layout, rows, columns, layout.scales(columns), 3)
-
-
-def lowrank_arrays(layout: LowRankLayout, rows: int, columns: int, seed: int) -> LowRankArrays:  # noqa: ARG001
-    """Return made-up content of a ``lowrank`` term."""
-    coding, rank = layout.factors, layout.rank
-    if isinstance(coding, Coding):
-        u, v = (coded(coding, rank, n, coding.scales(n), salt) for salt, n in enumerate((rows, columns)))
-        return LowRankArrays(u, v)
-    raw = []
-    for salt, length in enumerate((rows, columns)):
-        values = fields(rank * length, 254, salt).astype(np.float32) / 64 - 2
-        raw.append(narrow(values.reshape(rank, length), coding))
-    return LowRankArrays(*raw)
-
-
-def sparse_arrays(layout: SparseLayout, rows: int, columns: int, seed: int) -> SparseArrays:  # noqa: ARG001
-    """Return made-up content of a ``sparse`` term: about one entry of eleven, some rows empty."""
-    kept = fields(rows * columns, 10, 5).reshape(rows, columns) == 3
-    kept[::7] = False
-    row, column = np.nonzero(kept)
-    ends = np.cumsum(kept.sum(axis=1))
-    coding = layout.values
-    if isinstance(coding, Coding):
-        scales = ((1 + np.arange(rows, dtype=np.float32)) / 256)[:, None]
-        return SparseArrays(ends, column, fields(row.size, coding.top, 2), scales)
-    values = fields(row.size, 254, 2).astype(np.float32) / 64 - 2
-    return SparseArrays(ends, column, narrow(values, coding))
-
-
-ARRAYS: dict[str, Callable[..., TermArrays]] = {
-    "nm": nm_arrays,
-    "lowbit": lowbit_arrays,
-    "lowrank": lowrank_arrays,
-    "sparse": sparse_arrays,
-}
 
 
 def add_term(writer: ContainerWriter, layout: TermLayout, rows: int, columns: int, seed: int) -> tuple[Term, bytes]:

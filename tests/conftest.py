@@ -87,7 +87,7 @@ class Raw:
 
 Tensors = dict[str, Raw]
 
-COMMANDS = ("pack", "unpack", "inspect", "verify", "repack", "diff", "import-lora", "export-lora", "analyze")
+COMMANDS = ("pack", "unpack", "inspect", "verify", "repack", "diff", "import-lora", "export-lora", "analyze", "methods")
 
 
 def round_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -104,8 +104,8 @@ def test_losses_are_those_of_the_file(small: Pair, delta: Path) -> None:
 def test_without_a_file_the_method_is_measured(small: Pair) -> None:
     coarse = analyze(small.base, small.finetuned, quantization=(1, 16, 2), include=["*up*"])
     fine = analyze(small.base, small.finetuned, methods=[DeltaDQ(16, 16, 8)], include=["*up*"])
-    assert "1:16 k=2" in coarse.candidates[0].label
-    assert "16:16 k=8" in fine.candidates[0].label
+    assert coarse.candidates[0].label == "deltadq:nm=1:16,bits=2"
+    assert fine.candidates[0].label == "deltadq:nm=16:16,bits=8"
     losses = [report.by_kind()[0].to_obj()["approximations"][0]["relative_squared"] for report in (coarse, fine)]
     # Dropout with rescale loses M / N - 1 times the whole, on average; quantization comes on top.
     assert losses[0] > 10
@@ -220,14 +220,14 @@ def test_json(cli: Cli, small: Pair) -> None:
     assert {one["name"] for one in obj["tensors"]} == set(small.b) - {"position_ids"}
     assert obj["histogram"]["n"] == 8
     assert sum(obj["histogram"]["kept"]) == pytest.approx(sum(obj["histogram"]["all"]) / 2, rel=0.05)
-    assert "8:16 k=4" in obj["candidates"][0]["label"]
+    assert obj["candidates"][0]["label"] == "deltadq:nm=8:16"
     assert [one["label"] for one in obj["kinds"]] == ["embed", "down", "frozen", "up"]
     again = cli("analyze", small.base, small.finetuned, "--nm", "8:16", "--json").json()
     assert again == obj
 
 
 def test_a_comparison(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> None:
-    arguments = ("--delta", delta, "--method", "deltadq,nm=1:2,bits=8", "--method", "rtn,bits=4")
+    arguments = ("--delta", delta, "--method", "deltadq:nm=1:2,bits=8", "--method", "rtn:bits=4")
     result = cli("analyze", small.base, small.finetuned, *arguments, "--html", tmp_path / "r.html")
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
@@ -235,7 +235,7 @@ def test_a_comparison(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> Non
     assert lines[header].split() == ["delta", "bytes", "times", "smaller", "down", "frozen", "up"]
     rows = lines[header + 1 : header + 4]
     assert rows[0].startswith(f"{delta}  ")
-    assert [row.partition(" ")[0] for row in rows[1:]] == ["deltadq", "rtn"]
+    assert [row.partition(" ")[0] for row in rows[1:]] == ["deltadq:nm=1:2,bits=8", "rtn"]
     assert f"{delta.stat().st_size:,}" in rows[0]
     losses = [float(row.split()[-1].rstrip("%")) for row in rows]
     assert losses[0] > losses[1] > losses[2]  # 4:16 loses three times the whole, 1:2 once, rounding nearly nothing
@@ -286,8 +286,10 @@ def test_names_are_only_text(tmp_path: Path, cli: Cli) -> None:
         (("--nm", "4"), 2, "'4'"),
         (("--seed", "-1"), 2, "seed -1"),
         (("--method", "none"), 2, "unknown method 'none'"),
-        (("--method", "rtn,nm=4:16"), 2, "--method rtn,nm=4:16: "),
-        (("--method", "rtn,bits"), 2, "'bits'"),
+        (("--method", "rtn:nm=4:16"), 2, "--method 'rtn:nm=4:16': "),
+        (("--method", "rtn:bits"), 2, "'bits'"),
+        (("--method", "rtn", "--bits", "4"), 2, "for histograms"),
+        (("--force",), 2, "--force needs --html REPORT"),
         (("--include", "*.mlp.*"), 2, "'*.mlp.*' matches no tensor"),
         (("--tokenizer", "here"), 2, "--calibration"),
         (("--calibration", "nowhere.txt"), 5, "nowhere.txt"),

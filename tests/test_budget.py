@@ -18,14 +18,15 @@ import deltafmt
 from conftest import Cli, Pair, normal, nudge, raw, refused
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import NonFiniteError, UsageError
-from deltafmt.methods import RTN, BitDelta, DeltaDQ, Magnitude, Method, Residual
+from deltafmt.methods import RTN, BitDelta, DeltaDQ, Magnitude, Method, Residual, parse
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.factorization import factorize
+from deltafmt.methods.measured import Heads
 from deltafmt.methods.method_routines import select_routines
 from deltafmt.pipeline import alternatives, sizes
 from deltafmt.pipeline.budget import plan_for_target
 from deltafmt.pipeline.choice import Choice
-from deltafmt.pipeline.losses import SAMPLE_ELEMENTS, SAMPLE_ROWS, Approximations, Loss, sample_runs
+from deltafmt.pipeline.losses import SAMPLE_ELEMENTS, SAMPLE_ROWS, Loss, sample_runs
 from pairs import check_round_trip, pair_of
 
 FEW: tuple[Method, ...] = (DeltaDQ(4, 16, 4), DeltaDQ(1, 16, 1), Residual(rank=2), RTN(2), BitDelta())
@@ -198,7 +199,7 @@ def test_approximations_are_what_a_file_decodes_to(tmp_path: Path, several: Pair
         with deltafmt.open(tmp_path / "o") as opened:
             expected = opened.delta(name)
             seed = opened[name].terms[-1].seed
-        found = Approximations(rows_of(delta), seed, most_vectors=8).of(method)
+        found = method.approximate(rows_of(delta), seed, Heads(delta, 8))
         np.testing.assert_allclose(found, expected, atol=1e-6, err_msg=method.describe())
 
 
@@ -265,12 +266,12 @@ USAGE = {
     "method": (("--target-ratio", "4", "--method", "rtn"), "--method rtn and a target"),
     "option": (("--target-ratio", "4", "--bits", "2"), "--bits and a target"),
     "option of two words": (("--target-ratio", "4", "--scale-group", "2"), "--scale-group and a target"),
-    "candidate alone": (("--candidate", "method=rtn"), "--candidate needs"),
+    "candidate alone": (("--candidate", "rtn"), "--candidate needs"),
     "plan alone": (("--plan",), "--plan needs"),
-    "candidate of no method": (("--target-ratio", "4", "--candidate", "method=zip"), "unknown method 'zip'"),
-    "candidate of no form": (("--target-ratio", "4", "--candidate", "rtn"), "candidate 'rtn'"),
-    "candidate out of range": (("--target-ratio", "4", "--candidate", "bits=9"), "k = 9"),
-    "candidate of unknown size": (("--target-ratio", "4", "--candidate", "method=dare"), "depend on the delta"),
+    "candidate of no method": (("--target-ratio", "4", "--candidate", "zip"), "unknown method 'zip'"),
+    "candidate of no name": (("--target-ratio", "4", "--candidate", "bits=2"), "no method is named"),
+    "candidate out of range": (("--target-ratio", "4", "--candidate", "deltadq:bits=9"), "k = 9"),
+    "candidate of unknown size": (("--target-ratio", "4", "--candidate", "dare"), "depend on the delta"),
 }
 
 
@@ -283,11 +284,12 @@ def test_wrong_targets(tmp_path: Path, cli: Cli, small: Pair, what: str) -> None
 
 def test_plan_and_pack_on_the_command_line(tmp_path: Path, cli: Cli, several: Pair) -> None:
     size = ("--target-size", "40kb")
-    candidates = [text for bits in "124" for text in ("--candidate", f"method=deltadq,nm=4:16,bits={bits}")]
+    candidates = [text for bits in "124" for text in ("--candidate", f"deltadq:nm=4:16,bits={bits}")]
     shown = cli("pack", several.base, several.finetuned, *size, *candidates, "--plan")
     assert (shown.code, shown.err) == (0, "")
     assert "same as the base" in shown.out
     assert "of 40,000, " in shown.out.splitlines()[-1]
+    assert "lower is better; not an accuracy" in shown.out
     plan = cli("pack", several.base, several.finetuned, *size, *candidates, "--plan", "--json").json()["plan"]
     assert list(tmp_path.iterdir()) == []
     out = tmp_path / "o"
@@ -298,7 +300,7 @@ def test_plan_and_pack_on_the_command_line(tmp_path: Path, cli: Cli, several: Pa
     with deltafmt.open(out) as opened:
         for name, chosen in plan["tensors"].items():
             if opened[name].action == "add":
-                assert opened[name].terms[0].layout.describe() in chosen["method"]
+                assert opened[name].terms[0].layout == parse(chosen["method"]).layouts(*opened[name].shape)[0]
 
 
 @pytest.mark.filterwarnings("default")  # transformers' own

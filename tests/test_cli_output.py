@@ -40,9 +40,7 @@ def test_every_command_in_words(tmp_path: Path, cli: Cli, small: Pair) -> None:
     weights = os.path.getsize(small.finetuned / "model.safetensors")
     assert f"{size:,} bytes" in packed.out
     assert f"{weights / size:.2f} times smaller" in packed.out
-    assert "4 deltas" in packed.out
-    assert "1 kept exactly" in packed.out
-    assert "2 same as the base" in packed.out
+    assert "4 tensors compressed, 1 small one stored whole, 2 same as the base\n" in packed.out
     inspected = cli("inspect", out)
     assert f"{size:,} bytes" in inspected.out
     assert "7 tensors" in cli("verify", out).out
@@ -143,7 +141,7 @@ def test_json_of_every_command(tmp_path: Path, cli: Cli, small: Pair) -> None:
         assert result["ok"] is True
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "methods"])
 def test_json_of_errors(tmp_path: Path, cli: Cli, command: str) -> None:
     missing = str(tmp_path / "nowhere")
     arguments = {

@@ -122,11 +122,8 @@ def test_help(cli: Cli, command: str) -> None:
     assert command in overview.out
 
 
-def test_version_and_methods(cli: Cli) -> None:
+def test_version(cli: Cli) -> None:
     assert cli("--version").out == f"deltafmt {deltafmt.__version__}\n"
-    methods = cli("pack", "--method", "help")
-    assert methods.code == 0
-    assert methods.out.startswith("deltadq: ")
 
 
 def test_shard_sizes(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> None:

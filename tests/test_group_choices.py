@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from deltafmt.errors import UsageError
 from deltafmt.methods.group_size import expected_error, search_group
-from deltafmt.methods.separate import join, part_costs, split
 from problems import Floats, layer, weighted_error
+from separate_parts import join, part_costs, split
 from strategies import examples, generators, shapes
 
 

@@ -259,7 +259,7 @@ def test_the_command(home: Path, tmp_path: Path, cli: Cli) -> None:
     method = ("--method", "gptq", "--bits", "1")
     found = cli("pack", *pair, *method, *text, "--sequential")
     assert found.code == 0, found
-    assert "tokens, each block seeing the errors of those before it" in found.out
+    assert "tokens, each block on the outputs of the compressed blocks before it" in found.out
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     direct = packed(home, tmp_path / "direct.deltafmt")
     assert out.read_bytes() == direct.path.read_bytes()
@@ -267,7 +267,7 @@ def test_the_command(home: Path, tmp_path: Path, cli: Cli) -> None:
     assert again["sequential"] is True
     assert cli("pack", *pair, *method, *text, "--force", "--json").json()["sequential"] is False
     assert cli("verify", out, "--base", home / "base").code == 0
-    refused(cli("pack", *pair, "--force", "--sequential"), 2, "--sequential is for --calibration")
+    refused(cli("pack", *pair, "--force", "--sequential"), 2, "--sequential needs --calibration FILE")
 
     # An encoder and decoder is run as a whole.
     write_models(tmp_path / "t5", "t5")

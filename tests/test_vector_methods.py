@@ -46,8 +46,9 @@ def test_svd_is_the_best_approximation(tmp_path: Path, dtype: str) -> None:
     assert np.abs(found - best).max() <= np.abs(best).max() * {"BF16": 2**-6, "F16": 2**-9, "F32": 1e-5}[dtype]
 
 
-@pytest.mark.parametrize("bits", [1, 2, 5, 8])
-@pytest.mark.parametrize("grid", [None, "asymmetric"])
+@pytest.mark.parametrize(
+    ("bits", "grid"), [(1, None), *((bits, grid) for bits in (2, 5, 8) for grid in (None, "asymmetric"))]
+)
 def test_svd_on_a_grid(tmp_path: Path, bits: int, grid: str | None) -> None:
     pair = pair_of(tmp_path)
     delta, method = true_delta(pair), SVD(rank=9, bits=bits, grid=grid, scale_group=64)
@@ -76,7 +77,8 @@ def test_energy_decides_the_rank(tmp_path: Path, share: float, cli: Cli) -> None
     st.integers(1, 400), st.integers(1, 400), st.floats(0.01, 20), st.sampled_from([None, 1, 3, 8]), st.integers(0, 99)
 )
 def test_bits_a_weight_bound_the_bytes(rows: int, columns: int, budget: float, bits: int | None, group: int) -> None:
-    several = SVD(bits_per_weight=budget, bits=bits, scale_group=group), DeltaCoMe(bits_per_weight=budget)
+    coded = SVD(bits_per_weight=budget) if bits is None else SVD(bits_per_weight=budget, bits=bits, scale_group=group)
+    several = coded, DeltaCoMe(bits_per_weight=budget)
     for method in several:
         layouts = method.layouts(rows, columns)
         vectors = sum(layout.rank for layout in layouts)
@@ -320,7 +322,7 @@ def test_from_the_command_line(tmp_path: Path, cli: Cli) -> None:
         (("--method", "svd", "--energy", "0.4"), "BF16"),
         (("--method", "svd", "--rank", "5", "--bits", "4"), "lowrank r=5 k=4 midtread scale/128"),
         (("--method", "delta-come", "--bands", "1@8+2@1"), "r=1 k=8 asymmetric scale/128 + lowrank r=2 k=1 midrise"),
-        (("--rule", "*", "method=delta-come,bands=1@8+rest@2,bits_per_weight=3"), "r=1 k=8 asymmetric"),
+        (("--rule", "*", "delta-come:bands=1@8+rest@2,bits_per_weight=3"), "r=1 k=8 asymmetric"),
     ):
         result = cli("pack", pair.base, pair.finetuned, "-o", out, "--force", *arguments, "--json").json()
         assert result["actions"] == {"add": 1}
@@ -333,7 +335,7 @@ def test_from_the_command_line(tmp_path: Path, cli: Cli) -> None:
 def test_a_rule_after_a_residual_is_another_method(tmp_path: Path, cli: Cli) -> None:
     pair = pair_of(tmp_path, (128, 256), "BF16")
     out = tmp_path / "d.deltafmt"
-    rule = ("--method", "residual", "--rule", "w", "method=deltadq,nm=2:16")
+    rule = ("--method", "residual", "--rule", "w", "deltadq:nm=2:16")
     cli("pack", pair.base, pair.finetuned, "-o", out, *rule)
     with deltafmt.open(out) as opened:
         assert [term.layout for term in opened["w"].terms] == list(DeltaDQ(2, 16).layouts(128, 256))

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING
 
 from deltafmt.errors import UsageError
 from deltafmt.tools import console
+from deltafmt.tools.calibration_options import check_tokenizer
+from deltafmt.tools.method_arguments import read_spelling
 
-if TYPE_CHECKING:
-    from deltafmt.methods import Method
-
+NM = "4:16"
+BITS = 4
 EPILOG = """\
---delta and --method can be given several times, which compares them. --method takes a method's options as pack's rules
-do, such as rtn,bits=3 (pack --method help lists them), and packs the pair into a temporary file. With neither, that is
-done with deltadq and the options --nm and --bits, which also go for the histograms of the page. Singular values are
-exact for matrices whose smaller side is at most 1024, and estimated by a randomized projection beyond. Products and
-histograms look at up to 256 rows of a matrix. One block of rows is in memory at a time. Without --calibration, the
-inputs x of the layers are standard normal vectors.
+examples:
+  deltafmt analyze base/ math/ --delta math.deltafmt
+  deltafmt analyze base/ math/ --method deltadq:nm=2:16 --method rtn:bits=2
+  deltafmt analyze base/ math/ --calibration text.txt --html report.html
+
+--delta and --method can be given several times; their figures then stand side
+by side. For each --method, the pair is packed into a temporary file. Without
+--delta and --method, that is done with deltadq and the options --nm and --bits.
+
+The figures describe a delta; they do not rank methods by accuracy. Methods that
+keep random elements lose 300% and more of the squares of a delta and still work,
+because such errors average out over a row. Unpack and test a model to compare.
+
+Singular values are exact for matrices whose smaller side is at most 1024, and
+estimated by a randomized projection beyond. Products and histograms look at up
+to 256 rows of a matrix. One block of rows is in memory at a time. Without
+--calibration, the inputs x of the layers are standard normal vectors.
 """
 
 
@@ -29,20 +40,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="checkpoint folder or .safetensors file")
     parser.add_argument("finetuned", metavar="FINETUNED", help="checkpoint folder or .safetensors file")
     parser.add_argument(
-        "--delta", action="append", default=[], metavar="FILE", help="a delta file of this pair, to see what it loses"
+        "--delta", action="append", default=[], metavar="FILE", help="measure what this delta file of the pair loses"
     )
     parser.add_argument(
-        "--method", action="append", default=[], metavar="NAME[,KEY=VALUE]", help="a method, to see what it loses"
+        "--method",
+        action="append",
+        default=[],
+        metavar="METHOD",
+        help="measure what this method loses: NAME or NAME:key=value,...; deltafmt methods lists them",
     )
-    parser.add_argument("--nm", default="4:16", metavar="N:M", help="keep N of every M columns (4:16)")
-    parser.add_argument("--bits", type=int, default=4, metavar="K", help="bits of a code, 2 or more (4)")
+    parser.add_argument(
+        "--nm", metavar="N:M", help=f"keep N of every M columns in histograms, and in deltadq by default ({NM})"
+    )
+    parser.add_argument(
+        "--bits", type=int, metavar="K", help=f"bits of a code in the same places, 2 or more (default {BITS})"
+    )
     parser.add_argument(
         "--calibration", metavar="FILE", help="text or .jsonl that the fine-tune reads for the inputs of its layers"
     )
-    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json or folder (FINETUNED)")
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="folder or tokenizer.json, where FINETUNED has no tokenizer"
+    )
     parser.add_argument("--include", action="append", default=[], metavar="PATTERN", help="look only at these tensors")
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these tensors out")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of what is drawn (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random inputs (default 0)")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--html", metavar="REPORT", help="also write a page with plots")
     parser.add_argument("--force", action="store_true", help="replace REPORT if it exists")
@@ -50,16 +71,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    from deltafmt.methods.options import parse_nm
-
-    quantization = (*parse_nm(options.nm), options.bits)
+    quantization = _quantization(options)
     if not 0 <= options.seed < 2**32:
         raise UsageError(f"seed {options.seed} is not in 0 to 4294967295")
     if options.tokenizer and not options.calibration:
-        raise UsageError("--tokenizer is for --calibration")
+        raise UsageError("--tokenizer needs --calibration FILE")
+    if options.calibration:
+        check_tokenizer(options.finetuned, options.tokenizer)
+    if options.force and not options.html:
+        raise UsageError("--force needs --html REPORT, which it replaces")
     if options.html and not options.force and os.path.lexists(options.html):
         raise UsageError(f"{options.html} exists; --force replaces it")
-    methods = [_method(text) for text in options.method]
+    methods = [read_spelling("--method", text) for text in options.method]
     from deltafmt.analysis import analyze, html, tables
     from deltafmt.checkpoint.folder import Checkpoint
 
@@ -98,12 +121,18 @@ def run(options: argparse.Namespace) -> None:
         console.say(f"plots: {options.html}")
 
 
-def _method(text: str) -> Method:
-    from deltafmt.methods import METHODS
-    from deltafmt.methods.options import make_method, split_pairs
+def _quantization(options: argparse.Namespace) -> tuple[int, int, int]:
+    """Return N, M and k of the histograms, and of deltadq where nothing else is measured.
 
-    name, comma, pairs = text.partition(",")
-    try:
-        return make_method(METHODS, name, split_pairs(pairs) if comma else {})
-    except UsageError as error:
-        raise UsageError(f"--method {text}: {error}") from error
+    Raises:
+        UsageError: they are given and shown nowhere.
+    """
+    from deltafmt.methods.declare import parse_nm
+
+    given = [flag for flag, value in (("--nm", options.nm), ("--bits", options.bits)) if value is not None]
+    if given and (options.delta or options.method) and not options.html and not options.json:
+        raise UsageError(
+            f"{given[0]} beside --delta or --method is for histograms, which --html and --json show; "
+            "write --method deltadq:nm=N:M,bits=K for a method"
+        )
+    return (*parse_nm(options.nm or NM), BITS if options.bits is None else options.bits)

@@ -23,6 +23,7 @@ from deltafmt.tools.remedies import message_of
 
 COMMANDS = {
     "pack": "pack the difference of two checkpoints into a delta file",
+    "methods": "list the compression methods of pack, or explain one with its options",
     "unpack": "apply a delta to its base and write a loadable checkpoint folder",
     "inspect": "show what is in a delta file and what it costs, without reading its sections",
     "verify": "check a delta file completely, and a base against it",

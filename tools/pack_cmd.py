@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
@@ -16,25 +17,40 @@ from deltafmt.tools.calibration_options import (
     read_calibration,
     say_calibration,
 )
-from deltafmt.tools.targets import add_target_arguments, plan_obj, read_target, show
+from deltafmt.tools.method_arguments import add_method_arguments, given_arguments, read_method, read_rule
+from deltafmt.tools.targets import add_target_arguments, plan_obj, read_target, say_chosen, show
 
 if TYPE_CHECKING:
     from deltafmt.methods import Method
     from deltafmt.pipeline.pack_result import PackResult
 
 MENTIONED = 10
-PREFIX = "method_option_"
-EPILOG = """\
-patterns are shell patterns on tensor names, such as '*.mlp.*'. A rule's OPTIONS are 'exact', or
-key=value pairs joined by commas: method=NAME, and options of that method (--method help lists them).
-What a rule leaves out is as the command's options say, or, if the rule names another method, as that
-method has it. The last rule that matches a name decides:
+USAGE = "deltafmt pack BASE FINETUNED -o OUT [options]"
+DESCRIPTION = """\
+Pack the difference of two checkpoints into a delta file. For example:
 
-  --rule '*.mlp.*' nm=2:16,bits=2 --rule '*.attn.*' method=rtn,bits=3 --rule lm_head.weight exact
-
-Vectors, tensors that the base lacks or has in another shape, and dtypes other than BF16, F16 and F32
-are always kept exactly. An interrupted pack goes on where it stopped when the same command is run again.
+  deltafmt pack base/ math/ -o math.deltafmt --target-ratio 16
+  deltafmt pack base/ math/ -o math.deltafmt --method deltadq:nm=2:16,bits=2
 """
+EPILOG = """\
+A PATTERN matches tensor names as a shell does. A rule's METHOD is a method,
+or only key=value,... to change options of the command's method, or exact. The
+last rule that matches decides:
+
+  --rule '*.mlp.*' nm=2:16,bits=2 --rule '*.attn.*' rtn:bits=3
+  --rule lm_head.weight exact
+
+Vectors, tensors that the base lacks or has in another shape, and dtypes other
+than BF16, F16 and F32 are stored whole. An interrupted pack goes on when the
+same command is run again.
+"""
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help of at most 100 columns, whose descriptions are printed as they are."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=27, width=min(shutil.get_terminal_size().columns, 100))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,55 +58,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Packing has a thread for each processor. Threads of the linear algebra library beside them wait for one another in
     # busy loops: low-rank methods then take up to twenty times as long. It reads this when numpy is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
+    parser.formatter_class = Formatter
+    parser.usage, parser.description, parser.epilog = USAGE, DESCRIPTION, EPILOG
     parser.add_argument("base", metavar="BASE", nargs="?", help="checkpoint folder or .safetensors file")
     parser.add_argument("finetuned", metavar="FINETUNED", nargs="?", help="checkpoint folder or .safetensors file")
-    parser.add_argument("-o", "--output", metavar="OUT", help="the delta file to make; - for standard output")
-    parser.add_argument("--method", metavar="NAME", help="deltadq, or help for a list (deltadq)")
-    parser.add_argument("--profile", default="hot", metavar="NAME", help="hot (mapped and uploaded as it lies) or cold")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the random positions (0)")
-    parser.add_argument("--include", action="append", default=[], metavar="PATTERN", help="compress only these")
-    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="keep these exactly")
-    parser.add_argument(
-        "--rule", nargs=2, action="append", default=[], metavar=("PATTERN", "OPTIONS"), help="options for some tensors"
-    )
-    parser.add_argument("--threads", type=int, metavar="T", help="worker threads (one a processor)")
+    parser.add_argument("-o", "--output", metavar="OUT", help="the delta file to write; - for standard output")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    add_calibration_arguments(parser)
+    parser.add_argument("--profile", default="hot", metavar="NAME", help="hot (default) for serving, cold for archives")
+    parser.add_argument(
+        "--include", action="append", default=[], metavar="PATTERN", help="compress only tensors of these names"
+    )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="store tensors of these names whole"
+    )
+    parser.add_argument(
+        "--rule",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("PATTERN", "METHOD"),
+        help="use another method for these names; see below",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random positions (default 0)")
+    parser.add_argument("--threads", type=int, metavar="T", help="worker threads (default: one for each processor)")
+    add_method_arguments(parser)
     add_target_arguments(parser)
-    _add_method_options(parser)
-
-
-def _add_method_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of all methods; which of them the chosen one has is seen when it is made."""
-    from deltafmt.methods import METHODS
-    from deltafmt.methods.options import Option, options_of
-
-    group = parser.add_argument_group("options of the methods")
-    known: dict[str, list[tuple[str, Option]]] = {}
-    for name, method in METHODS.items():
-        for key, each in options_of(method).items():
-            known.setdefault(key, []).append((name, each))
-    for key, owners in known.items():
-        flag, each = f"--{key.replace('_', '-')}", owners[0][1]
-        texts: dict[str, list[str]] = {}
-        for name, other in owners:
-            texts.setdefault(other.help, []).append(name)
-        shown = "; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items()).replace("%", "%%")
-        target = PREFIX + key
-        if each.is_switch:
-            switch = argparse.BooleanOptionalAction
-            group.add_argument(flag, dest=target, action=switch, default=argparse.SUPPRESS, help=shown)
-        else:
-            group.add_argument(flag, dest=target, metavar=each.metavar, default=argparse.SUPPRESS, help=shown)
+    add_calibration_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    if options.method == "help":
-        _list_methods()
-        return
     output = "" if options.plan else options.output
     for name, value in (("BASE", options.base), ("FINETUNED", options.finetuned), ("-o OUT", output)):
         if value is None:
@@ -99,13 +96,13 @@ def run(options: argparse.Namespace) -> None:
     from deltafmt.pipeline.budget import plan_for_target
     from deltafmt.pipeline.pack import pack
 
-    target = read_target(options, _given(options))
-    method = _method(options)
+    target = read_target(options, given_arguments(options))
+    method = read_method(options)
     calibration = read_calibration(options)
-    rules: list[tuple[str, Method | None]] = [(pattern, _ruled(method, text)) for pattern, text in options.rule]
+    rules: list[tuple[str, Method | None]] = [(pattern, read_rule(text, method)) for pattern, text in options.rule]
     to_stdout = options.output == "-"
     if to_stdout and sys.stdout.isatty():
-        raise UsageError("a delta file is not written to a terminal; give -o a name, or send it on with a pipe")
+        raise UsageError("a delta file is not written to a terminal; name a file after -o, or pipe the output on")
     if to_stdout and options.json:
         raise UsageError("--json and -o - both need standard output")
     total = Checkpoint(options.finetuned).nbytes if sys.stderr.isatty() else 0
@@ -120,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
     }
     if options.plan:
         if calibration:
-            raise UsageError("--plan and --calibration: a plan is printed without reading a text")
+            raise UsageError("--plan and --calibration do not go together: a plan is made without reading a text")
         with console.progress_bar("measuring", total, not options.json) as progress:
             choice = plan_for_target(options.base, options.finetuned, **shared, progress=progress)
         show(choice, as_json=options.json)
@@ -137,10 +134,10 @@ def run(options: argparse.Namespace) -> None:
             force=options.force,
             progress=progress,
         )
-    _report(options, result)
+    _report(options, result, method)
 
 
-def _report(options: argparse.Namespace, result: PackResult) -> None:
+def _report(options: argparse.Namespace, result: PackResult, method: Method) -> None:
     console.warn_left_out(result.skipped_files)
     if options.json:
         console.say_json(
@@ -166,64 +163,48 @@ def _report(options: argparse.Namespace, result: PackResult) -> None:
     resumed = f" (went on after {plural(result.resumed, 'tensor')})" if result.resumed else ""
     smaller = f"{result.ratio:.2f} times smaller than {options.finetuned}"
     console.say(f"{result.path}: {result.size:,} bytes, {smaller}{resumed}")
-    words = {"add": "deltas", "replace": "kept exactly", "same": "same as the base", "alias": "tied"}
-    console.say(", ".join(f"{number} {words[action]}" for action, number in sorted(result.actions.items())))
+    console.say(_actions(result))
+    if result.removed:
+        console.say(f"left out: {plural(result.removed, 'tensor')} that only the base has")
+    if result.choice:
+        say_chosen(result.choice)
+    elif result.narrow:
+        console.say(_narrow(result.narrow, method))
+    say_calibration(result, MENTIONED)
     from deltafmt.pipeline.plan import CHOSEN
 
-    if result.removed:
-        console.say(f"in the base only, and left out: {plural(result.removed, 'tensor')}")
-    if result.narrow:
-        console.say(
-            f"note: {plural(result.narrow, 'delta')} of under 256 columns keep less than half of each row at random, "
-            "which may cost accuracy; --nm 2:2 keeps everything"
-        )
-    say_calibration(result, MENTIONED)
-    # What was asked for needs no mention; what was not may surprise.
-    surprising = [f"kept exactly: {name} ({reason})" for name, reason in result.kept.items() if reason not in CHOSEN]
+    # Whoever asked for a tensor to be stored whole knows it; other reasons may surprise.
+    surprising = [f"stored whole: {name} ({reason})" for name, reason in result.kept.items() if reason not in CHOSEN]
     for line in surprising[:MENTIONED]:
         console.say(line)
     if len(surprising) > MENTIONED:
-        console.say(f"and {len(surprising) - MENTIONED:,} more matrices kept exactly; inspect --tensors lists them")
+        console.say(f"and {len(surprising) - MENTIONED:,} more matrices stored whole; inspect --tensors lists them")
 
 
-def _method(options: argparse.Namespace) -> Method:
-    """Return the method that the command's own options describe."""
-    from deltafmt.methods import METHODS, DeltaDQ
-    from deltafmt.methods.options import make_method
+def _actions(result: PackResult) -> str:
+    """Return how many tensors were stored how, such as ``57 tensors compressed, 17 small ones stored whole``."""
+    from deltafmt.pipeline.plan import NO_SMALLER
 
-    given = {key.removeprefix(PREFIX): value for key, value in vars(options).items() if key.startswith(PREFIX)}
-    texts = {key: value if isinstance(value, str) else ("no", "yes")[value] for key, value in given.items()}
-    return make_method(METHODS, options.method or DeltaDQ.name, texts)
-
-
-def _given(options: argparse.Namespace) -> list[str]:
-    """Return the options given that say how everything is packed."""
-    method = [] if options.method is None else [f"--method {options.method}"]
-    keys = [key.removeprefix(PREFIX).replace("_", "-") for key in vars(options) if key.startswith(PREFIX)]
-    return method + [f"--{key}" for key in keys]
-
-
-def _ruled(method: Method, text: str) -> Method | None:
-    """Return the method of a rule's options, None for ``exact``."""
-    from deltafmt.methods import METHODS
-    from deltafmt.methods.options import make_method, split_pairs
-
-    if text == "exact":
-        return None
-    try:
-        pairs = split_pairs(text)
-        return make_method(METHODS, pairs.pop("method", method.name), pairs, method)
-    except UsageError as error:
-        raise UsageError(f"rule {text!r}: {error}") from error
+    large = sum(reason != NO_SMALLER for reason in result.kept.values())
+    small = result.actions.get("replace", 0) - large
+    counts = {
+        f"small {'one' if small == 1 else 'ones'} stored whole": small,
+        f"{'matrix' if large == 1 else 'matrices'} stored whole": large,
+        "same as the base": result.actions.get("same", 0),
+        "tied to another": result.actions.get("alias", 0),
+    }
+    compressed = f"{plural(result.actions.get('add', 0), 'tensor')} compressed"
+    return ", ".join([compressed, *(f"{number:,} {words}" for words, number in counts.items() if number)])
 
 
-def _list_methods() -> None:
-    """Print every method and its options."""
-    from deltafmt.methods import METHODS
-    from deltafmt.methods.options import options_of
+def _narrow(number: int, method: Method) -> str:
+    """Return the warning about matrices of so few columns that dropping most of a row does not average out."""
+    from deltafmt.methods.declare import options_of
 
-    for name, method in METHODS.items():
-        console.say(f"{name}: {method.summary}")
-        for each in options_of(method).values():
-            value = "yes|no" if each.is_switch else each.metavar
-            console.say(f"  {each.key + '=' + value:20} {each.help}")
+    verb = "matrix is" if number == 1 else "matrices are"
+    nm = options_of(type(method)).get("nm")
+    kept, mended = ("", "") if nm is None else (f" with {nm.write(nm.of(method))}", "--nm 2:2, or ")
+    return (
+        f"warning: {number:,} {verb} 256 columns wide or less;{kept} the restored model will probably not work. "
+        f"Use {mended}--target-ratio R"
+    )

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from deltafmt.errors import UsageError
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
+from deltafmt.tools.method_arguments import read_spelling
 from deltafmt.tools.unpack_cmd import parse_size
 
 if TYPE_CHECKING:
-    from deltafmt.methods import Method
     from deltafmt.pipeline.choice import Choice, Chosen
 
 NEEDS_TARGET = ("plan", "candidate")
@@ -19,13 +19,19 @@ NEEDS_TARGET = ("plan", "candidate")
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of targets."""
-    group = parser.add_argument_group("a target: a method is chosen for every tensor")
-    group.add_argument("--target-ratio", metavar="R", help="make the file at least R times smaller than the fine-tune")
-    group.add_argument("--target-size", metavar="SIZE", help="make it SIZE bytes at most, such as 400MB or 1.5GiB")
-    group.add_argument(
-        "--candidate", action="append", default=[], metavar="OPTIONS", help="choose from these, not from the usual ones"
+    group = parser.add_argument_group(
+        "target", "A target chooses a method for each tensor, by measuring what each would lose."
     )
-    group.add_argument("--plan", action="store_true", help="print what would be chosen, and pack nothing")
+    group.add_argument("--target-ratio", metavar="R", help="be at least R times smaller than FINETUNED")
+    group.add_argument("--target-size", metavar="SIZE", help="take SIZE bytes at most, such as 400MB or 1.5GiB")
+    group.add_argument(
+        "--candidate",
+        action="append",
+        default=[],
+        metavar="METHOD",
+        help="choose from these, such as rtn:bits=3",
+    )
+    group.add_argument("--plan", action="store_true", help="print what would be chosen; write no file")
 
 
 def read_target(options: argparse.Namespace, given: list[str]) -> dict[str, Any]:
@@ -47,11 +53,13 @@ def read_target(options: argparse.Namespace, given: list[str]) -> dict[str, Any]
     if ratio is not None and size is not None:
         raise UsageError(f"--target-ratio {ratio} and --target-size {size}: one of them decides")
     if given:
-        raise UsageError(f"{given[0]} and a target: a target chooses the methods; --candidate says what from")
+        raise UsageError(
+            f"{given[0]} and a target: a target chooses the methods; --candidate names what it chooses from"
+        )
     return {
         "target_ratio": None if ratio is None else _ratio(ratio),
         "target_size": None if size is None else parse_size(size),
-        "candidates": [_candidate(text) for text in options.candidate],
+        "candidates": [read_spelling("candidate", text) for text in options.candidate],
     }
 
 
@@ -65,30 +73,19 @@ def _ratio(text: str) -> float:
     return ratio
 
 
-def _candidate(text: str) -> Method:
-    from deltafmt.methods import METHODS
-    from deltafmt.methods.options import make_method, split_pairs
-
-    try:
-        pairs = split_pairs(text)
-        return make_method(METHODS, pairs.pop("method", "deltadq"), pairs)
-    except UsageError as error:
-        raise UsageError(f"candidate {text!r}: {error}") from error
-
-
 def kind_of(name: str) -> str:
-    """Return what tensors of the same place in other layers are called alike: the last part of the name that tells."""
+    """Return the name that tensors of the same place in all layers share, such as ``q_proj``."""
     parts = [part for part in name.split(".") if not part.isdigit()]
     return parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts[-1]
 
 
 def method_name(chosen: Chosen) -> str:
-    """Return how a tensor is packed, in a few words."""
+    """Return how a tensor is packed: the spelling of its method, or a few words."""
     plan = chosen.plan
     if plan.alias is not None:
         return f"alias of {plan.alias}"
     if plan.method is not None and chosen.size:
-        return plan.method.describe()
+        return plan.method.spelling()
     return "exact" if chosen.size else "same as the base"
 
 
@@ -108,24 +105,44 @@ def plan_obj(choice: Choice) -> dict[str, Any]:
 
 
 def print_plan(choice: Choice) -> None:
-    """Print a line a tensor, then one a kind of tensor, then the file's."""
-    rows = [["tensor", "bytes", "loss", "method"]]
+    """Print a line for each tensor, then one for each kind of tensor, then the file's."""
+    rows = [["tensor", "bytes", "score", "method"]]
     kinds: dict[str, list[Chosen]] = {}
     for chosen in choice.tensors:
         rows.append([chosen.plan.tensor.name, f"{chosen.size:,}", f"{chosen.loss:.4f}", method_name(chosen)])
         kinds.setdefault(kind_of(chosen.plan.tensor.name), []).append(chosen)
     console.table(rows, (False, True, True, False))
     console.say()
-    rows = [["kind", "tensors", "bytes", "loss"]]
+    rows = [["kind", "tensors", "bytes", "score"]]
     for kind, members in sorted(kinds.items(), key=lambda each: -sum(chosen.size for chosen in each[1])):
         size, loss = sum(chosen.size for chosen in members), sum(chosen.loss for chosen in members)
         rows.append([kind, str(len(members)), f"{size:,}", f"{loss:.4f}"])
     console.table(rows, (False, True, True, True))
     console.say()
+    console.say(score_line(choice))
     console.say(
         f"file: {choice.size:,} bytes of {choice.target:,}, {choice.ratio:.2f} times smaller, "
-        f"{plural(len(choice.tensors), 'tensor')}, predicted loss {choice.loss:.4f}"
+        f"{plural(len(choice.tensors), 'tensor')}"
     )
+
+
+def say_chosen(choice: Choice) -> None:
+    """Print which methods were chosen for a target, for how many tensors."""
+    methods: dict[str, list[Chosen]] = {}
+    for chosen in choice.tensors:
+        if chosen.plan.method is not None and chosen.size:
+            methods.setdefault(method_name(chosen), []).append(chosen)
+    if methods:
+        rows = [["chosen method", "tensors", "bytes"]]
+        for name, members in sorted(methods.items(), key=lambda each: -sum(chosen.size for chosen in each[1])):
+            rows.append([name, f"{len(members):,}", f"{sum(chosen.size for chosen in members):,}"])
+        console.table(rows, (False, True, True))
+    console.say(score_line(choice))
+
+
+def score_line(choice: Choice) -> str:
+    """Return the score of a plan, and how to read it."""
+    return f"score: {choice.loss:.4f} (to compare plans of this pair; lower is better; not an accuracy)"
 
 
 def show(choice: Choice, *, as_json: bool) -> None:

@@ -79,7 +79,7 @@ def analyze(
             _measure(report, str(path), path, inputs, progress)
         for method in methods or (() if deltas else (own,)):
             with packed(base, finetuned, method, [*skipped]) as path:
-                _measure(report, method.describe(), path, inputs, progress)
+                _measure(report, method.spelling(), path, inputs, progress)
     return report
 
 

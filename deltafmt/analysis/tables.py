@@ -10,6 +10,10 @@ from deltafmt.analysis.approximation import Approximation, ratio
 from deltafmt.analysis.report import Group, Report, TensorFigures
 
 SHOWN_RANKS = (1, 8, 64)
+NORMAL = (
+    "More than 100% is normal where elements are kept at random (deltadq, residual, dare): such errors average out "
+    "over a row, so the figures do not rank methods by accuracy."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +110,12 @@ def loss_table(report: Report, candidate: int) -> Table:
             each = [band.approximation(candidate) for band in report.by_band(group)]
             row += [figure(_mean(one, "outputs")) for one in each] + [figure(_mean(one, "outliers")) for one in each]
         rows.append(row)
-    note = "Sum of squares lost of the delta and of its outputs, in percent of the whole"
+    note = f"Sum of squares lost of the delta and of its outputs, in percent of the whole. {NORMAL}"
     if deep:
-        note += "; then mean squared errors of outputs in three thirds of the layers, all and the 1% largest (outliers)"
-    return Table(f"What {_label(report, candidate)} loses", f"{note}.", rows)
+        note += (
+            " Then mean squared errors in three thirds of the layers, of all outputs and of the 1% largest (outliers)."
+        )
+    return Table(f"What {_label(report, candidate)} loses", note, rows)
 
 
 def comparison_table(report: Report) -> Table:
@@ -120,7 +126,7 @@ def comparison_table(report: Report) -> Table:
     for i, candidate in enumerate(report.candidates):
         rows.append([candidate.label, f"{candidate.size:,}", f"{report.finetuned_bytes / candidate.size:.2f}"])
         rows[-1] += [percent(_outputs_lost(group.approximation(i))) for group in kinds]
-    note = "Size of the whole file, and the sum of squares that is lost of the delta's outputs, in percent."
+    note = f"Size of the whole file, and the sum of squares lost of the delta's outputs, in percent. {NORMAL}"
     return Table("Comparison", note, rows)
 
 

@@ -1,4 +1,4 @@
-"""Compression methods: dense deltas to the arrays of terms. One file a method.
+"""Compression methods: dense deltas to the arrays of terms. One file a method; this file lists them.
 
 ================  =====================================================================
 ``BitDelta``      signs, and the mean magnitude
@@ -13,7 +13,11 @@
 ``SVD``           the first singular vectors
 ``SparseGPT``     N of every M columns, what is lost made up for by later columns
 ================  =====================================================================
+
+A method is spelled ``NAME:key=value,key=value``: :func:`parse` reads that, and ``Method.spelling()`` gives it.
 """
+
+from __future__ import annotations
 
 from deltafmt.methods.base import Method
 from deltafmt.methods.bitdelta import BitDelta
@@ -26,6 +30,7 @@ from deltafmt.methods.magnitude import Magnitude
 from deltafmt.methods.residual import Residual
 from deltafmt.methods.rtn import RTN
 from deltafmt.methods.sparsegpt import SparseGPT
+from deltafmt.methods.spelling import parse_method
 from deltafmt.methods.svd import SVD
 
 _ALL: tuple[type[Method], ...] = (
@@ -43,6 +48,27 @@ _ALL: tuple[type[Method], ...] = (
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
+
+def parse(text: str, like: Method | None = None) -> Method:
+    """Return the method of a spelling.
+
+    >>> parse("deltadq:nm=2:16,bits=2")
+    DeltaDQ(n=2, m=16, bits=2, ...)
+    >>> parse("bits=3", like=DeltaDQ(2, 16, 2)).spelling()
+    'deltadq:nm=2:16,bits=3'
+
+    Args:
+        text: ``NAME:key=value,key=value``, or ``NAME`` alone; with ``like`` also ``key=value,key=value``.
+        like: the method that pairs without a name change. Its options that have no effect beside the new ones have
+            their defaults again. It is of no matter to a text with a name.
+
+    Raises:
+        UsageError: there is no such method or option, a value is out of range, or an option has no effect; says which
+            part is wrong and what is possible.
+    """
+    return parse_method(METHODS, text, like)
+
+
 __all__ = [
     "DARE",
     "GPTQ",
@@ -57,4 +83,5 @@ __all__ = [
     "Method",
     "Residual",
     "SparseGPT",
+    "parse",
 ]

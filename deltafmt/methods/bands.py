@@ -53,23 +53,23 @@ class Band:
 
 
 def band_grid(grid: Grid, bits: int) -> Grid:
-    """Return the grid of a band; one bit is a sign (section 3.3: BitDelta), whatever the kind of the others."""
+    """Return the grid of a band. A band of one bit is a sign (section 3.3: BitDelta), whatever the other bands are."""
     return replace(grid, bits=bits, kind="midrise" if bits == 1 else grid.kind)
 
 
 def fill(
     widths: Sequence[tuple[int | None, int]], vectors: int, budget: float, cost: Callable[[int], int]
 ) -> list[tuple[int, int]]:
-    """Cut bands to a budget.
+    """Cut bands so that they take no more bytes than a budget.
 
     Args:
-        widths: (vectors, bits) pairs, first vectors first; None takes all that are left.
-        vectors: how many there are.
-        budget: bytes, or infinity.
-        cost: of a vector of either side with a number of bits, in bytes.
+        widths: (vectors, bits) pairs, first vectors first; None takes all vectors that are left.
+        vectors: number of vectors that there are.
+        budget: bytes that all vectors may take, or infinity.
+        cost: gives the bytes of a vector of either side, for its number of bits.
 
     Returns:
-        (vectors, bits) pairs without empty ones, of at most so many vectors together.
+        (vectors, bits) pairs without empty ones, with at most ``vectors`` vectors together.
     """
     found = []
     for count, bits in widths:
@@ -95,12 +95,12 @@ def quantize_bands(
     """Quantize the first singular vectors, band by band.
 
     Args:
-        factors: of the delta.
+        factors: singular vectors of the delta.
         widths: (vectors, bits) pairs.
-        grid: whose kind, rule, group and scale dtype hold for every band.
-        hessian: H of the delta's inputs: GPTQ by eq. 5; None to round to nearest.
-        delta: the matrix itself, to refit the left factors to it; None not to.
-        damping, act_order: as :func:`deltafmt.methods.gptq_solver.gptq` takes them.
+        grid: kind, rule, group and scale dtype of every band; its bits do not count.
+        hessian: H of the delta's inputs, for GPTQ by eq. 5; None rounds to nearest.
+        delta: the matrix itself, if left factors are to be refitted to it.
+        damping, act_order: arguments of :func:`deltafmt.methods.gptq_solver.gptq`.
 
     Raises:
         UsageError: more vectors than there are, or a wrong number of bits, or shapes that do not fit.
@@ -124,7 +124,7 @@ def quantize_bands(
             coded = gptq(b, hessian, own, damping=damping, act_order=act_order).quantized
         decoded = coded.dense().astype(np.float64)
         seen = decoded if hessian is None else decoded @ hessian.astype(np.float64)
-        moments = seen @ decoded.T  # of B x, the left factor's input
+        moments = seen @ decoded.T  # second moments of B x, the left factor's input
         if rest is not None:
             a = _refit(rest, seen, moments)
         if hessian is None:
@@ -138,7 +138,7 @@ def quantize_bands(
 
 
 def dense(bands: Sequence[Band], shape: tuple[int, int]) -> Floats:
-    """Return the sum of bands, float32, of a shape (rows, columns)."""
+    """Return the sum of bands, float32, shape (rows, columns)."""
     total = np.zeros(shape, np.float32)
     for band in bands:
         total += band.dense()
@@ -164,14 +164,15 @@ def search_bands(
     the same result.
 
     Args:
-        loss: of a tuple of counts, such as the perplexity of a calibration set; lower is better, NaN the worst.
+        loss: gives the loss of a tuple of counts, such as the perplexity of a text; lower is better, NaN is the worst.
         bits: widths, falling.
-        costs: of one vector at each width.
-        budget: what all vectors together may cost.
-        vectors: how many there are at most.
+        costs: cost of one vector at each width.
+        budget: cost that all vectors together may have.
+        vectors: largest number of vectors.
         start: candidates to begin with, such as those of :func:`fill`.
-        population, generations: of the search.
-        seed: of its random numbers.
+        population: number of candidates in each generation.
+        generations: number of generations.
+        seed: seed of the search's random numbers.
 
     Returns:
         The best counts and their loss.
@@ -227,10 +228,10 @@ def search_bands(
 
 
 def vector_errors(factors: LowRank, grid: Grid, hessian: NDArray[np.floating] | None = None) -> NDArray[np.float64]:
-    """Return what each singular vector loses when both sides are rounded to nearest, shape (vectors,).
+    """Return the error of each singular vector when both sides are rounded to nearest, shape (vectors,).
 
-    The error of an outer product, in squares of weights, or of outputs where the moments of the inputs are given.
-    Vectors are orthogonal, so the errors of several add up but for what rounding mixes.
+    The error is that of the outer product, in squares of weights, or of outputs if moments of the inputs are given.
+    Vectors are orthogonal, so the errors of several vectors add up, except for the part that rounding mixes.
     """
     left, right = (side.astype(np.float64) for side in factors.balanced())
     sides = left.T, right
@@ -260,16 +261,16 @@ def searched(
     """Return the bands of least error at a budget, by :func:`search_bands`; each keeps at least a vector.
 
     The paper searches one list for the whole model, by what the model then says of a text; here every matrix has its
-    own, by the sum of :func:`vector_errors`, which no candidate has to be quantized for.
+    own list, by the sum of :func:`vector_errors`. No candidate has to be quantized for that.
 
     Args:
-        factors: of the delta, as many vectors as the budget could pay for.
+        factors: singular vectors of the delta, as many as the budget could pay for.
         widths: (vectors, bits) pairs to begin with.
-        grid: of every band, but for its bits.
-        budget: bytes.
-        cost: of a vector of either side with a number of bits, in bytes.
-        hessian: moments of the inputs.
-        seed: of the search.
+        grid: kind, rule, group and scale dtype of every band.
+        budget: bytes that all vectors may take.
+        cost: gives the bytes of a vector of either side, for its number of bits.
+        hessian: second moments of the inputs.
+        seed: seed of the search.
     """
     bits = [width for _, width in widths]
     costs = [cost(width) for width in bits]
@@ -294,7 +295,7 @@ def searched(
 
 
 def _energies(factors: LowRank, hessian: NDArray[np.floating] | None) -> NDArray[np.float64]:
-    """Return what each vector that is left out loses."""
+    """Return the error of leaving out each vector."""
     left, right = (side.astype(np.float64) for side in factors.balanced())
     seen = right if hessian is None else right @ hessian.astype(np.float64)
     found: NDArray[np.float64] = np.einsum("ij,ij->j", left, left) * np.einsum("ij,ij->i", seen, right)

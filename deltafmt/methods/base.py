@@ -1,16 +1,23 @@
-"""What a method is: a rule that turns rows of a dense delta into the arrays of one or more terms."""
+"""The base class of methods, and the rows that a method is given.
+
+A method is a rule that turns rows of a dense delta into the arrays of one or more terms.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.errors import NonFiniteError
+from deltafmt.methods.declare import Needs, check_effects, check_options
+from deltafmt.methods.measured import Heads, decoded
 from deltafmt.methods.method_routines import Routines
+from deltafmt.methods.spelling import spelling
 from deltafmt.terms.codec import TermArrays
 from deltafmt.terms.floats import Raw
 from deltafmt.terms.layout import TermLayout
@@ -22,12 +29,12 @@ class DeltaRows:
 
     Attributes:
         finetuned, base: raw arrays of shape (rows, columns).
-        finetuned_dtype, base_dtype: of those, by their safetensors names.
+        finetuned_dtype, base_dtype: dtypes of the raw arrays, by their safetensors names.
         first: the run's first row in the tensor.
         routines: the implementation of the hot loops.
-        name: of the tensor.
+        name: name of the tensor.
         hessian: second moments of the matrix's inputs, shape (columns, columns), where a calibration has gathered them.
-        notes: what a method has to say about the tensor, for whoever packs it.
+        notes: lines that a method adds about the tensor, such as a raised damping; pack prints them.
     """
 
     finetuned: Raw
@@ -58,14 +65,14 @@ class DeltaRows:
             raise NonFiniteError(f"the delta at row {self.first + row}, column {column} is {delta[row, column]}")
         return delta
 
-    def gather(self, positions: NDArray[np.uint8], group: int, share: int, factor: np.float32) -> NDArray[np.float32]:
+    def gather(self, positions: NDArray[np.uint8], m: int, share: int, factor: np.float32) -> NDArray[np.float32]:
         """Return the kept entries times ``factor``, as :func:`deltafmt.methods.sampling.gather` does.
 
         Raises:
             NonFiniteError: an element, kept or not, is NaN or infinite.
         """
         kept, finite = self.routines.gather_difference(
-            self.finetuned, self.finetuned_dtype, self.base, self.base_dtype, positions, group, share, factor
+            self.finetuned, self.finetuned_dtype, self.base, self.base_dtype, positions, m, share, factor
         )
         if not finite:
             self.dense()
@@ -76,23 +83,50 @@ class Method(ABC):
     """A compression method with its options: a frozen dataclass of this class.
 
     A method must give the same arrays for the same delta and seed whatever the runs that the rows are handed in, and
-    must not choose its seed by the error that it gives. What a method does not define has the values that stand here.
+    must not choose its seed by the error that it gives. Attributes that a method does not define have the values here.
 
     Attributes:
-        name: the name that ``--method`` takes.
-        summary: what it does, in a line.
+        name: the name of the method in its spelling, such as ``deltadq``.
+        summary: what the method does, in a line.
+        details: what the method does, in one or a few sentences.
+        paper: where the method comes from.
+        stores: the terms that a matrix becomes.
+        example: a spelling of the method that shows its main options.
         at_random: True if most of its error is drawn at random, not decided by the weights.
+        needs: conditions without which options have no effect, by the options' keys.
     """
 
     __slots__ = ()
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    details: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    stores: ClassVar[str] = ""
+    example: ClassVar[str] = ""
     at_random: ClassVar[bool] = False
+    needs: ClassVar[Needs] = MappingProxyType({})
+
+    def __post_init__(self) -> None:
+        """Check the options: each by itself, then together, then whether each has an effect.
+
+        Raises:
+            UsageError: an option is out of range or has no effect, or options do not go together.
+        """
+        check_options(self)
+        self.check()
+        check_effects(self)
+
+    def check(self) -> None:  # noqa: B027 - most methods have nothing to add
+        """Check what the declarations of the options do not say.
+
+        Raises:
+            UsageError: an option, or the combination, is out of range.
+        """
 
     @property
     def calibration(self) -> str:
-        """Whether it uses second moments of a matrix's inputs: ``none``, ``optional`` or ``required``."""
+        """How the method uses second moments of a matrix's inputs: ``none``, ``optional`` or ``required``."""
         return "none"
 
     @property
@@ -105,6 +139,11 @@ class Method(ABC):
         """True if :meth:`layouts` gives the layouts of every delta of that shape."""
         return True
 
+    @property
+    def head_rank(self) -> int:
+        """The number of singular vectors that :meth:`approximate` takes from the heads that methods share."""
+        return 0
+
     @abstractmethod
     def layouts(self, rows: int, columns: int) -> tuple[TermLayout, ...]:
         """Return the layouts of the terms that a matrix of this shape becomes, in the order of their sum.
@@ -116,6 +155,10 @@ class Method(ABC):
             UsageError: the options do not fit this shape.
         """
 
+    def spelling(self) -> str:
+        """Return the text that :func:`deltafmt.methods.parse` reads as this method, such as ``rtn:bits=3``."""
+        return spelling(self)
+
     @abstractmethod
     def describe(self) -> str:
         """Return the name and the options in one line, for the file's metadata; equal only for equal options."""
@@ -126,3 +169,24 @@ class Method(ABC):
 
         A run starts on a multiple of every layout's run of rows; a whole matrix is one run.
         """
+
+    def approximate(self, rows: DeltaRows, seed: int, heads: Heads) -> NDArray[np.float32]:  # noqa: ARG002
+        """Return the delta that a reader would decode after this method, to measure its loss.
+
+        A method that begins with singular vectors takes them from ``heads``, which computes them once for all methods.
+
+        Args:
+            rows: the matrix.
+            seed: the tensor's seed, 32 bits.
+            heads: quantized singular vectors of this delta.
+
+        Returns:
+            The decoded delta, float32, shape (rows, columns).
+
+        Raises:
+            UsageError: the method cannot have this matrix.
+        """
+        total = np.zeros(rows.shape, np.float32)
+        for layout, arrays in zip(self.layouts(*rows.shape), self.compress(rows, seed), strict=True):
+            total += decoded(layout, arrays, rows.shape, seed, rows.routines)
+        return total

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.errors import UsageError
 from deltafmt.methods.base import DeltaRows, Method
+from deltafmt.methods.common import SCALE, SCALE_DTYPE, SCALE_GROUP
+from deltafmt.methods.declare import Need, Needs, Option, option
 from deltafmt.methods.distill import distilled_columns, distilled_level, distilled_rows
 from deltafmt.methods.grids import Grid, Quantized
-from deltafmt.methods.options import option
 from deltafmt.methods.quantize import check_scales
 from deltafmt.methods.unbiased import LARGEST_FACTOR, UNBIASED, unbiased_scales
 from deltafmt.terms.floats import narrow, widen
@@ -33,36 +35,50 @@ MEANS = ("matrix", "row", "column", "group")
 MEAN = "mean"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BitDelta(Method):
-    """Options of the method.
+    """The method and its options.
 
     Attributes:
         mean: what has a scale of its own: the ``matrix`` (as in the paper; stored as equal scales of its rows), every
             ``row``, every ``column``, or every ``group`` of columns of a row.
         scale_group: columns of a group.
         scale_dtype: ``BF16`` or ``F32``.
-        scale: ``mean`` (as in the paper) or ``unbiased``; of no matter to a matrix with moments.
+        scale: ``mean`` (as in the paper) or ``unbiased``; a matrix with moments of its inputs has distilled scales,
+            whichever is chosen.
 
     Raises:
         UsageError: an option is out of range.
     """
 
-    mean: str = option("matrix", "what has a scale: matrix, row, column or group (matrix)", "OF")
-    scale_group: int = option(128, "columns of a group (128)", "G")
-    scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
-    scale: str = option(MEAN, "mean or unbiased (mean)", "RULE")
+    mean: str = option("matrix", Option("what has a scale of its own", "WHAT", choices=MEANS))
+    scale_group: int = option(128, SCALE_GROUP, help="columns of a group", values="1 or more")
+    scale_dtype: str = option("BF16", SCALE_DTYPE)
+    scale: str = option(
+        MEAN,
+        SCALE,
+        help="mean takes the mean magnitude, unbiased the scale that does not shrink the delta; matrices that a "
+        "calibration text reaches have distilled scales instead",
+        choices=(MEAN, UNBIASED),
+    )
 
     name = "bitdelta"
-    summary = "signs, and the mean magnitude, or distilled scales with --calibration (BitDelta)"
+    summary = "the sign of every element, times a mean magnitude"
+    details = (
+        "Every element becomes its sign, times the mean magnitude of the matrix, or of its row, column or group of "
+        "columns. With a calibration text the scales are distilled: they have the least error of the layer's outputs."
+    )
+    paper = "BitDelta: Your Fine-Tune May Only Be Worth One Bit, section 3.1 (arXiv 2402.10193)"
+    stores = "a lowbit term: signs and scales"
+    example = "bitdelta:mean=row"
     whole = True
     calibration = "optional"
+    needs: ClassVar[Needs] = {
+        "scale_group": (Need("mean=group: only groups have a size", lambda options: options.mean == "group"),)
+    }
 
-    def __post_init__(self) -> None:
-        if self.mean not in MEANS:
-            raise UsageError(f"mean {self.mean!r} is not one of {', '.join(MEANS)}")
-        if self.scale not in (MEAN, UNBIASED):
-            raise UsageError(f"scale rule {self.scale!r} is not one of {MEAN}, {UNBIASED}")
+    def check(self) -> None:
+        """Check that the options make a layout."""
         if self.mean == "group" and self.scale_group == 0:
             raise UsageError("a group has at least one column")
         _ = self.layout

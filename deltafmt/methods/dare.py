@@ -2,20 +2,21 @@
 
 Yu, Yu, Yu, Huang, Li, "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch"
 (arXiv 2311.03099), section 3.2: every element of the delta is set to zero with probability p, the others are divided
-by 1 - p (eq. 1 and 2). Which ones are dropped is a function of the tensor's seed, row and column, never of the values.
+by 1 - p (eq. 1 and 2). The tensor's seed, the row and the column decide which elements are dropped, never the values.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.errors import UsageError
 from deltafmt.methods.base import DeltaRows, Method
-from deltafmt.methods.options import option
-from deltafmt.methods.quantize import SCALE_RULES, default_rule
+from deltafmt.methods.common import BITS, CODED, RAW, RESCALE, VALUE_DTYPE, ScaleOptions
+from deltafmt.methods.declare import Need, Needs, Option, option
+from deltafmt.methods.quantize import default_rule
 from deltafmt.methods.unstructured import sparse_layout, sparse_term
 from deltafmt.terms.nm.hashing import BLOCK_STEP, ROW_STEP, mix
 from deltafmt.terms.sparse.codec import SparseArrays
@@ -24,39 +25,67 @@ from deltafmt.terms.sparse.layout import SparseLayout
 BLOCK_ELEMENTS = 1 << 22
 
 
-@dataclass(frozen=True, slots=True)
-class DARE(Method):
-    """Options of the method.
+DROP = Option(
+    "probability with which an element is dropped",
+    "P",
+    "a number from 0 to below 1",
+    noun="drop probability",
+    right=lambda drop: 0 <= drop < 1,
+    wrong="is not at least 0 and below 1",
+)
+
+
+@dataclass(frozen=True)
+class KeptValueOptions:
+    """The elements that DARE keeps, and how it stores them.
 
     Attributes:
         drop: p, the probability with which an element is dropped.
         bits: k, width of a code; None keeps values as they are.
-        value_dtype: of values that are kept as they are: ``BF16``, ``F16`` or ``F32``.
-        scale: of codes: ``minmax``, ``mse`` or None: mse for k below 4, minmax from there on.
-        scale_dtype: ``BF16`` or ``F32``; there is one scale a row.
+        value_dtype: dtype of values that are kept as they are: ``BF16``, ``F16`` or ``F32``.
+    """
+
+    drop: float = option(0.75, DROP)
+    bits: int | None = option(None, BITS, otherwise="none: values as they are")
+    value_dtype: str = option("BF16", VALUE_DTYPE)
+
+
+@dataclass(frozen=True)
+class DARE(ScaleOptions, KeptValueOptions, Method):
+    """The method: the options of :class:`KeptValueOptions`, scales of codes, and one of its own.
+
+    Attributes:
         rescale: divide what is kept by 1 - p.
 
     Raises:
         UsageError: an option is out of range.
     """
 
-    drop: float = option(0.75, "probability with which an element is dropped (0.75)", "P")
-    bits: int | None = option(None, "bits of a code: 1-8 (values as they are)", "K")
-    value_dtype: str = option("BF16", "of values as they are: BF16, F16 or F32 (BF16)", "DTYPE")
-    scale: str | None = option(None, "minmax or mse (mse below 4 bits)", "RULE")
-    scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
-    rescale: bool = option(True, "divide what is kept by 1 - P (yes)")
+    rescale: bool = option(True, RESCALE, help="divide what is kept by 1 - P; products then keep their expected size")
 
     name = "dare"
     at_random = True
-    summary = "random elements, rescaled (DARE)"
+    summary = "random elements, rescaled"
+    details = (
+        "Every element is dropped with probability p, and the others are divided by 1 - p. Kept elements are stored as "
+        "they are, or as codes of k bits with a scale for each row."
+    )
+    paper = (
+        "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch, section 3.2 "
+        "(arXiv 2311.03099)"
+    )
+    stores = "a sparse term: gaps, and values or codes"
+    example = "dare:drop=0.9,bits=4"
     whole = True
+    needs: ClassVar[Needs] = {
+        "value_dtype": (RAW,),
+        "scale": (CODED,),
+        "scale_dtype": (CODED,),
+        "rescale": (Need("drop above 0: where all is kept nothing is rescaled", lambda options: options.drop > 0),),
+    }
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.drop < 1:
-            raise UsageError(f"drop probability {self.drop} is not at least 0 and below 1")
-        if self.scale is not None and self.scale not in SCALE_RULES:
-            raise UsageError(f"scale rule {self.scale!r} is not one of {', '.join(SCALE_RULES)}")
+    def check(self) -> None:
+        """Check that the options make a layout."""
         _ = self.layout
 
     @property

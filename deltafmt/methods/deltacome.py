@@ -16,23 +16,25 @@ As with :mod:`deltafmt.methods.svd`, the bytes of a file depend on the linear al
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from deltafmt.errors import UsageError
 from deltafmt.index.entries import MAX_TERMS
-from deltafmt.methods.bands import GROUP, band_grid, fill, quantize_bands, searched
+from deltafmt.methods.bands import band_grid, fill, quantize_bands, searched
 from deltafmt.methods.base import DeltaRows, Method
+from deltafmt.methods.common import BITS_PER_WEIGHT, GRID, SCALE, SCALE_GROUP, CodeOptions
+from deltafmt.methods.declare import Need, Needs, Option, option
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.grids import Grid
-from deltafmt.methods.options import option
 from deltafmt.methods.vectors import band_arrays, coding_of, vector_bytes
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.lowrank.codec import LowRankArrays
 from deltafmt.terms.lowrank.layout import MAX_VECTORS, LowRankLayout
 
 BANDS = "2@8+32@3+rest@2"
-BITS_PER_WEIGHT = 1.0
+DEFAULT_BITS_PER_WEIGHT = 1.0
 REST = "rest"
 
 
@@ -57,15 +59,37 @@ def parse_bands(text: str) -> tuple[tuple[int | None, int], ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True, slots=True)
-class DeltaCoMe(Method):
-    """Options of the method.
+@dataclass(frozen=True)
+class BandOptions:
+    """The bands, and how many vectors they have together.
 
     Attributes:
         bands: vectors and bits of each band, largest singular values first, such as ``2@8+32@3+rest@2``.
         bits_per_weight: as many vectors as take this many bits for each element of the matrix, and at least one; None:
             1 where the last band is ``rest``, otherwise all vectors of the bands.
-        grid: of codes: ``asymmetric`` (as in the paper), ``midrise`` or ``midtread``; 1 bit is always midrise.
+    """
+
+    bands: str = option(
+        BANDS,
+        Option(
+            "vectors and bits of each band, the largest singular values first",
+            "BANDS",
+            "VECTORS@BITS, joined by +; the last can be rest@BITS",
+        ),
+    )
+    bits_per_weight: float | None = option(
+        None,
+        BITS_PER_WEIGHT,
+        otherwise=f"{DEFAULT_BITS_PER_WEIGHT:g} where the last band is rest, else all vectors of the bands",
+    )
+
+
+@dataclass(frozen=True)
+class DeltaCoMe(CodeOptions, BandOptions, Method):
+    """The method: the options of :class:`BandOptions`, those of codes, and two of its own.
+
+    Attributes:
+        grid: ``asymmetric`` (as in the paper), ``midrise`` or ``midtread``; 1 bit is always midrise.
         scale: ``minmax`` (as in the paper) or ``mse``.
         scale_group: consecutive codes of a vector that share a scale; 0 for one scale a vector.
         scale_dtype: ``BF16`` or ``F32``.
@@ -77,23 +101,40 @@ class DeltaCoMe(Method):
         UsageError: an option is out of range.
     """
 
-    bands: str = option(BANDS, f"vectors and bits of each band ({BANDS})", "BANDS")
-    bits_per_weight: float | None = option(None, "vectors for so many bits an element of the matrix (1)", "B")
-    grid: str = option("asymmetric", "asymmetric, midrise or midtread (asymmetric)", "KIND")
-    scale: str = option("minmax", "minmax or mse (minmax)", "RULE")
-    scale_group: int = option(GROUP, "codes of a vector that share a scale; 0: all (128)", "G")
-    scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
-    refit: bool = option(False, "fit left vectors to what is left over (no)")
-    search: bool = option(False, "search the vectors of each band, for each matrix (no)")
+    grid: str = option("asymmetric", GRID)
+    scale: str = option("minmax", SCALE)
+    scale_group: int = option(128, SCALE_GROUP, help="consecutive codes of a vector that share a scale; 0 for all")
+    refit: bool = option(False, Option("fit the left vectors of each band to what the bands before have left over"))
+    search: bool = option(False, Option("search how many vectors each band has, for each matrix, at the same bytes"))
 
     name = "delta-come"
-    summary = "singular vectors, the first at more bits than the later ones (Delta-CoMe)"
+    summary = "singular vectors, the first at more bits than the later ones"
+    details = (
+        "Singular vectors are cut into bands: the first have many bits, later ones few, and the last are left out. "
+        "With a calibration text, vectors are quantized for the least error of the layer's outputs."
+    )
+    paper = (
+        "Delta-CoMe: Training-Free Delta-Compression with Mixed-Precision for Large Language Models, section 3.3 "
+        "(arXiv 2406.08903)"
+    )
+    stores = "a lowrank term for each band: codes, scales and zero points"
+    example = "delta-come:bands=2@8+16@3+rest@2,bits_per_weight=0.5"
     whole = True
     calibration = "optional"
+    needs: ClassVar[Needs] = {
+        "grid": (
+            Need(
+                "a band of 2 bits or more: a code of 1 bit is a sign, as midrise has it",
+                lambda options: any(bits > 1 for _, bits in parse_bands(options.bands)),
+            ),
+        ),
+        "search": (
+            Need("two bands or more, to divide vectors among", lambda options: len(parse_bands(options.bands)) > 1),
+        ),
+    }
 
-    def __post_init__(self) -> None:
-        if self.bits_per_weight is not None and not 0 < self.bits_per_weight < np.inf:
-            raise UsageError(f"bits_per_weight {self.bits_per_weight} is not a positive number")
+    def check(self) -> None:
+        """Check that the bands can be read and coded."""
         for _, bits in self.widths:
             self._coding(bits)
         if self.search and self.budget is None:
@@ -112,7 +153,8 @@ class DeltaCoMe(Method):
     @property
     def budget(self) -> float | None:
         """The bits an element of the matrix in force; None for no bound."""
-        return BITS_PER_WEIGHT if self.bits_per_weight is None and self.widths[-1][0] is None else self.bits_per_weight
+        rest = self.widths[-1][0] is None
+        return DEFAULT_BITS_PER_WEIGHT if self.bits_per_weight is None and rest else self.bits_per_weight
 
     @property
     def quantizer(self) -> Grid:

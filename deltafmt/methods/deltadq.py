@@ -2,7 +2,7 @@
 
 "DeltaDQ: Distribution-Driven Delta Compression for Fine-tuned LLMs" (ACL submission; v2 is arXiv 2410.08666).
 Section 3.4: in each group of M consecutive elements of a row, N chosen at random are kept and multiplied by M / N, the
-others dropped, so that the expected product is unchanged. Section 3.5: what is kept is quantized uniformly to k bits
+others dropped, so that the expected product is unchanged. Section 3.5: kept elements are quantized uniformly to k bits
 with the min-max scale of equation 9.
 
 Beyond the paper: rows may share their positions (``share``), a scale serves a row rather than a matrix, the midrise
@@ -12,27 +12,33 @@ grid and the least-squares scale help below 4 bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.errors import UsageError
 from deltafmt.methods.base import DeltaRows, Method
+from deltafmt.methods.common import (
+    BITS,
+    DROPPED,
+    GRID,
+    RESCALE,
+    SCALE_GROUP,
+    BitsOption,
+    CodeOptions,
+    KeptOptions,
+    PositionOptions,
+)
+from deltafmt.methods.declare import Needs, option
 from deltafmt.methods.method_routines import Routines
-from deltafmt.methods.options import option, parse_nm
-from deltafmt.methods.quantize import SCALE_RULES, default_grid, default_rule
+from deltafmt.methods.quantize import default_grid, default_rule
 from deltafmt.terms.nm.codec import NMArrays
 from deltafmt.terms.nm.layout import NMLayout
 
 
-def read_nm(text: str) -> dict[str, int]:
-    """Return the fields n and m for ``N:M``."""
-    return dict(zip(("n", "m"), parse_nm(text), strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class DeltaDQ(Method):
-    """Options of the method.
+@dataclass(frozen=True)
+class DropoutOptions(CodeOptions, PositionOptions, BitsOption, KeptOptions):
+    """Options of group-wise dropout: which entries are kept, and how they are stored.
 
     Attributes:
         n, m: N and M: entries kept in each group of M columns.
@@ -43,30 +49,39 @@ class DeltaDQ(Method):
         scale: ``minmax`` (eq. 9), ``mse`` or None: mse for k below 4, minmax from there on.
         scale_group: kept entries that share a scale; 0 for one scale a row.
         scale_dtype: ``BF16`` or ``F32``.
-        rescale: multiply what is kept by M / N (section 3.4, step 2).
+        rescale: multiply kept entries by M / N (section 3.4, step 2).
+    """
+
+    bits: int = option(4, BITS, values="1 to 6, or 8")
+    grid: str | None = option(
+        None, GRID, help="the levels of codes: midtread has a zero, midrise has none", choices=("midtread", "midrise")
+    )
+    scale_group: int = option(0, SCALE_GROUP, help="consecutive kept entries that share a scale; 0 for one scale a row")
+    rescale: bool = option(True, RESCALE)
+
+
+@dataclass(frozen=True)
+class DeltaDQ(DropoutOptions, Method):
+    """The method, with the options of :class:`DropoutOptions`.
 
     Raises:
         UsageError: an option is out of range.
     """
 
-    n: int = option(4, "keep N of every M columns (4:16)", "N:M", key="nm", parse=read_nm)
-    m: int = 16
-    bits: int = option(4, "bits of a code: 1-6 or 8 (4)", "K")
-    index: str = option("seeded", "seeded (no index bytes), fixed, or rank (cold files)", "KIND")
-    share: int = option(4, "rows that share positions: 1, 2, 4, 8 (4)", "V")
-    grid: str | None = option(None, "midtread or midrise (midrise for 1 and 2 bits)", "KIND")
-    scale: str | None = option(None, "minmax or mse (mse below 4 bits)", "RULE")
-    scale_group: int = option(0, "kept entries that share a scale (a whole row)", "G")
-    scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
-    rescale: bool = option(True, "multiply what is kept by M/N (yes)")
-
     name = "deltadq"
     at_random = True
-    summary = "group-wise balanced dropout with rescale, and k-bit quantization (DeltaDQ)"
+    summary = "random N of every M columns, rescaled, as k-bit codes"
+    details = (
+        "In each group of M consecutive columns of a row, N random entries are kept and multiplied by M/N, and the "
+        "others are dropped. Kept entries are rounded to codes of k bits, with a scale for each row."
+    )
+    paper = "DeltaDQ: Distribution-Driven Delta Compression for Fine-tuned LLMs, sections 3.4 and 3.5 (ACL submission)"
+    stores = "an nm term: codes, scales, and positions that take no bytes unless index says so"
+    example = "deltadq:nm=2:16,bits=2"
+    needs: ClassVar[Needs] = {"rescale": (DROPPED,)}
 
-    def __post_init__(self) -> None:
-        if self.scale is not None and self.scale not in SCALE_RULES:
-            raise UsageError(f"scale rule {self.scale!r} is not one of {', '.join(SCALE_RULES)}")
+    def check(self) -> None:
+        """Check that the options make a layout."""
         _ = self.layout
 
     @property
@@ -98,19 +113,19 @@ class DeltaDQ(Method):
         return text if self.rescale else f"{text} unrescaled"
 
     def draw(self, rows: DeltaRows, seed: int) -> NDArray[np.uint8]:
-        """Return the positions that a run of rows keeps, shape (mask rows, groups, N)."""
+        """Return the positions that are kept of a run of rows, shape (mask rows, groups, N)."""
         layout, routines = self.layout, rows.routines
         count, columns = rows.shape
         draw = routines.codec.seeded if self.index == "seeded" else routines.uniform
-        return draw(seed, rows.first // self.share, layout.mask_rows(count), layout.groups(columns), layout.n, layout.m)
+        return draw(seed, rows.first // self.share, layout.mask_rows(count), layout.groups(columns), self.n, self.m)
 
     @property
     def factor(self) -> np.float32:
-        """What kept entries are multiplied by."""
+        """The factor that kept entries are multiplied by."""
         return np.float32(self.m / self.n if self.rescale else 1)
 
     def quantize(self, positions: NDArray[np.uint8], kept: NDArray[np.float32], routines: Routines) -> NMArrays:
-        """Return the arrays of entries that are kept; NaN marks one beyond the last column."""
+        """Return the arrays of kept entries; NaN marks an entry beyond the last column."""
         codes, scales = routines.quantize(
             kept, self.bits, self.layout.grid, self.scale_rule, self.scale_group, self.scale_dtype
         )

@@ -4,10 +4,11 @@ Jiang, Yang, Chen, Li, Li, Li, "DeltaDQ: Ultra-High Delta Compression for Fine-T
 Separate Quantization" (arXiv 2410.08666). N of M entries are kept at random and multiplied by M / N; they are quantized
 to k bits and cut by value into m parts, sparse matrices of their own, whose codes need k - log2 m bits.
 
-A part is a ``sparse`` term. That layout has symmetric grids, so a part is what one of them can hold: with m = 2^(k-1)
-the entries of one magnitude, of which a code tells the sign, on a scale 2j + 1 times the common one. Other numbers of
+A part is a ``sparse`` term. That layout has symmetric grids. With m = 2^(k-1), part j therefore holds the
+entries of one magnitude: a code tells the sign, and the scale is 2j + 1 times the common one. Other numbers of
 parts would need offsets. The paper counts the k - log2 m bits alone: 16 M / N / (k - log2 m) times smaller. The
-positions tell the parts apart, and take more bytes than the codes (:func:`deltafmt.methods.separate.part_costs`).
+positions tell the parts apart, and take more bytes than the codes
+(``tests/separate_parts.py`` counts them).
 
 The paper searches the group size of least error of attention. Here it is the one of least expected error of the layer's
 outputs, which is known in closed form (:mod:`deltafmt.methods.group_size`), where second moments of the inputs are
@@ -18,16 +19,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.errors import UsageError
 from deltafmt.methods.base import DeltaRows, Method
-from deltafmt.methods.deltadq import read_nm
+from deltafmt.methods.common import BITS, DROPPED, NM, RESCALE, BitsOption, KeptOptions, ScaleOptions
+from deltafmt.methods.declare import Need, Needs, Option, option
 from deltafmt.methods.group_size import expected_error, search_group
-from deltafmt.methods.options import option
-from deltafmt.methods.quantize import SCALE_RULES, check_scales, default_rule
+from deltafmt.methods.quantize import check_scales, default_rule
 from deltafmt.methods.sampling import gather
 from deltafmt.methods.unstructured import sparse_layout
 from deltafmt.terms.coding import Coding
@@ -39,38 +41,75 @@ from deltafmt.terms.sparse.layout import SparseLayout
 MAX_BITS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class DeltaDQSQ(Method):
-    """Options of the method.
+def group_sizes(n: int, m: int) -> list[int]:
+    """Return the group sizes M with the same N / M that a search can choose from."""
+    least = max(m // max(math.gcd(n, m), 1), 1)
+    return [least << shift for shift in range(8) if 2 <= least << shift <= MAX_M]
+
+
+@dataclass(frozen=True)
+class PartOptions(BitsOption, KeptOptions):
+    """Dropout, and how codes are cut.
 
     Attributes:
         n, m: N and M: entries kept in each group of M columns.
         bits: k, width of a code before it is cut: 1 to 5.
         parts: m of the paper: 2^(k-1), or 1 for codes that are not cut; None for 2^(k-1).
+    """
+
+    n: int = option(1, NM)
+    m: int = 8
+    bits: int = option(4, BITS, help="width of a code in bits, before it is cut", values="1 to 5")
+    parts: int | None = option(
+        None,
+        Option("parts that codes are cut into; 1 for codes that are not cut", "P", "1 or 2^(K-1)", otherwise="2^(K-1)"),
+    )
+
+
+@dataclass(frozen=True)
+class DeltaDQSQ(ScaleOptions, PartOptions, Method):
+    """The method: the options of :class:`PartOptions`, scales of codes, and two of its own.
+
+    Attributes:
         scale: ``minmax``, ``mse`` or None: mse for k below 4, minmax from there on.
         scale_dtype: ``BF16`` or ``F32``; every part has one scale a row.
         search: take the best group size with the same N / M where second moments of the inputs are given.
-        rescale: multiply what is kept by M / N.
+        rescale: multiply kept entries by M / N.
 
     Raises:
         UsageError: an option is out of range.
     """
 
-    n: int = option(1, "keep N of every M columns (1:8)", "N:M", key="nm", parse=read_nm)
-    m: int = 8
-    bits: int = option(4, "bits of a code before it is cut: 1-5 (4)", "K")
-    parts: int | None = option(None, "2^(K-1) parts, or 1 for codes that are not cut (2^(K-1))", "P")
-    scale: str | None = option(None, "minmax or mse (mse below 4 bits)", "RULE")
-    scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
-    search: bool = option(True, "the best group size for N/M, where a calibration gives moments (yes)")
-    rescale: bool = option(True, "multiply what is kept by M/N (yes)")
+    search: bool = option(True, Option("with a calibration text, choose the best M for each matrix with the same N/M"))
+    rescale: bool = option(True, RESCALE)
 
     name = "deltadq-sq"
     at_random = True
-    summary = "group-wise dropout with rescale, codes cut into parts (DeltaDQ, separate quantization)"
+    summary = "deltadq with codes cut into parts of their own"
+    details = (
+        "N of every M columns are kept at random and multiplied by M/N. Their codes of k bits are cut by value into "
+        "parts, sparse matrices of their own with narrower codes. The positions of parts take more bytes than the "
+        "narrower codes save, so deltadq makes smaller files."
+    )
+    paper = (
+        "DeltaDQ: Ultra-High Delta Compression for Fine-Tuned LLMs via Group-wise Dropout and Separate Quantization "
+        "(arXiv 2410.08666)"
+    )
+    stores = "a sparse term for each part"
+    example = "deltadq-sq:nm=1:4,bits=2"
     whole = True
+    needs: ClassVar[Needs] = {
+        "rescale": (DROPPED,),
+        "search": (
+            Need(
+                "an M that can be doubled or halved within 255",
+                lambda options: len(group_sizes(options.n, options.m)) > 1,
+            ),
+        ),
+    }
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Check what the declarations of the options do not say."""
         if not 2 <= self.m <= MAX_M:
             raise UsageError(f"group size M = {self.m} is outside 2 to {MAX_M}")
         if not 1 <= self.n <= self.m:
@@ -80,13 +119,11 @@ class DeltaDQSQ(Method):
         if self.parts not in (None, 1, 1 << self.bits - 1):
             most = 1 << self.bits - 1
             raise UsageError(f"parts {self.parts} is neither 1 nor {most}, which leaves a sign of {self.bits} bits")
-        if self.scale is not None and self.scale not in SCALE_RULES:
-            raise UsageError(f"scale rule {self.scale!r} is not one of {', '.join(SCALE_RULES)}")
         _ = self.layouts(1, 1)
 
     @property
     def calibration(self) -> str:
-        """What second moments are to it."""
+        """How second moments are used: for the search alone."""
         return "optional" if self.search else "none"
 
     @property
@@ -145,8 +182,7 @@ class DeltaDQSQ(Method):
         """Return the N and M of a matrix."""
         if hessian is None or not self.search:
             return self.n, self.m
-        least = self.m // math.gcd(self.n, self.m)
-        sizes = [least << shift for shift in range(8) if 2 <= least << shift <= MAX_M]
+        sizes = group_sizes(self.n, self.m)
         return search_group(lambda n, m: expected_error(delta, hessian, n, m), self.n / self.m, sizes)
 
 

@@ -8,7 +8,7 @@ delta, S the signs and H = sum of x x^T over the inputs, the error is trace((D -
     a level for every row, or group     linear least squares of a row (:mod:`deltafmt.methods.refit`)
     a level for every column            (S^T S o H) a = diag(S^T D H),  o the elementwise product
 
-so nothing is trained, and one matrix is looked at at a time.
+so nothing is trained, and one matrix is handled at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def distilled_rows(delta: Floats, hessian: NDArray[np.floating], scales: Floats,
     Args:
         delta: D, float32, shape (rows, columns).
         hessian: H, shape (columns, columns).
-        scales: undistilled ones, float32, shape (rows, groups); kept where a better one would not be positive.
+        scales: scales before distillation, float32, shape (rows, groups); kept where no positive scale is better.
         size: columns of a group.
         scale_dtype: ``BF16`` or ``F32``, to which the result is rounded.
 
@@ -43,7 +43,7 @@ def distilled_rows(delta: Floats, hessian: NDArray[np.floating], scales: Floats,
 
 
 def distilled_level(delta: Floats, hessian: NDArray[np.floating], level: float) -> float:
-    """Return the level of a whole matrix, or the one given where no positive one is better; arguments as above."""
+    """Return the level of a whole matrix, or ``level`` where no positive level is better; arguments as above."""
     check_hessian(hessian, delta.shape[1])
     sign = signs(delta)
     seen = sign.astype(np.float64) @ hessian.astype(np.float64)
@@ -52,7 +52,7 @@ def distilled_level(delta: Floats, hessian: NDArray[np.floating], level: float) 
 
 
 def distilled_columns(delta: Floats, hessian: NDArray[np.floating], levels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return levels of columns, pulled a little to the ones given, and never below zero; arguments as above."""
+    """Return levels of columns, pulled a little towards ``levels``, and never below zero; arguments as above."""
     check_hessian(hessian, delta.shape[1])
     sign, moments = signs(delta).astype(np.float64), hessian.astype(np.float64)
     matrix = (sign.T @ sign) * moments

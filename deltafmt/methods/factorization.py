@@ -62,11 +62,11 @@ class LowRank:
 def factorize(
     delta: Floats, rank: int, *, hessian: NDArray[np.floating] | None = None, damping: float = DAMPING
 ) -> LowRank:
-    """Return the best approximation of a rank, or of the matrix's own rank where that is smaller.
+    """Return the best approximation of a rank, or of the rank of the matrix if that is smaller.
 
     Args:
         delta: W, float32, shape (rows, columns).
-        rank: of the result.
+        rank: number of vectors of the result.
         hessian: H, to weight the columns by their inputs; None for the plain approximation.
         damping: share of the mean diagonal of H that is added to it.
 
@@ -128,8 +128,8 @@ def _decompose(matrix: Floats, rank: int) -> tuple[Floats, Floats, Floats]:
 def _exact(matrix: Floats, rank: int) -> tuple[Floats, Floats, Floats]:
     """Decompose by the eigenvectors of the smaller Gram matrix in float64.
 
-    Several times as fast as a decomposition in float32, and as accurate: what float64 loses by squaring is what float32
-    lacks. Vectors of singular values below NULL of the largest are zero on the longer side.
+    This is several times as fast as a decomposition in float32, and as accurate: the squares lose digits of float64
+    that float32 does not have. Vectors of singular values below NULL of the largest are zero on the longer side.
     """
     tall = matrix.shape[0] >= matrix.shape[1]
     wide = (matrix if tall else matrix.T).astype(np.float64)

@@ -1,4 +1,4 @@
-"""GPTQ: quantization column by column, each column's error made up for by the columns after it.
+"""GPTQ: quantization column by column, and the columns after it make up for each column's error.
 
 Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers" (arXiv 2210.17323), algorithm 1. Column q of W is rounded; its error, divided by the diagonal of the
@@ -131,10 +131,10 @@ def gptq_columns(
 
 
 class _Best:
-    """The best that every row has had.
+    """The best codes that each row has had so far.
 
     Attributes:
-        quantized: those rows.
+        quantized: the rows with these codes.
     """
 
     def __init__(self, weights: Floats, hessian: NDArray[np.floating], first: Quantized) -> None:
@@ -143,7 +143,7 @@ class _Best:
         self._errors = row_errors(weights - first.dense(), hessian)
 
     def offer(self, other: Quantized) -> None:
-        """Take the rows that are better in another."""
+        """Take the rows that are better in another solution."""
         errors = row_errors(self._weights - other.dense(), self._hessian)
         better = (errors < self._errors)[:, None]
         self._errors = np.minimum(errors, self._errors)
@@ -202,9 +202,9 @@ def _walk(
     Args:
         work: W transposed, its columns in ``order``; it is changed.
         hessian: H, in the columns' own order.
-        order: of the columns.
+        order: order in which columns are rounded.
         grid, column_steps: the levels.
-        damping, block: as :func:`gptq` takes them.
+        damping, block: arguments of :func:`gptq`.
 
     Returns:
         The transposed codes, columns in their own order, and the damping that was used.

@@ -1,4 +1,4 @@
-"""Uniform grids with a scale for every group of columns, as what a matrix is quantized to.
+"""Uniform grids with a scale for every group of columns; matrices are quantized to them.
 
 =================  ==============================================================
 ``midtread``       value = (u - (2**(k-1) - 1)) * scale: 2**k - 1 levels, zero among them
@@ -6,7 +6,7 @@
 ``asymmetric``     value = (u - zero_point) * scale, zero_point an integer of 0 to 2**k - 1
 =================  ==============================================================
 
-A scale is rounded to its dtype before anything is quantized with it, so that what is measured is what is stored.
+A scale is rounded to its dtype before anything is quantized with it, so that the measured error is the stored one.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """What places a grid.
+    """Scales and zero points, which place the levels of a grid.
 
     Attributes:
         scales: float32, shape (rows, groups), exact in the grid's scale dtype.
@@ -166,7 +166,7 @@ class Quantized:
 
 
 def _fit_asymmetric(values: Floats, grid: Grid) -> Steps:
-    """Min-max range widened to hold zero (as GPTQ's quantizer does), or the best of several shares of it."""
+    """Return the min-max range, widened to hold zero as GPTQ's quantizer does, or the best of several shares of it."""
     rows, columns = values.shape
     size, groups = grid.size(columns), grid.groups(columns)
     padded = np.full((rows, groups * size), np.nan, np.float32)

@@ -24,41 +24,41 @@ from deltafmt.methods.hessian import check_hessian
 Floats = NDArray[np.float32]
 
 
-def expected_error(delta: Floats, hessian: NDArray[np.floating] | None, keep: int, group: int) -> float:
+def expected_error(delta: Floats, hessian: NDArray[np.floating] | None, n: int, m: int) -> float:
     """Return the expected squared error of the outputs when N of every M columns are kept at random and rescaled.
 
     Args:
         delta: W, float32, shape (rows, columns).
         hessian: H, shape (columns, columns); None for inputs of identity second moments.
-        keep, group: N and M; a short last group counts as if zeros followed.
+        n, m: N and M; a short last group counts as if zeros followed.
 
     Raises:
         UsageError: N is not within 1 to M, or H does not fit.
     """
-    if not 1 <= keep <= group:
-        raise UsageError(f"N = {keep} is outside 1 to M = {group}")
+    if not 1 <= n <= m:
+        raise UsageError(f"N = {n} is outside 1 to M = {m}")
     if hessian is not None:
         check_hessian(hessian, delta.shape[1])
-    if keep == group:
+    if n == m:
         return 0.0
     wide = delta.astype(np.float64)
     energy = 0.0
-    for start in range(0, wide.shape[1], group):
-        part = wide[:, start : start + group]
+    for start in range(0, wide.shape[1], m):
+        part = wide[:, start : start + m]
         if hessian is None:
-            energy += float((part**2).sum()) * (1 - 1 / group)
+            energy += float((part**2).sum()) * (1 - 1 / m)
             continue
-        inner = hessian[start : start + group, start : start + group].astype(np.float64)
+        inner = hessian[start : start + m, start : start + m].astype(np.float64)
         own = float((part**2 @ np.diagonal(inner)).sum())
-        energy += own - float(np.einsum("ij,ij->", part @ inner, part)) / group
-    return energy * (group / keep - 1) * group / (group - 1)
+        energy += own - float(np.einsum("ij,ij->", part @ inner, part)) / m
+    return energy * (m / n - 1) * m / (m - 1)
 
 
 def search_group(loss: Callable[[int, int], float], density: float, groups: Sequence[int]) -> tuple[int, int]:
     """Return the N and M of least loss at a density.
 
     Args:
-        loss: of N and M: :func:`expected_error` of a layer, the error of attention, or any other.
+        loss: gives the loss for N and M, such as :func:`expected_error` of a layer.
         density: N / M.
         groups: sizes M to try, each of which times the density must be a whole number.
 
@@ -68,9 +68,9 @@ def search_group(loss: Callable[[int, int], float], density: float, groups: Sequ
     if not groups:
         raise UsageError("no group size to try")
     candidates = []
-    for group in groups:
-        keep = round(group * density)
-        if keep < 1 or abs(keep - group * density) > 1e-9 * group:
-            raise UsageError(f"a group of {group} columns cannot keep a share of {density}")
-        candidates.append((keep, group))
+    for m in groups:
+        n = round(m * density)
+        if n < 1 or abs(n - m * density) > 1e-9 * m:
+            raise UsageError(f"a group of {m} columns cannot keep a share of {density}")
+        candidates.append((n, m))
     return min(candidates, key=lambda pair: loss(*pair))

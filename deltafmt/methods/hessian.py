@@ -27,7 +27,7 @@ class InverseFactor:
 
     Attributes:
         upper: U, float32, upper triangular, with (H + damping I)^-1 = U^T U.
-        damping: what was added to the diagonal, as a share of its mean; more than was asked for if H is singular.
+        damping: the share of the diagonal's mean that was added to it; more than was asked for if H is singular.
         dead: columns whose inputs were always zero.
     """
 

@@ -1,4 +1,4 @@
-"""Pruning by magnitude: the largest N of every M columns, or the largest of a tensor."""
+"""Pruning by magnitude: the largest N of every M columns, or the largest elements of a tensor."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from deltafmt.errors import UsageError
 Floats = NDArray[np.float32]
 
 
-def largest(scores: Floats, keep: int, group: int, share: int = 1) -> NDArray[np.uint8]:
-    """Choose the N columns of the highest scores in every M; of equal scores, those of the first columns.
+def largest(scores: Floats, n: int, m: int, share: int = 1) -> NDArray[np.uint8]:
+    """Choose the N columns of the highest scores in every M; the first columns win among equal scores.
 
     Args:
         scores: not negative, shape (rows, columns).
-        keep, group: N and M.
+        n, m: N and M.
         share: v, consecutive rows that keep the same positions: those of the highest sums over the rows.
 
     Returns:
@@ -23,22 +23,22 @@ def largest(scores: Floats, keep: int, group: int, share: int = 1) -> NDArray[np
         column are taken only when there are fewer columns than N.
     """
     rows, columns = scores.shape
-    groups = -(-columns // group)
+    groups = -(-columns // m)
     masks = -(-rows // share)
     padded = np.zeros((masks * share, columns), np.float32)
     padded[:rows] = scores
-    summed = np.full((masks, groups * group), -1, np.float32)
+    summed = np.full((masks, groups * m), -1, np.float32)
     summed[:, :columns] = padded.reshape(masks, share, columns).sum(axis=1)
-    best = np.argsort(-summed.reshape(masks, groups, group), axis=2, kind="stable")[:, :, :keep]
+    best = np.argsort(-summed.reshape(masks, groups, m), axis=2, kind="stable")[:, :, :n]
     return np.sort(best, axis=2).astype(np.uint8)
 
 
-def keep_largest(delta: Floats, keep: int, group: int, share: int = 1) -> NDArray[np.uint8]:
+def keep_largest(delta: Floats, n: int, m: int, share: int = 1) -> NDArray[np.uint8]:
     """Return the positions of the N entries of largest magnitude in every M columns, as :func:`largest` does.
 
     Rows that share positions keep those of the largest sums of squares.
     """
-    return largest(delta * delta if share > 1 else np.abs(delta), keep, group, share)
+    return largest(delta * delta if share > 1 else np.abs(delta), n, m, share)
 
 
 def threshold(delta: Floats, density: float) -> NDArray[np.int64]:

@@ -30,7 +30,7 @@ def refit_scales(
         weights: W, float32, shape (rows, columns).
         hessian: H, shape (columns, columns).
         groups: levels and columns of every group.
-        scales: float32, shape (rows, groups): kept in rows where a better one would not be positive.
+        scales: float32, shape (rows, groups): they are kept in rows where a better scale would not be positive.
         scale_dtype: ``BF16`` or ``F32``.
     """
     rows, count = scales.shape
@@ -54,7 +54,7 @@ def refit_scales(
 
 
 def row_errors(difference: Floats, hessian: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return what every row adds to trace(D H D^T)."""
+    """Return the part of trace(D H D^T) that every row adds."""
     wide = difference.astype(np.float64)
     errors: NDArray[np.float64] = np.einsum("ij,ij->i", wide @ hessian.astype(np.float64), wide)
     return errors

@@ -1,26 +1,29 @@
-"""A low-rank head and what it leaves: a sum of two terms.
+"""Residual: a low-rank head, and dropout of the rest; a sum of two terms.
 
-The first singular vectors at 8 bits carry what random dropout hurts most; group-wise dropout of the rest
-(:class:`deltafmt.methods.deltadq.DeltaDQ`) then loses far less than dropout of the whole. The residual is taken from
-the head *as it is stored*, so that the second term makes up for the first one's rounding.
+The first singular vectors, at 8 bits, carry the part of a delta that random dropout hurts most. Group-wise dropout of
+the rest (:class:`deltafmt.methods.deltadq.DeltaDQ`) then loses far less than dropout of the whole. The rest is taken
+from the head *as it is stored*, so that the second term makes up for the rounding of the first.
 
-Of this project. As with :mod:`deltafmt.methods.svd`, the bytes of a file depend on the linear algebra library.
+The method is of this project. As with :mod:`deltafmt.methods.svd`, the bytes of a file depend on the linear algebra
+library.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.errors import UsageError
 from deltafmt.methods.bands import GROUP, Band, quantize_bands
 from deltafmt.methods.base import DeltaRows, Method
-from deltafmt.methods.deltadq import DeltaDQ, read_nm
+from deltafmt.methods.common import BITS, DROPPED, NM, RANK, SCALE_GROUP
+from deltafmt.methods.declare import Needs, option, values_of
+from deltafmt.methods.deltadq import DeltaDQ, DropoutOptions
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.grids import Floats, Grid
-from deltafmt.methods.options import option
+from deltafmt.methods.measured import Heads, decoded
 from deltafmt.methods.quantize import default_grid, default_rule
 from deltafmt.methods.sampling import gather
 from deltafmt.methods.vectors import band_arrays, coding_of, vectors_layout
@@ -32,46 +35,53 @@ from deltafmt.terms.nm.layout import NMLayout
 HEAD_GRID = Grid(8, "midtread", "minmax", GROUP)
 
 
-@dataclass(frozen=True, slots=True)
-class Residual(Method):
-    """Options of the method; those of the second term are DeltaDQ's.
+@dataclass(frozen=True)
+class HeadOptions:
+    """The first singular vectors, and their codes.
 
     Attributes:
         rank: vectors of the head; a matrix has at most as many as it has rows and columns.
         head_bits: width of their codes: 1 to 8.
         head_scale_group: consecutive codes of a vector that share a scale; 0 for one scale a vector.
-        n, m: N and M: entries of the residual kept in each group of M columns.
-        bits: k, width of their codes.
-        index, share, grid, scale, scale_group, rescale: as :class:`deltafmt.methods.deltadq.DeltaDQ` takes them.
-        scale_dtype: of both terms: ``BF16`` or ``F32``.
+    """
+
+    rank: int = option(8, RANK, help="singular vectors of the head")
+    head_bits: int = option(8, BITS, help="width of a code of the head's vectors in bits")
+    head_scale_group: int = option(
+        GROUP, SCALE_GROUP, help="consecutive codes of a vector of the head that share a scale; 0 for all"
+    )
+
+
+@dataclass(frozen=True)
+class Residual(DropoutOptions, HeadOptions, Method):
+    """The method: the options of :class:`HeadOptions`, then those of dropout, which go for the rest.
+
+    ``scale_dtype`` goes for both terms.
 
     Raises:
         UsageError: an option is out of range.
     """
 
-    rank: int = option(8, "vectors of the head (8)", "R")
-    head_bits: int = option(8, "bits of the vectors' codes: 1-8 (8)", "K")
-    head_scale_group: int = option(GROUP, "codes of a vector that share a scale; 0: all (128)", "G")
-    n: int = option(1, "keep N of every M columns of the residual (1:8)", "N:M", key="nm", parse=read_nm)
+    n: int = option(1, NM, help="keep N of every M columns of the rest")
     m: int = 8
-    bits: int = option(1, "bits of a code of the residual: 1-6 or 8 (1)", "K")
-    index: str = option("seeded", "seeded (no index bytes), fixed, or rank (cold files)", "KIND")
-    share: int = option(4, "rows that share positions: 1, 2, 4, 8 (4)", "V")
-    grid: str | None = option(None, "midtread or midrise (midrise for 1 and 2 bits)", "KIND")
-    scale: str | None = option(None, "minmax or mse (mse below 4 bits)", "RULE")
-    scale_group: int = option(0, "kept entries that share a scale (a whole row)", "G")
-    scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
-    rescale: bool = option(True, "multiply what is kept by M/N (yes)")
+    bits: int = option(1, BITS, help="width of a code of the rest in bits", values="1 to 6, or 8")
 
     name = "residual"
     at_random = True
-    summary = "the first singular vectors, and dropout of what they leave"
+    summary = "the first singular vectors, and deltadq of what they leave"
+    details = (
+        "The first singular vectors carry what random dropout hurts most; dropout of the rest then loses far less. The "
+        "rest is taken from the vectors as they are stored, so that it makes up for their rounding."
+    )
+    paper = "of this project"
+    stores = "a lowrank term and an nm term"
+    example = "residual:rank=4,nm=1:16,bits=2"
     whole = True
     calibration = "optional"
+    needs: ClassVar[Needs] = {"rescale": (DROPPED,)}
 
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UsageError(f"rank {self.rank} is not positive")
+    def check(self) -> None:
+        """Check that the options make layouts."""
         _ = self.dropout, coding_of(self.head_grid)
 
     @property
@@ -83,18 +93,12 @@ class Residual(Method):
     @property
     def dropout(self) -> DeltaDQ:
         """The method of the second term."""
-        return DeltaDQ(
-            self.n,
-            self.m,
-            self.bits,
-            self.index,
-            self.share,
-            self.grid,
-            self.scale,
-            self.scale_group,
-            self.scale_dtype,
-            self.rescale,
-        )
+        return DeltaDQ(**values_of(DropoutOptions, self))
+
+    @property
+    def head_rank(self) -> int:
+        """The number of vectors of the head."""
+        return self.rank
 
     def layouts(self, rows: int, columns: int) -> tuple[LowRankLayout, NMLayout]:
         """Return the layouts of head and residual."""
@@ -107,11 +111,21 @@ class Residual(Method):
 
     def compress(self, rows: DeltaRows, seed: int) -> tuple[LowRankArrays, NMArrays]:
         """Split off the head of a matrix, then drop, rescale and quantize with the tensor's seed, 32 bits."""
-        dropout = self.dropout
         band, rest = split_head(rows.dense(), self.rank, grid=self.head_grid, hessian=rows.hessian)
+        return band_arrays(band), self._dropped(rest, rows, seed)
+
+    def _dropped(self, rest: Floats, rows: DeltaRows, seed: int) -> NMArrays:
+        """Return the arrays of the second term, given what the head leaves."""
+        dropout = self.dropout
         positions = dropout.draw(rows, seed)
         kept = gather(rest, positions, self.m, self.share, dropout.factor)
-        return band_arrays(band), dropout.quantize(positions, kept, rows.routines)
+        return dropout.quantize(positions, kept, rows.routines)
+
+    def approximate(self, rows: DeltaRows, seed: int, heads: Heads) -> Floats:
+        """Return the delta that a reader would decode, with a head that methods share."""
+        head = heads.dense(self.rank, self.head_grid)
+        arrays = self._dropped(heads.delta - head, rows, seed)
+        return head + decoded(self.dropout.layout, arrays, rows.shape, seed, rows.routines)
 
 
 def split_head(
@@ -122,8 +136,9 @@ def split_head(
     Args:
         delta: float32, shape (rows, columns).
         rank: vectors of the head, or min(rows, columns) where that is less.
-        grid: of both factors.
-        hessian: of the inputs: takes the head that leaves the least error of the outputs. None for plain vectors.
+        grid: grid of both factors.
+        hessian: second moments of the inputs; the head then leaves the least error of the outputs. None takes plain
+            singular vectors.
 
     Returns:
         The band, and ``delta - band.dense()`` in float32.

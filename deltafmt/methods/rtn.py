@@ -9,41 +9,61 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deltafmt.methods.base import DeltaRows, Method
+from deltafmt.methods.common import SCALE, SCALE_GROUP, BitsOption, CodeOptions
+from deltafmt.methods.declare import option
 from deltafmt.methods.grids import Grid, Quantized
-from deltafmt.methods.options import option
 from deltafmt.methods.quantize import default_grid, default_rule
 from deltafmt.methods.unbiased import UNBIASED, unbiased_scales
 from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowbit.layout import LowbitLayout
 
 
-@dataclass(frozen=True, slots=True)
-class RTN(Method):
-    """Options of the method.
+@dataclass(frozen=True)
+class RoundingOptions(CodeOptions, BitsOption):
+    """Options of a matrix of which every element becomes a code.
 
     Attributes:
         bits: k, width of a code: 1 to 8.
         grid: ``midtread``, ``midrise``, ``asymmetric`` (a zero point for every scale) or None: midrise for k of 1
             and 2, midtread above.
-        scale: ``minmax``, ``mse``, ``unbiased`` (the codes of mse, then the scale that does not shrink the delta) or
-            None: unbiased for k of 1, mse below 4, minmax from there on.
+        scale: ``minmax``, ``mse`` or None: mse for k below 4, minmax from there on.
         scale_group: consecutive columns of a row that share a scale; 0 for one scale a row.
         scale_dtype: ``BF16`` or ``F32``.
+    """
+
+    scale_group: int = option(128, SCALE_GROUP, help="columns of a row that share a scale; 0 for a whole row")
+
+
+@dataclass(frozen=True)
+class RTN(RoundingOptions, Method):
+    """The method, with the options of :class:`RoundingOptions`.
+
+    Attributes:
+        scale: also ``unbiased`` (the codes of mse, then the scale that does not shrink the delta), which holds for k
+            of 1 where None is given.
 
     Raises:
         UsageError: an option is out of range.
     """
 
-    bits: int = option(4, "bits of a code: 1-8 (4)", "K")
-    grid: str | None = option(None, "midtread, midrise or asymmetric (midrise for 1 and 2 bits)", "KIND")
-    scale: str | None = option(None, "minmax, mse or unbiased (unbiased for 1 bit, mse below 4)", "RULE")
-    scale_group: int = option(128, "columns that share a scale; 0: a whole row (128)", "G")
-    scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
+    scale: str | None = option(
+        None,
+        SCALE,
+        help="how scales are found: minmax clips nothing, mse has the least squared error, unbiased keeps the "
+        "length of the delta",
+        choices=("minmax", "mse", UNBIASED),
+        otherwise="unbiased for 1 bit, mse below 4, else minmax",
+    )
 
     name = "rtn"
-    summary = "every element to the nearest of k bits"
+    summary = "every element rounded to the nearest of k bits"
+    details = "Every element becomes a code of k bits, with a scale for each group of columns of a row."
+    paper = "round to nearest, the baseline of GPTQ (arXiv 2210.17323, table 1)"
+    stores = "a lowbit term: codes and scales"
+    example = "rtn:bits=3"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Check that the options make a layout and a grid."""
         _ = self.layout, self.quantizer
 
     @property

@@ -12,38 +12,38 @@ from deltafmt.terms.floats import Raw, subtract
 from deltafmt.terms.nm.hashing import BLOCK_STEP, ROW_STEP, mix
 
 
-def uniform(seed: int, first: int, count: int, groups: int, keep: int, group: int) -> NDArray[np.uint8]:
+def uniform(seed: int, first: int, count: int, groups: int, n: int, m: int) -> NDArray[np.uint8]:
     """Draw N of M positions for every group, each subset equally likely, ascending; for any M.
 
     Selection sampling (Knuth, TAOCP 2, algorithm 3.4.2 S): position p is taken with probability
     (still needed) / (still left). Each group has a counter-based random number for each of its positions.
 
     Returns:
-        uint8, shape (count, groups, keep), for mask rows ``first`` to ``first + count``.
+        uint8, shape (count, groups, N), for mask rows ``first`` to ``first + count``.
     """
     rows = np.arange(first, first + count, dtype=np.uint64).astype(np.uint32)
     key = mix(np.uint32(seed) + rows * np.uint32(ROW_STEP))[:, None]
-    start = np.arange(groups, dtype=np.uint64)[None, :] * group
-    needed = np.full((count, groups), keep, np.uint64)
-    out = np.zeros((count, groups, keep), np.uint8)
-    for p in range(group):
+    start = np.arange(groups, dtype=np.uint64)[None, :] * m
+    needed = np.full((count, groups), n, np.uint64)
+    out = np.zeros((count, groups, n), np.uint8)
+    for p in range(m):
         number = mix(key + (start + p).astype(np.uint32) * np.uint32(BLOCK_STEP)).astype(np.uint64)
-        taken = number * np.uint64(group - p) >> np.uint64(32) < needed
+        taken = number * np.uint64(m - p) >> np.uint64(32) < needed
         row, g = np.nonzero(taken)
-        out[row, g, keep - needed[row, g].astype(np.intp)] = p
+        out[row, g, n - needed[row, g].astype(np.intp)] = p
         needed -= taken
     return out
 
 
 def gather(
-    delta: NDArray[np.float32], positions: NDArray[np.uint8], group: int, share: int, factor: np.float32
+    delta: NDArray[np.float32], positions: NDArray[np.uint8], m: int, share: int, factor: np.float32
 ) -> NDArray[np.float32]:
     """Return the kept entries of a run of rows, times ``factor``.
 
     Args:
         delta: shape (rows, columns).
         positions: shape (mask rows, groups, N).
-        group: M.
+        m: M.
         share: v; row r uses mask row ``r // share``.
         factor: the rescale M / N, or 1.
 
@@ -51,9 +51,9 @@ def gather(
         float32, shape (rows, groups * N); NaN where a position lies beyond the last column.
     """
     rows, columns = delta.shape
-    groups, keep = positions.shape[1:]
-    column = positions + (np.arange(groups) * group)[None, :, None]
-    column = column.reshape(positions.shape[0], groups * keep)[np.arange(rows) // share]
+    groups, n = positions.shape[1:]
+    column = positions + (np.arange(groups) * m)[None, :, None]
+    column = column.reshape(positions.shape[0], groups * n)[np.arange(rows) // share]
     kept = np.take_along_axis(delta, np.minimum(column, columns - 1), axis=1)
     with np.errstate(over="ignore"):
         return np.where(column < columns, kept * factor, np.float32(np.nan))
@@ -65,11 +65,11 @@ def gather_difference(
     base: Raw,
     base_dtype: str,
     positions: NDArray[np.uint8],
-    group: int,
+    m: int,
     share: int,
     factor: np.float32,
 ) -> tuple[NDArray[np.float32], bool]:
     """Return the kept entries of ``finetuned - base``, and whether every element of it, dropped or kept, is finite."""
     delta, finite = subtract(finetuned, finetuned_dtype, base, base_dtype)
     with np.errstate(invalid="ignore"):
-        return gather(delta, positions, group, share, factor), finite
+        return gather(delta, positions, m, share, factor), finite

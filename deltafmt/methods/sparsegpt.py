@@ -18,20 +18,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltafmt.errors import UsageError
 from deltafmt.methods.base import DeltaRows, Method
-from deltafmt.methods.deltadq import DeltaDQ, read_nm
-from deltafmt.methods.gptq import check_solver, damping_note, default_refits
-from deltafmt.methods.hessian import DAMPING
-from deltafmt.methods.options import option
+from deltafmt.methods.common import (
+    BITS,
+    BitsOption,
+    ChosenPositionOptions,
+    KeptOptions,
+    ScaleOptions,
+    SolverOptions,
+)
+from deltafmt.methods.declare import option, values_of
+from deltafmt.methods.deltadq import DeltaDQ
+from deltafmt.methods.gptq import damping_note, default_refits
 from deltafmt.methods.sparsegpt_solver import sparsegpt
 from deltafmt.terms.nm.codec import NMArrays
 from deltafmt.terms.nm.layout import NMLayout
 
 
-@dataclass(frozen=True, slots=True)
-class SparseGPT(Method):
-    """Options of the method.
+@dataclass(frozen=True)
+class PrunedOptions(ScaleOptions, ChosenPositionOptions, BitsOption, KeptOptions):
+    """Options of N of every M columns that are chosen by the values.
 
     Attributes:
         n, m: N and M: entries kept in each group of M columns of a row.
@@ -40,6 +46,16 @@ class SparseGPT(Method):
         share: v, consecutive rows that keep the same positions, those of the largest sums of scores.
         scale: ``minmax``, ``mse`` or None: mse for k below 4, minmax from there on; there is one scale a row.
         scale_dtype: ``BF16`` or ``F32``.
+    """
+
+    bits: int = option(4, BITS, values="1 to 6, or 8")
+
+
+@dataclass(frozen=True)
+class SparseGPT(SolverOptions, PrunedOptions, Method):
+    """The method: the options of :class:`PrunedOptions`, and of the solver.
+
+    Attributes:
         damping: share of the mean second moment that is added to all.
         refits: how often scales are refitted to the codes, which are then found anew; None: 2 for k below 3, 0 above.
 
@@ -47,39 +63,27 @@ class SparseGPT(Method):
         UsageError: an option is out of range.
     """
 
-    n: int = option(4, "keep N of every M columns (4:16)", "N:M", key="nm", parse=read_nm)
-    m: int = 16
-    bits: int = option(4, "bits of a code: 1-6, 8 (4)", "K")
-    index: str = option("fixed", "fixed, or rank (cold files) (fixed)", "KIND")
-    share: int = option(1, "rows that share positions: 1, 2, 4, 8 (1)", "V")
-    scale: str | None = option(None, "minmax or mse (mse below 4 bits)", "RULE")
-    scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
-    damping: float = option(DAMPING, "added to the moments, as a share of their mean (0.01)", "SHARE")
-    refits: int | None = option(None, "times that scales are refitted to the codes (2 below 3 bits, else 0)", "N")
-
     name = "sparsegpt"
-    summary = "N of every M columns, what is lost made up for by later columns (SparseGPT; needs --calibration)"
+    summary = "N of every M columns, whose loss is made up for by later columns"
+    details = (
+        "N of every M columns are kept and rounded to codes of k bits, and what is lost is made up for by the columns "
+        "after, given the second moments of the layer's inputs. A matrix without moments, such as an embedding, is "
+        "compressed as deltadq does."
+    )
+    paper = "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, algorithm 1 (arXiv 2301.00774)"
+    stores = "an nm term: codes, scales and positions"
+    example = "sparsegpt:nm=1:8,bits=2"
     whole = True
     calibration = "required"
 
-    def __post_init__(self) -> None:
-        check_solver(self.damping, self.refits)
-        if self.index == "seeded":
-            raise UsageError("index 'seeded' cannot hold positions that the values choose; use fixed or rank")
+    def check(self) -> None:
+        """Check that the options make a layout."""
         _ = self.layout
 
     @property
     def dropout(self) -> DeltaDQ:
-        """What a matrix without moments is compressed by."""
-        return DeltaDQ(
-            self.n,
-            self.m,
-            self.bits,
-            self.index,
-            self.share,
-            scale=self.scale,
-            scale_dtype=self.scale_dtype,
-        )
+        """The method that compresses a matrix without moments."""
+        return DeltaDQ(**values_of(PrunedOptions, self))
 
     @property
     def layout(self) -> NMLayout:

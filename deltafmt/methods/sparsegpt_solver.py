@@ -1,4 +1,4 @@
-"""SparseGPT: N of every M columns are kept and quantized, and what is lost is made up for by the columns after.
+"""SparseGPT: N of every M columns are kept and quantized, and the columns after make up for the loss.
 
 Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot" (arXiv 2301.00774),
 algorithm 1 with the mask of section 3.3 and joint quantization (section 3.5), on a delta as in DeltaZip (Yao, Klimovic,
@@ -63,10 +63,10 @@ def sparsegpt(
         delta: W, float32, shape (rows, columns).
         hessian: H = sum of x x^T over the calibration set, shape (columns, columns).
         layout: N, M, k, grid, shared rows and scales.
-        rule: ``minmax`` or ``mse``: how scales fit the entries that would be kept if nothing were made up for.
+        rule: ``minmax`` or ``mse``: how scales fit the entries that would be kept without any error compensation.
         damping: share of the mean diagonal of H that is added to it.
         block: columns whose updates are applied one by one, rounded to whole groups.
-        positions: what is kept, uint8 of shape (mask rows, groups, N); None to choose.
+        positions: kept positions, uint8, shape (mask rows, groups, N); None to choose them.
         refits: how often the scales are refitted to the codes, as :func:`deltafmt.methods.gptq_solver.gptq` does; the
             positions stay those chosen first.
 
@@ -128,7 +128,7 @@ class _Walk:
     """The columns of a delta from the first to the last.
 
     Attributes:
-        positions, codes: what has been decided so far.
+        positions, codes: positions and codes decided so far.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class _Walk:
         self.work[stop:] -= self.upper[start:stop, stop:].T @ errors
 
     def _entries(self, first: int, stop: int) -> NDArray[np.int64]:
-        """Decide the mask of a group; return the entry that every element of it is, or -1; (columns, rows)."""
+        """Decide the mask of a group; return which entry each of its elements is, or -1, shape (columns, rows)."""
         layout, rows = self.layout, self.work.shape[1]
         group = first // layout.m
         if self.choose:
@@ -173,7 +173,7 @@ class _Walk:
         return entry
 
     def _round(self, column: int, entry: NDArray[np.int64]) -> Floats:
-        """Store the codes of a column and return what is lost."""
+        """Store the codes of a column and return the loss."""
         layout = self.layout
         rows = np.flatnonzero(entry >= 0)
         entry = entry[rows]

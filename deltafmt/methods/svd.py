@@ -11,40 +11,85 @@ its threads (``OMP_NUM_THREADS``) may round differently.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
+from typing import ClassVar
 
 from deltafmt.errors import UsageError
-from deltafmt.methods.bands import GROUP, band_grid, quantize_bands
+from deltafmt.methods.bands import band_grid, quantize_bands
 from deltafmt.methods.base import DeltaRows, Method
+from deltafmt.methods.common import (
+    BITS,
+    BITS_PER_WEIGHT,
+    CODED,
+    RANK,
+    RAW,
+    SCALE_GROUP,
+    VALUE_DTYPE,
+    CodeOptions,
+)
+from deltafmt.methods.declare import Need, Needs, Option, option
 from deltafmt.methods.factorization import factorize, rank_for_energy
 from deltafmt.methods.grids import Grid
-from deltafmt.methods.options import option
 from deltafmt.methods.quantize import default_grid, default_rule
-from deltafmt.methods.vectors import band_arrays, check_raw, coding_of, raw_arrays, vector_bytes, vectors_layout
+from deltafmt.methods.vectors import band_arrays, coding_of, raw_arrays, vector_bytes, vectors_layout
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.lowrank.codec import LowRankArrays
 from deltafmt.terms.lowrank.layout import LowRankLayout
 
-BITS_PER_WEIGHT = 2.0
+DEFAULT_BITS_PER_WEIGHT = 2.0
+COUNTS = ("rank", "bits_per_weight", "energy")
 
 
-@dataclass(frozen=True, slots=True)
-class SVD(Method):
-    """Options of the method.
+def _alone(key: str) -> Need:
+    """Return the need of an option that says how many vectors are kept."""
+    others = [other for other in COUNTS if other != key]
+    return Need(
+        f"neither {others[0]} nor {others[1]}: one of the three says how many vectors are kept",
+        lambda options: all(getattr(options, other) is None for other in others),
+    )
 
-    How many vectors are kept is said by one of the first three; BITS_PER_WEIGHT holds where none is given. A matrix
-    keeps at least one, and at most as many as it has rows and columns.
+
+@dataclass(frozen=True)
+class VectorOptions:
+    """How many singular vectors are kept, and how.
+
+    One of the first three says how many; DEFAULT_BITS_PER_WEIGHT holds where none is given. A matrix keeps at least
+    one, and at most as many as it has rows and columns.
 
     Attributes:
-        rank: vectors.
-        bits_per_weight: as many as take this many bits for each element of the matrix.
-        energy: as few as hold this share of the squared singular values, above 0 and at most 1.
+        rank: number of vectors.
+        bits_per_weight: keep as many vectors as take this many bits for each element of the matrix.
+        energy: keep as few vectors as hold this share of the squared singular values, above 0 and at most 1.
         bits: k, width of a code; None keeps vectors as they are.
-        value_dtype: of vectors that are kept as they are: ``BF16``, ``F16`` or ``F32``.
-        grid: of codes: ``midtread``, ``midrise``, ``asymmetric`` or None: midrise for k of 1 and 2, midtread above; 1
-            bit is never asymmetric.
-        scale: of codes: ``minmax``, ``mse`` or None: mse for k below 4, minmax from there on.
+        value_dtype: dtype of vectors that are kept as they are: ``BF16``, ``F16`` or ``F32``.
+    """
+
+    rank: int | None = option(None, RANK, otherwise="none: bits_per_weight says how many")
+    bits_per_weight: float | None = option(
+        None, BITS_PER_WEIGHT, otherwise=f"{DEFAULT_BITS_PER_WEIGHT:g} without rank and energy"
+    )
+    energy: float | None = option(
+        None,
+        Option(
+            "keep as few singular vectors as hold this share of the squared singular values",
+            "E",
+            "a number above 0, up to 1",
+            otherwise="none: bits_per_weight says how many",
+            right=lambda energy: 0 < energy <= 1,
+            wrong="is outside 0 to 1",
+        ),
+    )
+    bits: int | None = option(None, BITS, otherwise="none: values as they are")
+    value_dtype: str = option("BF16", VALUE_DTYPE)
+
+
+@dataclass(frozen=True)
+class SVD(CodeOptions, VectorOptions, Method):
+    """The method: the options of :class:`VectorOptions`, and those of codes.
+
+    Attributes:
+        grid: ``midtread``, ``midrise``, ``asymmetric`` or None: midrise for k of 1 and 2, midtread above; 1 bit is
+            always midrise.
+        scale: ``minmax``, ``mse`` or None: mse for k below 4, minmax from there on.
         scale_group: consecutive codes of a vector that share a scale; 0 for one scale a vector.
         scale_dtype: ``BF16`` or ``F32``.
 
@@ -52,37 +97,40 @@ class SVD(Method):
         UsageError: an option, or the combination, is out of range.
     """
 
-    rank: int | None = option(None, "vectors that are kept", "R")
-    bits_per_weight: float | None = option(None, "vectors for so many bits an element of the matrix (2)", "B")
-    energy: float | None = option(None, "vectors for this share of the squared singular values", "E")
-    bits: int | None = option(None, "bits of a code: 1-8 (values as they are)", "K")
-    value_dtype: str = option("BF16", "of values as they are: BF16, F16 or F32 (BF16)", "DTYPE")
-    grid: str | None = option(None, "midtread, midrise or asymmetric (midrise for 1 and 2 bits)", "KIND")
-    scale: str | None = option(None, "minmax or mse (mse below 4 bits)", "RULE")
-    scale_group: int = option(GROUP, "codes of a vector that share a scale; 0: all (128)", "G")
-    scale_dtype: str = option("BF16", "BF16 or F32 (BF16)", "DTYPE")
+    scale_group: int = option(128, SCALE_GROUP, help="consecutive codes of a vector that share a scale; 0 for all")
 
     name = "svd"
     summary = "the first singular vectors"
+    details = (
+        "The singular vectors of the largest singular values are kept, with the roots of the values in both factors. "
+        "At the same bytes, vectors as codes (bits=4) lose far less than fewer vectors as they are."
+    )
+    paper = "Efficient Storage of Fine-Tuned Models via Low-Rank Approximation of Weight Residuals (arXiv 2305.18425)"
+    stores = "a lowrank term: two factors, as they are or as codes"
+    example = "svd:bits_per_weight=1,bits=4"
     whole = True
     calibration = "optional"
+    needs: ClassVar[Needs] = {
+        **{key: (_alone(key),) for key in COUNTS},
+        "value_dtype": (RAW,),
+        "grid": (CODED,),
+        "scale": (CODED,),
+        "scale_group": (CODED,),
+        "scale_dtype": (CODED,),
+    }
 
-    def __post_init__(self) -> None:
-        given = [key for key in ("rank", "bits_per_weight", "energy") if getattr(self, key) is not None]
+    def check(self) -> None:
+        """Check that the options go together and make a coding."""
+        given = [key for key in COUNTS if getattr(self, key) is not None]
         if len(given) > 1:
             raise UsageError(f"{given[0]} and {given[1]} both say how many vectors are kept")
-        if self.rank is not None and self.rank < 1:
-            raise UsageError(f"rank {self.rank} is not positive")
-        if self.bits_per_weight is not None and not 0 < self.bits_per_weight < np.inf:
-            raise UsageError(f"bits_per_weight {self.bits_per_weight} is not a positive number")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise UsageError(f"energy {self.energy} is outside 0 to 1")
-        check_raw(self.value_dtype)
+        if self.bits == 1 and self.grid == "asymmetric":
+            raise UsageError("grid asymmetric needs 2 bits or more: a code of 1 bit is a sign, as midrise has it")
         _ = self.factors
 
     @property
     def fixed_rank(self) -> bool:
-        """Whether the number of vectors follows from a matrix's shape."""
+        """True if the number of vectors follows from a matrix's shape."""
         return self.energy is None
 
     @property
@@ -107,7 +155,7 @@ class SVD(Method):
         elif self.rank is not None:
             count = self.rank
         else:
-            budget = (self.bits_per_weight or BITS_PER_WEIGHT) * rows * columns / 8
+            budget = (self.bits_per_weight or DEFAULT_BITS_PER_WEIGHT) * rows * columns / 8
             count = int(budget // vector_bytes(self.factors, rows, columns))
         return (vectors_layout(count, self.factors, rows, columns),)
 
@@ -118,7 +166,7 @@ class SVD(Method):
         elif self.energy is not None:
             size = f"energy={self.energy}"
         else:
-            size = f"bits_per_weight={self.bits_per_weight or BITS_PER_WEIGHT}"
+            size = f"bits_per_weight={self.bits_per_weight or DEFAULT_BITS_PER_WEIGHT}"
         grid = self.quantizer
         return f"svd {size} {self.value_dtype if grid is None else f'{coding_of(grid).describe()} {grid.rule}'}"
 

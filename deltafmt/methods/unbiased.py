@@ -1,14 +1,14 @@
-"""Scales that keep what quantization would shrink.
+"""Scales that keep the length of a delta, which quantization would shrink.
 
-The scale of least squared error makes the decoded values Q orthogonal to what they miss: <Q, X - Q> = 0, hence
-<Q, X> = <Q, Q> < <X, X>. A sign times the mean magnitude keeps 64% of a normal delta that way, 2 bits 88%, and every
-layer of a model then moves that much too little in the same direction, which nothing downstream averages out, as it
+The scale of least squared error makes the decoded values Q orthogonal to their error: <Q, X - Q> = 0, hence
+<Q, X> = <Q, Q> < <X, X>. A sign times the mean magnitude keeps 64% of a normal delta that way, codes of 2 bits keep
+88%. Every layer of a model then moves too little in the same direction, and no later layer averages that out, as it
 does the rest of the error. The factor that restores the length along X itself,
 
     scale * <X, X> / <Q, X>,
 
-errs more in squares of weights and less at the outputs, where the rest of the error averages out. It is the rescale of
-dropout, for quantization; for one bit, sum x^2 / sum |x| in the place of mean |x|.
+errs more in squares of weights and less at the outputs. It does for quantization what the rescale does for dropout.
+For one bit it takes sum x^2 / sum |x| in the place of mean |x|.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def unbiased_scales(values: Floats, decoded: Floats, scales: Floats, size: int, 
 
     Args:
         values: X, float32, shape (rows, entries); NaN marks an entry that lies beyond the last column.
-        decoded: Q, what the codes stand for at the scales given.
+        decoded: Q, the values of the codes at the scales given.
         scales: float32, shape (rows, groups).
         size: entries that share a scale.
         scale_dtype: ``BF16`` or ``F32``, to which the result is rounded.

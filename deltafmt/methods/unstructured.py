@@ -1,4 +1,4 @@
-"""What methods share that keep entries anywhere: the layout for a density, and the arrays of what is kept."""
+"""Helpers of methods that keep entries anywhere: the layout for a density, and the arrays of kept entries."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def sparse_layout(density: float, bits: int | None, value_dtype: str, scale_dtyp
 
     Args:
         density: share of the elements that are kept, above 0 and at most 1.
-        bits: of a code, on the midrise grid for 1 and 2 and the midtread one above; None for values as they are.
-        value_dtype: of values as they are: ``BF16``, ``F16`` or ``F32``.
-        scale_dtype: of codes' scales.
+        bits: width of a code, on the midrise grid for 1 and 2 bits and the midtread grid above; None for values as
+            they are.
+        value_dtype: dtype of values as they are: ``BF16``, ``F16`` or ``F32``.
+        scale_dtype: dtype of the scales of codes.
 
     Raises:
         UsageError: an argument is out of range.
@@ -54,10 +55,10 @@ def sparse_term(
     """Return the arrays of a term.
 
     Args:
-        layout: of the term.
+        layout: layout of the term.
         values: shape (rows, columns).
-        kept: which of them are kept; of the same shape.
-        rule: of codes' scales: ``minmax`` or ``mse``.
+        kept: True for values that are kept; of the same shape.
+        rule: rule of the scales of codes: ``minmax`` or ``mse``.
         routines: the implementation of the hot loops.
 
     Raises:

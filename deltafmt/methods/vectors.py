@@ -1,4 +1,4 @@
-"""Singular vectors as ``lowrank`` terms: their layouts and arrays, and what they cost."""
+"""Singular vectors as ``lowrank`` terms: their layouts, their arrays and their bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import narrow, widen
 from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowrank.codec import LowRankArrays
-from deltafmt.terms.lowrank.layout import MAX_VECTORS, RAW_FACTORS, LowRankLayout
+from deltafmt.terms.lowrank.layout import MAX_VECTORS, LowRankLayout
 
 
 def coding_of(grid: Grid) -> Coding:
@@ -24,18 +24,8 @@ def coding_of(grid: Grid) -> Coding:
     return Coding(grid.bits, grid.kind, grid.scale_dtype, grid.group)
 
 
-def check_raw(dtype: str) -> None:
-    """Check the dtype of vectors that are stored as they are.
-
-    Raises:
-        UsageError: it is not one of the layout's.
-    """
-    if dtype not in RAW_FACTORS:
-        raise UsageError(f"value dtype {dtype!r} is not one of {', '.join(RAW_FACTORS)}")
-
-
 def vectors_layout(count: int, factors: Coding | str, rows: int, columns: int) -> LowRankLayout:
-    """Return the layout of so many vectors, or of as many as a matrix of this shape can have, and at least one."""
+    """Return the layout of ``count`` vectors; at most as many as a matrix of this shape can have, and at least one."""
     return LowRankLayout(max(min(count, rows, columns, MAX_VECTORS), 1), factors)
 
 
@@ -54,7 +44,7 @@ def band_arrays(band: Band) -> LowRankArrays:
 
 
 def raw_arrays(factors: LowRank, dtype: str) -> LowRankArrays:
-    """Return the arrays of vectors that are stored as they are, the singular values' roots on either side.
+    """Return the arrays of vectors that are stored as they are, with the roots of the singular values on either side.
 
     Raises:
         UsageError: a value overflows the dtype.

@@ -1,4 +1,4 @@
-"""Choosing a method for every tensor, so that a file of a given size loses as little as possible (docs/budgets.md)."""
+"""Choosing a method for every tensor, so that a file of a given size loses little (docs/how-to/hit-a-size.md)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deltafmt.pipeline.workers import Progress, thread_count
 
 
 def default_candidates() -> list[Method]:
-    """Return what is tried on every tensor unless candidates are given."""
+    """Return the methods that are tried on every tensor unless candidates are given."""
     dropped = [
         *((1, 64, k) for k in (1, 2)),
         *((1, 32, k) for k in (1, 2, 4)),

@@ -20,7 +20,7 @@ from deltafmt.pipeline.pack_result import PackResult
 from deltafmt.pipeline.plan import NO_SMALLER, Plan
 from deltafmt.pipeline.workers import Progress
 
-# Below this many columns, keeping under half of a row at random is likely to cost accuracy (docs/benchmarks.md).
+# With so many columns or fewer, keeping under half of a row at random is likely to cost accuracy (docs/benchmarks.md).
 NARROW_COLUMNS = 256
 
 
@@ -140,7 +140,7 @@ class _FileWriter:
             result.actions[entry.action] = result.actions.get(entry.action, 0) + 1
             if entry.action == "replace" and len(entry.shape) > 1:
                 result.kept[entry.name] = plan.reason or NO_SMALLER
-            if entry.columns < NARROW_COLUMNS and plan.method is not None and plan.method.at_random:
+            if entry.columns <= NARROW_COLUMNS and plan.method is not None and plan.method.at_random:
                 result.narrow += any(term.layout.drops_most for term in entry.terms)
         result.removed = len(self._job.removed())
         if moments is not None:

@@ -1,11 +1,11 @@
 /* Map a delta file in C: print the first codes, positions and scales of one row.
  *
  *     cc -std=c99 -O2 -Wall -o map_c docs/examples/map_c.c
- *     ./map_c FILE ROW ROWS KEPT BITS CODES SHARE POSITION_BITS INDEX SCALES SCALES_PER_ROW SCALE_BYTES
+ *     ./map_c FILE ROW ROWS COLUMNS N M BITS SHARE SEED CODES INDEX SCALES SCALES_PER_ROW SCALE_BYTES
  *
- * CODES, INDEX and SCALES are the `file_offset`s that `deltafmt inspect --json` prints for a tensor of a hot file; an
- * INDEX of 0 says that there is none (seeded). ROWS are the rows that the delta covers, KEPT = ceil(columns / M) * N,
- * POSITION_BITS = ceil(log2 M), SCALE_BYTES = 2 for BF16 and 4 for F32. The host must be little-endian.
+ * CODES, INDEX and SCALES are the `file_offset`s that `deltafmt inspect --json` prints for a tensor of a hot file that
+ * is one `nm` term. An INDEX of 0 says that there is none: the positions follow from SEED. ROWS are the rows that the
+ * delta covers, SCALE_BYTES = 2 for BF16 and 4 for F32. The host must be little-endian.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <fcntl.h>
@@ -93,16 +93,51 @@ static void print_fields(const char *name, uint64_t offset, uint64_t row, uint64
     printf("\n");
 }
 
+/* Section 11.4: 32 bits to 32 bits. */
+static uint32_t mix(uint32_t x)
+{
+    x = (x ^ x >> 16) * UINT32_C(0x7FEB352D);
+    x = (x ^ x >> 15) * UINT32_C(0x846CA68B);
+    return x ^ x >> 16;
+}
+
+/* Section 11.4: 32 bits to 64. */
+static uint64_t mix64(uint32_t x)
+{
+    uint64_t product = (uint64_t)(x ^ x >> 16) * UINT32_C(0xCD9E8D57);
+    return (product >> 32 ^ (product & UINT32_MAX)) * UINT32_C(0xFFFEB2D5);
+}
+
+/* Positions of a mask row that follow from a seed: no byte of the file says them. */
+static void print_seeded(uint32_t seed, uint64_t mask_row, uint64_t count, uint32_t n, uint32_t m)
+{
+    uint32_t key = mix(seed + (uint32_t)mask_row * UINT32_C(0x9E3779B1)), log_m = 0, needed, bits = 4, entry;
+    while (UINT32_C(2) << log_m <= m)
+        log_m++;
+    needed = n == 1 ? log_m : 2 * log_m - 1;
+    while (bits < needed)
+        bits *= 2;
+    printf("positions");
+    for (entry = 0; entry < count && entry < SHOWN; entry++) {
+        uint32_t group = entry / n, per_hash = 64 / bits;
+        uint64_t hash = mix64(key + group / per_hash * UINT32_C(0x85EBCA6B));
+        uint32_t lane = (uint32_t)(hash >> bits * (group % per_hash));
+        uint32_t factor = (lane >> (log_m - 1) & (m - 1)) | 1, offset = lane & (m - 1);
+        printf(" %" PRIu32, (factor * (entry % n) + offset) & (m - 1));
+    }
+    printf("\n");
+}
+
 int main(int argc, char **argv)
 {
-    uint64_t row, rows, kept, share, index, per_row, scale_bytes, i, position_bits, bits;
+    uint64_t row, rows, columns, n, m, kept, bits, share, seed, index, per_row, scale_bytes, position_bits, i;
     const void *scales;
     struct stat status;
     void *mapped;
     int descriptor;
 
-    if (argc != 13)
-        die("usage: map_c FILE ROW ROWS KEPT BITS CODES SHARE POSITION_BITS INDEX SCALES SCALES_PER_ROW SCALE_BYTES");
+    if (argc != 15)
+        die("usage: map_c FILE ROW ROWS COLUMNS N M BITS SHARE SEED CODES INDEX SCALES SCALES_PER_ROW SCALE_BYTES");
     descriptor = open(argv[1], O_RDONLY);
     if (descriptor < 0 || fstat(descriptor, &status) != 0 || status.st_size <= 0)
         die("cannot open the file");
@@ -115,20 +150,28 @@ int main(int argc, char **argv)
 
     row = number(argv[2]);
     rows = number(argv[3]);
-    kept = number(argv[4]);
-    bits = number(argv[5]);
-    share = number(argv[7]);
-    position_bits = number(argv[8]);
-    index = number(argv[9]);
-    per_row = number(argv[11]);
-    scale_bytes = number(argv[12]);
-    if (row >= rows || share == 0 || share > 8 || bits > 8 || position_bits > 8 || kept >= (UINT64_C(1) << 28)
-        || (scale_bytes != 2 && scale_bytes != 4))
+    columns = number(argv[4]);
+    n = number(argv[5]);
+    m = number(argv[6]);
+    bits = number(argv[7]);
+    share = number(argv[8]);
+    seed = number(argv[9]);
+    index = number(argv[11]);
+    per_row = number(argv[13]);
+    scale_bytes = number(argv[14]);
+    if (row >= rows || columns >= (UINT64_C(1) << 28) || m < 2 || m > 255 || n < 1 || n > m || bits < 1 || bits > 8
+        || share < 1 || share > 8 || seed > UINT32_MAX || (scale_bytes != 2 && scale_bytes != 4)
+        || (!index && (m > 128 || (m & (m - 1)))))
         die("an argument is out of range");
-    print_fields("codes", number(argv[6]), row, rows, share, kept, bits);
+    kept = (columns + m - 1) / m * n;
+    for (position_bits = 1; m > UINT64_C(1) << position_bits;)
+        position_bits++;
+    print_fields("codes", number(argv[10]), row, rows, share, kept, bits);
     if (index)
         print_fields("positions", index, row / share, (rows + share - 1) / share, 1, kept, position_bits);
-    scales = buffer(number(argv[10]), rows, share, per_row, scale_bytes);
+    else
+        print_seeded((uint32_t)seed, row / share, kept, (uint32_t)n, (uint32_t)m);
+    scales = buffer(number(argv[12]), rows, share, per_row, scale_bytes);
     printf("scales");
     for (i = 0; i < per_row && i < SHOWN; i++) {
         uint64_t at = place(row, share, per_row, i);

@@ -2,7 +2,8 @@
 
     python docs/examples/map_plain.py math.deltafmt TENSOR ROW
 
-The file must be of the hot profile and the tensor an ``add`` of one term. Checksums are not checked here: run
+The file must be of the hot profile and the tensor an ``add`` of one ``nm`` term (``read_numpy.py`` reads the others).
+Positions are read from the index, or follow from the seed. Checksums are not checked here: run
 ``deltafmt verify`` once when a file arrives.
 """
 
@@ -85,6 +86,24 @@ def fields(words: memoryview, width: int, count: int, shown: int) -> list[int]:
     return found
 
 
+def seeded(seed: int, mask_row: int, count: int, n: int, m: int) -> list[int]:
+    """Return the first ``count`` positions of a mask row, which follow from the seed (section 11.4)."""
+    log_m = m.bit_length() - 1
+    bits = next(size for size in (4, 8, 16) if size >= (log_m if n == 1 else 2 * log_m - 1))
+    key = seed + mask_row * 0x9E3779B1 & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        key = (key ^ key >> shift) * factor & 0xFFFFFFFF
+    found = []
+    for entry in range(count):
+        group, i = divmod(entry, n)
+        x = key + group // (64 // bits) * 0x85EBCA6B & 0xFFFFFFFF
+        product = (x ^ x >> 16) * 0xCD9E8D57
+        lane = (product >> 32 ^ product & 0xFFFFFFFF) * 0xFFFEB2D5 >> bits * (group % (64 // bits))
+        factor, offset = lane >> log_m - 1 & m - 1 | 1, lane & m - 1
+        found.append(factor * i + offset & m - 1)
+    return found
+
+
 def main(path: str, name: str, row: int) -> None:
     """Print the first codes, positions and scales of a row."""
     if sys.byteorder != "little":
@@ -112,7 +131,7 @@ def main(path: str, name: str, row: int) -> None:
         words = row_of(buffer("index", "I"), row // share, -(-rows // share), 1)
         print("positions", *fields(words, (layout["group"] - 1).bit_length(), kept, shown))
     else:
-        print("positions follow from seed", term["seed"])
+        print("positions", *seeded(term["seed"], row // share, shown, layout["keep"], layout["group"]))
     if layout["scale_dtype"] == "F32":
         scales = [float(scale) for scale in row_of(buffer("scales", "f"), row, rows, share)[:SHOWN]]
     else:  # BF16: the upper half of a float32

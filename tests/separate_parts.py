@@ -1,4 +1,6 @@
-"""Separate quantization (DeltaDQ v2): k-bit codes cut by value into parts of narrower codes.
+"""Separate quantization (DeltaDQ v2) in general: codes cut by value into parts of narrower codes, and their costs.
+
+The package has the one form whose parts need no offsets (``deltadq-sq``); this shows why no other is worth storing.
 
 Jiang et al., "DeltaDQ: Ultra-High Delta Compression for Fine-Tuned LLMs via Group-wise Dropout and Separate
 Quantization" (arXiv 2410.08666). With m = 2^s parts, an entry whose k-bit field is u belongs to part j = u >> (k - s)
@@ -7,9 +9,9 @@ and is stored there as the low k - s bits of u. A part is a sparse matrix of its
     value = (2 (u' + j 2^(k-s)) - top) * scale / 2
 
 for its field u', so that it is a term with the shared scale and an offset j 2^(k-s) of its own, and the delta is the
-sum of the m terms, which do not overlap. With k = s a field has no bits at all: that an entry is in a part says all.
+sum of the m terms, which do not overlap. With k = s a field has no bits at all: the part that an entry is in says all.
 
-What it costs. The paper counts k - s bits an entry. Which part an entry belongs to is told by which index lists it, so:
+The cost: the paper counts k - s bits an entry. The list that an entry stands in tells its part, so:
 
 - with a list of columns for each row and part, each entry is listed once, as before, and the s bits are truly saved;
   every part adds a row pointer for each row;
@@ -37,7 +39,7 @@ class Part:
     """The entries of one range of values.
 
     Attributes:
-        offset: what is added to a field: j 2^(k-s).
+        offset: number that is added to a field: j 2^(k-s).
         bits: width of a field, k - s; may be 0.
         indptr: int64, shape (rows + 1,): where each row's entries start.
         indices: columns of the entries, int32, ascending within a row.
@@ -56,10 +58,10 @@ class PartCosts:
     """Bits of a pruned matrix in parts.
 
     Attributes:
-        values: of the fields: what the paper counts.
-        lists: of the columns and row pointers, at the narrowest whole widths.
-        least: what no encoding of positions and codes falls below: their empirical entropy.
-        unsplit: of the k-bit codes with one list of columns and one row pointer a row.
+        values: bits of the fields, which the paper counts.
+        lists: bits of the columns and row pointers, at the narrowest whole widths.
+        least: the empirical entropy of positions and codes, a bound for all encodings.
+        unsplit: bits of the k-bit codes with one list of columns and one row pointer a row.
     """
 
     values: int
