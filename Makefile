@@ -1,21 +1,26 @@
 # Two commands do everything on a fresh machine with Python 3.11 to 3.13:
 #   make demo   sets up, packs the nano pair, inspects, verifies and unpacks it, prints sizes and accuracy
-#   make test   sets up, runs the tests
+#   make test   sets up, runs the tests, one process a processor, and prints what they cover
 # make docs builds the documentation into site/.
+# make test PYTEST_ARGS="-n 0 --no-cov tests/test_nm.py" runs some tests in one process.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALL = $(PIP) install -c constraints.txt
 
-.PHONY: demo test lint fuzz docs clean
+# Tests of the source distribution that are run from the unpacked archive.
+SDIST_TESTS = $(addprefix tests/test_,examples.py mapping.py packaging.py surface.py vectors.py)
+
+.PHONY: demo test lint fuzz docs package clean
 
 demo: $(VENV)/.models
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.models $(VENV)/.dev
-	$(BIN)/pytest $(PYTEST_ARGS)
+test: $(VENV)/.dev
+	$(BIN)/pytest -n auto --dist loadfile --cov $(PYTEST_ARGS)
 
-lint: $(VENV)/.models $(VENV)/.dev
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p deltafmt
@@ -24,25 +29,33 @@ lint: $(VENV)/.models $(VENV)/.dev
 fuzz: $(VENV)/.dev
 	$(BIN)/python fuzz/fuzz_reader.py $$(mktemp -d) fuzz/corpus -max_total_time=60
 
+# The source distribution, and the wheel that is built from it, end up in dist/.
+package: $(VENV)/.dev
+	rm -rf build dist *.egg-info
+	$(BIN)/python -W ignore -c "from setuptools.build_meta import build_sdist; build_sdist('dist')" > /dev/null
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	.ci/use-wheel "$(abspath $(BIN))/python" dist/*.whl examples/nano
+	.ci/test-sdist "$(abspath $(BIN))/pytest" dist/*.tar.gz $(SDIST_TESTS)
+
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e '.[fast]'
+	$(INSTALL) -e '.[fast]'
 	touch $@
 
 $(VENV)/.models: $(VENV)/.base
-	$(PIP) -e '.[transformers]'
+	$(INSTALL) -e '.[transformers]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.base
-	$(PIP) -e '.[dev]'
+$(VENV)/.dev: $(VENV)/.models
+	$(INSTALL) -e '.[dev]'
 	touch $@
 
-$(VENV)/.docs: $(VENV)/.base
-	$(PIP) -e '.[docs]'
+$(VENV)/.docs: $(VENV)/.dev
+	$(INSTALL) -e '.[docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info demo-out
+	rm -rf $(VENV) build dist site *.egg-info demo-out .coverage

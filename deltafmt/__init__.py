@@ -12,7 +12,10 @@
     delta = deltafmt.torch.load("math.deltafmt", device="cuda")
     model = deltafmt.transformers.attach(model, {"math": "math.deltafmt", "code": "code.deltafmt"})
 
-Importing this package imports nothing else; every name is loaded when it is first used.
+``deltafmt.__all__`` is the whole public surface. The names of other modules may change in any release.
+
+Importing this package imports nothing else; every name is loaded when it is first used. ``deltafmt.torch`` and
+``deltafmt.transformers`` need an optional package: without it, they raise an ``ImportError`` that names the extra.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ from deltafmt._version import __version__
 
 if TYPE_CHECKING:
     from deltafmt import errors, methods, torch, transformers
+    from deltafmt.analysis.analyze import analyze
     from deltafmt.delta import DeltaFile
     from deltafmt.delta import DeltaFile as open  # noqa: A004, N813 - as safetensors and gzip name theirs
+    from deltafmt.pipeline.budget import plan_for_target
     from deltafmt.pipeline.calibrate import Calibration
     from deltafmt.pipeline.diff import diff
     from deltafmt.pipeline.export_lora import export_lora
@@ -39,6 +44,7 @@ __all__ = [
     "Calibration",
     "DeltaFile",
     "__version__",
+    "analyze",
     "diff",
     "errors",
     "export_lora",
@@ -46,6 +52,7 @@ __all__ = [
     "methods",
     "open",
     "pack",
+    "plan_for_target",
     "repack",
     "torch",
     "transformers",
@@ -56,6 +63,7 @@ __all__ = [
 _HOMES = {
     "Calibration": ("deltafmt.pipeline.calibrate", "Calibration"),
     "DeltaFile": ("deltafmt.delta", "DeltaFile"),
+    "analyze": ("deltafmt.analysis.analyze", "analyze"),
     "diff": ("deltafmt.pipeline.diff", "diff"),
     "errors": ("deltafmt.errors", None),
     "export_lora": ("deltafmt.pipeline.export_lora", "export_lora"),
@@ -63,6 +71,7 @@ _HOMES = {
     "methods": ("deltafmt.methods", None),
     "open": ("deltafmt.delta", "DeltaFile"),
     "pack": ("deltafmt.pipeline.pack", "pack"),
+    "plan_for_target": ("deltafmt.pipeline.budget", "plan_for_target"),
     "repack": ("deltafmt.pipeline.repack", "repack"),
     "torch": ("deltafmt.torch", None),
     "transformers": ("deltafmt.transformers", None),

@@ -4,6 +4,7 @@
 
     DeltafmtError               (exit code)
     ├── UsageError              2   an argument or a combination of arguments is wrong
+    │   ├── MissingExtraError   2   an optional package is missing; names the extra that brings it
     │   ├── NonFiniteError      2   a delta holds NaN or infinity and is not kept exactly
     │   └── NoRoomError         2   the deltas in use leave no room on the device for another
     ├── InvalidFileError        3   a file breaks its format: what, and where
@@ -63,6 +64,10 @@ class UsageError(DeltafmtError, ValueError):
     """An argument, or a combination of arguments, is wrong."""
 
     exit_code = 2
+
+
+class MissingExtraError(UsageError, ImportError):
+    """An optional package is missing; the message names the extra that brings it."""
 
 
 class NonFiniteError(UsageError):

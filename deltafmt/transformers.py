@@ -8,6 +8,9 @@
     with model.delta(["math", None, "code"]):  # a name for each row; None is the base alone
         model.generate(**inputs)
     deltafmt.transformers.detach(model)
+
+Importing this module without torch raises :class:`deltafmt.errors.MissingExtraError`, an ``ImportError``. The package
+transformers is not imported: every model of torch modules can be served.
 """
 
 from __future__ import annotations
@@ -16,11 +19,18 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+from deltafmt.errors import MissingExtraError, UsageError
+from deltafmt.extras import lacking
+
+if _missing := lacking("deltafmt.transformers", "torch", extra="transformers"):
+    raise MissingExtraError(_missing)
+
 import torch
 from torch import nn
 
-from deltafmt.errors import UsageError
 from deltafmt.runtime.attach import Deltas
+
+__all__ = ["attach", "detach"]
 
 M = TypeVar("M", bound=nn.Module)
 

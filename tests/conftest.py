@@ -16,6 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# A process a processor runs the tests (pytest -n auto). More threads in each would only wait for one another. The
+# libraries read this when they are imported, numpy below; processes that tests start inherit it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -29,6 +35,12 @@ from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines, codec_routin
 # before; what needs the compiler runs in a process of its own.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes ``pytest -n auto`` starts: one for each processor that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 NANO = Path(__file__).resolve().parent.parent / "examples" / "nano"
 

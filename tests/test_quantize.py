@@ -242,7 +242,7 @@ def methods(draw: st.DrawFn) -> DeltaDQ:
         draw(st.sampled_from(quantize.SCALE_RULES)),
         layout.scale_group,
         layout.scale_dtype,
-        draw(st.booleans()),
+        draw(st.booleans()) or layout.n == layout.m,  # where all is kept, there is no rescale to leave out
     )
 
 

@@ -302,8 +302,9 @@ def _layouts() -> st.SearchStrategy[DeltaDQ]:
         else:
             m = draw(st.integers(2, 60 if index == "rank" else 255))
         bits = draw(st.sampled_from((1, 2, 3, 4, 5, 6, 8)))
+        n = draw(st.integers(1, m))
         return DeltaDQ(
-            draw(st.integers(1, m)),
+            n,
             m,
             bits,
             index,
@@ -312,7 +313,7 @@ def _layouts() -> st.SearchStrategy[DeltaDQ]:
             draw(st.sampled_from((None, "minmax", "mse"))),
             draw(st.sampled_from((0, 1, 7, 32))),
             draw(st.sampled_from(("BF16", "F32"))),
-            draw(st.booleans()),
+            draw(st.booleans()) or n == m,  # where all is kept, there is no rescale to leave out
         )
 
     return build()

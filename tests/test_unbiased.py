@@ -14,7 +14,7 @@ from deltafmt.errors import UsageError
 from deltafmt.methods import RTN, BitDelta
 from deltafmt.methods.grids import Grid, Quantized
 from deltafmt.methods.unbiased import unbiased_scales
-from deltafmt.pipeline import pack
+from deltafmt.pipeline import compress
 from deltafmt.terms.floats import narrow, widen
 from method_files import pair_of, round_trip, true_delta
 from strategies import examples, generators, shapes
@@ -100,7 +100,7 @@ def test_unbiased_scales_do_not_depend_on_runs(tmp_path: Path, monkeypatch: pyte
     for method in (RTN(1), RTN(2, scale="unbiased"), BitDelta("row", scale="unbiased")):
         found = []
         for elements in (1, 1 << 40):
-            monkeypatch.setattr(pack, "BATCH_ELEMENTS", elements)
+            monkeypatch.setattr(compress, "BATCH_ELEMENTS", elements)
             deltafmt.pack(pair.base, pair.finetuned, tmp_path / "d.deltafmt", method=method, force=True)
             found.append((tmp_path / "d.deltafmt").read_bytes())
         assert found[0] == found[1]

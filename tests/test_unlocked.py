@@ -83,10 +83,21 @@ class Stream:
         return True
 
 
+@pytest.fixture(autouse=True)
+def the_real_driver_is_back() -> Iterator[None]:
+    """Check that a test leaves the real functions: with a fake one, an upload to a GPU ends in the driver's error 201.
+
+    This fixture is set up before all that a test asks for, and so ends after them.
+    """
+    before = (unlocked_loop.driver_calls, unlocked_loop.current_context, pinned.PinnedBuffer.recorded)
+    yield
+    assert (unlocked_loop.driver_calls, unlocked_loop.current_context, pinned.PinnedBuffer.recorded) == before
+
+
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield play(patch)
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    # The test's own monkeypatch: a second one would be undone before it, and the test would then put back the fake.
+    return play(monkeypatch)
 
 
 def play(patch: pytest.MonkeyPatch) -> Driver:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from deltafmt.analysis.pairs import Floats
 from deltafmt.calibration.text import read_documents
 from deltafmt.errors import StorageError, UsageError
+from deltafmt.extras import need
 
 VECTORS = 16
 SEQUENCE = 512  # tokens
@@ -62,7 +63,8 @@ def calibrated_inputs(
         tokenizer: a ``tokenizer.json``, or a folder with a tokenizer; by default the model's folder.
 
     Raises:
-        UsageError: transformers is missing or cannot load the model, or the text gives no tokens.
+        MissingExtraError: torch or transformers is missing.
+        UsageError: transformers cannot load the model, or the text gives no tokens.
         InvalidFileError, StorageError: a file is wrong or missing.
     """
     documents = read_documents(Path(text_file))
@@ -70,11 +72,9 @@ def calibrated_inputs(
     if not where.exists():
         raise StorageError(f"no such file or folder: {where}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import torch  # noqa: F401, PLC0415 - only calibration needs it
-        import transformers  # noqa: PLC0415 - only calibration needs it
-    except ImportError as error:
-        raise UsageError(f"a calibration needs torch and transformers: {error}") from error
+    need("calibration", "torch", "transformers", extra="transformers")
+    import transformers  # noqa: PLC0415 - only calibration needs it
+
     from deltafmt.calibration.tokens import cut, load_encoder  # noqa: PLC0415 - only calibration needs it
 
     model = _load(transformers, model_folder)

@@ -10,6 +10,7 @@ import torch
 
 from deltafmt.calibration.tokens import first_line
 from deltafmt.errors import StorageError, UsageError
+from deltafmt.extras import need
 
 
 def load_model(folder: Path, dtype: torch.dtype | None) -> Any:
@@ -21,14 +22,14 @@ def load_model(folder: Path, dtype: torch.dtype | None) -> Any:
 
     Raises:
         StorageError: the folder does not exist.
-        UsageError: transformers is missing or cannot load the folder, or the folder lacks a weight.
+        MissingExtraError: transformers is missing.
+        UsageError: transformers cannot load the folder, or the folder lacks a weight.
     """
     if not folder.is_dir():
         raise StorageError(f"no such folder: {folder}; calibration needs a checkpoint's folder")
-    try:
-        import transformers
-    except ImportError as error:
-        raise UsageError("calibration needs transformers, which is not installed (extra: transformers)") from error
+    need("calibration", "torch", "transformers", extra="transformers")
+    import transformers
+
     logging: Any = transformers.utils.logging
 
     bars = logging.is_progress_bar_enabled()

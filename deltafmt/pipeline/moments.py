@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from deltafmt.calibration.callbacks import Moments, OnStage
 from deltafmt.calibration.moment_store import MomentStore
 from deltafmt.errors import UsageError
+from deltafmt.extras import need
 from deltafmt.output import OutputLock, storage_error
 from deltafmt.pipeline.calibrate import SEQUENTIAL, Calibration
 
@@ -97,18 +98,17 @@ class MomentFolder:
             on_stage: for a sequential calibration, gives the parameters of a stage as the file will hold them.
 
         Raises:
-            UsageError: torch or transformers is missing or cannot load the model, there is no such device, the text is
-                too short, or none of the matrices gets moments.
+            MissingExtraError: torch or transformers is missing.
+            UsageError: transformers cannot load the model, there is no such device, the text is too short, or none of
+                the matrices gets moments.
             NonFiniteError: activations are not finite; names the module.
             StorageError, InvalidFileError: a file cannot be read or written, or is not what its name says.
         """
         self._wanted = frozenset(wanted)
         if self._read_done():
             return
-        try:
-            from deltafmt.calibration import run, run_options  # noqa: PLC0415  # torch is optional and slow to import
-        except ImportError as error:
-            raise UsageError("calibration needs torch, which is not installed (extra: transformers)") from error
+        need("calibration", "torch", "transformers", extra="transformers")
+        from deltafmt.calibration import run, run_options  # noqa: PLC0415  # torch is optional and slow to import
 
         def keep(name: str, weight_name: str, moments: Moments) -> None:
             # Moments of a tied weight are left out: other modules use the weight with other inputs.

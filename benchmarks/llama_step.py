@@ -1,6 +1,6 @@
 """The kernels on a GPU, at the shapes of Llama-2-7B: what deltas add to one step of the base, and to a prompt.
 
-    python benchmarks/kernels.py [--layers 32] [--jobs 12]
+    python benchmarks/llama_step.py [--layers 32] [--jobs 12]
 
 Every figure is a CUDA graph of 128 products (q,k,v; o; gate,up; down in 32 layers) with weights and deltas of their
 own, so that nothing stays in the second-level cache; bases and deltas alternate as in a model. Weights, codes and
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=12)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("kernels.py needs a CUDA GPU")
+        sys.exit("llama_step.py needs a CUDA GPU")
     jobs = range(sum(map(len, LAYOUTS.values())) + 4 + 7)
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_job, jobs))
@@ -222,7 +222,7 @@ def main() -> None:
     show(measure_several_tokens(weights, options.layers))
     versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     print(versions)
-    report("kernels", figures, **versions)
+    report("llama_step", figures, **versions)
 
 
 if __name__ == "__main__":
