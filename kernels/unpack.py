@@ -1,6 +1,6 @@
 """Packed words to fields, in torch: for decoding a delta where no kernel does (specification, section 11.2).
 
-Vectorised, for the CPU and for GPUs. Fields are at most 8 bits wide, so int32 holds every intermediate result.
+Vectorised, for the CPU and for GPUs. Fields are at most 16 bits wide, so int32 holds every intermediate result.
 """
 
 from __future__ import annotations
