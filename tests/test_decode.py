@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from deltafmt.errors import UsageError
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.codecs import fitted, term_codec
+from deltafmt.terms.coding import Coding
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.sparse.layout import SparseLayout
+from deltafmt.terms.tiles import stream_words
 from strategies import (
     dense_arrays,
     dense_layouts,
@@ -32,11 +35,13 @@ from strategies import (
 torch = pytest.importorskip("torch")
 
 from deltafmt.kernels import kind
+from deltafmt.kernels.lowrank.decode import vectors
 from deltafmt.kernels.operand import BUFFER_DTYPES, Operand
 from deltafmt.kernels.products import operand_delta
 from deltafmt.kernels.registry import kernels_of
 from deltafmt.kernels.sparse import decode as sparse_decode
 from deltafmt.kernels.sparse.decode import runs_of
+from deltafmt.kernels.unpack import chosen_fields, fields
 from operands import damaged_operand, random_operand, reach
 from reference import naive_delta
 
@@ -117,6 +122,28 @@ def raw_numpy(tensor: torch.Tensor) -> NDArray[np.generic]:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(np.uint16)
     return tensor.numpy().view(np.uint32) if tensor.dtype == torch.int32 else tensor.numpy()
+
+
+@examples(40)
+@given(st.integers(1, 9), st.integers(1, 200), generators())
+def test_chosen_fields(width: int, count: int, rng: np.random.Generator) -> None:
+    width = 16 if width == 9 else width
+    shape = (3, stream_words(count, width))
+    words = torch.from_numpy(rng.integers(-(2**31), 2**31, shape).astype(np.int32))
+    at = torch.from_numpy(rng.integers(0, count, 7))
+    every = fields(words, count, width)
+    assert torch.equal(chosen_fields(words, count, width, at), every[:, at])
+    assert int(every.min()) >= 0
+    assert int(every.max()) < 1 << width
+
+
+@pytest.mark.parametrize("side", ["u", "v"])
+@pytest.mark.parametrize("factors", ["BF16", Coding(3), Coding(5, "asymmetric", "F32", 32), Coding(8, scale_group=33)])
+def test_chosen_elements_of_vectors(factors: Coding | str, side: str) -> None:
+    rng = np.random.default_rng(2)
+    operand = random_operand(rng, LowRankLayout(5, factors), 90, 110)
+    at = torch.from_numpy(rng.integers(0, 90, 20))
+    assert torch.equal(vectors(operand, side, at), vectors(operand, side)[:, at])
 
 
 @pytest.mark.parametrize(
