@@ -55,9 +55,11 @@ class Segments:
         self.slots = slots.contiguous()  # a slot repeated by ``expand`` has no memory of its own for each token
         self.count = count
         self.tokens = slots.shape[0]
-        self._lengths = lengths
-        self.longest = self.tokens if lengths is None else max(lengths.values(), default=0)
-        self.shortest = 1 if lengths is None else min(lengths.values(), default=0)
+        # Slots without tokens must not count for ``shortest``: 0 tokens would seem few enough for every kernel.
+        known = None if lengths is None else {slot: length for slot, length in lengths.items() if length}
+        self._lengths: Mapping[int, int] | None = known
+        self.longest = self.tokens if known is None else max(known.values(), default=0)
+        self.shortest = 1 if known is None else min(known.values(), default=0)
         self._sorted: tuple[torch.Tensor, torch.Tensor] | None = None
         self._tiles: dict[tuple[int, int, int], TokenTiles] = {}
 

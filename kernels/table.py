@@ -77,16 +77,18 @@ class OperandTable:
                     raise UsageError(f"a delta of {found} does not fit a part of {rows}x{self.columns}")
                 if operand.device != self.device:
                     raise UsageError(f"an operand on {operand.device} does not fit a table on {self.device}")
-        self._held[slot] = tuple(tuple(terms) for terms in parts)
         bounded = [
             BoundedOperand(slot, part, operand, most)
             for part, terms in enumerate(parts)
             for operand in terms
             if (most := kernels_of(operand.layout).most_tokens(operand.layout)) is not None
         ]
-        # Another list: a thread may be going through the old one.
-        self._bounded = [one for one in self._bounded if one.slot != slot] + bounded
-        self._stale = True
+        # Under the lock, so that a thread which is building the records now does not take them for complete.
+        with self._lock:
+            self._held[slot] = tuple(tuple(terms) for terms in parts)
+            # Another list: a thread may be going through the old one.
+            self._bounded = [one for one in self._bounded if one.slot != slot] + bounded
+            self._stale = True
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""

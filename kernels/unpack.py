@@ -1,6 +1,6 @@
 """Packed words to fields, in torch: for decoding a delta where no kernel does (specification, section 11.2).
 
-Vectorised, for the CPU and for GPUs. Fields are at most 8 bits wide, so int32 holds every intermediate result.
+Vectorised, for the CPU and for GPUs. Fields are at most 16 bits wide, so int32 holds every intermediate result.
 """
 
 from __future__ import annotations
@@ -64,21 +64,42 @@ def fields(by_row: torch.Tensor, count: int, width: int, start: int = 0, stop: i
     return found
 
 
-def each_of_group(of_groups: torch.Tensor, group: int, start: int, stop: int) -> torch.Tensor:
-    """Return for elements ``start`` to ``stop`` of every row what belongs to their group.
+def chosen_fields(by_row: torch.Tensor, count: int, width: int, at: torch.Tensor) -> torch.Tensor:
+    """Return some fields of rows of packed words, the same of every row; no other field is unpacked.
+
+    Args:
+        by_row, count, width: as for :func:`fields`.
+        at: int64, the fields.
+
+    Returns:
+        int32, shape (rows, len(at)).
+    """
+    found = torch.zeros(len(by_row), len(at), dtype=torch.int32, device=by_row.device)
+    first = low = 0
+    for plane in planes(width):
+        per_word = 32 // plane
+        shifts = (at % per_word * plane).int()
+        found |= (by_row[:, first + at // per_word] >> shifts).bitwise_and_((1 << plane) - 1) << low
+        first, low = first + plane_words(count, plane), low + plane
+    return found
+
+
+def each_of_group(of_groups: torch.Tensor, group: int, count: int, at: torch.Tensor | None = None) -> torch.Tensor:
+    """Return for each element of every row what belongs to its group.
 
     Args:
         of_groups: shape (rows, groups).
         group: elements of a group; 0: one group for the whole row.
-        start, stop: the elements.
+        count: elements of a row.
+        at: int64, the elements that are wanted; all by default.
 
     Returns:
-        Shape (rows, stop - start), or (rows, 1) where the row is one group.
+        Shape (rows, count) or (rows, len(at)); (rows, 1) where the row is one group.
     """
     if group == 0 or of_groups.shape[1] == 1:
         return of_groups[:, :1]
-    at = torch.arange(start, stop, device=of_groups.device) // group
-    return of_groups[:, at]
+    elements = torch.arange(count, device=of_groups.device) if at is None else at
+    return of_groups[:, elements // group]
 
 
 def coded_values(

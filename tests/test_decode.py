@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from deltafmt.errors import UsageError
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.codecs import fitted, term_codec
+from deltafmt.terms.coding import Coding
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.sparse.layout import SparseLayout
+from deltafmt.terms.tiles import stream_words
 from strategies import (
     dense_arrays,
     dense_layouts,
@@ -31,11 +34,18 @@ from strategies import (
 
 torch = pytest.importorskip("torch")
 
+from deltafmt.kernels import kind
+from deltafmt.kernels.lowrank.decode import vectors
 from deltafmt.kernels.operand import BUFFER_DTYPES, Operand
 from deltafmt.kernels.products import operand_delta
 from deltafmt.kernels.registry import kernels_of
+from deltafmt.kernels.sparse import decode as sparse_decode
+from deltafmt.kernels.sparse.decode import runs_of
+from deltafmt.kernels.unpack import chosen_fields, fields
 from operands import damaged_operand, random_operand, reach
 from reference import naive_delta
+
+PARTED = [NMLayout(2, 16, 4, "seeded", share=8), NMLayout(3, 7, 3, "fixed", scale_group=5), LowbitLayout(4)]
 
 
 def operand_of(
@@ -114,11 +124,61 @@ def raw_numpy(tensor: torch.Tensor) -> NDArray[np.generic]:
     return tensor.numpy().view(np.uint32) if tensor.dtype == torch.int32 else tensor.numpy()
 
 
-@pytest.mark.parametrize("kind", ["sparse", "nm"])
-def test_damaged_words_stay_inside(kind: str) -> None:
+@examples(40)
+@given(st.integers(1, 9), st.integers(1, 200), generators())
+def test_chosen_fields(width: int, count: int, rng: np.random.Generator) -> None:
+    width = 16 if width == 9 else width
+    shape = (3, stream_words(count, width))
+    words = torch.from_numpy(rng.integers(-(2**31), 2**31, shape).astype(np.int32))
+    at = torch.from_numpy(rng.integers(0, count, 7))
+    every = fields(words, count, width)
+    assert torch.equal(chosen_fields(words, count, width, at), every[:, at])
+    assert int(every.min()) >= 0
+    assert int(every.max()) < 1 << width
+
+
+@pytest.mark.parametrize("side", ["u", "v"])
+@pytest.mark.parametrize("factors", ["BF16", Coding(3), Coding(5, "asymmetric", "F32", 32), Coding(8, scale_group=33)])
+def test_chosen_elements_of_vectors(factors: Coding | str, side: str) -> None:
+    rng = np.random.default_rng(2)
+    operand = random_operand(rng, LowRankLayout(5, factors), 90, 110)
+    at = torch.from_numpy(rng.integers(0, 90, 20))
+    assert torch.equal(vectors(operand, side, at), vectors(operand, side)[:, at])
+
+
+@pytest.mark.parametrize(
+    ("tiles", "most", "runs"),
+    [
+        ([], 4, []),
+        ([3], 4, [(3, 4)]),
+        ([0, 1, 3, 6, 10], 100, [(0, 7), (10, 11)]),
+        ([0, 1, 2, 3, 4], 2, [(0, 2), (2, 4), (4, 5)]),
+        ([0, 2, 4], 4, [(0, 3), (4, 5)]),
+    ],
+)
+def test_runs_of_tiles(tiles: list[int], most: int, runs: list[tuple[int, int]]) -> None:
+    assert list(runs_of(tiles, most)) == runs
+
+
+@pytest.mark.parametrize("layout", [*PARTED, SparseLayout("BF16", 4, 256)], ids=lambda layout: layout.kind)
+def test_deltas_that_are_decoded_in_parts(layout: TermLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kind, "DECODED_ELEMENTS", 1)
+    monkeypatch.setattr(sparse_decode, "RUN_ELEMENTS", 5 * 32 * 300)
+    rng = np.random.default_rng(5)
+    operand = random_operand(rng, layout, 600, 300)
+    whole = naive_delta(operand)
+    kernels = kernels_of(layout)
+    rows = torch.from_numpy(rng.integers(0, operand.rows, 40))
+    assert torch.equal(kernels.decode_rows(operand, rows), whole[rows])
+    x = torch.from_numpy(rng.standard_normal((3, operand.columns), np.float32))
+    torch.testing.assert_close(kernels.multiply(x, operand), x @ whole.T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("of", ["sparse", "nm"])
+def test_damaged_words_stay_inside(of: str) -> None:
     rng = np.random.default_rng(3)
     for _ in range(20):
-        if kind == "nm":
+        if of == "nm":
             operand = damaged_operand(rng, NMLayout(3, 7, 4, "fixed"), 45, 100)
         else:
             operand = random_operand(rng, SparseLayout("F32", 8, 256), 45, 300)
@@ -127,6 +187,9 @@ def test_damaged_words_stay_inside(kind: str) -> None:
                 for name, tensor in operand.buffers.items()
                 if tensor.dtype == torch.int32
             }
+            starts = rng.integers(0, operand.slots + 2, len(words["starts"])).astype(np.int32)
+            starts[[0, -1]] = 0, operand.slots
+            words["starts"] = torch.from_numpy(starts)
             operand = dataclasses.replace(operand, buffers={**operand.buffers, **words})
         assert operand_delta(operand).shape == (operand.rows, operand.columns)
 

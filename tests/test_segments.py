@@ -102,6 +102,12 @@ def test_promises_limit_the_tiles() -> None:
     assert tiles_found(segments, 2, shortest=3) == [(0, [0, 2]), (0, [3])]
 
 
+def test_slots_without_tokens_promise_nothing() -> None:
+    segments = Segments(torch.tensor([1, 1], dtype=torch.int32), 3, {0: 0, 1: 2, 2: 0})
+    assert (segments.longest, segments.shortest) == (2, 2)
+    assert Segments(torch.tensor([-1], dtype=torch.int32), 1, {0: 0}).longest == 0
+
+
 def test_no_tokens_and_no_slots() -> None:
     nobody = torch.full((5,), -1, dtype=torch.int32)
     assert tiles_found(Segments(nobody, 3), 4) == []

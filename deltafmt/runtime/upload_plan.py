@@ -33,7 +33,7 @@ class SectionRun:
     scratch: bool = False
 
 
-_Key = tuple[BufferRef, TermLayout, int, int]
+_Key = tuple[BufferRef, str, TermLayout, int, int]
 
 
 @dataclass(slots=True)
@@ -43,7 +43,7 @@ class UploadPlan:
     Attributes:
         nbytes: bytes of the device allocation.
         scratch_bytes: bytes of the scratch memory.
-        conversions: the buffers to be brought into their plain form, by their place in the file and their layout.
+        conversions: the buffers to be brought into their plain form, by their place in the file, name and layout.
     """
 
     nbytes: int = 0
@@ -74,9 +74,9 @@ class UploadPlan:
 
     def plain_offset(self, entry: TensorEntry, term: Term, name: str) -> int:
         """Return where the plain form of a term's buffer lies on the device."""
-        ref = term.buffers[name]
-        conversion = self.conversions.get(_key(ref, entry, term)) if self.conversions else None
-        return self.offset(ref) if conversion is None else conversion.target
+        if name in term.layout.converted_buffers:
+            return self.conversions[_key(entry, term, name)].target
+        return self.offset(term.buffers[name])
 
     def add_whole(self, sections: Sequence[Section]) -> None:
         """Place all sections of tensors, each as a whole."""
@@ -100,7 +100,7 @@ class UploadPlan:
         converted: list[tuple[TensorEntry, Term, str]] = []
         for entry in entries:
             for term in entry.terms:
-                names = converted_buffers(term.layout, entry.delta_rows, entry.columns, term.slots)
+                names = term.layout.converted_buffers
                 for name, ref in term.buffers.items():
                     (scratch_refs if name in names else refs).setdefault(ref.section, []).append(ref)
                 converted += [(entry, term, name) for name in names]
@@ -116,7 +116,7 @@ class UploadPlan:
                 for start, stop in _join(scratch_refs[section])
             ]
         for entry, term, name in converted:
-            key = _key(term.buffers[name], entry, term)
+            key = _key(entry, term, name)
             if key not in self.conversions:
                 rows, columns = entry.delta_rows, entry.columns
                 length = buffer_forms(term.layout.plain(), rows, columns, term.slots)[name].nbytes
@@ -134,17 +134,8 @@ class UploadPlan:
         return start
 
 
-def converted_buffers(layout: TermLayout, rows: int, columns: int, slots: int) -> list[str]:
-    """Return the names of a term's buffers that kernels read in another form than the file's."""
-    plain = layout.plain()
-    if plain == layout:
-        return []
-    forms = layout.buffers(rows, columns, slots)
-    return [name for name, form in buffer_forms(plain, rows, columns, slots).items() if form != forms[name]]
-
-
-def _key(ref: BufferRef, entry: TensorEntry, term: Term) -> _Key:
-    return ref, term.layout, entry.delta_rows, entry.columns
+def _key(entry: TensorEntry, term: Term, name: str) -> _Key:
+    return term.buffers[name], name, term.layout, entry.delta_rows, entry.columns
 
 
 def _find(runs: dict[int, list[SectionRun]], ref: BufferRef) -> int:

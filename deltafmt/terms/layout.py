@@ -43,6 +43,11 @@ class TermLayout(ABC):
         """Return the layout in which digests are taken and kernels read."""
         return self
 
+    @property
+    def converted_buffers(self) -> tuple[str, ...]:
+        """The names of the buffers that hold other bytes in the plain layout, even where they have the same shape."""
+        return ()
+
     def for_profile(self, profile: str) -> TermLayout:  # noqa: ARG002 - most kinds are the same in both
         """Return the layout that ``repack`` gives a term of this layout in a profile."""
         return self

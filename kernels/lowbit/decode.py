@@ -30,6 +30,6 @@ def _decode(operand: Operand, take: Callable[[torch.Tensor], torch.Tensor]) -> t
         return coded_values(layout.top, codes, buffers["scales"])
 
     def each(name: str) -> torch.Tensor:
-        return each_of_group(take(buffers[name]), layout.scale_group, 0, columns)
+        return each_of_group(take(buffers[name]), layout.scale_group, columns)
 
     return coded_values(layout.top, codes, each("scales"), each("zero_points") if layout.has_zero_points else None)

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 
 from deltafmt.kernels.operand import Operand
-from deltafmt.kernels.unpack import coded_values, each_of_group, fields
+from deltafmt.kernels.unpack import chosen_fields, coded_values, each_of_group, fields
 from deltafmt.terms.lowrank.layout import LowRankLayout
 
 # Elements of a delta that are summed at a time on the CPU: few enough to stay in the processor's cache.
@@ -30,15 +30,30 @@ def decode(operand: Operand, start: int, stop: int) -> torch.Tensor:
     return delta
 
 
-def vectors(operand: Operand, side: str) -> torch.Tensor:
-    """Return the float32 vectors of side ``u``, shape (R, rows), or ``v``, shape (R, columns)."""
+def decode_rows(operand: Operand, rows: torch.Tensor) -> torch.Tensor:
+    """Return some rows of the delta, float32, shape (len(rows), columns); rows are int64."""
+    return vectors(operand, "u", rows).T @ vectors(operand, "v")
+
+
+def vectors(operand: Operand, side: str, at: torch.Tensor | None = None) -> torch.Tensor:
+    """Return float32 vectors.
+
+    Args:
+        operand: the term.
+        side: ``u`` or ``v``.
+        at: int64, the elements of every vector that are wanted; all by default.
+
+    Returns:
+        Shape (R, rows) for ``u``, (R, columns) for ``v``, (R, len(at)) for some elements.
+    """
     coding = cast("LowRankLayout", operand.layout).factors
     buffers, length = operand.buffers, operand.rows if side == "u" else operand.columns
     if isinstance(coding, str):
-        return buffers[side].float()
-    codes = fields(buffers[f"{side}_codes"], length, coding.bits)
+        return (buffers[side] if at is None else buffers[side][:, at]).float()
+    words = buffers[f"{side}_codes"]
+    codes = fields(words, length, coding.bits) if at is None else chosen_fields(words, length, coding.bits, at)
 
     def each(name: str) -> torch.Tensor:
-        return each_of_group(buffers[f"{side}_{name}"], coding.scale_group, 0, length)
+        return each_of_group(buffers[f"{side}_{name}"], coding.scale_group, length, at)
 
     return coded_values(coding.top, codes, each("scales"), each("zero_points") if coding.has_zero_points else None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from deltafmt.kernels.coded_words import add_plane
 from deltafmt.kernels.device_functions import (
     add_to_rows,
     add_token,
@@ -22,7 +23,6 @@ from deltafmt.kernels.device_functions import (
     token_pointers,
     zeros_tuple,
 )
-from deltafmt.kernels.lowbit.kernel import add_plane
 from deltafmt.kernels.lowrank.kind import RECORD
 
 FIELDS = tl.constexpr(len(RECORD))

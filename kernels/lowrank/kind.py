@@ -65,9 +65,8 @@ class LowRankKernels(TermKernels[LowRankLayout]):
         return decode.decode(operand, start, stop)
 
     def decode_rows(self, operand: Operand, rows: torch.Tensor) -> torch.Tensor:
-        """Return some rows of a delta."""
-        left = decode.vectors(operand, "u")
-        return left[:, rows].T @ decode.vectors(operand, "v")
+        """Return some rows of a delta; of U, no other element is unpacked."""
+        return decode.decode_rows(operand, rows)
 
     def multiply(self, x: torch.Tensor, operand: Operand) -> torch.Tensor:
         """Return ``x @ delta.T`` as two thin products: the matrix is never made."""

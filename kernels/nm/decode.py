@@ -48,7 +48,7 @@ def _scattered(operand: Operand, codes: torch.Tensor, scales: torch.Tensor, kept
     layout, columns = cast("NMLayout", operand.layout), operand.columns
     rows, kept = len(codes), layout.kept(columns)
     unpacked = fields(codes, kept, layout.bits)
-    values = coded_values(layout.top, unpacked, each_of_group(scales, layout.scale_group, 0, kept))
+    values = coded_values(layout.top, unpacked, each_of_group(scales, layout.scale_group, kept))
     groups = layout.groups(columns)
     width = groups * layout.m
     column = kept_at + torch.arange(groups, device=kept_at.device)[:, None] * layout.m

@@ -12,7 +12,6 @@ from deltafmt.kernels.nm import index
 from deltafmt.kernels.nm.fields import load_field, load_planes, spread_fields
 from deltafmt.terms.nm import hashing
 
-INDEX_SEEDED = tl.constexpr(index.SEEDED)
 INDEX_FIXED = tl.constexpr(index.FIXED)
 ROW_STEP = tl.constexpr(hashing.ROW_STEP)
 BLOCK_STEP = tl.constexpr(hashing.BLOCK_STEP)

@@ -5,6 +5,7 @@ The sum of a lane's gaps up to a slot is where the slot's entry stands: one cumu
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -14,6 +15,10 @@ from deltafmt.kernels.unpack import coded_values, fields
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.sparse.layout import SparseLayout
 from deltafmt.terms.tiles import TILE_ROWS
+
+# Elements of a delta that are decoded at a time where single rows are wanted, and tiles that may lie between these.
+RUN_ELEMENTS = 1 << 23
+MOST_SKIPPED = 2
 
 
 def decode(operand: Operand, start: int, stop: int) -> torch.Tensor:
@@ -26,11 +31,28 @@ def decode(operand: Operand, start: int, stop: int) -> torch.Tensor:
 def decode_rows(operand: Operand, rows: torch.Tensor) -> torch.Tensor:
     """Return some rows of the delta, float32, shape (len(rows), columns); rows are int64."""
     found = torch.zeros(len(rows), operand.columns, device=operand.device)
-    tiles = rows // TILE_ROWS
-    for tile in sorted(set(tiles.tolist())):
-        mine = (tiles == tile).nonzero()[:, 0]
-        found[mine] = decode_tiles(operand, tile, tile + 1)[rows[mine] % TILE_ROWS]
+    most = max(RUN_ELEMENTS // (TILE_ROWS * operand.columns), 1)
+    for first, last in runs_of(sorted(set((rows // TILE_ROWS).tolist())), most):
+        mine = ((rows >= first * TILE_ROWS) & (rows < last * TILE_ROWS)).nonzero()[:, 0]
+        found[mine] = decode_tiles(operand, first, last)[rows[mine] - first * TILE_ROWS]
     return found
+
+
+def runs_of(tiles: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Yield runs of at most ``most`` tiles that cover ascending tiles, and few others: (3, 4, 9) gives (3, 5), (9, 10).
+
+    A run is decoded at once. To decode a tile or two between wanted ones costs less than another run.
+    """
+    first = last = -1
+    for tile in tiles:
+        if first >= 0 and tile - last <= MOST_SKIPPED and tile - first < most:
+            last = tile + 1
+            continue
+        if first >= 0:
+            yield first, last
+        first, last = tile, tile + 1
+    if first >= 0:
+        yield first, last
 
 
 def decode_tiles(operand: Operand, first: int, last: int) -> torch.Tensor:

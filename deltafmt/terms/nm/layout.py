@@ -103,6 +103,11 @@ class NMLayout(TermLayout):
         return self.with_index(self.encoding.plain)
 
     @property
+    def converted_buffers(self) -> tuple[str, ...]:
+        """The index, if kernels read it in another encoding."""
+        return () if self.encoding.plain == self.index else ("index",)
+
+    @property
     def drops_most(self) -> bool:
         """True if the layout keeps less than half of each row."""
         return 2 * self.n < self.m
