@@ -24,8 +24,8 @@ from deltafmt.tools.remedies import message_of, sentence
 from pairs import pair_of
 
 LIBRARY = Path(deltafmt.__file__).parent
-# The command line itself, and the methods, whose errors speak of a method's own options.
-ELSEWHERE = ("tools", "methods")
+# The command line itself.
+ELSEWHERE = ("tools",)
 
 
 def calls() -> Iterator[tuple[str, ast.Call]]:
@@ -87,7 +87,7 @@ def test_the_option_that_the_message_names_helps(tmp_path: Path, cli: Cli) -> No
     values[3, 5] = np.nan
     pair = pair_of(tmp_path / "pair", {"w[0]": normal(1, (40, 64))}, {"w[0]": raw(values, "BF16")})
     command = ("pack", pair.base, pair.finetuned, "-o", tmp_path / "d")
-    for target in ((), ("--target-ratio", "1.1", "--candidate", "bits=2")):
+    for target in ((), ("--target-ratio", "1.1", "--candidate", "deltadq:bits=2")):
         message = refused(cli(*command, *target), 2, 'tensor "w[0]"')
         option = shlex.split(message.rpartition("; ")[2].removesuffix(" keeps the tensor exactly"))
         assert option == ["--exclude", "w[[]0]"]
@@ -102,7 +102,7 @@ def test_profiles_and_texts_and_streams(tmp_path: Path, cli: Cli, small: Pair) -
     command = ("pack", small.base, small.finetuned, "-o", tmp_path / "d")
     rank = ("--index", "rank")
     assert refused(cli(*command, *rank), 2, "rank index").endswith("; --profile cold allows it")
-    candidate = ("--target-ratio", "1.2", "--candidate", "index=rank")
+    candidate = ("--target-ratio", "1.2", "--candidate", "deltadq:index=rank")
     assert refused(cli(*command, *candidate), 2, "rank index").endswith("; --profile cold allows it")
     assert cli(*command, *candidate, "--profile", "cold").code == 0
     (tmp_path / "d").unlink()

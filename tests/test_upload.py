@@ -360,7 +360,9 @@ def test_interrupt_waits_for_the_threads(monkeypatch: pytest.MonkeyPatch) -> Non
         moving.pop()
 
     def wait_for(self: threading.Condition, predicate: object, timeout: object = None) -> None:
-        started.wait()
+        # Waiting gives the lock away, which a thread needs before it can start to move a piece.
+        while not started.is_set():
+            self.wait(0.01)
         monkeypatch.setattr(threading.Condition, "wait_for", condition_wait)
         raise KeyboardInterrupt
 
