@@ -21,7 +21,10 @@ from deltafmt.terms.buffers import blank
 from deltafmt.terms.codec import TermCodec
 from deltafmt.terms.codecs import CODECS, fitted, term_codec
 from deltafmt.terms.layout import TermLayout
+from deltafmt.terms.nm.index.codecs import INDEX_CODECS
+from deltafmt.terms.nm.index.encodings import ENCODINGS
 from deltafmt.terms.registry import LAYOUTS, parse_layout
+from index_cases import INDEX_CASES
 from strategies import examples, fitting, generators, shapes
 from term_kinds import ANY_LAYOUT, CASES
 
@@ -31,6 +34,15 @@ EVERY_KIND = pytest.mark.parametrize("kind", CASES)
 def test_every_list_has_every_kind() -> None:
     assert list(LAYOUTS) == list(CODECS)
     assert set(LAYOUTS) == set(CASES)
+
+
+def test_every_list_has_every_index_encoding() -> None:
+    assert list(ENCODINGS) == list(INDEX_CODECS) == [codec.encoding.name for codec in INDEX_CODECS.values()]
+    assert set(ENCODINGS) == set(INDEX_CASES)
+    index = pytest.importorskip("deltafmt.kernels.nm.index")
+    assert set(index.DEVICE_INDEXES) == {encoding.plain for encoding in ENCODINGS.values()}
+    numbers = [known.number for known in index.DEVICE_INDEXES.values()]
+    assert len(set(numbers)) == len(numbers)
 
 
 @EVERY_KIND

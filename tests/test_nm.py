@@ -24,6 +24,7 @@ from deltafmt.terms.nm.index.encodings import ENCODINGS
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.registry import parse_layout
 from deltafmt.terms.tiles import planes
+from index_cases import INDEX_CASES
 from strategies import examples, generators, layouts, nm_arrays, shapes, sizes
 
 Packed = dict[str, NDArray[np.generic]]
@@ -189,10 +190,8 @@ def unused_bits(
         unused = []
     elif name == "codes":
         unused = unused_of_planes(layout.kept(COLUMNS), layout.bits)
-    elif layout.index == "fixed":
-        unused = unused_of_planes(layout.kept(COLUMNS), layout.position_bits)
     else:
-        unused = unused_of_planes(layout.groups(COLUMNS), layout.rank_bits)
+        unused = unused_of_planes(*INDEX_CASES[layout.index].fields(layout, COLUMNS))
     behind = [(row, bit) for row in range(rows) for bit in unused]
     beyond = [(row, bit) for row in range(rows, array.shape[0] * 32) for bit in range(total)]
     chosen = [pool[i] for pool in (behind, beyond) if pool for i in rng.integers(len(pool), size=4)]
