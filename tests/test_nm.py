@@ -287,9 +287,9 @@ def test_a_field_beyond_the_last_column_is_refused(
 def test_a_scale_that_is_negative_or_not_finite_is_refused(
     index: str, scale_group: int, scale_dtype: str, bits: int
 ) -> None:
-    layout = NMLayout(3, 16, 4, index, share=2, scale_dtype=scale_dtype, scale_group=scale_group)
+    layout = NMLayout(4, 16, 4, index, share=2, scale_dtype=scale_dtype, scale_group=scale_group)
     mask_rows, groups = layout.mask_rows(ROWS), layout.groups(COLUMNS)
-    positions = np.tile(np.arange(3, dtype=np.uint8), (mask_rows, groups, 1))
+    positions = INDEX_CASES[index].positions(np.random.default_rng(0), layout, 5, mask_rows, groups)
     scales = np.ones((ROWS, layout.scales_per_row(COLUMNS)), np.float32)
     arrays = NMArrays(positions, np.zeros((ROWS, layout.kept(COLUMNS)), np.uint8), scales)
 
