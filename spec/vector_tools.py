@@ -12,6 +12,7 @@ import msgpack
 import numpy as np
 import xxhash
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
@@ -31,6 +32,7 @@ VECTORS: dict[str, bytes] = {}
 
 Maker = Callable[[], bytes]
 MakeArrays = Callable[..., TermArrays]
+MakePositions = Callable[[NMLayout, int, int, int], NDArray[np.uint8]]
 
 # What makes up the content of a term of each kind: (layout, rows, columns, seed) to arrays.
 ARRAYS: dict[str, MakeArrays] = {}
@@ -41,6 +43,20 @@ def makes_arrays(kind: str) -> Callable[[MakeArrays], MakeArrays]:
 
     def register(make: MakeArrays) -> MakeArrays:
         ARRAYS[kind] = make
+        return make
+
+    return register
+
+
+# What makes up the positions of an index encoding: (layout, seed, mask rows, groups) to positions.
+POSITIONS: dict[str, MakePositions] = {}
+
+
+def makes_positions(index: str) -> Callable[[MakePositions], MakePositions]:
+    """Register what makes up the positions of an index encoding that cannot hold any."""
+
+    def register(make: MakePositions) -> MakePositions:
+        POSITIONS[index] = make
         return make
 
     return register

@@ -87,8 +87,6 @@ class Raw:
 
 Tensors = dict[str, Raw]
 
-COMMANDS = ("pack", "unpack", "inspect", "verify", "repack", "diff", "import-lora", "export-lora", "analyze", "methods")
-
 
 def round_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Round values to BF16, ties to even, by measuring the distance to both neighbours; NaN and infinity are cut."""

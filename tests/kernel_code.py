@@ -7,6 +7,7 @@ interprets.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -50,8 +51,9 @@ Shape = tuple[tuple[int, ...], int]
 
 
 def kernel_modules() -> list[ModuleType]:
-    """Return the modules that hold the product kernels: of ``nm``, and ``kernel`` of every other kind."""
-    others = (importlib.import_module(f"deltafmt.kernels.{kind}.kernel") for kind in CASES if kind != "nm")
+    """Return the modules that hold the product kernels: of ``nm``, and ``kernel`` of every other kind that has one."""
+    names = (f"deltafmt.kernels.{kind}.kernel" for kind in CASES if kind != "nm")
+    others = (importlib.import_module(name) for name in names if importlib.util.find_spec(name))
     return [gather, elements, fused, dense, *others]
 
 

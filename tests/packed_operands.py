@@ -10,6 +10,7 @@ import torch
 
 from deltafmt.kernels.launching import launch_products
 from deltafmt.kernels.products import matmul_
+from deltafmt.kernels.registry import kernels_of
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.terms.layout import TermLayout
@@ -19,9 +20,14 @@ from term_kinds import CASES
 
 Guard = Callable[[list[torch.Tensor], list[torch.Tensor]], contextlib.AbstractContextManager[object]]
 
-LOWBIT, LOW_RANK, SPARSE = (CASES[kind].samples for kind in ("lowbit", "lowrank", "sparse"))
-# The layouts of every kind, but for nm, whose kernels have tests of their own.
-LAYOUTS: list[TermLayout] = [layout for kind, cases in CASES.items() if kind != "nm" for layout in cases.samples]
+# The samples of every kind that has a kernel, but for nm, whose kernels have tests of their own.
+SAMPLES: dict[str, list[TermLayout]] = {
+    kind: samples
+    for kind, cases in CASES.items()
+    if kind != "nm" and (samples := [one for one in cases.samples if kernels_of(one).most_tokens(one) != 0])
+}
+LAYOUTS = [layout for samples in SAMPLES.values() for layout in samples]
+SOME_LAYOUTS = [layout for samples in SAMPLES.values() for layout in (samples[0], samples[-1])]
 
 
 def check_packed(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,12 +16,12 @@ from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.codec import LowRankArrays
 from deltafmt.terms.lowrank.layout import RAW_FACTORS, LowRankLayout
-from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.codec import NMArrays, outside
 from deltafmt.terms.nm.index.encodings import ENCODINGS
 from deltafmt.terms.nm.layout import BITS, MAX_M, SHARES, NMLayout
 from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import GAP_BITS, RAW_VALUES, SPANS, SparseLayout
+from index_cases import INDEX_CASES
 
 FLOAT_DTYPES = tuple(RAW_DTYPES)
 # What a float's bits can hold beyond ordinary numbers: both zeros, the subnormals' ends, the largest, infinities and
@@ -60,11 +58,6 @@ def shapes(max_rows: int = 70, max_columns: int = 300) -> st.SearchStrategy[tupl
     return st.tuples(sizes(max_rows), sizes(max_columns))
 
 
-@cache
-def _rankable(m: int) -> tuple[int, ...]:
-    return tuple(n for n in range(1, m + 1) if math.comb(m, n) < 2**64)
-
-
 @st.composite
 def layouts(draw: st.DrawFn, index: str | None = None, max_m: int = MAX_M, **fixed: Any) -> NMLayout:
     """Give any valid layout.
@@ -76,15 +69,10 @@ def layouts(draw: st.DrawFn, index: str | None = None, max_m: int = MAX_M, **fix
         fixed: other fields of the layout that are given.
     """
     index = index or draw(st.sampled_from(list(ENCODINGS)))
-    if "m" in fixed:
-        m = fixed["m"]
-    elif index == "seeded":
-        m = 2 ** draw(st.integers(1, min(7, max_m.bit_length() - 1)))
-    else:
-        m = draw(st.one_of(st.integers(2, min(max_m, 20)), st.integers(2, max_m)))
+    m = fixed["m"] if "m" in fixed else draw(INDEX_CASES[index].m(max_m))
     bits = fixed.get("bits") or draw(st.sampled_from(BITS))
     drawn = {
-        "n": st.sampled_from(_rankable(m)) if index == "rank" else st.integers(1, m),
+        "n": st.sampled_from(INDEX_CASES[index].n(m)),
         "grid": st.sampled_from(("midrise",) if bits == 1 else ("midtread", "midrise")),
         "share": st.sampled_from(SHARES),
         "scale_dtype": st.sampled_from(("BF16", "F32")),
@@ -188,21 +176,12 @@ def dense_arrays(draw: st.DrawFn, layout: TermLayout, rows: int, columns: int) -
     return LowRankArrays(*(coded(rng, coding, layout.rank, length) for length in (rows, columns)))
 
 
-def ascending(rng: np.random.Generator, mask_rows: int, groups: int, keep: int, group: int) -> NDArray[np.uint8]:
-    """Draw N of M positions for every group, in order."""
-    shuffled = np.argsort(rng.random((mask_rows, groups, group)), axis=2)
-    return np.sort(shuffled[:, :, :keep], axis=2).astype(np.uint8)
-
-
 @st.composite
 def nm_arrays(draw: st.DrawFn, layout: NMLayout, rows: int, columns: int, seed: int = 0) -> NMArrays:
     """Give canonical content of a term: what :func:`deltafmt.terms.nm.codec.check` must accept."""
     rng = draw(generators())
     mask_rows, groups = layout.mask_rows(rows), layout.groups(columns)
-    if layout.index == "seeded":
-        kept_at = hashing.seeded(seed, 0, mask_rows, groups, layout.n, layout.m)
-    else:
-        kept_at = ascending(rng, mask_rows, groups, layout.n, layout.m)
+    kept_at = INDEX_CASES[layout.index].positions(rng, layout, seed, mask_rows, groups)
     codes = rng.integers(0, layout.top, (rows, layout.kept(columns)), np.uint8, endpoint=True)
     scales = random_scales(rng, (rows, layout.scales_per_row(columns)), layout.scale_dtype)
     arrays = NMArrays(kept_at, codes, scales)

@@ -15,7 +15,6 @@ import pytest
 
 import deltafmt
 from conftest import (
-    COMMANDS,
     SMALL_FILES,
     Cli,
     Pair,
@@ -29,6 +28,7 @@ from conftest import (
     write_folder,
     write_pair,
 )
+from deltafmt.tools.main import COMMANDS
 
 # What the commands print
 
@@ -377,7 +377,7 @@ def test_random_command_lines_never_show_a_traceback(tmp_path: Path, cli: Cli, s
     os.chdir(tmp_path)  # whatever a word makes, it makes it here
     try:
         for _ in range(300):
-            arguments = [rng.choice(COMMANDS), *rng.choices(words, k=rng.randint(0, 5))]
+            arguments = [rng.choice(list(COMMANDS)), *rng.choices(words, k=rng.randint(0, 5))]
             result = cli(*arguments)
             assert result.code in (0, 2, 3, 4, 5), (arguments, result)
             assert "Traceback" not in result.err

@@ -8,11 +8,11 @@ import pytest
 
 import deltafmt
 from conftest import (
-    COMMANDS,
     Cli,
     Pair,
     refused,
 )
+from deltafmt.tools.main import COMMANDS
 
 # Options
 

@@ -31,6 +31,7 @@ from strategies import (
     sparse_arrays,
     sparse_layouts,
 )
+from term_kinds import ANY_LAYOUT
 
 torch = pytest.importorskip("torch")
 
@@ -108,12 +109,23 @@ def test_sparse(data: st.DataObject, layout: SparseLayout, shape: tuple[int, int
     check_decoder(operand_of(layout, packed, rows, columns, slots), codec.decode(packed, 0, rows), rng)
 
 
+@examples(100)
+@given(ANY_LAYOUT, shapes(80, 300), generators())
+def test_any_kind(layout: TermLayout, shape: tuple[int, int], rng: np.random.Generator) -> None:
+    check_random(fitting(layout.plain(), *shape), shape, rng)
+
+
 @examples(60)
 @given(st.one_of(layouts("seeded"), layouts("fixed", max_m=40)), shapes(80, 300), generators())
 def test_nm(layout: NMLayout, shape: tuple[int, int], rng: np.random.Generator) -> None:
+    check_random(layout, shape, rng)
+
+
+def check_random(layout: TermLayout, shape: tuple[int, int], rng: np.random.Generator) -> None:
+    """Check the decoder of a layout with random content."""
     operand = random_operand(rng, layout, *shape)
     packed = {name: np.ascontiguousarray(raw_numpy(tensor)) for name, tensor in operand.buffers.items()}
-    expected = term_codec(layout, *shape, operand.seed).decode(packed, 0, shape[0])
+    expected = term_codec(layout, *shape, operand.seed, operand.slots).decode(packed, 0, shape[0])
     check_decoder(operand, expected, rng)
 
 

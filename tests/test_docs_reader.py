@@ -22,7 +22,17 @@ from deltafmt.pipeline.summary import summary_obj
 from deltafmt.terms.buffers import blank, raw_bytes
 from deltafmt.terms.codecs import fitted, term_codec
 from deltafmt.terms.layout import TermLayout
-from strategies import dense_arrays, dense_layouts, fitting, layouts, nm_arrays, sparse_arrays, sparse_layouts
+from strategies import (
+    dense_arrays,
+    dense_layouts,
+    fitting,
+    generators,
+    layouts,
+    nm_arrays,
+    sparse_arrays,
+    sparse_layouts,
+)
+from term_kinds import ANY_LAYOUT, CASES
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "read_numpy.py"
 DIGEST = bytes(32)
@@ -50,6 +60,11 @@ def term_of(data: st.DataObject, writer: ContainerWriter, kind: str, rows: int, 
         nm_layout = data.draw(layouts(kind))
         seed = data.draw(st.integers(0, 2**32 - 1)) if nm_layout.seeded else 0
         return written(writer, nm_layout, data.draw(nm_arrays(nm_layout, rows, columns, seed)), seed, rows, columns)
+    if kind == "any":
+        layout = fitting(data.draw(ANY_LAYOUT).plain(), rows, columns)
+        seed = data.draw(st.integers(0, 2**32 - 1)) if layout.seeded else 0
+        arrays = CASES[layout.kind].arrays(data.draw(generators()), layout, rows, columns, seed)
+        return written(writer, layout, arrays, seed, rows, columns)
     if kind == "sparse":
         sparse_layout = data.draw(sparse_layouts())
         return written(writer, sparse_layout, data.draw(sparse_arrays(sparse_layout, rows, columns)), 0, rows, columns)
@@ -64,7 +79,7 @@ def example() -> Any:
 
 @given(
     data=st.data(),
-    kinds=st.lists(st.sampled_from(("seeded", "fixed", "sparse", "dense")), min_size=1, max_size=3),
+    kinds=st.lists(st.sampled_from(("any", "seeded", "fixed", "sparse", "dense")), min_size=1, max_size=3),
     rows=st.integers(1, 140),
     columns=st.integers(1, 300),
 )

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 import deltafmt
 from deltafmt.checkpoint.folder_writer import TensorSpec
@@ -17,21 +16,33 @@ from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError
 from deltafmt.index.entries import BaseRef
 from deltafmt.pipeline.entry_writer import EntryWriter, packed_bytes
+from deltafmt.pipeline.summary import cost_tree
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.codec import TermCodec
 from deltafmt.terms.codecs import CODECS, fitted, term_codec
 from deltafmt.terms.layout import TermLayout
+from deltafmt.terms.nm.index.codecs import INDEX_CODECS
+from deltafmt.terms.nm.index.encodings import ENCODINGS
 from deltafmt.terms.registry import LAYOUTS, parse_layout
+from index_cases import INDEX_CASES
 from strategies import examples, fitting, generators, shapes
-from term_kinds import CASES
+from term_kinds import ANY_LAYOUT, CASES
 
 EVERY_KIND = pytest.mark.parametrize("kind", CASES)
-ANY_LAYOUT = st.one_of(*(cases.layouts for cases in CASES.values()))
 
 
 def test_every_list_has_every_kind() -> None:
     assert list(LAYOUTS) == list(CODECS)
     assert set(LAYOUTS) == set(CASES)
+
+
+def test_every_list_has_every_index_encoding() -> None:
+    assert list(ENCODINGS) == list(INDEX_CODECS) == [codec.encoding.name for codec in INDEX_CODECS.values()]
+    assert set(ENCODINGS) == set(INDEX_CASES)
+    index = pytest.importorskip("deltafmt.kernels.nm.index")
+    assert set(index.DEVICE_INDEXES) == {encoding.plain for encoding in ENCODINGS.values()}
+    numbers = [known.number for known in index.DEVICE_INDEXES.values()]
+    assert len(set(numbers)) == len(numbers)
 
 
 @EVERY_KIND
@@ -86,6 +97,17 @@ def test_a_file_of_any_kind(layout: TermLayout, shape: tuple[int, int], rng: np.
         np.testing.assert_array_equal(delta.delta("w"), codec.decode(packed, 0, rows, check_form=True))
         part = codec.run_rows if rows > codec.run_rows else 0
         np.testing.assert_array_equal(delta.delta("w")[part:], codec.decode(packed, part, rows))
+
+
+@EVERY_KIND
+def test_the_bytes_of_every_buffer_are_counted(kind: str) -> None:
+    for layout in CASES[kind].samples:
+        assert set(layout.buffers(70, 90)) <= set(layout.counted_as)
+        codec, packed = packed_codec(np.random.default_rng(4), layout, 70, 90)
+        with DeltaFile(io.BytesIO(file_of(codec, packed, "cold" if layout.cold_only else "hot"))) as delta:
+            (deltas,) = (node for node in cost_tree(delta.container).children if node.label == "deltas")
+        assert deltas.size == sum(array.nbytes for array in packed.values())
+        assert {node.label for node in deltas.children} <= set(layout.counted_as.values())
 
 
 @EVERY_KIND

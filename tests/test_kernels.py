@@ -16,7 +16,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from deltafmt.terms.nm.index.encodings import ENCODINGS
 from deltafmt.terms.nm.layout import BITS, SHARES, NMLayout
+from index_cases import INDEX_CASES
 from strategies import generators, sizes
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -130,6 +132,10 @@ def fewer_rows(rng: Rng, layout: NMLayout, parts: Sequence[int], columns: int) -
     return operands(rng, layout, [int(rng.integers(0, rows, endpoint=True)) for rows in parts], columns)
 
 
+SAMPLES = [layout for known in INDEX_CASES.values() for layout in known.samples]
+# The encodings that kernels read.
+READ = [name for name, encoding in ENCODINGS.items() if encoding.plain == name]
+
 # Each width and each share, seeded and fixed, one and several planes of codes and positions; the columns end within a
 # group, and rows within a super-tile.
 GATHERED = [
@@ -149,6 +155,7 @@ GATHERED = [
     NMLayout(4, 128, 6, "fixed", "midtread", 2),
     NMLayout(1, 64, 5, "fixed", "midrise", 4),
     NMLayout(2, 2, 2, "fixed"),
+    *(layout for layout in SAMPLES if launch.step_elements(layout)),
 ]
 
 
@@ -163,14 +170,14 @@ def test_gather(layout: NMLayout) -> None:
 @st.composite
 def gathered(draw: st.DrawFn) -> NMLayout:
     """Give layouts that the gather kernel unrolls, at most 32 entries."""
-    index = draw(st.sampled_from(("seeded", "fixed")))
     log_group = draw(st.integers(1, 7))
+    keep, group = 2 ** draw(st.integers(0, min(log_group, 4))), 2**log_group
     bits = draw(st.sampled_from(BITS))
     layout = NMLayout(
-        2 ** draw(st.integers(0, min(log_group, 4))),
-        2**log_group,
+        keep,
+        group,
         bits,
-        index,
+        draw(st.sampled_from([name for name in READ if keep in INDEX_CASES[name].n(group)])),
         draw(st.sampled_from(("midrise",) if bits == 1 else ("midtread", "midrise"))),
         draw(st.sampled_from(SHARES)),
         draw(st.sampled_from(("BF16", "F32"))),
@@ -224,6 +231,7 @@ NOT_UNROLLED = [
     NMLayout(4, 16, 2, "seeded", "midrise", 2, "F32", 8),
     NMLayout(1, 8, 1, "seeded", "midrise", 1, "BF16", 5),
     NMLayout(2, 255, 8, "fixed", "midrise", 4),
+    *(layout for layout in SAMPLES if not launch.step_elements(layout)),
 ]
 
 
@@ -238,12 +246,11 @@ def test_entries(layout: NMLayout) -> None:
 @st.composite
 def any_layout(draw: st.DrawFn, max_group: int = 128) -> NMLayout:
     """Give layouts of any N:M."""
-    index = draw(st.sampled_from(("seeded", "fixed")))
-    log_group = st.integers(1, min(max_group, 128).bit_length() - 1)
-    group = 2 ** draw(log_group) if index == "seeded" else draw(st.integers(2, max_group))
+    index = draw(st.sampled_from(READ))
+    group = draw(INDEX_CASES[index].m(max_group))
     bits = draw(st.sampled_from(BITS))
     return NMLayout(
-        draw(st.integers(1, group)),
+        draw(st.sampled_from(INDEX_CASES[index].n(group))),
         group,
         bits,
         index,

@@ -24,6 +24,7 @@ from deltafmt.terms.nm.index.encodings import ENCODINGS
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.registry import parse_layout
 from deltafmt.terms.tiles import planes
+from index_cases import INDEX_CASES
 from strategies import examples, generators, layouts, nm_arrays, shapes, sizes
 
 Packed = dict[str, NDArray[np.generic]]
@@ -189,10 +190,8 @@ def unused_bits(
         unused = []
     elif name == "codes":
         unused = unused_of_planes(layout.kept(COLUMNS), layout.bits)
-    elif layout.index == "fixed":
-        unused = unused_of_planes(layout.kept(COLUMNS), layout.position_bits)
     else:
-        unused = unused_of_planes(layout.groups(COLUMNS), layout.rank_bits)
+        unused = unused_of_planes(*INDEX_CASES[layout.index].fields(layout, COLUMNS))
     behind = [(row, bit) for row in range(rows) for bit in unused]
     beyond = [(row, bit) for row in range(rows, array.shape[0] * 32) for bit in range(total)]
     chosen = [pool[i] for pool in (behind, beyond) if pool for i in rng.integers(len(pool), size=4)]
@@ -288,9 +287,9 @@ def test_a_field_beyond_the_last_column_is_refused(
 def test_a_scale_that_is_negative_or_not_finite_is_refused(
     index: str, scale_group: int, scale_dtype: str, bits: int
 ) -> None:
-    layout = NMLayout(3, 16, 4, index, share=2, scale_dtype=scale_dtype, scale_group=scale_group)
+    layout = NMLayout(4, 16, 4, index, share=2, scale_dtype=scale_dtype, scale_group=scale_group)
     mask_rows, groups = layout.mask_rows(ROWS), layout.groups(COLUMNS)
-    positions = np.tile(np.arange(3, dtype=np.uint8), (mask_rows, groups, 1))
+    positions = INDEX_CASES[index].positions(np.random.default_rng(0), layout, 5, mask_rows, groups)
     scales = np.ones((ROWS, layout.scales_per_row(COLUMNS)), np.float32)
     arrays = NMArrays(positions, np.zeros((ROWS, layout.kept(COLUMNS)), np.uint8), scales)
 

@@ -19,9 +19,10 @@ from deltafmt.kernels.products import matmul_, operand_delta
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from operands import random_operand
-from packed_operands import LAYOUTS, LOW_RANK, LOWBIT, SPARSE, check_packed
+from packed_operands import LAYOUTS, SOME_LAYOUTS, check_packed
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+some_layouts = pytest.mark.parametrize("layout", SOME_LAYOUTS, ids=lambda layout: f"{layout.kind} {layout.describe()}")
 SHAPES = (((1021,), 2047), ((1000, 260, 77), 4096), ((33,), 150))
 
 
@@ -33,14 +34,14 @@ def test_products(layout: TermLayout) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 9, MOST_TOKENS])
-@pytest.mark.parametrize("layout", [LOWBIT[1], LOW_RANK[4], SPARSE[2]], ids=lambda layout: layout.describe())
+@some_layouts
 def test_tokens(layout: TermLayout, tokens: int) -> None:
     rng = np.random.default_rng(tokens)
     slots = rng.permutation([0] * tokens + rng.integers(-1, 2, 5).tolist()).tolist()
     check_packed(rng, layout, [515], 1000, slots, BF16, "cuda")
 
 
-@pytest.mark.parametrize("layout", [LOWBIT[8], LOW_RANK[3], SPARSE[2]], ids=lambda layout: layout.describe())
+@some_layouts
 def test_captured_graph_asks_the_host_for_nothing(layout: TermLayout) -> None:
     rng = np.random.default_rng(0)
     rows, columns, slots = 500, 1000, 4

@@ -17,8 +17,9 @@ from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.codec import transcode_index
 from deltafmt.terms.nm.layout import NMLayout
+from index_cases import ascending
 from index_words import decoded, encoded
-from strategies import ascending, examples, generators, layouts, sizes
+from strategies import examples, generators, layouts, sizes
 
 SEEDS = st.integers(0, 2**32 - 1)
 FIRST_ROWS = st.one_of(st.integers(0, 1000), st.integers(2**32 - 40, 2**32 + 40))

@@ -15,8 +15,9 @@ from deltafmt.errors import UsageError
 from deltafmt.terms import words as word_codec
 from deltafmt.terms.nm import codec as nm
 from deltafmt.terms.nm.layout import NMLayout
+from index_cases import ascending
 from index_words import encoded
-from strategies import ascending, examples, generators, layouts, shapes
+from strategies import examples, generators, layouts, shapes
 
 torch = pytest.importorskip("torch")
 

@@ -15,7 +15,8 @@ from deltafmt.methods import sampling
 from deltafmt.methods.method_routines import Routines
 from deltafmt.terms.floats import subtract
 from deltafmt.terms.nm.hashing import mix
-from strategies import FLOAT_DTYPES, ascending, deltas, examples, generators, layouts, raws, shapes, sizes
+from index_cases import ascending
+from strategies import FLOAT_DTYPES, deltas, examples, generators, layouts, raws, shapes, sizes
 
 SEEDS = st.integers(0, 2**32 - 1)
 FIRST_ROWS = st.one_of(st.integers(0, 1000), st.integers(2**32 - 40, 2**32 + 40))

@@ -31,20 +31,8 @@ class Node:
         return obj
 
 
-# The label under which each buffer is counted. Everything else in the file is overhead.
-PAYLOAD = {
-    "codes": "codes",
-    "index": "index",
-    "scales": "scales",
-    "zero_points": "zero points",
-    "gaps": "index",
-    "starts": "index",
-    "values": "values",
-    "u": "factors",
-    "v": "factors",
-    "new_rows": "kept exactly",
-    "data": "kept exactly",
-}
+# The label of bytes that no term holds: tensors stored whole, and the rows that a fine-tune has added.
+KEPT = "kept exactly"
 
 
 def plural(number: int, noun: str) -> str:
@@ -62,22 +50,23 @@ def cost_tree(container: Container) -> Node:
     groups: dict[str, dict[str, int]] = {}
     counts: dict[str, int] = {}
     for entry in container.entries():
-        for name, ref in entry.refs():
-            plain = name.rpartition(".")[2].removeprefix("u_").removeprefix("v_")
-            group = "tensors kept exactly" if entry.action == "replace" else "deltas"
-            label = PAYLOAD[plain]
-            groups.setdefault(group, {}).setdefault(label, 0)
-            groups[group][label] += ref.length
+        group = groups.setdefault("tensors kept exactly" if entry.action == "replace" else "deltas", {})
+        for term in entry.terms:
+            for name, ref in term.buffers.items():
+                label = term.layout.counted_as[name]
+                group[label] = group.get(label, 0) + ref.length
+        if entry.data is not None:
+            group[KEPT] = group.get(KEPT, 0) + entry.data.length
         counts[entry.action] = counts.get(entry.action, 0) + 1
     tensors = [section for section in container.sections if section.kind == c.SECTION_KIND_TENSORS]
     raw = sum(section.raw_length for section in tensors)
     stored = sum(section.length for section in tensors)
     nodes = []
-    for group, action in (("deltas", "add"), ("tensors kept exactly", "replace")):
-        parts = [Node(label, size) for label, size in groups.get(group, {}).items() if size]
+    for title, action in (("deltas", "add"), ("tensors kept exactly", "replace")):
+        parts = [Node(label, size) for label, size in groups.get(title, {}).items() if size]
         note = plural(counts.get(action, 0), "tensor")
-        children = parts if group == "deltas" else []
-        nodes.append(Node(group, sum(part.size for part in parts), note, children))
+        children = parts if action == "add" else []
+        nodes.append(Node(title, sum(part.size for part in parts), note, children))
     if stored != raw:
         nodes.append(Node("zstd saves", stored - raw, plural(len(tensors), "section")))
     attached = [section for section in container.sections if section.kind == c.SECTION_KIND_ATTACHMENTS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from deltafmt.format.checks import Where
@@ -17,12 +18,14 @@ class TermLayout(ABC):
     Attributes:
         kind: the kind's name in the index.
         has_slots: True if a term says how many slots it has, on which the lengths of its buffers depend.
+        counted_as: the label under which ``inspect`` counts each buffer.
     """
 
     __slots__ = ()
 
     kind: ClassVar[str]
     has_slots: ClassVar[bool] = False
+    counted_as: ClassVar[Mapping[str, str]]
 
     @property
     def seeded(self) -> bool:

@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 
-from deltafmt.kernels.nm.index import INDEX_POSITIONS
+from deltafmt.kernels.nm.index import positions
 from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.unpack import chosen_rows, coded_values, each_of_group, fields, rows_of_tiles
 from deltafmt.terms.nm.layout import NMLayout
@@ -18,7 +18,7 @@ def decode(operand: Operand, start: int, stop: int) -> torch.Tensor:
     codes, scales = (rows_of_tiles(operand.buffers[name], start, stop, share) for name in ("codes", "scales"))
     first, last = start // share, -(-stop // share)
     masks = torch.arange(first, last, device=operand.device)
-    kept_at = _positions(operand, masks)
+    kept_at = positions(operand, masks)
     if share > 1:
         row = torch.arange(start, stop, device=operand.device)
         kept_at = kept_at[row // share - first]
@@ -29,15 +29,7 @@ def decode_rows(operand: Operand, rows: torch.Tensor) -> torch.Tensor:
     """Return some rows of the delta, float32, shape (len(rows), columns); rows are int64."""
     share = cast("NMLayout", operand.layout).share
     codes, scales = (chosen_rows(operand.buffers[name], rows, share) for name in ("codes", "scales"))
-    return _scattered(operand, codes, scales, _positions(operand, rows // share))
-
-
-def _positions(operand: Operand, mask_rows: torch.Tensor) -> torch.Tensor:
-    """Return the positions of some mask rows (int64), int64, shape (mask rows, groups, N), each within its group."""
-    layout = cast("NMLayout", operand.layout)
-    return INDEX_POSITIONS[layout.index](operand, mask_rows).view(
-        len(mask_rows), layout.groups(operand.columns), layout.n
-    )
+    return _scattered(operand, codes, scales, positions(operand, rows // share))
 
 
 def _scattered(operand: Operand, codes: torch.Tensor, scales: torch.Tensor, kept_at: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from deltafmt.kernels.nm.record_fields import CODES, FIELDS, INDEX_WORDS, ROWS, 
 def dense_tile(
     codes_ptr, index_ptr, scales_ptr, seed, row, group, rows, kept, code_words, index_words, scale_group, scales,
     N: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
-    TOP: tl.constexpr, INDEX: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr, SCALED: tl.constexpr,
+    TOP: tl.constexpr, INDEX: tl.constexpr, INDEX_BITS: tl.constexpr, POSITION_BITS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Return ``2u - top`` (times half the scale if SCALED), float32, shape (rows, groups * PADDED)."""
     place = tl.arange(0, PADDED)[None, None, :]
@@ -37,7 +37,7 @@ def dense_tile(
         element = (group * N + i)[None, :]
         m = (element < kept) & (r < rows)
         position = load_position(
-            index_ptr, seed, r // SHARE, element, kept, index_words, m, N, M, INDEX, LANE_BITS, POSITION_BITS
+            index_ptr, seed, r // SHARE, element, kept, index_words, m, N, M, INDEX, INDEX_BITS, POSITION_BITS
         )
         value = load_code(codes_ptr, r, element, kept, code_words, m, BITS, SHARE, TOP)
         if SCALED:
@@ -54,7 +54,7 @@ def dot_kernel(
     columns, groups, kept, code_words, index_words, scale_group, scales,
     PARTS: tl.constexpr, TOKENS: tl.constexpr,
     N: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
-    TOP: tl.constexpr, SCALE: tl.constexpr, INDEX: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr,
+    TOP: tl.constexpr, SCALE: tl.constexpr, INDEX: tl.constexpr, INDEX_BITS: tl.constexpr, POSITION_BITS: tl.constexpr,
     SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add ``x @ delta.T`` of one tile of tokens and one block of rows, the delta decoded tile by tile.
@@ -85,7 +85,7 @@ def dot_kernel(
         group = start + tl.arange(0, GROUPS)
         delta = dense_tile(
             codes_ptr, index_ptr, scales_ptr, seed, row, group, rows, kept, code_words, index_words, scale_group,
-            scales, N, M, PADDED, BITS, SHARE, TOP, INDEX, LANE_BITS, POSITION_BITS, SCALED,
+            scales, N, M, PADDED, BITS, SHARE, TOP, INDEX, INDEX_BITS, POSITION_BITS, SCALED,
         )  # fmt: skip
         column = (start + place // PADDED) * M + place % PADDED
         m = (place % PADDED < M) & (column < columns)
@@ -103,7 +103,7 @@ def expand_kernel(
     codes_ptr, index_ptr, scales_ptr, seed, base_ptr, base_stride, out_ptr, out_stride, first_row, rows,
     columns, kept, code_words, index_words, scale_group, scales,
     N: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
-    TOP: tl.constexpr, INDEX: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr, BASE: tl.constexpr,
+    TOP: tl.constexpr, INDEX: tl.constexpr, INDEX_BITS: tl.constexpr, POSITION_BITS: tl.constexpr, BASE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Write rows ``first_row`` to ``rows`` of the delta, or of base + delta, rounded to the output's dtype once."""
@@ -111,7 +111,7 @@ def expand_kernel(
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     delta = dense_tile(
         codes_ptr, index_ptr, scales_ptr, seed.to(tl.uint32), row, group, rows, kept, code_words, index_words,
-        scale_group, scales, N, M, PADDED, BITS, SHARE, TOP, INDEX, LANE_BITS, POSITION_BITS, True,
+        scale_group, scales, N, M, PADDED, BITS, SHARE, TOP, INDEX, INDEX_BITS, POSITION_BITS, True,
     )  # fmt: skip
     place = tl.arange(0, GROUPS * PADDED)
     column = (tl.program_id(1) * GROUPS + place // PADDED) * M + place % PADDED
@@ -127,7 +127,7 @@ def embedding_kernel(
     ids_ptr, slots_ptr, slot_count, records_ptr, y_ptr, y_stride, columns, kept, code_words, index_words, scale_group,
     scales,
     N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr, TOP: tl.constexpr,
-    SCALE: tl.constexpr, INDEX: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr,
+    SCALE: tl.constexpr, INDEX: tl.constexpr, INDEX_BITS: tl.constexpr, POSITION_BITS: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """Add row ``id`` of a token's delta onto its embedding; kept elements of a row stand in different columns."""
@@ -148,7 +148,7 @@ def embedding_kernel(
     element = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
     m = element < kept
     position = load_position(
-        index_ptr, seed, row // SHARE, element, kept, index_words, m, N, M, INDEX, LANE_BITS, POSITION_BITS
+        index_ptr, seed, row // SHARE, element, kept, index_words, m, N, M, INDEX, INDEX_BITS, POSITION_BITS
     )
     value = load_code(codes_ptr, row, element, kept, code_words, m, BITS, SHARE, TOP)
     value *= load_scale(scales_ptr, row, element // scale_group, scales, m, SHARE)

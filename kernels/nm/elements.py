@@ -51,7 +51,7 @@ def element_kernel(
     columns, kept, code_words, index_words, scale_group, scales,
     PARTS: tl.constexpr, TOKENS: tl.constexpr,
     N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr, TOP: tl.constexpr,
-    SCALE: tl.constexpr, INDEX: tl.constexpr, LANE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr,
+    SCALE: tl.constexpr, INDEX: tl.constexpr, INDEX_BITS: tl.constexpr, POSITION_BITS: tl.constexpr,
     SCALED: tl.constexpr, ELEMENTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """The same product for any layout, element by element: what the gather kernel does not unroll comes here."""
@@ -75,7 +75,7 @@ def element_kernel(
         element = (start + tl.arange(0, ELEMENTS))[:, None]
         m = (element < kept) & (row < rows)
         position = load_position(
-            index_ptr, seed, row // SHARE, element, kept, index_words, m, N, M, INDEX, LANE_BITS, POSITION_BITS
+            index_ptr, seed, row // SHARE, element, kept, index_words, m, N, M, INDEX, INDEX_BITS, POSITION_BITS
         )
         value = load_code(codes_ptr, row, element, kept, code_words, m, BITS, SHARE, TOP)
         if SCALED:

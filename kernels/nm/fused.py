@@ -37,7 +37,7 @@ def fused_kernel(
     records_ptr, slot, columns, groups, code_words, words0, words1, index_words, places0, places1, places2,
     PARTS: tl.constexpr,
     N: tl.constexpr, LOG_M: tl.constexpr, SHARE: tl.constexpr, TOP: tl.constexpr, SCALE: tl.constexpr,
-    INDEX: tl.constexpr, LANE_BITS: tl.constexpr, PLANE0: tl.constexpr, CLASSES0: tl.constexpr, PLANE1: tl.constexpr,
+    INDEX: tl.constexpr, INDEX_BITS: tl.constexpr, PLANE0: tl.constexpr, CLASSES0: tl.constexpr, PLANE1: tl.constexpr,
     CLASSES1: tl.constexpr, ELEMENTS: tl.constexpr, STEPS: tl.constexpr, MASK_ROWS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def fused_kernel(
         column = chunk * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(x_ptr + column, mask=column < columns, other=0).to(tl.float32) * TWO_64
         position = chunk_positions(
-            indexed, places0, places1, places2, step, m_rows, INDEX, ELEMENTS, N, LOG_M, LANE_BITS
+            indexed, places0, places1, places2, step, m_rows, INDEX, ELEMENTS, N, LOG_M, INDEX_BITS
         )
         position = position.to(tl.int32) + (o_gather << LOG_M)[:, :, None]
         g = tl.gather(x, tl.reshape(position, [ELEMENTS * STEPS * MASK_ROWS]), 0)

@@ -63,7 +63,7 @@ def gather_kernel(
     columns, groups, code_words, words0, words1, index_words, places0, places1, places2,
     PARTS: tl.constexpr, TOKENS: tl.constexpr,
     N: tl.constexpr, LOG_M: tl.constexpr, SHARE: tl.constexpr, TOP: tl.constexpr, SCALE: tl.constexpr,
-    INDEX: tl.constexpr, LANE_BITS: tl.constexpr, PLANE0: tl.constexpr, CLASSES0: tl.constexpr, PLANE1: tl.constexpr,
+    INDEX: tl.constexpr, INDEX_BITS: tl.constexpr, PLANE0: tl.constexpr, CLASSES0: tl.constexpr, PLANE1: tl.constexpr,
     CLASSES1: tl.constexpr, ELEMENTS: tl.constexpr, STEPS: tl.constexpr, MASK_ROWS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Add ``x @ delta.T`` of one tile of tokens and one block of rows; see the module's docstring."""
@@ -117,7 +117,7 @@ def gather_kernel(
             else:
                 x = x + (tl.load(p_x[t] + column, mask=column < columns, other=0),)
         position = chunk_positions(
-            indexed, places0, places1, places2, step, m_rows, INDEX, ELEMENTS, N, LOG_M, LANE_BITS
+            indexed, places0, places1, places2, step, m_rows, INDEX, ELEMENTS, N, LOG_M, INDEX_BITS
         )
         position = position.to(tl.int32) + (o_gather << LOG_M)[:, :, None]
         position = tl.reshape(position, [ELEMENTS * STEPS * MASK_ROWS])

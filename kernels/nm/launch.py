@@ -11,7 +11,7 @@ import triton
 
 from deltafmt.kernels.launch_arguments import DTYPES, output_arguments, tile_tokens, token_arguments
 from deltafmt.kernels.nm import dense, elements, fused, gather
-from deltafmt.kernels.nm.index import index_constants, whole_words
+from deltafmt.kernels.nm.index import index_constants, index_planes, whole_words
 from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.record import MAX_PARTS, LayoutTable
 from deltafmt.kernels.segments import Segments, TokenTiles
@@ -127,7 +127,7 @@ def gather_arguments(layout: NMLayout, step: int, columns: int, blocks: Blocks) 
     kept = layout.kept(columns)
     code_planes = planes(layout.bits)
     words = [-(-kept * width // 32) for width in code_planes]
-    places = [-(-kept * width // 32) for width in planes(layout.position_bits)] + [0, 0]
+    places = [*index_planes(layout, columns), 0, 0, 0]
     classes = [min(blocks.classes, 16 // width) for width in code_planes]
     return {
         "groups": layout.groups(columns),

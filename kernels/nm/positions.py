@@ -1,6 +1,7 @@
 """Reading the index of an ``nm`` term in kernels: positions one by one, or those of a chunk of a row (section 11.4).
 
-``INDEX`` is the number of the index encoding (:mod:`deltafmt.kernels.nm.index`); all that depends on it stands here.
+``INDEX`` is the number of the index encoding and ``INDEX_BITS`` the bits of one of its fields, or of a hash for each
+group (:mod:`deltafmt.kernels.nm.index`); all that depends on them stands here.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def load_position(
     N: tl.constexpr,
     M: tl.constexpr,
     INDEX: tl.constexpr,
-    LANE_BITS: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
     POSITION_BITS: tl.constexpr,
 ):
     """Section 11.4: return the position in its group of each kept element, int32.
@@ -62,29 +63,29 @@ def load_position(
     """
     if INDEX == INDEX_FIXED:
         p_words = index_ptr + (mask_row // 32).to(tl.int64) * index_words * 32 + mask_row % 32
-        return load_field(p_words, element, mask, POSITION_BITS, kept).to(tl.int32)
+        return load_field(p_words, element, mask, INDEX_BITS, kept).to(tl.int32)
     else:
-        LANES: tl.constexpr = 64 // LANE_BITS
+        LANES: tl.constexpr = 64 // INDEX_BITS
         group = element // N
         key = mix(mask_row.to(tl.uint32) * ROW_STEP + seed)
         low, high = mix64(key + (group // LANES).to(tl.uint32) * BLOCK_STEP)
         half = tl.where(group % LANES < LANES // 2, low, high)
-        lane = half >> (group % (LANES // 2) * LANE_BITS).to(tl.uint32)
+        lane = half >> (group % (LANES // 2) * INDEX_BITS).to(tl.uint32)
         b = lane & (M - 1)
         a = ((lane >> (POSITION_BITS - 1)) & (M - 1)) | 1
         return ((a * (element % N).to(tl.uint32) + b) & (M - 1)).to(tl.int32)
 
 
 @triton.jit
-def seeded_positions(key, step, ELEMENTS: tl.constexpr, N: tl.constexpr, LOG_M: tl.constexpr, LANE_BITS: tl.constexpr):
+def seeded_positions(key, step, ELEMENTS: tl.constexpr, N: tl.constexpr, LOG_M: tl.constexpr, INDEX_BITS: tl.constexpr):
     """Section 11.4: return positions, uint32, shape (ELEMENTS, steps, mask rows); a hash serves several groups."""
-    LANES: tl.constexpr = 32 // LANE_BITS  # of one half
+    LANES: tl.constexpr = 32 // INDEX_BITS  # of one half
     HASHES: tl.constexpr = ELEMENTS // (N * LANES * 2)
     MASK: tl.constexpr = (1 << LOG_M) - 1
     number = step[None, :] * HASHES + tl.arange(0, HASHES)[:, None]
     low, high = mix64(key[None, None, :] + (number.to(tl.uint32) * BLOCK_STEP)[:, :, None])
     half = tl.where((tl.arange(0, 2) == 0)[None, :, None, None], low[:, None], high[:, None])
-    lane = half[:, :, None, :, :] >> (tl.arange(0, LANES).to(tl.uint32) * LANE_BITS)[None, None, :, None, None]
+    lane = half[:, :, None, :, :] >> (tl.arange(0, LANES).to(tl.uint32) * INDEX_BITS)[None, None, :, None, None]
     lane = tl.reshape(lane, [HASHES, LANES * 2, step.shape[0], key.shape[0]])
     b = lane & MASK
     if N == 1:
@@ -124,13 +125,13 @@ def row_index(index_ptr, seed, mask_row, index_words, INDEX: tl.constexpr):
 @triton.jit
 def chunk_positions(
     rows, places0, places1, places2, step, m_rows,
-    INDEX: tl.constexpr, ELEMENTS: tl.constexpr, N: tl.constexpr, LOG_M: tl.constexpr, LANE_BITS: tl.constexpr,
+    INDEX: tl.constexpr, ELEMENTS: tl.constexpr, N: tl.constexpr, LOG_M: tl.constexpr, INDEX_BITS: tl.constexpr,
 ):  # fmt: skip
     """Return the positions of some steps of some mask rows, uint32, shape (ELEMENTS, steps, mask rows).
 
     ``rows`` is what :func:`row_index` gave; ``places`` are the words of a row in each plane of a stored index.
     """
     if INDEX == INDEX_FIXED:
-        return fixed_positions(rows, places0, places1, places2, step, m_rows, ELEMENTS, LOG_M)
+        return fixed_positions(rows, places0, places1, places2, step, m_rows, ELEMENTS, INDEX_BITS)
     else:
-        return seeded_positions(rows, step, ELEMENTS, N, LOG_M, LANE_BITS)
+        return seeded_positions(rows, step, ELEMENTS, N, LOG_M, INDEX_BITS)

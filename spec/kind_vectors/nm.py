@@ -5,12 +5,26 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from vector_tools import change_buffer, fields, makes_arrays, one_tensor, simple, vector
+from vector_tools import POSITIONS, change_buffer, fields, makes_arrays, makes_positions, one_tensor, simple, vector
 
 from deltafmt.delta import DeltaFile
 from deltafmt.terms.nm import codec as nm
 from deltafmt.terms.nm.hashing import seeded
+from deltafmt.terms.nm.index.codec import Positions
 from deltafmt.terms.nm.layout import NMLayout
+
+
+@makes_positions("seeded")
+def drawn_positions(layout: NMLayout, seed: int, mask_rows: int, groups: int) -> Positions:
+    """Return the positions that a seed gives."""
+    return seeded(seed, 0, mask_rows, groups, layout.n, layout.m)
+
+
+def any_positions(layout: NMLayout, seed: int, mask_rows: int, groups: int) -> Positions:  # noqa: ARG001
+    """Return made-up positions in order."""
+    keys = np.arange(mask_rows * groups * layout.m, dtype=np.uint64) * 0x9E3779B97F4A7C15 >> np.uint64(20)
+    order = np.argsort(keys.reshape(mask_rows, groups, layout.m), axis=2, kind="stable")
+    return np.sort(order[:, :, : layout.n], axis=2).astype(np.uint8)
 
 
 @makes_arrays("nm")
@@ -18,12 +32,7 @@ def arrays(layout: NMLayout, rows: int, columns: int, seed: int) -> nm.NMArrays:
     """Return made-up content of an ``nm`` term."""
     groups, kept = layout.groups(columns), layout.kept(columns)
     mask_rows = layout.mask_rows(rows)
-    if layout.index == "seeded":
-        positions = seeded(seed, 0, mask_rows, groups, layout.n, layout.m)
-    else:
-        keys = np.arange(mask_rows * groups * layout.m, dtype=np.uint64) * 0x9E3779B97F4A7C15 >> np.uint64(20)
-        order = np.argsort(keys.reshape(mask_rows, groups, layout.m), axis=2, kind="stable")
-        positions = np.sort(order[:, :, : layout.n], axis=2).astype(np.uint8)
+    positions = POSITIONS.get(layout.index, any_positions)(layout, seed, mask_rows, groups)
     codes = fields(rows * kept, layout.top, seed).reshape(rows, kept)
     scales = (1 + np.arange(rows * layout.scales_per_row(columns), dtype=np.float32)) / 256
     arrays = nm.NMArrays(positions, codes, scales.reshape(rows, -1))

@@ -24,7 +24,8 @@ class KindCases:
 
     Attributes:
         layouts: gives any valid layout.
-        samples: layouts that kernels are run with: all widths, grids, dtypes and forms.
+        samples: layouts that kernels are run with: all widths, grids, dtypes and forms. The first and the last, which
+            differ most, stand for the kind where there is no time for all.
         arrays: draws canonical content for (rng, layout, rows, columns, seed), with scales of about one.
         naive: gives the dense delta of an operand, slowly.
         magnitude: gives for an operand the magnitude of what is summed for each element, with which rounding errors
@@ -54,3 +55,4 @@ CASES: dict[str, KindCases] = {}
 for _module in pkgutil.iter_modules(__path__):
     _found = importlib.import_module(f"{__name__}.{_module.name}").CASES
     CASES[_found.kind] = _found
+ANY_LAYOUT: st.SearchStrategy[Any] = st.one_of(*(_cases.layouts for _cases in CASES.values()))

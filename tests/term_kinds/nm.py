@@ -9,19 +9,16 @@ import numpy as np
 
 from deltafmt.terms.floats import narrow, widen
 from deltafmt.terms.nm import codec as nm
-from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.layout import NMLayout
-from strategies import ascending, layouts
+from index_cases import INDEX_CASES
+from strategies import layouts
 from term_kinds import KindCases
 
 
 def arrays(rng: np.random.Generator, layout: NMLayout, rows: int, columns: int, seed: int) -> nm.NMArrays:
     """Draw codes and scales at the positions that a layout allows."""
     mask_rows, groups = layout.mask_rows(rows), layout.groups(columns)
-    if layout.seeded:
-        kept_at = hashing.seeded(seed, 0, mask_rows, groups, layout.n, layout.m)
-    else:
-        kept_at = ascending(rng, mask_rows, groups, layout.n, layout.m)
+    kept_at = INDEX_CASES[layout.index].positions(rng, layout, seed, mask_rows, groups)
     codes = rng.integers(0, layout.top, (rows, layout.kept(columns)), np.uint8, endpoint=True)
     scales = (rng.random((rows, layout.scales_per_row(columns)), np.float32) + np.float32(0.1)) / np.float32(8)
     if layout.scale_dtype == "BF16":
@@ -52,8 +49,11 @@ CASES = KindCases(
         NMLayout(4, 16, 4, "fixed"),
         NMLayout(3, 7, 3, "fixed", "midtread", 2, "F32", 5),
         NMLayout(2, 16, 2, "seeded", "midrise"),
+        *(layout for known in INDEX_CASES.values() for layout in known.samples),
     ],
     arrays=arrays,
     naive=naive,
     magnitude=magnitude,
+    compiled={name: (layout, 0) for known in INDEX_CASES.values() for name, layout in known.compiled.items()},
+    limits={name: limits for known in INDEX_CASES.values() for name, limits in known.limits.items()},
 )

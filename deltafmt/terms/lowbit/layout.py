@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -28,6 +29,7 @@ class LowbitLayout(Coding, TermLayout):
     axis: str = "row"
 
     kind: ClassVar[str] = "lowbit"
+    counted_as: ClassVar[Mapping[str, str]] = {"codes": "codes", "scales": "scales", "zero_points": "zero points"}
 
     def __post_init__(self) -> None:
         Coding.__post_init__(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -31,6 +32,12 @@ class LowRankLayout(TermLayout):
     factors: Coding | str
 
     kind: ClassVar[str] = "lowrank"
+    counted_as: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("u", "v"), "factors"),
+        **dict.fromkeys(("u_codes", "v_codes"), "codes"),
+        **dict.fromkeys(("u_scales", "v_scales"), "scales"),
+        **dict.fromkeys(("u_zero_points", "v_zero_points"), "zero points"),
+    }
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= MAX_VECTORS:

@@ -17,6 +17,7 @@ MIX_FIRST = 0x7FEB352D
 MIX_SECOND = 0x846CA68B
 FOLD = 0xCD9E8D57
 SPREAD = 0xFFFEB2D5
+HASH_BITS = 64
 
 
 def mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -59,7 +60,7 @@ def seeded(seed: int, first: int, count: int, groups: int, n: int, m: int) -> ND
         m: M, a power of two from 2 to 128.
     """
     width = lane_bits(n, m)
-    per_hash = 64 // width
+    per_hash = HASH_BITS // width
     log_m = m.bit_length() - 1
     # "key(r) = mix(seed + r * 0x9E3779B1)", modulo 2**32.
     rows = np.arange(first, first + count, dtype=np.uint64).astype(np.uint32)

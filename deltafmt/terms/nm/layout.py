@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
@@ -53,6 +54,7 @@ class NMLayout(TermLayout):
     scale_group: int = 0
 
     kind: ClassVar[str] = "nm"
+    counted_as: ClassVar[Mapping[str, str]] = {"codes": "codes", "index": "index", "scales": "scales"}
 
     def __post_init__(self) -> None:
         if self.index not in ENCODINGS:

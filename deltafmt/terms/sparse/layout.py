@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -37,6 +38,13 @@ class SparseLayout(TermLayout):
 
     kind: ClassVar[str] = "sparse"
     has_slots: ClassVar[bool] = True
+    counted_as: ClassVar[Mapping[str, str]] = {
+        "codes": "codes",
+        "gaps": "index",
+        "scales": "scales",
+        "starts": "index",
+        "values": "values",
+    }
 
     def __post_init__(self) -> None:
         if isinstance(self.values, str):

@@ -1,14 +1,13 @@
-"""The codec of each index encoding, by the encoding's name."""
+"""The codec of each index encoding: ``CODEC`` of the file that has the encoding's name."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Final
 
 from deltafmt.terms.nm.index.codec import IndexCodec
-from deltafmt.terms.nm.index.fixed import FixedIndex
-from deltafmt.terms.nm.index.rank import RankIndex
-from deltafmt.terms.nm.index.seeded import SeededIndex
+from deltafmt.terms.nm.index.encodings import ENCODINGS
 
 INDEX_CODECS: Final[dict[str, type[IndexCodec]]] = {
-    codec.encoding.name: codec for codec in (SeededIndex, FixedIndex, RankIndex)
+    name: importlib.import_module(f"{__package__}.{name}").CODEC for name in ENCODINGS
 }

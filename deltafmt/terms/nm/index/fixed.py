@@ -36,3 +36,6 @@ class FixedIndex(IndexCodec):
         positions = fields.astype(np.uint8, copy=True).reshape(mask_rows, groups, layout.n)
         check_ascending(positions, layout.m)
         return positions
+
+
+CODEC = FixedIndex

@@ -75,3 +75,6 @@ class RankIndex(IndexCodec):
             positions[:, :, i] = p
             rest -= table[i][p]
         return positions
+
+
+CODEC = RankIndex

@@ -25,3 +25,6 @@ class SeededIndex(IndexCodec):
     ) -> Positions:
         """Draw the positions."""
         return routines.seeded(seed, first, mask_rows, groups, layout.n, layout.m)
+
+
+CODEC = SeededIndex
