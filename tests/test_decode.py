@@ -38,11 +38,11 @@ torch = pytest.importorskip("torch")
 from deltafmt.kernels import kind
 from deltafmt.kernels.lowrank.decode import vectors
 from deltafmt.kernels.operand import BUFFER_DTYPES, Operand
+from deltafmt.kernels.packed_words import chosen_fields, fields
 from deltafmt.kernels.products import operand_delta
 from deltafmt.kernels.registry import kernels_of
 from deltafmt.kernels.sparse import decode as sparse_decode
 from deltafmt.kernels.sparse.decode import runs_of
-from deltafmt.kernels.unpack import chosen_fields, fields
 from operands import damaged_operand, random_operand, reach
 from reference import naive_delta
 

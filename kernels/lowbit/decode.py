@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from deltafmt.kernels.operand import Operand
-from deltafmt.kernels.unpack import chosen_rows, coded_values, each_of_group, fields, rows_of_tiles
+from deltafmt.kernels.packed_words import chosen_rows, coded_values, each_of_group, fields, rows_of_tiles
 from deltafmt.terms.lowbit.layout import LowbitLayout
 
 

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 
 from deltafmt.kernels.operand import Operand
-from deltafmt.kernels.unpack import chosen_fields, coded_values, each_of_group, fields
+from deltafmt.kernels.packed_words import chosen_fields, coded_values, each_of_group, fields
 from deltafmt.terms.lowrank.layout import LowRankLayout
 
 # Elements of a delta that are summed at a time on the CPU: few enough to stay in the processor's cache.

@@ -8,7 +8,7 @@ import torch
 
 from deltafmt.kernels.nm.index import positions
 from deltafmt.kernels.operand import Operand
-from deltafmt.kernels.unpack import chosen_rows, coded_values, each_of_group, fields, rows_of_tiles
+from deltafmt.kernels.packed_words import chosen_rows, coded_values, each_of_group, fields, rows_of_tiles
 from deltafmt.terms.nm.layout import NMLayout
 
 

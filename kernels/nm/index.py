@@ -12,7 +12,7 @@ from typing import Final, cast
 import torch
 
 from deltafmt.kernels.operand import Operand
-from deltafmt.kernels.unpack import chosen_rows, fields
+from deltafmt.kernels.packed_words import chosen_rows, fields
 from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.index.encodings import Fixed, Seeded
 from deltafmt.terms.nm.layout import NMLayout

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 
 from deltafmt.kernels.operand import Operand
-from deltafmt.kernels.unpack import coded_values, fields
+from deltafmt.kernels.packed_words import coded_values, fields
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.sparse.layout import SparseLayout
 from deltafmt.terms.tiles import TILE_ROWS
