@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 
@@ -27,12 +28,23 @@ SEEDS = 6
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    """Compile all cases at once, in as many processes as there are cores; the tests then find them in the cache."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Compile all cases at once, in as many processes as there are cores; the tests then find them in the cache.
+
+    Where tests run in parallel, the first process to come here compiles, and the others wait for it.
+    """
     cores = min(len(os.sched_getaffinity(0)), len(JOBS), 16)
-    if cores >= 4 and "PYTEST_XDIST_WORKER" not in os.environ:
-        with multiprocessing.get_context("spawn").Pool(cores) as pool:
-            pool.map(compile_job, JOBS, chunksize=1)
+    if cores < 4:
+        return
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    with open(shared / "kernels-compiled", "a+") as done:
+        fcntl.flock(done, fcntl.LOCK_EX)
+        done.seek(0)
+        if not done.read():
+            with multiprocessing.get_context("spawn").Pool(cores) as pool:
+                pool.map(compile_job, JOBS, chunksize=1)
+            done.write("done")
 
 
 def decoded_rounding(layout: NMLayout, dtype: torch.dtype) -> float:
