@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,14 +35,8 @@ class Coding:
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MAX_BITS:
             raise UsageError(f"bits k = {self.bits} is outside 1 to {MAX_BITS}")
-        if self.grid not in CODING_GRIDS:
-            raise UsageError(f"grid {self.grid!r} is not one of {', '.join(CODING_GRIDS)}")
-        if self.grid == "midtread" and self.bits == 1:
-            raise UsageError("a midtread grid of 1 bit has no level but zero; use midrise")
-        if self.scale_dtype not in SCALE_BYTES:
-            raise UsageError(f"scale dtype {self.scale_dtype!r} is not one of {', '.join(SCALE_BYTES)}")
-        if not 0 <= self.scale_group <= MAX_SCALE_GROUP:
-            raise UsageError(f"scale group {self.scale_group} is outside 0 to {MAX_SCALE_GROUP}")
+        check_grid(self.grid, CODING_GRIDS, self.bits)
+        check_scales(self.scale_dtype, self.scale_group)
 
     @property
     def has_zero_points(self) -> bool:
@@ -50,7 +45,7 @@ class Coding:
 
     @property
     def top(self) -> int:
-        """The largest stored field u; on the symmetric grids also twice the field that would mean zero."""
+        """The largest stored field u. On the symmetric grids, u = top / 2 would mean zero."""
         return (1 << self.bits) - (2 if self.grid == "midtread" else 1)
 
     def words(self, count: int) -> int:
@@ -73,3 +68,27 @@ class Coding:
     def describe(self) -> str:
         """Return a short form such as ``k=3 midtread scale/128``."""
         return f"k={self.bits} {self.grid}{scale_words(self.scale_group, self.scale_dtype)}"
+
+
+def check_grid(grid: str, grids: Sequence[str], bits: int) -> None:
+    """Check the grid of codes.
+
+    Raises:
+        UsageError: it is not one of ``grids``, or has no level but zero.
+    """
+    if grid not in grids:
+        raise UsageError(f"grid {grid!r} is not one of {', '.join(grids)}")
+    if grid == "midtread" and bits == 1:
+        raise UsageError("a midtread grid of 1 bit has no level but zero; use midrise")
+
+
+def check_scales(dtype: str, group: int) -> None:
+    """Check the dtype of scales and the number of codes that share one.
+
+    Raises:
+        UsageError: one of them is outside the specification.
+    """
+    if dtype not in SCALE_BYTES:
+        raise UsageError(f"scale dtype {dtype!r} is not one of {', '.join(SCALE_BYTES)}")
+    if not 0 <= group <= MAX_SCALE_GROUP:
+        raise UsageError(f"scale group {group} is outside 0 to {MAX_SCALE_GROUP}")
