@@ -93,8 +93,8 @@ def operand_delta(operand: Operand, start: int = 0, stop: int | None = None) -> 
 def can_fuse(table: OperandTable, slot: int, tokens: int) -> bool:
     """Return True if :func:`fused_linear` takes a slot.
 
-    It does on a GPU, if there are at most three parts, every part has one term with all rows of the part, all terms have
-    the same layout, and the layout's kind fuses this number of tokens.
+    It does on a GPU, if there are at most three parts, every part has one term with all rows of the part, all terms
+    have the same layout, and the layout's kind fuses this number of tokens.
     """
     if table.device.type != "cuda" or not accel.has_triton() or len(table.parts) > MAX_PARTS:
         return False
