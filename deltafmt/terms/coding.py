@@ -12,6 +12,22 @@ MAX_BITS: Final = 8
 CODING_GRIDS: Final = (*GRIDS, "asymmetric")
 
 
+def check_scales(bits: int, grid: str, scale_dtype: str, scale_group: int, grids: tuple[str, ...]) -> None:
+    """Check how codes of k bits are scaled, for a layout whose grid may be one of ``grids``.
+
+    Raises:
+        UsageError: a parameter, or the combination, is outside the specification.
+    """
+    if grid not in grids:
+        raise UsageError(f"grid {grid!r} is not one of {', '.join(grids)}")
+    if grid == "midtread" and bits == 1:
+        raise UsageError("a midtread grid of 1 bit has no level but zero; use midrise")
+    if scale_dtype not in SCALE_BYTES:
+        raise UsageError(f"scale dtype {scale_dtype!r} is not one of {', '.join(SCALE_BYTES)}")
+    if not 0 <= scale_group <= MAX_SCALE_GROUP:
+        raise UsageError(f"scale group {scale_group} is outside 0 to {MAX_SCALE_GROUP}")
+
+
 @dataclass(frozen=True, slots=True)
 class Coding:
     """k-bit codes, one for every number, and scales for runs of them.
@@ -34,14 +50,7 @@ class Coding:
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MAX_BITS:
             raise UsageError(f"bits k = {self.bits} is outside 1 to {MAX_BITS}")
-        if self.grid not in CODING_GRIDS:
-            raise UsageError(f"grid {self.grid!r} is not one of {', '.join(CODING_GRIDS)}")
-        if self.grid == "midtread" and self.bits == 1:
-            raise UsageError("a midtread grid of 1 bit has no level but zero; use midrise")
-        if self.scale_dtype not in SCALE_BYTES:
-            raise UsageError(f"scale dtype {self.scale_dtype!r} is not one of {', '.join(SCALE_BYTES)}")
-        if not 0 <= self.scale_group <= MAX_SCALE_GROUP:
-            raise UsageError(f"scale group {self.scale_group} is outside 0 to {MAX_SCALE_GROUP}")
+        check_scales(self.bits, self.grid, self.scale_dtype, self.scale_group, CODING_GRIDS)
 
     @property
     def has_zero_points(self) -> bool:

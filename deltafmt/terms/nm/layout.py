@@ -8,12 +8,11 @@ from typing import Any, ClassVar, Final
 
 from deltafmt.errors import UsageError
 from deltafmt.format.checks import Where, parse_fields
+from deltafmt.terms.coding import check_scales
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.nm.index.encodings import ENCODINGS, IndexEncoding, position_bits, rank_bits
 from deltafmt.terms.tiles import (
     GRIDS,
-    MAX_SCALE_GROUP,
-    SCALE_BYTES,
     TILE_ROWS,
     BufferForm,
     scale_words,
@@ -67,14 +66,7 @@ class NMLayout(TermLayout):
             raise UsageError(f"bits k = {self.bits} is not one of {', '.join(map(str, BITS))}")
         if self.share not in SHARES:
             raise UsageError(f"share v = {self.share} is not one of {', '.join(map(str, SHARES))}")
-        if self.grid not in GRIDS:
-            raise UsageError(f"grid {self.grid!r} is not one of {', '.join(GRIDS)}")
-        if self.grid == "midtread" and self.bits == 1:
-            raise UsageError("a midtread grid of 1 bit has no level but zero; use midrise")
-        if self.scale_dtype not in SCALE_BYTES:
-            raise UsageError(f"scale dtype {self.scale_dtype!r} is not one of {', '.join(SCALE_BYTES)}")
-        if not 0 <= self.scale_group <= MAX_SCALE_GROUP:
-            raise UsageError(f"scale group {self.scale_group} is outside 0 to {MAX_SCALE_GROUP}")
+        check_scales(self.bits, self.grid, self.scale_dtype, self.scale_group, GRIDS)
         self.encoding.check(self.n, self.m)
 
     @property
