@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,6 +10,22 @@ from deltafmt.terms.tiles import GRIDS, MAX_SCALE_GROUP, SCALE_BYTES, scale_word
 
 MAX_BITS: Final = 8
 CODING_GRIDS: Final = (*GRIDS, "asymmetric")
+
+
+def check_scales(bits: int, grid: str, scale_dtype: str, scale_group: int, grids: tuple[str, ...]) -> None:
+    """Check how codes of k bits are scaled, for a layout whose grid may be one of ``grids``.
+
+    Raises:
+        UsageError: a parameter, or the combination, is outside the specification.
+    """
+    if grid not in grids:
+        raise UsageError(f"grid {grid!r} is not one of {', '.join(grids)}")
+    if grid == "midtread" and bits == 1:
+        raise UsageError("a midtread grid of 1 bit has no level but zero; use midrise")
+    if scale_dtype not in SCALE_BYTES:
+        raise UsageError(f"scale dtype {scale_dtype!r} is not one of {', '.join(SCALE_BYTES)}")
+    if not 0 <= scale_group <= MAX_SCALE_GROUP:
+        raise UsageError(f"scale group {scale_group} is outside 0 to {MAX_SCALE_GROUP}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +50,7 @@ class Coding:
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MAX_BITS:
             raise UsageError(f"bits k = {self.bits} is outside 1 to {MAX_BITS}")
-        check_grid(self.grid, CODING_GRIDS, self.bits)
-        check_scales(self.scale_dtype, self.scale_group)
+        check_scales(self.bits, self.grid, self.scale_dtype, self.scale_group, CODING_GRIDS)
 
     @property
     def has_zero_points(self) -> bool:
@@ -68,27 +82,3 @@ class Coding:
     def describe(self) -> str:
         """Return a short form such as ``k=3 midtread scale/128``."""
         return f"k={self.bits} {self.grid}{scale_words(self.scale_group, self.scale_dtype)}"
-
-
-def check_grid(grid: str, grids: Sequence[str], bits: int) -> None:
-    """Check the grid of codes.
-
-    Raises:
-        UsageError: it is not one of ``grids``, or has no level but zero.
-    """
-    if grid not in grids:
-        raise UsageError(f"grid {grid!r} is not one of {', '.join(grids)}")
-    if grid == "midtread" and bits == 1:
-        raise UsageError("a midtread grid of 1 bit has no level but zero; use midrise")
-
-
-def check_scales(dtype: str, group: int) -> None:
-    """Check the dtype of scales and the number of codes that share one.
-
-    Raises:
-        UsageError: one of them is outside the specification.
-    """
-    if dtype not in SCALE_BYTES:
-        raise UsageError(f"scale dtype {dtype!r} is not one of {', '.join(SCALE_BYTES)}")
-    if not 0 <= group <= MAX_SCALE_GROUP:
-        raise UsageError(f"scale group {group} is outside 0 to {MAX_SCALE_GROUP}")

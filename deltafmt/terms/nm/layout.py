@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Final
 
 from deltafmt.errors import UsageError
 from deltafmt.format.checks import Where, parse_fields
-from deltafmt.terms.coding import check_grid, check_scales
+from deltafmt.terms.coding import check_scales
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.nm.index.encodings import ENCODINGS, IndexEncoding, position_bits, rank_bits
 from deltafmt.terms.tiles import (
@@ -66,8 +66,7 @@ class NMLayout(TermLayout):
             raise UsageError(f"bits k = {self.bits} is not one of {', '.join(map(str, BITS))}")
         if self.share not in SHARES:
             raise UsageError(f"share v = {self.share} is not one of {', '.join(map(str, SHARES))}")
-        check_grid(self.grid, GRIDS, self.bits)
-        check_scales(self.scale_dtype, self.scale_group)
+        check_scales(self.bits, self.grid, self.scale_dtype, self.scale_group, GRIDS)
         self.encoding.check(self.n, self.m)
 
     @property
