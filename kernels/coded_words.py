@@ -1,9 +1,9 @@
 """Device functions that multiply words of codes with activations in column order: for ``lowbit`` and ``lowrank`` terms.
 
 As in the gather kernel of ``nm`` terms a code is never converted: field u at bit b of a word, masked and read as a
-float32, is the denormal ``u * 2**(b - 149)``. Here the column, and so the bit, of each x is known, and x is scaled by
-``2**(64 - b)`` for it. ``value = (u - zero) * scale`` leaves ``y = scale * (sum of u * x - zero * sum of x)`` for each
-group of columns; on the symmetric grids ``zero`` is ``top / 2``.
+float32, is the denormal ``u * 2**(b - 149)``. Here the column of each x is known, and so is the bit b of its field: x
+is scaled by ``2**(64 - b)``. ``value = (u - zero) * scale`` leaves ``y = scale * (sum of u * x - zero * sum of x)`` for
+each group of columns; on the symmetric grids ``zero`` is ``top / 2``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deltafmt.kernels.device_functions import zeros_tuple
 
 @triton.jit
 def load_x(p_x, p_column_scales, column, mask, BY_COLUMN: tl.constexpr, EVEN: tl.constexpr):
-    """Return the activations of some columns, float32, times the columns' scales where these have some."""
+    """Return the activations of some columns, float32, times the scales of the columns if BY_COLUMN."""
     if EVEN:
         x = tl.load(p_x + column).to(tl.float32)
     else:

@@ -73,7 +73,7 @@ def load_address(p_record, FIELD: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def token_of(order_ptr, first, i, count):
-    """Return the number of a tile's i-th token; of the last one where the tile has fewer."""
+    """Return the number of a tile's i-th token, or of its last token if the tile has fewer."""
     return tl.load(order_ptr + first + tl.minimum(i, count - 1)).to(tl.int64)
 
 

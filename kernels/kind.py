@@ -14,7 +14,8 @@ from deltafmt.kernels.record import LayoutT, LayoutTable, Record
 from deltafmt.kernels.segments import Segments
 from deltafmt.terms.layout import TermLayout
 
-# Elements of a delta that are decoded at a time, in a multiple of so many rows: whole tiles of every kind.
+# A product decodes about this many elements of a delta at a time, in runs of a multiple of DECODED_ROWS rows, which are
+# whole tiles of every kind.
 DECODED_ELEMENTS = 1 << 24
 DECODED_ROWS = 256
 
@@ -26,8 +27,8 @@ class Conversion:
     Attributes:
         tensor: the tensor's name.
         buffer: the buffer's name.
-        layout: of the term in the file.
-        rows, columns: of the delta.
+        layout: the term's layout in the file.
+        rows, columns: the shape of the delta.
         source: where the buffer starts in the source, in bytes.
         target: where its plain form is to start in the target, in bytes.
     """
@@ -44,8 +45,8 @@ class Conversion:
 class TermKernels(ABC, Generic[LayoutT]):
     """The kernels and the decoder of one kind of term.
 
-    Everything else iterates over :data:`deltafmt.kernels.registry.KERNELS`. What a kind does not define has the
-    behaviour that stands here: every product decodes the delta.
+    Other modules find a kind in :data:`deltafmt.kernels.registry.KERNELS`. A kind that defines no more than ``decode``
+    has no kernels: every product decodes the delta.
 
     Attributes:
         kind: the kind's name, as its layout has it.
@@ -68,7 +69,7 @@ class TermKernels(ABC, Generic[LayoutT]):
         return {"seed": operand.seed, "slots": operand.slots, "rows": operand.rows}
 
     def most_tokens(self, layout: LayoutT) -> int | None:
-        """Return how many tokens of one delta a kernel multiplies at most; 0: there is no kernel; None: any number."""
+        """Return the most tokens of one delta that a kernel multiplies: 0 without a kernel, None for any number."""
         return 0
 
     def launch(
@@ -141,7 +142,7 @@ class TermKernels(ABC, Generic[LayoutT]):
         raise TypeError(f"{self.kind} terms have no kernel that takes the base as well")
 
     def add_to(self, base: torch.Tensor, operand: Operand, out: torch.Tensor) -> None:
-        """Write ``base + delta`` to ``out``, summed in float32 and rounded once; all of the delta's shape."""
+        """Write ``base + delta`` to ``out``, summed in float32 and rounded once; both have the delta's shape."""
         out.copy_((base.float() + self.decode(operand, 0, operand.rows)).to(out.dtype))
 
     def convert(self, source: torch.Tensor, target: torch.Tensor, jobs: Sequence[Conversion]) -> dict[int, str]:

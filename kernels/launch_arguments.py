@@ -18,7 +18,10 @@ MOST_PLANES = 3
 
 
 def tile_tokens(longest: int) -> int:
-    """Return T, the tokens of a gather tile; measured: below some eight tokens a delta, one at a time is quickest."""
+    """Return T, the tokens of a tile, for a batch whose longest segment has this many tokens.
+
+    Measured: up to about eight tokens a delta, tiles of one token are the quickest.
+    """
     return 1 if longest <= 8 else 2 if longest <= 16 else 4
 
 
@@ -53,13 +56,13 @@ def plane_arguments(name: str, bits: int) -> dict[str, int]:
 
 
 def word_arguments(words: Sequence[int]) -> dict[str, int]:
-    """Return the words of a row that each plane has, and all."""
+    """Return the kernels' arguments for the words of a row: those of each plane, and their sum."""
     counts = {f"words{i}": words[i] if i < len(words) else 0 for i in range(MOST_PLANES)}
     return {**counts, "code_words": sum(words)}
 
 
 def value_arguments(values: Coding | str) -> dict[str, Any]:
-    """Return how values are read: as codes on a grid, or (no planes) as they are, in a dtype."""
+    """Return how values are read: as codes on a grid, or as they are in a dtype, for which PLANE0 is 0."""
     if isinstance(values, str):
         return {**plane_arguments("PLANE", 0), "TOP": 0, "DTYPE": DTYPES[values]}
     return {**plane_arguments("PLANE", values.bits), "TOP": values.top, "DTYPE": DTYPES[values.scale_dtype]}

@@ -15,7 +15,7 @@ from deltafmt.kernels.table import OperandTable
 def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
     """Launch the products of every layout of a table that has a kernel, on the current device or in the interpreter.
 
-    A kernel leaves out the slots that have more tokens than it takes. Nothing waits for the device.
+    A kernel leaves out the slots that have more tokens than it takes. The host does not wait for the device.
 
     Args:
         outputs: for each part of the table, shape (tokens, rows), rows contiguous; products are added in place.

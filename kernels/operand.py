@@ -12,7 +12,7 @@ from deltafmt.errors import UsageError
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.tiles import BufferForm
 
-# Packed words are int32 to torch, whose unsigned integers can do little.
+# Packed words are int32 in torch, which has few operations on unsigned integers.
 BUFFER_DTYPES = {
     "U8": torch.uint8,
     "U32": torch.int32,
@@ -27,8 +27,8 @@ class Operand:
     """One term as it lies on a device.
 
     Attributes:
-        layout: of the term, as kernels read it (``layout.plain()``).
-        rows, columns: of the delta.
+        layout: the term's layout as kernels read it (``layout.plain()``).
+        rows, columns: the shape of the delta.
         buffers: by name, with the shapes and dtypes that the layout's ``buffers`` gives.
         seed: the tensor seed of a seeded layout; otherwise 0.
         slots: the number of slots of a layout that has slots; otherwise 0.
@@ -66,7 +66,9 @@ class Operand:
 
 @functools.lru_cache(maxsize=4096)
 def buffer_forms(layout: TermLayout, rows: int, columns: int, slots: int = 0) -> Mapping[str, BufferForm]:
-    """Return the arrays of a term as kernels read them, by name; hundreds of tensors share a few.
+    """Return the arrays of a term as kernels read them, by name.
+
+    The results are kept, because the hundreds of tensors of a model have only a few layouts and shapes.
 
     Raises:
         UsageError: kernels do not read this layout.

@@ -1,6 +1,6 @@
-"""Packed words to fields, in torch: for decoding a delta where no kernel does (specification, section 11.2).
+"""Packed words to fields, in torch: for decoding a delta where no kernel runs (specification, section 11.2).
 
-Vectorised, for the CPU and for GPUs. Fields are at most 16 bits wide, so int32 holds every intermediate result.
+The functions are vectorised and run on the CPU and on GPUs. A field has at most 16 bits, so int32 holds all results.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A kernel multiplies with the packed words as they lie. A delta is decoded where no kernel runs (on the CPU), where its
 layout has none, and for a slot that has more tokens than its kernel takes; other slots of the same batch are not
-affected. Which tokens such a slot has, the host must know: if ``segments`` does not say, decoding waits for the device.
+affected. To decode, the host must know which tokens such a slot has: if ``segments`` does not say, it asks the device
+and waits for the answer.
 """
 
 from __future__ import annotations
@@ -90,7 +91,11 @@ def operand_delta(operand: Operand, start: int = 0, stop: int | None = None) -> 
 
 
 def can_fuse(table: OperandTable, slot: int, tokens: int) -> bool:
-    """Return True if :func:`fused_linear` takes a slot: on a GPU, one term of one layout a part, a fitting batch."""
+    """Return True if :func:`fused_linear` takes a slot.
+
+    It does on a GPU, if there are at most three parts, every part has one term with all rows of the part, all terms
+    have the same layout, and the layout's kind fuses this number of tokens.
+    """
     if table.device.type != "cuda" or not accel.has_triton() or len(table.parts) > MAX_PARTS:
         return False
     parts = table.operands(slot)

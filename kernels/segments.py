@@ -40,9 +40,9 @@ class Segments:
     Args:
         slots: int32, shape (tokens,): each token's slot, -1 for the base alone. A number outside 0 to ``count`` - 1
             counts as -1.
-        count: slots there are.
-        lengths: how many tokens each slot has, where the host knows; slots without tokens may be missing. A wrong
-            promise loses tokens from the product.
+        count: the number of slots.
+        lengths: how many tokens each slot has, if the host knows; slots without tokens may be missing. If a number is
+            wrong, tokens are lost from the product.
 
     Attributes:
         longest: no slot has more tokens than this.

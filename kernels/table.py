@@ -42,10 +42,10 @@ class OperandTable:
     (q, k and v; gate and up). For each part, a slot holds the terms of its delta; a part without terms is the base's.
 
     Args:
-        slots: deltas that the table has room for.
+        slots: the number of deltas that the table has room for.
         parts: rows (out_features) of each part.
         columns: in_features, the same for all parts.
-        device: of all operands.
+        device: where all operands lie.
     """
 
     def __init__(self, slots: int, parts: Sequence[int], columns: int, device: torch.device | str) -> None:
@@ -99,7 +99,7 @@ class OperandTable:
         return self._held[slot]
 
     def bounded(self) -> list[BoundedOperand]:
-        """Return the operands whose kernels do not take any number of tokens."""
+        """Return the operands whose kernels take only a limited number of tokens, or that have no kernel."""
         return self._bounded
 
     def layout_tables(self, parts: slice) -> list[LayoutTable[Any]]:

@@ -1,15 +1,18 @@
-"""Pairs of one matrix, and their way through delta files with a method."""
+"""Pairs of one matrix, their way through delta files with a method, and the refusal of a method's options."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 import deltafmt
-from conftest import Pair, expected_sum, normal, nudge, raw, read_folder, write_folder
+from conftest import Cli, Pair, expected_sum, normal, nudge, raw, read_folder, write_folder
+from deltafmt.errors import UsageError
 
 SHAPE = (75, 203)
 
@@ -45,3 +48,19 @@ def round_trip(pair: Pair, folder: Path, method: Any, **options: Any) -> NDArray
         delta = opened.delta("w")
     assert read_folder(folder / "out")["w"].data == expected_sum(pair.a["w"], delta, pair.b["w"].dtype)
     return delta
+
+
+def check_refusal(make: Callable[[], object], words: str) -> None:
+    """Check that a method is refused with one line that has some words."""
+    with pytest.raises(UsageError) as error:
+        make()
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def check_packed_terms(cli: Cli, pair: Pair, out: Path, arguments: Sequence[str], words: str) -> None:
+    """Check that ``pack`` with some arguments makes a delta of the pair, whose terms ``inspect`` describes so."""
+    result = cli("pack", pair.base, pair.finetuned, "-o", out, "--force", *arguments, "--json").json()
+    assert result["actions"] == {"add": 1}
+    assert result["bytes"] == out.stat().st_size
+    assert words in cli("inspect", out, "--tensors").out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from hypothesis import settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -39,6 +39,18 @@ SPECIAL_BITS = {
 def examples(count: int) -> settings:
     """Return the settings of a property that is tried ``count`` times."""
     return settings(max_examples=count, deadline=None)
+
+
+def same_examples(count: int) -> settings:
+    """Return the settings of a slow property: the same ``count`` examples each time, and none made smaller."""
+    return settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
 
 
 def generators() -> st.SearchStrategy[np.random.Generator]:

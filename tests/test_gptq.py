@@ -129,8 +129,9 @@ def test_scales_down_the_columns() -> None:
     nearest = Grid(3, "asymmetric", group=128).quantize(np.ascontiguousarray(weights.T)).dense().T
     assert found.error < output_error(weights - nearest, hessian)
     assert found.error == pytest.approx(weighted_error(weights - found.quantized.dense().T, hessian))
-    for act_order in (False, True):
-        flat = gptq_columns(weights, np.eye(4, dtype=np.float32), Grid(3, group=128), act_order=act_order)
+    # Inputs that have nothing in common, in the columns' own order and in another.
+    for diagonal in ([1, 1, 1, 1], [1, 3, 2, 4]):
+        flat = gptq_columns(weights, np.diag(diagonal).astype(np.float32), Grid(3, group=128))
         nearest = Grid(3, group=128).quantize(np.ascontiguousarray(weights.T)).codes
         np.testing.assert_array_equal(flat.quantized.codes, nearest)
 

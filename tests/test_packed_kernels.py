@@ -15,7 +15,7 @@ from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.nm.layout import NMLayout
-from strategies import generators, sizes
+from strategies import generators, same_examples, sizes
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels are interpreted where there is no GPU, or with TRITON_INTERPRET=1", allow_module_level=True)
@@ -31,7 +31,6 @@ from interpreter import guarded, patch_once
 from operands import random_operand
 from packed_operands import LAYOUTS, SOME_LAYOUTS, check_packed
 from reference import naive_delta
-from test_kernels import examples
 
 patch_once()
 F32, F16 = torch.float32, torch.float16
@@ -44,7 +43,7 @@ def test_products(layout: TermLayout) -> None:
     check(np.random.default_rng(LAYOUTS.index(layout)), layout, [45], 150, [0, 1, -1, 0], F32)
 
 
-@examples(12)
+@same_examples(12)
 @given(
     layout=st.sampled_from(LAYOUTS),
     parts=st.lists(sizes(70), min_size=1, max_size=4),

@@ -17,7 +17,6 @@ from deltafmt.methods.sampling import gather
 from deltafmt.methods.sparsegpt_solver import sparsegpt
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.nm import codec as nm
-from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.codec import NMArrays
 from deltafmt.terms.nm.layout import NMLayout
 from problems import Floats, layer, weighted_error
@@ -133,20 +132,6 @@ def test_it_errs_less_than_magnitude(seed: int, columns: int, share: int, bits: 
     found = sparsegpt(delta, hessian, layout, rule="mse", block=32)
     magnitude = nm.dense(layout, by_magnitude(delta, layout, "mse"), columns)
     assert found.error <= output_error(delta - magnitude, hessian)
-
-
-def test_positions_can_be_given() -> None:
-    delta, hessian = layer(9, 20, 70)
-    layout = NMLayout(2, 8, 4, "seeded", "midrise", 4)
-    drawn = hashing.seeded(7, 0, layout.mask_rows(20), layout.groups(70), 2, 8)
-    found = sparsegpt(delta, hessian, layout, positions=drawn)
-    np.testing.assert_array_equal(found.arrays.positions, drawn)
-    kept = gather(delta, drawn, 8, 4, np.float32(1))
-    codes, scales = quantize.quantize(kept, 4, "midrise", "minmax", 0, "BF16")
-    plain = nm.dense(layout, NMArrays(drawn, codes, scales), 70)
-    assert found.error < output_error(delta - plain, hessian)
-    with pytest.raises(UsageError, match=r"positions of shape \[4, 9, 2\] where \[5, 9, 2\] are needed"):
-        sparsegpt(delta, hessian, layout, positions=drawn[:4])
 
 
 @pytest.mark.parametrize("scale_group", [0, 8, 6])

@@ -25,9 +25,11 @@ from deltafmt.errors import UsageError
 from deltafmt.methods.factorization import LowRank
 from deltafmt.methods.gptq_solver import gptq, gptq_columns
 from deltafmt.methods.grids import Floats, Grid, Quantized
-from deltafmt.methods.hessian import DAMPING, check_hessian
+from deltafmt.methods.hessian import check_hessian
 
 GROUP = 128
+# Candidates in each generation of the search.
+POPULATION = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,6 @@ def quantize_bands(
     *,
     hessian: NDArray[np.floating] | None = None,
     delta: Floats | None = None,
-    damping: float = DAMPING,
-    act_order: bool = True,
 ) -> list[Band]:
     """Quantize the first singular vectors, band by band.
 
@@ -100,7 +100,6 @@ def quantize_bands(
         grid: kind, rule, group and scale dtype of every band; its bits do not count.
         hessian: H of the delta's inputs, for GPTQ by eq. 5; None rounds to nearest.
         delta: the matrix itself, if left factors are to be refitted to it.
-        damping, act_order: arguments of :func:`deltafmt.methods.gptq_solver.gptq`.
 
     Raises:
         UsageError: more vectors than there are, or a wrong number of bits, or shapes that do not fit.
@@ -121,7 +120,7 @@ def quantize_bands(
         if hessian is None:
             coded = own.quantize(b)
         else:
-            coded = gptq(b, hessian, own, damping=damping, act_order=act_order).quantized
+            coded = gptq(b, hessian, own, act_order=True).quantized
         decoded = coded.dense().astype(np.float64)
         seen = decoded if hessian is None else decoded @ hessian.astype(np.float64)
         moments = seen @ decoded.T  # second moments of B x, the left factor's input
@@ -130,7 +129,7 @@ def quantize_bands(
         if hessian is None:
             band = Band(own.quantize(np.ascontiguousarray(a.T)), coded)
         else:
-            band = Band(gptq_columns(a, moments, own, damping=damping, act_order=act_order).quantized, coded)
+            band = Band(gptq_columns(a, moments, own).quantized, coded)
         if rest is not None:
             rest -= band.dense()
         bands.append(band)
@@ -153,7 +152,6 @@ def search_bands(
     vectors: int,
     *,
     start: Sequence[tuple[int, ...]] = (),
-    population: int = 16,
     generations: int = 20,
     seed: int = 0,
 ) -> tuple[tuple[int, ...], float]:
@@ -170,7 +168,6 @@ def search_bands(
         budget: cost that all vectors together may have.
         vectors: largest number of vectors.
         start: candidates to begin with, such as those of :func:`fill`.
-        population: number of candidates in each generation.
         generations: number of generations.
         seed: seed of the search's random numbers.
 
@@ -178,12 +175,10 @@ def search_bands(
         The best counts and their loss.
 
     Raises:
-        UsageError: no widths, costs that do not match or are not positive, or a population below 2.
+        UsageError: no widths, costs that do not match or are not positive.
     """
     if not bits or len(bits) != len(costs) or min(costs) < 1:
         raise UsageError(f"{len(bits)} widths and {len(costs)} costs, which must be as many and positive")
-    if population < 2:
-        raise UsageError(f"a population of {population} cannot breed")
     rng = np.random.default_rng(seed)
     known: dict[tuple[int, ...], float] = {}
 
@@ -210,12 +205,12 @@ def search_bands(
         shares = rng.dirichlet(np.ones(len(bits)))
         return repair([int(share * budget // cost) for share, cost in zip(shares, costs, strict=True)])
 
-    pool = [repair(candidate) for candidate in start][:population]
-    pool += [chance() for _ in range(population - len(pool))]
+    pool = [repair(candidate) for candidate in start][:POPULATION]
+    pool += [chance() for _ in range(POPULATION - len(pool))]
     for _ in range(generations):
-        parents = sorted(set(pool), key=lambda c: (score(c), c))[: max(population // 2, 2)]
+        parents = sorted(set(pool), key=lambda c: (score(c), c))[: POPULATION // 2]
         children = []
-        for _ in range(population - len(parents)):
+        for _ in range(POPULATION - len(parents)):
             one, other = (parents[int(i)] for i in rng.integers(0, len(parents), 2))
             mixed = np.where(rng.random(len(bits)) < 0.5, one, other)
             changed = rng.random(len(bits)) < 1 / len(bits)

@@ -7,10 +7,12 @@ do. A field that a method states again keeps its place and has another default.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deltafmt.methods import hessian
-from deltafmt.methods.declare import Need, Option, option
+from deltafmt.methods.declare import Need, Option, alternatives, option
+from deltafmt.terms.nm.index.encodings import ENCODINGS
 
 RANK = Option("singular vectors that are kept", "R", "1 or more", right=lambda rank: rank >= 1, wrong="is not positive")
 BITS_PER_WEIGHT = Option(
@@ -29,11 +31,24 @@ NM = Option(
     type="nm",
 )
 BITS = Option("width of a code in bits", "K", "1 to 8")
-INDEX = Option(
-    "how positions are stored: seeded takes no bytes and wants M to be a power of two up to 128; rank is smaller than "
-    "fixed and for cold files only",
+# For positions that the values choose.
+UNSEEDED = tuple(name for name, encoding in ENCODINGS.items() if not encoding.seeded)
+
+
+def _index_help(names: Iterable[str]) -> str:
+    return "how positions are stored: " + ", ".join(f"{name} ({ENCODINGS[name].summary})" for name in names)
+
+
+INDEX = Option(_index_help(ENCODINGS), "KIND", choices=tuple(ENCODINGS))
+CHOSEN_INDEX = Option(
+    _index_help(UNSEEDED),
     "KIND",
-    choices=("seeded", "fixed", "rank"),
+    choices=UNSEEDED,
+    refused=tuple(
+        (name, f"cannot hold positions that the values choose; use {alternatives(UNSEEDED)}")
+        for name in ENCODINGS
+        if name not in UNSEEDED
+    ),
 )
 SHARE = Option("consecutive rows that keep the same positions", "V", "1, 2, 4 or 8")
 GRID = Option(
@@ -103,13 +118,7 @@ class PositionOptions:
 class ChosenPositionOptions(PositionOptions):
     """The same for a method that chooses positions by the values, which no seed gives."""
 
-    index: str = option(
-        "fixed",
-        INDEX,
-        help="how positions are stored: rank is smaller than fixed and for cold files only",
-        choices=("fixed", "rank"),
-        refused=(("seeded", "cannot hold positions that the values choose; use fixed or rank"),),
-    )
+    index: str = option("fixed", CHOSEN_INDEX)
     share: int = option(1, SHARE)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.errors import NonFiniteError, UsageError
-from deltafmt.methods.hessian import DAMPING, MOST_DAMPING, check_hessian, damp
+from deltafmt.methods.hessian import DAMPING, check_hessian, factor_damped
 
 Floats = NDArray[np.float32]
 
@@ -59,16 +59,13 @@ class LowRank:
         return LowRank(self.left[:, :rank], self.values[:rank], self.right[:rank])
 
 
-def factorize(
-    delta: Floats, rank: int, *, hessian: NDArray[np.floating] | None = None, damping: float = DAMPING
-) -> LowRank:
+def factorize(delta: Floats, rank: int, *, hessian: NDArray[np.floating] | None = None) -> LowRank:
     """Return the best approximation of a rank, or of the rank of the matrix if that is smaller.
 
     Args:
         delta: W, float32, shape (rows, columns).
         rank: number of vectors of the result.
         hessian: H, to weight the columns by their inputs; None for the plain approximation.
-        damping: share of the mean diagonal of H that is added to it.
 
     Raises:
         UsageError: the rank is negative, or H does not fit or is not positive semidefinite.
@@ -82,19 +79,18 @@ def factorize(
     if hessian is None:
         return _with_signs(*_decompose(delta, rank))
     check_hessian(hessian, delta.shape[1])
-    lower = _lower(hessian, damping)
+    lower, _, _ = factor_damped(hessian, DAMPING, _lower)
     left, values, right = _decompose((delta.astype(np.float64) @ lower).astype(np.float32), rank)
     right = np.linalg.solve(lower.T, right.T.astype(np.float64)).T.astype(np.float32)
     return _with_signs(left, values, right)
 
 
-def rank_for_energy(values: NDArray[np.floating], share: float, total: float | None = None) -> int:
+def rank_for_energy(values: NDArray[np.floating], share: float) -> int:
     """Return the smallest rank whose squared singular values make up a share of the energy.
 
     Args:
         values: singular values, falling.
         share: 0 to 1.
-        total: sum of squares of the whole matrix, where ``values`` holds only the first ones.
 
     Raises:
         UsageError: the share is out of range.
@@ -102,13 +98,7 @@ def rank_for_energy(values: NDArray[np.floating], share: float, total: float | N
     if not 0 <= share <= 1:
         raise UsageError(f"a share of {share} of the energy is outside 0 to 1")
     energy = np.concatenate([[0.0], np.cumsum(np.square(values, dtype=np.float64))])
-    wanted = share * (energy[-1] if total is None else total)
-    return int(np.searchsorted(energy, wanted * (1 - 1e-12)).clip(0, values.size))
-
-
-def rank_for_bytes(rows: int, columns: int, budget: int, bits_per_value: float = 16) -> int:
-    """Return the largest rank whose two factors fit a number of bytes, the singular values folded into them."""
-    return int(min(budget * 8 // ((rows + columns) * bits_per_value), rows, columns))
+    return int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-12)).clip(0, values.size))
 
 
 def _decompose(matrix: Floats, rank: int) -> tuple[Floats, Floats, Floats]:
@@ -154,14 +144,9 @@ def _with_signs(left: Floats, values: Floats, right: Floats) -> LowRank:
     return LowRank(np.ascontiguousarray(left), values, np.ascontiguousarray(right))
 
 
-def _lower(hessian: NDArray[np.floating], damping: float) -> NDArray[np.float64]:
-    """Return the Cholesky factor L of the damped H."""
-    share = damping
-    while share <= MOST_DAMPING:
-        try:
-            lower: NDArray[np.float64] = np.linalg.cholesky(damp(hessian, share)[0]).astype(np.float64, copy=False)
-        except np.linalg.LinAlgError:
-            share = max(share * 10, 1e-6)
-        else:
-            return lower
-    raise UsageError("the hessian is not positive semidefinite, however much it is damped")
+def _lower(damped: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """Return the Cholesky factor L of the damped H, or None where that is not positive definite."""
+    try:
+        return np.linalg.cholesky(damped).astype(np.float64, copy=False)
+    except np.linalg.LinAlgError:
+        return None

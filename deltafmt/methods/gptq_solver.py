@@ -102,16 +102,8 @@ def gptq(
     return Solved(best.quantized, used, output_error(weights - best.quantized.dense(), hessian))
 
 
-def gptq_columns(
-    weights: Floats,
-    hessian: NDArray[np.floating],
-    grid: Grid,
-    *,
-    damping: float = DAMPING,
-    act_order: bool = False,
-    block: int = BLOCK,
-) -> Solved:
-    """Quantize as :func:`gptq` does, with scales that run down the columns.
+def gptq_columns(weights: Floats, hessian: NDArray[np.floating], grid: Grid) -> Solved:
+    """Quantize as :func:`gptq` does with ``act_order``, with scales that run down the columns.
 
     The transpose of W is what is stored: ``quantized`` has shape (columns, rows), and ``grid.group`` counts rows of W.
     A factor of few columns then has few scales.
@@ -120,12 +112,12 @@ def gptq_columns(
     across = np.ascontiguousarray(weights.T)
     steps = grid.fit(across)
     scales, zeros = steps.spread(across.shape[1], grid)
-    order = _order(hessian, act_order)
+    order = _order(hessian, act_order=True)
 
     def column_steps(column: int) -> tuple[Floats, Fields | None]:
         return scales[order[column]], None if zeros is None else zeros[order[column]]
 
-    codes, used = _walk(across[order], hessian, order, grid, column_steps, damping, block)
+    codes, used = _walk(across[order], hessian, order, grid, column_steps, DAMPING, BLOCK)
     quantized = Quantized(grid, codes, steps.scales, steps.zeros)
     return Solved(quantized, used, output_error((across - quantized.dense()).T, hessian))
 

@@ -7,7 +7,9 @@ arXiv 2210.17323, section 3.3, step 3).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from deltafmt.errors import NonFiniteError, UsageError
 
 Floats = NDArray[np.float32]
+Factor = TypeVar("Factor")
 
 DAMPING = 0.01
 # A matrix that cannot be factored is damped tenfold more, up to this many times the mean of its diagonal.
@@ -79,18 +82,36 @@ def inverse_factor(hessian: NDArray[np.floating], damping: float = DAMPING) -> I
     """
     if damping < 0:
         raise UsageError(f"damping {damping} is negative")
+    return InverseFactor(*factor_damped(hessian, damping, _upper))
+
+
+def factor_damped(
+    hessian: NDArray[np.floating], damping: float, factor: Callable[[NDArray[np.float64]], Factor | None]
+) -> tuple[Factor, float, NDArray[np.bool_]]:
+    """Factor the damped H, with more damping for as long as it cannot be factored.
+
+    Args:
+        hessian: H, symmetric, positive semidefinite.
+        damping: share of the mean diagonal to add at first.
+        factor: gives the factor of a damped matrix, or None if that matrix has none.
+
+    Returns:
+        The factor, the share that was added, and the dead columns.
+
+    Raises:
+        UsageError: no damping makes the matrix positive definite.
+    """
     share = damping
-    while True:
+    while share <= MOST_DAMPING:
         damped, dead = damp(hessian, share)
-        upper = _factor(damped)
-        if upper is not None:
-            return InverseFactor(upper, share, dead)
+        found = factor(damped)
+        if found is not None:
+            return found, share, dead
         share = max(share * 10, 1e-6)
-        if share > MOST_DAMPING:
-            raise UsageError("the hessian is not positive semidefinite, however much it is damped")
+    raise UsageError("the hessian is not positive semidefinite, however much it is damped")
 
 
-def _factor(damped: NDArray[np.float64]) -> Floats | None:
+def _upper(damped: NDArray[np.float64]) -> Floats | None:
     """Return U, or None where the matrix is not positive definite or U does not fit float32."""
     try:
         lower = np.linalg.cholesky(damped[::-1, ::-1])

@@ -5,8 +5,7 @@ algorithm 1 with the mask of section 3.3 and joint quantization (section 3.5), o
 arXiv 2312.05215): w^2 / diag(U)^2 scores an entry, where the inverse Hessian is U^T U; the mask of a group is chosen
 when its first column is reached, from the weights as they are by then; a row's scale is fixed before.
 
-Beyond the papers: rows may share their mask, whose scores are then summed; scales may serve groups of kept entries; and
-the positions may be given, for example those drawn from a seed, which take no index bytes.
+Beyond the papers: rows may share their mask, whose scores are then summed; and scales may serve groups of kept entries.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.errors import UsageError
 from deltafmt.methods import quantize
 from deltafmt.methods.gptq_solver import BLOCK
 from deltafmt.methods.hessian import DAMPING, check_hessian, inverse_factor
@@ -54,7 +52,6 @@ def sparsegpt(
     rule: str = "minmax",
     damping: float = DAMPING,
     block: int = BLOCK,
-    positions: Positions | None = None,
     refits: int = 0,
 ) -> Pruned:
     """Prune and quantize a delta so that its outputs stay close.
@@ -66,7 +63,6 @@ def sparsegpt(
         rule: ``minmax`` or ``mse``: how scales fit the entries that would be kept without any error compensation.
         damping: share of the mean diagonal of H that is added to it.
         block: columns whose updates are applied one by one, rounded to whole groups.
-        positions: kept positions, uint8, shape (mask rows, groups, N); None to choose them.
         refits: how often the scales are refitted to the codes, as :func:`deltafmt.methods.gptq_solver.gptq` does; the
             positions stay those chosen first.
 
@@ -74,27 +70,22 @@ def sparsegpt(
         UsageError: shapes do not fit, a scale overflows, or H is not positive semidefinite.
         NonFiniteError: H is not finite.
     """
-    rows, columns = delta.shape
+    columns = delta.shape[1]
     check_hessian(hessian, columns)
-    expected = (layout.mask_rows(rows), layout.groups(columns), layout.n)
-    if positions is not None and positions.shape != expected:
-        raise UsageError(f"positions of shape {list(positions.shape)} where {list(expected)} are needed")
     factor = inverse_factor(hessian, damping)
     importance = np.diagonal(factor.upper).copy()
-    first = positions
-    if first is None:
-        first = largest((delta / importance) ** 2, layout.n, layout.m, layout.share)
+    first = largest((delta / importance) ** 2, layout.n, layout.m, layout.share)
     kept = gather(delta, first, layout.m, layout.share, np.float32(1))
     _, scales = quantize.quantize(kept, layout.bits, layout.grid, rule, layout.scale_group, layout.scale_dtype)
     step = max(block // layout.m, 1) * layout.m
 
-    def solve(scales: Floats, positions: Positions | None) -> NMArrays:
+    def solve(scales: Floats, positions: Positions | None = None) -> NMArrays:
         walk = _Walk(layout, scales, np.ascontiguousarray(delta.T), factor.upper, importance, positions)
         for start in range(0, columns, step):
             walk.block(start, min(start + step, columns))
         return NMArrays(walk.positions, walk.codes, scales)
 
-    found = solve(scales, positions)
+    found = solve(scales)
     best, errors = found, row_errors(delta - nm.dense(layout, found, columns), hessian)
     for number in range(refits):
         if number:
@@ -128,7 +119,8 @@ class _Walk:
     """The columns of a delta from the first to the last.
 
     Attributes:
-        positions, codes: positions and codes decided so far.
+        positions: positions decided so far; given positions stay.
+        codes: codes decided so far.
     """
 
     def __init__(

@@ -50,5 +50,5 @@ def check_same(expected: Packed, found: Packed) -> None:
 
 
 def raw_bytes(array: NDArray[np.generic]) -> memoryview:
-    """Return an array's bytes in C order, without a copy where it lies so."""
+    """Return an array's bytes in C order; an array that is in C order already is not copied."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -27,16 +27,16 @@ class TermCodec(ABC, Generic[LayoutT, ArraysT]):
     """The codec of one term: it packs and unpacks runs of rows of one matrix.
 
     Args:
-        layout: of the term.
-        rows, columns: of the term's matrix.
-        seed: the tensor seed where the layout is seeded; otherwise 0.
-        slots: where the layout has slots, their number; otherwise 0.
+        layout: the term's layout.
+        rows, columns: the shape of the term's matrix.
+        seed: the tensor seed if the layout is seeded; otherwise 0.
+        slots: the number of slots if the layout has slots; otherwise 0.
 
     Attributes:
         layout, seed, slots: as given.
         shape: rows and columns of the term's matrix.
         run_rows: runs of rows start on multiples of this, a power of two.
-        width: elements that decoding a row takes.
+        width: elements of memory that decoding a row takes; more than ``columns`` if the last group is made whole.
     """
 
     run_rows: int = TILE_ROWS
@@ -52,13 +52,17 @@ class TermCodec(ABC, Generic[LayoutT, ArraysT]):
     def fit(cls, layout: LayoutT, arrays: ArraysT, columns: int) -> tuple[LayoutT, int]:  # noqa: ARG003
         """Return the layout and the number of slots of a term that holds these arrays.
 
-        ``layout`` is what the method planned from the shape alone; a delta may decide the number of vectors or slots.
+        ``layout`` is what the method planned from the shape alone. The number of vectors or slots may depend on the
+        delta, and is known only now.
         """
         return layout, 0
 
     @abstractmethod
     def encode(self, arrays: ArraysT, packed: Packed, first: int, routines: CodecRoutines = REFERENCE) -> None:
-        """Pack a run of rows that starts with row ``first`` into its part of a term's packed arrays."""
+        """Pack a run of rows that starts with row ``first`` into its part of a term's packed arrays.
+
+        A kind whose buffers are not cut by rows (``lowrank``, ``sparse``) gets its whole matrix at once.
+        """
 
     @abstractmethod
     def decode(

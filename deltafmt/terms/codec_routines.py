@@ -42,10 +42,10 @@ REFERENCE = CodecRoutines(
 
 
 def codec_routines(compiled: bool) -> CodecRoutines:
-    """Return the compiled loops where they are wanted and numba is there, the reference otherwise.
+    """Return the compiled loops if they are wanted and numba can be imported; otherwise the reference.
 
-    Compiled loops return arrays in memory that they use again: every thread needs routines of its own, and a result
-    lasts until the thread calls the same routine again.
+    Compiled loops reuse the memory of their results. Every thread therefore needs routines of its own, and a result is
+    valid until the thread calls the same routine again.
     """
     if not compiled or not accel.available():
         return REFERENCE

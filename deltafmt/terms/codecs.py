@@ -36,7 +36,7 @@ def fitted(layout: TermLayout, arrays: TermArrays, columns: int) -> tuple[TermLa
     Args:
         layout: what the method planned from the shape alone.
         arrays: what the method gave for a delta.
-        columns: of the matrix.
+        columns: the columns of the matrix.
     """
     found: tuple[TermLayout, int] = CODECS[layout.kind].fit(layout, arrays, columns)
     return found

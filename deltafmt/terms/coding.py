@@ -59,7 +59,7 @@ class Coding:
 
     @property
     def top(self) -> int:
-        """The largest stored field u; on the symmetric grids also twice the field that would mean zero."""
+        """The largest stored field u. On the symmetric grids, u = top / 2 would mean zero."""
         return (1 << self.bits) - (2 if self.grid == "midtread" else 1)
 
     def words(self, count: int) -> int:

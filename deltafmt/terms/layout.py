@@ -13,7 +13,7 @@ from deltafmt.terms.tiles import BufferForm
 class TermLayout(ABC):
     """How a term of one kind arranges its numbers: a value, equal to another with the same parameters.
 
-    A kind's layout is a frozen dataclass of this class. What it does not define has the values that stand here.
+    A kind's layout is a frozen dataclass derived from this class. What it does not define keeps the default from here.
 
     Attributes:
         kind: the kind's name in the index.
@@ -39,11 +39,11 @@ class TermLayout(ABC):
 
     @property
     def drops_most(self) -> bool:
-        """True if the layout keeps less than half of each row, so that a narrow row may not average out."""
+        """True if the layout keeps less than half of each row; the errors of a narrow row may then not average out."""
         return False
 
     def plain(self) -> TermLayout:
-        """Return the layout in which digests are taken and kernels read."""
+        """Return the layout of the form that is digested and that kernels read; for most kinds the layout itself."""
         return self
 
     @property

@@ -44,6 +44,15 @@ def planes(width: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+def placed_planes(width: int) -> list[tuple[int, int]]:
+    """Return the width of each plane and the lowest bit of a field that it holds: 7 is (4, 0), (2, 4) and (1, 6)."""
+    found, low = [], 0
+    for plane in planes(width):
+        found.append((plane, low))
+        low += plane
+    return found
+
+
 def plane_words(count: int, plane: int) -> int:
     """Return how many 32-bit words a row of one plane takes: ``count`` fields of ``plane`` bits."""
     return -(-count * plane // WORD_BITS)

@@ -79,7 +79,7 @@ def _unpack_plane(by_row: NDArray[np.uint32], count: int, width: int) -> NDArray
 def cut(by_row: NDArray[np.uint32], count: int, width: int, start: int, stop: int) -> NDArray[np.uint32]:
     """Return the words of fields ``start`` to ``stop`` of rows of ``count`` fields; ``start`` is a multiple of 32.
 
-    A field before a multiple of 32 ends a word in every plane, so that each plane of the run is a slice.
+    32 fields are whole words in every plane, so that each plane of the run is a slice.
     """
     if (start, stop) == (0, count):
         return by_row

@@ -31,7 +31,10 @@ def decode(operand: Operand, start: int, stop: int) -> torch.Tensor:
 
 
 def decode_rows(operand: Operand, rows: torch.Tensor) -> torch.Tensor:
-    """Return some rows of the delta, float32, shape (len(rows), columns); rows are int64."""
+    """Return some rows of the delta, float32, shape (len(rows), columns); rows are int64.
+
+    They are a matrix product, whose last bits may differ from those of :func:`decode`.
+    """
     return vectors(operand, "u", rows).T @ vectors(operand, "v")
 
 

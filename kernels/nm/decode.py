@@ -1,4 +1,7 @@
-"""The dense delta of a packed ``nm`` term, vectorised in torch, for devices without the kernels (section 11)."""
+"""The dense delta of a packed ``nm`` term, vectorised in torch: on devices without the kernels, and for single rows.
+
+See section 11 of the specification.
+"""
 
 from __future__ import annotations
 

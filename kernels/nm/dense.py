@@ -57,9 +57,9 @@ def dot_kernel(
     TOP: tl.constexpr, SCALE: tl.constexpr, INDEX: tl.constexpr, INDEX_BITS: tl.constexpr, POSITION_BITS: tl.constexpr,
     SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add ``x @ delta.T`` of one tile of tokens and one block of rows, the delta decoded tile by tile.
+    """Add ``x @ delta.T`` of one tile of tokens and one block of rows; the delta is decoded tile by tile.
 
-    With one scale a row the tile holds the integers ``2u - top``, which every dtype of x holds exactly.
+    If a row has one scale, the tile holds the integers ``2u - top``, which every dtype of x represents exactly.
     """
     slot, first, count = load_tile(tiles_ptr, tl.program_id(1))
     if count == 0:

@@ -54,7 +54,7 @@ def element_kernel(
     SCALE: tl.constexpr, INDEX: tl.constexpr, INDEX_BITS: tl.constexpr, POSITION_BITS: tl.constexpr,
     SCALED: tl.constexpr, ELEMENTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The same product for any layout, element by element: what the gather kernel does not unroll comes here."""
+    """Add ``x @ delta.T`` of one tile of tokens and one block of rows, for layouts that are not unrolled."""
     slot, first, count = load_tile(tiles_ptr, tl.program_id(1))
     if count == 0:
         return

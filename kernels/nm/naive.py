@@ -66,7 +66,7 @@ def unpack_fields(words: torch.Tensor, rows: int, count: int, width: int, share:
 
     Args:
         words: int32, shape (tiles, words, 32), the bits of the packed words.
-        rows, count, width: of the stream; width at most 8.
+        rows, count, width: of the stream; width at most 16.
         share: v, the rows of a mask row; 1 for an index.
 
     Returns:

@@ -16,8 +16,9 @@ from deltafmt.terms.coding import Coding
 from deltafmt.terms.sparse.layout import SparseLayout
 from deltafmt.terms.tiles import TILE_ROWS
 
-# Elements of a delta that are decoded at a time where single rows are wanted, and tiles that may lie between these.
+# If single rows are wanted, about this many elements of a delta are decoded at a time.
 RUN_ELEMENTS = 1 << 23
+# A run goes on over at most this many tiles that hold no wanted row.
 MOST_SKIPPED = 2
 
 

@@ -12,7 +12,7 @@ from deltafmt import accel
 from deltafmt.errors import UsageError
 from deltafmt.kernels.xxh3 import algorithm
 
-# A sixteenth of it is taken while the sections of a batch are summed.
+# The most bytes, and the most sections, of a batch. The sums of a batch take a sixteenth as many bytes.
 BATCH_BYTES = 1 << 30
 MAX_BATCH = 1 << 15
 
@@ -25,8 +25,8 @@ def can_run(device: torch.device) -> bool:
 def digests(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[bytes]:
     """Return the XXH3-128 (seed 0) of parts of a tensor, most significant byte first.
 
-    On a GPU the kernels run on the current stream and are waited for, and memory of a sixteenth of the sections, of
-    those of at most 1 GiB at a time, is taken meanwhile.
+    On a GPU the kernels run on the current stream, and the host waits for them. Meanwhile they take up to 64 MiB of
+    memory, or a sixteenth of a section that is larger than 1 GiB.
 
     Args:
         memory: uint8, 1-d, contiguous, its length a multiple of 8.
@@ -41,7 +41,7 @@ def digests(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[b
         if offset % 8 or not 0 <= offset <= offset + length <= memory.numel():
             raise UsageError(f"{length} bytes at {offset} of {memory.numel()} are not a section")
     with_kernels = can_run(memory.device)
-    # Short inputs have algorithms of their own, and are no work.
+    # Short inputs have algorithms of their own, and take the host no time.
     by_kernel = [section for section in sections if with_kernels and section[1] > algorithm.SHORT_BYTES]
     found = dict(zip(by_kernel, _by_kernel(memory, by_kernel), strict=True)) if by_kernel else {}
     for offset, length in sections:
@@ -64,7 +64,7 @@ def _by_kernel(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> lis
 
 
 def batches(sections: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Yield runs of sections of at most ``BATCH_BYTES`` together, or of one that is larger."""
+    """Yield runs of at most ``MAX_BATCH`` sections and ``BATCH_BYTES``; a larger section is a run of its own."""
     batch: list[tuple[int, int]] = []
     nbytes = 0
     for offset, length in sections:

@@ -19,7 +19,7 @@ from deltafmt.kernels.xxh3 import algorithm
 BLOCKS = 16
 WORDS = algorithm.BLOCK_BYTES // 8
 STRIPES = algorithm.BLOCK_BYTES // algorithm.STRIPE_BYTES
-# The loads of that many blocks are on their way at once; a scramble takes some 25 cycles, a load 700.
+# This many blocks are loaded at once, because a scramble takes about 25 cycles and a load 700.
 UNROLL = 64
 
 

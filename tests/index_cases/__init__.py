@@ -42,7 +42,7 @@ class IndexCases:
         m: gives the Ms of the encoding up to a largest one.
         n: gives for an M the Ns that the encoding can hold with it.
         positions: draws for (rng, layout, seed, mask rows, groups) positions that the encoding can hold.
-        samples: layouts that kernels are run with, beside those that ``test_kernels.py`` lists.
+        samples: layouts that kernels are run with, beside those that ``nm_products.py`` lists.
         compiled: layouts that are compiled for a GPU, by the name of the case.
         limits: for each of these, the most registers of a thread, and the most instructions of the inner loop for each
             nonzero, or None where the gather kernel is not taken.

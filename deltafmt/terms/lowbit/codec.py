@@ -13,8 +13,8 @@ from deltafmt.terms.buffers import Packed, blank, check_same
 from deltafmt.terms.codec import TermArrays, TermCodec
 from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.coding import Coding
-from deltafmt.terms.floats import RAW_DTYPES, narrow, widen
 from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.scales import raw_scales, read_scales
 from deltafmt.terms.tiles import TILE_ROWS, tiles
 
 Floats = NDArray[np.float32]
@@ -51,7 +51,7 @@ class LowbitCodec(TermCodec[LowbitLayout, LowbitArrays]):
         """Pack a run of rows."""
         run = self._run(packed, first, first + arrays.codes.shape[0])
         routines.pack_into(arrays.codes, self.layout.bits, run["codes"].view(np.uint32), 1)
-        raw = raw_scales(self.layout, arrays.scales)
+        raw = raw_scales(self.layout.scale_dtype, arrays.scales)
         run["scales"][...] = raw.reshape(-1) if self.layout.axis == "column" else words.to_tiles(raw)
         if arrays.zero_points is not None:
             run["zero_points"][...] = words.to_tiles(arrays.zero_points)
@@ -65,7 +65,7 @@ class LowbitCodec(TermCodec[LowbitLayout, LowbitArrays]):
         layout, columns, rows = self.layout, self.shape[1], stop - start
         run = self._run(packed, start, stop)
         raw = run["scales"][None] if layout.axis == "column" else words.from_tiles(run["scales"], rows)
-        scales = read_scales(layout, raw)
+        scales = read_scales(layout.scale_dtype, raw)
         zero_points = None
         if layout.has_zero_points:
             zero_points = np.ascontiguousarray(words.from_tiles(run["zero_points"], rows)).view(np.uint8)
@@ -106,24 +106,6 @@ def values(coding: Coding, arrays: LowbitArrays, group: int, routines: CodecRout
         factors, step = arrays.scales * np.float32(0.5), 2
         offsets = np.full(factors.shape, coding.top, np.int32)
     return routines.dequantize(arrays.codes, step, offsets, factors, group)
-
-
-def raw_scales(coding: Coding, scales: Floats) -> NDArray[np.generic]:
-    """Return scales as they are stored."""
-    return narrow(scales, "BF16") if coding.scale_dtype == "BF16" else scales
-
-
-def read_scales(coding: Coding, raw: NDArray[np.generic]) -> Floats:
-    """Return stored scales as float32.
-
-    Raises:
-        InvalidFileError: one is negative or not finite.
-    """
-    bits = np.ascontiguousarray(raw).view(RAW_DTYPES[coding.scale_dtype])
-    scales = widen(bits, coding.scale_dtype)
-    if not np.isfinite(scales).all() or np.signbit(scales).any():
-        raise InvalidFileError("a scale is negative or not finite")
-    return scales
 
 
 def check_range(coding: Coding, arrays: LowbitArrays) -> None:

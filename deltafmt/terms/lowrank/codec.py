@@ -14,13 +14,14 @@ from deltafmt.terms.codec import TermArrays, TermCodec
 from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import RAW_DTYPES, Raw, widen
-from deltafmt.terms.lowbit.codec import LowbitArrays, check_range, raw_scales, read_scales, values
+from deltafmt.terms.lowbit.codec import LowbitArrays, check_range, values
 from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.scales import raw_scales, read_scales
 from deltafmt.terms.tiles import TILE_ROWS, tiles
 
 Floats = NDArray[np.float32]
 
-# Elements of the vectors that are held at a time.
+# Elements of the vectors that are decoded at a time.
 BLOCK_ELEMENTS = 1 << 19
 
 
@@ -41,8 +42,8 @@ class LowRankCodec(TermCodec[LowRankLayout, LowRankArrays]):
     """The codec of one ``lowrank`` term; see :class:`deltafmt.terms.codec.TermCodec`.
 
     If vectors are coded, ``u_codes`` and ``v_codes`` have shape (R, words), ``*_scales`` (as uint16 for BF16) and
-    ``*_zero_points`` shape (R, scales of a vector); raw ``u`` and ``v`` have shape (R, rows) and (R, columns). A run of
-    rows is decoded, a whole matrix encoded at once.
+    ``*_zero_points`` shape (R, scales of a vector); raw ``u`` and ``v`` have shape (R, rows) and (R, columns). Decoding
+    takes a run of rows, encoding the whole matrix.
     """
 
     @classmethod
@@ -101,7 +102,7 @@ class LowRankCodec(TermCodec[LowRankLayout, LowRankArrays]):
             return factor
         arrays = _arrays(coding, side, packed, self._length(side), start, stop, routines)
         group = coding.scale_group or max(self._length(side), 1)
-        # Where a run starts within a group of the scales, every element is given its own.
+        # If a run starts within a group, every element gets a scale of its own.
         at = np.arange(start // group, -(-stop // group)) if start % group == 0 else np.arange(start, stop) // group
         zero_points = None if arrays.zero_points is None else arrays.zero_points[:, at]
         part = LowbitArrays(arrays.codes, arrays.scales[:, at], zero_points)
@@ -137,7 +138,7 @@ def _encode(coding: Coding, side: str, arrays: LowbitArrays, packed: Packed, rou
     tiled = np.zeros((tiles(count), coding.words(length), TILE_ROWS), np.uint32)
     routines.pack_into(arrays.codes, coding.bits, tiled, 1)
     packed[f"{side}_codes"][...] = words.from_tiles(tiled, count)
-    packed[f"{side}_scales"][...] = raw_scales(coding, arrays.scales)
+    packed[f"{side}_scales"][...] = raw_scales(coding.scale_dtype, arrays.scales)
     if arrays.zero_points is not None:
         packed[f"{side}_zero_points"][...] = arrays.zero_points
 
@@ -150,4 +151,4 @@ def _arrays(
     part = words.to_tiles(words.cut(by_vector, length, coding.bits, start, stop))
     codes = routines.unpack(part, by_vector.shape[0], stop - start, coding.bits, 1).astype(np.uint8, copy=False)
     zero_points = packed[f"{side}_zero_points"].view(np.uint8) if coding.has_zero_points else None
-    return LowbitArrays(codes, read_scales(coding, packed[f"{side}_scales"]), zero_points)
+    return LowbitArrays(codes, read_scales(coding.scale_dtype, packed[f"{side}_scales"]), zero_points)

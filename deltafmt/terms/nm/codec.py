@@ -16,9 +16,9 @@ from deltafmt.terms import words
 from deltafmt.terms.buffers import Packed, blank, check_same
 from deltafmt.terms.codec import TermArrays, TermCodec
 from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
-from deltafmt.terms.floats import narrow, widen
 from deltafmt.terms.nm.index.codecs import INDEX_CODECS
 from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.scales import raw_scales, read_scales
 from deltafmt.terms.tiles import TILE_ROWS, tiles
 
 TRANSCODE_ENTRIES = 1 << 17
@@ -50,7 +50,7 @@ def encode(
     out: Mapping[str, NDArray[np.generic]],
     routines: CodecRoutines = REFERENCE,
 ) -> None:
-    """Pack a run of rows into its slices of :func:`blank`.
+    """Pack a run of rows into its slices of :func:`deltafmt.terms.buffers.blank`.
 
     The positions of a ``seeded`` layout are not stored; those of the others must ascend in every group. Fields of
     elements beyond the last column must be zero.
@@ -58,9 +58,7 @@ def encode(
     routines.pack_into(arrays.codes, layout.bits, _words(out["codes"]), layout.share)
     if "index" in out:
         INDEX_CODECS[layout.index].encode(arrays.positions, layout, _words(out["index"]), routines)
-    scales = arrays.scales
-    raw = narrow(scales, "BF16") if layout.scale_dtype == "BF16" else scales
-    out["scales"][...] = words.to_tiles(raw, layout.share)
+    out["scales"][...] = words.to_tiles(raw_scales(layout.scale_dtype, arrays.scales), layout.share)
 
 
 def decode(
@@ -75,8 +73,8 @@ def decode(
     """Unpack a run of rows.
 
     Args:
-        layout: of the term.
-        packed: the run's slices of :func:`views`.
+        layout: the term's layout.
+        packed: the run's slices of :func:`deltafmt.terms.buffers.views`.
         seed: the tensor seed.
         first: the run's first row in the tensor, a multiple of :func:`run_rows`.
         rows: rows of the run.
@@ -88,16 +86,11 @@ def decode(
             is negative or not finite.
     """
     groups = layout.groups(columns)
-    raw = words.from_tiles(packed["scales"], rows, layout.share)
-    scales = np.ascontiguousarray(
-        widen(raw.view(np.uint16), "BF16") if layout.scale_dtype == "BF16" else raw.view(np.float32)
-    )
-    if not np.isfinite(scales).all() or np.signbit(scales).any():
-        raise InvalidFileError("a scale is negative or not finite")
+    scales = read_scales(layout.scale_dtype, words.from_tiles(packed["scales"], rows, layout.share))
     mask_rows = layout.mask_rows(rows)
     index = _words(packed["index"]) if "index" in packed else None
     kept_at = INDEX_CODECS[layout.index].decode(index, layout, seed, first // layout.share, mask_rows, groups, routines)
-    # Last, because compiled routines use the memory of one unpacking again for the next.
+    # Codes come last: compiled routines reuse the memory of a result, so that unpacking the index would overwrite them.
     codes = routines.unpack(_words(packed["codes"]), rows, layout.kept(columns), layout.bits, layout.share)
     codes = codes.astype(np.uint8, copy=False)
     return NMArrays(kept_at, codes, scales)
@@ -188,7 +181,7 @@ class NMCodec(TermCodec[NMLayout, NMArrays]):
         return arrays
 
     def digested_form(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
-        """Return an index in the encoding that kernels read, so that hot and cold files agree."""
+        """Return an index in its plain encoding, so that a hot and a cold file have the same digests."""
         plain = self.layout.plain()
         if name == "index" and plain != self.layout:
             rows, columns = self.shape

@@ -28,7 +28,7 @@ def scatter(
         columns: columns of the tensor; elements beyond them are ignored.
         m: M.
         share: v.
-        top: of the layout, in ``value = (2u - top) * scale / 2``.
+        top: the layout's ``top``, as in ``value = (2u - top) * scale / 2``.
         scale_group: kept elements that share a scale; 0 for all of a row.
 
     Returns:

@@ -14,7 +14,7 @@ from deltafmt.terms.codec import TermArrays, TermCodec
 from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import RAW_DTYPES, Raw, widen
-from deltafmt.terms.lowbit.codec import raw_scales, read_scales
+from deltafmt.terms.scales import raw_scales, read_scales
 from deltafmt.terms.sparse.layout import SparseLayout
 from deltafmt.terms.tiles import TILE_ROWS, plane_words, planes, tiles
 
@@ -27,7 +27,7 @@ class SparseArrays(TermArrays):
     """The content of a term: the entries of its rows, one row after the other.
 
     Attributes:
-        ends: int64, shape (rows,): how many entries the rows up to and with each one have.
+        ends: int64, shape (rows,): how many entries each row and the rows before it have together.
         columns: int64, one for each entry, ascending in every row.
         values: codes, uint8, or raw values, one for each entry.
         scales: float32, shape (rows, 1), of codes; otherwise None.
@@ -76,7 +76,7 @@ class SparseCodec(TermCodec[SparseLayout, SparseArrays]):
     """The codec of one ``sparse`` term; see :class:`deltafmt.terms.codec.TermCodec`.
 
     ``gaps`` and ``codes`` have shape (words, 32), raw ``values`` shape (slots, 32), ``starts`` shape
-    (tiles * blocks + 1,), ``scales`` shape (tiles, 1, 32). A run of rows is decoded, a whole matrix encoded at once.
+    (tiles * blocks + 1,), ``scales`` shape (tiles, 1, 32). Decoding takes a run of rows, encoding the whole matrix.
     """
 
     @classmethod
@@ -103,7 +103,7 @@ class SparseCodec(TermCodec[SparseLayout, SparseArrays]):
             codes = np.zeros((TILE_ROWS, self.slots), np.uint8)
             codes[at.lanes, at.slots] = arrays.values
             routines.pack_into(codes, coding.bits, packed["codes"].view(np.uint32)[None], 1)
-            packed["scales"][...] = words.to_tiles(raw_scales(coding, arrays.scales))
+            packed["scales"][...] = words.to_tiles(raw_scales(coding.scale_dtype, arrays.scales))
         else:
             packed["values"].view(RAW_DTYPES[coding])[at.slots, at.lanes] = arrays.values
 
@@ -127,7 +127,7 @@ class SparseCodec(TermCodec[SparseLayout, SparseArrays]):
         """Return where the slots of every block start.
 
         Raises:
-            InvalidFileError: they descend, or are not those of the term's slots.
+            InvalidFileError: they descend, or do not go from 0 to the term's number of slots.
         """
         starts = packed.astype(np.int64)
         if starts[0] != 0 or starts[-1] != self.slots or (np.diff(starts) < 0).any():
@@ -157,7 +157,7 @@ class SparseCodec(TermCodec[SparseLayout, SparseArrays]):
         if (is_entry & (column >= np.minimum((block + 1) * layout.span, columns))).any():
             raise InvalidFileError("an entry lies beyond its block")
         if isinstance(coding, Coding):
-            scales = read_scales(coding, packed["scales"][tile, 0])
+            scales = read_scales(coding.scale_dtype, packed["scales"][tile, 0])
             fields = self._fields(packed["codes"], coding.bits, first, last, routines)
             half = (scales * np.float32(0.5))[:, None]
             with np.errstate(over="ignore"):
@@ -205,7 +205,7 @@ class SparseCodec(TermCodec[SparseLayout, SparseArrays]):
                 raise InvalidFileError("unused bits of the scales are not zero")
         if fields[~is_entry].any():
             raise InvalidFileError("a filler has a value that is not zero")
-        # Whatever needs a slot ends with an entry.
+        # A block has the slots of the row that needs the most, and what a row needs ends with an entry.
         used = starts[1:] > starts[:-1]
         ends = (starts[1:] - starts[0] - 1)[used]
         if not is_entry[:, ends].any(axis=0).all():

@@ -19,7 +19,7 @@ from deltafmt.terms.nm.layout import NMLayout
 def convert_ranks(source: torch.Tensor, target: torch.Tensor, conversions: Sequence[Conversion]) -> dict[int, str]:
     """Make ``rank`` indexes ``fixed``.
 
-    Positions are below M whatever the ranks are; the bits behind a row's last rank are not looked at.
+    Positions are below M whatever the ranks are. The bits behind a row's last rank are not checked.
 
     Args:
         source: uint8, 1-d, holds the ``rank`` words.

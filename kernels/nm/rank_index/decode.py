@@ -13,20 +13,10 @@ import torch
 from deltafmt.kernels.nm.rank_index.jobs import RankJob
 from deltafmt.terms.nm.index.rank import binomials
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.tiles import TILE_ROWS
+from deltafmt.terms.tiles import TILE_ROWS, placed_planes
 
 _MASK = 0xFFFFFFFF
 _SIGN = -(2**63)
-
-
-def _planes(width: int) -> list[tuple[int, int]]:
-    """Section 11.2: return the width and the lowest bit of each plane of fields of ``width`` bits."""
-    found, low = [], 0
-    while low < width:
-        plane = max(power for power in (1, 2, 4, 8, 16, 32) if power <= width - low)
-        found.append((plane, low))
-        low += plane
-    return found
 
 
 def unpack_ranks(words: torch.Tensor, rows: int, count: int, width: int) -> torch.Tensor:
@@ -43,7 +33,7 @@ def unpack_ranks(words: torch.Tensor, rows: int, count: int, width: int) -> torc
     field = torch.arange(count, device=words.device)
     fields = torch.zeros(rows, count, dtype=torch.int64, device=words.device)
     first = 0
-    for plane, low in _planes(width):
+    for plane, low in placed_planes(width):
         bit = field * plane
         part = by_row[:, first + bit // 32] >> bit % 32 & (1 << plane) - 1
         fields |= part << low
@@ -80,7 +70,7 @@ def pack_fields(fields: torch.Tensor, width: int) -> torch.Tensor:
     row_tiles = -(-rows // TILE_ROWS)
     field = torch.arange(count, device=fields.device)
     by_row = [fields.new_zeros(row_tiles * TILE_ROWS, 0)]
-    for plane, low in _planes(width):
+    for plane, low in placed_planes(width):
         bit = field * plane
         words = fields.new_zeros(row_tiles * TILE_ROWS, -(-count * plane // 32))
         # No two fields share a bit, so that a sum is an or.

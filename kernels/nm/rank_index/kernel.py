@@ -18,7 +18,7 @@ import triton.language as tl
 from deltafmt.kernels.nm.rank_index.jobs import RankJob
 from deltafmt.terms.nm.index.rank import binomials
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.tiles import TILE_ROWS, planes
+from deltafmt.terms.tiles import TILE_ROWS, placed_planes, planes
 
 # What a program is told of its tile: first word in source and in target, rows, groups, job.
 TILE_FIELDS = tl.constexpr(5)
@@ -96,13 +96,7 @@ def _fixed_kernel(
 
 @functools.lru_cache(maxsize=16)
 def _planes(rank_bits: int, position_bits: int, device: torch.device) -> torch.Tensor:
-    rows = []
-    for width in (rank_bits, position_bits):
-        low = 0
-        for plane in planes(width):
-            rows.append((plane, low))
-            low += plane
-    return torch.tensor(rows, dtype=torch.int32).to(device)
+    return torch.tensor(placed_planes(rank_bits) + placed_planes(position_bits), dtype=torch.int32).to(device)
 
 
 @functools.lru_cache(maxsize=16)

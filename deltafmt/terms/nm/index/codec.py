@@ -34,7 +34,10 @@ class IndexCodec(ABC):
     ) -> None:
         """Write ascending positions into packed words, shape (tiles, words, 32).
 
-        An encoding that stores nothing has no such words, and is never asked.
+        An encoding that stores nothing does not define this.
+
+        Raises:
+            TypeError: the encoding stores nothing.
         """
         raise TypeError(f"an index {layout.index!r} is not stored")
 
@@ -53,14 +56,14 @@ class IndexCodec(ABC):
 
         Args:
             packed: the run's packed words; None where the encoding is seeded.
-            layout: of the term.
+            layout: the term's layout.
             seed: the tensor seed.
             first, mask_rows: the mask rows.
             groups: groups in a row.
             routines: the implementation of the hot loops.
 
         Raises:
-            InvalidFileError: the words say no valid positions.
+            InvalidFileError: the words do not give valid positions.
         """
 
 
