@@ -102,13 +102,14 @@ def factor_damped(
         UsageError: no damping makes the matrix positive definite.
     """
     share = damping
-    while share <= MOST_DAMPING:
+    while True:
         damped, dead = damp(hessian, share)
         found = factor(damped)
         if found is not None:
             return found, share, dead
         share = max(share * 10, 1e-6)
-    raise UsageError("the hessian is not positive semidefinite, however much it is damped")
+        if share > MOST_DAMPING:
+            raise UsageError("the hessian is not positive semidefinite, however much it is damped")
 
 
 def _upper(damped: NDArray[np.float64]) -> Floats | None:
