@@ -180,6 +180,15 @@ def test_a_module_kept_whole_takes_the_rest_from_the_base(tmp_path: Path) -> Non
         deltafmt.export_lora(tmp_path / "d.deltafmt", tmp_path / "out2", base=other)
 
 
+def test_an_adapter_names_no_wrong_base(files: Files, delta: Path, tmp_path: Path, cli: Cli) -> None:
+    """A base of the same shapes is told by its bytes."""
+    other = {name: nudge(tensor, 5) for name, tensor in base_tensors().items()}
+    wrong = write_folder(tmp_path / "wrong", other, files=BASE_FILES)
+    refused(cli("export-lora", delta, "-o", tmp_path / "out", "--base", wrong), 4, f"wrong base {wrong}: tensor")
+    assert not (tmp_path / "out").exists()
+    assert cli("export-lora", delta, "-o", tmp_path / "out", "--base", files.base).code == 0
+
+
 def test_deltas_that_are_no_adapters(tmp_path: Path, cli: Cli) -> None:
     base, finetuned = tuned(tmp_path)
     delta = tmp_path / "d.deltafmt"

@@ -58,6 +58,6 @@ def run(options: argparse.Namespace) -> None:
             }
         )
         return
-    saved = f", {plural(len(result.saved), 'module')} kept exactly" if result.saved else ""
+    saved = f", {plural(len(result.saved), 'module')} stored whole" if result.saved else ""
     files = f" and {', '.join(result.files)}" if result.files else ""
     console.say(f"{result.path}: factors of {plural(result.modules, 'module')}, rank {result.rank}{saved}{files}")

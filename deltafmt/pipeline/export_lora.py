@@ -24,6 +24,8 @@ from deltafmt.pipeline.bases import find_base, wrong_bytes
 from deltafmt.pipeline.import_lora import METADATA_BASE, METADATA_TASK
 from deltafmt.pipeline.lora_modules import LoraModule, lora_modules
 from deltafmt.pipeline.outputs import refuse_input_folder
+from deltafmt.pipeline.verify import check_base
+from deltafmt.pipeline.workers import thread_count
 from deltafmt.terms.buffers import raw_bytes
 
 DEFAULT_TASK: Final = "CAUSAL_LM"
@@ -81,7 +83,7 @@ def export_lora(
         UsageError: the output exists, or a tensor's delta is not low rank.
         NonFiniteError: a factor is not finite in ``dtype``.
         InvalidFileError: the delta is not valid.
-        WrongBaseError: the base lacks a tensor, or has it in another shape.
+        WrongBaseError: the base lacks a tensor, or has other bytes than those packed against.
         StorageError: reading or writing failed.
     """
     if dtype is not None and dtype not in c.DELTA_DTYPES:
@@ -96,8 +98,7 @@ def export_lora(
         config = _attached_config(opened)
         checkpoint = None if base is None else stack.enter_context(Checkpoint(base))
         if checkpoint is not None:
-            for entry in entries:
-                find_base(checkpoint, entry)
+            check_base(checkpoint, entries, thread_count(None))
             named, config = str(checkpoint.path), config or checkpoint.config()
         exporter = _Exporter(opened, checkpoint, entries, lora_modules(opened, entries, config, dtype))
         task = task_type or opened.metadata.get(METADATA_TASK) or DEFAULT_TASK
