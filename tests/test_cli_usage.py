@@ -116,12 +116,19 @@ def test_wrong_usage(cli: Cli, arguments: tuple[str, ...], word: str) -> None:
         (("pack", "--rule", "*"), "--rule needs 2 values (see deltafmt pack --help)"),
         (("verify", "a", "--threads", "two"), "--threads 'two' is not a whole number (see deltafmt verify --help)"),
         (("inspect", "a", "b"), "one argument too many: 'b' (see deltafmt inspect --help)"),
-        (("inspect", "a", "--fast"), "deltafmt inspect has no option --fast (see deltafmt inspect --help)"),
+        (("inspect", "a", "--fast"), "inspect has no option --fast (see deltafmt inspect --help)"),
         (("--tensors", "inspect", "a"), "--tensors stands before the command; write it after: deltafmt inspect ..."),
     ],
 )
 def test_what_is_wrong_is_said_in_plain_words(cli: Cli, arguments: tuple[str, ...], message: str) -> None:
     assert refused(cli(*arguments), 2).startswith(message)
+
+
+@pytest.mark.parametrize("command", ["unpack", "repack", "import-lora", "export-lora"])
+def test_only_pack_writes_to_standard_output(cli: Cli, command: str) -> None:
+    inputs = {"repack": ("a", "--profile", "hot"), "export-lora": ("a",)}.get(command, ("a", "b"))
+    refused(cli(command, *inputs, "-o", "-"), 2, f"{command} does not write to standard output")
+    assert not Path("-").exists()
 
 
 def test_json_before_the_command(cli: Cli) -> None:

@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, unknown = build_parser(command).parse_known_args(arguments)
         if unknown:
             raise _unknown(unknown[0], options.command, arguments)
+        if getattr(options, "output", None) == "-" and options.command != "pack":
+            raise UsageError(f"{options.command} does not write to standard output; name the output after -o")
         code: int | None = _module(options.command).run(options)
         sys.stdout.flush()
         return EXIT_OK if code is None else code
@@ -125,7 +127,7 @@ def _unknown(word: str, command: str, arguments: list[str]) -> UsageError:
         return UsageError(f"one argument too many: {word!r} (see deltafmt {command} --help)")
     if word in arguments and arguments.index(word) < arguments.index(command):
         return UsageError(f"{word} stands before the command; write it after: deltafmt {command} ... {word}")
-    return UsageError(f"deltafmt {command} has no option {word} (see deltafmt {command} --help)")
+    return UsageError(f"{command} has no option {word} (see deltafmt {command} --help)")
 
 
 def _interrupt(*_: object) -> NoReturn:
