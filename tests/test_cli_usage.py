@@ -117,6 +117,11 @@ def test_wrong_usage(cli: Cli, arguments: tuple[str, ...], word: str) -> None:
         (("verify", "a", "--threads", "two"), "--threads 'two' is not a whole number (see deltafmt verify --help)"),
         (("inspect", "a", "b"), "one argument too many: 'b' (see deltafmt inspect --help)"),
         (("inspect", "a", "--fast"), "inspect has no option --fast (see deltafmt inspect --help)"),
+        (
+            ("pack", "a", "b", "--method", "rtn", "--method", "svd"),
+            "--method is given twice (see deltafmt pack --help)",
+        ),
+        (("pack", "a", "b", "--bits", "3", "--bits", "3"), "--bits is given twice (see deltafmt pack --help)"),
         (("--tensors", "inspect", "a"), "--tensors stands before the command; write it after: deltafmt inspect ..."),
     ],
 )
