@@ -5,7 +5,7 @@
     DeltafmtError               (exit code)
     ├── UsageError              2   an argument or a combination of arguments is wrong
     │   ├── MissingExtraError   2   an optional package is missing; names the extra that brings it
-    │   ├── NonFiniteError      2   a delta holds NaN or infinity and is not kept exactly
+    │   ├── NonFiniteError      2   a delta holds NaN or infinity and is not stored whole
     │   └── NoRoomError         2   the deltas in use leave no room on the device for another
     ├── InvalidFileError        3   a file breaks its format: what, and where
     │   └── UnsupportedError    3   a valid file that needs a newer reader, or is of a kind that is not read
@@ -71,7 +71,7 @@ class MissingExtraError(UsageError, ImportError):
 
 
 class NonFiniteError(UsageError):
-    """A delta holds NaN or infinity; such a tensor can only be kept exactly."""
+    """A delta holds NaN or infinity; such a tensor can only be stored whole."""
 
 
 class NoRoomError(UsageError):

@@ -111,7 +111,7 @@ def tied(rng: np.random.Generator) -> tuple[Tensors, Tensors]:
 
 
 def odd(rng: np.random.Generator) -> tuple[Tensors, Tensors]:
-    """Return tensors that are kept exactly: 0-d, empty, new, another shape, dtypes without deltas."""
+    """Return tensors that are stored whole: 0-d, empty, new, another shape, dtypes without deltas."""
     base: Tensors = {
         "bias": weights(rng, 60),
         "codes": ("F8_E4M3", (3, 5), rng.bytes(15)),

@@ -280,7 +280,7 @@ def test_names_are_only_text(tmp_path: Path, cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "word"),
     [
-        (("--bits", "1"), 2, "k = 1"),
+        (("--bits", "1"), 2, "bits k = 1"),
         (("--bits", "9"), 2, "k = 9"),
         (("--nm", "5:4"), 2, "N = 5"),
         (("--nm", "4"), 2, "'4'"),
@@ -311,6 +311,13 @@ def test_wrong_files(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> None
     other = write_pair(tmp_path / "other", a, {name: tensor for name, tensor in a.items() if len(tensor.shape) > 1})
     refused(cli("analyze", other.base, other.finetuned, "--delta", delta), 4, "other.model")
     refused(cli("analyze", small.base, other.finetuned), 4, "different architecture")
+    reverse = tmp_path / "reverse.deltafmt"
+    deltafmt.pack(small.finetuned, small.base, reverse)
+    refused(cli("analyze", small.base, small.finetuned, "--delta", reverse), 4, f"{reverse}: wrong base {small.base}")
+
+
+def test_nothing_left_to_analyze(cli: Cli, small: Pair) -> None:
+    refused(cli("analyze", small.base, small.finetuned, "--exclude", "*"), 2, "no tensor", "is left to analyze")
 
 
 def test_only_calibration_needs_torch(small: Pair) -> None:

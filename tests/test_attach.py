@@ -258,7 +258,8 @@ def test_a_wrong_base_is_named(tiny: Tiny) -> None:
     with torch.no_grad():
         wrong.model.layers[1].mlp.up_proj.weight[3, 4] += 1
     with pytest.raises(
-        WrongBaseError, match=r'^wrong base LlamaForCausalLM: tensor "model.layers.1.mlp.up_proj.weight" differs'
+        WrongBaseError,
+        match=r'^delta "one": wrong base LlamaForCausalLM: tensor "model.layers.1.mlp.up_proj.weight" differs',
     ):
         attach(wrong, tiny.deltas)
     assert not hasattr(wrong, "delta")

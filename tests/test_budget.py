@@ -160,11 +160,11 @@ def test_what_python_refuses(tmp_path: Path, several: Pair) -> None:
         ({"target_ratio": 1}, "ratio 1 "),
         ({"target_ratio": float("nan")}, "nan"),
         ({"target_size": 0}, "size 0"),
-        ({"target_ratio": 2, "method": DeltaDQ()}, "deltadq 4:16"),
+        ({"target_ratio": 2, "method": DeltaDQ(2, 8)}, "'deltadq:nm=2:8' is given"),
         ({"candidates": FEW}, "no target"),
         ({"target_ratio": 500}, "no plan fits .* least that the candidates reach is"),
-        ({"target_ratio": 2, "candidates": [Magnitude(density=0.25)]}, "depend on the delta"),
-        ({"target_ratio": 2, "candidates": [DeltaDQ(index="rank")]}, "has a rank index"),
+        ({"target_ratio": 2, "candidates": [Magnitude(density=0.25)]}, "'magnitude:density=0.25' depend on the delta"),
+        ({"target_ratio": 2, "candidates": [DeltaDQ(index="rank")]}, "'deltadq:index=rank' has a rank index"),
     ]
     for options, message in wrong:
         with pytest.raises(UsageError, match=message):

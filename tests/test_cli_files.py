@@ -270,7 +270,7 @@ def test_missing_and_wrong_checkpoints(tmp_path: Path, cli: Cli, small: Pair, de
 def test_a_delta_is_no_checkpoint(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> None:
     refused(cli("pack", delta, small.finetuned, "-o", tmp_path / "o"), 3, str(delta))
     refused(cli("unpack", delta, small.base, "-o", tmp_path / "o"), 5, str(small.base))
-    refused(cli("diff", delta, small.base), 2, "two of a kind")
+    refused(cli("diff", delta, small.base), 2, f"{delta} is a delta file and {small.base} is not")
 
 
 def test_a_wrong_base_names_the_tensor(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> None:
@@ -309,6 +309,11 @@ def test_a_wrong_base_can_be_forced_and_that_is_recorded(tmp_path: Path, cli: Cl
         metadata = read_file(tmp_path / folder / "model.safetensors")[1]["__metadata__"]
         assert "deltafmt.forced_base" not in metadata
         assert metadata["deltafmt.content_id"] == deltafmt.open(delta).content_id
+    # Several tensors are one warning.
+    other = write_folder(tmp_path / "other", {key: small.b.get(key, tensor) for key, tensor in small.a.items()})
+    warning = cli("unpack", other, delta, "-o", tmp_path / "several", "--force-base").err
+    assert warning.count("\n") == 1
+    assert "tensors of the base differ from those packed against, the first is" in warning
     # Another shape cannot be forced.
     odd = write_folder(tmp_path / "odd", {**small.a, name: normal(1, (3, 3))})
     refused(cli("unpack", odd, delta, "-o", tmp_path / "no", "--force-base"), 4, name)

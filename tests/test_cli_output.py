@@ -56,6 +56,12 @@ def test_every_command_in_words(tmp_path: Path, cli: Cli, small: Pair) -> None:
         assert (result.code, result.err) == (0, "")
 
 
+def test_matrices_that_are_no_smaller_when_packed_are_no_small_tensors(tmp_path: Path, cli: Cli, small: Pair) -> None:
+    packed = cli("pack", small.base, small.finetuned, "-o", tmp_path / "d", "--method", "svd", "--rank", "100")
+    assert "0 tensors compressed, 1 small one stored whole, 4 matrices stored whole, 2 same as the base\n" in packed.out
+    assert packed.out.count("(no smaller when packed)") == 4
+
+
 def test_diff_tells_by_its_exit_code_if_it_is_asked_to(cli: Cli, small: Pair) -> None:
     different = cli("diff", small.base, small.finetuned, "--exit-code", "--json")
     assert (different.code, different.json()["equal"]) == (1, False)
@@ -176,8 +182,8 @@ def test_diff_tells_what_changed(tmp_path: Path, cli: Cli, small: Pair, delta: P
     assert cli("pack", small.base, small.finetuned, "-o", other, "--exclude", "*embed*", *rule).code == 0
     changes = {change["name"]: change for change in cli("diff", delta, other, "--json").json()["changes"]}
     assert set(changes) == {"model.embed.weight", "model.layers.0.down.weight"}
-    assert "kept exactly" in changes["model.embed.weight"]["detail"]
-    assert "2:16 k=2" in changes["model.layers.0.down.weight"]["detail"]
+    assert "stored whole" in changes["model.embed.weight"]["detail"]
+    assert "2:16 bits=2" in changes["model.layers.0.down.weight"]["detail"]
     seeded = tmp_path / "seeded.deltafmt"
     assert cli("pack", small.base, small.finetuned, "-o", seeded, "--seed", "9").code == 0
     changes = {change["name"]: change for change in cli("diff", delta, seeded, "--json").json()["changes"]}
@@ -222,7 +228,7 @@ def test_the_tree_of_costs_sums_to_the_file(tmp_path: Path, cli: Cli, small: Pai
     labels = {node["label"]: node for node in found["tree"]["children"]}
     if packing != "exact":
         parts = {node["label"] for node in labels["deltas"]["children"]}
-        assert parts == {"codes", "scales", "kept exactly", *(["index"] if packing in ("fixed", "rank") else [])}
+        assert parts == {"codes", "scales", "stored whole", *(["index"] if packing in ("fixed", "rank") else [])}
     stored = sum(tensor["stored_bytes"] for tensor in found["tensors"].values())
     assert found["overhead_bytes"] == found["bytes"] - stored
     for tensor in found["tensors"].values():
@@ -250,7 +256,7 @@ def test_the_table_of_tensors(cli: Cli, small: Pair, delta: Path) -> None:
     lines = cli("inspect", delta, "--tensors").out.splitlines()
     assert lines[0].split() == ["tensor", "dtype", "shape", "bytes", "stored", "how"]
     assert len(lines) == 1 + len(small.b)
-    assert any(line.startswith("model.embed.weight") and "70x48" in line and "4:16 k=4" in line for line in lines)
+    assert any(line.startswith("model.embed.weight") and "70x48" in line and "4:16 bits=4" in line for line in lines)
 
 
 def test_inspect_reads_no_section(tmp_path: Path, cli: Cli, delta: Path) -> None:

@@ -105,6 +105,49 @@ def test_wrong_usage(cli: Cli, arguments: tuple[str, ...], word: str) -> None:
     refused(cli(*arguments), 2, word)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "COMMAND is missing (see deltafmt --help)"),
+        (("unpak", "a"), "unknown command 'unpak'; there are pack, methods, "),
+        (("unpack",), "BASE, DELTA, -o are missing (see deltafmt unpack --help)"),
+        (("unpack", "a", "b"), "-o is missing (see deltafmt unpack --help)"),
+        (("unpack", "a", "b", "-o"), "-o needs a value (see deltafmt unpack --help)"),
+        (("pack", "--rule", "*"), "--rule needs 2 values (see deltafmt pack --help)"),
+        (("verify", "a", "--threads", "two"), "--threads 'two' is not a whole number (see deltafmt verify --help)"),
+        (("inspect", "a", "b"), "one argument too many: 'b' (see deltafmt inspect --help)"),
+        (("inspect", "a", "--fast"), "inspect has no option --fast (see deltafmt inspect --help)"),
+        (
+            ("pack", "a", "b", "--method", "rtn", "--method", "svd"),
+            "--method is given twice (see deltafmt pack --help)",
+        ),
+        (("pack", "a", "b", "--bits", "3", "--bits", "3"), "--bits is given twice (see deltafmt pack --help)"),
+        (("--tensors", "inspect", "a"), "--tensors stands before the command; write it after: deltafmt inspect ..."),
+    ],
+)
+def test_what_is_wrong_is_said_in_plain_words(cli: Cli, arguments: tuple[str, ...], message: str) -> None:
+    assert refused(cli(*arguments), 2).startswith(message)
+
+
+@pytest.mark.parametrize("command", ["unpack", "repack", "import-lora", "export-lora"])
+def test_only_pack_writes_to_standard_output(cli: Cli, command: str) -> None:
+    inputs = {"repack": ("a", "--profile", "hot"), "export-lora": ("a",)}.get(command, ("a", "b"))
+    refused(cli(command, *inputs, "-o", "-"), 2, f"{command} does not write to standard output")
+    assert not Path("-").exists()
+
+
+def test_json_before_the_command(cli: Cli) -> None:
+    result = cli("--json", "inspect", "a")
+    assert result.code == 2
+    assert result.json()["error"] == "--json stands before the command; write it after: deltafmt inspect ... --json"
+
+
+@pytest.mark.parametrize("command", ["verify", "unpack"])
+def test_no_threads(tmp_path: Path, cli: Cli, small: Pair, delta: Path, command: str) -> None:
+    arguments = {"verify": (delta,), "unpack": (small.base, delta, "-o", tmp_path / "out")}[command]
+    refused(cli(command, *arguments, "--threads", "0"), 2, "0 threads are fewer than one")
+
+
 def test_json_and_the_file_itself_cannot_share_standard_output(cli: Cli, small: Pair) -> None:
     result = cli("pack", small.base, small.finetuned, "-o", "-", "--json")
     assert result.code == 2

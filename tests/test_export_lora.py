@@ -180,6 +180,47 @@ def test_a_module_kept_whole_takes_the_rest_from_the_base(tmp_path: Path) -> Non
         deltafmt.export_lora(tmp_path / "d.deltafmt", tmp_path / "out2", base=other)
 
 
+def test_an_adapter_names_no_wrong_base(files: Files, delta: Path, tmp_path: Path, cli: Cli) -> None:
+    """A base of the same shapes is told by its bytes."""
+    other = {name: nudge(tensor, 5) for name, tensor in base_tensors().items()}
+    wrong = write_folder(tmp_path / "wrong", other, files=BASE_FILES)
+    refused(cli("export-lora", delta, "-o", tmp_path / "out", "--base", wrong), 4, f"wrong base {wrong}: tensor")
+    assert not (tmp_path / "out").exists()
+    assert cli("export-lora", delta, "-o", tmp_path / "out", "--base", files.base).code == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "warned"),
+    [
+        ({"tie_word_embeddings": True, "vocab_size": 40}, True),
+        ({"tie_word_embeddings": True, "vocab_size": 41}, False),  # an embedding of something else than tokens
+        ({"tie_word_embeddings": False, "vocab_size": 40}, False),
+        ({"vocab_size": 40}, False),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_changed_embedding_of_a_tied_base_is_a_warning(
+    tmp_path: Path, cli: Cli, config: dict[str, Any], *, warned: bool, whole: bool
+) -> None:
+    name = "model.embed_tokens.weight"
+    tensors = base_tensors()
+    tuned = {key: nudge(tensor, 5) if len(tensor.shape) == 2 else tensor for key, tensor in tensors.items()}
+    both = [
+        write_folder(tmp_path / folder, content, files={"config.json": json.dumps(config).encode()})
+        for folder, content in (("base", tensors), ("tuned", tuned))
+    ]
+    file = tmp_path / "d.deltafmt"
+    deltafmt.pack(*both, file, method=SVD(rank=2), exclude=[name] if whole else [])
+    result = cli("export-lora", file, "-o", tmp_path / "out", "--json")
+    assert result.code == 0
+    assert ("warning: model.embed_tokens changes, and the base ties it" in result.err) is warned
+    assert result.json()["tied_embedding"] == ("model.embed_tokens" if warned else None)
+    # An embedding that stays the base's is no reason to warn.
+    write_folder(tmp_path / "same", {**tuned, name: tensors[name]}, files={"config.json": json.dumps(config).encode()})
+    deltafmt.pack(both[0], tmp_path / "same", file, method=SVD(rank=2), force=True)
+    assert deltafmt.export_lora(file, tmp_path / "again").tied == ""
+
+
 def test_deltas_that_are_no_adapters(tmp_path: Path, cli: Cli) -> None:
     base, finetuned = tuned(tmp_path)
     delta = tmp_path / "d.deltafmt"

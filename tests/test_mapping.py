@@ -79,6 +79,32 @@ def test_standard_library_alone(packed: Path) -> None:
     assert run(sys.executable, "-I", "-S", EXAMPLES / "map_plain.py", packed, "w", str(ROW)) == expected(packed)
 
 
+def test_what_the_examples_cannot_read_is_one_line(packed: Path, tmp_path: Path) -> None:
+    cold, whole, short = tmp_path / "cold.deltafmt", tmp_path / "whole.deltafmt", tmp_path / "short"
+    deltafmt.repack(packed, cold, profile="cold")
+    deltafmt.pack(packed.parent / "base", packed.parent / "finetuned", whole, exclude=["w"])
+    short.write_bytes(b"short")
+    wrong = [
+        (packed, "no", ROW, "no"),
+        (packed, "w", 93, "row 93"),
+        (packed, "w", -1, "row -1"),
+        (cold, "w", ROW, "cold"),
+        (whole, "w", ROW, "nm term"),
+        (short, "w", ROW, "not a whole"),
+    ]
+    for path, name, row, words in wrong:
+        programs = [["map_plain.py", path, name, row]]
+        if path is not short and row == ROW:
+            report = tmp_path / "report.json"
+            report.write_text(json.dumps(inspect(path)))
+            programs += [["map_c_arguments.py", report, name], ["read_numpy.py", report, name]]
+        for program, *arguments in programs:
+            command = [sys.executable, str(EXAMPLES / program), *map(str, arguments)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+            assert words in done.stderr or (path, program) == (whole, "read_numpy.py")
+
+
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_c(packed: Path, tmp_path: Path) -> None:
     program = tmp_path / "map_c"

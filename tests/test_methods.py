@@ -166,7 +166,9 @@ def test_a_sum_of_kinds(tmp_path: Path, threads: int, profile: str, cli: Cli) ->
         assert opened["w"].terms[0].seed == 0
         assert {"terms[0].u_codes", "terms[1].codes"} <= set(opened.buffers("w"))
     shown = cli("inspect", file, "--tensors").out
-    assert "lowrank r=2 k=8 midtread scale/32 F32 scales + nm 2:8 k=8 midtread seeded v=4 F32 scales" in shown
+    assert (
+        "lowrank rank=2 bits=8 midtread scale/32 F32 scales + nm 2:8 bits=8 midtread seeded share=4 F32 scales" in shown
+    )
     obj = cli("inspect", file, "--json").json()
     assert sum(node["bytes"] for node in obj["tree"]["children"]) == file.stat().st_size
 

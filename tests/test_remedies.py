@@ -78,7 +78,7 @@ def test_no_error_of_the_library_names_an_option_of_the_command_line() -> None:
 
 def test_what_the_command_line_adds() -> None:
     assert message_of(UsageError("a exists", Remedy("force"))) == "a exists; --force replaces it"
-    assert message_of(UsageError("no", Remedy("exclude", "a b"))) == "no; --exclude 'a b' keeps the tensor exactly"
+    assert message_of(UsageError("no", Remedy("exclude", "a b"))) == "no; --exclude 'a b' stores the tensor whole"
     assert message_of(UsageError("no")) == "no"
 
 
@@ -89,7 +89,7 @@ def test_the_option_that_the_message_names_helps(tmp_path: Path, cli: Cli) -> No
     command = ("pack", pair.base, pair.finetuned, "-o", tmp_path / "d")
     for target in ((), ("--target-ratio", "1.1", "--candidate", "deltadq:bits=2")):
         message = refused(cli(*command, *target), 2, 'tensor "w[0]"')
-        option = shlex.split(message.rpartition("; ")[2].removesuffix(" keeps the tensor exactly"))
+        option = shlex.split(message.rpartition("; ")[2].removesuffix(" stores the tensor whole"))
         assert option == ["--exclude", "w[[]0]"]
         assert cli(*command, *target, *option).code == 0
         message = refused(cli(*command, *target, *option), 2, str(tmp_path / "d"))

@@ -124,7 +124,7 @@ def test_parts_through_a_file(tmp_path: Path, method: DeltaDQSQ, cli: Cli) -> No
     with deltafmt.open(tmp_path / "d.deltafmt") as opened:
         assert len(opened["w"].terms) == method.number
     shown = cli("inspect", tmp_path / "d.deltafmt", "--tensors").out
-    assert ("sparse k=1 midrise" if method.number == 1 else f"{method.number} of sparse k=1 midrise") in shown
+    assert ("sparse bits=1 midrise" if method.number == 1 else f"{method.number} of sparse bits=1 midrise") in shown
 
 
 def test_the_count_of_the_paper() -> None:
@@ -215,10 +215,13 @@ def test_from_the_command_line(tmp_path: Path, cli: Cli) -> None:
     pair = pair_of(tmp_path, (128, 256), "BF16")
     out = tmp_path / "d.deltafmt"
     for arguments, words in (
-        (("--method", "magnitude", "--nm", "2:8"), "nm 2:8 k=4 midtread fixed v=1"),
-        (("--method", "magnitude", "--nm", "2:8", "--index", "rank", "--profile", "cold"), "nm 2:8 k=4 midtread rank"),
-        (("--method", "magnitude", "--density", "0.2", "--bits", "3"), "sparse k=3 midtread"),
-        (("--method", "deltadq-sq", "--nm", "1:16", "--bits", "2"), "sparse k=1 midrise"),
+        (("--method", "magnitude", "--nm", "2:8"), "nm 2:8 bits=4 midtread fixed share=1"),
+        (
+            ("--method", "magnitude", "--nm", "2:8", "--index", "rank", "--profile", "cold"),
+            "nm 2:8 bits=4 midtread rank",
+        ),
+        (("--method", "magnitude", "--density", "0.2", "--bits", "3"), "sparse bits=3 midtread"),
+        (("--method", "deltadq-sq", "--nm", "1:16", "--bits", "2"), "sparse bits=1 midrise"),
     ):
         check_packed_terms(cli, pair, out, arguments, words)
     rank = ("--method", "magnitude", "--nm", "2:8", "--index", "rank")

@@ -68,7 +68,7 @@ def test_energy_decides_the_rank(tmp_path: Path, share: float, cli: Cli) -> None
     assert isinstance(layout, LowRankLayout)
     assert layout.rank == rank_for_energy(values, share)
     assert ((found - delta) ** 2).sum() <= (1 - share + 2e-3) * (delta**2).sum()
-    assert f"lowrank r={layout.rank} k=8" in cli("inspect", tmp_path / "d.deltafmt", "--tensors").out
+    assert f"lowrank rank={layout.rank} bits=8" in cli("inspect", tmp_path / "d.deltafmt", "--tensors").out
 
 
 @examples(60)
@@ -314,11 +314,17 @@ def test_from_the_command_line(tmp_path: Path, cli: Cli) -> None:
     pair = pair_of(tmp_path, (128, 256), "BF16")
     out = tmp_path / "d.deltafmt"
     for arguments, words in (
-        (("--method", "residual", "--rank", "2", "--nm", "1:16"), "lowrank r=2 k=8 midtread scale/128 + nm 1:16 k=1"),
+        (
+            ("--method", "residual", "--rank", "2", "--nm", "1:16"),
+            "lowrank rank=2 bits=8 midtread scale/128 + nm 1:16 bits=1",
+        ),
         (("--method", "svd", "--energy", "0.4"), "BF16"),
-        (("--method", "svd", "--rank", "5", "--bits", "4"), "lowrank r=5 k=4 midtread scale/128"),
-        (("--method", "delta-come", "--bands", "1@8+2@1"), "r=1 k=8 asymmetric scale/128 + lowrank r=2 k=1 midrise"),
-        (("--rule", "*", "delta-come:bands=1@8+rest@2,bits_per_weight=3"), "r=1 k=8 asymmetric"),
+        (("--method", "svd", "--rank", "5", "--bits", "4"), "lowrank rank=5 bits=4 midtread scale/128"),
+        (
+            ("--method", "delta-come", "--bands", "1@8+2@1"),
+            "rank=1 bits=8 asymmetric scale/128 + lowrank rank=2 bits=1 midrise",
+        ),
+        (("--rule", "*", "delta-come:bands=1@8+rest@2,bits_per_weight=3"), "rank=1 bits=8 asymmetric"),
     ):
         check_packed_terms(cli, pair, out, arguments, words)
     refused(cli("pack", pair.base, pair.finetuned, "-o", out, "--method", "svd", "--rank", "x"), 2, "rank is a number")

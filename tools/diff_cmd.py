@@ -12,8 +12,15 @@ from deltafmt.tools import console
 EXIT_DIFFERENT = 1
 
 
+EPILOG = """\
+Delta files are compared by the digests in their indexes; their bytes are not read. verify tells whether a file is
+damaged.
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
+    parser.epilog = EPILOG
     parser.add_argument("a", metavar="A", help="a delta file, a checkpoint folder or a .safetensors file")
     parser.add_argument("b", metavar="B", help="another delta file if A is one, otherwise another checkpoint")
     parser.add_argument(

@@ -45,6 +45,11 @@ def run(options: argparse.Namespace) -> None:
         task_type=options.task_type,
         force=options.force,
     )
+    if result.tied:
+        console.warn(
+            f"warning: {result.tied} changes, and the base ties it to its output head: PEFT loads this adapter as "
+            "another model. Use unpack, or an adapter that leaves the embedding alone"
+        )
     if options.json:
         console.say_json(
             {
@@ -55,9 +60,10 @@ def run(options: argparse.Namespace) -> None:
                 "modules": result.modules,
                 "modules_to_save": result.saved,
                 "files": result.files,
+                "tied_embedding": result.tied or None,
             }
         )
         return
-    saved = f", {plural(len(result.saved), 'module')} kept exactly" if result.saved else ""
+    saved = f", {plural(len(result.saved), 'module')} stored whole" if result.saved else ""
     files = f" and {', '.join(result.files)}" if result.files else ""
     console.say(f"{result.path}: factors of {plural(result.modules, 'module')}, rank {result.rank}{saved}{files}")

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     console.say(f"{result.path}: {result.size:,} bytes, from an adapter of {result.adapter_bytes:,}")
     parts = [f"{plural(count, 'delta')} of rank {rank}" for rank, count in sorted(result.ranks.items())]
     if result.replaced:
-        parts.append(f"{len(result.replaced)} kept exactly")
+        parts.append(f"{len(result.replaced)} stored whole")
     console.say(", ".join([*parts, f"{result.same} same as the base"]))
     if result.base_name:
         console.say(f"the adapter names its base {result.base_name}")

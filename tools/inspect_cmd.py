@@ -37,7 +37,7 @@ def _print_tree(container: Container) -> None:
     )
     console.say(f"content id {container.content_id.hex()}")
     for key, value in container.metadata.items():
-        console.say(f"{key}: {value}")
+        console.say(f"{key}: {summary.spelled_out(value) if key == 'method' else value}")
     for text, action in (("same as the base", "same"), ("tied", "alias")):
         found = sum(entry.action == action for entry in entries)
         if found:

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -35,12 +36,31 @@ COMMANDS = {
 }
 
 
+# What argparse says, and the same in this project's words.
+_PLAIN = (
+    (r"the following arguments are required: ([^,]+)", r"\1 is missing"),
+    (r"the following arguments are required: (.+)", r"\1 are missing"),
+    (r"argument (\S+): invalid int value: (.+)", r"\1 \2 is not a whole number"),
+    (r"argument (\S+): expected one argument", r"\1 needs a value"),
+    (r"argument (\S+): expected (\d+) arguments", r"\1 needs \2 values"),
+)
+
+
+def plain(message: str) -> str:
+    """Return an error of argparse in plain words: ``DELTA is missing``; other messages stay."""
+    for pattern, words in _PLAIN:
+        found = re.fullmatch(pattern, message)
+        if found:
+            return found.expand(words).replace("-o/--output", "-o")
+    return message
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         """Raise what :func:`main` turns into one line."""
-        raise UsageError(f"{message} (see {self.prog} --help)")
+        raise UsageError(f"{plain(message)} (see {self.prog} --help)")
 
 
 def build_parser(command: str | None) -> Parser:
@@ -71,7 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     try:
         command = next((word for word in arguments if not word.startswith("-")), None)
-        options = build_parser(command).parse_args(arguments)
+        if command not in (None, *COMMANDS) and not {"-h", "--help", "--version"} & set(arguments):
+            raise UsageError(f"unknown command {command!r}; there are {', '.join(COMMANDS)} (see deltafmt --help)")
+        options, unknown = build_parser(command).parse_known_args(arguments)
+        if unknown:
+            raise _unknown(unknown[0], options.command, arguments)
+        if getattr(options, "output", None) == "-" and options.command != "pack":
+            raise UsageError(f"{options.command} does not write to standard output; name the output after -o")
         code: int | None = _module(options.command).run(options)
         sys.stdout.flush()
         return EXIT_OK if code is None else code
@@ -93,6 +119,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         text = f"internal error, please report it: {type(error).__name__}: {error} (DELTAFMT_TRACEBACK=1 shows more)"
         return _report(text, 1, as_json)
+
+
+def _unknown(word: str, command: str, arguments: list[str]) -> UsageError:
+    """Return the error for an argument that a command does not take."""
+    if not word.startswith("-"):
+        return UsageError(f"one argument too many: {word!r} (see deltafmt {command} --help)")
+    if word in arguments and arguments.index(word) < arguments.index(command):
+        return UsageError(f"{word} stands before the command; write it after: deltafmt {command} ... {word}")
+    return UsageError(f"{command} has no option {word} (see deltafmt {command} --help)")
 
 
 def _interrupt(*_: object) -> NoReturn:

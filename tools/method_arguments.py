@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deltafmt.errors import UsageError
 
@@ -20,13 +20,26 @@ of a method. They can also be given as --nm N:M, --bits K, --share V, --rank R,
 """
 
 
+class _Once(argparse.Action):
+    """Store a value; the last of several would otherwise win without a word."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest, None) is not None:
+            parser.error(f"{option} is given twice")
+        setattr(namespace, self.dest, values)
+
+
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--method`` and a flag for each option of any method; whether the method has it is seen when it is made."""
     from deltafmt.methods import METHODS
     from deltafmt.methods.declare import Option, options_of
 
     group = parser.add_argument_group("method", DESCRIPTION)
-    group.add_argument("--method", metavar="METHOD", help="NAME or NAME:key=value,..., such as rtn:bits=3")
+    group.add_argument(
+        "--method", metavar="METHOD", action=_Once, help="NAME or NAME:key=value,..., such as rtn:bits=3"
+    )
     known: dict[str, Option] = {}
     for method in METHODS.values():
         for key, each in options_of(method).items():
@@ -37,7 +50,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
             switch = argparse.BooleanOptionalAction
             group.add_argument(_flag(key), dest=PREFIX + key, action=switch, default=hidden, help=hidden)
         else:
-            group.add_argument(_flag(key), dest=PREFIX + key, metavar=each.metavar, default=hidden, help=hidden)
+            dest = PREFIX + key
+            group.add_argument(_flag(key), dest=dest, metavar=each.metavar, action=_Once, default=hidden, help=hidden)
 
 
 def given_texts(options: argparse.Namespace) -> dict[str, str]:

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     from deltafmt.methods.spelling import find
 
     if options.name is not None:
-        method = find(METHODS, options.name)
+        method = find(METHODS, options.name.partition(":")[0])
         if options.json:
             console.say_json({"ok": True, "method": method_obj(method)})
         else:

@@ -183,9 +183,7 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
 
 def _actions(result: PackResult) -> str:
     """Return how many tensors were stored how, such as ``57 tensors compressed, 17 small ones stored whole``."""
-    from deltafmt.pipeline.plan import NO_SMALLER
-
-    large = sum(reason != NO_SMALLER for reason in result.kept.values())
+    large = len(result.kept)
     small = result.actions.get("replace", 0) - large
     counts = {
         f"small {'one' if small == 1 else 'ones'} stored whole": small,

@@ -10,7 +10,7 @@ from deltafmt.errors import DeltafmtError, Remedy
 _SENTENCES = {
     "base": "--base FOLDER names the base",
     "calibration": "--calibration FILE names a text for the fine-tune to read",
-    "exclude": "--exclude VALUE keeps the tensor exactly",
+    "exclude": "--exclude VALUE stores the tensor whole",
     "force": "--force replaces it",
     "out": "-o - writes to standard output",
     "profile": "--profile VALUE allows it",

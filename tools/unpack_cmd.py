@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 
 from deltafmt.errors import UsageError
 from deltafmt.pipeline.summary import plural
@@ -51,8 +52,8 @@ def run(options: argparse.Namespace) -> None:
             threads=options.threads,
             progress=progress,
         )
-    for name in result.mismatched:
-        console.warn(f'tensor "{name}" of the base differs from the one that was packed against')
+    if result.mismatched:
+        console.warn(_other_base(result.mismatched))
     if options.json:
         console.say_json(
             {
@@ -67,6 +68,14 @@ def run(options: argparse.Namespace) -> None:
         return
     files = f" and {', '.join(result.files)}" if result.files else ""
     console.say(f"{result.path}: {plural(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
+
+
+def _other_base(names: Sequence[str]) -> str:
+    """Return the warning about base tensors that differ from those packed against."""
+    first = f'tensor "{names[0]}"'
+    if len(names) == 1:
+        return f"warning: {first} of the base differs from the one that was packed against"
+    return f"warning: {len(names):,} tensors of the base differ from those packed against, the first is {first}"
 
 
 def parse_size(text: str) -> int:

@@ -15,10 +15,12 @@ from deltafmt.analysis.report import Candidate, Report, TensorFigures
 from deltafmt.analysis.spectrum import spectrum_of
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.delta import DeltaFile
-from deltafmt.errors import NonFiniteError, UsageError
+from deltafmt.errors import NonFiniteError, UsageError, WrongBaseError
 from deltafmt.methods.base import Method
 from deltafmt.methods.deltadq import DeltaDQ
 from deltafmt.pipeline.plan import check_architecture
+from deltafmt.pipeline.verify import check_base
+from deltafmt.pipeline.workers import thread_count
 
 
 def analyze(
@@ -58,11 +60,13 @@ def analyze(
     """
     n, m, bits = quantization
     if bits < 2:
-        raise UsageError(f"k = {bits}: a histogram after min-max quantization needs at least 2 bits")
+        raise UsageError(f"bits k = {bits}: a histogram after min-max quantization needs at least 2 bits")
     own = DeltaDQ(n, m, bits, index="seeded" if m & (m - 1) == 0 and m <= 128 else "fixed")
     with Checkpoint(base) as before, Checkpoint(finetuned) as after:
         check_architecture(before, after)
         pairs, skipped = find_pairs(before, after, include, exclude)
+        if not pairs:
+            raise UsageError(f"no tensor of {finetuned} is left to analyze")
         inputs = normal_inputs(seed)
         if calibration is not None:
             linear = [pair.name for pair in pairs if pair.is_linear]
@@ -76,11 +80,27 @@ def analyze(
             if progress:
                 progress(pair.name, pair.finetuned.nbytes)
         for path in deltas:
+            _check_base(before, path, report)
             _measure(report, str(path), path, inputs, progress)
         for method in methods or (() if deltas else (own,)):
             with packed(base, finetuned, method, [*skipped]) as path:
                 _measure(report, method.spelling(), path, inputs, progress)
     return report
+
+
+def _check_base(base: Checkpoint, path: str | os.PathLike[str], report: Report) -> None:
+    """Check that a delta file was made for the base, as far as its tensors are analyzed.
+
+    Raises:
+        WrongBaseError: names the file and the first tensor that differs.
+    """
+    analyzed = {one.pair.name for one in report.tensors}
+    with DeltaFile(path) as opened:
+        entries = [entry for entry in opened.container.entries() if entry.name in analyzed]
+        try:
+            check_base(base, entries, thread_count(None))
+        except WrongBaseError as error:
+            raise error.located(str(path)) from error
 
 
 def _measure(

@@ -158,7 +158,7 @@ def tensor_table(report: Report) -> Table:
         rows[-1] += [_outliers(one), percent(spectrum.energy.get(8) if spectrum else None)]
         rows[-1] += [figure(spectrum.effective_rank if spectrum else None)]
         rows[-1] += [percent(_lost(lost)) for lost in one.approximations]
-    return Table("Every tensor", "A dash where a figure does not apply, or the tensor is kept exactly.", rows)
+    return Table("Every tensor", "A dash where a figure does not apply, or the tensor is stored whole.", rows)
 
 
 def _numbered(report: Report, words: str) -> list[str]:

@@ -166,5 +166,5 @@ def _renewed(text: str) -> str:
 
 
 def _perhaps(word: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(word, known, 1)
+    near = difflib.get_close_matches(word.lower(), known, 1)
     return f", perhaps {near[0]}" if near else ""

@@ -208,12 +208,12 @@ def _check_hot(plans: Sequence[Plan], candidates: Sequence[Method]) -> None:
             for method in candidates:
                 possible = _possible(plan, method)
                 if possible and any(layout.cold_only for layout in plan_layouts(plan.decided(possible))):
-                    text = f"candidate {method.describe()!r} has a rank index, which a hot file cannot have"
+                    text = f"candidate {method.spelling()!r} has a rank index, which a hot file cannot have"
                     raise UsageError(text, Remedy("profile", "cold"))
 
 
 def _possible(plan: Plan, method: Method) -> Method | None:
-    """Return a candidate, or None if the tensor cannot have it or would be no larger if kept exactly."""
+    """Return a candidate, or None if the tensor cannot have it or would be no larger if stored whole."""
     tensor, base = plan.tensor, plan.base
     assert base is not None
     rows = plan.shared_rows

@@ -105,5 +105,5 @@ def calibrated_names(plans: Sequence[Plan], calibration: Calibration | None) -> 
     check_calibration((plan.method for plan in plans if plan.method is not None), calibration)
     found = {plan.tensor.name: plan.tensor.columns for plan in plans if plan.uses_moments}
     if calibration is not None and not found:
-        raise UsageError(f"no method here uses a calibration text such as {os.fspath(calibration.text)}")
+        raise UsageError(f"no tensor's method reads a calibration text, so {os.fspath(calibration.text)} has no effect")
     return found

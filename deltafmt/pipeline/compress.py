@@ -50,7 +50,7 @@ class Compressed:
 
     Attributes:
         base: the identity of the base tensor, for a tensor that is the same or has terms; otherwise None.
-        terms: the terms of the delta; empty for a tensor that is the same or is kept exactly.
+        terms: the terms of the delta; empty for a tensor that is the same or is stored whole.
         notes: remarks of the method.
     """
 

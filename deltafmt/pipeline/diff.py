@@ -62,6 +62,9 @@ class DiffResult:
 def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> DiffResult:
     """Compare two delta files, or two checkpoints.
 
+    Delta files are compared by the digests in their indexes. :func:`deltafmt.verify` checks that the bytes of a file
+    have these digests.
+
     Args:
         a, b: two delta files, or two checkpoints: folders or ``.safetensors`` files.
 
@@ -71,7 +74,8 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> DiffResult:
     """
     are_deltas = [_is_delta(Path(path)) for path in (a, b)]
     if are_deltas[0] != are_deltas[1]:
-        raise UsageError(f"{a} and {b} are a delta file and a checkpoint; diff compares two of a kind")
+        one, other = (a, b) if are_deltas[0] else (b, a)
+        raise UsageError(f"{one} is a delta file and {other} is not; diff compares two delta files or two checkpoints")
     if are_deltas[0]:
         with DeltaFile(a) as first, DeltaFile(b) as second:
             found = _collect(

@@ -78,7 +78,7 @@ class EntryWriter:
         return TensorEntry(tensor.name, "same", tensor.dtype, tensor.shape, base)
 
     def replace(self, tensor: Header, data: Pieces, digest: bytes | None = None) -> TensorEntry:
-        """Write a tensor that is kept exactly.
+        """Write a tensor that is stored whole.
 
         Args:
             tensor: its header.

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from deltafmt.checkpoint.adapter import PREFIX, WEIGHTS_FILE
+from deltafmt.checkpoint.adapter import PREFIX, WEIGHTS_FILE, is_embedding
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec, check_output_folder
@@ -24,6 +25,8 @@ from deltafmt.pipeline.bases import find_base, wrong_bytes
 from deltafmt.pipeline.import_lora import METADATA_BASE, METADATA_TASK
 from deltafmt.pipeline.lora_modules import LoraModule, lora_modules
 from deltafmt.pipeline.outputs import refuse_input_folder
+from deltafmt.pipeline.verify import check_base
+from deltafmt.pipeline.workers import thread_count
 from deltafmt.terms.buffers import raw_bytes
 
 DEFAULT_TASK: Final = "CAUSAL_LM"
@@ -43,6 +46,8 @@ class ExportResult:
         modules: number of modules that have factors.
         saved: names of modules that are stored whole.
         files: names of the attached files that were written.
+        tied: the module of a changed embedding that the base ties to its output head; empty if there is none. PEFT
+            changes the embedding alone, so it loads another model than :func:`deltafmt.unpack` writes.
     """
 
     path: Path
@@ -51,6 +56,7 @@ class ExportResult:
     modules: int = 0
     saved: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    tied: str = ""
 
 
 def export_lora(
@@ -81,7 +87,7 @@ def export_lora(
         UsageError: the output exists, or a tensor's delta is not low rank.
         NonFiniteError: a factor is not finite in ``dtype``.
         InvalidFileError: the delta is not valid.
-        WrongBaseError: the base lacks a tensor, or has it in another shape.
+        WrongBaseError: the base lacks a tensor, or has other bytes than those packed against.
         StorageError: reading or writing failed.
     """
     if dtype is not None and dtype not in c.DELTA_DTYPES:
@@ -96,12 +102,13 @@ def export_lora(
         config = _attached_config(opened)
         checkpoint = None if base is None else stack.enter_context(Checkpoint(base))
         if checkpoint is not None:
-            for entry in entries:
-                find_base(checkpoint, entry)
+            check_base(checkpoint, entries, thread_count(None))
             named, config = str(checkpoint.path), config or checkpoint.config()
         exporter = _Exporter(opened, checkpoint, entries, lora_modules(opened, entries, config, dtype))
         task = task_type or opened.metadata.get(METADATA_TASK) or DEFAULT_TASK
-        return exporter.run(path, exporter.config(named, task), force)
+        result = exporter.run(path, exporter.config(named, task), force)
+        result.tied = _tied_embedding(entries, config)
+        return result
 
 
 class _Exporter:
@@ -220,6 +227,18 @@ class _Exporter:
             "target_modules": list(ranks),
             "modules_to_save": self._saved or None,
         }
+
+
+def _tied_embedding(entries: list[TensorEntry], config: Mapping[str, Any]) -> str:
+    """Return the module of a changed embedding of tokens whose base ties it to the head, or an empty text."""
+    if config.get("tie_word_embeddings") is not True:
+        return ""
+    for entry in entries:
+        module = entry.name.rpartition(".")[0]
+        changed = entry.action in ("add", "replace")
+        if changed and is_embedding(module) and entry.shape[:1] == (config.get("vocab_size"),):
+            return module
+    return ""
 
 
 def _attached_config(delta: DeltaFile) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def pack(
         rules: (pattern, method or None) pairs; the last one that matches a name decides, and None keeps the tensor
             exactly.
         include: if given, only names that match one of these patterns are compressed.
-        exclude: names that match one of these patterns are kept exactly.
+        exclude: names that match one of these patterns are stored whole.
         calibration: a text for the fine-tune to read. The methods gptq and sparsegpt need one; others can use one.
         profile: ``hot`` or ``cold``.
         seed: the file's seed, 64 bits. Every tensor's own seed is derived from it and the tensor's name.
@@ -82,7 +82,7 @@ def pack(
     """
     targeted = target_ratio is not None or target_size is not None
     if targeted and method is not None:
-        raise UsageError(f"a target chooses the methods itself, and {method.describe()!r} is given")
+        raise UsageError(f"a target chooses the methods itself, and {method.spelling()!r} is given")
     if candidates and not targeted:
         raise UsageError("candidates are given, and no target to choose them for")
     check_calibration(candidates, calibration)

@@ -18,7 +18,7 @@ class PackResult:
         content_id: its content id, hexadecimal.
         finetuned_bytes: bytes of the fine-tune's weight files, headers included.
         actions: number of tensors by action.
-        kept: names of matrices that are kept exactly, with the reason.
+        kept: names of matrices that are stored whole, with the reason.
         narrow: number of matrices with so few columns that dropping most of each row at random may cost accuracy.
         removed: number of tensors that only the base has.
         resumed: number of tensors that an interrupted run had already packed.

@@ -33,7 +33,7 @@ class Plan:
         tensor: the fine-tuned tensor.
         base: the base tensor of that name, if there is one.
         method: compresses the delta; None keeps the tensor exactly, or leaves the choice open if ``undecided``.
-        reason: why the tensor is kept exactly; empty otherwise.
+        reason: why the tensor is stored whole; empty otherwise.
         alias: the tensor of which this one is a tied copy, or None.
         undecided: True until a method is chosen for a target. No undecided plan is ever packed.
     """
@@ -60,7 +60,7 @@ class Plan:
         return min(self.tensor.rows, 0 if self.base is None else self.base.rows)
 
     def layouts(self) -> tuple[TermLayout, ...]:
-        """Return the layouts of the terms that the tensor becomes; none if it is kept exactly or undecided.
+        """Return the layouts of the terms that the tensor becomes; none if it is stored whole or undecided.
 
         Raises:
             UsageError: the method's options do not go with this shape.
@@ -71,7 +71,7 @@ class Plan:
 
 
 def not_finite(name: str, message: str) -> NonFiniteError:
-    """Return the error for a tensor whose delta is not finite, which can only be kept exactly."""
+    """Return the error for a tensor whose delta is not finite, which can only be stored whole."""
     return NonFiniteError(f'tensor "{name}": {message}', Remedy("exclude", glob.escape(name)))
 
 
@@ -91,7 +91,7 @@ def make_plan(
         rules: (pattern, method or None) pairs; the last one that matches a name decides, and None there keeps the
             tensor exactly.
         include: if given, only names that match one of these patterns are compressed.
-        exclude: names that match one of these patterns are kept exactly.
+        exclude: names that match one of these patterns are stored whole.
 
     Raises:
         UsageError: a pattern matches no tensor.

@@ -3,7 +3,7 @@
 In sequential calibration, each block is calibrated on the outputs of the compressed blocks before it. The matrices of a
 finished block are packed into a file of their own, with the moments and seeds that the real file will use, and decoded
 as ``unpack`` decodes them. Whatever packing decides is therefore decided in the same way, for example that a matrix is
-kept exactly because its delta would be no smaller. The file is removed at once.
+stored whole because its delta would be no smaller. The file is removed at once.
 """
 
 from __future__ import annotations

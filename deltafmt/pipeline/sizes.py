@@ -108,7 +108,7 @@ def plan_layouts(plan: Plan) -> tuple[TermLayout, ...]:
     layouts = plan.layouts()
     method = plan.method
     if method is not None and (not method.fixed_rank or any(layout.has_slots for layout in layouts)):
-        raise UsageError(f"the bytes of {method.describe()!r} depend on the delta, so no size can be promised")
+        raise UsageError(f"the bytes of {method.spelling()!r} depend on the delta, so no size can be promised")
     return layouts
 
 

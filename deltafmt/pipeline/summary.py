@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,10 @@ class Node:
 
 
 # The label of bytes that no term holds: tensors stored whole, and the rows that a fine-tune has added.
-KEPT = "kept exactly"
+WHOLE = "stored whole"
+
+# The short forms of layouts and methods, which files record and which therefore stay, as options are called.
+_OPTIONS = {"k": "bits", "r": "rank", "v": "share"}
 
 
 def plural(number: int, noun: str) -> str:
@@ -45,24 +49,29 @@ def finetuned_bytes(entries: Iterable[TensorEntry]) -> int:
     return sum(entry.nbytes for entry in entries if entry.action != "alias")
 
 
+def spelled_out(text: str) -> str:
+    """Return the short form of a layout or a method with the names of options: ``bits=4`` for ``k=4``."""
+    return re.sub(r"(?<!\S)([krv])=", lambda found: f"{_OPTIONS[found[1]]}=", text)
+
+
 def cost_tree(container: Container) -> Node:
     """Return the tree of costs. The root is the file, and the sizes of a node's children add up to the node's size."""
     groups: dict[str, dict[str, int]] = {}
     counts: dict[str, int] = {}
     for entry in container.entries():
-        group = groups.setdefault("tensors kept exactly" if entry.action == "replace" else "deltas", {})
+        group = groups.setdefault("tensors stored whole" if entry.action == "replace" else "deltas", {})
         for term in entry.terms:
             for name, ref in term.buffers.items():
                 label = term.layout.counted_as[name]
                 group[label] = group.get(label, 0) + ref.length
         if entry.data is not None:
-            group[KEPT] = group.get(KEPT, 0) + entry.data.length
+            group[WHOLE] = group.get(WHOLE, 0) + entry.data.length
         counts[entry.action] = counts.get(entry.action, 0) + 1
     tensors = [section for section in container.sections if section.kind == c.SECTION_KIND_TENSORS]
     raw = sum(section.raw_length for section in tensors)
     stored = sum(section.length for section in tensors)
     nodes = []
-    for title, action in (("deltas", "add"), ("tensors kept exactly", "replace")):
+    for title, action in (("deltas", "add"), ("tensors stored whole", "replace")):
         parts = [Node(label, size) for label, size in groups.get(title, {}).items() if size]
         note = plural(counts.get(action, 0), "tensor")
         children = parts if action == "add" else []
@@ -91,10 +100,10 @@ def describe_entry(entry: TensorEntry) -> str:
         return f"alias of {entry.target}"
     if entry.terms:
         grown = f" + {entry.rows - entry.delta_rows} new rows" if entry.data is not None else ""
-        terms = itertools.groupby(f"{term.layout.kind} {term.layout.describe()}" for term in entry.terms)
+        terms = itertools.groupby(f"{term.layout.kind} {spelled_out(term.layout.describe())}" for term in entry.terms)
         counted = ((text, len(list(same))) for text, same in terms)
         return " + ".join(text if count == 1 else f"{count} of {text}" for text, count in counted) + grown
-    return {"same": "same as the base", "replace": "kept exactly"}[entry.action]
+    return {"same": "same as the base", "replace": WHOLE}[entry.action]
 
 
 def entry_obj(container: Container, entry: TensorEntry) -> dict[str, Any]:

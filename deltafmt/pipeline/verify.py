@@ -56,10 +56,12 @@ def verify(
         progress: called with a tensor's name and bytes as each is done.
 
     Raises:
+        UsageError: the number of threads is below 1.
         InvalidFileError: the file is not valid; names the first fault and its place.
         WrongBaseError: names the first tensor of the base that differs.
         StorageError: reading failed.
     """
+    workers = thread_count(threads)
     with DeltaFile(delta) as opened:
         container = opened.container
         try:
@@ -85,7 +87,7 @@ def verify(
         checked = None
         if base is not None:
             with Checkpoint(base) as checkpoint:
-                checked = check_base(checkpoint, entries, thread_count(threads))
+                checked = check_base(checkpoint, entries, workers)
         return VerifyResult(len(container.sections), len(entries), checked, found.hex())
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from deltafmt.errors import UsageError
+from deltafmt.errors import UsageError, WrongBaseError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.runtime.base_check import BaseCheck
 from deltafmt.runtime.binding import Binding, Rename, Role, bind, weight_shape
@@ -114,7 +114,7 @@ class Deltas:
 
         Raises:
             UsageError: the name is taken, the delta alone exceeds the budget, or a tensor has no place in the model.
-            WrongBaseError: the model is not the delta's base; the message names the first tensor that differs.
+            WrongBaseError: the model is not the delta's base; names the delta and the first tensor that differs.
             UnsupportedError: a tensor has a term of a kind that cannot be served.
             StorageError, InvalidFileError: the file cannot be read.
         """
@@ -128,7 +128,10 @@ class Deltas:
         if self._verify_base:
             taken = {tensor for bound in binding.modules for tensor in bound.tensors.values()}
             entries = {tensor: entry for tensor, entry in source.entries.items() if tensor in taken}
-            unchecked = self._check.check(entries, binding.parameters)
+            try:
+                unchecked = self._check.check(entries, binding.parameters)
+            except WrongBaseError as error:
+                raise error.located(f'delta "{name}"') from error
         needed = _changed(source.entries, binding)
         with self._lock:
             if name in self._bindings:

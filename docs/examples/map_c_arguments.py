@@ -13,8 +13,13 @@ from pathlib import Path
 
 def main(inspected: str, name: str) -> None:
     """Print ROWS COLUMNS N M BITS SHARE SEED CODES INDEX SCALES SCALES_PER_ROW SCALE_BYTES."""
-    tensor = json.loads(Path(inspected).read_text("utf-8"))["tensors"][name]
-    (term,) = tensor["terms"]
+    tensor = json.loads(Path(inspected).read_text("utf-8"))["tensors"].get(name, {})
+    terms = tensor.get("terms", [])
+    if [term["kind"] for term in terms] != ["nm"]:
+        raise SystemExit(f"{name} is not one nm term of the file; read_numpy.py reads every kind")
+    (term,) = terms
+    if any("file_offset" not in place for place in tensor["buffers"].values()) or term["index"] == "rank":
+        raise SystemExit("the file is cold; deltafmt repack makes a hot one of it")
     rows = min(math.prod(tensor["shape"][:-1]), math.prod(tensor["base"]["shape"][:-1]))
     columns = tensor["shape"][-1]
     at = {buffer: place["file_offset"] for buffer, place in tensor["buffers"].items()}

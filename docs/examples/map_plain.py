@@ -55,6 +55,8 @@ def decode(data: memoryview, at: int) -> tuple[Any, int]:
 
 def read_index(file: memoryview) -> dict[str, Any]:
     """Return the index, which the last 128 bytes of the file point to."""
+    if len(file) < TRAILER.size:
+        raise SystemExit("not a whole deltafmt file")
     offset, length, total, *_, magic = TRAILER.unpack(file[-TRAILER.size :])
     if magic != b"DLTEND\r\n" or total != len(file):
         raise SystemExit("not a whole deltafmt file")
@@ -111,9 +113,16 @@ def main(path: str, name: str, row: int) -> None:
     with open(path, "rb") as opened:
         file = memoryview(mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ))
     index = read_index(file)
+    if name not in index["tensors"]:
+        raise SystemExit(f"{path} has no tensor {name}")
     tensor, _ = decode(memoryview(index["tensors"][name]), 0)
-    (term,) = tensor["terms"]
+    terms = tensor.get("terms", [])
+    if [index["layouts"][term["layout"]]["kind"] for term in terms] != ["nm"]:
+        raise SystemExit(f"{name} is not one nm term; read_numpy.py reads every kind")
+    (term,) = terms
     layout = index["layouts"][term["layout"]]
+    if layout["index"] == "rank" or any(index["sections"][ref[0]]["codec"] for ref in term["buffers"].values()):
+        raise SystemExit(f"{path} is a cold file; deltafmt repack makes a hot one of it")
 
     def buffer(key: str, item: str) -> memoryview:
         section, offset, length = term["buffers"][key]
@@ -124,6 +133,8 @@ def main(path: str, name: str, row: int) -> None:
     for size, base_size in zip(tensor["shape"][:-1], tensor["base"]["shape"][:-1], strict=True):
         rows, base_rows = rows * size, base_rows * base_size
     rows = min(rows, base_rows)
+    if not 0 <= row < rows:
+        raise SystemExit(f"row {row} is not one of the {rows} rows")
     share, kept = layout["share"], -(-tensor["shape"][-1] // layout["group"]) * layout["keep"]
     shown = min(SHOWN, kept)
     print("codes", *fields(row_of(buffer("codes", "I"), row, rows, share), layout["bits"], kept, shown))

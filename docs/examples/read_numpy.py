@@ -152,7 +152,11 @@ def sparse(layout: dict[str, Any], buffers: dict[str, Any], rows: int, columns: 
 
 def delta(report: dict[str, Any], name: str) -> Any:
     """Return the delta of a tensor, float32, one row for each row of its matrix."""
-    tensor = report["tensors"][name]
+    tensor = report["tensors"].get(name, {})
+    if "terms" not in tensor:
+        raise SystemExit(f"{name} is no tensor of the file that has a delta")
+    if any("file_offset" not in place for place in tensor["buffers"].values()):
+        raise SystemExit("the file is cold; deltafmt repack makes a hot one of it")
     with open(report["file"], "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     columns = tensor["shape"][-1]
