@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--pair", default="wordmath", help="name of the pair's folder (wordmath)")
     parser.add_argument("--limit", type=int, default=300, help="problems to solve (300)")
     parser.add_argument("--tokens", type=int, default=8192, help="of the text that are read (8192)")
-    parser.add_argument("--exact", action="append", default=[], metavar="PATTERN", help="keep these exactly")
+    parser.add_argument("--exact", action="append", default=[], metavar="PATTERN", help="store these whole")
     options = parser.parse_intermixed_args()
     for setting in options.settings:
         method_of(setting)

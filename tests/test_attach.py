@@ -131,7 +131,7 @@ def test_low_precision(tiny: Tiny, dtype: Any) -> None:
     names = ["one", None, "two", "one"]
     expected = [logits(tiny.load(tiny.unpacked.get(n), dtype), tokens)[r].float() for r, n in enumerate(names)]
     model = attach(tiny.load(dtype=dtype), tiny.deltas)
-    # Norms are kept exactly and need no base; a narrower model no longer has the bits of the others.
+    # Norms are stored whole and need no base; a narrower model no longer has the bits of the others.
     with deltafmt.open(tiny.deltas["one"]) as delta:
         assert set(model.deltas.unchecked["one"]) == {name for name in delta if "norm" not in name}
     with model.delta(names):

@@ -48,7 +48,7 @@ class Hessians(Protocol):
 
 @dataclass(slots=True)
 class _Item:
-    """A tensor to decide: the methods that it may have, and the size and loss of each; None keeps it exactly."""
+    """A tensor to decide: the methods that it may have, and the size and loss of each; None stores it whole."""
 
     number: int
     methods: list[Method | None]

@@ -130,7 +130,7 @@ def measure(
 
     Args:
         plan: names the tensor and its base.
-        methods: methods to try; None keeps the tensor exactly.
+        methods: methods to try; None stores the tensor whole.
         seed: the tensor's seed.
         routines: the implementation of the hot loops.
         hessian: second moments of the matrix's inputs, to measure with.

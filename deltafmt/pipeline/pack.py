@@ -57,8 +57,8 @@ def pack(
         target_size: choose a method for each tensor, so that the file has at most so many bytes.
         candidates: the methods to choose from; if empty, those of
             :func:`deltafmt.pipeline.budget.default_candidates`.
-        rules: (pattern, method or None) pairs; the last one that matches a name decides, and None keeps the tensor
-            exactly.
+        rules: (pattern, method or None) pairs; the last one that matches a name decides, and None stores the tensor
+            whole.
         include: if given, only names that match one of these patterns are compressed.
         exclude: names that match one of these patterns are stored whole.
         calibration: a text for the fine-tune to read. The methods gptq and sparsegpt need one; others can use one.

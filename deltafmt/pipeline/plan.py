@@ -21,7 +21,7 @@ Rule = tuple[str, Method | None]
 
 NO_SMALLER = "no smaller when packed"
 
-# Reasons for keeping a tensor exactly that the user gave.
+# Reasons that the user gave for storing a tensor whole.
 CHOSEN = ("excluded", "not included", "by rule")
 
 
@@ -32,7 +32,7 @@ class Plan:
     Attributes:
         tensor: the fine-tuned tensor.
         base: the base tensor of that name, if there is one.
-        method: compresses the delta; None keeps the tensor exactly, or leaves the choice open if ``undecided``.
+        method: compresses the delta; None stores the tensor whole, or leaves the choice open if ``undecided``.
         reason: why the tensor is stored whole; empty otherwise.
         alias: the tensor of which this one is a tied copy, or None.
         undecided: True until a method is chosen for a target. No undecided plan is ever packed.
@@ -51,7 +51,7 @@ class Plan:
         return self.undecided or (self.method is not None and self.method.calibration != "none")
 
     def decided(self, method: Method | None, reason: str = "") -> Plan:
-        """Return the plan with a method that is now chosen; None keeps the tensor exactly, for a reason."""
+        """Return the plan with a method that is now chosen; None stores the tensor whole, for a reason."""
         return replace(self, method=method, reason=reason, undecided=False)
 
     @property
@@ -120,7 +120,7 @@ def make_plan(
 
     plans = {name: decide(tensor) for name, tensor in finetuned.tensors.items()}
     for name, target in ties.items():
-        # A tensor that the user keeps exactly is no alias of one that is compressed.
+        # A tensor that the user wants whole is no alias of one that is compressed.
         exact = plans[target].method is None and not plans[target].undecided
         if exact or plans[name].reason not in CHOSEN:
             plans[name] = replace(plans[name].decided(None, "tied"), alias=target)
