@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from deltafmt.errors import UsageError
 from deltafmt.methods import quantize
-from deltafmt.methods.grids import KINDS, Grid
+from deltafmt.methods.grids import Grid
+from deltafmt.terms.coding import CODING_GRIDS
 from deltafmt.terms.floats import narrow, widen
 from strategies import deltas, examples, shapes
 
@@ -20,7 +21,7 @@ SLACK = 2.0**-15
 @st.composite
 def grids(draw: st.DrawFn, **fixed: object) -> Grid:
     """Give any grid."""
-    kind = draw(st.sampled_from(KINDS))
+    kind = draw(st.sampled_from(CODING_GRIDS))
     options: dict[str, object] = {
         "bits": draw(st.integers(2 if kind == "midtread" else 1, 8)),
         "kind": kind,

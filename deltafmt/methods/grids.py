@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from deltafmt.errors import UsageError
 from deltafmt.methods import quantize as symmetric
+from deltafmt.terms.coding import CODING_GRIDS, check_scales
 from deltafmt.terms.floats import bf16_up, narrow, widen
 
 Floats = NDArray[np.float32]
 Fields = NDArray[np.uint8]
 
-KINDS = ("midtread", "midrise", "asymmetric")
 SCALE_BITS = {"BF16": 16, "F32": 32}
 
 # The least-squares search of an asymmetric grid tries these shares of the min-max range, at few bits with the zero
@@ -56,16 +56,11 @@ class Grid:
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise UsageError(f"bits k = {self.bits} is outside 1 to 8")
-        if self.kind not in KINDS:
-            raise UsageError(f"grid {self.kind!r} is not one of {', '.join(KINDS)}")
-        if self.kind == "midtread" and self.bits == 1:
-            raise UsageError("a midtread grid of 1 bit has no level but zero; use midrise")
         if self.rule not in symmetric.SCALE_RULES:
             raise UsageError(f"scale rule {self.rule!r} is not one of {', '.join(symmetric.SCALE_RULES)}")
         if self.group < 0:
             raise UsageError(f"a scale group of {self.group} columns is negative")
-        if self.scale_dtype not in SCALE_BITS:
-            raise UsageError(f"scale dtype {self.scale_dtype!r} is not one of {', '.join(SCALE_BITS)}")
+        check_scales(self.bits, self.kind, self.scale_dtype, self.group, CODING_GRIDS)
 
     @property
     def top(self) -> int:

@@ -16,6 +16,7 @@ from deltafmt.output import storage_error
 from deltafmt.pipeline.compress import Compressed, Compressor
 from deltafmt.pipeline.entry_writer import EntryWriter
 from deltafmt.pipeline.job import Delivery, PackJob
+from deltafmt.pipeline.outputs import kept_if_interrupted
 from deltafmt.pipeline.pack_result import PackResult
 from deltafmt.pipeline.plan import NO_SMALLER, Plan
 from deltafmt.pipeline.workers import Progress
@@ -43,7 +44,7 @@ def write_file(job: PackJob, delivery: Delivery, most: int | None = None) -> Pac
     else:
         sink = StreamFile(delivery.out)
     result = PackResult(path, finetuned_bytes=finetuned.file_bytes, skipped_files=list(finetuned.skipped))
-    try:
+    with kept_if_interrupted(sink.keep, sink.abandon):
         _FileWriter(job, sink, result).run(delivery.threads, delivery.progress)
         for source in (job.base, finetuned):
             source.check_unchanged()
@@ -53,12 +54,6 @@ def write_file(job: PackJob, delivery: Delivery, most: int | None = None) -> Pac
             sink.abandon()
         else:
             sink.commit()
-    except KeyboardInterrupt as interrupt:
-        kept = "; the same command goes on where it stopped" if sink.keep() else ""
-        raise KeyboardInterrupt(f"interrupted{kept}") from interrupt
-    except BaseException:
-        sink.abandon()
-        raise
     return result
 
 

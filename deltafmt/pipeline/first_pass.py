@@ -17,6 +17,7 @@ from deltafmt.pipeline.calibrate import Calibration, calibrated_names
 from deltafmt.pipeline.file_writer import write_tensors
 from deltafmt.pipeline.job import Delivery, PackJob
 from deltafmt.pipeline.moments import MomentFolder
+from deltafmt.pipeline.outputs import kept_if_interrupted
 from deltafmt.pipeline.plan import Plan
 from deltafmt.pipeline.sequential import Stages
 
@@ -57,15 +58,9 @@ def calibrated(job: PackJob, calibration: Calibration | None, delivery: Delivery
             progress("", finetuned.nbytes * done // total - told)
         told = finetuned.nbytes * done // total
 
-    try:
+    with kept_if_interrupted(folder.keep, folder.remove):
         folder.gather(finetuned.path, wanted, calibration, step, on_stage)
         yield ready
-    except KeyboardInterrupt as interrupt:
-        kept = "; the same command goes on where it stopped" if folder.keep() else ""
-        raise KeyboardInterrupt(f"interrupted{kept}") from interrupt
-    except BaseException:
-        folder.remove()
-        raise
     folder.remove()
 
 

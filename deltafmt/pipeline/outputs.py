@@ -1,9 +1,10 @@
-"""Refusing an output that would overwrite an input."""
+"""Outputs: those that would overwrite an input are refused, and what an interrupt leaves is kept."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from deltafmt.checkpoint.folder import Checkpoint
@@ -33,3 +34,24 @@ def refuse_input_folder(path: Path, sources: Sequence[str | os.PathLike[str]]) -
         same = path.exists() and found.exists() and os.path.samefile(path, found)
         if same or path.resolve() in (found, *found.parents):
             raise UsageError(f"the output {path} is, or holds, the input {source}")
+
+
+@contextlib.contextmanager
+def kept_if_interrupted(keep: Callable[[], bool], drop: Callable[[], None]) -> Iterator[None]:
+    """Keep what a block has made if it is interrupted, and drop it after any other error.
+
+    Args:
+        keep: returns True if the next run can go on with what is there.
+        drop: removes it.
+
+    Raises:
+        KeyboardInterrupt: says whether the next run can go on.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        kept = "; the same command goes on where it stopped" if keep() else ""
+        raise KeyboardInterrupt(f"interrupted{kept}") from interrupt
+    except BaseException:
+        drop()
+        raise
