@@ -84,10 +84,12 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError(f"{options.html} exists; --force replaces it")
     methods = [read_spelling("--method", text) for text in options.method]
     from deltafmt.analysis import analyze, html, tables
-    from deltafmt.checkpoint.folder import Checkpoint
 
-    with Checkpoint(options.finetuned) as finetuned:
-        total = (1 + max(len(options.delta) + len(methods), 1)) * finetuned.nbytes
+    passes = 1 + max(len(options.delta) + len(methods), 1)
+
+    def total() -> int:
+        return passes * console.checkpoint_bytes(options.finetuned)
+
     with console.progress_bar("analyzing", total, not options.json) as progress:
         report = analyze(
             options.base,

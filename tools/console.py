@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from deltafmt.errors import DeltafmtError
+
 SCHEMA = 1
 
 
@@ -59,16 +61,43 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
         print("  ".join(cells).rstrip())
 
 
+def checkpoint_bytes(path: str) -> int:
+    """Return the bytes of a checkpoint's tensors."""
+    from deltafmt.checkpoint.folder import Checkpoint
+
+    with Checkpoint(path) as checkpoint:
+        return checkpoint.nbytes
+
+
+def delta_bytes(path: str) -> int:
+    """Return the bytes of the tensors that a delta file unpacks to."""
+    from deltafmt.container.reader import Container
+
+    with Container(path) as container:
+        return sum(entry.nbytes for entry in container.entries())
+
+
 @contextlib.contextmanager
-def progress_bar(title: str, total: int, wanted: bool) -> Iterator[Callable[[str, int], None] | None]:
-    """Give a function that advances a progress bar; None if standard error is not a terminal."""
+def progress_bar(title: str, total: Callable[[], int], wanted: bool) -> Iterator[Callable[[str, int], None] | None]:
+    """Give a function that advances a progress bar; None if standard error is not a terminal.
+
+    Args:
+        title: what is done.
+        total: gives the bytes of the whole work; called only where there is a bar. If it fails, the bar has no end: the
+            work itself names the fault.
+        wanted: False if there is to be no bar.
+    """
     if not wanted or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+    try:
+        size = total()
+    except DeltafmtError:
+        size = None
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(title, *columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda _, size: bar.advance(task, size)
+        task = bar.add_task(title, total=size)
+        yield lambda _, done: bar.advance(task, done)

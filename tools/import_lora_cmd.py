@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
@@ -33,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    from deltafmt.checkpoint.folder import Checkpoint
     from deltafmt.pipeline.import_lora import import_lora
 
-    total = Checkpoint(options.base).nbytes if sys.stderr.isatty() else 0
-    with console.progress_bar("importing", total, not options.json) as progress:
+    with console.progress_bar(
+        "importing", lambda: console.checkpoint_bytes(options.base), not options.json
+    ) as progress:
         result = import_lora(
             options.base,
             options.adapter,

@@ -92,7 +92,6 @@ def run(options: argparse.Namespace) -> None:
     for name, value in (("BASE", options.base), ("FINETUNED", options.finetuned), ("-o OUT", output)):
         if value is None:
             raise UsageError(f"{name} is missing (see deltafmt pack --help)")
-    from deltafmt.checkpoint.folder import Checkpoint
     from deltafmt.pipeline.budget import plan_for_target
     from deltafmt.pipeline.pack import pack
 
@@ -105,7 +104,6 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError("a delta file is not written to a terminal; name a file after -o, or pipe the output on")
     if to_stdout and options.json:
         raise UsageError("--json and -o - both need standard output")
-    total = Checkpoint(options.finetuned).nbytes if sys.stderr.isatty() else 0
     shared = {
         **target,
         "rules": rules,
@@ -115,6 +113,10 @@ def run(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "threads": options.threads,
     }
+
+    def total() -> int:
+        return console.checkpoint_bytes(options.finetuned)
+
     if options.plan:
         if calibration:
             raise UsageError("--plan and --calibration do not go together: a plan is made without reading a text")
@@ -123,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
         show(choice, as_json=options.json)
         return
     passes = 1 + bool(target) + bool(calibration) + bool(target and calibration and calibration.sequential)
-    with console.progress_bar("packing", passes * total, not options.json) as progress:
+    with console.progress_bar("packing", lambda: passes * total(), not options.json) as progress:
         result = pack(
             options.base,
             options.finetuned,

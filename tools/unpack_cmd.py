@@ -35,13 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    from deltafmt.delta import DeltaFile
     from deltafmt.pipeline.unpack import unpack
 
     limit = parse_size(options.max_shard_size)
-    with DeltaFile(options.delta) as delta:
-        total = sum(entry.nbytes for entry in delta.container.entries())
-    with console.progress_bar("unpacking", total, not options.json) as progress:
+    with console.progress_bar("unpacking", lambda: console.delta_bytes(options.delta), not options.json) as progress:
         result = unpack(
             options.base,
             options.delta,

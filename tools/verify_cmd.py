@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 from deltafmt.errors import EXIT_OK, DeltafmtError
@@ -52,7 +51,7 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
     """Check one file and return its object for JSON; without ``--json``, say that it is intact."""
     from deltafmt.pipeline.verify import verify
 
-    with console.progress_bar("verifying", _payload_bytes(file), not options.json) as progress:
+    with console.progress_bar("verifying", lambda: console.delta_bytes(file), not options.json) as progress:
         result = verify(file, options.base, threads=options.threads, progress=progress)
     if not options.json:
         console.say(f"{file}: {describe(result)}")
@@ -64,19 +63,6 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
         "base_tensors": result.base_tensors,
         "content_id": result.content_id,
     }
-
-
-def _payload_bytes(file: str) -> int:
-    """Return the bytes of all tensors, for a progress bar; 0 without a terminal, or if the index cannot be read."""
-    from deltafmt.container.reader import Container
-
-    if not sys.stderr.isatty():
-        return 0
-    try:
-        with Container(file) as container:
-            return sum(entry.nbytes for entry in container.entries())
-    except DeltafmtError:
-        return 0  # the check itself names the fault
 
 
 def describe(result: VerifyResult) -> str:

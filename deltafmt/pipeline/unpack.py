@@ -78,7 +78,7 @@ def unpack(
     path = Path(out)
     check_output_folder(path, force=force)
     refuse_input_folder(path, [base, delta])
-    with Checkpoint(base) as checkpoint, DeltaFile(delta) as opened:
+    with DeltaFile(delta) as opened, Checkpoint(base) as checkpoint:
         entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
         # ``force_base`` allows other bytes, but no other dtypes and shapes.
         for entry in entries:
