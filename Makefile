@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11 to 3.13:
 #   make demo   sets up, packs the nano pair, inspects, verifies and unpacks it, prints sizes and accuracy
 #   make test   sets up, runs the tests, one process a processor, and prints what they cover
+# make reference runs the tests on numpy alone, without the compiled loops.
 # make docs builds the documentation into site/.
 # make test PYTEST_ARGS="-n 0 --no-cov tests/test_nm.py" runs some tests in one process.
 PYTHON ?= python3
@@ -9,16 +10,22 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL = $(PIP) install -c constraints.txt
 
+# The compiled loops; without a C compiler the package installs without them.
+LOOPS = $(wildcard kernels/cpu/*.[ch] kernels/cpu/loops/*)
+
 # Tests of the source distribution that are run from the unpacked archive.
 SDIST_TESTS = $(addprefix tests/test_,examples.py mapping.py packaging.py surface.py vectors.py)
 
-.PHONY: demo test lint fuzz docs package clean
+.PHONY: demo test reference lint fuzz sanitize docs package clean
 
 demo: $(VENV)/.models
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -n auto --dist loadfile --cov $(PYTEST_ARGS)
+
+reference: $(VENV)/.dev
+	DELTAFMT_CORE=0 $(BIN)/pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -28,6 +35,10 @@ lint: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python fuzz/fuzz_reader.py $$(mktemp -d) fuzz/corpus -max_total_time=60
+
+# The tests of the loops, under the compiler's sanitizers of addresses and of undefined behaviour.
+sanitize: $(VENV)/.dev
+	.ci/sanitize "$(abspath $(BIN))/python"
 
 # The source distribution, and the wheel that is built from it, end up in dist/.
 package: $(VENV)/.dev
@@ -40,9 +51,9 @@ package: $(VENV)/.dev
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-$(VENV)/.base: pyproject.toml constraints.txt
+$(VENV)/.base: pyproject.toml setup.py constraints.txt $(LOOPS)
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e '.[fast]'
+	$(INSTALL) -e .
 	touch $@
 
 $(VENV)/.models: $(VENV)/.base
@@ -58,4 +69,4 @@ $(VENV)/.docs: $(VENV)/.dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info demo-out .coverage
+	rm -rf $(VENV) deltafmt/*.so build dist site *.egg-info demo-out .coverage

@@ -95,17 +95,16 @@ def machine() -> str:
     """Return processor, processors in use and versions in one line."""
     import numpy as np
 
-    from deltafmt import accel
+    from deltafmt import core
 
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text("utf-8").splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    compiler = "with numba" if accel.available() else "without numba"
     return (
         f"{model}, {WORKER_THREADS} processors, {platform.system()}, Python {platform.python_version()}, "
-        f"numpy {np.__version__}, {compiler}"
+        f"numpy {np.__version__}, loops: {core.describe()}"
     )
 
 

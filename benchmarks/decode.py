@@ -1,10 +1,10 @@
-"""Decoding a delta on the CPU: torch's decoder of each kind beside the numpy decoder, one thread, one matrix.
+"""Decoding a delta on the CPU: torch's decoder of each kind beside the codec's, one thread, one matrix.
 
     python benchmarks/decode.py [--size 4096] [--tokens 128] [--repeats 5]
 
-A merge and a prompt decode a delta once. For each kind, the table gives the seconds of the numpy decoder (without
-compiled loops), of torch's decoder, and of a prompt of ``--tokens`` tokens through the product that serves it,
-less what the same product costs with a delta that is dense already.
+A merge and a prompt decode a delta once. For each kind, the table gives the seconds of the numpy decoder and, as shares
+of them, the time of the compiled one, of torch's decoder, and of a prompt of ``--tokens`` tokens through the product
+that serves it, less what the same product costs with a delta that is dense already.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from common import Figure, report, seconds
 
+from deltafmt import core
 from deltafmt.kernels.operand import BUFFER_DTYPES, Operand
 from deltafmt.kernels.products import operand_delta
 from deltafmt.kernels.registry import kernels_of
 from deltafmt.methods import DARE, RTN, SVD, DeltaDQ, Method
 from deltafmt.methods.base import DeltaRows
-from deltafmt.methods.method_routines import select_routines
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.codecs import fitted, term_codec
 from deltafmt.terms.layout import TermLayout
@@ -45,8 +45,8 @@ def packed_term(method: Method, size: int) -> tuple[TermLayout, dict[str, np.nda
     if method.name == "svd":
         # A matrix of low rank, so that its factorization is quick.
         finetuned = (rng.standard_normal((size, 64), np.float32) @ rng.standard_normal((64, size), np.float32)) / 64
-    base = np.zeros_like(finetuned)
-    rows = DeltaRows(finetuned, "F32", base, "F32", 0, select_routines(True))
+    raw = finetuned.view(np.uint32)
+    rows = DeltaRows(raw, "F32", np.zeros_like(raw), "F32", 0)
     (planned,), (arrays,) = method.layouts(size, size), method.compress(rows, 1)
     layout, slots = fitted(planned, arrays, size)
     packed = blank(layout, size, size, slots)
@@ -67,13 +67,16 @@ def measure(size: int, tokens: int, repeats: int) -> Iterator[Figure]:
             buffers[key] = raw.view(BUFFER_DTYPES[form.dtype]).view(form.shape)
         operand = Operand(layout, size, size, buffers, seed, slots)
         delta = operand_delta(operand)
-        by_numpy = seconds(lambda codec=codec, packed=packed: codec.decode(packed, 0, size), repeats)
+        with core.reference_only():
+            by_numpy = seconds(lambda codec=codec, packed=packed: codec.decode(packed, 0, size), repeats)
+        compiled = seconds(lambda codec=codec, packed=packed: codec.decode(packed, 0, size), repeats)
         by_torch = seconds(lambda operand=operand: operand_delta(operand), repeats)
         kernels = kernels_of(layout)
         prompt = seconds(lambda kernels=kernels, operand=operand: kernels.multiply(x, operand), repeats)
         dense = seconds(lambda delta=delta: x @ delta.T, repeats)
         target = MOST if layout.kind == "sparse" else None
         yield Figure(f"{name}: numpy decoder", by_numpy, "s")
+        yield Figure(f"{name}: {core.describe()} decoder", compiled / by_numpy, "of numpy")
         yield Figure(f"{name}: torch decoder (merge)", by_torch / by_numpy, "of numpy", target, at_most=True)
         label = f"{name}: prompt of {tokens} tokens, less its dense product"
         yield Figure(label, (prompt - dense) / by_numpy, "of numpy", target, at_most=True)

@@ -28,7 +28,7 @@ import contextlib, io, sys
 from deltafmt.tools.main import main
 with contextlib.redirect_stdout(io.StringIO()):
     main(["inspect", sys.argv[1]])
-print(*sorted({"numba", "numpy", "torch", "transformers"} & set(sys.modules)))
+print(*sorted({"numpy", "torch", "transformers"} & set(sys.modules)))
 """
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/throughput.py [--gib 1] [--folder FOLDER]
 
-Everything is warm: files in the page cache, loops compiled. The floors read both sides in blocks and subtract them into
+Everything is warm: files are in the page cache. The floors read both sides in blocks and subtract them into
 a buffer that is used again, once with positioned reads and once through a populated memory map, with one thread and
 with as many as pack uses. GB are 10**9 bytes of the fine-tune.
 """
@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from synthetic import llama_specs, write_pair
 
 import deltafmt
+from deltafmt import core
 from deltafmt.checkpoint.folder import Checkpoint
-from deltafmt.terms.codec_routines import codec_routines
+from deltafmt.terms.floats import widen
 
 BLOCK = 4 << 20
 GIB = 1 << 30
@@ -64,9 +65,12 @@ class Files:
 
     def subtract(self, sides: list[NDArray[np.uint16]]) -> None:
         """Subtract into this thread's buffer."""
-        if not hasattr(self._local, "routines"):
-            self._local.routines = codec_routines(True)
-        self._local.routines.subtract(sides[1], "BF16", sides[0], "BF16")
+        if not hasattr(self._local, "delta"):
+            self._local.delta = np.empty(BLOCK // 2, np.float32)
+        if core.native is None:
+            np.subtract(widen(sides[1], "BF16"), widen(sides[0], "BF16"), out=self._local.delta)
+        else:
+            core.native.subtract(sides[1], "BF16", sides[0], "BF16", self._local.delta)
 
     def by_reads(self, block: Block) -> None:
         """Read a block of both sides into this thread's buffers, and subtract."""

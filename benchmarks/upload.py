@@ -146,7 +146,7 @@ def measure(folder: Path, clock: Clock, options: argparse.Namespace) -> list[Fig
 
     def use(delta: dt.DeviceDelta) -> object:
         """Do a little with one tensor on the device."""
-        return delta[name].terms[0].codes[0, 0].sum()
+        return delta[name].terms[0].buffers["codes"][0, 0].sum()
 
     def use_all(**more: object) -> object:
         delta = load(hot, **more)
@@ -173,7 +173,12 @@ def measure(folder: Path, clock: Clock, options: argparse.Namespace) -> list[Fig
     return [
         Figure("floor: one pinned copy of the same bytes", copied, "ms", note=f"{size / copied / 1e6:.1f} GB/s"),
         Figure("load", verified, "ms", note=f"{size / verified / 1e6:.1f} GB/s, {gigabytes:.3f} GB"),
-        Figure("load with the interpreter's lock", locked, "ms", note=f"{size / locked / 1e6:.1f} GB/s, without numba"),
+        Figure(
+            "load with the interpreter's lock",
+            locked,
+            "ms",
+            note=f"{size / locked / 1e6:.1f} GB/s, without compiled loops",
+        ),
         Figure("load, verify=False", clock(lambda: load(hot, verify=False)), "ms"),
         Figure("load and first use", clock(lambda: use(load(hot))), "ms", soon, True, "a tiny kernel, synchronized"),
         Figure("the same, views of all tensors made", clock(use_all), "ms", note=f"{len(tensors)} tensors"),

@@ -15,8 +15,8 @@ from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format.constants import MAX_RAW_BYTES
 from deltafmt.index.entries import TensorEntry, Term
 from deltafmt.terms.buffers import views
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.codecs import AnyCodec, term_codec
+from deltafmt.terms.floats import Raw, add
 
 # Elements of a run of rows: enough to hide the cost of a call, few enough that its arrays stay in the CPU's cache.
 RUN_ELEMENTS = 1 << 19
@@ -108,7 +108,7 @@ class DeltaFile:
         return views(term.layout, entry.delta_rows, entry.columns, buffers, term.slots)
 
     def delta(self, name: str) -> NDArray[np.float32]:
-        """Return the dense float32 delta of a tensor, decoded by the reference decoder.
+        """Return the dense float32 delta of a tensor.
 
         The array has the fine-tuned tensor's shape and takes 4 bytes an element. Rows that the base lacks are zero
         in it; their values are in ``buffers(name)["new_rows"]``. A ``same`` tensor has a delta of zeros.
@@ -176,13 +176,11 @@ class RunDecoder:
         """Return the runs of rows that together cover the tensor, as (start, stop)."""
         return row_ranges(0, self._rows, self.width, self.step)
 
-    def rows(
-        self, start: int, stop: int, routines: CodecRoutines = REFERENCE, *, check: bool = False
-    ) -> NDArray[np.float32]:
+    def rows(self, start: int, stop: int, *, check: bool = False) -> NDArray[np.float32]:
         """Return rows ``start`` to ``stop`` of the delta in float32.
 
         With ``check``, buffers that are not in canonical form are refused as well, for example set bits that no field
-        uses. With compiled routines, the result is valid until the next call with the same routines.
+        uses.
 
         Raises:
             InvalidFileError: the buffers break the format.
@@ -190,13 +188,35 @@ class RunDecoder:
         total: NDArray[np.float32] | None = None
         for codec, packed in self._terms:
             try:
-                dense = codec.decode(packed, start, stop, routines, check_form=check)
+                dense = codec.decode(packed, start, stop, check_form=check)
             except InvalidFileError as error:
-                raise InvalidFileError(f"{self._where}, rows {start} to {stop}: {error}") from error
+                raise self._located(error, start, stop) from error
             with np.errstate(over="ignore", invalid="ignore"):
-                total = dense if len(self._terms) == 1 else dense.copy() if total is None else total + dense
+                total = dense if total is None else total + dense
         assert total is not None
         return total
+
+    def add(self, start: int, stop: int, base: Raw, base_dtype: str, dtype: str) -> Raw:
+        """Return rows ``start`` to ``stop`` of the fine-tuned tensor, given those of the base.
+
+        Args:
+            start, stop: the rows; ``start`` is a multiple of :attr:`step`.
+            base: these rows of the base, raw, shape (rows, columns).
+            base_dtype, dtype: dtypes of the base and of the fine-tuned tensor: ``BF16``, ``F16`` or ``F32``.
+
+        Raises:
+            InvalidFileError: the buffers break the format.
+        """
+        if len(self._terms) > 1:
+            return add(base, base_dtype, self.rows(start, stop), dtype)
+        ((codec, packed),) = self._terms
+        try:
+            return codec.add(packed, start, stop, base, base_dtype, dtype)
+        except InvalidFileError as error:
+            raise self._located(error, start, stop) from error
+
+    def _located(self, error: InvalidFileError, start: int, stop: int) -> InvalidFileError:
+        return InvalidFileError(f"{self._where}, rows {start} to {stop}: {error}")
 
 
 def row_ranges(start: int, stop: int, width: int, step: int, elements: int = RUN_ELEMENTS) -> list[tuple[int, int]]:

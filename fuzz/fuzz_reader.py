@@ -16,16 +16,15 @@ from pathlib import Path
 
 import atheris
 
-# numba compiles the bytecode that it finds, which must not be instrumented.
-with atheris.instrument_imports(include=["deltafmt"], exclude=["deltafmt.terms.codec_numba"]):
+with atheris.instrument_imports(include=["deltafmt"]):
     import deltafmt
+    from deltafmt import core
     from deltafmt.container.content import content_id
     from deltafmt.delta import DeltaFile, RunDecoder
     from deltafmt.errors import InvalidFileError
     from deltafmt.index.entries import TensorEntry
     from deltafmt.pipeline import summary
     from deltafmt.pipeline.verify import check_coverage, payload_digest
-    from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines, codec_routines
 
 import mutate
 import numpy as np
@@ -36,9 +35,6 @@ MAX_ELEMENTS = 1 << 20
 MAX_LENGTH = 32768
 # Much more than any file within the limits above needs. An allocation that only a number in the file asks for fails.
 SPARE_MEMORY = 1 << 30
-
-# Compiled loops check no bounds, so every decoding is done with both and compared. None without numba.
-COMPILED: CodecRoutines = codec_routines(True)
 
 
 def test_one_input(data: bytes) -> None:
@@ -73,7 +69,7 @@ def verify(delta: DeltaFile, entries: list[TensorEntry]) -> None:
     for entry in entries:
         if entry.terms and entry.rows * entry.columns <= MAX_ELEMENTS:
             with contextlib.suppress(InvalidFileError):
-                compare_decoders(RunDecoder(delta, entry))
+                compare_decoders(RunDecoder(delta, entry), entry.columns)
     check_coverage(container, entries)
     for entry in entries:
         if entry.digest is not None and payload_digest(delta, entry) != entry.digest:
@@ -89,19 +85,29 @@ def verify(delta: DeltaFile, entries: list[TensorEntry]) -> None:
         raise AssertionError(f"costs of a valid file do not add up: {tree.to_obj()}")
 
 
-def compare_decoders(decoder: RunDecoder) -> None:
-    """Decode and check with the reference and with the compiled loops; they must give or refuse the same."""
+def compare_decoders(decoder: RunDecoder, columns: int) -> None:
+    """Decode, check and add to a base with numpy and with the compiled loops; they must give or refuse the same."""
     for start, stop in decoder.ranges():
-        found = []
-        for routines in (REFERENCE, COMPILED):
-            try:
-                found.append(decoder.rows(start, stop, routines, check=True).view(np.uint32).copy())
-            except InvalidFileError as error:
-                found.append(str(error))
-        reference, compiled = found
-        same = reference == compiled if isinstance(reference, str) else np.array_equal(reference, compiled)
-        if not same:
-            raise AssertionError(f"rows {start} to {stop}: the decoders differ: {found}")
+        base = np.zeros((stop - start, columns), np.uint16)
+        compiled = decoded(decoder, start, stop, base)
+        with core.reference_only():
+            reference = decoded(decoder, start, stop, base)
+        if not all(map(np.array_equal, reference, compiled)):
+            raise AssertionError(f"rows {start} to {stop}: the decoders differ: {reference}, {compiled}")
+
+
+def decoded(decoder: RunDecoder, start: int, stop: int, base: np.ndarray) -> list[np.ndarray | str]:
+    """Return rows of a delta, checked, and the same added to a BF16 base; in place of each its error."""
+    found: list[np.ndarray | str] = []
+    for work in (
+        lambda: decoder.rows(start, stop, check=True).view(np.uint32),
+        lambda: decoder.add(start, stop, base, "BF16", "BF16"),
+    ):
+        try:
+            found.append(work())
+        except InvalidFileError as error:
+            found.append(str(error))
+    return found
 
 
 def main() -> None:
@@ -130,7 +136,7 @@ def limit_memory(spare: int) -> None:
 
 
 def warm_up(corpus: Path) -> None:
-    """Compile the loops before the fuzzer starts to measure time and memory."""
+    """Read the seed inputs, so that all is imported before the fuzzer measures time and memory."""
     for path in sorted(corpus.glob("*.deltafmt")):
         test_one_input(path.read_bytes())
 

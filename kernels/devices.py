@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 
 import torch
 
-from deltafmt import accel
+
+@functools.cache
+def has_triton() -> bool:
+    """Return True if Triton is installed; nothing is imported to find out."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def usable(tensor: torch.Tensor) -> bool:
     """Return True if kernels can run where a tensor lies."""
-    return tensor.is_cuda and accel.has_triton()
+    return tensor.is_cuda and has_triton()
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:

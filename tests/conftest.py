@@ -28,8 +28,6 @@ from numpy.typing import NDArray
 
 import deltafmt
 from containers import write_safetensors
-from deltafmt.methods.method_routines import Routines, select_routines
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines, codec_routines
 
 # Where there is no GPU, Triton kernels are interpreted. Triton reads this when it is imported, and nothing imports it
 # before; what needs the compiler runs in a process of its own.
@@ -249,26 +247,6 @@ SMALL_FILES = {
 def write_pair(folder: Path, a: Tensors, b: Tensors) -> Pair:
     """Write a pair of single-file folders under ``folder``; only the fine-tune has small files beside it."""
     return Pair(write_folder(folder / "base", a), write_folder(folder / "ft", b, files=SMALL_FILES), a, b)
-
-
-@pytest.fixture(scope="module")
-def compiled() -> CodecRoutines:
-    """Give the compiled loops of the codecs, one scratch for a whole file so that stale memory would show."""
-    pytest.importorskip("numba")
-    routines = codec_routines(compiled=True)
-    if routines is REFERENCE:
-        pytest.skip("numba is turned off")
-    return routines
-
-
-@pytest.fixture(scope="module")
-def compiled_methods() -> Routines:
-    """Give the compiled loops of the methods, likewise."""
-    pytest.importorskip("numba")
-    routines = select_routines(compiled=True)
-    if routines.codec is REFERENCE:
-        pytest.skip("numba is turned off")
-    return routines
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.nm.index.codecs import INDEX_CODECS
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.tiles import TILE_ROWS, tiles
@@ -21,8 +20,6 @@ def encoded(positions: NDArray[np.uint8], layout: NMLayout) -> NDArray[np.uint32
     return out
 
 
-def decoded(
-    packed: NDArray[np.uint32], layout: NMLayout, mask_rows: int, groups: int, routines: CodecRoutines = REFERENCE
-) -> NDArray[np.uint8]:
+def decoded(packed: NDArray[np.uint32], layout: NMLayout, mask_rows: int, groups: int) -> NDArray[np.uint8]:
     """Return the positions that words say."""
-    return INDEX_CODECS[layout.index].decode(packed, layout, 0, 0, mask_rows, groups, routines)
+    return INDEX_CODECS[layout.index].decode(packed, layout, 0, 0, mask_rows, groups)

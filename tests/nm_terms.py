@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.terms.buffers import blank
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.nm import codec as nm
 from deltafmt.terms.nm.codec import NMArrays
 from deltafmt.terms.nm.layout import NMLayout
@@ -14,8 +13,8 @@ from deltafmt.terms.nm.layout import NMLayout
 Packed = dict[str, NDArray[np.generic]]
 
 
-def pack(layout: NMLayout, arrays: NMArrays, rows: int, columns: int, routines: CodecRoutines = REFERENCE) -> Packed:
+def pack(layout: NMLayout, arrays: NMArrays, rows: int, columns: int) -> Packed:
     """Encode arrays into buffers of their own."""
     out = blank(layout, rows, columns)
-    nm.encode(layout, arrays, out, routines)
+    nm.encode(layout, arrays, out)
     return out

@@ -19,8 +19,8 @@ from deltafmt.terms.lowrank.layout import RAW_FACTORS, LowRankLayout
 from deltafmt.terms.nm.codec import NMArrays, outside
 from deltafmt.terms.nm.index.encodings import ENCODINGS
 from deltafmt.terms.nm.layout import BITS, MAX_M, SHARES, NMLayout
-from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import GAP_BITS, RAW_VALUES, SPANS, SparseLayout
+from deltafmt.terms.sparse.slots import SparseArrays
 from index_cases import INDEX_CASES
 
 FLOAT_DTYPES = tuple(RAW_DTYPES)

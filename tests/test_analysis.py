@@ -321,7 +321,7 @@ def test_nothing_left_to_analyze(cli: Cli, small: Pair) -> None:
 
 
 def test_only_calibration_needs_torch(small: Pair) -> None:
-    done = run_cli("analyze", small.base, small.finetuned, "--json", env={"DELTAFMT_NUMBA": "0"})
+    done = run_cli("analyze", small.base, small.finetuned, "--json", env={"DELTAFMT_CORE": "0"})
     assert (done.returncode, done.stderr) == (0, b"")
     code = (
         "import sys; from deltafmt.tools.main import main; code = main(sys.argv[1:]);"

@@ -22,7 +22,6 @@ from deltafmt.methods import RTN, BitDelta, DeltaDQ, Magnitude, Method, Residual
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.measured import Heads
-from deltafmt.methods.method_routines import select_routines
 from deltafmt.pipeline import alternatives, sizes
 from deltafmt.pipeline.budget import plan_for_target
 from deltafmt.pipeline.choice import Choice
@@ -188,7 +187,7 @@ def test_a_delta_that_is_not_finite(tmp_path: Path) -> None:
 
 def rows_of(delta: np.ndarray[Any, np.dtype[np.float32]]) -> DeltaRows:
     bits = np.ascontiguousarray(delta, np.float32).view(np.uint32)
-    return DeltaRows(bits, "F32", np.zeros_like(bits), "F32", 0, select_routines(compiled=False))
+    return DeltaRows(bits, "F32", np.zeros_like(bits), "F32", 0)
 
 
 def test_approximations_are_what_a_file_decodes_to(tmp_path: Path, several: Pair) -> None:

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltafmt.errors import InvalidFileError, UsageError
-from deltafmt.terms import levels, words
+from deltafmt.terms import levels
 from deltafmt.terms.buffers import blank, views
 from deltafmt.terms.codec import TermCodec
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.codecs import term_codec
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import widen
@@ -24,6 +23,7 @@ from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.codec import LowRankArrays
 from deltafmt.terms.lowrank.layout import MAX_VECTORS, LowRankLayout
 from deltafmt.terms.registry import parse_layout
+from implementations import IMPLEMENTATIONS, running
 from strategies import dense_arrays, dense_layouts, examples, fitting, generators, lowrank_layouts, shapes, sizes
 
 Packed = dict[str, NDArray[np.generic]]
@@ -34,10 +34,10 @@ def zeros(codec: TermCodec) -> Packed:
     return blank(codec.layout, *codec.shape)
 
 
-def pack(codec: TermCodec, arrays: LowbitArrays | LowRankArrays, routines: CodecRoutines = REFERENCE) -> Packed:
+def pack(codec: TermCodec, arrays: LowbitArrays | LowRankArrays) -> Packed:
     """Encode arrays into buffers of their own."""
     packed = zeros(codec)
-    codec.encode(arrays, packed, 0, routines)
+    codec.encode(arrays, packed, 0)
     return packed
 
 
@@ -94,7 +94,7 @@ def assert_bits(found: NDArray[np.float32], expected: NDArray[np.float32]) -> No
 @examples(150)
 @given(st.data(), dense_layouts(), shapes(70, 200))
 def test_dense_is_the_definition_whatever_the_runs(
-    compiled: CodecRoutines, data: st.DataObject, layout: TermLayout, shape: tuple[int, int]
+    data: st.DataObject, layout: TermLayout, shape: tuple[int, int]
 ) -> None:
     rows, columns = shape
     layout = fitting(layout, rows, columns)
@@ -103,15 +103,18 @@ def test_dense_is_the_definition_whatever_the_runs(
     packed = pack(codec, arrays)
     assert {name: array.nbytes for name, array in packed.items()} == layout.buffer_lengths(rows, columns)
     assert list(packed) == sorted(packed)
-    for name, array in pack(codec, arrays, compiled).items():
-        np.testing.assert_array_equal(array, packed[name], strict=True)
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation):
+            for name, array in pack(codec, arrays).items():
+                np.testing.assert_array_equal(array, packed[name], strict=True)
     read = frozen(codec, packed)
     expected = by_definition(layout, arrays)
-    for routines in (REFERENCE, compiled):
-        assert_bits(codec.decode(read, 0, rows, routines, check_form=True), expected)
-        for start in range(0, rows, codec.run_rows):
-            stop = min(start + codec.run_rows, rows)
-            assert_bits(codec.decode(read, start, stop, routines, check_form=True), expected[start:stop])
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation):
+            assert_bits(codec.decode(read, 0, rows, check_form=True), expected)
+            for start in range(0, rows, codec.run_rows):
+                stop = min(start + codec.run_rows, rows)
+                assert_bits(codec.decode(read, start, stop, check_form=True), expected[start:stop])
 
 
 @examples(60)
@@ -136,7 +139,7 @@ def test_runs_encode_as_the_whole(data: st.DataObject, layout: TermLayout, colum
 @examples(150)
 @given(dense_layouts(), shapes(70, 200), generators())
 def test_any_bytes_give_an_array_or_an_error(
-    compiled: CodecRoutines, layout: TermLayout, shape: tuple[int, int], rng: np.random.Generator
+    layout: TermLayout, shape: tuple[int, int], rng: np.random.Generator
 ) -> None:
     rows, columns = shape
     layout = fitting(layout, rows, columns)
@@ -144,23 +147,23 @@ def test_any_bytes_give_an_array_or_an_error(
     lengths = layout.buffer_lengths(rows, columns)
     packed = views(layout, *shape, {name: memoryview(rng.bytes(size)) for name, size in lengths.items()})
     found = []
-    for routines in (REFERENCE, compiled):
-        try:
-            found.append(codec.decode(packed, 0, rows, routines))
-            assert found[-1].shape == shape
-        except InvalidFileError as error:
-            found.append(str(error))
-    if isinstance(found[0], str):
-        assert found[0] == found[1]
-    else:
-        assert_bits(found[1], found[0])
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation):
+            try:
+                found.append(codec.decode(packed, 0, rows))
+                assert found[-1].shape == shape
+            except InvalidFileError as error:
+                found.append(str(error))
+    for other in found[1:]:
+        if isinstance(found[0], str):
+            assert other == found[0]
+        else:
+            assert_bits(other, found[0])
 
 
 @examples(80)
 @given(st.data(), dense_layouts(), generators())
-def test_what_is_not_canonical_is_refused(
-    compiled: CodecRoutines, data: st.DataObject, layout: TermLayout, rng: np.random.Generator
-) -> None:
+def test_what_is_not_canonical_is_refused(data: st.DataObject, layout: TermLayout, rng: np.random.Generator) -> None:
     """Another bit is another matrix, or it is refused."""
     rows, columns = 37, 53
     layout = fitting(layout, rows, columns)
@@ -170,16 +173,17 @@ def test_what_is_not_canonical_is_refused(
     name = str(rng.choice(list(packed)))
     raw = packed[name].view(np.uint8).reshape(-1)
     raw[rng.integers(raw.size)] ^= np.uint8(1 << rng.integers(8))
-    for routines in (REFERENCE, compiled):
-        try:
-            after = codec.decode(packed, 0, rows, routines, check_form=True)
-        except InvalidFileError:
-            continue
-        # A scale of zero, or a vector that meets one, hides what its codes say.
-        hidden = [array for key, array in packed.items() if key.endswith("scales") and not array.all()]
-        raw_factor = name in ("u", "v")
-        rounded_away = isinstance(layout, LowRankLayout)
-        assert hidden or raw_factor or rounded_away or not np.array_equal(before, after)
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation):
+            try:
+                after = codec.decode(packed, 0, rows, check_form=True)
+            except InvalidFileError:
+                continue
+            # A scale of zero, or a vector that meets one, hides what its codes say.
+            hidden = [array for key, array in packed.items() if key.endswith("scales") and not array.all()]
+            raw_factor = name in ("u", "v")
+            rounded_away = isinstance(layout, LowRankLayout)
+            assert hidden or raw_factor or rounded_away or not np.array_equal(before, after)
 
 
 @examples(40)
@@ -195,18 +199,6 @@ def test_vectors_in_blocks_are_the_whole(data: st.DataObject, layout: LowRankLay
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(lowrank, "BLOCK_ELEMENTS", 100)
         assert_bits(codec.decode(packed, 0, rows, check_form=True), whole)
-
-
-@examples(60)
-@given(generators(), st.integers(1, 8), sizes(40), sizes(300))
-def test_a_cut_is_the_packing_of_the_part(rng: np.random.Generator, width: int, rows: int, count: int) -> None:
-    fields = rng.integers(0, 2**width, (rows, count), np.uint8, endpoint=False)
-    by_row = words.from_tiles(words.pack(fields, width), rows)
-    start = int(rng.integers(count)) // 32 * 32
-    stop = int(rng.integers(start, count)) + 1
-    part = words.cut(by_row, count, width, start, stop)
-    found = words.unpack(words.to_tiles(part), rows, stop - start, width)
-    np.testing.assert_array_equal(found, fields[:, start:stop])
 
 
 @pytest.mark.parametrize("scale_dtype", ["BF16", "F32"])

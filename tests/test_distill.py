@@ -12,14 +12,13 @@ from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.bitdelta import MEANS, BitDelta
 from deltafmt.methods.distill import distilled_columns, distilled_level, distilled_rows, signs
 from deltafmt.methods.hessian import output_error
-from deltafmt.methods.method_routines import select_routines
 from problems import Floats, layer
 from strategies import examples
 
 
 def decoded(method: BitDelta, delta: Floats, hessian: Floats | None) -> Floats:
     raw = delta.view(np.uint32)
-    rows = DeltaRows(raw, "F32", np.zeros_like(raw), "F32", 0, select_routines(False), hessian=hessian)
+    rows = DeltaRows(raw, "F32", np.zeros_like(raw), "F32", 0, hessian=hessian)
     (arrays,) = method.compress(rows, 0)
     return signs(delta) * arrays.scales.repeat(delta.shape[1] // arrays.scales.shape[1], axis=1) / 2
 

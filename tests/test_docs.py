@@ -75,9 +75,12 @@ def test_the_staircase_is_the_one_that_is_checked() -> None:
 
 
 def known_options() -> set[str]:
-    found = {"--help", "--version"}
+    found = {"--help", "--version", "--verbose"}
     for command in site_hooks.commands():
-        for action in site_hooks.parser_of(command)._actions:
+        parser = site_hooks.parser_of(command)
+        if parser.rare is not None:
+            parser.rare(parser)
+        for action in parser._actions:
             found.update(action.option_strings)
     for benchmark in (ROOT / "benchmarks").glob("*.py"):
         found.update(re.findall(r'"(--[a-z][a-z-]*)"', benchmark.read_text("utf-8")))

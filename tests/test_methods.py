@@ -13,16 +13,18 @@ import deltafmt
 from conftest import Cli, Pair, expected_sum, normal, nudge, raw, read_folder, refused, write_folder
 from deltafmt.methods import DARE, RTN, BitDelta, Magnitude
 from deltafmt.methods.base import DeltaRows, Method
-from deltafmt.methods.dare import draw
+from deltafmt.methods.quantize import quantize
+from deltafmt.methods.sampling import draw
 from deltafmt.pipeline.plan import tensor_seed
-from deltafmt.terms.codec_routines import CodecRoutines
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowrank.codec import LowRankArrays
 from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.nm.codec import NMArrays
+from deltafmt.terms.nm.hashing import seeded
 from deltafmt.terms.nm.layout import NMLayout
+from implementations import IMPLEMENTATIONS, running
 from method_files import SHAPE, pair_of, round_trip, true_delta
 
 
@@ -137,18 +139,16 @@ class Summed(Method):
         left, right = (np.sqrt(s[:2])[:, None] * side for side in (u.T[:2], v[:2]))
         band = []
         for vectors in (left, right):
-            codes, scales = rows.routines.quantize(vectors.astype(np.float32), 8, "midtread", "minmax", 32, "F32")
-            band.append(LowbitArrays(codes.copy(), scales))
+            codes, scales = quantize(vectors.astype(np.float32), 8, "midtread", "minmax", 32, "F32")
+            band.append(LowbitArrays(codes, scales))
         rest = (delta - (left.T @ right)).astype(np.float32)
         layout = NMLayout(2, 8, 8, share=4, scale_dtype="F32")
-        positions = rows.routines.codec.seeded(
-            seed, 0, layout.mask_rows(delta.shape[0]), layout.groups(delta.shape[1]), 2, 8
-        )
+        positions = seeded(seed, 0, layout.mask_rows(delta.shape[0]), layout.groups(delta.shape[1]), 2, 8)
         column = (positions + np.arange(positions.shape[1])[:, None] * 8).reshape(positions.shape[0], -1)
         column = np.repeat(column, 4, axis=0)[: delta.shape[0]]
         kept = np.take_along_axis(rest, np.minimum(column, delta.shape[1] - 1), axis=1) * 4
         kept = np.where(column < delta.shape[1], kept, np.float32(np.nan)).astype(np.float32)
-        codes, scales = rows.routines.quantize(kept, 8, "midtread", "minmax", 0, "F32")
+        codes, scales = quantize(kept, 8, "midtread", "minmax", 0, "F32")
         return LowRankArrays(*band), NMArrays(positions, codes, scales)
 
 
@@ -176,19 +176,15 @@ def test_a_sum_of_kinds(tmp_path: Path, threads: int, profile: str, cli: Cli) ->
 @pytest.mark.parametrize(
     "method", [RTN(3), RTN(4, "asymmetric"), BitDelta(), BitDelta("column"), DARE(0.8), Magnitude(0.2, 2), Summed()]
 )
-def test_threads_and_compilers_do_not_change_a_byte(
-    tmp_path: Path, method: Any, monkeypatch: pytest.MonkeyPatch, compiled: CodecRoutines
-) -> None:
-    from deltafmt import accel
-
+def test_threads_and_compilers_do_not_change_a_byte(tmp_path: Path, method: Any) -> None:
     pair = pair_of(tmp_path, dtype="BF16")
     found = []
     for threads in (1, 3):
-        for size in (0, 1 << 60):
-            monkeypatch.setattr(accel, "WORTHWHILE_BYTES", size)
-            deltafmt.pack(
-                pair.base, pair.finetuned, tmp_path / "d.deltafmt", method=method, threads=threads, force=True
-            )
+        for implementation in IMPLEMENTATIONS:
+            with running(implementation):
+                deltafmt.pack(
+                    pair.base, pair.finetuned, tmp_path / "d.deltafmt", method=method, threads=threads, force=True
+                )
             found.append((tmp_path / "d.deltafmt").read_bytes())
     assert len(set(found)) == 1
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltafmt.terms.buffers import blank, views
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.floats import narrow
 from deltafmt.terms.nm import codec as nm
 from deltafmt.terms.nm import hashing, scatter
 from deltafmt.terms.nm.codec import NMArrays, slice_run
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.registry import parse_layout
+from implementations import COMPILED, IMPLEMENTATIONS, needs_core, running
 from nm_terms import pack
 from strategies import examples, layouts, nm_arrays, shapes, sizes
 
@@ -53,46 +53,48 @@ def dense_by_definition(layout: NMLayout, arrays: NMArrays, columns: int) -> NDA
 
 @examples(120)
 @given(st.data(), layouts(), shapes(70, 200), SEEDS)
-def test_buffers_hold_the_arrays(
-    compiled: CodecRoutines, data: st.DataObject, layout: NMLayout, shape: tuple[int, int], seed: int
-) -> None:
+def test_buffers_hold_the_arrays(data: st.DataObject, layout: NMLayout, shape: tuple[int, int], seed: int) -> None:
     rows, columns = shape
     arrays = data.draw(nm_arrays(layout, rows, columns, seed))
-    packed = pack(layout, arrays, rows, columns)
+    with running("numpy"):
+        packed = pack(layout, arrays, rows, columns)
     lengths = layout.buffer_lengths(rows, columns)
     assert {name: array.nbytes for name, array in packed.items()} == lengths
-    for name, array in pack(layout, arrays, rows, columns, compiled).items():
-        np.testing.assert_array_equal(array, packed[name], strict=True)
+    for implementation in COMPILED:
+        with running(implementation):
+            for name, array in pack(layout, arrays, rows, columns).items():
+                np.testing.assert_array_equal(array, packed[name], strict=True)
     # From bytes, as a file gives them: read-only.
     read = views(layout, rows, columns, {name: memoryview(array.tobytes()) for name, array in packed.items()})
-    for routines in (REFERENCE, compiled):
-        decoded = nm.decode(layout, read, seed, 0, rows, columns, routines)
-        assert_same(decoded, arrays)
-        nm.check(layout, read, decoded, columns, routines)
-        assert_same(decoded, arrays)
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation):
+            decoded = nm.decode(layout, read, seed, 0, rows, columns)
+            assert_same(decoded, arrays)
+            nm.check(layout, read, decoded, columns)
+            assert_same(decoded, arrays)
 
 
 @examples(50)
 @given(st.data(), layouts(), sizes(150), SEEDS)
-def test_runs_decode_as_the_whole(
-    compiled: CodecRoutines, data: st.DataObject, layout: NMLayout, columns: int, seed: int
-) -> None:
+def test_runs_decode_as_the_whole(data: st.DataObject, layout: NMLayout, columns: int, seed: int) -> None:
     step = nm.run_rows(layout)
     rows = data.draw(st.integers(1, 2 * step + 40))
     arrays = data.draw(nm_arrays(layout, rows, columns, seed))
     packed = pack(layout, arrays, rows, columns)
-    dense = nm.dense(layout, arrays, columns)
+    with running("numpy"):
+        dense = nm.dense(layout, arrays, columns)
     pieces = blank(layout, rows, columns)
     starts = list(range(0, rows, step))
     for start, stop in zip(starts, [*starts[1:], rows], strict=True):
         masks = slice(start // layout.share, -(-stop // layout.share))
         part = NMArrays(arrays.positions[masks], arrays.codes[start:stop], arrays.scales[start:stop])
         run = slice_run(packed, layout.share, start, stop)
-        for routines in (REFERENCE, compiled):
-            decoded = nm.decode(layout, run, seed, start, stop - start, columns, routines)
-            nm.check(layout, run, decoded, columns, routines)
-            assert_same(decoded, part)
-            np.testing.assert_array_equal(nm.dense(layout, decoded, columns, routines), dense[start:stop])
+        for implementation in IMPLEMENTATIONS:
+            with running(implementation):
+                decoded = nm.decode(layout, run, seed, start, stop - start, columns)
+                nm.check(layout, run, decoded, columns)
+                assert_same(decoded, part)
+                np.testing.assert_array_equal(nm.dense(layout, decoded, columns), dense[start:stop])
         nm.encode(layout, part, slice_run(pieces, layout.share, start, stop))
     for name, array in packed.items():
         np.testing.assert_array_equal(pieces[name], array, strict=True)
@@ -107,15 +109,19 @@ def test_dense_is_the_definition(data: st.DataObject, layout: NMLayout, shape: t
     np.testing.assert_array_equal(dense, dense_by_definition(layout, arrays, shape[1]))
 
 
+@needs_core
 @examples(120)
 @given(st.data(), layouts(), shapes(40, 300), SEEDS)
 def test_compiled_dense_equals_the_reference(
-    compiled: CodecRoutines, data: st.DataObject, layout: NMLayout, shape: tuple[int, int], seed: int
+    data: st.DataObject, layout: NMLayout, shape: tuple[int, int], seed: int
 ) -> None:
     arrays = data.draw(nm_arrays(layout, *shape, seed))
-    expected = nm.dense(layout, arrays, shape[1])
-    found = nm.dense(layout, arrays, shape[1], compiled)
-    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32), strict=True)
+    with running("numpy"):
+        expected = nm.dense(layout, arrays, shape[1])
+    for implementation in COMPILED:
+        with running(implementation):
+            found = nm.dense(layout, arrays, shape[1])
+        np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32), strict=True)
 
 
 @examples(60)

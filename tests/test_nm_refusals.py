@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.terms import words
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines, codec_routines
 from deltafmt.terms.nm import codec as nm
 from deltafmt.terms.nm.codec import NMArrays
 from deltafmt.terms.nm.index.encodings import ENCODINGS
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.registry import parse_layout
 from deltafmt.terms.tiles import planes
+from implementations import IMPLEMENTATIONS, running
 from index_cases import INDEX_CASES
 from nm_terms import Packed, pack
 from strategies import examples, generators, layouts, nm_arrays
@@ -29,14 +29,14 @@ ROWS, COLUMNS = 37, 53
 
 
 def refuse(layout: NMLayout, arrays: NMArrays, spoil: Callable[[Packed], None], match: str) -> None:
-    """Pack, check that the packing is accepted, spoil it, and check that both implementations refuse it."""
-    implementations = [REFERENCE, codec_routines(compiled=True)]
-    for routines in implementations:
-        packed = pack(layout, arrays, ROWS, COLUMNS)
-        nm.check(layout, packed, nm.decode(layout, packed, 5, 0, ROWS, COLUMNS, routines), COLUMNS, routines)
-        spoil(packed)
-        with pytest.raises(InvalidFileError, match=match):
-            nm.check(layout, packed, nm.decode(layout, packed, 5, 0, ROWS, COLUMNS, routines), COLUMNS, routines)
+    """Pack, check that the packing is accepted, spoil it, and check that every implementation refuses it."""
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation):
+            packed = pack(layout, arrays, ROWS, COLUMNS)
+            nm.check(layout, packed, nm.decode(layout, packed, 5, 0, ROWS, COLUMNS), COLUMNS)
+            spoil(packed)
+            with pytest.raises(InvalidFileError, match=match):
+                nm.check(layout, packed, nm.decode(layout, packed, 5, 0, ROWS, COLUMNS), COLUMNS)
 
 
 def unused_bits(
@@ -74,9 +74,7 @@ def unused_of_planes(count: int, width: int) -> list[int]:
 
 @examples(60)
 @given(st.data(), layouts(), generators())
-def test_unused_bits_are_refused(
-    compiled: CodecRoutines, data: st.DataObject, layout: NMLayout, rng: np.random.Generator
-) -> None:
+def test_unused_bits_are_refused(data: st.DataObject, layout: NMLayout, rng: np.random.Generator) -> None:
     arrays = data.draw(nm_arrays(layout, ROWS, COLUMNS, 5))
     packed = pack(layout, arrays, ROWS, COLUMNS)
     for name, array in packed.items():
@@ -85,10 +83,11 @@ def test_unused_bits_are_refused(
         raw = array.view(np.uint16 if array.itemsize == 2 else np.uint32)
         for tile, word, lane, bit in unused_bits(packed, name, layout, rng):
             raw[tile, word, lane] ^= raw.dtype.type(1 << bit)
-            for routines in (REFERENCE, compiled):
-                decoded = nm.decode(layout, packed, 5, 0, ROWS, COLUMNS, routines)
-                with pytest.raises(InvalidFileError, match=f"unused bits of the {name}"):
-                    nm.check(layout, packed, decoded, COLUMNS, routines)
+            for implementation in IMPLEMENTATIONS:
+                with running(implementation):
+                    decoded = nm.decode(layout, packed, 5, 0, ROWS, COLUMNS)
+                    with pytest.raises(InvalidFileError, match=f"unused bits of the {name}"):
+                        nm.check(layout, packed, decoded, COLUMNS)
             raw[tile, word, lane] ^= raw.dtype.type(1 << bit)
     nm.check(layout, packed, nm.decode(layout, packed, 5, 0, ROWS, COLUMNS), COLUMNS)
 

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from deltafmt.errors import InvalidFileError
 from deltafmt.terms import words
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.codec import transcode_index
+from deltafmt.terms.nm.index.codec import check_ascending
+from deltafmt.terms.nm.index.rank import positions_of, ranks_of
 from deltafmt.terms.nm.layout import NMLayout
+from implementations import COMPILED, IMPLEMENTATIONS, needs_core, running
 from index_cases import ascending
 from index_words import decoded, encoded
 from strategies import examples, generators, layouts, sizes
@@ -122,13 +124,17 @@ def test_seeded_does_not_depend_on_the_cut(
     np.testing.assert_array_equal(fewer, whole[:, : (groups + 1) // 2], strict=True)
 
 
+@needs_core
 @examples(100)
 @given(SEEDS, FIRST_ROWS, sizes(40), sizes(70), st.sampled_from(SEEDED_PAIRS))
 def test_compiled_seeded_equals_the_reference(
-    compiled: CodecRoutines, seed: int, first: int, count: int, groups: int, pair: tuple[int, int]
+    seed: int, first: int, count: int, groups: int, pair: tuple[int, int]
 ) -> None:
-    expected = hashing.seeded(seed, first, count, groups, *pair)
-    np.testing.assert_array_equal(compiled.seeded(seed, first, count, groups, *pair), expected, strict=True)
+    expected = hashing.seeded.reference(seed, first, count, groups, *pair)
+    for implementation in COMPILED:
+        with running(implementation):
+            found = hashing.seeded(seed, first, count, groups, *pair)
+        np.testing.assert_array_equal(found, expected, strict=True)
 
 
 @examples(60)
@@ -150,15 +156,16 @@ def test_fixed_and_rank_hold_the_positions(
 @examples(30)
 @given(st.data(), generators(), sizes(40), st.integers(1, 12))
 def test_fixed_holds_the_positions_of_any_layout(
-    compiled: CodecRoutines, data: st.DataObject, rng: np.random.Generator, mask_rows: int, groups: int
+    data: st.DataObject, rng: np.random.Generator, mask_rows: int, groups: int
 ) -> None:
     layout = data.draw(layouts("fixed"))
     positions = ascending(rng, mask_rows, groups, layout.n, layout.m)
     packed = encoded(positions, layout)
     assert packed.nbytes == layout.buffer_lengths(mask_rows * layout.share, groups * layout.m)["index"]
-    for routines in (REFERENCE, compiled):
-        found = decoded(packed, layout, mask_rows, groups, routines)
-        np.testing.assert_array_equal(found, positions, strict=True)
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation):
+            found = decoded(packed, layout, mask_rows, groups)
+            np.testing.assert_array_equal(found, positions, strict=True)
 
 
 @pytest.mark.parametrize(("keep", "group"), [(1, 2), (2, 2), (1, 7), (2, 4), (3, 7), (4, 8), (8, 9)])
@@ -205,3 +212,49 @@ def test_fixed_that_does_not_ascend_below_m_is_refused(wrong: list[int], entry: 
     packed = encoded(positions, layout)
     with pytest.raises(InvalidFileError, match=rf"mask row 1, group 1: entry {entry} is at {wrong[entry]}"):
         decoded(packed, layout, 2, 2)
+
+
+@needs_core
+@examples(100)
+@given(st.data(), generators(), sizes(40), st.integers(0, 12))
+def test_compiled_ranks_equal_the_reference(
+    data: st.DataObject, rng: np.random.Generator, mask_rows: int, groups: int
+) -> None:
+    layout = data.draw(layouts("rank"))
+    n, m = layout.n, layout.m
+    total = math.comb(m, n)
+    ranks = rng.integers(0, total, (mask_rows, groups), np.uint64)
+    ranks[rng.random(ranks.shape) < 0.1] = total - 1
+    ranks[rng.random(ranks.shape) < 0.1] = 0
+    positions = positions_of.reference(ranks, n, m)
+    np.testing.assert_array_equal(ranks_of.reference(positions, m), ranks, strict=True)
+    strided = np.repeat(positions, 2, axis=1)[:, ::2]
+    for implementation in COMPILED:
+        with running(implementation):
+            np.testing.assert_array_equal(positions_of(ranks, n, m), positions, strict=True)
+            for given_positions in (positions, strided):
+                np.testing.assert_array_equal(ranks_of(given_positions, m), ranks, strict=True)
+
+
+@needs_core
+@examples(150)
+@given(generators(), sizes(40), st.integers(0, 9), st.integers(2, 255), st.data(), st.integers(0, 3))
+def test_compiled_check_of_positions_equals_the_reference(
+    rng: np.random.Generator, mask_rows: int, groups: int, m: int, data: st.DataObject, wrong: int
+) -> None:
+    n = data.draw(st.integers(1, min(m, 12)))
+    positions = ascending(rng, mask_rows, groups, n, m)
+    for _ in range(wrong if groups else 0):
+        at = tuple(rng.integers(positions.shape))
+        positions[at] = data.draw(st.one_of(st.integers(0, 255), st.just(m)))
+    refusals = []
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation):
+            try:
+                check_ascending(positions, m)
+                refusals.append("")
+            except InvalidFileError as error:
+                refusals.append(str(error))
+    assert len(set(refusals)) == 1
+    in_order = (np.diff(positions.astype(int), axis=2) > 0).all() and not (positions >= m).any()
+    assert (refusals[0] == "") == in_order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 
 import numpy as np
@@ -13,15 +14,14 @@ from numpy.typing import NDArray
 from deltafmt.errors import NonFiniteError, UsageError
 from deltafmt.methods import DeltaDQ, quantize
 from deltafmt.methods.base import DeltaRows
-from deltafmt.methods.method_routines import Routines, select_routines
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.floats import narrow, subtract, widen
 from deltafmt.terms.nm import codec as nm
 from deltafmt.terms.nm.codec import NMArrays
 from deltafmt.terms.nm.layout import BITS, NMLayout
+from implementations import COMPILED, IMPLEMENTATIONS, needs_core, running
 from strategies import deltas, examples, generators, layouts, ordinary_raws, shapes, sizes
 
-REFERENCE = select_routines(compiled=False)
 GRIDS = [(bits, grid) for bits in BITS for grid in ("midtread", "midrise") if (bits, grid) != (1, "midtread")]
 # float32 arithmetic on up to 2**7 steps of 2**-24 relative error each leaves this fraction of a scale.
 SLACK = 2.0**-15
@@ -172,13 +172,11 @@ def test_rows_of_one_magnitude(bits: int, grid: str, rule: str, exponent: int) -
         (2, "midrise", np.inf, "mse"),
     ],
 )
-def test_a_scale_that_overflows_is_refused(
-    compiled_methods: Routines, bits: int, grid: str, value: float, rule: str
-) -> None:
+def test_a_scale_that_overflows_is_refused(bits: int, grid: str, value: float, rule: str) -> None:
     kept = np.array([[1, value, 0], [1, 2, 3]], np.float32)
-    for routine in (quantize.quantize, compiled_methods.quantize):
-        with pytest.raises(UsageError, match="too large"):
-            routine(kept, bits, grid, rule, 0, "BF16")
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation), pytest.raises(UsageError, match="too large"):
+            quantize.quantize(kept, bits, grid, rule, 0, "BF16")
 
 
 def test_memory_does_not_grow_with_the_scale_group() -> None:
@@ -192,6 +190,7 @@ def test_memory_does_not_grow_with_the_scale_group() -> None:
     assert peak < 2**20
 
 
+@needs_core
 @examples(150)
 @given(
     kept_entries(),
@@ -201,18 +200,19 @@ def test_memory_does_not_grow_with_the_scale_group() -> None:
     st.sampled_from(["BF16", "F32"]),
 )
 def test_compiled_quantize_equals_the_reference(
-    compiled_methods: Routines,
     kept: NDArray[np.float32],
     kind: tuple[int, str],
     rule: str,
     scale_group: int,
     scale_dtype: str,
 ) -> None:
-    expected = quantize.quantize(kept, *kind, rule, scale_group, scale_dtype)
-    found = compiled_methods.quantize(kept, *kind, rule, scale_group, scale_dtype)
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8), strict=True)
+    expected = quantize.quantize.reference(kept, *kind, rule, scale_group, scale_dtype)
+    for implementation in COMPILED:
+        with running(implementation):
+            found = quantize.quantize(kept, *kind, rule, scale_group, scale_dtype)
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8), strict=True)
 
 
 @examples(60)
@@ -247,12 +247,12 @@ def methods(draw: st.DrawFn) -> DeltaDQ:
 
 
 def compress(
-    method: DeltaDQ, weights: tuple[NDArray[np.uint16], NDArray[np.uint16]], seed: int, routines: Routines, first: int
+    method: DeltaDQ, weights: tuple[NDArray[np.uint16], NDArray[np.uint16]], seed: int, first: int = 0
 ) -> NMArrays:
-    """Compress the rows from ``first`` on; copy what comes back, because compiled loops use their memory again."""
+    """Compress the rows from ``first`` on."""
     run = [raw[first:] for raw in weights]
-    (found,) = method.compress(DeltaRows(run[0], "BF16", run[1], "BF16", first, routines), seed)
-    return NMArrays(found.positions.copy(), found.codes.copy(), found.scales.copy())
+    (found,) = method.compress(DeltaRows(run[0], "BF16", run[1], "BF16", first), seed)
+    return found
 
 
 @examples(100)
@@ -263,7 +263,7 @@ def test_decoded_delta_is_right_where_kept_and_zero_elsewhere(
     rows, columns = shape
     layout = method.layout
     weights = ordinary_raws(rng, "BF16", shape), ordinary_raws(rng, "BF16", shape)
-    arrays = compress(method, weights, seed, REFERENCE, 0)
+    arrays = compress(method, weights, seed)
     packed = blank(layout, rows, columns)
     nm.encode(layout, arrays, packed)
     decoded = nm.decode(layout, packed, seed, 0, rows, columns)
@@ -293,15 +293,17 @@ def test_decoded_delta_is_right_where_kept_and_zero_elsewhere(
 @examples(60)
 @given(methods(), generators(), sizes(150), st.integers(0, 2**32 - 1))
 def test_runs_and_compiled_loops_give_the_whole(
-    compiled_methods: Routines, method: DeltaDQ, rng: np.random.Generator, columns: int, seed: int
+    method: DeltaDQ, rng: np.random.Generator, columns: int, seed: int
 ) -> None:
     step = nm.run_rows(method.layout)
     rows = step + int(rng.integers(1, 60))
     weights = ordinary_raws(rng, "BF16", (rows, columns)), ordinary_raws(rng, "BF16", (rows, columns))
-    whole = compress(method, weights, seed, REFERENCE, 0)
+    with running("numpy"):
+        whole = compress(method, weights, seed)
     masks = step // method.share
-    for routines, first in ((compiled_methods, 0), (REFERENCE, step), (compiled_methods, step)):
-        part = compress(method, weights, seed, routines, first)
+    for implementation, first in itertools.product(IMPLEMENTATIONS, (0, step)):
+        with running(implementation):
+            part = compress(method, weights, seed, first)
         skipped = masks if first else 0
         np.testing.assert_array_equal(part.positions, whole.positions[skipped:], strict=True)
         np.testing.assert_array_equal(part.codes, whole.codes[first:], strict=True)
@@ -316,7 +318,7 @@ def test_dropout_is_unbiased() -> None:
     base = np.zeros_like(finetuned)
     total = np.zeros(finetuned.shape)
     for seed in range(2000):
-        arrays = compress(method, (finetuned, base), seed, REFERENCE, 0)
+        arrays = compress(method, (finetuned, base), seed)
         total += nm.dense(method.layout, arrays, finetuned.shape[1])
     ratio = total / 2000 / widen(finetuned, "BF16")
     assert (np.abs(ratio - 1) < 6 * np.sqrt(3 / 2000) + 0.01).all()
@@ -324,10 +326,10 @@ def test_dropout_is_unbiased() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("column", [0, 36])
-def test_a_delta_that_is_not_finite_is_refused(compiled_methods: Routines, value: float, column: int) -> None:
+def test_a_delta_that_is_not_finite_is_refused(value: float, column: int) -> None:
     base = np.zeros((40, 37), np.uint16)
     finetuned = base.copy()
     finetuned[39, column] = narrow(np.array([value], np.float32), "BF16")[0]
-    for routines in (REFERENCE, compiled_methods):
-        with pytest.raises(NonFiniteError, match=rf"row 39, column {column} is"):
-            compress(DeltaDQ(), (finetuned, base), 5, routines, 0)
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation), pytest.raises(NonFiniteError, match=rf"row 39, column {column} is"):
+            compress(DeltaDQ(), (finetuned, base), 5)

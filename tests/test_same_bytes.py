@@ -25,9 +25,9 @@ from conftest import (
     run_cli,
     write_pair,
 )
-from deltafmt import accel
 from deltafmt.errors import Remedy, UsageError, WrongBaseError
 from deltafmt.methods import DeltaDQ
+from implementations import IMPLEMENTATIONS, running
 from pairs import DTYPES, check_round_trip, pack_pair, pair_of
 
 # The same bytes
@@ -63,41 +63,32 @@ def _profile(method: DeltaDQ) -> str:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_bytes_do_not_depend_on_threads_or_compiler(
-    tmp_path: Path, varied: Pair, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bytes_do_not_depend_on_threads_or_implementation(tmp_path: Path, varied: Pair, name: str) -> None:
     method = METHODS[name]
-    reference = tmp_path / "reference.deltafmt"
-    monkeypatch.setattr(accel, "WORTHWHILE_BYTES", 2**62)
-    pack_pair(varied, reference, method=method, profile=_profile(method), threads=1)
-    digests = {hashlib.sha256(reference.read_bytes()).hexdigest()}
-    for threads in (1, 2, 5):
-        out = io.BytesIO()
-        deltafmt.pack(varied.base, varied.finetuned, out, method=method, profile=_profile(method), threads=threads)
-        digests.add(hashlib.sha256(out.getvalue()).hexdigest())
+    file = tmp_path / "d.deltafmt"
+    pack_pair(varied, file, method=method, profile=_profile(method))
+    digests = {hashlib.sha256(file.read_bytes()).hexdigest()}
+    for implementation in IMPLEMENTATIONS:
+        for threads in (1, 2, 5):
+            out = io.BytesIO()
+            with running(implementation):
+                deltafmt.pack(
+                    varied.base, varied.finetuned, out, method=method, profile=_profile(method), threads=threads
+                )
+            digests.add(hashlib.sha256(out.getvalue()).hexdigest())
     assert len(digests) == 1
-    if not accel.available():
-        pytest.skip("numba is not there: the compiled half of this test cannot run")
-    _force_compiled(monkeypatch)
-    for threads in (1, 5):
-        out = io.BytesIO()
-        deltafmt.pack(varied.base, varied.finetuned, out, method=method, profile=_profile(method), threads=threads)
-        digests.add(hashlib.sha256(out.getvalue()).hexdigest())
-    assert len(digests) == 1
-    # What the compiled loops unpack and verify is what the reference decoder says.
-    assert deltafmt.verify(reference, varied.base, threads=2).tensors == len(varied.b)
-    actions = check_round_trip(varied, reference, tmp_path / "out")
-    assert actions["big"] == actions["grown"] == actions["f32"] == "add"
+    # What each of them unpacks and verifies is what the numpy decoder says.
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation):
+            assert deltafmt.verify(file, varied.base, threads=2).tensors == len(varied.b)
+            actions = check_round_trip(varied, file, tmp_path / implementation)
+        assert actions["big"] == actions["grown"] == actions["f32"] == "add"
 
 
-def _force_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accel, "WORTHWHILE_BYTES", 0)
-
-
-def test_a_process_without_numba_writes_the_same_bytes(tmp_path: Path, small: Pair) -> None:
+def test_a_process_without_the_core_writes_the_same_bytes(tmp_path: Path, small: Pair) -> None:
     pack_pair(small, tmp_path / "here.deltafmt")
     arguments = ("pack", small.base, small.finetuned, "-o", tmp_path / "there.deltafmt")
-    done = run_cli(*arguments, env={"DELTAFMT_NUMBA": "0", "PYTHONHASHSEED": "7"})
+    done = run_cli(*arguments, env={"DELTAFMT_CORE": "0", "PYTHONHASHSEED": "7"})
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "there.deltafmt").read_bytes() == (tmp_path / "here.deltafmt").read_bytes()
 

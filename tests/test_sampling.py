@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltafmt.methods import sampling
-from deltafmt.methods.method_routines import Routines
 from deltafmt.terms.floats import subtract
 from deltafmt.terms.nm.hashing import mix
+from implementations import COMPILED, IMPLEMENTATIONS, needs_core, running
 from index_cases import ascending
 from strategies import FLOAT_DTYPES, deltas, examples, generators, layouts, raws, shapes, sizes
 
@@ -94,13 +94,17 @@ def test_every_position_is_equally_likely(keep: int, group: int) -> None:
     assert abs(statistic - (group - 1)) < 6 * math.sqrt(2 * (group - 1))
 
 
+@needs_core
 @examples(100)
 @given(SEEDS, FIRST_ROWS, sizes(40), st.integers(1, 20), pairs())
 def test_compiled_uniform_equals_the_reference(
-    compiled_methods: Routines, seed: int, first: int, count: int, groups: int, pair: tuple[int, int]
+    seed: int, first: int, count: int, groups: int, pair: tuple[int, int]
 ) -> None:
-    expected = sampling.uniform(seed, first, count, groups, *pair)
-    np.testing.assert_array_equal(compiled_methods.uniform(seed, first, count, groups, *pair), expected, strict=True)
+    expected = sampling.uniform.reference(seed, first, count, groups, *pair)
+    for implementation in COMPILED:
+        with running(implementation):
+            found = sampling.uniform(seed, first, count, groups, *pair)
+        np.testing.assert_array_equal(found, expected, strict=True)
 
 
 @examples(60)
@@ -124,10 +128,11 @@ def test_gather_takes_the_kept_entries(data: st.DataObject, shape: tuple[int, in
             assert np.isnan(kept[row, entry])
 
 
+@needs_core
 @examples(120)
 @given(st.data(), shapes(40, 300), generators(), st.booleans())
 def test_compiled_gather_equals_the_reference(
-    compiled_methods: Routines, data: st.DataObject, shape: tuple[int, int], rng: np.random.Generator, readonly: bool
+    data: st.DataObject, shape: tuple[int, int], rng: np.random.Generator, readonly: bool
 ) -> None:
     rows, columns = shape
     layout = data.draw(layouts())
@@ -137,23 +142,45 @@ def test_compiled_gather_equals_the_reference(
         raw.flags.writeable = not readonly
     positions = ascending(rng, layout.mask_rows(rows), layout.groups(columns), layout.n, layout.m)
     arguments = (finetuned, dtypes[0], base, dtypes[1], positions, layout.m, layout.share, np.float32(4))
-    expected, finite = sampling.gather_difference(*arguments)
-    found, found_finite = compiled_methods.gather_difference(*arguments)
-    assert found_finite is finite
-    assert finite == subtract(finetuned, dtypes[0], base, dtypes[1])[1]
+    with running("numpy"):
+        expected, finite = sampling.gather_difference(*arguments)
+        assert finite == subtract(finetuned, dtypes[0], base, dtypes[1])[1]
     nan = np.isnan(expected)
-    assert np.array_equal(np.isnan(found), nan)
-    np.testing.assert_array_equal(found[~nan].view(np.uint32), expected[~nan].view(np.uint32), strict=True)
+    for implementation in COMPILED:
+        with running(implementation):
+            found, found_finite = sampling.gather_difference(*arguments)
+        assert found_finite is finite
+        assert np.array_equal(np.isnan(found), nan)
+        np.testing.assert_array_equal(found[~nan].view(np.uint32), expected[~nan].view(np.uint32), strict=True)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_gather_sees_what_is_dropped(compiled_methods: Routines, value: float) -> None:
+def test_gather_sees_what_is_dropped(value: float) -> None:
     finetuned = np.zeros((5, 37), np.uint16)
     base = np.zeros((5, 37), np.uint16)
     positions = np.zeros((5, 3, 1), np.uint8)
-    for gather in (sampling.gather_difference, compiled_methods.gather_difference):
-        arguments = (finetuned, "BF16", base, "BF16", positions, 16, 1, np.float32(1))
-        assert gather(*arguments)[1] is True
-        finetuned[4, 36] = np.array([value], np.float32).view(np.uint32)[0] >> 16
-        assert gather(*arguments)[1] is False
-        finetuned[4, 36] = 0
+    arguments = (finetuned, "BF16", base, "BF16", positions, 16, 1, np.float32(1))
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation):
+            assert sampling.gather_difference(*arguments)[1] is True
+            finetuned[4, 36] = np.array([value], np.float32).view(np.uint32)[0] >> 16
+            assert sampling.gather_difference(*arguments)[1] is False
+            finetuned[4, 36] = 0
+
+
+@needs_core
+@examples(100)
+@given(SEEDS, shapes(70, 300), st.one_of(st.floats(0, 1), st.sampled_from((2.0**-33, 2.0**-32, 0.5, 1 - 2.0**-32))))
+def test_compiled_draw_equals_the_reference(seed: int, shape: tuple[int, int], drop: float) -> None:
+    expected = sampling.draw.reference(seed, *shape, drop)
+    for implementation in COMPILED:
+        with running(implementation):
+            np.testing.assert_array_equal(sampling.draw(seed, *shape, drop), expected, strict=True)
+
+
+@needs_core
+@pytest.mark.parametrize("drop", [0.0, 1.0])
+def test_all_or_nothing_is_drawn(drop: float) -> None:
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation):
+            assert (sampling.draw(7, 20, 30, drop) == (drop == 0)).all()

@@ -10,25 +10,23 @@ from numpy.typing import NDArray
 
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.terms.buffers import blank, views
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.codecs import fitted, term_codec
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import widen
 from deltafmt.terms.registry import parse_layout
-from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import SparseLayout
+from deltafmt.terms.sparse.slots import SparseArrays
+from implementations import IMPLEMENTATIONS, running
 from strategies import examples, generators, shapes, sparse_arrays, sparse_layouts
 
 Packed = dict[str, NDArray[np.generic]]
 
 
-def pack(
-    layout: SparseLayout, arrays: SparseArrays, rows: int, columns: int, routines: CodecRoutines = REFERENCE
-) -> tuple[Packed, int]:
+def pack(layout: SparseLayout, arrays: SparseArrays, rows: int, columns: int) -> tuple[Packed, int]:
     """Encode entries into buffers of their own; return them and the number of slots."""
     layout, slots = fitted(layout, arrays, columns)
     packed = blank(layout, rows, columns, slots)
-    term_codec(layout, rows, columns, 0, slots).encode(arrays, packed, 0, routines)
+    term_codec(layout, rows, columns, 0, slots).encode(arrays, packed, 0)
     return packed, slots
 
 
@@ -67,34 +65,34 @@ def slots_by_definition(layout: SparseLayout, arrays: SparseArrays, rows: int, c
 
 @examples(150)
 @given(st.data(), sparse_layouts(), shapes(70, 700))
-def test_entries_come_back_whatever_the_runs(
-    compiled: CodecRoutines, data: st.DataObject, layout: SparseLayout, shape: tuple[int, int]
-) -> None:
+def test_entries_come_back_whatever_the_runs(data: st.DataObject, layout: SparseLayout, shape: tuple[int, int]) -> None:
     rows, columns = shape
     arrays = data.draw(sparse_arrays(layout, rows, columns))
     packed, slots = pack(layout, arrays, rows, columns)
     assert {name: array.nbytes for name, array in packed.items()} == layout.buffer_lengths(rows, columns, slots)
     assert list(packed) == sorted(packed)
     assert np.diff(packed["starts"].astype(np.int64)).tolist() == slots_by_definition(layout, arrays, rows, columns)
-    for name, array in pack(layout, arrays, rows, columns, compiled)[0].items():
-        np.testing.assert_array_equal(array, packed[name], strict=True)
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation):
+            for name, array in pack(layout, arrays, rows, columns)[0].items():
+                np.testing.assert_array_equal(array, packed[name], strict=True)
     buffers = {name: memoryview(array.tobytes()) for name, array in packed.items()}
     read = views(layout, rows, columns, buffers, slots)
     expected = by_definition(layout, arrays, rows, columns).view(np.uint32)
     codec = term_codec(layout, rows, columns, 0, slots)
-    for routines in (REFERENCE, compiled):
-        found = codec.decode(read, 0, rows, routines, check_form=True)
-        np.testing.assert_array_equal(found.view(np.uint32), expected)
-        for start in range(0, rows, 32):
-            stop = min(start + 32, rows)
-            found = codec.decode(read, start, stop, routines, check_form=True)
-            np.testing.assert_array_equal(found.view(np.uint32), expected[start:stop])
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation):
+            found = codec.decode(read, 0, rows, check_form=True)
+            np.testing.assert_array_equal(found.view(np.uint32), expected)
+            for start in range(0, rows, 32):
+                stop = min(start + 32, rows)
+                found = codec.decode(read, start, stop, check_form=True)
+                np.testing.assert_array_equal(found.view(np.uint32), expected[start:stop])
 
 
 @examples(200)
 @given(sparse_layouts(), shapes(70, 700), st.integers(0, 500), st.booleans(), generators())
 def test_any_bytes_give_an_array_or_an_error(
-    compiled: CodecRoutines,
     layout: SparseLayout,
     shape: tuple[int, int],
     slots: int,
@@ -112,15 +110,16 @@ def test_any_bytes_give_an_array_or_an_error(
         packed["gaps"][rng.random(packed["gaps"].shape) < 0.9] = 0xFFFFFFFF
     codec = term_codec(layout, rows, columns, 0, slots)
     found: list[NDArray[np.uint32] | str] = []
-    for routines in (REFERENCE, compiled):
-        for check in (False, True):
-            try:
-                found.append(codec.decode(packed, 0, rows, routines, check_form=check).view(np.uint32))
-                assert found[-1].shape == shape
-            except InvalidFileError as error:
-                found.append(str(error))
-    for reference, other in zip(found[:2], found[2:], strict=True):
-        np.testing.assert_array_equal(reference, other)
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation):
+            for check in (False, True):
+                try:
+                    found.append(codec.decode(packed, 0, rows, check_form=check).view(np.uint32))
+                    assert found[-1].shape == shape
+                except InvalidFileError as error:
+                    found.append(str(error))
+    for number, other in enumerate(found[2:]):
+        np.testing.assert_array_equal(found[number % 2], other)
 
 
 @examples(100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from deltafmt.methods import DeltaDQ, DeltaDQSQ, Magnitude, Residual
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.group_size import expected_error
 from deltafmt.methods.largest import keep_largest
-from deltafmt.methods.method_routines import select_routines
+from deltafmt.methods.quantize import quantize
 from deltafmt.methods.sampling import gather, uniform
 from deltafmt.pipeline.plan import tensor_seed
 from deltafmt.terms.buffers import blank
-from deltafmt.terms.codec_routines import CodecRoutines
 from deltafmt.terms.codecs import fitted, term_codec
+from implementations import IMPLEMENTATIONS, running
 from method_files import SHAPE, check_packed_terms, check_refusal, pair_of, round_trip, true_delta
 from problems import Floats, layer
 from strategies import examples, shapes
@@ -29,8 +30,7 @@ from strategies import examples, shapes
 
 def run_of(delta: Floats, first: int = 0, hessian: Floats | None = None) -> DeltaRows:
     zero = np.zeros(delta.shape, np.uint32)
-    routines = select_routines(False)
-    return DeltaRows(delta.view(np.uint32), "F32", zero, "F32", first, routines, hessian=hessian)
+    return DeltaRows(delta.view(np.uint32), "F32", zero, "F32", first, hessian=hessian)
 
 
 def decoded(method: Any, rows: DeltaRows, seed: int) -> Floats:
@@ -102,7 +102,7 @@ def test_parts_sum_to_the_codes(
     rows = run_of(delta)
     positions = uniform(seed, 0, shape[0], -(-shape[1] // m), n, m)
     kept = gather(delta, positions, m, 1, np.float32(m / n))
-    codes, scales = rows.routines.quantize(kept, bits, "midrise", method.scale_rule, 0, "F32")
+    codes, scales = quantize(kept, bits, "midrise", method.scale_rule, 0, "F32")
     column = (positions + np.arange(positions.shape[1])[:, None] * m).reshape(shape[0], -1)
     expected = np.zeros(shape, np.float32)
     row, entry = np.nonzero(column < shape[1])
@@ -157,17 +157,13 @@ def test_the_group_size_is_searched_where_moments_are_given() -> None:
 @pytest.mark.parametrize(
     "method", [Magnitude(n=2, m=8), Magnitude(n=1, m=8, bits=2, share=4), DeltaDQSQ(), DeltaDQSQ(bits=3)]
 )
-def test_threads_and_compilers_do_not_change_a_byte(
-    tmp_path: Path, method: Any, monkeypatch: pytest.MonkeyPatch, compiled: CodecRoutines
-) -> None:
-    from deltafmt import accel
-
+def test_threads_and_compilers_do_not_change_a_byte(tmp_path: Path, method: Any) -> None:
     pair = pair_of(tmp_path, (300, 203), "BF16")
     found = []
-    for threads, size in ((1, 0), (3, 0), (3, 1 << 60)):
-        monkeypatch.setattr(accel, "WORTHWHILE_BYTES", size)
+    for threads, implementation in itertools.product((1, 3), IMPLEMENTATIONS):
         file = tmp_path / "d.deltafmt"
-        deltafmt.pack(pair.base, pair.finetuned, file, method=method, threads=threads, force=True)
+        with running(implementation):
+            deltafmt.pack(pair.base, pair.finetuned, file, method=method, threads=threads, force=True)
         found.append(file.read_bytes())
     assert len(set(found)) == 1
 

@@ -15,7 +15,6 @@ from deltafmt.errors import UsageError
 from deltafmt.methods import DARE, GPTQ, METHODS, RTN, SVD, BitDelta, DeltaCoMe, DeltaDQ, Magnitude, Method, parse
 from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.declare import Option, options_of
-from deltafmt.methods.method_routines import select_routines
 
 # Values of the options that are neither a choice nor a switch.
 POOL = {
@@ -110,8 +109,7 @@ def rows_with_moments() -> DeltaRows:
     delta = mixed + rng.standard_normal((64, 128)).astype(np.float32)
     inputs = rng.standard_normal((200, 128)) * rng.uniform(0.1, 3, 128)
     bits = delta.view(np.uint32)
-    routines = select_routines(compiled=False)
-    return DeltaRows(bits, "F32", np.zeros_like(bits), "F32", 0, routines, "w", (inputs.T @ inputs).astype(np.float32))
+    return DeltaRows(bits, "F32", np.zeros_like(bits), "F32", 0, "w", (inputs.T @ inputs).astype(np.float32))
 
 
 def frozen(value: Any) -> Any:

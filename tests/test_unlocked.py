@@ -16,23 +16,29 @@ from hypothesis import strategies as st
 
 import delta_files
 from delta_files import DeltaWriter
-from deltafmt import accel
+from deltafmt import core
 from deltafmt.container.reader import Container
 from deltafmt.errors import CancelledError, InvalidFileError
 from deltafmt.format.constants import CODEC_STORED
 from strategies import examples
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("numba")
 
-from deltafmt.runtime import pinned, unlocked, unlocked_loop, upload
+from deltafmt.runtime import pinned, unlocked, upload
 from deltafmt.runtime.upload_pieces import cut
 
-if not accel.available():
-    pytest.skip("numba is not to be used", allow_module_level=True)
+if core.native is None:
+    pytest.skip("deltafmt._core is not built, or turned off with DELTAFMT_CORE=0", allow_module_level=True)
 
 MIB = 1 << 20
 CONTEXT, STREAM, REFUSED = 77, 88, 0x1_0000_02BC  # the error is 700; what lies above 32 bits is none
+
+
+def address_of(function: Any) -> int:
+    """Return where a function of the C library, or one that ctypes has made, begins."""
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address
 
 
 class Driver:
@@ -45,10 +51,10 @@ class Driver:
         kind = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)
         self.functions = [kind(function) for function in (self.bind, self.copy, self.record, self.wait)]
 
-    def calls(self) -> unlocked_loop.Calls:
+    def calls(self) -> unlocked.Calls:
         """Return the addresses."""
-        pread = unlocked_loop.address_of(ctypes.CDLL(None).pread)
-        return unlocked_loop.Calls(pread, *map(unlocked_loop.address_of, self.functions))
+        pread = address_of(ctypes.CDLL(None).pread)
+        return unlocked.Calls(pread, *map(address_of, self.functions))
 
     def bind(self, context: int, *_: int) -> int:
         """Play cuCtxSetCurrent."""
@@ -89,9 +95,9 @@ def the_real_driver_is_back() -> Iterator[None]:
 
     This fixture is set up before all that a test asks for, and so ends after them.
     """
-    before = (unlocked_loop.driver_calls, unlocked_loop.current_context, pinned.PinnedBuffer.recorded)
+    before = (unlocked.driver_calls, unlocked.current_context, pinned.PinnedBuffer.recorded)
     yield
-    assert (unlocked_loop.driver_calls, unlocked_loop.current_context, pinned.PinnedBuffer.recorded) == before
+    assert (unlocked.driver_calls, unlocked.current_context, pinned.PinnedBuffer.recorded) == before
 
 
 @pytest.fixture
@@ -102,8 +108,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 def play(patch: pytest.MonkeyPatch) -> Driver:
     driver = Driver()
-    patch.setattr(unlocked_loop, "driver_calls", driver.calls)
-    patch.setattr(unlocked_loop, "current_context", lambda: CONTEXT)
+    patch.setattr(unlocked, "driver_calls", driver.calls)
+    patch.setattr(unlocked, "current_context", lambda: CONTEXT)
     patch.setattr(pinned.PinnedBuffer, "recorded", lambda self, _: self.view.nbytes)
     return driver
 
@@ -212,8 +218,8 @@ def test_a_read_that_fails_once_is_made_good(driver: Driver, tmp_path: Path) -> 
 
     flaky = kind(read)
     with pytest.MonkeyPatch.context() as patch:
-        calls = driver.calls()._replace(read=unlocked_loop.address_of(flaky))
-        patch.setattr(unlocked_loop, "driver_calls", lambda: calls)
+        calls = driver.calls()._replace(read=address_of(flaky))
+        patch.setattr(unlocked, "driver_calls", lambda: calls)
         memory, placement, container = moved(path, 2)
     assert left[0] < 0
     data = path.read_bytes()
@@ -245,8 +251,8 @@ def test_cancel(driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     kind = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)
     slow = kind(record)
-    calls = driver.calls()._replace(record=unlocked_loop.address_of(slow))
-    monkeypatch.setattr(unlocked_loop, "driver_calls", lambda: calls)
+    calls = driver.calls()._replace(record=address_of(slow))
+    monkeypatch.setattr(unlocked, "driver_calls", lambda: calls)
     original = unlocked.wait
 
     def wait(futures: Any, timeout: float | None = None) -> Any:

@@ -219,7 +219,7 @@ def test_buffers_and_threads_are_kept_and_freed() -> None:
     for _ in range(4):
         dt.load(io.BytesIO(data), "cpu", threads=3)
     assert 1 <= len(upload_threads()) <= 3
-    assert dt.free_buffers() == upload.PINNED_BYTES
+    assert 0 < dt.free_buffers() <= upload.PINNED_BYTES
     assert not upload_threads()
     assert dt.free_buffers() == 0
 

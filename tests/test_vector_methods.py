@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.deltacome import parse_bands
 from deltafmt.methods.factorization import factorize, rank_for_energy
 from deltafmt.methods.hessian import output_error
-from deltafmt.methods.method_routines import select_routines
+from deltafmt.methods.quantize import quantize
 from deltafmt.methods.residual import split_head
 from deltafmt.methods.sampling import gather
 from deltafmt.methods.vectors import band_arrays, coding_of
 from deltafmt.pipeline.plan import tensor_seed
 from deltafmt.terms.buffers import blank
-from deltafmt.terms.codec_routines import CodecRoutines
 from deltafmt.terms.codecs import term_codec
 from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowrank.layout import LowRankLayout
+from implementations import IMPLEMENTATIONS, running
 from method_files import SHAPE, check_packed_terms, check_refusal, pair_of, round_trip, true_delta
 from problems import layer
 from strategies import examples
@@ -178,7 +179,7 @@ def test_residual_is_a_head_and_dropout_of_the_rest(tmp_path: Path, method: Resi
     kept[row, column[row, entry]] = True
     assert np.abs(tail[~kept]).max() < 1e-5
     wanted = gather(rest, positions, method.m, method.share, method.dropout.factor)
-    codes, scales = rows.routines.quantize(
+    codes, scales = quantize(
         wanted,
         method.bits,
         method.dropout.layout.grid,
@@ -198,7 +199,7 @@ def test_the_residual_is_of_the_stored_head() -> None:
 
 def rows_of(pair: Pair, **more: Any) -> DeltaRows:
     old, new = (side["w"].floats().astype(np.float32).view(np.uint32) for side in (pair.a, pair.b))
-    return DeltaRows(new, "F32", old, "F32", 0, select_routines(False), **more)
+    return DeltaRows(new, "F32", old, "F32", 0, **more)
 
 
 @pytest.mark.parametrize("method", [SVD(rank=4), SVD(rank=4, bits=3), DeltaCoMe(BANDS)])
@@ -260,17 +261,13 @@ def test_nothing_changed_and_one_element_changed(tmp_path: Path, method: Any) ->
 
 
 @pytest.mark.parametrize("method", [SVD(bits=3), DeltaCoMe(), Residual(rank=3)])
-def test_threads_do_not_change_a_byte(
-    tmp_path: Path, method: Any, monkeypatch: pytest.MonkeyPatch, compiled: CodecRoutines
-) -> None:
-    from deltafmt import accel
-
+def test_threads_do_not_change_a_byte(tmp_path: Path, method: Any) -> None:
     pair = pair_of(tmp_path, dtype="BF16")
     found = []
-    for threads, size in ((1, 0), (3, 0), (3, 1 << 60)):
-        monkeypatch.setattr(accel, "WORTHWHILE_BYTES", size)
+    for threads, implementation in itertools.product((1, 3), IMPLEMENTATIONS):
         file = tmp_path / "d.deltafmt"
-        deltafmt.pack(pair.base, pair.finetuned, file, method=method, threads=threads, force=True)
+        with running(implementation):
+            deltafmt.pack(pair.base, pair.finetuned, file, method=method, threads=threads, force=True)
         found.append(file.read_bytes())
     assert len(set(found)) == 1
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltafmt.terms import words
-from deltafmt.terms.codec_routines import CodecRoutines
 from deltafmt.terms.nm.layout import SHARES
 from deltafmt.terms.tiles import planes, stream_words, tiles
-from strategies import examples, generators, shapes
+from implementations import COMPILED, IMPLEMENTATIONS, needs_core, running
+from strategies import examples, generators, shapes, sizes
 
 WIDTHS = st.integers(0, 64)
 BYTE_WIDTHS = st.integers(1, 8)
@@ -64,7 +64,8 @@ def test_pack_is_the_definition_and_unpack_undoes_it(
     fields = random_fields(rng, *shape, width)
     packed = words.pack(fields, width, share)
     np.testing.assert_array_equal(packed, pack_by_definition(fields, width, share), strict=True)
-    np.testing.assert_array_equal(words.unpack(packed, *shape, width, share), fields, strict=True)
+    found = words.unpack(packed, *shape, width, share)
+    np.testing.assert_array_equal(found, fields.astype(words.field_dtype(width)), strict=True)
 
 
 def test_pack_of_a_known_row() -> None:
@@ -101,15 +102,17 @@ def test_tiles_hold_the_rows_and_zeros(
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
 @pytest.mark.parametrize("width", [0, 1, 3, 4, 9])
 @pytest.mark.parametrize("share", [1, 4])
-def test_empty_arrays(compiled: CodecRoutines, shape: tuple[int, int], width: int, share: int) -> None:
+def test_empty_arrays(shape: tuple[int, int], width: int, share: int) -> None:
     fields = np.zeros(shape, np.uint8)
     packed = words.pack(fields, width, share)
     assert packed.shape == (tiles(shape[0], share), stream_words(shape[1], width), 32)
-    out = np.full_like(packed, 0xA5A5A5A5)
-    compiled.pack_into(fields, width, out, share)
-    np.testing.assert_array_equal(out, packed, strict=True)
-    for unpack in (words.unpack, compiled.unpack):
-        assert unpack(packed, *shape, width, share).shape == shape
+    out = np.empty_like(packed)
+    for implementation in IMPLEMENTATIONS:
+        out[...] = 0xA5A5A5A5
+        with running(implementation):
+            words.pack_into(fields, width, out, share)
+            assert words.unpack(packed, *shape, width, share).shape == shape
+        np.testing.assert_array_equal(out, packed, strict=True)
 
 
 @examples(120)
@@ -121,7 +124,7 @@ def test_empty_arrays(compiled: CodecRoutines, shape: tuple[int, int], width: in
     st.sampled_from(["whole", "strided", "wide", "odd"]),
 )
 def test_compiled_pack_equals_the_reference(
-    compiled: CodecRoutines, rng: np.random.Generator, shape: tuple[int, int], width: int, share: int, form: str
+    rng: np.random.Generator, shape: tuple[int, int], width: int, share: int, form: str
 ) -> None:
     width = width % 9 if form != "wide" else width
     fields = random_fields(rng, *shape, width)
@@ -135,35 +138,83 @@ def test_compiled_pack_equals_the_reference(
         fields = unaligned
     expected = words.pack(fields, width, share)
     # Whatever the array held before must be gone, in the lanes beyond the rows too.
-    for pack_into in (words.pack_into, compiled.pack_into):
+    for implementation in IMPLEMENTATIONS:
         out = np.full_like(expected, 0xA5A5A5A5)
-        pack_into(fields, width, out, share)
+        with running(implementation):
+            words.pack_into(fields, width, out, share)
         np.testing.assert_array_equal(out, expected, strict=True)
 
 
+@needs_core
 @examples(120)
 @given(generators(), shapes(200, 300), st.one_of(BYTE_WIDTHS, WIDTHS), st.sampled_from(SHARES))
 def test_compiled_unpack_equals_the_reference(
-    compiled: CodecRoutines, rng: np.random.Generator, shape: tuple[int, int], width: int, share: int
+    rng: np.random.Generator, shape: tuple[int, int], width: int, share: int
 ) -> None:
     rows, count = shape
     # Any words, so that unused bits and lanes that are not zero are tried too.
     packed = rng.integers(0, 2**32, (tiles(rows, share), stream_words(count, width), 32), np.uint32)
     packed.flags.writeable = False
-    expected = words.unpack(packed, rows, count, width, share)
-    found = compiled.unpack(packed, rows, count, width, share)
-    assert found.dtype == (np.uint8 if 1 <= width <= 8 else np.uint64)
-    np.testing.assert_array_equal(found, expected)
+    expected = words.unpack.reference(packed, rows, count, width, share)
+    assert expected.dtype == words.field_dtype(width)
+    for implementation in COMPILED:
+        with running(implementation):
+            found = words.unpack(packed, rows, count, width, share)
+        np.testing.assert_array_equal(found, expected, strict=True)
 
 
 @examples(30)
 @given(generators(), shapes(300, 60), BYTE_WIDTHS, st.sampled_from(SHARES), st.integers(0, 6))
 def test_super_tiles_of_a_run_pack_as_they_do_in_the_whole(
-    compiled: CodecRoutines, rng: np.random.Generator, shape: tuple[int, int], width: int, share: int, cut: int
+    rng: np.random.Generator, shape: tuple[int, int], width: int, share: int, cut: int
 ) -> None:
     fields = random_fields(rng, *shape, width).astype(np.uint8)
     cut = min(cut * share, tiles(shape[0], share))
-    out = np.full((tiles(shape[0], share), stream_words(shape[1], width), 32), 0xA5A5A5A5, np.uint32)
-    for rows, run in ((slice(0, 32 * cut), slice(0, cut)), (slice(32 * cut, None), slice(cut, None))):
-        compiled.pack_into(fields[rows], width, out[run], share)
-    np.testing.assert_array_equal(out, words.pack(fields, width, share), strict=True)
+    for implementation in IMPLEMENTATIONS:
+        out = np.full((tiles(shape[0], share), stream_words(shape[1], width), 32), 0xA5A5A5A5, np.uint32)
+        with running(implementation):
+            for rows, run in ((slice(0, 32 * cut), slice(0, cut)), (slice(32 * cut, None), slice(cut, None))):
+                words.pack_into(fields[rows], width, out[run], share)
+        np.testing.assert_array_equal(out, words.pack(fields, width, share), strict=True)
+
+
+@needs_core
+@examples(120)
+@given(generators(), shapes(70, 300), st.one_of(BYTE_WIDTHS, st.integers(1, 64)))
+def test_compiled_parts_of_lines_and_tiles_equal_the_reference(
+    rng: np.random.Generator, shape: tuple[int, int], width: int
+) -> None:
+    rows, count = shape
+    start = int(rng.integers(count)) // 32 * 32
+    stop = int(rng.integers(start, count, endpoint=True))
+    cuts = {(0, count), (start, stop), (start, count), (start, start)}
+    # Any words, so that unused bits that are not zero are tried too.
+    by_row = rng.integers(0, 2**32, (rows, stream_words(count, width)), np.uint32)
+    tile = rng.integers(0, 2**32, (stream_words(count, width), 32), np.uint32)
+    for array in (by_row, tile):
+        array.flags.writeable = False
+    for first, last in cuts:
+        for unpack, packed in ((words.unpack_part, by_row), (words.unpack_lanes, tile)):
+            expected = unpack.reference(packed, count, width, first, last)
+            for implementation in COMPILED:
+                with running(implementation):
+                    found = unpack(packed, count, width, first, last)
+                np.testing.assert_array_equal(found, expected, strict=True)
+
+
+@examples(60)
+@given(generators(), st.integers(1, 64), sizes(40), sizes(300))
+def test_a_part_is_that_of_the_whole(rng: np.random.Generator, width: int, rows: int, count: int) -> None:
+    fields = random_fields(rng, rows, count, width).astype(words.field_dtype(width))
+    packed = words.pack(fields, width)
+    start = int(rng.integers(count)) // 32 * 32
+    stop = int(rng.integers(start, count)) + 1
+    for implementation in IMPLEMENTATIONS:
+        with running(implementation):
+            part = words.unpack_part(words.from_tiles(packed, rows), count, width, start, stop)
+            lanes = words.unpack_lanes(packed[0], count, width, start, stop)
+        np.testing.assert_array_equal(part, fields[:, start:stop], strict=True)
+        there = min(rows, 32)
+        np.testing.assert_array_equal(lanes[:there], fields[:there, start:stop], strict=True)
+        assert lanes.shape[0] == 32
+        assert not lanes[there:].any()

@@ -10,10 +10,11 @@ import argparse
 import contextlib
 import importlib
 import os
+import platform
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from deltafmt._version import __version__
@@ -35,6 +36,11 @@ COMMANDS = {
     "analyze": "show what a fine-tune's delta looks like, and what compressing it loses",
 }
 
+# The commands whose module has ``add_rare_arguments``.
+WITH_RARE_OPTIONS = ("pack",)
+
+# The commands that compress or decompress.
+COMPUTING = ("pack", "unpack", "verify", "import-lora", "export-lora", "analyze")
 
 # What argparse says, and the same in this project's words.
 _PLAIN = (
@@ -56,7 +62,22 @@ def plain(message: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line and exit code 2."""
+    """A parser whose errors are one line and exit code 2.
+
+    Attributes:
+        rare: adds options whose declarations are slow to import; called when an argument is unknown without them.
+    """
+
+    rare: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse, and if there are unknown arguments, once more with the rare options."""
+        found = super().parse_known_args(args, namespace)
+        if found[1] and self.rare is not None:
+            self.rare(self)
+            self.rare = None
+            found = super().parse_known_args(args, namespace)
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Raise what :func:`main` turns into one line."""
@@ -66,13 +87,16 @@ class Parser(argparse.ArgumentParser):
 def build_parser(command: str | None) -> Parser:
     """Return the parser; only the named command's module is imported for its options."""
     parser = Parser(prog="deltafmt", description="Compressed fine-tune deltas: pack, unpack, inspect, verify.")
-    parser.add_argument("--version", action="version", version=f"deltafmt {__version__}")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--verbose", action="store_true", help="with --version: also print what deltafmt runs on")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for name, text in COMMANDS.items():
         sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == command:
             _module(name).add_arguments(sub)
             sub.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+            if name in WITH_RARE_OPTIONS:
+                sub.rare = _module(name).add_rare_arguments
     return parser
 
 
@@ -90,14 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _interrupt)
     as_json = "--json" in arguments
     try:
-        command = next((word for word in arguments if not word.startswith("-")), None)
-        if command not in (None, *COMMANDS) and not {"-h", "--help", "--version"} & set(arguments):
-            raise UsageError(f"unknown command {command!r}; there are {', '.join(COMMANDS)} (see deltafmt --help)")
-        options, unknown = build_parser(command).parse_known_args(arguments)
-        if unknown:
-            raise _unknown(unknown[0], options.command, arguments)
+        options = _parse(arguments)
+        if options is None:
+            return EXIT_OK
         if getattr(options, "output", None) == "-" and options.command != "pack":
             raise UsageError(f"{options.command} does not write to standard output; name the output after -o")
+        _say_missing_loops(options.command)
         code: int | None = _module(options.command).run(options)
         sys.stdout.flush()
         return EXIT_OK if code is None else code
@@ -119,6 +141,45 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         text = f"internal error, please report it: {type(error).__name__}: {error} (DELTAFMT_TRACEBACK=1 shows more)"
         return _report(text, 1, as_json)
+
+
+def _core() -> Any:
+    return importlib.import_module("deltafmt.core")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace | None:
+    """Return the options of a command; None if the version was asked for, which is then printed."""
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    if command not in (None, *COMMANDS) and not {"-h", "--help", "--version"} & set(arguments):
+        raise UsageError(f"unknown command {command!r}; there are {', '.join(COMMANDS)} (see deltafmt --help)")
+    before = arguments if command is None else arguments[: arguments.index(command)]
+    if "--version" in before:
+        _say_version(verbose="--verbose" in arguments)
+        return None
+    options: argparse.Namespace
+    options, unknown = build_parser(command).parse_known_args(arguments)
+    if unknown:
+        raise _unknown(unknown[0], options.command, arguments)
+    return options
+
+
+def _say_missing_loops(command: str) -> None:
+    line = _core().missing_line() if command in COMPUTING else None
+    if line:
+        console.warn(line)
+
+
+def _say_version(*, verbose: bool) -> None:
+    """Print the version, and with ``verbose`` which loops and packages are used."""
+    console.say(f"deltafmt {__version__}")
+    if verbose:
+        from importlib.metadata import PackageNotFoundError, version
+
+        console.say(f"loops: {_core().describe()}")
+        console.say(f"python {platform.python_version()}, {platform.system()} {platform.machine()}")
+        for name in ("numpy", "zstandard", "msgpack", "xxhash", "blake3", "torch", "triton", "transformers"):
+            with contextlib.suppress(PackageNotFoundError):
+                console.say(f"{name} {version(name)}")
 
 
 def _unknown(word: str, command: str, arguments: list[str]) -> UsageError:

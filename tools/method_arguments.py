@@ -31,15 +31,19 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def add_method_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--method`` and a flag for each option of any method; whether the method has it is seen when it is made."""
-    from deltafmt.methods import METHODS
-    from deltafmt.methods.declare import Option, options_of
-
+def add_method_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--method``."""
     group = parser.add_argument_group("method", DESCRIPTION)
     group.add_argument(
         "--method", metavar="METHOD", action=_Once, help="NAME or NAME:key=value,..., such as rtn:bits=3"
     )
+
+
+def add_method_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each option of any method; whether the method has it is seen when it is made."""
+    from deltafmt.methods import METHODS
+    from deltafmt.methods.declare import Option, options_of
+
     known: dict[str, Option] = {}
     for method in METHODS.values():
         for key, each in options_of(method).items():
@@ -48,10 +52,10 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     for key, each in known.items():
         if each.is_switch:
             switch = argparse.BooleanOptionalAction
-            group.add_argument(_flag(key), dest=PREFIX + key, action=switch, default=hidden, help=hidden)
+            parser.add_argument(_flag(key), dest=PREFIX + key, action=switch, default=hidden, help=hidden)
         else:
             dest = PREFIX + key
-            group.add_argument(_flag(key), dest=dest, metavar=each.metavar, action=_Once, default=hidden, help=hidden)
+            parser.add_argument(_flag(key), dest=dest, metavar=each.metavar, action=_Once, default=hidden, help=hidden)
 
 
 def given_texts(options: argparse.Namespace) -> dict[str, str]:

@@ -17,7 +17,13 @@ from deltafmt.tools.calibration_options import (
     read_calibration,
     say_calibration,
 )
-from deltafmt.tools.method_arguments import add_method_arguments, given_arguments, read_method, read_rule
+from deltafmt.tools.method_arguments import (
+    add_method_argument,
+    add_method_flags,
+    given_arguments,
+    read_method,
+    read_rule,
+)
 from deltafmt.tools.targets import add_target_arguments, plan_obj, read_target, say_chosen, show
 
 if TYPE_CHECKING:
@@ -81,9 +87,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random positions (default 0)")
     parser.add_argument("--threads", type=int, metavar="T", help="worker threads (default: one for each processor)")
-    add_method_arguments(parser)
+    add_method_argument(parser)
     add_target_arguments(parser)
     add_calibration_arguments(parser)
+
+
+def add_rare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each option of any method, which imports all methods; called when an argument is unknown."""
+    add_method_flags(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -92,7 +103,6 @@ def run(options: argparse.Namespace) -> None:
     for name, value in (("BASE", options.base), ("FINETUNED", options.finetuned), ("-o OUT", output)):
         if value is None:
             raise UsageError(f"{name} is missing (see deltafmt pack --help)")
-    from deltafmt.pipeline.budget import plan_for_target
     from deltafmt.pipeline.pack import pack
 
     target = read_target(options, given_arguments(options))
@@ -118,6 +128,8 @@ def run(options: argparse.Namespace) -> None:
         return console.checkpoint_bytes(options.finetuned)
 
     if options.plan:
+        from deltafmt.pipeline.budget import plan_for_target
+
         if calibration:
             raise UsageError("--plan and --calibration do not go together: a plan is made without reading a text")
         with console.progress_bar("measuring", total, not options.json) as progress:

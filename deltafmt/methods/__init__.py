@@ -19,34 +19,69 @@ A method is spelled ``NAME:key=value,key=value``: :func:`parse` reads that, and 
 
 from __future__ import annotations
 
-from deltafmt.methods.base import Method
-from deltafmt.methods.bitdelta import BitDelta
-from deltafmt.methods.dare import DARE
-from deltafmt.methods.deltacome import DeltaCoMe
-from deltafmt.methods.deltadq import DeltaDQ
-from deltafmt.methods.deltadq_sq import DeltaDQSQ
-from deltafmt.methods.gptq import GPTQ
-from deltafmt.methods.magnitude import Magnitude
-from deltafmt.methods.residual import Residual
-from deltafmt.methods.rtn import RTN
-from deltafmt.methods.sparsegpt import SparseGPT
-from deltafmt.methods.spelling import parse_method
-from deltafmt.methods.svd import SVD
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
-_ALL: tuple[type[Method], ...] = (
-    DeltaDQ,
-    Residual,
-    BitDelta,
-    DARE,
-    DeltaCoMe,
-    DeltaDQSQ,
-    Magnitude,
-    RTN,
-    SVD,
-    GPTQ,
-    SparseGPT,
-)
-METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
+from deltafmt.methods.spelling import parse_method
+
+if TYPE_CHECKING:
+    from deltafmt.methods.base import Method
+    from deltafmt.methods.bitdelta import BitDelta
+    from deltafmt.methods.dare import DARE
+    from deltafmt.methods.deltacome import DeltaCoMe
+    from deltafmt.methods.deltadq import DeltaDQ
+    from deltafmt.methods.deltadq_sq import DeltaDQSQ
+    from deltafmt.methods.gptq import GPTQ
+    from deltafmt.methods.magnitude import Magnitude
+    from deltafmt.methods.residual import Residual
+    from deltafmt.methods.rtn import RTN
+    from deltafmt.methods.sparsegpt import SparseGPT
+    from deltafmt.methods.svd import SVD
+
+# The class of each method, by the method's name, and the file in which the class lives.
+_CLASSES: Final[dict[str, tuple[str, str]]] = {
+    "deltadq": ("DeltaDQ", "deltadq"),
+    "residual": ("Residual", "residual"),
+    "bitdelta": ("BitDelta", "bitdelta"),
+    "dare": ("DARE", "dare"),
+    "delta-come": ("DeltaCoMe", "deltacome"),
+    "deltadq-sq": ("DeltaDQSQ", "deltadq_sq"),
+    "magnitude": ("Magnitude", "magnitude"),
+    "rtn": ("RTN", "rtn"),
+    "svd": ("SVD", "svd"),
+    "gptq": ("GPTQ", "gptq"),
+    "sparsegpt": ("SparseGPT", "sparsegpt"),
+}
+_HOMES: Final = {**dict(_CLASSES.values()), "Method": "base"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+class _Methods(Mapping[str, "type[Method]"]):
+    """The class of each method, by name; a method's file is imported when its class is first asked for."""
+
+    def __getitem__(self, name: str) -> type[Method]:
+        found: type[Method] = __getattr__(_CLASSES[name][0])
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_CLASSES)
+
+    def __len__(self) -> int:
+        return len(_CLASSES)
+
+    def __contains__(self, name: object) -> bool:
+        return name in _CLASSES
+
+
+METHODS: Final[Mapping[str, type[Method]]] = _Methods()
 
 
 def parse(text: str, like: Method | None = None) -> Method:

@@ -6,21 +6,28 @@ A method is a rule that turns rows of a dense delta into the arrays of one or mo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.delta import row_ranges
 from deltafmt.errors import NonFiniteError
 from deltafmt.methods.declare import Needs, check_effects, check_options
-from deltafmt.methods.measured import Heads, decoded
-from deltafmt.methods.method_routines import Routines
+from deltafmt.methods.decoded import decoded
+from deltafmt.methods.sampling import gather_difference
 from deltafmt.methods.spelling import spelling
+from deltafmt.terms.buffers import Packed
 from deltafmt.terms.codec import TermArrays
-from deltafmt.terms.floats import Raw
+from deltafmt.terms.codecs import AnyCodec
+from deltafmt.terms.floats import Raw, subtract
 from deltafmt.terms.layout import TermLayout
+
+if TYPE_CHECKING:
+    from deltafmt.methods.measured import Heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +38,6 @@ class DeltaRows:
         finetuned, base: raw arrays of shape (rows, columns).
         finetuned_dtype, base_dtype: dtypes of the raw arrays, by their safetensors names.
         first: the run's first row in the tensor.
-        routines: the implementation of the hot loops.
         name: name of the tensor.
         hessian: second moments of the matrix's inputs, shape (columns, columns), where a calibration has gathered them.
         notes: lines that a method adds about the tensor, such as a raised damping; pack prints them.
@@ -42,7 +48,6 @@ class DeltaRows:
     base: Raw
     base_dtype: str
     first: int
-    routines: Routines
     name: str = ""
     hessian: NDArray[np.floating] | None = None
     notes: list[str] = field(default_factory=list)
@@ -53,13 +58,18 @@ class DeltaRows:
         rows, columns = self.base.shape
         return rows, columns
 
+    def run(self, start: int, stop: int) -> DeltaRows:
+        """Return the rows ``start`` to ``stop`` of the tensor, which lie in this run."""
+        part = slice(start - self.first, stop - self.first)
+        return replace(self, finetuned=self.finetuned[part], base=self.base[part], first=start)
+
     def dense(self) -> NDArray[np.float32]:
         """Return the float32 delta.
 
         Raises:
             NonFiniteError: an element is NaN or infinite.
         """
-        delta, finite = self.routines.codec.subtract(self.finetuned, self.finetuned_dtype, self.base, self.base_dtype)
+        delta, finite = subtract(self.finetuned, self.finetuned_dtype, self.base, self.base_dtype)
         if not finite:
             row, column = (int(i) for i in np.argwhere(~np.isfinite(delta))[0])
             raise NonFiniteError(f"the delta at row {self.first + row}, column {column} is {delta[row, column]}")
@@ -71,12 +81,20 @@ class DeltaRows:
         Raises:
             NonFiniteError: an element, kept or not, is NaN or infinite.
         """
-        kept, finite = self.routines.gather_difference(
+        kept, finite = gather_difference(
             self.finetuned, self.finetuned_dtype, self.base, self.base_dtype, positions, m, share, factor
         )
         if not finite:
             self.dense()
         return kept
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTerm:
+    """A term that is being packed: the arrays of its matrix, which its codec fills."""
+
+    codec: AnyCodec
+    packed: Packed
 
 
 class Method(ABC):
@@ -170,6 +188,19 @@ class Method(ABC):
         A run starts on a multiple of every layout's run of rows; a whole matrix is one run.
         """
 
+    def pack(self, rows: DeltaRows, seed: int, terms: Sequence[PackedTerm]) -> None:
+        """Compress rows of a tensor with its seed, 32 bits, into their part of the terms' packed arrays.
+
+        Raises:
+            NonFiniteError: an element of the delta is NaN or infinite.
+            UsageError: the method cannot have this delta.
+        """
+        width = max(term.codec.width for term in terms)
+        step = max(term.codec.run_rows for term in terms)
+        for start, stop in row_ranges(rows.first, rows.first + rows.shape[0], width, step):
+            for term, arrays in zip(terms, self.compress(rows.run(start, stop), seed), strict=True):
+                term.codec.encode(arrays, term.packed, start)
+
     def approximate(self, rows: DeltaRows, seed: int, heads: Heads) -> NDArray[np.float32]:  # noqa: ARG002
         """Return the delta that a reader would decode after this method, to measure its loss.
 
@@ -188,5 +219,5 @@ class Method(ABC):
         """
         total = np.zeros(rows.shape, np.float32)
         for layout, arrays in zip(self.layouts(*rows.shape), self.compress(rows, seed), strict=True):
-            total += decoded(layout, arrays, rows.shape, seed, rows.routines)
+            total += decoded(layout, arrays, rows.shape, seed)
         return total

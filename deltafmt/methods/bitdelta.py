@@ -25,7 +25,7 @@ from deltafmt.methods.common import SCALE, SCALE_DTYPE, SCALE_GROUP
 from deltafmt.methods.declare import Need, Needs, Option, option
 from deltafmt.methods.distill import distilled_columns, distilled_level, distilled_rows
 from deltafmt.methods.grids import Grid, Quantized
-from deltafmt.methods.quantize import check_scales
+from deltafmt.methods.quantize import check_scales, quantize
 from deltafmt.methods.unbiased import LARGEST_FACTOR, UNBIASED, unbiased_scales
 from deltafmt.terms.floats import narrow, widen
 from deltafmt.terms.lowbit.codec import LowbitArrays
@@ -103,7 +103,7 @@ class BitDelta(Method):
         delta, layout, hessian = rows.dense(), self.layout, rows.hessian
         if self.mean in ("row", "group"):
             # On two levels, the scale of least squared error is the mean magnitude.
-            codes, scales = rows.routines.quantize(delta, 1, "midrise", "mse", layout.scale_group, self.scale_dtype)
+            codes, scales = quantize(delta, 1, "midrise", "mse", layout.scale_group, self.scale_dtype)
             found = Quantized(Grid(1, "midrise", "mse", layout.scale_group, self.scale_dtype), codes, scales)
             size = found.grid.size(delta.shape[1])
             if hessian is not None:

@@ -11,19 +11,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.common import BITS, CODED, RAW, RESCALE, VALUE_DTYPE, ScaleOptions
 from deltafmt.methods.declare import Need, Needs, Option, option
 from deltafmt.methods.quantize import default_rule
+from deltafmt.methods.sampling import draw
 from deltafmt.methods.unstructured import sparse_layout, sparse_term
-from deltafmt.terms.nm.hashing import BLOCK_STEP, ROW_STEP, mix
-from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import SparseLayout
-
-BLOCK_ELEMENTS = 1 << 22
-
+from deltafmt.terms.sparse.slots import SparseArrays
 
 DROP = Option(
     "probability with which an element is dropped",
@@ -115,17 +111,4 @@ class DARE(ScaleOptions, KeptValueOptions, Method):
             with np.errstate(over="ignore"):
                 delta = delta * np.float32(1 / (1 - self.drop))
         kept = draw(seed, *rows.shape, self.drop)
-        return (sparse_term(self.layout, delta, kept, self.scale_rule, rows.routines),)
-
-
-def draw(seed: int, rows: int, columns: int, drop: float) -> NDArray[np.bool_]:
-    """Tell which elements of a matrix are kept: those whose 32-bit hash of seed, row and column is at least p 2**32."""
-    least = round(drop * 2**32)
-    column = np.arange(columns, dtype=np.uint64).astype(np.uint32) * np.uint32(BLOCK_STEP)
-    kept = np.empty((rows, columns), np.bool_)
-    step = max(BLOCK_ELEMENTS // columns, 1)
-    for first in range(0, rows, step):
-        row = np.arange(first, min(first + step, rows), dtype=np.uint64).astype(np.uint32)
-        key = mix(np.uint32(seed) + row * np.uint32(ROW_STEP))
-        kept[first : first + step] = mix(key[:, None] + column) >= least
-    return kept
+        return (sparse_term(self.layout, delta, kept, self.scale_rule),)

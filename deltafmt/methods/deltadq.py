@@ -11,13 +11,15 @@ grid and the least-squares scale help below 4 bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.methods.base import DeltaRows, Method
+from deltafmt.delta import row_ranges
+from deltafmt.methods.base import DeltaRows, Method, PackedTerm
 from deltafmt.methods.common import (
     BITS,
     DROPPED,
@@ -30,9 +32,11 @@ from deltafmt.methods.common import (
     PositionOptions,
 )
 from deltafmt.methods.declare import Needs, option
-from deltafmt.methods.method_routines import Routines
-from deltafmt.methods.quantize import default_grid, default_rule
-from deltafmt.terms.nm.codec import NMArrays
+from deltafmt.methods.pack_kept import pack_kept
+from deltafmt.methods.quantize import default_grid, default_rule, quantize
+from deltafmt.methods.sampling import uniform
+from deltafmt.terms.nm.codec import NMArrays, slice_run
+from deltafmt.terms.nm.hashing import seeded
 from deltafmt.terms.nm.layout import NMLayout
 
 
@@ -114,9 +118,9 @@ class DeltaDQ(DropoutOptions, Method):
 
     def draw(self, rows: DeltaRows, seed: int) -> NDArray[np.uint8]:
         """Return the positions that are kept of a run of rows, shape (mask rows, groups, N)."""
-        layout, routines = self.layout, rows.routines
+        layout = self.layout
         count, columns = rows.shape
-        draw = routines.codec.seeded if self.index == "seeded" else routines.uniform
+        draw = seeded if self.index == "seeded" else uniform
         return draw(seed, rows.first // self.share, layout.mask_rows(count), layout.groups(columns), self.n, self.m)
 
     @property
@@ -124,15 +128,22 @@ class DeltaDQ(DropoutOptions, Method):
         """The factor that kept entries are multiplied by."""
         return np.float32(self.m / self.n if self.rescale else 1)
 
-    def quantize(self, positions: NDArray[np.uint8], kept: NDArray[np.float32], routines: Routines) -> NMArrays:
+    def quantize(self, positions: NDArray[np.uint8], kept: NDArray[np.float32]) -> NMArrays:
         """Return the arrays of kept entries; NaN marks an entry beyond the last column."""
-        codes, scales = routines.quantize(
-            kept, self.bits, self.layout.grid, self.scale_rule, self.scale_group, self.scale_dtype
-        )
+        codes, scales = quantize(kept, self.bits, self.layout.grid, self.scale_rule, self.scale_group, self.scale_dtype)
         return NMArrays(positions, codes, scales)
 
     def compress(self, rows: DeltaRows, seed: int) -> tuple[NMArrays]:
         """Drop, rescale and quantize a run of rows with the tensor's seed, 32 bits."""
         positions = self.draw(rows, seed)
         kept = rows.gather(positions, self.m, self.share, self.factor)
-        return (self.quantize(positions, kept, rows.routines),)
+        return (self.quantize(positions, kept),)
+
+    def pack(self, rows: DeltaRows, seed: int, terms: Sequence[PackedTerm]) -> None:
+        """Do what :meth:`compress` does, and pack the result, in one pass over the rows."""
+        (term,) = terms
+        width, step = term.codec.width, term.codec.run_rows
+        for start, stop in row_ranges(rows.first, rows.first + rows.shape[0], width, step):
+            run = rows.run(start, stop)
+            packed = slice_run(term.packed, self.share, start, stop)
+            pack_kept(run, self.draw(run, seed), self.layout, self.scale_rule, self.factor, packed)

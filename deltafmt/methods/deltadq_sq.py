@@ -29,14 +29,14 @@ from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.common import BITS, DROPPED, NM, RESCALE, BitsOption, KeptOptions, ScaleOptions
 from deltafmt.methods.declare import Need, Needs, Option, option
 from deltafmt.methods.group_size import expected_error, search_group
-from deltafmt.methods.quantize import check_scales, default_rule
-from deltafmt.methods.sampling import gather
+from deltafmt.methods.quantize import check_scales, default_rule, quantize
+from deltafmt.methods.sampling import gather, uniform
 from deltafmt.methods.unstructured import sparse_layout
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import narrow, widen
 from deltafmt.terms.nm.layout import MAX_M
-from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import SparseLayout
+from deltafmt.terms.sparse.slots import SparseArrays
 
 MAX_BITS = 5
 
@@ -155,12 +155,12 @@ class DeltaDQSQ(ScaleOptions, PartOptions, Method):
 
     def compress(self, rows: DeltaRows, seed: int) -> tuple[SparseArrays, ...]:
         """Drop, rescale, quantize and cut a matrix with the tensor's seed, 32 bits."""
-        delta, routines = rows.dense(), rows.routines
+        delta = rows.dense()
         n, m = self.group(delta, rows.hessian)
         count, columns = delta.shape
-        positions = routines.uniform(seed, 0, count, -(-columns // m), n, m)
+        positions = uniform(seed, 0, count, -(-columns // m), n, m)
         kept = gather(delta, positions, m, 1, np.float32(m / n if self.rescale else 1))
-        codes, scales = routines.quantize(kept, self.bits, "midrise", self.scale_rule, 0, self.scale_dtype)
+        codes, scales = quantize(kept, self.bits, "midrise", self.scale_rule, 0, self.scale_dtype)
         column = (positions + np.arange(positions.shape[1])[:, None] * m).reshape(count, -1)
         inside = column < columns
         if self.number == 1:

@@ -17,13 +17,13 @@ from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.common import BITS, NM, RESCALE, VALUE_DTYPE, ChosenPositionOptions, ScaleOptions
 from deltafmt.methods.declare import Need, Needs, Option, option
 from deltafmt.methods.largest import keep_largest, threshold
-from deltafmt.methods.quantize import default_grid, default_rule
+from deltafmt.methods.quantize import default_grid, default_rule, quantize
 from deltafmt.methods.sampling import gather
 from deltafmt.methods.unstructured import sparse_layout, sparse_term
 from deltafmt.terms.nm.codec import NMArrays
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import SparseLayout
+from deltafmt.terms.sparse.slots import SparseArrays
 
 DENSITY = 0.1
 NM_BITS = 4
@@ -153,16 +153,16 @@ class Magnitude(ScaleOptions, ChosenPositionOptions, LargestOptions, Method):
 
     def compress(self, rows: DeltaRows, seed: int) -> tuple[SparseArrays | NMArrays]:  # noqa: ARG002 - nothing is drawn
         """Keep the largest elements of a matrix, or of a run of rows; of equal ones, the first."""
-        delta, layout, routines = rows.dense(), self.layout, rows.routines
+        delta, layout = rows.dense(), self.layout
         factor = np.float32(1 / self.kept if self.rescale else 1)
         if isinstance(layout, SparseLayout):
             kept = np.zeros(delta.shape, np.bool_)
             kept.reshape(-1)[threshold(delta, self.kept)] = True
             with np.errstate(over="ignore"):
-                return (sparse_term(layout, delta * factor, kept, self.scale_rule, routines),)
+                return (sparse_term(layout, delta * factor, kept, self.scale_rule),)
         assert self.n is not None
         assert self.m is not None
         positions = keep_largest(delta, self.n, self.m, layout.share)
         values = gather(delta, positions, self.m, layout.share, factor)
-        codes, scales = routines.quantize(values, layout.bits, layout.grid, self.scale_rule, 0, self.scale_dtype)
+        codes, scales = quantize(values, layout.bits, layout.grid, self.scale_rule, 0, self.scale_dtype)
         return (NMArrays(positions, codes, scales),)

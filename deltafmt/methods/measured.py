@@ -1,4 +1,4 @@
-"""Helpers of methods that are being measured: decoding their arrays, and heads of singular vectors that they share.
+"""Heads of singular vectors that methods share while they are being measured.
 
 A target tries some forty methods on a matrix. Those that begin with singular vectors would each factorize it.
 """
@@ -11,11 +11,6 @@ from numpy.typing import NDArray
 from deltafmt.methods.bands import quantize_bands
 from deltafmt.methods.factorization import LowRank, factorize
 from deltafmt.methods.grids import Floats, Grid
-from deltafmt.methods.method_routines import Routines
-from deltafmt.terms.buffers import blank
-from deltafmt.terms.codec import TermArrays
-from deltafmt.terms.codecs import fitted, term_codec
-from deltafmt.terms.layout import TermLayout
 
 
 class Heads:
@@ -43,21 +38,3 @@ class Heads:
             (band,) = quantize_bands(factors, [(factors.values.size, grid.bits)], grid)
             self._heads[rank, grid] = band.dense()
         return self._heads[rank, grid]
-
-
-def decoded(layout: TermLayout, arrays: TermArrays, shape: tuple[int, int], seed: int, routines: Routines) -> Floats:
-    """Return what a reader makes of the arrays of a term.
-
-    Args:
-        layout: the term's layout, as :meth:`deltafmt.methods.base.Method.layouts` gives it.
-        arrays: the term's arrays.
-        shape: rows and columns of the matrix.
-        seed: the tensor's seed, 32 bits.
-        routines: the implementation of the hot loops.
-    """
-    rows, columns = shape
-    layout, slots = fitted(layout, arrays, columns)
-    codec = term_codec(layout, rows, columns, seed if layout.seeded else 0, slots)
-    packed = blank(layout, rows, columns, slots)
-    codec.encode(arrays, packed, 0, routines.codec)
-    return codec.decode(packed, 0, rows, routines.codec)

@@ -1,7 +1,7 @@
 """Scales and codes of kept entries: min-max and least-squares uniform quantization on both grids.
 
 Everything is elementwise float32 or exact integer arithmetic, so that any implementation and any order of summation
-give the same bits. This is the reference; ``deltafmt.methods.method_numba`` holds the same functions compiled.
+give the same bits. Compiled: ``kernels/cpu/loops/scales.c``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.core import Native, loop
 from deltafmt.errors import UsageError
 from deltafmt.terms.floats import bf16_up, narrow, widen
 
@@ -44,6 +45,34 @@ def candidate_steps(bits: int, grid: str) -> list[float]:
     return [longest * 2.0 ** (-j / octave) for j in range(count)]
 
 
+def coding_arguments(bits: int, grid: str, rule: str, size: int, scale_dtype: str) -> tuple[object, ...]:
+    """Return how codes are made, as the compiled loops take it: ``size`` entries share a scale."""
+    search = rule == "mse"
+    factors = np.array([1.0 / step for step in candidate_steps(bits, grid)], np.float32)
+    refinements = REFINEMENTS if bits > 1 else 0
+    return bits, grid == "midtread", search, size, scale_dtype, factors, refinements
+
+
+def _quantize(
+    native: Native,
+    kept: NDArray[np.float32],
+    bits: int,
+    grid: str,
+    rule: str,
+    scale_group: int,
+    scale_dtype: str,
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    rows, entries = kept.shape
+    size = max(min(scale_group or entries, entries), 1)
+    fields = np.empty((rows, entries), np.uint8)
+    scales = np.empty((rows, -(-entries // size) if entries else 1), np.float32)
+    coding = coding_arguments(bits, grid, rule, size, scale_dtype)
+    if not native.quantize(np.ascontiguousarray(kept), *coding, fields, scales):
+        raise UsageError("a delta is too large for its scale's dtype")
+    return fields, scales
+
+
+@loop(_quantize)
 def quantize(
     kept: NDArray[np.float32], bits: int, grid: str, rule: str, scale_group: int, scale_dtype: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:

@@ -20,10 +20,11 @@ from deltafmt.methods.bands import GROUP, Band, quantize_bands
 from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.common import BITS, DROPPED, NM, RANK, SCALE_GROUP
 from deltafmt.methods.declare import Needs, option, values_of
+from deltafmt.methods.decoded import decoded
 from deltafmt.methods.deltadq import DeltaDQ, DropoutOptions
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.grids import Floats, Grid
-from deltafmt.methods.measured import Heads, decoded
+from deltafmt.methods.measured import Heads
 from deltafmt.methods.quantize import default_grid, default_rule
 from deltafmt.methods.sampling import gather
 from deltafmt.methods.vectors import band_arrays, coding_of, vectors_layout
@@ -119,13 +120,13 @@ class Residual(DropoutOptions, HeadOptions, Method):
         dropout = self.dropout
         positions = dropout.draw(rows, seed)
         kept = gather(rest, positions, self.m, self.share, dropout.factor)
-        return dropout.quantize(positions, kept, rows.routines)
+        return dropout.quantize(positions, kept)
 
     def approximate(self, rows: DeltaRows, seed: int, heads: Heads) -> Floats:
         """Return the delta that a reader would decode, with a head that methods share."""
         head = heads.dense(self.rank, self.head_grid)
         arrays = self._dropped(heads.delta - head, rows, seed)
-        return head + decoded(self.dropout.layout, arrays, rows.shape, seed, rows.routines)
+        return head + decoded(self.dropout.layout, arrays, rows.shape, seed)
 
 
 def split_head(

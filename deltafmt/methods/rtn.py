@@ -12,7 +12,7 @@ from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.common import SCALE, SCALE_GROUP, BitsOption, CodeOptions
 from deltafmt.methods.declare import option
 from deltafmt.methods.grids import Grid, Quantized
-from deltafmt.methods.quantize import default_grid, default_rule
+from deltafmt.methods.quantize import default_grid, default_rule, quantize
 from deltafmt.methods.unbiased import UNBIASED, unbiased_scales
 from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowbit.layout import LowbitLayout
@@ -97,7 +97,7 @@ class RTN(RoundingOptions, Method):
         if grid.kind == "asymmetric":
             found = grid.quantize(delta)
         else:
-            codes, scales = rows.routines.quantize(delta, grid.bits, grid.kind, grid.rule, grid.group, grid.scale_dtype)
+            codes, scales = quantize(delta, grid.bits, grid.kind, grid.rule, grid.group, grid.scale_dtype)
             found = Quantized(grid, codes, scales)
         scales = found.scales
         if self.scale_rule == UNBIASED:

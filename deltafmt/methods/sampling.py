@@ -1,6 +1,6 @@
 """Drawing and reading the kept entries of a delta.
 
-This is the reference; ``deltafmt.methods.method_numba`` holds the same functions compiled.
+Compiled: ``kernels/cpu/loops/positions.c``, ``kernels/cpu/loops/nm.c``.
 """
 
 from __future__ import annotations
@@ -8,10 +8,21 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.core import Native, loop
 from deltafmt.terms.floats import Raw, subtract
 from deltafmt.terms.nm.hashing import BLOCK_STEP, ROW_STEP, mix
 
+# Elements of a block of rows for which the reference of `draw` hashes at a time.
+_DRAWN_ELEMENTS = 1 << 22
 
+
+def _uniform(native: Native, seed: int, first: int, count: int, groups: int, n: int, m: int) -> NDArray[np.uint8]:
+    out = np.empty((count, groups, n), np.uint8)
+    native.uniform(out, seed, first, m)
+    return out
+
+
+@loop(_uniform)
 def uniform(seed: int, first: int, count: int, groups: int, n: int, m: int) -> NDArray[np.uint8]:
     """Draw N of M positions for every group, each subset equally likely, ascending; for any M.
 
@@ -33,6 +44,32 @@ def uniform(seed: int, first: int, count: int, groups: int, n: int, m: int) -> N
         out[row, g, n - needed[row, g].astype(np.intp)] = p
         needed -= taken
     return out
+
+
+def _draw(native: Native, seed: int, rows: int, columns: int, drop: float) -> NDArray[np.bool_]:
+    out = np.empty((rows, columns), np.bool_)
+    native.draw(out, seed, 0, round(drop * 2**32))
+    return out
+
+
+@loop(_draw)
+def draw(seed: int, rows: int, columns: int, drop: float) -> NDArray[np.bool_]:
+    """Tell which elements of a matrix are kept: those whose 32-bit hash of seed, row and column is at least p 2**32.
+
+    Args:
+        seed: the tensor's seed, 32 bits.
+        rows, columns: the shape of the matrix.
+        drop: p, the probability with which an element is dropped.
+    """
+    least = round(drop * 2**32)
+    column = np.arange(columns, dtype=np.uint64).astype(np.uint32) * np.uint32(BLOCK_STEP)
+    kept = np.empty((rows, columns), np.bool_)
+    step = max(_DRAWN_ELEMENTS // columns, 1)
+    for first in range(0, rows, step):
+        row = np.arange(first, min(first + step, rows), dtype=np.uint64).astype(np.uint32)
+        key = mix(np.uint32(seed) + row * np.uint32(ROW_STEP))
+        kept[first : first + step] = mix(key[:, None] + column) >= least
+    return kept
 
 
 def gather(
@@ -59,6 +96,23 @@ def gather(
         return np.where(column < columns, kept * factor, np.float32(np.nan))
 
 
+def _gather_difference(
+    native: Native,
+    finetuned: Raw,
+    finetuned_dtype: str,
+    base: Raw,
+    base_dtype: str,
+    positions: NDArray[np.uint8],
+    m: int,
+    share: int,
+    factor: np.float32,
+) -> tuple[NDArray[np.float32], bool]:
+    out = np.empty((base.shape[0], positions.shape[1] * positions.shape[2]), np.float32)
+    mine, theirs, at = (np.ascontiguousarray(array) for array in (finetuned, base, positions))
+    return out, native.gather(mine, finetuned_dtype, theirs, base_dtype, at, m, share, factor, out)
+
+
+@loop(_gather_difference)
 def gather_difference(
     finetuned: Raw,
     finetuned_dtype: str,

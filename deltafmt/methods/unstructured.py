@@ -6,12 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.errors import UsageError
-from deltafmt.methods.method_routines import Routines
-from deltafmt.methods.quantize import check_scales, default_grid
+from deltafmt.methods.quantize import check_scales, default_grid, quantize
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import narrow, widen
-from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import GAP_BITS, SparseLayout
+from deltafmt.terms.sparse.slots import SparseArrays
 from deltafmt.terms.tiles import SCALE_BYTES
 
 # A block has the slots of its fullest row, which is relatively the less above the mean the longer the block is.
@@ -49,9 +48,7 @@ def sparse_layout(density: float, bits: int | None, value_dtype: str, scale_dtyp
     return SparseLayout(coding, min(GAP_BITS, key=cost), SPAN)
 
 
-def sparse_term(
-    layout: SparseLayout, values: NDArray[np.float32], kept: NDArray[np.bool_], rule: str, routines: Routines
-) -> SparseArrays:
+def sparse_term(layout: SparseLayout, values: NDArray[np.float32], kept: NDArray[np.bool_], rule: str) -> SparseArrays:
     """Return the arrays of a term.
 
     Args:
@@ -59,7 +56,6 @@ def sparse_term(
         values: shape (rows, columns).
         kept: True for values that are kept; of the same shape.
         rule: rule of the scales of codes: ``minmax`` or ``mse``.
-        routines: the implementation of the hot loops.
 
     Raises:
         UsageError: a value overflows its dtype.
@@ -77,5 +73,5 @@ def sparse_term(
     packed = np.full((counts.size, max(int(counts.max()), 1)), np.nan, np.float32)
     place = np.arange(row.size) - (ends - counts)[row]
     packed[row, place] = chosen
-    codes, scales = routines.quantize(packed, coding.bits, coding.grid, rule, 0, coding.scale_dtype)
+    codes, scales = quantize(packed, coding.bits, coding.grid, rule, 0, coding.scale_dtype)
     return SparseArrays(ends, columns, codes[row, place], scales)

@@ -15,19 +15,17 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt import accel
 from deltafmt.checkpoint.folder import read_file
 from deltafmt.errors import NonFiniteError, Remedy, UsageError
 from deltafmt.format.constants import SECTION_ALIGNMENT
 from deltafmt.methods.base import Method
-from deltafmt.methods.method_routines import Routines, select_routines
 from deltafmt.pipeline.allocate import Alternative, allocate, total_size
 from deltafmt.pipeline.choice import Choice, Chosen
 from deltafmt.pipeline.job import PackJob
 from deltafmt.pipeline.losses import measure
 from deltafmt.pipeline.plan import Plan, not_finite, shared_bytes, tensor_seed
 from deltafmt.pipeline.sizes import file_size, plan_layouts, tensor_size
-from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order
+from deltafmt.pipeline.workers import Progress, drain, in_order
 
 # Attempts to use up the bytes that a plan leaves. Tensors share sections and alignment, so their sizes do not add up.
 ROUNDS = 8
@@ -95,8 +93,6 @@ class Alternatives:
         Raises:
             NonFiniteError: a delta has NaN or infinity.
         """
-        compiled = accel.worthwhile(sum(self._plans[item.number].tensor.nbytes for item in self._items))
-        routines = PerThread(lambda: select_routines(compiled))
         pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-measure")
 
         def submit(item: _Item) -> Future[list[float]]:
@@ -104,7 +100,7 @@ class Alternatives:
             hessian = hessians.get(plan.tensor.name) if hessians else None
             common = COMMON_DIRECTIONS if plan.tensor.rows == self._vocabulary else 0
             seed = tensor_seed(self._job.seed, plan.tensor.name)
-            return pool.submit(_losses, plan, item.methods, seed, routines, hessian, common)
+            return pool.submit(_losses, plan, item.methods, seed, hessian, common)
 
         def footprint(item: _Item) -> int:
             return 4 * self._plans[item.number].tensor.nbytes
@@ -230,12 +226,11 @@ def _losses(
     plan: Plan,
     methods: Sequence[Method | None],
     seed: int,
-    per_thread: PerThread[Routines],
     hessian: NDArray[np.floating] | None,
     common: int,
 ) -> list[float]:
     try:
-        return measure(plan, methods, seed, per_thread.get(), hessian, common)
+        return measure(plan, methods, seed, hessian, common)
     except NonFiniteError as error:
         raise not_finite(plan.tensor.name, "the delta has NaN or infinity") from error
 

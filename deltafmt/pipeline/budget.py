@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ from deltafmt.pipeline.alternatives import Alternatives, Hessians
 from deltafmt.pipeline.choice import Choice
 from deltafmt.pipeline.job import PackJob, check_options
 from deltafmt.pipeline.plan import Rule, make_plan
+from deltafmt.pipeline.target import target_bytes, target_metadata
 from deltafmt.pipeline.workers import Progress, thread_count
 
 
@@ -41,33 +41,6 @@ def default_candidates() -> list[Method]:
         *(RTN(k) for k in (1, 2, 3, 4, 6, 8)),
         *(RTN(k, scale_group=0) for k in (2, 3, 4)),
     ]
-
-
-def target_bytes(ratio: float | None, size: int | None, finetuned_bytes: int) -> int | None:
-    """Return the bytes that a file may have, or None without a target.
-
-    Args:
-        ratio: how many times smaller than the fine-tune the file must be, if given.
-        size: bytes that the file may have, if given.
-        finetuned_bytes: bytes of the fine-tune's weight files.
-
-    Raises:
-        UsageError: both are given, the ratio is not above 1, or the size is not above 0.
-    """
-    if ratio is not None and size is not None:
-        raise UsageError(f"a target ratio of {ratio:g} and a target size of {size:,} bytes: one of them decides")
-    if ratio is not None:
-        if not 1 < ratio < math.inf:
-            raise UsageError(f"target ratio {ratio:g} is not a number above 1")
-        return int(finetuned_bytes / ratio)
-    if size is not None and size < 1:
-        raise UsageError(f"target size {size} is not a number of bytes above 0")
-    return size
-
-
-def target_metadata(target: int) -> str:
-    """Return what the metadata of a file made for a target says of its method."""
-    return f"target {target} bytes"
 
 
 def plan_for_target(

@@ -14,21 +14,17 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
-from deltafmt import accel
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.delta import BATCH_ELEMENTS, row_ranges
 from deltafmt.errors import NonFiniteError, UsageError
 from deltafmt.index.entries import BaseRef
-from deltafmt.methods.base import DeltaRows, Method
-from deltafmt.methods.method_routines import Routines, select_routines
+from deltafmt.methods.base import DeltaRows, Method, PackedTerm
 from deltafmt.pipeline.entry_writer import TermBytes, packed_bytes
 from deltafmt.pipeline.job import PackJob
 from deltafmt.pipeline.plan import Plan, not_finite, shared_bytes, tensor_seed
-from deltafmt.pipeline.workers import PerThread, drain, in_order
-from deltafmt.terms.buffers import Packed, blank
-from deltafmt.terms.codecs import AnyCodec, fitted, term_codec
+from deltafmt.pipeline.workers import drain, in_order
+from deltafmt.terms.buffers import blank
+from deltafmt.terms.codecs import fitted, term_codec
 from deltafmt.terms.layout import TermLayout
 
 # Compressing a whole matrix takes float32 arrays of its size: so many bytes for each byte of a fine-tuned BF16 tensor.
@@ -36,12 +32,6 @@ WHOLE_FACTOR = 8
 
 # Bytes that solving for a whole matrix takes for each element of its inputs' second moments.
 HESSIAN_BYTES = 40
-
-# Bytes of the base whose fingerprints are taken while numba loads, which takes about as long.
-FINGERPRINT_AHEAD_BYTES = 1024 * 1024 * 1024
-
-# Columns of the row of zeros on which the compiled loops are first called.
-_WARM_UP_COLUMNS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +50,6 @@ class Compressed:
 
 
 @dataclass(slots=True)
-class _Term:
-    """A term that is being packed: the arrays that its codec fills."""
-
-    codec: AnyCodec
-    packed: Packed
-
-
-@dataclass(slots=True)
 class _Work:
     """The work on one tensor: futures of its parts, and the terms that the parts fill."""
 
@@ -76,14 +58,14 @@ class _Work:
     same: Future[bool] | None = None
     fingerprint: Future[bytes] | None = None
     parts: list[Future[None]] = field(default_factory=list)
-    terms: list[_Term] = field(default_factory=list)
+    terms: list[PackedTerm] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def new_term(self, layout: TermLayout, slots: int = 0) -> _Term:
+    def new_term(self, layout: TermLayout, slots: int = 0) -> PackedTerm:
         """Add a term of zeros."""
         seed = self.seed if layout.seeded else 0
         codec = term_codec(layout, self.plan.shared_rows, self.plan.tensor.columns, seed, slots)
-        self.terms.append(_Term(codec, blank(layout, *codec.shape, slots)))
+        self.terms.append(PackedTerm(codec, blank(layout, *codec.shape, slots)))
         return self.terms[-1]
 
     def result(self) -> Compressed:
@@ -121,9 +103,6 @@ class Compressor:
     def __init__(self, job: PackJob, plans: Sequence[Plan], threads: int) -> None:
         self._job = job
         self._plans = plans
-        self._fingerprints: dict[str, Future[bytes]] = {}
-        compiled = self._compiled = accel.worthwhile(sum(plan.tensor.nbytes for plan in plans if plan.method))
-        self._routines = PerThread(lambda: select_routines(compiled))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-pack")
 
     def __enter__(self) -> Self:
@@ -141,20 +120,8 @@ class Compressor:
             NonFiniteError: a delta has NaN or infinity; names the tensor.
             UsageError: a method cannot have a tensor; names the tensor.
         """
-        if self._compiled:
-            self._load_loops()
         for plan, work in in_order(self._plans, self._submit, self._footprint):
             yield plan, work.result()
-
-    def _load_loops(self) -> None:
-        """Load numba and its cached code in one thread, while the others take the fingerprints that come first."""
-        method = next(plan.method for plan in self._plans if plan.method)
-        self._pool.submit(_warm_up, method, self._routines)
-        ahead = 0
-        for plan in self._plans:
-            if plan.method is not None and plan.base is not None and ahead < FINGERPRINT_AHEAD_BYTES:
-                self._fingerprints[plan.tensor.name] = self._pool.submit(plan.base.fingerprint)
-                ahead += plan.base.nbytes
 
     def _submit(self, plan: Plan) -> _Work:
         """Start the work on one tensor."""
@@ -166,7 +133,7 @@ class Compressor:
         work.same = self._pool.submit(tensor.equals, base)
         if method is None:
             return work
-        work.fingerprint = self._fingerprints.pop(tensor.name, None) or self._pool.submit(base.fingerprint)
+        work.fingerprint = self._pool.submit(base.fingerprint)
         if method.whole:
             work.parts.append(self._pool.submit(self._compress_whole, work, method))
             return work
@@ -174,8 +141,7 @@ class Compressor:
         width = max(term.codec.width for term in terms)
         step = max(term.codec.run_rows for term in terms)
         for start, stop in row_ranges(0, plan.shared_rows, width, step, BATCH_ELEMENTS):
-            runs = row_ranges(start, stop, width, step)
-            work.parts.append(self._pool.submit(self._compress_rows, work, method, runs))
+            work.parts.append(self._pool.submit(_compress_rows, work, method, start, stop))
         return work
 
     def _footprint(self, plan: Plan) -> int:
@@ -187,49 +153,31 @@ class Compressor:
         hessian = HESSIAN_BYTES * plan.tensor.columns**2 if solved else 0
         return plan.tensor.nbytes * WHOLE_FACTOR + hessian
 
-    def _compress_rows(self, work: _Work, method: Method, runs: list[tuple[int, int]]) -> None:
-        """Compress a batch of runs of rows into their slices of the packed arrays."""
-        routines = self._routines.get()
-        with _named_errors(work.plan.tensor), _mapped_rows(work.plan, runs[0][0], runs[-1][1], routines) as batch:
-            for first, last in runs:
-                run = slice(first - batch.first, last - batch.first)
-                rows = replace(batch, finetuned=batch.finetuned[run], base=batch.base[run], first=first)
-                compressed = method.compress(rows, work.seed)
-                for term, arrays in zip(work.terms, compressed, strict=True):
-                    term.codec.encode(arrays, term.packed, first, routines.codec)
-
     def _compress_whole(self, work: _Work, method: Method) -> None:
         """Compress a whole matrix, which may decide the number of a term's vectors or slots."""
-        routines = self._routines.get()
         plan, moments = work.plan, self._job.moments
         with _named_errors(plan.tensor):
-            with _mapped_rows(plan, 0, plan.shared_rows, routines) as whole:
+            with _mapped_rows(plan, 0, plan.shared_rows) as whole:
                 hessian = None if moments is None else moments.get(plan.tensor.name)
                 compressed = method.compress(replace(whole, hessian=hessian, notes=work.notes), work.seed)
             for planned, arrays in zip(plan.layouts(), compressed, strict=True):
                 term = work.new_term(*fitted(planned, arrays, plan.tensor.columns))
-                term.codec.encode(arrays, term.packed, 0, routines.codec)
+                term.codec.encode(arrays, term.packed, 0)
 
 
-def _warm_up(method: Method, per_thread: PerThread[Routines]) -> None:
-    """Call every loop once, on a row of zeros that is read-only as a mapped tensor is."""
-    raw = np.frombuffer(bytes(2 * _WARM_UP_COLUMNS), np.uint16).reshape(1, -1)
-    routines = per_thread.get()
-    if method.whole:
-        return
-    compressed = method.compress(DeltaRows(raw, "BF16", raw, "BF16", 0, routines), 0)
-    for layout, arrays in zip(method.layouts(*raw.shape), compressed, strict=True):
-        codec = term_codec(layout, *raw.shape)
-        codec.encode(arrays, blank(layout, *raw.shape), 0, routines.codec)
+def _compress_rows(work: _Work, method: Method, start: int, stop: int) -> None:
+    """Compress a batch of rows into its part of the packed arrays."""
+    with _named_errors(work.plan.tensor), _mapped_rows(work.plan, start, stop) as batch:
+        method.pack(batch, work.seed, work.terms)
 
 
 @contextlib.contextmanager
-def _mapped_rows(plan: Plan, start: int, stop: int, routines: Routines) -> Iterator[DeltaRows]:
+def _mapped_rows(plan: Plan, start: int, stop: int) -> Iterator[DeltaRows]:
     """Map rows ``start`` to ``stop`` of a tensor and of its base."""
     tensor, base = plan.tensor, plan.base
     assert base is not None
     with tensor.row_range(start, stop) as mine, base.row_range(start, stop) as theirs:
-        yield DeltaRows(mine, tensor.dtype, theirs, base.dtype, start, routines, tensor.name)
+        yield DeltaRows(mine, tensor.dtype, theirs, base.dtype, start, tensor.name)
 
 
 @contextlib.contextmanager

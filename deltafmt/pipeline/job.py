@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from blake3 import blake3
 
@@ -15,9 +15,11 @@ from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
-from deltafmt.pipeline.moments import MomentFolder
 from deltafmt.pipeline.plan import Plan, file_metadata
 from deltafmt.pipeline.workers import Progress
+
+if TYPE_CHECKING:
+    from deltafmt.pipeline.moments import MomentFolder
 
 
 def check_options(profile: str, seed: int) -> None:

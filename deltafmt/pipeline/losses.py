@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.measured import Heads
-from deltafmt.methods.method_routines import Routines
 from deltafmt.pipeline.plan import Plan
 from deltafmt.terms.floats import Raw
 
@@ -58,7 +57,7 @@ def sample_runs(rows: int, columns: int) -> list[tuple[int, int]]:
     return [(start, min(start + SAMPLE_ROWS, rows)) for start in starts]
 
 
-def read_sample(plan: Plan, routines: Routines) -> DeltaRows:
+def read_sample(plan: Plan) -> DeltaRows:
     """Return the rows of a tensor that are measured, as a matrix of their own.
 
     Raises:
@@ -72,7 +71,7 @@ def read_sample(plan: Plan, routines: Routines) -> DeltaRows:
             with source.row_range(start, stop) as rows:
                 found.append(rows.copy())
     mine, theirs = map(np.concatenate, parts)
-    return DeltaRows(mine, tensor.dtype, theirs, base.dtype, 0, routines, tensor.name)
+    return DeltaRows(mine, tensor.dtype, theirs, base.dtype, 0, tensor.name)
 
 
 class Loss:
@@ -122,7 +121,6 @@ def measure(
     plan: Plan,
     methods: Sequence[Method | None],
     seed: int,
-    routines: Routines,
     hessian: NDArray[np.floating] | None = None,
     common: int = 0,
 ) -> list[float]:
@@ -132,14 +130,13 @@ def measure(
         plan: names the tensor and its base.
         methods: methods to try; None stores the tensor whole.
         seed: the tensor's seed.
-        routines: the implementation of the hot loops.
         hessian: second moments of the matrix's inputs, to measure with.
         common: number of singular directions that are left out.
 
     Raises:
         NonFiniteError: the delta has NaN or infinity.
     """
-    rows = replace(read_sample(plan, routines), hessian=hessian)
+    rows = replace(read_sample(plan), hessian=hessian)
     heads = Heads(rows.dense(), max((method.head_rank for method in methods if method), default=0), hessian)
     loss = Loss(heads.delta, hessian, common)
     found = []

@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from deltafmt import core
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container.partial import check_output_file
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.methods.base import Method
 from deltafmt.methods.deltadq import DeltaDQ
-from deltafmt.pipeline.budget import default_candidates, target_bytes, target_metadata
-from deltafmt.pipeline.calibrate import Calibration, check_calibration
+from deltafmt.pipeline.calibrate import Calibration, calibrated_names, check_calibration
 from deltafmt.pipeline.file_writer import write_file
-from deltafmt.pipeline.first_pass import calibrated
 from deltafmt.pipeline.job import Delivery, PackJob, check_options
 from deltafmt.pipeline.outputs import refuse_input_file
 from deltafmt.pipeline.pack_result import PackResult
 from deltafmt.pipeline.plan import Rule, make_plan
-from deltafmt.pipeline.targeted import pack_for_target
+from deltafmt.pipeline.target import target_bytes, target_metadata
 from deltafmt.pipeline.workers import Progress, thread_count
 
 
@@ -80,6 +79,7 @@ def pack(
         WrongBaseError: base and fine-tune are of different architecture.
         StorageError: reading or writing failed.
     """
+    core.warn_if_missing()
     targeted = target_ratio is not None or target_size is not None
     if targeted and method is not None:
         raise UsageError(f"a target chooses the methods itself, and {method.spelling()!r} is given")
@@ -98,7 +98,15 @@ def pack(
         _check_hot(job)
         _check_output(job, delivery)
         if target is not None:
+            from deltafmt.pipeline.budget import default_candidates
+            from deltafmt.pipeline.targeted import pack_for_target
+
             return pack_for_target(job, target, candidates or default_candidates(), calibration, delivery)
+        if calibration is None:
+            calibrated_names(plans, None)
+            return write_file(job, delivery)
+        from deltafmt.pipeline.first_pass import calibrated
+
         with calibrated(job, calibration, delivery) as ready:
             return write_file(ready, delivery)
 

@@ -16,10 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt import accel
 from deltafmt.delta import DeltaFile, RunDecoder
 from deltafmt.pipeline.plan import Plan
-from deltafmt.terms.codec_routines import CodecRoutines, codec_routines
 from deltafmt.terms.floats import widen
 
 
@@ -48,14 +46,12 @@ class Stages:
         needed = {plan.tensor.name: plan for plan in sources.values()}
         if not needed:
             return
-        compiled = accel.worthwhile(sum(plan.tensor.nbytes for plan in needed.values()))
-        routines = codec_routines(compiled)
         try:
             self.pack(list(needed.values()), self.path)
             with DeltaFile(self.path, verify=False) as opened:
                 for name, plan in sources.items():
                     if opened[plan.tensor.name].action == "add":
-                        yield name, stored(plan, opened, routines)
+                        yield name, stored(plan, opened)
         finally:
             with contextlib.suppress(OSError):
                 self.path.unlink()
@@ -71,7 +67,7 @@ class Stages:
         return None if waits else plan
 
 
-def stored(plan: Plan, opened: DeltaFile, routines: CodecRoutines) -> NDArray[np.float32]:
+def stored(plan: Plan, opened: DeltaFile) -> NDArray[np.float32]:
     """Return a tensor as it will be unpacked, in float32; the open delta has terms for it."""
     tensor, base = plan.tensor, plan.base
     assert base is not None
@@ -80,8 +76,7 @@ def stored(plan: Plan, opened: DeltaFile, routines: CodecRoutines) -> NDArray[np
     found = np.empty((tensor.rows, tensor.columns), np.float32)
     for start, stop in decoder.ranges():
         with base.row_range(start, stop) as rows:
-            delta = decoder.rows(start, stop, routines)
-            found[start:stop] = widen(routines.add(rows, base.dtype, delta, tensor.dtype), tensor.dtype)
+            found[start:stop] = widen(decoder.add(start, stop, rows, base.dtype, tensor.dtype), tensor.dtype)
     if tensor.rows > entry.delta_rows:
         with tensor.row_range(entry.delta_rows, tensor.rows) as rows:
             found[entry.delta_rows :] = widen(rows, tensor.dtype)

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deltafmt import accel
+from deltafmt import core
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.folder_writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.checkpoint.safetensors_file import Tensor
@@ -18,9 +18,8 @@ from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.pipeline.bases import compare_bases, find_base, wrong_bytes
 from deltafmt.pipeline.outputs import refuse_input_folder
-from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thread_count
+from deltafmt.pipeline.workers import Progress, drain, in_order, thread_count
 from deltafmt.terms.buffers import raw_bytes
-from deltafmt.terms.codec_routines import CodecRoutines, codec_routines
 from deltafmt.terms.floats import RAW_DTYPES
 
 _STEP = 8 * 1024 * 1024
@@ -75,6 +74,7 @@ def unpack(
         WrongBaseError: names the first tensor of the base that differs.
         StorageError: reading or writing failed.
     """
+    core.warn_if_missing()
     path = Path(out)
     check_output_folder(path, force=force)
     refuse_input_folder(path, [base, delta])
@@ -103,9 +103,6 @@ class _Unpacker:
         self._base = base
         self._entries = entries
         self._result = result
-        work = sum(entry.nbytes for entry in entries if entry.terms)
-        compiled = accel.worthwhile(work)
-        self._routines = PerThread(lambda: codec_routines(compiled))
 
     def run(
         self, force: bool, force_base: bool, max_shard_bytes: int, threads: int, progress: Progress | None
@@ -171,7 +168,7 @@ class _Unpacker:
             if check_base and entry.target is None:
                 pending.fingerprint = pool.submit(tensor.fingerprint)
         if source.terms and tensor is not None:
-            part = _Part(writer, entry.name, source, tensor, RunDecoder(self._delta, source), self._routines)
+            part = _Part(writer, entry.name, source, tensor, RunDecoder(self._delta, source))
             for start, stop in row_ranges(0, source.delta_rows, part.decoder.width, part.decoder.step, BATCH_ELEMENTS):
                 pending.parts.append(pool.submit(part.write, start, stop))
         elif tensor is not None:
@@ -194,17 +191,14 @@ class _Part:
     entry: TensorEntry
     tensor: Tensor
     decoder: RunDecoder
-    per_thread: PerThread[CodecRoutines]
 
     def write(self, start: int, stop: int) -> None:
         """Decode, add and write rows ``start`` to ``stop``."""
-        routines = self.per_thread.get()
         dtype, columns = self.entry.dtype, self.entry.columns
         row_bytes = columns * RAW_DTYPES[dtype].itemsize
         with self.tensor.row_range(start, stop) as base:
             for first, last in row_ranges(start, stop, self.decoder.width, self.decoder.step):
-                delta = self.decoder.rows(first, last, routines)
-                rows = routines.add(base[first - start : last - start], self.tensor.dtype, delta, dtype)
+                rows = self.decoder.add(first, last, base[first - start : last - start], self.tensor.dtype, dtype)
                 self.writer.write(self.name, first * row_bytes, raw_bytes(rows))
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from deltafmt import accel
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container.content import content_id
 from deltafmt.container.reader import Container
@@ -20,7 +19,6 @@ from deltafmt.index.sections import BufferRef
 from deltafmt.pipeline.bases import compare_bases, wrong_bytes
 from deltafmt.pipeline.workers import thread_count
 from deltafmt.terms.buffers import raw_bytes
-from deltafmt.terms.codec_routines import CodecRoutines, codec_routines
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +69,8 @@ def verify(
             check_coverage(container, entries)
         except InvalidFileError as error:
             raise _named(container, error) from error
-        work = sum(entry.nbytes for entry in entries if entry.terms)
-        routines = codec_routines(accel.worthwhile(work))
         for entry in entries:
-            _check_payload(opened, entry, routines)
+            _check_payload(opened, entry)
             container.release(entry)
             if progress:
                 progress(entry.name, entry.nbytes)
@@ -91,12 +87,12 @@ def verify(
         return VerifyResult(len(container.sections), len(entries), checked, found.hex())
 
 
-def _check_payload(delta: DeltaFile, entry: TensorEntry, routines: CodecRoutines) -> None:
+def _check_payload(delta: DeltaFile, entry: TensorEntry) -> None:
     """Decode a tensor's terms, check that they are packed canonically, and compare the payload's digest."""
     if entry.terms:
         decoder = RunDecoder(delta, entry)
         for start, stop in decoder.ranges():
-            decoder.rows(start, stop, routines, check=True)
+            decoder.rows(start, stop, check=True)
     if entry.digest is not None and payload_digest(delta, entry) != entry.digest:
         raise InvalidFileError(f'{delta.container.name}: tensors["{entry.name}"]: the payload has another digest')
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from deltafmt.errors import UsageError
 
@@ -55,21 +54,6 @@ def in_order(
         waiting.append((item, submit(item)))
         held += size(item)
     yield from waiting
-
-
-class PerThread(Generic[Item]):
-    """One object for each thread, made when the thread first asks for it."""
-
-    def __init__(self, make: Callable[[], Item]) -> None:
-        self._make = make
-        self._local = threading.local()
-
-    def get(self) -> Item:
-        """Return this thread's object."""
-        found: Item | None = getattr(self._local, "item", None)
-        if found is None:
-            found = self._local.item = self._make()
-        return found
 
 
 def drain(pool: ThreadPoolExecutor) -> None:

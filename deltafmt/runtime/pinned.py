@@ -98,19 +98,28 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def take_ring(device: torch.device, nbytes: int, buffer_bytes: int) -> Ring:
+def take_ring(device: torch.device, nbytes: int, buffer_bytes: int, needed: int | None = None) -> Ring:
     """Return the idle ring of a device, or a new one; every running load has a ring of its own.
+
+    Args:
+        device: the device that the copies go to.
+        nbytes: the most bytes that a ring may have.
+        buffer_bytes: the bytes of each buffer.
+        needed: the bytes that are to be moved, if that is known: a new ring has no more buffers than these fill, since
+            pinning takes as long as copying does.
 
     Raises:
         UsageError: ``nbytes`` is too small for four buffers.
     """
     if nbytes < MIN_BUFFERS * ZSTD_CHUNK:
         raise UsageError(f"pinned_bytes {nbytes} is below {MIN_BUFFERS * ZSTD_CHUNK}")
+    size = fitting(nbytes, buffer_bytes)
+    wanted = nbytes if needed is None else min(nbytes, max(-(-needed // size), MIN_BUFFERS) * size)
     with _cache.lock:
         ring = _cache.rings.pop(device, None)
-    if ring is not None and (ring.nbytes, ring.buffer_bytes) == (nbytes, fitting(nbytes, buffer_bytes)):
+    if ring is not None and ring.buffer_bytes == size and wanted <= ring.nbytes <= nbytes:
         return ring
-    return Ring(device, nbytes, buffer_bytes)
+    return Ring(device, wanted, buffer_bytes)
 
 
 def give_ring(ring: Ring) -> None:

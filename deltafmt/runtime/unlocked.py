@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, wait
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deltafmt import accel
+from deltafmt import core
 from deltafmt.container.reader import Container
 from deltafmt.errors import CancelledError
 from deltafmt.format.constants import CODEC_STORED
@@ -24,14 +25,42 @@ from deltafmt.runtime.upload_pieces import Piece
 
 CANCEL_SECONDS = 0.005
 
+# How a thread's share of an upload ends (kernels/cpu/upload.h).
+DONE, STOPPED, NOT_READ, PADDING, DRIVER = range(5)
+
+
+class Calls(NamedTuple):
+    """Addresses of the functions that the compiled loop calls.
+
+    Attributes:
+        read: ``pread``.
+        bind: ``cuCtxSetCurrent``; like all that follow, gives 0 or an error's number.
+        copy: ``cuMemcpyHtoDAsync``.
+        record: ``cuEventRecord``.
+        wait: ``cuEventSynchronize``.
+    """
+
+    read: int
+    bind: int
+    copy: int
+    record: int
+    wait: int
+
+
+def driver_calls() -> Calls | None:
+    """Return the functions of the C library and of the CUDA driver, or None where there is no driver."""
+    found = None if core.native is None else core.native.driver()
+    return None if found is None else Calls(*found)
+
+
+def current_context() -> int:
+    """Return the CUDA context of this thread, as the driver knows it."""
+    return 0 if core.native is None else int(core.native.context())
+
 
 def can_run(device: torch.device) -> bool:
     """Tell whether compiled threads can copy to a device."""
-    if device.type != "cuda" or not accel.available():
-        return False
-    from deltafmt.runtime import unlocked_loop  # noqa: PLC0415 - imports numba
-
-    return unlocked_loop.driver_calls() is not None
+    return device.type == "cuda" and core.native is not None and driver_calls() is not None
 
 
 def takes(container: Container, sections: Sequence[int], later: Collection[int], *, verify: bool) -> bool:
@@ -66,18 +95,15 @@ class UnlockedUpload:
         verify: bool,
         cancel: threading.Event | None,
     ) -> None:
-        from deltafmt.runtime import unlocked_loop  # noqa: PLC0415 - imports numba
-
-        self._loop = unlocked_loop
         self._container = container
         self._ring = ring
         self._stream = stream.cuda_stream
         stream.query()  # this thread has the device's context from here on
-        self._context = unlocked_loop.current_context()
+        self._context = current_context()
         self._events = [slot.recorded(stream) for slot in ring.buffers]
         self._cancel = cancel
         self._stop = np.zeros(1, np.int64)
-        calls = unlocked_loop.driver_calls()
+        calls = driver_calls()
         assert calls is not None
         self._calls = np.array(calls, np.int64)
         self._pieces, self._copies, self._paddings = tables(
@@ -117,7 +143,8 @@ class UnlockedUpload:
 
     def _work(self, number: int, count: int) -> None:
         """Move every piece whose number is ``number`` modulo ``count``, through every slot of the same kind."""
-        loop, ring = self._loop, self._ring
+        ring, native = self._ring, core.native
+        assert native is not None
         numbers = range(number, len(ring.buffers) // count * count, count)
         slots = np.array([slot * ring.buffer_bytes for slot in numbers], np.int64)
         events = np.array([self._events[slot] for slot in numbers], np.int64)
@@ -125,19 +152,19 @@ class UnlockedUpload:
         place, is_read = number, False
         try:
             while True:
-                outcome, place, detail = loop.move(
+                outcome, place, detail = native.upload(
                     *(self._pieces, self._copies, self._paddings, place, count, is_read, memory, slots, events),
                     *(self._container.fileno(), self._context, self._stream, self._calls, self._stop),
                 )
-                if outcome in (loop.DONE, loop.STOPPED):
+                if outcome in (DONE, STOPPED):
                     return
                 start = int(slots[place // count % len(slots)])
-                if outcome == loop.NOT_READ:
+                if outcome == NOT_READ:
                     # Reads the piece again, to know what is wrong; if nothing is, all the better.
                     offset, length = (int(value) for value in self._pieces[place, :2])
                     self._container.read_into(offset, memory[start : start + length].data)
                     is_read = True
-                elif outcome == loop.PADDING:
+                elif outcome == PADDING:
                     at, length, section = (int(value) for value in self._paddings[detail])
                     self._container.check_padding(section, memory[start + at : start + at + length].data)
                 else:
@@ -150,7 +177,7 @@ class UnlockedUpload:
 def tables(
     pieces: Sequence[Piece], memory: int, scratch: int, *, verify: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return the pieces, their copies and their padding as :func:`deltafmt.runtime.unlocked_loop.move` takes them.
+    """Return the pieces, their copies and their padding as the compiled loop takes them (``kernels/cpu/upload.h``).
 
     Args:
         pieces: what to move.

@@ -168,7 +168,8 @@ def _fill(
     lane = None if device.type == "cpu" else stream or _upload_stream(device)
     later = _checked_there(container, plan) if verify and has_checksums(device) else {}
     unlocked = lane is not None and can_unlock(device) and takes(container, plan.sections, later, verify=verify)
-    ring = take_ring(device, pinned_bytes, BUFFER_BYTES if unlocked else LOCKED_BUFFER_BYTES)
+    moved = sum(container.sections[number].raw_length for number in plan.sections)
+    ring = take_ring(device, pinned_bytes, BUFFER_BYTES if unlocked else LOCKED_BUFFER_BYTES, moved)
     try:
         # The threads, which are not in inference mode, could not write to tensors that are made in it. Memory that is
         # allocated on the upload's stream need not wait for the caller's work on other streams.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.terms.buffers import Packed
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms.floats import Raw, add
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.tiles import TILE_ROWS
 
@@ -58,21 +58,33 @@ class TermCodec(ABC, Generic[LayoutT, ArraysT]):
         return layout, 0
 
     @abstractmethod
-    def encode(self, arrays: ArraysT, packed: Packed, first: int, routines: CodecRoutines = REFERENCE) -> None:
+    def encode(self, arrays: ArraysT, packed: Packed, first: int) -> None:
         """Pack a run of rows that starts with row ``first`` into its part of a term's packed arrays.
 
         A kind whose buffers are not cut by rows (``lowrank``, ``sparse``) gets its whole matrix at once.
         """
 
     @abstractmethod
-    def decode(
-        self, packed: Packed, start: int, stop: int, routines: CodecRoutines = REFERENCE, *, check_form: bool = False
-    ) -> NDArray[np.float32]:
+    def decode(self, packed: Packed, start: int, stop: int, *, check_form: bool = False) -> NDArray[np.float32]:
         """Return rows ``start`` to ``stop`` of the term's matrix; ``check_form`` also refuses what is not canonical.
 
         Raises:
             InvalidFileError: the buffers break the format.
         """
+
+    def add(self, packed: Packed, start: int, stop: int, base: Raw, base_dtype: str, dtype: str) -> Raw:
+        """Return rows ``start`` to ``stop`` of a base plus the term's matrix, rounded to ``dtype``, as a raw array.
+
+        Args:
+            packed: the term's packed arrays.
+            start, stop: the rows.
+            base: these rows of the base, raw.
+            base_dtype, dtype: dtypes of the base and of the result: ``BF16``, ``F16`` or ``F32``.
+
+        Raises:
+            InvalidFileError: the buffers break the format.
+        """
+        return add(base, base_dtype, self.decode(packed, start, stop), dtype)
 
     def converted(self, packed: Packed, target: LayoutT) -> dict[str, NDArray[np.generic]]:
         """Return the term's arrays in another layout that ``for_profile`` gave; the matrix stays the same."""

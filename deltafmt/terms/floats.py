@@ -1,13 +1,15 @@
 """Floating-point arrays as raw bytes: widening to float32, rounding back, difference and sum (spec, section 10).
 
 Raw arrays are ``uint16`` for BF16 and F16 and ``uint32`` for F32, so that no bit pattern is touched on the way.
-This is the reference; ``deltafmt.terms.codec_numba`` holds :func:`subtract` and :func:`add` compiled for BF16.
+Compiled: ``kernels/cpu/loops/floats.c``.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
+from deltafmt.core import Native, loop
 
 RAW_DTYPES: dict[str, np.dtype[np.unsignedinteger]] = {
     "BF16": np.dtype("<u2"),
@@ -41,6 +43,13 @@ def narrow(values: Floats, dtype: str) -> Raw:
     return values.view(np.uint32)
 
 
+def _subtract(native: Native, finetuned: Raw, finetuned_dtype: str, base: Raw, base_dtype: str) -> tuple[Floats, bool]:
+    out = np.empty(finetuned.shape, np.float32)
+    mine, theirs = np.ascontiguousarray(finetuned).reshape(-1), np.ascontiguousarray(base).reshape(-1)
+    return out, native.subtract(mine, finetuned_dtype, theirs, base_dtype, out.reshape(-1))
+
+
+@loop(_subtract)
 def subtract(finetuned: Raw, finetuned_dtype: str, base: Raw, base_dtype: str) -> tuple[Floats, bool]:
     """Return ``finetuned - base`` in float32 and whether every element of it is finite."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -48,6 +57,14 @@ def subtract(finetuned: Raw, finetuned_dtype: str, base: Raw, base_dtype: str) -
     return delta, bool(np.isfinite(delta).all())
 
 
+def _add(native: Native, base: Raw, base_dtype: str, delta: Floats, dtype: str) -> Raw:
+    out = np.empty(base.shape, RAW_DTYPES[dtype])
+    theirs, change = np.ascontiguousarray(base).reshape(-1), np.ascontiguousarray(delta).reshape(-1)
+    native.add(theirs, base_dtype, change, out.reshape(-1), dtype)
+    return out
+
+
+@loop(_add)
 def add(base: Raw, base_dtype: str, delta: Floats, dtype: str) -> Raw:
     """Return ``base + delta`` rounded to ``dtype``; where the delta is zero, the base itself."""
     wide = widen(base, base_dtype)

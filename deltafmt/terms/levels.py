@@ -1,6 +1,6 @@
 """Codes, scales and zero points to values, and sums of outer products (spec/deltafmt-v1.md, sections 12.3 and 13.3).
 
-This is the reference; ``deltafmt.terms.codec_numba`` holds the same functions compiled.
+Compiled: ``kernels/cpu/loops/lowbit.c``, ``kernels/cpu/loops/lowrank.c``.
 """
 
 from __future__ import annotations
@@ -8,9 +8,23 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.core import Native, loop
+
 Floats = NDArray[np.float32]
 
 
+def _dequantize(
+    native: Native, codes: NDArray[np.uint8], step: int, offsets: NDArray[np.int32], factors: Floats, group: int
+) -> Floats:
+    out = np.empty(codes.shape, np.float32)
+    size = max(min(group, codes.shape[1]), 1)
+    arrays = (np.ascontiguousarray(array) for array in (codes, offsets, factors))
+    fields, offset, factor = arrays
+    native.dequantize(fields, step, offset, factor, size, out)
+    return out
+
+
+@loop(_dequantize)
 def dequantize(codes: NDArray[np.uint8], step: int, offsets: NDArray[np.int32], factors: Floats, group: int) -> Floats:
     """Return ``float32(step * u - offset) * factor`` for every field u, with one rounding.
 
@@ -33,6 +47,11 @@ def dequantize(codes: NDArray[np.uint8], step: int, offsets: NDArray[np.int32], 
         return (step * codes.astype(np.int32) - offset).astype(np.float32) * factor
 
 
+def _add_outer(native: Native, u: Floats, v: Floats, out: Floats) -> None:
+    native.add_outer(np.ascontiguousarray(u), np.ascontiguousarray(v), out)
+
+
+@loop(_add_outer)
 def add_outer(u: Floats, v: Floats, out: Floats) -> None:
     """Add the outer products of vectors, in their order, to ``out``.
 

@@ -1,6 +1,6 @@
 """Packed words: fields in planes of 32-bit words, word-major in tiles of 32 rows (spec, section 11.2).
 
-This is the reference. ``deltafmt.terms.codec_numba`` holds the same functions compiled.
+Compiled: ``kernels/cpu/loops/words.c``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.core import Native, loop
 from deltafmt.terms.tiles import TILE_ROWS, plane_words, planes, tiles
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -51,21 +52,89 @@ def _pack_plane(fields: NDArray[np.uint64], width: int) -> NDArray[np.uint32]:
     return by_row.reshape(rows, words)
 
 
+def _pack_into(
+    native: Native, fields: NDArray[np.unsignedinteger], width: int, out: NDArray[np.uint32], share: int = 1
+) -> None:
+    if width:
+        native.pack_words(np.ascontiguousarray(fields), width, out, share)
+
+
+@loop(_pack_into)
 def pack_into(fields: NDArray[np.unsignedinteger], width: int, out: NDArray[np.uint32], share: int = 1) -> None:
     """Pack the fields of every row into an array shaped as :func:`pack` shapes its result."""
     out[...] = pack(fields, width, share)
 
 
-def unpack(packed: NDArray[np.uint32], rows: int, count: int, width: int, share: int = 1) -> NDArray[np.uint64]:
-    """Undo :func:`pack`; return fields of shape (rows, count)."""
-    by_row = from_tiles(packed, rows, share)
+def field_dtype(width: int) -> type[np.unsignedinteger]:
+    """Return the dtype in which fields of so many bits are unpacked: uint8, uint16 or uint64."""
+    return np.uint8 if width <= 8 else np.uint16 if width <= 16 else np.uint64
+
+
+def _unpack(
+    native: Native, packed: NDArray[np.uint32], rows: int, count: int, width: int, share: int = 1
+) -> NDArray[np.unsignedinteger]:
+    out = np.zeros((rows, count), field_dtype(width)) if width == 0 else np.empty((rows, count), field_dtype(width))
+    if width:
+        native.unpack_words(share, np.ascontiguousarray(packed), count, 0, width, out)
+    return out
+
+
+@loop(_unpack)
+def unpack(
+    packed: NDArray[np.uint32], rows: int, count: int, width: int, share: int = 1
+) -> NDArray[np.unsignedinteger]:
+    """Undo :func:`pack`; return fields of shape (rows, count), of the dtype that :func:`field_dtype` gives."""
+    return _unpack_rows(from_tiles(packed, rows, share), count, width)
+
+
+def _unpack_part(
+    native: Native, by_row: NDArray[np.uint32], count: int, width: int, start: int, stop: int
+) -> NDArray[np.unsignedinteger]:
+    out = np.empty((by_row.shape[0], stop - start), field_dtype(width))
+    native.unpack_words(0, np.ascontiguousarray(by_row), count, start, width, out)
+    return out
+
+
+@loop(_unpack_part)
+def unpack_part(
+    by_row: NDArray[np.uint32], count: int, width: int, start: int, stop: int
+) -> NDArray[np.unsignedinteger]:
+    """Return fields ``start`` to ``stop`` of rows of ``count`` fields, whose words are not in tiles.
+
+    Args:
+        by_row: shape (rows, words of a row).
+        count: fields of a row.
+        width: bits per field, 1 to 64.
+        start, stop: the fields; ``start`` is a multiple of 32.
+    """
+    return _unpack_rows(_cut(by_row, count, width, start, stop), stop - start, width)
+
+
+def _unpack_lanes(
+    native: Native, tile: NDArray[np.uint32], count: int, width: int, start: int, stop: int
+) -> NDArray[np.unsignedinteger]:
+    out = np.empty((TILE_ROWS, stop - start), field_dtype(width))
+    native.unpack_words(1, np.ascontiguousarray(tile)[None], count, start, width, out)
+    return out
+
+
+@loop(_unpack_lanes)
+def unpack_lanes(
+    tile: NDArray[np.uint32], count: int, width: int, start: int, stop: int
+) -> NDArray[np.unsignedinteger]:
+    """Return the same fields of the 32 rows of one tile, shape (words of a row, 32)."""
+    return _unpack_rows(_cut(np.ascontiguousarray(tile.T), count, width, start, stop), stop - start, width)
+
+
+def _unpack_rows(by_row: NDArray[np.uint32], count: int, width: int) -> NDArray[np.unsignedinteger]:
+    rows = by_row.shape[0]
     fields = np.zeros((rows, count), np.uint64)
     low = first = 0
     for plane in planes(width):
         words = plane_words(count, plane)
         fields |= _unpack_plane(by_row[:, first : first + words], count, plane) << np.uint64(low)
         low, first = low + plane, first + words
-    return fields
+    return fields.astype(field_dtype(width))
 
 
 def _unpack_plane(by_row: NDArray[np.uint32], count: int, width: int) -> NDArray[np.uint64]:
@@ -76,7 +145,7 @@ def _unpack_plane(by_row: NDArray[np.uint32], count: int, width: int) -> NDArray
     return fields
 
 
-def cut(by_row: NDArray[np.uint32], count: int, width: int, start: int, stop: int) -> NDArray[np.uint32]:
+def _cut(by_row: NDArray[np.uint32], count: int, width: int, start: int, stop: int) -> NDArray[np.uint32]:
     """Return the words of fields ``start`` to ``stop`` of rows of ``count`` fields; ``start`` is a multiple of 32.
 
     32 fields are whole words in every plane, so that each plane of the run is a slice.

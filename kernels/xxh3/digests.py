@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import xxhash
 
-from deltafmt import accel
 from deltafmt.errors import UsageError
+from deltafmt.kernels import devices
 from deltafmt.kernels.xxh3 import algorithm
 
 # The most bytes, and the most sections, of a batch. The sums of a batch take a sixteenth as many bytes.
@@ -19,7 +19,7 @@ MAX_BATCH = 1 << 15
 
 def can_run(device: torch.device) -> bool:
     """Return True if the kernels run on a device."""
-    return device.type == "cuda" and accel.has_triton()
+    return device.type == "cuda" and devices.has_triton()
 
 
 def digests(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[bytes]:

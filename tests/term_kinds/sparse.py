@@ -8,8 +8,8 @@ import numpy as np
 
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import narrow
-from deltafmt.terms.sparse.codec import SparseArrays
 from deltafmt.terms.sparse.layout import SparseLayout
+from deltafmt.terms.sparse.slots import SparseArrays
 from strategies import sparse_layouts
 from term_kinds import KindCases
 from term_kinds.lowbit import random_scales

@@ -11,8 +11,8 @@ from deltafmt.errors import InvalidFileError
 from deltafmt.terms import words
 from deltafmt.terms.buffers import Packed, blank, check_same
 from deltafmt.terms.codec import TermArrays, TermCodec
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.coding import Coding
+from deltafmt.terms.levels import dequantize
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.scales import raw_scales, read_scales
 from deltafmt.terms.tiles import TILE_ROWS, tiles
@@ -47,16 +47,16 @@ class LowbitCodec(TermCodec[LowbitLayout, LowbitArrays]):
         run = slice(start // TILE_ROWS, tiles(stop))
         return {name: array if array.ndim == 1 else array[run] for name, array in packed.items()}
 
-    def encode(self, arrays: LowbitArrays, packed: Packed, first: int, routines: CodecRoutines = REFERENCE) -> None:
+    def encode(self, arrays: LowbitArrays, packed: Packed, first: int) -> None:
         """Pack a run of rows."""
         run = self._run(packed, first, first + arrays.codes.shape[0])
-        routines.pack_into(arrays.codes, self.layout.bits, run["codes"].view(np.uint32), 1)
+        words.pack_into(arrays.codes, self.layout.bits, run["codes"].view(np.uint32), 1)
         raw = raw_scales(self.layout.scale_dtype, arrays.scales)
         run["scales"][...] = raw.reshape(-1) if self.layout.axis == "column" else words.to_tiles(raw)
         if arrays.zero_points is not None:
             run["zero_points"][...] = words.to_tiles(arrays.zero_points)
 
-    def arrays(self, packed: Packed, start: int, stop: int, routines: CodecRoutines = REFERENCE) -> LowbitArrays:
+    def arrays(self, packed: Packed, start: int, stop: int) -> LowbitArrays:
         """Unpack rows ``start`` to ``stop``.
 
         Raises:
@@ -69,22 +69,20 @@ class LowbitCodec(TermCodec[LowbitLayout, LowbitArrays]):
         zero_points = None
         if layout.has_zero_points:
             zero_points = np.ascontiguousarray(words.from_tiles(run["zero_points"], rows)).view(np.uint8)
-        codes = routines.unpack(run["codes"].view(np.uint32), rows, columns, layout.bits, 1)
+        codes = words.unpack(run["codes"].view(np.uint32), rows, columns, layout.bits, 1)
         return LowbitArrays(codes.astype(np.uint8, copy=False), scales, zero_points)
 
-    def decode(
-        self, packed: Packed, start: int, stop: int, routines: CodecRoutines = REFERENCE, *, check_form: bool = False
-    ) -> Floats:
+    def decode(self, packed: Packed, start: int, stop: int, *, check_form: bool = False) -> Floats:
         """Return the delta's rows ``start`` to ``stop``."""
-        arrays = self.arrays(packed, start, stop, routines)
+        arrays = self.arrays(packed, start, stop)
         if check_form:
-            self.check(packed, arrays, start, routines)
+            self.check(packed, arrays, start)
         if self.layout.axis == "row":
-            return values(self.layout, arrays, self.layout.scale_group or max(self.width, 1), routines)
+            return values(self.layout, arrays, self.layout.scale_group or max(self.width, 1))
         scales = np.broadcast_to(arrays.scales, arrays.codes.shape)
-        return values(self.layout, LowbitArrays(arrays.codes, scales), 1, routines)
+        return values(self.layout, LowbitArrays(arrays.codes, scales), 1)
 
-    def check(self, packed: Packed, arrays: LowbitArrays, first: int, routines: CodecRoutines = REFERENCE) -> None:
+    def check(self, packed: Packed, arrays: LowbitArrays, first: int) -> None:
         """Check what decoding alone does not: that the run is the canonical packing of what it means.
 
         Raises:
@@ -93,11 +91,11 @@ class LowbitCodec(TermCodec[LowbitLayout, LowbitArrays]):
         check_range(self.layout, arrays)
         rows = arrays.codes.shape[0]
         expected = blank(self.layout, rows, self.shape[1])
-        LowbitCodec(self.layout, rows, self.shape[1]).encode(arrays, expected, 0, routines)
+        LowbitCodec(self.layout, rows, self.shape[1]).encode(arrays, expected, 0)
         check_same(expected, self._run(packed, first, first + rows))
 
 
-def values(coding: Coding, arrays: LowbitArrays, group: int, routines: CodecRoutines = REFERENCE) -> Floats:
+def values(coding: Coding, arrays: LowbitArrays, group: int) -> Floats:
     """Return the values of codes of which ``group`` in a row share a scale, float32 of the codes' shape."""
     if arrays.zero_points is not None:
         offsets, factors, step = arrays.zero_points.astype(np.int32), arrays.scales, 1
@@ -105,7 +103,7 @@ def values(coding: Coding, arrays: LowbitArrays, group: int, routines: CodecRout
         # "value = float32(2u - top) * float32(scale * 0.5)", one rounding in float32.
         factors, step = arrays.scales * np.float32(0.5), 2
         offsets = np.full(factors.shape, coding.top, np.int32)
-    return routines.dequantize(arrays.codes, step, offsets, factors, group)
+    return dequantize(arrays.codes, step, offsets, factors, group)
 
 
 def check_range(coding: Coding, arrays: LowbitArrays) -> None:

@@ -11,9 +11,9 @@ from deltafmt.errors import InvalidFileError
 from deltafmt.terms import words
 from deltafmt.terms.buffers import Packed, check_same
 from deltafmt.terms.codec import TermArrays, TermCodec
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import RAW_DTYPES, Raw, widen
+from deltafmt.terms.levels import add_outer
 from deltafmt.terms.lowbit.codec import LowbitArrays, check_range, values
 from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.scales import raw_scales, read_scales
@@ -57,42 +57,37 @@ class LowRankCodec(TermCodec[LowRankLayout, LowRankArrays]):
         arrays: LowRankArrays,
         packed: Packed,
         first: int = 0,  # noqa: ARG002 - the whole matrix
-        routines: CodecRoutines = REFERENCE,
     ) -> None:
         """Pack the vectors."""
         for side, factor in (("u", arrays.u), ("v", arrays.v)):
             if isinstance(factor, LowbitArrays):
                 assert isinstance(self.layout.factors, Coding)
-                _encode(self.layout.factors, side, factor, packed, routines)
+                _encode(self.layout.factors, side, factor, packed)
             else:
                 packed[side].view(factor.dtype)[...] = factor
 
-    def decode(
-        self, packed: Packed, start: int, stop: int, routines: CodecRoutines = REFERENCE, *, check_form: bool = False
-    ) -> Floats:
+    def decode(self, packed: Packed, start: int, stop: int, *, check_form: bool = False) -> Floats:
         """Return the delta's rows ``start`` to ``stop``."""
         columns = self.shape[1]
         if check_form and start == 0:
-            self._check(packed, routines)
+            self._check(packed)
         out = np.zeros((stop - start, columns), np.float32)
         step = max(BLOCK_ELEMENTS // max(columns, stop - start), 1)
         for first in range(0, self.layout.rank, step):
             block = {name: array[first : first + step] for name, array in packed.items()}
-            u = self._vectors("u", block, start, stop, routines).copy()  # the next call may use its memory
-            routines.add_outer(u, self._vectors("v", block, 0, columns, routines), out)
+            add_outer(self._vectors("u", block, start, stop), self._vectors("v", block, 0, columns), out)
         return out
 
-    def vectors(self, packed: Packed, routines: CodecRoutines = REFERENCE) -> tuple[Floats, Floats]:
+    def vectors(self, packed: Packed) -> tuple[Floats, Floats]:
         """Return all vectors: of the rows, shape (R, rows), and of the columns, shape (R, columns).
 
         Raises:
             InvalidFileError: a value is not finite, or the buffers break the format.
         """
         rows, columns = self.shape
-        u = self._vectors("u", packed, 0, rows, routines).copy()  # the next call may use its memory
-        return u, self._vectors("v", packed, 0, columns, routines)
+        return self._vectors("u", packed, 0, rows), self._vectors("v", packed, 0, columns)
 
-    def _vectors(self, side: str, packed: Packed, start: int, stop: int, routines: CodecRoutines) -> Floats:
+    def _vectors(self, side: str, packed: Packed, start: int, stop: int) -> Floats:
         """Return elements ``start`` to ``stop`` of some vectors."""
         coding = self.layout.factors
         if isinstance(coding, str):
@@ -100,18 +95,18 @@ class LowRankCodec(TermCodec[LowRankLayout, LowRankArrays]):
             if not np.isfinite(factor).all():
                 raise InvalidFileError(f"a value of factor {side} is not finite")
             return factor
-        arrays = _arrays(coding, side, packed, self._length(side), start, stop, routines)
+        arrays = _arrays(coding, side, packed, self._length(side), start, stop)
         group = coding.scale_group or max(self._length(side), 1)
         # If a run starts within a group, every element gets a scale of its own.
         at = np.arange(start // group, -(-stop // group)) if start % group == 0 else np.arange(start, stop) // group
         zero_points = None if arrays.zero_points is None else arrays.zero_points[:, at]
         part = LowbitArrays(arrays.codes, arrays.scales[:, at], zero_points)
-        return values(coding, part, group if start % group == 0 else 1, routines)
+        return values(coding, part, group if start % group == 0 else 1)
 
     def _length(self, side: str) -> int:
         return self.shape[0 if side == "u" else 1]
 
-    def _check(self, packed: Packed, routines: CodecRoutines) -> None:
+    def _check(self, packed: Packed) -> None:
         """Check that both factors are the canonical packing of what they mean.
 
         Raises:
@@ -125,30 +120,27 @@ class LowRankCodec(TermCodec[LowRankLayout, LowRankArrays]):
             step = max(BLOCK_ELEMENTS // max(length, 1), 1)
             for first in range(0, self.layout.rank, step):
                 block = {name: array[first : first + step] for name, array in packed.items() if name[0] == side}
-                arrays = _arrays(coding, side, block, length, 0, length, routines)
+                arrays = _arrays(coding, side, block, length, 0, length)
                 check_range(coding, arrays)
                 again = {name: np.zeros_like(array) for name, array in block.items()}
-                _encode(coding, side, arrays, again, routines)
+                _encode(coding, side, arrays, again)
                 check_same(again, block)
 
 
-def _encode(coding: Coding, side: str, arrays: LowbitArrays, packed: Packed, routines: CodecRoutines) -> None:
+def _encode(coding: Coding, side: str, arrays: LowbitArrays, packed: Packed) -> None:
     """Pack coded vectors."""
     count, length = arrays.codes.shape
     tiled = np.zeros((tiles(count), coding.words(length), TILE_ROWS), np.uint32)
-    routines.pack_into(arrays.codes, coding.bits, tiled, 1)
+    words.pack_into(arrays.codes, coding.bits, tiled, 1)
     packed[f"{side}_codes"][...] = words.from_tiles(tiled, count)
     packed[f"{side}_scales"][...] = raw_scales(coding.scale_dtype, arrays.scales)
     if arrays.zero_points is not None:
         packed[f"{side}_zero_points"][...] = arrays.zero_points
 
 
-def _arrays(
-    coding: Coding, side: str, packed: Packed, length: int, start: int, stop: int, routines: CodecRoutines
-) -> LowbitArrays:
+def _arrays(coding: Coding, side: str, packed: Packed, length: int, start: int, stop: int) -> LowbitArrays:
     """Unpack elements ``start`` to ``stop``, and all scales, of coded vectors; ``start`` is a multiple of 32."""
     by_vector = packed[f"{side}_codes"].view(np.uint32)
-    part = words.to_tiles(words.cut(by_vector, length, coding.bits, start, stop))
-    codes = routines.unpack(part, by_vector.shape[0], stop - start, coding.bits, 1).astype(np.uint8, copy=False)
+    codes = words.unpack_part(by_vector, length, coding.bits, start, stop).astype(np.uint8, copy=False)
     zero_points = packed[f"{side}_zero_points"].view(np.uint8) if coding.has_zero_points else None
     return LowbitArrays(codes, read_scales(coding.scale_dtype, packed[f"{side}_scales"]), zero_points)

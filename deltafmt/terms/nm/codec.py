@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.core import Native, loop
 from deltafmt.errors import InvalidFileError
 from deltafmt.terms import words
 from deltafmt.terms.buffers import Packed, blank, check_same
 from deltafmt.terms.codec import TermArrays, TermCodec
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms.floats import RAW_DTYPES, Raw, add
 from deltafmt.terms.nm.index.codecs import INDEX_CODECS
 from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.nm.scatter import scatter
 from deltafmt.terms.scales import raw_scales, read_scales
 from deltafmt.terms.tiles import TILE_ROWS, tiles
 
@@ -48,16 +50,15 @@ def encode(
     layout: NMLayout,
     arrays: NMArrays,
     out: Mapping[str, NDArray[np.generic]],
-    routines: CodecRoutines = REFERENCE,
 ) -> None:
     """Pack a run of rows into its slices of :func:`deltafmt.terms.buffers.blank`.
 
     The positions of a ``seeded`` layout are not stored; those of the others must ascend in every group. Fields of
     elements beyond the last column must be zero.
     """
-    routines.pack_into(arrays.codes, layout.bits, _words(out["codes"]), layout.share)
+    words.pack_into(arrays.codes, layout.bits, _words(out["codes"]), layout.share)
     if "index" in out:
-        INDEX_CODECS[layout.index].encode(arrays.positions, layout, _words(out["index"]), routines)
+        INDEX_CODECS[layout.index].encode(arrays.positions, layout, _words(out["index"]))
     out["scales"][...] = words.to_tiles(raw_scales(layout.scale_dtype, arrays.scales), layout.share)
 
 
@@ -68,7 +69,6 @@ def decode(
     first: int,
     rows: int,
     columns: int,
-    routines: CodecRoutines = REFERENCE,
 ) -> NMArrays:
     """Unpack a run of rows.
 
@@ -79,26 +79,30 @@ def decode(
         first: the run's first row in the tensor, a multiple of :func:`run_rows`.
         rows: rows of the run.
         columns: columns of the tensor.
-        routines: the implementation to use.
 
     Raises:
         InvalidFileError: an index holds a position or rank that is out of range, positions do not ascend, or a scale
             is negative or not finite.
     """
-    groups = layout.groups(columns)
-    scales = read_scales(layout.scale_dtype, words.from_tiles(packed["scales"], rows, layout.share))
-    mask_rows = layout.mask_rows(rows)
-    index = _words(packed["index"]) if "index" in packed else None
-    kept_at = INDEX_CODECS[layout.index].decode(index, layout, seed, first // layout.share, mask_rows, groups, routines)
-    # Codes come last: compiled routines reuse the memory of a result, so that unpacking the index would overwrite them.
-    codes = routines.unpack(_words(packed["codes"]), rows, layout.kept(columns), layout.bits, layout.share)
+    kept_at, scales = _kept_and_scales(layout, packed, seed, first, rows, columns)
+    codes = words.unpack(_words(packed["codes"]), rows, layout.kept(columns), layout.bits, layout.share)
     codes = codes.astype(np.uint8, copy=False)
     return NMArrays(kept_at, codes, scales)
 
 
-def dense(layout: NMLayout, arrays: NMArrays, columns: int, routines: CodecRoutines = REFERENCE) -> NDArray[np.float32]:
+def _kept_and_scales(
+    layout: NMLayout, packed: Packed, seed: int, first: int, rows: int, columns: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Return the positions and the scales of a run of rows."""
+    scales = read_scales(layout.scale_dtype, words.from_tiles(packed["scales"], rows, layout.share))
+    index = _words(packed["index"]) if "index" in packed else None
+    codec, mask_rows, groups = INDEX_CODECS[layout.index], layout.mask_rows(rows), layout.groups(columns)
+    return codec.decode(index, layout, seed, first // layout.share, mask_rows, groups), scales
+
+
+def dense(layout: NMLayout, arrays: NMArrays, columns: int) -> NDArray[np.float32]:
     """Return the float32 delta of a run of rows, shape (rows, columns)."""
-    return routines.scatter(
+    return scatter(
         arrays.codes,
         arrays.scales,
         arrays.positions,
@@ -108,6 +112,55 @@ def dense(layout: NMLayout, arrays: NMArrays, columns: int, routines: CodecRouti
         layout.top,
         layout.scale_group,
     )
+
+
+def _add_run(
+    native: Native,
+    layout: NMLayout,
+    packed: Packed,
+    seed: int,
+    first: int,
+    base: Raw,
+    base_dtype: str,
+    dtype: str,
+) -> Raw:
+    rows, columns = base.shape
+    positions, scales = _kept_and_scales(layout, packed, seed, first, rows, columns)
+    out = np.empty(base.shape, RAW_DTYPES[dtype])
+    kept = max(layout.kept(columns), 1)
+    native.nm_unpack(
+        *(_words(packed["codes"]), scales, np.ascontiguousarray(base), base_dtype, out, dtype),
+        *(positions, layout.m, layout.share, layout.bits, layout.top, min(layout.scale_group or kept, kept)),
+    )
+    return out
+
+
+@loop(_add_run)
+def add_run(
+    layout: NMLayout,
+    packed: Packed,
+    seed: int,
+    first: int,
+    base: Raw,
+    base_dtype: str,
+    dtype: str,
+) -> Raw:
+    """Return a run of rows of a base plus their delta, rounded to ``dtype``, as a raw array.
+
+    Args:
+        layout: the term's layout.
+        packed: the run's slices of :func:`deltafmt.terms.buffers.views`.
+        seed: the tensor seed.
+        first: the run's first row in the tensor, a multiple of :func:`run_rows`.
+        base: the run's rows of the base, raw, shape (rows, columns).
+        base_dtype, dtype: dtypes of the base and of the result.
+
+    Raises:
+        InvalidFileError: as :func:`decode`.
+    """
+    rows, columns = base.shape
+    arrays = decode(layout, packed, seed, first, rows, columns)
+    return add(base, base_dtype, dense(layout, arrays, columns), dtype)
 
 
 def outside(layout: NMLayout, arrays: NMArrays, columns: int) -> NDArray[np.bool_]:
@@ -122,7 +175,6 @@ def check(
     packed: Mapping[str, NDArray[np.generic]],
     arrays: NMArrays,
     columns: int,
-    routines: CodecRoutines = REFERENCE,
 ) -> None:
     """Check what decoding alone does not: that the run is the canonical packing of what it means.
 
@@ -135,7 +187,7 @@ def check(
     if columns % layout.m and arrays.codes[outside(layout, arrays, columns)].any():
         raise InvalidFileError("an entry beyond the last column has a code that is not zero")
     again = blank(layout, arrays.codes.shape[0], columns)
-    encode(layout, arrays, again, routines)
+    encode(layout, arrays, again)
     check_same(again, packed)
 
 
@@ -155,21 +207,24 @@ class NMCodec(TermCodec[NMLayout, NMArrays]):
         self.run_rows = run_rows(layout)
         self.width = layout.width(columns)
 
-    def encode(self, arrays: NMArrays, packed: Packed, first: int, routines: CodecRoutines = REFERENCE) -> None:
+    def encode(self, arrays: NMArrays, packed: Packed, first: int) -> None:
         """Pack a run of rows."""
         run = slice_run(packed, self.layout.share, first, first + arrays.codes.shape[0])
-        encode(self.layout, arrays, run, routines)
+        encode(self.layout, arrays, run)
 
-    def decode(
-        self, packed: Packed, start: int, stop: int, routines: CodecRoutines = REFERENCE, *, check_form: bool = False
-    ) -> NDArray[np.float32]:
+    def decode(self, packed: Packed, start: int, stop: int, *, check_form: bool = False) -> NDArray[np.float32]:
         """Return the delta's rows ``start`` to ``stop``."""
         columns = self.shape[1]
         run = slice_run(packed, self.layout.share, start, stop)
-        arrays = decode(self.layout, run, self.seed, start, stop - start, columns, routines)
+        arrays = decode(self.layout, run, self.seed, start, stop - start, columns)
         if check_form:
-            check(self.layout, run, arrays, columns, routines)
-        return dense(self.layout, arrays, columns, routines)
+            check(self.layout, run, arrays, columns)
+        return dense(self.layout, arrays, columns)
+
+    def add(self, packed: Packed, start: int, stop: int, base: Raw, base_dtype: str, dtype: str) -> Raw:
+        """Return rows of a base plus the term's matrix; see :meth:`deltafmt.terms.codec.TermCodec.add`."""
+        run = slice_run(packed, self.layout.share, start, stop)
+        return add_run(self.layout, run, self.seed, start, base, base_dtype, dtype)
 
     def converted(self, packed: Packed, target: NMLayout) -> dict[str, NDArray[np.generic]]:
         """Return the term's arrays with another index encoding."""

@@ -1,13 +1,14 @@
 """The hashes that seeded positions follow from, with their constants (specification, section 11.4).
 
-This is the reference; ``deltafmt.terms.codec_numba`` holds :func:`seeded` compiled, and the kernels take the constants
-from here.
+Compiled: ``kernels/cpu/loops/positions.c``. The kernels on a GPU take the constants from here.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
+from deltafmt.core import Native, loop
 
 # "key(r) = mix(seed + r * ROW_STEP)" and "h = mix64(key(r) + block * BLOCK_STEP)".
 ROW_STEP = 0x9E3779B1
@@ -49,6 +50,13 @@ def lane_bits(n: int, m: int) -> int:
     return 4 if needed <= 4 else 8 if needed <= 8 else 16
 
 
+def _seeded(native: Native, seed: int, first: int, count: int, groups: int, n: int, m: int) -> NDArray[np.uint8]:
+    out = np.empty((count, groups, n), np.uint8)
+    native.seeded(out, seed, first, m, lane_bits(n, m))
+    return out
+
+
+@loop(_seeded)
 def seeded(seed: int, first: int, count: int, groups: int, n: int, m: int) -> NDArray[np.uint8]:
     """Draw the positions of mask rows ``first`` to ``first + count``.
 

@@ -1,6 +1,6 @@
 """Codes, scales and positions to a dense float32 delta (spec/deltafmt-v1.md, sections 11.5 and 11.6).
 
-This is the reference; ``deltafmt.terms.codec_numba`` holds the same function compiled.
+Compiled: ``kernels/cpu/loops/nm.c``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,28 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.core import Native, loop
 
+
+def _scatter(
+    native: Native,
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    positions: NDArray[np.uint8],
+    columns: int,
+    m: int,
+    share: int,
+    top: int,
+    scale_group: int,
+) -> NDArray[np.float32]:
+    out = np.empty((codes.shape[0], columns), np.float32)
+    kept = max(codes.shape[1], 1)
+    fields, steps, at = (np.ascontiguousarray(array) for array in (codes, scales, positions))
+    native.scatter(fields, steps, out, at, m, share, top, min(scale_group or kept, kept))
+    return out
+
+
+@loop(_scatter)
 def scatter(
     codes: NDArray[np.uint8],
     scales: NDArray[np.float32],

@@ -11,8 +11,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.core import Native, loop
 from deltafmt.errors import InvalidFileError
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.nm.index.encodings import IndexEncoding
 from deltafmt.terms.nm.layout import NMLayout
 
@@ -30,7 +30,6 @@ class IndexCodec(ABC):
         positions: Positions,  # noqa: ARG004
         layout: NMLayout,
         out: Words,  # noqa: ARG004
-        routines: CodecRoutines = REFERENCE,  # noqa: ARG004
     ) -> None:
         """Write ascending positions into packed words, shape (tiles, words, 32).
 
@@ -50,7 +49,6 @@ class IndexCodec(ABC):
         first: int,
         mask_rows: int,
         groups: int,
-        routines: CodecRoutines = REFERENCE,
     ) -> Positions:
         """Return the positions of mask rows ``first`` to ``first + mask_rows``.
 
@@ -60,13 +58,18 @@ class IndexCodec(ABC):
             seed: the tensor seed.
             first, mask_rows: the mask rows.
             groups: groups in a row.
-            routines: the implementation of the hot loops.
 
         Raises:
             InvalidFileError: the words do not give valid positions.
         """
 
 
+def _check_ascending(native: Native, positions: Positions, m: int) -> None:
+    if not native.ascending(np.ascontiguousarray(positions), m):
+        check_ascending.reference(positions, m)
+
+
+@loop(_check_ascending)
 def check_ascending(positions: Positions, m: int) -> None:
     """Check that every group's positions are below M and strictly ascending.
 

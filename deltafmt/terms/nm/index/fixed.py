@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms import words
 from deltafmt.terms.nm.index.codec import IndexCodec, Positions, Words, check_ascending
 from deltafmt.terms.nm.index.encodings import Fixed
 from deltafmt.terms.nm.layout import NMLayout
@@ -16,9 +14,9 @@ class FixedIndex(IndexCodec):
     encoding = Fixed
 
     @staticmethod
-    def encode(positions: Positions, layout: NMLayout, out: Words, routines: CodecRoutines = REFERENCE) -> None:
+    def encode(positions: Positions, layout: NMLayout, out: Words) -> None:
         """Write the positions one after the other."""
-        routines.pack_into(positions.reshape(positions.shape[0], -1), layout.position_bits, out, 1)
+        words.pack_into(positions.reshape(positions.shape[0], -1), layout.position_bits, out, 1)
 
     @staticmethod
     def decode(
@@ -28,12 +26,11 @@ class FixedIndex(IndexCodec):
         first: int,  # noqa: ARG004 - the run's words are given
         mask_rows: int,
         groups: int,
-        routines: CodecRoutines = REFERENCE,
     ) -> Positions:
         """Read the positions, which ascend in every group."""
         assert packed is not None
-        fields = routines.unpack(packed, mask_rows, groups * layout.n, layout.position_bits, 1)
-        positions = fields.astype(np.uint8, copy=True).reshape(mask_rows, groups, layout.n)
+        fields = words.unpack(packed, mask_rows, groups * layout.n, layout.position_bits, 1)
+        positions = fields.reshape(mask_rows, groups, layout.n)
         check_ascending(positions, layout.m)
         return positions
 

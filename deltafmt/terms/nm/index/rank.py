@@ -8,9 +8,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.core import Native, loop
 from deltafmt.errors import InvalidFileError
 from deltafmt.terms import words
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
 from deltafmt.terms.nm.index.codec import IndexCodec, Positions, Words
 from deltafmt.terms.nm.index.encodings import Rank
 from deltafmt.terms.nm.layout import NMLayout
@@ -29,25 +29,54 @@ def binomials(n: int, m: int) -> NDArray[np.uint64]:
     return table
 
 
+def _ranks(native: Native, positions: Positions, m: int) -> NDArray[np.uint64]:
+    mask_rows, groups, n = positions.shape
+    out = np.empty((mask_rows, groups), np.uint64)
+    native.rank(np.ascontiguousarray(positions), binomials(n, m), out)
+    return out
+
+
+@loop(_ranks)
+def ranks_of(positions: Positions, m: int) -> NDArray[np.uint64]:
+    """Return the rank of every group's ascending positions, shape (mask rows, groups)."""
+    mask_rows, groups, n = positions.shape
+    table = binomials(n, m)
+    # "rank = C(p_0, 1) + C(p_1, 2) + ... + C(p_{N-1}, N)"
+    ranks = np.zeros((mask_rows, groups), np.uint64)
+    for i in range(n):
+        ranks += table[i][positions[:, :, i]]
+    return ranks
+
+
+def _positions(native: Native, ranks: NDArray[np.uint64], n: int, m: int) -> Positions:
+    out = np.empty((*ranks.shape, n), np.uint8)
+    native.unrank(np.ascontiguousarray(ranks), binomials(n, m), out)
+    return out
+
+
+@loop(_positions)
+def positions_of(ranks: NDArray[np.uint64], n: int, m: int) -> Positions:
+    """Return the ascending positions of ranks, each below C(M, N), shape (mask rows, groups, N)."""
+    table = binomials(n, m)
+    positions = np.empty((*ranks.shape, n), np.uint8)
+    rest = ranks.copy()
+    # "p_i, from i = N-1 down to 0, is the largest p with C(p, i+1) at most what is left of the rank."
+    for i in range(n - 1, -1, -1):
+        p = np.searchsorted(table[i], rest, side="right") - 1
+        positions[:, :, i] = p
+        rest -= table[i][p]
+    return positions
+
+
 class RankIndex(IndexCodec):
     """Ranks as fields of ceil(log2 C(M, N)) bits."""
 
     encoding = Rank
 
     @staticmethod
-    def encode(
-        positions: Positions,
-        layout: NMLayout,
-        out: Words,
-        routines: CodecRoutines = REFERENCE,  # noqa: ARG004 - compiled loops pack fields of one byte
-    ) -> None:
+    def encode(positions: Positions, layout: NMLayout, out: Words) -> None:
         """Write the rank of every group's ascending positions."""
-        table = binomials(layout.n, layout.m)
-        # "rank = C(p_0, 1) + C(p_1, 2) + ... + C(p_{N-1}, N)"
-        ranks = np.zeros(positions.shape[:2], np.uint64)
-        for i in range(layout.n):
-            ranks += table[i][positions[:, :, i]]
-        words.pack_into(ranks, layout.rank_bits, out)
+        words.pack_into(ranks_of(positions, layout.m), layout.rank_bits, out)
 
     @staticmethod
     def decode(
@@ -57,24 +86,15 @@ class RankIndex(IndexCodec):
         first: int,  # noqa: ARG004 - the run's words are given
         mask_rows: int,
         groups: int,
-        routines: CodecRoutines = REFERENCE,  # noqa: ARG004 - compiled loops unpack fields of one byte
     ) -> Positions:
         """Read the ranks, each below C(M, N), and return their positions."""
         assert packed is not None
-        ranks = words.unpack(packed, mask_rows, groups, layout.rank_bits)
+        ranks = words.unpack(packed, mask_rows, groups, layout.rank_bits).astype(np.uint64)
         total = math.comb(layout.m, layout.n)
         if ranks.size and int(ranks.max()) >= total:
             row, g = (int(x) for x in np.argwhere(ranks >= total)[0])
             raise InvalidFileError(f"mask row {row}, group {g}: rank {ranks[row, g]} is not below {total}")
-        table = binomials(layout.n, layout.m)
-        positions = np.empty((mask_rows, groups, layout.n), np.uint8)
-        rest = ranks.copy()
-        # "p_i, from i = N-1 down to 0, is the largest p with C(p, i+1) at most what is left of the rank."
-        for i in range(layout.n - 1, -1, -1):
-            p = np.searchsorted(table[i], rest, side="right") - 1
-            positions[:, :, i] = p
-            rest -= table[i][p]
-        return positions
+        return positions_of(ranks, layout.n, layout.m)
 
 
 CODEC = RankIndex

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deltafmt.terms.codec_routines import REFERENCE, CodecRoutines
+from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.index.codec import IndexCodec, Positions, Words
 from deltafmt.terms.nm.index.encodings import Seeded
 from deltafmt.terms.nm.layout import NMLayout
@@ -21,10 +21,9 @@ class SeededIndex(IndexCodec):
         first: int,
         mask_rows: int,
         groups: int,
-        routines: CodecRoutines = REFERENCE,
     ) -> Positions:
         """Draw the positions."""
-        return routines.seeded(seed, first, mask_rows, groups, layout.n, layout.m)
+        return hashing.seeded(seed, first, mask_rows, groups, layout.n, layout.m)
 
 
 CODEC = SeededIndex
