@@ -22,4 +22,6 @@ def usable(tensor: torch.Tensor) -> bool:
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the device of a tensor the current one, on which Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or torch.cuda.current_device() == tensor.device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

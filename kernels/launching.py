@@ -8,6 +8,7 @@ import torch
 
 from deltafmt.kernels.record import MAX_PARTS
 from deltafmt.kernels.registry import kernels_of
+from deltafmt.kernels.repeated import Repeated, can_repeat, form, recording
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 
@@ -25,6 +26,43 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
     """
     if segments.longest == 0:
         return  # no token has a delta
+    key = form(outputs, x, segments) if can_repeat(x.device) else None
+    if key is None:
+        _launch_products(outputs, x, table, segments)
+        return
+    found = table.repeated(key)
+    if found is not None:
+        found.run(outputs, x, segments)
+        return
+    with recording(outputs, x, table.records(), segments) as recorder:
+        _launch_products(outputs, x, table, segments)
+    if recorder.launches is not None:
+        table.keep_repeated(key, Repeated(recorder.launches, recorder.scratch))
+
+
+def repeat_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> bool:
+    """Repeat the launches of an earlier product of the same form, if there was one.
+
+    Args:
+        outputs: for each part of the table, contiguous, shape (..., rows).
+        x: contiguous, shape (..., columns), on the current device and of the outputs' dtype.
+        table: the deltas.
+        segments: which token uses which of them.
+
+    Returns:
+        True if the whole product is made; False if nothing has been done.
+    """
+    if segments.longest > table.fewest or not can_repeat(x.device):
+        return False
+    key = form(outputs, x, segments)
+    found = None if key is None else table.repeated(key)
+    if found is None:
+        return False
+    found.run(outputs, x, segments)
+    return True
+
+
+def _launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
     for first in range(0, len(table.parts), MAX_PARTS):
         parts = slice(first, first + MAX_PARTS)
         for held in table.layout_tables(parts):

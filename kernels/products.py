@@ -33,8 +33,9 @@ def matmul_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTabl
     Raises:
         UsageError: the rows of an output are not contiguous.
     """
-    if any(output.stride(1) != 1 for output in outputs):
-        raise UsageError("the rows of an output are not contiguous")
+    for output in outputs:
+        if output.stride(1) != 1:
+            raise UsageError("the rows of an output are not contiguous")
     by_kernel = devices.usable(x)
     if by_kernel:
         with devices.on_device_of(x):
@@ -44,6 +45,18 @@ def matmul_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTabl
         y = outputs[part]
         product = kernels_of(operand.layout).multiply(x[tokens], operand)
         y[tokens, : operand.rows] = (y[tokens, : operand.rows].float() + product).to(y.dtype)
+
+
+def repeated_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> bool:
+    """Do what :func:`matmul_` does if launches of an earlier product can be repeated; otherwise return False.
+
+    This is the quick way of a decoding step. Tensors may have more than two dimensions, and must then be contiguous.
+    """
+    if x.dtype != outputs[0].dtype or not x.is_cuda or torch.cuda.current_device() != x.device.index:
+        return False
+    if not x.is_contiguous() or not all(output.is_contiguous() for output in outputs):
+        return False
+    return launching.repeat_products(outputs, x, table, segments)
 
 
 def embedding_(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, segments: Segments) -> None:

@@ -91,6 +91,15 @@ class Segments:
             self._sorted = order.int(), torch.searchsorted(ordered, numbers, out_int32=True)
         return self._sorted
 
+    @property
+    def form(self) -> tuple[int, ...]:
+        """Everything that the grids of launches depend on."""
+        return self.tokens, self.count, self.shortest, self.longest
+
+    def known_tiles(self) -> list[tuple[tuple[int, int, int], TokenTiles]]:
+        """Return the tiles that were cut so far, with the arguments that :meth:`tiles` gives them for."""
+        return list(self._tiles.items())
+
     def tiles(self, size: int, shortest: int = 1, longest: int | None = None) -> TokenTiles:
         """Cut the segments of ``shortest`` to ``longest`` tokens into tiles of ``size`` tokens; kept for reuse."""
         longest = self.longest if longest is None else min(longest, self.longest)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,11 @@ from deltafmt.kernels.kind import AnyKernels
 from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.record import MAX_PARTS, LayoutTable
 from deltafmt.kernels.registry import kernels_of
+from deltafmt.kernels.repeated import Repeated
 from deltafmt.terms.layout import TermLayout
+
+# Forms of calls whose launches a table keeps: a prompt, a decoding step and what lies between.
+MOST_REPEATED = 64
 
 _Key = tuple[TermLayout, int, int, int]
 
@@ -46,6 +51,9 @@ class OperandTable:
         parts: rows (out_features) of each part.
         columns: in_features, the same for all parts.
         device: where all operands lie.
+
+    Attributes:
+        fewest: the most tokens of a slot for which the kernels multiply every operand.
     """
 
     def __init__(self, slots: int, parts: Sequence[int], columns: int, device: torch.device | str) -> None:
@@ -56,7 +64,9 @@ class OperandTable:
         self._held: list[tuple[tuple[Operand, ...], ...]] = [((),) * len(self.parts)] * slots
         self._tables: dict[_Key, torch.Tensor] = {}
         self._bounded: list[BoundedOperand] = []
+        self.fewest: float = math.inf
         self._stale = False
+        self._repeated: dict[Hashable, Repeated] = {}
         self._lock = threading.Lock()
 
     def put(self, slot: int, parts: Sequence[Sequence[Operand]]) -> None:
@@ -88,6 +98,7 @@ class OperandTable:
             self._held[slot] = tuple(tuple(terms) for terms in parts)
             # Another list: a thread may be going through the old one.
             self._bounded = [one for one in self._bounded if one.slot != slot] + bounded
+            self.fewest = min((one.most for one in self._bounded), default=math.inf)
             self._stale = True
 
     def clear(self, slot: int) -> None:
@@ -119,6 +130,27 @@ class OperandTable:
                 if at == first and stop > first
             ]
 
+    def records(self) -> list[torch.Tensor]:
+        """Return the records of all layouts and parts, which stay where they are for as long as the table lives."""
+        with self._lock:
+            if self._stale:
+                self._rebuild()
+            return list(self._tables.values())
+
+    def repeated(self, key: Hashable) -> Repeated | None:
+        """Return the launches that were kept for calls of a form; the records they read are then up to date."""
+        with self._lock:
+            if self._stale:
+                self._rebuild()
+            return self._repeated.get(key)
+
+    def keep_repeated(self, key: Hashable, launches: Repeated) -> None:
+        """Keep the launches of a product for calls of the same form."""
+        with self._lock:
+            if len(self._repeated) >= MOST_REPEATED:
+                self._repeated.clear()
+            self._repeated[key] = launches
+
     def _rebuild(self) -> None:
         rows: dict[_Key, torch.Tensor] = {
             key: torch.zeros(records.shape, dtype=torch.int64) for key, records in self._tables.items()
@@ -141,6 +173,7 @@ class OperandTable:
                 self._tables[key].copy_(values)
             else:
                 self._tables[key] = values.to(self.device)
+                self._repeated.clear()  # the layout is not among their launches
         if self.device.type == "cuda":
             # Other threads launch on other streams, which do not wait for this one's copies.
             torch.cuda.current_stream(self.device).synchronize()

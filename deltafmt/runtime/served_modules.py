@@ -5,6 +5,7 @@ A slot is a place in the modules' operand tables. A delta on the device has the 
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +18,7 @@ from deltafmt.runtime.binding import BoundModule, Role, weight_shape
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.siblings import Active, SharedInput, Siblings, shareable
-from deltafmt.runtime.sites import LinearSite, Site, TransposedSite, refuse_gradient
+from deltafmt.runtime.sites import LinearSite, Site, TransposedSite
 from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite
 
 _FIRST_SLOTS = 4
@@ -42,15 +43,14 @@ class ServedModules:
         self._fuse = fuse
         self._lock = threading.RLock()
         self._sites: dict[int, Site] = {}
-        self._ran: set[str] = set()
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: dict[int, list[RemovableHandle]] = {}
         self._groups: dict[int, Siblings] = {}
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
 
     def unused(self) -> list[str]:
         """Return the names of modules that deltas change but that have not run while such a delta was served."""
-        return [site.name for site in self._sites.values() if site.name not in self._ran]
+        return [site.name for site in self._sites.values() if not site.ran]
 
     def prepare(self, modules: Iterable[BoundModule]) -> None:
         """Make a site for each module that has none, and hook the module."""
@@ -75,8 +75,9 @@ class ServedModules:
                     if id(bound.module) in self._sites:
                         tensors = {key: delta[tensor] for key, tensor in bound.tensors.items() if tensor in delta}
                         self._sites[id(bound.module)].put(slot, tensors)
-                for group in self._groups.values():
+                for group in set(self._groups.values()):
                     group.refresh(slot)
+                self._settle(set(self._groups.values()))
             except BaseException:
                 self.release(name)
                 raise
@@ -89,18 +90,18 @@ class ServedModules:
             if slot is not None:
                 for site in self._sites.values():
                     site.clear(slot)
-                for group in self._groups.values():
+                for group in set(self._groups.values()):
                     group.refresh(slot)
                 self._free.append(slot)
 
     def close(self) -> None:
         """Remove all hooks, so that the modules are as they were before."""
         with self._lock:
-            for hook in self._hooks:
+            for hook in itertools.chain.from_iterable(self._hooks.values()):
                 hook.remove()
             for group in set(self._groups.values()):
                 group.dissolve()
-            self._hooks, self._groups, self._sites = [], {}, {}
+            self._hooks, self._groups, self._sites = {}, {}, {}
 
     def _grow(self, count: int) -> None:
         for site in self._sites.values():
@@ -119,15 +120,25 @@ class ServedModules:
             selection = self._active()
             if selection is None or not site.changes(selection):
                 return None
-            refuse_gradient(site.name, output)
-            self._ran.add(site.name)
             if self._fuse and type(site) is LinearSite and id(site) not in self._groups and shareable(args, kwargs):
                 self._learn(site, args[0], selection)
-            return site.after(selection, args, kwargs, output)
+            return site.served(selection, args, kwargs, output)
 
+        hooks = self._hooks[id(site)] = []
         if isinstance(site, EmbeddingSite):
-            self._hooks.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
-        self._hooks.append(site.module.register_forward_hook(after, with_kwargs=True))
+            hooks.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(site.module.register_forward_hook(after, with_kwargs=True))
+        site.hooked = True
+
+    def _settle(self, groups: Iterable[Siblings]) -> None:
+        """Hook the modules of groups that need more than products, and take the hooks from those that do not."""
+        for site in itertools.chain.from_iterable(group.sites for group in groups):
+            if site.hooked and site.multiplies_only:
+                for hook in self._hooks.pop(id(site)):
+                    hook.remove()
+                site.hooked = False
+            elif not site.hooked and not site.multiplies_only:
+                self._hook(site)
 
     def _learn(self, site: LinearSite, given: torch.Tensor, selection: Selection) -> None:
         ended = selection.memo("run", SharedInput).observe(site, given)
@@ -136,6 +147,7 @@ class ServedModules:
                 if not any(id(found) in self._groups for found in ended):
                     group = Siblings(ended, self.count, self._active)
                     self._groups.update({id(found): group for found in ended})
+                    self._settle([group])
 
 
 def _make_site(bound: BoundModule, device: torch.device) -> Site:

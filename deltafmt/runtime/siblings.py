@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from deltafmt.kernels.products import can_fuse, fused_linear, matmul_
+from deltafmt.kernels.products import can_fuse, fused_linear, matmul_, repeated_
 from deltafmt.kernels.record import MAX_PARTS
 from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.selection import Selection, Waiting
@@ -59,6 +59,7 @@ class Siblings:
 
     def __init__(self, sites: list[LinearSite], slots: int, active: Active) -> None:
         self.sites = sites
+        self._numbers = [id(site) for site in sites]
         self._active = active
         self._slots: set[int] = set()
         self._table = self._new_table(slots)
@@ -99,19 +100,25 @@ class Siblings:
                 site.module.__dict__.pop("forward", None)
 
     def _forward_of(self, site: LinearSite) -> Callable[..., Any]:
-        forward = self._forwards[id(site)][0]
+        forward, first = self._forwards[id(site)][0], self.sites[0]
 
         def fused(*args: Any, **kwargs: Any) -> Any:
             selection = self._active()
-            if selection is None or not self._serves(selection) or not shareable(args, kwargs):
+            if selection is None or not self._serves(selection):
                 return forward(*args, **kwargs)
-            output = self._take(site, args[0], selection)
-            if output is None and site is self.sites[0]:
-                output = self._compute(args[0], selection)
-            if output is None:
-                return forward(*args)
-            selection.multiplied.add(id(site))
-            return output
+            output = None
+            if shareable(args, kwargs):
+                output = self._take(site, args[0], selection)
+                if output is None and site is first:
+                    output = self._compute(args[0], selection)
+            if output is not None:
+                # For the hook, if the module has one: another delta may just have brought it.
+                selection.multiplied.add(id(site))
+                site.ran = True
+                return output
+            selection.multiplied.discard(id(site))
+            output = forward(*args, **kwargs)
+            return output if site.hooked else site.served(selection, args, kwargs, output)
 
         return fused
 
@@ -130,26 +137,26 @@ class Siblings:
 
     def _compute(self, given: torch.Tensor, selection: Selection) -> torch.Tensor:
         """Return the first module's output with its deltas; the outputs of the others wait for their calls."""
-        first = self.sites[0]
-        selection.check(given.shape[:-1], first.name)
-        flat = self._compute_fused(given, selection)
-        if flat is None:
-            flat = [self._forwards[id(site)][0](given).reshape(-1, site.rows) for site in self.sites]
-            x = given.to(flat[0].dtype).reshape(-1, given.shape[-1])
-            matmul_(flat, x, self._table, selection.segments(len(x), first.name))
-        shaped = [y.view(*given.shape[:-1], -1) for y in flat]
-        others = {id(site): output for site, output in zip(self.sites[1:], shaped[1:], strict=True)}
-        selection.waiting = Waiting(given, version_of(given), others)
-        return shaped[0]
+        first, leading = self.sites[0], given.shape[:-1]
+        selection.check(leading, first.name)
+        outputs = self._compute_fused(given, selection) if selection.uniform else None
+        if outputs is None:
+            outputs = [self._forwards[number][0](given) for number in self._numbers]
+            segments = selection.segments(leading.numel(), first.name)
+            if not repeated_(outputs, given, self._table, segments):
+                flat = [output.reshape(-1, output.shape[-1]) for output in outputs]
+                x = given.to(flat[0].dtype).reshape(-1, given.shape[-1])
+                matmul_(flat, x, self._table, segments)
+                outputs = [output.view(*leading, -1) for output in flat]
+        selection.waiting = Waiting(given, version_of(given), dict(zip(self._numbers[1:], outputs[1:], strict=True)))
+        return outputs[0]
 
     def _compute_fused(self, given: torch.Tensor, selection: Selection) -> list[torch.Tensor] | None:
         """Return the modules' outputs, base and delta in one product; None if that is not possible.
 
-        It is possible if all tokens use one delta and the base's weights are plain.
+        All tokens use one delta. It is possible if the base's weights are plain.
         """
         tokens = given.numel() // given.shape[-1]
-        if not selection.uniform:
-            return None
         (slot,) = selection.used
         if not can_fuse(self._table, slot, tokens):
             return None
@@ -160,7 +167,7 @@ class Siblings:
                 return None
             weights.append(weight)
         x = given.reshape(tokens, -1).contiguous()
-        return list(fused_linear(x, weights, self._table, slot))
+        return [y.view(*given.shape[:-1], -1) for y in fused_linear(x, weights, self._table, slot)]
 
 
 def shareable(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -24,13 +24,36 @@ from deltafmt.runtime.values import new_values
 
 
 class Site(ABC):
-    """A served module, and the parts of the deltas that change it, by slot."""
+    """A served module, and the parts of the deltas that change it, by slot.
+
+    Attributes:
+        slots: the slots of the deltas that change the module.
+        hooked: True if a forward hook adds the deltas; False if the module's siblings do.
+        ran: True once the module has run while a delta that changes it was served.
+    """
 
     def __init__(self, name: str, module: nn.Module, device: torch.device) -> None:
         self.name = name
         self.module = module
         self.device = device
         self.slots: set[int] = set()
+        self.hooked = True
+        self.ran = False
+
+    @property
+    def multiplies_only(self) -> bool:
+        """True if the deltas change the output by products alone, which siblings add."""
+        return False
+
+    def served(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return the output of the base module with the selection's deltas.
+
+        Raises:
+            UsageError: the output takes part in a gradient.
+        """
+        refuse_gradient(self.name, output)
+        self.ran = True
+        return self.after(selection, args, kwargs, output)
 
     def changes(self, selection: Selection) -> bool:
         """Tell whether one of the selection's slots changes this module."""
@@ -162,6 +185,11 @@ class LinearSite(WeightSite):
         super()._clear(slot)
         self._totals.pop(slot, None)
         self._biases.pop(slot, None)
+
+    @property
+    def multiplies_only(self) -> bool:
+        """True if no delta brings a weight, a bias or rows of its own."""
+        return not (self._weights or self._biases or self._totals or self._new_rows)
 
     def after(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the output with the deltas' weights, products, biases and new logits."""

@@ -15,6 +15,26 @@ static PyObject *driver(PyObject *module, PyObject *ignored) {
     return Py_BuildValue("KKKKK", calls.read, calls.bind, calls.copy, calls.record, calls.wait);
 }
 
+/* Returns the address of the driver's function that launches a kernel, 0 where there is no CUDA driver. */
+static PyObject *launcher(PyObject *module, PyObject *ignored) {
+    (void)module, (void)ignored;
+    return PyLong_FromUnsignedLongLong(find_launcher());
+}
+
+/* Launches a kernel; returns the driver's error, 0 for none. A parameter has eight bytes, of which a kernel reads as
+ * many as it has declared. */
+static PyObject *launch(struct call *call) {
+    uint64_t address = number(call, 1, UINT64_MAX), function = number(call, 1, UINT64_MAX);
+    unsigned sizes[5]; /* the grid in three dimensions, threads, bytes of shared memory */
+    for (int i = 0; i < 5; i++) sizes[i] = (unsigned)number(call, i < 4 ? 1 : 0, INT32_MAX);
+    uint64_t stream = number(call, 0, UINT64_MAX);
+    const Py_buffer *params = array(call, "L", 1, 0);
+    require(call, extent(params, 0) <= MAX_PARAMETERS, "a kernel has at most 128 parameters");
+    int error = 0;
+    RUN(call, error = run_launch(address, function, sizes, stream, params->buf, extent(params, 0)));
+    return finish(call, PyLong_FromLong, error);
+}
+
 /* Returns the CUDA context of this thread, 0 for none. */
 static PyObject *context(PyObject *module, PyObject *ignored) {
     (void)module, (void)ignored;
@@ -95,12 +115,15 @@ static PyObject *use(PyObject *module, PyObject *name) {
     }
 LOOP_FUNCTIONS(FUNCTION)
 FUNCTION(upload)
+FUNCTION(launch)
 
 #define METHOD(NAME) {#NAME, (PyCFunction)(void (*)(void))call_##NAME, METH_FASTCALL, NULL},
 
 static PyMethodDef methods[] = {
     LOOP_FUNCTIONS(METHOD)
     METHOD(upload)
+    METHOD(launch)
+    {"launcher", launcher, METH_NOARGS, NULL},
     {"driver", driver, METH_NOARGS, NULL},
     {"context", context, METH_NOARGS, NULL},
     {"level", level, METH_NOARGS, NULL},

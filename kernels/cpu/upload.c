@@ -34,6 +34,21 @@ int find_driver(struct upload_calls *calls) {
     return calls->bind && calls->copy && calls->record && calls->wait;
 }
 
+uint64_t find_launcher(void) { return symbol(dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL), "cuLaunchKernel"); }
+
+static void *handle(uint64_t bits) { return (void *)(uintptr_t)bits; }
+
+int run_launch(uint64_t address, uint64_t function, const unsigned sizes[5], uint64_t stream, uint64_t *params,
+               size_t count) {
+    typedef int (*launch_function)(void *function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                                   unsigned shared, void *stream, void **params, void **extra);
+    FUNCTION_AT(launch_function, launch, address);
+    void *pointers[MAX_PARAMETERS];
+    for (size_t i = 0; i < count; i++) pointers[i] = params + i;
+    return launch(handle(function), sizes[0], sizes[1], sizes[2], sizes[3], 1, 1, sizes[4], handle(stream), pointers,
+                  NULL);
+}
+
 uint64_t current_context(void) {
     typedef int (*current_function)(void **context);
     uint64_t address = symbol(dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL), "cuCtxGetCurrent");
@@ -80,8 +95,6 @@ static int is_zero(const uint8_t *bytes, int64_t count) {
     for (int64_t i = 0; i < count; i++) any |= bytes[i];
     return !any;
 }
-
-static void *handle(uint64_t bits) { return (void *)(uintptr_t)bits; }
 
 #define ENDS(what, why)                        \
     do {                                       \

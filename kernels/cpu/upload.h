@@ -36,6 +36,15 @@ struct upload {
 /* Finds the functions of the CUDA driver; returns 0 where there is none. */
 int find_driver(struct upload_calls *calls);
 
+/* Returns the address of cuLaunchKernel, or 0. */
+uint64_t find_launcher(void);
+
+enum { MAX_PARAMETERS = 128 };
+
+/* Launches a kernel: grid, threads and bytes of shared memory in `sizes`, eight bytes a parameter. */
+int run_launch(uint64_t address, uint64_t function, const unsigned sizes[5], uint64_t stream, uint64_t *params,
+               size_t count);
+
 /* Returns the CUDA context of this thread, or 0. */
 uint64_t current_context(void);
 

@@ -16,6 +16,7 @@ from deltafmt.kernels.launch_arguments import (
 )
 from deltafmt.kernels.lowbit import kernel
 from deltafmt.kernels.record import LayoutTable
+from deltafmt.kernels.repeated import run
 from deltafmt.kernels.segments import Segments
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.tiles import plane_words, planes
@@ -36,7 +37,9 @@ def launch_products(
     widths = planes(layout.bits)
     words = [plane_words(table.columns, width) for width in widths]
     per_part, count = output_arguments(outputs, 32)
-    kernel.lowbit_kernel[(count, tiles.table.shape[0])](
+    run(
+        kernel.lowbit_kernel,
+        (count, tiles.table.shape[0]),
         **token_arguments(x, table, tiles),
         **per_part,
         **word_arguments(words),

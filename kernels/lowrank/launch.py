@@ -15,6 +15,7 @@ from deltafmt.kernels.launch_arguments import (
 )
 from deltafmt.kernels.lowrank import kernel
 from deltafmt.kernels.record import LayoutTable
+from deltafmt.kernels.repeated import run, scratch
 from deltafmt.kernels.segments import Segments
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.lowrank.layout import LowRankLayout
@@ -46,8 +47,10 @@ def launch_products(
     common = {**value_arguments(coding), "ZEROS": isinstance(coding, Coding) and coding.has_zero_points}
     words = [plane_words(table.columns, plane) for plane in widths]
     blocks = -(-layout.rank // 32)
-    z = torch.empty(count, width, tiles.size, layout.rank, dtype=torch.float32, device=x.device)
-    kernel.project_kernel[(width * blocks, count)](
+    z = scratch(count, width, tiles.size, layout.rank, device=x.device)
+    run(
+        kernel.project_kernel,
+        (width * blocks, count),
         **tokens,
         z_ptr=z,
         ranks=layout.rank,
@@ -61,7 +64,9 @@ def launch_products(
         num_warps=4,
     )
     per_part, programs = output_arguments(outputs, 32 * UNITS)
-    kernel.spread_kernel[(programs, count)](
+    run(
+        kernel.spread_kernel,
+        (programs, count),
         **{name: tokens[name] for name in ("order_ptr", "tiles_ptr", "records_ptr", "PARTS", "TOKENS")},
         z_ptr=z,
         **per_part,

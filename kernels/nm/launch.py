@@ -14,6 +14,7 @@ from deltafmt.kernels.nm import dense, elements, fused, gather
 from deltafmt.kernels.nm.index import index_constants, index_planes, whole_words
 from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.record import MAX_PARTS, LayoutTable
+from deltafmt.kernels.repeated import run
 from deltafmt.kernels.segments import Segments, TokenTiles
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.tiles import planes
@@ -168,7 +169,7 @@ def _launch_gather(
         blocks = gather_blocks(layout, step, table.columns, tiles.size, programs)
         per_part, count = output_arguments(outputs, blocks.mask_rows * layout.share)
         arguments |= per_part | gather_arguments(layout, step, table.columns, blocks)
-        gather.gather_kernel[(count, tile_count)](**arguments, num_warps=blocks.warps)
+        run(gather.gather_kernel, (count, tile_count), **arguments, num_warps=blocks.warps)
         return
     per_part, count = output_arguments(outputs, 32)
     arguments |= per_part | _element_arguments(layout, table.columns) | _layout_constants(layout)
@@ -178,7 +179,7 @@ def _launch_gather(
         "ELEMENTS": 32,
         "BLOCK_ROWS": 32,
     }
-    elements.element_kernel[(count, tile_count)](**arguments, num_warps=4)
+    run(elements.element_kernel, (count, tile_count), **arguments, num_warps=4)
 
 
 def _launch_dot(
@@ -199,7 +200,7 @@ def _launch_dot(
         "GROUPS": max(1, 64 // padded),
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
     }
-    dense.dot_kernel[(count, tiles.table.shape[0])](**arguments, num_warps=4, num_stages=2)
+    run(dense.dot_kernel, (count, tiles.table.shape[0]), **arguments, num_warps=4, num_stages=2)
 
 
 def launch_expand(operand: Operand, base: torch.Tensor | None, out: torch.Tensor, start: int, stop: int) -> None:

@@ -14,6 +14,7 @@ from deltafmt.kernels.launch_arguments import (
     value_arguments,
 )
 from deltafmt.kernels.record import LayoutTable
+from deltafmt.kernels.repeated import run
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.sparse import kernel
 from deltafmt.terms.sparse.layout import SparseLayout
@@ -32,7 +33,9 @@ def launch_products(
     tiles = segments.tiles(tile_tokens(min(segments.longest, most)), longest=most)
     layout = table.layout
     per_part, count = output_arguments(outputs, 32)
-    kernel.sparse_kernel[(count, tiles.table.shape[0])](
+    run(
+        kernel.sparse_kernel,
+        (count, tiles.table.shape[0]),
         **token_arguments(x, table, tiles),
         **per_part,
         blocks=layout.blocks(table.columns),
