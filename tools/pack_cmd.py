@@ -18,6 +18,13 @@ from deltafmt.tools.calibration_options import (
     say_calibration,
 )
 from deltafmt.tools.method_arguments import add_method_arguments, given_arguments, read_method, read_rule
+from deltafmt.tools.name_arguments import (
+    add_architecture_argument,
+    add_name_arguments,
+    name_options,
+    names_obj,
+    say_names,
+)
 from deltafmt.tools.targets import add_target_arguments, plan_obj, read_target, say_chosen, show
 
 if TYPE_CHECKING:
@@ -79,6 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("PATTERN", "METHOD"),
         help="use another method for these names; see below",
     )
+    add_name_arguments(parser, "the fine-tune")
+    add_architecture_argument(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random positions (default 0)")
     parser.add_argument("--threads", type=int, metavar="T", help="worker threads (default: one for each processor)")
     add_method_arguments(parser)
@@ -109,6 +118,8 @@ def run(options: argparse.Namespace) -> None:
         "rules": rules,
         "include": options.include,
         "exclude": options.exclude,
+        **name_options(options),
+        "allow_architecture": options.allow_architecture,
         "profile": options.profile,
         "seed": options.seed,
         "threads": options.threads,
@@ -153,6 +164,9 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
                 "actions": result.actions,
                 "kept_exactly": result.kept,
                 "in_base_only": result.removed,
+                "base_name": result.base_name,
+                "names": names_obj(result.names),
+                "architecture": result.architecture or None,
                 "narrow": result.narrow,
                 "resumed_tensors": result.resumed,
                 **calibration_obj(result),
@@ -166,6 +180,9 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
     smaller = f"{result.ratio:.2f} times smaller than {options.finetuned}"
     console.say(f"{result.path}: {result.size:,} bytes, {smaller}{resumed}")
     console.say(_actions(result))
+    say_names(result.names)
+    if result.architecture:
+        console.say(f"the types of the models differ: {result.architecture}")
     if result.removed:
         console.say(f"left out: {plural(result.removed, 'tensor')} that only the base has")
     if result.choice:

@@ -12,6 +12,7 @@ from deltafmt.methods import RTN, BitDelta, DeltaDQ, Method, Residual
 from deltafmt.pipeline.alternatives import Alternatives, Hessians
 from deltafmt.pipeline.choice import Choice
 from deltafmt.pipeline.job import PackJob, check_options
+from deltafmt.pipeline.pairing import PairOptions, pair_up
 from deltafmt.pipeline.plan import Rule, make_plan
 from deltafmt.pipeline.workers import Progress, thread_count
 
@@ -80,6 +81,9 @@ def plan_for_target(
     rules: Sequence[Rule] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    rename: Sequence[str] = (),
+    strip_prefix: Sequence[str] = (),
+    allow_architecture: bool = False,
     profile: str = "hot",
     seed: int = 0,
     threads: int | None = None,
@@ -93,7 +97,8 @@ def plan_for_target(
 
     Args:
         base, finetuned: a checkpoint folder or a ``.safetensors`` file.
-        target_ratio, target_size, candidates, rules, include, exclude, profile, seed, threads: as ``pack`` takes them.
+        target_ratio, target_size, candidates, rules, include, exclude, rename, strip_prefix, allow_architecture,
+            profile, seed, threads: as ``pack`` takes them.
         progress: called with a tensor's name and bytes as each is measured.
         hessians: second moments of the matrices' inputs by name, to measure the losses with.
 
@@ -106,12 +111,14 @@ def plan_for_target(
         InvalidFileError, WrongBaseError, StorageError: as ``pack`` raises them.
     """
     check_options(profile, seed)
+    options = PairOptions.parse(rename, strip_prefix, allow_architecture)
     with Checkpoint(base) as before, Checkpoint(finetuned) as after:
         target = target_bytes(target_ratio, target_size, after.file_bytes)
         if target is None:
             raise UsageError("a plan needs a target ratio or a target size")
-        plans = make_plan(before, after, None, rules, include, exclude)
-        job = PackJob(before, after, plans, profile, seed, target_metadata(target))
+        pairing = pair_up(before, after, options)
+        plans = make_plan(before, after, None, rules, include, exclude, pairing)
+        job = PackJob(before, after, plans, profile, seed, target_metadata(target), pairing)
         alternatives = Alternatives(job, candidates or default_candidates())
         alternatives.measure(thread_count(threads), progress, hessians)
         return alternatives.choose(target)

@@ -15,7 +15,9 @@ from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
+from deltafmt.format.constants import FEATURE_PARTS
 from deltafmt.pipeline.moments import MomentFolder
+from deltafmt.pipeline.pairing import Pairing
 from deltafmt.pipeline.plan import Plan, file_metadata
 from deltafmt.pipeline.workers import Progress
 
@@ -42,6 +44,7 @@ class PackJob:
         profile: ``hot`` or ``cold``.
         seed: the file's seed, 64 bits.
         description: what the file's metadata says of its method.
+        pairing: the tensors of the two checkpoints that belong together.
         moments: second moments of the matrices' inputs, if a calibration has gathered some.
     """
 
@@ -51,6 +54,7 @@ class PackJob:
     profile: str
     seed: int
     description: str
+    pairing: Pairing
     moments: MomentFolder | None = None
 
     def digest(self) -> bytes:
@@ -69,18 +73,28 @@ class PackJob:
             "seed": str(self.seed),
             "version": __version__,
         }
+        moved = sorted([name, [list(part) for part in made_of]] for name, made_of in self.pairing.moved())
+        if moved or self.pairing.architecture:
+            parts["names"] = [moved, self.pairing.architecture]
         if self.moments is not None:
             parts["calibration"] = self.moments.described
         return blake3(canonical.encode(parts)).digest()
 
     def removed(self) -> list[str]:
         """Return the names of the tensors that only the base has, sorted."""
-        return sorted(set(self.base.tensors) - set(self.finetuned.tensors))
+        return sorted(set(self.base.tensors) - set(self.finetuned.tensors) - self.pairing.taken())
+
+    def features(self) -> int:
+        """Return the incompatible features that the file's header names."""
+        return FEATURE_PARTS if any(self.pairing.moved()) else 0
 
     def metadata(self) -> dict[str, str]:
         """Return the file's metadata."""
         calibration = {} if self.moments is None else self.moments.metadata()
-        return file_metadata(self.description, self.seed, self.finetuned) | calibration
+        return (
+            file_metadata(self.description, self.seed, self.base, self.finetuned, self.pairing.architecture)
+            | calibration
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from deltafmt.pipeline.first_pass import calibrated
 from deltafmt.pipeline.job import Delivery, PackJob, check_options
 from deltafmt.pipeline.outputs import refuse_input_file
 from deltafmt.pipeline.pack_result import PackResult
+from deltafmt.pipeline.pairing import PairOptions, pair_up
 from deltafmt.pipeline.plan import Rule, make_plan
 from deltafmt.pipeline.targeted import pack_for_target
 from deltafmt.pipeline.workers import Progress, thread_count
@@ -36,6 +37,9 @@ def pack(
     rules: Sequence[Rule] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    rename: Sequence[str] = (),
+    strip_prefix: Sequence[str] = (),
+    allow_architecture: bool = False,
     calibration: Calibration | None = None,
     profile: str = "hot",
     seed: int = 0,
@@ -61,6 +65,10 @@ def pack(
             whole.
         include: if given, only names that match one of these patterns are compressed.
         exclude: names that match one of these patterns are stored whole.
+        rename: rules FROM=TO that say what a name of the fine-tune is in the base. FROM is how the name begins, or a
+            pattern with ``*``. Names that differ in a known way are matched without rules.
+        strip_prefix: beginnings of names that do not count, on either side.
+        allow_architecture: True to pack two types of model whose tensors are the same.
         calibration: a text for the fine-tune to read. The methods gptq and sparsegpt need one; others can use one.
         profile: ``hot`` or ``cold``.
         seed: the file's seed, 64 bits. Every tensor's own seed is derived from it and the tensor's name.
@@ -77,7 +85,8 @@ def pack(
             the target.
         NonFiniteError: a delta has NaN or infinity and its tensor is to be compressed.
         InvalidFileError: an input is not a valid checkpoint.
-        WrongBaseError: base and fine-tune are of different architecture.
+        WrongBaseError: base and fine-tune are of different architecture, or their names do not say what belongs
+            together.
         StorageError: reading or writing failed.
     """
     targeted = target_ratio is not None or target_size is not None
@@ -87,14 +96,16 @@ def pack(
         raise UsageError("candidates are given, and no target to choose them for")
     check_calibration(candidates, calibration)
     check_options(profile, seed)
+    options = PairOptions.parse(rename, strip_prefix, allow_architecture)
     place = Path(out) if isinstance(out, str | os.PathLike) else out
     delivery = Delivery(place, force, thread_count(threads), progress)
     with Checkpoint(base) as before, Checkpoint(finetuned) as after:
         target = target_bytes(target_ratio, target_size, after.file_bytes)
         default = method or DeltaDQ()
         description = default.describe() if target is None else target_metadata(target)
-        plans = make_plan(before, after, default if target is None else None, rules, include, exclude)
-        job = PackJob(before, after, plans, profile, seed, description)
+        pairing = pair_up(before, after, options)
+        plans = make_plan(before, after, default if target is None else None, rules, include, exclude, pairing)
+        job = PackJob(before, after, plans, profile, seed, description, pairing)
         _check_hot(job)
         _check_output(job, delivery)
         if target is not None:

@@ -1,0 +1,60 @@
+"""The names that transformers gives to a checkpoint's tensors in memory, by its own conversion mappings.
+
+Files of one architecture may say ``vit.encoder.layer.0.attention.attention.query.weight`` and, saved by another
+version, ``vit.layers.0.attention.q_proj.weight``. transformers loads both, so it knows that they are one.
+Without transformers, or for a model that it does not know, no name is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+
+class Configured(Protocol):
+    """A checkpoint with a configuration."""
+
+    def config(self) -> dict[str, Any]:
+        """Return the configuration."""
+
+
+def library_names(checkpoints: Sequence[Configured], names: Iterable[str]) -> Mapping[str, str]:
+    """Return the names in memory of those tensors for which transformers has another name.
+
+    Args:
+        checkpoints: those that the names come from; the last one whose model transformers can make decides.
+        names: names as they stand in files.
+    """
+    if not all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
+        return {}
+    for checkpoint in reversed(checkpoints):
+        # What transformers calls so is no public interface. A version that lacks it is as good as no transformers.
+        with contextlib.suppress(Exception):
+            return _renamed(_model(checkpoint.config()), names)
+    return {}
+
+
+def _model(config: Mapping[str, Any]) -> Any:
+    """Return the model of a configuration, without memory for its parameters. Only transformers' own code runs."""
+    import torch  # noqa: PLC0415 - slow to import, and few pairs need it
+    import transformers  # noqa: PLC0415
+
+    parsed = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    with torch.device("meta"):
+        return getattr(transformers, config["architectures"][0])(parsed)
+
+
+def _renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
+    from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
+    from transformers.core_model_loading import WeightRenaming, rename_source_key  # noqa: PLC0415
+
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    held = model.state_dict()
+    found = {}
+    for name in names:
+        renamed, _ = rename_source_key(name, renamings, [], model.base_model_prefix, held)
+        if renamed != name:
+            found[name] = renamed
+    return found
