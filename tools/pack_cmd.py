@@ -88,6 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_name_arguments(parser, "the fine-tune")
     add_architecture_argument(parser)
+    parser.add_argument(
+        "--base-name", metavar="NAME", help="how the delta names its base (default: BASE's own name, or its folder's)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random positions (default 0)")
     parser.add_argument("--threads", type=int, metavar="T", help="worker threads (default: one for each processor)")
     add_method_arguments(parser)
@@ -120,6 +123,7 @@ def run(options: argparse.Namespace) -> None:
         "exclude": options.exclude,
         **name_options(options),
         "allow_architecture": options.allow_architecture,
+        "base_name": options.base_name,
         "profile": options.profile,
         "seed": options.seed,
         "threads": options.threads,
@@ -164,7 +168,7 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
                 "actions": result.actions,
                 "kept_exactly": result.kept,
                 "in_base_only": result.removed,
-                "base_name": result.base_name,
+                "base_name": result.base_name or None,
                 "names": names_obj(result.names),
                 "architecture": result.architecture or None,
                 "narrow": result.narrow,

@@ -7,17 +7,18 @@ found so counts only if it leaves no layer over on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from deltafmt.checkpoint.heads import Head, match_heads
-from deltafmt.checkpoint.layouts import Slice, match_layouts
+from deltafmt.checkpoint.heads import Head
+from deltafmt.checkpoint.layouts import Slice
+from deltafmt.checkpoint.matching import Library, fits, layers, match_shapes, unique
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.spellings import is_layered, plain_name
 from deltafmt.checkpoint.stitched import Run, stitch
-from deltafmt.format.constants import element_count
+from deltafmt.format.constants import DTYPE_BITS, element_count
 
 
 class Shaped(Protocol):
@@ -26,10 +27,6 @@ class Shaped(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape."""
-
-
-# Gives, for the names of both sides, the names that a model has in memory; see deltafmt.checkpoint.library_names.
-Library = Callable[[Iterable[str]], Mapping[str, str]]
 
 
 @dataclass(slots=True)
@@ -51,13 +48,6 @@ class Correspondence:
     free: list[str] = field(default_factory=list)
     heads: list[Head] = field(default_factory=list)
     ambiguous: list[tuple[Head, ...]] = field(default_factory=list)
-
-
-def fits(wanted: tuple[int, ...], base: tuple[int, ...], *, may_grow: bool) -> bool:
-    """Tell whether shapes go together: equal, or equal but for the rows of a matrix that may grow."""
-    if wanted == base:
-        return True
-    return may_grow and len(wanted) == len(base) == 2 and wanted[1:] == base[1:]
 
 
 def correspond(
@@ -82,130 +72,45 @@ def correspond(
     result = Correspondence(dict(by_name))
     taken = {tensor.name for tensor in by_name.values()}
     left = {name: tensor.shape for name, tensor in wanted.items() if name not in by_name}
-    free = {name: tensor for name, tensor in base.items() if name not in taken}
-    if not _layers(left) or not _layers({name: tensor.shape for name, tensor in free.items()}):
-        _match_rest(left, free, rules, result)
+    free = {name: tensor.shape for name, tensor in base.items() if name not in taken}
+    numbered = any(map(is_layered, (*wanted, *base)))
+    if not layers(left, numbered=numbered) or not layers(free, numbered=numbered):
+        _match_rest(left, free, base, rules, result)
         return result
-    matcher = _Matcher(left, free, rules)
-    matcher.run()
-    if matcher.is_open and library is not None:
-        renamed = _Matcher(left, free, rules, library({*map(rules.apply, left), *map(rules.strip, free)}))
-        renamed.run()
-        if not renamed.is_open:
-            matcher = renamed
-    result.heads, result.ambiguous = matcher.heads, matcher.ambiguous
-    if matcher.is_open:
-        result.left, result.free = _layers(matcher.left), _layers(matcher.free_shapes())
+    match = match_shapes(left, free, rules.apply, rules.strip, library, numbered=numbered)
+    result.heads, result.ambiguous = match.heads, match.ambiguous
+    if match.is_open:
+        result.left = layers(match.left, numbered=numbered)
+        result.free = layers(match.free, numbered=numbered)
         return result
-    result.tensors.update(matcher.tensors)
-    result.found = list(matcher.tensors)
+    for name, slices in match.slices.items():
+        made = _stitched(name, left[name], slices, base)
+        if made is not None:
+            result.tensors[name] = made
+            result.found.append(name)
     return result
 
 
-def _layers(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return the names of matrices that belong to a model's layers."""
-    return [name for name, shape in shapes.items() if len(shape) >= 2 and element_count(shape) and is_layered(name)]
+def _stitched(name: str, shape: tuple[int, ...], slices: list[Slice], base: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the tensor that slices of the base's tensors give, or None if they are of several dtypes."""
+    runs = [Run(base[part.name], part.start, part.count) for part in slices]
+    if len(runs) == 1 and runs[0].count == element_count(runs[0].tensor.shape):
+        return runs[0].tensor if len(runs[0].tensor.shape) == len(shape) else stitch(name, shape, runs)
+    dtypes = {run.tensor.dtype for run in runs}
+    return stitch(name, shape, runs) if len(dtypes) == 1 and DTYPE_BITS[dtypes.pop()] % 8 == 0 else None
 
 
 def _match_rest(
-    left: Mapping[str, tuple[int, ...]], free: Mapping[str, Tensor], rules: Renames, result: Correspondence
+    left: Mapping[str, tuple[int, ...]],
+    free: Mapping[str, tuple[int, ...]],
+    base: Mapping[str, Tensor],
+    rules: Renames,
+    result: Correspondence,
 ) -> None:
     """Match what is left outside the layers by plain spelling alone; a head of another name is another head."""
-    names = _unique((plain_name(rules.strip(name)), name) for name in free)
+    names = unique((plain_name(rules.strip(name)), name) for name in free)
     for name, shape in left.items():
         other = names.get(plain_name(rules.apply(name)))
-        if other is not None and fits(shape, free[other].shape, may_grow=True):
-            result.tensors[name] = free[other]
+        if other is not None and fits(shape, free[other], may_grow=True):
+            result.tensors[name] = base[other]
             result.found.append(name)
-
-
-def _unique(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return a map of the keys that stand once."""
-    found: dict[str, str] = {}
-    twice = set()
-    for key, value in pairs:
-        if key in found:
-            twice.add(key)
-        found[key] = value
-    return {key: value for key, value in found.items() if key not in twice}
-
-
-class _Matcher:
-    """One attempt to match names that are not equal."""
-
-    def __init__(
-        self,
-        left: Mapping[str, tuple[int, ...]],
-        free: Mapping[str, Tensor],
-        rules: Renames,
-        spelled: Mapping[str, str] | None = None,
-    ) -> None:
-        def spelling(name: str) -> str:
-            return plain_name(name if spelled is None else spelled.get(name, name))
-
-        self.left = dict(left)
-        self._free = dict(free)
-        self._own = {name: spelling(rules.apply(name)) for name in left}
-        self._base = {name: spelling(rules.strip(name)) for name in free}
-        self.tensors: dict[str, Tensor] = {}
-        self.heads: list[Head] = []
-        self.ambiguous: list[tuple[Head, ...]] = []
-
-    @property
-    def is_open(self) -> bool:
-        """True if both sides still have layers."""
-        return bool(_layers(self.left)) and bool(_layers(self.free_shapes()))
-
-    def free_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the base's tensors that are not taken."""
-        return {name: tensor.shape for name, tensor in self._free.items()}
-
-    def run(self) -> None:
-        """Match by spelling, by beginnings and by layouts."""
-        self._by_spelling()
-        self._by_heads()
-        self._by_layouts()
-
-    def _spellings(self) -> tuple[dict[str, str], dict[str, str]]:
-        own = _unique((self._own[name], name) for name in self.left)
-        return own, _unique((self._base[name], name) for name in self._free)
-
-    def _take(self, name: str, tensor: Tensor) -> None:
-        self.tensors[name] = tensor
-        del self.left[name]
-
-    def _by_spelling(self) -> None:
-        own, base = self._spellings()
-        for spelled, name in own.items():
-            other = base.get(spelled)
-            if other is not None and self._fits(name, other):
-                self._take(name, self._free.pop(other))
-
-    def _by_heads(self) -> None:
-        own, base = self._spellings()
-        match = match_heads(own, base, lambda a, b: self._fits(own[a], base[b]))
-        self.heads, self.ambiguous = match.heads, match.ambiguous
-        for spelled, target in match.names.items():
-            self._take(own[spelled], self._free.pop(base[target]))
-
-    def _fits(self, name: str, other: str) -> bool:
-        return fits(self.left[name], self._free[other].shape, may_grow=not is_layered(name))
-
-    def _by_layouts(self) -> None:
-        own, base = self._spellings()
-        free = {spelled: self._free[name].shape for spelled, name in base.items()}
-        for head in (Head("", ""), *self.heads):
-            targets = {target: name for spelled, name in own.items() if (target := head.apply(spelled)) is not None}
-            wanted = {target: self.left[name] for target, name in targets.items() if name in self.left}
-            for target, slices in match_layouts(wanted, free).items():
-                name = targets[target]
-                tensor = self._stitched(name, [(self._free[base[part.name]], part) for part in slices])
-                if tensor is not None:
-                    self._take(name, tensor)
-        for name in {run for tensor in self.tensors.values() for run in (part.name for part in tensor.parts())}:
-            self._free.pop(name, None)
-
-    def _stitched(self, name: str, parts: list[tuple[Tensor, Slice]]) -> Tensor | None:
-        if len({tensor.dtype for tensor, _ in parts}) > 1:
-            return None
-        return stitch(name, self.left[name], [Run(tensor, part.start, part.count) for tensor, part in parts])

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 
+from deltafmt.checkpoint.base_name import base_name as folder_name
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import UsageError
 from deltafmt.methods import RTN, BitDelta, DeltaDQ, Method, Residual
@@ -84,6 +85,7 @@ def plan_for_target(
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
     allow_architecture: bool = False,
+    base_name: str | None = None,
     profile: str = "hot",
     seed: int = 0,
     threads: int | None = None,
@@ -98,7 +100,7 @@ def plan_for_target(
     Args:
         base, finetuned: a checkpoint folder or a ``.safetensors`` file.
         target_ratio, target_size, candidates, rules, include, exclude, rename, strip_prefix, allow_architecture,
-            profile, seed, threads: as ``pack`` takes them.
+            base_name, profile, seed, threads: as ``pack`` takes them.
         progress: called with a tensor's name and bytes as each is measured.
         hessians: second moments of the matrices' inputs by name, to measure the losses with.
 
@@ -118,7 +120,8 @@ def plan_for_target(
             raise UsageError("a plan needs a target ratio or a target size")
         pairing = pair_up(before, after, options)
         plans = make_plan(before, after, None, rules, include, exclude, pairing)
-        job = PackJob(before, after, plans, profile, seed, target_metadata(target), pairing)
+        named = folder_name(before) if base_name is None else base_name
+        job = PackJob(before, after, plans, profile, seed, target_metadata(target), pairing, named)
         alternatives = Alternatives(job, candidates or default_candidates())
         alternatives.measure(thread_count(threads), progress, hessians)
         return alternatives.choose(target)

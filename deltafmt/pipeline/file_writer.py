@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deltafmt.checkpoint.base_name import base_name
 from deltafmt.checkpoint.folder import read_file
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.stream import StreamFile
@@ -141,7 +140,7 @@ class _FileWriter:
         result.removed = len(self._job.removed())
         result.names = self._job.pairing.changes()
         result.architecture = self._job.pairing.architecture
-        result.base_name = base_name(self._job.base)
+        result.base_name = self._job.base_name
         if moments is not None:
             result.calibration_tokens, result.sequential = moments.tokens, moments.sequential
             added = (name for name, entry in self._entries.items() if entry.action == "add")

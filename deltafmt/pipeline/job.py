@@ -45,6 +45,7 @@ class PackJob:
         seed: the file's seed, 64 bits.
         description: what the file's metadata says of its method.
         pairing: the tensors of the two checkpoints that belong together.
+        base_name: the name of the base that the file records; empty for none.
         moments: second moments of the matrices' inputs, if a calibration has gathered some.
     """
 
@@ -55,6 +56,7 @@ class PackJob:
     seed: int
     description: str
     pairing: Pairing
+    base_name: str
     moments: MomentFolder | None = None
 
     def digest(self) -> bytes:
@@ -92,7 +94,7 @@ class PackJob:
         """Return the file's metadata."""
         calibration = {} if self.moments is None else self.moments.metadata()
         return (
-            file_metadata(self.description, self.seed, self.base, self.finetuned, self.pairing.architecture)
+            file_metadata(self.description, self.seed, self.finetuned, self.base_name, self.pairing.architecture)
             | calibration
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from deltafmt.checkpoint.base_name import base_name as folder_name
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container.partial import check_output_file
 from deltafmt.errors import Remedy, UsageError
@@ -40,6 +41,7 @@ def pack(
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
     allow_architecture: bool = False,
+    base_name: str | None = None,
     calibration: Calibration | None = None,
     profile: str = "hot",
     seed: int = 0,
@@ -69,6 +71,8 @@ def pack(
             pattern with ``*``. Names that differ in a known way are matched without rules.
         strip_prefix: beginnings of names that do not count, on either side.
         allow_architecture: True to pack two types of model whose tensors are the same.
+        base_name: the name of the base that the file records, for messages. If not given, the name that the base's
+            configuration has for the hub, or else the name of its folder. An empty text records none.
         calibration: a text for the fine-tune to read. The methods gptq and sparsegpt need one; others can use one.
         profile: ``hot`` or ``cold``.
         seed: the file's seed, 64 bits. Every tensor's own seed is derived from it and the tensor's name.
@@ -105,7 +109,8 @@ def pack(
         description = default.describe() if target is None else target_metadata(target)
         pairing = pair_up(before, after, options)
         plans = make_plan(before, after, default if target is None else None, rules, include, exclude, pairing)
-        job = PackJob(before, after, plans, profile, seed, description, pairing)
+        named = folder_name(before) if base_name is None else base_name
+        job = PackJob(before, after, plans, profile, seed, description, pairing, named)
         _check_hot(job)
         _check_output(job, delivery)
         if target is not None:

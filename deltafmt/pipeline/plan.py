@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from blake3 import blake3
 
 from deltafmt._version import __version__
-from deltafmt.checkpoint.base_name import base_name
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import NonFiniteError, Remedy, UsageError
@@ -197,20 +196,20 @@ def find_ties(pairing: Pairing, finetuned: Checkpoint) -> dict[str, str]:
 
 
 def file_metadata(
-    method: str, seed: int, base: Checkpoint, finetuned: Checkpoint, architecture: str = ""
+    method: str, seed: int, finetuned: Checkpoint, base_name: str = "", architecture: str = ""
 ) -> dict[str, str]:
     """Return the metadata of a delta file.
 
     Args:
         method: what the file says of its method: the method's description, or the target.
         seed: the file's seed.
-        base: its name is kept under ``base``.
         finetuned: the metadata of its safetensors files is kept under ``safetensors.KEY``.
+        base_name: the base's name, kept under ``base`` unless it is empty.
         architecture: the types of the two models if they differ.
     """
     return {
         **({"architecture": architecture} if architecture else {}),
-        METADATA_BASE: base_name(base),
+        **({METADATA_BASE: base_name} if base_name else {}),
         "deltafmt.version": __version__,
         "method": method,
         "seed": str(seed),
