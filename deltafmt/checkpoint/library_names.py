@@ -32,7 +32,7 @@ def library_names(checkpoints: Sequence[Configured], names: Iterable[str]) -> Ma
     for checkpoint in reversed(checkpoints):
         # What transformers calls so is no public interface. A version that lacks it is as good as no transformers.
         with contextlib.suppress(Exception):
-            return _renamed(_model(checkpoint.config()), names)
+            return names_in_model(_model(checkpoint.config()), names)
     return {}
 
 
@@ -46,7 +46,12 @@ def _model(config: Mapping[str, Any]) -> Any:
         return getattr(transformers, config["architectures"][0])(parsed)
 
 
-def _renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
+def names_in_model(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the names in a model of transformers of those tensors of a file for which it has another name.
+
+    Raises:
+        Exception: this version of transformers has no such mapping.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
     from transformers.core_model_loading import WeightRenaming, rename_source_key  # noqa: PLC0415
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from deltafmt.errors import UsageError, WrongBaseError
 from deltafmt.index.entries import TensorEntry
+from deltafmt.runtime.model_names import ModelNames, model_names
 
 Rename = Callable[[str], str]
 
@@ -111,6 +112,7 @@ def bind(
             fine-tune differ in the model.
     """
     finder = _Finder(model, rename)
+    finder.learn(model, entries)
     modules: dict[int, BoundModule] = {}
     parameters: dict[str, torch.Tensor] = {}
     ignored = []
@@ -123,9 +125,7 @@ def bind(
         elif where is not None:
             found[name] = where
         elif entry.action != "same":
-            raise UsageError(
-                f'{type(model).__name__} has no place for tensor "{name}" of the delta; ignore=["{name}"] leaves it out'
-            )
+            raise finder.missing(model, name)
     named = set(found.values())
     for name in removed:
         spot = finder.find(name)
@@ -166,6 +166,7 @@ class _Finder:
 
     def __init__(self, model: nn.Module, rename: Rename | None) -> None:
         self._rename = rename
+        self._known = ModelNames()
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._prefix = getattr(model, "base_model_prefix", "")
         self._spots: dict[int, list[tuple[str, str]]] = {}
@@ -173,9 +174,28 @@ class _Finder:
             for key, parameter in module.named_parameters(recurse=False):
                 self._spots.setdefault(id(parameter), []).append((path, key))
 
+    def learn(self, model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
+        """Find what the tensors of a delta are called in the model, where the model lacks their names."""
+        missing = [name for name in entries if self.find(name) is None]
+        if missing:
+            self._known = model_names(model, entries, missing, lambda name: self.find(name) is not None)
+
+    def missing(self, model: nn.Module, name: str) -> UsageError:
+        """Return the error for a changed tensor without a place in the model."""
+        kind = type(model).__name__
+        if name in self._known.joined:
+            return UsageError(
+                f'{kind} keeps tensor "{name}" of the delta stacked or fused with others in one tensor, '
+                f'"{self._known.joined[name]}", which is not served; unpack the delta instead'
+            )
+        return UsageError(
+            f'{kind} has no place for tensor "{name}" of the delta; rename=["FROM=TO"] says what it is called there'
+        )
+
     def find(self, name: str) -> tuple[str, str] | None:
         """Return the path of the module and the parameter's name there, or None."""
-        for candidate in self._candidates(name if self._rename is None else self._rename(name)):
+        known = self._known.names.get(name, name)
+        for candidate in self._candidates(known if self._rename is None else self._rename(known)):
             path, _, key = candidate.rpartition(".")
             if path in self._modules and self._holds(self._modules[path], key):
                 return path, key
