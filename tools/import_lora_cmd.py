@@ -6,6 +6,7 @@ import argparse
 
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
+from deltafmt.tools.name_arguments import add_name_arguments, name_options
 
 EPILOG = """\
 The factors are stored as they are, except that B is multiplied by the adapter's scaling. DoRA, convolutions and
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="hot (default): stored as it is uploaded, for serving; cold: compressed, for archives",
     )
+    add_name_arguments(parser, "the adapter")
     parser.add_argument("--threads", type=int, metavar="T", help="number of threads (default: one for each processor)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
@@ -41,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
             options.base,
             options.adapter,
             options.output,
+            **name_options(options),
             profile=options.profile,
             force=options.force,
             threads=options.threads,

@@ -36,6 +36,9 @@ ZSTD_MIN_FRAME: Final = 9  # bytes of the shortest frame: magic, a header with a
 
 PROFILES: Final = ("hot", "cold")
 
+# The key of a file's metadata that names the base, for messages.
+METADATA_BASE: Final = "base"
+
 # Section 9: limits, checked before anything is allocated.
 MAX_INDEX_BYTES: Final = 64 * 1024 * 1024
 MAX_TENSORS: Final = 1_000_000

@@ -20,9 +20,8 @@ from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.spellings import is_layered
 from deltafmt.checkpoint.stitched import stitch_parts
 from deltafmt.errors import Remedy, WrongBaseError
-from deltafmt.format.constants import element_count
+from deltafmt.format.constants import METADATA_BASE, element_count
 from deltafmt.index.entries import BasePart, BaseRef, TensorEntry
-from deltafmt.pipeline.plan import METADATA_BASE
 from deltafmt.pipeline.workers import drain
 
 

@@ -13,15 +13,12 @@ from deltafmt._version import __version__
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import NonFiniteError, Remedy, UsageError
-from deltafmt.format.constants import DELTA_DTYPES
+from deltafmt.format.constants import DELTA_DTYPES, METADATA_BASE
 from deltafmt.methods.base import Method
 from deltafmt.pipeline.pairing import Pairing, pair_up
 from deltafmt.terms.layout import TermLayout
 
 Rule = tuple[str, Method | None]
-
-# The key of a delta file's metadata that says which base it was packed against.
-METADATA_BASE = "base"
 
 NO_SMALLER = "no smaller when packed"
 UNRELATED = "its values have nothing to do with the base's"
