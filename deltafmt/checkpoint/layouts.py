@@ -19,9 +19,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 _QKV: Final = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("wq", "wk", "wv"))
 _GATE_UP: Final = (("gate_proj", "up_proj"), ("w1", "w3"), ("gate", "up"))
 FUSED: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
-    **dict.fromkeys(("qkv_proj", "qkv", "Wqkv", "wqkv", "in_proj", "query_key_value", "c_attn", "attn_qkv"), _QKV),
-    **dict.fromkeys(("gate_up_proj", "gate_up", "w13", "dense_h_to_4h"), _GATE_UP),
+    **dict.fromkeys(("qkv_proj", "qkv", "Wqkv", "wqkv", "w_qkv", "in_proj", "att_proj", "query_key_value"), _QKV),
+    **dict.fromkeys(("c_attn", "attn_qkv"), _QKV),
+    **dict.fromkeys(("gate_up_proj", "gate_up", "w13", "w12", "weights_in", "dense_h_to_4h"), _GATE_UP),
+    **dict.fromkeys(("up_gate_proj", "ff_proj"), (("up_proj", "gate_proj"),)),
     **dict.fromkeys(("kv_proj", "kv", "key_value"), (("k_proj", "v_proj"), ("key", "value"), ("k", "v"))),
+    "gqkv_proj": (("gate_proj", "q_proj", "k_proj", "v_proj"),),
+    "conv1d": (("q_conv1d", "k_conv1d", "v_conv1d"),),
 }
 _ENDS: Final = ("weight", "bias")
 

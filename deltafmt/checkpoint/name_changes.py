@@ -1,4 +1,4 @@
-"""Names that differ between two checkpoints, told in few words: ``model.* is language_model.model.* (291 tensors)``."""
+"""Names that differ between two checkpoints, told in few words: ``model.* comes from language_model.model.*``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class NameChange:
 
     def __str__(self) -> str:
         tensors = f"{self.tensors:,} tensor{'' if self.tensors == 1 else 's'}"
-        return f"{self.name} is {' and '.join(self.base)} of the base ({tensors})"
+        return f"{self.name} comes from {' and '.join(self.base)} of the base ({tensors})"
 
     def to_obj(self) -> dict[str, Any]:
         """Return a plain object for JSON."""

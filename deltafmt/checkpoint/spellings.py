@@ -20,8 +20,15 @@ LEADING: Final = (("base_model", "model"), ("module",))
 
 # Parameters that old checkpoints of BERT's family call otherwise.
 _OLD_WORDS: Final = {"gamma": "weight", "beta": "bias"}
-# The matrices of an expert, as Mixtral's files call them.
-_EXPERT_WORDS: Final = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+# The matrices of an expert, as the files of Mixtral and of others call them.
+_EXPERT_WORDS: Final = {
+    "w1": "gate_proj",
+    "w2": "down_proj",
+    "w3": "up_proj",
+    "fc1": "gate_proj",
+    "fc2": "down_proj",
+    "fc3": "up_proj",
+}
 
 
 def plain_name(name: str) -> str:

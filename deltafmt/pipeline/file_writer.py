@@ -138,7 +138,7 @@ class _FileWriter:
             if entry.columns <= NARROW_COLUMNS and plan.method is not None and plan.method.at_random:
                 result.narrow += any(term.layout.drops_most for term in entry.terms)
         result.removed = len(self._job.removed())
-        result.names = self._job.pairing.changes()
+        result.names = self._job.changes()
         result.architecture = self._job.pairing.architecture
         result.base_name = self._job.base_name
         if moments is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,10 +12,12 @@ from blake3 import blake3
 
 from deltafmt._version import __version__
 from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.name_changes import NameChange, name_changes
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
-from deltafmt.format.constants import FEATURE_PARTS
+from deltafmt.format.constants import FEATURE_PARTS, element_count
+from deltafmt.index.entries import BasePart
 from deltafmt.pipeline.moments import MomentFolder
 from deltafmt.pipeline.pairing import Pairing
 from deltafmt.pipeline.plan import Plan, file_metadata
@@ -75,7 +77,7 @@ class PackJob:
             "seed": str(self.seed),
             "version": __version__,
         }
-        moved = sorted([name, [list(part) for part in made_of]] for name, made_of in self.pairing.moved())
+        moved = [[name, [list(part) for part in made_of]] for name, made_of in self.moved()]
         if moved or self.pairing.architecture:
             parts["names"] = [moved, self.pairing.architecture]
         if self.moments is not None:
@@ -88,7 +90,20 @@ class PackJob:
 
     def features(self) -> int:
         """Return the incompatible features that the file's header names."""
-        return FEATURE_PARTS if any(self.pairing.moved()) else 0
+        return FEATURE_PARTS if any(self.moved()) else 0
+
+    def moved(self) -> Iterator[tuple[str, tuple[BasePart, ...]]]:
+        """Give the tensors whose base is not simply the base's tensor of the same name, and what theirs is made of."""
+        for plan in self.plans:
+            name, base = plan.tensor.name, plan.base
+            if base is not None and plan.alias is None:
+                parts = base.parts()
+                if parts != (BasePart(name, 0, element_count(base.shape)),):
+                    yield name, parts
+
+    def changes(self) -> list[NameChange]:
+        """Return what differs in names and layouts, in few words."""
+        return name_changes((name, [part.name for part in parts]) for name, parts in self.moved())
 
     def metadata(self) -> dict[str, str]:
         """Return the file's metadata."""

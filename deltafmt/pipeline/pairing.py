@@ -16,7 +16,6 @@ from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.spellings import is_layered, numberless
 from deltafmt.errors import Remedy, UsageError, WrongBaseError
 from deltafmt.format.constants import DELTA_DTYPES, element_count
-from deltafmt.index.entries import BasePart
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +61,6 @@ class Pairing:
     def changes(self) -> list[NameChange]:
         """Return what differs in names and layouts."""
         return name_changes((name, [part.name for part in base.parts()]) for name, base in self.tensors.items())
-
-    def moved(self) -> Iterator[tuple[str, tuple[BasePart, ...]]]:
-        """Give the tensors whose base is not simply the base's tensor of the same name, and what theirs is made of."""
-        for name, base in self.tensors.items():
-            parts = base.parts()
-            if parts != (BasePart(name, 0, element_count(base.shape)),):
-                yield name, parts
 
     def owns(self, name: str) -> bool:
         """Tell whether a tensor has a base that is not another tensor's."""
