@@ -7,6 +7,7 @@ one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.spellings import is_layered
 from deltafmt.checkpoint.stitched import stitch_parts
 from deltafmt.errors import Remedy, WrongBaseError
-from deltafmt.format.constants import METADATA_BASE, element_count
+from deltafmt.format.constants import METADATA_BASE
 from deltafmt.index.entries import BasePart, BaseRef, TensorEntry
 from deltafmt.pipeline.workers import drain
 
@@ -53,10 +54,11 @@ class BaseTensors:
         self._named = metadata.get(METADATA_BASE, "")
         needed = {entry.name: (entry, entry.base) for entry in entries if entry.base is not None}
         rules = renames or Renames()
+        tensors = {rules.strip(name): tensor for name, tensor in checkpoint.tensors.items()}
         self._tensors: dict[str, Tensor] = {}
         missing: dict[str, _Needed] = {}
         for name, (_, base) in needed.items():
-            found = _recorded(checkpoint, name, base, rules)
+            found = _recorded(tensors, name, base, rules)
             if found is not None:
                 self._tensors[name] = found
             else:
@@ -69,17 +71,23 @@ class BaseTensors:
 
     def _find_moved(self, missing: Mapping[str, _Needed], rules: Renames) -> list[tuple[str, list[str]]]:
         """Find tensors that the base has under other names; return the names on both sides."""
-        checkpoint = self.checkpoint
-        wanted = {want.recorded: want for want in missing.values()}
-        match = correspond(wanted, checkpoint.tensors, rules, lambda names: library_names((checkpoint,), names))
-        moved = []
-        for recorded, want in wanted.items():
-            tensor = match.tensors.get(recorded)
-            if tensor is None or (tensor.dtype, tensor.shape) != (want.base.dtype, want.base.shape):
-                tensor = _tied(checkpoint, want)
+        checkpoint, moved = self.checkpoint, []
+        uses = Counter(want.recorded for want in missing.values())
+        recorded = {want.recorded: want for want in missing.values() if uses[want.recorded] == 1}
+        # Pieces of one tensor have its name in common; the entries' own names may still be those of this base.
+        for wanted in (recorded, missing):
+            left = {name: want for name, want in wanted.items() if want.name not in self._tensors}
+            match = correspond(left, checkpoint.tensors, rules, lambda names: library_names((checkpoint,), names))
+            for name, want in left.items():
+                tensor = match.tensors.get(name)
+                if tensor is not None and (tensor.dtype, tensor.shape) == (want.base.dtype, want.base.shape):
+                    self._tensors[want.name] = tensor
+                    moved.append((name, [part.name for part in tensor.parts()]))
+        for name, want in missing.items():
+            tensor = None if name in self._tensors else _tied(checkpoint, want)
             if tensor is not None:
-                self._tensors[want.name] = tensor
-                moved.append((recorded, [part.name for part in tensor.parts()]))
+                self._tensors[name] = tensor
+                moved.append((want.recorded, [tensor.name]))
         return moved
 
     def _lacking(self, name: str, base: BaseRef, rules: Renames) -> WrongBaseError:
@@ -132,15 +140,11 @@ class _Needed:
     @property
     def recorded(self) -> str:
         """The name that it had in the base packed against; the entry's own if it was made of several tensors."""
-        parts = self.base.parts
-        whole = len(parts) == 1 and parts[0].elements == element_count(self.base.shape)
-        return parts[0].name if whole else self.name
+        return self.base.parts[0].name if len(self.base.parts) == 1 else self.name
 
 
-def _recorded(checkpoint: Checkpoint, name: str, base: BaseRef, rules: Renames) -> Tensor | None:
+def _recorded(tensors: Mapping[str, Tensor], name: str, base: BaseRef, rules: Renames) -> Tensor | None:
     """Return the tensor that stands where an entry says, or None if it is not there in this dtype and shape."""
-    stripped = {rules.strip(key): tensor for key, tensor in checkpoint.tensors.items()} if rules.prefixes else None
-    tensors = checkpoint.tensors if stripped is None else stripped
     if not base.parts:
         tensor = tensors.get(rules.apply(name))
         same = tensor is not None and (tensor.dtype, tensor.shape) == (base.dtype, base.shape)

@@ -183,10 +183,9 @@ def _check(
     if odd is None or 2 * matched >= total:
         return
     if found.ambiguous:
-        group = found.ambiguous[0]
-        rules = " or ".join(repr(f"{_dotted(head.own)}={_dotted(head.base)}") for head in group)
-        names = " and ".join(repr(_dotted(head.base)) for head in group)
-        raise WrongBaseError(f"several names of the base go with the fine-tune's: {names}", Remedy("rename", rules))
+        rules = " and ".join(repr(f"{_dotted(head.own)}={_dotted(head.base)}") for head in found.ambiguous[0])
+        text = f"the fine-tune's names go with the base's in several ways: the rules {rules} fit equally well"
+        raise WrongBaseError(text, Remedy("rename", None))
     other = tensors.get(odd.name) or base.tensors.get(odd.name)
     if odd.name in dropped:
         parts = found.tensors[odd.name].parts()
