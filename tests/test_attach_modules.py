@@ -170,6 +170,7 @@ def test_modules_that_are_refused(tmp_path: Path) -> None:
         attach(resized, {"d": tmp_path / "d"})
 
 
+@pytest.mark.situation("`attach`: the model keeps in one tensor what the delta has in several")
 def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
     """Experts see tokens in an order of their own, and transformers holds them in one tensor under another name."""
     import transformers

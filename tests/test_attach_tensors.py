@@ -208,6 +208,7 @@ def test_a_tie_in_the_delta_alone(tiny: Tiny, tmp_path: Path) -> None:
         attach(tiny.load(), {"d": tmp_path / "d"}, verify_base=False)
 
 
+@pytest.mark.situation("`attach`: the model's names differ from the delta's")
 @pytest.mark.parametrize("rename", [None, ["=language."], ["*=language.*"], lambda name: f"language.{name}"])
 def test_names_that_differ(tiny: Tiny, rename: Any) -> None:
     class Wrapped(torch.nn.Module):

@@ -1,0 +1,51 @@
+"""Adapters whose names differ from the base's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import deltafmt
+from conftest import Cli, normal, refused, write_folder
+from lora_files import pair_of, write_adapter
+
+LAYERS = 2
+
+
+def base(folder: Path, prefix: str = "") -> Path:
+    names = [f"{prefix}model.layers.{i}.{part}.weight" for i in range(LAYERS) for part in ("q", "o")]
+    return write_folder(folder, {name: normal(i, (48, 24)) for i, name in enumerate(names)})
+
+
+def adapter(folder: Path, start: str = "model.", inside: str = "") -> Path:
+    pairs = [pair_of(f"{start}layers.{i}.{inside}q", 48, 24, seed=10 + i) for i in range(LAYERS)]
+    return write_adapter(folder, {name: tensor for pair in pairs for name, tensor in pair.items()})
+
+
+@pytest.mark.situation("`import-lora`: the adapter's names differ from the base's by a prefix or a wrapper")
+@pytest.mark.parametrize(
+    ("of_base", "of_adapter", "inside"),
+    [
+        ("", "_orig_mod.model.", ""),
+        ("", "model.", "_checkpoint_wrapped_module."),
+        ("language_model.", "model.", ""),
+        ("", "model.language_model.", ""),
+        ("base.net.", "model.", ""),
+    ],
+)
+def test_a_prefix_or_a_wrapper(tmp_path: Path, of_base: str, of_adapter: str, inside: str) -> None:
+    a, b = base(tmp_path / "base", of_base), adapter(tmp_path / "adapter", of_adapter, inside)
+    assert deltafmt.import_lora(a, b, tmp_path / "d.deltafmt").ranks == {4: LAYERS}
+    with deltafmt.open(tmp_path / "d.deltafmt") as delta:
+        changed = [name for name in delta if delta[name].action == "add"]
+        assert delta.metadata["base"] == "base"
+    assert changed == [f"{of_base}model.layers.{i}.q.weight" for i in range(LAYERS)]
+
+
+def test_rules(tmp_path: Path, cli: Cli) -> None:
+    a, b = base(tmp_path / "base"), adapter(tmp_path / "adapter", "stack.", "attention.")
+    command = ("import-lora", a, b, "-o", tmp_path / "d.deltafmt")
+    refused(cli(*command), 4, "matches nothing", "--rename", "--strip-prefix")
+    assert cli(*command, "--rename", "stack.layers.*.attention.q.*=model.layers.*.q.*").code == 0
+    assert cli(*command, "--force", "--strip-prefix", "stack.", "--rename", "*.attention.*=*.*").code == 0
