@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 import deltafmt
-from conftest import Cli, normal, refused, write_folder
-from lora_files import pair_of, write_adapter
+from conftest import Cli, normal, read_file, refused, write_folder
+from deltafmt.methods import SVD
+from lora_files import PREFIX, pair_of, write_adapter
+from tiny_checkpoints import fused, language_model, renamed, tuned
 
 LAYERS = 2
 
@@ -49,3 +51,26 @@ def test_rules(tmp_path: Path, cli: Cli) -> None:
     refused(cli(*command), 4, "matches nothing", "--rename", "--strip-prefix")
     assert cli(*command, "--rename", "stack.layers.*.attention.q.*=model.layers.*.q.*").code == 0
     assert cli(*command, "--force", "--strip-prefix", "stack.", "--rename", "*.attention.*=*.*").code == 0
+
+
+@pytest.mark.situation("`export-lora` of a delta whose names differ from its base's")
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.language_model."])
+def test_an_exported_adapter_names_the_modules_of_the_base(tmp_path: Path, cli: Cli, prefix: str) -> None:
+    """Also of tensors that the delta stores whole, for which it records no base."""
+    tensors = language_model(head=False)
+    ft = renamed(tuned(tensors), lambda name: prefix + name.removeprefix("model."))
+    a, b = write_folder(tmp_path / "base", tensors), write_folder(tmp_path / "ft", ft)
+    deltafmt.pack(a, b, tmp_path / "d.deltafmt", method=SVD(rank=4))
+    assert cli("export-lora", tmp_path / "d.deltafmt", "-o", tmp_path / "adapter", "--base", a).code == 0
+    found, _ = read_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    modules = {name.removeprefix(PREFIX).partition(".lora_")[0].removesuffix(".weight") for name in found}
+    assert modules == {name.removesuffix(".weight") for name in tensors}
+    deltafmt.import_lora(a, tmp_path / "adapter", tmp_path / "back.deltafmt")
+
+
+@pytest.mark.situation("`export-lora` of a delta whose layout differs from its base's")
+def test_a_fused_tensor_is_no_adapters(tmp_path: Path, cli: Cli) -> None:
+    tensors = language_model()
+    a, b = write_folder(tmp_path / "base", tensors), write_folder(tmp_path / "ft", fused(tuned(tensors)))
+    deltafmt.pack(a, b, tmp_path / "d.deltafmt", method=SVD(rank=4))
+    refused(cli("export-lora", tmp_path / "d.deltafmt", "-o", tmp_path / "adapter", "--base", a), 2, "another layout")

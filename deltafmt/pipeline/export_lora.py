@@ -24,6 +24,7 @@ from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.bases import BaseTensors
 from deltafmt.pipeline.import_lora import METADATA_BASE, METADATA_TASK
+from deltafmt.pipeline.lora_entries import entries_in_base
 from deltafmt.pipeline.lora_modules import LoraModule, lora_modules
 from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.pipeline.verify import check_base
@@ -103,7 +104,8 @@ def export_lora(
     refuse_input_folder(path, [delta] if base is None else [delta, base])
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(DeltaFile(delta))
-        entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
+        named_entries = entries_in_base(opened.container.entries(), opened.container.name)
+        entries = list(named_entries.values())
         named = opened.metadata.get(METADATA_BASE)
         config = _attached_config(opened)
         tensors = None
@@ -112,7 +114,7 @@ def export_lora(
             tensors = BaseTensors(checkpoint, entries, opened.metadata, renames)
             check_base(tensors, entries, thread_count(None))
             named, config = str(checkpoint.path), config or checkpoint.config()
-        exporter = _Exporter(opened, tensors, entries, lora_modules(opened, entries, config, dtype))
+        exporter = _Exporter(opened, tensors, named_entries, lora_modules(opened, entries, config, dtype))
         task = task_type or opened.metadata.get(METADATA_TASK) or DEFAULT_TASK
         result = exporter.run(path, exporter.config(named, task), force)
         result.tied = _tied_embedding(entries, config)
@@ -123,15 +125,16 @@ class _Exporter:
     """One run of an export."""
 
     def __init__(
-        self, delta: DeltaFile, base: BaseTensors | None, entries: list[TensorEntry], modules: list[LoraModule]
+        self, delta: DeltaFile, base: BaseTensors | None, entries: dict[str, TensorEntry], modules: list[LoraModule]
     ) -> None:
         self._delta = delta
         self._base = base
+        self._entries = entries
         self._modules = modules
         self._whole: dict[str, TensorEntry] = {}
         self._bias = "none"
         owners: dict[str, list[TensorEntry]] = {}
-        for entry in entries:
+        for entry in entries.values():
             owners.setdefault(entry.name.rpartition(".")[0], []).append(entry)
         with_factors = {module.name for module in modules}
         changed = {module: parts for module, parts in owners.items() if any(part.action == "replace" for part in parts)}
@@ -199,7 +202,7 @@ class _Exporter:
         if entry.data is not None:
             writer.write(name, 0, self._delta.container.buffer(entry.data))
             return
-        tensor = None if self._base is None else self._base.find(self._delta.resolve(entry.name))
+        tensor = None if self._base is None else self._base.find(self._aliased(entry))
         assert tensor is not None
         assert self._base is not None
         if entry.base is not None and tensor.fingerprint() != entry.base.digest:
@@ -208,6 +211,10 @@ class _Exporter:
         for piece in tensor.pieces():
             writer.write(name, offset, piece)
             offset += len(piece)
+
+    def _aliased(self, entry: TensorEntry) -> TensorEntry:
+        """Return the entry that an alias stands for; other entries as they are."""
+        return entry if entry.target is None else self._entries[entry.target]
 
     def config(self, base: str | None, task_type: str) -> dict[str, Any]:
         """Return the configuration: a scaling of 1 for every rank, so that B A is the delta."""
