@@ -304,3 +304,32 @@ def test_another_type_needs_the_same_tensors_all_the_same(tmp_path: Path) -> Non
     b = write_folder(tmp_path / "ft", language_model(head=False), files=typed("b"))
     with pytest.raises(WrongBaseError, match="different architecture: tensor"):
         deltafmt.pack(a, b, tmp_path / "d", allow_architecture=True)
+
+
+@situation("A second copy of the layers in the fine-tune: a moving average, a frozen reference")
+@pytest.mark.parametrize("first", ["", "model_"])
+def test_a_second_copy_of_the_layers(tmp_path: Path, first: str) -> None:
+    base = language_model()
+    ft = tuned(base)
+    average = renamed(tuned(ft), lambda name: f"ema.{name}")
+    check(tmp_path, base, renamed(ft, lambda name: f"{first}.{name}" if first else name) | average)
+
+
+def test_new_layers_are_stored_whole(tmp_path: Path) -> None:
+    base = language_model()
+    new = {name.replace("layers.1.", "layers.2."): t for name, t in language_model(seed=300).items() if ".1." in name}
+    ft = tuned(base) | new
+    a, b = write_folder(tmp_path / "base", base), write_folder(tmp_path / "ft", ft)
+    result = deltafmt.pack(a, b, tmp_path / "d.deltafmt", method=FINE)
+    assert set(result.kept) == {name for name, tensor in new.items() if len(tensor.shape) > 1}
+    assert result.names == []
+
+
+def test_a_rule_that_explains_most_names_is_told(tmp_path: Path, cli: Cli) -> None:
+    base = language_model()
+    ft = renamed(tuned(base), lambda name: "net." + name.replace("layers.1.mlp.down_proj", "layers.1.other"))
+    a, b = write_folder(tmp_path / "base", base), write_folder(tmp_path / "ft", ft)
+    command = ("pack", a, b, "-o", tmp_path / "d", "--method", "rtn:bits=8")
+    refused(cli(*command), 4, "by the rule 'net.='", '"net.model.layers.1.other.weight"', "down_proj", "--rename")
+    done = cli(*command, "--rename", "net.=", "--json").json()
+    assert done["kept_exactly"] == {"net.model.layers.1.other.weight": "not in the base"}

@@ -76,6 +76,7 @@ def correspond(
     numbered = any(map(is_layered, (*wanted, *base)))
     if not layers(left, numbered=numbered) or not layers(free, numbered=numbered):
         _match_rest(left, free, base, rules, result)
+        _match_copies(wanted, base, rules, numbered, result)
         return result
     match = match_shapes(left, free, rules.apply, rules.strip, library, numbered=numbered)
     result.heads, result.ambiguous = match.heads, match.ambiguous
@@ -88,7 +89,26 @@ def correspond(
         if made is not None:
             result.tensors[name] = made
             result.found.append(name)
+    _match_copies(wanted, base, rules, numbered, result)
     return result
+
+
+def _match_copies(
+    wanted: Mapping[str, Shaped], base: Mapping[str, Tensor], rules: Renames, numbered: bool, result: Correspondence
+) -> None:
+    """Match layers that are left to tensors of the base that others have taken: a moving average, a frozen copy."""
+    left = {name: tensor.shape for name, tensor in wanted.items() if name not in result.tensors}
+    if not layers(left, numbered=numbered):
+        return
+    shapes = {name: tensor.shape for name, tensor in base.items()}
+    match = match_shapes(left, shapes, rules.apply, rules.strip, numbered=numbered)
+    if layers(match.left, numbered=numbered) or match.ambiguous:
+        return
+    for name, slices in match.slices.items():
+        made = _stitched(name, left[name], slices, base)
+        if made is not None:
+            result.tensors[name] = made
+            result.found.append(name)
 
 
 def _stitched(name: str, shape: tuple[int, ...], slices: list[Slice], base: Mapping[str, Tensor]) -> Tensor | None:

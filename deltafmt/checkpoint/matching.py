@@ -91,7 +91,7 @@ def _match(
     own = {name: plain(own_name(name)) for name in match.left}
     base = {name: plain(base_name(name)) for name in match.free}
     _by_spelling(match, own, base)
-    if match.is_open:
+    if match.left and match.free:
         _by_heads(match, own, base)
     if match.left and match.free:
         _by_layouts(match, own, base)

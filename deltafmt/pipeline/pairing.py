@@ -206,6 +206,10 @@ def _check(
 
 def _other_names(base: Checkpoint, finetuned: Checkpoint, odd: Tensor, found: Correspondence) -> WrongBaseError:
     """Return the error for a pair whose names differ, and for which no unique match was found."""
+    if found.heads and found.left and found.free:
+        rule = f"{_dotted(found.heads[0].own)}={_dotted(found.heads[0].base)}"
+        text = f'names go together by the rule {rule!r}, but the fine-tune has "{found.left[0]}" left'
+        return WrongBaseError(f'{text} and the base "{found.free[0]}"', Remedy("rename", None))
     shapes: dict[tuple[int, ...], str] = {}
     for name in found.free or base.tensors:
         shapes.setdefault(base.tensors[name].shape, name)

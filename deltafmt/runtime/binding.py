@@ -134,12 +134,15 @@ def bind(
                 f'the fine-tune has no tensor "{name}", which {type(model).__name__} has; '
                 f'ignore=["{name}"] takes the base\'s'
             )
+    names_of: dict[tuple[str, str], str] = {spot: name for name, spot in found.items()}
     for name, (path, attribute) in found.items():
         shared = [(path, attribute), *(spot for spot in finder.shared(path, attribute) if spot not in named)]
         parameter = finder.parameter(path, attribute)
         if parameter is not None:
             parameters[name] = parameter
-        for bound, key in finder.serving(shared, name, entries[name]):
+        copies = (names_of[spot] for spot in finder.shared(path, attribute) if spot in names_of)
+        copied = any(_is_copy(entries[name], entries[other]) for other in copies)
+        for bound, key in finder.serving(shared, name, entries[name], copied=copied):
             known = modules.setdefault(id(bound.module), bound)
             known.tensors[key] = name
             _check_shape(model, known, key, name, entries[name])
@@ -235,23 +238,29 @@ class _Finder:
         return {other for spot in spots for other in (spot, *self.shared(*spot))}
 
     def serving(
-        self, spots: Iterable[tuple[str, str]], name: str, entry: TensorEntry
+        self, spots: Iterable[tuple[str, str]], name: str, entry: TensorEntry, *, copied: bool
     ) -> Iterator[tuple[BoundModule, str]]:
         """Yield the modules that compute with a parameter.
 
         A module with other modules inside cannot be run again for its own parameter alone. It may own a parameter
         only to hand it to an inner module, as the output head of BERT does with its bias; the inner module is served.
+        Where the file has the tensor twice, as ``copied`` says, the inner module is served under the other name.
         """
         modules = [(BoundModule(path, self._modules[path], role_of(self._modules[path])), key) for path, key in spots]
         plain = [(bound, key) for bound, key in modules if _is_plain(bound.module)]
         if any(type(bound.module).__name__ in _NEVER_CALLED for bound, _ in plain) and entry.action != "same":
             raise UsageError(f'tensor "{name}" is read by torch.nn.MultiheadAttention, which does not call its modules')
-        if not plain and entry.action != "same":
+        if not plain and entry.action != "same" and not copied:
             raise UsageError(
                 f'tensor "{name}" belongs to {type(modules[0][0].module).__name__}, which has modules inside; '
                 "only linear, embedding and other innermost modules are served"
             )
         yield from plain
+
+
+def _is_copy(entry: TensorEntry, other: TensorEntry) -> bool:
+    """Tell whether two entries store the same bytes whole."""
+    return entry.action == other.action == "replace" and entry.digest == other.digest
 
 
 def _is_plain(module: nn.Module) -> bool:

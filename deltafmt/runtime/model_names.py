@@ -14,6 +14,7 @@ from torch import nn
 
 from deltafmt.checkpoint.library_names import names_in_model
 from deltafmt.checkpoint.matching import match_shapes
+from deltafmt.checkpoint.spellings import plain_name
 from deltafmt.format.constants import element_count
 from deltafmt.index.entries import TensorEntry
 
@@ -44,10 +45,15 @@ def model_names(
     """
     found = ModelNames()
     recorded = {name: _recorded(name, entries[name]) for name in missing}
-    loaded = _loaded(model, {*recorded, *recorded.values()})
+    spelled = {name: plain_name(name) for name in (*recorded, *recorded.values())}
+    loaded = _loaded(model, spelled.values())
+
+    def in_memory(name: str) -> str:
+        return loaded.get(spelled[name], spelled[name])
+
     for name, other in recorded.items():
-        for candidate in (other, loaded.get(name), loaded.get(other)):
-            if candidate is not None and has(candidate):
+        for candidate in (other, in_memory(name), in_memory(other)):
+            if has(candidate):
                 found.names[name] = candidate
                 break
     left = {
@@ -58,7 +64,7 @@ def model_names(
     taken = {*(name for name in entries if has(name)), *found.names.values()}
     free = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in taken}
     if left and free:
-        match = match_shapes(left, free, lambda name: loaded.get(name, name))
+        match = match_shapes(left, free, in_memory)
         for name, other in recorded.items():
             slices = match.slices.get(other, ()) if name not in found.names else ()
             whole = len(slices) == 1 and slices[0].count == element_count(free[slices[0].name])
