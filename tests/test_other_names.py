@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import deltafmt
-from conftest import Cli, Tensors, read_folder, refused, write_folder
+from conftest import Cli, Tensors, normal, nudge, raw, read_folder, refused, write_folder
 from deltafmt.errors import UsageError, WrongBaseError
 from tiny_checkpoints import (
     FINE,
@@ -333,3 +333,31 @@ def test_a_rule_that_explains_most_names_is_told(tmp_path: Path, cli: Cli) -> No
     refused(cli(*command), 4, "by the rule 'net.='", '"net.model.layers.1.other.weight"', "down_proj", "--rename")
     done = cli(*command, "--rename", "net.=", "--json").json()
     assert done["kept_exactly"] == {"net.model.layers.1.other.weight": "not in the base"}
+
+
+@situation(
+    "Some layers on both sides have no counterpart, such as experts that are stacked with rows and columns exchanged"
+)
+@pytest.mark.parametrize("most", [False, True])
+def test_layers_without_a_counterpart(tmp_path: Path, cli: Cli, most: bool) -> None:
+    base = experts()
+    ft = {
+        name: raw(tensor.floats().reshape(tensor.shape).swapaxes(1, 2), tensor.dtype) if ".experts." in name else tensor
+        for name, tensor in stacked(tuned(base)).items()
+    }
+    if not most:
+        large = normal(1, (4000, 64), scale=0.05)
+        base, ft = {**base, "large": large}, {**ft, "large": nudge(large, 2, scale=0.003)}
+    a, b = write_folder(tmp_path / "base", base), write_folder(tmp_path / "ft", ft)
+    done = cli("pack", a, b, "-o", tmp_path / "d", "--method", "rtn:bits=8")
+    if most:
+        refused(done, 4, "experts are stacked in one tensor on one side", ".experts.down_proj", ".experts.0.down_proj")
+        return
+    assert done.code == 0
+    assert "warning: 4 tensors of the fine-tune's layers and 18 of the base's have no counterpart" in done.out
+    assert "--rename FROM=TO" in done.out
+    found = cli("pack", a, b, "-o", tmp_path / "e", "--json").json()["unmatched"]
+    assert found["finetuned"] == sorted(name for name in ft if ".experts." in name)
+    assert len(found["base"]) == 18
+    deltafmt.unpack(a, tmp_path / "d", tmp_path / "out")
+    assert all(read_folder(tmp_path / "out")[name] == ft[name] for name in found["finetuned"])

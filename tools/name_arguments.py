@@ -25,21 +25,21 @@ def add_name_arguments(parser: argparse.ArgumentParser, side: str, base: str = "
         action="append",
         default=[],
         metavar="FROM=TO",
-        help=f"{side}'s names that begin with FROM begin with TO in {base}; each * stands for the same on both sides",
+        help=f"FROM in names of {side} is TO in {base}",
     )
     parser.add_argument(
         "--strip-prefix",
         action="append",
         default=[],
         metavar="PREFIX",
-        help="names that begin with PREFIX lose it, on either side",
+        help="names that begin with PREFIX lose it, on both sides",
     )
 
 
 def add_architecture_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--allow-architecture``."""
     parser.add_argument(
-        "--allow-architecture", action="store_true", help="accept a base of another model_type whose tensors fit"
+        "--allow-architecture", action="store_true", help="accept another model_type if the tensors fit"
     )
 
 

@@ -88,9 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_name_arguments(parser, "the fine-tune")
     add_architecture_argument(parser)
-    parser.add_argument(
-        "--base-name", metavar="NAME", help="how the delta names its base (default: BASE's own name, or its folder's)"
-    )
+    parser.add_argument("--base-name", metavar="NAME", help="how the delta names its base")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random positions (default 0)")
     parser.add_argument("--threads", type=int, metavar="T", help="worker threads (default: one for each processor)")
     add_method_arguments(parser)
@@ -170,6 +168,7 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
                 "in_base_only": result.removed,
                 "base_name": result.base_name or None,
                 "names": names_obj(result.names),
+                "unmatched": {"finetuned": result.unmatched, "base": result.unmatched_base},
                 "architecture": result.architecture or None,
                 "narrow": result.narrow,
                 "resumed_tensors": result.resumed,
@@ -185,6 +184,12 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
     console.say(f"{result.path}: {result.size:,} bytes, {smaller}{resumed}")
     console.say(_actions(result))
     say_names(result.names)
+    if result.unmatched:
+        console.say(
+            f"warning: {plural(len(result.unmatched), 'tensor')} of the fine-tune's layers and "
+            f'{len(result.unmatched_base):,} of the base\'s have no counterpart, such as "{result.unmatched[0]}" and '
+            f'"{result.unmatched_base[0]}"; --rename FROM=TO says what belongs together'
+        )
     if result.architecture:
         console.say(f"the types of the models differ: {result.architecture}")
     if result.removed:

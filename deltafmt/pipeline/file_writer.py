@@ -139,6 +139,7 @@ class _FileWriter:
                 result.narrow += any(term.layout.drops_most for term in entry.terms)
         result.removed = len(self._job.removed())
         result.names = self._job.changes()
+        result.unmatched, result.unmatched_base = list(self._job.pairing.left), list(self._job.pairing.free)
         result.architecture = self._job.pairing.architecture
         result.base_name = self._job.base_name
         if moments is not None:

@@ -23,6 +23,8 @@ class PackResult:
         narrow: number of matrices with so few columns that dropping most of each row at random may cost accuracy.
         removed: number of tensors that only the base has.
         names: what differs between the names and layouts of the two sides.
+        unmatched: matrices of the fine-tune's layers for which the base has none, although it has layers left.
+        unmatched_base: the base's matrices that are left then.
         architecture: the types of the two models, if they differ and this was allowed.
         base_name: the name of the base that the file records.
         resumed: number of tensors that an interrupted run had already packed.
@@ -43,6 +45,8 @@ class PackResult:
     narrow: int = 0
     removed: int = 0
     names: list[NameChange] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+    unmatched_base: list[str] = field(default_factory=list)
     architecture: str = ""
     base_name: str = ""
     resumed: int = 0

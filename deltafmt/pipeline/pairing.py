@@ -51,12 +51,16 @@ class Pairing:
         tied: names of tensors that the base lacks and whose base is another tensor: a head, untied from the embedding.
         unrelated: names that were left without a base because the values of the two are unrelated.
         architecture: the two types of model, if they differ and this was allowed; otherwise empty.
+        left: matrices of the fine-tune's layers without a counterpart, although the base has layers left.
+        free: those of the base, if ``left`` is not empty.
     """
 
     tensors: Mapping[str, Tensor]
     tied: frozenset[str] = frozenset()
     unrelated: frozenset[str] = frozenset()
     architecture: str = ""
+    left: tuple[str, ...] = ()
+    free: tuple[str, ...] = ()
 
     def changes(self) -> list[NameChange]:
         """Return what differs in names and layouts."""
@@ -90,7 +94,9 @@ def pair_up(base: Checkpoint, finetuned: Checkpoint, options: PairOptions | None
     tensors = {name: tensor for name, tensor in found.tensors.items() if name not in dropped}
     tied = dict(_untied(base, finetuned, tensors, dropped))
     _check(base, finetuned, tensors, found, dropped)
-    return Pairing(tensors | tied, frozenset(tied), frozenset(dropped), architecture)
+    return Pairing(
+        tensors | tied, frozenset(tied), frozenset(dropped), architecture, tuple(found.left), tuple(found.free)
+    )
 
 
 def _types(base: Checkpoint, finetuned: Checkpoint, options: PairOptions) -> str:
