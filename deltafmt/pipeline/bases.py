@@ -51,7 +51,7 @@ class BaseTensors:
         renames: Renames | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        self._named = metadata.get(METADATA_BASE, "")
+        self._named = named_base(metadata)
         needed = {entry.name: (entry, entry.base) for entry in entries if entry.base is not None}
         rules = renames or Renames()
         tensors = {rules.strip(name): tensor for name, tensor in checkpoint.tensors.items()}
@@ -97,12 +97,12 @@ class BaseTensors:
         if found is not None:
             return WrongBaseError(
                 f'{where}: tensor "{recorded}" is {found.dtype} {list(found.shape)}, '
-                f"not {base.dtype} {list(base.shape)}{self._wanted()}"
+                f"not {base.dtype} {list(base.shape)}{self._named}"
             )
         alike = next((name for name, other in self.checkpoint.tensors.items() if other.shape == base.shape), None)
         if alike is None:
-            return WrongBaseError(f'{where}: it has no tensor "{recorded}"{self._wanted()}')
-        text = f'it has no tensor "{recorded}"; "{alike}" has the same shape{self._wanted()}'
+            return WrongBaseError(f'{where}: it has no tensor "{recorded}"{self._named}')
+        text = f'it has no tensor "{recorded}"; "{alike}" has the same shape{self._named}'
         return WrongBaseError(f"{where}: {text}", Remedy("rename", None))
 
     def find(self, entry: TensorEntry) -> Tensor | None:
@@ -113,11 +113,14 @@ class BaseTensors:
         """Return the error for a base tensor whose bytes differ."""
         return WrongBaseError(
             f'wrong base {self.checkpoint.path}: tensor "{name}" differs from the one that was packed against'
-            f"{self._wanted()}"
+            f"{self._named}"
         )
 
-    def _wanted(self) -> str:
-        return f'; the delta names its base "{self._named}"' if self._named else ""
+
+def named_base(metadata: Mapping[str, str]) -> str:
+    """Return the end of a message about a wrong base: how a delta file names its base, if it does."""
+    name = metadata.get(METADATA_BASE)
+    return f'; the delta names its base "{name}"' if name else ""
 
 
 @dataclass(frozen=True, slots=True)
