@@ -110,3 +110,17 @@ def test_a_real_model_with_a_tied_copy(tmp_path: Path, models: Path) -> None:
     pairs = enumerate((folder / "math", copied))
     sizes = [deltafmt.pack(folder / "base", ft, tmp_path / f"{number}.deltafmt").size for number, ft in pairs]
     assert abs(sizes[1] - sizes[0]) <= sizes[0] / 100
+
+
+@situation("A head or an embedding under another name")
+def test_tables_under_other_names(tmp_path: Path) -> None:
+    base = language_model()
+    words = {"lm_head.weight": "output.weight", EMBEDDING: "model.tok_embeddings.weight"}
+    ft = {words.get(name, name): tensor for name, tensor in tuned(base).items()}
+    with pack(tmp_path, base, ft) as delta:
+        for before, after in words.items():
+            entry = delta[after]
+            assert entry.action == "add"
+            assert entry.base is not None
+            assert [part.name for part in entry.base.parts] == [before]
+        assert delta.container.removed == ()
