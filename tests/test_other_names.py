@@ -154,7 +154,7 @@ def test_a_text_model_of_a_multimodal_one(tmp_path: Path) -> None:
     result = deltafmt.pack(a, b, tmp_path / "typed.deltafmt", method=FINE)
     assert (result.architecture, result.removed) == ("", 2)
     assert [str(change) for change in result.names] == [
-        f"* comes from language_model.* of the base ({len(text)} tensors)"
+        f"* comes from language_model.* of the base ({result.actions['add']} tensors)"
     ]
     check(tmp_path, base, tuned(text))
 

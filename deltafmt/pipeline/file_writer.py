@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deltafmt.checkpoint.folder import read_file
+from deltafmt.checkpoint.name_changes import entry_changes
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.stream import StreamFile
 from deltafmt.container.writer import ContainerWriter
@@ -138,7 +139,7 @@ class _FileWriter:
             if entry.columns <= NARROW_COLUMNS and plan.method is not None and plan.method.at_random:
                 result.narrow += any(term.layout.drops_most for term in entry.terms)
         result.removed = len(self._job.removed())
-        result.names = self._job.changes()
+        result.names = entry_changes(self._entries.values())
         result.unmatched, result.unmatched_base = list(self._job.pairing.left), list(self._job.pairing.free)
         result.architecture = self._job.pairing.architecture
         result.base_name = self._job.base_name

@@ -12,7 +12,6 @@ from blake3 import blake3
 
 from deltafmt._version import __version__
 from deltafmt.checkpoint.folder import Checkpoint
-from deltafmt.checkpoint.name_changes import NameChange, name_changes
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
@@ -100,10 +99,6 @@ class PackJob:
                 parts = base.parts()
                 if parts != (BasePart(name, 0, element_count(base.shape)),):
                     yield name, parts
-
-    def changes(self) -> list[NameChange]:
-        """Return what differs in names and layouts, in few words."""
-        return name_changes((name, [part.name for part in parts]) for name, parts in self.moved())
 
     def metadata(self) -> dict[str, str]:
         """Return the file's metadata."""
