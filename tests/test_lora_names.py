@@ -38,7 +38,9 @@ def adapter(folder: Path, start: str = "model.", inside: str = "") -> Path:
 )
 def test_a_prefix_or_a_wrapper(tmp_path: Path, of_base: str, of_adapter: str, inside: str) -> None:
     a, b = base(tmp_path / "base", of_base), adapter(tmp_path / "adapter", of_adapter, inside)
-    assert deltafmt.import_lora(a, b, tmp_path / "d.deltafmt").ranks == {4: LAYERS}
+    result = deltafmt.import_lora(a, b, tmp_path / "d.deltafmt")
+    assert result.ranks == {4: LAYERS}
+    assert sum(change.tensors for change in result.names) == (LAYERS if result.names else 0)
     with deltafmt.open(tmp_path / "d.deltafmt") as delta:
         changed = [name for name in delta if delta[name].action == "add"]
         assert delta.metadata["base"] == "base"
@@ -48,6 +50,9 @@ def test_a_prefix_or_a_wrapper(tmp_path: Path, of_base: str, of_adapter: str, in
 def test_rules(tmp_path: Path, cli: Cli) -> None:
     a, b = base(tmp_path / "base"), adapter(tmp_path / "adapter", "stack.", "attention.")
     command = ("import-lora", a, b, "-o", tmp_path / "d.deltafmt")
+    wrapped = adapter(tmp_path / "wrapped", "model.", "_checkpoint_wrapped_module.")
+    said = "names: model.layers.*._checkpoint_wrapped_module.* comes from model.layers.*.* of the base (2 tensors)"
+    assert said in cli("import-lora", a, wrapped, "-o", tmp_path / "w.deltafmt").out
     refused(cli(*command), 4, "matches nothing", "--rename", "--strip-prefix")
     assert cli(*command, "--rename", "stack.layers.*.attention.q.*=model.layers.*.q.*").code == 0
     assert cli(*command, "--force", "--strip-prefix", "stack.", "--rename", "*.attention.*=*.*").code == 0

@@ -18,6 +18,7 @@ from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.base_name import base_name
 from deltafmt.checkpoint.folder import Checkpoint, natural_key, read_file
 from deltafmt.checkpoint.folder_writer import TensorSpec
+from deltafmt.checkpoint.name_changes import NameChange
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.container.partial import PartialFile
@@ -69,6 +70,7 @@ class ImportResult:
         same: number of tensors that equal the base's.
         base_name: the base that the adapter names; empty if it names none.
         skipped_files: names of files of the adapter's folder that could not be attached.
+        names: what differs between the adapter's names and the base's.
     """
 
     path: Path
@@ -80,6 +82,7 @@ class ImportResult:
     same: int = 0
     base_name: str = ""
     skipped_files: list[str] = field(default_factory=list)
+    names: list[NameChange] = field(default_factory=list)
 
 
 def import_lora(
@@ -130,6 +133,7 @@ def import_lora(
             adapter_bytes=opened.nbytes,
             base_name=opened.config.base_name,
             skipped_files=list(opened.skipped),
+            names=plan.names,
         )
         sink = PartialFile(path, None, force=force)
         try:

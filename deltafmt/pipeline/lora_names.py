@@ -8,6 +8,7 @@ from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.heads import match_heads
 from deltafmt.checkpoint.library_names import library_names
 from deltafmt.checkpoint.matching import unique
+from deltafmt.checkpoint.name_changes import NameChange, name_changes
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.spellings import plain_name
 
@@ -34,6 +35,10 @@ class LoraNames:
         if missing:
             # The base's names are the files', the adapter's those in memory: only the base's are renamed.
             self._match(missing, dict(library_names((base,), self._names)))
+
+    def changes(self) -> list[NameChange]:
+        """Return what differs in names, beyond a part more or less in front."""
+        return name_changes((name, [found]) for name, found in self._matched.items())
 
     def find(self, name: str) -> str | None:
         """Return the name of the base's tensor, or None if the base has none."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from deltafmt.checkpoint.adapter import Adapter, Factors, is_conv1d
 from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.name_changes import NameChange
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import InvalidFileError, Remedy, UnsupportedError, WrongBaseError
@@ -21,11 +22,13 @@ class LoraPlan:
         factors: pairs of factors, by the name of the base tensor to which their product is added.
         transposed: names of base tensors that are the transpose of their module's weight.
         replaced: tensors of the adapter that replace a base tensor, and new ones, by their name in the model.
+        names: what differs between the adapter's names and the base's.
     """
 
     factors: dict[str, Factors]
     transposed: frozenset[str]
     replaced: dict[str, Tensor]
+    names: list[NameChange]
 
 
 def plan_lora(base: Checkpoint, adapter: Adapter, renames: Renames | None = None) -> LoraPlan:
@@ -62,7 +65,7 @@ def plan_lora(base: Checkpoint, adapter: Adapter, renames: Renames | None = None
         if found in replaced:
             raise InvalidFileError(f'{adapter.path}: two tensors are the base\'s tensor "{found}"')
         replaced[found or name] = tensor
-    return LoraPlan(factors, frozenset(transposed), replaced)
+    return LoraPlan(factors, frozenset(transposed), replaced, names.changes())
 
 
 def _changes(base: Checkpoint, adapter: Adapter, name: str, found: str | None, tensor: Tensor) -> bool:
