@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+from deltafmt.checkpoint.renames import Renames
 from deltafmt.errors import MissingExtraError, UsageError
 from deltafmt.extras import lacking
 
@@ -44,7 +45,8 @@ def attach(
     host_budget: int = 0,
     verify_base: bool = True,
     ignore: Sequence[str] = (),
-    rename: Callable[[str], str] | None = None,
+    rename: Callable[[str], str] | Sequence[str] | None = None,
+    strip_prefix: Sequence[str] = (),
     fuse: bool = True,
 ) -> M:
     """Attach deltas to their base and return the same model, which then has ``delta`` and ``deltas``.
@@ -62,7 +64,9 @@ def attach(
         verify_base: compare the model's parameters with the fingerprints of every delta's base. What cannot be
             compared, because the model is quantized or narrower, is listed in ``model.deltas.unchecked``.
         ignore: tensors whose names match one of these patterns are left out, for example a head the model lacks.
-        rename: gives the model's name for a tensor's name in a file, where that is not found by itself.
+        rename: rules FROM=TO that say what a name in a file is in the model, or a function that gives the model's name.
+            FROM is how the name begins, or a pattern with ``*``. Names that differ in a known way need no rule.
+        strip_prefix: beginnings of the files' names that do not count.
         fuse: have linear modules that are given the same input (q, k and v) share a launch.
 
     Raises:
@@ -80,7 +84,7 @@ def attach(
         host_budget=host_budget,
         verify_base=verify_base,
         ignore=ignore,
-        rename=rename,
+        rename=_renaming(rename, strip_prefix),
         fuse=fuse,
     )
     try:
@@ -92,6 +96,22 @@ def attach(
     model.__dict__["deltas"] = attached
     model.__dict__["delta"] = attached.use
     return model
+
+
+def _renaming(
+    rename: Callable[[str], str] | Sequence[str] | None, strip_prefix: Sequence[str]
+) -> Callable[[str], str] | None:
+    """Return the function that rules and prefixes say, or None if there are none.
+
+    Raises:
+        UsageError: a rule is not of the form FROM=TO, or prefixes stand beside a function.
+    """
+    if callable(rename):
+        if strip_prefix:
+            raise UsageError("strip_prefix stands beside a function that renames; let the function strip it")
+        return rename
+    rules = Renames.parse(rename or (), strip_prefix)
+    return rules.apply if rules else None
 
 
 def detach(model: nn.Module) -> None:

@@ -77,7 +77,8 @@ def join(parts: Parts, *, mend: bool = True) -> bytes | None:
         parts: the pieces of the file.
         mend: correct the offsets, lengths and checksums of the sections first.
     """
-    body = bytearray(frame.encode_header().ljust(c.SECTION_ALIGNMENT, b"\0"))
+    header = frame.encode_header(incompatible=c.KNOWN_FEATURES)
+    body = bytearray(header.ljust(c.SECTION_ALIGNMENT, b"\0"))
     for number, stored in enumerate(parts.sections):
         try:
             if mend:

@@ -129,6 +129,37 @@ def float_in_entry() -> bytes:
     return change(simple(), lambda index: index["tensors"]["w"].update(shape=[40.0, 50]))
 
 
+def with_parts(parts: Any, features: int = c.FEATURE_PARTS) -> bytes:
+    """Return a file whose only tensor, of shape [40, 50], has a base made of parts."""
+
+    def edit(index: Any) -> None:
+        base = index["tensors"]["w"]["base"]
+        index["tensors"]["w"]["base"] = {"digest": base["digest"], "dtype": base["dtype"], "parts": parts}
+        index["tensors"]["w"]["base"]["shape"] = base["shape"]
+
+    return change(frame.encode_header(incompatible=features) + simple()[c.HEADER_SIZE :], edit)
+
+
+@vector("invalid", "a base is made of parts, and the header does not say so", "bit 0")
+def parts_without_feature() -> bytes:
+    return with_parts([["v", 0, 2000]], 0)
+
+
+@vector("invalid", "the parts of a base have one element too few", "1999 elements where the shape needs 2000")
+def parts_too_few() -> bytes:
+    return with_parts([["v", 0, 1000], ["u", 1, 999]])
+
+
+@vector("invalid", "the list of a base's parts is empty", "at least one part")
+def parts_none() -> bytes:
+    return with_parts([])
+
+
+@vector("invalid", "a part starts before its tensor", "is not an integer from 0")
+def parts_negative() -> bytes:
+    return with_parts([["v", -1, 2000]])
+
+
 @vector("invalid", "a tensor's entry is not a byte string", "expected a byte string")
 def entry_is_a_map() -> bytes:
     data = simple()

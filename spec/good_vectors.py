@@ -11,7 +11,7 @@ from vector_tools import add_term, encode, join, parts, simple, summed, vector
 from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.format import constants as c
-from deltafmt.index.entries import BaseRef, TensorEntry
+from deltafmt.index.entries import BasePart, BaseRef, TensorEntry
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.layout import LowRankLayout
@@ -55,6 +55,26 @@ def every_action() -> bytes:
     config = b"{}\n"
     attachment = writer.attach(config)
     writer.finish(entries, removed=["gone"], attachments={"config.json": attachment}, metadata={"method": "made up"})
+    return out.getvalue()
+
+
+@vector(
+    "ok", "parts: a base of another name, one made of two tensors, and one that is a piece of a tensor; feature bit 0"
+)
+def base_parts() -> bytes:
+    out = io.BytesIO()
+    writer = ContainerWriter(out, features=c.FEATURE_PARTS)
+    term, digest = add_term(writer, NMLayout(1, 4, 4), 6, 8, 3)
+    joined = BaseRef(bytes(32), "BF16", (2, 3, 8), (BasePart("one", 0, 24), BasePart("two", 0, 24)))
+    renamed = BaseRef(bytes(32), "F32", (4,), (BasePart("old.norm", 0, 4),))
+    piece = BaseRef(bytes(32), "I8", (5,), (BasePart("stack", 10, 5),))
+    writer.finish(
+        [
+            TensorEntry("both", "add", "BF16", (2, 3, 8), joined, digest, None, (term,)),
+            TensorEntry("new.norm", "same", "F32", (4,), renamed),
+            TensorEntry("third", "same", "I8", (5,), piece),
+        ]
+    )
     return out.getvalue()
 
 

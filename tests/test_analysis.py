@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import deltafmt
-from conftest import Cli, Pair, Tensors, normal, nudge, raw, refused, run_cli, write_pair
+from conftest import Cli, Pair, Tensors, normal, nudge, raw, refused, run_cli, write_folder, write_pair
 from deltafmt.analysis import analyze, svg, tables
 from deltafmt.analysis.approximation import OUTLIERS
 from deltafmt.analysis.layer_inputs import VECTORS, normal_inputs
@@ -57,11 +57,11 @@ def test_which_tensors_are_left_out(tmp_path: Path) -> None:
     }
     b = {**a, "new": normal(4, (2, 2)), "grown": normal(5, (6, 8)), "other": normal(6, (4, 9)), "bias": normal(7, (5,))}
     pair = write_pair(tmp_path, a, b)
-    pairs, skipped = find_pairs(Checkpoint(pair.base), Checkpoint(pair.finetuned), exclude=["gr*"])
+    pairs, skipped = find_pairs(Checkpoint(pair.base).tensors, Checkpoint(pair.finetuned), exclude=["gr*"])
     assert [one.name for one in pairs] == [UP]
     another = "another shape than the base's"
     assert skipped == {"bias": another, "grown": "excluded", "new": "not in the base", "other": another}
-    pairs, _ = find_pairs(Checkpoint(pair.base), Checkpoint(pair.finetuned), include=["gr*"])
+    pairs, _ = find_pairs(Checkpoint(pair.base).tensors, Checkpoint(pair.finetuned), include=["gr*"])
     assert [(one.name, one.rows, one.is_linear) for one in pairs] == [("grown", 4, True)]
 
 
@@ -310,7 +310,8 @@ def test_wrong_files(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> None
     a = {f"other.{name}": tensor for name, tensor in small.a.items()}
     other = write_pair(tmp_path / "other", a, {name: tensor for name, tensor in a.items() if len(tensor.shape) > 1})
     refused(cli("analyze", other.base, other.finetuned, "--delta", delta), 4, "other.model")
-    refused(cli("analyze", small.base, other.finetuned), 4, "different architecture")
+    wider = write_folder(tmp_path / "wider", {name: normal(7, (9, 7)) for name in small.b})
+    refused(cli("analyze", small.base, wider), 4, "different architecture", "[9, 7]")
     reverse = tmp_path / "reverse.deltafmt"
     deltafmt.pack(small.finetuned, small.base, reverse)
     refused(cli("analyze", small.base, small.finetuned, "--delta", reverse), 4, f"{reverse}: wrong base {small.base}")

@@ -34,7 +34,7 @@ def whole_numbers(seed: int, shape: tuple[int, ...]) -> Raw:
 def matrix_pair(folder: Path, delta: NDArray[Any]) -> TensorPair:
     base = whole_numbers(0, delta.shape)
     pair = write_pair(folder, {UP: base}, {UP: plus(base, delta)})
-    pairs, _ = find_pairs(Checkpoint(pair.base), Checkpoint(pair.finetuned))
+    pairs, _ = find_pairs(Checkpoint(pair.base).tensors, Checkpoint(pair.finetuned))
     return pairs[0]
 
 

@@ -162,7 +162,7 @@ def test_a_head_that_the_model_lacks(tiny: Tiny) -> None:
 
     tokens = ids(2, 5)
     inner = transformers.LlamaModel.from_pretrained(tiny.base, dtype=torch.float32).eval()
-    with pytest.raises(UsageError, match=r'^LlamaModel has no place for tensor "lm_head.weight" of the delta; ignore='):
+    with pytest.raises(UsageError, match=r'^LlamaModel has no place for tensor "lm_head.weight" of the delta; rename='):
         attach(inner, tiny.deltas)
     model = attach(inner, tiny.deltas, ignore=["lm_head.*"])
     assert model.deltas.ignored == {"one": ["lm_head.weight"], "two": ["lm_head.weight"]}
@@ -208,7 +208,9 @@ def test_a_tie_in_the_delta_alone(tiny: Tiny, tmp_path: Path) -> None:
         attach(tiny.load(), {"d": tmp_path / "d"}, verify_base=False)
 
 
-def test_names_that_differ(tiny: Tiny) -> None:
+@pytest.mark.situation("`attach`: the model's names differ from the delta's")
+@pytest.mark.parametrize("rename", [None, ["=language."], ["*=language.*"], lambda name: f"language.{name}"])
+def test_names_that_differ(tiny: Tiny, rename: Any) -> None:
     class Wrapped(torch.nn.Module):
         def __init__(self, inner: Any) -> None:
             super().__init__()
@@ -219,9 +221,7 @@ def test_names_that_differ(tiny: Tiny) -> None:
 
     tokens = ids(2, 4)
     wrapped = Wrapped(tiny.load())
-    with pytest.raises(UsageError, match=r'^Wrapped has no place for tensor "lm_head.weight"'):
-        attach(wrapped, tiny.deltas)
-    model = attach(wrapped, tiny.deltas, rename=lambda name: f"language.{name}")
+    model = attach(wrapped, tiny.deltas, rename=rename)
     with model.delta(["two", "one"]):
         found = logits(model, tokens)
     assert close(found[0], logits(tiny.load(tiny.unpacked["two"]), tokens)[0])

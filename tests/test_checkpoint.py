@@ -62,7 +62,7 @@ def plain_delta(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("plain")
     a, b = small_tensors()
     out = folder / "out.deltafmt"
-    deltafmt.pack(_layout(folder / "a", a, "file"), _layout(folder / "b", b, "file"), out)
+    deltafmt.pack(_layout(folder / "a", a, "file"), _layout(folder / "b", b, "file"), out, base_name="a")
     return out.read_bytes()
 
 
@@ -72,7 +72,7 @@ def test_the_layout_of_shards_does_not_reach_the_delta(tmp_path: Path, plain_del
     a, b = small_tensors()
     base = _layout(tmp_path / "a", a, how if side != "finetuned" else "folder")
     finetuned = _layout(tmp_path / "b", b, how if side != "base" else "folder")
-    deltafmt.pack(base, finetuned, tmp_path / "out.deltafmt")
+    deltafmt.pack(base, finetuned, tmp_path / "out.deltafmt", base_name="a")
     assert (tmp_path / "out.deltafmt").read_bytes() == plain_delta
 
 
@@ -305,9 +305,9 @@ def test_an_unaligned_file_is_read_right(tmp_path: Path) -> None:
     paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     for path, tensors in zip(paths, ({**odd, **a}, {**odd, **b}), strict=True):
         path.write_bytes(safetensors_bytes(tensors))
-    deltafmt.pack(*paths, tmp_path / "odd.deltafmt")
+    deltafmt.pack(*paths, tmp_path / "odd.deltafmt", base_name="")
     even = write_folder(tmp_path / "even a", {**a, **odd}), write_folder(tmp_path / "even b", {**b, **odd})
-    deltafmt.pack(*even, tmp_path / "even.deltafmt")
+    deltafmt.pack(*even, tmp_path / "even.deltafmt", base_name="")
     assert (tmp_path / "odd.deltafmt").read_bytes() == (tmp_path / "even.deltafmt").read_bytes()
     deltafmt.unpack(paths[0], tmp_path / "odd.deltafmt", tmp_path / "out")
     deltafmt.unpack(even[0], tmp_path / "odd.deltafmt", tmp_path / "out2")

@@ -9,6 +9,7 @@ from deltafmt.errors import UsageError
 from deltafmt.tools import console
 from deltafmt.tools.calibration_options import check_tokenizer
 from deltafmt.tools.method_arguments import read_spelling
+from deltafmt.tools.name_arguments import add_architecture_argument, add_name_arguments, name_options, say_names
 
 NM = "4:16"
 BITS = 4
@@ -63,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--include", action="append", default=[], metavar="PATTERN", help="look only at these tensors")
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these tensors out")
+    add_name_arguments(parser, "the fine-tune")
+    add_architecture_argument(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random inputs (default 0)")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--html", metavar="REPORT", help="also write a page with plots")
@@ -101,6 +104,8 @@ def run(options: argparse.Namespace) -> None:
             tokenizer=options.tokenizer,
             include=options.include,
             exclude=options.exclude,
+            **name_options(options),
+            allow_architecture=options.allow_architecture,
             seed=options.seed,
             progress=progress,
         )
@@ -109,6 +114,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         console.say_json({"ok": True, "report": options.html, **report.to_obj()})
         return
+    say_names(report.names)
     shown = [tables.tensor_table(report)] if options.tensors else tables.tables(report)
     for number, table in enumerate(shown):
         if number:

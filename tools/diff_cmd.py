@@ -7,6 +7,7 @@ import argparse
 from deltafmt.errors import EXIT_OK
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
+from deltafmt.tools.name_arguments import add_name_arguments, name_options, names_obj, say_names
 
 # The exit code of git diff --exit-code, diff and cmp for inputs that differ.
 EXIT_DIFFERENT = 1
@@ -26,18 +27,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exit-code", action="store_true", help="exit with 1 if A and B differ; without this option, exit with 0"
     )
+    add_name_arguments(parser, "B", "A")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     from deltafmt.pipeline.diff import diff
 
-    result = diff(options.a, options.b)
+    result = diff(options.a, options.b, **name_options(options))
     code = EXIT_DIFFERENT if options.exit_code and result.changes else EXIT_OK
     if options.json:
         changes = [change.to_obj() for change in result.changes]
-        console.say_json({"ok": True, "equal": not changes, "same": result.same, "changes": changes})
+        console.say_json(
+            {
+                "ok": True,
+                "equal": not changes,
+                "same": result.same,
+                "changes": changes,
+                "names": names_obj(result.names),
+            }
+        )
         return code
+    say_names(result.names)
     rows = []
     for change in result.changes:
         numbers = "" if change.relative is None else f"relative {change.relative:.2e}, largest {change.largest:.2e}"

@@ -6,6 +6,7 @@ import argparse
 
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
+from deltafmt.tools.name_arguments import add_name_arguments, name_options
 
 EPILOG = """\
 Every term of the delta must be lowrank; several terms of one tensor become one pair of factors with the sum of their
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task-type", metavar="NAME", help="PEFT's task type (default: that of the imported adapter, or CAUSAL_LM)"
     )
     parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
+    add_name_arguments(parser, "the delta", "BASE")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -43,6 +45,7 @@ def run(options: argparse.Namespace) -> None:
         base=options.base,
         dtype=options.dtype and options.dtype.upper(),
         task_type=options.task_type,
+        **name_options(options),
         force=options.force,
     )
     if result.tied:

@@ -6,6 +6,7 @@ import argparse
 
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
+from deltafmt.tools.name_arguments import add_name_arguments, name_options, names_obj, say_names
 
 EPILOG = """\
 The factors are stored as they are, except that B is multiplied by the adapter's scaling. DoRA, convolutions and
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="hot (default): stored as it is uploaded, for serving; cold: compressed, for archives",
     )
+    add_name_arguments(parser, "the adapter")
     parser.add_argument("--threads", type=int, metavar="T", help="number of threads (default: one for each processor)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
@@ -41,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
             options.base,
             options.adapter,
             options.output,
+            **name_options(options),
             profile=options.profile,
             force=options.force,
             threads=options.threads,
@@ -59,6 +62,7 @@ def run(options: argparse.Namespace) -> None:
                 "replaced": result.replaced,
                 "same": result.same,
                 "base_name": result.base_name or None,
+                "names": names_obj(result.names),
             }
         )
         return
@@ -67,5 +71,6 @@ def run(options: argparse.Namespace) -> None:
     if result.replaced:
         parts.append(f"{len(result.replaced)} stored whole")
     console.say(", ".join([*parts, f"{result.same} same as the base"]))
+    say_names(result.names)
     if result.base_name:
         console.say(f"the adapter names its base {result.base_name}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from deltafmt.checkpoint.name_changes import entry_changes
 from deltafmt.container.reader import Container
 from deltafmt.pipeline import summary
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
+from deltafmt.tools.name_arguments import say_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +44,7 @@ def _print_tree(container: Container) -> None:
         found = sum(entry.action == action for entry in entries)
         if found:
             console.say(f"{text}: {plural(found, 'tensor')}")
+    say_names(entry_changes(entries))
     if container.removed:
         console.say(f"in the base only: {plural(len(container.removed), 'tensor')}")
     console.say()

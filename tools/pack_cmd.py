@@ -24,6 +24,13 @@ from deltafmt.tools.method_arguments import (
     read_method,
     read_rule,
 )
+from deltafmt.tools.name_arguments import (
+    add_architecture_argument,
+    add_name_arguments,
+    name_options,
+    names_obj,
+    say_names,
+)
 from deltafmt.tools.targets import add_target_arguments, plan_obj, read_target, say_chosen, show
 
 if TYPE_CHECKING:
@@ -85,6 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("PATTERN", "METHOD"),
         help="use another method for these names; see below",
     )
+    add_name_arguments(parser, "the fine-tune")
+    add_architecture_argument(parser)
+    parser.add_argument("--base-name", metavar="NAME", help="how the delta names its base")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random positions (default 0)")
     parser.add_argument("--threads", type=int, metavar="T", help="worker threads (default: one for each processor)")
     add_method_argument(parser)
@@ -119,6 +129,9 @@ def run(options: argparse.Namespace) -> None:
         "rules": rules,
         "include": options.include,
         "exclude": options.exclude,
+        **name_options(options),
+        "allow_architecture": options.allow_architecture,
+        "base_name": options.base_name,
         "profile": options.profile,
         "seed": options.seed,
         "threads": options.threads,
@@ -165,6 +178,10 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
                 "actions": result.actions,
                 "kept_exactly": result.kept,
                 "in_base_only": result.removed,
+                "base_name": result.base_name or None,
+                "names": names_obj(result.names),
+                "unmatched": {"finetuned": result.unmatched, "base": result.unmatched_base},
+                "architecture": result.architecture or None,
                 "narrow": result.narrow,
                 "resumed_tensors": result.resumed,
                 **calibration_obj(result),
@@ -178,6 +195,15 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
     smaller = f"{result.ratio:.2f} times smaller than {options.finetuned}"
     console.say(f"{result.path}: {result.size:,} bytes, {smaller}{resumed}")
     console.say(_actions(result))
+    say_names(result.names)
+    if result.unmatched:
+        console.say(
+            f"warning: {plural(len(result.unmatched), 'tensor')} of the fine-tune's layers and "
+            f'{len(result.unmatched_base):,} of the base\'s have no counterpart, such as "{result.unmatched[0]}" and '
+            f'"{result.unmatched_base[0]}"; --rename FROM=TO says what belongs together'
+        )
+    if result.architecture:
+        console.say(f"the types of the models differ: {result.architecture}")
     if result.removed:
         console.say(f"left out: {plural(result.removed, 'tensor')} that only the base has")
     if result.choice:

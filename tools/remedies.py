@@ -8,12 +8,14 @@ from deltafmt.errors import DeltafmtError, Remedy
 
 # By the keyword argument that a remedy names; VALUE stands for the remedy's value.
 _SENTENCES = {
+    "allow_architecture": "--allow-architecture accepts them all the same",
     "base": "--base FOLDER names the base",
     "calibration": "--calibration FILE names a text for the fine-tune to read",
     "exclude": "--exclude VALUE stores the tensor whole",
     "force": "--force replaces it",
     "out": "-o - writes to standard output",
     "profile": "--profile VALUE allows it",
+    "rename": "--rename 'FROM=TO' or --strip-prefix PREFIX says what belongs together",
 }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from deltafmt.errors import UsageError
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
+from deltafmt.tools.name_arguments import add_name_arguments, name_options, names_obj, say_names
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="accept a base whose bytes differ from those packed against; the output's metadata records it",
     )
+    add_name_arguments(parser, "the delta", "BASE")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -45,6 +47,7 @@ def run(options: argparse.Namespace) -> None:
             options.output,
             force=options.force,
             force_base=options.force_base,
+            **name_options(options),
             max_shard_bytes=limit,
             threads=options.threads,
             progress=progress,
@@ -60,11 +63,13 @@ def run(options: argparse.Namespace) -> None:
                 "bytes": result.nbytes,
                 "files": result.files,
                 "mismatched": result.mismatched,
+                "names": names_obj(result.names),
             }
         )
         return
     files = f" and {', '.join(result.files)}" if result.files else ""
     console.say(f"{result.path}: {plural(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
+    say_names(result.names)
 
 
 def _other_base(names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from deltafmt.errors import EXIT_OK, DeltafmtError
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
+from deltafmt.tools.name_arguments import add_name_arguments, name_options, names_obj, say_names
 
 if TYPE_CHECKING:
     from deltafmt.pipeline.verify import VerifyResult
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("delta", metavar="DELTA", nargs="+", help="a delta file; several may be given")
     parser.add_argument("--base", metavar="BASE", help="check that this is the base that the delta was packed against")
     parser.add_argument("--threads", type=int, metavar="T", help="number of threads (default: one for each processor)")
+    add_name_arguments(parser, "the delta", "BASE")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,9 +54,10 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
     from deltafmt.pipeline.verify import verify
 
     with console.progress_bar("verifying", lambda: console.delta_bytes(file), not options.json) as progress:
-        result = verify(file, options.base, threads=options.threads, progress=progress)
+        result = verify(file, options.base, **name_options(options), threads=options.threads, progress=progress)
     if not options.json:
         console.say(f"{file}: {describe(result)}")
+        say_names(result.names)
     return {
         "ok": True,
         "file": file,
@@ -62,6 +65,7 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
         "tensors": result.tensors,
         "base_tensors": result.base_tensors,
         "content_id": result.content_id,
+        "names": names_obj(result.names),
     }
 
 

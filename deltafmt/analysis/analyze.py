@@ -14,11 +14,13 @@ from deltafmt.analysis.quantized import histogram_of
 from deltafmt.analysis.report import Candidate, Report, TensorFigures
 from deltafmt.analysis.spectrum import spectrum_of
 from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.renames import Renames
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import NonFiniteError, UsageError, WrongBaseError
 from deltafmt.methods.base import Method
 from deltafmt.methods.deltadq import DeltaDQ
-from deltafmt.pipeline.plan import check_architecture
+from deltafmt.pipeline.bases import BaseTensors
+from deltafmt.pipeline.pairing import PairOptions, pair_up
 from deltafmt.pipeline.verify import check_base
 from deltafmt.pipeline.workers import thread_count
 
@@ -34,6 +36,9 @@ def analyze(
     tokenizer: str | os.PathLike[str] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    rename: Sequence[str] = (),
+    strip_prefix: Sequence[str] = (),
+    allow_architecture: bool = False,
     seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
 ) -> Report:
@@ -49,6 +54,7 @@ def analyze(
         tokenizer: a ``tokenizer.json``, if the fine-tune's folder has no tokenizer.
         include: patterns; if given, only tensors whose names match one of them are analyzed.
         exclude: patterns; tensors whose names match one of them are left out.
+        rename, strip_prefix, allow_architecture: as :func:`deltafmt.pack` takes them.
         seed: the seed for random inputs, positions and projections.
         progress: a function that is called with a tensor's name and bytes: once when the tensor's figures are done, and
             once more for every delta file.
@@ -59,12 +65,13 @@ def analyze(
         InvalidFileError, StorageError: a file cannot be read.
     """
     n, m, bits = quantization
+    options = PairOptions.parse(rename, strip_prefix, allow_architecture)
     if bits < 2:
         raise UsageError(f"bits k = {bits}: a histogram after min-max quantization needs at least 2 bits")
     own = DeltaDQ(n, m, bits, index="seeded" if m & (m - 1) == 0 and m <= 128 else "fixed")
     with Checkpoint(base) as before, Checkpoint(finetuned) as after:
-        check_architecture(before, after)
-        pairs, skipped = find_pairs(before, after, include, exclude)
+        pairing = pair_up(before, after, options)
+        pairs, skipped = find_pairs(pairing.tensors, after, include, exclude)
         if not pairs:
             raise UsageError(f"no tensor of {finetuned} is left to analyze")
         inputs = normal_inputs(seed)
@@ -72,6 +79,7 @@ def analyze(
             linear = [pair.name for pair in pairs if pair.is_linear]
             inputs = calibrated_inputs(finetuned, calibration, linear, tokenizer)
         report = Report(str(base), str(finetuned), inputs.source, after.file_bytes, quantization, skipped=skipped)
+        report.names = pairing.changes()
         for pair in pairs:
             try:
                 report.tensors.append(figures_of(pair, inputs, quantization, seed))
@@ -80,15 +88,16 @@ def analyze(
             if progress:
                 progress(pair.name, pair.finetuned.nbytes)
         for path in deltas:
-            _check_base(before, path, report)
+            _check_base(before, path, report, options.renames)
             _measure(report, str(path), path, inputs, progress)
+        named = {"rename": rename, "strip_prefix": strip_prefix, "allow_architecture": allow_architecture}
         for method in methods or (() if deltas else (own,)):
-            with packed(base, finetuned, method, [*skipped]) as path:
+            with packed(base, finetuned, method, [*skipped], **named) as path:
                 _measure(report, method.spelling(), path, inputs, progress)
     return report
 
 
-def _check_base(base: Checkpoint, path: str | os.PathLike[str], report: Report) -> None:
+def _check_base(base: Checkpoint, path: str | os.PathLike[str], report: Report, renames: Renames) -> None:
     """Check that a delta file was made for the base, as far as its tensors are analyzed.
 
     Raises:
@@ -98,7 +107,7 @@ def _check_base(base: Checkpoint, path: str | os.PathLike[str], report: Report) 
     with DeltaFile(path) as opened:
         entries = [entry for entry in opened.container.entries() if entry.name in analyzed]
         try:
-            check_base(base, entries, thread_count(None))
+            check_base(BaseTensors(base, entries, opened.metadata, renames), entries, thread_count(None))
         except WrongBaseError as error:
             raise error.located(str(path)) from error
 

@@ -73,12 +73,23 @@ def pooled(several: Sequence[Approximation]) -> Approximation:
 
 @contextlib.contextmanager
 def packed(
-    base: str | os.PathLike[str], finetuned: str | os.PathLike[str], method: Method, leave_out: Sequence[str] = ()
+    base: str | os.PathLike[str],
+    finetuned: str | os.PathLike[str],
+    method: Method,
+    leave_out: Sequence[str] = (),
+    **named: Any,
 ) -> Iterator[Path]:
-    """Give the path of a temporary delta file that a method makes; tensors named in ``leave_out`` are stored whole."""
+    """Give the path of a temporary delta file that a method makes.
+
+    Args:
+        base, finetuned: the checkpoints.
+        method: the method.
+        leave_out: names of tensors that are stored whole.
+        named: the arguments of :func:`deltafmt.pack` about names.
+    """
     with tempfile.TemporaryDirectory(prefix="deltafmt-") as folder:
         out = Path(folder) / "analyzed.deltafmt"
-        pack(base, finetuned, out, method=method, exclude=[glob.escape(name) for name in leave_out])
+        pack(base, finetuned, out, method=method, exclude=[glob.escape(name) for name in leave_out], **named)
         yield out
 
 

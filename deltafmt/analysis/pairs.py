@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,12 +94,13 @@ class TensorPair:
 
 
 def find_pairs(
-    base: Checkpoint, finetuned: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    base: Mapping[str, Tensor], finetuned: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> tuple[list[TensorPair], dict[str, str]]:
     """Return the tensors to analyze, and the reason why each other tensor of the fine-tune is left out.
 
     Args:
-        base, finetuned: the checkpoints.
+        base: the base's tensors, by the names of the fine-tune's.
+        finetuned: the fine-tune.
         include: shell patterns; if given, only tensors whose names match one of them are analyzed.
         exclude: shell patterns; tensors whose names match one of them are left out.
 
@@ -113,7 +114,7 @@ def find_pairs(
     skipped: dict[str, str] = {}
     chosen: list[tuple[Tensor, Tensor]] = []
     for name, tensor in finetuned.tensors.items():
-        other = base.tensors.get(name)
+        other = base.get(name)
         reason = _why_not(tensor, other)
         if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
             reason = "not included"

@@ -14,6 +14,7 @@ from deltafmt.analysis.norms import Norms, relative
 from deltafmt.analysis.pairs import TensorPair
 from deltafmt.analysis.quantized import Histogram
 from deltafmt.analysis.spectrum import Spectrum
+from deltafmt.checkpoint.name_changes import NameChange
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,7 @@ class Report:
         candidates: the delta files whose losses were measured.
         tensors: the figures of every analyzed tensor.
         skipped: the reasons for leaving out the other tensors, by name.
+        names: what differs between the names and layouts of the two sides.
     """
 
     base: str
@@ -151,6 +153,7 @@ class Report:
     candidates: list[Candidate] = field(default_factory=list)
     tensors: list[TensorFigures] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    names: list[NameChange] = field(default_factory=list)
 
     @property
     def matrices(self) -> list[TensorFigures]:
@@ -203,6 +206,7 @@ class Report:
             "histogram": {"n": n, "m": m, "bits": bits, **self.histogram.to_obj()},
             "tensors": [one.to_obj() for one in self.tensors],
             "skipped": self.skipped,
+            "names": [change.to_obj() for change in self.names],
         }
 
 

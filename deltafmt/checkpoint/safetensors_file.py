@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.errors import InvalidFileError, StorageError
 from deltafmt.format import constants as c
+from deltafmt.index.entries import BasePart
 from deltafmt.output import storage_error
 from deltafmt.terms.floats import RAW_DTYPES
 
@@ -56,6 +57,14 @@ class Tensor:
     def columns(self) -> int:
         """Columns: the last dimension (1 for a 0-d tensor)."""
         return self.shape[-1] if self.shape else 1
+
+    def parts(self) -> tuple[BasePart, ...]:
+        """Return the tensors of the checkpoint whose elements follow each other in this one: itself."""
+        return (BasePart(self.name, 0, c.element_count(self.shape)),)
+
+    def will_need(self) -> None:
+        """Ask the system to read the tensor ahead. An error is ignored."""
+        self.file.will_need(self.offset, self.nbytes)
 
     @contextlib.contextmanager
     def pages(self, start: int, length: int) -> Iterator[memoryview]:

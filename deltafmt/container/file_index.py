@@ -32,6 +32,7 @@ class FileIndex:
         tensors: the encoded entries by tensor name; :meth:`entry` decodes one.
         removed: the names of the tensors that the base has and the fine-tune lacks.
         attachments: the attached files by name.
+        features: the header's incompatible features.
     """
 
     profile: str
@@ -41,15 +42,17 @@ class FileIndex:
     tensors: dict[str, Any]
     removed: tuple[str, ...]
     attachments: Mapping[str, Attachment]
+    features: int = 0
 
     @classmethod
-    def parse(cls, data: bytes, index_offset: int, max_raw_bytes: int) -> Self:
+    def parse(cls, data: bytes, index_offset: int, max_raw_bytes: int, features: int = 0) -> Self:
         """Decode and check an index.
 
         Args:
             data: the encoded index.
             index_offset: the place of the index in the file, where the last section must end.
             max_raw_bytes: refuse an index whose sections decode to more bytes than this.
+            features: the header's incompatible features.
 
         Raises:
             InvalidFileError: the index breaks the format; the message names the place.
@@ -69,7 +72,8 @@ class FileIndex:
         if len(tensors) > c.MAX_TENSORS:
             fail("tensors", f"{len(tensors)} entries are more than {c.MAX_TENSORS}")
         removed = _parse_removed(obj["removed"], tensors)
-        index = cls(profile, metadata, layouts, sections, tensors, removed, _parse_attachments(obj["attachments"]))
+        attachments = _parse_attachments(obj["attachments"])
+        index = cls(profile, metadata, layouts, sections, tensors, removed, attachments, features)
         for name, attachment in index.attachments.items():
             index.check_ref(attachment.data, f'attachments["{name}"]', c.SECTION_KIND_ATTACHMENTS)
         return index
@@ -84,6 +88,8 @@ class FileIndex:
         if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
             fail(where, f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
         entry = TensorEntry.from_obj(name, self._decode_entry(name), self.layouts)
+        if entry.base is not None and entry.base.parts and not self.features & c.FEATURE_PARTS:
+            fail((where, ".base.parts"), "the header does not have the feature of parts, bit 0")
         refs = entry.refs()
         for buffer, ref in refs:
             if ref.section != refs[0][1].section:

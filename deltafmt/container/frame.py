@@ -25,8 +25,8 @@ def encode_header(version: int = c.FORMAT_VERSION, incompatible: int = 0, compat
     return body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
 
 
-def check_header(data: bytes) -> None:
-    """Check a header.
+def check_header(data: bytes) -> int:
+    """Check a header and return its incompatible features, all of which this reader knows.
 
     Raises:
         UnsupportedError: the file needs a newer reader, or a feature that this reader lacks.
@@ -46,11 +46,13 @@ def check_header(data: bytes) -> None:
         raise UnsupportedError(f"the file needs a reader of version {version}, this one reads {c.FORMAT_VERSION}")
     if version == 0:
         raise InvalidFileError("the header asks for reader version 0, which never existed")
-    if incompatible:
-        names = ", ".join(str(bit) for bit in range(64) if incompatible >> bit & 1)
+    unknown = incompatible & ~c.KNOWN_FEATURES
+    if unknown:
+        names = ", ".join(str(bit) for bit in range(64) if unknown >> bit & 1)
         raise UnsupportedError(f"the file uses incompatible features that this reader lacks: bit {names}")
     if size != c.HEADER_SIZE or any(reserved):
         raise InvalidFileError("reserved bytes of the header are not as required")
+    return int(incompatible)
 
 
 @dataclass(frozen=True, slots=True)

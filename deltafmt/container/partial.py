@@ -36,6 +36,7 @@ class PartialFile:
         path: the output file.
         job: the digest of the job; sections of an earlier run are kept only if its job is equal. None starts over.
         force: replace ``path`` if it exists.
+        features: the incompatible features of the file's header.
 
     Attributes:
         sections, layouts, entries: the sections, layouts and entries that an earlier run has completed; the entries
@@ -46,12 +47,13 @@ class PartialFile:
         StorageError: the folder is missing, or writing failed.
     """
 
-    def __init__(self, path: Path, job: bytes | None, *, force: bool = False) -> None:
+    def __init__(self, path: Path, job: bytes | None, *, force: bool = False, features: int = 0) -> None:
         check_output_file(path, force=force)
         self.path = path
         self.sections: list[Section] = []
         self.layouts: list[TermLayout] = []
         self.entries: dict[str, Any] = {}
+        self._header = frame.encode_header(incompatible=features)
         self._partial = path.parent / f".{path.name}.partial"
         with self._storage_errors():
             # The journal is the lock: it is opened first and removed last.
@@ -111,8 +113,8 @@ class PartialFile:
         except (InvalidFileError, KeyError, TypeError):
             return False
         self._file.seek(0)
-        head = frame.encode_header()
-        if not self.sections and self._file.read(c.SECTION_ALIGNMENT) != head.ljust(c.SECTION_ALIGNMENT, b"\0"):
+        head = self._header.ljust(c.SECTION_ALIGNMENT, b"\0")
+        if not self.sections and self._file.read(c.SECTION_ALIGNMENT) != head:
             return False
         self._file.seek(section.offset)
         hasher = xxhash.xxh3_128()

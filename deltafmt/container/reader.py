@@ -67,7 +67,7 @@ class Container:
     def _open(self, max_raw_bytes: int) -> None:
         source = self._source
         header = bytes(source.read(0, min(c.HEADER_SIZE, source.size)))
-        frame.check_header(header)
+        self.features = frame.check_header(header)
         if source.size < c.SECTION_ALIGNMENT + c.TRAILER_SIZE:
             raise InvalidFileError(f"the file ends too early, after {source.size} bytes")
         trailer_bytes = bytes(source.read(source.size - c.TRAILER_SIZE, c.TRAILER_SIZE))
@@ -80,7 +80,7 @@ class Container:
         self.content_id = trailer.content_id
         self.seal = trailer.digest
         self._check_zeros(c.HEADER_SIZE, c.SECTION_ALIGNMENT, "after the header")
-        self._index = FileIndex.parse(index, trailer.index_offset, max_raw_bytes)
+        self._index = FileIndex.parse(index, trailer.index_offset, max_raw_bytes, self.features)
 
     @property
     def profile(self) -> str:

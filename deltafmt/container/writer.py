@@ -61,14 +61,15 @@ class ContainerWriter:
         sink: the target of the bytes.
         profile: ``hot`` stores tensors as they are, ``cold`` compresses them; attachments are compressed in both.
         sections: the sections that an interrupted run has written to the sink already; writing goes on behind them.
+        features: the incompatible features of the header (spec section 4.4).
     """
 
-    def __init__(self, sink: Sink, profile: str = "hot", sections: Iterable[Section] = ()) -> None:
+    def __init__(self, sink: Sink, profile: str = "hot", sections: Iterable[Section] = (), features: int = 0) -> None:
         if profile not in c.PROFILES:
             raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
         self.profile = profile
         self._sink = sink
-        self._header = frame.encode_header()
+        self._header = frame.encode_header(incompatible=features)
         self._sections = list(sections)
         self._layouts: dict[TermLayout, int] = {}
         self._open: _OpenSection | None = None

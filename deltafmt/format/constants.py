@@ -15,6 +15,10 @@ HEADER_SIZE: Final = 64
 TRAILER_MAGIC: Final = b"DLTEND\r\n"
 TRAILER_SIZE: Final = 128
 
+# Section 4.4: incompatible features, a bit each.
+FEATURE_PARTS: Final = 1 << 0  # a base tensor is made of parts of base tensors (section 7.4)
+KNOWN_FEATURES: Final = FEATURE_PARTS
+
 # Section 5: sections and buffers.
 SECTION_ALIGNMENT: Final = 4096
 BUFFER_ALIGNMENT: Final = 256
@@ -31,6 +35,9 @@ ZSTD_CHUNK: Final = 256 * 1024
 ZSTD_MIN_FRAME: Final = 9  # bytes of the shortest frame: magic, a header with a size, one empty block
 
 PROFILES: Final = ("hot", "cold")
+
+# The key of a file's metadata that names the base, for messages.
+METADATA_BASE: Final = "base"
 
 # Section 9: limits, checked before anything is allocated.
 MAX_INDEX_BYTES: Final = 64 * 1024 * 1024

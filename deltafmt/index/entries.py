@@ -6,8 +6,8 @@ only if it has exactly the keys and types of values that ``to_obj`` gives; unkno
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
@@ -20,29 +20,67 @@ MAX_SLOTS = 2**48
 ACTIONS = ("same", "replace", "add", "alias")
 
 
+class BasePart(NamedTuple):
+    """Some elements of a base tensor: ``[name, start, count]`` in C order (spec section 7.4)."""
+
+    name: str
+    start: int
+    elements: int
+
+
 @dataclass(frozen=True, slots=True)
 class BaseRef:
-    """Identity of a base tensor: dtype, shape and fingerprint (spec section 7.5)."""
+    """Identity of a base tensor: dtype, shape and fingerprint (spec section 7.5).
+
+    Attributes:
+        digest, dtype, shape: the fingerprint, dtype and shape.
+        parts: the elements of base tensors that follow each other in this one; empty for the base's tensor of the
+            entry's own name.
+    """
 
     digest: bytes
     dtype: str
     shape: tuple[int, ...]
-
-    KEYS = ("digest", "dtype", "shape")
+    parts: tuple[BasePart, ...] = ()
 
     @classmethod
     def from_obj(cls, obj: Any, where: Where) -> BaseRef:
         """Return a base identity, after checking it."""
-        digest, dtype, shape = check_fields(obj, where, cls.KEYS)
-        return cls(
+        has_parts = type(obj) is dict and "parts" in obj
+        digest, dtype, *parts, shape = check_fields(
+            obj, where, ("digest", "dtype", *(("parts",) if has_parts else ()), "shape")
+        )
+        ref = cls(
             check_bytes(digest, (where, ".digest"), DIGEST_BYTES),
             check_dtype(dtype, (where, ".dtype")),
             check_shape(shape, (where, ".shape")),
         )
+        return replace(ref, parts=_parse_parts(parts[0], (where, ".parts"), ref)) if parts else ref
 
     def to_obj(self) -> dict[str, Any]:
         """Return the index's form."""
-        return {"digest": self.digest, "dtype": self.dtype, "shape": list(self.shape)}
+        parts = {"parts": [list(part) for part in self.parts]} if self.parts else {}
+        return {"digest": self.digest, "dtype": self.dtype, **parts, "shape": list(self.shape)}
+
+
+def _parse_parts(obj: Any, where: Where, ref: BaseRef) -> tuple[BasePart, ...]:
+    if type(obj) is not list or not obj:
+        fail(where, "expected a list of at least one part")
+    if c.DTYPE_BITS[ref.dtype] % 8:
+        fail(where, f"a tensor of {ref.dtype} has no parts, because its elements share bytes")
+    parts = []
+    for i, row in enumerate(obj):
+        if type(row) is not list or len(row) != 3 or type(row[0]) is not str:
+            fail((where, "[", i, "]"), "expected a name and two integers")
+        if not 1 <= len(row[0].encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
+            fail((where, "[", i, "]"), f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
+        start, count = (check_uint(value, (where, "[", i, "]"), c.MAX_ELEMENTS) for value in row[1:])
+        parts.append(BasePart(row[0], start, count))
+    needed = c.element_count(ref.shape)
+    total = sum(part.elements for part in parts)
+    if total != needed:
+        fail(where, f"the parts have {total} elements where the shape needs {needed}")
+    return tuple(parts)
 
 
 @dataclass(frozen=True, slots=True)

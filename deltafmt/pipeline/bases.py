@@ -1,55 +1,186 @@
-"""Checks that a checkpoint is the base that a delta was packed against (spec/deltafmt-v1.md, section 7.5)."""
+"""The base that a delta is applied to: its tensors, and the check that they are those packed against.
+
+Whoever applies a delta looks its base's tensors up by the names that the file records (spec/deltafmt-v1.md, sections
+7.4 and 7.5). A base may have them under other names, or keep a tied head apart. Fingerprints tell whether it is the
+one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
+from deltafmt.checkpoint.correspondence import correspond
 from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.library_names import library_names
+from deltafmt.checkpoint.name_changes import NameChange, name_changes
+from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.errors import WrongBaseError
-from deltafmt.index.entries import TensorEntry
+from deltafmt.checkpoint.spellings import is_layered
+from deltafmt.checkpoint.stitched import stitch_parts
+from deltafmt.errors import Remedy, WrongBaseError
+from deltafmt.format.constants import METADATA_BASE
+from deltafmt.index.entries import BasePart, BaseRef, TensorEntry
 from deltafmt.pipeline.workers import drain
 
 
-def find_base(checkpoint: Checkpoint, entry: TensorEntry) -> Tensor | None:
-    """Return the base tensor that an entry needs, or None if it needs none.
-
-    Raises:
-        WrongBaseError: the base lacks the tensor, or has it in another dtype or shape.
-    """
-    if entry.base is None:
-        return None
-    tensor = checkpoint.tensors.get(entry.name)
-    if tensor is None:
-        raise WrongBaseError(f'wrong base {checkpoint.path}: it has no tensor "{entry.name}"')
-    if (tensor.dtype, tensor.shape) != (entry.base.dtype, entry.base.shape):
-        raise WrongBaseError(
-            f'wrong base {checkpoint.path}: tensor "{entry.name}" is {tensor.dtype} {list(tensor.shape)}, '
-            f"not {entry.base.dtype} {list(entry.base.shape)}"
-        )
-    return tensor
-
-
-def wrong_bytes(checkpoint: Checkpoint, name: str) -> WrongBaseError:
-    """Return the error for a base tensor whose bytes differ."""
-    return WrongBaseError(f'wrong base {checkpoint.path}: tensor "{name}" differs from the one that was packed against')
-
-
-def compare_bases(base: Checkpoint, entries: Iterable[TensorEntry], threads: int) -> Iterator[tuple[str, bool]]:
-    """Give the name of every base tensor that the entries need, and True if its bytes are those packed against.
+class BaseTensors:
+    """The base's tensors by the names of the entries that need them.
 
     Args:
-        base: the checkpoint.
+        checkpoint: the base.
         entries: the entries of a delta file.
-        threads: worker threads for the fingerprints.
+        metadata: the file's metadata, which may name the base.
+        renames: what the names that the file records are in this base.
+
+    Attributes:
+        checkpoint: the base.
+        changes: what differs between the names that the file records and those of the base.
 
     Raises:
         WrongBaseError: the base lacks a tensor, or has it in another dtype or shape.
     """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        entries: Iterable[TensorEntry],
+        metadata: Mapping[str, str],
+        renames: Renames | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self._named = named_base(metadata)
+        needed = {entry.name: (entry, entry.base) for entry in entries if entry.base is not None}
+        rules = renames or Renames()
+        tensors = {rules.strip(name): tensor for name, tensor in checkpoint.tensors.items()}
+        self._tensors: dict[str, Tensor] = {}
+        missing: dict[str, _Needed] = {}
+        for name, (_, base) in needed.items():
+            found = _recorded(tensors, name, base, rules)
+            if found is not None:
+                self._tensors[name] = found
+            else:
+                missing[name] = _Needed(name, base)
+        moved = self._find_moved(missing, rules) if missing else []
+        self.changes: list[NameChange] = name_changes(moved)
+        for name, want in missing.items():
+            if name not in self._tensors:
+                raise self._lacking(name, want.base, rules)
+
+    def _find_moved(self, missing: Mapping[str, _Needed], rules: Renames) -> list[tuple[str, list[str]]]:
+        """Find tensors that the base has under other names; return the names on both sides."""
+        checkpoint, moved = self.checkpoint, []
+        uses = Counter(want.recorded for want in missing.values())
+        recorded = {want.recorded: want for want in missing.values() if uses[want.recorded] == 1}
+        # Pieces of one tensor have its name in common; the entries' own names may still be those of this base.
+        for wanted in (recorded, missing):
+            left = {name: want for name, want in wanted.items() if want.name not in self._tensors}
+            match = correspond(left, checkpoint.tensors, rules, lambda names: library_names((checkpoint,), names))
+            for name, want in left.items():
+                tensor = match.tensors.get(name)
+                if tensor is not None and (tensor.dtype, tensor.shape) == (want.base.dtype, want.base.shape):
+                    self._tensors[want.name] = tensor
+                    moved.append((name, [part.name for part in tensor.parts()]))
+        for name, want in missing.items():
+            tensor = None if name in self._tensors else _tied(checkpoint, want)
+            if tensor is not None:
+                self._tensors[name] = tensor
+                moved.append((want.recorded, [tensor.name]))
+        return moved
+
+    def _lacking(self, name: str, base: BaseRef, rules: Renames) -> WrongBaseError:
+        recorded = _Needed(name, base).recorded
+        found = self.checkpoint.tensors.get(rules.apply(recorded))
+        where = f"wrong base {self.checkpoint.path}"
+        if found is not None:
+            return WrongBaseError(
+                f'{where}: tensor "{recorded}" is {found.dtype} {list(found.shape)}, '
+                f"not {base.dtype} {list(base.shape)}{self._named}"
+            )
+        alike = next((name for name, other in self.checkpoint.tensors.items() if other.shape == base.shape), None)
+        if alike is None:
+            return WrongBaseError(f'{where}: it has no tensor "{recorded}"{self._named}')
+        text = f'it has no tensor "{recorded}"; "{alike}" has the same shape{self._named}'
+        return WrongBaseError(f"{where}: {text}", Remedy("rename", None))
+
+    def find(self, entry: TensorEntry) -> Tensor | None:
+        """Return the base tensor that an entry needs, or None if it needs none."""
+        return self._tensors[entry.name] if entry.base is not None else None
+
+    def differs(self, name: str) -> WrongBaseError:
+        """Return the error for a base tensor whose bytes differ."""
+        return WrongBaseError(
+            f'wrong base {self.checkpoint.path}: tensor "{name}" differs from the one that was packed against'
+            f"{self._named}"
+        )
+
+
+def named_base(metadata: Mapping[str, str]) -> str:
+    """Return the end of a message about a wrong base: how a delta file names its base, if it does."""
+    name = metadata.get(METADATA_BASE)
+    return f'; the delta names its base "{name}"' if name else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Needed:
+    """A base tensor that is not there under its recorded name.
+
+    Attributes:
+        name: the entry's name.
+        base: what the entry says of it.
+    """
+
+    name: str
+    base: BaseRef
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        return self.base.shape
+
+    @property
+    def recorded(self) -> str:
+        """The name that it had in the base packed against; the entry's own if it was made of several tensors."""
+        return self.base.parts[0].name if len(self.base.parts) == 1 else self.name
+
+
+def _recorded(tensors: Mapping[str, Tensor], name: str, base: BaseRef, rules: Renames) -> Tensor | None:
+    """Return the tensor that stands where an entry says, or None if it is not there in this dtype and shape."""
+    if not base.parts:
+        tensor = tensors.get(rules.apply(name))
+        same = tensor is not None and (tensor.dtype, tensor.shape) == (base.dtype, base.shape)
+        return tensor if same else None
+    parts = [BasePart(rules.apply(part.name), part.start, part.elements) for part in base.parts]
+    return stitch_parts(name, base.dtype, base.shape, parts, tensors)
+
+
+def _tied(checkpoint: Checkpoint, want: _Needed) -> Tensor | None:
+    """Return the embedding of a base that ties its head to it, where the base packed against had both, or None.
+
+    Its fingerprint tells, so no other tensor is taken for it.
+    """
+    if is_layered(want.recorded) or len(want.shape) != 2:
+        return None
+    for name, tensor in checkpoint.tensors.items():
+        alike = (tensor.dtype, tensor.shape) == (want.base.dtype, want.base.shape) and not is_layered(name)
+        if alike and tensor.fingerprint() == want.base.digest:
+            return tensor
+    return None
+
+
+def compare_bases(base: BaseTensors, entries: Iterable[TensorEntry], threads: int) -> Iterator[tuple[str, bool]]:
+    """Give the name of every base tensor that the entries need, and True if its bytes are those packed against.
+
+    Args:
+        base: the base's tensors.
+        entries: the entries of a delta file.
+        threads: worker threads for the fingerprints.
+    """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-base")
     try:
-        needed = [(entry, tensor) for entry in entries if (tensor := find_base(base, entry)) is not None]
+        needed = [(entry, tensor) for entry in entries if (tensor := base.find(entry)) is not None]
         digests = pool.map(Tensor.fingerprint, [tensor for _, tensor in needed])
         for (entry, _), digest in zip(needed, digests, strict=True):
             yield entry.name, entry.base is not None and digest == entry.base.digest

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from deltafmt.checkpoint.base_name import base_name as folder_name
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import UsageError
 from deltafmt.methods import RTN, BitDelta, DeltaDQ, Method, Residual
 from deltafmt.pipeline.alternatives import Alternatives, Hessians
 from deltafmt.pipeline.choice import Choice
 from deltafmt.pipeline.job import PackJob, check_options
+from deltafmt.pipeline.pairing import PairOptions, pair_up
 from deltafmt.pipeline.plan import Rule, make_plan
 from deltafmt.pipeline.target import target_bytes, target_metadata
 from deltafmt.pipeline.workers import Progress, thread_count
@@ -53,6 +55,10 @@ def plan_for_target(
     rules: Sequence[Rule] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    rename: Sequence[str] = (),
+    strip_prefix: Sequence[str] = (),
+    allow_architecture: bool = False,
+    base_name: str | None = None,
     profile: str = "hot",
     seed: int = 0,
     threads: int | None = None,
@@ -66,7 +72,8 @@ def plan_for_target(
 
     Args:
         base, finetuned: a checkpoint folder or a ``.safetensors`` file.
-        target_ratio, target_size, candidates, rules, include, exclude, profile, seed, threads: as ``pack`` takes them.
+        target_ratio, target_size, candidates, rules, include, exclude, rename, strip_prefix, allow_architecture,
+            base_name, profile, seed, threads: as ``pack`` takes them.
         progress: called with a tensor's name and bytes as each is measured.
         hessians: second moments of the matrices' inputs by name, to measure the losses with.
 
@@ -79,12 +86,15 @@ def plan_for_target(
         InvalidFileError, WrongBaseError, StorageError: as ``pack`` raises them.
     """
     check_options(profile, seed)
+    options = PairOptions.parse(rename, strip_prefix, allow_architecture)
     with Checkpoint(base) as before, Checkpoint(finetuned) as after:
         target = target_bytes(target_ratio, target_size, after.file_bytes)
         if target is None:
             raise UsageError("a plan needs a target ratio or a target size")
-        plans = make_plan(before, after, None, rules, include, exclude)
-        job = PackJob(before, after, plans, profile, seed, target_metadata(target))
+        pairing = pair_up(before, after, options)
+        plans = make_plan(before, after, None, rules, include, exclude, pairing)
+        named = folder_name(before) if base_name is None else base_name
+        job = PackJob(before, after, plans, profile, seed, target_metadata(target), pairing, named)
         alternatives = Alternatives(job, candidates or default_candidates())
         alternatives.measure(thread_count(threads), progress, hessians)
         return alternatives.choose(target)

@@ -19,7 +19,7 @@ from deltafmt.delta import BATCH_ELEMENTS, row_ranges
 from deltafmt.errors import NonFiniteError, UsageError
 from deltafmt.index.entries import BaseRef
 from deltafmt.methods.base import DeltaRows, Method, PackedTerm
-from deltafmt.pipeline.entry_writer import TermBytes, packed_bytes
+from deltafmt.pipeline.entry_writer import TermBytes, base_ref, packed_bytes
 from deltafmt.pipeline.job import PackJob
 from deltafmt.pipeline.plan import Plan, not_finite, shared_bytes, tensor_seed
 from deltafmt.pipeline.workers import drain, in_order
@@ -88,7 +88,7 @@ class _Work:
 
     def _base_ref(self, base: Tensor) -> BaseRef:
         digest = base.fingerprint() if self.fingerprint is None else self.fingerprint.result()
-        return BaseRef(digest, base.dtype, base.shape)
+        return base_ref(base, digest, self.plan.tensor.name)
 
 
 class Compressor:
@@ -127,7 +127,7 @@ class Compressor:
         """Start the work on one tensor."""
         tensor, base, method = plan.tensor, plan.base, plan.method
         work = _Work(plan, tensor_seed(self._job.seed, tensor.name))
-        tensor.file.will_need(tensor.offset, tensor.nbytes)
+        tensor.will_need()
         if plan.alias is not None or base is None:
             return work
         work.same = self._pool.submit(tensor.equals, base)

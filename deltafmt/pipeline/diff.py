@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from deltafmt.checkpoint.correspondence import correspond
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
+from deltafmt.checkpoint.library_names import library_names
+from deltafmt.checkpoint.name_changes import NameChange, name_changes
+from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.container.content import semantic_entry
 from deltafmt.container.reader import Container
@@ -53,13 +57,26 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class DiffResult:
-    """The changes, and the number of tensors that are the same."""
+    """What differs.
+
+    Attributes:
+        changes: the tensors, attachments and keys that differ.
+        same: number of tensors that are the same.
+        names: for two checkpoints, what differs between their names and layouts.
+    """
 
     changes: list[Change]
     same: int
+    names: list[NameChange] = field(default_factory=list)
 
 
-def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> DiffResult:
+def diff(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    rename: Sequence[str] = (),
+    strip_prefix: Sequence[str] = (),
+) -> DiffResult:
     """Compare two delta files, or two checkpoints.
 
     Delta files are compared by the digests in their indexes. :func:`deltafmt.verify` checks that the bytes of a file
@@ -67,15 +84,21 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> DiffResult:
 
     Args:
         a, b: two delta files, or two checkpoints: folders or ``.safetensors`` files.
+        rename: for two checkpoints, rules FROM=TO that say what a name of B is in A, as :func:`deltafmt.pack` takes
+            them.
+        strip_prefix: for two checkpoints, beginnings of names that do not count, on either side.
 
     Raises:
-        UsageError: one is a delta file and the other a checkpoint.
+        UsageError: one is a delta file and the other a checkpoint, or rules of names are given for delta files.
         InvalidFileError, StorageError: an input cannot be read.
     """
+    renames = Renames.parse(rename, strip_prefix)
     are_deltas = [_is_delta(Path(path)) for path in (a, b)]
     if are_deltas[0] != are_deltas[1]:
         one, other = (a, b) if are_deltas[0] else (b, a)
         raise UsageError(f"{one} is a delta file and {other} is not; diff compares two delta files or two checkpoints")
+    if are_deltas[0] and renames:
+        raise UsageError("rules of names are for two checkpoints, and these are delta files")
     if are_deltas[0]:
         with DeltaFile(a) as first, DeltaFile(b) as second:
             found = _collect(
@@ -85,7 +108,17 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> DiffResult:
             )
             return DiffResult(found.changes + _compare_rest(first.container, second.container), found.same)
     with Checkpoint(a) as left, Checkpoint(b) as right:
-        return _collect(left.tensors, right.tensors, _compare_tensors)
+        return _compare_checkpoints(left, right, renames)
+
+
+def _compare_checkpoints(left: Checkpoint, right: Checkpoint, renames: Renames) -> DiffResult:
+    """Compare two checkpoints, each tensor of B with the one of A that belongs to it."""
+    match = correspond(right.tensors, left.tensors, renames, lambda names: library_names((left, right), names))
+    changes = name_changes((name, [part.name for part in tensor.parts()]) for name, tensor in match.tensors.items())
+    taken = {part.name for tensor in match.tensors.values() for part in tensor.parts()}
+    before = {name: tensor for name, tensor in left.tensors.items() if name not in taken} | match.tensors
+    found = _collect(before, right.tensors, _compare_tensors)
+    return DiffResult(found.changes, found.same, changes)
 
 
 def _is_delta(path: Path) -> bool:

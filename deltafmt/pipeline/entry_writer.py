@@ -14,7 +14,8 @@ from blake3 import blake3
 from deltafmt.checkpoint.folder_writer import TensorSpec
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.container.writer import ContainerWriter
-from deltafmt.index.entries import BaseRef, TensorEntry, Term
+from deltafmt.format.constants import element_count
+from deltafmt.index.entries import BasePart, BaseRef, TensorEntry, Term
 from deltafmt.index.sections import BufferRef
 from deltafmt.output import Bytes
 from deltafmt.terms.buffers import Packed, raw_bytes
@@ -57,6 +58,19 @@ def packed_bytes(codec: AnyCodec, packed: Packed) -> TermBytes:
             digested[name] = raw_bytes(form)
     stored = {name: raw_bytes(array) for name, array in packed.items()}
     return TermBytes(codec.layout, codec.seed, codec.slots, stored, digested)
+
+
+def base_ref(base: Tensor, digest: bytes, name: str) -> BaseRef:
+    """Return the identity of a base tensor, and where it lies in the base unless that is under the entry's own name.
+
+    Args:
+        base: the base tensor.
+        digest: its fingerprint.
+        name: the entry's name.
+    """
+    parts = base.parts()
+    own = parts == (BasePart(name, 0, element_count(base.shape)),)
+    return BaseRef(digest, base.dtype, base.shape, () if own else parts)
 
 
 class EntryWriter:

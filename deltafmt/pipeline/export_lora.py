@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -17,12 +17,14 @@ from deltafmt.checkpoint.adapter import PREFIX, WEIGHTS_FILE, is_embedding
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec, check_output_folder
+from deltafmt.checkpoint.renames import Renames
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
-from deltafmt.pipeline.bases import find_base, wrong_bytes
+from deltafmt.pipeline.bases import BaseTensors
 from deltafmt.pipeline.import_lora import METADATA_BASE, METADATA_TASK
+from deltafmt.pipeline.lora_entries import entries_in_base
 from deltafmt.pipeline.lora_modules import LoraModule, lora_modules
 from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.pipeline.verify import check_base
@@ -66,6 +68,8 @@ def export_lora(
     base: str | os.PathLike[str] | None = None,
     dtype: str | None = None,
     task_type: str | None = None,
+    rename: Sequence[str] = (),
+    strip_prefix: Sequence[str] = (),
     force: bool = False,
 ) -> ExportResult:
     """Write a delta whose terms are all ``lowrank`` as a LoRA adapter with a scaling of 1.
@@ -81,6 +85,9 @@ def export_lora(
         dtype: the dtype of the factors: ``BF16``, ``F16`` or ``F32``. If not given, the dtype in which all terms of a
             tensor are stored, or F32 for terms of codes; both are exact.
         task_type: PEFT's name of the task. If not given, the task of the adapter that was imported, or ``CAUSAL_LM``.
+        rename: rules FROM=TO that say what a name that the file records is in this base. FROM is how the name begins,
+            or a pattern with ``*``. Bases whose names differ in a known way are recognized without rules.
+        strip_prefix: beginnings of names that do not count, on either side.
         force: True to replace ``out`` if it is a folder that exists.
 
     Raises:
@@ -92,19 +99,22 @@ def export_lora(
     """
     if dtype is not None and dtype not in c.DELTA_DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(c.DELTA_DTYPES)}")
-    path = Path(out)
+    path, renames = Path(out), Renames.parse(rename, strip_prefix)
     check_output_folder(path, force=force)
     refuse_input_folder(path, [delta] if base is None else [delta, base])
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(DeltaFile(delta))
-        entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
+        named_entries = entries_in_base(opened.container.entries(), opened.container.name)
+        entries = list(named_entries.values())
         named = opened.metadata.get(METADATA_BASE)
         config = _attached_config(opened)
+        tensors = None
         checkpoint = None if base is None else stack.enter_context(Checkpoint(base))
         if checkpoint is not None:
-            check_base(checkpoint, entries, thread_count(None))
+            tensors = BaseTensors(checkpoint, entries, opened.metadata, renames)
+            check_base(tensors, entries, thread_count(None))
             named, config = str(checkpoint.path), config or checkpoint.config()
-        exporter = _Exporter(opened, checkpoint, entries, lora_modules(opened, entries, config, dtype))
+        exporter = _Exporter(opened, tensors, named_entries, lora_modules(opened, entries, config, dtype))
         task = task_type or opened.metadata.get(METADATA_TASK) or DEFAULT_TASK
         result = exporter.run(path, exporter.config(named, task), force)
         result.tied = _tied_embedding(entries, config)
@@ -115,15 +125,16 @@ class _Exporter:
     """One run of an export."""
 
     def __init__(
-        self, delta: DeltaFile, base: Checkpoint | None, entries: list[TensorEntry], modules: list[LoraModule]
+        self, delta: DeltaFile, base: BaseTensors | None, entries: dict[str, TensorEntry], modules: list[LoraModule]
     ) -> None:
         self._delta = delta
         self._base = base
+        self._entries = entries
         self._modules = modules
         self._whole: dict[str, TensorEntry] = {}
         self._bias = "none"
         owners: dict[str, list[TensorEntry]] = {}
-        for entry in entries:
+        for entry in entries.values():
             owners.setdefault(entry.name.rpartition(".")[0], []).append(entry)
         with_factors = {module.name for module in modules}
         changed = {module: parts for module, parts in owners.items() if any(part.action == "replace" for part in parts)}
@@ -191,15 +202,19 @@ class _Exporter:
         if entry.data is not None:
             writer.write(name, 0, self._delta.container.buffer(entry.data))
             return
-        tensor = None if self._base is None else find_base(self._base, self._delta.resolve(entry.name))
+        tensor = None if self._base is None else self._base.find(self._aliased(entry))
         assert tensor is not None
         assert self._base is not None
         if entry.base is not None and tensor.fingerprint() != entry.base.digest:
-            raise wrong_bytes(self._base, entry.name)
+            raise self._base.differs(entry.name)
         offset = 0
         for piece in tensor.pieces():
             writer.write(name, offset, piece)
             offset += len(piece)
+
+    def _aliased(self, entry: TensorEntry) -> TensorEntry:
+        """Return the entry that an alias stands for; other entries as they are."""
+        return entry if entry.target is None else self._entries[entry.target]
 
     def config(self, base: str | None, task_type: str) -> dict[str, Any]:
         """Return the configuration: a scaling of 1 for every rank, so that B A is the delta."""

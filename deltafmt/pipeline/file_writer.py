@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deltafmt.checkpoint.folder import read_file
+from deltafmt.checkpoint.name_changes import entry_changes
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.stream import StreamFile
 from deltafmt.container.writer import ContainerWriter
@@ -40,7 +41,7 @@ def write_file(job: PackJob, delivery: Delivery, most: int | None = None) -> Pac
     finetuned, path = job.finetuned, delivery.path
     sink: PartialFile | StreamFile
     if isinstance(delivery.out, Path):
-        sink = PartialFile(delivery.out, job.digest(), force=delivery.force)
+        sink = PartialFile(delivery.out, job.digest(), force=delivery.force, features=job.features())
     else:
         sink = StreamFile(delivery.out)
     result = PackResult(path, finetuned_bytes=finetuned.file_bytes, skipped_files=list(finetuned.skipped))
@@ -79,7 +80,7 @@ class _FileWriter:
         self._job = job
         self._sink = sink
         self._result = result
-        self._container = ContainerWriter(sink, job.profile, sink.sections)
+        self._container = ContainerWriter(sink, job.profile, sink.sections, job.features())
         self._writer = EntryWriter(self._container)
         layouts = tuple(sink.layouts)
         for layout in layouts:
@@ -138,6 +139,10 @@ class _FileWriter:
             if entry.columns <= NARROW_COLUMNS and plan.method is not None and plan.method.at_random:
                 result.narrow += any(term.layout.drops_most for term in entry.terms)
         result.removed = len(self._job.removed())
+        result.names = entry_changes(self._entries.values())
+        result.unmatched, result.unmatched_base = list(self._job.pairing.left), list(self._job.pairing.free)
+        result.architecture = self._job.pairing.architecture
+        result.base_name = self._job.base_name
         if moments is not None:
             result.calibration_tokens, result.sequential = moments.tokens, moments.sequential
             added = (name for name, entry in self._entries.items() if entry.action == "add")

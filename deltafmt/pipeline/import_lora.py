@@ -6,6 +6,7 @@ The factors become ``lowrank`` terms; every other tensor is the base's, or repla
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,11 @@ from typing import Final
 from deltafmt._version import __version__
 from deltafmt.checkpoint.adapter import Adapter
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
+from deltafmt.checkpoint.base_name import base_name
 from deltafmt.checkpoint.folder import Checkpoint, natural_key, read_file
 from deltafmt.checkpoint.folder_writer import TensorSpec
+from deltafmt.checkpoint.name_changes import NameChange
+from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.writer import ContainerWriter
@@ -66,6 +70,7 @@ class ImportResult:
         same: number of tensors that equal the base's.
         base_name: the base that the adapter names; empty if it names none.
         skipped_files: names of files of the adapter's folder that could not be attached.
+        names: what differs between the adapter's names and the base's.
     """
 
     path: Path
@@ -77,6 +82,7 @@ class ImportResult:
     same: int = 0
     base_name: str = ""
     skipped_files: list[str] = field(default_factory=list)
+    names: list[NameChange] = field(default_factory=list)
 
 
 def import_lora(
@@ -84,6 +90,8 @@ def import_lora(
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    rename: Sequence[str] = (),
+    strip_prefix: Sequence[str] = (),
     profile: str = "hot",
     force: bool = False,
     threads: int | None = None,
@@ -95,6 +103,9 @@ def import_lora(
         base: the checkpoint that the adapter was trained on, a folder or a ``.safetensors`` file.
         adapter: a folder as PEFT saves it, with ``adapter_config.json`` and ``adapter_model.safetensors``.
         out: the file to make.
+        rename: rules FROM=TO that say what a name of the adapter is in the base, as :func:`deltafmt.pack` takes them;
+            the adapter's names count without ``base_model.model.``.
+        strip_prefix: beginnings of names that do not count, on either side.
         profile: ``hot`` or ``cold``.
         force: True to replace ``out`` if it exists.
         threads: worker threads for the base's fingerprints; one for each processor if not given.
@@ -110,18 +121,19 @@ def import_lora(
     """
     if profile not in c.PROFILES:
         raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
-    path = Path(out)
+    path, renames = Path(out), Renames.parse(rename, strip_prefix)
     with Checkpoint(base) as checkpoint, Adapter(adapter) as opened:
         refuse_input_file(path, [checkpoint])
         if path.resolve().parent == opened.path.resolve() and path.exists():
             raise UsageError(f"the output {path} lies in the adapter's folder and is not replaced")
-        plan = plan_lora(checkpoint, opened)
+        plan = plan_lora(checkpoint, opened, renames)
         workers = thread_count(threads)
         result = ImportResult(
             path,
             adapter_bytes=opened.nbytes,
             base_name=opened.config.base_name,
             skipped_files=list(opened.skipped),
+            names=plan.names,
         )
         sink = PartialFile(path, None, force=force)
         try:
@@ -200,7 +212,11 @@ class _Importer:
 
     def _metadata(self) -> dict[str, str]:
         config = self._adapter.config
-        named = {METADATA_BASE: config.base_name, METADATA_TASK: config.task_type}
+        named = {
+            METADATA_BASE: config.base_name,
+            METADATA_TASK: config.task_type,
+            c.METADATA_BASE: base_name(self._base),
+        }
         return {
             "deltafmt.version": __version__,
             "method": "lora",

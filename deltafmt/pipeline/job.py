@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -15,6 +15,9 @@ from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
+from deltafmt.format.constants import FEATURE_PARTS, element_count
+from deltafmt.index.entries import BasePart
+from deltafmt.pipeline.pairing import Pairing
 from deltafmt.pipeline.plan import Plan, file_metadata
 from deltafmt.pipeline.workers import Progress
 
@@ -44,6 +47,8 @@ class PackJob:
         profile: ``hot`` or ``cold``.
         seed: the file's seed, 64 bits.
         description: what the file's metadata says of its method.
+        pairing: the tensors of the two checkpoints that belong together.
+        base_name: the name of the base that the file records; empty for none.
         moments: second moments of the matrices' inputs, if a calibration has gathered some.
     """
 
@@ -53,6 +58,8 @@ class PackJob:
     profile: str
     seed: int
     description: str
+    pairing: Pairing
+    base_name: str
     moments: MomentFolder | None = None
 
     def digest(self) -> bytes:
@@ -71,18 +78,37 @@ class PackJob:
             "seed": str(self.seed),
             "version": __version__,
         }
+        moved = [[name, [list(part) for part in made_of]] for name, made_of in self.moved()]
+        if moved or self.pairing.architecture:
+            parts["names"] = [moved, self.pairing.architecture]
         if self.moments is not None:
             parts["calibration"] = self.moments.described
         return blake3(canonical.encode(parts)).digest()
 
     def removed(self) -> list[str]:
         """Return the names of the tensors that only the base has, sorted."""
-        return sorted(set(self.base.tensors) - set(self.finetuned.tensors))
+        return sorted(set(self.base.tensors) - set(self.finetuned.tensors) - self.pairing.taken())
+
+    def features(self) -> int:
+        """Return the incompatible features that the file's header names."""
+        return FEATURE_PARTS if any(self.moved()) else 0
+
+    def moved(self) -> Iterator[tuple[str, tuple[BasePart, ...]]]:
+        """Give the tensors whose base is not simply the base's tensor of the same name, and what theirs is made of."""
+        for plan in self.plans:
+            name, base = plan.tensor.name, plan.base
+            if base is not None and plan.alias is None:
+                parts = base.parts()
+                if parts != (BasePart(name, 0, element_count(base.shape)),):
+                    yield name, parts
 
     def metadata(self) -> dict[str, str]:
         """Return the file's metadata."""
         calibration = {} if self.moments is None else self.moments.metadata()
-        return file_metadata(self.description, self.seed, self.finetuned) | calibration
+        return (
+            file_metadata(self.description, self.seed, self.finetuned, self.base_name, self.pairing.architecture)
+            | calibration
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from deltafmt.checkpoint.adapter import Adapter, Factors, is_conv1d
 from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.name_changes import NameChange
+from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.errors import InvalidFileError, UnsupportedError, WrongBaseError
+from deltafmt.errors import InvalidFileError, Remedy, UnsupportedError, WrongBaseError
 from deltafmt.format import constants as c
+from deltafmt.pipeline.lora_names import LoraNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,25 +22,32 @@ class LoraPlan:
         factors: pairs of factors, by the name of the base tensor to which their product is added.
         transposed: names of base tensors that are the transpose of their module's weight.
         replaced: tensors of the adapter that replace a base tensor, and new ones, by their name in the model.
+        names: what differs between the adapter's names and the base's.
     """
 
     factors: dict[str, Factors]
     transposed: frozenset[str]
     replaced: dict[str, Tensor]
+    names: list[NameChange]
 
 
-def plan_lora(base: Checkpoint, adapter: Adapter) -> LoraPlan:
+def plan_lora(base: Checkpoint, adapter: Adapter, renames: Renames | None = None) -> LoraPlan:
     """Find the base tensor of everything in the adapter.
+
+    Args:
+        base, adapter: the two sides.
+        renames: what the adapter's names are in the base.
 
     Raises:
         InvalidFileError: two modules or tensors of the adapter belong to the same base tensor.
         UnsupportedError: a tensor can be written neither as base plus factors nor as a replacement.
         WrongBaseError: the base lacks a tensor, or has it in another shape.
     """
+    names = LoraNames(base, [*(f"{module}.weight" for module in adapter.factors), *adapter.whole], renames or Renames())
     factors: dict[str, Factors] = {}
     transposed = set()
     for module, pair in adapter.factors.items():
-        name = _find(base, f"{module}.weight")
+        name = names.find(f"{module}.weight")
         if name is None:
             raise _unmatched(base, adapter, pair.a.name)
         if name in factors:
@@ -47,7 +57,7 @@ def plan_lora(base: Checkpoint, adapter: Adapter) -> LoraPlan:
         factors[name] = pair
     replaced: dict[str, Tensor] = {}
     for name, tensor in adapter.whole.items():
-        found = _find(base, name)
+        found = names.find(name)
         if not _changes(base, adapter, name, found, tensor):
             continue
         if found in factors:
@@ -55,7 +65,7 @@ def plan_lora(base: Checkpoint, adapter: Adapter) -> LoraPlan:
         if found in replaced:
             raise InvalidFileError(f'{adapter.path}: two tensors are the base\'s tensor "{found}"')
         replaced[found or name] = tensor
-    return LoraPlan(factors, frozenset(transposed), replaced)
+    return LoraPlan(factors, frozenset(transposed), replaced, names.changes())
 
 
 def _changes(base: Checkpoint, adapter: Adapter, name: str, found: str | None, tensor: Tensor) -> bool:
@@ -81,16 +91,6 @@ def _changes(base: Checkpoint, adapter: Adapter, name: str, found: str | None, t
     return False
 
 
-def _find(base: Checkpoint, name: str) -> str | None:
-    """Return the name of a tensor in the base, where the name may have one part fewer, or one more, in front."""
-    rest = name.partition(".")[2]
-    for candidate in (name, rest):
-        if candidate in base.tensors:
-            return candidate
-    longer = [found for found in base.tensors if found.partition(".")[2] == name]
-    return longer[0] if len(longer) == 1 else None
-
-
 def _is_transposed(pair: Factors, base: Checkpoint, name: str, adapter: Adapter) -> bool:
     """Return True if the base stores a weight with rows and columns exchanged.
 
@@ -113,7 +113,8 @@ def _is_transposed(pair: Factors, base: Checkpoint, name: str, adapter: Adapter)
 
 
 def _unmatched(base: Checkpoint, adapter: Adapter, name: str) -> WrongBaseError:
-    return WrongBaseError(f'{adapter.path}: tensor "{name}" matches nothing in {base.path}{_named(adapter)}')
+    text = f'{adapter.path}: tensor "{name}" matches nothing in {base.path}{_named(adapter)}'
+    return WrongBaseError(text, Remedy("rename", None))
 
 
 def _misshapen(base: Checkpoint, name: str, other: str) -> WrongBaseError:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from deltafmt import core
+from deltafmt.checkpoint.base_name import base_name as folder_name
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container.partial import check_output_file
 from deltafmt.errors import Remedy, UsageError
@@ -18,6 +19,7 @@ from deltafmt.pipeline.file_writer import write_file
 from deltafmt.pipeline.job import Delivery, PackJob, check_options
 from deltafmt.pipeline.outputs import refuse_input_file
 from deltafmt.pipeline.pack_result import PackResult
+from deltafmt.pipeline.pairing import PairOptions, pair_up
 from deltafmt.pipeline.plan import Rule, make_plan
 from deltafmt.pipeline.target import target_bytes, target_metadata
 from deltafmt.pipeline.workers import Progress, thread_count
@@ -35,6 +37,10 @@ def pack(
     rules: Sequence[Rule] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    rename: Sequence[str] = (),
+    strip_prefix: Sequence[str] = (),
+    allow_architecture: bool = False,
+    base_name: str | None = None,
     calibration: Calibration | None = None,
     profile: str = "hot",
     seed: int = 0,
@@ -60,6 +66,12 @@ def pack(
             whole.
         include: if given, only names that match one of these patterns are compressed.
         exclude: names that match one of these patterns are stored whole.
+        rename: rules FROM=TO that say what a name of the fine-tune is in the base. FROM is how the name begins, or a
+            pattern with ``*``. Names that differ in a known way are matched without rules.
+        strip_prefix: beginnings of names that do not count, on either side.
+        allow_architecture: True to pack two types of model whose tensors are the same.
+        base_name: the name of the base that the file records, for messages. If not given, the name that the base's
+            configuration has for the hub, or else the name of its folder. An empty text records none.
         calibration: a text for the fine-tune to read. The methods gptq and sparsegpt need one; others can use one.
         profile: ``hot`` or ``cold``.
         seed: the file's seed, 64 bits. Every tensor's own seed is derived from it and the tensor's name.
@@ -76,7 +88,8 @@ def pack(
             the target.
         NonFiniteError: a delta has NaN or infinity and its tensor is to be compressed.
         InvalidFileError: an input is not a valid checkpoint.
-        WrongBaseError: base and fine-tune are of different architecture.
+        WrongBaseError: base and fine-tune are of different architecture, or their names do not say what belongs
+            together.
         StorageError: reading or writing failed.
     """
     core.warn_if_missing()
@@ -87,14 +100,17 @@ def pack(
         raise UsageError("candidates are given, and no target to choose them for")
     check_calibration(candidates, calibration)
     check_options(profile, seed)
+    options = PairOptions.parse(rename, strip_prefix, allow_architecture)
     place = Path(out) if isinstance(out, str | os.PathLike) else out
     delivery = Delivery(place, force, thread_count(threads), progress)
     with Checkpoint(base) as before, Checkpoint(finetuned) as after:
         target = target_bytes(target_ratio, target_size, after.file_bytes)
         default = method or DeltaDQ()
         description = default.describe() if target is None else target_metadata(target)
-        plans = make_plan(before, after, default if target is None else None, rules, include, exclude)
-        job = PackJob(before, after, plans, profile, seed, description)
+        pairing = pair_up(before, after, options)
+        plans = make_plan(before, after, default if target is None else None, rules, include, exclude, pairing)
+        named = folder_name(before) if base_name is None else base_name
+        job = PackJob(before, after, plans, profile, seed, description, pairing, named)
         _check_hot(job)
         _check_output(job, delivery)
         if target is not None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deltafmt.checkpoint.name_changes import NameChange
+
 if TYPE_CHECKING:
     from deltafmt.pipeline.choice import Choice
 
@@ -23,6 +25,11 @@ class PackResult:
         kept: names of matrices that are stored whole, with the reason.
         narrow: number of matrices with so few columns that dropping most of each row at random may cost accuracy.
         removed: number of tensors that only the base has.
+        names: what differs between the names and layouts of the two sides.
+        unmatched: matrices of the fine-tune's layers for which the base has none, although it has layers left.
+        unmatched_base: the base's matrices that are left then.
+        architecture: the types of the two models, if they differ and this was allowed.
+        base_name: the name of the base that the file records.
         resumed: number of tensors that an interrupted run had already packed.
         skipped_files: names of files that could not be attached.
         calibration_tokens: number of tokens of the calibration text that the fine-tune has read.
@@ -40,6 +47,11 @@ class PackResult:
     kept: dict[str, str] = field(default_factory=dict)
     narrow: int = 0
     removed: int = 0
+    names: list[NameChange] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+    unmatched_base: list[str] = field(default_factory=list)
+    architecture: str = ""
+    base_name: str = ""
     resumed: int = 0
     skipped_files: list[str] = field(default_factory=list)
     calibration_tokens: int = 0

@@ -12,14 +12,16 @@ from blake3 import blake3
 from deltafmt._version import __version__
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.errors import NonFiniteError, Remedy, UsageError, WrongBaseError
-from deltafmt.format.constants import DELTA_DTYPES, element_count
+from deltafmt.errors import NonFiniteError, Remedy, UsageError
+from deltafmt.format.constants import DELTA_DTYPES, METADATA_BASE
 from deltafmt.methods.base import Method
+from deltafmt.pipeline.pairing import Pairing, pair_up
 from deltafmt.terms.layout import TermLayout
 
 Rule = tuple[str, Method | None]
 
 NO_SMALLER = "no smaller when packed"
+UNRELATED = "its values have nothing to do with the base's"
 
 # Reasons that the user gave for storing a tensor whole.
 CHOSEN = ("excluded", "not included", "by rule")
@@ -31,7 +33,7 @@ class Plan:
 
     Attributes:
         tensor: the fine-tuned tensor.
-        base: the base tensor of that name, if there is one.
+        base: the base tensor that belongs to it, if there is one.
         method: compresses the delta; None stores the tensor whole, or leaves the choice open if ``undecided``.
         reason: why the tensor is stored whole; empty otherwise.
         alias: the tensor of which this one is a tied copy, or None.
@@ -82,6 +84,7 @@ def make_plan(
     rules: Sequence[Rule] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    pairing: Pairing | None = None,
 ) -> list[Plan]:
     """Decide for every fine-tuned tensor, in natural order of the names.
 
@@ -92,21 +95,22 @@ def make_plan(
             tensor exactly.
         include: if given, only names that match one of these patterns are compressed.
         exclude: names that match one of these patterns are stored whole.
+        pairing: what belongs together; found anew if it is not given.
 
     Raises:
         UsageError: a pattern matches no tensor.
-        WrongBaseError: base and fine-tune are of different architecture.
+        WrongBaseError: base and fine-tune do not belong together.
     """
     names = list(finetuned.tensors)
     for pattern in (*include, *exclude, *(pattern for pattern, _ in rules)):
         if not fnmatch.filter(names, pattern):
             raise UsageError(f"pattern {pattern!r} matches no tensor of {finetuned.path}")
-    check_architecture(base, finetuned)
-    ties = find_ties(base, finetuned)
+    paired = pairing or pair_up(base, finetuned)
+    ties = find_ties(paired, finetuned)
 
     def decide(tensor: Tensor) -> Plan:
         name = tensor.name
-        other = base.tensors.get(name)
+        other = paired.tensors.get(name)
         plan = Plan(tensor, other, method, undecided=method is None)
         if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
             plan = plan.decided(None, "not included")
@@ -115,7 +119,7 @@ def make_plan(
                 plan = plan.decided(ruled, "by rule" if ruled is None else "")
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
             plan = plan.decided(None, "excluded")
-        reason = plan.reason or why_exact(tensor, other, plan.method)
+        reason = plan.reason or (UNRELATED if name in paired.unrelated else why_exact(tensor, other, plan.method))
         return plan.decided(None, reason) if reason else plan
 
     plans = {name: decide(tensor) for name, tensor in finetuned.tensors.items()}
@@ -159,35 +163,12 @@ def shared_bytes(tensor: Tensor, base: Tensor) -> int:
     return tensor.nbytes // tensor.rows * min(tensor.rows, base.rows)
 
 
-def check_architecture(base: Checkpoint, finetuned: Checkpoint) -> None:
-    """Refuse a pair whose models have different types, or in which most elements have no counterpart in the base.
-
-    Raises:
-        WrongBaseError: names the first tensor without a counterpart, or the two types of model.
-    """
-    types = base.config().get("model_type"), finetuned.config().get("model_type")
-    if None not in types and types[0] != types[1]:
-        raise WrongBaseError(f"the base is a {types[0]!r} model, the fine-tune a {types[1]!r} model")
-    matched = total = 0
-    odd = ""
-    for name, tensor in finetuned.tensors.items():
-        size = element_count(tensor.shape)
-        other = base.tensors.get(name)
-        total += size
-        if other is not None and other.shape[1:] == tensor.shape[1:] and len(other.shape) == len(tensor.shape):
-            matched += size
-        elif not odd:
-            found = "is not there" if other is None else f"has shape {list(other.shape)}"
-            odd = f'tensor "{name}" of shape {list(tensor.shape)} {found} in the base'
-    if odd and 2 * matched < total:
-        raise WrongBaseError(f"base and fine-tune are of different architecture: {odd}")
-
-
-def find_ties(base: Checkpoint, finetuned: Checkpoint) -> dict[str, str]:
-    """Return matrices that the fine-tune stores twice, as tied weights are: the second one's name to the first one's.
+def find_ties(pairing: Pairing, finetuned: Checkpoint) -> dict[str, str]:
+    """Return matrices that the fine-tune stores twice, as tied weights are: the copy's name to the other's.
 
     Two matrices are tied if their bytes are equal in the fine-tune, and equal in the base where the base has both.
-    For example, ``lm_head.weight`` is often a copy of ``model.embed_tokens.weight``.
+    For example, ``lm_head.weight`` is often a copy of ``model.embed_tokens.weight``. The copy is the one that the base
+    lacks; if it has both, or neither, the copy is the one that comes later.
     """
     candidates: dict[tuple[object, ...], list[Tensor]] = {}
     for tensor in finetuned.tensors.values():
@@ -197,26 +178,35 @@ def find_ties(base: Checkpoint, finetuned: Checkpoint) -> dict[str, str]:
             candidates.setdefault(key, []).append(tensor)
     ties: dict[str, str] = {}
     for group in candidates.values():
-        for i, tensor in enumerate(group):
-            for first in group[:i]:
+        ordered = sorted(group, key=lambda tensor: not pairing.owns(tensor.name))
+        for i, tensor in enumerate(ordered):
+            for first in ordered[:i]:
                 if first.name in ties or not tensor.equals(first):
                     continue
-                a, b = base.tensors.get(first.name), base.tensors.get(tensor.name)
-                if a is None or b is None or a.equals(b):
+                if not (pairing.owns(first.name) and pairing.owns(tensor.name)):
+                    ties[tensor.name] = first.name
+                    break
+                if pairing.tensors[first.name].equals(pairing.tensors[tensor.name]):
                     ties[tensor.name] = first.name
                     break
     return ties
 
 
-def file_metadata(method: str, seed: int, finetuned: Checkpoint) -> dict[str, str]:
+def file_metadata(
+    method: str, seed: int, finetuned: Checkpoint, base_name: str = "", architecture: str = ""
+) -> dict[str, str]:
     """Return the metadata of a delta file.
 
     Args:
         method: what the file says of its method: the method's description, or the target.
         seed: the file's seed.
         finetuned: the metadata of its safetensors files is kept under ``safetensors.KEY``.
+        base_name: the base's name, kept under ``base`` unless it is empty.
+        architecture: the types of the two models if they differ.
     """
     return {
+        **({"architecture": architecture} if architecture else {}),
+        **({METADATA_BASE: base_name} if base_name else {}),
         "deltafmt.version": __version__,
         "method": method,
         "seed": str(seed),

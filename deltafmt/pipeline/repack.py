@@ -58,7 +58,7 @@ def repack(
         # An interrupted repack starts over: it runs at the speed of the disk.
         sink = PartialFile(path, None, force=force)
         try:
-            target = ContainerWriter(sink, profile)
+            target = ContainerWriter(sink, profile, features=container.features)
             writer = EntryWriter(target)
             moved = []
             for entry in sorted(container.entries(), key=lambda entry: natural_key(entry.name)):

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
-from deltafmt.index.entries import BaseRef, TensorEntry
+from deltafmt.index.entries import TensorEntry
 from deltafmt.index.sections import DIGEST_BYTES
 from deltafmt.output import Bytes
-from deltafmt.pipeline.entry_writer import EntryWriter, TermBytes
+from deltafmt.pipeline.entry_writer import EntryWriter, TermBytes, base_ref
 from deltafmt.pipeline.plan import Plan, shared_bytes, tensor_seed
 from deltafmt.terms.layout import TermLayout
 
@@ -87,7 +87,7 @@ def _entry(writer: EntryWriter, plan: Plan, seed: int, *, same: bool) -> TensorE
     layouts = () if same else plan_layouts(plan)
     if base is None or not (same or layouts):
         return writer.replace(tensor, _zeros(tensor.nbytes), _DIGEST)
-    reference = BaseRef(_DIGEST, base.dtype, base.shape)
+    reference = base_ref(base, _DIGEST, plan.tensor.name)
     if same:
         return writer.same(tensor, reference)
     terms = []

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from deltafmt.checkpoint.name_changes import entry_changes
 from deltafmt.container.reader import Container
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
@@ -121,6 +122,8 @@ def entry_obj(container: Container, entry: TensorEntry) -> dict[str, Any]:
             "dtype": entry.base.dtype,
             "shape": list(entry.base.shape),
         }
+        if entry.base.parts:
+            obj["base"]["parts"] = [part._asdict() for part in entry.base.parts]
     if entry.digest is not None:
         obj["digest"] = entry.digest.hex()
     if entry.target is not None:
@@ -155,5 +158,6 @@ def summary_obj(container: Container) -> dict[str, Any]:
         "sections": [{**section.to_obj(), "checksum": section.checksum.hex()} for section in container.sections],
         "attachments": {name: item.data.length for name, item in container.attachments.items()},
         "removed": list(container.removed),
+        "names": [change.to_obj() for change in entry_changes(entries)],
         "tensors": {entry.name: entry_obj(container, entry) for entry in entries},
     }

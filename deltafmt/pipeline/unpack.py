@@ -6,6 +6,7 @@ The folder appears whole or not at all.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,12 @@ from pathlib import Path
 from deltafmt import core
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.folder_writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
+from deltafmt.checkpoint.name_changes import NameChange
+from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
 from deltafmt.index.entries import BaseRef, TensorEntry
-from deltafmt.pipeline.bases import compare_bases, find_base, wrong_bytes
+from deltafmt.pipeline.bases import BaseTensors, compare_bases
 from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.pipeline.workers import Progress, drain, in_order, thread_count
 from deltafmt.terms.buffers import raw_bytes
@@ -35,6 +38,7 @@ class UnpackResult:
         nbytes: bytes of the tensors written.
         files: names of the attached files that were written.
         mismatched: names of base tensors that differ from those packed against; only ``force_base`` allows any.
+        names: what differs between the names that the file records for its base and those of this base.
     """
 
     path: Path
@@ -42,6 +46,7 @@ class UnpackResult:
     nbytes: int = 0
     files: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+    names: list[NameChange] = field(default_factory=list)
 
 
 def unpack(
@@ -51,6 +56,8 @@ def unpack(
     *,
     force: bool = False,
     force_base: bool = False,
+    rename: Sequence[str] = (),
+    strip_prefix: Sequence[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -64,6 +71,9 @@ def unpack(
         force: True to replace ``out`` if it is a checkpoint folder that exists.
         force_base: True to go on if the base's bytes differ from those packed against. The output's metadata then
             names the tensors that differ.
+        rename: rules FROM=TO that say what a name that the file records is in this base. FROM is how the name begins,
+            or a pattern with ``*``. Bases whose names differ in a known way are recognized without rules.
+        strip_prefix: beginnings of names that do not count, on either side.
         max_shard_bytes: bytes of tensors in one shard of the output.
         threads: worker threads; one for each processor if not given.
         progress: called with a tensor's name and bytes as each is done.
@@ -76,14 +86,14 @@ def unpack(
     """
     core.warn_if_missing()
     path = Path(out)
+    renames = Renames.parse(rename, strip_prefix)
     check_output_folder(path, force=force)
     refuse_input_folder(path, [base, delta])
     with DeltaFile(delta) as opened, Checkpoint(base) as checkpoint:
         entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
         # ``force_base`` allows other bytes, but no other dtypes and shapes.
-        for entry in entries:
-            find_base(checkpoint, entry)
-        unpacker = _Unpacker(opened, checkpoint, entries, UnpackResult(path))
+        found = BaseTensors(checkpoint, entries, opened.metadata, renames)
+        unpacker = _Unpacker(opened, found, entries, UnpackResult(path, names=found.changes))
         return unpacker.run(force, force_base, max_shard_bytes, thread_count(threads), progress)
 
 
@@ -98,7 +108,7 @@ class _Pending:
 class _Unpacker:
     """One run of unpack."""
 
-    def __init__(self, delta: DeltaFile, base: Checkpoint, entries: list[TensorEntry], result: UnpackResult) -> None:
+    def __init__(self, delta: DeltaFile, base: BaseTensors, entries: list[TensorEntry], result: UnpackResult) -> None:
         self._delta = delta
         self._base = base
         self._entries = entries
@@ -126,7 +136,7 @@ class _Unpacker:
             for name in self._delta.container.attachments:
                 writer.add_file(name, self._delta.attachment(name))
                 self._result.files.append(name)
-            self._base.check_unchanged()
+            self._base.checkpoint.check_unchanged()
             writer.commit()
         except BaseException:
             writer.abandon()
@@ -153,7 +163,7 @@ class _Unpacker:
 
     def _check_base(self, entry: TensorEntry, base: BaseRef | None, digest: Future[bytes]) -> None:
         if base is not None and digest.result() != base.digest:
-            raise wrong_bytes(self._base, entry.name)
+            raise self._base.differs(entry.name)
 
     def _submit(
         self, pool: ThreadPoolExecutor, writer: CheckpointWriter, entry: TensorEntry, check_base: bool
@@ -162,9 +172,9 @@ class _Unpacker:
         pending = _Pending()
         source = self._delta.resolve(entry.name)
         # An alias is its target's base plus its target's terms.
-        tensor = find_base(self._base, source)
+        tensor = self._base.find(source)
         if tensor is not None:
-            tensor.file.will_need(tensor.offset, tensor.nbytes)
+            tensor.will_need()
             if check_base and entry.target is None:
                 pending.fingerprint = pool.submit(tensor.fingerprint)
         if source.terms and tensor is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from blake3 import blake3
 
 from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.name_changes import NameChange
+from deltafmt.checkpoint.renames import Renames
 from deltafmt.container.content import content_id
 from deltafmt.container.reader import Container
 from deltafmt.delta import DeltaFile, RunDecoder, codec_of
@@ -16,7 +18,7 @@ from deltafmt.errors import InvalidFileError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.sections import BufferRef
-from deltafmt.pipeline.bases import compare_bases, wrong_bytes
+from deltafmt.pipeline.bases import BaseTensors, compare_bases
 from deltafmt.pipeline.workers import thread_count
 from deltafmt.terms.buffers import raw_bytes
 
@@ -30,18 +32,22 @@ class VerifyResult:
         tensors: number of entries whose buffers were decoded and whose digests were compared.
         base_tensors: number of base tensors whose fingerprints were compared; None without a base.
         content_id: the content id, computed anew, hexadecimal.
+        names: what differs between the names that the file records for its base and those of this base.
     """
 
     sections: int
     tensors: int
     base_tensors: int | None
     content_id: str
+    names: list[NameChange] = field(default_factory=list)
 
 
 def verify(
     delta: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
     *,
+    rename: Sequence[str] = (),
+    strip_prefix: Sequence[str] = (),
     threads: int | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> VerifyResult:
@@ -50,6 +56,9 @@ def verify(
     Args:
         delta: the delta file.
         base: the checkpoint whose tensors are compared with the fingerprints in the file, if given.
+        rename: rules FROM=TO that say what a name that the file records is in this base. FROM is how the name begins,
+            or a pattern with ``*``. Bases whose names differ in a known way are recognized without rules.
+        strip_prefix: beginnings of names that do not count, on either side.
         threads: worker threads for the base's fingerprints.
         progress: called with a tensor's name and bytes as each is done.
 
@@ -59,7 +68,7 @@ def verify(
         WrongBaseError: names the first tensor of the base that differs.
         StorageError: reading failed.
     """
-    workers = thread_count(threads)
+    workers, renames = thread_count(threads), Renames.parse(rename, strip_prefix)
     with DeltaFile(delta) as opened:
         container = opened.container
         try:
@@ -80,11 +89,12 @@ def verify(
         found = content_id(entries, container.removed, container.attachments, container.metadata)
         if found != container.content_id:
             raise _named(container, InvalidFileError("the content id is not that of the content"))
-        checked = None
+        checked, changes = None, []
         if base is not None:
             with Checkpoint(base) as checkpoint:
-                checked = check_base(checkpoint, entries, workers)
-        return VerifyResult(len(container.sections), len(entries), checked, found.hex())
+                tensors = BaseTensors(checkpoint, entries, container.metadata, renames)
+                checked, changes = check_base(tensors, entries, workers), tensors.changes
+        return VerifyResult(len(container.sections), len(entries), checked, found.hex(), changes)
 
 
 def _check_payload(delta: DeltaFile, entry: TensorEntry) -> None:
@@ -97,7 +107,7 @@ def _check_payload(delta: DeltaFile, entry: TensorEntry) -> None:
         raise InvalidFileError(f'{delta.container.name}: tensors["{entry.name}"]: the payload has another digest')
 
 
-def check_base(base: Checkpoint, entries: list[TensorEntry], threads: int) -> int:
+def check_base(base: BaseTensors, entries: list[TensorEntry], threads: int) -> int:
     """Compare a base with the fingerprints in the entries; return the number of tensors compared.
 
     Raises:
@@ -106,7 +116,7 @@ def check_base(base: Checkpoint, entries: list[TensorEntry], threads: int) -> in
     count = 0
     for name, equal in compare_bases(base, entries, threads):
         if not equal:
-            raise wrong_bytes(base, name)
+            raise base.differs(name)
         count += 1
     return count
 

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError, WrongBaseError
 from deltafmt.index.entries import TensorEntry
+from deltafmt.pipeline.bases import named_base
 from deltafmt.runtime.base_check import BaseCheck
 from deltafmt.runtime.binding import Binding, Rename, Role, bind, weight_shape
 from deltafmt.runtime.delta_store import DeltaStore, read_attached
@@ -122,7 +123,11 @@ class Deltas:
             raise UsageError(f'a delta cannot have the name "{name}"')
         self._refuse_merged("another is added")
         source = read_attached(os.fspath(path))
-        binding = bind(self._model, source.entries, source.removed, self._ignore, self._rename)
+        named = named_base(source.opened.metadata)
+        try:
+            binding = bind(self._model, source.entries, source.removed, self._ignore, self._rename)
+        except WrongBaseError as error:
+            raise WrongBaseError(f"{error}{named}") from error
         self._check_growth(source.entries, binding)
         unchecked = []
         if self._verify_base:
@@ -131,7 +136,7 @@ class Deltas:
             try:
                 unchecked = self._check.check(entries, binding.parameters)
             except WrongBaseError as error:
-                raise error.located(f'delta "{name}"') from error
+                raise WrongBaseError(f'delta "{name}": {error}{named}') from error
         needed = _changed(source.entries, binding)
         with self._lock:
             if name in self._bindings:

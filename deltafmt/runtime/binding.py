@@ -17,6 +17,7 @@ from torch import nn
 
 from deltafmt.errors import UsageError, WrongBaseError
 from deltafmt.index.entries import TensorEntry
+from deltafmt.runtime.model_names import ModelNames, model_names
 
 Rename = Callable[[str], str]
 
@@ -111,6 +112,7 @@ def bind(
             fine-tune differ in the model.
     """
     finder = _Finder(model, rename)
+    finder.learn(model, entries)
     modules: dict[int, BoundModule] = {}
     parameters: dict[str, torch.Tensor] = {}
     ignored = []
@@ -123,9 +125,7 @@ def bind(
         elif where is not None:
             found[name] = where
         elif entry.action != "same":
-            raise UsageError(
-                f'{type(model).__name__} has no place for tensor "{name}" of the delta; ignore=["{name}"] leaves it out'
-            )
+            raise finder.missing(model, name)
     named = set(found.values())
     for name in removed:
         spot = finder.find(name)
@@ -134,12 +134,15 @@ def bind(
                 f'the fine-tune has no tensor "{name}", which {type(model).__name__} has; '
                 f'ignore=["{name}"] takes the base\'s'
             )
+    names_of: dict[tuple[str, str], str] = {spot: name for name, spot in found.items()}
     for name, (path, attribute) in found.items():
         shared = [(path, attribute), *(spot for spot in finder.shared(path, attribute) if spot not in named)]
         parameter = finder.parameter(path, attribute)
         if parameter is not None:
             parameters[name] = parameter
-        for bound, key in finder.serving(shared, name, entries[name]):
+        copies = (names_of[spot] for spot in finder.shared(path, attribute) if spot in names_of)
+        copied = any(_is_copy(entries[name], entries[other]) for other in copies)
+        for bound, key in finder.serving(shared, name, entries[name], copied=copied):
             known = modules.setdefault(id(bound.module), bound)
             known.tensors[key] = name
             _check_shape(model, known, key, name, entries[name])
@@ -166,6 +169,7 @@ class _Finder:
 
     def __init__(self, model: nn.Module, rename: Rename | None) -> None:
         self._rename = rename
+        self._known = ModelNames()
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._prefix = getattr(model, "base_model_prefix", "")
         self._spots: dict[int, list[tuple[str, str]]] = {}
@@ -173,9 +177,28 @@ class _Finder:
             for key, parameter in module.named_parameters(recurse=False):
                 self._spots.setdefault(id(parameter), []).append((path, key))
 
+    def learn(self, model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
+        """Find what the tensors of a delta are called in the model, where the model lacks their names."""
+        missing = [name for name in entries if self.find(name) is None]
+        if missing:
+            self._known = model_names(model, entries, missing, lambda name: self.find(name) is not None)
+
+    def missing(self, model: nn.Module, name: str) -> UsageError:
+        """Return the error for a changed tensor without a place in the model."""
+        kind = type(model).__name__
+        if name in self._known.joined:
+            return UsageError(
+                f'{kind} keeps tensor "{name}" of the delta stacked or fused with others in one tensor, '
+                f'"{self._known.joined[name]}", which is not served; unpack the delta instead'
+            )
+        return UsageError(
+            f'{kind} has no place for tensor "{name}" of the delta; rename=["FROM=TO"] says what it is called there'
+        )
+
     def find(self, name: str) -> tuple[str, str] | None:
         """Return the path of the module and the parameter's name there, or None."""
-        for candidate in self._candidates(name if self._rename is None else self._rename(name)):
+        known = self._known.names.get(name, name)
+        for candidate in self._candidates(known if self._rename is None else self._rename(known)):
             path, _, key = candidate.rpartition(".")
             if path in self._modules and self._holds(self._modules[path], key):
                 return path, key
@@ -215,23 +238,29 @@ class _Finder:
         return {other for spot in spots for other in (spot, *self.shared(*spot))}
 
     def serving(
-        self, spots: Iterable[tuple[str, str]], name: str, entry: TensorEntry
+        self, spots: Iterable[tuple[str, str]], name: str, entry: TensorEntry, *, copied: bool
     ) -> Iterator[tuple[BoundModule, str]]:
         """Yield the modules that compute with a parameter.
 
         A module with other modules inside cannot be run again for its own parameter alone. It may own a parameter
         only to hand it to an inner module, as the output head of BERT does with its bias; the inner module is served.
+        Where the file has the tensor twice, as ``copied`` says, the inner module is served under the other name.
         """
         modules = [(BoundModule(path, self._modules[path], role_of(self._modules[path])), key) for path, key in spots]
         plain = [(bound, key) for bound, key in modules if _is_plain(bound.module)]
         if any(type(bound.module).__name__ in _NEVER_CALLED for bound, _ in plain) and entry.action != "same":
             raise UsageError(f'tensor "{name}" is read by torch.nn.MultiheadAttention, which does not call its modules')
-        if not plain and entry.action != "same":
+        if not plain and entry.action != "same" and not copied:
             raise UsageError(
                 f'tensor "{name}" belongs to {type(modules[0][0].module).__name__}, which has modules inside; '
                 "only linear, embedding and other innermost modules are served"
             )
         yield from plain
+
+
+def _is_copy(entry: TensorEntry, other: TensorEntry) -> bool:
+    """Tell whether two entries store the same bytes whole."""
+    return entry.action == other.action == "replace" and entry.digest == other.digest
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -42,15 +42,18 @@ class Merge:
         self._lease = lease
         self._changes: list[_Change] = []
         self._versions: list[int] = []
-        owners: dict[int, tuple[str, str]] = {}
+        owners: dict[int, tuple[str, bytes | str | None]] = {}
         for tensor_name, tensor in lease.values[name].items():
             if tensor.entry.action == "same":
                 continue
             parameter = binding.parameters.get(tensor_name)
             check_mergeable(tensor_name, tensor, parameter)
             assert parameter is not None
-            owner, payload = owners.setdefault(id(parameter), (tensor_name, tensor.entry.name))
-            if payload != tensor.entry.name:
+            # Copies of a vector are stored whole, each for itself; copies of a matrix are aliases of one entry.
+            entry = tensor.entry
+            mine = entry.digest if entry.action == "replace" else entry.name
+            owner, payload = owners.setdefault(id(parameter), (tensor_name, mine))
+            if payload != mine:
                 raise UsageError(
                     f'tensors "{owner}" and "{tensor_name}" differ, but the model has one parameter for both'
                 )
