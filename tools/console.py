@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from deltafmt.errors import DeltafmtError
@@ -36,10 +36,10 @@ def warn(line: str) -> None:
     print(f"deltafmt: {clean(line)}", file=sys.stderr)
 
 
-def warn_left_out(names: Sequence[str]) -> None:
-    """Warn about the files and folders beside the weights that the delta does not carry."""
-    for name in names:
-        warn(f"{name} does not travel with the delta; small files at the top of the folder do")
+def warn_left_out(reasons: Mapping[str, str]) -> None:
+    """Warn about the files and folders beside the weights that the delta does not carry: a line and a reason each."""
+    for name, why in reasons.items():
+        warn(f"{name} does not travel with the delta: {why}")
 
 
 def say_json(obj: dict[str, Any]) -> None:

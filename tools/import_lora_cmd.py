@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
             threads=options.threads,
             progress=progress,
         )
-    console.warn_left_out(result.skipped_files)
+    console.warn_left_out(result.left_out)
     if options.json:
         console.say_json(
             {

@@ -8,8 +8,9 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
+from deltafmt.checkpoint.weight_names import bounded
 from deltafmt.errors import UsageError
-from deltafmt.pipeline.summary import plural
+from deltafmt.pipeline.summary import left_out_line, plural, times
 from deltafmt.tools import console
 from deltafmt.tools.calibration_options import (
     add_calibration_arguments,
@@ -79,6 +80,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("PATTERN", "METHOD"),
         help="use another method for these names; see below",
     )
+    parser.add_argument(
+        "--missing",
+        metavar="HOW",
+        help="tensors that FINETUNED lacks: same takes them from BASE, removed leaves them out (default: refuse)",
+    )
+    parser.add_argument("--variant", metavar="NAME", help="read the weights of this variant, such as fp16")
+    parser.add_argument(
+        "--attach", action="append", default=[], metavar="PATTERN", help="files that travel although not by themselves"
+    )
+    parser.add_argument(
+        "--no-attach",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="files beside the weights that do not travel",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random positions (default 0)")
     parser.add_argument("--threads", type=int, metavar="T", help="worker threads (default: one for each processor)")
     add_method_arguments(parser)
@@ -109,6 +126,10 @@ def run(options: argparse.Namespace) -> None:
         "rules": rules,
         "include": options.include,
         "exclude": options.exclude,
+        "missing": options.missing,
+        "variant": options.variant,
+        "attach": options.attach,
+        "no_attach": options.no_attach,
         "profile": options.profile,
         "seed": options.seed,
         "threads": options.threads,
@@ -140,7 +161,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace, result: PackResult, method: Method) -> None:
-    console.warn_left_out(result.skipped_files)
+    console.warn_left_out(result.left_out)
+    for line in _remarks(result):
+        console.warn(line)
     if options.json:
         console.say_json(
             {
@@ -152,7 +175,13 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
                 "content_id": result.content_id,
                 "actions": result.actions,
                 "kept_exactly": result.kept,
-                "in_base_only": result.removed,
+                "in_base_only": len(result.removed),
+                "removed": result.removed,
+                "taken_from_base": result.taken,
+                "not_in_index": result.unlisted,
+                "attached": result.attached,
+                "left_out": result.left_out,
+                "remarks": result.remarks,
                 "narrow": result.narrow,
                 "resumed_tensors": result.resumed,
                 **calibration_obj(result),
@@ -163,11 +192,15 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
     if result.path is None:
         return
     resumed = f" (went on after {plural(result.resumed, 'tensor')})" if result.resumed else ""
-    smaller = f"{result.ratio:.2f} times smaller than {options.finetuned}"
+    smaller = f"{times(result.ratio)} than {options.finetuned}"
     console.say(f"{result.path}: {result.size:,} bytes, {smaller}{resumed}")
     console.say(_actions(result))
     if result.removed:
-        console.say(f"left out: {plural(result.removed, 'tensor')} that only the base has")
+        console.say(left_out_line(result.removed))
+    if result.taken:
+        console.say(f"taken from the base: {plural(len(result.taken), 'tensor')}: {bounded(result.taken)}")
+    if result.attached:
+        console.say(f"attached: {bounded(result.attached, 30)}")
     if result.choice:
         say_chosen(result.choice)
     elif result.narrow:
@@ -181,6 +214,18 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
         console.say(line)
     if len(surprising) > MENTIONED:
         console.say(f"and {len(surprising) - MENTIONED:,} more matrices stored whole; inspect --tensors lists them")
+
+
+def _remarks(result: PackResult) -> list[str]:
+    """Return the remarks about the inputs, and which tensors the index does not name."""
+    found = list(result.remarks)
+    if result.unlisted:
+        shards = ", ".join(dict.fromkeys(result.unlisted.values()))
+        found.append(
+            f"{plural(len(result.unlisted), 'tensor')} of {shards} that the index does not name, packed all the same "
+            f"as loaders read them: {bounded(result.unlisted)}"
+        )
+    return found
 
 
 def _actions(result: PackResult) -> str:

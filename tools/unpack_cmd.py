@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from deltafmt.errors import UsageError
-from deltafmt.pipeline.summary import plural
+from deltafmt.pipeline.summary import left_out_line, plural
 from deltafmt.tools import console
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -59,12 +59,15 @@ def run(options: argparse.Namespace) -> None:
                 "tensors": result.tensors,
                 "bytes": result.nbytes,
                 "files": result.files,
+                "removed": result.removed,
                 "mismatched": result.mismatched,
             }
         )
         return
     files = f" and {', '.join(result.files)}" if result.files else ""
     console.say(f"{result.path}: {plural(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
+    if result.removed:
+        console.say(left_out_line(result.removed))
 
 
 def _other_base(names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from deltafmt.errors import EXIT_OK, DeltafmtError
-from deltafmt.pipeline.summary import plural
+from deltafmt.pipeline.summary import left_out_line, plural
 from deltafmt.tools import console
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
         result = verify(file, options.base, threads=options.threads, progress=progress)
     if not options.json:
         console.say(f"{file}: {describe(result)}")
+        if result.removed:
+            console.say(left_out_line(result.removed))
     return {
         "ok": True,
         "file": file,
@@ -62,6 +64,8 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
         "tensors": result.tensors,
         "base_tensors": result.base_tensors,
         "content_id": result.content_id,
+        "removed": list(result.removed),
+        "attached": list(result.attached),
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.checkpoint.file_kinds import HEAD_BYTES, instead_of_weights
 from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.errors import InvalidFileError, StorageError
 from deltafmt.format import constants as c
@@ -96,6 +97,8 @@ class Tensor:
 
     def equals(self, other: Tensor) -> bool:
         """Tell whether dtype, shape and bytes are the same."""
+        if self is other:
+            return True
         if (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
         step = 65536  # tensors that differ do so early; those that do not are read in growing steps
@@ -126,7 +129,10 @@ class SafetensorsFile:
                 self.stat = os.fstat(file.fileno())
                 self.size = self.stat.st_size
                 if self.size < 8:
-                    raise InvalidFileError(f"{path}: {self.size} bytes are too few for a safetensors file")
+                    known = instead_of_weights(file.read(8))
+                    raise InvalidFileError(
+                        f"{path}: {known or f'{self.size} bytes are too few for a safetensors file'}"
+                    )
                 self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except InvalidFileError:
             raise
@@ -146,7 +152,12 @@ class SafetensorsFile:
             raise InvalidFileError(f"{self.path} is a delta file, not a checkpoint")
         (length,) = struct.unpack("<Q", self.view[:8])
         if length > min(MAX_HEADER_BYTES, self.size - 8):
-            raise InvalidFileError(f"{self.path}: a header of {length} bytes does not fit: not a safetensors file")
+            known = instead_of_weights(bytes(self.view[:HEAD_BYTES]))
+            if not known and bytes(self.view[8:9]) == b"{":
+                known = f"its header of {length:,} bytes is longer than the file: the download is incomplete"
+            raise InvalidFileError(
+                f"{self.path}: {known or f'a header of {length} bytes does not fit: not a safetensors file'}"
+            )
         try:
             header = json.loads(bytes(self.view[8 : 8 + length]), object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:

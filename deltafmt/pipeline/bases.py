@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.checkpoint.weight_names import METADATA_VARIANT
 from deltafmt.errors import WrongBaseError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.workers import drain
+
+
+def open_base(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Checkpoint:
+    """Open the base of a delta: the weights of the variant that the delta was packed against, if it names one."""
+    return Checkpoint(path, variant=metadata.get(METADATA_VARIANT), lenient=True)
 
 
 def find_base(checkpoint: Checkpoint, entry: TensorEntry) -> Tensor | None:

@@ -6,13 +6,13 @@ import math
 import os
 from collections.abc import Sequence
 
-from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import UsageError
 from deltafmt.methods import RTN, BitDelta, DeltaDQ, Method, Residual
 from deltafmt.pipeline.alternatives import Alternatives, Hessians
 from deltafmt.pipeline.choice import Choice
 from deltafmt.pipeline.job import PackJob, check_options
-from deltafmt.pipeline.plan import Rule, make_plan
+from deltafmt.pipeline.plan import Rule
+from deltafmt.pipeline.prepare import open_pair, prepare
 from deltafmt.pipeline.workers import Progress, thread_count
 
 
@@ -80,6 +80,10 @@ def plan_for_target(
     rules: Sequence[Rule] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    missing: str | None = None,
+    variant: str | None = None,
+    attach: Sequence[str] = (),
+    no_attach: Sequence[str] = (),
     profile: str = "hot",
     seed: int = 0,
     threads: int | None = None,
@@ -93,7 +97,8 @@ def plan_for_target(
 
     Args:
         base, finetuned: a checkpoint folder or a ``.safetensors`` file.
-        target_ratio, target_size, candidates, rules, include, exclude, profile, seed, threads: as ``pack`` takes them.
+        target_ratio, target_size, candidates, rules, include, exclude, missing, variant, attach, no_attach, profile,
+            seed, threads: as ``pack`` takes them.
         progress: called with a tensor's name and bytes as each is measured.
         hessians: second moments of the matrices' inputs by name, to measure the losses with.
 
@@ -106,12 +111,12 @@ def plan_for_target(
         InvalidFileError, WrongBaseError, StorageError: as ``pack`` raises them.
     """
     check_options(profile, seed)
-    with Checkpoint(base) as before, Checkpoint(finetuned) as after:
+    with open_pair(base, finetuned, variant, attach, no_attach) as (before, after):
         target = target_bytes(target_ratio, target_size, after.file_bytes)
         if target is None:
             raise UsageError("a plan needs a target ratio or a target size")
-        plans = make_plan(before, after, None, rules, include, exclude)
-        job = PackJob(before, after, plans, profile, seed, target_metadata(target))
+        ready = prepare(before, after, None, rules, include, exclude, missing)
+        job = PackJob(before, after, ready.plans, profile, seed, target_metadata(target), ready.completeness)
         alternatives = Alternatives(job, candidates or default_candidates())
         alternatives.measure(thread_count(threads), progress, hessians)
         return alternatives.choose(target)

@@ -17,11 +17,12 @@ from deltafmt.checkpoint.adapter import PREFIX, WEIGHTS_FILE, is_embedding
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec, check_output_folder
+from deltafmt.checkpoint.weight_names import WeightNames, bounded
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
-from deltafmt.pipeline.bases import find_base, wrong_bytes
+from deltafmt.pipeline.bases import find_base, open_base, wrong_bytes
 from deltafmt.pipeline.import_lora import METADATA_BASE, METADATA_TASK
 from deltafmt.pipeline.lora_modules import LoraModule, lora_modules
 from deltafmt.pipeline.outputs import refuse_input_folder
@@ -100,7 +101,10 @@ def export_lora(
         entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
         named = opened.metadata.get(METADATA_BASE)
         config = _attached_config(opened)
-        checkpoint = None if base is None else stack.enter_context(Checkpoint(base))
+        parts = [part for part in WeightNames.from_metadata(opened.metadata, opened.container.name).parts if part]
+        if parts:
+            raise UsageError(f"{delta} is of a model with weights in {bounded(parts)}, and an adapter is of one model")
+        checkpoint = None if base is None else stack.enter_context(open_base(base, opened.metadata))
         if checkpoint is not None:
             check_base(checkpoint, entries, thread_count(None))
             named, config = str(checkpoint.path), config or checkpoint.config()
@@ -166,9 +170,9 @@ class _Exporter:
         specs = [spec for module in self._modules for spec in module.specs()]
         specs += [TensorSpec(name, entry.dtype, entry.shape) for name, entry in self._whole.items()]
         nbytes = sum(spec.nbytes for spec in specs)
-        stem = Path(WEIGHTS_FILE).stem
         result = ExportResult(path, nbytes, config["r"], len(self._modules), self._saved)
-        writer = CheckpointWriter(path, specs, max_shard_bytes=max(nbytes, 1), stem=stem, force=force)
+        names = WeightNames({"": WEIGHTS_FILE})
+        writer = CheckpointWriter(path, specs, max_shard_bytes=max(nbytes, 1), names=names, force=force)
         try:
             for module in self._modules:
                 for spec, factor in zip(module.specs(), module.factors(self._delta), strict=True):

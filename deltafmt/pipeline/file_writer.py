@@ -43,7 +43,16 @@ def write_file(job: PackJob, delivery: Delivery, most: int | None = None) -> Pac
         sink = PartialFile(delivery.out, job.digest(), force=delivery.force)
     else:
         sink = StreamFile(delivery.out)
-    result = PackResult(path, finetuned_bytes=finetuned.file_bytes, skipped_files=list(finetuned.skipped))
+    result = PackResult(
+        path,
+        finetuned_bytes=finetuned.file_bytes,
+        removed=job.removed(),
+        taken=list(job.completeness.taken),
+        unlisted=dict(finetuned.unlisted),
+        attached=list(finetuned.files),
+        left_out=dict(finetuned.left_out),
+        remarks=job.remarks(),
+    )
     with kept_if_interrupted(sink.keep, sink.abandon):
         _FileWriter(job, sink, result).run(delivery.threads, delivery.progress)
         for source in (job.base, finetuned):
@@ -102,7 +111,7 @@ class _FileWriter:
         files = job.finetuned.files if attach else {}
         attachments = {name: container.attach(read_file(path)) for name, path in files.items()}
         identity = container.finish(
-            self._entries.values(), removed=job.removed(), attachments=attachments, metadata=job.metadata()
+            self._entries.values(), removed=self._result.removed, attachments=attachments, metadata=job.metadata()
         )
         self._report(identity)
 
@@ -137,7 +146,6 @@ class _FileWriter:
                 result.kept[entry.name] = plan.reason or NO_SMALLER
             if entry.columns <= NARROW_COLUMNS and plan.method is not None and plan.method.at_random:
                 result.narrow += any(term.layout.drops_most for term in entry.terms)
-        result.removed = len(self._job.removed())
         if moments is not None:
             result.calibration_tokens, result.sequential = moments.tokens, moments.sequential
             added = (name for name, entry in self._entries.items() if entry.action == "add")

@@ -65,7 +65,7 @@ class ImportResult:
         replaced: names of tensors that the adapter holds whole, with other bytes than the base.
         same: number of tensors that equal the base's.
         base_name: the base that the adapter names; empty if it names none.
-        skipped_files: names of files of the adapter's folder that could not be attached.
+        left_out: why files and folders of the adapter's folder do not travel, by name.
     """
 
     path: Path
@@ -76,7 +76,7 @@ class ImportResult:
     replaced: list[str] = field(default_factory=list)
     same: int = 0
     base_name: str = ""
-    skipped_files: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def import_lora(
@@ -111,7 +111,7 @@ def import_lora(
     if profile not in c.PROFILES:
         raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
     path = Path(out)
-    with Checkpoint(base) as checkpoint, Adapter(adapter) as opened:
+    with Checkpoint(base, lenient=True) as checkpoint, Adapter(adapter) as opened:
         refuse_input_file(path, [checkpoint])
         if path.resolve().parent == opened.path.resolve() and path.exists():
             raise UsageError(f"the output {path} lies in the adapter's folder and is not replaced")
@@ -121,7 +121,7 @@ def import_lora(
             path,
             adapter_bytes=opened.nbytes,
             base_name=opened.config.base_name,
-            skipped_files=list(opened.skipped),
+            left_out=dict(opened.left_out),
         )
         sink = PartialFile(path, None, force=force)
         try:
@@ -205,5 +205,6 @@ class _Importer:
             "deltafmt.version": __version__,
             "method": "lora",
             **{key: value for key, value in named.items() if value},
+            **self._base.names.metadata(),
             **{f"safetensors.{key}": value for key, value in self._base.metadata().items()},
         }

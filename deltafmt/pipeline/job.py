@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 from blake3 import blake3
 
 from deltafmt._version import __version__
 from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.quantized import quantization
+from deltafmt.checkpoint.weight_names import METADATA_VARIANT
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
+from deltafmt.pipeline.completeness import Completeness
 from deltafmt.pipeline.moments import MomentFolder
-from deltafmt.pipeline.plan import Plan, file_metadata
+from deltafmt.pipeline.plan import BASE_DTYPE, Plan, file_metadata
 from deltafmt.pipeline.workers import Progress
+
+# How many tensors the fine-tune lacked, which are the base's; the folders that the packer left out.
+METADATA_TAKEN: Final = "taken_from_base"
+METADATA_DROPPED: Final = "folders_left_out"
 
 
 def check_options(profile: str, seed: int) -> None:
@@ -42,6 +49,7 @@ class PackJob:
         profile: ``hot`` or ``cold``.
         seed: the file's seed, 64 bits.
         description: what the file's metadata says of its method.
+        completeness: what the fine-tune lacks.
         moments: second moments of the matrices' inputs, if a calibration has gathered some.
     """
 
@@ -51,6 +59,7 @@ class PackJob:
     profile: str
     seed: int
     description: str
+    completeness: Completeness = field(default_factory=Completeness)
     moments: MomentFolder | None = None
 
     def digest(self) -> bytes:
@@ -75,12 +84,29 @@ class PackJob:
 
     def removed(self) -> list[str]:
         """Return the names of the tensors that only the base has, sorted."""
-        return sorted(set(self.base.tensors) - set(self.finetuned.tensors))
+        return sorted(set(self.base.tensors) - {plan.tensor.name for plan in self.plans})
+
+    def remarks(self) -> list[str]:
+        """Return remarks about the inputs: which files were read, and whether the base is quantized."""
+        found = [f"{source.path}: {note}" for source in (self.base, self.finetuned) for note in source.notes]
+        whole = sum(plan.reason.startswith(BASE_DTYPE) and len(plan.tensor.shape) > 1 for plan in self.plans)
+        if whole:
+            found.append(
+                f"the base is quantized ({quantization(self.base)}): there is no delta to {whole:,} of its matrices, "
+                "so the fine-tune's are stored whole"
+            )
+        return found
 
     def metadata(self) -> dict[str, str]:
         """Return the file's metadata."""
         calibration = {} if self.moments is None else self.moments.metadata()
-        return file_metadata(self.description, self.seed, self.finetuned) | calibration
+        found = {METADATA_TAKEN: str(len(self.completeness.taken))} if self.completeness.taken else {}
+        if self.finetuned.dropped:
+            found[METADATA_DROPPED] = ", ".join(self.finetuned.dropped)
+        variant = self.base.names.variant()
+        if variant is not None:
+            found[METADATA_VARIANT] = variant
+        return file_metadata(self.description, self.seed, self.finetuned) | found | calibration
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container.partial import check_output_file
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.methods.base import Method
@@ -19,7 +18,8 @@ from deltafmt.pipeline.first_pass import calibrated
 from deltafmt.pipeline.job import Delivery, PackJob, check_options
 from deltafmt.pipeline.outputs import refuse_input_file
 from deltafmt.pipeline.pack_result import PackResult
-from deltafmt.pipeline.plan import Rule, make_plan
+from deltafmt.pipeline.plan import Rule
+from deltafmt.pipeline.prepare import open_pair, prepare
 from deltafmt.pipeline.targeted import pack_for_target
 from deltafmt.pipeline.workers import Progress, thread_count
 
@@ -36,6 +36,10 @@ def pack(
     rules: Sequence[Rule] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    missing: str | None = None,
+    variant: str | None = None,
+    attach: Sequence[str] = (),
+    no_attach: Sequence[str] = (),
     calibration: Calibration | None = None,
     profile: str = "hot",
     seed: int = 0,
@@ -61,6 +65,11 @@ def pack(
             whole.
         include: if given, only names that match one of these patterns are compressed.
         exclude: names that match one of these patterns are stored whole.
+        missing: what is done with tensors that the fine-tune lacks and its model needs: ``same`` takes them from the
+            base, ``removed`` leaves them out. If not given, such a fine-tune is refused.
+        variant: read the weights of this variant, such as ``fp16`` in ``model.fp16.safetensors``.
+        attach: patterns of paths of files beside the weights that travel although they would not by themselves.
+        no_attach: patterns of paths of files that do not travel; they win over ``attach``.
         calibration: a text for the fine-tune to read. The methods gptq and sparsegpt need one; others can use one.
         profile: ``hot`` or ``cold``.
         seed: the file's seed, 64 bits. Every tensor's own seed is derived from it and the tensor's name.
@@ -76,7 +85,7 @@ def pack(
         UsageError: an option is wrong, a pattern matches nothing, the output exists or is an input, or no plan meets
             the target.
         NonFiniteError: a delta has NaN or infinity and its tensor is to be compressed.
-        InvalidFileError: an input is not a valid checkpoint.
+        InvalidFileError: an input is not a valid checkpoint, the fine-tune is not whole, or a link leaves its folder.
         WrongBaseError: base and fine-tune are of different architecture.
         StorageError: reading or writing failed.
     """
@@ -89,12 +98,14 @@ def pack(
     check_options(profile, seed)
     place = Path(out) if isinstance(out, str | os.PathLike) else out
     delivery = Delivery(place, force, thread_count(threads), progress)
-    with Checkpoint(base) as before, Checkpoint(finetuned) as after:
+    if calibration is not None and variant is not None:
+        raise UsageError(f"variant {variant!r} and a calibration: a text is read with weights that have no variant")
+    with open_pair(base, finetuned, variant, attach, no_attach) as (before, after):
         target = target_bytes(target_ratio, target_size, after.file_bytes)
         default = method or DeltaDQ()
         description = default.describe() if target is None else target_metadata(target)
-        plans = make_plan(before, after, default if target is None else None, rules, include, exclude)
-        job = PackJob(before, after, plans, profile, seed, description)
+        prepared = prepare(before, after, default if target is None else None, rules, include, exclude, missing)
+        job = PackJob(before, after, prepared.plans, profile, seed, description, prepared.completeness)
         _check_hot(job)
         _check_output(job, delivery)
         if target is not None:

@@ -21,6 +21,9 @@ Rule = tuple[str, Method | None]
 
 NO_SMALLER = "no smaller when packed"
 
+# The beginning of the reason of a tensor whose base is quantized.
+BASE_DTYPE = "the base's dtype"
+
 # Reasons that the user gave for storing a tensor whole.
 CHOSEN = ("excluded", "not included", "by rule")
 
@@ -134,8 +137,10 @@ def why_exact(tensor: Tensor, base: Tensor | None, method: Method | None) -> str
     """
     if base is None:
         return "not in the base"
-    if tensor.dtype not in DELTA_DTYPES or base.dtype not in DELTA_DTYPES:
+    if tensor.dtype not in DELTA_DTYPES:
         return f"dtype {tensor.dtype}"
+    if base.dtype not in DELTA_DTYPES:
+        return f"{BASE_DTYPE} {base.dtype}"
     if len(tensor.shape) < 2:
         return "a vector"
     if len(base.shape) != len(tensor.shape) or base.shape[1:] != tensor.shape[1:]:
@@ -220,6 +225,7 @@ def file_metadata(method: str, seed: int, finetuned: Checkpoint) -> dict[str, st
         "deltafmt.version": __version__,
         "method": method,
         "seed": str(seed),
+        **finetuned.names.metadata(),
         **{f"safetensors.{key}": value for key, value in finetuned.metadata().items()},
     }
 

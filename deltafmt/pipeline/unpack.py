@@ -14,9 +14,10 @@ from deltafmt import accel
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.folder_writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.checkpoint.weight_names import WeightNames
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
 from deltafmt.index.entries import BaseRef, TensorEntry
-from deltafmt.pipeline.bases import compare_bases, find_base, wrong_bytes
+from deltafmt.pipeline.bases import compare_bases, find_base, open_base, wrong_bytes
 from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.pipeline.workers import PerThread, Progress, drain, in_order, thread_count
 from deltafmt.terms.buffers import raw_bytes
@@ -35,6 +36,7 @@ class UnpackResult:
         tensors: number of tensors written.
         nbytes: bytes of the tensors written.
         files: names of the attached files that were written.
+        removed: names of tensors that only the base has; the folder lacks them.
         mismatched: names of base tensors that differ from those packed against; only ``force_base`` allows any.
     """
 
@@ -42,6 +44,7 @@ class UnpackResult:
     tensors: int = 0
     nbytes: int = 0
     files: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
 
 
@@ -78,12 +81,13 @@ def unpack(
     path = Path(out)
     check_output_folder(path, force=force)
     refuse_input_folder(path, [base, delta])
-    with DeltaFile(delta) as opened, Checkpoint(base) as checkpoint:
+    with DeltaFile(delta) as opened, open_base(base, opened.metadata) as checkpoint:
         entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
         # ``force_base`` allows other bytes, but no other dtypes and shapes.
         for entry in entries:
             find_base(checkpoint, entry)
-        unpacker = _Unpacker(opened, checkpoint, entries, UnpackResult(path))
+        result = UnpackResult(path, removed=list(opened.container.removed))
+        unpacker = _Unpacker(opened, checkpoint, entries, result)
         return unpacker.run(force, force_base, max_shard_bytes, thread_count(threads), progress)
 
 
@@ -112,8 +116,8 @@ class _Unpacker:
     ) -> UnpackResult:
         """Write every tensor, then the attached files, and put the folder in its place."""
         prefix = "safetensors."
-        own = self._delta.metadata.items()
-        metadata = {key.removeprefix(prefix): value for key, value in own if key.startswith(prefix)}
+        own = self._delta.metadata
+        metadata = {key.removeprefix(prefix): value for key, value in own.items() if key.startswith(prefix)}
         if force_base:
             compared = compare_bases(self._base, self._entries, threads)
             self._result.mismatched = [name for name, equal in compared if not equal]
@@ -122,7 +126,12 @@ class _Unpacker:
         metadata["deltafmt.content_id"] = self._delta.content_id
         specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in self._entries]
         writer = CheckpointWriter(
-            self._result.path, specs, metadata=metadata, max_shard_bytes=max_shard_bytes, force=force
+            self._result.path,
+            specs,
+            metadata=metadata,
+            max_shard_bytes=max_shard_bytes,
+            names=WeightNames.from_metadata(own, self._delta.container.name),
+            force=force,
         )
         try:
             self._write(writer, not force_base, threads, progress)

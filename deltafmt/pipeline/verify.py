@@ -10,6 +10,7 @@ from blake3 import blake3
 
 from deltafmt import accel
 from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.weight_names import WeightNames
 from deltafmt.container.content import content_id
 from deltafmt.container.reader import Container
 from deltafmt.delta import DeltaFile, RunDecoder, codec_of
@@ -17,7 +18,7 @@ from deltafmt.errors import InvalidFileError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.sections import BufferRef
-from deltafmt.pipeline.bases import compare_bases, wrong_bytes
+from deltafmt.pipeline.bases import compare_bases, open_base, wrong_bytes
 from deltafmt.pipeline.workers import thread_count
 from deltafmt.terms.buffers import raw_bytes
 from deltafmt.terms.codec_routines import CodecRoutines, codec_routines
@@ -32,12 +33,16 @@ class VerifyResult:
         tensors: number of entries whose buffers were decoded and whose digests were compared.
         base_tensors: number of base tensors whose fingerprints were compared; None without a base.
         content_id: the content id, computed anew, hexadecimal.
+        removed: names of tensors that only the base has; an unpacked folder lacks them.
+        attached: names of the attached files.
     """
 
     sections: int
     tensors: int
     base_tensors: int | None
     content_id: str
+    removed: tuple[str, ...] = ()
+    attached: tuple[str, ...] = ()
 
 
 def verify(
@@ -86,9 +91,11 @@ def verify(
             raise _named(container, InvalidFileError("the content id is not that of the content"))
         checked = None
         if base is not None:
-            with Checkpoint(base) as checkpoint:
+            with open_base(base, container.metadata) as checkpoint:
                 checked = check_base(checkpoint, entries, workers)
-        return VerifyResult(len(container.sections), len(entries), checked, found.hex())
+        WeightNames.from_metadata(container.metadata, container.name)
+        rest = tuple(container.removed), tuple(container.attachments)
+        return VerifyResult(len(container.sections), len(entries), checked, found.hex(), *rest)
 
 
 def _check_payload(delta: DeltaFile, entry: TensorEntry, routines: CodecRoutines) -> None:

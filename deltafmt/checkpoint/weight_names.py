@@ -1,0 +1,114 @@
+"""The names of weight files: what is read from them, and the names that unpack gives (spec, section 7.7).
+
+The weights of a folder have one *name*, that of the file they would be in if they were not cut into shards:
+``model.safetensors``, ``diffusion_pytorch_model.fp16.safetensors``. A checkpoint of several folders, such as a pipeline
+of diffusers, has a name for each folder that holds weights, its *part*. The tensors of a part are called
+``PART/NAME``, for example ``unet/conv_in.weight``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Self
+
+from deltafmt.errors import InvalidFileError
+from deltafmt.index.sections import is_safe_path
+
+ENDING: Final = ".safetensors"
+DEFAULT: Final = "model.safetensors"
+# The names that loaders look for, with the programs that do: transformers, diffusers.
+KNOWN_STEMS: Final = ("model", "diffusion_pytorch_model")
+
+METADATA_WEIGHTS: Final = "weights"
+METADATA_VARIANT: Final = "base_variant"
+
+SHARD: Final = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{1,6})-of-(?P<count>[0-9]{1,6})(?P<variant>\.[^.]+)?")
+
+
+def with_variant(stem: str, variant: str | None) -> str:
+    """Return the name of the weights of a stem: ``model.safetensors``, ``model.fp16.safetensors``."""
+    return f"{stem}{f'.{variant}' if variant else ''}{ENDING}"
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """Return stem and variant of a weight file's name; only the stems that loaders know have variants."""
+    stem = name.removesuffix(ENDING)
+    for known in KNOWN_STEMS:
+        if stem.startswith(f"{known}.") and "." not in stem[len(known) + 1 :]:
+            return known, stem[len(known) + 1 :]
+    return stem, None
+
+
+def index_name(name: str) -> str:
+    """Return the name of the index of weights that are cut into shards, as transformers and diffusers write it."""
+    stem, variant = split_name(name)
+    return f"{stem}{ENDING}.index{f'.{variant}' if variant else ''}.json"
+
+
+def shard_name(name: str, number: int, count: int) -> str:
+    """Return the name of one of ``count`` shards; ``number`` begins at 1."""
+    return f"{name.removesuffix(ENDING)}-{number:05d}-of-{count:05d}{ENDING}"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightNames:
+    """The name of the weights in each folder of a checkpoint; the part of the checkpoint's own folder is ``""``."""
+
+    parts: Mapping[str, str] = field(default_factory=lambda: {"": DEFAULT})
+
+    def split(self, tensor: str) -> tuple[str, str]:
+        """Return the part that a tensor belongs to, and its name in the weight file of that part."""
+        place = len(tensor)
+        while (place := tensor.rfind("/", 0, place)) > 0:
+            if tensor[:place] in self.parts:
+                return tensor[:place], tensor[place + 1 :]
+        return "", tensor
+
+    def of_part(self, part: str) -> str:
+        """Return the name of a part's weights."""
+        return self.parts.get(part, DEFAULT)
+
+    def variant(self) -> str | None:
+        """Return the variant of the weights, if a part has one."""
+        return next((found for name in self.parts.values() if (found := split_name(name)[1])), None)
+
+    def metadata(self) -> dict[str, str]:
+        """Return the form that a delta file's metadata has; ``model.safetensors`` at the top is not recorded."""
+        return {
+            f"{METADATA_WEIGHTS}/{part}" if part else METADATA_WEIGHTS: name
+            for part, name in self.parts.items()
+            if part or name != DEFAULT
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], where: str) -> Self:
+        """Return the names that a delta file records, after checking that they stay in the folder and are weights.
+
+        Raises:
+            InvalidFileError: a recorded name is not one for a file of weights.
+        """
+        parts = {"": DEFAULT}
+        for key, name in metadata.items():
+            part = key.removeprefix(f"{METADATA_WEIGHTS}/")
+            if key == METADATA_WEIGHTS:
+                part = ""
+            elif part == key:
+                continue
+            whole = f"{part}/{name}" if part else name
+            if "/" in name or not name.endswith(ENDING) or name == ENDING or not is_safe_path(whole):
+                raise InvalidFileError(f'{where}: metadata["{key}"]: {name!r} is not the name of a weight file')
+            parts[part] = name
+        return cls(parts)
+
+
+# The names of a checkpoint whose weights are where transformers puts them.
+USUAL_NAMES: Final = WeightNames()
+
+
+def bounded(names: Iterable[str], most: int = 10) -> str:
+    """Return names joined by commas, the first few of them and the number of the others: ``a, b and 3 more``."""
+    listed = list(names)
+    more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

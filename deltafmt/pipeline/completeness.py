@@ -1,0 +1,240 @@
+"""Whether a fine-tune is whole: compared with its base, with its ``config.json``, and with what its save should hold.
+
+A fine-tune may lack tensors because its save is broken, because it holds only what was trained, or because its model
+has none. Only the last is silently right. For the others, the caller says what is done: ``same`` takes the tensors
+from the base, ``removed`` leaves them out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.quantized import SCALES, quantization
+from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.checkpoint.weight_names import bounded
+from deltafmt.errors import InvalidFileError, Remedy, UsageError
+from deltafmt.format.constants import DELTA_DTYPES
+
+SAME: Final = "same"
+REMOVED: Final = "removed"
+MISSING: Final = (SAME, REMOVED)
+
+# Buffers that older checkpoints hold and that models compute by themselves.
+_COMPUTED: Final = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.masked_bias$|(^|\.)position_ids$")
+_CAUSAL_MASK: Final = re.compile(r"attn(\.attention)?\.bias$")
+_HEAD: Final = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
+_LAYER: Final = re.compile(r"^(.*?\.)([0-9]{1,6})\.")
+# A model has few tied matrices. Where more tensors are absent, they are not compared with all others.
+_MAX_TIED: Final = 16
+_LAYERS_KEYS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+@dataclass(slots=True)
+class Completeness:
+    """What a fine-tune lacks.
+
+    Attributes:
+        lacking: names of base tensors that the fine-tune should have and has not, or has without elements.
+        empty: names of tensors that the fine-tune has without elements, where the base has elements or no tensor.
+        spared: names of base tensors that the fine-tune's model does not need.
+        taken: names of tensors that are taken from the base.
+    """
+
+    lacking: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+    spared: list[str] = field(default_factory=list)
+    taken: list[str] = field(default_factory=list)
+
+
+def check_missing_option(missing: str | None) -> None:
+    """Refuse a value that says nothing.
+
+    Raises:
+        UsageError: names the value.
+    """
+    if missing is not None and missing not in MISSING:
+        raise UsageError(f"missing {missing!r} is not one of {', '.join(MISSING)}")
+
+
+def find_empty(base: Checkpoint, finetuned: Checkpoint, whole: Collection[str]) -> list[str]:
+    """Return the names of tensors that a save without gathering has emptied, as ZeRO-3 does.
+
+    A tensor without elements counts if the base's has some, or if the base has none of that name and the shape is
+    ``[0]``, which is what a partitioned parameter looks like. Those in ``whole`` do not count: the user has them stored
+    whole, as they are.
+    """
+    empty = []
+    for name, tensor in finetuned.tensors.items():
+        if tensor.nbytes or name in whole:
+            continue
+        other = base.tensors.get(name)
+        if (other is None and tensor.shape == (0,)) or (other is not None and other.nbytes):
+            empty.append(name)
+    return empty
+
+
+def check_flattened(base: Checkpoint, finetuned: Checkpoint, whole: Collection[str]) -> None:
+    """Refuse matrices that the fine-tune has as vectors, as the shards of FSDP and DeepSpeed are.
+
+    Args:
+        base, finetuned: the checkpoints.
+        whole: names of tensors that the user has stored whole.
+
+    Raises:
+        InvalidFileError: names the first one.
+    """
+    found = [
+        tensor
+        for name, tensor in finetuned.tensors.items()
+        if len(tensor.shape) == 1 and tensor.dtype in DELTA_DTYPES and name not in whole
+        if (other := base.tensors.get(name)) is not None and len(other.shape) >= 2 and other.dtype in DELTA_DTYPES
+    ]
+    if found:
+        first = found[0]
+        shape = list(base.tensors[first.name].shape)
+        more = f" and {len(found) - 1:,} more" if len(found) > 1 else ""
+        raise InvalidFileError(
+            f'{finetuned.path}: tensor "{first.name}"{more} is flat, {list(first.shape)}, and {shape} in the base: '
+            "it is a part of a sharded save; save the whole model",
+            Remedy("exclude", first.name),
+        )
+
+
+def find_lacking(base: Checkpoint, finetuned: Checkpoint) -> Completeness:
+    """Return which of the base's tensors the fine-tune lacks, and which of those its model does not need."""
+    found = Completeness()
+    absent = [name for name in base.tensors if name not in finetuned.tensors]
+    spare = _Spare(base, finetuned, compare=len(absent) <= _MAX_TIED)
+    for name in absent:
+        (found.spared if spare.has(name) else found.lacking).append(name)
+    return found
+
+
+def refuse_lacking(base: Checkpoint, finetuned: Checkpoint, found: Completeness) -> None:
+    """Refuse a fine-tune that is not whole.
+
+    Raises:
+        InvalidFileError: names the tensors, the likely cause and the way out.
+    """
+    path = finetuned.path
+    if found.empty:
+        verb = "has" if len(found.empty) == 1 else "have"
+        raise InvalidFileError(
+            f"{path}: {_counted(found.empty)} {verb} no elements (shape [0]), as after a ZeRO-3 save without gathering: "
+            f"{bounded(found.empty)}; save the gathered model",
+            Remedy("missing", None),
+        )
+    if found.lacking:
+        raise InvalidFileError(
+            f"{path}: it lacks {_counted(found.lacking)} of the base's {len(base.tensors):,}: "
+            f"{bounded(found.lacking)}{_cause(finetuned)}",
+            Remedy("missing", None),
+        )
+
+
+def check_layers(base: Checkpoint, finetuned: Checkpoint) -> None:
+    """Refuse a fine-tune whose ``config.json`` says more layers than its weights have.
+
+    Only where the base's weights have as many layers as its own ``config.json`` says: some models share layers.
+
+    Raises:
+        InvalidFileError: names both numbers.
+    """
+    said, said_of_base = _layers_said(finetuned.config()), _layers_said(base.config())
+    if said is None or said_of_base is None or max(_stacks(base.tensors).values(), default=0) != said_of_base:
+        return
+    have = max(_stacks(finetuned.tensors).values(), default=0)
+    if have < said:
+        raise InvalidFileError(
+            f"{finetuned.path}: config.json says {said} layers, and the weights have {have}; the save is incomplete, "
+            "or the configuration is another model's"
+        )
+
+
+def _counted(names: list[str]) -> str:
+    return f"{len(names):,} tensor{'' if len(names) == 1 else 's'}"
+
+
+def _cause(finetuned: Checkpoint) -> str:
+    """Return what may have led to an incomplete fine-tune, if its tensors tell."""
+    if any(".lora_" in name for name in finetuned.tensors):
+        return "; its LoRA adapter is not merged (it has lora_ tensors): merge it first"
+    return f"; {finetuned.notes[0]}" if finetuned.notes else ""
+
+
+def _stacks(names: Iterable[str]) -> dict[str, int]:
+    """Return the number of layers of every stack: 4 for ``model.layers.`` if there is ``model.layers.3.x``."""
+    stacks: dict[str, int] = {}
+    for name in names:
+        found = _LAYER.match(name)
+        if found:
+            stacks[found[1]] = max(stacks.get(found[1], 0), int(found[2]) + 1)
+    return stacks
+
+
+def _setting(config: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    """Return the first value that a configuration, or that of its text model, has for one of several keys."""
+    inner = config.get("text_config")
+    for place in (config, inner if isinstance(inner, dict) else {}):
+        for key in keys:
+            if key in place:
+                return place[key]
+    return None
+
+
+def _layers_said(config: Mapping[str, Any]) -> int | None:
+    found = _setting(config, _LAYERS_KEYS)
+    return found if type(found) is int and found > 0 else None
+
+
+class _Spare:
+    """Tells of a base tensor that the fine-tune lacks whether the fine-tune's model does without it."""
+
+    def __init__(self, base: Checkpoint, finetuned: Checkpoint, *, compare: bool) -> None:
+        self._compare = compare
+        self._base = base
+        self._finetuned = finetuned
+        config, of_base = finetuned.config(), base.config()
+        self._tied = _setting(config, ("tie_word_embeddings",))
+        kinds = config.get("architectures"), of_base.get("architectures")
+        self._other_head = all(isinstance(kind, list) and kind for kind in kinds) and kinds[0] != kinds[1]
+        said, said_of_base = _layers_said(config), _layers_said(of_base)
+        self._cut_to = said if said is not None and said_of_base is not None and said < said_of_base else None
+        self._stacks = _stacks(finetuned.tensors)
+        self._plain = bool(quantization(base)) and not quantization(finetuned)
+        self._modules = {name.split(".")[0] for name in finetuned.tensors}
+
+    def has(self, name: str) -> bool:
+        """Tell whether the model does without a tensor of the base."""
+        tensor = self._base.tensors[name]
+        part = self._base.names.split(name)[0]
+        if (part and part not in self._finetuned.loader.declared) or part in self._finetuned.dropped:
+            return True
+        if _COMPUTED.search(name) or (_CAUSAL_MASK.search(name) and len(tensor.shape) == 4):
+            return True
+        if self._plain and SCALES.search(name):
+            return True
+        layer = _LAYER.match(name)
+        if layer:
+            # A stack that was cut: config.json says so, and the fine-tune has exactly the layers before.
+            cut = self._cut_to is not None and self._stacks.get(layer[1]) == self._cut_to
+            return cut and int(layer[2]) >= self._stacks[layer[1]]
+        if self._other_head and (name.split(".", maxsplit=1)[0] not in self._modules or ".pooler." in f".{name}"):
+            return True
+        return self._is_tied(name, tensor)
+
+    def _is_tied(self, name: str, tensor: Tensor) -> bool:
+        """Tell whether a matrix is a tied copy of one that the fine-tune has, which loaders tie again."""
+        if self._tied is False or len(tensor.shape) != 2:
+            return False
+        if self._tied is True and _HEAD.search(name):
+            return True
+        return self._compare and any(
+            other.name in self._finetuned.tensors and other.shape == tensor.shape and other.equals(tensor)
+            for other in self._base.tensors.values()
+            if other.name != name
+        )
