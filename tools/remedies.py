@@ -16,7 +16,6 @@ _SENTENCES = {
     "no_attach": "--no-attach VALUE leaves it out",
     "out": "-o - writes to standard output",
     "profile": "--profile VALUE allows it",
-    "variant": "--variant VALUE reads it",
 }
 
 

@@ -78,7 +78,8 @@ def packed(
     """Give the path of a temporary delta file that a method makes; tensors named in ``leave_out`` are stored whole."""
     with tempfile.TemporaryDirectory(prefix="deltafmt-") as folder:
         out = Path(folder) / "analyzed.deltafmt"
-        pack(base, finetuned, out, method=method, exclude=[glob.escape(name) for name in leave_out])
+        exclude = [glob.escape(name) for name in leave_out]
+        pack(base, finetuned, out, method=method, exclude=exclude, missing="removed")
         yield out
 
 

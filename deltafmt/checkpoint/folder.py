@@ -124,7 +124,7 @@ class Checkpoint:
             if odd is not None:
                 raise InvalidFileError(f'{self.path}: tensor "{odd}" has a name that the folder {part} gives its own')
             found.update((f"{part}/{name}", replace(tensor, name=f"{part}/{name}")) for name, tensor in tensors.items())
-        self.names = WeightNames({part: choice.name for part, choice in {"": _NONE, **chosen}.items()})
+        self.names = WeightNames({part: choice.name for part, choice in chosen.items()})
         for part, choice in chosen.items():
             of_part = f"{part}/" if part else ""
             self._read |= {of_part + name for name in (*choice.files, choice.index) if name}
@@ -147,7 +147,8 @@ class Checkpoint:
             raise no_weights(self.path / part, LoaderFolders())
         except InvalidFileError as error:
             if "cannot be read" in str(error) or "adapter" in str(error):
-                raise InvalidFileError(str(error), Remedy("no_attach", f"{part}/*")) from error
+                remedy = None if self._rules is NO_RULES else Remedy("no_attach", f"{part}/*")
+                raise InvalidFileError(str(error), remedy) from error
 
     def _open_choice(self, folder: Path, choice: WeightChoice) -> dict[str, Tensor]:
         check_shards(folder, choice)
@@ -247,9 +248,6 @@ class Checkpoint:
 
 # The names of an adapter's tensors, in PEFT and in programs for diffusion models.
 _ADAPTER_TENSOR = re.compile(r"\blora[_.](embedding_)?([AB]|up|down|magnitude_vector)\b")
-
-# The entry of a checkpoint's own folder that has no weights itself.
-_NONE = WeightChoice(DEFAULT, ())
 
 
 def _any_variant(folder: Path, variant: str | None) -> WeightChoice | None:

@@ -24,7 +24,7 @@ from deltafmt.checkpoint.weight_names import (
     split_name,
     with_variant,
 )
-from deltafmt.errors import InvalidFileError, Remedy
+from deltafmt.errors import InvalidFileError, StorageError
 from deltafmt.output import storage_error
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
@@ -81,8 +81,8 @@ def choose_weights(folder: Path, variant: str | None = None) -> WeightChoice | N
         variant: read the weights of this variant, such as ``fp16`` in ``model.fp16.safetensors``.
 
     Raises:
-        InvalidFileError: the names leave in doubt which files are the model, or a shard of a series is missing.
-        StorageError: the folder cannot be read.
+        InvalidFileError: the names leave in doubt which files are the model.
+        StorageError: the folder cannot be read, or a shard of a series is missing.
     """
     names = file_names(folder)
     weights = [name for name in names if name.endswith(ENDING) and not name.startswith(".")]
@@ -134,10 +134,8 @@ def _by_other_names(folder: Path, weights: list[str], indexes: list[str], varian
         raise InvalidFileError(f"{folder}: several indexes, {bounded(indexes)}; keep one")
     if indexes:
         return _indexed(folder, indexes[0])
-    groups: dict[str, list[str]] = {}
-    for name in weights:
-        if not name.startswith(ADAPTER_STEM) and not _TRAINING.match(name):
-            groups.setdefault(_group(name), []).append(name)
+    own = [name for name in weights if not name.startswith(ADAPTER_STEM) and not _TRAINING.match(name)]
+    groups = _grouped(own)
     if len(groups) > 1:
         # A name and the same name with a variant: the plain name is what is read when no variant is asked for.
         plain = min(groups, key=len)
@@ -152,8 +150,8 @@ def _by_other_names(folder: Path, weights: list[str], indexes: list[str], varian
             known, of_variant = split_name(members[0])
             if of_variant is not None and known in KNOWN_STEMS:
                 raise InvalidFileError(
-                    f"{folder}: it has weights of the variant {of_variant!r} alone, {members[0]}",
-                    Remedy("variant", of_variant),
+                    f"{folder}: it has weights of the variant {of_variant!r} alone, {members[0]}; "
+                    "name the variant, or the file"
                 )
             return WeightChoice(members[0], tuple(members))
         series = _series(folder, members, group, None) or _numbered(folder, members)
@@ -161,21 +159,33 @@ def _by_other_names(folder: Path, weights: list[str], indexes: list[str], varian
     return None
 
 
-def _group(name: str) -> str:
-    """Return the name that a weight file shares with the other shards of its series."""
-    stem = name.removesuffix(ENDING)
-    shard = SHARD.fullmatch(stem)
-    if shard:
-        return shard["stem"] + (shard["variant"] or "")
-    numbered = re.fullmatch(r"(.*?)[-_.]?[0-9]{1,6}", stem)
-    return numbered[1] if numbered else stem
+def _grouped(weights: Sequence[str]) -> dict[str, list[str]]:
+    """Return weight files by the stem that they share with the other files of their series, or their own stem."""
+    groups: dict[str, list[str]] = {}
+    series: dict[str, list[str]] = {}
+    for name in weights:
+        stem = name.removesuffix(ENDING)
+        shard = SHARD.fullmatch(stem)
+        numbered = re.fullmatch(r"(.*?)[-_.]?[0-9]{1,6}", stem)
+        if shard:
+            groups.setdefault(shard["stem"] + (shard["variant"] or ""), []).append(name)
+        elif numbered:
+            series.setdefault(numbered[1], []).append(name)
+        else:
+            groups.setdefault(stem, []).append(name)
+    for stem, members in series.items():
+        # One file whose name ends in a number is no series, as sd_v15.safetensors; model-00002.safetensors is part of one.
+        alone = len(members) == 1 and not re.search(r"(^|[^0-9])0[0-9]+\.safetensors$", members[0])
+        groups.setdefault(members[0].removesuffix(ENDING) if alone else stem, []).extend(members)
+    return groups
 
 
 def _series(folder: Path, weights: Sequence[str], stem: str, variant: str | None) -> tuple[str, ...]:
     """Return the shards ``STEM-00001-of-0000N`` of a folder without an index; all of them must be there.
 
     Raises:
-        InvalidFileError: names the shards that are missing.
+        StorageError: names the shards that are missing.
+        InvalidFileError: there are shards of several saves.
     """
     suffix = f".{variant}" if variant else ""
     found: dict[int, dict[int, str]] = {}
@@ -200,7 +210,7 @@ def _series(folder: Path, weights: Sequence[str], stem: str, variant: str | None
             re.sub(r"-[0-9]+-of-", f"-{number:0{width}d}-of-", shards[min(shards)], count=1)
             for number in missing[:1000]
         ]
-        raise InvalidFileError(
+        raise StorageError(
             f"{folder}: {len(missing):,} of {count:,} shards {'is' if len(missing) == 1 else 'are'} missing: "
             f"{bounded(names)}; the download or the save is incomplete"
         )
@@ -211,9 +221,9 @@ def _numbered(folder: Path, members: list[str]) -> tuple[str, ...]:
     """Return files whose names differ by one number alone, such as ``weights.00``; no number may be missing."""
     numbers = {int(re.findall(r"[0-9]+", name.removesuffix(ENDING))[-1]): name for name in members}
     if len(numbers) != len(members) or sorted(numbers) != list(range(min(numbers), min(numbers) + len(members))):
-        raise InvalidFileError(f"{folder}: the numbers of {bounded(members)} leave a gap; a shard is missing")
+        raise StorageError(f"{folder}: the numbers of {bounded(members)} leave a gap; a shard is missing")
     if min(numbers) > 1:
-        raise InvalidFileError(f"{folder}: the numbers of {bounded(members)} do not begin at 0 or 1")
+        raise StorageError(f"{folder}: the numbers of {bounded(members)} do not begin at 0 or 1")
     return tuple(numbers[number] for number in sorted(numbers))
 
 
@@ -250,20 +260,19 @@ def check_shards(folder: Path, choice: WeightChoice) -> None:
     """Check that the weight files are there, and not links that lead nowhere.
 
     Raises:
-        InvalidFileError: names those that are missing, and what lies there instead.
+        StorageError: names those that are missing, and what lies there instead.
     """
     missing = [name for name in choice.files if not (folder / name).exists()]
     if not missing:
         return
     dangling = [name for name in missing if (folder / name).is_symlink()]
-    why = (
-        "links to nothing; the download is incomplete"
-        if dangling
-        else "missing; the download or the save is incomplete"
-    )
+    listed = dangling or missing
+    verb = "is" if len(listed) == 1 else "are"
+    why = f"{verb} missing; the download or the save is incomplete"
+    if dangling:
+        why = f"{verb} {'a link' if len(dangling) == 1 else 'links'} to nothing; the download is incomplete"
     pickled = [name for name in file_names(folder) if UNREADABLE.search(name)]
     if pickled and len(missing) == len(choice.files):
         why += f". Beside it is {pickled[0]}, which cannot be read: convert it to safetensors"
     named = f"{choice.index} names {len(choice.files):,} files, and " if choice.index else ""
-    which = bounded(dangling or missing)
-    raise InvalidFileError(f"{folder}: {named}{which} {'is' if len(missing) == 1 else 'are'} {why}")
+    raise StorageError(f"{folder}: {named}{bounded(listed)} {why}")

@@ -74,6 +74,11 @@ class WeightNames:
         """Return the variant of the weights, if a part has one."""
         return next((found for name in self.parts.values() if (found := split_name(name)[1])), None)
 
+    def completed(self, others: WeightNames, tensors: Iterable[str]) -> WeightNames:
+        """Return these names, with those of another checkpoint for the parts of some tensors that have no name here."""
+        parts = {others.split(tensor)[0] for tensor in tensors}
+        return WeightNames({**{part: others.of_part(part) for part in parts}, **self.parts})
+
     def metadata(self) -> dict[str, str]:
         """Return the form that a delta file's metadata has; ``model.safetensors`` at the top is not recorded."""
         return {
@@ -92,11 +97,10 @@ class WeightNames:
         parts = {"": DEFAULT}
         for key, name in metadata.items():
             part = key.removeprefix(f"{METADATA_WEIGHTS}/")
-            if key == METADATA_WEIGHTS:
-                part = ""
-            elif part == key:
+            if key not in (METADATA_WEIGHTS, f"{METADATA_WEIGHTS}/{part}"):
                 continue
-            whole = f"{part}/{name}" if part else name
+            part = "" if key == METADATA_WEIGHTS else part
+            whole = name if key == METADATA_WEIGHTS else f"{part}/{name}"
             if "/" in name or not name.endswith(ENDING) or name == ENDING or not is_safe_path(whole):
                 raise InvalidFileError(f'{where}: metadata["{key}"]: {name!r} is not the name of a weight file')
             parts[part] = name

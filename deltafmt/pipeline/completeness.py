@@ -108,6 +108,8 @@ def find_lacking(base: Checkpoint, finetuned: Checkpoint) -> Completeness:
     """Return which of the base's tensors the fine-tune lacks, and which of those its model does not need."""
     found = Completeness()
     absent = [name for name in base.tensors if name not in finetuned.tensors]
+    if not absent:
+        return found
     spare = _Spare(base, finetuned, compare=len(absent) <= _MAX_TIED)
     for name in absent:
         (found.spared if spare.has(name) else found.lacking).append(name)
@@ -124,8 +126,8 @@ def refuse_lacking(base: Checkpoint, finetuned: Checkpoint, found: Completeness)
     if found.empty:
         verb = "has" if len(found.empty) == 1 else "have"
         raise InvalidFileError(
-            f"{path}: {_counted(found.empty)} {verb} no elements (shape [0]), as after a ZeRO-3 save without gathering: "
-            f"{bounded(found.empty)}; save the gathered model",
+            f"{path}: {_counted(found.empty)} {verb} no elements (shape [0]), as after a ZeRO-3 save without "
+            f"gathering: {bounded(found.empty)}; save the gathered model",
             Remedy("missing", None),
         )
     if found.lacking:

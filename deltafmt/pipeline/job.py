@@ -95,6 +95,12 @@ class PackJob:
                 f"the base is quantized ({quantization(self.base)}): there is no delta to {whole:,} of its matrices, "
                 "so the fine-tune's are stored whole"
             )
+        coded = sum(plan.tensor.dtype[:2] in ("F8", "F4", "F6") and len(plan.tensor.shape) > 1 for plan in self.plans)
+        if coded and not whole:
+            found.append(
+                f"the fine-tune is quantized ({quantization(self.finetuned)}): its {coded:,} matrices of codes are "
+                "stored whole; a delta of the weights before quantizing is smaller"
+            )
         return found
 
     def metadata(self) -> dict[str, str]:
@@ -106,6 +112,7 @@ class PackJob:
         variant = self.base.names.variant()
         if variant is not None:
             found[METADATA_VARIANT] = variant
+        found |= self.finetuned.names.completed(self.base.names, self.completeness.taken).metadata()
         return file_metadata(self.description, self.seed, self.finetuned) | found | calibration
 
 
