@@ -174,7 +174,7 @@ def _grouped(weights: Sequence[str]) -> dict[str, list[str]]:
         else:
             groups.setdefault(stem, []).append(name)
     for stem, members in series.items():
-        # One file whose name ends in a number is no series, as sd_v15.safetensors; model-00002.safetensors is part of one.
+        # One file whose name ends in a number is no series, as sd_v15; model-00002 is part of one.
         alone = len(members) == 1 and not re.search(r"(^|[^0-9])0[0-9]+\.safetensors$", members[0])
         groups.setdefault(members[0].removesuffix(ENDING) if alone else stem, []).extend(members)
     return groups
