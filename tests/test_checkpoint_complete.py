@@ -41,6 +41,14 @@ def test_an_empty_matrix_is_taken_from_the_base_or_left_out_or_stored_as_it_is(t
     assert read_folder(out)[HEAD] == EMPTY == read_folder(out)["extra.weight"]
 
 
+def test_nothing_but_empty_matrices_is_no_fine_tune(tmp_path: Path) -> None:
+    pair = model_pair(tmp_path, dict.fromkeys(llama(), EMPTY))
+    with pytest.raises(InvalidFileError, match="no tensor is left once those without elements are left out"):
+        deltafmt.pack(pair.base, pair.finetuned, tmp_path / "d.deltafmt", missing="removed")
+    result = deltafmt.pack(pair.base, pair.finetuned, tmp_path / "d.deltafmt", missing="same")
+    assert result.actions == {"same": len(pair.a)}
+
+
 @situation("a matrix is flat, as a shard of FSDP or DeepSpeed is")
 def test_a_flat_matrix_is_refused(tmp_path: Path) -> None:
     flat = normal(1, (128 * 64,))

@@ -45,6 +45,16 @@ def test_an_adapter_is_named(tmp_path: Path, how: str, cli: Cli) -> None:
         assert f"{path}: this is an adapter, not a model; import-lora makes a delta file of it" in found.err
 
 
+@situation("an adapter beside weights that are the base's")
+def test_an_adapter_that_is_not_merged_is_not_lost(tmp_path: Path) -> None:
+    pair = model_pair(tmp_path, llama())
+    deltafmt.pack(pair.base, pair.finetuned, tmp_path / "d.deltafmt")
+    put(pair.finetuned, "adapter_model.safetensors", LORA, adapter_config=b"{}")
+    with pytest.raises(InvalidFileError, match=r"its weights are the base's, and the adapter .* is not merged"):
+        deltafmt.pack(pair.base, pair.finetuned, tmp_path / "e.deltafmt")
+    assert not list(tmp_path.glob("*e.deltafmt*"))
+
+
 @situation("a Git LFS pointer, an HTML page, an empty or a cut file in the place of weights")
 @pytest.mark.parametrize(
     ("data", "words"),

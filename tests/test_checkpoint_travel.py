@@ -117,9 +117,7 @@ STAYS = {
 }
 
 
-@situation(
-    "pickles and files of weights under any name, a trainer's states, logs, code, secrets, large and binary files"
-)
+@situation("pickles and weights under any name, a trainer's states, logs, code, secrets, large and binary files")
 def test_what_is_no_part_of_the_model_stays(tmp_path: Path, cli: Cli) -> None:
     pair = with_files(tmp_path, {name: data for name, (data, _) in STAYS.items()})
     files, left_out = packed(pair, tmp_path)

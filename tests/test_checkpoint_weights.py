@@ -258,6 +258,13 @@ def test_the_variant_of_a_pipeline_is_read_where_there_is_one(tmp_path: Path) ->
         deltafmt.pack(tmp_path / "base", tmp_path / "ft", tmp_path / "e.deltafmt", variant="bf16")
 
 
+def test_a_part_against_a_pipeline_names_the_folder(tmp_path: Path) -> None:
+    pipeline(tmp_path / "base", 1, change=False)
+    pipeline(tmp_path / "ft", 1, change=True)
+    with pytest.raises(WrongBaseError, match="the base holds it in its folder unet; give that folder as the base"):
+        deltafmt.pack(tmp_path / "base", tmp_path / "ft" / "unet", tmp_path / "d.deltafmt")
+
+
 @situation("folders with weights that no index names")
 def test_folders_that_no_index_names_are_pointed_out(tmp_path: Path) -> None:
     put(tmp_path / "ft" / "transformer", f"{DIFFUSERS}.safetensors", part(1))

@@ -13,10 +13,15 @@ from deltafmt.errors import DeltafmtError, InvalidFileError
 IS_ADAPTER = "this is an adapter, not a model; import-lora makes a delta file of it"
 
 
+def is_adapter_file(name: str) -> bool:
+    """Tell whether a file is an adapter's, as PEFT names its files."""
+    return name == ADAPTER_CONFIG or name.startswith(f"{ADAPTER_STEM}.")
+
+
 def no_weights(folder: Path, loader: LoaderFolders) -> DeltafmtError:
     """Return the error for a folder in which no safetensors weights are a model."""
     names = file_names(folder)
-    if ADAPTER_CONFIG in names or any(name.startswith(f"{ADAPTER_STEM}.") for name in names):
+    if any(map(is_adapter_file, names)):
         return InvalidFileError(f"{folder}: {IS_ADAPTER}")
     start = f"{folder}: no .safetensors weights in this folder"
     unreadable = [name for name in names if UNREADABLE.search(name)]

@@ -42,6 +42,10 @@ _LOADED: Final = (
     ),
     *("*.spm", "*.bpe", "bpe.codes", "tekken.json", "encoder.json", "*.jinja", "config.json", "*config.json"),
     *(
+        "*.vocab",
+        "*.dic",
+        "unigram.json",
+        "idf.json",
         "special_tokens_map.json",
         "added_tokens.json",
         "dict*.txt",
@@ -166,7 +170,7 @@ def find_travelling(
             else:
                 found.files[path] = folder / path
     except OSError as error:
-        raise storage_error("cannot read", folder, error) from error
+        raise storage_error("cannot read", error.filename or folder, error) from error
     # A folder is not left out if a pattern takes a file of it.
     for name in [name for name in found.left_out if name.endswith("/")]:
         if any(path.startswith(name) for path in found.files):

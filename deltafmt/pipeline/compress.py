@@ -41,7 +41,7 @@ HESSIAN_BYTES = 40
 FINGERPRINT_AHEAD_BYTES = 1024 * 1024 * 1024
 
 # A tensor of so few bytes is compressed in the thread that writes the file.
-SMALL_BYTES = 32 * 1024
+SMALL_BYTES = 4096
 
 # Columns of the row of zeros on which the compiled loops are first called.
 _WARM_UP_COLUMNS = 256

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from deltafmt.checkpoint.folder import read_file
+from deltafmt.checkpoint.folder_errors import is_adapter_file
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.stream import StreamFile
 from deltafmt.container.writer import ContainerWriter
-from deltafmt.errors import UsageError
+from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
 from deltafmt.output import storage_error
@@ -57,6 +58,7 @@ def write_file(job: PackJob, delivery: Delivery, most: int | None = None) -> Pac
         _FileWriter(job, sink, result).run(delivery.threads, delivery.progress)
         for source in (job.base, finetuned):
             source.check_unchanged()
+        _check_adapter(job, result)
         if most is not None and result.size > most:
             if path is None:
                 raise UsageError(f"the output has {result.size:,} bytes, and the target was {most:,}")
@@ -64,6 +66,20 @@ def write_file(job: PackJob, delivery: Delivery, most: int | None = None) -> Pac
         else:
             sink.commit()
     return result
+
+
+def _check_adapter(job: PackJob, result: PackResult) -> None:
+    """Refuse a fine-tune whose weights are the base's, and that lies in an adapter beside them: it would be lost.
+
+    Raises:
+        InvalidFileError: the adapter is not merged.
+    """
+    beside = [name for name in (*result.left_out, *result.attached) if is_adapter_file(name)]
+    if beside and not result.actions.keys() & {"add", "replace"}:
+        raise InvalidFileError(
+            f"{job.finetuned.path}: its weights are the base's, and the adapter beside them ({beside[0]}) is not "
+            "merged; merge it, or make the delta file with import-lora"
+        )
 
 
 def write_tensors(job: PackJob, path: Path, threads: int) -> None:

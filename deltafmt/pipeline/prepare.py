@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.quantized import quantization
 from deltafmt.checkpoint.travel import AttachRules
-from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.errors import InvalidFileError, UsageError, WrongBaseError
 from deltafmt.methods.base import Method
 from deltafmt.pipeline.completeness import (
     SAME,
@@ -88,10 +88,12 @@ def prepare(
         refuse_lacking(base, finetuned, Completeness(empty=empty))
     for name in empty:
         del finetuned.tensors[name]
+    if not finetuned.tensors and missing != SAME:
+        raise InvalidFileError(f"{finetuned.path}: no tensor is left once those without elements are left out")
     try:
         plans = make_plan(base, finetuned, method, rules, include, exclude)
     except WrongBaseError as error:
-        cause = _quantized(base, finetuned)
+        cause = _quantized(base, finetuned) or _in_a_part(base, finetuned)
         raise error if not cause else WrongBaseError(f"{error}; {cause}") from error
     check_flattened(base, finetuned, whole)
     found = find_lacking(base, finetuned)
@@ -111,6 +113,13 @@ def _is_chosen(name: str, rules: Sequence[Rule], exclude: Sequence[str]) -> bool
     """Tell whether the user has a tensor stored whole."""
     ruled = [method for pattern, method in rules if fnmatch.fnmatchcase(name, pattern)]
     return (bool(ruled) and ruled[-1] is None) or any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+
+
+def _in_a_part(base: Checkpoint, finetuned: Checkpoint) -> str:
+    """Return the folder of the base that holds the fine-tune's tensors, if the base is a pipeline and it is a part."""
+    first = next(iter(finetuned.tensors))
+    part = next((part for part in base.names.parts if part and f"{part}/{first}" in base.tensors), None)
+    return "" if part is None else f"the base holds it in its folder {part}; give that folder as the base"
 
 
 def _quantized(base: Checkpoint, finetuned: Checkpoint) -> str:
