@@ -59,6 +59,24 @@ def test_a_flat_matrix_is_refused(tmp_path: Path) -> None:
     assert read_folder(out)[HEAD] == flat
 
 
+@situation("a matrix of a layer is smaller than config.json says, as in the save of one process of several")
+def test_a_part_of_a_matrix_is_refused(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    a, b = llama(), tuned(llama())
+    b[name] = normal(1, (64, 64))
+    base = write_folder(tmp_path / "base", a, files={"config.json": config(hidden_size=64)})
+    finetuned = write_folder(tmp_path / "ft", b, files={"config.json": config(hidden_size=64, vocab_size=7)})
+    with pytest.raises(InvalidFileError, match=rf'"{name}" has shape \[64, 64\], and \[128, 64\] in the base'):
+        deltafmt.pack(base, finetuned, tmp_path / "d.deltafmt")
+    _, out = round_trip(base, finetuned, tmp_path / "whole", exclude=[name])
+    assert read_folder(out)[name] == b[name]
+    # Other sizes of the model explain other shapes.
+    (finetuned / "config.json").write_bytes(config(hidden_size=64, num_attention_heads=1))
+    (base / "config.json").write_bytes(config(hidden_size=64, num_attention_heads=2))
+    _, out = round_trip(base, finetuned, tmp_path / "pruned")
+    assert read_folder(out)[name].shape == (64, 64)
+
+
 @situation("the fine-tune holds only what was trained")
 def test_a_fine_tune_of_trainable_weights_alone(tmp_path: Path) -> None:
     b = {name: tensor for name, tensor in tuned(llama()).items() if ".1." in name}

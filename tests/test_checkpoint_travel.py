@@ -282,6 +282,9 @@ def test_links_that_leave_the_folder_are_refused(tmp_path: Path, cli: Cli) -> No
     (pair.finetuned / "notes.txt").unlink()
     (pair.finetuned / "gone.txt").symlink_to("nowhere.txt")
     assert packed(pair, tmp_path)[1] == {"gone.txt": "a link that leads nowhere"}
+    # A link to weights would not travel anyway.
+    (pair.finetuned / "pytorch_model.bin").symlink_to("../outside.txt")
+    assert "pytorch_model.bin" in packed(pair, tmp_path)[1]
     # Nobody packs the base's small files, so its links do not matter.
     (pair.base / "notes.txt").symlink_to("../outside.txt")
     packed(pair, tmp_path)

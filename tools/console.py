@@ -11,6 +11,9 @@ from deltafmt.errors import DeltafmtError
 
 SCHEMA = 1
 
+# A folder of a training run can hold thousands of files.
+MOST_LINES = 50
+
 
 def clean(text: str) -> str:
     """Return text with control characters and lone surrogates escaped: a name in a file must not control a terminal."""
@@ -38,8 +41,10 @@ def warn(line: str) -> None:
 
 def warn_left_out(reasons: Mapping[str, str]) -> None:
     """Warn about the files and folders beside the weights that the delta does not carry: a line and a reason each."""
-    for name, why in reasons.items():
+    for name, why in list(reasons.items())[:MOST_LINES]:
         warn(f"{name} does not travel with the delta: {why}")
+    if len(reasons) > MOST_LINES:
+        warn(f"and {len(reasons) - MOST_LINES:,} more files and folders do not travel; --json names them")
 
 
 def say_json(obj: dict[str, Any]) -> None:

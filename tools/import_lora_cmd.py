@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> None:
                 "replaced": result.replaced,
                 "same": result.same,
                 "base_name": result.base_name or None,
+                "left_out": result.left_out,
             }
         )
         return

@@ -8,6 +8,7 @@ like secrets, and files of unknown purpose that are large or binary. Patterns of
 from __future__ import annotations
 
 import fnmatch
+import glob
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -236,13 +237,16 @@ class _Judge:
             return "a link that leads nowhere"
         if not place.is_file():
             return "not a regular file"
+        never = _never_by_name(name.lower())
+        if never:
+            return never
         if not asked and self._leaves(place):
             reason = f"a link that leaves the folder, to {place.resolve()}"
             if self._refuse_links:
-                raise InvalidFileError(f"{place} is {reason}", Remedy("no_attach", path))
+                raise InvalidFileError(f"{place} is {reason}", Remedy("no_attach", glob.escape(path)))
             return reason
         size = place.stat().st_size
-        never = self._never(path, place, size)
+        never = _never_by_content(place, size)
         if never or asked:
             return never
         return secret or self._unasked(path, place, size)
@@ -257,31 +261,6 @@ class _Judge:
             return False
         caches = (parent.parent for parent in self._root.parents if parent.name == "snapshots")
         return all(target.parent != cache / "blobs" for cache in caches)
-
-    def _never(self, path: str, place: Path, size: int) -> str:
-        """Return why a file cannot travel even if it is asked for."""
-        name = path.rpartition("/")[2].lower()
-        if name.startswith(ADAPTER_STEM):
-            return "an adapter's weights; merge them, or pack them with import-lora"
-        if name.endswith(ENDING):
-            return "weights that the model's loader does not read"
-        if is_weight_file(name) or _MORE_WEIGHTS.search(name) or UNREADABLE.search(name):
-            return "a file of weights or of a trainer's state" + (
-                "; only safetensors weights are packed"
-                if name.startswith(("pytorch_model", "diffusion_pytorch"))
-                else ""
-            )
-        if size > MAX_ATTACHMENT_BYTES:
-            return f"{size:,} bytes, and a file that travels has at most {MAX_ATTACHMENT_BYTES:,}"
-        head = _read(place, HEAD_BYTES)
-        kind = kind_of(head, whole=size <= HEAD_BYTES)
-        if not kind and HEAD_BYTES < size <= MAX_UNASKED_BYTES:
-            kind = kind_of(_read(place, size), whole=True)
-        if kind == "a zip archive" and is_torch_archive(_read(place, size)):
-            kind = "a PyTorch file"
-        if kind == LFS_POINTER:
-            return f"{kind}, not the file itself; git lfs pull brings the file"
-        return f"{kind}, which may hold weights or code" if kind in WEIGHT_KINDS else ""
 
     def _unasked(self, path: str, place: Path, size: int) -> str:
         """Return why a file travels only when it is asked for."""
@@ -306,6 +285,32 @@ class _Judge:
         if b"\0" in data:
             return "" if loaded or name.endswith(_IMAGES) else "a binary file of unknown purpose"
         return secret_files.by_content(data)
+
+
+def _never_by_name(name: str) -> str:
+    """Return why a file cannot travel even if it is asked for, if its name in lower case tells."""
+    if name.startswith(ADAPTER_STEM):
+        return "an adapter's weights; merge them, or pack them with import-lora"
+    if name.endswith(ENDING):
+        return "weights that the model's loader does not read"
+    if is_weight_file(name) or _MORE_WEIGHTS.search(name) or UNREADABLE.search(name):
+        model = name.startswith(("pytorch_model", "diffusion_pytorch"))
+        return "a file of weights or of a trainer's state" + "; only safetensors weights are packed" * model
+    return ""
+
+
+def _never_by_content(place: Path, size: int) -> str:
+    """Return why a file cannot travel even if it is asked for, if its size or its bytes tell."""
+    if size > MAX_ATTACHMENT_BYTES:
+        return f"{size:,} bytes, and a file that travels has at most {MAX_ATTACHMENT_BYTES:,}"
+    kind = kind_of(_read(place, HEAD_BYTES), whole=size <= HEAD_BYTES)
+    if not kind and HEAD_BYTES < size <= MAX_UNASKED_BYTES:
+        kind = kind_of(_read(place, size), whole=True)
+    if kind == "a zip archive" and is_torch_archive(_read(place, size)):
+        kind = "a PyTorch file"
+    if kind == LFS_POINTER:
+        return f"{kind}, not the file itself; git lfs pull brings the file"
+    return f"{kind}, which may hold weights or code" if kind in WEIGHT_KINDS else ""
 
 
 def _declared_code(folder: Path) -> set[str]:

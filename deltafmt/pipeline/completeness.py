@@ -30,6 +30,9 @@ _HEAD: Final = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$
 _LAYER: Final = re.compile(r"^(.*?\.)([0-9]{1,6})\.")
 # A model has few tied matrices. Where more tensors are absent, they are not compared with all others.
 _MAX_TIED: Final = 16
+# Numbers of a configuration on which the shapes of layers do not depend.
+_NO_SIZE: Final = re.compile(r"vocab|token_id|position|layers?$|seed|dropout|version|window|labels|beam")
+_DELTAS: Final = frozenset(DELTA_DTYPES)
 _LAYERS_KEYS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
@@ -102,6 +105,30 @@ def check_flattened(base: Checkpoint, finetuned: Checkpoint, whole: Collection[s
             "it is a part of a sharded save; save the whole model",
             Remedy("exclude", first.name),
         )
+
+
+def check_partial(base: Checkpoint, finetuned: Checkpoint, whole: Collection[str]) -> None:
+    """Refuse matrices of layers that have other shapes than the base's, where both configurations say the same sizes.
+
+    Such matrices are a part of the model, as the save of one process of a tensor-parallel run.
+
+    Raises:
+        InvalidFileError: names the first one.
+    """
+    sizes, sizes_of_base = _sizes(finetuned.config()), _sizes(base.config())
+    if not sizes or sizes != sizes_of_base:
+        return
+    for name, tensor in finetuned.tensors.items():
+        other = base.tensors.get(name)
+        if other is None or name in whole or not _LAYER.match(name) or not {tensor.dtype, other.dtype} <= _DELTAS:
+            continue
+        if len(tensor.shape) == len(other.shape) > 1 and tensor.shape != other.shape:
+            raise InvalidFileError(
+                f'{finetuned.path}: tensor "{name}" has shape {list(tensor.shape)}, and {list(other.shape)} '
+                "in the base, though both configurations say the same sizes: it is a part of a sharded save; "
+                "save the whole model",
+                Remedy("exclude", name),
+            )
 
 
 def find_lacking(base: Checkpoint, finetuned: Checkpoint) -> Completeness:
@@ -186,6 +213,11 @@ def _setting(config: Mapping[str, Any], keys: Iterable[str]) -> Any:
             if key in place:
                 return place[key]
     return None
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the numbers of a configuration that shapes of layers may follow from."""
+    return {key: value for key, value in config.items() if type(value) is int and not _NO_SIZE.search(key)}
 
 
 def _layers_said(config: Mapping[str, Any]) -> int | None:

@@ -19,6 +19,7 @@ from deltafmt.pipeline.completeness import (
     check_flattened,
     check_layers,
     check_missing_option,
+    check_partial,
     find_empty,
     find_lacking,
     refuse_lacking,
@@ -96,6 +97,7 @@ def prepare(
         cause = _quantized(base, finetuned) or _in_a_part(base, finetuned)
         raise error if not cause else WrongBaseError(f"{error}; {cause}") from error
     check_flattened(base, finetuned, whole)
+    check_partial(base, finetuned, whole)
     found = find_lacking(base, finetuned)
     if missing is None:
         refuse_lacking(base, finetuned, found)
