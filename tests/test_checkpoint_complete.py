@@ -149,6 +149,27 @@ def test_a_tied_copy_is_not_missed(tmp_path: Path) -> None:
         deltafmt.pack(base, untied, tmp_path / "e.deltafmt")
 
 
+def test_equal_matrices_that_no_model_ties_are_missed(tmp_path: Path) -> None:
+    a = llama()
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
+    a |= dict.fromkeys(names, normal(1, (128, 64)))
+    a |= dict.fromkeys((f"model.layers.{layer}.input_layernorm.weight" for layer in (0, 1)), normal(2, (64,)))
+    lacking = [names[1], "model.layers.1.input_layernorm.weight"]
+    b = {name: tensor for name, tensor in tuned(a).items() if name not in lacking}
+    base, finetuned = write_folder(tmp_path / "base", a), write_folder(tmp_path / "ft", b)
+    with pytest.raises(InvalidFileError, match="it lacks 2 tensors"):
+        deltafmt.pack(base, finetuned, tmp_path / "d.deltafmt")
+
+
+def test_a_tied_bias_is_not_missed(tmp_path: Path) -> None:
+    bias = normal(1, (96,))
+    a = llama() | {"cls.predictions.bias": bias, "cls.predictions.decoder.bias": bias}
+    b = {name: tensor for name, tensor in tuned(a).items() if name != "cls.predictions.decoder.bias"}
+    base, finetuned = write_folder(tmp_path / "base", a), write_folder(tmp_path / "ft", b)
+    result = deltafmt.pack(base, finetuned, tmp_path / "d.deltafmt")
+    assert result.removed == ["cls.predictions.decoder.bias"]
+
+
 @situation("buffers that models compute by themselves are not stored again")
 def test_computed_buffers_are_not_missed(tmp_path: Path) -> None:
     a = llama()
@@ -157,6 +178,8 @@ def test_computed_buffers_are_not_missed(tmp_path: Path) -> None:
         "h.0.attn.bias": normal(2, (1, 1, 8, 8), "F32"),
         "h.0.attn.masked_bias": normal(3, (), "F32"),
         "embeddings.position_ids": Raw("I64", (1, 4), bytes(32)),
+        "transformer.rotary_pos_emb.inv_freq": normal(4, (8,), "F32"),
+        "layers.0.attention.self.relative_position_index": Raw("I64", (2, 2), bytes(32)),
     }
     base = write_folder(tmp_path / "base", {**a, **buffers})
     finetuned = write_folder(tmp_path / "ft", tuned(a))

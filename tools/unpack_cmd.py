@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Sequence
 
+from deltafmt.checkpoint.weight_names import bounded
 from deltafmt.errors import UsageError
 from deltafmt.pipeline.summary import left_out_line, plural
 from deltafmt.tools import console
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
             }
         )
         return
-    files = f" and {', '.join(result.files)}" if result.files else ""
+    files = f" and {bounded(result.files, 30)}" if result.files else ""
     console.say(f"{result.path}: {plural(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
     if result.removed:
         console.say(left_out_line(result.removed))

@@ -24,9 +24,16 @@ REMOVED: Final = "removed"
 MISSING: Final = (SAME, REMOVED)
 
 # Buffers that older checkpoints hold and that models compute by themselves.
-_COMPUTED: Final = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.masked_bias$|(^|\.)position_ids$")
+_COMPUTED: Final = re.compile(
+    r"rot\w*\.(inv_freq|cos_cached|sin_cached)$|(^|\.)rope\.freqs$|\.masked_bias$"
+    r"|(^|\.)(position_ids|token_type_ids|relative_position_index|relative_coords_table)$"
+)
 _CAUSAL_MASK: Final = re.compile(r"attn(\.attention)?\.bias$")
 _HEAD: Final = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
+# Matrices of the vocabulary, and biases of heads, are what models tie.
+_VOCABULARY: Final = re.compile(
+    r"embed|wte|(^|\.)shared\.|head|decoder\.(weight|bias)$|proj_out|output(_projection)?\.(weight|bias)$|predictions\.bias$"
+)
 _LAYER: Final = re.compile(r"^(.*?\.)([0-9]{1,6})\.")
 # A model has few tied matrices. Where more tensors are absent, they are not compared with all others.
 _MAX_TIED: Final = 16
@@ -262,13 +269,13 @@ class _Spare:
         return self._is_tied(name, tensor)
 
     def _is_tied(self, name: str, tensor: Tensor) -> bool:
-        """Tell whether a matrix is a tied copy of one that the fine-tune has, which loaders tie again."""
-        if self._tied is False or len(tensor.shape) != 2:
+        """Tell whether a tensor is a tied copy of one that the fine-tune has, which loaders tie again."""
+        if self._tied is False or not _VOCABULARY.search(name):
             return False
         if self._tied is True and _HEAD.search(name):
             return True
         return self._compare and any(
-            other.name in self._finetuned.tensors and other.shape == tensor.shape and other.equals(tensor)
+            other.shape == tensor.shape and other.equals(tensor)
             for other in self._base.tensors.values()
-            if other.name != name
+            if other.name != name and other.name in self._finetuned.tensors and _VOCABULARY.search(other.name)
         )
