@@ -1,4 +1,4 @@
-"""Delta files from strangers with hostile names of weight files or attachments: unpack writes inside its folder only."""
+"""Hostile names of weight files and attachments in delta files from strangers: unpack writes in its folder only."""
 
 from __future__ import annotations
 
