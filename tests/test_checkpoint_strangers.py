@@ -38,7 +38,7 @@ def hostile(folder: Path, metadata: dict[str, str], files: dict[str, bytes], nam
         ({"weights/a": "model.safetensors"}, {"a": b"a file where a folder is"}, ("a/w",)),
         ({"weights/a": "model.safetensors", "weights/a/b": "model.safetensors"}, {"a/b": b""}, ("a/w", "a/b/w")),
     ],
-    ids=["up", "absolute", "part up", "part absolute", "file for folder", "nested"],
+    ids=["up", "absolute", "component up", "component absolute", "file for folder", "nested"],
 )
 def test_nothing_is_written_outside(
     tmp_path: Path, metadata: dict[str, str], files: dict[str, bytes], names: tuple[str, ...]

@@ -18,8 +18,8 @@ from situations import NEAR, config, files_of, llama, model_pair, near, put, rou
 DIFFUSERS = "diffusion_pytorch_model"
 
 
-def part(seed: int, dtype: str = "BF16") -> Tensors:
-    """Return the tensors of a part of a pipeline."""
+def component(seed: int, dtype: str = "BF16") -> Tensors:
+    """Return the tensors of a component of a pipeline."""
     return {f"blocks.{number}.to_q.weight": normal(seed + number, (128, 64), dtype) for number in range(2)}
 
 
@@ -77,18 +77,18 @@ def test_config_json_may_name_the_weights(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "named", llama(), files={"config.json": config(**other)})
     put(folder, "other.safetensors", pair.b)
     with Checkpoint(folder) as found:
-        assert found.names.of_part("") == "other.safetensors"
+        assert found.names.of_component("") == "other.safetensors"
         assert b"".join(map(bytes, found.tensors["lm_head.weight"].pieces())) == pair.b["lm_head.weight"].data
     for wrong in ("../model.safetensors", "gone.safetensors", 7):
         (folder / "config.json").write_bytes(config(transformers_weights=wrong))
         with Checkpoint(folder) as found:
-            assert found.names.of_part("") == "model.safetensors"
+            assert found.names.of_component("") == "model.safetensors"
 
 
 @situation("`model.fp16.safetensors` beside `model.safetensors`: the plain name, or `--variant fp16`")
 @pytest.mark.parametrize("stem", ["model", DIFFUSERS])
 def test_a_variant_is_read_on_request(tmp_path: Path, stem: str, cli: Cli) -> None:
-    a, b = part(1, "F32"), tuned(part(1, "F32"))
+    a, b = component(1, "F32"), tuned(component(1, "F32"))
     for name, tensors in (("base", a), ("ft", b)):
         put(tmp_path / name, f"{stem}.safetensors", tensors, config=b"{}")
         put(tmp_path / name, f"{stem}.fp16.safetensors", half(tensors))
@@ -159,12 +159,12 @@ def test_several_sets_of_weights_are_refused(tmp_path: Path) -> None:
 
 @situation("diffusers' file and its index both there: its versions differ in which they read")
 def test_both_a_file_and_an_index_of_diffusers(tmp_path: Path) -> None:
-    folder = put(tmp_path / "ft", f"{DIFFUSERS}.safetensors", part(1), config=b'{"_class_name": "X"}')
-    index = {"weight_map": dict.fromkeys(part(1), f"{DIFFUSERS}-00001-of-00001.safetensors")}
+    folder = put(tmp_path / "ft", f"{DIFFUSERS}.safetensors", component(1), config=b'{"_class_name": "X"}')
+    index = {"weight_map": dict.fromkeys(component(1), f"{DIFFUSERS}-00001-of-00001.safetensors")}
     (folder / f"{DIFFUSERS}.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InvalidFileError, match=rf"both {DIFFUSERS}\.safetensors and .*index\.json are there"):
         Checkpoint(folder)
-    assert Checkpoint(folder / f"{DIFFUSERS}.safetensors").tensors.keys() == part(1).keys()
+    assert Checkpoint(folder / f"{DIFFUSERS}.safetensors").tensors.keys() == component(1).keys()
 
 
 def test_shards_of_two_saves_are_refused(tmp_path: Path) -> None:
@@ -176,11 +176,11 @@ def test_shards_of_two_saves_are_refused(tmp_path: Path) -> None:
 
 @situation("one file that is given by its own name")
 def test_a_file_comes_back_under_its_name(tmp_path: Path) -> None:
-    a, b = part(1), tuned(part(1))
+    a, b = component(1), tuned(component(1))
     files = [tmp_path / side / f"{DIFFUSERS}.fp16.safetensors" for side in ("base", "ft")]
     for path, tensors in zip(files, (a, b), strict=True):
         put(path.parent, path.name, tensors)
-        put(path.parent, f"{DIFFUSERS}.safetensors", part(50))
+        put(path.parent, f"{DIFFUSERS}.safetensors", component(50))
     _, out = round_trip(*files, tmp_path / "o")
     assert files_of(out) == {f"{DIFFUSERS}.fp16.safetensors"}
     deltafmt.unpack(tmp_path / "base", tmp_path / "o" / "d.deltafmt", tmp_path / "again")  # the base's own variant
@@ -188,26 +188,26 @@ def test_a_file_comes_back_under_its_name(tmp_path: Path) -> None:
 
 
 def pipeline(folder: Path, seed: int, change: bool, **more: Any) -> dict[str, Tensors]:
-    """Write a pipeline as diffusers does; return the tensors of its parts."""
-    parts = {"unet": part(seed), "text_encoder": part(seed + 10), "vae": part(seed + 20)}
+    """Write a pipeline as diffusers does; return the tensors of its components."""
+    components = {"unet": component(seed), "text_encoder": component(seed + 10), "vae": component(seed + 20)}
     if change:
-        parts = {name: tuned(tensors) for name, tensors in parts.items()}
-    put(folder / "unet", f"{DIFFUSERS}.safetensors", parts["unet"], config=b'{"_class_name": "UNet"}')
-    put(folder / "text_encoder", "model.safetensors", parts["text_encoder"], config=b"{}")
-    put(folder / "vae", f"{DIFFUSERS}.safetensors", parts["vae"], config=b'{"_class_name": "VAE"}')
+        components = {name: tuned(tensors) for name, tensors in components.items()}
+    put(folder / "unet", f"{DIFFUSERS}.safetensors", components["unet"], config=b'{"_class_name": "UNet"}')
+    put(folder / "text_encoder", "model.safetensors", components["text_encoder"], config=b"{}")
+    put(folder / "vae", f"{DIFFUSERS}.safetensors", components["vae"], config=b'{"_class_name": "VAE"}')
     for name, file in (("scheduler", "scheduler_config.json"), ("tokenizer", "vocab.json")):
         (folder / name).mkdir()
         (folder / name / file).write_text("{}")
-    listed = {name: ["diffusers", "X"] for name in (*parts, "scheduler", "tokenizer")}
+    listed = {name: ["diffusers", "X"] for name in (*components, "scheduler", "tokenizer")}
     index = {"_class_name": "SomePipeline", **listed, "safety_checker": [None, None], **more}
     (folder / "model_index.json").write_text(json.dumps(index))
-    return parts
+    return components
 
 
 @situation("a pipeline of diffusers (`model_index.json`)")
 def test_a_pipeline_is_packed_part_by_part(tmp_path: Path, cli: Cli) -> None:
     a, b = pipeline(tmp_path / "base", 1, change=False), pipeline(tmp_path / "ft", 1, change=True)
-    (tmp_path / "ft" / "some_single_file.safetensors").write_bytes(safetensors_bytes(part(99)))
+    (tmp_path / "ft" / "some_single_file.safetensors").write_bytes(safetensors_bytes(component(99)))
     result, out = round_trip(tmp_path / "base", tmp_path / "ft", tmp_path / "o")
     assert result.removed == []
     expected = files_of(tmp_path / "ft") - {"some_single_file.safetensors"}
@@ -225,7 +225,7 @@ def test_a_pipeline_is_packed_part_by_part(tmp_path: Path, cli: Cli) -> None:
     assert "vae/blocks.0.to_q.weight" in cli("inspect", again, "--tensors").out
 
 
-@situation("a pipeline of which a part is not there")
+@situation("a pipeline of which a component is not there")
 def test_a_pipeline_that_lacks_a_part(tmp_path: Path) -> None:
     pipeline(tmp_path / "base", 1, change=False)
     pipeline(tmp_path / "ft", 1, change=True)
@@ -234,7 +234,7 @@ def test_a_pipeline_that_lacks_a_part(tmp_path: Path) -> None:
         deltafmt.pack(tmp_path / "base", tmp_path / "ft", tmp_path / "d.deltafmt")
     _, out = round_trip(tmp_path / "base", tmp_path / "ft", tmp_path / "o", missing="same")
     assert f"vae/{DIFFUSERS}.safetensors" in files_of(out)
-    assert read_folder(out / "vae") == part(21)
+    assert read_folder(out / "vae") == component(21)
     (tmp_path / "ft" / "vae" / f"{DIFFUSERS}.bin").write_bytes(b"PK\x03\x04")
     with pytest.raises(InvalidFileError, match=rf"vae: .*{DIFFUSERS}\.bin cannot be read") as caught:
         deltafmt.pack(tmp_path / "base", tmp_path / "ft", tmp_path / "e.deltafmt")
@@ -250,11 +250,15 @@ def test_the_variant_of_a_pipeline_is_read_where_there_is_one(tmp_path: Path) ->
     pipeline(tmp_path / "base", 1, change=False)
     b = pipeline(tmp_path / "ft", 1, change=True)
     for side in ("base", "ft"):
-        put(tmp_path / side / "unet", f"{DIFFUSERS}.fp16.safetensors", half(part(1) if side == "base" else b["unet"]))
+        put(
+            tmp_path / side / "unet",
+            f"{DIFFUSERS}.fp16.safetensors",
+            half(component(1) if side == "base" else b["unet"]),
+        )
     _, out = round_trip(tmp_path / "base", tmp_path / "ft", tmp_path / "o", variant="fp16")
     assert f"unet/{DIFFUSERS}.fp16.safetensors" in files_of(out)
     assert f"vae/{DIFFUSERS}.safetensors" in files_of(out)
-    with pytest.raises(InvalidFileError, match="no part has weights of the variant 'bf16'"):
+    with pytest.raises(InvalidFileError, match="no component has weights of the variant 'bf16'"):
         deltafmt.pack(tmp_path / "base", tmp_path / "ft", tmp_path / "e.deltafmt", variant="bf16")
 
 
@@ -267,7 +271,7 @@ def test_a_part_against_a_pipeline_names_the_folder(tmp_path: Path) -> None:
 
 @situation("folders with weights that no index names")
 def test_folders_that_no_index_names_are_pointed_out(tmp_path: Path) -> None:
-    put(tmp_path / "ft" / "transformer", f"{DIFFUSERS}.safetensors", part(1))
+    put(tmp_path / "ft" / "transformer", f"{DIFFUSERS}.safetensors", component(1))
     with pytest.raises(InvalidFileError, match="transformer holds weights: pack each folder by itself"):
         Checkpoint(tmp_path / "ft")
     (tmp_path / "ft" / "model_index.json").write_text("{}")
@@ -350,6 +354,6 @@ def test_a_wrong_part_is_a_wrong_base(tmp_path: Path) -> None:
     pipeline(tmp_path / "base", 1, change=False)
     pipeline(tmp_path / "ft", 1, change=True)
     deltafmt.pack(tmp_path / "base", tmp_path / "ft", tmp_path / "d.deltafmt", method=NEAR)
-    put(tmp_path / "base" / "vae", f"{DIFFUSERS}.safetensors", part(70))
+    put(tmp_path / "base" / "vae", f"{DIFFUSERS}.safetensors", component(70))
     with pytest.raises(WrongBaseError, match=r'"vae/blocks\.0\.to_q\.weight" differs'):
         deltafmt.verify(tmp_path / "d.deltafmt", tmp_path / "base")

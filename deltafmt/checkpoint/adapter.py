@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final, Self
 
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
+from deltafmt.checkpoint.components import LoaderFolders
 from deltafmt.checkpoint.folder import natural_key
-from deltafmt.checkpoint.parts import LoaderFolders
 from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
 from deltafmt.checkpoint.travel import find_travelling
 from deltafmt.errors import InvalidFileError, StorageError, UnsupportedError

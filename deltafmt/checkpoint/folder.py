@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+from deltafmt.checkpoint.components import LoaderFolders, loader_folders
 from deltafmt.checkpoint.folder_errors import IS_ADAPTER, no_weights
-from deltafmt.checkpoint.parts import LoaderFolders, loader_folders
 from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
 from deltafmt.checkpoint.travel import NO_RULES, AttachRules, Travelling, find_travelling
 from deltafmt.checkpoint.weight_choice import (
@@ -34,23 +34,23 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 class Checkpoint:
     """A checkpoint's tensors by name, in whichever files they lie, and the small files beside them.
 
-    The weights of a folder that the loader of a checkpoint reads, such as ``unet/`` of a pipeline, are a *part*: their
-    tensors are called ``unet/NAME``.
+    The weights of a folder that the loader of a checkpoint reads, such as ``unet/`` of a pipeline, are a *component*:
+    their tensors are called ``unet/NAME``.
 
     Args:
         path: a folder or a ``.safetensors`` file.
         variant: read the weights of this variant, such as ``fp16`` in ``model.fp16.safetensors``.
         rules: which files beside the weights travel.
-        lenient: True for a base: a variant that it lacks is not missed, and neither are parts that cannot be read.
+        lenient: True for a base: a variant that it lacks is not missed, and neither are components that cannot be read.
 
     Attributes:
         path: the folder or file.
         tensors: every tensor, in natural order of the names.
         loader: the folders that the checkpoint's loader reads.
-        names: the names of the weight files, by part.
+        names: the names of the weight files, by component.
         unlisted: names of tensors that lie in a shard although the index does not name them, with the shard.
         notes: remarks about which files were read, in words.
-        dropped: the parts that the user's patterns leave out.
+        dropped: the components that the user's patterns leave out.
 
     Raises:
         StorageError: the checkpoint is missing or unreadable.
@@ -94,60 +94,67 @@ class Checkpoint:
     def _open_folder(self, variant: str | None) -> dict[str, Tensor]:
         lenient = self._lenient
         self.loader = loader_folders(self.path)
-        self.dropped = [part for part in self.loader.declared if self._rules.refuses_part(part)]
-        present = tuple(part for part in self.loader.present if part not in self.dropped)
+        self.dropped = [component for component in self.loader.declared if self._rules.refuses_component(component)]
+        present = tuple(component for component in self.loader.present if component not in self.dropped)
         self.loader = replace(self.loader, present=present)
         chosen: dict[str, WeightChoice] = {}
-        parts = [*([""] if self.loader.reads_top else []), *(part for part in present if part in self.loader.declared)]
+        components = [
+            *([""] if self.loader.reads_top else []),
+            *(component for component in present if component in self.loader.declared),
+        ]
         lacking = []
-        for part in parts:
-            folder = self.path / part
-            choice = choose_weights(folder, variant) if not (lenient or part) else _any_variant(folder, variant)
+        for component in components:
+            folder = self.path / component
+            choice = choose_weights(folder, variant) if not (lenient or component) else _any_variant(folder, variant)
             if choice is not None:
-                chosen[part] = choice
-            elif part and not lenient:
-                lacking.append(part)
+                chosen[component] = choice
+            elif component and not lenient:
+                lacking.append(component)
         if not chosen:
             raise no_weights(self.path, self.loader)
-        for part in lacking:
-            self._check_without_weights(part)
+        for component in lacking:
+            self._check_without_weights(component)
         if variant is not None and not lenient and not any(f".{variant}." in choice.name for choice in chosen.values()):
-            raise InvalidFileError(f"{self.path}: no part has weights of the variant {variant!r}")
+            raise InvalidFileError(f"{self.path}: no component has weights of the variant {variant!r}")
         found: dict[str, Tensor] = {}
-        for part, choice in chosen.items():
-            tensors = self._open_choice(self.path / part, choice)
-            if not part:
+        for component, choice in chosen.items():
+            tensors = self._open_choice(self.path / component, choice)
+            if not component:
                 self._top_shards = list(self._shards)
                 found.update(tensors)
                 continue
-            odd = next((name for name in found if name.startswith(f"{part}/")), None)
+            odd = next((name for name in found if name.startswith(f"{component}/")), None)
             if odd is not None:
-                raise InvalidFileError(f'{self.path}: tensor "{odd}" has a name that the folder {part} gives its own')
-            found.update((f"{part}/{name}", replace(tensor, name=f"{part}/{name}")) for name, tensor in tensors.items())
-        self.names = WeightNames({part: choice.name for part, choice in chosen.items()})
-        for part, choice in chosen.items():
-            of_part = f"{part}/" if part else ""
-            self._read |= {of_part + name for name in (*choice.files, choice.index) if name}
+                raise InvalidFileError(
+                    f'{self.path}: tensor "{odd}" has a name that the folder {component} gives its own'
+                )
+            found.update(
+                (f"{component}/{name}", replace(tensor, name=f"{component}/{name}")) for name, tensor in tensors.items()
+            )
+        self.names = WeightNames({component: choice.name for component, choice in chosen.items()})
+        for component, choice in chosen.items():
+            of_component = f"{component}/" if component else ""
+            self._read |= {of_component + name for name in (*choice.files, choice.index) if name}
             indexes = [name for name in choice.unread if name.endswith(".json")]
             if choice.unread and (indexes or choice.index):
                 kept = choice.index or choice.name
                 self.notes.append(
-                    f"{of_part}{kept} is the model; not read: {bounded(of_part + n for n in choice.unread)}"
+                    f"{of_component}{kept} is the model; not read: {bounded(of_component + n for n in choice.unread)}"
                 )
-            self._read |= {of_part + name for name in indexes}
+            self._read |= {of_component + name for name in indexes}
         return found
 
-    def _check_without_weights(self, part: str) -> None:
-        """Refuse a part whose weights are there in a form that cannot be read.
+    def _check_without_weights(self, component: str) -> None:
+        """Refuse a component whose weights are there in a form that cannot be read.
 
         Raises:
             InvalidFileError: names the file.
         """
         try:
-            raise no_weights(self.path / part, LoaderFolders())
+            raise no_weights(self.path / component, LoaderFolders())
         except InvalidFileError as error:
             if "cannot be read" in str(error) or "adapter" in str(error):
-                remedy = None if self._rules is NO_RULES else Remedy("no_attach", f"{part}/*")
+                remedy = None if self._rules is NO_RULES else Remedy("no_attach", f"{component}/*")
                 raise InvalidFileError(str(error), remedy) from error
 
     def _open_choice(self, folder: Path, choice: WeightChoice) -> dict[str, Tensor]:

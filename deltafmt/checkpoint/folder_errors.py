@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from deltafmt.checkpoint.parts import LoaderFolders
+from deltafmt.checkpoint.components import LoaderFolders
 from deltafmt.checkpoint.weight_choice import ADAPTER_CONFIG, ADAPTER_STEM, UNREADABLE, file_names
 from deltafmt.checkpoint.weight_names import ENDING, bounded
 from deltafmt.errors import DeltafmtError, InvalidFileError

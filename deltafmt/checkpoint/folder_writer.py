@@ -8,8 +8,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltafmt.checkpoint.components import loader_folders
 from deltafmt.checkpoint.folder import natural_key
-from deltafmt.checkpoint.parts import loader_folders
 from deltafmt.checkpoint.weight_names import USUAL_NAMES, WeightNames, index_name, shard_name
 from deltafmt.errors import InvalidFileError, Remedy, StorageError, UsageError
 from deltafmt.format import constants as c
@@ -42,7 +42,7 @@ class CheckpointWriter:
         specs: every tensor that will be written.
         metadata: the metadata of the safetensors files; ``format`` is always ``pt``, as transformers requires.
         max_shard_bytes: the bytes of tensors in a shard; a larger tensor has a shard of its own.
-        names: the names of the weight files; the tensors of a part have its folder in front of their names.
+        names: the names of the weight files; the tensors of a component have its folder in front of their names.
         force: replace ``path`` if it is a folder that exists.
 
     Raises:
@@ -84,13 +84,13 @@ class CheckpointWriter:
             raise storage_error("cannot write", path, error) from error
 
     def _make_shards(self, specs: list[TensorSpec], max_shard_bytes: int) -> None:
-        parts: dict[str, list[TensorSpec]] = {}
+        components: dict[str, list[TensorSpec]] = {}
         for spec in sorted(specs, key=lambda spec: natural_key(spec.name)):
-            parts.setdefault(self._names.split(spec.name)[0], []).append(spec)
-        for part, members in parts.items() if parts else [("", [])]:
-            self._make_part(part, members, max_shard_bytes)
+            components.setdefault(self._names.split(spec.name)[0], []).append(spec)
+        for component, members in components.items() if components else [("", [])]:
+            self._make_component(component, members, max_shard_bytes)
 
-    def _make_part(self, part: str, specs: list[TensorSpec], max_shard_bytes: int) -> None:
+    def _make_component(self, component: str, specs: list[TensorSpec], max_shard_bytes: int) -> None:
         shards: list[list[TensorSpec]] = [[]]
         filled = 0
         for spec in specs:
@@ -100,7 +100,7 @@ class CheckpointWriter:
             shards[-1].append(spec)
             filled += spec.nbytes
         weight_map = {}
-        whole, folder = self._names.of_part(part), f"{part}/" if part else ""
+        whole, folder = self._names.of_component(component), f"{component}/" if component else ""
         for number, members in enumerate(shards, 1):
             name = whole if len(shards) == 1 else shard_name(whole, number, len(shards))
             self._make_shard(folder + name, members)
@@ -235,11 +235,11 @@ def check_output_folder(path: Path, *, force: bool) -> None:
         # ``force`` replaces the output of an earlier run, not whatever folder is named by mistake.
         found = sorted(path.iterdir())
         read = loader_folders(path)
-        own = {part.split("/")[0] for part in read.present}
+        own = {component.split("/")[0] for component in read.present}
         folder = next((entry.name for entry in found if entry.is_dir() and entry.name not in own), None)
         if folder is not None:
             raise UsageError(f"{path} holds the folder {folder} and is not replaced; remove it first")
-        places = (path, *(path / part for part in read.present))
+        places = (path, *(path / component for component in read.present))
         if found and not any(entry.suffix == ".safetensors" for place in places for entry in place.iterdir()):
             raise UsageError(f"{path} is not a checkpoint and is not replaced; remove it first")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from deltafmt.checkpoint import secret_files
+from deltafmt.checkpoint.components import LoaderFolders
 from deltafmt.checkpoint.file_kinds import HEAD_BYTES, LFS_POINTER, WEIGHT_KINDS, is_torch_archive, kind_of
-from deltafmt.checkpoint.parts import LoaderFolders
 from deltafmt.checkpoint.weight_choice import ADAPTER_CONFIG, ADAPTER_STEM, UNREADABLE, read_json
 from deltafmt.checkpoint.weight_names import ENDING, bounded
 from deltafmt.errors import InvalidFileError, Remedy, UsageError
@@ -108,9 +108,9 @@ class AttachRules:
         plain = path.removesuffix("/")
         return any(fnmatch.fnmatchcase(found, pattern) for pattern in self.no_attach for found in {path, plain})
 
-    def refuses_part(self, part: str) -> bool:
+    def refuses_component(self, component: str) -> bool:
         """Tell whether a pattern names a folder, so that its weights do not travel either: ``2_Dense/*``."""
-        return any(pattern.removesuffix("*").removesuffix("/") == part for pattern in self.no_attach)
+        return any(pattern.removesuffix("*").removesuffix("/") == component for pattern in self.no_attach)
 
 
 NO_RULES: Final = AttachRules()
@@ -184,7 +184,9 @@ def find_travelling(
 def _walk(folder: Path, loader: LoaderFolders, rules: AttachRules) -> Iterator[tuple[str, bool]]:
     """Give the paths of files and folders: those at the top and in the loader's folders; with patterns, all."""
     read = set(loader.present)
-    inner = {"/".join(part.split("/")[:depth]) for part in read for depth in range(1, part.count("/") + 2)}
+    inner = {
+        "/".join(component.split("/")[:depth]) for component in read for depth in range(1, component.count("/") + 2)
+    }
     stack = [""]
     count = 0
     while stack:

@@ -2,8 +2,8 @@
 
 The weights of a folder have one *name*, that of the file they would be in if they were not cut into shards:
 ``model.safetensors``, ``diffusion_pytorch_model.fp16.safetensors``. A checkpoint of several folders, such as a pipeline
-of diffusers, has a name for each folder that holds weights, its *part*. The tensors of a part are called
-``PART/NAME``, for example ``unet/conv_in.weight``.
+of diffusers, has a name for each folder that holds weights, its *component*. The tensors of a component are called
+``COMPONENT/NAME``, for example ``unet/conv_in.weight``.
 """
 
 from __future__ import annotations
@@ -54,37 +54,39 @@ def shard_name(name: str, number: int, count: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class WeightNames:
-    """The name of the weights in each folder of a checkpoint; the part of the checkpoint's own folder is ``""``."""
+    """The name of the weights in each folder of a checkpoint; its own folder is the component ``""``."""
 
-    parts: Mapping[str, str] = field(default_factory=lambda: {"": DEFAULT})
+    components: Mapping[str, str] = field(default_factory=lambda: {"": DEFAULT})
 
     def split(self, tensor: str) -> tuple[str, str]:
-        """Return the part that a tensor belongs to, and its name in the weight file of that part."""
+        """Return the component that a tensor belongs to, and its name in the weight file of that component."""
         place = len(tensor)
         while (place := tensor.rfind("/", 0, place)) > 0:
-            if tensor[:place] in self.parts:
+            if tensor[:place] in self.components:
                 return tensor[:place], tensor[place + 1 :]
         return "", tensor
 
-    def of_part(self, part: str) -> str:
-        """Return the name of a part's weights."""
-        return self.parts.get(part, DEFAULT)
+    def of_component(self, component: str) -> str:
+        """Return the name of a component's weights."""
+        return self.components.get(component, DEFAULT)
 
     def variant(self) -> str | None:
-        """Return the variant of the weights, if a part has one."""
-        return next((found for name in self.parts.values() if (found := split_name(name)[1])), None)
+        """Return the variant of the weights, if a component has one."""
+        return next((found for name in self.components.values() if (found := split_name(name)[1])), None)
 
     def completed(self, others: WeightNames, tensors: Iterable[str]) -> WeightNames:
-        """Return these names, with those of another checkpoint for the parts of some tensors that have no name here."""
-        parts = {others.split(tensor)[0] for tensor in tensors}
-        return WeightNames({**{part: others.of_part(part) for part in parts}, **self.parts})
+        """Return these names, and another checkpoint's for the components of some tensors that have none here."""
+        components = {others.split(tensor)[0] for tensor in tensors}
+        return WeightNames(
+            {**{component: others.of_component(component) for component in components}, **self.components}
+        )
 
     def metadata(self) -> dict[str, str]:
         """Return the form that a delta file's metadata has; ``model.safetensors`` at the top is not recorded."""
         return {
-            f"{METADATA_WEIGHTS}/{part}" if part else METADATA_WEIGHTS: name
-            for part, name in self.parts.items()
-            if part or name != DEFAULT
+            f"{METADATA_WEIGHTS}/{component}" if component else METADATA_WEIGHTS: name
+            for component, name in self.components.items()
+            if component or name != DEFAULT
         }
 
     @classmethod
@@ -94,17 +96,17 @@ class WeightNames:
         Raises:
             InvalidFileError: a recorded name is not one for a file of weights.
         """
-        parts = {"": DEFAULT}
+        components = {"": DEFAULT}
         for key, name in metadata.items():
-            part = key.removeprefix(f"{METADATA_WEIGHTS}/")
-            if key not in (METADATA_WEIGHTS, f"{METADATA_WEIGHTS}/{part}"):
+            component = key.removeprefix(f"{METADATA_WEIGHTS}/")
+            if key not in (METADATA_WEIGHTS, f"{METADATA_WEIGHTS}/{component}"):
                 continue
-            part = "" if key == METADATA_WEIGHTS else part
-            whole = name if key == METADATA_WEIGHTS else f"{part}/{name}"
+            component = "" if key == METADATA_WEIGHTS else component
+            whole = name if key == METADATA_WEIGHTS else f"{component}/{name}"
             if "/" in name or not name.endswith(ENDING) or name == ENDING or not is_safe_path(whole):
                 raise InvalidFileError(f'{where}: metadata["{key}"]: {name!r} is not the name of a weight file')
-            parts[part] = name
-        return cls(parts)
+            components[component] = name
+        return cls(components)
 
 
 # The names of a checkpoint whose weights are where transformers puts them.

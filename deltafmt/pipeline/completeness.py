@@ -19,6 +19,9 @@ from deltafmt.checkpoint.weight_names import bounded
 from deltafmt.errors import InvalidFileError, Remedy, UsageError
 from deltafmt.format.constants import DELTA_DTYPES
 
+# The base tensor of every tensor of the fine-tune that has one, by the name that it has in the fine-tune.
+Bases = Mapping[str, Tensor]
+
 SAME: Final = "same"
 REMOVED: Final = "removed"
 MISSING: Final = (SAME, REMOVED)
@@ -70,7 +73,7 @@ def check_missing_option(missing: str | None) -> None:
         raise UsageError(f"missing {missing!r} is not one of {', '.join(MISSING)}")
 
 
-def find_empty(base: Checkpoint, finetuned: Checkpoint, whole: Collection[str]) -> list[str]:
+def find_empty(bases: Bases, finetuned: Checkpoint, whole: Collection[str]) -> list[str]:
     """Return the names of tensors that a save without gathering has emptied, as ZeRO-3 does.
 
     A tensor without elements counts if the base's has some, or if the base has none of that name and the shape is
@@ -81,17 +84,18 @@ def find_empty(base: Checkpoint, finetuned: Checkpoint, whole: Collection[str]) 
     for name, tensor in finetuned.tensors.items():
         if tensor.nbytes or name in whole:
             continue
-        other = base.tensors.get(name)
+        other = bases.get(name)
         if (other is None and tensor.shape == (0,)) or (other is not None and other.nbytes):
             empty.append(name)
     return empty
 
 
-def check_flattened(base: Checkpoint, finetuned: Checkpoint, whole: Collection[str]) -> None:
+def check_flattened(bases: Bases, finetuned: Checkpoint, whole: Collection[str]) -> None:
     """Refuse matrices that the fine-tune has as vectors, as the shards of FSDP and DeepSpeed are.
 
     Args:
-        base, finetuned: the checkpoints.
+        bases: the base tensors.
+        finetuned: the fine-tune.
         whole: names of tensors that the user has stored whole.
 
     Raises:
@@ -101,11 +105,11 @@ def check_flattened(base: Checkpoint, finetuned: Checkpoint, whole: Collection[s
         tensor
         for name, tensor in finetuned.tensors.items()
         if len(tensor.shape) == 1 and tensor.dtype in DELTA_DTYPES and name not in whole
-        if (other := base.tensors.get(name)) is not None and len(other.shape) >= 2 and other.dtype in DELTA_DTYPES
+        if (other := bases.get(name)) is not None and len(other.shape) >= 2 and other.dtype in DELTA_DTYPES
     ]
     if found:
         first = found[0]
-        shape = list(base.tensors[first.name].shape)
+        shape = list(bases[first.name].shape)
         more = f" and {len(found) - 1:,} more" if len(found) > 1 else ""
         raise InvalidFileError(
             f'{finetuned.path}: tensor "{first.name}"{more} is flat, {list(first.shape)}, and {shape} in the base: '
@@ -114,7 +118,7 @@ def check_flattened(base: Checkpoint, finetuned: Checkpoint, whole: Collection[s
         )
 
 
-def check_partial(base: Checkpoint, finetuned: Checkpoint, whole: Collection[str]) -> None:
+def check_partial(base: Checkpoint, bases: Bases, finetuned: Checkpoint, whole: Collection[str]) -> None:
     """Refuse matrices of layers that have other shapes than the base's, where both configurations say the same sizes.
 
     Such matrices are a part of the model, as the save of one process of a tensor-parallel run.
@@ -126,7 +130,7 @@ def check_partial(base: Checkpoint, finetuned: Checkpoint, whole: Collection[str
     if not sizes or sizes != sizes_of_base:
         return
     for name, tensor in finetuned.tensors.items():
-        other = base.tensors.get(name)
+        other = bases.get(name)
         if other is None or name in whole or not _LAYER.match(name) or not {tensor.dtype, other.dtype} <= _DELTAS:
             continue
         if len(tensor.shape) == len(other.shape) > 1 and tensor.shape != other.shape:
@@ -138,10 +142,15 @@ def check_partial(base: Checkpoint, finetuned: Checkpoint, whole: Collection[str
             )
 
 
-def find_lacking(base: Checkpoint, finetuned: Checkpoint) -> Completeness:
-    """Return which of the base's tensors the fine-tune lacks, and which of those its model does not need."""
+def find_lacking(base: Checkpoint, finetuned: Checkpoint, used: Collection[str]) -> Completeness:
+    """Return which of the base's tensors the fine-tune lacks, and which of those its model does not need.
+
+    Args:
+        base, finetuned: the checkpoints.
+        used: names of the base's tensors that have a counterpart in the fine-tune.
+    """
     found = Completeness()
-    absent = [name for name in base.tensors if name not in finetuned.tensors]
+    absent = [name for name in base.tensors if name not in used]
     if not absent:
         return found
     spare = _Spare(base, finetuned, compare=len(absent) <= _MAX_TIED)
@@ -252,8 +261,8 @@ class _Spare:
     def has(self, name: str) -> bool:
         """Tell whether the model does without a tensor of the base."""
         tensor = self._base.tensors[name]
-        part = self._base.names.split(name)[0]
-        if (part and part not in self._finetuned.loader.declared) or part in self._finetuned.dropped:
+        component = self._base.names.split(name)[0]
+        if (component and component not in self._finetuned.loader.declared) or component in self._finetuned.dropped:
             return True
         if _COMPUTED.search(name) or (_CAUSAL_MASK.search(name) and len(tensor.shape) == 4):
             return True

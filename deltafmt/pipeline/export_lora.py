@@ -101,9 +101,15 @@ def export_lora(
         entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
         named = opened.metadata.get(METADATA_BASE)
         config = _attached_config(opened)
-        parts = [part for part in WeightNames.from_metadata(opened.metadata, opened.container.name).parts if part]
-        if parts:
-            raise UsageError(f"{delta} is of a model with weights in {bounded(parts)}, and an adapter is of one model")
+        components = [
+            component
+            for component in WeightNames.from_metadata(opened.metadata, opened.container.name).components
+            if component
+        ]
+        if components:
+            raise UsageError(
+                f"{delta} is of a model with weights in {bounded(components)}, and an adapter is of one model"
+            )
         checkpoint = None if base is None else stack.enter_context(open_base(base, opened.metadata))
         if checkpoint is not None:
             check_base(checkpoint, entries, thread_count(None))

@@ -84,7 +84,7 @@ def prepare(
     """
     check_missing_option(missing)
     whole = {name for name in finetuned.tensors if _is_chosen(name, rules, exclude)}
-    empty = find_empty(base, finetuned, whole)
+    empty = find_empty(base.tensors, finetuned, whole)
     if empty and missing is None:
         refuse_lacking(base, finetuned, Completeness(empty=empty))
     for name in empty:
@@ -94,11 +94,11 @@ def prepare(
     try:
         plans = make_plan(base, finetuned, method, rules, include, exclude)
     except WrongBaseError as error:
-        cause = _quantized(base, finetuned) or _in_a_part(base, finetuned)
+        cause = _quantized(base, finetuned) or _in_a_component(base, finetuned)
         raise error if not cause else WrongBaseError(f"{error}; {cause}") from error
-    check_flattened(base, finetuned, whole)
-    check_partial(base, finetuned, whole)
-    found = find_lacking(base, finetuned)
+    check_flattened(base.tensors, finetuned, whole)
+    check_partial(base, base.tensors, finetuned, whole)
+    found = find_lacking(base, finetuned, finetuned.tensors.keys())
     if missing is None:
         refuse_lacking(base, finetuned, found)
     found.empty = empty
@@ -117,11 +117,13 @@ def _is_chosen(name: str, rules: Sequence[Rule], exclude: Sequence[str]) -> bool
     return (bool(ruled) and ruled[-1] is None) or any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
 
 
-def _in_a_part(base: Checkpoint, finetuned: Checkpoint) -> str:
-    """Return the folder of the base that holds the fine-tune's tensors, if the base is a pipeline and it is a part."""
+def _in_a_component(base: Checkpoint, finetuned: Checkpoint) -> str:
+    """Return the folder of the base that holds the fine-tune's tensors, if the fine-tune is a component of the base."""
     first = next(iter(finetuned.tensors))
-    part = next((part for part in base.names.parts if part and f"{part}/{first}" in base.tensors), None)
-    return "" if part is None else f"the base holds it in its folder {part}; give that folder as the base"
+    for component in base.names.components:
+        if component and f"{component}/{first}" in base.tensors:
+            return f"the base holds it in its folder {component}; give that folder as the base"
+    return ""
 
 
 def _quantized(base: Checkpoint, finetuned: Checkpoint) -> str:

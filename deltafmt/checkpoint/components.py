@@ -14,7 +14,7 @@ MODULES_INDEX: Final = "modules.json"  # sentence-transformers
 _ROUTER_CONFIG: Final = "router_config.json"
 # Folders without weights that transformers reads.
 _SMALL_FOLDERS: Final = ("additional_chat_templates",)
-_MAX_PARTS: Final = 1000
+_MAX_COMPONENTS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,11 @@ def loader_folders(folder: Path) -> LoaderFolders:
         # {"unet": ["diffusers", "UNet2DConditionModel"], "safety_checker": [null, null], "_class_name": "..."}
         index, reads_top = PIPELINE_INDEX, False
         for name, value in pipeline.items():
-            if not name.startswith("_") and isinstance(value, list) and any(isinstance(part, str) for part in value):
+            if (
+                not name.startswith("_")
+                and isinstance(value, list)
+                and any(isinstance(component, str) for component in value)
+            ):
                 declared.append(name)
     elif isinstance(modules, list):
         # [{"idx": 0, "path": "", "type": "...Transformer"}, {"idx": 1, "path": "1_Pooling", "type": "...Pooling"}]
@@ -52,17 +56,17 @@ def loader_folders(folder: Path) -> LoaderFolders:
         declared = [path.strip("/") for path in paths if isinstance(path, str)]
         reads_top = "" in declared or not declared
         declared = [path for path in declared if path]
-    for part in ("", *declared):
-        declared += _routed(folder, part)
-    safe = [part for part in dict.fromkeys(declared) if is_safe_path(part)][:_MAX_PARTS]
-    present = [part for part in (*safe, *_SMALL_FOLDERS) if (folder / part).is_dir()]
+    for component in ("", *declared):
+        declared += _routed(folder, component)
+    safe = [component for component in dict.fromkeys(declared) if is_safe_path(component)][:_MAX_COMPONENTS]
+    present = [component for component in (*safe, *_SMALL_FOLDERS) if (folder / component).is_dir()]
     return LoaderFolders(tuple(safe), tuple(present), reads_top, index)
 
 
-def _routed(folder: Path, part: str) -> list[str]:
+def _routed(folder: Path, component: str) -> list[str]:
     """Return the folders of a router's routes: ``{"types": {"query_0_Transformer": "...", ...}}``."""
-    found = read_json(folder / part / _ROUTER_CONFIG) if is_safe_path(part or "x") else None
+    found = read_json(folder / component / _ROUTER_CONFIG) if is_safe_path(component or "x") else None
     types = found.get("types") if isinstance(found, dict) else None
     if not isinstance(types, dict):
         return []
-    return [f"{part}/{name}" if part else name for name in types if isinstance(name, str)]
+    return [f"{component}/{name}" if component else name for name in types if isinstance(name, str)]
