@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from deltafmt.checkpoint.components import LoaderFolders, loader_folders
-from deltafmt.checkpoint.folder_errors import IS_ADAPTER, no_weights
+from deltafmt.checkpoint.folder_errors import IS_ADAPTER, has_other_weights, no_weights
 from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
 from deltafmt.checkpoint.travel import NO_RULES, AttachRules, Travelling, find_travelling
 from deltafmt.checkpoint.weight_choice import (
@@ -150,12 +150,10 @@ class Checkpoint:
         Raises:
             InvalidFileError: names the file.
         """
-        try:
-            raise no_weights(self.path / component, LoaderFolders())
-        except InvalidFileError as error:
-            if "cannot be read" in str(error) or "adapter" in str(error):
-                remedy = None if self._rules is NO_RULES else Remedy("no_attach", f"{component}/*")
-                raise InvalidFileError(str(error), remedy) from error
+        folder = self.path / component
+        if has_other_weights(folder):
+            remedy = None if self._rules is NO_RULES else Remedy("no_attach", f"{component}/*")
+            raise InvalidFileError(str(no_weights(folder, LoaderFolders())), remedy)
 
     def _open_choice(self, folder: Path, choice: WeightChoice) -> dict[str, Tensor]:
         check_shards(folder, choice)

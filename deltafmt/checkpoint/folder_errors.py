@@ -18,6 +18,11 @@ def is_adapter_file(name: str) -> bool:
     return name == ADAPTER_CONFIG or name.startswith(f"{ADAPTER_STEM}.")
 
 
+def has_other_weights(folder: Path) -> bool:
+    """Tell whether a folder holds weights of another format than safetensors, or an adapter."""
+    return any(UNREADABLE.search(name) or is_adapter_file(name) for name in file_names(folder))
+
+
 def no_weights(folder: Path, loader: LoaderFolders) -> DeltafmtError:
     """Return the error for a folder in which no safetensors weights are a model."""
     names = file_names(folder)

@@ -29,6 +29,7 @@ from deltafmt.output import storage_error
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_STEM: Final = "adapter_model"
+_MAX_JSON_BYTES: Final = 64 * 1024 * 1024
 _INDEX_ENDING: Final = re.compile(r"\.safetensors(\.[^.]+)?\.index(\.[^.]+)?\.json")
 # Weights that cannot be read, by their endings in any case of letters.
 UNREADABLE: Final = re.compile(r"\.(bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|pkl|distcp|npz)$", re.IGNORECASE)
@@ -54,9 +55,9 @@ class WeightChoice:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds, or None if it is missing or is not JSON."""
+    """Return what a JSON file holds, or None if it is missing, is not JSON, or is too large for a configuration."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return None if path.stat().st_size > _MAX_JSON_BYTES else json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
 
