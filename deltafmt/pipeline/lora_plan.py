@@ -1,124 +1,279 @@
-"""The base tensor that each tensor of an adapter belongs to, found from names, dtypes and shapes."""
+"""What an adapter does to each tensor of its base: names, dtypes and shapes are checked, and ties are heeded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from deltafmt.checkpoint.adapter import Adapter, Factors, is_conv1d
+from deltafmt.checkpoint.adapter import Adapter, Factors, is_embedding
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import InvalidFileError, UnsupportedError, WrongBaseError
 from deltafmt.format import constants as c
+from deltafmt.pipeline.lora_factors import Product
+from deltafmt.pipeline.lora_merge import Change
+from deltafmt.pipeline.lora_names import Names, is_head
+from deltafmt.pipeline.lora_ties import Untied, heed_ties
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LoraPlan:
-    """The place of every tensor of an adapter.
+    """What an adapter does to its base.
 
     Attributes:
-        factors: pairs of factors, by the name of the base tensor to which their product is added.
-        transposed: names of base tensors that are the transpose of their module's weight.
-        replaced: tensors of the adapter that replace a base tensor, and new ones, by their name in the model.
+        changes: the change of each base tensor that changes, by its name.
+        copies: tensors of the base that stay copies of another one, which changes: by their names, the other's name.
+        added: tensors that the base lacks, by name: what is stored, and its change.
+        config: keys of the base's ``config.json`` that get other values.
+        warnings: what the user has to know.
+        untied: the names of parameters that the base ties to others, and this adapter does not.
     """
 
-    factors: dict[str, Factors]
-    transposed: frozenset[str]
-    replaced: dict[str, Tensor]
+    changes: dict[str, Change] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+    added: dict[str, tuple[Tensor, Change]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
 
 
 def plan_lora(base: Checkpoint, adapter: Adapter) -> LoraPlan:
-    """Find the base tensor of everything in the adapter.
+    """Find what becomes of every tensor of the base.
 
     Raises:
         InvalidFileError: two modules or tensors of the adapter belong to the same base tensor.
-        UnsupportedError: a tensor can be written neither as base plus factors nor as a replacement.
+        UnsupportedError: a change cannot be written.
         WrongBaseError: the base lacks a tensor, or has it in another shape.
     """
-    factors: dict[str, Factors] = {}
-    transposed = set()
-    for module, pair in adapter.factors.items():
-        name = _find(base, f"{module}.weight")
-        if name is None:
-            raise _unmatched(base, adapter, pair.a.name)
-        if name in factors:
-            raise InvalidFileError(f'{adapter.path}: two modules are the base\'s tensor "{name}"')
-        if _is_transposed(pair, base, name, adapter):
-            transposed.add(name)
-        factors[name] = pair
-    replaced: dict[str, Tensor] = {}
-    for name, tensor in adapter.whole.items():
-        found = _find(base, name)
-        if not _changes(base, adapter, name, found, tensor):
-            continue
-        if found in factors:
-            raise UnsupportedError(f'{adapter.path}: tensor "{tensor.name}" is not the base\'s, and has factors too')
-        if found in replaced:
-            raise InvalidFileError(f'{adapter.path}: two tensors are the base\'s tensor "{found}"')
-        replaced[found or name] = tensor
-    return LoraPlan(factors, frozenset(transposed), replaced)
+    return _Planner(base, adapter).run()
 
 
-def _changes(base: Checkpoint, adapter: Adapter, name: str, found: str | None, tensor: Tensor) -> bool:
-    """Return True if a tensor that the adapter stores whole differs from the base's, or is new.
+class _Planner:
+    """One run of the plan. Changes are found by parameter first, and then divided among the parameter's tensors."""
 
-    Raises:
-        UnsupportedError, WrongBaseError: the tensor is new where none may be, or has another shape than the base's.
-    """
-    if found is not None:
-        if base.tensors[found].shape != tensor.shape:
-            raise _misshapen(base, found, f'tensor "{tensor.name}" of the adapter is {list(tensor.shape)}')
-        return not tensor.equals(base.tensors[found])
-    module = name.rpartition(".")[0]
-    if not adapter.config.saves(module):
-        raise _unmatched(base, adapter, tensor.name)
-    if module.rpartition(".")[2] != "lm_head":
-        return True
-    # The base ties its head to its embedding, so the adapter's head must equal its embedding.
-    if not any(tensor.equals(other) for other in adapter.whole.values() if other is not tensor):
-        raise UnsupportedError(
-            f'{adapter.path}: tensor "{tensor.name}" would untie the head from the embedding of {base.path}'
+    def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
+        self._base = base
+        self._adapter = adapter
+        self._names = Names(base, adapter)
+        self._changes: dict[str, Change] = {}
+        self._plan = LoraPlan()
+
+    def run(self) -> LoraPlan:
+        self._add_factors()
+        self._add_layers()
+        self._add_rows()
+        self._add_whole()
+        untied = heed_ties(self._names, self._base, self._changes)
+        for parameter, change in self._changes.items():
+            self._place(parameter, change, untied)
+        self._plan.copies |= {
+            name: target for name, target in untied.copies.items() if target in self._plan.changes
+        }
+        self._plan.config |= untied.config
+        self._plan.warnings += untied.warnings
+        self._plan.untied = sorted(untied.sources)
+        self._grow()
+        return self._plan
+
+    def _add_factors(self) -> None:
+        by_module: dict[str, list[Factors]] = {}
+        for factors in self._adapter.factors:
+            by_module.setdefault(factors.module, []).append(factors)
+        for module, several in by_module.items():
+            for factors, parameter in zip(several, self._names.parameters(module, several), strict=True):
+                if parameter in self._changes:
+                    raise InvalidFileError(f'{self._adapter.path}: two modules are the base\'s tensor "{parameter}"')
+                self._changes[parameter] = Change([self._product(factors, parameter)])
+                if factors.bias is not None:
+                    self._add_bias(factors, factors.bias)
+
+    def _product(self, factors: Factors, parameter: str) -> Product:
+        """Return the product that a parameter gets, after checking the factors' shapes against it."""
+        config, shape = self._adapter.config, self._names.shape(parameter)
+        own = self._adapter.layers.get(parameter)
+        if own is not None:
+            shape = own.shape
+        a, b = factors.a, factors.b
+        stacked = len(shape) == 3 and len(a.shape) == 2
+        experts = shape[0] if stacked else 1
+        # PEFT looks patterns up by the module's name, and by the parameter's where it has a name of its own.
+        key = factors.module if parameter.endswith(f"{factors.module}.weight") and not stacked else parameter
+        rank = config.rank_of(factors.module if key.endswith(".in_proj_weight") else key)
+        if (a.shape[0], b.shape[1]) != (rank * experts, rank * experts) or 0 in (*a.shape, *b.shape):
+            raise InvalidFileError(
+                f'{a.file.path}: tensors "{a.name}" {list(a.shape)} and "{b.name}" {list(b.shape)} '
+                f"are not factors of rank {rank}" + (f" for {experts} experts" if stacked else "")
+            )
+        scaling = config.scaling_of(factors.module if key.endswith(".in_proj_weight") else key)
+        if len(a.shape) > 2:
+            if shape != (b.shape[0], *a.shape[1:]):
+                grouped = len(shape) == len(a.shape) and shape[0] == b.shape[0] and shape[2:] == a.shape[2:]
+                if grouped:
+                    raise UnsupportedError(
+                        f'{self._adapter.path}: "{factors.module}" is a convolution with groups, whose factors PEFT '
+                        "cannot merge; leave it out of the adapter"
+                    )
+                raise self._misshapen(parameter, f"the factors of {factors.module} are of a kernel {list(a.shape[1:])}")
+            return Product(factors, scaling)
+        straight, matrix = (b.shape[0], a.shape[1]), shape[1:] if stacked else shape
+        if factors.embedding:
+            fits, crossed = matrix == straight[::-1], True
+        elif straight == straight[::-1]:
+            fits, crossed = matrix == straight, self._names.is_crossed(factors, parameter)
+        else:
+            fits, crossed = matrix in (straight, straight[::-1]), matrix == straight[::-1]
+        if not fits:
+            raise self._misshapen(parameter, f"the factors of {factors.module} are of {list(straight)}")
+        if factors.magnitude is not None and stacked:
+            raise UnsupportedError(f'{self._adapter.path}: DoRA of the experts "{factors.module}" is not supported')
+        return Product(factors, scaling, crossed, experts)
+
+    def _add_bias(self, factors: Factors, bias: Tensor) -> None:
+        parameter = f"{factors.module}.bias"
+        if not self._names.pieces(parameter):
+            raise UnsupportedError(
+                f'{self._adapter.path}: lora_bias gives "{factors.module}" a bias, which the base does not have, so no '
+                "merged checkpoint can hold it; serve this adapter with PEFT"
+            )
+        scaling = self._adapter.config.scaling_of(factors.module)
+        if self._names.shape(parameter) != bias.shape:
+            raise self._misshapen(parameter, f'tensor "{bias.name}" of the adapter is {list(bias.shape)}')
+        self._changes[parameter] = Change(bias=(bias, scaling))
+
+    def _add_layers(self) -> None:
+        """Add the base's own tensors as the adapter's model had them, where they differ: PEFT loads them too."""
+        for name, tensor in self._adapter.layers.items():
+            base = self._one_tensor(name)
+            if base is None:
+                raise self._names.unmatched(tensor.name)
+            if base.shape[1:] != tensor.shape[1:] or (base.shape != tensor.shape and len(base.shape) != 2):
+                raise self._misshapen(name, f'tensor "{tensor.name}" of the adapter is {list(tensor.shape)}')
+            if not tensor.equals(base):
+                change = self._changes.setdefault(name, Change())
+                change.own = tensor
+
+    def _add_rows(self) -> None:
+        """Add the trained rows of embeddings."""
+        for module, tensor in self._adapter.tokens.items():
+            numbers, parameter = self._adapter.config.rows_of(module), f"{module}.weight"
+            base = self._one_tensor(parameter)
+            if base is None:
+                raise self._names.unmatched(tensor.name)
+            change = self._changes.setdefault(parameter, Change())
+            rows, columns = (change.own or base).shape
+            if numbers is None or tensor.shape != (len(numbers), columns) or tensor.dtype not in c.DELTA_DTYPES:
+                raise InvalidFileError(
+                    f'{tensor.file.path}: tensor "{tensor.name}" {tensor.dtype} {list(tensor.shape)} is not the '
+                    f"{0 if numbers is None else len(numbers)} rows that trainable_token_indices names"
+                )
+            if max(numbers, default=0) >= rows:
+                raise WrongBaseError(
+                    f"{self._base.path}: {module} has {rows} rows, and the adapter replaces row {max(numbers)}; resize "
+                    "the base as it was for training"
+                )
+            if change.products:
+                raise UnsupportedError(f'{self._adapter.path}: "{module}" has factors and trained rows')
+            change.rows = (numbers, tensor)
+
+    def _add_whole(self) -> None:
+        for name, tensor in self._adapter.whole.items():
+            base = self._one_tensor(name)
+            known = self._changes.get(name)
+            if base is None:
+                if not self._adapter.config.saves(name.rpartition(".")[0]) and not self._is_head(name):
+                    raise self._names.unmatched(tensor.name)
+            elif base.shape != tensor.shape and (len(base.shape) != 2 or base.shape[1:] != tensor.shape[1:]):
+                raise self._misshapen(name, f'tensor "{tensor.name}" of the adapter is {list(tensor.shape)}')
+            elif known is None and tensor.equals(base):
+                if len(tensor.shape) == 2 and self._is_end(name):
+                    self._changes[name] = Change(whole=tensor)  # a tied partner may change
+                continue
+            if known is not None and (known.products or known.rows is not None):
+                if base is not None and tensor.equals(base):
+                    continue
+                # PEFT loads the plain name into the module inside, as it does the base layer's.
+                known.own = tensor
+            elif known is not None and known.bias is not None:
+                known.own = tensor
+            else:
+                self._changes[name] = Change(whole=tensor)
+
+    def _is_head(self, name: str) -> bool:
+        return is_head(name.rpartition(".")[0]) and len(self._names.tied(name)) > 1
+
+    def _is_end(self, name: str) -> bool:
+        module = name.rpartition(".")[0]
+        return is_embedding(module) or is_head(module)
+
+    def _one_tensor(self, parameter: str) -> Tensor | None:
+        pieces = self._names.pieces(parameter)
+        if len(pieces) > 1:
+            raise UnsupportedError(
+                f'{self._adapter.path}: "{parameter}" is {len(pieces)} tensors in {self._base.path}, and the adapter '
+                "stores it whole; save the base with this version of transformers"
+            )
+        return self._base.tensors[pieces[0].tensor] if pieces else None
+
+    def _place(self, parameter: str, change: Change, untied: Untied) -> None:
+        """Divide a parameter's change among the tensors that it is made of."""
+        pieces = self._names.pieces(parameter)
+        source = untied.sources.get(parameter)
+        if source is not None:
+            if change.whole is not None:
+                self._plan.added[parameter] = (change.whole, Change())
+            else:
+                self._plan.added[parameter] = (source, change)
+            return
+        if not pieces:
+            assert change.whole is not None
+            self._plan.added[parameter] = (change.whole, Change())
+            return
+        for piece in pieces:
+            tensor = self._base.tensors[piece.tensor]
+            if change.whole is None and change.own is None and tensor.dtype not in c.DELTA_DTYPES:
+                raise UnsupportedError(
+                    f'{self._base.path}: tensor "{piece.tensor}" is {tensor.dtype}, which takes no delta'
+                )
+            if change.whole is not None and change.whole.equals(tensor):
+                continue
+            part = change
+            if len(pieces) > 1 or piece.expert is not None:
+                part = Change([self._part(product, piece.expert, piece.start, tensor) for product in change.products])
+            if piece.tensor in self._plan.changes:
+                what = "tensors" if part.whole is not None else "modules"
+                raise InvalidFileError(f'{self._adapter.path}: two {what} are the base\'s tensor "{piece.tensor}"')
+            self._plan.changes[piece.tensor] = part
+
+    def _part(self, product: Product, expert: int | None, start: int, tensor: Tensor) -> Product:
+        stop = start + tensor.shape[0]
+        return Product(
+            product.factors, product.scaling, product.transposed, product.experts, expert, start, stop
         )
-    return False
 
+    def _grow(self) -> None:
+        """Check that all tensors with a row for each token have grown alike, and note the vocabulary's new size."""
+        grown: dict[str, tuple[int, int]] = {}
+        for name, change in self._plan.changes.items():
+            tensor, new = self._base.tensors[name], change.whole or change.own
+            if new is not None and new.shape != tensor.shape:
+                grown[name] = (tensor.shape[0], new.shape[0])
+        if not grown:
+            return
+        old, new_size = next(iter(grown.values()))
+        for name, tensor in self._base.tensors.items():
+            if grown.get(name, (old, new_size)) != (old, new_size):
+                raise self._misshapen(name, f"the adapter gives it {grown[name][1]} rows, and {new_size} to others")
+            end = len(tensor.shape) == 2 and tensor.shape[0] == old and self._is_end(name)
+            if end and name not in grown and name not in self._plan.copies:
+                first = next(iter(grown))
+                raise self._misshapen(
+                    first, f"the adapter gives it {new_size} rows, while \"{name}\" keeps {tensor.shape[0]}"
+                )
+        self._plan.config["vocab_size"] = (old, new_size)
 
-def _find(base: Checkpoint, name: str) -> str | None:
-    """Return the name of a tensor in the base, where the name may have one part fewer, or one more, in front."""
-    rest = name.partition(".")[2]
-    for candidate in (name, rest):
-        if candidate in base.tensors:
-            return candidate
-    longer = [found for found in base.tensors if found.partition(".")[2] == name]
-    return longer[0] if len(longer) == 1 else None
-
-
-def _is_transposed(pair: Factors, base: Checkpoint, name: str, adapter: Adapter) -> bool:
-    """Return True if the base stores a weight with rows and columns exchanged.
-
-    If the weight is square, its shape does not tell: the model's type decides, or the adapter's ``fan_in_fan_out``.
-    """
-    tensor = base.tensors[name]
-    if tensor.dtype not in c.DELTA_DTYPES:
-        raise UnsupportedError(f'{base.path}: tensor "{name}" is {tensor.dtype}, which takes no delta')
-    straight = pair.b.shape[0], pair.a.shape[1]
-    crossed = straight[::-1]
-    if pair.embedding:
-        fits, found = tensor.shape == crossed, True
-    elif straight == crossed:
-        fits, found = tensor.shape == straight, is_conv1d(pair.module, base.config()) or adapter.config.transposed
-    else:
-        fits, found = tensor.shape in (straight, crossed), tensor.shape == crossed
-    if not fits:
-        raise _misshapen(base, name, f"the factors of {pair.module} are of {list(straight)}")
-    return found
-
-
-def _unmatched(base: Checkpoint, adapter: Adapter, name: str) -> WrongBaseError:
-    return WrongBaseError(f'{adapter.path}: tensor "{name}" matches nothing in {base.path}{_named(adapter)}')
-
-
-def _misshapen(base: Checkpoint, name: str, other: str) -> WrongBaseError:
-    return WrongBaseError(f'{base.path}: tensor "{name}" is {list(base.tensors[name].shape)}, and {other}')
-
-
-def _named(adapter: Adapter) -> str:
-    return f", and its base is named {adapter.config.base_name!r}" if adapter.config.base_name else ""
+    def _misshapen(self, parameter: str, other: str) -> WrongBaseError:
+        pieces = self._names.pieces(parameter)
+        name = pieces[0].tensor if pieces else parameter
+        return WrongBaseError(
+            f'{self._base.path}: tensor "{name}" is {list(self._base.tensors[name].shape)}, and {other}'
+        )

@@ -1,0 +1,165 @@
+"""The parameter, and the base tensors, that each module of an adapter belongs to.
+
+Most names of an adapter are names of the base's tensors, or have one part in front more or less. For the others, and
+where the model itself decides, the layout of the model is asked (:mod:`deltafmt.pipeline.model_layout`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from deltafmt.checkpoint.adapter import Adapter, Factors, is_conv1d, is_embedding
+from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.parameter_names import Piece
+from deltafmt.errors import UnsupportedError, WrongBaseError
+from deltafmt.pipeline.model_layout import EMBEDDING, TRANSPOSED, ModelLayout, model_layout
+
+_HEADS: Final = ("lm_head", "embed_out", "proj_out", "output")
+_HEADED: Final = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_INPUT: Final = ("embed_tokens", "embed_in", "wte", "shared", "tok_embeddings", "word_embeddings")
+# Where transformers is missing: models whose stacked experts have rows and columns exchanged.
+_CROSSED_MODELS: Final = frozenset(("aria", "aria_text", "gpt_oss", "openai_privacy_filter"))
+
+
+class Names:
+    """Find the parameters of a base's model by the names that an adapter uses.
+
+    Args:
+        base: the base.
+        adapter: the adapter.
+    """
+
+    def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
+        self._base = base
+        self._adapter = adapter
+        self.config: Mapping[str, Any] = base.config()
+        self._layout: ModelLayout | None = None
+        self._longer: dict[str, list[str]] = {}
+        for name in base.tensors:
+            self._longer.setdefault(name.partition(".")[2], []).append(name)
+
+    @property
+    def layout(self) -> ModelLayout:
+        """The layout of the base's model."""
+        if self._layout is None:
+            shapes = {name: tensor.shape for name, tensor in self._base.tensors.items()}
+            self._layout = model_layout(self.config, shapes)
+        return self._layout
+
+    def pieces(self, parameter: str) -> tuple[Piece, ...]:
+        """Return the base's tensors that a parameter is made of; none if the base has none."""
+        for candidate in (parameter, parameter.partition(".")[2]):
+            if candidate in self._base.tensors:
+                return (Piece(candidate),)
+        longer = self._longer.get(parameter, ())
+        if len(longer) == 1:
+            return (Piece(longer[0]),)
+        return self.layout.pieces.get(parameter, ())
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """Return the shape of a parameter that has pieces."""
+        pieces = self.pieces(parameter)
+        shape = self._base.tensors[pieces[0].tensor].shape
+        if len(pieces) == 1 and pieces[0].expert is None:
+            return shape
+        last = max(pieces, key=lambda piece: (piece.start, piece.expert or 0))
+        rows = last.start + self._base.tensors[last.tensor].shape[0]
+        return (rows, *shape[1:]) if last.expert is None else (last.expert + 1, rows, *shape[1:])
+
+    def parameters(self, module: str, several: list[Factors]) -> list[str]:
+        """Return the parameter that each of a module's factors belongs to.
+
+        Args:
+            module: the module.
+            several: its factors. A module with several has them in the order of its parameters, the first inside.
+
+        Raises:
+            UnsupportedError: it cannot be told which factors belong to which parameter.
+            WrongBaseError: the base has no such module.
+        """
+        named = [last for last in self._adapter.config.parameter_of(module) if self.pieces(f"{module}.{last}")]
+        if len(several) == 1 and len(named) != 1:
+            # torch.nn.MultiheadAttention has the weights of its queries, keys and values in one parameter.
+            plain = [f"{module}.weight", f"{module}.in_proj_weight"]
+            found = next((name for name in plain if self.pieces(name)), None)
+            if found is None and not named:
+                raise self.unmatched(several[0].a.name)
+            if found is not None:
+                return [found]
+        if len(named) != len(several):
+            raise UnsupportedError(
+                f'{self._adapter.path}: module "{module}" has {len(several)} pairs of factors, and target_parameters '
+                f"names {len(named)} of its parameters"
+            )
+        if len(named) > 1:
+            order = self.layout.parameters_of(module)
+            if not self.layout.known:
+                # The joined projections of experts are the one case that the table knows.
+                order = sorted(named, key=lambda last: (last.startswith("down"), last))
+            named = [last for last in order if last in named]
+        inside_first = sorted(several, key=lambda factors: -factors.depth)
+        by_depth = dict(zip((factors.depth for factors in inside_first), named, strict=True))
+        return [f"{module}.{by_depth[factors.depth]}" for factors in several]
+
+    def is_crossed(self, factors: Factors, parameter: str) -> bool:
+        """Tell whether a square parameter has the rows and columns of its module's weight exchanged."""
+        module = parameter.rpartition(".")[0]
+        model_type = self.config.get("model_type")
+        if len(self.shape(parameter)) == 3:
+            return module in self.layout.crossed if self.layout.known else model_type in _CROSSED_MODELS
+        if is_conv1d(factors.module, self.config):
+            return True
+        if not self._adapter.config.transposed:
+            return False
+        kind = self.layout.kinds.get(module) if self.layout.known else None
+        return kind in (None, TRANSPOSED)
+
+    def tied(self, parameter: str) -> tuple[str, ...]:
+        """Return all names of a parameter that the model uses in several places, this one's among them."""
+        module = parameter.rpartition(".")[0]
+        head = is_head(module)
+        if not parameter.endswith(".weight") or not (head or is_embedding(module)):
+            return (parameter,)
+        if self.layout.known:
+            return self.layout.ties.get(parameter, (parameter,))
+        inputs = [name for name in self._base.tensors if _is_input(name)]
+        heads = [name for name in self._base.tensors if is_head(name.rpartition(".")[0])]
+        ties, classes = self.config.get("tie_word_embeddings"), self.config.get("architectures") or ()
+        # Without a word in the configuration, a model with a head and no tensor for it ties it.
+        headed = head or any(str(name).endswith(_HEADED) for name in classes)
+        if len(inputs) != 1 or not (ties is True or (ties is None and headed and not heads)):
+            return (parameter,)
+        if head:
+            return self._used(inputs[0], _is_input), parameter
+        tied = inputs[0] in {piece.tensor for piece in self.pieces(parameter)}
+        other = self._used(heads[0] if heads else "lm_head.weight", lambda name: is_head(name.rpartition(".")[0]))
+        return (parameter, other) if tied else (parameter,)
+
+    def _used(self, name: str, fits: Callable[[str], bool]) -> str:
+        """Return the name that the adapter uses for a parameter, or the given one if it uses none."""
+        adapter = self._adapter
+        modules = [*(factors.module for factors in adapter.factors), *adapter.tokens]
+        used = [*(f"{module}.weight" for module in modules), *adapter.whole, *adapter.layers]
+        return next((other for other in used if fits(other)), name)
+
+    def is_embedding(self, parameter: str) -> bool:
+        """Tell whether a parameter is an embedding's."""
+        module = parameter.rpartition(".")[0]
+        return self.layout.kinds.get(module) == EMBEDDING if self.layout.known else is_embedding(module)
+
+    def unmatched(self, name: str) -> WrongBaseError:
+        """Return the error for a tensor of the adapter that belongs to no tensor of the base."""
+        named = self._adapter.config.base_name
+        other = f", and its base is named {named!r}" if named else ""
+        return WrongBaseError(f'{self._adapter.path}: tensor "{name}" matches nothing in {self._base.path}{other}')
+
+
+def is_head(module: str) -> bool:
+    """Tell from its name whether a module is an output head that may be tied to an embedding."""
+    return module.rpartition(".")[2] in _HEADS
+
+
+def _is_input(name: str) -> bool:
+    parts = name.split(".")
+    return len(parts) > 1 and parts[-1] == "weight" and parts[-2] in _INPUT
