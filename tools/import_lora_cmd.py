@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
 
 EPILOG = """\
-The factors are stored as they are, except that B is multiplied by the adapter's scaling. DoRA, convolutions and
-adapters whose training changed the base's weights are refused. unpack then writes the merged checkpoint, with the
-base's configuration and, if the adapter has no tokenizer, the base's tokenizer.
+The factors are stored as they are, except that B is multiplied by the adapter's scaling. What is not of low rank (DoRA,
+convolutions, a head that the base ties to its embedding) is stored whole, as PEFT computes it. Adapters whose training
+changed the base's weights are refused. unpack then writes the merged checkpoint, with the base's configuration and, if
+the adapter has no tokenizer, the base's tokenizer.
 """
 
 
@@ -47,6 +49,8 @@ def run(options: argparse.Namespace) -> None:
             progress=progress,
         )
     console.warn_left_out(result.skipped_files)
+    for warning in result.warnings:
+        console.warn(f"warning: {warning}")
     if options.json:
         console.say_json(
             {
@@ -57,6 +61,12 @@ def run(options: argparse.Namespace) -> None:
                 "content_id": result.content_id,
                 "ranks": {str(rank): count for rank, count in sorted(result.ranks.items())},
                 "replaced": result.replaced,
+                "computed": result.computed,
+                "grown": result.grown,
+                "untied": result.untied,
+                "config": result.config,
+                "warnings": result.warnings,
+                "left_out": result.skipped_files,
                 "same": result.same,
                 "base_name": result.base_name or None,
             }
@@ -66,6 +76,11 @@ def run(options: argparse.Namespace) -> None:
     parts = [f"{plural(count, 'delta')} of rank {rank}" for rank, count in sorted(result.ranks.items())]
     if result.replaced:
         parts.append(f"{len(result.replaced)} stored whole")
+    if result.grown:
+        parts.append(f"{len(result.grown)} with more rows than the base")
     console.say(", ".join([*parts, f"{result.same} same as the base"]))
+    if result.config:
+        changed = ", ".join(f"{key}: {json.dumps(value)}" for key, value in result.config.items())
+        console.say(f"config.json gets {changed}")
     if result.base_name:
         console.say(f"the adapter names its base {result.base_name}")

@@ -107,8 +107,8 @@ class Adapter:
             tensor, inner = self._file.tensors[name], model_name(name)
             if tensor.nbytes == 0:
                 raise InvalidFileError(
-                    f'{self._file.path}: tensor "{name}" {list(tensor.shape)} is empty, as DeepSpeed ZeRO-3 saves what '
-                    "it has not gathered; gather the parameters and save the adapter again"
+                    f'{self._file.path}: tensor "{name}" {list(tensor.shape)} is empty, as DeepSpeed ZeRO-3 saves '
+                    "what it has not gathered; gather the parameters and save the adapter again"
                 )
             if (part := _FACTOR.fullmatch(inner)) is not None:
                 self._one_adapter(part[4], name)
@@ -229,8 +229,8 @@ def _no_weights(path: Path) -> InvalidFileError:
         )
     if (path / "adapter_model.bin").exists():
         return UnsupportedError(
-            f"{path}: no {WEIGHTS_FILE}: adapter_model.bin cannot be read, it is a pickle, which may run code; load the "
-            "adapter with PEFT and save it with save_pretrained, which writes safetensors"
+            f"{path}: no {WEIGHTS_FILE}: adapter_model.bin cannot be read, it is a pickle, which may run code; load "
+            "the adapter with PEFT and save it with save_pretrained, which writes safetensors"
         )
     return InvalidFileError(f"{path}: no {WEIGHTS_FILE}: not an adapter")
 

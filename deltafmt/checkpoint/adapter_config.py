@@ -149,7 +149,7 @@ class AdapterConfig:
 
     def parameter_of(self, module: str) -> tuple[str, ...]:
         """Return the last names of a module's parameters that ``target_parameters`` may name, in its order."""
-        found = {}
+        found: dict[str, None] = {}
         for name in self.parameters:
             owner, _, last = name.rpartition(".")
             if not owner or f".{module}".endswith(f".{owner}"):
@@ -193,7 +193,7 @@ def _names(obj: dict[str, Any], key: str) -> tuple[str, ...]:
 def _tokens(value: Any) -> dict[str, tuple[int, ...]]:
     if not value:
         return {}
-    found = value if type(value) is dict else {"": value}
+    found: dict[str, Any] = value if type(value) is dict else {"": value}
     for rows in found.values():
         if type(rows) is not list or not all(type(row) is int and 0 <= row < MAX_TOKEN for row in rows):
             raise InvalidFileError("trainable_token_indices is not a list of token numbers")

@@ -6,7 +6,6 @@ stored whole, as PEFT computes it; so are the tensors that the adapter holds who
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -29,9 +28,9 @@ from deltafmt.index.sections import Attachment
 from deltafmt.pipeline.entry_writer import EntryWriter, TermBytes, packed_bytes
 from deltafmt.pipeline.lora_factors import term_bytes, term_of
 from deltafmt.pipeline.lora_merge import Change, Merged
+from deltafmt.pipeline.lora_plan import LoraPlan, plan_lora
 from deltafmt.pipeline.lora_rows import rows_term
 from deltafmt.pipeline.lora_ties import TIES, without_ties
-from deltafmt.pipeline.lora_plan import LoraPlan, plan_lora
 from deltafmt.pipeline.outputs import refuse_input_file
 from deltafmt.pipeline.workers import Progress, drain, thread_count
 from deltafmt.terms.buffers import blank
@@ -294,11 +293,8 @@ def _has_grown_alone(base: Tensor, change: Change) -> bool:
         return True
     if own.dtype != base.dtype or own.rows <= base.rows:
         return False
-    with contextlib.ExitStack() as stack:
-        mine, theirs = own.pieces(), base.pieces()
-        stack.callback(mine.close)
-        stack.callback(theirs.close)
-        return all(bytes(a[: len(b)]) == bytes(b) for a, b in zip(mine, theirs, strict=False))
+    # The base's pieces decide how far: a longer one of the adapter's is cut.
+    return all(bytes(a[: len(b)]) == bytes(b) for b, a in zip(base.pieces(), own.pieces(), strict=False))
 
 
 def _resize(config: dict[str, Any], old: int, new: int) -> None:

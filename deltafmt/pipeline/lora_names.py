@@ -13,7 +13,7 @@ from deltafmt.checkpoint.adapter import Adapter, Factors, is_conv1d, is_embeddin
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.parameter_names import Piece
 from deltafmt.errors import UnsupportedError, WrongBaseError
-from deltafmt.pipeline.model_layout import EMBEDDING, TRANSPOSED, ModelLayout, model_layout
+from deltafmt.pipeline.model_layout import TRANSPOSED, ModelLayout, model_layout
 
 _HEADS: Final = ("lm_head", "embed_out", "proj_out", "output")
 _HEADED: Final = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -142,11 +142,6 @@ class Names:
         modules = [*(factors.module for factors in adapter.factors), *adapter.tokens]
         used = [*(f"{module}.weight" for module in modules), *adapter.whole, *adapter.layers]
         return next((other for other in used if fits(other)), name)
-
-    def is_embedding(self, parameter: str) -> bool:
-        """Tell whether a parameter is an embedding's."""
-        module = parameter.rpartition(".")[0]
-        return self.layout.kinds.get(module) == EMBEDDING if self.layout.known else is_embedding(module)
 
     def unmatched(self, name: str) -> WrongBaseError:
         """Return the error for a tensor of the adapter that belongs to no tensor of the base."""

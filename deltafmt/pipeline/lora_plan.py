@@ -66,9 +66,7 @@ class _Planner:
         untied = heed_ties(self._names, self._base, self._changes)
         for parameter, change in self._changes.items():
             self._place(parameter, change, untied)
-        self._plan.copies |= {
-            name: target for name, target in untied.copies.items() if target in self._plan.changes
-        }
+        self._plan.copies |= {name: target for name, target in untied.copies.items() if target in self._plan.changes}
         self._plan.config |= untied.config
         self._plan.warnings += untied.warnings
         self._plan.untied = sorted(untied.sources)
@@ -246,9 +244,7 @@ class _Planner:
 
     def _part(self, product: Product, expert: int | None, start: int, tensor: Tensor) -> Product:
         stop = start + tensor.shape[0]
-        return Product(
-            product.factors, product.scaling, product.transposed, product.experts, expert, start, stop
-        )
+        return Product(product.factors, product.scaling, product.transposed, product.experts, expert, start, stop)
 
     def _grow(self) -> None:
         """Check that all tensors with a row for each token have grown alike, and note the vocabulary's new size."""
@@ -267,7 +263,7 @@ class _Planner:
             if end and name not in grown and name not in self._plan.copies:
                 first = next(iter(grown))
                 raise self._misshapen(
-                    first, f"the adapter gives it {new_size} rows, while \"{name}\" keeps {tensor.shape[0]}"
+                    first, f'the adapter gives it {new_size} rows, while "{name}" keeps {tensor.shape[0]}'
                 )
         self._plan.config["vocab_size"] = (old, new_size)
 

@@ -1,10 +1,11 @@
-"""Trained rows of an embedding (``trainable_token_indices``) as a term: ``lowrank`` or ``sparse``, whichever is smaller."""
+"""Trained rows of an embedding (``trainable_token_indices``) as a term, ``lowrank`` or ``sparse``: the smaller one."""
 
 from __future__ import annotations
 
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import NonFiniteError
@@ -51,26 +52,29 @@ def rows_term(base: Tensor, rows: tuple[tuple[int, ...], Tensor]) -> TermBytes |
         if not (np.abs(found - new) <= room).all():
             return None
     places = np.array([number for number, _ in order], np.int64)
-    codecs = [_sparse(base, places, deltas)]
+    terms = [_sparse(base, places, deltas)]
     if places.size <= min(base.rows, base.columns):
-        codecs.append(_lowrank(base, places, deltas))
-    best = min(codecs, key=lambda term: sum(len(memoryview(data).cast("B")) for data in term.buffers.values()))  # type: ignore[arg-type]
-    taken = sum(len(memoryview(data).cast("B")) for data in best.buffers.values())  # type: ignore[arg-type]
-    return best if taken < base.nbytes else None
+        terms.append(_lowrank(base, places, deltas))
+    best = min(terms, key=_nbytes)
+    return best if _nbytes(best) < base.nbytes else None
 
 
-def _lowrank(base: Tensor, places: np.ndarray, deltas: np.ndarray) -> TermBytes:
+def _nbytes(term: TermBytes) -> int:
+    return sum(len(data) for data in term.buffers.values() if isinstance(data, bytes | bytearray | memoryview))
+
+
+def _lowrank(base: Tensor, places: NDArray[np.int64], deltas: NDArray[np.float32]) -> TermBytes:
     """Return one pair of vectors a row: a unit vector, and the row's difference."""
     layout = LowRankLayout(places.size, "F32")
     u = np.zeros((places.size, base.rows), np.float32)
     u[np.arange(places.size), places] = 1
     codec = term_codec(layout, base.rows, base.columns)
     packed = blank(layout, base.rows, base.columns)
-    codec.encode(LowRankArrays(narrow(u, "F32"), narrow(deltas, "F32")), packed)
+    codec.encode(LowRankArrays(narrow(u, "F32"), narrow(deltas, "F32")), packed, 0)
     return packed_bytes(codec, packed)
 
 
-def _sparse(base: Tensor, places: np.ndarray, deltas: np.ndarray) -> TermBytes:
+def _sparse(base: Tensor, places: NDArray[np.int64], deltas: NDArray[np.float32]) -> TermBytes:
     """Return the rows' elements, one after the other."""
     counts = np.zeros(base.rows, np.int64)
     counts[places] = base.columns
@@ -79,5 +83,5 @@ def _sparse(base: Tensor, places: np.ndarray, deltas: np.ndarray) -> TermBytes:
     layout, slots = SparseCodec.fit(SparseLayout("F32", gap_bits=1), arrays, base.columns)
     codec: AnyCodec = term_codec(layout, base.rows, base.columns, 0, slots)
     packed = blank(layout, base.rows, base.columns, slots)
-    codec.encode(arrays, packed)
+    codec.encode(arrays, packed, 0)
     return packed_bytes(codec, packed)

@@ -1,8 +1,8 @@
 """Parameters that the base ties, and an adapter that changes one of them: what PEFT computes is the truth.
 
 PEFT wraps modules. A module that is wrapped computes with its own change, and one that is tied to it does not. So an
-adapter of the embedding alone unties it from the head, unless ``ensure_weight_tying`` gave the head the same change. The
-unpacked checkpoint then has a head of its own, and its ``config.json`` says ``tie_word_embeddings: false``.
+adapter of the embedding alone unties it from the head, unless ``ensure_weight_tying`` gave the head the same change.
+The unpacked checkpoint then has a head of its own, and its ``config.json`` says ``tie_word_embeddings: false``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The parameters of a model, by the names that PEFT sees, and the tensors of a checkpoint that they are made of.
 
-transformers 5 renames and joins tensors while it loads a checkpoint: ``embed_out`` becomes ``lm_head``, and the experts of
-a block become one parameter. Where transformers is installed and knows the model, it says so itself: the model is made
-without memory (on torch's ``meta`` device), and its conversion mapping is asked for every tensor. Elsewhere a small table
-stands in for it (:mod:`deltafmt.checkpoint.parameter_names`).
+transformers 5 renames and joins tensors while it loads a checkpoint: ``embed_out`` becomes ``lm_head``, and the experts
+of a block become one parameter. Where transformers is installed and knows the model, it says so itself: the model is
+made without memory (on torch's ``meta`` device), and its conversion mapping is asked for every tensor. Elsewhere a
+small table stands in for it (:mod:`deltafmt.checkpoint.parameter_names`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ LINEAR = "linear"
 EMBEDDING = "embedding"
 TRANSPOSED = "transposed linear"
 OTHER = "other"
+# A module whose parameters others read: torch.nn.MultiheadAttention calls neither itself a module nor its projection.
+UNCALLED = "uncalled"
 
 
 @dataclass(slots=True)
@@ -38,6 +40,9 @@ class ModelLayout:
         embedding: the module of the input embedding; empty if it is not known.
         crossed: the modules whose stacked experts have rows and columns exchanged.
         borrowed: the tied parameters without a tensor of their own.
+        state: the shapes of all tensors that the model stores: its parameters, and buffers such as running means.
+        generates: True if the model writes text from tokens.
+        encoder_decoder: True if it has an encoder and a decoder.
         known: True if transformers said all this.
     """
 
@@ -48,6 +53,9 @@ class ModelLayout:
     embedding: str = ""
     crossed: frozenset[str] = frozenset()
     borrowed: frozenset[str] = frozenset()
+    state: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    generates: bool = False
+    encoder_decoder: bool = False
     known: bool = False
 
     def parameters_of(self, module: str) -> list[str]:
@@ -90,15 +98,24 @@ def meta_model(config: Mapping[str, Any]) -> Any:
     cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or cls is None:
         return None
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    with _quietly(), torch.random.fork_rng(devices=[]), torch.device("meta"):
-        # Code of a model that does not expect to be made without memory may fail in any way.
-        with contextlib.suppress(Exception):
-            loaded: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(plain))
-            model = cls(loaded)
-            model.tie_weights()
-            return model
+    plain = {key: _plain(value) for key, value in config.items() if key != "quantization_config"}
+    quiet = _quietly(), torch.random.fork_rng(devices=[]), torch.device("meta")
+    # Code of a model that does not expect to be made without memory may fail in any way.
+    with quiet[0], quiet[1], quiet[2], contextlib.suppress(Exception):
+        loaded: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(plain)
+        model = cls(loaded)
+        model.tie_weights()
+        return model
     return None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a configuration with the numbers that JSON lacks, which transformers writes as maps."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 @contextlib.contextmanager
@@ -140,14 +157,30 @@ def _layout(model: Any, tensors: Shapes) -> ModelLayout | None:
     )
     # Parameters in the order in which the modules have them, and then what the model does not know.
     ordered = {name: pieces[name] for name in shapes if name in pieces}
-    return ModelLayout({**ordered, **pieces}, shapes, kinds, ties, embedding, crossed, borrowed, known=True)
+    return ModelLayout(
+        {**ordered, **pieces},
+        shapes,
+        kinds,
+        ties,
+        embedding,
+        crossed,
+        borrowed,
+        state={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        generates=model.main_input_name == "input_ids" and model.can_generate(),
+        encoder_decoder=bool(model.config.is_encoder_decoder),
+        known=True,
+    )
 
 
 def _kind(module: Any) -> str:
     import torch
 
+    if isinstance(module, torch.nn.MultiheadAttention) or type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return UNCALLED
     if isinstance(module, torch.nn.Embedding):
-        return EMBEDDING
+        # PEFT looks rows up itself, and knows one other kind of embedding: one that multiplies them.
+        plain = type(module).forward is torch.nn.Embedding.forward or hasattr(module, "embed_scale")
+        return EMBEDDING if plain else OTHER
     if isinstance(module, torch.nn.Linear):
         return LINEAR
     return TRANSPOSED if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else OTHER
