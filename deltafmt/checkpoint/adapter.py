@@ -171,6 +171,13 @@ class Adapter:
                 f'{self._file.path}: tensors "{a.name}" {list(a.shape)} and "{b.name}" {list(b.shape)} are not the '
                 "factors of a matrix or a convolution"
             )
+        if self.config.dora and magnitude is None:
+            raise InvalidFileError(f'{self._file.path}: use_dora is set, and "{module}" has no lora_magnitude_vector')
+        for tensor, key, isset in ((magnitude, "use_dora", self.config.dora), (bias, "lora_bias", self.config.biased)):
+            if tensor is not None and not isset:
+                raise InvalidFileError(
+                    f'{self._file.path}: tensor "{tensor.name}" is there, and {key} is not set in {CONFIG_FILE}'
+                )
         return Factors(module, depth, embedding, a, b, bias, magnitude)
 
     @property

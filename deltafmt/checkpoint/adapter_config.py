@@ -63,6 +63,8 @@ class AdapterConfig:
         transposed: True if the weights have rows and columns exchanged, as GPT-2's have (``fan_in_fan_out``).
         saved: the names of modules that are stored whole (``modules_to_save``).
         parameters: the names of parameters that have factors of their own (``target_parameters``).
+        dora: True if each output's weights have a learned length (``use_dora``).
+        biased: True if B has a bias (``lora_bias``).
         tokens: the rows of embeddings that are replaced (``trainable_token_indices``), by the name of the embedding's
             module; an empty name stands for the model's input embedding.
         base_name, task_type: the base's name and the task type, as the file gives them; empty if it gives none.
@@ -76,6 +78,8 @@ class AdapterConfig:
     transposed: bool
     saved: tuple[str, ...]
     parameters: tuple[str, ...]
+    dora: bool
+    biased: bool
     tokens: dict[str, tuple[int, ...]]
     base_name: str
     task_type: str
@@ -129,6 +133,8 @@ class AdapterConfig:
             transposed=bool(obj.get("fan_in_fan_out")),
             saved=_names(obj, "modules_to_save"),
             parameters=_names(obj, "target_parameters"),
+            dora=bool(obj.get("use_dora")),
+            biased=bool(obj.get("lora_bias")),
             tokens=_tokens(obj.get("trainable_token_indices")),
             base_name=_text(obj.get("base_model_name_or_path")),
             task_type=_text(obj.get("task_type")),

@@ -48,7 +48,17 @@ class Names:
         return self._layout
 
     def pieces(self, parameter: str) -> tuple[Piece, ...]:
-        """Return the base's tensors that a parameter is made of; none if the base has none."""
+        """Return the base's tensors that a parameter is made of, or those of one that it is tied to; none if none."""
+        found = self._own_pieces(parameter)
+        if found or self.layout.known:
+            return found
+        return next((pieces for name in self.tied(parameter) if (pieces := self._own_pieces(name))), ())
+
+    def is_borrowed(self, parameter: str) -> bool:
+        """Tell whether a tied parameter has no tensor of its own."""
+        return parameter in self.layout.borrowed if self.layout.known else not self._own_pieces(parameter)
+
+    def _own_pieces(self, parameter: str) -> tuple[Piece, ...]:
         for candidate in (parameter, parameter.partition(".")[2]):
             if candidate in self._base.tensors:
                 return (Piece(candidate),)
@@ -80,13 +90,15 @@ class Names:
         """
         named = [last for last in self._adapter.config.parameter_of(module) if self.pieces(f"{module}.{last}")]
         if len(several) == 1 and len(named) != 1:
-            # torch.nn.MultiheadAttention has the weights of its queries, keys and values in one parameter.
-            plain = [f"{module}.weight", f"{module}.in_proj_weight"]
-            found = next((name for name in plain if self.pieces(name)), None)
-            if found is None and not named:
+            if self.pieces(f"{module}.weight"):
+                return [f"{module}.weight"]
+            if self.pieces(f"{module}.in_proj_weight"):
+                raise UnsupportedError(
+                    f'{self._adapter.path}: "{module}" is a torch.nn.MultiheadAttention, of which versions of PEFT '
+                    "compute other things; merge the adapter with PEFT (merge_and_unload), save the model and use pack"
+                )
+            if not named:
                 raise self.unmatched(several[0].a.name)
-            if found is not None:
-                return [found]
         if len(named) != len(several):
             raise UnsupportedError(
                 f'{self._adapter.path}: module "{module}" has {len(several)} pairs of factors, and target_parameters '
@@ -132,7 +144,7 @@ class Names:
             return (parameter,)
         if head:
             return self._used(inputs[0], _is_input), parameter
-        tied = inputs[0] in {piece.tensor for piece in self.pieces(parameter)}
+        tied = inputs[0] in {piece.tensor for piece in self._own_pieces(parameter)}
         other = self._used(heads[0] if heads else "lm_head.weight", lambda name: is_head(name.rpartition(".")[0]))
         return (parameter, other) if tied else (parameter,)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from deltafmt.checkpoint.adapter import Adapter, Factors, is_embedding
+from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import InvalidFileError, UnsupportedError, WrongBaseError
@@ -59,6 +61,7 @@ class _Planner:
         self._plan = LoraPlan()
 
     def run(self) -> LoraPlan:
+        self._check_complete()
         self._add_factors()
         self._add_layers()
         self._add_rows()
@@ -72,6 +75,18 @@ class _Planner:
         self._plan.untied = sorted(untied.sources)
         self._grow()
         return self._plan
+
+    def _check_complete(self) -> None:
+        """Refuse an adapter that lacks what its configuration names: PEFT would not load it."""
+        config, held = self._adapter.config, _inner_names(self._adapter.whole)
+        of_base = _inner_names(self._base.tensors)
+        for name in config.saved:
+            if name in of_base and name not in held:
+                raise InvalidFileError(f'{self._adapter.path}: modules_to_save names "{name}", and no tensor is of it')
+        if config.tokens and not self._adapter.tokens:
+            raise InvalidFileError(
+                f"{self._adapter.path}: trainable_token_indices is set, and no tensor holds the rows"
+            )
 
     def _add_factors(self) -> None:
         by_module: dict[str, list[Factors]] = {}
@@ -89,20 +104,22 @@ class _Planner:
         """Return the product that a parameter gets, after checking the factors' shapes against it."""
         config, shape = self._adapter.config, self._names.shape(parameter)
         own = self._adapter.layers.get(parameter)
-        if own is not None:
+        if own is not None and own.shape[1:] == shape[1:]:
             shape = own.shape
         a, b = factors.a, factors.b
         stacked = len(shape) == 3 and len(a.shape) == 2
         experts = shape[0] if stacked else 1
         # PEFT looks patterns up by the module's name, and by the parameter's where it has a name of its own.
         key = factors.module if parameter.endswith(f"{factors.module}.weight") and not stacked else parameter
-        rank = config.rank_of(factors.module if key.endswith(".in_proj_weight") else key)
+        try:
+            rank, scaling = config.rank_of(key), config.scaling_of(key)
+        except UnsupportedError as error:
+            raise error.located(self._adapter.path / CONFIG_FILE) from error
         if (a.shape[0], b.shape[1]) != (rank * experts, rank * experts) or 0 in (*a.shape, *b.shape):
             raise InvalidFileError(
                 f'{a.file.path}: tensors "{a.name}" {list(a.shape)} and "{b.name}" {list(b.shape)} '
                 f"are not factors of rank {rank}" + (f" for {experts} experts" if stacked else "")
             )
-        scaling = config.scaling_of(factors.module if key.endswith(".in_proj_weight") else key)
         if len(a.shape) > 2:
             if shape != (b.shape[0], *a.shape[1:]):
                 grouped = len(shape) == len(a.shape) and shape[0] == b.shape[0] and shape[2:] == a.shape[2:]
@@ -273,3 +290,12 @@ class _Planner:
         return WrongBaseError(
             f'{self._base.path}: tensor "{name}" is {list(self._base.tensors[name].shape)}, and {other}'
         )
+
+
+def _inner_names(tensors: Iterable[str]) -> set[str]:
+    """Return every run of parts of the names of modules: for ``a.b.c.weight``, ``a``, ``a.b``, ``b``, ``b.c`` ..."""
+    found = set()
+    for module in {name.rpartition(".")[0] for name in tensors}:
+        parts = module.split(".")
+        found |= {".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
+    return found

@@ -88,7 +88,7 @@ def _heed(names: Names, base: Checkpoint, changes: dict[str, Change], group: tup
     result.config[TIES] = False
     _check_untied(names, base, group, changes)
     for name in group:
-        if not stored[name] or name in names.layout.borrowed:
+        if names.is_borrowed(name):
             result.sources[name] = source
             changes.setdefault(name, Change())
     others = [name for name in group if name not in changed or changes[name] is not first]
