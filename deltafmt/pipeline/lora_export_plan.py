@@ -99,6 +99,11 @@ class ExportPlanner:
             if entry.action == "same" or (listed.target is not None and name not in self._owner):
                 continue
             where = f'{self._name}: tensor "{name}"'
+            if listed.target is not None and not self._config:
+                text = (
+                    f"{where} is tied to {listed.target}, and only the base's config.json tells if its model ties them"
+                )
+                raise UsageError(text, Remedy("base", None))
             parameter = self._owner.get(name)
             if parameter is None or (self._layout.known and parameter not in self._layout.state):
                 raise UsageError(f"{where} has no place of its own in the base's model, where an adapter would lose it")
