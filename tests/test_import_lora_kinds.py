@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import deltafmt
-from conftest import Raw, Tensors, expected_sum, normal, raw, read_folder, safetensors_bytes, write_folder
+from conftest import Cli, Raw, Tensors, expected_sum, normal, raw, read_folder, refused, safetensors_bytes, write_folder
 from deltafmt.errors import InvalidFileError, UnsupportedError, WrongBaseError
+from deltafmt.methods import RTN, SVD, Magnitude
 from lora_files import PREFIX, Files, base_tensors, pair_of, product, small_files, write_adapter
 
 Q = "model.layers.0.q"
@@ -194,6 +195,43 @@ def test_dora_is_stored_as_it_is_computed(tmp_path: Path) -> None:
     wrong = {**factors, "q.lora_magnitude_vector": normal(3, (24,), "F32")}
     with pytest.raises(InvalidFileError, match="one length for each of the 48 outputs"):
         deltafmt.import_lora(base, write_adapter(tmp_path / "b", wrong, use_dora=True), tmp_path / "e.deltafmt")
+
+
+def test_dora_by_a_method(tmp_path: Path, cli: Cli) -> None:
+    """What is not of low rank may be compressed, as pack compresses it."""
+    base = write_folder(tmp_path / "base", base_tensors())
+    factors = {**pair_of(Q, 48, 24), f"{Q}.lora_magnitude_vector": normal(3, (48,))}
+    adapter = write_adapter(tmp_path / "a", factors, use_dora=True)
+    exact = deltafmt.import_lora(base, adapter, tmp_path / "exact.deltafmt")
+    deltafmt.unpack(base, exact.path, tmp_path / "whole")
+    for number, method in enumerate((RTN(8, scale_group=8), SVD(rank=6), Magnitude())):
+        result = deltafmt.import_lora(base, adapter, tmp_path / f"{number}.deltafmt", method=method)
+        assert (result.compressed, result.computed, result.replaced) == ([f"{Q}.weight"], [], [])
+        deltafmt.verify(result.path, base)
+        deltafmt.unpack(base, result.path, tmp_path / f"{number}")
+        wanted, found = (read_folder(tmp_path / folder)[f"{Q}.weight"].floats() for folder in ("whole", f"{number}"))
+        assert np.linalg.norm(found - wanted) < 0.8 * np.linalg.norm(wanted - base_tensors()[f"{Q}.weight"].floats())
+    printed = cli("import-lora", base, adapter, "-o", tmp_path / "x", "--method", "rtn:bits=4").out
+    assert "1 compressed by rtn:bits=4" in printed
+    refused(cli("import-lora", base, adapter, "-o", tmp_path / "y", "--method", "magic"), 2, "--method", "magic")
+
+
+def test_an_imported_adapter_that_is_not_of_low_rank_comes_back_whole(tmp_path: Path) -> None:
+    """Trained rows and DoRA's tensors become modules_to_save."""
+    tensors = base_tensors()
+    base = write_folder(tmp_path / "base", tensors)
+    factors = pair_of("model.layers.0.o", 24, 24)
+    rows = {"model.embed_tokens.token_adapter.trainable_tokens_delta": normal(60, (3, 24))}
+    adapter = write_adapter(tmp_path / "a", {**factors, **rows}, trainable_token_indices=[39, 2, 7])
+    delta = deltafmt.import_lora(base, adapter, tmp_path / "d.deltafmt").path
+    with deltafmt.open(delta) as opened:
+        kinds = {term.layout.kind for term in opened["model.embed_tokens.weight"].terms}
+    exported = deltafmt.export_lora(delta, tmp_path / "out", base=base)
+    assert exported.saved == (["model.embed_tokens"] if kinds == {"sparse"} else [])
+    again = deltafmt.import_lora(base, tmp_path / "out", tmp_path / "e.deltafmt").path
+    for name in (delta, again):
+        deltafmt.unpack(base, name, tmp_path / name.stem)
+    assert read_folder(tmp_path / "d") == read_folder(tmp_path / "e")
 
 
 def test_a_bias_of_b(tmp_path: Path) -> None:

@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="hot (default): stored as it is uploaded, for serving; cold: compressed, for archives",
     )
+    parser.add_argument(
+        "--method",
+        metavar="METHOD",
+        help="compress what is not of low rank, such as DoRA's tensors: NAME or NAME:key=value,... as for pack "
+        "(default: store it whole)",
+    )
     parser.add_argument("--threads", type=int, metavar="T", help="number of threads (default: one for each processor)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
@@ -35,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from deltafmt.pipeline.import_lora import import_lora
+    from deltafmt.tools.method_arguments import read_spelling
 
+    method = None if options.method is None else read_spelling("--method", options.method)
     with console.progress_bar(
         "importing", lambda: console.checkpoint_bytes(options.base), not options.json
     ) as progress:
@@ -47,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
             force=options.force,
             threads=options.threads,
             progress=progress,
+            method=method,
         )
     console.warn_left_out(result.skipped_files)
     for warning in result.warnings:
@@ -62,6 +71,7 @@ def run(options: argparse.Namespace) -> None:
                 "ranks": {str(rank): count for rank, count in sorted(result.ranks.items())},
                 "replaced": result.replaced,
                 "computed": result.computed,
+                "compressed": result.compressed,
                 "grown": result.grown,
                 "untied": result.untied,
                 "config": result.config,
@@ -76,6 +86,8 @@ def run(options: argparse.Namespace) -> None:
     parts = [f"{plural(count, 'delta')} of rank {rank}" for rank, count in sorted(result.ranks.items())]
     if result.replaced:
         parts.append(f"{len(result.replaced)} stored whole")
+    if result.compressed:
+        parts.append(f"{len(result.compressed)} compressed by {options.method}")
     if result.grown:
         parts.append(f"{len(result.grown)} with more rows than the base")
     console.say(", ".join([*parts, f"{result.same} same as the base"]))

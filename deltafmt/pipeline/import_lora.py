@@ -25,9 +25,11 @@ from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.index.sections import Attachment
+from deltafmt.methods.base import Method
 from deltafmt.pipeline.entry_writer import EntryWriter, TermBytes, packed_bytes
 from deltafmt.pipeline.lora_factors import term_bytes, term_of
 from deltafmt.pipeline.lora_merge import Change, Merged
+from deltafmt.pipeline.lora_method import method_terms
 from deltafmt.pipeline.lora_plan import LoraPlan, plan_lora
 from deltafmt.pipeline.lora_rows import rows_term
 from deltafmt.pipeline.lora_ties import TIES, without_ties
@@ -70,6 +72,7 @@ class ImportResult:
         replaced: names of tensors that are stored whole: those that the adapter holds whole, with other bytes than the
             base, and those whose change is not of low rank.
         computed: the names among them whose values are the base's plus a change that is not of low rank.
+        compressed: names of tensors whose change is not of low rank, and is compressed by a method.
         grown: names of tensors that have more rows than the base's.
         untied: names of tensors that the base ties to others, and this adapter does not.
         config: the keys of the attached ``config.json`` that have other values than the base's.
@@ -86,6 +89,7 @@ class ImportResult:
     ranks: dict[int, int] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
     computed: list[str] = field(default_factory=list)
+    compressed: list[str] = field(default_factory=list)
     grown: list[str] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
@@ -104,6 +108,7 @@ def import_lora(
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    method: Method | None = None,
 ) -> ImportResult:
     """Write a LoRA adapter as a delta file, with the adapter's scaling multiplied into the factors.
 
@@ -115,6 +120,8 @@ def import_lora(
         force: True to replace ``out`` if it exists.
         threads: worker threads for the base's fingerprints; one for each processor if not given.
         progress: called with a base tensor's name and bytes as each is done.
+        method: the method for tensors of the base whose change is not of low rank, such as DoRA's. If not given, they
+            are stored whole.
 
     Raises:
         UsageError: the output exists or is an input, or the profile is unknown.
@@ -143,7 +150,8 @@ def import_lora(
         )
         sink = PartialFile(path, None, force=force)
         try:
-            _Importer(checkpoint, opened, plan, ContainerWriter(sink, profile), result).run(workers, progress)
+            container = ContainerWriter(sink, profile)
+            _Importer(checkpoint, opened, plan, container, result, method).run(workers, progress)
             checkpoint.check_unchanged()
             opened.check_unchanged()
             sink.commit()
@@ -157,7 +165,13 @@ class _Importer:
     """One run of an import."""
 
     def __init__(
-        self, base: Checkpoint, adapter: Adapter, plan: LoraPlan, container: ContainerWriter, result: ImportResult
+        self,
+        base: Checkpoint,
+        adapter: Adapter,
+        plan: LoraPlan,
+        container: ContainerWriter,
+        result: ImportResult,
+        method: Method | None,
     ) -> None:
         self._base = base
         self._adapter = adapter
@@ -165,6 +179,7 @@ class _Importer:
         self._container = container
         self._writer = EntryWriter(container)
         self._result = result
+        self._method = method
 
     def run(self, threads: int, progress: Progress | None) -> None:
         """Write every tensor, then the attachments, then finish the file."""
@@ -204,6 +219,12 @@ class _Importer:
         if found.whole is not None:
             return self._replaced(name, found.whole)
         terms = self._terms(base, found)
+        if not terms and self._method is not None:
+            terms = method_terms(base, Merged(base, found), self._method)
+            if terms:
+                self._result.compressed.append(name)
+                reference = BaseRef(digests[name], base.dtype, base.shape)
+                return self._writer.add(base, reference, terms)
         if not terms:
             return self._changed(name, base, found)
         reference = BaseRef(digests[name], base.dtype, base.shape)

@@ -59,6 +59,8 @@ class ExportPlanner:
         self._task = task
         self._dtype = dtype
         self._name = delta.container.name
+        # What is not of low rank in an imported adapter (trained rows, DoRA by a method) is stored whole.
+        self._imported = delta.metadata.get("method") == "lora"
         self._entries = {entry.name: entry for entry in delta.container.entries()}
         self._owner: dict[str, str] = {}
         for parameter, pieces in layout.pieces.items():
@@ -122,7 +124,7 @@ class ExportPlanner:
                 f'{self._name}: tensor "{entries[0].name}" is replaced and belongs to no module, so an adapter has no '
                 "place for it; use unpack"
             )
-        if not all(entry.terms for entry in entries):
+        if not all(_is_low_rank(entry) for entry in entries):
             if not self._is_bias(parameter, module):
                 self._saved[module] = None
             return
@@ -135,10 +137,10 @@ class ExportPlanner:
     def _check_terms(self, entry: TensorEntry) -> None:
         where = f'{self._name}: tensor "{entry.name}"'
         kind = next((term.layout.kind for term in entry.terms if not isinstance(term.layout, LowRankLayout)), None)
-        if kind is not None:
+        if kind is not None and not self._imported:
             raise UsageError(f"{where} has a term of kind {kind}; an adapter has lowrank terms alone")
         if entry.terms and (entry.base is None or entry.base.shape != entry.shape):
-            raise UsageError(f"{where} has other rows than its base, which an adapter cannot say")
+            raise UsageError(f"{where} has other rows than its base, which an adapter cannot say; use unpack")
 
     def _is_bias(self, parameter: str, module: str) -> bool:
         """Note a bias that is stored by itself: PEFT loads it into the module's own."""
@@ -261,6 +263,10 @@ class ExportPlanner:
                 f'{self._name}: PEFT stores "{parameter}" with its module, and the delta has no tensor for it'
             )
         return pieces
+
+
+def _is_low_rank(entry: TensorEntry) -> bool:
+    return bool(entry.terms) and all(isinstance(term.layout, LowRankLayout) for term in entry.terms)
 
 
 def _inside(name: str, module: str) -> bool:
