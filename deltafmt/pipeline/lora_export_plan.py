@@ -160,7 +160,7 @@ class ExportPlanner:
         read = kind == UNCALLED or (kind == EMBEDDING and module not in self._tables())
         if read or is_refused(module, self._config):
             return None
-        if kind == OTHER and any(name.startswith(f"{module}.") for name in layout.kinds):
+        if kind == OTHER and any(owner.startswith(f"{module}.") for owner in self._stored):
             return None  # the model may look for the modules inside, which PEFT hides
         if len(shape) == 3 and (kind == OTHER or parts[0][0].expert is not None) and not parameter.endswith(".weight"):
             return LoraModule(parameter, shape, tuple(parts), crossed=module in layout.crossed, own=True, dtype=dtype)

@@ -56,7 +56,22 @@ def heed_ties(names: Names, base: Checkpoint, changes: dict[str, Change]) -> Unt
         if len(group) > 1 and not seen.intersection(group):
             seen.update(group)
             _heed(names, base, changes, group, result)
+    if result.config and names.layout.known:
+        _keep_others(names, base, changes, result)
     return result
+
+
+def _keep_others(names: Names, base: Checkpoint, changes: dict[str, Change], result: Untied) -> None:
+    """Give tensors of their own to the other parameters that a model without ties does not tie: BERT's bias, say."""
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    after = model_layout(without_ties(names.config), shapes)
+    for name in sorted(names.layout.borrowed):
+        group = names.layout.ties[name]
+        keeper = next((other for other in group if other not in names.layout.borrowed), None)
+        if keeper is None or name in result.sources or keeper in after.ties.get(name, (name,)):
+            continue
+        result.sources[name] = base.tensors[names.pieces(keeper)[0].tensor]
+        changes.setdefault(name, changes.get(keeper, Change()))
 
 
 def _heed(names: Names, base: Checkpoint, changes: dict[str, Change], group: tuple[str, ...], result: Untied) -> None:

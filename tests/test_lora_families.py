@@ -1,0 +1,79 @@
+"""Adapters of many architectures, to and from PEFT; skipped where PEFT is missing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import pytest
+
+import deltafmt
+from deltafmt.errors import UsageError
+from deltafmt.methods import SVD
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from lora_models import FAMILIES, new_family, outputs, same, shake
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# PEFT itself gives these no factors for all of their linear modules.
+_NOT_ALL_LINEAR = ("mamba2",)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_exported_adapter_is_the_model_that_unpack_writes(tmp_path: Path, name: str) -> None:
+    """A full fine-tune as an adapter: PEFT computes the same, as it is loaded and as it is merged, and lacks none."""
+    model = new_family(name)
+    cls = type(model)
+    model.save_pretrained(tmp_path / "base")
+    tuned = copy.deepcopy(model)
+    shake(tuned, 3, 0.05)
+    tuned.save_pretrained(tmp_path / "tuned")
+    delta = tmp_path / "d.deltafmt"
+    deltafmt.pack(tmp_path / "base", tmp_path / "tuned", delta, method=SVD(4))
+    deltafmt.unpack(tmp_path / "base", delta, tmp_path / "merged")
+    expected = outputs(cls.from_pretrained(tmp_path / "merged").eval(), name)
+    deltafmt.export_lora(delta, tmp_path / "adapter", base=tmp_path / "base")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loaded = peft.PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    assert not [str(warning.message) for warning in said if "adapter keys" in str(warning.message)]
+    assert same(outputs(loaded.base_model.model, name), expected)
+    assert same(outputs(loaded.merge_and_unload().eval(), name), expected)
+    assert not same(outputs(model, name), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in _NOT_ALL_LINEAR])
+def test_an_imported_adapter_is_what_peft_computes(tmp_path: Path, name: str) -> None:
+    model = new_family(name)
+    cls = type(model)
+    model.save_pretrained(tmp_path / "base")
+    expected_base = outputs(model, name)
+    loaded = cls.from_pretrained(tmp_path / "base").eval()
+    tuned = peft.get_peft_model(loaded, peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear")).eval()
+    shake(tuned, 1, 0.2, "lora_")
+    tuned.save_pretrained(tmp_path / "adapter")
+    expected = outputs(tuned.base_model.model, name)
+    delta = deltafmt.import_lora(tmp_path / "base", tmp_path / "adapter", tmp_path / "d.deltafmt").path
+    deltafmt.unpack(tmp_path / "base", delta, tmp_path / "merged")
+    assert same(outputs(cls.from_pretrained(tmp_path / "merged").eval(), name), expected)
+    assert not same(expected_base, expected)
+
+
+def test_a_parameter_of_no_module_is_refused(tmp_path: Path) -> None:
+    """CLIP has a scale of its own, which no module holds."""
+    import transformers
+
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {**vision, "vocab_size": 96, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.CLIPConfig(text_config=text, vision_config={**vision, "image_size": 16, "patch_size": 8})
+    model = transformers.CLIPModel(config)
+    model.save_pretrained(tmp_path / "base")
+    shake(model, 3, 0.05)
+    model.save_pretrained(tmp_path / "tuned")
+    deltafmt.pack(tmp_path / "base", tmp_path / "tuned", tmp_path / "d.deltafmt", method=SVD(4))
+    with pytest.raises(UsageError, match=r'"logit_scale" is replaced and belongs to no module.*use unpack'):
+        deltafmt.export_lora(tmp_path / "d.deltafmt", tmp_path / "out", base=tmp_path / "base")
