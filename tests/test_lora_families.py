@@ -77,3 +77,18 @@ def test_a_parameter_of_no_module_is_refused(tmp_path: Path) -> None:
     deltafmt.pack(tmp_path / "base", tmp_path / "tuned", tmp_path / "d.deltafmt", method=SVD(4))
     with pytest.raises(UsageError, match=r'"logit_scale" is replaced and belongs to no module.*use unpack'):
         deltafmt.export_lora(tmp_path / "d.deltafmt", tmp_path / "out", base=tmp_path / "base")
+
+
+def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
+    """PEFT would load an adapter and leave such a tensor out without a word."""
+    from safetensors.torch import load_file, save_file
+
+    model = new_family("llama")
+    for folder, scale in (("base", 0.0), ("tuned", 0.05)):
+        shake(model, 3, scale)
+        model.save_pretrained(tmp_path / folder)
+        file = tmp_path / folder / "model.safetensors"
+        save_file({**load_file(file), "extra.weight": model.lm_head.weight.detach() * 2}, file, {"format": "pt"})
+    deltafmt.pack(tmp_path / "base", tmp_path / "tuned", tmp_path / "d.deltafmt", method=SVD(4))
+    with pytest.raises(UsageError, match=r'"extra.weight" has no place of its own in the base\'s model'):
+        deltafmt.export_lora(tmp_path / "d.deltafmt", tmp_path / "out", base=tmp_path / "base")
