@@ -13,6 +13,8 @@ import deltafmt
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from deltafmt.checkpoint.parameter_names import Piece
+from deltafmt.pipeline.model_layout import model_layout
 from lora_models import new_family, outputs, same, shake
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -77,6 +79,7 @@ CASES: dict[str, Case] = {
         "gpt_neox", {"target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]}
     ),
     "the head of a tied gpt2": Case("gpt2", {"target_modules": ["c_attn", "lm_head"]}),
+    "the head of a tied bert": Case("bert-mlm", {"target_modules": ["query", "decoder"]}),
     "the embedding of a tied bert": Case("bert-mlm", {"target_modules": ["query", "word_embeddings"]}),
     "experts": Case(
         "qwen3_moe", {"target_modules": Q, "target_parameters": EXPERTS, "rank_pattern": {"experts.down_proj": 2}}
@@ -150,6 +153,17 @@ def test_a_tie_of_more_than_two_is_refused(tmp_path: Path) -> None:
     trained(Case("t5", {"target_modules": ["q", "lm_head"]}), tmp_path)
     with pytest.raises(deltafmt.errors.UnsupportedError, match=r"the base ties .*serve this adapter with PEFT"):
         deltafmt.import_lora(tmp_path / "base", tmp_path / "adapter", tmp_path / "d.deltafmt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_hidden_layers": 10**9}, {"vocab_size": 10**12}, {"layer_types": ["x"] * 10**4}, {"architectures": [7]}],
+)
+def test_configurations_that_no_model_has_are_not_made(change: dict[str, Any]) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 96, **change}
+    layout = model_layout({"text_config": config, **config}, {"q.weight": (4, 4)})
+    assert not layout.known
+    assert layout.pieces["q.weight"] == (Piece("q.weight"),)
 
 
 def test_making_a_layout_draws_no_random_numbers(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ def run(options: argparse.Namespace) -> None:
         force=options.force,
         plan=options.plan,
     )
+    for warning in result.warnings:
+        console.warn(f"warning: {warning}")
     if options.json:
         console.say_json(
             {
@@ -62,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
                 "modules_to_save": result.saved,
                 "task_type": result.task,
                 "files": result.files,
+                "warnings": result.warnings,
                 "tied_embedding": result.tied or None,
             }
         )

@@ -50,6 +50,7 @@ class ExportResult:
         saved: names of modules that are stored whole.
         files: names of the attached files that were written.
         task: PEFT's name of the task; None if it has none.
+        warnings: what the user has to know.
         tied: the module of a changed embedding that the base ties to others; empty if there is none. It is stored
             whole, and so are those that it is tied to.
     """
@@ -63,6 +64,7 @@ class ExportResult:
     saved: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     task: str | None = None
+    warnings: list[str] = field(default_factory=list)
     tied: str = ""
 
 
@@ -121,7 +123,13 @@ def export_lora(
         layout = model_layout(config, _shapes(checkpoint, entries))
         task = task_type or opened.metadata.get(METADATA_TASK) or default_task(layout)
         planned = ExportPlanner(opened, layout, config, task, dtype).plan()
-        return _Exporter(opened, checkpoint, layout, planned, task).run(path, named, force=force, plan=plan)
+        result = _Exporter(opened, checkpoint, layout, planned, task).run(path, named, force=force, plan=plan)
+        if not layout.known and config.get("architectures"):
+            result.warnings.append(
+                "transformers, which knows the names of the base's model, is missing or does not know the model: names "
+                "are the tensors' own, and PEFT says if it misses any"
+            )
+        return result
 
 
 class _Exporter:

@@ -51,8 +51,8 @@ class Product:
         stored = self.factors.a.shape[0]
         return stored if self.expert is None else stored // self.experts
 
-    def vectors(self) -> tuple[Floats, NDArray[np.float64]]:
-        """Return A, shape (rank, in), in float32, and s B, shape (rank, out), in float64; of one expert if it is one.
+    def stacked(self) -> tuple[Floats, NDArray[np.float64]]:
+        """Return A, shape (experts, rank, in), in float32, and s B, shape (experts, rank, out), in float64.
 
         Raises:
             NonFiniteError: a factor, or B times the scaling, has NaN or infinity.
@@ -62,15 +62,16 @@ class Product:
         b = _finite(widen(_read(factors.b), factors.b.dtype), factors.b).T.astype(np.float64) * self.scaling
         with np.errstate(over="ignore"):
             _finite(b.astype(np.float32), factors.b, f" times the scaling of {self.scaling:g}")
-        if self.experts > 1:
-            # PEFT counts A's rows expert by expert, and B's columns rank by rank.
-            a = a.reshape(self.experts, -1, a.shape[1])
-            b = b.reshape(-1, self.experts, b.shape[1]).swapaxes(0, 1)
-            if self.expert is not None:
-                a, b = a[self.expert], b[self.expert]
-            else:
-                a, b = a.reshape(-1, a.shape[2]), b.reshape(-1, b.shape[2])
-        return a, b
+        # PEFT counts A's rows expert by expert, and B's columns rank by rank.
+        by_expert = a.reshape(self.experts, -1, a.shape[1])
+        return by_expert, b.reshape(-1, self.experts, b.shape[1]).swapaxes(0, 1)
+
+    def vectors(self) -> tuple[Floats, NDArray[np.float64]]:
+        """Return A, shape (rank, in), and s B, shape (rank, out): of one expert, or of all, one after the other."""
+        a, b = self.stacked()
+        if self.expert is not None:
+            return a[self.expert], b[self.expert]
+        return a.reshape(-1, a.shape[2]), b.reshape(-1, b.shape[2])
 
     def sides(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
         """Return the vectors u and v of the tensor's rows and columns; their sum of outer products is the delta."""

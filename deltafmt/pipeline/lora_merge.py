@@ -68,7 +68,7 @@ class Merged:
         self._source = change.own or base
         self._change = change
         self.dtype, self.shape = self._source.dtype, self._source.shape
-        self._sides = [_sides(product, self._source) for product in change.products]
+        self._blocks = [block for product in change.products for block in _blocks(product, self._source)]
         self._lengths = self._dora()
 
     @property
@@ -116,9 +116,12 @@ class Merged:
         """Return rows of the base plus the products."""
         with self._source.row_range(start, stop) as raw:
             values = widen(raw, self.dtype).astype(np.float64)
-        for u, v in self._sides:
-            if u.shape[1] == self._source.rows:
-                values += u[:, start:stop].astype(np.float64).T @ v.astype(np.float64)
+        for at, u, v in self._blocks:
+            if len(self._change.products[0].factors.a.shape) == 2:
+                first, last = max(start, at), min(stop, at + u.shape[1])
+                if first < last:
+                    part = u[:, first - at : last - at].astype(np.float64).T @ v.astype(np.float64)
+                    values[first - start : last - start] += part
             else:
                 # A convolution's rows are parts of the product's rows.
                 inner, columns = self._source.rows // u.shape[1], self._source.columns
@@ -158,14 +161,23 @@ class Merged:
             yield start, min(start + step, rows)
 
 
-def _sides(product: Product, source: Tensor) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """Return the vectors of a product, those of a convolution's kernels with all of a row's elements."""
+def _blocks(product: Product, source: Tensor) -> Iterator[tuple[int, NDArray[np.floating], NDArray[np.floating]]]:
+    """Give the vectors of a product by blocks of rows: the first row, and the vectors; a block for each expert.
+
+    Those of a convolution's kernels have all of a kernel's elements in v.
+    """
+    if product.experts > 1 and product.expert is None:
+        rows = source.rows // product.experts
+        a, b = product.stacked()
+        u, v = (a, b) if product.transposed else (b, a)
+        for expert in range(product.experts):
+            yield expert * rows, u[expert], v[expert]
+        return
     u, v = product.sides()
     if u.shape[1] * v.shape[1] != source.rows * source.columns:
-        # A fine-tune with a larger vocabulary has factors for its own rows.
         message = f"{list(source.shape)} where the factors are of {[u.shape[1], v.shape[1]]}"
         raise InvalidFileError(f'{source.file.path}: tensor "{source.name}" is {message}')
-    return u, v
+    yield 0, u, v
 
 
 def same_change(first: Change, second: Change) -> bool:

@@ -131,10 +131,13 @@ class Names:
         """Return all names of a parameter that the model uses in several places, this one's among them."""
         module = parameter.rpartition(".")[0]
         head = is_head(module)
-        if not parameter.endswith(".weight") or not (head or is_embedding(module)):
+        # Only where nothing speaks for a tie is the model itself not asked.
+        if not (head or is_embedding(module) or self._may_be_tied(parameter)):
             return (parameter,)
         if self.layout.known:
             return self.layout.ties.get(parameter, (parameter,))
+        if not parameter.endswith(".weight"):
+            return (parameter,)
         inputs = [name for name in self._base.tensors if _is_input(name)]
         heads = [name for name in self._base.tensors if is_head(name.rpartition(".")[0])]
         ties, classes = self.config.get("tie_word_embeddings"), self.config.get("architectures") or ()
@@ -147,6 +150,13 @@ class Names:
         tied = inputs[0] in {piece.tensor for piece in self._own_pieces(parameter)}
         other = self._used(heads[0] if heads else "lm_head.weight", lambda name: is_head(name.rpartition(".")[0]))
         return (parameter, other) if tied else (parameter,)
+
+    def _may_be_tied(self, parameter: str) -> bool:
+        """Tell whether a parameter has no tensor of its name, or has a row for each token."""
+        tensor = self._base.tensors.get(parameter)
+        if tensor is None:
+            return self._layout is not None
+        return len(tensor.shape) == 2 and tensor.shape[0] in _vocabularies(self.config)
 
     def _used(self, name: str, fits: Callable[[str], bool]) -> str:
         """Return the name that the adapter uses for a parameter, or the given one if it uses none."""
@@ -165,6 +175,12 @@ class Names:
 def is_head(module: str) -> bool:
     """Tell from its name whether a module is an output head that may be tied to an embedding."""
     return module.rpartition(".")[2] in _HEADS
+
+
+def _vocabularies(config: Mapping[str, Any]) -> set[int]:
+    """Return the sizes of the vocabularies that a configuration and its parts name."""
+    sizes = {size for key, size in config.items() if key == "vocab_size" and isinstance(size, int)}
+    return sizes.union(*(_vocabularies(part) for part in config.values() if isinstance(part, dict)))
 
 
 def _is_input(name: str) -> bool:

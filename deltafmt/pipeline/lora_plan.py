@@ -175,7 +175,10 @@ class _Planner:
             if base is None:
                 raise self._names.unmatched(tensor.name)
             change = self._changes.setdefault(parameter, Change())
-            rows, columns = (change.own or base).shape
+            table = change.own or base
+            if len(table.shape) != 2 or table.dtype not in c.DELTA_DTYPES:
+                raise self._misshapen(parameter, f'tensor "{tensor.name}" of the adapter is rows of a table')
+            rows, columns = table.shape
             if numbers is None or tensor.shape != (len(numbers), columns) or tensor.dtype not in c.DELTA_DTYPES:
                 raise InvalidFileError(
                     f'{tensor.file.path}: tensor "{tensor.name}" {tensor.dtype} {list(tensor.shape)} is not the '

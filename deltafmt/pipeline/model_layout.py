@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,10 @@ LINEAR = "linear"
 EMBEDDING = "embedding"
 TRANSPOSED = "transposed linear"
 OTHER = "other"
+# The greatest numbers of a configuration that a model is made of.
+_NUMBER = 2**25
+_LAYERS = 256
+_COUNTED = re.compile(r"(layer|block|stage|expert)s?$|^depths?$")
 # A module whose parameters others read: torch.nn.MultiheadAttention calls neither itself a module nor its projection.
 UNCALLED = "uncalled"
 
@@ -79,8 +84,29 @@ def _known_layout(config: Mapping[str, Any], tensors: Shapes) -> ModelLayout | N
     names = config.get("architectures")
     if not isinstance(names, list) or not names or any(not _installed(name) for name in ("torch", "transformers")):
         return None
+    if not _is_bounded(config, max(len(tensors), _LAYERS)):
+        return None
     model = meta_model(config)
-    return None if model is None else _layout(model, tensors)
+    # A transformers of another version may lack what is asked of it here.
+    with contextlib.suppress(Exception):
+        return None if model is None else _layout(model, tensors)
+    return None
+
+
+def _is_bounded(config: Mapping[str, Any], layers: int) -> bool:
+    """Tell whether a configuration's numbers are those of a model that the checkpoint can be of.
+
+    A model has no more layers and experts than tensors. Whoever made the file may say otherwise, and making the model
+    would then take endless time.
+    """
+    for key, value in config.items():
+        numbers = value if isinstance(value, list) else [value]
+        most = layers if _COUNTED.search(key) else _NUMBER
+        if any(isinstance(number, int) and abs(number) > most for number in numbers) or len(numbers) > _NUMBER:
+            return False
+        if any(isinstance(part, dict) and not _is_bounded(part, layers) for part in numbers):
+            return False
+    return True
 
 
 def _installed(name: str) -> bool:
@@ -130,11 +156,8 @@ def _quietly() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _layout(model: Any, tensors: Shapes) -> ModelLayout | None:
-    try:
-        pieces = _converted(model, tensors)
-    except ImportError:  # transformers 4 has no conversion mapping
-        return None
+def _layout(model: Any, tensors: Shapes) -> ModelLayout:
+    pieces = _converted(model, tensors)
     spots: dict[int, list[str]] = {}
     shapes = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
