@@ -164,6 +164,7 @@ def test_names_that_wrappers_change(files: Files, tmp_path: Path) -> None:
         "ddp": lambda name: f"module.{name}",
         "checkpointed": lambda name: name.replace(".q.", "._checkpoint_wrapped_module.q."),
         "named": lambda name: name.replace(".weight", ".default.weight"),
+        "twice": lambda name: PREFIX + name,
         "bare": lambda name: name.removeprefix(PREFIX),
     }
     for kind, change in changes.items():

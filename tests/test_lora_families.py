@@ -63,6 +63,34 @@ def test_an_imported_adapter_is_what_peft_computes(tmp_path: Path, name: str) ->
     assert not same(expected_base, expected)
 
 
+@pytest.mark.parametrize("copies", ["base", "both"])
+def test_a_tied_head_that_is_stored_as_well(tmp_path: Path, copies: str) -> None:
+    """Older checkpoints hold the head beside the embedding that it is tied to."""
+    from safetensors.torch import load_file, save_file
+
+    model = new_family("llama-tied")
+    tuned = copy.deepcopy(model)
+    shake(tuned, 3, 0.05)
+    for folder, one in (("base", model), ("tuned", tuned)):
+        one.save_pretrained(tmp_path / folder)
+        if copies == "both" or folder == "base":
+            file = tmp_path / folder / "model.safetensors"
+            tensors = load_file(file)
+            save_file(
+                {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"}
+            )
+    delta = tmp_path / "d.deltafmt"
+    deltafmt.pack(tmp_path / "base", tmp_path / "tuned", delta, method=SVD(4))
+    deltafmt.unpack(tmp_path / "base", delta, tmp_path / "merged")
+    expected = outputs(type(model).from_pretrained(tmp_path / "merged").eval(), "llama-tied")
+    result = deltafmt.export_lora(delta, tmp_path / "adapter", base=tmp_path / "base")
+    assert result.tied == "model.embed_tokens"
+    base = type(model).from_pretrained(tmp_path / "base")
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert same(outputs(loaded.base_model.model, "llama-tied"), expected)
+    assert same(outputs(loaded.merge_and_unload().eval(), "llama-tied"), expected)
+
+
 def test_a_parameter_of_no_module_is_refused(tmp_path: Path) -> None:
     """CLIP has a scale of its own, which no module holds."""
     import transformers

@@ -211,8 +211,12 @@ def model_name(name: str) -> str:
     ``model.layers.0.q.lora_A.weight``.
     """
     name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-    for prefix in (*_FRONT, PREFIX, *_FRONT):
-        name = name.removeprefix(prefix)
+    shorter = ""
+    # A model that was wrapped twice has the prefix twice.
+    while shorter != name:
+        shorter = name
+        for prefix in (*_FRONT, PREFIX):
+            name = name.removeprefix(prefix)
     return name
 
 

@@ -52,9 +52,9 @@ class PatternTable(Generic[Value]):
         try:
             if len(key) > MAX_KEY:
                 raise UnsupportedError(f"it is longer than {MAX_KEY} characters")
-            re.compile(expression)
             characters = _characters(key)
             if characters is None:
+                re.compile(expression)
                 self._others.append((number, Automaton(expression, self._steps)))
                 return
         except UnsupportedError as error:

@@ -13,7 +13,7 @@ from deltafmt.errors import Remedy, UsageError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.lora_modules import LoraModule, stored_dtype
 from deltafmt.pipeline.lora_names import is_head
-from deltafmt.pipeline.lora_peft import is_left_out, is_old_expert, is_refused, saved_modules
+from deltafmt.pipeline.lora_peft import can_keep_tied, is_left_out, is_old_expert, is_refused, saved_modules
 from deltafmt.pipeline.model_layout import EMBEDDING, LINEAR, OTHER, TRANSPOSED, UNCALLED, ModelLayout
 from deltafmt.terms.lowrank.layout import LowRankLayout
 
@@ -204,10 +204,11 @@ class ExportPlanner:
                 continue
             for name in alike:
                 self._saved[name.rpartition(".")[0]] = None
-            kinds = self._layout.kinds
-            heads = [name.rpartition(".")[0] for name in group if name != parameter]
-            self._plan.tied = self._plan.tied or parameter.rpartition(".")[0]
-            self._plan.tying = len(group) == 2 and kinds.get(heads[0], LINEAR) == LINEAR
+            if parameter.endswith(".weight"):
+                modules = [name.rpartition(".")[0] for name in group]
+                linear = [self._layout.kinds.get(module, LINEAR) == LINEAR for module in modules]
+                self._plan.tied = parameter.rpartition(".")[0]
+                self._plan.tying = len(group) == 2 and any(linear) and can_keep_tied(modules)
 
     def _group(self, parameter: str) -> tuple[str, ...]:
         """Return all names of a parameter in the base's model."""
@@ -225,7 +226,8 @@ class ExportPlanner:
     def _is_copy(self, parameter: str) -> bool:
         """Tell whether the fine-tune stores a parameter as a copy of another one, or not at all."""
         pieces = self._layout.pieces.get(parameter, ())
-        return not pieces or self._entries[pieces[0].tensor].target is not None
+        entry = self._entries.get(pieces[0].tensor) if pieces else None
+        return entry is None or entry.target is not None
 
     def _close(self) -> None:
         """Store whole what PEFT stores whole along with the modules that need it."""
@@ -252,17 +254,13 @@ class ExportPlanner:
 
     def _values(self, parameter: str) -> tuple[Piece, ...]:
         """Return the tensors that a parameter's values are made of."""
-        pieces = self._layout.pieces.get(parameter, ())
-        if not pieces:
-            # Without transformers, a tied head is known by its embedding alone.
-            other = next((name for name in self._owner.values() if parameter in self._group(name)), None)
-            pieces = self._layout.pieces[other] if other is not None else ()
-        missing = [piece.tensor for piece in pieces if piece.tensor not in self._entries]
-        if not pieces or missing:
-            raise UsageError(
-                f'{self._name}: PEFT stores "{parameter}" with its module, and the delta has no tensor for it'
-            )
-        return pieces
+        # The fine-tune may have a tied parameter under another of its names alone.
+        others = [name for name in self._owner.values() if parameter in self._group(name)]
+        for name in (parameter, *others):
+            pieces = self._layout.pieces.get(name, ())
+            if pieces and all(piece.tensor in self._entries for piece in pieces):
+                return pieces
+        raise UsageError(f'{self._name}: PEFT stores "{parameter}" with its module, and the delta has no tensor for it')
 
 
 def _is_low_rank(entry: TensorEntry) -> bool:

@@ -46,6 +46,11 @@ def also_selected(targets: Collection[str], modules: Iterable[str]) -> list[str]
     return [module for module in modules if module not in targets and module.endswith(ends)]
 
 
+def can_keep_tied(modules: Iterable[str]) -> bool:
+    """Tell whether PEFT heeds ``ensure_weight_tying`` for modules: it knows an embedding and a head by these names."""
+    return any(module.rpartition(".")[2] in ("embed_tokens", "lm_head") for module in modules)
+
+
 def is_refused(module: str, config: Mapping[str, Any]) -> bool:
     """Tell whether PEFT refuses a module as a target."""
     return config.get("model_type") in _REFUSING and module.rpartition(".")[2] in _REFUSED
