@@ -142,6 +142,28 @@ def test_a_larger_vocabulary(tmp_path: Path) -> None:
         assert found[f"{name}.weight"].data == expected_sum(wanted, delta, "BF16")
 
 
+def test_new_rows_alone(tmp_path: Path) -> None:
+    """A table that was resized and not trained costs its new rows, not the whole table."""
+    tensors = {
+        **base_tensors(),
+        "model.embed_tokens.weight": normal(1, (4000, 24)),
+        "lm_head.weight": normal(2, (4000, 24)),
+    }
+    base = write_folder(tmp_path / "base", tensors, files={"config.json": b'{"vocab_size": 4000}'})
+    whole = {}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        whole[name] = Raw("BF16", (4002, 24), tensors[name].data + normal(70, (2, 24)).data)
+    adapter = write_adapter(
+        tmp_path / "a", {**pair_of(Q, 48, 24), **whole}, modules_to_save=["embed_tokens", "lm_head"]
+    )
+    result = deltafmt.import_lora(base, adapter, tmp_path / "d.deltafmt")
+    assert (result.grown, result.replaced) == (["lm_head.weight", "model.embed_tokens.weight"], [])
+    assert result.size < 50_000 < result.adapter_bytes
+    deltafmt.verify(result.path, base)
+    deltafmt.unpack(base, result.path, tmp_path / "out")
+    assert {name: read_folder(tmp_path / "out")[name] for name in whole} == whole
+
+
 def test_another_base_layer_is_what_the_factors_are_added_to(files: Files, tmp_path: Path) -> None:
     """PEFT loads the layers that an adapter holds."""
     own = normal(9, (48, 24))

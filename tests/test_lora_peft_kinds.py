@@ -54,6 +54,7 @@ CASES: dict[str, Case] = {
     "trained rows by name": Case(
         "llama", {"target_modules": Q, "trainable_token_indices": {"lm_head": [3], "embed_tokens": [4]}}
     ),
+    "a larger vocabulary that is not trained": Case("llama", {"target_modules": Q}, 100, exports=False),
     "saved ends of a larger vocabulary": Case(
         "llama", {"target_modules": Q, "modules_to_save": ["embed_tokens", "lm_head"]}, 100, exports=False
     ),
@@ -87,7 +88,9 @@ CASES: dict[str, Case] = {
     "experts alone": Case("mixtral", {"target_modules": [], "target_parameters": EXPERTS}),
     "experts by older names": Case("mixtral", {"target_modules": [*Q, "gate", "w1", "w2", "w3"]}),
     "transposed experts": Case("gpt_oss", {"target_modules": Q, "target_parameters": EXPERTS}),
-    "routers": Case("qwen2_moe", {"target_modules": Q, "target_parameters": ["mlp.gate.weight"]}),
+    "routers": Case(
+        "qwen2_moe", {"target_modules": Q, "target_parameters": ["mlp.gate.weight"], "rank_pattern": {"gate.weight": 2}}
+    ),
     "convolutions": Case("vit", {"target_modules": ["projection", "q_proj"]}, exports=False),
     "a part of a multimodal model": Case("llava", {"target_modules": r".*language_model.*q_proj|.*linear_1|lm_head"}),
     "patterns": Case(

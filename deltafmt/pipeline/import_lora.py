@@ -37,6 +37,7 @@ from deltafmt.pipeline.outputs import refuse_input_file
 from deltafmt.pipeline.workers import Progress, drain, thread_count
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.lowrank.codec import LowRankCodec
+from deltafmt.terms.lowrank.layout import LowRankLayout
 
 METADATA_BASE: Final = "lora.base_model_name_or_path"
 METADATA_TASK: Final = "lora.task_type"
@@ -186,12 +187,15 @@ class _Importer:
         base, plan, result = self._base.tensors, self._plan, self._result
         pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-import")
         try:
-            whole = {name for name, change in plan.changes.items() if change.whole is not None}
-            needed = [name for name in base if name not in whole and name not in plan.copies]
-            digests = dict(zip(needed, pool.map(lambda name: base[name].fingerprint(), needed), strict=True))
+            needed = [name for name in base if self._needs_digest(name)]
+            digests = zip(needed, pool.map(lambda name: base[name].fingerprint(), needed), strict=True)
             entries = []
             for name in sorted({**base, **plan.added}, key=natural_key):
-                entries.append(self._entry(name, digests))
+                reference = None
+                if self._needs_digest(name):
+                    _, digest = next(digests)
+                    reference = BaseRef(digest, base[name].dtype, base[name].shape)
+                entries.append(self._entry(name, reference))
                 self._container.boundary()
                 if progress and name in base:
                     progress(name, base[name].nbytes)
@@ -202,8 +206,22 @@ class _Importer:
         identity = self._container.finish(entries, attachments=self._attach(), metadata=self._metadata())
         result.size, result.content_id = self._container.position, identity.hex()
 
-    def _entry(self, name: str, digests: dict[str, bytes]) -> TensorEntry:
-        """Write what the adapter makes of a tensor, and return its entry."""
+    def _needs_digest(self, name: str) -> bool:
+        """Tell whether a tensor may become its base, or its base plus a change."""
+        change = self._plan.changes.get(name)
+        whole = None if change is None else change.whole
+        base = self._base.tensors.get(name)
+        if base is None or name in self._plan.copies:
+            return False
+        return whole is None or (len(whole.shape) == 2 and whole.rows > base.rows)
+
+    def _entry(self, name: str, reference: BaseRef | None) -> TensorEntry:
+        """Write what the adapter makes of a tensor, and return its entry.
+
+        Args:
+            name: the tensor's name.
+            reference: the identity of its base; None for a tensor that needs none.
+        """
         plan = self._plan
         if name in plan.added:
             tensor, change = plan.added[name]
@@ -213,22 +231,30 @@ class _Importer:
             target = plan.changes[plan.copies[name]]
             changed = target.whole or target.own or base
             return self._writer.alias(TensorSpec(name, changed.dtype, changed.shape), plan.copies[name])
-        found = plan.changes.get(name)
-        if found is None:
-            return self._writer.same(base, BaseRef(digests[name], base.dtype, base.shape))
-        if found.whole is not None:
+        found = plan.changes.get(name, Change())
+        if reference is None:
+            assert found.whole is not None
             return self._replaced(name, found.whole)
+        if found == Change():
+            return self._writer.same(base, reference)
+        own = found.whole or found.own
+        if found.whole is not None or found == Change(own=own):
+            assert own is not None
+            if not _begins_as(own, base):
+                return self._replaced(name, own)
+            self._result.grown.append(name)
+            nothing = LowRankLayout(1, "BF16")
+            blank_term = packed_bytes(LowRankCodec(nothing, *base.shape), blank(nothing, *base.shape))
+            spec = TensorSpec(name, own.dtype, own.shape)
+            return self._writer.add(spec, reference, [blank_term], own.pieces(base.nbytes))
         terms = self._terms(base, found)
         if not terms and self._method is not None:
             terms = method_terms(base, Merged(base, found), self._method)
             if terms:
                 self._result.compressed.append(name)
-                reference = BaseRef(digests[name], base.dtype, base.shape)
                 return self._writer.add(base, reference, terms)
         if not terms:
             return self._changed(name, base, found)
-        reference = BaseRef(digests[name], base.dtype, base.shape)
-        own = found.own
         if own is None:
             return self._writer.add(base, reference, terms)
         self._result.grown.append(name)
@@ -240,7 +266,7 @@ class _Importer:
         if change.rows is not None and change.own is None:
             term = rows_term(base, change.rows)
             return [] if term is None else [term]
-        if not change.low_rank or not _has_grown_alone(base, change):
+        if not change.low_rank or (change.own is not None and not _begins_as(change.own, base)):
             return []
         rows = base.rows
         for product in change.products:
@@ -307,12 +333,9 @@ class _Importer:
         }
 
 
-def _has_grown_alone(base: Tensor, change: Change) -> bool:
-    """Tell whether a tensor begins as the base's does: the adapter's model had it so, or with more rows."""
-    own = change.own
-    if own is None:
-        return True
-    if own.dtype != base.dtype or own.rows <= base.rows:
+def _begins_as(own: Tensor, base: Tensor) -> bool:
+    """Tell whether a matrix is the base's, with more rows after it."""
+    if own.dtype != base.dtype or own.dtype not in c.DELTA_DTYPES or len(base.shape) != 2 or own.rows <= base.rows:
         return False
     # The base's pieces decide how far: a longer one of the adapter's is cut.
     return all(bytes(a[: len(b)]) == bytes(b) for b, a in zip(base.pieces(), own.pieces(), strict=False))

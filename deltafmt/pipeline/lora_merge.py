@@ -69,7 +69,7 @@ class Merged:
         self._change = change
         self.dtype, self.shape = self._source.dtype, self._source.shape
         self._blocks = [block for product in change.products for block in _blocks(product, self._source)]
-        self._lengths = self._dora()
+        self._factors = self._dora()
 
     @property
     def nbytes(self) -> int:
@@ -96,11 +96,11 @@ class Merged:
 
     def _values(self, start: int, stop: int) -> Doubles:
         values = self._sum(start, stop)
-        if self._lengths is not None:
-            # One length a row of the product: a run of rows of a convolution, a column of what is stored transposed.
+        if self._factors is not None:
+            # One factor an output: for a run of rows of a convolution, for a column of what is stored transposed.
             transposed = self._change.products[0].transposed
             inner = self._source.rows // self._source.shape[0]
-            values *= self._lengths[None] if transposed else self._lengths[np.arange(start, stop) // inner, None]
+            values *= self._factors[None] if transposed else self._factors[np.arange(start, stop) // inner, None]
         if self._change.rows is not None:
             numbers, tensor = self._change.rows
             with tensor.row_range(0, tensor.rows) as trained:

@@ -110,7 +110,8 @@ class _Planner:
         stacked = len(shape) == 3 and len(a.shape) == 2
         experts = shape[0] if stacked else 1
         # PEFT looks patterns up by the module's name, and by the parameter's where it has a name of its own.
-        key = factors.module if parameter.endswith(f"{factors.module}.weight") and not stacked else parameter
+        own_target = stacked or parameter.rpartition(".")[2] in config.parameter_of(factors.module)
+        key = parameter if own_target else factors.module
         try:
             rank, scaling = config.rank_of(key), config.scaling_of(key)
         except UnsupportedError as error:
@@ -133,6 +134,8 @@ class _Planner:
         straight, matrix = (b.shape[0], a.shape[1]), shape[1:] if stacked else shape
         if factors.embedding:
             fits, crossed = matrix == straight[::-1], True
+        elif own_target and not stacked:
+            fits, crossed = matrix == straight, False
         elif straight == straight[::-1]:
             fits, crossed = matrix == straight, self._names.is_crossed(factors, parameter)
         else:
@@ -256,6 +259,11 @@ class _Planner:
                 continue
             part = change
             if len(pieces) > 1 or piece.expert is not None:
+                if change.magnitude is not None:
+                    raise UnsupportedError(
+                        f'{self._adapter.path}: DoRA of "{parameter}", which is {len(pieces)} tensors in '
+                        f"{self._base.path}, is not supported; save the base with this version of transformers"
+                    )
                 part = Change([self._part(product, piece.expert, piece.start, tensor) for product in change.products])
             if piece.tensor in self._plan.changes:
                 what = "tensors" if part.whole is not None else "modules"
