@@ -82,6 +82,27 @@ _WHISPER |= {"suppress_tokens": None, "begin_suppress_tokens": None}
 _VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _VISION |= {"image_size": 16, "patch_size": 8}
 _MAMBA = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+_JAMBA = {
+    **_DECODER,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "use_mamba_kernels": False,
+    "mamba_d_state": 4,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+}
+_GEMMA3N = {
+    **_EIGHT,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 96,
+    "num_kv_shared_layers": 0,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+}
+_SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+_SWIN |= {"num_labels": 3}
 _LLAVA = {
     "vision_config": {**_VISION, "projection_dim": 32, "model_type": "clip_vision_model"},
     "text_config": {**_EIGHT, "model_type": "llama"},
@@ -165,6 +186,14 @@ FAMILIES: dict[str, Family] = {
     "modernbert": Family("ModernBertForMaskedLM", {**_HEADS, "cls_token_id": 1, "sep_token_id": 2}),
     "t5": Family("T5ForConditionalGeneration", _T5),
     "mt5": Family("MT5ForConditionalGeneration", _T5),
+    "umt5": Family("UMT5ForConditionalGeneration", _T5),
+    "ctrl": Family(
+        "CTRLLMHeadModel", {"vocab_size": 96, "n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    ),
+    "phimoe": Family("PhimoeForCausalLM", _EXPERTS),
+    "jamba": Family("JambaForCausalLM", _JAMBA),
+    "gemma3n": Family("Gemma3nForCausalLM", _GEMMA3N),
+    "swin": Family("SwinForImageClassification", _SWIN, "images"),
     "bart": Family("BartForConditionalGeneration", _TEXT_BART),
     "pegasus": Family("PegasusForConditionalGeneration", _TEXT_BART),
     "marian": Family("MarianMTModel", _TEXT_BART),

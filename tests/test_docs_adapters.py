@@ -49,6 +49,7 @@ LINES = {
     "a table of positions": "test_lora_families.py::deberta",
     "a tensor that the delta stores whole": "test_export_lora.py::test_whole_tensors_come_back",
     "the base ties an embedding": "test_lora_families.py::llama-tied",
+    "the same, and the model": "test_lora_families.py::test_a_model_that_asks_for_its_ties_is_refused",
     "a head that the fine-tune unties": "test_lora_peft_kinds.py::the head of a tied base",
     "a tensor of a module": "test_export_lora.py::test_a_module_kept_whole_takes_the_rest_from_the_base",
     "a parameter of no module": "test_lora_families.py::test_a_parameter_of_no_module_is_refused",

@@ -208,7 +208,14 @@ class ExportPlanner:
                 modules = [name.rpartition(".")[0] for name in group]
                 linear = [self._layout.kinds.get(module, LINEAR) == LINEAR for module in modules]
                 self._plan.tied = parameter.rpartition(".")[0]
-                self._plan.tying = len(group) == 2 and any(linear) and can_keep_tied(modules)
+                # A head that PEFT keeps tied has no bias.
+                plain = not any(f"{module}.bias" in self._layout.state for module in modules)
+                self._plan.tying = len(group) == 2 and any(linear) and plain and can_keep_tied(modules)
+                if self._layout.asks_for_ties and not self._plan.tying:
+                    raise UsageError(
+                        f'{self._name}: "{parameter}" changes, which the base ties; PEFT unties it when it merges, and '
+                        "this model computes otherwise then; use unpack, or an adapter that leaves the embedding alone"
+                    )
 
     def _group(self, parameter: str) -> tuple[str, ...]:
         """Return all names of a parameter in the base's model."""

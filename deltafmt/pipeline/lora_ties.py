@@ -125,7 +125,7 @@ def _check_untied(names: Names, base: Checkpoint, group: tuple[str, ...], change
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     layout = model_layout(without_ties(names.config), shapes)
     still = [name for name in group if len(set(layout.ties.get(name, (name,))) & set(group)) > 1]
-    if len(group) > 2 or not layout.known or still:
+    if len(group) > 2 or not layout.known or still or layout.asks_for_ties:
         raise UnsupportedError(
             f"{base.path}: the base ties {', '.join(group)}, and the adapter changes "
             f"{', '.join(name for name in group if name in changes)} alone, which a checkpoint of this model cannot "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ OTHER = "other"
 _NUMBER = 2**25
 _LAYERS = 256
 _COUNTED = re.compile(r"(layer|block|stage|expert)s?$|^depths?$")
-# A module whose parameters others read: torch.nn.MultiheadAttention calls neither itself a module nor its projection.
+# A module that PEFT cannot wrap, such as the projection of torch.nn.MultiheadAttention, which reads it without a call.
 UNCALLED = "uncalled"
 
 
@@ -48,6 +49,7 @@ class ModelLayout:
         state: the shapes of all tensors that the model stores: its parameters, and buffers such as running means.
         generates: True if the model writes text from tokens.
         encoder_decoder: True if it has an encoder and a decoder.
+        asks_for_ties: True if the model computes otherwise where its configuration ties no embeddings.
         known: True if transformers said all this.
     """
 
@@ -61,6 +63,7 @@ class ModelLayout:
     state: dict[str, tuple[int, ...]] = field(default_factory=dict)
     generates: bool = False
     encoder_decoder: bool = False
+    asks_for_ties: bool = False
     known: bool = False
 
     def parameters_of(self, module: str) -> list[str]:
@@ -191,8 +194,16 @@ def _layout(model: Any, tensors: Shapes) -> ModelLayout:
         state={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         generates=model.main_input_name == "input_ids" and model.can_generate(),
         encoder_decoder=bool(model.config.is_encoder_decoder),
+        asks_for_ties=_asks_for_ties(model),
         known=True,
     )
+
+
+def _asks_for_ties(model: Any) -> bool:
+    """Tell whether the model's own forward pass reads ``tie_word_embeddings``, as some of T5's relatives do."""
+    with contextlib.suppress(OSError, TypeError):
+        return "tie_word_embeddings" in inspect.getsource(type(model).forward)
+    return False
 
 
 def _kind(module: Any) -> str:
@@ -200,12 +211,14 @@ def _kind(module: Any) -> str:
 
     if isinstance(module, torch.nn.MultiheadAttention) or type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return UNCALLED
+    if not inspect.signature(module.forward).parameters:
+        return UNCALLED  # PEFT wraps what is called with a tensor
     if isinstance(module, torch.nn.Embedding):
         # PEFT looks rows up itself, and knows one other kind of embedding: one that multiplies them.
         plain = type(module).forward is torch.nn.Embedding.forward or hasattr(module, "embed_scale")
         return EMBEDDING if plain else OTHER
     if isinstance(module, torch.nn.Linear):
-        return LINEAR
+        return LINEAR if type(module).forward is torch.nn.Linear.forward else OTHER
     return TRANSPOSED if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else OTHER
 
 
