@@ -20,7 +20,7 @@ from lora_models import FAMILIES, new_family, outputs, same, shake
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # PEFT itself gives these no factors for all of their linear modules.
-_NOT_ALL_LINEAR = ("mamba2",)
+_NOT_ALL_LINEAR = ("jamba", "mamba2", "phimoe")
 _NO_EXPORT = ("umt5",)
 
 
@@ -90,6 +90,26 @@ def test_a_tied_head_that_is_stored_as_well(tmp_path: Path, copies: str) -> None
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert same(outputs(loaded.base_model.model, "llama-tied"), expected)
     assert same(outputs(loaded.merge_and_unload().eval(), "llama-tied"), expected)
+
+
+def test_a_weight_that_is_read_without_a_call(tmp_path: Path) -> None:
+    """PEFT computes without Mamba's dt_proj until it merges: import takes the merged model and says so."""
+    model = new_family("jamba")
+    cls = type(model)
+    model.save_pretrained(tmp_path / "base")
+    base = cls.from_pretrained(tmp_path / "base").eval()
+    tuned = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["dt_proj", "q_proj"])).eval()
+    shake(tuned, 1, 0.3, "lora_")
+    tuned.save_pretrained(tmp_path / "adapter")
+    result = deltafmt.import_lora(tmp_path / "base", tmp_path / "adapter", tmp_path / "d.deltafmt")
+    assert "dt_proj" in result.warnings[0]
+    deltafmt.unpack(tmp_path / "base", result.path, tmp_path / "merged")
+    expected = outputs(tuned.merge_and_unload(), "jamba")
+    assert same(outputs(cls.from_pretrained(tmp_path / "merged").eval(), "jamba"), expected)
+    exported = deltafmt.export_lora(result.path, tmp_path / "again", base=tmp_path / "base")
+    assert [name.rpartition(".")[2] for name in exported.saved] == ["dt_proj"]
+    loaded = peft.PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "again").eval()
+    assert same(outputs(loaded.base_model.model, "jamba"), expected)
 
 
 def test_a_model_that_asks_for_its_ties_is_refused(tmp_path: Path) -> None:

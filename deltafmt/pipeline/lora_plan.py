@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from deltafmt.checkpoint.adapter import Adapter, Factors, is_embedding
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
@@ -16,6 +16,9 @@ from deltafmt.pipeline.lora_factors import Product
 from deltafmt.pipeline.lora_merge import Change
 from deltafmt.pipeline.lora_names import Names, is_head
 from deltafmt.pipeline.lora_ties import Untied, heed_ties
+
+# Mamba's layers read the weights of this module themselves.
+_READ: Final = "dt_proj"
 
 
 @dataclass(slots=True)
@@ -62,6 +65,12 @@ class _Planner:
 
     def run(self) -> LoraPlan:
         self._check_complete()
+        read = [factors.module for factors in self._adapter.factors if factors.module.endswith(f".{_READ}")]
+        if read:
+            self._plan.warnings.append(
+                f'models read the weights of "{read[0]}" without a call, where factors have no part: the delta is what '
+                "merge_and_unload makes, and PEFT computes another model before it merges"
+            )
         self._add_factors()
         self._add_layers()
         self._add_rows()

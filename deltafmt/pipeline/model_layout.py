@@ -26,6 +26,8 @@ LINEAR = "linear"
 EMBEDDING = "embedding"
 TRANSPOSED = "transposed linear"
 OTHER = "other"
+# Code that reads a module's weight; its dtype and its device are no weight.
+_READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|ndim|requires_grad|data_ptr))")
 # The greatest numbers of a configuration that a model is made of.
 _NUMBER = 2**25
 _LAYERS = 256
@@ -174,6 +176,7 @@ def _layout(model: Any, tensors: Shapes) -> ModelLayout:
         if source is not None:
             pieces[name] = pieces[source]
     kinds = {name: _kind(module) for name, module in model.named_modules(remove_duplicate=False)}
+    kinds |= dict.fromkeys(_read_only(model), UNCALLED)
     embedding = ""
     with contextlib.suppress(NotImplementedError, AttributeError):
         table = model.get_input_embeddings()
@@ -197,6 +200,20 @@ def _layout(model: Any, tensors: Shapes) -> ModelLayout:
         asks_for_ties=_asks_for_ties(model),
         known=True,
     )
+
+
+def _read_only(model: Any) -> Iterator[str]:
+    """Give the modules whose weights the code of the module around them reads, as Mamba's ``dt_proj``."""
+    known: dict[type, frozenset[str]] = {}
+    for name, module in model.named_modules():
+        cls = type(module)
+        if cls not in known:
+            source = ""
+            with contextlib.suppress(OSError, TypeError):
+                source = inspect.getsource(cls)
+            known[cls] = frozenset(_READ.findall(source))
+        for child in known[cls] & {child for child, _ in module.named_children()}:
+            yield f"{name}.{child}" if name else child
 
 
 def _asks_for_ties(model: Any) -> bool:
