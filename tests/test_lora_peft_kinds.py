@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import deltafmt
+import deltafmt.transformers
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -138,6 +139,21 @@ def test_what_is_imported_is_what_peft_computes(tmp_path: Path, name: str) -> No
     loaded = peft.PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "again").eval()
     assert same(outputs(loaded.base_model.model, case.family), expected)
     assert same(outputs(loaded.merge_and_unload().eval(), case.family), expected)
+
+
+# Adapters whose tensors attach does not find, or does not serve, in the model.
+NOT_SERVED = ("another name", "experts", "routers", "convolutions", "multimodal")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not any(word in name for word in NOT_SERVED)])
+def test_what_is_served_is_what_peft_computes(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    tuned, cls = trained(case, tmp_path)
+    expected = outputs(tuned.base_model.model, case.family)
+    delta = deltafmt.import_lora(tmp_path / "base", tmp_path / "adapter", tmp_path / "d.deltafmt").path
+    attached = deltafmt.transformers.attach(cls.from_pretrained(tmp_path / "base").eval(), {"a": delta})
+    with attached.delta("a"):
+        assert same(outputs(attached, case.family), expected)
 
 
 @pytest.mark.parametrize("name", ["the embedding of a tied base", "experts", "a part of a multimodal model"])
