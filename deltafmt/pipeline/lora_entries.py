@@ -10,6 +10,7 @@ from dataclasses import replace
 from deltafmt.checkpoint.folder import natural_key
 from deltafmt.checkpoint.heads import Head
 from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.checkpoint.spellings import is_layered
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.format.constants import element_count
@@ -87,7 +88,7 @@ class EntriesInBase:
         taken: set[str] = set()
         heads: Counter[Head] = Counter()
         # Of several tensors that one tensor of the base is the base of, that one has its name whose own is most alike.
-        for name in sorted(self._own, key=lambda name: -_shared(name, parts[name])):
+        for name in sorted(self._own, key=lambda name: (-_shared(name, parts[name]), name.count("."))):
             made_of = parts[name]
             if not made_of:
                 continue
@@ -100,6 +101,9 @@ class EntriesInBase:
                 names[name] = first.name
                 taken.add(first.name)
                 heads[_head(name, first.name)] += 1
+            elif is_layered(name):
+                text = f'tensor "{name}" is a second one whose base is "{first.name}"'
+                raise UsageError(f"{self.name}: {text}; an adapter has no place for it, use unpack")
             elif not self.has_base and self._own[name].action == "add":
                 text = f'tensor "{name}" is a delta of "{first.name}", and only the base\'s config.json tells if its'
                 raise UsageError(f"{self.name}: {text} model ties them", Remedy("base", None))
