@@ -10,9 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file, save_file
+
 import deltafmt
 from deltafmt.errors import UsageError
-from deltafmt.methods import DeltaDQ
+from deltafmt.methods import RTN, DeltaDQ
 from deltafmt.transformers import attach, detach
 from tiny_models import Tiny, every, generate, ids, logits, made_once, make_tiny, shake
 
@@ -213,3 +215,27 @@ def test_rows_that_cannot_be_told_apart(tmp_path: Path) -> None:
     refused = r"^layer is given the shape \[3, 2\], which does not follow"
     with model.delta(["d", None]), pytest.raises(UsageError, match=refused):
         model(torch.randn(2, 5, 8))
+
+
+@pytest.mark.parametrize("names", ["one", ["one", None]], ids=["same", "mixed"])
+def test_a_parameter_that_is_none(names: Any, tmp_path: Path) -> None:
+    """A norm without a bias keeps the name of the bias, which its forward pass reads."""
+    torch.manual_seed(0)
+    base, tuned = (torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.LayerNorm(32, bias=False)) for _ in "ab")
+    with torch.no_grad():
+        tuned.load_state_dict({name: tensor + 0.01 for name, tensor in base.state_dict().items()})
+    for name, model in (("base", base), ("one", tuned)):
+        (tmp_path / name).mkdir()
+        save_file(model.state_dict(), tmp_path / name / "model.safetensors")
+    deltafmt.pack(tmp_path / "base", tmp_path / "one", tmp_path / "one.deltafmt", method=RTN(8))
+    deltafmt.unpack(tmp_path / "base", tmp_path / "one.deltafmt", tmp_path / "out")
+    x = torch.randn(2, 3, 32)
+    model = attach(base, {"one": tmp_path / "one.deltafmt"})
+    plain = model(x)
+    tuned.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    with model.delta(names):
+        found = model(x)
+    wanted = tuned(x)
+    if names != "one":
+        wanted = torch.cat([wanted[:1], plain[1:]])
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)

@@ -164,7 +164,8 @@ class OtherSite(Site):
     def _twin(self, values: Mapping[str, torch.Tensor]) -> nn.Module:
         """Return a copy of the module with other parameters; everything else is shared with the module."""
         twin = copy.copy(self.module)
-        twin.__dict__["_parameters"] = {**dict(self.module.named_parameters(recurse=False)), **values}
+        # With the names whose parameter is None, such as the bias of torch.nn.LayerNorm(bias=False).
+        twin.__dict__["_parameters"] = {**self.module.__dict__["_parameters"], **values}
         return twin
 
     def _spread(self, selection: Selection, rows: int, dimensions: int) -> nn.Module:
