@@ -14,6 +14,7 @@ from deltafmt.checkpoint.matching import match_shapes
 from deltafmt.checkpoint.name_changes import name_changes
 from deltafmt.checkpoint.renames import Rename, Renames
 from deltafmt.checkpoint.spellings import numberless, plain_name
+from deltafmt.errors import UsageError
 
 # Rules of the user's
 
@@ -218,3 +219,10 @@ def test_layers_that_are_left_on_both_sides_are_told() -> None:
     assert match.is_open
     del base["layers.0.b.u"]
     assert not match_shapes(wanted, base).is_open
+
+
+def test_a_prefix_that_makes_one_name_of_two_is_refused() -> None:
+    rules = Renames.parse(strip_prefix=["a."])
+    assert rules.stripped(["a.x", "b.x"]) == {"x": "a.x", "b.x": "b.x"}
+    with pytest.raises(UsageError, match=r'makes one name of "a\.x" and "x"'):
+        rules.stripped(["a.x", "x"])

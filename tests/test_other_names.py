@@ -240,6 +240,7 @@ def test_two_towers(tmp_path: Path, cli: Cli) -> None:
         assert done["removed"] == sorted(name for name in two_towers() if name.startswith("talker."))
     wrong = cli("pack", a, b, "-o", tmp_path / "w", "--rename", "nothing.=thinker.")
     refused(wrong, 2, "rename 'nothing.=thinker.' matches no tensor")
+    refused(cli("pack", a, b, "-o", tmp_path / "w", "--strip-prefix", "no."), 2, "begins with the prefix 'no.'")
 
 
 @situation("The same shapes under names that no rule explains: refused, with both sides' names and `--rename`")

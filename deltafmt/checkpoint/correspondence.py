@@ -65,10 +65,8 @@ def correspond(
         library: gives names as transformers has them in memory; called only where everything else leaves layers over.
     """
     rules = renames or Renames()
-    stripped: dict[str, Tensor] = {}
-    for name, tensor in base.items():
-        stripped.setdefault(rules.strip(name), tensor)
-    by_name = {name: stripped[found] for name in wanted if (found := rules.apply(name)) in stripped}
+    stripped = rules.stripped(base)
+    by_name = {name: base[stripped[found]] for name in wanted if (found := rules.apply(name)) in stripped}
     result = Correspondence(dict(by_name))
     taken = {tensor.name for tensor in by_name.values()}
     left = {name: tensor.shape for name, tensor in wanted.items() if name not in by_name}

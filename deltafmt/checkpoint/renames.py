@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -95,6 +95,19 @@ class Renames:
                 return name[len(prefix) :]
         return name
 
+    def stripped(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the names of the base by what is left of them.
+
+        Raises:
+            UsageError: of two names the same is left.
+        """
+        found: dict[str, str] = {}
+        for name in names:
+            other = found.setdefault(self.strip(name), name)
+            if other != name:
+                raise UsageError(f'stripping a prefix makes one name of "{other}" and "{name}" of the base')
+        return found
+
     def apply(self, name: str) -> str:
         """Return the name that a tensor of the fine-tune has in the base, where both sides are stripped."""
         stripped = self.strip(name)
@@ -105,7 +118,7 @@ class Renames:
         return stripped
 
     def unused(self, names: Sequence[str]) -> str | None:
-        """Return the first rule or prefix that changes none of the names, or None."""
+        """Return the first rule that matches none of the names, or None."""
         stripped = [self.strip(name) for name in names]
         for rule in self.rules:
             if all(rule.apply(name) is None for name in stripped):

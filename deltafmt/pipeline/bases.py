@@ -54,7 +54,7 @@ class BaseTensors:
         self._named = named_base(metadata)
         needed = {entry.name: (entry, entry.base) for entry in entries if entry.base is not None}
         rules = renames or Renames()
-        tensors = {rules.strip(name): tensor for name, tensor in checkpoint.tensors.items()}
+        tensors = {short: checkpoint.tensors[name] for short, name in rules.stripped(checkpoint.tensors).items()}
         self._tensors: dict[str, Tensor] = {}
         missing: dict[str, _Needed] = {}
         for name, (_, base) in needed.items():

@@ -24,7 +24,7 @@ class LoraNames:
 
     def __init__(self, base: Checkpoint, names: Iterable[str], renames: Renames) -> None:
         self._rules = renames
-        self._names = {renames.strip(name): name for name in base.tensors}
+        self._names = renames.stripped(base.tensors)
         self._inner = unique((found.partition(".")[2], own) for found, own in self._names.items())
         asked = list(names)
         self._matched: dict[str, str] = {}

@@ -86,6 +86,9 @@ def pair_up(base: Checkpoint, finetuned: Checkpoint, options: PairOptions | None
     unused = options.renames.unused(list(finetuned.tensors))
     if unused is not None:
         raise UsageError(f"rename {unused!r} matches no tensor of {finetuned.path}")
+    for prefix in options.renames.prefixes:
+        if not any(name.startswith(prefix) for name in (*base.tensors, *finetuned.tensors)):
+            raise UsageError(f"no tensor's name begins with the prefix {prefix!r}, on either side")
     architecture = _types(base, finetuned, options)
     found = correspond(
         finetuned.tensors, base.tensors, options.renames, lambda names: library_names((base, finetuned), names)
