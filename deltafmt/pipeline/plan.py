@@ -27,6 +27,10 @@ UNRELATED = "its values have nothing to do with the base's"
 CHOSEN = ("excluded", "not included", "by rule")
 
 
+# A tensor of three dimensions or more whose last has fewer elements is a convolution's kernel.
+KERNEL_COLUMNS = 32
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What will be done with one fine-tuned tensor.
@@ -111,6 +115,8 @@ def make_plan(
     def decide(tensor: Tensor) -> Plan:
         name = tensor.name
         other = paired.tensors.get(name)
+        leading = leading_dimensions(tensor.shape)
+        tensor, other = tensor.as_matrix(leading), None if other is None else other.as_matrix(leading)
         plan = Plan(tensor, other, method, undecided=method is None)
         if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
             plan = plan.decided(None, "not included")
@@ -129,6 +135,15 @@ def make_plan(
         if exact or plans[name].reason not in CHOSEN:
             plans[name] = replace(plans[name].decided(None, "tied"), alias=target)
     return list(plans.values())
+
+
+def leading_dimensions(shape: tuple[int, ...]) -> int | None:
+    """Return how many leading dimensions of a tensor give its rows; None for all but the last.
+
+    The kernel of a convolution, [O, I, h, w], is a matrix of O rows and I h w columns: its last dimension alone has few
+    elements. A stack of experts, [E, out, in], has E out rows.
+    """
+    return 1 if len(shape) > 2 and shape[-1] < KERNEL_COLUMNS else None
 
 
 def why_exact(tensor: Tensor, base: Tensor | None, method: Method | None) -> str:
