@@ -34,7 +34,7 @@ def _layout(folder: Path, tensors: Tensors, how: str) -> Path:
     names = list(tensors)
     if how == "file":
         folder.mkdir()
-        path = folder / "weights.safetensors"
+        path = folder / "model.safetensors"
         path.write_bytes(safetensors_bytes(tensors))
         return path
     if how == "folder":
@@ -247,9 +247,10 @@ def test_a_wrong_index_is_refused(tmp_path: Path, what: str) -> None:
 
 
 def test_a_tensor_in_two_shards_without_an_index_is_refused(tmp_path: Path) -> None:
-    for name in ("one.safetensors", "two.safetensors"):
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name in names:
         (tmp_path / name).write_bytes(safetensors_bytes(GOOD))
-    with pytest.raises(InvalidFileError, match=r'"w" is in one\.safetensors and two\.safetensors'):
+    with pytest.raises(InvalidFileError, match=f'"(w|v)" is in {names[0]} and {names[1]}'):
         Checkpoint(tmp_path)
 
 
@@ -302,8 +303,9 @@ def test_a_change_of_dtype_to_fp8_passes_bit_for_bit(tmp_path: Path) -> None:
 def test_an_unaligned_file_is_read_right(tmp_path: Path) -> None:
     a, b = small_tensors()
     odd = {"aaa": Raw("U8", (3,), b"xyz")}
-    paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    paths = tmp_path / "a" / "model.safetensors", tmp_path / "b" / "model.safetensors"
     for path, tensors in zip(paths, ({**odd, **a}, {**odd, **b}), strict=True):
+        path.parent.mkdir()
         path.write_bytes(safetensors_bytes(tensors))
     deltafmt.pack(*paths, tmp_path / "odd.deltafmt", base_name="")
     even = write_folder(tmp_path / "even a", {**a, **odd}), write_folder(tmp_path / "even b", {**b, **odd})

@@ -174,3 +174,12 @@ def test_shard_sizes(tmp_path: Path, cli: Cli, small: Pair, delta: Path) -> None
         out = tmp_path / size
         assert cli("unpack", small.base, delta, "-o", out, "--max-shard-size", size).code == 0
         assert (len(list(out.glob("*.safetensors"))) > 1) is several
+
+
+def test_the_settings_of_the_garbage_collector_are_put_back(cli: Cli) -> None:
+    import gc
+
+    before = gc.get_threshold()
+    assert cli("methods").code == 0
+    assert cli("inspect", "nowhere.deltafmt").code == 5
+    assert gc.get_threshold() == before

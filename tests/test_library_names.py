@@ -88,7 +88,7 @@ def test_a_family_in_its_two_forms(tmp_path: Path, kind: str, which: str) -> Non
     assert before.keys() != wanted.keys()
     result = deltafmt.pack(base, finetuned, tmp_path / "d.deltafmt", method=FINE)
     assert set(result.kept.values()) <= {"no smaller when packed"}
-    assert result.removed == 0
+    assert result.removed == []
     assert deltafmt.verify(tmp_path / "d.deltafmt", base).base_tensors
     deltafmt.unpack(base, tmp_path / "d.deltafmt", tmp_path / "out")
     found = read_folder(tmp_path / "out")
@@ -100,8 +100,6 @@ def test_without_transformers_the_names_are_said(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(library_names.importlib.util, "find_spec", lambda _: None)
     made = model("ViT")
     base, finetuned = (saved(made, tmp_path / name, in_memory=name == "ft") for name in ("base", "ft"))
-    with pytest.raises(
-        WrongBaseError, match=r'under other names: .*"vit\.layers\.0.*"vit\.encoder\.layer\.0'
-    ) as caught:
+    with pytest.raises(WrongBaseError, match=r'"vit\.layers\.0.*"vit\.encoder\.layer\.0') as caught:
         deltafmt.pack(base, finetuned, tmp_path / "d")
     assert caught.value.remedy is not None

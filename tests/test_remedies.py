@@ -59,7 +59,18 @@ def test_every_error_carries_its_remedy(kind: type[DeltafmtError]) -> None:
 def test_every_remedy_of_the_library_is_an_argument_and_has_a_sentence() -> None:
     known = {*inspect.signature(deltafmt.pack).parameters, *inspect.signature(deltafmt.export_lora).parameters}
     found = {ast.literal_eval(call.args[0]) for name, call in calls() if name == "Remedy"}
-    assert found == {"allow_architecture", "base", "calibration", "exclude", "force", "out", "profile", "rename"}
+    assert found == {
+        "allow_architecture",
+        "base",
+        "calibration",
+        "exclude",
+        "force",
+        "missing",
+        "no_attach",
+        "out",
+        "profile",
+        "rename",
+    }
     assert found <= known
     for option in found:
         assert re.match(r"--?[a-z]", sentence(Remedy(option, "x")))

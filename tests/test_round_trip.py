@@ -32,7 +32,7 @@ from pairs import ANCHOR, DTYPES, check_round_trip, pack_pair, pair_of
 def test_tensors_that_only_one_side_has(tmp_path: Path) -> None:
     new = {"new.matrix": normal(2, (20, 30)), "new.vector": normal(3, (30,)), "new.scalar": normal(4, ())}
     pair = pair_of(tmp_path, {"old.matrix": normal(1, (20, 30)), "old.b": normal(5, (3,))}, new)
-    delta = pack_pair(pair, tmp_path / "d.deltafmt")
+    delta = pack_pair(pair, tmp_path / "d.deltafmt", missing="removed")
     actions = check_round_trip(pair, delta, tmp_path / "out")
     assert actions == {ANCHOR: "add", **dict.fromkeys(new, "replace")}
     with deltafmt.open(delta) as opened:
@@ -78,13 +78,11 @@ def test_shrunk_rows(tmp_path: Path) -> None:
     [
         ((40, 32), (40, 64)),
         ((40, 32), (32, 40)),
-        ((40, 32), (40 * 32,)),
         ((40, 32), (4, 10, 32)),
         ((40,), (50,)),
         ((), (1,)),
         ((8, 4, 32), (8, 5, 32)),
         ((0, 32), (40, 32)),
-        ((40, 32), (0, 32)),
         ((40, 0), (40, 32)),
     ],
     ids=str,

@@ -274,13 +274,16 @@ def test_any_pair_survives_the_round_trip(sides: tuple[Tensors, Tensors], method
         pair = pair_of(folder, *sides)
         profile = _profile(method)
         delta = folder / "d.deltafmt"
+        # Tensors that look like those of a broken save are asked for.
+        odd = [n for n, t in pair.b.items() if not t.data or (n in pair.a and len(t.shape) == 1 < len(pair.a[n].shape))]
+        options = {"method": method, "seed": seed, "profile": profile, "exclude": odd, "missing": "removed"}
         try:
-            result = deltafmt.pack(pair.base, pair.finetuned, delta, method=method, seed=seed, profile=profile)
+            result = deltafmt.pack(pair.base, pair.finetuned, delta, **options)
         except WrongBaseError:
             # Where most of the fine-tune has no counterpart, refusing is right, and tested elsewhere.
             reject()
         again = io.BytesIO()
-        deltafmt.pack(pair.base, pair.finetuned, again, method=method, seed=seed, profile=profile, threads=3)
+        deltafmt.pack(pair.base, pair.finetuned, again, **options, threads=3)
         assert delta.read_bytes() == again.getvalue()
         checked = deltafmt.verify(delta, pair.base)
         assert (checked.tensors, checked.content_id) == (len(pair.b), result.content_id)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from deltafmt.errors import DeltafmtError
 
 SCHEMA = 1
+
+# A folder of a training run can hold thousands of files.
+MOST_LINES = 50
 
 
 def clean(text: str) -> str:
@@ -36,10 +39,12 @@ def warn(line: str) -> None:
     print(f"deltafmt: {clean(line)}", file=sys.stderr)
 
 
-def warn_left_out(names: Sequence[str]) -> None:
-    """Warn about the files and folders beside the weights that the delta does not carry."""
-    for name in names:
-        warn(f"{name} does not travel with the delta; small files at the top of the folder do")
+def warn_left_out(reasons: Mapping[str, str]) -> None:
+    """Warn about the files and folders beside the weights that the delta does not carry: a line and a reason each."""
+    for name, why in list(reasons.items())[:MOST_LINES]:
+        warn(f"{name} does not travel with the delta: {why}")
+    if len(reasons) > MOST_LINES:
+        warn(f"and {len(reasons) - MOST_LINES:,} more files and folders do not travel; --json names them")
 
 
 def say_json(obj: dict[str, Any]) -> None:

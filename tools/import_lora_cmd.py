@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
             threads=options.threads,
             progress=progress,
         )
-    console.warn_left_out(result.skipped_files)
+    console.warn_left_out(result.left_out)
     if options.json:
         console.say_json(
             {
@@ -63,6 +63,7 @@ def run(options: argparse.Namespace) -> None:
                 "same": result.same,
                 "base_name": result.base_name or None,
                 "names": names_obj(result.names),
+                "left_out": result.left_out,
             }
         )
         return

@@ -35,7 +35,7 @@ def _print_tree(container: Container) -> None:
     tree = summary.cost_tree(container)
     console.say(
         f"{container.name}: {container.size:,} bytes, {container.profile}, "
-        f"{total / container.size:.2f} times smaller than {total:,} bytes of tensors"
+        f"{summary.times(total / container.size)} than {total:,} bytes of tensors"
     )
     console.say(f"content id {container.content_id.hex()}")
     for key, value in container.metadata.items():
@@ -46,7 +46,7 @@ def _print_tree(container: Container) -> None:
             console.say(f"{text}: {plural(found, 'tensor')}")
     say_names(entry_changes(entries))
     if container.removed:
-        console.say(f"in the base only: {plural(len(container.removed), 'tensor')}")
+        console.say(summary.left_out_line(container.removed))
     console.say()
     rows: list[list[str]] = []
     _tree_rows(tree, "", "", container.size, rows)

@@ -8,8 +8,9 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
+from deltafmt.checkpoint.weight_names import bounded
 from deltafmt.errors import UsageError
-from deltafmt.pipeline.summary import plural
+from deltafmt.pipeline.summary import left_out_line, plural, times
 from deltafmt.tools import console
 from deltafmt.tools.calibration_options import (
     add_calibration_arguments,
@@ -95,6 +96,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_name_arguments(parser, "the fine-tune")
     add_architecture_argument(parser)
     parser.add_argument("--base-name", metavar="NAME", help="how the delta names its base")
+    parser.add_argument(
+        "--missing",
+        metavar="HOW",
+        help="tensors that FINETUNED lacks: same takes them from BASE, removed leaves them out (default: refuse)",
+    )
+    parser.add_argument("--variant", metavar="NAME", help="read the weights of this variant, such as fp16")
+    parser.add_argument(
+        "--attach", action="append", default=[], metavar="PATTERN", help="files that travel although not by themselves"
+    )
+    parser.add_argument(
+        "--no-attach",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="files beside the weights that do not travel",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random positions (default 0)")
     parser.add_argument("--threads", type=int, metavar="T", help="worker threads (default: one for each processor)")
     add_method_argument(parser)
@@ -132,6 +149,10 @@ def run(options: argparse.Namespace) -> None:
         **name_options(options),
         "allow_architecture": options.allow_architecture,
         "base_name": options.base_name,
+        "missing": options.missing,
+        "variant": options.variant,
+        "attach": options.attach,
+        "no_attach": options.no_attach,
         "profile": options.profile,
         "seed": options.seed,
         "threads": options.threads,
@@ -165,7 +186,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace, result: PackResult, method: Method) -> None:
-    console.warn_left_out(result.skipped_files)
+    console.warn_left_out(result.left_out)
+    for line in _remarks(result):
+        console.warn(line)
     if options.json:
         console.say_json(
             {
@@ -177,7 +200,13 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
                 "content_id": result.content_id,
                 "actions": result.actions,
                 "kept_exactly": result.kept,
-                "in_base_only": result.removed,
+                "in_base_only": len(result.removed),
+                "removed": result.removed,
+                "taken_from_base": result.taken,
+                "not_in_index": result.unlisted,
+                "attached": result.attached,
+                "left_out": result.left_out,
+                "remarks": result.remarks,
                 "base_name": result.base_name or None,
                 "names": names_obj(result.names),
                 "unmatched": {"finetuned": result.unmatched, "base": result.unmatched_base},
@@ -192,7 +221,7 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
     if result.path is None:
         return
     resumed = f" (went on after {plural(result.resumed, 'tensor')})" if result.resumed else ""
-    smaller = f"{result.ratio:.2f} times smaller than {options.finetuned}"
+    smaller = f"{times(result.ratio)} than {options.finetuned}"
     console.say(f"{result.path}: {result.size:,} bytes, {smaller}{resumed}")
     console.say(_actions(result))
     say_names(result.names)
@@ -205,7 +234,11 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
     if result.architecture:
         console.say(f"the types of the models differ: {result.architecture}")
     if result.removed:
-        console.say(f"left out: {plural(result.removed, 'tensor')} that only the base has")
+        console.say(left_out_line(result.removed))
+    if result.taken:
+        console.say(f"taken from the base: {plural(len(result.taken), 'tensor')}: {bounded(result.taken)}")
+    if result.attached:
+        console.say(f"attached: {bounded(result.attached, 30)}")
     if result.choice:
         say_chosen(result.choice)
     elif result.narrow:
@@ -219,6 +252,18 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
         console.say(line)
     if len(surprising) > MENTIONED:
         console.say(f"and {len(surprising) - MENTIONED:,} more matrices stored whole; inspect --tensors lists them")
+
+
+def _remarks(result: PackResult) -> list[str]:
+    """Return the remarks about the inputs, and which tensors the index does not name."""
+    found = list(result.remarks)
+    if result.unlisted:
+        shards = ", ".join(dict.fromkeys(result.unlisted.values()))
+        found.append(
+            f"{plural(len(result.unlisted), 'tensor')} of {shards} that the index does not name, packed all the same "
+            f"as loaders read them: {bounded(result.unlisted)}"
+        )
+    return found
 
 
 def _actions(result: PackResult) -> str:

@@ -13,6 +13,8 @@ _SENTENCES = {
     "calibration": "--calibration FILE names a text for the fine-tune to read",
     "exclude": "--exclude VALUE stores the tensor whole",
     "force": "--force replaces it",
+    "missing": "--missing same takes from the base what is lacking, --missing removed leaves it out",
+    "no_attach": "--no-attach VALUE leaves it out",
     "out": "-o - writes to standard output",
     "profile": "--profile VALUE allows it",
     "rename": "--rename 'FROM=TO' or --strip-prefix PREFIX says what belongs together",

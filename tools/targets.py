@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from deltafmt.errors import UsageError
-from deltafmt.pipeline.summary import plural
+from deltafmt.pipeline.summary import plural, times
 from deltafmt.tools import console
 from deltafmt.tools.method_arguments import read_spelling
 from deltafmt.tools.unpack_cmd import parse_size
@@ -121,7 +121,7 @@ def print_plan(choice: Choice) -> None:
     console.say()
     console.say(score_line(choice))
     console.say(
-        f"file: {choice.size:,} bytes of {choice.target:,}, {choice.ratio:.2f} times smaller, "
+        f"file: {choice.size:,} bytes of {choice.target:,}, {times(choice.ratio)}, "
         f"{plural(len(choice.tensors), 'tensor')}"
     )
 

@@ -6,8 +6,9 @@ import argparse
 import re
 from collections.abc import Sequence
 
+from deltafmt.checkpoint.weight_names import bounded
 from deltafmt.errors import UsageError
-from deltafmt.pipeline.summary import plural
+from deltafmt.pipeline.summary import left_out_line, plural
 from deltafmt.tools import console
 from deltafmt.tools.name_arguments import add_name_arguments, name_options, names_obj, say_names
 
@@ -62,14 +63,17 @@ def run(options: argparse.Namespace) -> None:
                 "tensors": result.tensors,
                 "bytes": result.nbytes,
                 "files": result.files,
+                "removed": result.removed,
                 "mismatched": result.mismatched,
                 "names": names_obj(result.names),
             }
         )
         return
-    files = f" and {', '.join(result.files)}" if result.files else ""
+    files = f" and {bounded(result.files, 30)}" if result.files else ""
     console.say(f"{result.path}: {plural(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
     say_names(result.names)
+    if result.removed:
+        console.say(left_out_line(result.removed))
 
 
 def _other_base(names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from deltafmt.errors import EXIT_OK, DeltafmtError
-from deltafmt.pipeline.summary import plural
+from deltafmt.pipeline.summary import left_out_line, plural
 from deltafmt.tools import console
 from deltafmt.tools.name_arguments import add_name_arguments, name_options, names_obj, say_names
 
@@ -58,6 +58,8 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
     if not options.json:
         console.say(f"{file}: {describe(result)}")
         say_names(result.names)
+        if result.removed:
+            console.say(left_out_line(result.removed))
     return {
         "ok": True,
         "file": file,
@@ -65,6 +67,8 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
         "tensors": result.tensors,
         "base_tensors": result.base_tensors,
         "content_id": result.content_id,
+        "removed": list(result.removed),
+        "attached": list(result.attached),
         "names": names_obj(result.names),
     }
 

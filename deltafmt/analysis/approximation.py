@@ -89,7 +89,8 @@ def packed(
     """
     with tempfile.TemporaryDirectory(prefix="deltafmt-") as folder:
         out = Path(folder) / "analyzed.deltafmt"
-        pack(base, finetuned, out, method=method, exclude=[glob.escape(name) for name in leave_out], **named)
+        exclude = [glob.escape(name) for name in leave_out]
+        pack(base, finetuned, out, method=method, exclude=exclude, missing="removed", **named)
         yield out
 
 

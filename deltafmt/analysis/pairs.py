@@ -131,8 +131,10 @@ def find_pairs(
 def _why_not(tensor: Tensor, base: Tensor | None) -> str:
     if base is None:
         return "not in the base"
-    if tensor.dtype not in DELTA_DTYPES or base.dtype not in DELTA_DTYPES:
+    if tensor.dtype not in DELTA_DTYPES:
         return f"dtype {tensor.dtype}"
+    if base.dtype not in DELTA_DTYPES:
+        return f"the base's dtype {base.dtype}"
     if len(base.shape) != len(tensor.shape) or base.shape[1:] != tensor.shape[1:]:
         return "another shape than the base's"
     if len(tensor.shape) < 2 and base.shape != tensor.shape:

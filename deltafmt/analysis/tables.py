@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from deltafmt.analysis import intermediate_results
 from deltafmt.analysis.approximation import Approximation, ratio
 from deltafmt.analysis.report import Group, Report, TensorFigures
+from deltafmt.pipeline.summary import times
 
 SHOWN_RANKS = (1, 8, 64)
 NORMAL = (
@@ -132,7 +133,7 @@ def comparison_table(report: Report) -> Table:
 
 def _label(report: Report, candidate: int) -> str:
     found = report.candidates[candidate]
-    return f"{found.label} ({found.size:,} bytes, {report.finetuned_bytes / found.size:.2f} times smaller)"
+    return f"{found.label} ({found.size:,} bytes, {times(report.finetuned_bytes / found.size)})"
 
 
 def depth_table(report: Report) -> Table:

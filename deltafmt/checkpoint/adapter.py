@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Final, Self
 
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
-from deltafmt.checkpoint.folder import natural_key, small_files
+from deltafmt.checkpoint.components import LoaderFolders
+from deltafmt.checkpoint.folder import natural_key
 from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
+from deltafmt.checkpoint.travel import find_travelling
 from deltafmt.errors import InvalidFileError, StorageError, UnsupportedError
 from deltafmt.format.constants import DELTA_DTYPES
 
@@ -56,7 +58,7 @@ class Adapter:
         factors: the factors by module name, in natural order.
         whole: the tensors that are stored whole, by their names in the model.
         files: the small files beside the weights, by name, without the configuration.
-        skipped: the names of files and folders that cannot be attached.
+        left_out: why other files and folders do not travel, by name.
 
     Raises:
         StorageError: the folder is missing or unreadable.
@@ -79,7 +81,8 @@ class Adapter:
             raise (UnsupportedError if pickled else InvalidFileError)(f"{self.path}: no {WEIGHTS_FILE}: {hint}")
         self.config = AdapterConfig.read(self.path / CONFIG_FILE)
         self._file = SafetensorsFile(weights)
-        self.files, self.skipped = small_files(self.path, {WEIGHTS_FILE, CONFIG_FILE})
+        beside = find_travelling(self.path, LoaderFolders(), {WEIGHTS_FILE, CONFIG_FILE}, refuse_links=False)
+        self.files, self.left_out = beside.files, beside.left_out
         self.factors: dict[str, Factors] = {}
         self.whole: dict[str, Tensor] = {}
         self._sort()

@@ -8,7 +8,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltafmt.checkpoint.components import loader_folders
 from deltafmt.checkpoint.folder import natural_key
+from deltafmt.checkpoint.weight_names import USUAL_NAMES, WeightNames, index_name, shard_name
 from deltafmt.errors import InvalidFileError, Remedy, StorageError, UsageError
 from deltafmt.format import constants as c
 from deltafmt.output import OutputLock, storage_error, sync_folder
@@ -40,7 +42,7 @@ class CheckpointWriter:
         specs: every tensor that will be written.
         metadata: the metadata of the safetensors files; ``format`` is always ``pt``, as transformers requires.
         max_shard_bytes: the bytes of tensors in a shard; a larger tensor has a shard of its own.
-        stem: the beginning of the weight files' names, such as ``model``.
+        names: the names of the weight files; the tensors of a component have its folder in front of their names.
         force: replace ``path`` if it is a folder that exists.
 
     Raises:
@@ -55,11 +57,11 @@ class CheckpointWriter:
         *,
         metadata: dict[str, str] | None = None,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-        stem: str = "model",
+        names: WeightNames = USUAL_NAMES,
         force: bool = False,
     ) -> None:
         self.path = path
-        self._stem = stem
+        self._names = names
         self._force = force
         check_output_folder(path, force=force)
         self._partial = path.parent / f".{path.name}.partial"
@@ -82,27 +84,33 @@ class CheckpointWriter:
             raise storage_error("cannot write", path, error) from error
 
     def _make_shards(self, specs: list[TensorSpec], max_shard_bytes: int) -> None:
+        components: dict[str, list[TensorSpec]] = {}
+        for spec in sorted(specs, key=lambda spec: natural_key(spec.name)):
+            components.setdefault(self._names.split(spec.name)[0], []).append(spec)
+        for component, members in components.items() if components else [("", [])]:
+            self._make_component(component, members, max_shard_bytes)
+
+    def _make_component(self, component: str, specs: list[TensorSpec], max_shard_bytes: int) -> None:
         shards: list[list[TensorSpec]] = [[]]
         filled = 0
-        for spec in sorted(specs, key=lambda spec: natural_key(spec.name)):
+        for spec in specs:
             if filled and filled + spec.nbytes > max_shard_bytes:
                 shards.append([])
                 filled = 0
             shards[-1].append(spec)
             filled += spec.nbytes
         weight_map = {}
+        whole, folder = self._names.of_component(component), f"{component}/" if component else ""
         for number, members in enumerate(shards, 1):
-            name = f"{self._stem}.safetensors"
-            if len(shards) > 1:
-                name = f"{self._stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._make_shard(name, members)
-            weight_map.update(dict.fromkeys((spec.name for spec in members), name))
+            name = whole if len(shards) == 1 else shard_name(whole, number, len(shards))
+            self._make_shard(folder + name, members)
+            weight_map.update(dict.fromkeys((self._names.split(spec.name)[1] for spec in members), name))
         if len(shards) > 1:
             index = {
                 "metadata": {"total_size": sum(spec.nbytes for spec in specs)},
                 "weight_map": dict(sorted(weight_map.items())),
             }
-            self.add_file(f"{self._stem}.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
+            self.add_file(folder + index_name(whole), (json.dumps(index, indent=2) + "\n").encode())
 
     def _make_shard(self, name: str, specs: list[TensorSpec]) -> None:
         # Tensors with wide elements come first, as the safetensors library writes them: every tensor is then aligned.
@@ -110,7 +118,7 @@ class CheckpointWriter:
         header: dict[str, object] = {"__metadata__": self._metadata}
         position = 0
         for spec in ordered:
-            header[spec.name] = {
+            header[self._names.split(spec.name)[1]] = {
                 "dtype": spec.dtype,
                 "shape": list(spec.shape),
                 "data_offsets": [position, position + spec.nbytes],
@@ -123,6 +131,7 @@ class CheckpointWriter:
         for spec in ordered:
             file, offset = self._places[spec.name]
             self._places[spec.name] = (file, start + offset)
+        (self._partial / name).parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self._partial / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._files.append(descriptor)
         _write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
@@ -166,7 +175,8 @@ class CheckpointWriter:
                 descriptor = self._files.pop()
                 os.fsync(descriptor)
                 os.close(descriptor)
-            sync_folder(self._partial)
+            for folder, _, _ in os.walk(self._partial):
+                sync_folder(Path(folder))
             if self._force and self.path.exists():
                 self._replace()
             else:
@@ -224,10 +234,13 @@ def check_output_folder(path: Path, *, force: bool) -> None:
             raise UsageError(f"{path} is not a folder and is not replaced by one; remove it first")
         # ``force`` replaces the output of an earlier run, not whatever folder is named by mistake.
         found = sorted(path.iterdir())
-        folder = next((entry.name for entry in found if entry.is_dir()), None)
+        read = loader_folders(path)
+        own = {component.split("/")[0] for component in read.present}
+        folder = next((entry.name for entry in found if entry.is_dir() and entry.name not in own), None)
         if folder is not None:
             raise UsageError(f"{path} holds the folder {folder} and is not replaced; remove it first")
-        if found and not any(entry.suffix == ".safetensors" for entry in found):
+        places = (path, *(path / component for component in read.present))
+        if found and not any(entry.suffix == ".safetensors" for place in places for entry in place.iterdir()):
             raise UsageError(f"{path} is not a checkpoint and is not replaced; remove it first")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.checkpoint.file_kinds import HEAD_BYTES, instead_of_weights
 from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.errors import InvalidFileError, StorageError
 from deltafmt.format import constants as c
@@ -24,7 +25,11 @@ from deltafmt.terms.floats import RAW_DTYPES
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _POPULATE_READ = 22  # Linux MADV_POPULATE_READ, which the mmap module does not name
-_STEP = 8 * 1024 * 1024
+_WILL_NEED = getattr(mmap, "MADV_WILLNEED", -1)
+_DONT_NEED = getattr(mmap, "MADV_DONTNEED", -1)
+STEP = 8 * 1024 * 1024  # bytes that are read at once
+# Tensors of so few bytes are read without a word to the system: the calls would take longer than the page faults.
+_SMALL = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,7 @@ class Tensor:
         name, dtype, shape: the tensor's name, dtype (by its safetensors name) and shape, as the file's header says.
         file: the file that holds the tensor.
         offset: the place of the tensor's first byte in the file.
+        nbytes: bytes of the tensor.
         leading: the number of leading dimensions whose product is the number of rows; all but the last if None.
     """
 
@@ -43,12 +49,8 @@ class Tensor:
     shape: tuple[int, ...]
     file: SafetensorsFile
     offset: int
+    nbytes: int
     leading: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return c.byte_count(self.dtype, self.shape)
 
     @property
     def rows(self) -> int:
@@ -96,10 +98,20 @@ class Tensor:
                 array = array.copy()
             yield array
 
+    def head(self, length: int) -> bytes:
+        """Return the first bytes of the tensor, at most so many."""
+        return bytes(self.file.view[self.offset : self.offset + min(length, self.nbytes)])
+
     def pieces(self, first: int = 0) -> Iterator[memoryview]:
         """Iterate over the tensor's bytes from ``first`` on, 8 MiB at a time."""
-        for start in range(first, self.nbytes, _STEP):
-            with self.pages(start, min(_STEP, self.nbytes - start)) as view:
+        size = self.nbytes
+        if size <= _SMALL:
+            if first < size:
+                yield self.file.view[self.offset + first : self.offset + size]
+                self.file.release(self.offset, size)
+            return
+        for start in range(first, self.nbytes, STEP):
+            with self.pages(start, min(STEP, self.nbytes - start)) as view:
                 yield view
 
     def fingerprint(self) -> bytes:
@@ -111,18 +123,26 @@ class Tensor:
 
     def equals(self, other: Tensor) -> bool:
         """Tell whether dtype, shape and bytes are the same."""
+        if self is other:
+            return True
         if (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
+        size = self.nbytes
+        if size <= _SMALL:
+            same = self.head(size) == other.head(size)
+            self.file.release(self.offset, size)
+            other.file.release(other.offset, size)
+            return same
         step = 65536  # tensors that differ do so early; those that do not are read in growing steps
         start = 0
-        while start < self.nbytes:
-            length = min(step, self.nbytes - start)
+        while start < size:
+            length = min(step, size - start)
             with self.pages(start, length) as a, other.pages(start, length) as b:
                 equal = np.array_equal(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8))
             if not equal:
                 return False
             start += length
-            step = min(step * 2, _STEP)
+            step = min(step * 2, STEP)
         return True
 
 
@@ -141,13 +161,17 @@ class SafetensorsFile:
                 self.stat = os.fstat(file.fileno())
                 self.size = self.stat.st_size
                 if self.size < 8:
-                    raise InvalidFileError(f"{path}: {self.size} bytes are too few for a safetensors file")
+                    known = instead_of_weights(file.read(8))
+                    raise InvalidFileError(
+                        f"{path}: {known or f'{self.size} bytes are too few for a safetensors file'}"
+                    )
                 self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except InvalidFileError:
             raise
         except OSError as error:
             raise storage_error("cannot read", path, error) from error
         self.view = memoryview(self._map)
+        self._small = 0  # about how many bytes of small tensors are mapped
         self.metadata: dict[str, str] = {}
         self.tensors = {tensor.name: tensor for tensor in self._parse()}
         end = 0
@@ -161,7 +185,12 @@ class SafetensorsFile:
             raise InvalidFileError(f"{self.path} is a delta file, not a checkpoint")
         (length,) = struct.unpack("<Q", self.view[:8])
         if length > min(MAX_HEADER_BYTES, self.size - 8):
-            raise InvalidFileError(f"{self.path}: a header of {length} bytes does not fit: not a safetensors file")
+            known = instead_of_weights(bytes(self.view[:HEAD_BYTES]))
+            if not known and bytes(self.view[8:9]) == b"{":
+                known = f"its header of {length:,} bytes is longer than the file: the download is incomplete"
+            raise InvalidFileError(
+                f"{self.path}: {known or f'a header of {length} bytes does not fit: not a safetensors file'}"
+            )
         try:
             header = json.loads(bytes(self.view[8 : 8 + length]), object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
@@ -175,37 +204,54 @@ class SafetensorsFile:
             yield self._tensor(name, info, 8 + length)
 
     def _tensor(self, name: str, info: Any, start: int) -> Tensor:
-        where = f'{self.path}: tensor "{name}"'
-        if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES or not _is_unicode(name):
-            raise InvalidFileError(f"{where}: a name is Unicode of 1 to {c.MAX_NAME_BYTES} bytes")
+        if not _is_name(name):
+            raise InvalidFileError(f"{self._where(name)}: a name is Unicode of 1 to {c.MAX_NAME_BYTES} bytes")
         try:
             dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
-            raise InvalidFileError(f"{where}: no valid dtype, shape and data_offsets") from error
+            raise InvalidFileError(f"{self._where(name)}: no valid dtype, shape and data_offsets") from error
         if type(dtype) is not str or dtype not in c.DTYPE_BITS:
-            raise InvalidFileError(f"{where}: unknown dtype {dtype!r}")
+            raise InvalidFileError(f"{self._where(name)}: unknown dtype {dtype!r}")
         if len(shape) > c.MAX_RANK or not all(type(size) is int and size >= 0 for size in shape):
-            raise InvalidFileError(f"{where}: {list(shape)} is not a shape of at most {c.MAX_RANK} sizes")
+            raise InvalidFileError(f"{self._where(name)}: {list(shape)} is not a shape of at most {c.MAX_RANK} sizes")
         if not c.is_bounded(shape):
-            raise InvalidFileError(f"{where}: {list(shape)} has more than {c.MAX_ELEMENTS} elements")
+            raise InvalidFileError(f"{self._where(name)}: {list(shape)} has more than {c.MAX_ELEMENTS} elements")
         if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= self.size - start:
-            raise InvalidFileError(f"{where}: bytes {begin} to {end} lie outside the file: it may be truncated")
+            raise InvalidFileError(
+                f"{self._where(name)}: bytes {begin} to {end} lie outside the file: it may be truncated"
+            )
         needed = c.byte_count(dtype, shape)
         if end - begin != needed:
-            raise InvalidFileError(f"{where}: {end - begin} bytes where {dtype} {list(shape)} needs {needed}")
-        return Tensor(name, dtype, shape, self, start + begin)
+            raise InvalidFileError(
+                f"{self._where(name)}: {end - begin} bytes where {dtype} {list(shape)} needs {needed}"
+            )
+        return Tensor(name, dtype, shape, self, start + begin, needed)
+
+    def _where(self, name: str) -> str:
+        return f'{self.path}: tensor "{name}"'
 
     def populate(self, offset: int, length: int) -> None:
         """Bring pages into memory with one call, not with a page fault each. An error is ignored."""
-        self._advise(_POPULATE_READ, offset, length)
+        if length > _SMALL:
+            self._advise(_POPULATE_READ, offset, length)
 
     def will_need(self, offset: int, length: int) -> None:
         """Ask the system to read ahead. An error is ignored."""
-        self._advise(getattr(mmap, "MADV_WILLNEED", -1), offset, length)
+        if length > _SMALL:
+            self._advise(_WILL_NEED, offset, length)
 
     def release(self, offset: int, length: int) -> None:
-        """Unmap pages from this process; they stay in the page cache."""
-        self._advise(getattr(mmap, "MADV_DONTNEED", -1), offset, length)
+        """Unmap pages from this process; they stay in the page cache.
+
+        The pages of small tensors are unmapped together, once there are some megabytes of them.
+        """
+        if length > _SMALL:
+            self._advise(_DONT_NEED, offset, length)
+            return
+        self._small += length + mmap.PAGESIZE
+        if self._small > STEP:
+            self._small = 0
+            self._advise(_DONT_NEED, 0, self.size)
 
     def _advise(self, advice: int, offset: int, length: int) -> None:
         start = offset - offset % mmap.PAGESIZE
@@ -239,8 +285,11 @@ class SafetensorsFile:
         return str(self.path.resolve()), self.size, self.stat.st_mtime_ns
 
 
-def _is_unicode(name: str) -> bool:
-    return not any(0xD800 <= ord(char) < 0xE000 for char in name)
+def _is_name(name: str) -> bool:
+    try:
+        return 1 <= len(name.encode("utf-8")) <= c.MAX_NAME_BYTES
+    except UnicodeEncodeError:
+        return False
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.checkpoint.safetensors_file import STEP, Tensor
 from deltafmt.format import constants as c
 from deltafmt.index.entries import BasePart
 
@@ -69,6 +69,17 @@ class StitchedTensor(Tensor):
             number += 1
         yield memoryview(copy).toreadonly()
 
+    def head(self, length: int) -> bytes:
+        """Return the first bytes of the tensor, at most so many."""
+        with self.pages(0, min(length, self.nbytes)) as view:
+            return bytes(view)
+
+    def pieces(self, first: int = 0) -> Iterator[memoryview]:
+        """Iterate over the tensor's bytes from ``first`` on, 8 MiB at a time."""
+        for start in range(first, self.nbytes, STEP):
+            with self.pages(start, min(STEP, self.nbytes - start)) as view:
+                yield view
+
     def _size(self) -> int:
         return c.DTYPE_BITS[self.dtype] // 8
 
@@ -86,7 +97,7 @@ def stitch(name: str, shape: tuple[int, ...], runs: Sequence[Run]) -> Tensor:
         return first
     size = c.DTYPE_BITS[first.dtype] // 8
     ends = tuple(itertools.accumulate(run.count * size for run in runs))
-    return StitchedTensor(name, first.dtype, shape, first.file, first.offset, runs=tuple(runs), ends=ends)
+    return StitchedTensor(name, first.dtype, shape, first.file, first.offset, ends[-1], runs=tuple(runs), ends=ends)
 
 
 def stitch_parts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 from blake3 import blake3
@@ -24,16 +25,16 @@ def content_id(
     is ``rank`` or ``fixed``. Repacking a file from ``hot`` to ``cold`` therefore keeps its content id.
     """
     index = {
-        "attachments": {name: attachment.digest for name, attachment in attachments.items()},
-        "metadata": dict(metadata),
+        "attachments": {name: attachments[name].digest for name in sorted(attachments)},
+        "metadata": {key: metadata[key] for key in sorted(metadata)},
         "removed": list(removed),
-        "tensors": {entry.name: semantic_entry(entry) for entry in entries},
+        "tensors": {entry.name: semantic_entry(entry) for entry in sorted(entries, key=attrgetter("name"))},
     }
-    return blake3(canonical.encode(index)).digest()
+    return blake3(canonical.encode_ordered(index)).digest()
 
 
 def semantic_entry(entry: TensorEntry) -> dict[str, Any]:
-    """Return an entry as a plain object, without the places of its bytes."""
+    """Return an entry as a plain object with its keys sorted, without the places of its bytes."""
     obj = entry.to_obj()
     obj.pop("data", None)
     if entry.terms:

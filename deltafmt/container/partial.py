@@ -140,20 +140,26 @@ class PartialFile:
         Raises:
             StorageError: writing failed, for example because the disk is full.
         """
-        with self._storage_errors():
+        try:  # without the context manager, which takes longer than a small write
             self._file.write(data)
+        except OSError as error:
+            raise storage_error("cannot write", self.path, error) from error
 
     def record(self, section: Section, layouts: list[TermLayout], entries: dict[str, Any]) -> None:
         """Note in the journal that a section is complete, and the entries of the tensors that it completes."""
         with self._storage_errors():
             self._file.flush()
             self._append(
-                {"entries": entries, "layouts": [layout.to_obj() for layout in layouts], "section": section.to_obj()}
+                {
+                    "entries": {name: entries[name] for name in sorted(entries)},
+                    "layouts": [layout.to_obj() for layout in layouts],
+                    "section": section.to_obj(),
+                }
             )
             self.sections.append(section)
 
     def _append(self, record: dict[str, Any]) -> None:
-        data = canonical.encode(record)
+        data = canonical.encode_ordered(record)
         self._journal.write(_RECORD.pack(len(data), xxhash.xxh3_64_intdigest(data)) + data)
         self._journal.flush()
 

@@ -144,7 +144,7 @@ class ContainerWriter:
             "profile": self.profile,
             "removed": sorted(removed),
             "sections": [section.to_obj() for section in self._sections],
-            "tensors": {name: canonical.encode(entry.to_obj()) for name, entry in entries.items()},
+            "tensors": {name: canonical.encode_ordered(entry.to_obj()) for name, entry in entries.items()},
         }
         data = canonical.encode(index)
         if len(data) > c.MAX_INDEX_BYTES or len(entries) > c.MAX_TENSORS:

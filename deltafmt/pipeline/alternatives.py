@@ -25,6 +25,7 @@ from deltafmt.pipeline.job import PackJob
 from deltafmt.pipeline.losses import measure
 from deltafmt.pipeline.plan import Plan, not_finite, shared_bytes, tensor_seed
 from deltafmt.pipeline.sizes import file_size, plan_layouts, tensor_size
+from deltafmt.pipeline.summary import times
 from deltafmt.pipeline.workers import Progress, drain, in_order
 
 # Attempts to use up the bytes that a plan leaves. Tensors share sections and alignment, so their sizes do not add up.
@@ -133,7 +134,7 @@ class Alternatives:
         smallest, least = self._smallest()
         if least > limit:
             ratio = self._job.finetuned.file_bytes / least
-            reached = f"the least that the candidates reach is {least:,} bytes, {ratio:.2f} times smaller"
+            reached = f"the least that the candidates reach is {least:,} bytes, {times(ratio)}"
             raise UsageError(f"no plan fits {target:,} bytes: {reached}")
         best = smallest
         allowance = limit - least + total_size(items, smallest)

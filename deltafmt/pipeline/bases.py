@@ -7,6 +7,7 @@ one.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +21,16 @@ from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.spellings import is_layered
 from deltafmt.checkpoint.stitched import stitch_parts
+from deltafmt.checkpoint.weight_names import METADATA_VARIANT
 from deltafmt.errors import Remedy, WrongBaseError
 from deltafmt.format.constants import METADATA_BASE
 from deltafmt.index.entries import BasePart, BaseRef, TensorEntry
 from deltafmt.pipeline.workers import drain
+
+
+def open_base(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Checkpoint:
+    """Open the base of a delta: the weights of the variant that the delta was packed against, if it names one."""
+    return Checkpoint(path, variant=metadata.get(METADATA_VARIANT), lenient=True)
 
 
 class BaseTensors:

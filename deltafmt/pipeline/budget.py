@@ -6,14 +6,14 @@ import os
 from collections.abc import Sequence
 
 from deltafmt.checkpoint.base_name import base_name as folder_name
-from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import UsageError
 from deltafmt.methods import RTN, BitDelta, DeltaDQ, Method, Residual
 from deltafmt.pipeline.alternatives import Alternatives, Hessians
 from deltafmt.pipeline.choice import Choice
 from deltafmt.pipeline.job import PackJob, check_options
-from deltafmt.pipeline.pairing import PairOptions, pair_up
-from deltafmt.pipeline.plan import Rule, make_plan
+from deltafmt.pipeline.pairing import PairOptions
+from deltafmt.pipeline.plan import Rule
+from deltafmt.pipeline.prepare import open_pair, prepare
 from deltafmt.pipeline.target import target_bytes, target_metadata
 from deltafmt.pipeline.workers import Progress, thread_count
 
@@ -55,6 +55,10 @@ def plan_for_target(
     rules: Sequence[Rule] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    missing: str | None = None,
+    variant: str | None = None,
+    attach: Sequence[str] = (),
+    no_attach: Sequence[str] = (),
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
     allow_architecture: bool = False,
@@ -72,8 +76,8 @@ def plan_for_target(
 
     Args:
         base, finetuned: a checkpoint folder or a ``.safetensors`` file.
-        target_ratio, target_size, candidates, rules, include, exclude, rename, strip_prefix, allow_architecture,
-            base_name, profile, seed, threads: as ``pack`` takes them.
+        target_ratio, target_size, candidates, rules, include, exclude, missing, variant, attach, no_attach, rename,
+            strip_prefix, allow_architecture, base_name, profile, seed, threads: as ``pack`` takes them.
         progress: called with a tensor's name and bytes as each is measured.
         hessians: second moments of the matrices' inputs by name, to measure the losses with.
 
@@ -87,14 +91,14 @@ def plan_for_target(
     """
     check_options(profile, seed)
     options = PairOptions.parse(rename, strip_prefix, allow_architecture)
-    with Checkpoint(base) as before, Checkpoint(finetuned) as after:
+    with open_pair(base, finetuned, variant, attach, no_attach) as (before, after):
         target = target_bytes(target_ratio, target_size, after.file_bytes)
         if target is None:
             raise UsageError("a plan needs a target ratio or a target size")
-        pairing = pair_up(before, after, options)
-        plans = make_plan(before, after, None, rules, include, exclude, pairing)
+        ready = prepare(before, after, None, rules, include, exclude, missing, options)
         named = folder_name(before) if base_name is None else base_name
-        job = PackJob(before, after, plans, profile, seed, target_metadata(target), pairing, named)
+        description = target_metadata(target)
+        job = PackJob(before, after, ready.plans, profile, seed, description, ready.pairing, named, ready.completeness)
         alternatives = Alternatives(job, candidates or default_candidates())
         alternatives.measure(thread_count(threads), progress, hessians)
         return alternatives.choose(target)

@@ -8,11 +8,11 @@ number of threads.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.delta import BATCH_ELEMENTS, row_ranges
@@ -33,6 +33,9 @@ WHOLE_FACTOR = 8
 # Bytes that solving for a whole matrix takes for each element of its inputs' second moments.
 HESSIAN_BYTES = 40
 
+# A tensor of so few bytes is compressed in the thread that writes the file.
+SMALL_BYTES = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Compressed:
@@ -49,15 +52,53 @@ class Compressed:
     notes: tuple[str, ...] = ()
 
 
+Result = TypeVar("Result")
+Given_co = TypeVar("Given_co", covariant=True)
+
+
+class Handle(Protocol[Given_co]):
+    """What a call that is under way is known by: a future, or :class:`Later`."""
+
+    def result(self) -> Given_co:
+        """Return the call's result, or raise its error."""
+
+    def cancel(self) -> bool:
+        """Ask not to make the call."""
+
+
+class Later(Generic[Result]):
+    """A call that is made once its result is asked for, in the thread that asks.
+
+    For a small tensor, handing work to another thread takes longer than the work.
+    """
+
+    __slots__ = ("_args", "_call", "_found")
+
+    def __init__(self, call: Callable[..., Result], args: tuple[Any, ...]) -> None:
+        self._call: Callable[..., Result] | None = call
+        self._args = args
+        self._found: Result | None = None
+
+    def result(self) -> Result:
+        """Make the call, unless it is made already, and return its result."""
+        if self._call is not None:
+            self._found, self._call = self._call(*self._args), None
+        return cast("Result", self._found)
+
+    def cancel(self) -> bool:
+        """Do nothing: a call whose result nobody asks for is never made."""
+        return True
+
+
 @dataclass(slots=True)
 class _Work:
     """The work on one tensor: futures of its parts, and the terms that the parts fill."""
 
     plan: Plan
     seed: int
-    same: Future[bool] | None = None
-    fingerprint: Future[bytes] | None = None
-    parts: list[Future[None]] = field(default_factory=list)
+    same: Handle[bool] | None = None
+    fingerprint: Handle[bytes] | None = None
+    parts: list[Handle[None]] = field(default_factory=list)
     terms: list[PackedTerm] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -130,19 +171,24 @@ class Compressor:
         tensor.will_need()
         if plan.alias is not None or base is None:
             return work
-        work.same = self._pool.submit(tensor.equals, base)
+        small = max(tensor.nbytes, base.nbytes) <= SMALL_BYTES
+        work.same = self._begin(small, tensor.equals, base)
         if method is None:
             return work
-        work.fingerprint = self._pool.submit(base.fingerprint)
+        work.fingerprint = self._begin(small, base.fingerprint)
         if method.whole:
-            work.parts.append(self._pool.submit(self._compress_whole, work, method))
+            work.parts.append(self._begin(small, self._compress_whole, work, method))
             return work
         terms = [work.new_term(layout) for layout in plan.layouts()]
         width = max(term.codec.width for term in terms)
         step = max(term.codec.run_rows for term in terms)
         for start, stop in row_ranges(0, plan.shared_rows, width, step, BATCH_ELEMENTS):
-            work.parts.append(self._pool.submit(_compress_rows, work, method, start, stop))
+            work.parts.append(self._begin(small, _compress_rows, work, method, start, stop))
         return work
+
+    def _begin(self, small: bool, call: Callable[..., Result], *args: Any) -> Handle[Result]:
+        """Hand a call to a worker thread, or keep it for later if the tensor is small."""
+        return Later(call, args) if small else self._pool.submit(call, *args)
 
     def _footprint(self, plan: Plan) -> int:
         """Return the bytes of memory that a tensor counts for while work on it is under way."""

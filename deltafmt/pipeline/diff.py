@@ -23,6 +23,7 @@ from deltafmt.delta import DeltaFile, row_ranges
 from deltafmt.errors import StorageError, UsageError
 from deltafmt.format.constants import DELTA_DTYPES
 from deltafmt.index.entries import TensorEntry
+from deltafmt.pipeline.outputs import is_delta_file
 from deltafmt.pipeline.summary import describe_entry
 from deltafmt.terms import floats
 
@@ -124,11 +125,7 @@ def _compare_checkpoints(left: Checkpoint, right: Checkpoint, renames: Renames) 
 def _is_delta(path: Path) -> bool:
     if not path.exists():
         raise StorageError(f"no such file or folder: {path}")
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        head = file.read(8)
-    return path.suffix == ".deltafmt" or head[1:4] == b"DLT"
+    return path.is_file() and is_delta_file(path)
 
 
 def _collect(a: dict[str, Any], b: dict[str, Any], compare: Any) -> DiffResult:

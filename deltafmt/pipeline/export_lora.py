@@ -15,14 +15,15 @@ from typing import Any, Final
 
 from deltafmt.checkpoint.adapter import PREFIX, WEIGHTS_FILE, is_embedding
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
-from deltafmt.checkpoint.folder import Checkpoint, natural_key
+from deltafmt.checkpoint.folder import natural_key
 from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.checkpoint.renames import Renames
+from deltafmt.checkpoint.weight_names import WeightNames, bounded
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
-from deltafmt.pipeline.bases import BaseTensors
+from deltafmt.pipeline.bases import BaseTensors, open_base
 from deltafmt.pipeline.import_lora import METADATA_BASE, METADATA_TASK
 from deltafmt.pipeline.lora_entries import entries_in_base
 from deltafmt.pipeline.lora_modules import LoraModule, lora_modules
@@ -109,7 +110,16 @@ def export_lora(
         named = opened.metadata.get(METADATA_BASE)
         config = _attached_config(opened)
         tensors = None
-        checkpoint = None if base is None else stack.enter_context(Checkpoint(base))
+        components = [
+            component
+            for component in WeightNames.from_metadata(opened.metadata, opened.container.name).components
+            if component
+        ]
+        if components:
+            raise UsageError(
+                f"{delta} is of a model with weights in {bounded(components)}, and an adapter is of one model"
+            )
+        checkpoint = None if base is None else stack.enter_context(open_base(base, opened.metadata))
         if checkpoint is not None:
             tensors = BaseTensors(checkpoint, entries, opened.metadata, renames)
             check_base(tensors, entries, thread_count(None))
@@ -177,9 +187,9 @@ class _Exporter:
         specs = [spec for module in self._modules for spec in module.specs()]
         specs += [TensorSpec(name, entry.dtype, entry.shape) for name, entry in self._whole.items()]
         nbytes = sum(spec.nbytes for spec in specs)
-        stem = Path(WEIGHTS_FILE).stem
         result = ExportResult(path, nbytes, config["r"], len(self._modules), self._saved)
-        writer = CheckpointWriter(path, specs, max_shard_bytes=max(nbytes, 1), stem=stem, force=force)
+        names = WeightNames({"": WEIGHTS_FILE})
+        writer = CheckpointWriter(path, specs, max_shard_bytes=max(nbytes, 1), names=names, force=force)
         try:
             for module in self._modules:
                 for spec, factor in zip(module.specs(), module.factors(self._delta), strict=True):

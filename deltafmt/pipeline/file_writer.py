@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from deltafmt.checkpoint.folder import read_file
+from deltafmt.checkpoint.folder_errors import is_adapter_file
 from deltafmt.checkpoint.name_changes import entry_changes
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.stream import StreamFile
 from deltafmt.container.writer import ContainerWriter
-from deltafmt.errors import UsageError
+from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
 from deltafmt.output import storage_error
@@ -44,11 +45,21 @@ def write_file(job: PackJob, delivery: Delivery, most: int | None = None) -> Pac
         sink = PartialFile(delivery.out, job.digest(), force=delivery.force, features=job.features())
     else:
         sink = StreamFile(delivery.out)
-    result = PackResult(path, finetuned_bytes=finetuned.file_bytes, skipped_files=list(finetuned.skipped))
+    result = PackResult(
+        path,
+        finetuned_bytes=finetuned.file_bytes,
+        removed=job.removed(),
+        taken=list(job.completeness.taken),
+        unlisted=dict(finetuned.unlisted),
+        attached=list(finetuned.files),
+        left_out=dict(finetuned.left_out),
+        remarks=job.remarks(),
+    )
     with kept_if_interrupted(sink.keep, sink.abandon):
         _FileWriter(job, sink, result).run(delivery.threads, delivery.progress)
         for source in (job.base, finetuned):
             source.check_unchanged()
+        _check_adapter(job, result)
         if most is not None and result.size > most:
             if path is None:
                 raise UsageError(f"the output has {result.size:,} bytes, and the target was {most:,}")
@@ -56,6 +67,20 @@ def write_file(job: PackJob, delivery: Delivery, most: int | None = None) -> Pac
         else:
             sink.commit()
     return result
+
+
+def _check_adapter(job: PackJob, result: PackResult) -> None:
+    """Refuse a fine-tune whose weights are the base's, and that lies in an adapter beside them: it would be lost.
+
+    Raises:
+        InvalidFileError: the adapter is not merged.
+    """
+    beside = [name for name in (*result.left_out, *result.attached) if is_adapter_file(name)]
+    if beside and not result.actions.keys() & {"add", "replace"}:
+        raise InvalidFileError(
+            f"{job.finetuned.path}: its weights are the base's, and the adapter beside them ({beside[0]}) is not "
+            "merged; merge it, or make the delta file with import-lora"
+        )
 
 
 def write_tensors(job: PackJob, path: Path, threads: int) -> None:
@@ -103,7 +128,7 @@ class _FileWriter:
         files = job.finetuned.files if attach else {}
         attachments = {name: container.attach(read_file(path)) for name, path in files.items()}
         identity = container.finish(
-            self._entries.values(), removed=job.removed(), attachments=attachments, metadata=job.metadata()
+            self._entries.values(), removed=self._result.removed, attachments=attachments, metadata=job.metadata()
         )
         self._report(identity)
 
@@ -138,7 +163,6 @@ class _FileWriter:
                 result.kept[entry.name] = plan.reason or NO_SMALLER
             if entry.columns <= NARROW_COLUMNS and plan.method is not None and plan.method.at_random:
                 result.narrow += any(term.layout.drops_most for term in entry.terms)
-        result.removed = len(self._job.removed())
         result.names = entry_changes(self._entries.values())
         result.unmatched, result.unmatched_base = list(self._job.pairing.left), list(self._job.pairing.free)
         result.architecture = self._job.pairing.architecture

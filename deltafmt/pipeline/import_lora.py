@@ -69,7 +69,7 @@ class ImportResult:
         replaced: names of tensors that the adapter holds whole, with other bytes than the base.
         same: number of tensors that equal the base's.
         base_name: the base that the adapter names; empty if it names none.
-        skipped_files: names of files of the adapter's folder that could not be attached.
+        left_out: why files and folders of the adapter's folder do not travel, by name.
         names: what differs between the adapter's names and the base's.
     """
 
@@ -81,7 +81,7 @@ class ImportResult:
     replaced: list[str] = field(default_factory=list)
     same: int = 0
     base_name: str = ""
-    skipped_files: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
     names: list[NameChange] = field(default_factory=list)
 
 
@@ -122,7 +122,7 @@ def import_lora(
     if profile not in c.PROFILES:
         raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
     path, renames = Path(out), Renames.parse(rename, strip_prefix)
-    with Checkpoint(base) as checkpoint, Adapter(adapter) as opened:
+    with Checkpoint(base, lenient=True) as checkpoint, Adapter(adapter) as opened:
         refuse_input_file(path, [checkpoint])
         if path.resolve().parent == opened.path.resolve() and path.exists():
             raise UsageError(f"the output {path} lies in the adapter's folder and is not replaced")
@@ -132,7 +132,7 @@ def import_lora(
             path,
             adapter_bytes=opened.nbytes,
             base_name=opened.config.base_name,
-            skipped_files=list(opened.skipped),
+            left_out=dict(opened.left_out),
             names=plan.names,
         )
         sink = PartialFile(path, None, force=force)
@@ -221,5 +221,6 @@ class _Importer:
             "deltafmt.version": __version__,
             "method": "lora",
             **{key: value for key, value in named.items() if value},
+            **self._base.names.metadata(),
             **{f"safetensors.{key}": value for key, value in self._base.metadata().items()},
         }

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from blake3 import blake3
 
 from deltafmt._version import __version__
 from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.quantized import quantization
+from deltafmt.checkpoint.weight_names import METADATA_VARIANT
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
 from deltafmt.format.constants import FEATURE_LEADING, FEATURE_PARTS, element_count
 from deltafmt.index.entries import BasePart
+from deltafmt.pipeline.completeness import Completeness
 from deltafmt.pipeline.pairing import Pairing
-from deltafmt.pipeline.plan import Plan, file_metadata
+from deltafmt.pipeline.plan import BASE_DTYPE, Plan, file_metadata
 from deltafmt.pipeline.workers import Progress
 
 if TYPE_CHECKING:
     from deltafmt.pipeline.moments import MomentFolder
+
+# How many tensors the fine-tune lacked, which are the base's; the folders that the packer left out.
+METADATA_TAKEN: Final = "taken_from_base"
+METADATA_DROPPED: Final = "folders_left_out"
 
 
 def check_options(profile: str, seed: int) -> None:
@@ -49,6 +56,7 @@ class PackJob:
         description: what the file's metadata says of its method.
         pairing: the tensors of the two checkpoints that belong together.
         base_name: the name of the base that the file records; empty for none.
+        completeness: what the fine-tune lacks.
         moments: second moments of the matrices' inputs, if a calibration has gathered some.
     """
 
@@ -60,6 +68,7 @@ class PackJob:
     description: str
     pairing: Pairing
     base_name: str
+    completeness: Completeness = field(default_factory=Completeness)
     moments: MomentFolder | None = None
 
     def digest(self) -> bytes:
@@ -87,7 +96,7 @@ class PackJob:
 
     def removed(self) -> list[str]:
         """Return the names of the tensors that only the base has, sorted."""
-        return sorted(set(self.base.tensors) - set(self.finetuned.tensors) - self.pairing.taken())
+        return sorted(set(self.base.tensors) - {plan.tensor.name for plan in self.plans} - self.pairing.taken())
 
     def features(self) -> int:
         """Return the incompatible features that the file's header names."""
@@ -103,13 +112,35 @@ class PackJob:
                 if parts != (BasePart(name, 0, element_count(base.shape)),):
                     yield name, parts
 
+    def remarks(self) -> list[str]:
+        """Return remarks about the inputs: which files were read, and whether the base is quantized."""
+        found = [f"{source.path}: {note}" for source in (self.base, self.finetuned) for note in source.notes]
+        whole = sum(plan.reason.startswith(BASE_DTYPE) and len(plan.tensor.shape) > 1 for plan in self.plans)
+        if whole:
+            found.append(
+                f"the base is quantized ({quantization(self.base)}): there is no delta to {whole:,} of its matrices, "
+                "so the fine-tune's are stored whole"
+            )
+        coded = sum(plan.tensor.dtype[:2] in ("F8", "F4", "F6") and len(plan.tensor.shape) > 1 for plan in self.plans)
+        if coded and not whole:
+            found.append(
+                f"the fine-tune is quantized ({quantization(self.finetuned)}): its {coded:,} matrices of codes are "
+                "stored whole; a delta of the weights before quantizing is smaller"
+            )
+        return found
+
     def metadata(self) -> dict[str, str]:
         """Return the file's metadata."""
         calibration = {} if self.moments is None else self.moments.metadata()
-        return (
-            file_metadata(self.description, self.seed, self.finetuned, self.base_name, self.pairing.architecture)
-            | calibration
-        )
+        own = file_metadata(self.description, self.seed, self.finetuned, self.base_name, self.pairing.architecture)
+        found = {METADATA_TAKEN: str(len(self.completeness.taken))} if self.completeness.taken else {}
+        if self.finetuned.dropped:
+            found[METADATA_DROPPED] = ", ".join(self.finetuned.dropped)
+        variant = self.base.names.variant()
+        if variant is not None:
+            found[METADATA_VARIANT] = variant
+        found |= self.finetuned.names.completed(self.base.names, self.completeness.taken).metadata()
+        return own | found | calibration
 
 
 @dataclass(frozen=True, slots=True)

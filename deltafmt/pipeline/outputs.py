@@ -11,6 +11,13 @@ from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import UsageError
 
 
+def is_delta_file(path: Path) -> bool:
+    """Tell whether a file is a delta file, by its ending or its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    return path.suffix == ".deltafmt" or head[1:4] == b"DLT"
+
+
 def refuse_input_file(path: Path, sources: Sequence[Checkpoint]) -> None:
     """Refuse an output file that is a file of a checkpoint, or the checkpoint itself.
 
@@ -18,8 +25,12 @@ def refuse_input_file(path: Path, sources: Sequence[Checkpoint]) -> None:
         UsageError: the output is an input.
     """
     for source in sources:
-        inputs = [source.path, *(Path(name) for name, _, _ in source.identity()), *source.files.values()]
+        inputs = [source.path, *(Path(name) for name, _, _ in source.identity())]
         if path.exists() and any(found.exists() and os.path.samefile(path, found) for found in inputs):
+            raise UsageError(f"the output {path} is itself an input")
+        # An earlier delta file may lie in the folder of a checkpoint; its other files are the checkpoint's.
+        inside = source.path.is_dir() and path.resolve().is_relative_to(source.path.resolve())
+        if inside and path.is_file() and not is_delta_file(path):
             raise UsageError(f"the output {path} is itself an input")
 
 

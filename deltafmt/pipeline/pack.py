@@ -9,7 +9,6 @@ from typing import BinaryIO
 
 from deltafmt import core
 from deltafmt.checkpoint.base_name import base_name as folder_name
-from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container.partial import check_output_file
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.methods.base import Method
@@ -19,8 +18,9 @@ from deltafmt.pipeline.file_writer import write_file
 from deltafmt.pipeline.job import Delivery, PackJob, check_options
 from deltafmt.pipeline.outputs import refuse_input_file
 from deltafmt.pipeline.pack_result import PackResult
-from deltafmt.pipeline.pairing import PairOptions, pair_up
-from deltafmt.pipeline.plan import Rule, make_plan
+from deltafmt.pipeline.pairing import PairOptions
+from deltafmt.pipeline.plan import Rule
+from deltafmt.pipeline.prepare import open_pair, prepare
 from deltafmt.pipeline.target import target_bytes, target_metadata
 from deltafmt.pipeline.workers import Progress, thread_count
 
@@ -37,6 +37,10 @@ def pack(
     rules: Sequence[Rule] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    missing: str | None = None,
+    variant: str | None = None,
+    attach: Sequence[str] = (),
+    no_attach: Sequence[str] = (),
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
     allow_architecture: bool = False,
@@ -66,6 +70,11 @@ def pack(
             whole.
         include: if given, only names that match one of these patterns are compressed.
         exclude: names that match one of these patterns are stored whole.
+        missing: what is done with tensors that the fine-tune lacks and its model needs: ``same`` takes them from the
+            base, ``removed`` leaves them out. If not given, such a fine-tune is refused.
+        variant: read the weights of this variant, such as ``fp16`` in ``model.fp16.safetensors``.
+        attach: patterns of paths of files beside the weights that travel although they would not by themselves.
+        no_attach: patterns of paths of files that do not travel; they win over ``attach``.
         rename: rules FROM=TO that say what a name of the fine-tune is in the base. FROM is how the name begins, or a
             pattern with ``*``. Names that differ in a known way are matched without rules.
         strip_prefix: beginnings of names that do not count, on either side.
@@ -87,7 +96,7 @@ def pack(
         UsageError: an option is wrong, a pattern matches nothing, the output exists or is an input, or no plan meets
             the target.
         NonFiniteError: a delta has NaN or infinity and its tensor is to be compressed.
-        InvalidFileError: an input is not a valid checkpoint.
+        InvalidFileError: an input is not a valid checkpoint, the fine-tune is not whole, or a link leaves its folder.
         WrongBaseError: base and fine-tune are of different architecture, or their names do not say what belongs
             together.
         StorageError: reading or writing failed.
@@ -103,14 +112,17 @@ def pack(
     options = PairOptions.parse(rename, strip_prefix, allow_architecture)
     place = Path(out) if isinstance(out, str | os.PathLike) else out
     delivery = Delivery(place, force, thread_count(threads), progress)
-    with Checkpoint(base) as before, Checkpoint(finetuned) as after:
+    if calibration is not None and variant is not None:
+        raise UsageError(f"variant {variant!r} and a calibration: a text is read with weights that have no variant")
+    with open_pair(base, finetuned, variant, attach, no_attach) as (before, after):
         target = target_bytes(target_ratio, target_size, after.file_bytes)
         default = method or DeltaDQ()
         description = default.describe() if target is None else target_metadata(target)
-        pairing = pair_up(before, after, options)
-        plans = make_plan(before, after, default if target is None else None, rules, include, exclude, pairing)
+        only = default if target is None else None
+        prepared = prepare(before, after, only, rules, include, exclude, missing, options)
         named = folder_name(before) if base_name is None else base_name
-        job = PackJob(before, after, plans, profile, seed, description, pairing, named)
+        plans, pairing, lacks = prepared.plans, prepared.pairing, prepared.completeness
+        job = PackJob(before, after, plans, profile, seed, description, pairing, named, lacks)
         _check_hot(job)
         _check_output(job, delivery)
         if target is not None:

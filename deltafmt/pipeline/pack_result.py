@@ -24,17 +24,21 @@ class PackResult:
         actions: number of tensors by action.
         kept: names of matrices that are stored whole, with the reason.
         narrow: number of matrices with so few columns that dropping most of each row at random may cost accuracy.
-        removed: number of tensors that only the base has.
+        removed: names of tensors that only the base has; the unpacked folder lacks them.
+        taken: names of tensors that the fine-tune lacks and that are taken from the base.
+        unlisted: names of tensors that the fine-tune's index does not name, with the shard in which they were found.
+        attached: names of the files that travel with the delta.
+        left_out: why other files and folders do not travel, by name; hidden ones are not listed.
         names: what differs between the names and layouts of the two sides.
         unmatched: matrices of the fine-tune's layers for which the base has none, although it has layers left.
         unmatched_base: the base's matrices that are left then.
         architecture: the types of the two models, if they differ and this was allowed.
         base_name: the name of the base that the file records.
         resumed: number of tensors that an interrupted run had already packed.
-        skipped_files: names of files that could not be attached.
         calibration_tokens: number of tokens of the calibration text that the fine-tune has read.
         sequential: True if each block was calibrated on the outputs of the compressed blocks before it.
         uncalibrated: names of compressed matrices for which a calibration was wanted and no moments were found.
+        remarks: remarks about the inputs: which files were read, and whether the base is quantized.
         notes: remarks of the method, by name of the tensor. Tensors that an interrupted run had packed have none.
         choice: what was chosen for the target, if there was one.
     """
@@ -46,14 +50,18 @@ class PackResult:
     actions: dict[str, int] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     narrow: int = 0
-    removed: int = 0
+    removed: list[str] = field(default_factory=list)
+    taken: list[str] = field(default_factory=list)
+    unlisted: dict[str, str] = field(default_factory=dict)
+    attached: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
     names: list[NameChange] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
     unmatched_base: list[str] = field(default_factory=list)
     architecture: str = ""
     base_name: str = ""
     resumed: int = 0
-    skipped_files: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     calibration_tokens: int = 0
     sequential: bool = False
     uncalibrated: list[str] = field(default_factory=list)

@@ -50,6 +50,8 @@ class Pairing:
         tensors: the base's tensor by the name of the fine-tune's.
         tied: names of tensors that the base lacks and whose base is another tensor: a head, untied from the embedding.
         unrelated: names that were left without a base because the values of the two are unrelated.
+        unlike: names of the base's tensors that those were compared with.
+        inner: True if the fine-tune's type of model is that of a model inside the base.
         architecture: the two types of model, if they differ and this was allowed; otherwise empty.
         left: matrices of the fine-tune's layers without a counterpart, although the base has layers left.
         free: those of the base, if ``left`` is not empty.
@@ -58,6 +60,8 @@ class Pairing:
     tensors: Mapping[str, Tensor]
     tied: frozenset[str] = frozenset()
     unrelated: frozenset[str] = frozenset()
+    unlike: frozenset[str] = frozenset()
+    inner: bool = False
     architecture: str = ""
     left: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
@@ -98,7 +102,14 @@ def pair_up(base: Checkpoint, finetuned: Checkpoint, options: PairOptions | None
     tied = dict(_untied(base, finetuned, tensors, dropped))
     _check(base, finetuned, tensors, found, dropped)
     return Pairing(
-        tensors | tied, frozenset(tied), frozenset(dropped), architecture, tuple(found.left), tuple(found.free)
+        tensors | tied,
+        frozenset(tied),
+        frozenset(dropped),
+        frozenset(part.name for name in dropped for part in found.tensors[name].parts()),
+        finetuned.config().get("model_type") in _inner(base.config()),
+        architecture,
+        tuple(found.left),
+        tuple(found.free),
     )
 
 

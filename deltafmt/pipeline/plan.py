@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,9 @@ Rule = tuple[str, Method | None]
 
 NO_SMALLER = "no smaller when packed"
 UNRELATED = "its values have nothing to do with the base's"
+
+# The beginning of the reason of a tensor whose base is quantized.
+BASE_DTYPE = "the base's dtype"
 
 # Reasons that the user gave for storing a tensor whole.
 CHOSEN = ("excluded", "not included", "by rule")
@@ -117,16 +121,16 @@ def make_plan(
         other = paired.tensors.get(name)
         leading = leading_dimensions(tensor.shape)
         tensor, other = tensor.as_matrix(leading), None if other is None else other.as_matrix(leading)
-        plan = Plan(tensor, other, method, undecided=method is None)
+        chosen, reason, undecided = method, "", method is None
         if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
-            plan = plan.decided(None, "not included")
+            chosen, reason, undecided = None, "not included", False
         for pattern, ruled in rules:
             if fnmatch.fnmatchcase(name, pattern):
-                plan = plan.decided(ruled, "by rule" if ruled is None else "")
+                chosen, reason, undecided = ruled, "by rule" if ruled is None else "", False
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
-            plan = plan.decided(None, "excluded")
-        reason = plan.reason or (UNRELATED if name in paired.unrelated else why_exact(tensor, other, plan.method))
-        return plan.decided(None, reason) if reason else plan
+            chosen, reason, undecided = None, "excluded", False
+        reason = reason or (UNRELATED if name in paired.unrelated else why_exact(tensor, other, chosen))
+        return Plan(tensor, other, None, reason) if reason else Plan(tensor, other, chosen, undecided=undecided)
 
     plans = {name: decide(tensor) for name, tensor in finetuned.tensors.items()}
     for name, target in ties.items():
@@ -153,8 +157,10 @@ def why_exact(tensor: Tensor, base: Tensor | None, method: Method | None) -> str
     """
     if base is None:
         return "not in the base"
-    if tensor.dtype not in DELTA_DTYPES or base.dtype not in DELTA_DTYPES:
+    if tensor.dtype not in DELTA_DTYPES:
         return f"dtype {tensor.dtype}"
+    if base.dtype not in DELTA_DTYPES:
+        return f"{BASE_DTYPE} {base.dtype}"
     if len(tensor.shape) < 2:
         return "a vector"
     if len(base.shape) != len(tensor.shape) or base.shape[1:] != tensor.shape[1:]:
@@ -165,12 +171,19 @@ def why_exact(tensor: Tensor, base: Tensor | None, method: Method | None) -> str
         return ""
     shared = min(tensor.rows, base.rows)
     try:
-        layouts = method.layouts(shared, tensor.columns)
+        packed = _least_bytes(method, shared, tensor.columns)
     except UsageError as error:
         raise error.located(f'tensor "{tensor.name}"') from error
-    # The slots of unstructured terms are not known yet. This is a lower bound; packing compares the true size again.
-    packed = sum(sum(layout.buffer_lengths(shared, tensor.columns).values()) for layout in layouts)
     return NO_SMALLER if packed >= shared_bytes(tensor, base) else ""
+
+
+@functools.lru_cache(4096)
+def _least_bytes(method: Method, rows: int, columns: int) -> int:
+    """Return the bytes that a method's terms take at least; most models have few shapes, and some many tensors.
+
+    The slots of unstructured terms are not known yet, so packing compares the true size again.
+    """
+    return sum(sum(layout.buffer_lengths(rows, columns).values()) for layout in method.layouts(rows, columns))
 
 
 def shared_bytes(tensor: Tensor, base: Tensor) -> int:
@@ -188,8 +201,7 @@ def find_ties(pairing: Pairing, finetuned: Checkpoint) -> dict[str, str]:
     candidates: dict[tuple[object, ...], list[Tensor]] = {}
     for tensor in finetuned.tensors.values():
         if len(tensor.shape) >= 2 and tensor.nbytes:
-            with tensor.pages(0, min(tensor.nbytes, 4096)) as head:
-                key = tensor.dtype, tensor.shape, bytes(head)
+            key = tensor.dtype, tensor.shape, tensor.head(4096)
             candidates.setdefault(key, []).append(tensor)
     ties: dict[str, str] = {}
     for group in candidates.values():

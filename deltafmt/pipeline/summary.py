@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from deltafmt.checkpoint.name_changes import entry_changes
+from deltafmt.checkpoint.weight_names import bounded
 from deltafmt.container.reader import Container
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
@@ -43,6 +44,16 @@ _OPTIONS = {"k": "bits", "r": "rank", "v": "share"}
 def plural(number: int, noun: str) -> str:
     """Return ``1 tensor``, ``2 tensors``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def times(ratio: float) -> str:
+    """Return how a size compares with a larger or a smaller one: ``14.74 times smaller``, ``5.88 times larger``."""
+    return f"{ratio:,.2f} times smaller" if ratio >= 1 else f"{1 / ratio:,.2f} times larger"
+
+
+def left_out_line(names: Sequence[str]) -> str:
+    """Return the line about tensors that the base has and the fine-tune has not."""
+    return f"left out: {plural(len(names), 'tensor')} that only the base has: {bounded(names)}"
 
 
 def finetuned_bytes(entries: Iterable[TensorEntry]) -> int:

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltafmt import core
-from deltafmt.checkpoint.folder import Checkpoint, natural_key
+from deltafmt.checkpoint.folder import natural_key
 from deltafmt.checkpoint.folder_writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.checkpoint.name_changes import NameChange
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.checkpoint.weight_names import WeightNames
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
 from deltafmt.index.entries import BaseRef, TensorEntry
-from deltafmt.pipeline.bases import BaseTensors, compare_bases
+from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base
 from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.pipeline.workers import Progress, drain, in_order, thread_count
 from deltafmt.terms.buffers import raw_bytes
@@ -37,6 +38,7 @@ class UnpackResult:
         tensors: number of tensors written.
         nbytes: bytes of the tensors written.
         files: names of the attached files that were written.
+        removed: names of tensors that only the base has; the folder lacks them.
         mismatched: names of base tensors that differ from those packed against; only ``force_base`` allows any.
         names: what differs between the names that the file records for its base and those of this base.
     """
@@ -45,6 +47,7 @@ class UnpackResult:
     tensors: int = 0
     nbytes: int = 0
     files: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     names: list[NameChange] = field(default_factory=list)
 
@@ -89,11 +92,12 @@ def unpack(
     renames = Renames.parse(rename, strip_prefix)
     check_output_folder(path, force=force)
     refuse_input_folder(path, [base, delta])
-    with DeltaFile(delta) as opened, Checkpoint(base) as checkpoint:
+    with DeltaFile(delta) as opened, open_base(base, opened.metadata) as checkpoint:
         entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
         # ``force_base`` allows other bytes, but no other dtypes and shapes.
         found = BaseTensors(checkpoint, entries, opened.metadata, renames)
-        unpacker = _Unpacker(opened, found, entries, UnpackResult(path, names=found.changes))
+        result = UnpackResult(path, removed=list(opened.container.removed), names=found.changes)
+        unpacker = _Unpacker(opened, found, entries, result)
         return unpacker.run(force, force_base, max_shard_bytes, thread_count(threads), progress)
 
 
@@ -119,8 +123,8 @@ class _Unpacker:
     ) -> UnpackResult:
         """Write every tensor, then the attached files, and put the folder in its place."""
         prefix = "safetensors."
-        own = self._delta.metadata.items()
-        metadata = {key.removeprefix(prefix): value for key, value in own if key.startswith(prefix)}
+        own = self._delta.metadata
+        metadata = {key.removeprefix(prefix): value for key, value in own.items() if key.startswith(prefix)}
         if force_base:
             compared = compare_bases(self._base, self._entries, threads)
             self._result.mismatched = [name for name, equal in compared if not equal]
@@ -129,7 +133,12 @@ class _Unpacker:
         metadata["deltafmt.content_id"] = self._delta.content_id
         specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in self._entries]
         writer = CheckpointWriter(
-            self._result.path, specs, metadata=metadata, max_shard_bytes=max_shard_bytes, force=force
+            self._result.path,
+            specs,
+            metadata=metadata,
+            max_shard_bytes=max_shard_bytes,
+            names=WeightNames.from_metadata(own, self._delta.container.name),
+            force=force,
         )
         try:
             self._write(writer, not force_base, threads, progress)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.name_changes import NameChange
 from deltafmt.checkpoint.renames import Renames
+from deltafmt.checkpoint.weight_names import WeightNames
 from deltafmt.container.content import content_id
 from deltafmt.container.reader import Container
 from deltafmt.delta import DeltaFile, RunDecoder, codec_of
@@ -18,7 +18,7 @@ from deltafmt.errors import InvalidFileError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.sections import BufferRef
-from deltafmt.pipeline.bases import BaseTensors, compare_bases
+from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base
 from deltafmt.pipeline.workers import thread_count
 from deltafmt.terms.buffers import raw_bytes
 
@@ -32,6 +32,8 @@ class VerifyResult:
         tensors: number of entries whose buffers were decoded and whose digests were compared.
         base_tensors: number of base tensors whose fingerprints were compared; None without a base.
         content_id: the content id, computed anew, hexadecimal.
+        removed: names of tensors that only the base has; an unpacked folder lacks them.
+        attached: names of the attached files.
         names: what differs between the names that the file records for its base and those of this base.
     """
 
@@ -39,6 +41,8 @@ class VerifyResult:
     tensors: int
     base_tensors: int | None
     content_id: str
+    removed: tuple[str, ...] = ()
+    attached: tuple[str, ...] = ()
     names: list[NameChange] = field(default_factory=list)
 
 
@@ -91,10 +95,12 @@ def verify(
             raise _named(container, InvalidFileError("the content id is not that of the content"))
         checked, changes = None, []
         if base is not None:
-            with Checkpoint(base) as checkpoint:
+            with open_base(base, container.metadata) as checkpoint:
                 tensors = BaseTensors(checkpoint, entries, container.metadata, renames)
                 checked, changes = check_base(tensors, entries, workers), tensors.changes
-        return VerifyResult(len(container.sections), len(entries), checked, found.hex(), changes)
+        WeightNames.from_metadata(container.metadata, container.name)
+        rest = tuple(container.removed), tuple(container.attachments), changes
+        return VerifyResult(len(container.sections), len(entries), checked, found.hex(), *rest)
 
 
 def _check_payload(delta: DeltaFile, entry: TensorEntry) -> None:
