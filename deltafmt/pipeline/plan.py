@@ -18,6 +18,7 @@ from deltafmt.format.constants import DELTA_DTYPES, METADATA_BASE
 from deltafmt.methods.base import Method
 from deltafmt.pipeline.pairing import Pairing, pair_up
 from deltafmt.terms.layout import TermLayout
+from deltafmt.terms.tiles import TILE_ROWS
 
 Rule = tuple[str, Method | None]
 
@@ -145,9 +146,9 @@ def leading_dimensions(shape: tuple[int, ...]) -> int | None:
     """Return how many leading dimensions of a tensor give its rows; None for all but the last.
 
     The kernel of a convolution, [O, I, h, w], is a matrix of O rows and I h w columns: its last dimension alone has few
-    elements. A stack of experts, [E, out, in], has E out rows.
+    elements. A stack of experts, [E, out, in], has E out rows. Fewer rows than a tile has would leave it half empty.
     """
-    return 1 if len(shape) > 2 and shape[-1] < KERNEL_COLUMNS else None
+    return 1 if len(shape) > 2 and shape[-1] < KERNEL_COLUMNS and shape[0] >= TILE_ROWS else None
 
 
 def why_exact(tensor: Tensor, base: Tensor | None, method: Method | None) -> str:
