@@ -54,6 +54,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ((40, 3, 2, 14, 14), 1),
         ((64, 16, 5), 1),
         ((3, 40, 64), None),
+        ((4, 320, 3, 3), None),
         ((48, 3), None),
         ((5,), None),
     ],
