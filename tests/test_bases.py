@@ -33,7 +33,7 @@ BASES = {
 
 
 @situation(
-    "A base that was saved again under other names or in another layout, for `unpack`, `verify` and `export-lora`"
+    "a base that was saved again under other names or in another layout, for `unpack`, `verify` and `export-lora`"
 )
 @pytest.mark.parametrize("how", BASES)
 def test_a_base_in_another_form(tmp_path: Path, cli: Cli, how: str) -> None:
@@ -96,7 +96,7 @@ def test_a_part_that_the_base_lacks(tmp_path: Path) -> None:
 # The name of the base
 
 
-@situation("A wrong base: the message says how the delta names its base")
+@situation("a wrong base: the message says how the delta names its base")
 def test_a_delta_names_its_base(tmp_path: Path, cli: Cli) -> None:
     base = language_model()
     delta, _ = packed(tmp_path, base, tuned(base))

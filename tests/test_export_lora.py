@@ -13,9 +13,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deltafmt
-from conftest import Cli, Raw, Tensors, normal, nudge, raw, read_file, refused, write_folder
+from conftest import (
+    Cli,
+    Raw,
+    Tensors,
+    normal,
+    nudge,
+    raw,
+    read_file,
+    read_folder,
+    refused,
+    safetensors_bytes,
+    write_folder,
+)
 from deltafmt.errors import NonFiniteError, Remedy, UsageError, WrongBaseError
 from deltafmt.methods import RTN, SVD, DeltaCoMe
+from deltafmt.pipeline.lora_peft import rank_patterns
 from lora_files import BASE_FILES, PREFIX, Files, base_tensors, pair_of, product, small_files, write_adapter
 from strategies import examples
 
@@ -169,7 +182,7 @@ def test_a_module_kept_whole_takes_the_rest_from_the_base(tmp_path: Path) -> Non
     base = write_folder(tmp_path / "base", tensors)
     new = {**pair_of("q", 48, 24), "norm.weight": normal(4, (24,))}
     deltafmt.import_lora(base, write_adapter(tmp_path / "a", new), tmp_path / "d.deltafmt")
-    with pytest.raises(UsageError, match=r'"norm\.weight" is replaced, but norm\.bias') as caught:
+    with pytest.raises(UsageError, match=r'"norm\.bias" is written whole') as caught:
         deltafmt.export_lora(tmp_path / "d.deltafmt", tmp_path / "out")
     assert caught.value.remedy == Remedy("base", None)
     deltafmt.export_lora(tmp_path / "d.deltafmt", tmp_path / "out", base=base)
@@ -190,7 +203,7 @@ def test_an_adapter_names_no_wrong_base(files: Files, delta: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("config", "warned"),
+    ("config", "tied"),
     [
         ({"tie_word_embeddings": True, "vocab_size": 40}, True),
         ({"tie_word_embeddings": True, "vocab_size": 41}, False),  # an embedding of something else than tokens
@@ -199,26 +212,70 @@ def test_an_adapter_names_no_wrong_base(files: Files, delta: Path, tmp_path: Pat
     ],
 )
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_changed_embedding_of_a_tied_base_is_a_warning(
-    tmp_path: Path, cli: Cli, config: dict[str, Any], *, warned: bool, whole: bool
+def test_a_changed_embedding_of_a_tied_base_is_stored_whole_with_its_head(
+    tmp_path: Path, cli: Cli, config: dict[str, Any], *, tied: bool, whole: bool
 ) -> None:
     name = "model.embed_tokens.weight"
     tensors = base_tensors()
+    del tensors["lm_head.weight"]
     tuned = {key: nudge(tensor, 5) if len(tensor.shape) == 2 else tensor for key, tensor in tensors.items()}
-    both = [
+    base, finetuned = (
         write_folder(tmp_path / folder, content, files={"config.json": json.dumps(config).encode()})
         for folder, content in (("base", tensors), ("tuned", tuned))
-    ]
+    )
     file = tmp_path / "d.deltafmt"
-    deltafmt.pack(*both, file, method=SVD(rank=2), exclude=[name] if whole else [])
-    result = cli("export-lora", file, "-o", tmp_path / "out", "--json")
+    deltafmt.pack(base, finetuned, file, method=SVD(rank=2), exclude=[name] if whole else [])
+    if tied and not whole:
+        refused(cli("export-lora", file, "-o", tmp_path / "x"), 2, "--base FOLDER")
+    result = cli("export-lora", file, "-o", tmp_path / "out", "--base", base, "--json")
     assert result.code == 0
-    assert ("warning: model.embed_tokens changes, and the base ties it" in result.err) is warned
-    assert result.json()["tied_embedding"] == ("model.embed_tokens" if warned else None)
-    # An embedding that stays the base's is no reason to warn.
+    found = result.json()
+    written, settings = read_adapter(tmp_path / "out")
+    assert found["tied_embedding"] == ("model.embed_tokens" if tied else None)
+    assert found["bytes"] == sum(len(tensor.data) for tensor in written.values())
+    assert found["factor_bytes"] == sum(len(tensor.data) for key, tensor in written.items() if ".lora_" in key)
+    assert settings.get("ensure_weight_tying", False) is tied
+    if tied:
+        deltafmt.unpack(base, file, tmp_path / "merged")
+        assert found["modules_to_save"] == ["model.embed_tokens", "lm_head"]
+        assert written[name] == written["lm_head.weight"] == read_folder(tmp_path / "merged")[name]
+        assert "both are stored whole" in cli("export-lora", file, "-o", tmp_path / "again", "--base", base).out
+    # An embedding that stays the base's is not stored.
     write_folder(tmp_path / "same", {**tuned, name: tensors[name]}, files={"config.json": json.dumps(config).encode()})
-    deltafmt.pack(both[0], tmp_path / "same", file, method=SVD(rank=2), force=True)
-    assert deltafmt.export_lora(file, tmp_path / "again").tied == ""
+    deltafmt.pack(base, tmp_path / "same", file, method=SVD(rank=2), force=True)
+    assert (
+        deltafmt.export_lora(file, tmp_path / "same-out").tied,
+        deltafmt.export_lora(file, tmp_path / "o").saved,
+    ) == (
+        "",
+        [],
+    )
+
+
+def test_a_plan_writes_nothing(tmp_path: Path, cli: Cli) -> None:
+    """The size that a plan says is the size of what is written."""
+    base, finetuned = tuned(tmp_path)
+    delta = tmp_path / "d.deltafmt"
+    deltafmt.pack(base, finetuned, delta, method=SVD(rank=3, bits=4))
+    planned = cli("export-lora", delta, "-o", tmp_path / "out", "--plan", "--json").json()
+    assert not (tmp_path / "out").exists()
+    written = cli("export-lora", delta, "-o", tmp_path / "out", "--json").json()
+    assert (planned.pop("written"), written.pop("written")) == (False, True)
+    assert planned == written
+    tensors, _ = read_adapter(tmp_path / "out")
+    assert written["bytes"] == sum(len(tensor.data) for tensor in tensors.values())
+    assert (
+        f"{written['bytes']:,} bytes of tensors, if it is written"
+        in cli("export-lora", delta, "-o", tmp_path / "out", "--plan").out
+    )
+
+
+def test_ranks_are_named_where_they_differ(tmp_path: Path) -> None:
+    """A name that ends in another one's name comes before it."""
+    ranks = {"layers.0.q": 2, "model.layers.0.q": 4, "model.layers.1.q": 4, "layers.1.q": 3}
+    assert rank_patterns(ranks) == {"model.layers.0.q": 4, "model.layers.1.q": 4, "layers.0.q": 2, "layers.1.q": 3}
+    assert rank_patterns({"a.q": 4, "a.k": 4}) == {}
+    assert rank_patterns({"a.q": 4, "a.k": 2}) == {"a.k": 2}
 
 
 def test_deltas_that_are_no_adapters(tmp_path: Path, cli: Cli) -> None:
@@ -239,9 +296,9 @@ def test_deltas_that_are_no_adapters(tmp_path: Path, cli: Cli) -> None:
 def test_shapes_and_names_that_no_module_has(tmp_path: Path) -> None:
     cases: dict[str, tuple[str, Raw, Raw]] = {
         "other rows": ("embed.weight", normal(1, (40, 24)), normal(2, (44, 24))),
-        "not the weight matrix": ("experts.up", normal(1, (40, 24)), normal(2, (40, 24))),
         r"\[2, 40, 24\]": ("conv.weight", normal(1, (2, 40, 24)), normal(2, (2, 40, 24))),
         "transposed, which only": ("h.0.c_attn.weight", normal(1, (40, 24)), normal(2, (40, 24))),
+        "belongs to no module": ("scale", normal(1, (40, 24)), normal(2, (40, 24))),
     }
     for number, (word, (name, old, new)) in enumerate(cases.items()):
         base = write_folder(tmp_path / f"base{number}", {name: old})
@@ -251,13 +308,41 @@ def test_shapes_and_names_that_no_module_has(tmp_path: Path) -> None:
             deltafmt.export_lora(tmp_path / f"{number}.deltafmt", tmp_path / "out")
 
 
+def test_a_parameter_that_is_no_weight_is_a_target_itself(tmp_path: Path) -> None:
+    old, new = normal(1, (40, 24)), normal(2, (40, 24))
+    base = write_folder(tmp_path / "base", {"mlp.up": old, "mlp.gate.weight": normal(3, (8, 24))})
+    finetuned = write_folder(tmp_path / "tuned", {"mlp.up": new, "mlp.gate.weight": normal(4, (8, 24))})
+    deltafmt.pack(base, finetuned, tmp_path / "d.deltafmt", method=SVD(rank=2))
+    result = deltafmt.export_lora(tmp_path / "d.deltafmt", tmp_path / "out")
+    written, config = read_adapter(tmp_path / "out")
+    assert result.parameters == config["target_parameters"] == ["mlp.up"]
+    assert config["target_modules"] == ["mlp.gate"]
+    # PEFT puts the module into a layer of its own, so the modules inside lie one deeper.
+    assert {name.rpartition(".lora_")[0] for name in written} == {"mlp", "mlp.base_layer.gate"}
+    again = deltafmt.import_lora(base, tmp_path / "out", tmp_path / "e.deltafmt")
+    deltafmt.unpack(base, again.path, tmp_path / "merged")
+    deltafmt.unpack(base, tmp_path / "d.deltafmt", tmp_path / "wanted")
+    assert read_folder(tmp_path / "merged") == read_folder(tmp_path / "wanted")
+
+
 def test_tied_tensors(tmp_path: Path) -> None:
+    """A tied copy in the file is nothing to a model that does not tie; without its configuration nobody knows."""
     old, new = normal(1, (40, 24)), normal(2, (40, 24))
     base = write_folder(tmp_path / "base", {"embed_tokens.weight": old, "lm_head.weight": old})
     finetuned = write_folder(tmp_path / "tuned", {"embed_tokens.weight": new, "lm_head.weight": new})
     deltafmt.pack(base, finetuned, tmp_path / "d.deltafmt", method=SVD(rank=2))
-    with pytest.raises(UsageError, match="tied"):
+    with pytest.raises(UsageError, match=r"lm_head.weight\" is tied to embed_tokens.weight") as caught:
         deltafmt.export_lora(tmp_path / "d.deltafmt", tmp_path / "out")
+    assert caught.value.remedy == Remedy("base", None)
+    for ties, saved in ((False, []), (True, ["embed_tokens", "lm_head"])):
+        (base / "config.json").write_text(json.dumps({"tie_word_embeddings": ties, "vocab_size": 40}))
+        (finetuned / "config.json").write_text((base / "config.json").read_text())
+        for folder, tensor in ((base, old), (finetuned, new)):
+            tensors = dict.fromkeys(("embed_tokens.weight", "lm_head.weight", "q.weight"), tensor)
+            (folder / "model.safetensors").write_bytes(safetensors_bytes(tensors))
+        deltafmt.pack(base, finetuned, tmp_path / "d.deltafmt", method=SVD(rank=2), force=True)
+        result = deltafmt.export_lora(tmp_path / "d.deltafmt", tmp_path / "out", base=base, force=ties)
+        assert (result.saved, result.modules) == (saved, 1 if ties else 3)
 
 
 def test_outputs_that_exist(files: Files, delta: Path, tmp_path: Path, cli: Cli) -> None:

@@ -15,7 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deltafmt
-from conftest import Cli, Raw, Tensors, expected_sum, normal, plain, raw, read_folder, refused, write_folder
+from conftest import (
+    Cli,
+    Raw,
+    Tensors,
+    expected_sum,
+    normal,
+    plain,
+    raw,
+    read_folder,
+    refused,
+    write_folder,
+)
 from deltafmt.checkpoint.adapter import Adapter
 from deltafmt.errors import InvalidFileError, NonFiniteError, Remedy, UnsupportedError, UsageError, WrongBaseError
 from deltafmt.terms.lowrank.layout import LowRankLayout
@@ -198,7 +209,15 @@ def test_the_same_bytes_whatever_the_number_of_threads(files: Files, tmp_path: P
 
 WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another type": ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
-    "dora": ({"use_dora": True}, "DoRA"),
+    "dora without lengths": ({"use_dora": True}, "no lora_magnitude_vector"),
+    "replicated layers": ({"layer_replication": [[0, 2], [1, 2]]}, "more layers than its base"),
+    "a part of the tokens": ({"alora_invocation_tokens": [1]}, "serve the adapter with PEFT"),
+    "a changed base": ({"kasa_config": {"beta": 1}}, "merge_and_unload"),
+    "a saved module that is not there": ({"modules_to_save": ["lm_head"]}, 'names "lm_head"'),
+    "rows that are not there": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    "rows in words": ({"trainable_token_indices": ["one"]}, "token numbers"),
+    "an endless expression": ({"rank_pattern": {"(.+)+x": 4}}, "300,000 ways"),
+    "a look ahead": ({"alpha_pattern": {"(?!v)q": 4}}, "name the modules in plain words"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'"),
     "a key to come": ({"use_magic": [1]}, "use_magic"),
     "another rank": ({"r": 5}, "rank 5"),
@@ -242,10 +261,19 @@ WRONG_TENSORS: dict[str, tuple[dict[str, Raw | None], int, str]] = {
     "an unknown module": (pair_of("model.layers.3.q", 48, 24), 4, "model.layers.3.q.lora_A.weight"),
     "an unknown tensor": ({"model.layers.0.k.bias": normal(1, (3,))}, 4, "model.layers.0.k.bias"),
     "another shape": (pair_of(Q, 48, 32), 4, "[48, 24]"),
-    "a whole tensor of another shape": ({"lm_head.weight": normal(1, (41, 24))}, 4, "[41, 24]"),
-    "another base layer": ({f"{Q}.base_layer.weight": normal(9, (48, 24))}, 3, "base_layer"),
+    "a whole tensor of another shape": ({"lm_head.weight": normal(1, (40, 25))}, 4, "[40, 25]"),
+    "a head with other rows": ({"lm_head.weight": normal(1, (41, 24))}, 4, "embed_tokens"),
+    "a base layer of another shape": ({f"{Q}.base_layer.weight": normal(9, (48, 25))}, 4, "[48, 25]"),
     "a magnitude": ({f"{Q}.lora_magnitude_vector": normal(9, (48,))}, 3, "lora_magnitude_vector"),
-    "a convolution": ({f"{Q}.lora_A.weight": normal(9, (4, 24, 1, 1))}, 3, "[4, 24, 1, 1]"),
+    "a bias": ({f"{Q}.lora_B.bias": normal(9, (48,))}, 3, "lora_bias is not set"),
+    "one convolution": ({f"{Q}.lora_A.weight": normal(9, (4, 24, 1, 1))}, 3, "[4, 24, 1, 1]"),
+    "several adapters": ({f"{Q}.lora_A.one.weight": normal(1, (4, 24))}, 3, "several adapters"),
+    "what ZeRO-3 leaves": ({f"{Q}.lora_A.weight": normal(1, (0,))}, 3, "ZeRO-3"),
+    "the same tensor by two names": (
+        {"module.lm_head.weight": normal(1, (40, 24)), "lm_head.weight": normal(2, (40, 24))},
+        3,
+        "differ",
+    ),
     "integers": ({f"{Q}.lora_A.weight": plain(np.zeros((4, 24), np.int8))}, 3, "I8"),
     "not a number": ({f"{Q}.lora_A.weight": raw(np.full((4, 24), np.nan), "BF16")}, 2, f"{Q}.lora_A.weight"),
     "an embedding that is none": (
@@ -277,21 +305,9 @@ def test_wrong_folders(files: Files, tmp_path: Path, cli: Cli) -> None:
     (files.adapter / "adapter_config.json").unlink()
     fails(files.adapter, 5, "adapter_config.json")
     (files.adapter / "adapter_model.safetensors").rename(files.adapter / "adapter_model.bin")
-    fails(files.adapter, 3, "adapter_model.bin cannot be read", "safetensors")
-
-
-def test_heads_that_would_be_lost(tmp_path: Path) -> None:
-    """A base that ties its head to its embedding has no place for another one."""
-    tensors = base_tensors()
-    del tensors["lm_head.weight"]
-    base = write_folder(tmp_path / "base", tensors)
-    whole = {**pair_of(Q, 48, 24), "lm_head.weight": normal(50, (40, 24))}
-    adapter = write_adapter(tmp_path / "a", whole, modules_to_save=["lm_head"])
-    with pytest.raises(UnsupportedError, match="would untie the head"):
-        deltafmt.import_lora(base, adapter, tmp_path / "d.deltafmt")
-    whole["model.embed_tokens.weight"] = whole["lm_head.weight"]
-    tied = write_adapter(tmp_path / "tied", whole, modules_to_save=["lm_head", "embed_tokens"])
-    assert deltafmt.import_lora(base, tied, tmp_path / "d.deltafmt").replaced == ["model.embed_tokens.weight"]
+    fails(files.adapter, 3, "adapter_model.bin cannot be read", "save_pretrained")
+    write_adapter(tmp_path / "outer" / "math", files.factors)
+    fails(tmp_path / "outer", 3, "its subfolder math holds an adapter", str(tmp_path / "outer" / "math"))
 
 
 def test_bases_without_a_delta(tmp_path: Path) -> None:

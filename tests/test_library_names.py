@@ -73,7 +73,7 @@ def saved(made: Any, folder: Path, *, in_memory: bool) -> Path:
 
 
 @pytest.mark.situation(
-    "A family whose layers transformers renames in the middle of names: ViT, DINOv2, Segformer, PhiMoE"
+    "a family whose layers transformers renames in the middle of names: ViT, DINOv2, Segformer, PhiMoE"
 )
 @pytest.mark.parametrize("which", ["base", "finetuned"])
 @pytest.mark.parametrize("kind", ["ViT", "DINOv2", "Mixtral", "PhiMoE", "GraniteMoE", "LLaVA"])

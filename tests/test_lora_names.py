@@ -50,9 +50,10 @@ def test_a_prefix_or_a_wrapper(tmp_path: Path, of_base: str, of_adapter: str, in
 def test_rules(tmp_path: Path, cli: Cli) -> None:
     a, b = base(tmp_path / "base"), adapter(tmp_path / "adapter", "stack.", "attention.")
     command = ("import-lora", a, b, "-o", tmp_path / "d.deltafmt")
-    wrapped = adapter(tmp_path / "wrapped", "model.", "_checkpoint_wrapped_module.")
-    said = "names: model.layers.*._checkpoint_wrapped_module.* comes from model.layers.*.* of the base (2 tensors)"
-    assert said in cli("import-lora", a, wrapped, "-o", tmp_path / "w.deltafmt").out
+    inner = adapter(tmp_path / "inner", "model.language_model.")
+    said = "names: model.language_model.* comes from model.* of the base (2 tensors)"
+    assert said in cli("import-lora", a, inner, "-o", tmp_path / "w.deltafmt").out
+    refused(cli(*command, "--rename", "nothing.=stack."), 2, "rename 'nothing.=stack.' matches no tensor of")
     refused(cli(*command), 4, "matches nothing", "--rename", "--strip-prefix")
     assert cli(*command, "--rename", "stack.layers.*.attention.q.*=model.layers.*.q.*").code == 0
     assert cli(*command, "--force", "--strip-prefix", "stack.", "--rename", "*.attention.*=*.*").code == 0

@@ -69,7 +69,7 @@ PREFIXES = {
 }
 
 
-@situation("One side's names begin with a wrapper's or a model's prefix: `_orig_mod.`, `module.`, `base_model.model.`")
+@situation("one side's names begin with a wrapper's or a model's prefix: `_orig_mod.`, `module.`, `base_model.model.`")
 @pytest.mark.parametrize("side", ["base", "finetuned"])
 @pytest.mark.parametrize("prefix", PREFIXES.values(), ids=list(PREFIXES))
 def test_a_prefix_on_one_side(tmp_path: Path, prefix: str, side: str) -> None:
@@ -78,7 +78,7 @@ def test_a_prefix_on_one_side(tmp_path: Path, prefix: str, side: str) -> None:
     check(tmp_path, *((with_prefix, tuned(base)) if side == "base" else (base, with_prefix)))
 
 
-@situation("Wrappers stand in the middle of names, also several at once, and only in some layers")
+@situation("wrappers stand in the middle of names, also several at once, and only in some layers")
 @pytest.mark.parametrize(
     "wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module._checkpoint_wrapped_module"]
 )
@@ -96,7 +96,7 @@ def test_wrappers_on_both_sides(tmp_path: Path) -> None:
     )
 
 
-@situation("The inner model alone against the model with a head, either way round")
+@situation("the inner model alone against the model with a head, either way round")
 @pytest.mark.parametrize("inner", ["base", "finetuned"])
 def test_the_inner_model_alone(tmp_path: Path, inner: str) -> None:
     base = language_model()
@@ -132,7 +132,7 @@ FAMILIES: dict[str, tuple[Tensors, Rename]] = {
 }
 
 
-@situation("A family that transformers 5 saves under other names: Qwen2.5-VL, LLaVA")
+@situation("a family that transformers 5 saves under other names: Qwen2.5-VL, LLaVA")
 @pytest.mark.parametrize("new", ["base", "finetuned"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_renamed_family(tmp_path: Path, family: str, new: str) -> None:
@@ -141,7 +141,7 @@ def test_a_renamed_family(tmp_path: Path, family: str, new: str) -> None:
     check(tmp_path, *((renamed(base, rename), ft) if new == "base" else (base, renamed(ft, rename))))
 
 
-@situation("A text model that was tuned from the language model inside a multimodal one")
+@situation("a text model that was tuned from the language model inside a multimodal one")
 def test_a_text_model_of_a_multimodal_one(tmp_path: Path) -> None:
     text = language_model()
     base = renamed(text, lambda name: f"language_model.{name}") | vision_tower()
@@ -159,14 +159,14 @@ def test_a_text_model_of_a_multimodal_one(tmp_path: Path) -> None:
     check(tmp_path, base, tuned(text))
 
 
-@situation("Names without layer numbers, and a prefix on one side")
+@situation("names without layer numbers, and a prefix on one side")
 def test_a_model_without_numbers(tmp_path: Path) -> None:
     base = {name: t for name, t in language_model().items() if "layers.0" in name and len(t.shape) > 1}
     base = renamed(base, lambda name: "net." + name.rpartition("layers.0.")[2])
     check(tmp_path, base, renamed(tuned(base), lambda name: name.removeprefix("net.")))
 
 
-@situation("Experts as one tensor for all on one side, and one tensor each on the other (Qwen-MoE, Mixtral)")
+@situation("experts as one tensor for all on one side, and one tensor each on the other (Qwen-MoE, Mixtral)")
 @pytest.mark.parametrize("side", ["base", "finetuned"])
 def test_stacked_experts(tmp_path: Path, side: str) -> None:
     base = experts()
@@ -201,7 +201,7 @@ def test_fused_projections(tmp_path: Path, side: str, prefix: str) -> None:
     check(tmp_path, renamed(pair[0], lambda name: prefix + name), pair[1])
 
 
-@situation("Fused or stacked in another order than row after row: the tensor is stored whole, never as a wrong delta")
+@situation("fused or stacked in another order than row after row: the tensor is stored whole, never as a wrong delta")
 @pytest.mark.parametrize("how", ["heads alternate", "v first"])
 def test_fused_in_another_order(tmp_path: Path, how: str) -> None:
     base = language_model()
@@ -222,7 +222,7 @@ def two_towers() -> Tensors:
     return language_model("thinker.") | language_model("talker.", seed=400)
 
 
-@situation("Two parts of the base fit equally well: refused, and `--rename` decides")
+@situation("two parts of the base fit equally well: refused, and `--rename` decides")
 def test_two_towers(tmp_path: Path, cli: Cli) -> None:
     text = language_model()
     a, b = write_folder(tmp_path / "base", two_towers()), write_folder(tmp_path / "ft", tuned(text))
@@ -243,7 +243,7 @@ def test_two_towers(tmp_path: Path, cli: Cli) -> None:
     refused(cli("pack", a, b, "-o", tmp_path / "w", "--strip-prefix", "no."), 2, "begins with the prefix 'no.'")
 
 
-@situation("The same shapes under names that no rule explains: refused, with both sides' names and `--rename`")
+@situation("the same shapes under names that no rule explains: refused, with both sides' names and `--rename`")
 def test_names_that_nothing_explains(tmp_path: Path, cli: Cli) -> None:
     base = language_model()
     ft = renamed(tuned(base), lambda name: "".join(chr(ord(c) + 1) if c.isalpha() else c for c in name))
@@ -286,7 +286,7 @@ def typed(kind: str) -> dict[str, bytes]:
     return {"config.json": json.dumps({"model_type": kind}).encode()}
 
 
-@situation("Another `model_type` with the same tensors: refused, and `--allow-architecture` packs it and records it")
+@situation("another `model_type` with the same tensors: refused, and `--allow-architecture` packs it and records it")
 def test_another_type_of_model(tmp_path: Path, cli: Cli) -> None:
     base = language_model()
     a = write_folder(tmp_path / "base", base, files=typed("Yi"))
@@ -307,7 +307,7 @@ def test_another_type_needs_the_same_tensors_all_the_same(tmp_path: Path) -> Non
         deltafmt.pack(a, b, tmp_path / "d", allow_architecture=True)
 
 
-@situation("A second copy of the layers in the fine-tune: a moving average, a frozen reference")
+@situation("a second copy of the layers in the fine-tune: a moving average, a frozen reference")
 @pytest.mark.parametrize("first", ["", "model_"])
 def test_a_second_copy_of_the_layers(tmp_path: Path, first: str) -> None:
     base = language_model()
@@ -337,7 +337,7 @@ def test_a_rule_that_explains_most_names_is_told(tmp_path: Path, cli: Cli) -> No
 
 
 @situation(
-    "Some layers on both sides have no counterpart, such as experts that are stacked with rows and columns exchanged"
+    "some layers on both sides have no counterpart, such as experts that are stacked with rows and columns exchanged"
 )
 @pytest.mark.parametrize("most", [False, True])
 def test_layers_without_a_counterpart(tmp_path: Path, cli: Cli, most: bool) -> None:

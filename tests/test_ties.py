@@ -29,7 +29,7 @@ def tied() -> tuple[Tensors, Tensors]:
     return base, tuned(base)
 
 
-@situation("A fine-tune that carries a copy of its tied head: the copy costs nothing, whichever name comes first")
+@situation("a fine-tune that carries a copy of its tied head: the copy costs nothing, whichever name comes first")
 @pytest.mark.parametrize("name", ["lm_head.weight", "aaa.weight", "zzz.weight"])
 def test_a_tied_copy_costs_nothing(tmp_path: Path, name: str) -> None:
     base, ft = tied()
@@ -50,7 +50,7 @@ def test_a_copy_that_stands_on_both_sides(tmp_path: Path) -> None:
         assert sorted((delta[EMBEDDING].action, delta["lm_head.weight"].action)) == ["add", "alias"]
 
 
-@situation("A head that was untied from a tied base: a delta against the base's embedding")
+@situation("a head that was untied from a tied base: a delta against the base's embedding")
 @pytest.mark.parametrize("rows", [0, 5])
 def test_an_untied_head(tmp_path: Path, rows: int) -> None:
     base, ft = tied()
@@ -82,7 +82,7 @@ def test_a_new_head_is_stored_whole(tmp_path: Path) -> None:
         assert delta.container.features == 0
 
 
-@situation("A base whose tied head stands in its file, or does not: both are the same base")
+@situation("a base whose tied head stands in its file, or does not: both are the same base")
 @pytest.mark.parametrize("packed_with", ["a copy", "no copy"])
 def test_a_base_with_and_without_its_tied_copy(tmp_path: Path, packed_with: str) -> None:
     base, ft = tied()
@@ -112,7 +112,7 @@ def test_a_real_model_with_a_tied_copy(tmp_path: Path, models: Path) -> None:
     assert abs(sizes[1] - sizes[0]) <= sizes[0] / 100
 
 
-@situation("A head or an embedding under another name")
+@situation("a head or an embedding under another name")
 def test_tables_under_other_names(tmp_path: Path) -> None:
     base = language_model()
     words = {"lm_head.weight": "output.weight", EMBEDDING: "model.tok_embeddings.weight"}

@@ -10,8 +10,9 @@ from deltafmt.tools.name_arguments import add_name_arguments, name_options
 
 EPILOG = """\
 Every term of the delta must be lowrank; several terms of one tensor become one pair of factors with the sum of their
-ranks. Coded factors are decoded, so the adapter can be several times larger than the delta. Tensors that the delta
-stores whole become modules_to_save. The scaling is 1: the product B A is the delta.
+ranks. Coded factors are decoded, so the adapter can be several times larger than the delta; --plan says its size.
+Tensors that the delta stores whole become modules_to_save, and so do an embedding that changes and a head that the base
+ties to it. The scaling is 1: the product B A is the delta.
 """
 
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task-type", metavar="NAME", help="PEFT's task type (default: that of the imported adapter, or CAUSAL_LM)"
     )
+    parser.add_argument("--plan", action="store_true", help="say what would be written, and its size; write nothing")
     parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
     add_name_arguments(parser, "the delta", "BASE")
 
@@ -47,22 +49,25 @@ def run(options: argparse.Namespace) -> None:
         task_type=options.task_type,
         **name_options(options),
         force=options.force,
+        plan=options.plan,
     )
-    if result.tied:
-        console.warn(
-            f"warning: {result.tied} changes, and the base ties it to its output head: PEFT loads this adapter as "
-            "another model. Use unpack, or an adapter that leaves the embedding alone"
-        )
+    for warning in result.warnings:
+        console.warn(f"warning: {warning}")
     if options.json:
         console.say_json(
             {
                 "ok": True,
                 "folder": str(result.path),
+                "written": not options.plan,
                 "bytes": result.nbytes,
+                "factor_bytes": result.factor_bytes,
                 "rank": result.rank,
                 "modules": result.modules,
+                "target_parameters": result.parameters,
                 "modules_to_save": result.saved,
+                "task_type": result.task,
                 "files": result.files,
+                "warnings": result.warnings,
                 "tied_embedding": result.tied or None,
             }
         )
@@ -70,3 +75,7 @@ def run(options: argparse.Namespace) -> None:
     saved = f", {plural(len(result.saved), 'module')} stored whole" if result.saved else ""
     files = f" and {', '.join(result.files)}" if result.files else ""
     console.say(f"{result.path}: factors of {plural(result.modules, 'module')}, rank {result.rank}{saved}{files}")
+    whole = f", {result.nbytes - result.factor_bytes:,} of them stored whole" if result.saved else ""
+    console.say(f"{result.nbytes:,} bytes of tensors{whole}{', if it is written' if options.plan else ''}")
+    if result.tied:
+        console.say(f"{result.tied} changes, and the base ties it to its head: both are stored whole")

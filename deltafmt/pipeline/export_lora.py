@@ -8,31 +8,33 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from deltafmt.checkpoint.adapter import PREFIX, WEIGHTS_FILE, is_embedding
+from deltafmt.checkpoint.adapter import PREFIX, WEIGHTS_FILE
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
-from deltafmt.checkpoint.folder import natural_key
+from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec, check_output_folder
+from deltafmt.checkpoint.parameter_names import Piece
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.weight_names import WeightNames, bounded
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.format import constants as c
-from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.bases import BaseTensors, open_base
+from deltafmt.pipeline.finetuned import finetuned_pieces, needs_base
 from deltafmt.pipeline.import_lora import METADATA_BASE, METADATA_TASK
-from deltafmt.pipeline.lora_entries import entries_in_base
-from deltafmt.pipeline.lora_modules import LoraModule, lora_modules
+from deltafmt.pipeline.lora_entries import EntriesInBase
+from deltafmt.pipeline.lora_export_plan import ExportPlan, ExportPlanner
+from deltafmt.pipeline.lora_modules import LoraModule
+from deltafmt.pipeline.lora_peft import also_selected, default_task, rank_patterns
+from deltafmt.pipeline.model_layout import ModelLayout, model_layout
 from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.pipeline.verify import check_base
 from deltafmt.pipeline.workers import thread_count
 from deltafmt.terms.buffers import raw_bytes
-
-DEFAULT_TASK: Final = "CAUSAL_LM"
 
 # A model's configuration in an adapter's folder would say that the folder holds a model.
 _NOT_FOR_ADAPTERS: Final = frozenset(("config.json", "generation_config.json", CONFIG_FILE))
@@ -40,25 +42,33 @@ _NOT_FOR_ADAPTERS: Final = frozenset(("config.json", "generation_config.json", C
 
 @dataclass(slots=True)
 class ExportResult:
-    """What an export did.
+    """What an export did, or would do.
 
     Attributes:
         path: the folder.
-        nbytes: bytes of the tensors written.
+        nbytes: bytes of the adapter's tensors.
+        factor_bytes: the bytes among them that are factors; the others are tensors that are stored whole.
         rank: the largest rank.
-        modules: number of modules that have factors.
+        modules: number of modules and parameters that have factors.
+        parameters: the names of parameters that are targets by themselves (``target_parameters``).
         saved: names of modules that are stored whole.
         files: names of the attached files that were written.
-        tied: the module of a changed embedding that the base ties to its output head; empty if there is none. PEFT
-            changes the embedding alone, so it loads another model than :func:`deltafmt.unpack` writes.
+        task: PEFT's name of the task; None if it has none.
+        warnings: what the user has to know.
+        tied: the module of a changed embedding that the base ties to others; empty if there is none. It is stored
+            whole, and so are those that it is tied to.
     """
 
     path: Path
     nbytes: int = 0
+    factor_bytes: int = 0
     rank: int = 0
     modules: int = 0
+    parameters: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    task: str | None = None
+    warnings: list[str] = field(default_factory=list)
     tied: str = ""
 
 
@@ -72,27 +82,32 @@ def export_lora(
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
     force: bool = False,
+    plan: bool = False,
 ) -> ExportResult:
     """Write a delta whose terms are all ``lowrank`` as a LoRA adapter with a scaling of 1.
 
     Several terms of one tensor become one pair of factors, joined along the rank. The module of a tensor that the delta
-    replaces becomes one of ``modules_to_save``.
+    replaces becomes one of ``modules_to_save``. An embedding that changes, and that the base ties to its head, becomes
+    one too, and so does the head: PEFT then computes the same as it is loaded and as it is merged. Names are those of
+    the model that transformers makes of the base, where transformers is installed.
 
     Args:
         delta: the delta file.
         out: the folder to make.
         base: the delta's base. The adapter then names it, and its configuration is used. It is not needed if the delta
-            has a configuration attached.
+            has a configuration attached and stores every tensor that is written whole.
         dtype: the dtype of the factors: ``BF16``, ``F16`` or ``F32``. If not given, the dtype in which all terms of a
             tensor are stored, or F32 for terms of codes; both are exact.
-        task_type: PEFT's name of the task. If not given, the task of the adapter that was imported, or ``CAUSAL_LM``.
+        task_type: PEFT's name of the task. If not given, the task of the adapter that was imported, or that of the
+            base's architecture.
         rename: rules FROM=TO that say what a name that the file records is in this base. FROM is how the name begins,
             or a pattern with ``*``. Bases whose names differ in a known way are recognized without rules.
         strip_prefix: beginnings of names that do not count, on either side.
         force: True to replace ``out`` if it is a folder that exists.
+        plan: True to find out what would be written, and to write nothing.
 
     Raises:
-        UsageError: the output exists, or a tensor's delta is not low rank.
+        UsageError: the output exists, or a tensor's delta is not low rank, or its base has another layout.
         NonFiniteError: a factor is not finite in ``dtype``.
         InvalidFileError: the delta is not valid.
         WrongBaseError: the base lacks a tensor, or has other bytes than those packed against.
@@ -101,142 +116,185 @@ def export_lora(
     if dtype is not None and dtype not in c.DELTA_DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(c.DELTA_DTYPES)}")
     path, renames = Path(out), Renames.parse(rename, strip_prefix)
-    check_output_folder(path, force=force)
+    if not plan:
+        check_output_folder(path, force=force)
     refuse_input_folder(path, [delta] if base is None else [delta, base])
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(DeltaFile(delta))
-        named_entries = entries_in_base(opened.container.entries(), opened.container.name)
-        entries = list(named_entries.values())
+        _check_one_model(opened)
         named = opened.metadata.get(METADATA_BASE)
         config = _attached_config(opened)
         tensors = None
-        components = [
-            component
-            for component in WeightNames.from_metadata(opened.metadata, opened.container.name).components
-            if component
-        ]
-        if components:
-            raise UsageError(
-                f"{delta} is of a model with weights in {bounded(components)}, and an adapter is of one model"
-            )
         checkpoint = None if base is None else stack.enter_context(open_base(base, opened.metadata))
         if checkpoint is not None:
-            tensors = BaseTensors(checkpoint, entries, opened.metadata, renames)
-            check_base(tensors, entries, thread_count(None))
-            named, config = str(checkpoint.path), config or checkpoint.config()
-        exporter = _Exporter(opened, tensors, named_entries, lora_modules(opened, entries, config, dtype))
-        task = task_type or opened.metadata.get(METADATA_TASK) or DEFAULT_TASK
-        result = exporter.run(path, exporter.config(named, task), force)
-        result.tied = _tied_embedding(entries, config)
+            listed = list(opened.container.entries())
+            tensors = BaseTensors(checkpoint, listed, opened.metadata, renames)
+            check_base(tensors, listed, thread_count(None))
+            # PEFT loads the base, so what it ties counts, not what the fine-tune ties.
+            named, config = str(checkpoint.path), checkpoint.config() or config
+        entries = EntriesInBase(opened, tensors)
+        layout = model_layout(config, _shapes(checkpoint, entries))
+        task = task_type or opened.metadata.get(METADATA_TASK) or default_task(layout)
+        planned = ExportPlanner(entries, layout, config, task, dtype).plan()
+        result = _Exporter(entries, layout, planned, task).run(path, named, force=force, plan=plan)
+        if not layout.known and config.get("architectures"):
+            result.warnings.append(
+                "transformers, which knows the names of the base's model, is missing or does not know the model: names "
+                "are the tensors' own, and PEFT says if it misses any"
+            )
         return result
+
+
+def _check_one_model(delta: DeltaFile) -> None:
+    """Refuse a delta of a model with several folders of weights, such as a pipeline of diffusers.
+
+    Raises:
+        UsageError: names the folders.
+    """
+    names = WeightNames.from_metadata(delta.metadata, delta.container.name)
+    components = [component for component in names.components if component]
+    if components:
+        where = delta.container.name
+        raise UsageError(f"{where} is of a model with weights in {bounded(components)}, and an adapter is of one model")
 
 
 class _Exporter:
     """One run of an export."""
 
-    def __init__(
-        self, delta: DeltaFile, base: BaseTensors | None, entries: dict[str, TensorEntry], modules: list[LoraModule]
-    ) -> None:
-        self._delta = delta
-        self._base = base
+    def __init__(self, entries: EntriesInBase, layout: ModelLayout, plan: ExportPlan, task: str | None) -> None:
         self._entries = entries
-        self._modules = modules
-        self._whole: dict[str, TensorEntry] = {}
-        self._bias = "none"
-        owners: dict[str, list[TensorEntry]] = {}
-        for entry in entries.values():
-            owners.setdefault(entry.name.rpartition(".")[0], []).append(entry)
-        with_factors = {module.name for module in modules}
-        changed = {module: parts for module, parts in owners.items() if any(part.action == "replace" for part in parts)}
-        self._saved = [module for module, parts in changed.items() if not self._is_biased(module, parts, with_factors)]
+        self._delta = delta = entries.delta
+        self._layout = layout
+        self._plan = plan
+        self._task = task
+        self._ranks = {module.parameter: module.rank(delta) for module in plan.modules}
+        # The parameters of a module that are targets by themselves, in the order in which PEFT wraps them.
+        self._wrapped: dict[str, list[str]] = {}
+        own = {module.parameter for module in plan.modules if module.own}
+        order = {name: place for place, name in enumerate(layout.pieces)}
+        for name in sorted(own, key=lambda name: order[name]):
+            self._wrapped.setdefault(name.rpartition(".")[0], []).append(name)
+        self._whole = {self._key(name): (name, pieces) for name, pieces in plan.whole.items()}
+        for name, pieces in plan.biases.items():
+            self._whole[self._key(name, inside=True)] = (name, pieces)
+        self._check_sources()
 
-    def _is_biased(self, module: str, parts: list[TensorEntry], with_factors: set[str]) -> bool:
-        """Note a module's tensors that are stored whole; return True if that is a bias alone.
+    def _check_sources(self) -> None:
+        """Refuse to write a tensor whole whose values are partly the base's, if no base is given."""
+        for name, pieces in self._whole.values():
+            for piece in pieces:
+                if not self._entries.has_base and needs_base(self._entries.resolve(piece.tensor)):
+                    raise UsageError(
+                        f'{self._delta.container.name}: "{name}" is written whole, because its module is replaced in '
+                        f'part, or tied, and tensor "{piece.tensor}" is the base\'s or a delta of it',
+                        Remedy("base", None),
+                    )
 
-        PEFT names modules that are stored whole in ``modules_to_save``, and biases alone in ``bias``.
+    def _key(self, name: str, *, inside: bool = False) -> str:
+        """Return PEFT's name of a tensor: with the layers that PEFT puts into modules on the way to it.
 
-        Raises:
-            UsageError: a replaced tensor belongs to no module or to one with factors, or the module has another tensor
-                that only the base holds.
+        Args:
+            name: a parameter's name in the model.
+            inside: True for a parameter of a module that has factors of its own.
         """
-        replaced = [part for part in parts if part.action == "replace"]
-        where = f'{self._delta.container.name}: tensor "{replaced[0].name}"'
-        if not module:
-            raise UsageError(f"{where} is replaced and belongs to no module")
-        only_bias = [part.name for part in replaced] == [f"{module}.bias"]
-        if module in with_factors:
-            if not only_bias:
-                raise UsageError(f"{where} is replaced, and its module has factors")
-            # PEFT keeps the own parameters of a module with factors one level down.
-            self._whole[f"{PREFIX}{module}.base_layer.bias"] = replaced[0]
-            self._bias = "lora_only" if self._bias == "none" else self._bias
-            return True
-        if only_bias and len(parts) > 1:
-            self._whole[f"{PREFIX}{module}.bias"] = replaced[0]
-            self._bias = "all"
-            return True
-        for part in parts:
-            if part.action != "replace" and self._base is None:
-                text = f"{where} is replaced, but {part.name} of the same module is the base's, and both must be stored"
-                raise UsageError(text, Remedy("base", None))
-            self._whole[f"{PREFIX}{part.name}"] = part
-        return False
+        parts, found = name.split("."), PREFIX.removesuffix(".")
+        with_factors = {module.name for module in self._plan.modules if not module.own} if inside else set()
+        for count, part in enumerate(parts, 1):
+            found += f".{part}"
+            module = ".".join(parts[:count])
+            layers = len(self._wrapped.get(module, ())) + (module in with_factors)
+            if count < len(parts):
+                found += ".base_layer" * layers
+        return found
 
-    def run(self, path: Path, config: dict[str, Any], force: bool) -> ExportResult:
+    def _specs(self, module: LoraModule) -> tuple[TensorSpec, TensorSpec]:
+        """Return A and B as PEFT names them."""
+        of_a, of_b = module.shapes(self._ranks[module.parameter])
+        start = self._key(f"{module.name}.x").removesuffix(".x")
+        if module.own:
+            # The first parameter's factors are the innermost.
+            siblings = self._wrapped[module.name]
+            start = start.removesuffix(".base_layer" * (1 + siblings.index(module.parameter)))
+        start += f".lora_{'embedding_' if module.embedding else ''}"
+        end = "" if module.embedding else ".weight"
+        return TensorSpec(f"{start}A{end}", module.dtype, of_a), TensorSpec(f"{start}B{end}", module.dtype, of_b)
+
+    def run(self, path: Path, base: str | None, *, force: bool, plan: bool) -> ExportResult:
         """Write every tensor, the configuration and the attached files, and put the folder in its place."""
-        specs = [spec for module in self._modules for spec in module.specs()]
-        specs += [TensorSpec(name, entry.dtype, entry.shape) for name, entry in self._whole.items()]
+        modules = self._plan.modules
+        specs = [spec for module in modules for spec in self._specs(module)]
+        factors = sum(spec.nbytes for spec in specs)
+        specs += [self._whole_spec(key, name, pieces) for key, (name, pieces) in self._whole.items()]
         nbytes = sum(spec.nbytes for spec in specs)
-        result = ExportResult(path, nbytes, config["r"], len(self._modules), self._saved)
-        names = WeightNames({"": WEIGHTS_FILE})
-        writer = CheckpointWriter(path, specs, max_shard_bytes=max(nbytes, 1), names=names, force=force)
+        result = ExportResult(
+            path,
+            nbytes,
+            factors,
+            max(self._ranks.values()),
+            len(modules),
+            [module.parameter for module in modules if module.own],
+            self._plan.saved,
+            task=self._task,
+            tied=self._plan.tied,
+        )
+        files = [name for name in self._delta.container.attachments if name not in _NOT_FOR_ADAPTERS]
+        result.files = files
+        config = self._config(base)
+        if plan:
+            return result
+        weights = WeightNames({"": WEIGHTS_FILE})
+        writer = CheckpointWriter(path, specs, max_shard_bytes=max(nbytes, 1), names=weights, force=force)
         try:
-            for module in self._modules:
-                for spec, factor in zip(module.specs(), module.factors(self._delta), strict=True):
+            for module in modules:
+                decoded = module.factors(self._delta, self._ranks[module.parameter])
+                for spec, factor in zip(self._specs(module), decoded, strict=True):
                     writer.write(spec.name, 0, raw_bytes(factor))
-            for name, entry in self._whole.items():
-                self._write_whole(writer, name, entry)
+            for key, (_, pieces) in self._whole.items():
+                self._write_whole(writer, key, pieces)
             writer.add_file(CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
-            for name in self._delta.container.attachments:
-                if name not in _NOT_FOR_ADAPTERS:
-                    writer.add_file(name, self._delta.attachment(name))
-                    result.files.append(name)
+            for name in files:
+                writer.add_file(name, self._delta.attachment(name))
             writer.commit()
         except BaseException:
             writer.abandon()
             raise
         return result
 
-    def _write_whole(self, writer: CheckpointWriter, name: str, entry: TensorEntry) -> None:
-        """Write a tensor that the delta replaces, or one of the base's."""
-        if entry.data is not None:
-            writer.write(name, 0, self._delta.container.buffer(entry.data))
-            return
-        tensor = None if self._base is None else self._base.find(self._aliased(entry))
-        assert tensor is not None
-        assert self._base is not None
-        if entry.base is not None and tensor.fingerprint() != entry.base.digest:
-            raise self._base.differs(entry.name)
-        offset = 0
-        for piece in tensor.pieces():
-            writer.write(name, offset, piece)
-            offset += len(piece)
+    def _whole_spec(self, key: str, name: str, pieces: tuple[Piece, ...]) -> TensorSpec:
+        entry = self._entries.resolve(pieces[0].tensor)
+        alone = len(pieces) == 1 and pieces[0].expert is None
+        return TensorSpec(key, entry.dtype, entry.shape if alone else self._layout.shapes[name])
 
-    def _aliased(self, entry: TensorEntry) -> TensorEntry:
-        """Return the entry that an alias stands for; other entries as they are."""
-        return entry if entry.target is None else self._entries[entry.target]
+    def _write_whole(self, writer: CheckpointWriter, key: str, pieces: tuple[Piece, ...]) -> None:
+        """Write a tensor of the fine-tune, or several that make up one parameter."""
+        heights = {piece: self._entries.resolve(piece.tensor).shape[0] for piece in pieces if len(pieces) > 1}
+        rows = max((piece.start + height for piece, height in heights.items()), default=0)
+        for piece in pieces:
+            entry = self._entries.resolve(piece.tensor)
+            offset = ((piece.expert or 0) * rows + piece.start) * c.byte_count(entry.dtype, entry.shape[1:])
+            for data in finetuned_pieces(self._entries, piece.tensor):
+                writer.write(key, offset, memoryview(data))
+                offset += len(data)
 
-    def config(self, base: str | None, task_type: str) -> dict[str, Any]:
+    def _config(self, base: str | None) -> dict[str, Any]:
         """Return the configuration: a scaling of 1 for every rank, so that B A is the delta."""
-        ranks = {module.name: module.rank for module in self._modules}
+        modules = self._plan.modules
+        ranks = {module.target: self._ranks[module.parameter] for module in modules}
         largest = max(ranks.values())
-        pattern: dict[str, int] = {}
-        if min(ranks.values()) < largest:
-            # PEFT takes the first key that a module's name ends with. Long names come first, and all are there.
-            pattern = {name: ranks[name] for name in sorted(ranks, key=lambda name: (-len(name), natural_key(name)))}
-        return {
+        pattern = rank_patterns(ranks)
+        targets = [module.name for module in modules if not module.own]
+        own = [module.parameter for module in modules if module.own]
+        crossed = any(module.crossed and not module.own for module in modules)
+        if crossed and own:
+            raise UsageError(
+                f'{self._delta.container.name}: PEFT gives no factors to "{own[0]}" in a model with transposed '
+                "modules; pack that tensor whole"
+            )
+        biased = {self._key(name, inside=True) for name in self._plan.biases}
+        bias = "none" if not biased else "lora_only" if all(".base_layer.bias" in key for key in biased) else "all"
+        config: dict[str, Any] = {
             "peft_type": "LORA",
-            "task_type": task_type,
+            "task_type": self._task,
             "base_model_name_or_path": base,
             "inference_mode": True,
             "r": largest,
@@ -247,23 +305,30 @@ class _Exporter:
             "use_rslora": False,
             "use_dora": False,
             "init_lora_weights": True,
-            "fan_in_fan_out": any(module.conv1d for module in self._modules),
-            "bias": self._bias,
-            "target_modules": list(ranks),
-            "modules_to_save": self._saved or None,
+            "fan_in_fan_out": crossed,
+            "bias": bias,
+            "target_modules": targets,
+            "modules_to_save": self._plan.saved or None,
         }
+        if own:
+            config["target_parameters"] = own
+        if self._plan.tying:
+            config["ensure_weight_tying"] = True
+        also = also_selected(targets, self._layout.kinds)
+        if also:
+            config["exclude_modules"] = also
+        return config
 
 
-def _tied_embedding(entries: list[TensorEntry], config: Mapping[str, Any]) -> str:
-    """Return the module of a changed embedding of tokens whose base ties it to the head, or an empty text."""
-    if config.get("tie_word_embeddings") is not True:
-        return ""
-    for entry in entries:
-        module = entry.name.rpartition(".")[0]
-        changed = entry.action in ("add", "replace")
-        if changed and is_embedding(module) and entry.shape[:1] == (config.get("vocab_size"),):
-            return module
-    return ""
+def _shapes(base: Checkpoint | None, entries: EntriesInBase) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the base's tensors, and of those that the fine-tune adds to them."""
+    shapes = {} if base is None else {name: tensor.shape for name, tensor in base.tensors.items()}
+    for entry in entries.entries.values():
+        if entry.target is None:
+            shapes.setdefault(entry.name, entry.shape if entry.base is None else entry.base.shape)
+        elif base is None:
+            shapes.setdefault(entry.name, entry.shape)
+    return shapes
 
 
 def _attached_config(delta: DeltaFile) -> dict[str, Any]:

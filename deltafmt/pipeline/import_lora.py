@@ -1,16 +1,18 @@
 """``deltafmt.import_lora``: a base and a LoRA adapter to a delta file.
 
-The factors become ``lowrank`` terms; every other tensor is the base's, or replaced by one that the adapter holds whole.
+The factors become ``lowrank`` terms. What no term of low rank says (DoRA, convolutions, a head that the base ties) is
+stored whole, as PEFT computes it; so are the tensors that the adapter holds whole. Every other tensor is the base's.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from deltafmt._version import __version__
 from deltafmt.checkpoint.adapter import Adapter
@@ -27,13 +29,19 @@ from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.index.sections import Attachment
-from deltafmt.pipeline.entry_writer import EntryWriter, packed_bytes
-from deltafmt.pipeline.lora_factors import term_of
+from deltafmt.methods.base import Method
+from deltafmt.pipeline.entry_writer import EntryWriter, TermBytes, packed_bytes
+from deltafmt.pipeline.lora_factors import term_bytes, term_of
+from deltafmt.pipeline.lora_merge import Change, Merged
+from deltafmt.pipeline.lora_method import method_terms
 from deltafmt.pipeline.lora_plan import LoraPlan, plan_lora
+from deltafmt.pipeline.lora_rows import rows_term
+from deltafmt.pipeline.lora_ties import TIES, without_ties
 from deltafmt.pipeline.outputs import refuse_input_file
 from deltafmt.pipeline.workers import Progress, drain, thread_count
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.lowrank.codec import LowRankCodec
+from deltafmt.terms.lowrank.layout import LowRankLayout
 
 METADATA_BASE: Final = "lora.base_model_name_or_path"
 METADATA_TASK: Final = "lora.task_type"
@@ -66,7 +74,14 @@ class ImportResult:
         content_id: its content id, hexadecimal.
         adapter_bytes: bytes of the adapter's weight file.
         ranks: number of matrices with a low-rank delta, by rank.
-        replaced: names of tensors that the adapter holds whole, with other bytes than the base.
+        replaced: names of tensors that are stored whole: those that the adapter holds whole, with other bytes than the
+            base, and those whose change is not of low rank.
+        computed: the names among them whose values are the base's plus a change that is not of low rank.
+        compressed: names of tensors whose change is not of low rank, and is compressed by a method.
+        grown: names of tensors that have more rows than the base's.
+        untied: names of tensors that the base ties to others, and this adapter does not.
+        config: the keys of the attached ``config.json`` that have other values than the base's.
+        warnings: what the user has to know, one sentence each.
         same: number of tensors that equal the base's.
         base_name: the base that the adapter names; empty if it names none.
         left_out: why files and folders of the adapter's folder do not travel, by name.
@@ -79,6 +94,12 @@ class ImportResult:
     adapter_bytes: int = 0
     ranks: dict[int, int] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
+    computed: list[str] = field(default_factory=list)
+    compressed: list[str] = field(default_factory=list)
+    grown: list[str] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     same: int = 0
     base_name: str = ""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -96,6 +117,7 @@ def import_lora(
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    method: Method | None = None,
 ) -> ImportResult:
     """Write a LoRA adapter as a delta file, with the adapter's scaling multiplied into the factors.
 
@@ -110,12 +132,14 @@ def import_lora(
         force: True to replace ``out`` if it exists.
         threads: worker threads for the base's fingerprints; one for each processor if not given.
         progress: called with a base tensor's name and bytes as each is done.
+        method: the method for tensors of the base whose change is not of low rank, such as DoRA's. If not given, they
+            are stored whole.
 
     Raises:
         UsageError: the output exists or is an input, or the profile is unknown.
         NonFiniteError: a factor has NaN or infinity.
         InvalidFileError: an input is not valid.
-        UnsupportedError: the adapter is not plain LoRA on matrices.
+        UnsupportedError: the adapter is of a kind that no delta is made of.
         WrongBaseError: the base lacks a tensor of the adapter, or has it in another shape.
         StorageError: reading or writing failed.
     """
@@ -134,10 +158,13 @@ def import_lora(
             base_name=opened.config.base_name,
             left_out=dict(opened.left_out),
             names=plan.names,
+            untied=plan.untied,
+            warnings=plan.warnings,
         )
         sink = PartialFile(path, None, force=force)
         try:
-            _Importer(checkpoint, opened, plan, ContainerWriter(sink, profile), result).run(workers, progress)
+            container = ContainerWriter(sink, profile)
+            _Importer(checkpoint, opened, plan, container, result, method).run(workers, progress)
             checkpoint.check_unchanged()
             opened.check_unchanged()
             sink.commit()
@@ -151,7 +178,13 @@ class _Importer:
     """One run of an import."""
 
     def __init__(
-        self, base: Checkpoint, adapter: Adapter, plan: LoraPlan, container: ContainerWriter, result: ImportResult
+        self,
+        base: Checkpoint,
+        adapter: Adapter,
+        plan: LoraPlan,
+        container: ContainerWriter,
+        result: ImportResult,
+        method: Method | None,
     ) -> None:
         self._base = base
         self._adapter = adapter
@@ -159,19 +192,22 @@ class _Importer:
         self._container = container
         self._writer = EntryWriter(container)
         self._result = result
+        self._method = method
 
     def run(self, threads: int, progress: Progress | None) -> None:
         """Write every tensor, then the attachments, then finish the file."""
-        base, result = self._base.tensors, self._result
+        base, plan, result = self._base.tensors, self._plan, self._result
         pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-import")
         try:
-            needed = [tensor for name, tensor in base.items() if name not in self._plan.replaced]
-            digests = pool.map(Tensor.fingerprint, needed)
+            needed = [name for name in base if self._needs_digest(name)]
+            digests = zip(needed, pool.map(lambda name: base[name].fingerprint(), needed), strict=True)
             entries = []
-            for name in sorted({**base, **self._plan.replaced}, key=natural_key):
-                whole = self._plan.replaced.get(name)
-                entry = self._kept(base[name], next(digests)) if whole is None else self._replaced(name, whole)
-                entries.append(entry)
+            for name in sorted({**base, **plan.added}, key=natural_key):
+                reference = None
+                if self._needs_digest(name):
+                    _, digest = next(digests)
+                    reference = BaseRef(digest, base[name].dtype, base[name].shape)
+                entries.append(self._entry(name, reference))
                 self._container.boundary()
                 if progress and name in base:
                     progress(name, base[name].nbytes)
@@ -182,19 +218,91 @@ class _Importer:
         identity = self._container.finish(entries, attachments=self._attach(), metadata=self._metadata())
         result.size, result.content_id = self._container.position, identity.hex()
 
-    def _kept(self, base: Tensor, digest: bytes) -> TensorEntry:
-        """Return the entry of a tensor that equals its base, or is its base plus one term."""
-        reference = BaseRef(digest, base.dtype, base.shape)
-        factors = self._plan.factors.get(base.name)
-        if factors is None:
+    def _needs_digest(self, name: str) -> bool:
+        """Tell whether a tensor may become its base, or its base plus a change."""
+        change = self._plan.changes.get(name)
+        whole = None if change is None else change.whole
+        base = self._base.tensors.get(name)
+        if base is None or name in self._plan.copies:
+            return False
+        return whole is None or (len(whole.shape) == 2 and whole.rows > base.rows)
+
+    def _entry(self, name: str, reference: BaseRef | None) -> TensorEntry:
+        """Write what the adapter makes of a tensor, and return its entry.
+
+        Args:
+            name: the tensor's name.
+            reference: the identity of its base; None for a tensor that needs none.
+        """
+        plan = self._plan
+        if name in plan.added:
+            tensor, change = plan.added[name]
+            return self._changed(name, tensor, change)
+        base = self._base.tensors[name]
+        if name in plan.copies:
+            target = plan.changes[plan.copies[name]]
+            changed = target.whole or target.own or base
+            return self._writer.alias(TensorSpec(name, changed.dtype, changed.shape), plan.copies[name])
+        found = plan.changes.get(name, Change())
+        if reference is None:
+            assert found.whole is not None
+            return self._replaced(name, found.whole)
+        if found == Change():
             return self._writer.same(base, reference)
-        scaling = self._adapter.config.scaling_of(factors.module)
-        layout, arrays = term_of(factors, scaling, transposed=base.name in self._plan.transposed)
-        codec = LowRankCodec(layout, *base.shape)
-        packed = blank(layout, *base.shape)
-        codec.encode(arrays, packed)
-        self._result.ranks[layout.rank] = self._result.ranks.get(layout.rank, 0) + 1
-        return self._writer.add(base, reference, [packed_bytes(codec, packed)])
+        own = found.whole or found.own
+        if found.whole is not None or found == Change(own=own):
+            assert own is not None
+            if not _begins_as(own, base):
+                return self._replaced(name, own)
+            self._result.grown.append(name)
+            nothing = LowRankLayout(1, "BF16")
+            blank_term = packed_bytes(LowRankCodec(nothing, *base.shape), blank(nothing, *base.shape))
+            spec = TensorSpec(name, own.dtype, own.shape)
+            return self._writer.add(spec, reference, [blank_term], own.pieces(base.nbytes))
+        terms = self._terms(base, found)
+        if not terms and self._method is not None:
+            terms = method_terms(base, Merged(base, found), self._method)
+            if terms:
+                self._result.compressed.append(name)
+                return self._writer.add(base, reference, terms)
+        if not terms:
+            return self._changed(name, base, found)
+        if own is None:
+            return self._writer.add(base, reference, terms)
+        self._result.grown.append(name)
+        spec = TensorSpec(name, own.dtype, own.shape)
+        return self._writer.add(spec, reference, terms, Merged(base, found).pieces(base.shape[0]))
+
+    def _terms(self, base: Tensor, change: Change) -> list[TermBytes]:
+        """Return the terms that say a change; none if it is stored whole."""
+        if change.rows is not None and change.own is None:
+            term = rows_term(base, change.rows)
+            return [] if term is None else [term]
+        if not change.low_rank or (change.own is not None and not _begins_as(change.own, base)):
+            return []
+        rows = base.rows
+        for product in change.products:
+            # Factors of stacked experts are spread over all of their rows; the tensor itself may be smaller.
+            stacked = product.experts > 1 and product.expert is None
+            if stacked and term_bytes(product, rows, base.columns) >= base.nbytes:
+                return []
+        terms = []
+        for product in change.products:
+            layout, arrays = term_of(product, rows)
+            codec = LowRankCodec(layout, rows, base.columns)
+            packed = blank(layout, rows, base.columns)
+            codec.encode(arrays, packed)
+            self._result.ranks[layout.rank] = self._result.ranks.get(layout.rank, 0) + 1
+            terms.append(packed_bytes(codec, packed))
+        return terms
+
+    def _changed(self, name: str, tensor: Tensor, change: Change) -> TensorEntry:
+        """Return the entry of a tensor that is stored whole, with a change."""
+        if change == Change():
+            return self._replaced(name, tensor)
+        merged = Merged(tensor, change)
+        self._result.computed.append(name)
+        return self._writer.replace(TensorSpec(name, merged.dtype, merged.shape), merged.pieces())
 
     def _replaced(self, name: str, tensor: Tensor) -> TensorEntry:
         """Return the entry of a tensor that the adapter holds whole, under the name that it has in the model."""
@@ -207,8 +315,24 @@ class _Importer:
         files = {name: path for name, path in base.items() if name not in left_out} | own
         files |= {name: base[name] for name in _CONFIGS & base.keys()}
         for name, path in sorted(files.items()):
-            found[name] = self._container.attach(read_file(path))
+            data = read_file(path)
+            if name == "config.json" and self._plan.config:
+                data = self._config(data)
+            found[name] = self._container.attach(data)
         return found
+
+    def _config(self, data: bytes) -> bytes:
+        """Return the base's ``config.json`` for a model with other ties or another vocabulary."""
+        config: dict[str, Any] = json.loads(data)
+        changed = self._result.config
+        if self._plan.config.get(TIES) is False:
+            config = without_ties(config)
+            changed[TIES] = False
+        if "vocab_size" in self._plan.config:
+            old, new = self._plan.config["vocab_size"]
+            changed["vocab_size"] = new
+            _resize(config, old, new)
+        return (json.dumps(config, indent=2) + "\n").encode()
 
     def _metadata(self) -> dict[str, str]:
         config = self._adapter.config
@@ -224,3 +348,20 @@ class _Importer:
             **self._base.names.metadata(),
             **{f"safetensors.{key}": value for key, value in self._base.metadata().items()},
         }
+
+
+def _begins_as(own: Tensor, base: Tensor) -> bool:
+    """Tell whether a matrix is the base's, with more rows after it."""
+    if own.dtype != base.dtype or own.dtype not in c.DELTA_DTYPES or len(base.shape) != 2 or own.rows <= base.rows:
+        return False
+    # The base's pieces decide how far: a longer one of the adapter's is cut.
+    return all(bytes(a[: len(b)]) == bytes(b) for b, a in zip(base.pieces(), own.pieces(), strict=False))
+
+
+def _resize(config: dict[str, Any], old: int, new: int) -> None:
+    """Change the vocabulary's size in a configuration, and in its parts."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _resize(value, old, new)
+        elif key == "vocab_size" and value == old:
+            config[key] = new

@@ -1,110 +1,139 @@
-"""The modules of the adapter that ``export_lora`` makes of a delta, and their factors."""
+"""The modules and parameters of the adapter that ``export_lora`` makes of a delta, and their factors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from deltafmt.checkpoint.adapter import PREFIX, is_conv1d, is_embedding, may_be_conv1d
-from deltafmt.checkpoint.folder_writer import TensorSpec
+from deltafmt.checkpoint.parameter_names import Piece
 from deltafmt.delta import DeltaFile
-from deltafmt.errors import NonFiniteError, Remedy, UsageError
+from deltafmt.errors import NonFiniteError
+from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.lora_factors import factors_of
 from deltafmt.terms.floats import Raw, narrow, widen
 from deltafmt.terms.lowrank.codec import LowRankCodec
 from deltafmt.terms.lowrank.layout import LowRankLayout
 
+Floats = NDArray[np.float32]
+
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """A module with factors.
+    """A parameter with factors.
 
     Attributes:
-        name: the module's name.
-        entry: the entry of the module's weight.
-        bands: the layouts of the entry's terms.
-        embedding: True for an embedding.
-        conv1d: True for a Conv1D module of GPT-2, which stores the transpose of its weight.
+        parameter: the parameter's name.
+        shape: the parameter's shape.
+        parts: the tensors that it is made of, and their entries. Tensors that do not change are left out.
+        embedding: True for an embedding's weight.
+        crossed: True if a matrix has the rows and columns of a linear module's exchanged, as GPT-2's have.
+        own: True if the parameter is a target by itself (``target_parameters``), not by its module.
         dtype: the dtype in which the factors are written.
     """
 
-    name: str
-    entry: TensorEntry
-    bands: tuple[LowRankLayout, ...]
-    embedding: bool
-    conv1d: bool
-    dtype: str
+    parameter: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[Piece, TensorEntry], ...]
+    embedding: bool = False
+    crossed: bool = False
+    own: bool = False
+    dtype: str = "F32"
 
     @property
-    def rank(self) -> int:
-        """Number of vectors of all bands."""
-        return sum(band.rank for band in self.bands)
+    def name(self) -> str:
+        """The module's name."""
+        return self.parameter.rpartition(".")[0]
 
     @property
-    def transposed(self) -> bool:
-        """True if the weight is the transpose of a linear module's weight."""
-        return self.embedding or self.conv1d
+    def target(self) -> str:
+        """What PEFT looks up patterns by: the module's name, or that of a parameter that is a target itself."""
+        return self.parameter if self.own else self.name
 
-    def specs(self) -> tuple[TensorSpec, TensorSpec]:
-        """Return A and B as PEFT names them."""
-        start = f"{PREFIX}{self.name}.lora_{'embedding_' if self.embedding else ''}"
-        end = "" if self.embedding else ".weight"
-        into, out = self.entry.shape if self.transposed else self.entry.shape[::-1]
-        a = TensorSpec(f"{start}A{end}", self.dtype, (self.rank, into))
-        return a, TensorSpec(f"{start}B{end}", self.dtype, (out, self.rank))
+    @property
+    def experts(self) -> int:
+        """The matrices of the parameter."""
+        return self.shape[0] if len(self.shape) == 3 else 1
 
-    def factors(self, delta: DeltaFile) -> tuple[Raw, Raw]:
+    def rank(self, delta: DeltaFile) -> int:
+        """Return the vectors of each matrix, at most."""
+        if self.experts == 1:
+            return sum(_rank(entry) for _, entry in self.parts)
+        by_expert = dict.fromkeys(range(self.experts), 0)
+        for piece, entry in self.parts:
+            if piece.expert is None:
+                u, _ = vectors(delta, entry)
+                blocks = np.asarray(u.reshape(len(u), self.experts, -1).any(axis=2))
+                for expert in by_expert:
+                    by_expert[expert] += int(blocks[:, expert].sum())
+            else:
+                by_expert[piece.expert] += _rank(entry)
+        return max(by_expert.values()) or 1
+
+    def shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the shapes of A and B."""
+        rows, columns = self.shape[-2:]
+        into, out = (rows, columns) if self.embedding or self.crossed else (columns, rows)
+        return (rank * self.experts, into), (out, rank * self.experts)
+
+    def factors(self, delta: DeltaFile, rank: int) -> tuple[Raw, Raw]:
         """Decode A and B.
 
         Raises:
             NonFiniteError: an element is beyond the dtype's range.
         """
-        entry = self.entry
-        both = [
-            LowRankCodec(band, *entry.shape).vectors(delta.term_views(entry, term))
-            for band, term in zip(self.bands, entry.terms, strict=True)
-        ]
-        u, v = (np.concatenate(parts) for parts in zip(*both, strict=True))
-        a, b = (narrow(factor, self.dtype) for factor in factors_of(u, v, transposed=self.transposed))
-        if not all(np.isfinite(widen(factor, self.dtype)).all() for factor in (a, b)):
-            raise NonFiniteError(f'tensor "{entry.name}": a factor has values beyond the range of {self.dtype}')
-        return a, b
+        rows, columns = self.shape[-2:]
+        u = np.zeros((self.experts, rank, rows), np.float32)
+        v = np.zeros((self.experts, rank, columns), np.float32)
+        filled = [0] * self.experts
+        for piece, entry in self.parts:
+            mine, theirs = vectors(delta, entry)
+            for expert in range(self.experts) if piece.expert is None else (piece.expert,):
+                part, other = mine, theirs
+                if piece.expert is None and self.experts > 1:
+                    block = mine.reshape(len(mine), self.experts, rows)[:, expert]
+                    used = block.any(axis=1)
+                    part, other = block[used], theirs[used]
+                first, last = filled[expert], filled[expert] + len(part)
+                u[expert, first:last, piece.start : piece.start + part.shape[1]] = part
+                v[expert, first:last] = other
+                filled[expert] = last
+        if self.experts == 1:
+            both = factors_of(u[0], v[0], transposed=self.embedding or self.crossed)
+        else:
+            a, b = (u, v) if self.crossed else (v, u)
+            # PEFT counts A's rows expert by expert, and B's columns rank by rank.
+            both = a.reshape(-1, a.shape[2]), np.ascontiguousarray(b.swapaxes(0, 1).reshape(-1, b.shape[2]).T)
+        found = narrow(both[0], self.dtype), narrow(both[1], self.dtype)
+        if not all(np.isfinite(widen(factor, self.dtype)).all() for factor in found):
+            raise NonFiniteError(f'tensor "{self.parameter}": a factor has values beyond the range of {self.dtype}')
+        return found
 
 
-def lora_modules(
-    delta: DeltaFile, entries: list[TensorEntry], config: Mapping[str, Any], dtype: str | None
-) -> list[LoraModule]:
-    """Return the modules that have factors, in natural order.
+def vectors(delta: DeltaFile, entry: TensorEntry) -> tuple[Floats, Floats]:
+    """Decode the vectors of all terms of an entry, u and v."""
+    rows = c.row_count(entry.shape)
+    both = [
+        LowRankCodec(term.layout, rows, entry.columns).vectors(delta.term_views(entry, term))
+        for term in entry.terms
+        if isinstance(term.layout, LowRankLayout)
+    ]
+    u, v = (np.concatenate(parts) for parts in zip(*both, strict=True))
+    return u, v
 
-    Raises:
-        UsageError: a tensor's delta cannot be an adapter's (names the first), or no tensor has a low-rank delta.
-    """
-    found = []
-    for entry in entries:
-        where = f'{delta.container.name}: tensor "{entry.name}"'
-        if entry.target is not None and delta[entry.target].action != "same":
-            raise UsageError(f"{where} is tied to {entry.target}, which an adapter cannot say")
-        if not entry.terms:
-            continue
-        bands = tuple(term.layout for term in entry.terms if isinstance(term.layout, LowRankLayout))
-        if len(bands) < len(entry.terms):
-            kind = next(term.layout.kind for term in entry.terms if term.layout.kind != LowRankLayout.kind)
-            raise UsageError(f"{where} has a term of kind {kind}; an adapter has lowrank terms alone")
-        module, _, last = entry.name.rpartition(".")
-        if not module or last != "weight" or len(entry.shape) != 2:
-            raise UsageError(f"{where} of shape {list(entry.shape)} is not the weight matrix of a module")
-        if entry.base is None or entry.base.shape != entry.shape:
-            raise UsageError(f"{where} has other rows than its base, which an adapter cannot say")
-        if not config and may_be_conv1d(module):
-            text = f"{where} may be stored transposed, which only its base's config.json tells"
-            raise UsageError(text, Remedy("base", None))
-        stored = {band.factors if isinstance(band.factors, str) else "F32" for band in bands}
-        written = dtype or (stored.pop() if len(stored) == 1 else "F32")
-        found.append(LoraModule(module, entry, bands, is_embedding(module), is_conv1d(module, config), written))
-    if not found:
-        raise UsageError(f"{delta.container.name}: no tensor has a low-rank delta")
-    return found
+
+def stored_dtype(entries: list[TensorEntry], dtype: str | None) -> str:
+    """Return the dtype in which factors are written: as all terms are stored, or F32 for codes and for several."""
+    stored = {
+        term.layout.factors if isinstance(term.layout.factors, str) else "F32"
+        for entry in entries
+        for term in entry.terms
+        if isinstance(term.layout, LowRankLayout)
+    }
+    return dtype or (stored.pop() if len(stored) == 1 else "F32")
+
+
+def _rank(entry: TensorEntry) -> int:
+    return sum(term.layout.rank for term in entry.terms if isinstance(term.layout, LowRankLayout))
