@@ -6,15 +6,17 @@ A slot is a place in the modules' operand tables. A delta on the device has the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from deltafmt.runtime.binding import BoundModule, Role, weight_shape
+from deltafmt.errors import UsageError
+from deltafmt.runtime.binding import Binding, BoundModule, Role, weight_shape
 from deltafmt.runtime.device_delta import DeviceDelta
+from deltafmt.runtime.mixing import mixed_output
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.siblings import Active, SharedInput, Siblings, shareable
 from deltafmt.runtime.sites import LinearSite, Site, TransposedSite, refuse_gradient
@@ -46,11 +48,25 @@ class ServedModules:
         self._hooks: list[RemovableHandle] = []
         self._groups: dict[int, Siblings] = {}
         self._slots: dict[str, int] = {}
+        self._held: dict[str, tuple[DeviceDelta, Binding]] = {}
         self._free: list[int] = []
 
     def unused(self) -> list[str]:
         """Return the names of modules that deltas change but that have not run while such a delta was served."""
         return [site.name for site in self._sites.values() if site.name not in self._ran]
+
+    def sites(self) -> list[Site]:
+        """Return the sites of all served modules."""
+        return list(self._sites.values())
+
+    def siblings_of(self, module: nn.Module) -> list[nn.Module]:
+        """Return the modules whose outputs may be computed together with a module's."""
+        group = self._groups.get(id(self._sites[id(module)])) if id(module) in self._sites else None
+        return [] if group is None else [site.module for site in group.sites]
+
+    def note_ran(self, site: Site) -> None:
+        """Note that a module's parameters were used."""
+        self._ran.add(site.name)
 
     def prepare(self, modules: Iterable[BoundModule]) -> None:
         """Make a site for each module that has none, and hook the module."""
@@ -62,7 +78,11 @@ class ServedModules:
                     self._sites[id(bound.module)] = site
                     self._hook(site)
 
-    def assign(self, name: str, delta: DeviceDelta, modules: Iterable[BoundModule]) -> int:
+    def has(self, names: set[str]) -> bool:
+        """Tell whether all these deltas have slots."""
+        return names <= self._slots.keys()
+
+    def assign(self, name: str, delta: DeviceDelta, binding: Binding) -> int:
         """Return the slot of a delta that is on the device; a delta without a slot gets a free one."""
         with self._lock:
             if name in self._slots:
@@ -70,22 +90,42 @@ class ServedModules:
             if not self._free:
                 self._grow(max(2 * self.count, _FIRST_SLOTS))
             self._slots[name] = slot = self._free.pop()
+            self._held[name] = delta, binding
             try:
-                for bound in modules:
-                    if id(bound.module) in self._sites:
-                        tensors = {key: delta[tensor] for key, tensor in bound.tensors.items() if tensor in delta}
-                        self._sites[id(bound.module)].put(slot, tensors)
-                for group in self._groups.values():
-                    group.refresh(slot)
+                self._fill(slot, delta, binding)
             except BaseException:
                 self.release(name)
                 raise
             return slot
 
+    def rebuild(self, bindings: Mapping[str, Binding], modules: Iterable[BoundModule]) -> None:
+        """Make the sites anew for a model whose modules or dtypes have changed; slots stay what they are.
+
+        Args:
+            bindings: the new binding of each delta.
+            modules: the modules that some delta changes.
+        """
+        with self._lock:
+            self._unhook()
+            self.prepare(modules)
+            for name, slot in self._slots.items():
+                delta, _ = self._held[name]
+                self._held[name] = delta, bindings[name]
+                self._fill(slot, delta, bindings[name])
+
+    def _fill(self, slot: int, delta: DeviceDelta, binding: Binding) -> None:
+        for bound in binding.modules:
+            if id(bound.module) in self._sites:
+                tensors = {key: delta[tensor] for key, tensor in bound.tensors.items() if tensor in delta}
+                self._sites[id(bound.module)].put(slot, tensors)
+        for group in self._groups.values():
+            group.refresh(slot)
+
     def release(self, name: str) -> None:
         """Forget a delta's tensors and free its slot, if it has one."""
         with self._lock:
             slot = self._slots.pop(name, None)
+            self._held.pop(name, None)
             if slot is not None:
                 for site in self._sites.values():
                     site.clear(slot)
@@ -95,6 +135,10 @@ class ServedModules:
 
     def close(self) -> None:
         """Remove all hooks, so that the modules are as they were before."""
+        with self._lock:
+            self._unhook()
+
+    def _unhook(self) -> None:
         with self._lock:
             for hook in self._hooks:
                 hook.remove()
@@ -111,23 +155,32 @@ class ServedModules:
         self.count = count
 
     def _hook(self, site: Site) -> None:
-        def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-            selection = self._active()
-            return None if selection is None or not site.changes(selection) else site.before(selection, args, kwargs)
-
-        def after(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            selection = self._active()
-            if selection is None or not site.changes(selection):
-                return None
-            refuse_gradient(site.name, output)
-            self._ran.add(site.name)
-            if self._fuse and type(site) is LinearSite and id(site) not in self._groups and shareable(args, kwargs):
-                self._learn(site, args[0], selection)
-            return site.after(selection, args, kwargs, output)
-
+        hooks = _Hooks(self, site)
         if isinstance(site, EmbeddingSite):
-            self._hooks.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
-        self._hooks.append(site.module.register_forward_hook(after, with_kwargs=True))
+            self._hooks.append(site.module.register_forward_pre_hook(hooks.before, with_kwargs=True))
+        # Hooks that a caller registered before see the fine-tune's output, as they would see the unpacked model's.
+        self._hooks.append(site.module.register_forward_hook(hooks.after, with_kwargs=True, prepend=True))
+
+    def after(self, site: Site, args: Any, kwargs: Any, output: Any) -> Any:
+        """Return a module's output with the deltas of the calling thread; None if there are none."""
+        selection = self._active()
+        if selection is None:
+            return None
+        changed = site.changes(selection)
+        if not changed and not selection.mixes:
+            return None
+        refuse_gradient(site.name, output)
+        self._ran.add(site.name)
+        if selection.mixes:
+            return mixed_output(site, selection, args, kwargs, output, changed=changed)
+        if self._fuse and type(site) is LinearSite and id(site) not in self._groups and shareable(args, kwargs):
+            self._learn(site, args[0], selection)
+        return site.after(selection, args, kwargs, output)
+
+    def before(self, site: Site, args: Any, kwargs: Any) -> Any:
+        """Return other arguments for a module, or None to keep the given ones."""
+        selection = self._active()
+        return None if selection is None or not site.changes(selection) else site.before(selection, args, kwargs)
 
     def _learn(self, site: LinearSite, given: torch.Tensor, selection: Selection) -> None:
         ended = selection.memo("run", SharedInput).observe(site, given)
@@ -147,3 +200,38 @@ def _make_site(bound: BoundModule, device: torch.device) -> Site:
         return TransposedSite(bound.name, bound.module, device, columns, rows)
     made = EmbeddingSite if bound.role is Role.EMBEDDING else LinearSite
     return made(bound.name, bound.module, device, rows, columns)
+
+
+class _Hooks:
+    """The hooks of one module. A copy of the module would have them too, and compute with this one's weights."""
+
+    def __init__(self, served: ServedModules, site: Site) -> None:
+        self._served = served
+        self._site = site
+
+    def before(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Run before the module's forward."""
+        return self._served.before(self._site, args, kwargs)
+
+    def after(self, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Run after the module's forward."""
+        return self._served.after(self._site, args, kwargs, output)
+
+    def __deepcopy__(self, _memo: object) -> NoReturn:
+        """Refuse to be copied with a module."""
+        refuse_copy()
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        """Refuse to be pickled with a module."""
+        refuse_copy()
+
+
+def refuse_copy(*_: object) -> NoReturn:
+    """Refuse to copy or pickle a model with deltas attached.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError(
+        "a model with deltas attached cannot be copied or pickled; detach the deltas first, and attach them to the copy"
+    )
