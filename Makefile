@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11 to 3.13:
 #   make demo   sets up, packs the nano pair, inspects, verifies and unpacks it, prints sizes and accuracy
 #   make test   sets up, runs the tests, one process a processor, and prints what they cover
-# make reference runs the tests on numpy alone, without the compiled loops.
+# make reference runs on numpy alone, without the compiled loops, the tests of what the loops compute.
 # make docs builds the documentation into site/.
 # make test PYTEST_ARGS="-n 0 --no-cov tests/test_nm.py" runs some tests in one process.
 PYTHON ?= python3
@@ -12,6 +12,12 @@ INSTALL = $(PIP) install -c constraints.txt
 
 # The compiled loops; without a C compiler the package installs without them.
 LOOPS = $(wildcard kernels/cpu/*.[ch] kernels/cpu/loops/*)
+
+# Tests of loops, codecs and methods, and of whole files and commands, for the run on numpy alone.
+REFERENCE_TESTS = $(wildcard $(addprefix tests/test_,budget.py calibrated_pack.py cli_files.py container.py core.py \
+	decode.py dense_terms.py every_kind.py floats.py fused_loops.py grids.py methods.py nm.py nm_refusals.py positions.py \
+	quantize.py resume.py round_trip.py round_trip_values.py same_bytes.py sampling.py sparse.py sparse_methods.py \
+	sparse_slots.py vector_methods.py vectors.py words.py))
 
 # Tests of the source distribution that are run from the unpacked archive.
 SDIST_TESTS = $(addprefix tests/test_,examples.py mapping.py packaging.py surface.py vectors.py)
@@ -25,7 +31,7 @@ test: $(VENV)/.dev
 	$(BIN)/pytest -n auto --dist loadfile --cov $(PYTEST_ARGS)
 
 reference: $(VENV)/.dev
-	DELTAFMT_CORE=0 $(BIN)/pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	DELTAFMT_CORE=0 $(BIN)/pytest -n auto --dist loadfile $(PYTEST_ARGS) $(REFERENCE_TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ earlier checkout needs must be installed, and its compiled parts built in place.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import statistics
@@ -137,9 +138,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (5)")
     options = parser.parse_args()
     trees = [Tree("earlier", options.earlier.resolve()), Tree("this", HERE)]
-    with tempfile.TemporaryDirectory() as temporary:
+    # A checkout in the current folder would be imported first.
+    with tempfile.TemporaryDirectory() as temporary, contextlib.chdir(temporary):
         work = Path(temporary)
-        os.chdir(work)  # a checkout in the current folder would be imported first
         pairs = []
         for gib, shape in ((options.gib, ()), (options.small_gib, SMALL_SHAPE)):
             folder = work / f"{gib:g}-gib"

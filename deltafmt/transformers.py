@@ -7,6 +7,7 @@
         model.generate(**inputs)
     with model.delta(["math", None, "code"]):  # a name for each row; None is the base alone
         model.generate(**inputs)
+    model.generate(**inputs, delta="math")  # the same without a block
     deltafmt.transformers.detach(model)
 
 Importing this module without torch raises :class:`deltafmt.errors.MissingExtraError`, an ``ImportError``. The package
@@ -51,9 +52,11 @@ def attach(
 ) -> M:
     """Attach deltas to their base and return the same model, which then has ``delta`` and ``deltas``.
 
-    ``model.delta(names)`` serves deltas within a ``with`` block (:meth:`deltafmt.runtime.attach.Deltas.use`), and
-    ``model.deltas`` manages them: ``add``, ``remove``, ``prefetch``, ``merge``, ``unmerge``. The model keeps its class,
-    parameters and state dict; outside a ``with`` block it computes what it did before, bit for bit.
+    ``model.delta(names)`` serves deltas within a ``with`` block (:meth:`deltafmt.runtime.attach.Deltas.use`);
+    ``model(...)``, ``model.generate(...)`` and ``model.generate_batch(...)`` take ``delta=names``. ``model.deltas``
+    manages the deltas: ``add``, ``replace``, ``remove``, ``prefetch``, ``merge``, ``unmerge``. The model keeps its
+    class, parameters and state dict. A call without names outside of all blocks computes what it did before, bit for
+    bit.
 
     Args:
         model: any model of linear, embedding and other innermost modules, quantized or not.
@@ -70,7 +73,8 @@ def attach(
         fuse: have linear modules that are given the same input (q, k and v) share a launch.
 
     Raises:
-        UsageError: the model has deltas already, a tensor has no place in it, or a delta alone exceeds the budget.
+        UsageError: the model has deltas already or is offloaded, a tensor has no place in it, or a delta alone exceeds
+            the budget.
         WrongBaseError: the model is not a delta's base; names the first tensor that differs.
         StorageError, InvalidFileError: a file cannot be read.
     """

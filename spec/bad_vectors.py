@@ -160,6 +160,33 @@ def parts_negative() -> bytes:
     return with_parts([["v", -1, 2000]])
 
 
+def with_leading(leading: int, shape: list[int], features: int = c.FEATURE_LEADING) -> bytes:
+    """Return a file whose only tensor, of 40 rows and 50 columns, has a shape and leading dimensions."""
+
+    def edit(index: Any) -> None:
+        old = index["tensors"]["w"]
+        new = {key: old[key] for key in ("action", "base", "digest", "dtype")} | {"leading": leading}
+        index["tensors"]["w"] = new | {"shape": shape, "terms": old["terms"]}
+        index["tensors"]["w"]["base"]["shape"] = shape
+
+    return change(frame.encode_header(incompatible=features) + simple()[c.HEADER_SIZE :], edit)
+
+
+@vector("invalid", "an entry has leading dimensions, and the header does not say so", "bit 1")
+def leading_without_feature() -> bytes:
+    return with_leading(1, [40, 5, 10], 0)
+
+
+@vector("invalid", "no dimension leads", "0 is not 1 to 1")
+def leading_none() -> bytes:
+    return with_leading(0, [40, 5, 10])
+
+
+@vector("invalid", "all dimensions but the last lead, which is what the key's absence says", "1 is not 1 to 0")
+def leading_all() -> bytes:
+    return with_leading(1, [40, 50])
+
+
 @vector("invalid", "a tensor's entry is not a byte string", "expected a byte string")
 def entry_is_a_map() -> bytes:
     data = simple()

@@ -78,6 +78,17 @@ def base_parts() -> bytes:
     return out.getvalue()
 
 
+@vector("ok", "leading: a kernel of shape [7, 2, 3, 3] as 7 rows of 18 columns; feature bit 1")
+def leading_dimensions() -> bytes:
+    out = io.BytesIO()
+    writer = ContainerWriter(out, features=c.FEATURE_LEADING)
+    term, digest = add_term(writer, NMLayout(1, 4, 4), 7, 18, 3)
+    shape, base = (7, 2, 3, 3), BaseRef(bytes(32), "BF16", (7, 2, 3, 3))
+    entry = TensorEntry("kernel", "add", "BF16", shape, base, digest, None, (term,), leading=1)
+    writer.finish([entry])
+    return out.getvalue()
+
+
 @vector("ok", "two terms: their float32 sum is the delta")
 def sum_of_terms() -> bytes:
     return summed(NMLayout(1, 4, 4), NMLayout(2, 16, 2, grid="midrise", share=8), rows=20, columns=32)

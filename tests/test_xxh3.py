@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -121,3 +122,25 @@ def test_what_is_no_section_is_refused() -> None:
         with pytest.raises(UsageError, match="expected uint8"):
             device_digests.digests(wrong, [])
     assert device_digests.digests(memory, []) == []
+
+
+def test_the_first_load_does_not_wait_for_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = device_digests
+    started, go_on, device = threading.Event(), threading.Event(), torch.device("cpu")
+
+    def load(found: torch.device) -> None:
+        assert found == device
+        started.set()
+        assert go_on.wait(10)
+        module._loaded[found].set()
+
+    monkeypatch.setattr(module, "_load", load)
+    monkeypatch.setattr(module, "_loaded", {})
+    assert not module.are_loaded(device)
+    module.load_soon(device)
+    module.load_soon(device)
+    assert started.wait(10)
+    assert not module.are_loaded(device)
+    go_on.set()
+    assert module._loaded[device].wait(10)
+    assert module.are_loaded(device)

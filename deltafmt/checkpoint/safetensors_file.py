@@ -8,7 +8,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Tensor:
         file: the file that holds the tensor.
         offset: the place of the tensor's first byte in the file.
         nbytes: bytes of the tensor.
+        leading: the number of leading dimensions whose product is the number of rows; all but the last if None.
     """
 
     name: str
@@ -49,16 +50,21 @@ class Tensor:
     file: SafetensorsFile
     offset: int
     nbytes: int
+    leading: int | None = None
 
     @property
     def rows(self) -> int:
-        """Rows: the product of all dimensions but the last."""
-        return c.row_count(self.shape)
+        """Rows: the product of the leading dimensions."""
+        return c.row_count(self.shape, self.leading)
 
     @property
     def columns(self) -> int:
-        """Columns: the last dimension (1 for a 0-d tensor)."""
-        return self.shape[-1] if self.shape else 1
+        """Columns: the product of the other dimensions."""
+        return c.column_count(self.shape, self.leading)
+
+    def as_matrix(self, leading: int | None) -> Tensor:
+        """Return the same tensor with the rows of so many leading dimensions."""
+        return self if leading == self.leading else replace(self, leading=leading)
 
     def parts(self) -> tuple[BasePart, ...]:
         """Return the tensors of the checkpoint whose elements follow each other in this one: itself."""

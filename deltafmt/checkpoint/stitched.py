@@ -97,7 +97,7 @@ def stitch(name: str, shape: tuple[int, ...], runs: Sequence[Run]) -> Tensor:
         return first
     size = c.DTYPE_BITS[first.dtype] // 8
     ends = tuple(itertools.accumulate(run.count * size for run in runs))
-    return StitchedTensor(name, first.dtype, shape, first.file, first.offset, ends[-1], tuple(runs), ends)
+    return StitchedTensor(name, first.dtype, shape, first.file, first.offset, ends[-1], runs=tuple(runs), ends=ends)
 
 
 def stitch_parts(

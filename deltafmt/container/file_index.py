@@ -90,6 +90,8 @@ class FileIndex:
         entry = TensorEntry.from_obj(name, self._decode_entry(name), self.layouts)
         if entry.base is not None and entry.base.parts and not self.features & c.FEATURE_PARTS:
             fail((where, ".base.parts"), "the header does not have the feature of parts, bit 0")
+        if entry.leading is not None and not self.features & c.FEATURE_LEADING:
+            fail((where, ".leading"), "the header does not have the feature of leading dimensions, bit 1")
         refs = entry.refs()
         for buffer, ref in refs:
             if ref.section != refs[0][1].section:

@@ -17,7 +17,8 @@ TRAILER_SIZE: Final = 128
 
 # Section 4.4: incompatible features, a bit each.
 FEATURE_PARTS: Final = 1 << 0  # a base tensor is made of parts of base tensors (section 7.4)
-KNOWN_FEATURES: Final = FEATURE_PARTS
+FEATURE_LEADING: Final = 1 << 1  # the rows of a delta are those of fewer dimensions than all but the last (section 7.4)
+KNOWN_FEATURES: Final = FEATURE_PARTS | FEATURE_LEADING
 
 # Section 5: sections and buffers.
 SECTION_ALIGNMENT: Final = 4096
@@ -103,6 +104,11 @@ def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
     return -(-element_count(shape) * DTYPE_BITS[dtype] // 8)
 
 
-def row_count(shape: tuple[int, ...]) -> int:
-    """Return the number of rows: the product of all dimensions but the last (1 for a 1-d tensor)."""
-    return element_count(shape[:-1])
+def row_count(shape: tuple[int, ...], leading: int | None = None) -> int:
+    """Return the number of rows: the product of the leading dimensions, of all but the last if not given."""
+    return element_count(shape[:-1] if leading is None else shape[:leading])
+
+
+def column_count(shape: tuple[int, ...], leading: int | None = None) -> int:
+    """Return the number of columns: the product of the other dimensions, the last if not given (1 for a 0-d tensor)."""
+    return element_count(shape[-1:] if leading is None else shape[leading:])

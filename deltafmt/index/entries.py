@@ -152,6 +152,8 @@ class TensorEntry:
         data: the bytes of a ``replace``, or the new rows of an ``add`` that grew.
         terms: the terms of an ``add``, in the order in which they are summed.
         target: the name of the tensor that an ``alias`` repeats.
+        leading: the number of leading dimensions whose product is the number of rows of an ``add``; all but the last
+            if None. A convolution's kernel [O, I, h, w] has 1: O rows of I h w columns.
     """
 
     name: str
@@ -163,21 +165,22 @@ class TensorEntry:
     data: BufferRef | None = None
     terms: tuple[Term, ...] = ()
     target: str | None = None
+    leading: int | None = None
 
     @property
     def rows(self) -> int:
-        """The number of rows: the product of all dimensions but the last."""
-        return c.row_count(self.shape)
+        """The number of rows: the product of the leading dimensions."""
+        return c.row_count(self.shape, self.leading)
 
     @property
     def columns(self) -> int:
-        """The number of columns: the last dimension (1 for a 0-d tensor)."""
-        return self.shape[-1] if self.shape else 1
+        """The number of columns: the product of the other dimensions."""
+        return c.column_count(self.shape, self.leading)
 
     @property
     def delta_rows(self) -> int:
         """The number of rows that the terms of an ``add`` cover: the rows that both base and fine-tune have."""
-        return self.rows if self.base is None else min(self.rows, c.row_count(self.base.shape))
+        return self.rows if self.base is None else min(self.rows, c.row_count(self.base.shape, self.leading))
 
     @property
     def nbytes(self) -> int:
@@ -215,6 +218,8 @@ class TensorEntry:
         if self.digest is not None:
             obj["digest"] = self.digest
         obj["dtype"] = self.dtype
+        if self.leading is not None:
+            obj["leading"] = self.leading
         obj["shape"] = list(self.shape)
         if self.target is not None:
             obj["target"] = self.target
@@ -248,7 +253,9 @@ def _parse_replace(name: str, obj: Any, where: Where) -> TensorEntry:
 
 def _parse_add(name: str, obj: Any, where: Where, layouts: tuple[TermLayout, ...]) -> TensorEntry:
     grown = type(obj) is dict and "data" in obj
-    keys = ("action", "base", *(("data",) if grown else ()), "digest", "dtype", "shape", "terms")
+    leads = type(obj) is dict and "leading" in obj
+    optional = (*(("data",) if grown else ()), *(("leading",) if leads else ()))
+    keys = tuple(sorted(("action", "base", "digest", "dtype", "shape", "terms", *optional)))
     values = dict(zip(keys, check_fields(obj, where, keys), strict=True))
     base = BaseRef.from_obj(values["base"], (where, ".base"))
     dtype = check_dtype(values["dtype"], (where, ".dtype"))
@@ -263,18 +270,21 @@ def _parse_add(name: str, obj: Any, where: Where, layouts: tuple[TermLayout, ...
     if len(shape) == 1 and shape != base.shape:
         fail((where, ".base.shape"), f"{list(base.shape)} and {list(shape)} differ, and a 1-d tensor cannot grow")
     data = BufferRef.from_obj(values["data"], (where, ".data")) if grown else None
-    rows = c.row_count(shape)
-    shared = min(rows, c.row_count(base.shape))
-    new_bytes = (rows - shared) * c.byte_count(dtype, shape[-1:])
+    leading = check_uint(values["leading"], (where, ".leading")) if leads else None
+    if leading is not None and not 1 <= leading <= len(shape) - 2:
+        fail((where, ".leading"), f"{leading} is not 1 to {len(shape) - 2}, for a tensor of {len(shape)} dimensions")
+    rows, columns = c.row_count(shape, leading), c.column_count(shape, leading)
+    shared = min(rows, c.row_count(base.shape, leading))
+    new_bytes = (rows - shared) * c.byte_count(dtype, (columns,))
     if (data.length if data else 0) != new_bytes or grown != (new_bytes > 0):
         fail((where, ".data"), f"new rows take {new_bytes} bytes, not {data.length if data else 0}")
     terms_obj = values["terms"]
     if type(terms_obj) is not list or not 1 <= len(terms_obj) <= MAX_TERMS:
         fail((where, ".terms"), f"expected a list of 1 to {MAX_TERMS} terms")
     terms = tuple(
-        Term.from_obj(term, (where, ".terms[", i, "]"), layouts, shared, shape[-1]) for i, term in enumerate(terms_obj)
+        Term.from_obj(term, (where, ".terms[", i, "]"), layouts, shared, columns) for i, term in enumerate(terms_obj)
     )
-    return TensorEntry(name, "add", dtype, shape, base, digest, data, terms)
+    return TensorEntry(name, "add", dtype, shape, base, digest, data, terms, leading=leading)
 
 
 def _parse_alias(name: str, obj: Any, where: Where) -> TensorEntry:

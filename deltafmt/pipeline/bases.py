@@ -114,7 +114,7 @@ class BaseTensors:
 
     def find(self, entry: TensorEntry) -> Tensor | None:
         """Return the base tensor that an entry needs, or None if it needs none."""
-        return self._tensors[entry.name] if entry.base is not None else None
+        return self._tensors[entry.name].as_matrix(entry.leading) if entry.base is not None else None
 
     def differs(self, name: str) -> WrongBaseError:
         """Return the error for a base tensor whose bytes differ."""

@@ -111,6 +111,7 @@ class EntryWriter:
         terms: Sequence[TermBytes],
         new_rows: Pieces | None = None,
         digest: bytes | None = None,
+        leading: int | None = None,
     ) -> TensorEntry:
         """Write a tensor that is its base plus a sum of terms.
 
@@ -120,6 +121,7 @@ class EntryWriter:
             terms: in the order in which they are summed.
             new_rows: the bytes of the rows that the base lacks, if there are any.
             digest: of the payload (section 7.6), if it is known; otherwise it is computed while the payload is written.
+            leading: the number of leading dimensions that give the rows; all but the last if None.
         """
         payload = blake3() if digest is None else None
         written = []
@@ -129,7 +131,9 @@ class EntryWriter:
             written.append(Term(number, term.layout, term.seed, refs, term.slots))
         rows = None if new_rows is None else self._write(new_rows, payload)
         found = digest if payload is None else payload.digest()
-        return TensorEntry(tensor.name, "add", tensor.dtype, tensor.shape, base, found, rows, tuple(written))
+        return TensorEntry(
+            tensor.name, "add", tensor.dtype, tensor.shape, base, found, rows, tuple(written), leading=leading
+        )
 
     def _write(self, data: Pieces, payload: blake3 | None, digested: Pieces | None = None) -> BufferRef:
         """Write a buffer, and add it, or the form that is digested in its place, to the payload's digest."""

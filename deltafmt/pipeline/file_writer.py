@@ -143,7 +143,7 @@ class _FileWriter:
             return self._writer.same(tensor, base)
         base_bytes = c.byte_count(tensor.dtype, base.shape)
         new_rows = tensor.pieces(base_bytes) if tensor.nbytes > base_bytes else None
-        return self._writer.add(tensor, base, compressed.terms, new_rows)
+        return self._writer.add(tensor, base, compressed.terms, new_rows, leading=tensor.leading)
 
     def _add(self, entry: TensorEntry) -> None:
         """Take an entry; once its section is complete, record what a later run needs to go on behind it."""

@@ -17,7 +17,7 @@ from deltafmt.checkpoint.weight_names import METADATA_VARIANT
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
-from deltafmt.format.constants import FEATURE_PARTS, element_count
+from deltafmt.format.constants import FEATURE_LEADING, FEATURE_PARTS, element_count
 from deltafmt.index.entries import BasePart
 from deltafmt.pipeline.completeness import Completeness
 from deltafmt.pipeline.pairing import Pairing
@@ -100,7 +100,8 @@ class PackJob:
 
     def features(self) -> int:
         """Return the incompatible features that the file's header names."""
-        return FEATURE_PARTS if any(self.moved()) else 0
+        leads = any(plan.tensor.leading is not None and plan.method is not None for plan in self.plans)
+        return (FEATURE_PARTS if any(self.moved()) else 0) | (FEATURE_LEADING if leads else 0)
 
     def moved(self) -> Iterator[tuple[str, tuple[BasePart, ...]]]:
         """Give the tensors whose base is not simply the base's tensor of the same name, and what theirs is made of."""

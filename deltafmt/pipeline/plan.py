@@ -18,6 +18,7 @@ from deltafmt.format.constants import DELTA_DTYPES, METADATA_BASE
 from deltafmt.methods.base import Method
 from deltafmt.pipeline.pairing import Pairing, pair_up
 from deltafmt.terms.layout import TermLayout
+from deltafmt.terms.tiles import TILE_ROWS
 
 Rule = tuple[str, Method | None]
 
@@ -29,6 +30,10 @@ BASE_DTYPE = "the base's dtype"
 
 # Reasons that the user gave for storing a tensor whole.
 CHOSEN = ("excluded", "not included", "by rule")
+
+
+# A tensor of three dimensions or more whose last has fewer elements is a convolution's kernel.
+KERNEL_COLUMNS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +120,8 @@ def make_plan(
     def decide(tensor: Tensor) -> Plan:
         name = tensor.name
         other = paired.tensors.get(name)
+        leading = leading_dimensions(tensor.shape)
+        tensor, other = tensor.as_matrix(leading), None if other is None else other.as_matrix(leading)
         chosen, reason, undecided = method, "", method is None
         if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
             chosen, reason, undecided = None, "not included", False
@@ -133,6 +140,15 @@ def make_plan(
         if exact or plans[name].reason not in CHOSEN:
             plans[name] = replace(plans[name].decided(None, "tied"), alias=target)
     return list(plans.values())
+
+
+def leading_dimensions(shape: tuple[int, ...]) -> int | None:
+    """Return how many leading dimensions of a tensor give its rows; None for all but the last.
+
+    The kernel of a convolution, [O, I, h, w], is a matrix of O rows and I h w columns: its last dimension alone has few
+    elements. A stack of experts, [E, out, in], has E out rows. Fewer rows than a tile has would leave it half empty.
+    """
+    return 1 if len(shape) > 2 and shape[-1] < KERNEL_COLUMNS and shape[0] >= TILE_ROWS else None
 
 
 def why_exact(tensor: Tensor, base: Tensor | None, method: Method | None) -> str:

@@ -99,4 +99,4 @@ def _moved(delta: DeltaFile, entry: TensorEntry, writer: EntryWriter, profile: s
         arrays = codec_of(entry, term).converted(delta.term_views(entry, term), layout)
         buffers = {name: raw_bytes(array) for name, array in arrays.items()}
         terms.append(TermBytes(layout, term.seed, term.slots, buffers))
-    return writer.add(entry, entry.base, terms, data, entry.digest)
+    return writer.add(entry, entry.base, terms, data, entry.digest, entry.leading)

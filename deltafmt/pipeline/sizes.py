@@ -96,7 +96,7 @@ def _entry(writer: EntryWriter, plan: Plan, seed: int, *, same: bool) -> TensorE
         buffers = {name: _zeros(length) for name, length in lengths.items()}
         terms.append(TermBytes(layout, tensor_seed(seed, tensor.name) if layout.seeded else 0, 0, buffers))
     new_bytes = tensor.nbytes - shared_bytes(tensor, base)
-    return writer.add(tensor, reference, terms, _zeros(new_bytes) if new_bytes else None, _DIGEST)
+    return writer.add(tensor, reference, terms, _zeros(new_bytes) if new_bytes else None, _DIGEST, tensor.leading)
 
 
 def plan_layouts(plan: Plan) -> tuple[TermLayout, ...]:

@@ -140,6 +140,7 @@ def entry_obj(container: Container, entry: TensorEntry) -> dict[str, Any]:
     if entry.target is not None:
         obj["target"] = entry.target
     if entry.terms:
+        obj["rows"], obj["columns"] = entry.delta_rows, entry.columns
         obj["terms"] = [{**term.layout.to_obj(), **term.numbers()} for term in entry.terms]
     buffers = {}
     for name, ref in entry.refs():

@@ -8,43 +8,38 @@ class, its modules, its parameters and its state dict: forward hooks add the del
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from deltafmt.errors import UsageError, WrongBaseError
-from deltafmt.index.entries import TensorEntry
-from deltafmt.pipeline.bases import named_base
-from deltafmt.runtime.base_check import BaseCheck
-from deltafmt.runtime.binding import Binding, Rename, Role, bind, weight_shape
+from deltafmt.errors import DeltafmtError, NoRoomError, UsageError
+from deltafmt.runtime import following
+from deltafmt.runtime.binding import Rename
+from deltafmt.runtime.calls import Calls
+from deltafmt.runtime.changes import Watch
 from deltafmt.runtime.delta_store import DeltaStore, read_attached
 from deltafmt.runtime.device_delta import DeviceDelta
+from deltafmt.runtime.examine import Examined, Examiner
+from deltafmt.runtime.held import Attached, Held, Pool, refuse_sums
 from deltafmt.runtime.merge import Merge
-from deltafmt.runtime.model_batch import batch_of, device_of, models_in
+from deltafmt.runtime.model_batch import device_of
+from deltafmt.runtime.reads import Reads
 from deltafmt.runtime.residency import Residency
-from deltafmt.runtime.selection import BASE, Selection
+from deltafmt.runtime.rows import BASE_NAME, Names, read_names
+from deltafmt.runtime.scope import Block, Scope
 from deltafmt.runtime.served_modules import ServedModules
-
-Names = str | None | Sequence[str | None]
-
-BASE_NAME = "base"
-
-# The selections of this thread (or task), by the model's id. An inner ``with`` block shadows the outer one.
-_active: ContextVar[Mapping[int, Selection]] = ContextVar("deltafmt_selections", default={})  # noqa: B039 - never written to
 
 
 class Deltas:
     """The deltas of one model.
 
     Args:
-        model: the base, on its device and in its dtype; it must not be moved or converted while deltas are attached.
+        model: the base, on its device; it must not be moved while deltas are attached.
         device: the device of the deltas; the device of the model's parameters if not given.
         budget: the bytes of deltas that the device may hold; None for no limit.
         host_budget: the bytes of copies in host memory; a delta comes back from a copy quicker than from its file.
@@ -78,27 +73,31 @@ class Deltas:
         self.unchecked: dict[str, list[str]] = {}
         self.ignored: dict[str, list[str]] = {}
         self._model = model
-        self._device = device_of(model) if device is None else torch.device(device)
+        device = device_of(model) if device is None else torch.device(device)
         self._verify_base = verify_base
-        self._ignore = tuple(ignore)
-        self._rename = rename
-        self._check = BaseCheck(type(model).__name__)
-        self._served = ServedModules(self._device, self._active, fuse=fuse)
-        self._store = DeltaStore(self._device, self._served.release)
+        self.scope = Scope()
+        self._served = ServedModules(device, self.scope.active, fuse=fuse)
+        self._examiner = Examiner(
+            model, self._served.siblings_of, verify_base=verify_base, ignore=ignore, rename=rename
+        )
+        self._store = DeltaStore(device, self._served.release)
         self.residency: Residency[DeviceDelta, DeviceDelta] = Residency(self._store, budget, host_budget)
+        self._pool = Pool(self.residency, self._served, device, self._forget, self._check_closely)
         self._lock = threading.RLock()
-        self._bindings: dict[str, Binding] = {}
-        self._open = 0
+        self._current: dict[str, Attached] = {}
+        self._versions: dict[str, Attached] = {}
         self._merge: Merge | None = None
         self._merged: str | None = None
-        self._hooks: list[RemovableHandle] = [
-            module.register_forward_pre_hook(self._enter, with_kwargs=True) for module in models_in(model)
-        ]
+        self.reads = Reads(self._served)
+        self._watch = Watch(model)
+        self._watch.stamp(())
+        self._calls = Calls(model, self)
+        following.install()
 
     @property
     def names(self) -> list[str]:
         """The names of the deltas, in the order in which they were added."""
-        return list(self._bindings)
+        return list(self._current)
 
     @property
     def merged(self) -> str | None:
@@ -121,38 +120,40 @@ class Deltas:
         """
         if not name or name == BASE_NAME:
             raise UsageError(f'a delta cannot have the name "{name}"')
-        self._refuse_merged("another is added")
-        source = read_attached(os.fspath(path))
-        named = named_base(source.opened.metadata)
-        try:
-            binding = bind(self._model, source.entries, source.removed, self._ignore, self._rename)
-        except WrongBaseError as error:
-            raise WrongBaseError(f"{error}{named}") from error
-        self._check_growth(source.entries, binding)
-        unchecked = []
-        if self._verify_base:
-            taken = {tensor for bound in binding.modules for tensor in bound.tensors.values()}
-            entries = {tensor: entry for tensor, entry in source.entries.items() if tensor in taken}
-            try:
-                unchecked = self._check.check(entries, binding.parameters)
-            except WrongBaseError as error:
-                raise WrongBaseError(f'delta "{name}": {error}{named}') from error
-        needed = _changed(source.entries, binding)
         with self._lock:
-            if name in self._bindings:
-                raise UsageError(f'there is a delta "{name}" already')
-            self._store.files[name] = replace(source, needed=needed)
-            try:
-                self.residency.add(name)
-            except UsageError:
-                del self._store.files[name]
-                raise
-            self._bindings[name] = binding
-            self.unchecked[name] = unchecked
-            self.ignored[name] = binding.ignored
-            self._served.prepare(
-                bound for bound in binding.modules if not set(needed).isdisjoint(bound.tensors.values())
-            )
+            if name in self._current:
+                raise UsageError(f'there is a delta "{name}" already; replace puts another file in its place')
+        version, found = self._examine(name, path, "another is added")
+        with self._lock:
+            if name in self._current:
+                raise UsageError(f'there is a delta "{name}" already; replace puts another file in its place')
+            self._register(version, found)
+            self._show(version, found)
+
+    def replace(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Put another file in the place of a delta, while it is served.
+
+        The new delta is examined, and loaded if the budget has room for both, before anything changes. Calls and blocks
+        that have begun go on with the old one, which is freed when the last of them ends; those that begin later get
+        the new one. If this raises an error, the old delta stays.
+
+        Raises:
+            UsageError: there is no such delta; otherwise as :meth:`add`.
+        """
+        self._known(name)
+        version, found = self._examine(name, path, "another is replaced")
+        with self._lock:
+            self._register(version, found)
+        try:
+            with contextlib.suppress(NoRoomError):
+                self.residency.acquire([version.key]).release()
+            with self._lock:
+                before = self._known(name)
+                self._show(version, found)
+        except BaseException:
+            self._pool.retire(version.key)
+            raise
+        self._pool.retire(before.key)
 
     def remove(self, name: str) -> None:
         """Detach one delta and free its memory.
@@ -160,10 +161,16 @@ class Deltas:
         Raises:
             UsageError: the delta is unknown or in use.
         """
-        self.residency.remove(name)
+        version = self._known(name)
+        try:
+            self.residency.remove(version.key)
+        except UsageError as error:
+            raise UsageError(f'delta "{name}" is in use') from error
         with self._lock:
-            for held in (self._bindings, self.unchecked, self.ignored, self._store.files):
-                held.pop(name)
+            self._current.pop(name, None)
+            self.unchecked.pop(name, None)
+            self.ignored.pop(name, None)
+        self._forget(version.key)
 
     def prefetch(self, name: str) -> bool:
         """Start to load a delta and return at once; return False if the deltas in use leave no room for it.
@@ -171,55 +178,35 @@ class Deltas:
         Raises:
             UsageError: the delta is unknown.
         """
-        return self.residency.prefetch(name)
+        return self.residency.prefetch(self._known(name).key)
 
     def unused(self) -> list[str]:
-        """Return the names of modules that deltas change but that have not run while such a delta was served.
+        """Return the names of modules that deltas change but that no call has used while such a delta was served.
 
-        If a module that the model uses is still listed after a forward, the model reads its weight without calling
-        the module. No delta is added then.
+        A module is used when it is called, or when the model reads its weight in another way. The first call of a model
+        warns of the modules that it did not use.
         """
         return self._served.unused()
 
-    @contextlib.contextmanager
-    def use(self, names: Names, *, wait: float = 0) -> Iterator[None]:
-        """Serve deltas within a ``with`` block, in this thread, without gradients.
+    def use(self, names: Names, *, wait: float = 0) -> Block:
+        """Return a block, which serves deltas within ``with``, without gradients.
+
+        The block holds for the code inside it, and for the threads and the work that are started there until it ends.
 
         Args:
-            names: one name for all rows of the batch, or a name for each row; None or "base" for the base alone. If
-                the model receives several rows for each name (beams), the rows of a name stand side by side.
+            names: None or "base" for the base alone, a name, or names with weights: ``{"math": 0.7, "law": 0.3}``
+                is 0.7 times the one delta and 0.3 times the other. One of these is for all rows of the batch; a list
+                has one for each row. While a model generates several rows for each name (beams), they stand side by
+                side.
             wait: seconds to wait for other threads to give deltas back, if the budget has no room.
 
         Raises:
             UsageError: a name is unknown, no names are given, a delta is merged, or the deltas together exceed the
-                budget.
+                budget. All errors are raised when the block is entered.
             NoRoomError: the deltas in use leave no room.
             StorageError, InvalidFileError: a delta's file cannot be read, or has changed.
         """
-        rows = [names] if names is None or isinstance(names, str) else list(names)
-        if not rows:
-            raise UsageError("no names of deltas are given")
-        rows = [None if name == BASE_NAME else name for name in rows]
-        with self._lock:
-            self._refuse_merged("deltas are served")
-            self._open += 1
-        try:
-            wanted = [name for name in rows if name is not None]
-            with self.residency.acquire(wanted, wait) as lease, torch.no_grad():
-                slots = {
-                    name: self._served.assign(name, value, self._bindings[name].modules)
-                    for name, value in lease.values.items()
-                }
-                row_slots = [BASE if name is None else slots[name] for name in rows]
-                selection = Selection(row_slots, self._served.count, self._device)
-                token = _active.set({**_active.get(), id(self): selection})
-                try:
-                    yield
-                finally:
-                    _active.reset(token)
-        finally:
-            with self._lock:
-                self._open -= 1
+        return Block(self.scope, functools.partial(self._hold, names, wait))
 
     def merge(self, name: str) -> None:
         """Add a delta to the base's weights in place; every parameter gets the values that unpacking would write.
@@ -234,11 +221,13 @@ class Deltas:
         with self._lock:
             self._refuse_merged("another is merged")
             self._check_idle("merge")
+            self._check_closely()
             self._merged = name
         lease = None
         try:
-            lease = self.residency.acquire([name])
-            self._merge = Merge(name, lease, self._bindings[name])
+            version = self._known(name)
+            lease = self.residency.acquire([version.key])
+            self._merge = Merge(name, lease, version.found.binding)
             self._merge.apply()
         except BaseException:
             self._merge = self._merged = None
@@ -256,6 +245,8 @@ class Deltas:
             raise UsageError("no delta is merged")
         self._merge.undo()
         self._merge = self._merged = None
+        with self._lock:
+            self._stamp()
 
     def close(self) -> None:
         """Remove every hook and free every delta.
@@ -266,42 +257,138 @@ class Deltas:
         with self._lock:
             self._check_idle("detach")
             self._refuse_merged("deltas are detached")
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks = []
+            self._calls.close()
+            self._watch.close()
             self._served.close()
         self.residency.close()
+
+    def check_model(self, *, closely: bool) -> None:
+        """Follow a model that has changed since deltas were attached, or refuse it.
+
+        Args:
+            closely: look at every parameter, not only at what torch has told of.
+
+        Raises:
+            UsageError, WrongBaseError: the model is no longer the deltas' base.
+        """
+        if self._watch.changed(closely=closely):
+            self._follow()
+
+    def _is_base(self) -> bool:
+        return not self._watch.changed(closely=True)
+
+    def _check_closely(self) -> None:
+        self.check_model(closely=True)
+
+    def vocabulary(self) -> int | None:
+        """Return the rows of the model's output head, if it has one."""
+        return self._examiner.vocabulary()
+
+    def _follow(self) -> None:
+        """Attach the deltas anew to a model that has changed: what is still their base is served as before."""
+        with self._lock:
+            if self._watch.changed(closely=True):
+                self._follow_locked()
+
+    def _follow_locked(self) -> None:
+        self._examiner.forget()
+        try:
+            self._watch.refuse_moved()
+            found = {
+                key: self._examiner.examine(self._store.files[key], version.name)
+                for key, version in self._versions.items()
+            }
+            for one in found.values():
+                self._watch.refuse_lost(one.binding, one.unchecked)
+        except DeltafmtError as error:
+            raise type(error)(
+                f"the model has changed since deltas were attached: {error}; undo the change, or detach the deltas and "
+                "attach them to the model as it is now"
+            ) from error
+        for key, one in found.items():
+            version = self._versions[key]
+            version.found = one
+            if self._current.get(version.name) is version:
+                self._show(version, one)
+        self._served.rebuild(
+            {key: one.binding for key, one in found.items()},
+            [bound for one in found.values() for bound in one.changed_modules()],
+        )
+        self.reads.forget()
+        self._stamp()
+        for block in self.scope.open_blocks():
+            block.forget_selections()
+
+    def _stamp(self) -> None:
+        self._watch.stamp(version.found.binding for version in self._versions.values())
+
+    def _examine(self, name: str, path: str | os.PathLike[str], what: str) -> tuple[Attached, Examined]:
+        self._refuse_merged(what)
+        source = read_attached(os.fspath(path))
+        self._check_closely()
+        found = self._examiner.examine(source, name)
+        return Attached(name, replace(source, needed=found.needed), found), found
+
+    def _register(self, version: Attached, found: Examined) -> None:
+        """Make a version known to the residency and to the modules that it changes."""
+        keys = (version.name, *(f"{version.name} ({number})" for number in range(2, 2 + len(self._store.files))))
+        version.key = key = next(key for key in (*keys, f"{version.name} ()") if key not in self._store.files)
+        self._store.files[key] = version.file
+        try:
+            self.residency.add(key)
+        except UsageError:
+            del self._store.files[key]
+            raise
+        self._versions[key] = version
+        self._served.prepare(found.changed_modules())
+        self.reads.forget()
+        self._stamp()
+
+    def _show(self, version: Attached, found: Examined) -> None:
+        self._current[version.name] = version
+        self.unchecked[version.name] = found.unchecked if self._verify_base else []
+        self.ignored[version.name] = found.binding.ignored
+
+    def _forget(self, key: str) -> None:
+        """Drop what is known of a version that was freed."""
+        with self._lock:
+            self._store.files.pop(key, None)
+            self._versions.pop(key, None)
+
+    def _known(self, name: str) -> Attached:
+        if name not in self._current:
+            raise UsageError(f'there is no delta "{name}"; known: {", ".join(self._current) or "none"}')
+        return self._current[name]
+
+    def _hold(self, names: Names, wait: float) -> Held:
+        rows = read_names(names)
+        with self._lock:
+            self._refuse_merged("deltas are served")
+            self._pool.begin()
+        try:
+            while True:
+                with self._lock:
+                    attached = {name: self._known(name) for name in rows.names}
+                refuse_sums(rows, attached)
+                try:
+                    return self._pool.hold(rows, attached, wait, self._is_base)
+                except UsageError:
+                    # A version that was replaced in the meantime is gone; there is another.
+                    if all(self._current.get(name) is version for name, version in attached.items()):
+                        raise
+        except BaseException:
+            self._pool.end()
+            raise
 
     def _refuse_merged(self, what: str) -> None:
         if self._merged is not None:
             raise UsageError(f'delta "{self._merged}" is merged into the base; unmerge it before {what}')
 
+    @property
+    def _open(self) -> int:
+        """The number of blocks and calls that hold deltas."""
+        return self._pool.holds
+
     def _check_idle(self, what: str) -> None:
         if self._open:
             raise UsageError(f"cannot {what} while deltas are in use")
-
-    def _check_growth(self, entries: Mapping[str, TensorEntry], binding: Binding) -> None:
-        """Refuse a weight with more or fewer rows than the base's; only a vocabulary may grow or shrink."""
-        head = getattr(self._model, "get_output_embeddings", lambda: None)()
-        for bound in binding.modules:
-            shape = weight_shape(bound.module, bound.role)
-            name = bound.tensors.get("weight")
-            if shape is None or name is None or bound.role is Role.EMBEDDING or bound.module is head:
-                continue
-            if entries[name].shape != shape:
-                found = f"{list(entries[name].shape)} where {type(self._model).__name__} has {list(shape)}"
-                raise UsageError(f'tensor "{name}" is {found}; only embeddings and the output head may differ in rows')
-
-    def _active(self) -> Selection | None:
-        return _active.get().get(id(self))
-
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        selection = self._active()
-        batch = batch_of(args, kwargs)
-        if selection is not None and batch is not None:
-            selection.enter(*batch, type(module).__name__)
-
-
-def _changed(entries: Mapping[str, TensorEntry], binding: Binding) -> tuple[str, ...]:
-    taken = {tensor: None for bound in binding.modules for tensor in bound.tensors.values()}
-    return tuple(name for name in taken if entries[name].action != "same")

@@ -59,18 +59,21 @@ class BaseCheck:
         if parameter is None or base.dtype not in TORCH_DTYPES or tuple(parameter.shape) != base.shape:
             return None
         known = self._known.get(id(parameter))
-        version = version_of(parameter)
-        if known is None or known.parameter() is not parameter or (known.version, known.dtype) != (version, base.dtype):
-            known = _Known(weakref.ref(parameter), version, base.dtype, fingerprint(parameter, base.dtype))
+        state = (version_of(parameter), parameter.data_ptr(), parameter.dtype, base.dtype)
+        if known is None or known.parameter() is not parameter or known.state != state:
+            known = _Known(weakref.ref(parameter), state, fingerprint(parameter, base.dtype))
             self._known[id(parameter)] = known
         return known.digest
+
+    def forget(self) -> None:
+        """Hash every parameter again when it is next checked."""
+        self._known.clear()
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
     parameter: weakref.ref[torch.Tensor]
-    version: int
-    dtype: str
+    state: tuple[int, int, torch.dtype, str]
     digest: bytes | None
 
 

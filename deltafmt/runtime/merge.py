@@ -43,7 +43,8 @@ class Merge:
         self._changes: list[_Change] = []
         self._versions: list[int] = []
         owners: dict[int, tuple[str, bytes | str | None]] = {}
-        for tensor_name, tensor in lease.values[name].items():
+        (delta,) = lease.values.values()
+        for tensor_name, tensor in delta.items():
             if tensor.entry.action == "same":
                 continue
             parameter = binding.parameters.get(tensor_name)

@@ -25,6 +25,20 @@ def device_of(model: nn.Module) -> torch.device:
     return devices.pop()
 
 
+def refuse_offloaded(model: nn.Module) -> None:
+    """Refuse a model with parameters that are not in memory: they come and go while it runs.
+
+    Raises:
+        UsageError: names the first such parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UsageError(
+                f'parameter "{name}" is not in memory (device "meta"): the model is offloaded, or was never loaded; '
+                "load it whole, for example with device_map={'': 0}, and attach the deltas to that"
+            )
+
+
 def models_in(model: nn.Module) -> list[nn.Module]:
     """Return the model and the models inside it that receive the batch, such as a decoder or an encoder."""
     found = [model]

@@ -1,14 +1,14 @@
 """The selection: which delta each row of a batch uses, within one ``with`` block.
 
-Rows follow each other in the order of the names. A forward may have several rows for each name (beams, samples); they
-stand side by side, as transformers repeats them. A module may also see rows as tokens, or flattened. In all these cases
-the first dimension, or the product of the leading ones, is a multiple of the number of names, and each name has an
-equal share of it.
+Rows follow each other in the order of the names. While it generates, a model may have several rows for each name
+(beams, samples); they stand side by side, as transformers repeats them. A module may also see rows as tokens, or
+flattened. In all these cases the first dimension, or the product of the leading ones, is a multiple of the number of
+names, and each name has an equal share of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -42,30 +42,48 @@ class Selection:
     """The slots of the rows of a batch.
 
     Args:
-        slots: each row's slot in the operand tables; -1 for the base alone.
+        slots: each row's slot in the operand tables; -1 for the base alone; a lower number for a sum with weights.
         count: the number of slots of the operand tables.
         device: the model's device.
+        each: True if there is a slot for each row; False if the only slot is for any number of rows.
+        mixes: the slots and weights of each sum, by its number.
 
     Attributes:
         slots: each row's slot; or a single slot, if all rows have the same one.
-        used: the slots that occur, without -1.
-        rows, tokens: the size of the batch that the model was last called with; 0 before the first call.
+        used: the slots that occur, without negative ones.
+        mixes: the slots and weights of each sum, by its number.
+        touched: the slots that occur, alone or in a sum.
+        rows, tokens: the size of the batch that the model was last called with; the names and 0 before the first call.
+        copies: how many rows side by side the model may be given for each name; set while it generates.
         stash: tensors that a module's hook before the forward leaves for its hook after it, by the site's id.
         waiting: outputs that were computed ahead.
         multiplied: the ids of the sites whose output contains the deltas' products already.
     """
 
-    def __init__(self, slots: Sequence[int], count: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        slots: Sequence[int],
+        count: int,
+        device: torch.device,
+        *,
+        each: bool = False,
+        mixes: Mapping[int, tuple[tuple[int, float], ...]] | None = None,
+    ) -> None:
         self.slots = tuple(slots) if len(set(slots)) > 1 else tuple(slots[:1])
         self.count = count
         self.device = device
-        self.used = frozenset(slots) - {BASE}
-        self.rows = self.tokens = 0
+        self.used = frozenset(slot for slot in slots if slot >= 0)
+        self.mixes = dict(mixes or {})
+        self.touched = self.used.union(slot for terms in self.mixes.values() for slot, _ in terms)
+        self.rows, self.tokens = (len(slots) if each else 0), 0
+        self.copies = frozenset((1,))
         self.stash: dict[int, torch.Tensor] = {}
         self.waiting: Waiting | None = None
         self.multiplied: set[int] = set()
+        self._each = each
         self._names = len(slots)
-        self._row_slots = torch.tensor(self.slots, dtype=torch.int32).to(device)
+        self._row_slots = torch.tensor([max(slot, BASE) for slot in self.slots], dtype=torch.int32).to(device)
+        self._alone: dict[int, Selection] = {}
         self._memo: dict[Hashable, object] = {}
         self._segments: dict[int, Segments] = {}
 
@@ -74,12 +92,19 @@ class Selection:
         """True if all rows use the same slot."""
         return len(self.slots) == 1
 
-    def enter(self, rows: int, tokens: int, where: str) -> None:
-        """Note the rows and tokens of the batch that the model is called with.
+    def enter(self, rows: int, tokens: int, where: str, *, root: bool = False) -> None:
+        """Note the rows and tokens of the batch that the model, or a model inside it, is called with.
+
+        Args:
+            rows, tokens: the size of the batch.
+            where: the model's class, for the message.
+            root: True for the model itself, which has a row for each name; False for a model inside it.
 
         Raises:
-            UsageError: the number of rows is not a multiple of the number of names.
+            UsageError: the rows are not those that the caller named.
         """
+        if root and self._each and rows not in {self._names * copies for copies in self.copies}:
+            raise rows_error(where, rows, self._names)
         if rows % self._names:
             raise UsageError(
                 f"{where} is given {rows} rows, which is not a multiple of the {self._names} names of deltas"
@@ -96,6 +121,14 @@ class Selection:
         """
         if not self.uniform and shape[0] not in (self.rows, self.tokens):
             raise mixed_error(where, shape)
+
+    def alone(self, slot: int) -> Selection:
+        """Return the selection of one slot for all rows of the same batch."""
+        found = self._alone.get(slot)
+        if found is None:
+            found = self._alone[slot] = Selection([slot], self.count, self.device)
+        found.rows, found.tokens = self.rows, self.tokens
+        return found
 
     def share(self, size: int, where: str) -> int:
         """Return how many of ``size`` rows or tokens belong to each name.
@@ -139,6 +172,13 @@ class Selection:
                 self._memo.clear()
             self._memo[key] = build()
         return cast("T", self._memo[key])
+
+
+def rows_error(where: str, rows: int, names: int) -> UsageError:
+    """Return the error for a batch with other rows than the caller has named."""
+    return UsageError(
+        f"{where} is given {rows} rows and {names} names of deltas; give a name for each row, or one name for all rows"
+    )
 
 
 def mixed_error(where: str, shape: Sequence[int]) -> UsageError:

@@ -24,9 +24,11 @@ from deltafmt.kernels.record import MAX_PARTS
 from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.selection import Selection, Waiting
 from deltafmt.runtime.sites import LinearSite
+from deltafmt.runtime.uncopied import Uncopied
 from deltafmt.runtime.values import version_of
 
 Active = Callable[[], Selection | None]
+After = Callable[[LinearSite, Any, Any, Any], Any]
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +50,18 @@ class SharedInput:
         return ended
 
 
+class _Forward(Uncopied):
+    """A module's forward while its siblings compute together."""
+
+    __slots__ = ("_run",)
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run = run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+
 class Siblings:
     """A group of linear modules with one operand table.
 
@@ -55,12 +69,15 @@ class Siblings:
         sites: the modules' sites, in the order of their calls.
         slots: the number of slots of the operand tables.
         active: a function that returns the selection of the calling thread, or None.
+        after: adds the deltas to the output of a module that has no hook, as a hook would; it gives None if there are
+            none.
     """
 
-    def __init__(self, sites: list[LinearSite], slots: int, active: Active) -> None:
+    def __init__(self, sites: list[LinearSite], slots: int, active: Active, after: After) -> None:
         self.sites = sites
         self._numbers = [id(site) for site in sites]
         self._active = active
+        self._after = after
         self._slots: set[int] = set()
         self._table = self._new_table(slots)
         self._forwards: dict[int, tuple[Callable[..., Any], bool]] = {}
@@ -104,23 +121,28 @@ class Siblings:
 
         def fused(*args: Any, **kwargs: Any) -> Any:
             selection = self._active()
-            if selection is None or not self._serves(selection):
+            if selection is None or not selection.touched:
                 return forward(*args, **kwargs)
             output = None
-            if shareable(args, kwargs):
+            if self._serves(selection) and shareable(args, kwargs):
                 output = self._take(site, args[0], selection)
                 if output is None and site is first:
                     output = self._compute(args[0], selection)
-            if output is not None:
+            if output is None:
+                selection.multiplied.discard(id(site))
+                output = forward(*args, **kwargs)
+            else:
                 # For the hook, if the module has one: another delta may just have brought it.
                 selection.multiplied.add(id(site))
-                site.ran = True
+                if not selection.mixes:
+                    site.ran = True
+                    return output
+            if site.hooked:
                 return output
-            selection.multiplied.discard(id(site))
-            output = forward(*args, **kwargs)
-            return output if site.hooked else site.served(selection, args, kwargs, output)
+            found = self._after(site, args, kwargs, output)
+            return output if found is None else found
 
-        return fused
+        return _Forward(fused)
 
     def _serves(self, selection: Selection) -> bool:
         return not self._slots.isdisjoint(selection.used)

@@ -39,21 +39,12 @@ class Site(ABC):
         self.slots: set[int] = set()
         self.hooked = True
         self.ran = False
+        self._tensors: dict[int, dict[str, DeviceTensor]] = {}
 
     @property
     def multiplies_only(self) -> bool:
         """True if the deltas change the output by products alone, which siblings add."""
         return False
-
-    def served(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the output of the base module with the selection's deltas.
-
-        Raises:
-            UsageError: the output takes part in a gradient.
-        """
-        refuse_gradient(self.name, output)
-        self.ran = True
-        return self.after(selection, args, kwargs, output)
 
     def changes(self, selection: Selection) -> bool:
         """Tell whether one of the selection's slots changes this module."""
@@ -65,13 +56,32 @@ class Site(ABC):
         changed = {key: tensor for key, tensor in tensors.items() if tensor.entry.action != "same"}
         if changed:
             self._put(slot, changed)
+            self._tensors[slot] = changed
             self.slots.add(slot)
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
         if slot in self.slots:
             self.slots.discard(slot)
+            del self._tensors[slot]
             self._clear(slot)
+
+    def values(self, slot: int, key: str) -> torch.Tensor:
+        """Return the whole values that a slot's delta gives a parameter; the base's if it does not change it.
+
+        Raises:
+            UsageError: the fine-tune's parameter has another shape.
+        """
+        base: torch.Tensor = getattr(self.module, key).detach()
+        tensor = self._tensors.get(slot, {}).get(key)
+        if tensor is None:
+            return base
+        if tensor.entry.shape != tuple(base.shape):
+            raise UsageError(
+                f'the model reads the {key} of "{self.name}" without calling it, and the delta gives it the shape '
+                f"{list(tensor.entry.shape)} where the base has {list(base.shape)}; such a delta cannot be served"
+            )
+        return new_values(tensor, base.to(self.device)).to(base.device)
 
     def before(self, _selection: Selection, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
         """Return other arguments for the base module, or None to keep the given ones."""
@@ -159,7 +169,8 @@ class LinearSite(WeightSite):
 
     A delta brings packed terms or a whole other weight with the same columns, and perhaps another bias, whose
     difference to the base's is added. An output head with more rows than the base's gives more logits; rows of the
-    batch whose delta lacks them get minus infinity there.
+    batch whose delta lacks them get the dtype's lowest number there. It is as improbable as minus infinity, and
+    differences of such logits (guidance, divergences) are numbers.
     """
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
@@ -240,13 +251,14 @@ class LinearSite(WeightSite):
     def _widen(self, y: torch.Tensor, x: torch.Tensor, selection: Selection) -> torch.Tensor:
         """Return logits for the largest vocabulary among the selection's deltas."""
         width = max(self._totals.get(slot, self.rows) for slot in selection.slots)
-        wide = y.new_full((len(y), width), -torch.inf)
+        lowest = torch.finfo(y.dtype).min
+        wide = y.new_full((len(y), width), lowest)
         shared = min(width, self.rows)
         wide[:, :shared] = y[:, :shared]
         for slot in selection.used & self._totals.keys():
             mine = selection.members(slot, len(x), self.name)
             total = self._totals[slot]
-            wide[mine, total:] = -torch.inf
+            wide[mine, total:] = lowest
             if slot in self._new_rows:
                 wide[mine, self.rows : total] = functional.linear(x[mine], self._new_rows[slot].to(x.dtype))
         return wide

@@ -62,7 +62,7 @@ class EmbeddingSite(WeightSite):
 
     def _look_up(self, selection: Selection, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if not selection.uniform:
-            ids, output = self._by_row(selection, ids, output)
+            ids, output = self.by_row(selection, ids, output)
         flat = ids.reshape(-1)
         y = output.reshape(len(flat), -1)
         for slot in selection.used & self._weights.keys():
@@ -79,7 +79,7 @@ class EmbeddingSite(WeightSite):
             y[mine] = torch.where((beyond >= 0)[:, None], rows.to(y.dtype), y[mine])
         return y.view(output.shape)
 
-    def _by_row(
+    def by_row(
         self, selection: Selection, ids: torch.Tensor, output: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids and output with one row for each row of the batch; positions often have a single row for all.
@@ -123,9 +123,11 @@ class OtherSite(Site):
 
     def __init__(self, name: str, module: nn.Module, device: torch.device) -> None:
         super().__init__(name, module, device)
+        # Whether the output is a sum with the parameters as factors, so that weights of deltas apply to it.
         self._values: dict[int, dict[str, torch.Tensor]] = {}
         self._twins: dict[int, nn.Module] = {}
         self._by_row = type(module).__name__.endswith("RMSNorm") and not isinstance(module, nn.RMSNorm)
+        self.linear = type(module).__name__.endswith("Norm") or isinstance(module, nn.modules.conv._ConvNd)  # noqa: SLF001
 
     def grow(self, slots: int) -> None:
         """Do nothing: there is room for any number of slots."""

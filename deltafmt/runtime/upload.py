@@ -24,8 +24,8 @@ from deltafmt.format.constants import BUFFER_ALIGNMENT, align
 from deltafmt.index.entries import TensorEntry
 from deltafmt.kernels.kind import Conversion
 from deltafmt.kernels.registry import KERNELS
+from deltafmt.kernels.xxh3.digests import are_loaded, digests, load_soon
 from deltafmt.kernels.xxh3.digests import can_run as has_checksums
-from deltafmt.kernels.xxh3.digests import digests
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.device_views import DeviceTensors
 from deltafmt.runtime.pinned import MAX_THREADS, give_ring, take_ring
@@ -166,7 +166,8 @@ def _fill(
 ) -> torch.Tensor:
     """Return the device allocation, filled with the file's bytes."""
     lane = None if device.type == "cpu" else stream or _upload_stream(device)
-    later = _checked_there(container, plan) if verify and has_checksums(device) else {}
+    # Until the kernels of a process are loaded, the threads take the checksums.
+    later = _checked_there(container, plan) if verify and has_checksums(device) and are_loaded(device) else {}
     unlocked = lane is not None and can_unlock(device) and takes(container, plan.sections, later, verify=verify)
     moved = sum(container.sections[number].raw_length for number in plan.sections)
     ring = take_ring(device, pinned_bytes, BUFFER_BYTES if unlocked else LOCKED_BUFFER_BYTES, moved)
@@ -199,6 +200,8 @@ def _fill(
                 raise
     finally:
         give_ring(ring)
+    if verify and has_checksums(device):
+        load_soon(device)
     if lane is not None:
         current = torch.cuda.current_stream(device)
         current.wait_stream(lane)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -20,8 +19,7 @@ def main(inspected: str, name: str) -> None:
     (term,) = terms
     if any("file_offset" not in place for place in tensor["buffers"].values()) or term["index"] == "rank":
         raise SystemExit("the file is cold; deltafmt repack makes a hot one of it")
-    rows = min(math.prod(tensor["shape"][:-1]), math.prod(tensor["base"]["shape"][:-1]))
-    columns = tensor["shape"][-1]
+    rows, columns = tensor["rows"], tensor["columns"]
     at = {buffer: place["file_offset"] for buffer, place in tensor["buffers"].items()}
     kept = -(-columns // term["group"]) * term["keep"]
     scales = -(-kept // term["scale_group"]) if term["scale_group"] else 1

@@ -9,6 +9,7 @@ Positions are read from the index, or follow from the seed. Checksums are not ch
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 import sys
@@ -129,13 +130,12 @@ def main(path: str, name: str, row: int) -> None:
         start = index["sections"][section]["offset"] + offset
         return file[start : start + length].cast(item)
 
-    rows = base_rows = 1
-    for size, base_size in zip(tensor["shape"][:-1], tensor["base"]["shape"][:-1], strict=True):
-        rows, base_rows = rows * size, base_rows * base_size
-    rows = min(rows, base_rows)
+    leading = tensor.get("leading", len(tensor["shape"]) - 1)
+    rows, columns = math.prod(tensor["shape"][:leading]), math.prod(tensor["shape"][leading:])
+    rows = min(rows, math.prod(tensor["base"]["shape"][:leading]))
     if not 0 <= row < rows:
         raise SystemExit(f"row {row} is not one of the {rows} rows")
-    share, kept = layout["share"], -(-tensor["shape"][-1] // layout["group"]) * layout["keep"]
+    share, kept = layout["share"], -(-columns // layout["group"]) * layout["keep"]
     shown = min(SHOWN, kept)
     print("codes", *fields(row_of(buffer("codes", "I"), row, rows, share), layout["bits"], kept, shown))
     if "index" in term["buffers"]:

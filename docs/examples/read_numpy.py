@@ -10,7 +10,6 @@ one of a cold file. Section numbers are those of the specification, ``spec/delta
 from __future__ import annotations
 
 import json
-import math
 import mmap
 import sys
 from pathlib import Path
@@ -159,8 +158,7 @@ def delta(report: dict[str, Any], name: str) -> Any:
         raise SystemExit("the file is cold; deltafmt repack makes a hot one of it")
     with open(report["file"], "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    columns = tensor["shape"][-1]
-    rows = min(math.prod(tensor["shape"][:-1]), math.prod(tensor["base"]["shape"][:-1]))
+    rows, columns = tensor["rows"], tensor["columns"]
     total: Any = None
     for number, term in enumerate(tensor["terms"]):
         prefix = f"terms[{number}]." if len(tensor["terms"]) > 1 else ""

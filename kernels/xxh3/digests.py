@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,6 +21,34 @@ MAX_BATCH = 1 << 15
 def can_run(device: torch.device) -> bool:
     """Return True if the kernels run on a device."""
     return device.type == "cuda" and devices.has_triton()
+
+
+def are_loaded(device: torch.device) -> bool:
+    """Return True if the kernels can run on a device at once; otherwise :func:`load_soon` brings them there."""
+    return device in _loaded and _loaded[device].is_set()
+
+
+def load_soon(device: torch.device) -> None:
+    """Let a thread compile and load the kernels, unless one has done so.
+
+    That takes seconds on a machine that has never compiled them. Whoever cannot wait hashes on the host meanwhile.
+    """
+    with _lock:
+        if device not in _loaded:
+            _loaded[device] = threading.Event()
+            threading.Thread(target=_load, args=(device,), name="deltafmt-xxh3", daemon=True).start()
+
+
+_lock = threading.Lock()
+_loaded: dict[torch.device, threading.Event] = {}
+
+
+def _load(device: torch.device) -> None:
+    """Run the kernels once, on a stream of its own; if that fails, the host goes on hashing."""
+    with torch.inference_mode(mode=False), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+        memory = torch.zeros(2 * algorithm.BLOCK_BYTES, dtype=torch.uint8, device=device)
+        digests(memory, [(0, len(memory))])
+    _loaded[device].set()
 
 
 def digests(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[bytes]:

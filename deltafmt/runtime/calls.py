@@ -1,0 +1,262 @@
+"""The calls of a model: each is bound to one selection from its beginning to its end.
+
+``model(...)`` and ``model.generate(...)`` take ``delta=``: a name for all rows, or one for each row. Without it, a call
+belongs to the block that it is made in. Torch has no hook around a whole call that also ends with an interrupt, so the
+model's own ``forward``, ``generate`` and ``generate_batch`` are wrapped, as accelerate wraps them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from deltafmt.errors import UsageError
+from deltafmt.runtime.held import Held
+from deltafmt.runtime.model_batch import batch_of, models_in
+from deltafmt.runtime.reads import Reads
+from deltafmt.runtime.rows import Names
+from deltafmt.runtime.scope import Block, Bound, Scope
+from deltafmt.runtime.selection import rows_error
+from deltafmt.runtime.uncopied import refuse_copy
+
+_UNNAMED: Final = object()
+
+
+class Server(Protocol):
+    """What the calls of a model ask of its deltas."""
+
+    scope: Scope
+    reads: Reads
+
+    def use(self, names: Names, *, wait: float = 0) -> Block:
+        """Return a block."""
+
+    def check_model(self, *, closely: bool) -> None:
+        """Refuse a model that is no longer the deltas' base."""
+
+    def vocabulary(self) -> int | None:
+        """Return the rows of the base's output head."""
+
+
+class Calls:
+    """The wrapped methods of one model.
+
+    Args:
+        model: the model.
+        server: its deltas.
+    """
+
+    def __init__(self, model: nn.Module, server: Server) -> None:
+        self._model = model
+        self._name = type(model).__name__
+        self._server = server
+        self._scope = server.scope
+        self._before: dict[str, object] = {}
+        self._closed = False
+        has_parts = next(model.children(), None) is not None
+        if has_parts:  # otherwise the model is itself a served module, and its hooks run outside of its forward
+            self._wrap("forward", self._forward)
+        self._hooks: list[RemovableHandle] = [
+            module.register_forward_pre_hook(self._enter, with_kwargs=True)
+            for module in models_in(model)
+            if module is not model or not has_parts
+        ]
+        for name, wrapped in (("generate", self._generate), ("generate_batch", self._generate_batch)):
+            if callable(getattr(model, name, None)):
+                self._wrap(name, wrapped)
+        if callable(getattr(model, "init_continuous_batching", None)):
+            self._wrap("init_continuous_batching", self._init_continuous_batching)
+        for name in ("__deepcopy__", "__reduce_ex__"):
+            self._set(name, refuse_copy)
+
+    def close(self) -> None:
+        """Give the model its own methods back."""
+        self._closed = True
+        for hook in self._hooks:
+            hook.remove()
+        for name, value in self._before.items():
+            if value is _UNNAMED:
+                self._model.__dict__.pop(name, None)
+            else:
+                self._model.__dict__[name] = value
+
+    def _set(self, name: str, value: object) -> None:
+        self._before[name] = self._model.__dict__.get(name, _UNNAMED)
+        self._model.__dict__[name] = value
+
+    def _wrap(self, name: str, method: Callable[..., Any]) -> None:
+        original = getattr(self._model, name)
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, delta: Any = _UNNAMED, **kwargs: Any) -> Any:
+            if self._closed:
+                return original(*args, **kwargs)
+            return method(original, delta, args, kwargs)
+
+        self._set(name, wrapped)
+
+    def _within(self, delta: Any, call: Callable[[Block | None], Any]) -> Any:
+        """Run a call in the block that it names, or else in the block that it is made in."""
+        if delta is _UNNAMED:
+            return call(self._scope.here())
+        block = self._server.use(delta)
+        block.open()
+        try:
+            return call(block)
+        finally:
+            block.close()
+
+    def _forward(self, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
+        call = self._scope.call
+        if call.bound and delta is _UNNAMED:
+            return self._run(original, args, kwargs, batch_of(args, kwargs))
+
+        def once(block: Block | None) -> Any:
+            batch = None
+            if block is not None:
+                batch = batch_of(args, kwargs)
+                self._server.check_model(closely=batch is None or batch[1] > batch[0])
+            with Bound(self._scope, block) as bound:
+                output = self._run(original, args, kwargs, batch)
+                if bound.selection is not None:
+                    self._server.reads.warn(bound.selection)
+                return output
+
+        return self._within(delta, once)
+
+    def _run(self, original: Callable[..., Any], args: Any, kwargs: Any, batch: tuple[int, int] | None) -> Any:
+        """Run the model's forward with the selection that the call is bound to."""
+        call = self._scope.call
+        selection, block = call.selection, call.block
+        if selection is None or block is None:
+            return original(*args, **kwargs)
+        if batch is not None:
+            selection.enter(*batch, self._name, root=True)
+        if kwargs.get("labels") is not None:
+            held_of(block).check_loss(self._server.vocabulary())
+        if not selection.touched:
+            return original(*args, **kwargs)
+        kind = (tuple(kwargs), batch is not None and batch[0] == batch[1], selection.uniform)
+        around = self._server.reads.around(selection, kind)
+        if around is None:
+            return original(*args, **kwargs)
+        with around:
+            return original(*args, **kwargs)
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note the rows of a model inside the model."""
+        name = type(module).__name__
+        if "delta" in kwargs:
+            raise UsageError(
+                f"{name} is a part of {self._name}, which takes delta=; call {self._name}, or open a block"
+            )
+        selection = self._scope.active()
+        batch = batch_of(args, kwargs)
+        if selection is not None and batch is not None:
+            selection.enter(*batch, name, root=not self._scope.call.bound)
+
+    def _generate(self, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
+        if self._scope.call.bound and delta is _UNNAMED:
+            return original(*args, **kwargs)
+
+        def once(block: Block | None) -> Any:
+            if block is None:
+                with Bound(self._scope, None):
+                    return original(*args, **kwargs)
+            self._server.check_model(closely=True)
+            names, batch = held_of(block).rows, batch_of(args, kwargs)
+            if names and batch is not None and batch[0] != names:
+                raise rows_error(f"{self._name}.generate", batch[0], names)
+            with Bound(self._scope, block) as bound:
+                selection = bound.selection
+                assert selection is not None
+                before, selection.copies = selection.copies, frozenset((1, self._copies(kwargs)))
+                try:
+                    output = original(*args, **kwargs)
+                finally:
+                    selection.copies = before
+                self._server.reads.warn(selection)
+                return output
+
+        return self._within(delta, once)
+
+    def _copies(self, kwargs: Mapping[str, Any]) -> int:
+        """Return how many rows ``generate`` makes of each row that it is given: beams, or samples."""
+        configs = (kwargs.get("generation_config"), getattr(self._model, "generation_config", None))
+
+        def setting(name: str) -> int:
+            values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+            return next((int(value) for value in values if isinstance(value, int)), 1)
+
+        return max(setting("num_beams"), setting("num_return_sequences"))
+
+    def _generate_batch(self, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
+        if self._scope.call.bound and delta is _UNNAMED:
+            return original(*args, **kwargs)
+
+        def once(block: Block | None) -> Any:
+            if block is not None:
+                self._refuse_packed(block)
+                self._server.check_model(closely=True)
+            with Bound(self._scope, block):
+                return original(*args, **kwargs)
+
+        return self._within(delta, once)
+
+    def _init_continuous_batching(self, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
+        """Make a manager that takes requests for the deltas that it was made for, and no others."""
+        if delta is not _UNNAMED:
+            raise UsageError(
+                "a manager of continuous batching serves the block that it is made in; use: with model.delta(...):"
+            )
+        keys = self._packed_keys()
+        manager = original(*args, **kwargs)
+        made_for = manager.__dict__.setdefault("_deltafmt_keys", keys)
+        if made_for != keys:
+            raise UsageError(
+                "the manager of continuous batching was made for other deltas, whose keys and values it keeps; call "
+                "model.destroy_cached_continuous_batching_manager() first"
+            )
+        if "add_request" not in manager.__dict__:
+            add_request = manager.add_request
+
+            @functools.wraps(add_request)
+            def checked(*args: Any, **kwargs: Any) -> Any:
+                if not self._closed and self._packed_keys() != made_for:
+                    raise UsageError(
+                        "continuous batching packs the rows of several requests into one, and serves one delta at a "
+                        "time; make a manager for each delta, inside its block"
+                    )
+                return add_request(*args, **kwargs)
+
+            manager.add_request = checked
+        return manager
+
+    def _packed_keys(self) -> object:
+        call = self._scope.call
+        block = call.block if call.bound else self._scope.here()
+        if block is None:
+            return None
+        self._refuse_packed(block)
+        held = held_of(block)
+        return held.keys if held.serves else None
+
+    @staticmethod
+    def _refuse_packed(block: Block) -> None:
+        held = held_of(block)
+        if held.rows and held.serves:
+            raise UsageError(
+                "continuous batching packs the rows of several requests into one, and serves one delta at a time; call "
+                "generate_batch once for each delta, with one name"
+            )
+
+
+def held_of(block: Block) -> Held:
+    """Return what a block holds."""
+    held = block.hold
+    assert isinstance(held, Held)
+    return held

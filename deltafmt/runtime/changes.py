@@ -1,0 +1,180 @@
+"""What happens to a model after deltas were attached: modules that are replaced, weights that are written or converted.
+
+Torch calls a hook when a module or a parameter is registered, and a model converts all its parameters through one
+method. These note a change as it happens and cost a call nothing. What they miss (a write in place, an offload) shows
+in the parameters themselves, which are looked at when a block is first used and before every prefill.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
+
+from deltafmt.errors import UsageError
+from deltafmt.runtime.binding import Binding
+from deltafmt.runtime.values import version_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """A parameter as it was when it was last looked at."""
+
+    tensor: str
+    module: nn.Module
+    key: str
+    parameter: weakref.ref[torch.Tensor]
+    version: int
+    address: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def is_at(self, parameter: torch.Tensor) -> bool:
+        """Tell whether a parameter is this one, with the values that it had."""
+        return (
+            self.parameter() is parameter
+            and version_of(parameter) == self.version
+            and parameter.data_ptr() == self.address
+        )
+
+
+_Quick = tuple[Mapping[str, torch.Tensor | None], str, "weakref.ref[torch.Tensor]", int | None, int]
+
+
+class Watch:
+    """Notice changes of a model.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._seen: list[Seen] = []
+        self._quick: list[_Quick] = []
+        self._modules: set[int] = set()
+        self._noted = self._converted = False
+        self._handles: list[RemovableHandle] = []
+        mine = weakref.ref(self)
+
+        def registered(module: nn.Module, _name: str, _value: Any) -> None:
+            watch = mine()
+            if watch is not None and id(module) in watch._modules:  # noqa: SLF001 - of this class
+                watch._noted = True  # noqa: SLF001
+
+        for register in (
+            torch_module.register_module_module_registration_hook,
+            torch_module.register_module_parameter_registration_hook,
+        ):
+            handle = register(registered)
+            self._handles.append(handle)
+            weakref.finalize(self, handle.remove)
+        self._wrap_conversion()
+
+    def _wrap_conversion(self) -> None:
+        """Note ``model.to``, ``half``, ``cuda`` and the like, which all come down to ``_apply``."""
+        original: Callable[..., nn.Module] = self._model._apply  # noqa: SLF001 - torch has no hook for it
+        mine = weakref.ref(self)
+
+        def apply(*args: Any, **kwargs: Any) -> nn.Module:
+            if (watch := mine()) is not None:
+                watch._converted = True  # noqa: SLF001 - of this class
+            return original(*args, **kwargs)
+
+        self._model.__dict__["_apply"] = apply
+
+    def stamp(self, bindings: Iterable[Binding]) -> None:
+        """Take the model as it is now for unchanged."""
+        self._modules = {id(module) for module in self._model.modules()}
+        seen: dict[tuple[int, str], Seen] = {}
+        for binding in bindings:
+            for bound in binding.modules:
+                for key, tensor in bound.tensors.items():
+                    parameter = bound.module._parameters.get(key)  # noqa: SLF001
+                    if parameter is not None and (id(bound.module), key) not in seen:
+                        seen[id(bound.module), key] = Seen(
+                            tensor,
+                            bound.module,
+                            key,
+                            weakref.ref(parameter),
+                            version_of(parameter),
+                            parameter.data_ptr(),
+                            parameter.dtype,
+                            parameter.device,
+                        )
+        self._seen = list(seen.values())
+        self._quick = [
+            (one.module._parameters, one.key, one.parameter, None if one.version < 0 else one.version, one.address)  # noqa: SLF001
+            for one in self._seen
+        ]
+        self._noted = self._converted = False
+
+    def changed(self, *, closely: bool) -> bool:
+        """Tell whether the model may have changed.
+
+        Args:
+            closely: look at every parameter, not only at what was noted.
+        """
+        if self._converted:
+            return True  # there and back again, values are rounded, and may lie where they lay before
+        if not self._noted:
+            self._noted = closely and not self._all_same()
+            return self._noted
+        modules = {id(module) for module in self._model.modules()}
+        if all(id(seen.module) in modules for seen in self._seen) and self._all_same():
+            self._modules, self._noted = modules, False
+        return self._noted
+
+    def _all_same(self) -> bool:
+        """Tell whether every module has the parameter that it had, at its address and not written to; a quick loop."""
+        for parameters, key, before, version, address in self._quick:
+            now = parameters.get(key)
+            if now is None or now is not before() or now.data_ptr() != address:
+                return False
+            if version is not None and now._version != version:  # noqa: SLF001 - torch has no other name for it
+                return False
+        return True
+
+    def refuse_moved(self) -> None:
+        """Refuse a model that was moved to another device.
+
+        Raises:
+            UsageError: names both devices.
+        """
+        for seen in self._seen:
+            now = seen.module._parameters.get(seen.key)  # noqa: SLF001
+            if now is not None and now.device != seen.device and not now.is_meta:
+                raise UsageError(f"it was moved from {seen.device} to {now.device}; move it back")
+
+    def refuse_lost(self, binding: Binding, unchecked: Iterable[str]) -> None:
+        """Refuse a changed parameter of which it cannot be told whether it is still the base's.
+
+        Args:
+            binding: a delta, bound to the model as it is now.
+            unchecked: the tensors that could not be compared with their fingerprints.
+
+        Raises:
+            UsageError: names the tensor.
+        """
+        before = {seen.tensor: seen for seen in self._seen}
+        for tensor in unchecked:
+            parameter, seen = binding.parameters.get(tensor), before.get(tensor)
+            if parameter is None or seen is None:
+                continue
+            # A conversion keeps the version and changes the dtype; its bits are those that a model loaded so has.
+            if seen.dtype == parameter.dtype and not seen.is_at(parameter):
+                raise UsageError(
+                    f'the parameter of tensor "{tensor}" was written to, and has no fingerprint to compare'
+                )
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._model.__dict__.pop("_apply", None)

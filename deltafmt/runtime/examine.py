@@ -1,0 +1,149 @@
+"""The examination of a delta before it is served by a model: its tensors' places, their shapes, and the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.index.entries import TensorEntry
+from deltafmt.pipeline.bases import named_base
+from deltafmt.runtime.base_check import BaseCheck
+from deltafmt.runtime.binding import Binding, BoundModule, Rename, Role, bind, weight_shape
+from deltafmt.runtime.delta_store import AttachedFile
+from deltafmt.runtime.model_batch import refuse_offloaded
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Examined:
+    """What the examination of a delta found.
+
+    Attributes:
+        binding: the modules and parameters that its tensors are bound to.
+        needed: the names of the tensors that must be on the device.
+        unchecked: the names of base tensors that could not be compared.
+        vocabulary: the rows of its output head, if they are not the base's.
+        grown: the name of a tensor that has more or fewer rows than the base's, if there is one.
+    """
+
+    binding: Binding
+    needed: tuple[str, ...]
+    unchecked: list[str]
+    vocabulary: int | None
+    grown: str | None
+
+    def changed_modules(self) -> list[BoundModule]:
+        """Return the modules that the delta changes."""
+        needed = set(self.needed)
+        return [bound for bound in self.binding.modules if not needed.isdisjoint(bound.tensors.values())]
+
+
+class Examiner:
+    """Examine deltas for one model.
+
+    Args:
+        model: the base.
+        fused: a function that returns the modules that share a launch with a module; their forwards are deltafmt's own.
+        verify_base: compare the model's parameters with the fingerprints of the delta's base.
+        ignore: patterns; tensors whose names match one of them are left out.
+        rename: a function from a tensor's name in a file to its name in the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fused: Callable[[nn.Module], Sequence[nn.Module]],
+        *,
+        verify_base: bool,
+        ignore: Sequence[str],
+        rename: Rename | None,
+    ) -> None:
+        self._model = model
+        self._fused = fused
+        self._verify_base = verify_base
+        self._ignore = tuple(ignore)
+        self._rename = rename
+        self._check = BaseCheck(type(model).__name__)
+
+    def examine(self, source: AttachedFile, name: str) -> Examined:
+        """Examine a delta.
+
+        Args:
+            source: its file.
+            name: its name, for messages.
+
+        Raises:
+            UsageError: a tensor has no place in the model, or the model is offloaded.
+            WrongBaseError: the model is not the delta's base.
+        """
+        refuse_offloaded(self._model)
+        named = named_base(source.opened.metadata)
+        try:
+            binding = bind(self._model, source.entries, source.removed, self._ignore, self._rename)
+        except WrongBaseError as error:
+            raise WrongBaseError(f"{error}{named}") from error
+        vocabulary, grown = self._growth(source.entries, binding)
+        taken = {tensor: None for bound in binding.modules for tensor in bound.tensors.values()}
+        unchecked = list(taken)
+        if self._verify_base:
+            entries = {tensor: entry for tensor, entry in source.entries.items() if tensor in taken}
+            try:
+                unchecked = self._check.check(entries, binding.parameters)
+            except WrongBaseError as error:
+                raise WrongBaseError(f'delta "{name}": {error}{named}') from error
+        needed = tuple(tensor for tensor in taken if source.entries[tensor].action != "same")
+        found = Examined(binding, needed, unchecked, vocabulary, grown)
+        for bound in found.changed_modules():
+            self._refuse_own_forward(bound)
+        return found
+
+    def forget(self) -> None:
+        """Compare every parameter anew at the next examination."""
+        self._check.forget()
+
+    def head(self) -> nn.Module | None:
+        """Return the model's output head, if it has one."""
+        found = getattr(self._model, "get_output_embeddings", lambda: None)()
+        return found if isinstance(found, nn.Module) else None
+
+    def vocabulary(self) -> int | None:
+        """Return the rows of the model's output head, if it has one."""
+        return getattr(self.head(), "out_features", None)
+
+    def _refuse_own_forward(self, bound: BoundModule) -> None:
+        """Refuse a module whose forward was replaced by a caller: a delta follows from what its class does.
+
+        Accelerate's forward is let through: it moves tensors between devices, and the model lies on one.
+
+        Raises:
+            UsageError: names the module.
+        """
+        held = bound.module.__dict__
+        if "forward" in held and "_hf_hook" not in held and not self._fused(bound.module):
+            raise UsageError(
+                f'module "{bound.name}", a {type(bound.module).__name__}, was given another forward, of which deltafmt '
+                "cannot tell what it computes; make it a forward hook, or a class of its own"
+            )
+
+    def _growth(self, entries: Mapping[str, TensorEntry], binding: Binding) -> tuple[int | None, str | None]:
+        """Return the rows of a head that grew, and the name of a tensor that did.
+
+        Raises:
+            UsageError: another weight has more or fewer rows than the base's; only a vocabulary may grow or shrink.
+        """
+        vocabulary, grown = None, None
+        head = self.head()
+        for bound in binding.modules:
+            shape = weight_shape(bound.module, bound.role)
+            name = bound.tensors.get("weight")
+            if shape is None or name is None or entries[name].shape == shape:
+                continue
+            grown = name
+            if bound.module is head:
+                vocabulary = entries[name].shape[0]
+            elif bound.role is not Role.EMBEDDING:
+                found = f"{list(entries[name].shape)} where {type(self._model).__name__} has {list(shape)}"
+                raise UsageError(f'tensor "{name}" is {found}; only embeddings and the output head may differ in rows')
+        return vocabulary, grown

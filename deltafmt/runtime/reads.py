@@ -1,0 +1,208 @@
+"""Weights that a model reads without calling their module: a head that multiplies with the embedding, tied in code.
+
+Hooks see calls of modules only. The first calls of a model that serve deltas therefore run in a torch mode that sees
+every function of torch, and the parameters that it is given. A served parameter that is read outside of its own module
+gets the fine-tune's values there: decoded whole, kept for the selection, for one delta at a time. A model that never
+does so runs without the mode from its second call on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from deltafmt.errors import UsageError
+from deltafmt.runtime.selection import Selection
+from deltafmt.runtime.served_modules import ServedModules
+from deltafmt.runtime.sites import Site
+
+# Functions of a tensor that do not depend on its values.
+_FORM_ONLY = frozenset(
+    [
+        "dtype",
+        "device",
+        "shape",
+        "size",
+        "dim",
+        "ndim",
+        "numel",
+        "nelement",
+        "element_size",
+        "stride",
+        "storage_offset",
+        "layout",
+        "is_cuda",
+        "is_cpu",
+        "is_meta",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "is_sparse",
+        "is_quantized",
+        "is_leaf",
+        "is_inference",
+        "requires_grad",
+        "grad",
+        "grad_fn",
+        "data_ptr",
+        "untyped_storage",
+        "get_device",
+        "type_as",
+        "new_empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_tensor",
+        "empty_like",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "__len__",
+        "__hash__",
+        "__get__",
+        "_version",
+        "requires_grad_",
+        "_is_view",
+        "_base",
+        "is_shared",
+        "names",
+    ]
+)
+
+
+class Reads:
+    """The reads of one model's weights.
+
+    Args:
+        served: its served modules.
+    """
+
+    def __init__(self, served: ServedModules) -> None:
+        self._served = served
+        self._kinds: set[Hashable] = set()
+        self._found: set[str] = set()
+        self._warned = False
+
+    def around(self, selection: Selection, kind: Hashable) -> contextlib.AbstractContextManager[object] | None:
+        """Return what a call of the model must run in; None if it may run as it is.
+
+        Args:
+            selection: what the call serves.
+            kind: what tells calls apart that may take other ways through the model.
+        """
+        if (kind in self._kinds and not self._found) or torch.compiler.is_compiling():
+            return None
+        self._kinds.add(kind)
+        return _Mode(self, self._served, selection)
+
+    def found(self, site: Site) -> None:
+        """Note that a weight was read."""
+        self._found.add(site.name)
+        self._served.note_ran(site)
+
+    def forget(self) -> None:
+        """Look again, because the model or its deltas have changed."""
+        self._kinds.clear()
+
+    def warn(self, selection: Selection) -> None:
+        """Warn once of modules that the deltas change and that the model's first call has neither called nor read."""
+        if self._warned or not selection.touched:
+            return
+        self._warned = True
+        unused = set(self._served.unused())
+        touched = (site for site in self._served.sites() if not site.slots.isdisjoint(selection.touched))
+        idle = [site.name for site in touched if site.name in unused]
+        if idle:
+            shown = ", ".join(f'"{name}"' for name in idle[:3]) + (f" and {len(idle) - 3} others" if idle[3:] else "")
+            warnings.warn(
+                f"the model has not called {shown}, which deltas change; if it reads the weights there in a way of its "
+                "own, it computes with the base's. model.deltas.unused() lists what no call has used yet",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+class _Mode(TorchFunctionMode):
+    """A torch mode that gives reads of served parameters the fine-tune's values."""
+
+    def __init__(self, reads: Reads, served: ServedModules, selection: Selection) -> None:
+        super().__init__()
+        self._reads = reads
+        self._served = served
+        self._selection = selection
+        self._sites: dict[int, list[tuple[Site, str]]] = {}
+        for site in served.sites():
+            for key, parameter in site.module.named_parameters(recurse=False):
+                self._sites.setdefault(id(parameter), []).append((site, key))
+        # The modules that are running, each time with the siblings whose outputs it may compute ahead.
+        self._running: list[set[int]] = []
+        self._thread = threading.get_ident()
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Any:
+        """Watch the modules and the functions."""
+        for found in self._sites.values():
+            for site, _ in found:
+                self._handles.append(site.module.register_forward_pre_hook(self._enter))
+                self._handles.append(site.module.register_forward_hook(self._leave, always_call=True))
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *details: object) -> None:
+        """Watch no more."""
+        for handle in self._handles:
+            handle.remove()
+        super().__exit__(*details)  # type: ignore[no-untyped-call]
+
+    def _enter(self, module: nn.Module, _args: object) -> None:
+        if threading.get_ident() == self._thread:
+            self._running.append({id(module), *map(id, self._served.siblings_of(module))})
+
+    def _leave(self, _module: nn.Module, _args: object, _output: object) -> None:
+        if threading.get_ident() == self._thread:
+            self._running.pop()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _name_of(func) not in _FORM_ONLY:
+            args = tuple(self._replaced(value) for value in args)
+            kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _replaced(self, value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(self._replaced(one) for one in value)
+        owners = self._sites.get(id(value)) if isinstance(value, nn.Parameter) else None
+        if owners is None or any(id(site.module) in running for running in self._running for site, _ in owners):
+            return value
+        for site, key in owners:
+            self._reads.found(site)
+            if site.slots.isdisjoint(self._selection.touched):
+                continue
+            if not self._selection.uniform or self._selection.mixes:
+                raise UsageError(
+                    f'the model reads the {key} of "{site.name}" without calling it; such a model serves one delta at '
+                    "a time, without weights"
+                )
+            slot = self._selection.slots[0]
+            return self._selection.memo((id(site), key, "read"), lambda: site.values(slot, key))  # noqa: B023 - used at once
+        return value
+
+
+def _name_of(func: Any) -> str:
+    """Return a function's name; a property's getter has the name of the property."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return str(getattr(getattr(func, "__self__", None), "__name__", name))
+    return str(name)
