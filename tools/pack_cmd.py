@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--missing",
         metavar="HOW",
-        help="tensors that FINETUNED lacks: same takes them from BASE, removed leaves them out (default: refuse)",
+        help="what FINETUNED lacks is the same as in BASE, or removed",
     )
     parser.add_argument("--variant", metavar="NAME", help="read the weights of this variant, such as fp16")
     parser.add_argument(
