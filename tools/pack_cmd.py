@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--missing",
         metavar="HOW",
-        help="what FINETUNED lacks is the same as in BASE, or removed",
+        help="same (as in BASE) or removed: what FINETUNED lacks",
     )
     parser.add_argument("--variant", metavar="NAME", help="read the weights of this variant, such as fp16")
     parser.add_argument(
