@@ -51,6 +51,7 @@ def saved(made: Any, folder: Path, form: str) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:the model has not called")  # no images are given
 @pytest.mark.parametrize("form", ["a file", "in memory", "wrapped"])
 @pytest.mark.parametrize("kind", ["BERT", "Qwen2.5-VL"])
 def test_every_form_is_served_and_merged(tmp_path: Path, kind: str, form: str) -> None:

@@ -88,7 +88,7 @@ class Deltas:
         self._versions: dict[str, Attached] = {}
         self._merge: Merge | None = None
         self._merged: str | None = None
-        self.reads = Reads(self._served)
+        self.reads = Reads(model, self._served)
         self._watch = Watch(model)
         self._watch.stamp(())
         self._calls = Calls(model, self)

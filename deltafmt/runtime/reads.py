@@ -84,10 +84,12 @@ class Reads:
     """The reads of one model's weights.
 
     Args:
+        model: the model.
         served: its served modules.
     """
 
-    def __init__(self, served: ServedModules) -> None:
+    def __init__(self, model: nn.Module, served: ServedModules) -> None:
+        self._model = model
         self._served = served
         self._kinds: set[Hashable] = set()
         self._found: set[str] = set()
@@ -103,7 +105,7 @@ class Reads:
         if (kind in self._kinds and not self._found) or torch.compiler.is_compiling():
             return None
         self._kinds.add(kind)
-        return _Mode(self, self._served, selection)
+        return _Mode(self, self._model, self._served, selection)
 
     def found(self, site: Site) -> None:
         """Note that a weight was read."""
@@ -135,7 +137,7 @@ class Reads:
 class _Mode(TorchFunctionMode):
     """A torch mode that gives reads of served parameters the fine-tune's values."""
 
-    def __init__(self, reads: Reads, served: ServedModules, selection: Selection) -> None:
+    def __init__(self, reads: Reads, model: nn.Module, served: ServedModules, selection: Selection) -> None:
         super().__init__()
         self._reads = reads
         self._served = served
@@ -144,6 +146,12 @@ class _Mode(TorchFunctionMode):
         for site in served.sites():
             for key, parameter in site.module.named_parameters(recurse=False):
                 self._sites.setdefault(id(parameter), []).append((site, key))
+        # A module that is tied to a served one, as an embedding is to the head, reads its own weight when it is called.
+        self._owners: dict[int, list[nn.Module]] = {}
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) in self._sites:
+                    self._owners.setdefault(id(parameter), []).append(module)
         # The modules that are running, each time with the siblings whose outputs it may compute ahead.
         self._running: list[set[int]] = []
         self._thread = threading.get_ident()
@@ -151,10 +159,9 @@ class _Mode(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         """Watch the modules and the functions."""
-        for found in self._sites.values():
-            for site, _ in found:
-                self._handles.append(site.module.register_forward_pre_hook(self._enter))
-                self._handles.append(site.module.register_forward_hook(self._leave, always_call=True))
+        for module in {id(owner): owner for owners in self._owners.values() for owner in owners}.values():
+            self._handles.append(module.register_forward_pre_hook(self._enter))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *details: object) -> None:
@@ -183,10 +190,13 @@ class _Mode(TorchFunctionMode):
     def _replaced(self, value: Any) -> Any:
         if type(value) in (list, tuple):
             return type(value)(self._replaced(one) for one in value)
-        owners = self._sites.get(id(value)) if isinstance(value, nn.Parameter) else None
-        if owners is None or any(id(site.module) in running for running in self._running for site, _ in owners):
+        sites = self._sites.get(id(value)) if isinstance(value, nn.Parameter) else None
+        if sites is None:
             return value
-        for site, key in owners:
+        owners = self._owners.get(id(value), ())
+        if any(id(owner) in running for running in self._running for owner in owners):
+            return value
+        for site, key in sites:
             self._reads.found(site)
             if site.slots.isdisjoint(self._selection.touched):
                 continue
