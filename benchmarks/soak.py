@@ -195,8 +195,10 @@ def main() -> None:
         paths = {f"d{number}": folder / f"{number}.deltafmt" for number in numbers}
         model = scratch
         before, _, _ = held()
+        print(f"{options.deltas} deltas are packed, unpacked and answered for", flush=True)
         largest = max(path.stat().st_size for path in paths.values())
         dft.attach(model, paths, budget=options.resident * largest)
+        print("they are attached; the requests begin", flush=True)
         first = run(model, prompts, answers, options, 1, options.requests // 10)
         _, files, resident = held()
         seen = run(model, prompts, answers, options, 2, options.requests)

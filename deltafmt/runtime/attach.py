@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Sequence
@@ -331,8 +332,8 @@ class Deltas:
 
     def _register(self, version: Attached, found: Examined) -> None:
         """Make a version known to the residency and to the modules that it changes."""
-        keys = (version.name, *(f"{version.name} ({number})" for number in range(2, 2 + len(self._store.files))))
-        version.key = key = next(key for key in (*keys, f"{version.name} ()") if key not in self._store.files)
+        keys = itertools.chain([version.name], (f"{version.name} ({number})" for number in itertools.count(2)))
+        version.key = key = next(key for key in keys if key not in self._store.files)
         self._store.files[key] = version.file
         try:
             self.residency.add(key)
@@ -342,7 +343,7 @@ class Deltas:
         self._versions[key] = version
         self._served.prepare(found.changed_modules())
         self.reads.forget()
-        self._stamp()
+        self._watch.add(found.binding)
 
     def _show(self, version: Attached, found: Examined) -> None:
         self._current[version.name] = version

@@ -56,7 +56,7 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._seen: list[Seen] = []
+        self._seen: dict[tuple[int, str], Seen] = {}
         self._quick: list[_Quick] = []
         self._modules: set[int] = set()
         self._noted = self._converted = False
@@ -92,28 +92,33 @@ class Watch:
     def stamp(self, bindings: Iterable[Binding]) -> None:
         """Take the model as it is now for unchanged."""
         self._modules = {id(module) for module in self._model.modules()}
-        seen: dict[tuple[int, str], Seen] = {}
+        self._seen, self._quick = {}, []
         for binding in bindings:
-            for bound in binding.modules:
-                for key, tensor in bound.tensors.items():
-                    parameter = bound.module._parameters.get(key)  # noqa: SLF001
-                    if parameter is not None and (id(bound.module), key) not in seen:
-                        seen[id(bound.module), key] = Seen(
-                            tensor,
-                            bound.module,
-                            key,
-                            weakref.ref(parameter),
-                            version_of(parameter),
-                            parameter.data_ptr(),
-                            parameter.dtype,
-                            parameter.device,
-                        )
-        self._seen = list(seen.values())
-        self._quick = [
-            (one.module._parameters, one.key, one.parameter, None if one.version < 0 else one.version, one.address)  # noqa: SLF001
-            for one in self._seen
-        ]
+            self.add(binding)
         self._noted = self._converted = False
+
+    def add(self, binding: Binding) -> None:
+        """Watch the parameters of one more delta as well; those that are watched already stay what they were."""
+        for bound in binding.modules:
+            for key, tensor in bound.tensors.items():
+                parameter = bound.module._parameters.get(key)  # noqa: SLF001
+                if parameter is None or (id(bound.module), key) in self._seen:
+                    continue
+                version, address = version_of(parameter), parameter.data_ptr()
+                seen = Seen(
+                    tensor,
+                    bound.module,
+                    key,
+                    weakref.ref(parameter),
+                    version,
+                    address,
+                    parameter.dtype,
+                    parameter.device,
+                )
+                self._seen[id(bound.module), key] = seen
+                self._quick.append(
+                    (bound.module._parameters, key, seen.parameter, None if version < 0 else version, address)  # noqa: SLF001
+                )
 
     def changed(self, *, closely: bool) -> bool:
         """Tell whether the model may have changed.
@@ -127,7 +132,7 @@ class Watch:
             self._noted = closely and not self._all_same()
             return self._noted
         modules = {id(module) for module in self._model.modules()}
-        if all(id(seen.module) in modules for seen in self._seen) and self._all_same():
+        if all(id(seen.module) in modules for seen in self._seen.values()) and self._all_same():
             self._modules, self._noted = modules, False
         return self._noted
 
@@ -147,7 +152,7 @@ class Watch:
         Raises:
             UsageError: names both devices.
         """
-        for seen in self._seen:
+        for seen in self._seen.values():
             now = seen.module._parameters.get(seen.key)  # noqa: SLF001
             if now is not None and now.device != seen.device and not now.is_meta:
                 raise UsageError(f"it was moved from {seen.device} to {now.device}; move it back")
@@ -162,7 +167,7 @@ class Watch:
         Raises:
             UsageError: names the tensor.
         """
-        before = {seen.tensor: seen for seen in self._seen}
+        before = {seen.tensor: seen for seen in self._seen.values()}
         for tensor in unchecked:
             parameter, seen = binding.parameters.get(tensor), before.get(tensor)
             if parameter is None or seen is None:
