@@ -244,9 +244,7 @@ class LinearSite(WeightSite):
         def build() -> torch.Tensor:
             return torch.stack([self._biases.get(slot, torch.zeros_like(some)) for slot in selection.slots])
 
-        differences = selection.memo((id(self), "bias"), build)
-        each = selection.share(len(y), self.name)
-        y.view(len(differences), each, -1)[:, :, : some.shape[0]] += differences[:, None]
+        selection.add_(y, selection.memo((id(self), "bias"), build), self.name)
 
     def _widen(self, y: torch.Tensor, x: torch.Tensor, selection: Selection) -> torch.Tensor:
         """Return logits for the largest vocabulary among the selection's deltas."""
