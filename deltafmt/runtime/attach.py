@@ -79,7 +79,7 @@ class Deltas:
         self.scope = Scope()
         self._served = ServedModules(device, self.scope.active, fuse=fuse)
         self._examiner = Examiner(
-            model, self._served.siblings_of, verify_base=verify_base, ignore=ignore, rename=rename
+            model, device, self._served.siblings_of, verify_base=verify_base, ignore=ignore, rename=rename
         )
         self._store = DeltaStore(device, self._served.release)
         self.residency: Residency[DeviceDelta, DeviceDelta] = Residency(self._store, budget, host_budget)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from deltafmt.errors import UsageError, WrongBaseError
@@ -13,7 +14,7 @@ from deltafmt.pipeline.bases import named_base
 from deltafmt.runtime.base_check import BaseCheck
 from deltafmt.runtime.binding import Binding, BoundModule, Rename, Role, bind, weight_shape
 from deltafmt.runtime.delta_store import AttachedFile
-from deltafmt.runtime.model_batch import refuse_offloaded
+from deltafmt.runtime.model_batch import refuse_elsewhere, refuse_offloaded, refuse_parallel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +46,7 @@ class Examiner:
 
     Args:
         model: the base.
+        device: of the deltas.
         fused: a function that returns the modules that share a launch with a module; their forwards are deltafmt's own.
         verify_base: compare the model's parameters with the fingerprints of the delta's base.
         ignore: patterns; tensors whose names match one of them are left out.
@@ -54,6 +56,7 @@ class Examiner:
     def __init__(
         self,
         model: nn.Module,
+        device: torch.device,
         fused: Callable[[nn.Module], Sequence[nn.Module]],
         *,
         verify_base: bool,
@@ -61,6 +64,7 @@ class Examiner:
         rename: Rename | None,
     ) -> None:
         self._model = model
+        self._device = device
         self._fused = fused
         self._verify_base = verify_base
         self._ignore = tuple(ignore)
@@ -75,10 +79,12 @@ class Examiner:
             name: its name, for messages.
 
         Raises:
-            UsageError: a tensor has no place in the model, or the model is offloaded.
+            UsageError: a tensor has no place in the model, or the model is offloaded, cut over processes, or on another
+                device.
             WrongBaseError: the model is not the delta's base.
         """
         refuse_offloaded(self._model)
+        refuse_parallel(self._model)
         named = named_base(source.opened.metadata)
         try:
             binding = bind(self._model, source.entries, source.removed, self._ignore, self._rename)
@@ -96,6 +102,7 @@ class Examiner:
         needed = tuple(tensor for tensor in taken if source.entries[tensor].action != "same")
         found = Examined(binding, needed, unchecked, vocabulary, grown)
         for bound in found.changed_modules():
+            refuse_elsewhere(bound.name, bound.module, self._device)
             self._refuse_own_forward(bound)
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,53 @@ def refuse_offloaded(model: nn.Module) -> None:
             raise UsageError(
                 f'parameter "{name}" is not in memory (device "meta"): the model is offloaded, or was never loaded; '
                 "load it whole, for example with device_map={'': 0}, and attach the deltas to that"
+            )
+
+
+def is_distributed(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor is a DTensor; the package that defines them is slow to import, so it is only looked up."""
+    package = sys.modules.get("torch.distributed.tensor")
+    return package is not None and isinstance(tensor, package.DTensor)
+
+
+def refuse_parallel(model: nn.Module) -> None:
+    """Refuse a model that is cut over several processes: each of them holds a part of its parameters.
+
+    Raises:
+        UsageError: names the first parameter that is cut, if that can be told.
+    """
+    for name, parameter in model.named_parameters():
+        if is_distributed(parameter):
+            found = f'parameter "{name}" is cut over processes'
+            break
+    else:
+        size = getattr(model, "_tp_size", None)
+        if not isinstance(size, int) or size < 2:
+            return
+        found = f"the model is cut over {size} processes"
+    raise UsageError(
+        f"{found} (tensor parallel), where deltas are not served; load the model whole in each process, without "
+        "tp_plan, or unpack the delta and load that"
+    )
+
+
+def refuse_elsewhere(name: str, module: nn.Module, device: torch.device) -> None:
+    """Refuse a module whose parameters lie on another device than the deltas.
+
+    Args:
+        name: the module's name, for the message.
+        module: the module.
+        device: of the deltas.
+
+    Raises:
+        UsageError: names the module and both devices.
+    """
+    wanted = torch.empty(0, device=device).device if device == torch.device("cuda") else device
+    for parameter in module.parameters(recurse=False):
+        if parameter.device != wanted:
+            raise UsageError(
+                f'module "{name}" lies on {parameter.device}, and the deltas on {device}; load the model on one '
+                "device, for example with device_map={'': 0}"
             )
 
 
