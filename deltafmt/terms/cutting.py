@@ -1,0 +1,45 @@
+"""Parts of the matrices of all kinds of terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from deltafmt.terms.buffers import Packed
+from deltafmt.terms.codecs import AnyCodec
+from deltafmt.terms.layout import TermLayout
+from deltafmt.terms.lowbit.cut import cut_lowbit
+from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.lowrank.cut import cut_lowrank
+from deltafmt.terms.lowrank.layout import LowRankLayout
+from deltafmt.terms.nm.cut import cut_nm
+from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.part import Part, is_whole
+from deltafmt.terms.sparse.cut import cut_sparse
+from deltafmt.terms.sparse.layout import SparseLayout
+
+CUTS: Final[dict[str, Callable[[Any, Packed, range, range], Part]]] = {
+    NMLayout.kind: cut_nm,
+    LowbitLayout.kind: cut_lowbit,
+    LowRankLayout.kind: cut_lowrank,
+    SparseLayout.kind: cut_sparse,
+}
+
+
+def cut(codec: AnyCodec, packed: Packed, rows: range, columns: range) -> Part:
+    """Return a part of a term's matrix as a term of its own, in the form that kernels read.
+
+    Args:
+        codec: the term's codec.
+        packed: the term's packed arrays.
+        rows, columns: the part.
+
+    Raises:
+        UsageError: no term of this kind holds the part.
+        InvalidFileError: the buffers break the format.
+    """
+    layout: TermLayout = codec.layout
+    if is_whole(rows, columns, codec.shape):
+        plain = layout.plain()
+        return Part(plain, *codec.shape, codec.converted(packed, plain), codec.seed, codec.slots)
+    return CUTS[layout.kind](codec, packed, rows, columns)
