@@ -261,6 +261,7 @@ class Deltas:
             self._calls.close()
             self._watch.close()
             self._served.close()
+            self._examiner.close()
         self.residency.close()
 
     def check_model(self, *, closely: bool) -> None:
@@ -328,7 +329,7 @@ class Deltas:
         source = read_attached(os.fspath(path))
         self._check_closely()
         found = self._examiner.examine(source, name)
-        return Attached(name, replace(source, needed=found.needed), found), found
+        return Attached(name, replace(source, needed=found.needed, parts=found.parts()), found), found
 
     def _register(self, version: Attached, found: Examined) -> None:
         """Make a version known to the residency and to the modules that it changes."""

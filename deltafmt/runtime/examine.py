@@ -13,8 +13,10 @@ from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.bases import named_base
 from deltafmt.runtime.base_check import BaseCheck
 from deltafmt.runtime.binding import Binding, BoundModule, Rename, Role, bind, weight_shape
+from deltafmt.runtime.cuts import TensorPart
 from deltafmt.runtime.delta_store import AttachedFile
 from deltafmt.runtime.model_batch import refuse_elsewhere, refuse_offloaded, refuse_parallel
+from deltafmt.runtime.parallel import StandIns, own_forward
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +36,15 @@ class Examined:
     unchecked: list[str]
     vocabulary: int | None
     grown: str | None
+
+    def parts(self) -> dict[str, TensorPart] | None:
+        """Return the parts of tensors that must be on the device, by name; None if no module is cut over processes."""
+        changed = self.changed_modules()
+        if all(bound.local is None for bound in changed):
+            return None
+        held = (one for bound in changed for one in bound.held().values())
+        needed = set(self.needed)
+        return {name: part for name, part in held if part.tensor in needed}
 
     def changed_modules(self) -> list[BoundModule]:
         """Return the modules that the delta changes."""
@@ -70,6 +81,7 @@ class Examiner:
         self._ignore = tuple(ignore)
         self._rename = rename
         self._check = BaseCheck(type(model).__name__)
+        self._stand_ins = StandIns()
 
     def examine(self, source: AttachedFile, name: str) -> Examined:
         """Examine a delta.
@@ -103,12 +115,17 @@ class Examiner:
         found = Examined(binding, needed, unchecked, vocabulary, grown)
         for bound in found.changed_modules():
             refuse_elsewhere(bound.name, bound.module, self._device)
+            self._stand_ins.place(bound, source.entries)
             self._refuse_own_forward(bound)
         return found
 
     def forget(self) -> None:
         """Compare every parameter anew at the next examination."""
         self._check.forget()
+
+    def close(self) -> None:
+        """Give modules that are cut over processes their own forward back."""
+        self._stand_ins.close()
 
     def head(self) -> nn.Module | None:
         """Return the model's output head, if it has one."""
@@ -128,7 +145,8 @@ class Examiner:
             UsageError: names the module.
         """
         held = bound.module.__dict__
-        if "forward" in held and "_hf_hook" not in held and not self._fused(bound.module):
+        known = "_hf_hook" in held or bound.local is not None or own_forward(bound.module) is not None
+        if "forward" in held and not known and not self._fused(bound.module):
             raise UsageError(
                 f'module "{bound.name}", a {type(bound.module).__name__}, was given another forward, of which deltafmt '
                 "cannot tell what it computes; make it a forward hook, or a class of its own"

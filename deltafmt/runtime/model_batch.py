@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from deltafmt.errors import UsageError
+from deltafmt.runtime.cuts import WAY_OUT
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -40,31 +41,24 @@ def refuse_offloaded(model: nn.Module) -> None:
             )
 
 
-def is_distributed(tensor: torch.Tensor) -> bool:
+def is_distributed(tensor: object) -> bool:
     """Tell whether a tensor is a DTensor; the package that defines them is slow to import, so it is only looked up."""
     package = sys.modules.get("torch.distributed.tensor")
     return package is not None and isinstance(tensor, package.DTensor)
 
 
 def refuse_parallel(model: nn.Module) -> None:
-    """Refuse a model that is cut over several processes: each of them holds a part of its parameters.
+    """Refuse a model that is cut over several processes by an older transformers, whose parameters are plain tensors.
 
     Raises:
-        UsageError: names the first parameter that is cut, if that can be told.
+        UsageError: it is.
     """
-    for name, parameter in model.named_parameters():
-        if is_distributed(parameter):
-            found = f'parameter "{name}" is cut over processes'
-            break
-    else:
-        size = getattr(model, "_tp_size", None)
-        if not isinstance(size, int) or size < 2:
-            return
-        found = f"the model is cut over {size} processes"
-    raise UsageError(
-        f"{found} (tensor parallel), where deltas are not served; load the model whole in each process, without "
-        "tp_plan, or unpack the delta and load that"
-    )
+    size = getattr(model, "_tp_size", None)
+    if isinstance(size, int) and size > 1 and not any(map(is_distributed, model.parameters())):
+        raise UsageError(
+            f"the model is cut over {size} processes, and its parameters do not say how; take transformers 5.17 or "
+            f"later, or {WAY_OUT}"
+        )
 
 
 def refuse_elsewhere(name: str, module: nn.Module, device: torch.device) -> None:

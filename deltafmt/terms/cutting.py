@@ -10,9 +10,9 @@ from deltafmt.terms.codecs import AnyCodec
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.cut import cut_lowbit
 from deltafmt.terms.lowbit.layout import LowbitLayout
-from deltafmt.terms.lowrank.cut import cut_lowrank
+from deltafmt.terms.lowrank.cut import check_rank, cut_lowrank
 from deltafmt.terms.lowrank.layout import LowRankLayout
-from deltafmt.terms.nm.cut import cut_nm
+from deltafmt.terms.nm.cut import check_groups, cut_nm
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.part import Part, is_whole
 from deltafmt.terms.sparse.cut import cut_sparse
@@ -24,6 +24,20 @@ CUTS: Final[dict[str, Callable[[Any, Packed, range, range], Part]]] = {
     LowRankLayout.kind: cut_lowrank,
     SparseLayout.kind: cut_sparse,
 }
+_CHECKS: Final[dict[str, Callable[[Any, tuple[int, int], range, range], None]]] = {
+    NMLayout.kind: check_groups,
+    LowRankLayout.kind: check_rank,
+}
+
+
+def check_part(layout: TermLayout, shape: tuple[int, int], rows: range, columns: range) -> None:
+    """Refuse a part that no term of this kind holds, before a byte is read.
+
+    Raises:
+        UsageError: says why.
+    """
+    if layout.kind in _CHECKS and not is_whole(rows, columns, shape):
+        _CHECKS[layout.kind](layout, shape, rows, columns)
 
 
 def cut(codec: AnyCodec, packed: Packed, rows: range, columns: range) -> Part:
@@ -35,7 +49,7 @@ def cut(codec: AnyCodec, packed: Packed, rows: range, columns: range) -> Part:
         rows, columns: the part.
 
     Raises:
-        UsageError: no term of this kind holds the part.
+        UsageError: no term of this kind holds the part; see :func:`check_part`.
         InvalidFileError: the buffers break the format.
     """
     layout: TermLayout = codec.layout

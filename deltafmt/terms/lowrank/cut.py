@@ -19,8 +19,7 @@ from deltafmt.terms.part import Part, finer, spread
 def cut_lowrank(codec: LowRankCodec, packed: Packed, rows: range, columns: range) -> Part:
     """Return a part of a term; see :func:`deltafmt.terms.cutting.cut`: of each vector the elements of the part."""
     layout = codec.layout
-    if layout.rank > min(len(rows), len(columns)):
-        raise UsageError(f"a part of {len(rows)} x {len(columns)} has no {layout.rank} vectors")
+    check_rank(layout, codec.shape, rows, columns)
     coding = layout.factors
     if isinstance(coding, Coding):
         # Both sides have groups of one size.
@@ -30,6 +29,16 @@ def cut_lowrank(codec: LowRankCodec, packed: Packed, rows: range, columns: range
     out = blank(layout, len(rows), len(columns))
     LowRankCodec(layout, len(rows), len(columns)).encode(LowRankArrays(u, v), out)
     return Part(layout, len(rows), len(columns), out)
+
+
+def check_rank(layout: LowRankLayout, _shape: tuple[int, int], rows: range, columns: range) -> None:
+    """Refuse a part with fewer rows or columns than vectors.
+
+    Raises:
+        UsageError: it has.
+    """
+    if layout.rank > min(len(rows), len(columns)):
+        raise UsageError(f"a part of {len(rows)} x {len(columns)} has no {layout.rank} vectors")
 
 
 def _vectors(codec: LowRankCodec, packed: Packed, side: str, target: Coding | str, run: range) -> LowbitArrays | Raw:

@@ -24,8 +24,7 @@ def cut_nm(codec: NMCodec, packed: Packed, rows: range, columns: range) -> Part:
     """
     layout = codec.layout.plain()
     total, width = codec.shape
-    if columns.start % layout.m or (columns.stop % layout.m and columns.stop != width):
-        raise UsageError(f"columns {columns.start} to {columns.stop} are not whole groups of {layout.m}")
+    check_groups(layout, codec.shape, rows, columns)
     packed = codec.converted(packed, layout)
     seed = (codec.seed + rows.start // layout.share * ROW_STEP) % 2**32 if layout.seeded else 0
     if columns == range(width) and has_whole_tiles(rows, total, codec.run_rows):
@@ -47,6 +46,16 @@ def cut_nm(codec: NMCodec, packed: Packed, rows: range, columns: range) -> Part:
     out = blank(target, len(rows), len(columns))
     encode(target, arrays, out)
     return Part(target, len(rows), len(columns), out, seed if drawn else 0)
+
+
+def check_groups(layout: NMLayout, shape: tuple[int, int], _rows: range, columns: range) -> None:
+    """Refuse a part that begins or ends inside a group.
+
+    Raises:
+        UsageError: it does.
+    """
+    if columns.start % layout.m or (columns.stop % layout.m and columns.stop != shape[1]):
+        raise UsageError(f"columns {columns.start} to {columns.stop} are not whole groups of {layout.m}")
 
 
 def _select(layout: NMLayout, whole: NMArrays, skip: int, columns: range) -> tuple[NMLayout, NMArrays]:
