@@ -79,8 +79,6 @@ def cut_of(name: str, parameter: Any) -> Cut:
     raise UsageError(f'parameter "{name}" is cut over processes as {placements}, which deltas cannot follow; {WAY_OUT}')
 
 
-
-
 def settled(output: Any) -> Any:
     """Return an output that has arrived: torch may give a tensor that still waits for other processes."""
     wait = getattr(output, "trigger_wait", None)

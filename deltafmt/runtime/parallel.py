@@ -1,9 +1,9 @@
 """Models that are cut over several processes: the part of a parameter that this process has, and where deltas go.
 
-Transformers (``tp_plan``, ``DistributedConfig``) leaves each process some rows or some columns of a weight, as a DTensor,
-and gives the module another forward. That one prepares the input, runs the module's own forward on this process's part,
-and then gathers the outputs or adds them up. A delta belongs between the two: its own part is added to the part's
-output, before the sum.
+Transformers (``tp_plan``, ``DistributedConfig``) leaves each process some rows or some columns of a weight, as a
+DTensor, and gives the module another forward. That one prepares the input, runs the module's own forward on this
+process's part, and then gathers the outputs or adds them up. A delta belongs between the two: its own part is added to
+the part's output, before the sum.
 
 A stand-in does so. It is a plain ``nn.Linear`` that shares the memory of the part, and it runs where the module's own
 forward would. Everything else sees in it a linear module like any other.

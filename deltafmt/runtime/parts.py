@@ -125,7 +125,9 @@ def _cut(delta: DeltaFile, entry: TensorEntry, part: Cut | None) -> _Made:
         data = np.frombuffer(delta.container.buffer(entry.data), np.uint8)
         if part is not None:
             size = DTYPE_BITS[entry.dtype] // 8
-            data = np.ascontiguousarray(data.reshape(*entry.shape, size)[tuple(slice(r.start, r.stop) for r in part.runs)])
+            data = np.ascontiguousarray(
+                data.reshape(*entry.shape, size)[tuple(slice(r.start, r.stop) for r in part.runs)]
+            )
         elif entry.action == "add":
             data_shape = entry.rows - entry.delta_rows, entry.columns
     if part is not None:

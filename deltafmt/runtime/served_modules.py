@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from deltafmt.runtime.binding import Binding, BoundModule, Role, weight_shape
-from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.cuts import settled
+from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.mixing import mixed_output
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.siblings import Active, SharedInput, Siblings, shareable
