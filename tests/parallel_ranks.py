@@ -41,7 +41,6 @@ def served(folder: Path, deltas: dict[str, Path], selections: list[Any]) -> dict
     model = load(folder)
     tokens = ids(4, 6)
     before = logits(model, tokens)
-    forwards = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
     attach(model, deltas)
     found: dict[str, Any] = {"unchecked": model.deltas.unchecked, "base": before}
     found["same"] = torch.equal(logits(model, tokens), before)

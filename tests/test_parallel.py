@@ -69,12 +69,20 @@ def ask(folder: Path, questions: dict[str, tuple[Any, ...]]) -> list[dict[str, A
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"} | {
+        "CUDA_VISIBLE_DEVICES": ""
+    }
     script = Path(__file__).with_name("parallel_ranks.py")
     running = [
         subprocess.Popen(
             [sys.executable, script, folder],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            env={
+                **shared,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -88,7 +89,7 @@ def fingerprint(parameter: torch.Tensor, dtype: str) -> bytes | None:
     A model that was loaded in a wider dtype, for example a BF16 file in float32, still has the file's bits.
     """
     wanted = TORCH_DTYPES[dtype]
-    held = parameter.detach()
+    held: Any = parameter.detach()
     if is_distributed(held):
         held = held.full_tensor()
     wider = held.is_floating_point() and wanted.is_floating_point and torch.promote_types(held.dtype, wanted)

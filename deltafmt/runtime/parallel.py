@@ -112,9 +112,10 @@ class StandIns:
                 _check(tensor, entries[tensor], cuts[key], tuple(getattr(module, key).shape))
         bound.local = self._stand_in(module, cell, cuts)
         bound.cuts = cuts
-        if "bias" in bound.tensors and module.bias is not None and bound.local.bias is None:
+        bias: torch.Tensor | None = module.bias  # torch says that there is one
+        if "bias" in bound.tensors and bias is not None and "bias" not in dict(bound.local.named_parameters()):
             # The bias is added once, behind the sum. A change of it is added by the first process, before the sum.
-            bound.summed_bias = _local(module.bias)
+            bound.summed_bias = _local(bias)
             bound.bias_elsewhere = cuts["weight"].columns.start > 0
 
     def close(self) -> None:
@@ -141,13 +142,14 @@ def _linear(module: nn.Linear, cuts: Mapping[str, Cut]) -> nn.Linear:
     linear = nn.Linear(columns, rows, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     summed = "weight" in cuts and columns != module.in_features
-    if module.bias is not None and not summed:
-        linear.bias = nn.Parameter(_local(module.bias), requires_grad=False)
+    bias: torch.Tensor | None = module.bias  # torch says that there is one
+    if bias is not None and not summed:
+        linear.bias = nn.Parameter(_local(bias), requires_grad=False)
     return linear.eval()
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = parameter.to_local() if is_distributed(parameter) else parameter  # type: ignore[operator]
+def _local(parameter: Any) -> torch.Tensor:
+    found: torch.Tensor = parameter.to_local() if is_distributed(parameter) else parameter
     return found.detach()
 
 

@@ -29,7 +29,7 @@ from deltafmt.terms.tiles import tiles
 
 
 def part_bytes(entry: TensorEntry, part: TensorPart) -> int:
-    """Return about how many bytes a part takes on the device; slots and stored positions are known when it is loaded."""
+    """Return about how many bytes a part takes on the device; loading tells how many slots and stored positions."""
     rows, columns, shape = _matrix(entry, part.cut)
     total = 0
     for term in entry.terms:
@@ -124,10 +124,8 @@ def _cut(delta: DeltaFile, entry: TensorEntry, part: Cut | None) -> _Made:
     if entry.data is not None:
         data = np.frombuffer(delta.container.buffer(entry.data), np.uint8)
         if part is not None:
-            size = DTYPE_BITS[entry.dtype] // 8
-            data = np.ascontiguousarray(
-                data.reshape(*entry.shape, size)[tuple(slice(r.start, r.stop) for r in part.runs)]
-            )
+            runs = tuple(slice(run.start, run.stop) for run in part.runs)
+            data = np.ascontiguousarray(data.reshape(*entry.shape, DTYPE_BITS[entry.dtype] // 8)[runs])
         elif entry.action == "add":
             data_shape = entry.rows - entry.delta_rows, entry.columns
     if part is not None:
