@@ -1,4 +1,4 @@
-"""A part of a term, cut out by rows and columns, has the bits that the whole term has there."""
+"""A cut of a term, cut out by rows and columns, has the bits that the whole term has there."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from deltafmt.errors import UsageError
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.codecs import CODECS, term_codec
 from deltafmt.terms.coding import Coding
+from deltafmt.terms.cut_term import CutTerm
 from deltafmt.terms.cutting import CUTS, cut
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.part import Part
 from deltafmt.terms.sparse.layout import SparseLayout
 from strategies import examples, fitting, generators, shapes
 from term_kinds import ANY_LAYOUT
@@ -27,8 +27,8 @@ def test_every_kind_is_cut() -> None:
     assert list(CUTS) == list(CODECS)
 
 
-def matrix(part: Part) -> np.ndarray:
-    """Return a part's matrix, after checking that it is packed in canonical form."""
+def matrix(part: CutTerm) -> np.ndarray:
+    """Return a cut's matrix, after checking that it is packed in canonical form."""
     codec = term_codec(part.layout, part.rows, part.columns, part.seed, part.slots)
     forms = part.layout.buffers(part.rows, part.columns, part.slots)
     assert {name: array.shape for name, array in part.packed.items()} == {n: form.shape for n, form in forms.items()}
@@ -36,8 +36,10 @@ def matrix(part: Part) -> np.ndarray:
     return codec.decode(part.packed, 0, part.rows, check_form=True)
 
 
-def compare(rng: np.random.Generator, layout: TermLayout, shape: tuple[int, int], rows: range, columns: range) -> Part:
-    """Cut a random term, and compare the part with the same part of the whole matrix."""
+def compare(
+    rng: np.random.Generator, layout: TermLayout, shape: tuple[int, int], rows: range, columns: range
+) -> CutTerm:
+    """Cut a random term, and compare the cut with the same place of the whole matrix."""
     codec, packed = packed_codec(rng, layout, *shape)
     part = cut(codec, packed, rows, columns)
     whole = codec.decode(packed, 0, shape[0])

@@ -329,7 +329,7 @@ class Deltas:
         source = read_attached(os.fspath(path))
         self._check_closely()
         found = self._examiner.examine(source, name)
-        return Attached(name, replace(source, needed=found.needed, parts=found.parts()), found), found
+        return Attached(name, replace(source, needed=found.needed, held=found.held()), found), found
 
     def _register(self, version: Attached, found: Examined) -> None:
         """Make a version known to the residency and to the modules that it changes."""

@@ -17,7 +17,7 @@ from torch import nn
 
 from deltafmt.errors import UsageError, WrongBaseError
 from deltafmt.index.entries import TensorEntry
-from deltafmt.runtime.cuts import Cut, TensorPart
+from deltafmt.runtime.cuts import Cut, HeldTensor
 from deltafmt.runtime.model_names import ModelNames, model_names
 
 Rename = Callable[[str], str]
@@ -44,8 +44,8 @@ class BoundModule:
         module: the module.
         role: the way in which the module uses its parameters.
         tensors: the tensors' names by the names of the module's parameters, such as ``weight``.
-        local: the module that computes with this process's part, if the model is cut over several processes.
-        cuts: the parts of the parameters that this process has, by the parameters' names; the others it has whole.
+        local: the module that computes with this process's cut, if the model is cut over several processes.
+        cuts: the cuts of the parameters that this process has, by the parameters' names; the others it has whole.
         summed_bias: the bias, if it is added behind a sum over processes.
         bias_elsewhere: True if another process adds the change of that bias.
     """
@@ -64,12 +64,12 @@ class BoundModule:
         """The module whose output the deltas are added to."""
         return self.module if self.local is None else self.local
 
-    def held(self) -> dict[str, tuple[str, TensorPart]]:
-        """Return for each parameter the name that its tensor has on the device, and the part that is there."""
+    def held(self) -> dict[str, tuple[str, HeldTensor]]:
+        """Return for each parameter the name that its tensor has on the device, and the cut that is there."""
         found = {}
         for key, tensor in self.tensors.items():
             if not (key == "bias" and self.bias_elsewhere):
-                part = TensorPart(tensor, self.cuts.get(key))
+                part = HeldTensor(tensor, self.cuts.get(key))
                 found[key] = (part.key, part)
         return found
 

@@ -1,4 +1,4 @@
-"""Parts of tensors: the rows or columns of a parameter that one of several processes has."""
+"""Cuts of tensors: the rows or columns of a parameter that one of several processes has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WAY_OUT: Final = "load the model whole in each process, without tp_plan, or unpa
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The part of a tensor that a process has: a run of elements in each dimension."""
+    """The cut of a tensor that a process has: a run of elements in each dimension."""
 
     runs: tuple[range, ...]
 
@@ -31,17 +31,17 @@ class Cut:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the part."""
+        """The shape of the cut."""
         return tuple(len(run) for run in self.runs)
 
 
 @dataclass(frozen=True, slots=True)
-class TensorPart:
-    """A part of a tensor of a delta.
+class HeldTensor:
+    """A cut of a tensor of a delta.
 
     Attributes:
         tensor: the tensor's name.
-        cut: the part; None for the whole tensor.
+        cut: the cut; None for the whole tensor.
     """
 
     tensor: str
@@ -49,12 +49,12 @@ class TensorPart:
 
     @property
     def key(self) -> str:
-        """The name of the part among the tensors on the device."""
+        """The name of the cut among the tensors on the device."""
         return self.tensor if self.cut is None else f"{self.tensor}{self.cut}"
 
 
 def cut_of(name: str, parameter: Any) -> Cut:
-    """Return the part of a DTensor that this process has.
+    """Return the cut of a DTensor that this process has.
 
     Args:
         name: the parameter's name, for the message.

@@ -13,9 +13,9 @@ from deltafmt.errors import StorageError, UsageError
 from deltafmt.format.constants import BUFFER_ALIGNMENT, align
 from deltafmt.index.entries import TensorEntry
 from deltafmt.kernels.operand import Operand
-from deltafmt.runtime.cuts import TensorPart
+from deltafmt.runtime.cut_loading import held_bytes, load_held
+from deltafmt.runtime.cuts import HeldTensor
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
-from deltafmt.runtime.parts import load_parts, part_bytes
 from deltafmt.runtime.upload import load
 
 
@@ -30,7 +30,7 @@ class AttachedFile:
         entries: the entries of its tensors by name; an alias has the entry of its target.
         removed: the names of tensors that only the base has.
         needed: the names of the tensors that must be on the device.
-        parts: the parts of tensors that must be there instead, by name, if the model is cut over several processes.
+        held: the cuts of tensors that must be there instead, by name, if the model is cut over several processes.
     """
 
     path: str
@@ -39,7 +39,7 @@ class AttachedFile:
     entries: dict[str, TensorEntry]
     removed: tuple[str, ...]
     needed: tuple[str, ...] = ()
-    parts: Mapping[str, TensorPart] | None = None
+    held: Mapping[str, HeldTensor] | None = None
 
 
 def read_attached(path: str) -> AttachedFile:
@@ -81,8 +81,8 @@ class DeltaStore:
     def nbytes(self, name: str) -> int:
         """Return the bytes that a delta takes on the device."""
         file = self.files[name]
-        if file.parts is not None:
-            return sum(part_bytes(file.entries[part.tensor], part) for part in file.parts.values())
+        if file.held is not None:
+            return sum(held_bytes(file.entries[one.tensor], one) for one in file.held.values())
         return device_bytes(file.entries[tensor] for tensor in file.needed)
 
     def load(self, name: str, cancel: threading.Event) -> DeviceDelta:
@@ -92,11 +92,11 @@ class DeltaStore:
             StorageError: the file is missing, or it is not the file that was attached.
         """
         file = self.files[name]
-        if file.parts is not None:
-            parts = load_parts(file.path, file.parts, self._device, cancel)
-            self._check_unchanged(name, parts.content_id)
+        if file.held is not None:
+            cuts = load_held(file.path, file.held, self._device, cancel)
+            self._check_unchanged(name, cuts.content_id)
             self._settle()
-            return parts
+            return cuts
         try:
             delta = load(file.path, self._device, tensors=file.needed or None, cancel=cancel, known=file.opened)
         except UsageError:

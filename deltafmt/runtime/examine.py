@@ -13,7 +13,7 @@ from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.bases import named_base
 from deltafmt.runtime.base_check import BaseCheck
 from deltafmt.runtime.binding import Binding, BoundModule, Rename, Role, bind, weight_shape
-from deltafmt.runtime.cuts import TensorPart
+from deltafmt.runtime.cuts import HeldTensor
 from deltafmt.runtime.delta_store import AttachedFile
 from deltafmt.runtime.model_batch import refuse_elsewhere, refuse_offloaded, refuse_parallel
 from deltafmt.runtime.parallel import StandIns, own_forward
@@ -37,8 +37,8 @@ class Examined:
     vocabulary: int | None
     grown: str | None
 
-    def parts(self) -> dict[str, TensorPart] | None:
-        """Return the parts of tensors that must be on the device, by name; None if no module is cut over processes."""
+    def held(self) -> dict[str, HeldTensor] | None:
+        """Return the cuts of tensors that must be on the device, by name; None if no module is cut over processes."""
         changed = self.changed_modules()
         if all(bound.local is None for bound in changed):
             return None

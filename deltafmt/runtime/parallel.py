@@ -1,11 +1,11 @@
-"""Models that are cut over several processes: the part of a parameter that this process has, and where deltas go.
+"""Models that are cut over several processes: the cut of a parameter that this process has, and where deltas go.
 
 Transformers (``tp_plan``, ``DistributedConfig``) leaves each process some rows or some columns of a weight, as a
 DTensor, and gives the module another forward. That one prepares the input, runs the module's own forward on this
-process's part, and then gathers the outputs or adds them up. A delta belongs between the two: its own part is added to
-the part's output, before the sum.
+process's cut, and then gathers the outputs or adds them up. A delta belongs between the two: its own cut is added to
+the cut's output, before the sum.
 
-A stand-in does so. It is a plain ``nn.Linear`` that shares the memory of the part, and it runs where the module's own
+A stand-in does so. It is a plain ``nn.Linear`` that shares the memory of the cut, and it runs where the module's own
 forward would. Everything else sees in it a linear module like any other.
 """
 
@@ -25,7 +25,7 @@ from deltafmt.runtime.binding import BoundModule, Role
 from deltafmt.runtime.cuts import WAY_OUT, Cut, cut_of, settled
 from deltafmt.runtime.model_batch import is_distributed
 from deltafmt.runtime.uncopied import Uncopied
-from deltafmt.terms.cutting import check_part
+from deltafmt.terms.cutting import check_cut
 
 # The variable of transformers' forward that holds the module's own.
 _OWN_FORWARD: Final = "original_forward"
@@ -136,7 +136,7 @@ class StandIns:
 
 
 def _linear(module: nn.Linear, cuts: Mapping[str, Cut]) -> nn.Linear:
-    """Return a linear module that shares the memory of a module's part."""
+    """Return a linear module that shares the memory of a module's cut."""
     weight = _local(module.weight)
     rows, columns = weight.shape
     linear = nn.Linear(columns, rows, bias=False, device="meta")
@@ -154,7 +154,7 @@ def _local(parameter: Any) -> torch.Tensor:
 
 
 def _check(name: str, entry: TensorEntry, cut: Cut, shape: tuple[int, ...]) -> None:
-    """Refuse a tensor of which this process's part cannot be served.
+    """Refuse a tensor of which this process's cut cannot be served.
 
     Raises:
         UsageError: names the tensor.
@@ -165,7 +165,7 @@ def _check(name: str, entry: TensorEntry, cut: Cut, shape: tuple[int, ...]) -> N
         )
     try:
         for term in entry.terms:
-            check_part(term.layout, (entry.delta_rows, entry.columns), cut.rows, cut.columns)
+            check_cut(term.layout, (entry.delta_rows, entry.columns), cut.rows, cut.columns)
     except UsageError as error:
         raise UsageError(
             f'tensor "{name}" cannot be cut over so many processes: {error}; take fewer, or {WAY_OUT}'

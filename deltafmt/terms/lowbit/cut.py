@@ -1,23 +1,23 @@
-"""Parts of ``lowbit`` terms (specification, section 12.4)."""
+"""Cuts of ``lowbit`` terms (specification, section 12.4)."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from deltafmt.terms.buffers import Packed, blank
+from deltafmt.terms.cut_term import CutTerm, finer, has_whole_tiles, spread
 from deltafmt.terms.lowbit.codec import LowbitArrays, LowbitCodec
-from deltafmt.terms.part import Part, finer, has_whole_tiles, spread
 from deltafmt.terms.tiles import TILE_ROWS, tiles
 
 
-def cut_lowbit(codec: LowbitCodec, packed: Packed, rows: range, columns: range) -> Part:
-    """Return a part of a term; see :func:`deltafmt.terms.cutting.cut`. Whole tiles of rows are views."""
+def cut_lowbit(codec: LowbitCodec, packed: Packed, rows: range, columns: range) -> CutTerm:
+    """Return a cut of a term; see :func:`deltafmt.terms.cutting.cut`. Whole tiles of rows are views."""
     layout, (total, width) = codec.layout, codec.shape
     first = rows.start // TILE_ROWS * TILE_ROWS
     if columns == range(width) and has_whole_tiles(rows, total, TILE_ROWS):
         run = slice(first // TILE_ROWS, tiles(rows.stop))
         views = {name: array if array.ndim == 1 else array[run] for name, array in packed.items()}
-        return Part(layout, len(rows), width, views)
+        return CutTerm(layout, len(rows), width, views)
     whole = codec.arrays(packed, first, rows.stop)
     skip, cut = rows.start - first, slice(columns.start, columns.stop)
     zero_points = None
@@ -33,4 +33,4 @@ def cut_lowbit(codec: LowbitCodec, packed: Packed, rows: range, columns: range) 
     arrays = LowbitArrays(whole.codes[skip:, cut], scales, zero_points)
     out = blank(target, len(rows), len(columns))
     LowbitCodec(target, len(rows), len(columns)).encode(arrays, out, 0)
-    return Part(target, len(rows), len(columns), out)
+    return CutTerm(target, len(rows), len(columns), out)

@@ -1,4 +1,4 @@
-"""Parts of ``lowrank`` terms (specification, section 13.4)."""
+"""Cuts of ``lowrank`` terms (specification, section 13.4)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 from deltafmt.errors import UsageError
 from deltafmt.terms.buffers import Packed, blank
 from deltafmt.terms.coding import Coding
+from deltafmt.terms.cut_term import CutTerm, finer, spread
 from deltafmt.terms.floats import Raw
 from deltafmt.terms.lowbit.codec import LowbitArrays
 from deltafmt.terms.lowrank.codec import LowRankArrays, LowRankCodec, coded_vectors
 from deltafmt.terms.lowrank.layout import LowRankLayout
-from deltafmt.terms.part import Part, finer, spread
 
 
-def cut_lowrank(codec: LowRankCodec, packed: Packed, rows: range, columns: range) -> Part:
-    """Return a part of a term; see :func:`deltafmt.terms.cutting.cut`: of each vector the elements of the part."""
+def cut_lowrank(codec: LowRankCodec, packed: Packed, rows: range, columns: range) -> CutTerm:
+    """Return a cut of a term; see :func:`deltafmt.terms.cutting.cut`: of each vector the elements of the cut."""
     layout = codec.layout
     check_rank(layout, codec.shape, rows, columns)
     coding = layout.factors
@@ -28,17 +28,17 @@ def cut_lowrank(codec: LowRankCodec, packed: Packed, rows: range, columns: range
     u, v = (_vectors(codec, packed, side, layout.factors, run) for side, run in (("u", rows), ("v", columns)))
     out = blank(layout, len(rows), len(columns))
     LowRankCodec(layout, len(rows), len(columns)).encode(LowRankArrays(u, v), out)
-    return Part(layout, len(rows), len(columns), out)
+    return CutTerm(layout, len(rows), len(columns), out)
 
 
 def check_rank(layout: LowRankLayout, _shape: tuple[int, int], rows: range, columns: range) -> None:
-    """Refuse a part with fewer rows or columns than vectors.
+    """Refuse a cut with fewer rows or columns than vectors.
 
     Raises:
         UsageError: it has.
     """
     if layout.rank > min(len(rows), len(columns)):
-        raise UsageError(f"a part of {len(rows)} x {len(columns)} has no {layout.rank} vectors")
+        raise UsageError(f"a cut of {len(rows)} x {len(columns)} has no {layout.rank} vectors")
 
 
 def _vectors(codec: LowRankCodec, packed: Packed, side: str, target: Coding | str, run: range) -> LowbitArrays | Raw:

@@ -1,4 +1,4 @@
-"""Parts of ``nm`` terms (specification, section 11.7)."""
+"""Cuts of ``nm`` terms (specification, section 11.7)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 
 from deltafmt.errors import UsageError
 from deltafmt.terms.buffers import Packed, blank
+from deltafmt.terms.cut_term import CutTerm, Scalar, finer, has_whole_tiles, spread
 from deltafmt.terms.nm.codec import NMArrays, NMCodec, decode, encode, slice_run
 from deltafmt.terms.nm.hashing import ROW_STEP
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.part import Part, Scalar, finer, has_whole_tiles, spread
 
 
-def cut_nm(codec: NMCodec, packed: Packed, rows: range, columns: range) -> Part:
-    """Return a part of a term; see :func:`deltafmt.terms.cutting.cut`.
+def cut_nm(codec: NMCodec, packed: Packed, rows: range, columns: range) -> CutTerm:
+    """Return a cut of a term; see :func:`deltafmt.terms.cutting.cut`.
 
     Whole tiles of rows are views. Everything else is unpacked and packed again. Seeded positions depend on the numbers
     of the row and of the group in the whole matrix. A seed of its own stands for other row numbers, because
@@ -29,7 +29,7 @@ def cut_nm(codec: NMCodec, packed: Packed, rows: range, columns: range) -> Part:
     seed = (codec.seed + rows.start // layout.share * ROW_STEP) % 2**32 if layout.seeded else 0
     if columns == range(width) and has_whole_tiles(rows, total, codec.run_rows):
         run = slice_run(packed, layout.share, rows.start, rows.stop)
-        return Part(layout, len(rows), width, run, seed)
+        return CutTerm(layout, len(rows), width, run, seed)
     first = rows.start // codec.run_rows * codec.run_rows
     whole = decode(
         layout,
@@ -45,11 +45,11 @@ def cut_nm(codec: NMCodec, packed: Packed, rows: range, columns: range) -> Part:
         target, arrays = _stored(target, arrays)
     out = blank(target, len(rows), len(columns))
     encode(target, arrays, out)
-    return Part(target, len(rows), len(columns), out, seed if drawn else 0)
+    return CutTerm(target, len(rows), len(columns), out, seed if drawn else 0)
 
 
 def check_groups(layout: NMLayout, shape: tuple[int, int], _rows: range, columns: range) -> None:
-    """Refuse a part that begins or ends inside a group.
+    """Refuse a cut that begins or ends inside a group.
 
     Raises:
         UsageError: it does.

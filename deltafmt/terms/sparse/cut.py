@@ -1,4 +1,4 @@
-"""Parts of ``sparse`` terms (specification, section 14.5)."""
+"""Cuts of ``sparse`` terms (specification, section 14.5)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import numpy as np
 from deltafmt.terms import words
 from deltafmt.terms.buffers import Packed, blank
 from deltafmt.terms.coding import Coding
-from deltafmt.terms.part import Part
+from deltafmt.terms.cut_term import CutTerm
 from deltafmt.terms.scales import read_scales
 from deltafmt.terms.sparse.codec import SparseCodec
 from deltafmt.terms.sparse.slots import SparseArrays
 from deltafmt.terms.tiles import TILE_ROWS, tiles
 
 
-def cut_sparse(codec: SparseCodec, packed: Packed, rows: range, columns: range) -> Part:
-    """Return a part of a term; see :func:`deltafmt.terms.cutting.cut`. Its entries are placed in slots of their own."""
+def cut_sparse(codec: SparseCodec, packed: Packed, rows: range, columns: range) -> CutTerm:
+    """Return a cut of a term; see :func:`deltafmt.terms.cutting.cut`. Its entries are placed in slots of their own."""
     layout = codec.layout
     counts = np.zeros(len(rows), np.int64)
     places, values = [], []
@@ -34,4 +34,4 @@ def cut_sparse(codec: SparseCodec, packed: Packed, rows: range, columns: range) 
     _, slots = SparseCodec.fit(layout, arrays, len(columns))
     out = blank(layout, len(rows), len(columns), slots)
     SparseCodec(layout, len(rows), len(columns), slots=slots).encode(arrays, out)
-    return Part(layout, len(rows), len(columns), out, slots=slots)
+    return CutTerm(layout, len(rows), len(columns), out, slots=slots)

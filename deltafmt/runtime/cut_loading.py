@@ -1,6 +1,6 @@
-"""Loading of the parts of a delta's tensors that one of several processes needs.
+"""Loading of the cuts of a delta's tensors that one of several processes needs.
 
-Whole sections are read, because their checksums cover them whole. Only the parts go to the device.
+Whole sections are read, because their checksums cover them whole. Only the cuts go to the device.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from deltafmt.errors import CancelledError, InvalidFileError
 from deltafmt.format.constants import BUFFER_ALIGNMENT, DTYPE_BITS, align
 from deltafmt.index.entries import TensorEntry
 from deltafmt.kernels.operand import BUFFER_DTYPES, Operand
-from deltafmt.runtime.cuts import Cut, TensorPart
+from deltafmt.runtime.cuts import Cut, HeldTensor
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
 from deltafmt.runtime.device_views import TORCH_DTYPES
 from deltafmt.terms.buffers import raw_bytes
+from deltafmt.terms.cut_term import CutTerm
 from deltafmt.terms.cutting import cut
-from deltafmt.terms.part import Part
 from deltafmt.terms.tiles import tiles
 
 
-def part_bytes(entry: TensorEntry, part: TensorPart) -> int:
-    """Return about how many bytes a part takes on the device; loading tells how many slots and stored positions."""
-    rows, columns, shape = _matrix(entry, part.cut)
+def held_bytes(entry: TensorEntry, held: HeldTensor) -> int:
+    """Return about how many bytes a cut takes on the device; loading tells how many slots and stored positions."""
+    rows, columns, shape = _matrix(entry, held.cut)
     total = 0
     for term in entry.terms:
         slots = min(term.slots, tiles(len(rows)) * len(columns))
@@ -42,14 +42,12 @@ def part_bytes(entry: TensorEntry, part: TensorPart) -> int:
     return total
 
 
-def load_parts(
-    path: str, parts: Mapping[str, TensorPart], device: torch.device, cancel: threading.Event
-) -> DeviceDelta:
-    """Load parts of tensors to a device.
+def load_held(path: str, held: Mapping[str, HeldTensor], device: torch.device, cancel: threading.Event) -> DeviceDelta:
+    """Load cuts of tensors to a device.
 
     Args:
         path: the delta file.
-        parts: what to load, by the name that each has in the result.
+        held: what to load, by the name that each has in the result.
         device: where it goes.
         cancel: ends the loading.
 
@@ -59,12 +57,12 @@ def load_parts(
     """
     with DeltaFile(path) as delta:
         made = {}
-        for name, part in parts.items():
+        for name, one in held.items():
             if cancel.is_set():
                 raise CancelledError(f"{path}: loading was cancelled")
-            entry = delta.resolve(part.tensor)
+            entry = delta.resolve(one.tensor)
             try:
-                made[name] = _cut(delta, entry, part.cut)
+                made[name] = _cut(delta, entry, one.cut)
             except InvalidFileError as error:
                 raise InvalidFileError(f'{path}: tensors["{entry.name}"]: {error}') from error
         sizes = [align(array.nbytes, BUFFER_ALIGNMENT) for one in made.values() for array in one.arrays()]
@@ -83,30 +81,30 @@ def load_parts(
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """A part of a tensor in host memory."""
+    """A cut of a tensor in host memory."""
 
     entry: TensorEntry
-    parts: tuple[Part, ...]
+    terms: tuple[CutTerm, ...]
     data: NDArray[np.uint8] | None
     data_shape: tuple[int, ...]
 
     def arrays(self) -> Iterator[NDArray[np.generic]]:
         """Yield all arrays, in the order in which they lie in memory."""
-        for part in self.parts:
-            yield from (part.packed[name] for name in part.layout.buffers(part.rows, part.columns, part.slots))
+        for term in self.terms:
+            yield from (term.packed[name] for name in term.layout.buffers(term.rows, term.columns, term.slots))
         if self.data is not None:
             yield self.data
 
     def on(self, memory: torch.Tensor, at: Iterator[int]) -> DeviceTensor:
-        """Return the part as views of memory."""
+        """Return the cut as views of memory."""
         terms = []
-        for part in self.parts:
-            forms = part.layout.buffers(part.rows, part.columns, part.slots)
+        for term in self.terms:
+            forms = term.layout.buffers(term.rows, term.columns, term.slots)
             buffers = {}
             for name, form in forms.items():
                 start = next(at)
                 buffers[name] = memory[start : start + form.nbytes].view(BUFFER_DTYPES[form.dtype]).view(form.shape)
-            terms.append(Operand(part.layout, part.rows, part.columns, buffers, part.seed, part.slots))
+            terms.append(Operand(term.layout, term.rows, term.columns, buffers, term.seed, term.slots))
         data = None
         if self.data is not None:
             start = next(at)
@@ -119,7 +117,7 @@ class _Made:
 
 def _cut(delta: DeltaFile, entry: TensorEntry, part: Cut | None) -> _Made:
     rows, columns, shape = _matrix(entry, part)
-    parts = tuple(cut(codec_of(entry, term), delta.term_views(entry, term), rows, columns) for term in entry.terms)
+    terms = tuple(cut(codec_of(entry, term), delta.term_views(entry, term), rows, columns) for term in entry.terms)
     data, data_shape = None, shape
     if entry.data is not None:
         data = np.frombuffer(delta.container.buffer(entry.data), np.uint8)
@@ -131,11 +129,11 @@ def _cut(delta: DeltaFile, entry: TensorEntry, part: Cut | None) -> _Made:
     if part is not None:
         base = None if entry.base is None else replace(entry.base, shape=shape)
         entry = replace(entry, shape=shape, base=base)
-    return _Made(entry, parts, data, data_shape)
+    return _Made(entry, terms, data, data_shape)
 
 
 def _matrix(entry: TensorEntry, part: Cut | None) -> tuple[range, range, tuple[int, ...]]:
-    """Return the rows and columns of a part, and its shape."""
+    """Return the rows and columns of a cut, and its shape."""
     if part is None:
         return range(entry.delta_rows), range(entry.columns), entry.shape
     return part.rows, part.columns, part.shape

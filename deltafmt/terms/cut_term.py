@@ -1,6 +1,6 @@
-"""A part of a term's matrix as a term of its own: some rows, and some columns of them (specification, 11.7 and others).
+"""A cut of a term's matrix as a term of its own: some rows, and some columns of them (specification, 11.7 and others).
 
-Processes that share a model each hold some rows or some columns of its matrices. A part has the values of the whole,
+Processes that share a model each hold some rows or some columns of its matrices. A cut has the values of the whole,
 bit for bit, in the form that kernels read.
 """
 
@@ -20,8 +20,8 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A term that holds a part of another term's matrix.
+class CutTerm:
+    """A term that holds a cut of another term's matrix.
 
     Attributes:
         layout: its layout, as kernels read it.
@@ -69,7 +69,7 @@ def spread(values: NDArray[Scalar], group: int, target: int, start: int, count: 
 
 
 def is_whole(rows: range, columns: range, shape: tuple[int, int]) -> bool:
-    """Tell whether a part is the whole matrix."""
+    """Tell whether a cut is the whole matrix."""
     return (rows, columns) == (range(shape[0]), range(shape[1]))
 
 
