@@ -73,10 +73,11 @@ def load(folder: Path, gpus: int) -> Any:
     """Load the base on one GPU, or cut over all processes."""
     from transformers import LlamaForCausalLM
 
-    where: dict[str, Any] = {"tp_plan": "auto"} if gpus > 1 else {"device_map": {"": 0}}
+    cut = {"tp_plan": "auto"} if gpus > 1 else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the older spelling works in all releases
-        return LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, **where).eval()
+        model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, **cut).eval()
+    return model if gpus > 1 else model.to("cuda")
 
 
 def captured(work: Callable[[], object]) -> Callable[[], None]:
