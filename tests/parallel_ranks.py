@@ -78,6 +78,23 @@ def detached(folder: Path, deltas: dict[str, Path]) -> dict[str, Any]:
     }
 
 
+def changed(folder: Path, deltas: dict[str, Path]) -> dict[str, Any]:
+    """Change a model that has deltas, with the same values and with others."""
+    model = attach(load(folder), deltas)
+    tokens = ids(2, 5)
+    before = logits(model, tokens, delta="one")
+    module = model.model.layers[1].self_attn.o_proj
+    module.weight = torch.nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+    found: dict[str, Any] = {"replaced": torch.equal(logits(model, tokens, delta="one"), before)}
+    query = model.model.layers[0].self_attn.q_proj
+    with model.model.norm.register_forward_hook(lambda *_: torch.sum(query.weight)):
+        found["read"] = refusal(lambda: logits(model, ids(1, 3), delta="one", use_cache=True))
+    with torch.no_grad():
+        module.weight += 1
+    found["written"] = refusal(lambda: logits(model, tokens, delta="one"))
+    return found
+
+
 def wrong(folder: Path, deltas: dict[str, Path]) -> dict[str, Any]:
     """Return the message for another base."""
     model = load(folder)

@@ -37,7 +37,15 @@ METHODS = {
         DeltaDQ(3, 8, 3, index="fixed", share=1, scale_group=4),
         [("*.0.*", RTN(4, scale_group=8)), ("*.1.*o_proj*", BitDelta("column"))],
     ),
-    "three": (DARE(0.7), [("*.0.*", SVD(rank=3)), ("*.1.*down_proj*", BitDelta())]),
+    "three": (
+        DARE(0.7),
+        [
+            ("*.0.*", SVD(rank=3)),
+            ("*.1.*down_proj*", BitDelta()),
+            ("*.1.*o_proj*", None),  # stored whole
+            ("*.1.*up_proj*", None),
+        ],
+    ),
 }
 SELECTIONS: list[Any] = [
     *METHODS,
@@ -111,7 +119,7 @@ def answers(written: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
         name: ("served", base, deltas, SELECTIONS) for name, (base, deltas, _) in written.items()
     }
     base, deltas, _ = written["llama"]
-    questions |= {"detached": ("detached", base, deltas), "wrong": ("wrong", base, deltas)}
+    questions |= {what: (what, base, deltas) for what in ("detached", "changed", "wrong")}
     narrow = tmp_path_factory.mktemp("narrow")
     changes = {**SIZES, "intermediate_size": 80}
     new_model("llama", **changes).save_pretrained(narrow / "base")
@@ -171,10 +179,21 @@ def test_detaching_leaves_the_model_as_it_was(answers: list[dict[str, Any]]) -> 
         assert (found["same"], found["changed"], found["left"]) == (True, True, [])
 
 
+def test_a_model_that_changes_is_followed(answers: list[dict[str, Any]]) -> None:
+    for one in answers:
+        assert one["changed"]["replaced"]
+        assert one["changed"]["written"].endswith("attach them to the model as it is now")
+        assert 'tensor "model.layers.1.self_attn.o_proj.weight" differs' in one["changed"]["written"]
+
+
 def test_what_is_refused(answers: list[dict[str, Any]]) -> None:
     way_out = "load the model whole in each process, without tp_plan, or unpack the delta and load that"
     for one in answers:
         assert "cannot be merged into a model that is cut over processes" in one["detached"]["merge"]
+        assert one["changed"]["read"] == (
+            f'the model reads the weight of "model.layers.0.self_attn.q_proj" without calling it, and has it cut over '
+            f"processes; {way_out}"
+        )
         assert one["wrong"]["error"].startswith(
             'delta "one": wrong base LlamaForCausalLM: tensor "model.layers.1.mlp.down_proj.weight" differs'
         )

@@ -37,7 +37,8 @@ def own_forward(module: nn.Module) -> CellType | None:
     """Return the cell of transformers' forward that holds the module's own; None if the module has no such forward."""
     forward = module.__dict__.get("forward")
     code = getattr(forward, "__code__", None)
-    if code is None or _OWN_FORWARD not in code.co_freevars:
+    library = str(getattr(forward, "__module__", "")).partition(".")[0]
+    if library != "transformers" or code is None or _OWN_FORWARD not in code.co_freevars:
         return None
     cell: CellType = forward.__closure__[code.co_freevars.index(_OWN_FORWARD)]  # type: ignore[union-attr]
     return cell
@@ -63,15 +64,23 @@ class _Inner(Uncopied):
         return self.linear(*map(settled, args), **kwargs)
 
 
+_Pair = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _StandIn:
     """A stand-in, with the module that it stands in for and the parameters that it shares."""
 
     module: nn.Module
-    parameters: tuple[torch.Tensor | None, torch.Tensor | None]
+    parameters: _Pair
     linear: nn.Linear
     cell: CellType
     own: Any
+
+    def is_for(self, module: nn.Module, parameters: _Pair, cell: CellType) -> bool:
+        """Tell whether the stand-in has these parameters of this module."""
+        same = all(one is other for one, other in zip(self.parameters, parameters, strict=True))
+        return same and self.module is module and self.cell is cell
 
 
 class StandIns:
@@ -127,7 +136,7 @@ class StandIns:
     def _stand_in(self, module: nn.Linear, cell: CellType, cuts: Mapping[str, Cut]) -> nn.Linear:
         made = self._made.get(id(module))
         now = module._parameters["weight"], module._parameters["bias"]  # noqa: SLF001
-        if made is None or made.module is not module or made.parameters != now or made.cell is not cell:
+        if made is None or not made.is_for(module, now, cell):
             own = made.own if made is not None and made.cell is cell else cell.cell_contents
             linear = _linear(module, cuts)
             cell.cell_contents = _Inner(own, linear)
