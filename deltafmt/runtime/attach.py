@@ -79,7 +79,7 @@ class Deltas:
         self.scope = Scope()
         self._served = ServedModules(device, self.scope.active, fuse=fuse)
         self._examiner = Examiner(
-            model, self._served.siblings_of, verify_base=verify_base, ignore=ignore, rename=rename
+            model, device, self._served.siblings_of, verify_base=verify_base, ignore=ignore, rename=rename
         )
         self._store = DeltaStore(device, self._served.release)
         self.residency: Residency[DeviceDelta, DeviceDelta] = Residency(self._store, budget, host_budget)
@@ -261,6 +261,7 @@ class Deltas:
             self._calls.close()
             self._watch.close()
             self._served.close()
+            self._examiner.close()
         self.residency.close()
 
     def check_model(self, *, closely: bool) -> None:
@@ -327,7 +328,7 @@ class Deltas:
         source = read_attached(os.fspath(path))
         self._check_closely()
         found = self._examiner.examine(source, name)
-        return Attached(name, replace(source, needed=found.needed), found), found
+        return Attached(name, replace(source, needed=found.needed, held=found.held()), found), found
 
     def _register(self, version: Attached, found: Examined) -> None:
         """Make a version known to the residency and to the modules that it changes."""

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.errors import WrongBaseError
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.runtime.device_views import TORCH_DTYPES
+from deltafmt.runtime.model_batch import is_distributed
 from deltafmt.runtime.values import version_of
 
 _THREADS = 4  # each thread holds one tensor in host memory
@@ -41,6 +43,10 @@ class BaseCheck:
         """
         needed = [(name, entry.base) for name, entry in entries.items() if entry.base is not None]
         unchecked = []
+        # All processes gather the parts of a parameter at the same time, and so in the same order.
+        for name, base in needed:
+            if is_distributed(parameters.get(name)):
+                self._digest(parameters[name], base)
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="deltafmt-base") as pool:
             digests = pool.map(lambda pair: self._digest(parameters.get(pair[0]), pair[1]), needed)
             try:
@@ -83,7 +89,9 @@ def fingerprint(parameter: torch.Tensor, dtype: str) -> bytes | None:
     A model that was loaded in a wider dtype, for example a BF16 file in float32, still has the file's bits.
     """
     wanted = TORCH_DTYPES[dtype]
-    held = parameter.detach()
+    held: Any = parameter.detach()
+    if is_distributed(held):
+        held = held.full_tensor()
     wider = held.is_floating_point() and wanted.is_floating_point and torch.promote_types(held.dtype, wanted)
     if held.is_meta or held.dtype not in (wanted, wider):
         return None

@@ -42,6 +42,10 @@ class Merge:
         self._lease = lease
         self._changes: list[_Change] = []
         self._versions: list[int] = []
+        if any(bound.local is not None for bound in binding.modules):
+            raise UsageError(
+                f'delta "{name}" cannot be merged into a model that is cut over processes; serve it, or unpack it'
+            )
         owners: dict[int, tuple[str, bytes | str | None]] = {}
         (delta,) = lease.values.values()
         for tensor_name, tensor in delta.items():

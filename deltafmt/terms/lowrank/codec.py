@@ -95,7 +95,7 @@ class LowRankCodec(TermCodec[LowRankLayout, LowRankArrays]):
             if not np.isfinite(factor).all():
                 raise InvalidFileError(f"a value of factor {side} is not finite")
             return factor
-        arrays = _arrays(coding, side, packed, self._length(side), start, stop)
+        arrays = coded_vectors(coding, side, packed, self._length(side), start, stop)
         group = coding.scale_group or max(self._length(side), 1)
         # If a run starts within a group, every element gets a scale of its own.
         at = np.arange(start // group, -(-stop // group)) if start % group == 0 else np.arange(start, stop) // group
@@ -120,7 +120,7 @@ class LowRankCodec(TermCodec[LowRankLayout, LowRankArrays]):
             step = max(BLOCK_ELEMENTS // max(length, 1), 1)
             for first in range(0, self.layout.rank, step):
                 block = {name: array[first : first + step] for name, array in packed.items() if name[0] == side}
-                arrays = _arrays(coding, side, block, length, 0, length)
+                arrays = coded_vectors(coding, side, block, length, 0, length)
                 check_range(coding, arrays)
                 again = {name: np.zeros_like(array) for name, array in block.items()}
                 _encode(coding, side, arrays, again)
@@ -138,7 +138,7 @@ def _encode(coding: Coding, side: str, arrays: LowbitArrays, packed: Packed) -> 
         packed[f"{side}_zero_points"][...] = arrays.zero_points
 
 
-def _arrays(coding: Coding, side: str, packed: Packed, length: int, start: int, stop: int) -> LowbitArrays:
+def coded_vectors(coding: Coding, side: str, packed: Packed, length: int, start: int, stop: int) -> LowbitArrays:
     """Unpack elements ``start`` to ``stop``, and all scales, of coded vectors; ``start`` is a multiple of 32."""
     by_vector = packed[f"{side}_codes"].view(np.uint32)
     codes = words.unpack_part(by_vector, length, coding.bits, start, stop).astype(np.uint8, copy=False)

@@ -13,7 +13,7 @@ from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import RAW_DTYPES
 from deltafmt.terms.scales import raw_scales, read_scales
 from deltafmt.terms.sparse.layout import SparseLayout
-from deltafmt.terms.sparse.slots import Floats, Ints, SparseArrays, block_starts, place, write_tile
+from deltafmt.terms.sparse.slots import Floats, Ints, SparseArrays, block_starts, columns_of, place, write_tile
 from deltafmt.terms.tiles import TILE_ROWS, plane_words, planes, tiles
 
 
@@ -72,6 +72,26 @@ class SparseCodec(TermCodec[SparseLayout, SparseArrays]):
         if starts[0] != 0 or starts[-1] != self.slots or (np.diff(starts) < 0).any():
             raise InvalidFileError(f"the starts of the blocks do not ascend from 0 to {self.slots}")
         return starts
+
+    def entries(self, packed: Packed, tile: int) -> tuple[Ints, Ints, NDArray[np.generic]]:
+        """Return the lane, the column and the code (or the raw value) of each entry of a tile, row by row.
+
+        Raises:
+            InvalidFileError: an entry lies beyond its block or in a row that does not exist.
+        """
+        blocks, coding = self.layout.blocks(self.shape[1]), self.layout.values
+        starts = self._starts(packed["starts"])[tile * blocks : (tile + 1) * blocks + 1]
+        first, last = int(starts[0]), int(starts[-1])
+        gaps = self._fields(packed["gaps"], self.layout.gap_bits, first, last)
+        column = columns_of(self.layout, gaps, starts - first, self.shape[1])
+        if isinstance(coding, Coding):
+            values: NDArray[np.generic] = self._fields(packed["codes"], coding.bits, first, last).astype(np.uint8)
+        else:
+            values = packed["values"].view(RAW_DTYPES[coding])[first:last].T
+        lane, slot = np.nonzero(gaps != self.layout.filler)
+        if lane.size and tile * TILE_ROWS + int(lane.max()) >= self.shape[0]:
+            raise InvalidFileError("a row that does not exist has an entry")
+        return lane, column[lane, slot], values[lane, slot]
 
     def _decode_tile(self, packed: Packed, tile: int, starts: Ints, out: Floats, *, check_form: bool) -> None:
         """Write the entries of one tile into its rows."""
