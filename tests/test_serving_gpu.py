@@ -104,20 +104,3 @@ def test_each_row_of_a_mixed_batch_gets_what_it_gets_alone(served: Any, problems
     with served.delta("k4-other-seed"):
         other = served(input_ids=tokens[:1]).logits[0]
     assert torch.linalg.norm(mixed[0] - other) > 1e-3 * torch.linalg.norm(other)
-
-
-def test_continuous_batching_gives_each_request_what_it_gets_alone(served: Any, problems: Any) -> None:
-    import transformers
-
-    names = ["k4", None, "k4-other-seed", "k2", "unshared-fixed", None, "k4", {"k4": 0.5, "k2": 0.5}]
-    prompts = [question for question, _ in problems[: len(names)]]
-    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": -1, "pad_token_id": 2}
-    config = transformers.GenerationConfig(**options)
-    for tokens in (40, 2048):
-        sizes = transformers.ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=tokens)
-        found = served.generate_batch(prompts, config, sizes, delta=names)
-        for name, prompt, output in zip(names, prompts, found.values(), strict=True):
-            one = torch.tensor([prompt], device="cuda")
-            alone = served.generate(one, attention_mask=torch.ones_like(one), delta=name, **options)
-            assert output.error is None
-            assert output.generated_tokens == alone[0, len(prompt) :].tolist()
