@@ -35,7 +35,7 @@ from deltafmt.terms.nm.layout import NMLayout
 
 LAYOUT = NMLayout(1, 32, 4, "seeded", "midtread", 4)
 ROWS = 16
-TARGET = 1.8
+TARGET = 1.8  # of the step with deltas, as a graph; what the base gets is the floor
 NO_DIGEST = bytes(32)
 HIDDEN, INNER = 4096, 11008
 SHAPES = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -83,6 +85,14 @@ def test_halves_of_nm(nm: tuple[int, int], share: int, index: str) -> None:
     for columns in (range(160), range(160, 320)):
         part = compare(rng, layout, (64, 320), range(64), columns)
         assert part.layout == layout.plain() or (index == "seeded" and columns.start)
+
+
+def test_rows_that_begin_within_a_mask_row() -> None:
+    """Their positions are stored, because no seed draws them for other rows of a mask row."""
+    layout = NMLayout(4, 16, 4, share=4)
+    rng = np.random.default_rng(2)
+    assert compare(rng, layout, (64, 320), range(6, 40), range(160)).layout == replace(layout, index="fixed", share=1)
+    assert compare(rng, layout, (64, 320), range(8, 40), range(160)).layout == layout
 
 
 def test_groups_of_scales_that_go_along() -> None:
