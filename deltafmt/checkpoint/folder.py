@@ -51,6 +51,10 @@ class Checkpoint:
         unlisted: names of tensors that lie in a shard although the index does not name them, with the shard.
         notes: remarks about which files were read, in words.
         dropped: the components that the user's patterns leave out.
+        stored: the tensors as they are stored; others than ``tensors`` if 8-bit floats are read as values.
+        dequantized: how many tensors are read so.
+        kept: names of tensors that are stored whole, because they are codes or belong to codes.
+        rewritten: the bytes of small files that travel in another form than they have in the folder.
 
     Raises:
         StorageError: the checkpoint is missing or unreadable.
@@ -73,6 +77,9 @@ class Checkpoint:
         self.unlisted: dict[str, str] = {}
         self.notes: list[str] = []
         self.dropped: list[str] = []
+        self.dequantized: int = 0
+        self.kept: frozenset[str] = frozenset()
+        self.rewritten: dict[str, bytes] = {}
         self._rules = rules
         self._lenient = lenient
         self._shards: list[SafetensorsFile] = []
@@ -90,6 +97,7 @@ class Checkpoint:
         if all(_ADAPTER_TENSOR.search(name) for name in found):
             raise InvalidFileError(f"{self.path}: {IS_ADAPTER}")
         self.tensors: dict[str, Tensor] = {name: found[name] for name in sorted(found, key=natural_key)}
+        self.stored = self.tensors
 
     def _open_folder(self, variant: str | None) -> dict[str, Tensor]:
         lenient = self._lenient
@@ -196,6 +204,15 @@ class Checkpoint:
     def files(self) -> dict[str, Path]:
         """The small files that travel with a delta, by their paths in the folder."""
         return self.decide_travelling().files
+
+    def attachment(self, name: str) -> bytes:
+        """Return the bytes of a small file that travels.
+
+        Raises:
+            StorageError: reading failed.
+        """
+        rewritten = self.rewritten.get(name)
+        return read_file(self.files[name]) if rewritten is None else rewritten
 
     @property
     def left_out(self) -> dict[str, str]:
