@@ -118,6 +118,10 @@ def pack(
     if calibration is not None and variant is not None:
         raise UsageError(f"variant {variant!r} and a calibration: a text is read with weights that have no variant")
     with open_pair(base, finetuned, variant, attach, no_attach, quantized) as (before, after):
+        if calibration is not None and after.dequantized:
+            raise UsageError(
+                f"{after.path} is FP8, and a calibration runs the fine-tune in BF16; save it dequantized, and pack that"
+            )
         target = target_bytes(target_ratio, target_size, after.file_bytes)
         default = method or DeltaDQ()
         description = default.describe() if target is None else target_metadata(target)

@@ -13,6 +13,7 @@ from deltafmt.pipeline.bases import named_base
 from deltafmt.runtime.base_check import BaseCheck
 from deltafmt.runtime.binding import Binding, BoundModule, Rename, Role, bind, weight_shape
 from deltafmt.runtime.delta_store import AttachedFile
+from deltafmt.runtime.float8 import find_scales
 from deltafmt.runtime.model_batch import refuse_offloaded
 
 
@@ -90,7 +91,9 @@ class Examiner:
         if self._verify_base:
             entries = {tensor: entry for tensor, entry in source.entries.items() if tensor in taken}
             try:
-                unchecked = self._check.check(entries, binding.parameters)
+                scaled = source.opened.container.scaled()
+                scales = find_scales(binding.modules) if scaled else {}
+                unchecked = self._check.check(entries, binding.parameters, scaled, scales)
             except WrongBaseError as error:
                 raise WrongBaseError(f'delta "{name}": {error}{named}') from error
         needed = tuple(tensor for tensor in taken if source.entries[tensor].action != "same")
