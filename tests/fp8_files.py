@@ -65,6 +65,9 @@ FORMS = {
     "small blocks": Form(
         "weight_scale_inv", lambda _: (32, 48), "F32", {"quant_method": "fp8", "weight_block_size": [32, 48]}
     ),
+    "transformers": Form(
+        "weight_scale_inv", lambda _: (16, 16), "F32", {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    ),
     "powers of two": Form(
         "weight_scale_inv",
         lambda _: (1, 32),

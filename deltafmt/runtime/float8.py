@@ -13,7 +13,7 @@ from torch import nn
 
 from deltafmt.runtime.binding import BoundModule
 
-# Where modules keep the scales of their weight: transformers' FP8Linear, FbgemmFp8Linear and compressed-tensors' layers.
+# Where modules keep the scales of their weight: FP8Linear and FbgemmFp8Linear of transformers, compressed-tensors.
 _SCALES = ("weight_scale_inv", "weight_scale")
 
 
