@@ -74,6 +74,12 @@ FORMS = {
         "F8_E8M0",
         {"quant_method": "fp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"},
     ),
+    "MXFP8": Form(
+        "weight_scale_inv",
+        lambda _: (1, 32),
+        "U8",
+        {"quant_method": "fp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"},
+    ),
     "llm-compressor": Form("weight_scale", each_row, "BF16", COMPRESSED, extra=("input_scale",)),
     "fbgemm": Form("weight_scale", each_row, "F32", {"quant_method": "fbgemm_fp8"}),
     "ModelOpt": Form("weight_scale", whole, "F32", MODELOPT, no_sizes, extra=("input_scale",)),
@@ -107,14 +113,14 @@ def quantize(values: Floats, form: Form) -> tuple[Raw, Raw, Raw]:
 
 def raw_scale(value: float, dtype: str) -> float:
     """Round a scale to its dtype, a power of two upward."""
-    if dtype == "F8_E8M0":
+    if dtype in ("F8_E8M0", "U8"):
         return float(2.0 ** np.ceil(np.log2(value)))
     return float(raw(np.full(1, value, np.float32), dtype).floats().reshape(-1)[0])
 
 
 def raw_scales(scales: Floats, dtype: str) -> bytes:
     """Return the bytes of scales that are rounded already."""
-    if dtype == "F8_E8M0":
+    if dtype in ("F8_E8M0", "U8"):
         return (np.log2(scales) + 127).astype(np.uint8).tobytes()
     return raw(scales, dtype).data
 

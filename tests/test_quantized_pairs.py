@@ -214,6 +214,17 @@ def test_floats_that_were_cast(tmp_path: Path) -> None:
     assert found.data == round_bf16(values_of_codes("F8_E4M3")[codes]).tobytes()
 
 
+@situation("8-bit floats beside codes of another kind, such as experts of 4 bits in bytes")
+def test_codes_of_two_kinds(tmp_path: Path) -> None:
+    stored, _ = fp8(llama(1, WIDTH), DEEPSEEK)
+    expert = "model.layers.0.mlp.experts.0.w1"
+    stored[f"{expert}.weight"] = Raw("I8", (64, 32), bytes(2048))
+    stored[f"{expert}.scale"] = Raw("F8_E8M0", (64, 2), bytes(128))
+    base = write_folder(tmp_path / "base", stored, files={"config.json": with_settings(config(), DEEPSEEK)})
+    with pytest.raises(UnsupportedError, match=f'"{expert}.scale" F8_E8M0 beside 8-bit floats is not read as weights'):
+        deltafmt.pack(base, base, tmp_path / "d.deltafmt")
+
+
 @situation("8-bit floats that lack their scales, or have two, or scales of a shape that says nothing")
 def test_scales_that_do_not_fit(tmp_path: Path) -> None:
     stored, _ = fp8(llama(1, WIDTH), DEEPSEEK)

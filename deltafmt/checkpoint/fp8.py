@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from deltafmt.checkpoint.dequantized import DequantizedTensor
 from deltafmt.checkpoint.folder import Checkpoint
-from deltafmt.checkpoint.quantizers import FP8, quantization_settings, quantizer_of
+from deltafmt.checkpoint.quantizers import FP8, are_codes, may_be_codes, quantization_settings, quantizer_of
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import InvalidFileError, Remedy, UnsupportedError
 from deltafmt.format import constants as c
@@ -58,13 +58,14 @@ def read_as_values(checkpoint: Checkpoint, *, exact: bool = True) -> None:
         )
     found, used = dict[str, DequantizedTensor](), set[str]()
     scaled = any(_WEIGHT_SCALE.search(name) for name in tensors)
-    blocks = list(_blocks(quantization_settings(checkpoint)))
+    settings = quantization_settings(checkpoint)
+    blocks = list(_blocks(settings))
     for name, tensor in tensors.items():
         if tensor.dtype not in c.CODE_DTYPES or _ACTIVATIONS.search(name):
             continue
         scales = _scales_of(checkpoint, name)
         if scales is None:
-            if scaled or blocks:
+            if scaled or settings:
                 raise InvalidFileError(f'{checkpoint.path}: tensor "{name}" has 8-bit floats and no scales', remedy)
             found[name] = DequantizedTensor.of(tensor, None, tuple(max(size, 1) for size in tensor.shape))
             continue
@@ -80,11 +81,18 @@ def read_as_values(checkpoint: Checkpoint, *, exact: bool = True) -> None:
     lost = next((name for name in tensors if _WEIGHT_SCALE.search(name) and name not in used), None)
     if lost is not None:
         raise InvalidFileError(f'{checkpoint.path}: tensor "{lost}" has the scales of no 8-bit floats', remedy)
-    checkpoint.tensors = {
+    weights = {
         name: found.get(name, tensor)
         for name, tensor in tensors.items()
         if name not in used and not _ACTIVATIONS.search(name)
     }
+    # Some checkpoints have 8-bit floats beside other codes, such as experts of 4 bits in bytes.
+    codes = next((tensor for tensor in weights.values() if are_codes(tensor) or may_be_codes(tensor)), None)
+    if codes is not None:
+        raise UnsupportedError(
+            f'{checkpoint.path}: tensor "{codes.name}" {codes.dtype} beside 8-bit floats is not read as weights', remedy
+        )
+    checkpoint.tensors = weights
     checkpoint.stored, checkpoint.dequantized = tensors, len(found)
 
 

@@ -105,7 +105,7 @@ def quantizer_of(checkpoint: Checkpoint) -> Quantizer | None:
     found = next((quantizer for pattern, quantizer in _BY_NAME if any(map(pattern.search, tensors))), None)
     found = found or _by_dtypes(tensors)
     if found is None:
-        return named if any(_may_be_codes(tensor) for tensor in tensors.values()) else None
+        return named if any(may_be_codes(tensor) for tensor in tensors.values()) else None
     return found if found == FP8 or named is None or named in _SEVERAL else named
 
 
@@ -162,9 +162,9 @@ def parts_of_codes(checkpoint: Checkpoint) -> frozenset[str]:
 
     For example, the scales of a module, which may look like a matrix of weights.
     """
-    names = {name for name, tensor in checkpoint.tensors.items() if _are_codes(tensor)}
+    names = {name for name, tensor in checkpoint.tensors.items() if are_codes(tensor)}
     names |= {name for name in checkpoint.tensors if any(pattern.search(name) for pattern, _ in _BY_NAME)}
-    names |= {name for name, tensor in checkpoint.tensors.items() if _may_be_codes(tensor)}
+    names |= {name for name, tensor in checkpoint.tensors.items() if may_be_codes(tensor)}
     stems = {_stem(name) for name in names}
     return frozenset(name for name in checkpoint.tensors if _stem(name) in stems) if names else frozenset()
 
@@ -174,10 +174,11 @@ def _stem(name: str) -> str:
     return re.split(r"\.weight\b", name)[0] if re.search(r"\.weight\b", name) else name.rpartition(".")[0]
 
 
-def _are_codes(tensor: Tensor) -> bool:
+def are_codes(tensor: Tensor) -> bool:
+    """Tell whether a tensor's dtype is one that only quantizers use."""
     return tensor.dtype not in (*_FLOATS, *_INTEGERS)
 
 
-def _may_be_codes(tensor: Tensor) -> bool:
+def may_be_codes(tensor: Tensor) -> bool:
     """Tell whether a tensor may be codes in the form of integers, if its checkpoint is quantized."""
     return tensor.dtype in ("I8", "U8", "I16", "I32") and len(tensor.shape) > 1 and not _NO_CODES.search(tensor.name)
