@@ -99,6 +99,8 @@ def test_an_fp8_finetune_of_a_plain_base(tmp_path: Path, sides: tuple[Side, Side
     before, after = sides
     result = deltafmt.pack(before.plain, after.folder, tmp_path / "d.deltafmt", method=NEAR)
     assert result.dequantized.to_obj() == {"base": 0, "finetuned": 6}
+    assert len(result.remarks) == 1
+    assert "the delta holds the rounding to 8 bits as well" in result.remarks[0]
     check_restored(before.plain, tmp_path / "d.deltafmt", tmp_path / "out", after, before)
     with deltafmt.open(tmp_path / "d.deltafmt") as delta:
         assert delta.container.features == 0  # readers of before read it
@@ -154,6 +156,17 @@ def test_names_and_layouts(tmp_path: Path, sides: tuple[Side, Side]) -> None:
     deltafmt.unpack(base, tmp_path / "e.deltafmt", tmp_path / "whole")
     found = read_folder(tmp_path / "whole")["model.layers.0.mlp.experts.down_proj"]
     assert near(found, held["model.layers.0.mlp.experts.down_proj"], Raw("BF16", (3, 128, WIDTH), one))
+
+
+def test_the_file_says_how_its_base_is_scaled(tmp_path: Path) -> None:
+    """The base's configuration alone names its blocks; whoever has the file needs no configuration."""
+    a = llama(1, WIDTH)
+    before, after = side(tmp_path / "base", a, "small blocks"), side(tmp_path / "ft", tuned(a), "small blocks")
+    deltafmt.pack(before.folder, after.folder, tmp_path / "d.deltafmt", method=NEAR)
+    alone = next(before.folder.glob("*.safetensors"))
+    with pytest.raises(UnsupportedError, match="does not say how"):
+        deltafmt.pack(alone, after.folder, tmp_path / "e.deltafmt")
+    check_restored(alone, tmp_path / "d.deltafmt", tmp_path / "out", after, before)
 
 
 @situation("`pack`, `verify`, `inspect` and `unpack` say what is read as values")

@@ -181,11 +181,15 @@ def _grid(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...] | 
 
 
 def _step(size: int, count: int, wanted: int) -> int:
-    """Return the size of so many blocks of a dimension; 0 if the wanted size does not give them."""
+    """Return the size of so many blocks of a dimension; 0 if the wanted size does not give them.
+
+    If no size is wanted, only a power of two that goes into the dimension without a rest is believed.
+    """
     if count == 1:
         return max(size, 1)
     if count == size:
         return 1
     if not wanted:
-        return size // count if size % count == 0 else 0
+        even = size // count
+        return even if size % count == 0 and even & (even - 1) == 0 else 0
     return wanted if -(-size // wanted) == count else 0

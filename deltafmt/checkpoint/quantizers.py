@@ -102,7 +102,8 @@ def quantizer_of(checkpoint: Checkpoint) -> Quantizer | None:
     A configuration alone does not count: a checkpoint may keep one after its weights were dequantized.
     """
     tensors, named = checkpoint.tensors, _by_config(checkpoint)
-    found = next((quantizer for pattern, quantizer in _BY_NAME if any(map(pattern.search, tensors))), None)
+    ends = {_end(name) for name in tensors}
+    found = next((quantizer for pattern, quantizer in _BY_NAME if any(map(pattern.search, ends))), None)
     found = found or _by_dtypes(tensors)
     if found is None:
         return named if any(may_be_codes(tensor) for tensor in tensors.values()) else None
@@ -163,10 +164,17 @@ def parts_of_codes(checkpoint: Checkpoint) -> frozenset[str]:
     For example, the scales of a module, which may look like a matrix of weights.
     """
     names = {name for name, tensor in checkpoint.tensors.items() if are_codes(tensor)}
-    names |= {name for name in checkpoint.tensors if any(pattern.search(name) for pattern, _ in _BY_NAME)}
+    ends = {_end(name) for name in checkpoint.tensors}
+    telling = {end for end in ends if any(pattern.search(end) for pattern, _ in _BY_NAME)}
+    names |= {name for name in checkpoint.tensors if _end(name) in telling}
     names |= {name for name, tensor in checkpoint.tensors.items() if may_be_codes(tensor)}
     stems = {_stem(name) for name in names}
     return frozenset(name for name in checkpoint.tensors if _stem(name) in stems) if names else frozenset()
+
+
+def _end(name: str) -> str:
+    """Return the last two parts of a name, which tell as much as the whole: many tensors have few such ends."""
+    return "." + ".".join(name.rsplit(".", 2)[-2:])
 
 
 def _stem(name: str) -> str:

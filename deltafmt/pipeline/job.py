@@ -138,6 +138,11 @@ class PackJob:
                 f"the base is quantized: there is no delta to the codes of {whole:,} of its matrices, "
                 "so the fine-tune's are stored whole"
             )
+        if self.finetuned.dequantized and not self.base.dequantized:
+            found.append(
+                "the fine-tune is FP8 and the base is not, so the delta holds the rounding to 8 bits as well; the "
+                "fine-tune from before quantizing, or the base quantized alike, gives a smaller loss"
+            )
         kept = sum(plan.reason == CODES for plan in self.plans)
         if kept and not whole:
             found.append(
