@@ -146,8 +146,3 @@ class DequantizedTensor(Tensor):
         if scales.dtype in RAW_DTYPES:
             return widen(np.frombuffer(data, RAW_DTYPES[scales.dtype]), scales.dtype)
         return values_of_codes(scales.dtype)[np.frombuffer(data, np.uint8)]
-
-
-def can_scale(codes: Tensor, scales: Tensor) -> bool:
-    """Tell whether two tensors are of dtypes that 8-bit floats and their scales have."""
-    return codes.dtype in c.CODE_DTYPES and scales.dtype in c.SCALE_DTYPES

@@ -51,8 +51,7 @@ class Checkpoint:
         unlisted: names of tensors that lie in a shard although the index does not name them, with the shard.
         notes: remarks about which files were read, in words.
         dropped: the components that the user's patterns leave out.
-        stored: the tensors as they are stored; others than ``tensors`` if 8-bit floats are read as values.
-        dequantized: how many tensors are read so.
+        dequantized: how many of the tensors are 8-bit floats that are read as values.
         kept: names of tensors that are stored whole, because they are codes or belong to codes.
         rewritten: the bytes of small files that travel in another form than they have in the folder.
 
@@ -97,7 +96,6 @@ class Checkpoint:
         if all(_ADAPTER_TENSOR.search(name) for name in found):
             raise InvalidFileError(f"{self.path}: {IS_ADAPTER}")
         self.tensors: dict[str, Tensor] = {name: found[name] for name in sorted(found, key=natural_key)}
-        self.stored = self.tensors
 
     def _open_folder(self, variant: str | None) -> dict[str, Tensor]:
         lenient = self._lenient

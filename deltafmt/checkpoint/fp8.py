@@ -93,7 +93,7 @@ def read_as_values(checkpoint: Checkpoint, *, exact: bool = True) -> None:
             f'{checkpoint.path}: tensor "{codes.name}" {codes.dtype} beside 8-bit floats is not read as weights', remedy
         )
     checkpoint.tensors = weights
-    checkpoint.stored, checkpoint.dequantized = tensors, len(found)
+    checkpoint.dequantized = len(found)
 
 
 def read_recorded(checkpoint: Checkpoint, scaled: Mapping[str, ScaledRef]) -> None:
@@ -112,7 +112,7 @@ def read_recorded(checkpoint: Checkpoint, scaled: Mapping[str, ScaledRef]) -> No
     if len(told) < len(scaled):
         read_as_values(checkpoint, exact=False)
     checkpoint.tensors = {**checkpoint.tensors, **told}
-    checkpoint.stored, checkpoint.dequantized = stored, max(checkpoint.dequantized, len(told))
+    checkpoint.dequantized = max(checkpoint.dequantized, len(told))
 
 
 def _scales_of(checkpoint: Checkpoint, name: str) -> Tensor | None:
