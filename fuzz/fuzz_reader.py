@@ -77,7 +77,8 @@ def verify(delta: DeltaFile, entries: list[TensorEntry]) -> None:
     for attachment in container.attachments.values():
         if blake3(container.buffer(attachment.data)).digest() != attachment.digest:
             raise InvalidFileError("another digest")
-    if content_id(entries, container.removed, container.attachments, container.metadata) != container.content_id:
+    rest = container.removed, container.attachments, container.metadata, container.scaled()
+    if content_id(entries, *rest) != container.content_id:
         raise InvalidFileError("another content id")
     tree = summary.cost_tree(container)
     negative = [node.label for node in tree.children if node.size < 0 and node.label != "zstd saves"]

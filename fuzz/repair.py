@@ -130,7 +130,7 @@ def mend_digests(data: bytes) -> bytes:
             return data
         with deltafmt.open(io.BytesIO(mended), max_raw_bytes=BUDGET) as delta:
             held = delta.container
-            identity = content_id(held.entries(), held.removed, held.attachments, held.metadata)
+            identity = content_id(held.entries(), held.removed, held.attachments, held.metadata, held.scaled())
             start, length = held.index_offset, held.index_length
         return seal(mended[:start], mended[start : start + length], identity)
     except Exception:  # noqa: BLE001 - the harness meets the same error, and reports it if it is one to report

@@ -69,6 +69,7 @@ def test_every_remedy_of_the_library_is_an_argument_and_has_a_sentence() -> None
         "no_attach",
         "out",
         "profile",
+        "quantized",
         "rename",
     }
     assert found <= known

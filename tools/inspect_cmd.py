@@ -7,9 +7,11 @@ import argparse
 from deltafmt.checkpoint.name_changes import entry_changes
 from deltafmt.container.reader import Container
 from deltafmt.pipeline import summary
+from deltafmt.pipeline.read_as_values import dequantized
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
 from deltafmt.tools.name_arguments import say_names
+from deltafmt.tools.quantized_arguments import say_dequantized
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +47,7 @@ def _print_tree(container: Container) -> None:
         if found:
             console.say(f"{text}: {plural(found, 'tensor')}")
     say_names(entry_changes(entries))
+    say_dequantized(dequantized(container.scaled(), container.metadata))
     if container.removed:
         console.say(summary.left_out_line(container.removed))
     console.say()

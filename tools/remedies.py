@@ -17,6 +17,7 @@ _SENTENCES = {
     "no_attach": "--no-attach VALUE leaves it out",
     "out": "-o - writes to standard output",
     "profile": "--profile VALUE allows it",
+    "quantized": "--quantized VALUE takes the stored bytes as they are",
     "rename": "--rename 'FROM=TO' or --strip-prefix PREFIX says what belongs together",
 }
 

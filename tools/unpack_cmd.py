@@ -11,6 +11,7 @@ from deltafmt.errors import UsageError
 from deltafmt.pipeline.summary import left_out_line, plural
 from deltafmt.tools import console
 from deltafmt.tools.name_arguments import add_name_arguments, name_options, names_obj, say_names
+from deltafmt.tools.quantized_arguments import say_dequantized
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -66,12 +67,14 @@ def run(options: argparse.Namespace) -> None:
                 "removed": result.removed,
                 "mismatched": result.mismatched,
                 "names": names_obj(result.names),
+                "dequantized": result.dequantized.to_obj(),
             }
         )
         return
     files = f" and {bounded(result.files, 30)}" if result.files else ""
     console.say(f"{result.path}: {plural(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
     say_names(result.names)
+    say_dequantized(result.dequantized)
     if result.removed:
         console.say(left_out_line(result.removed))
 

@@ -9,6 +9,7 @@ from deltafmt.errors import EXIT_OK, DeltafmtError
 from deltafmt.pipeline.summary import left_out_line, plural
 from deltafmt.tools import console
 from deltafmt.tools.name_arguments import add_name_arguments, name_options, names_obj, say_names
+from deltafmt.tools.quantized_arguments import say_dequantized
 
 if TYPE_CHECKING:
     from deltafmt.pipeline.verify import VerifyResult
@@ -58,6 +59,7 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
     if not options.json:
         console.say(f"{file}: {describe(result)}")
         say_names(result.names)
+        say_dequantized(result.dequantized)
         if result.removed:
             console.say(left_out_line(result.removed))
     return {
@@ -70,6 +72,7 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
         "removed": list(result.removed),
         "attached": list(result.attached),
         "names": names_obj(result.names),
+        "dequantized": result.dequantized.to_obj(),
     }
 
 

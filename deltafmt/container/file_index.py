@@ -6,18 +6,20 @@ Tensor entries stay encoded until somebody asks for one, so a file of many tenso
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from deltafmt.container import canonical
 from deltafmt.format import constants as c
 from deltafmt.format.checks import Where, fail
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.scaled import ScaledRef
 from deltafmt.index.sections import Attachment, BufferRef, Section
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.registry import parse_layout
 
 _TOP_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "sections", "tensors")
+_SCALED_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "scaled", "sections", "tensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class FileIndex:
         removed: the names of the tensors that the base has and the fine-tune lacks.
         attachments: the attached files by name.
         features: the header's incompatible features.
+        scaled: how the base keeps tensors that are read as values, encoded, by name; :meth:`scaled_ref` decodes one.
     """
 
     profile: str
@@ -43,6 +46,7 @@ class FileIndex:
     removed: tuple[str, ...]
     attachments: Mapping[str, Attachment]
     features: int = 0
+    scaled: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, data: bytes, index_offset: int, max_raw_bytes: int, features: int = 0) -> Self:
@@ -58,8 +62,12 @@ class FileIndex:
             InvalidFileError: the index breaks the format; the message names the place.
         """
         obj = canonical.decode(data, "the index")
-        if type(obj) is not dict or tuple(obj) != _TOP_KEYS:
-            fail("index", f"expected the keys {', '.join(_TOP_KEYS)}")
+        scales = type(obj) is dict and "scaled" in obj
+        keys = _SCALED_KEYS if scales else _TOP_KEYS
+        if type(obj) is not dict or tuple(obj) != keys:
+            fail("index", f"expected the keys {', '.join(keys)}")
+        if scales and not features & c.FEATURE_SCALED:
+            fail("scaled", "the header does not have the feature of scaled tensors, bit 2")
         profile = obj["profile"]
         if profile not in c.PROFILES:
             fail("profile", f"unknown profile {profile!r}")
@@ -73,7 +81,8 @@ class FileIndex:
             fail("tensors", f"{len(tensors)} entries are more than {c.MAX_TENSORS}")
         removed = _parse_removed(obj["removed"], tensors)
         attachments = _parse_attachments(obj["attachments"])
-        index = cls(profile, metadata, layouts, sections, tensors, removed, attachments, features)
+        scaled = canonical.check_names(obj["scaled"], "scaled") if scales else {}
+        index = cls(profile, metadata, layouts, sections, tensors, removed, attachments, features, scaled)
         for name, attachment in index.attachments.items():
             index.check_ref(attachment.data, f'attachments["{name}"]', c.SECTION_KIND_ATTACHMENTS)
         return index
@@ -105,11 +114,19 @@ class FileIndex:
                 fail((where, ".target"), f"{entry.target!r} has another dtype or shape")
         return entry
 
+    def scaled_ref(self, name: str) -> ScaledRef:
+        """Decode and check how the base keeps a tensor that is read as values.
+
+        Raises:
+            InvalidFileError: the description breaks the format.
+        """
+        where = f'scaled["{name}"]'
+        if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
+            fail(where, f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
+        return ScaledRef.from_obj(_decoded(self.scaled[name], where), where)
+
     def _decode_entry(self, name: str) -> Any:
-        data = self.tensors[name]
-        if type(data) is not bytes:
-            fail(f'tensors["{name}"]', "expected a byte string that holds an entry")
-        return canonical.decode(data, f'tensors["{name}"]')
+        return _decoded(self.tensors[name], f'tensors["{name}"]')
 
     def check_ref(self, ref: BufferRef, where: Where, section_kind: int) -> None:
         """Check that a buffer lies inside a section of the right section kind.
@@ -124,6 +141,12 @@ class FileIndex:
             fail(where, f"section {ref.section} is of another kind")
         if ref.offset + ref.length > section.raw_length:
             fail(where, f"{ref.length} bytes at {ref.offset} leave section {ref.section}")
+
+
+def _decoded(data: Any, where: str) -> Any:
+    if type(data) is not bytes:
+        fail(where, "expected a byte string that holds an entry")
+    return canonical.decode(data, where)
 
 
 def _parse_layouts(rows: Any, profile: str) -> tuple[TermLayout, ...]:

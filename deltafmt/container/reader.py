@@ -18,6 +18,7 @@ from deltafmt.container.source import Source, open_source
 from deltafmt.errors import DeltafmtError, InvalidFileError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.scaled import ScaledRef
 from deltafmt.index.sections import Attachment, BufferRef, Section
 from deltafmt.terms.layout import TermLayout
 
@@ -57,6 +58,7 @@ class Container:
         self._touched: set[int] = set()
         self._chunks: dict[int, ChunkReader] = {}
         self._entries: dict[str, TensorEntry] = {}
+        self._scaled: dict[str, ScaledRef] | None = None
         self._lock = threading.RLock()
         try:
             self._open(max_raw_bytes)
@@ -111,6 +113,19 @@ class Container:
     def attachments(self) -> Mapping[str, Attachment]:
         """The attached files by name."""
         return self._index.attachments
+
+    def scaled(self) -> dict[str, ScaledRef]:
+        """Return how the base keeps the tensors that are read as values, by name; empty for most files.
+
+        Raises:
+            InvalidFileError: a description breaks the format.
+        """
+        if self._scaled is None:
+            try:
+                self._scaled = {name: self._index.scaled_ref(name) for name in self._index.scaled}
+            except InvalidFileError as error:
+                raise InvalidFileError(f"{self.name}: {error}") from error
+        return self._scaled
 
     def keys(self) -> list[str]:
         """Return the tensor names, sorted."""

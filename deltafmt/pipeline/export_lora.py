@@ -125,7 +125,7 @@ def export_lora(
         named = opened.metadata.get(METADATA_BASE)
         config = _attached_config(opened)
         tensors = None
-        checkpoint = None if base is None else stack.enter_context(open_base(base, opened.metadata))
+        checkpoint = None if base is None else stack.enter_context(open_base(base, opened.container))
         if checkpoint is not None:
             listed = list(opened.container.entries())
             tensors = BaseTensors(checkpoint, listed, opened.metadata, renames)

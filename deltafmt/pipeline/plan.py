@@ -28,6 +28,9 @@ UNRELATED = "its values have nothing to do with the base's"
 # The beginning of the reason of a tensor whose base is quantized.
 BASE_DTYPE = "the base's dtype"
 
+# The reason of a tensor that is codes, or that codes depend on, such as their scales.
+CODES = "codes of a quantizer, or a part of them"
+
 # Reasons that the user gave for storing a tensor whole.
 CHOSEN = ("excluded", "not included", "by rule")
 
@@ -130,6 +133,7 @@ def make_plan(
                 chosen, reason, undecided = ruled, "by rule" if ruled is None else "", False
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
             chosen, reason, undecided = None, "excluded", False
+        reason = reason or (CODES if name in finetuned.kept else "")
         reason = reason or (UNRELATED if name in paired.unrelated else why_exact(tensor, other, chosen))
         return Plan(tensor, other, None, reason) if reason else Plan(tensor, other, chosen, undecided=undecided)
 

@@ -73,6 +73,7 @@ def repack(
                 removed=container.removed,
                 attachments=attachments,
                 metadata=dict(container.metadata),
+                scaled=container.scaled(),
             )
             if identity != container.content_id:
                 raise InvalidFileError(f"{container.name}: the content id is not that of the content")

@@ -22,6 +22,7 @@ from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base
 from deltafmt.pipeline.outputs import refuse_input_folder
+from deltafmt.pipeline.read_as_values import Dequantized, dequantized
 from deltafmt.pipeline.workers import Progress, drain, in_order, thread_count
 from deltafmt.terms.buffers import raw_bytes
 from deltafmt.terms.floats import RAW_DTYPES
@@ -41,6 +42,7 @@ class UnpackResult:
         removed: names of tensors that only the base has; the folder lacks them.
         mismatched: names of base tensors that differ from those packed against; only ``force_base`` allows any.
         names: what differs between the names that the file records for its base and those of this base.
+        dequantized: how many tensors of either side were 8-bit floats that were read as the values that they mean.
     """
 
     path: Path
@@ -50,6 +52,7 @@ class UnpackResult:
     removed: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     names: list[NameChange] = field(default_factory=list)
+    dequantized: Dequantized = field(default_factory=Dequantized)
 
 
 def unpack(
@@ -92,11 +95,12 @@ def unpack(
     renames = Renames.parse(rename, strip_prefix)
     check_output_folder(path, force=force)
     refuse_input_folder(path, [base, delta])
-    with DeltaFile(delta) as opened, open_base(base, opened.metadata) as checkpoint:
+    with DeltaFile(delta) as opened, open_base(base, opened.container) as checkpoint:
         entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
         # ``force_base`` allows other bytes, but no other dtypes and shapes.
         found = BaseTensors(checkpoint, entries, opened.metadata, renames)
         result = UnpackResult(path, removed=list(opened.container.removed), names=found.changes)
+        result.dequantized = dequantized(opened.container.scaled(), opened.metadata)
         unpacker = _Unpacker(opened, found, entries, result)
         return unpacker.run(force, force_base, max_shard_bytes, thread_count(threads), progress)
 

@@ -19,6 +19,7 @@ from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.sections import BufferRef
 from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base
+from deltafmt.pipeline.read_as_values import Dequantized, dequantized
 from deltafmt.pipeline.workers import thread_count
 from deltafmt.terms.buffers import raw_bytes
 
@@ -35,6 +36,7 @@ class VerifyResult:
         removed: names of tensors that only the base has; an unpacked folder lacks them.
         attached: names of the attached files.
         names: what differs between the names that the file records for its base and those of this base.
+        dequantized: how many tensors of either side were 8-bit floats that were read as the values that they mean.
     """
 
     sections: int
@@ -44,6 +46,7 @@ class VerifyResult:
     removed: tuple[str, ...] = ()
     attached: tuple[str, ...] = ()
     names: list[NameChange] = field(default_factory=list)
+    dequantized: Dequantized = field(default_factory=Dequantized)
 
 
 def verify(
@@ -90,17 +93,18 @@ def verify(
         for name, attachment in container.attachments.items():
             if blake3(container.buffer(attachment.data)).digest() != attachment.digest:
                 raise _named(container, InvalidFileError(f'attachments["{name}"]: the bytes have another digest'))
-        found = content_id(entries, container.removed, container.attachments, container.metadata)
+        found = content_id(entries, container.removed, container.attachments, container.metadata, container.scaled())
         if found != container.content_id:
             raise _named(container, InvalidFileError("the content id is not that of the content"))
         checked, changes = None, []
         if base is not None:
-            with open_base(base, container.metadata) as checkpoint:
+            with open_base(base, container) as checkpoint:
                 tensors = BaseTensors(checkpoint, entries, container.metadata, renames)
                 checked, changes = check_base(tensors, entries, workers), tensors.changes
         WeightNames.from_metadata(container.metadata, container.name)
         rest = tuple(container.removed), tuple(container.attachments), changes
-        return VerifyResult(len(container.sections), len(entries), checked, found.hex(), *rest)
+        said = dequantized(container.scaled(), container.metadata)
+        return VerifyResult(len(container.sections), len(entries), checked, found.hex(), *rest, said)
 
 
 def _check_payload(delta: DeltaFile, entry: TensorEntry) -> None:

@@ -15,6 +15,7 @@ from deltafmt.runtime.base_check import BaseCheck
 from deltafmt.runtime.binding import Binding, BoundModule, Rename, Role, bind, weight_shape
 from deltafmt.runtime.cuts import HeldTensor
 from deltafmt.runtime.delta_store import AttachedFile
+from deltafmt.runtime.float8 import find_scales
 from deltafmt.runtime.model_batch import refuse_elsewhere, refuse_offloaded, refuse_parallel
 from deltafmt.runtime.parallel import StandIns, own_forward
 
@@ -108,7 +109,9 @@ class Examiner:
         if self._verify_base:
             entries = {tensor: entry for tensor, entry in source.entries.items() if tensor in taken}
             try:
-                unchecked = self._check.check(entries, binding.parameters)
+                scaled = source.opened.container.scaled()
+                scales = find_scales(binding.modules) if scaled else {}
+                unchecked = self._check.check(entries, binding.parameters, scaled, scales)
             except WrongBaseError as error:
                 raise WrongBaseError(f'delta "{name}": {error}{named}') from error
         needed = tuple(tensor for tensor in taken if source.entries[tensor].action != "same")
