@@ -68,6 +68,18 @@ class TermCodec(ABC, Generic[LayoutT, ArraysT]):
     def decode(self, packed: Packed, start: int, stop: int, *, check_form: bool = False) -> NDArray[np.float32]:
         """Return rows ``start`` to ``stop`` of the term's matrix; ``check_form`` also refuses what is not canonical.
 
+        With ``check_form`` this is the reference of :meth:`check`: what was decoded is packed again.
+
+        Raises:
+            InvalidFileError: the buffers break the format.
+        """
+
+    @abstractmethod
+    def check(self, packed: Packed) -> None:
+        """Check that the term's buffers are the canonical packing of what they mean, as a verifier must (section 15).
+
+        No matrix is made: the work follows the bytes of the buffers, whatever the shape, and goes block by block.
+
         Raises:
             InvalidFileError: the buffers break the format.
         """

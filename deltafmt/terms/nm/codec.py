@@ -20,8 +20,9 @@ from deltafmt.terms.floats import RAW_DTYPES, Raw, add
 from deltafmt.terms.nm.index.codecs import INDEX_CODECS
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.nm.scatter import scatter
-from deltafmt.terms.scales import raw_scales, read_scales
-from deltafmt.terms.tiles import TILE_ROWS, tiles
+from deltafmt.terms.scales import check_scales, raw_scales, read_scales
+from deltafmt.terms.tiles import TILE_ROWS, WORD_BITS, tiles
+from deltafmt.terms.unused import BLOCK_FIELDS, check_absent, check_fields, check_stream
 
 TRANSCODE_ENTRIES = 1 << 17
 
@@ -220,6 +221,36 @@ class NMCodec(TermCodec[NMLayout, NMArrays]):
         if check_form:
             check(self.layout, run, arrays, columns)
         return dense(self.layout, arrays, columns)
+
+    def check(self, packed: Packed) -> None:
+        """Check the whole term; see :meth:`deltafmt.terms.codec.TermCodec.check`."""
+        layout, (rows, columns) = self.layout, self.shape
+        kept, share = layout.kept(columns), layout.share
+        check_scales(layout.scale_dtype, packed["scales"])
+        check_absent("scales", packed["scales"], rows, share)
+        check_stream("codes", packed["codes"], rows, kept, layout.bits, share)
+        check_fields("code", packed["codes"], rows, kept, layout.bits, layout.top, share)
+        index = _words(packed["index"]) if "index" in packed else None
+        INDEX_CODECS[layout.index].check(index, layout, layout.mask_rows(rows), layout.groups(columns))
+        if columns % layout.m:
+            self._check_beyond(packed)
+
+    def _check_beyond(self, packed: Packed) -> None:
+        """Check that entries of the last group that stand beyond the last column have the code zero."""
+        layout, (rows, columns) = self.layout, self.shape
+        groups, kept, codec = layout.groups(columns), layout.kept(columns), INDEX_CODECS[layout.index]
+        begin = (kept - layout.n) // WORD_BITS * WORD_BITS
+        step = max(BLOCK_FIELDS // (kept - begin) // self.run_rows, 1) * self.run_rows
+        for first in range(0, rows, step):
+            here = min(step, rows - first)
+            run = slice_run(packed, layout.share, first, first + here)
+            index = _words(run["index"]) if "index" in run else None
+            mask_rows = layout.mask_rows(here)
+            last = codec.last_group(index, layout, self.seed, first // layout.share, mask_rows, groups)
+            codes = words.unpack_columns(_words(run["codes"]), here, kept, layout.bits, begin, kept, layout.share)
+            beyond = (last.astype(np.int64) + (groups - 1) * layout.m >= columns)[np.arange(here) // layout.share]
+            if codes[:, codes.shape[1] - layout.n :][beyond].any():
+                raise InvalidFileError("an entry beyond the last column has a code that is not zero")
 
     def add(self, packed: Packed, start: int, stop: int, base: Raw, base_dtype: str, dtype: str) -> Raw:
         """Return rows of a base plus the term's matrix; see :meth:`deltafmt.terms.codec.TermCodec.add`."""
