@@ -22,6 +22,7 @@ with atheris.instrument_imports(include=["deltafmt"]):
     from deltafmt.container.content import content_id
     from deltafmt.delta import DeltaFile, RunDecoder, codec_of
     from deltafmt.errors import InvalidFileError
+    from deltafmt.format.limits import Limits
     from deltafmt.index.entries import TensorEntry
     from deltafmt.pipeline import summary
     from deltafmt.pipeline.verify import check_coverage, payload_digest
@@ -30,7 +31,7 @@ import mutate
 import numpy as np
 from blake3 import blake3
 
-MAX_RAW_BYTES = 1 << 24
+LIMITS = Limits(max_output=1 << 24)
 MAX_ELEMENTS = 1 << 20
 MAX_LENGTH = 32768
 # Much more than any file within the limits above needs. An allocation that only a number in the file asks for fails.
@@ -39,7 +40,7 @@ SPARE_MEMORY = 1 << 30
 
 def test_one_input(data: bytes) -> None:
     """Read every part of a file in every way that the library offers."""
-    with contextlib.suppress(InvalidFileError), deltafmt.open(io.BytesIO(data), max_raw_bytes=MAX_RAW_BYTES) as delta:
+    with contextlib.suppress(InvalidFileError), deltafmt.open(io.BytesIO(data), limits=LIMITS) as delta:
         entries = list(delta.container.entries())
         json.dumps(summary.summary_obj(delta.container))
         for entry in entries:

@@ -22,6 +22,7 @@ from deltafmt.container.reader import Container
 from deltafmt.delta import DeltaFile, row_ranges
 from deltafmt.errors import StorageError, UsageError
 from deltafmt.format.constants import DELTA_DTYPES
+from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.outputs import is_delta_file
 from deltafmt.pipeline.summary import describe_entry
@@ -77,6 +78,7 @@ def diff(
     *,
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
+    limits: Limits = DEFAULT_LIMITS,
 ) -> DiffResult:
     """Compare two delta files, or two checkpoints.
 
@@ -88,6 +90,7 @@ def diff(
         rename: for two checkpoints, rules FROM=TO that say what a name of B is in A, as :func:`deltafmt.pack` takes
             them.
         strip_prefix: for two checkpoints, beginnings of names that do not count, on either side.
+        limits: for two delta files, how much memory and output they may ask for.
 
     Raises:
         UsageError: one is a delta file and the other a checkpoint, or rules of names are given for delta files.
@@ -101,7 +104,7 @@ def diff(
     if are_deltas[0] and renames:
         raise UsageError("rules of names are for two checkpoints, and these are delta files")
     if are_deltas[0]:
-        with DeltaFile(a) as first, DeltaFile(b) as second:
+        with DeltaFile(a, limits=limits) as first, DeltaFile(b, limits=limits) as second:
             found = _collect(
                 {entry.name: entry for entry in first.container.entries()},
                 {entry.name: entry for entry in second.container.entries()},

@@ -47,6 +47,10 @@ class LowRankCodec(TermCodec[LowRankLayout, LowRankArrays]):
     takes a run of rows, encoding the whole matrix.
     """
 
+    def __init__(self, layout: LowRankLayout, rows: int, columns: int, seed: int = 0, slots: int = 0) -> None:
+        super().__init__(layout, rows, columns, seed, slots)
+        self.row_work = columns * layout.rank
+
     @classmethod
     def fit(cls, layout: LowRankLayout, arrays: LowRankArrays, columns: int) -> tuple[LowRankLayout, int]:  # noqa: ARG003
         """Return the layout with as many vectors as the arrays have."""

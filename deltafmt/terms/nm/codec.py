@@ -5,7 +5,7 @@ A tensor is handled in runs of rows. A run starts where a super-tile does, so it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -206,7 +206,7 @@ class NMCodec(TermCodec[NMLayout, NMArrays]):
     def __init__(self, layout: NMLayout, rows: int, columns: int, seed: int = 0, slots: int = 0) -> None:
         super().__init__(layout, rows, columns, seed, slots)
         self.run_rows = run_rows(layout)
-        self.width = layout.width(columns)
+        self.width = self.row_work = layout.width(columns)
 
     def encode(self, arrays: NMArrays, packed: Packed, first: int) -> None:
         """Pack a run of rows."""
@@ -274,20 +274,48 @@ class NMCodec(TermCodec[NMLayout, NMArrays]):
             return transcode_index(self.layout, _words(array), self.layout.mask_rows(rows), columns, plain)
         return array
 
+    def digested_pieces(self, name: str, array: NDArray[np.generic]) -> Iterator[NDArray[np.generic]]:
+        """Give an index in its plain encoding, some tiles at a time."""
+        plain, (rows, columns) = self.layout.plain(), self.shape
+        if name == "index" and plain != self.layout:
+            yield from transcoded(self.layout, _words(array), self.layout.mask_rows(rows), columns, plain)
+        else:
+            yield array
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of some tiles as ranks, positions and words."""
+        if self.layout.plain() == self.layout:
+            return 0
+        entries = TILE_ROWS * self.layout.groups(self.shape[1]) * self.layout.n
+        return max(entries, TRANSCODE_ENTRIES) * 4 + entries // self.layout.n * 16
+
 
 def transcode_index(
     layout: NMLayout, index: NDArray[np.uint32], mask_rows: int, columns: int, target: NMLayout
 ) -> NDArray[np.uint32]:
     """Return a stored index in another encoding; the positions, and so the codes, stay as they are."""
-    groups = layout.groups(columns)
     out = np.empty((tiles(mask_rows), target.index_words(columns), TILE_ROWS), np.uint32)
+    tile = 0
+    for piece in transcoded(layout, index, mask_rows, columns, target):
+        out[tile : tile + len(piece)] = piece
+        tile += len(piece)
+    return out
+
+
+def transcoded(
+    layout: NMLayout, index: NDArray[np.uint32], mask_rows: int, columns: int, target: NMLayout
+) -> Iterator[NDArray[np.uint32]]:
+    """Give a stored index in another encoding, some tiles at a time."""
+    groups = layout.groups(columns)
     # A tile at a time, or a few small ones: the reference takes eight bytes for every bit.
     step = max(TRANSCODE_ENTRIES // (TILE_ROWS * groups * layout.n), 1)
-    for tile in range(0, out.shape[0], step):
+    for tile in range(0, tiles(mask_rows), step):
         rows = min(mask_rows - tile * TILE_ROWS, step * TILE_ROWS)
         positions = INDEX_CODECS[layout.index].decode(index[tile : tile + step], layout, 0, 0, rows, groups)
-        INDEX_CODECS[target.index].encode(positions, target, out[tile : tile + step])
-    return out
+        out = np.empty((tiles(rows), target.index_words(columns), TILE_ROWS), np.uint32)
+        INDEX_CODECS[target.index].encode(positions, target, out)
+        yield out
 
 
 def _words(array: NDArray[np.generic]) -> NDArray[np.uint32]:
