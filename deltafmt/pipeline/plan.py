@@ -214,12 +214,12 @@ def find_ties(pairing: Pairing, finetuned: Checkpoint) -> dict[str, str]:
         counts = Counter(keys)
         owned = [
             tensor.name
-            for tensor, key in zip(ordered, keys, strict=True)
-            if counts[key] > 1 and pairing.owns(tensor.name)
+            for tensor, content in zip(ordered, keys, strict=True)
+            if counts[content] > 1 and pairing.owns(tensor.name)
         ]
         bases = dict(zip(owned, _equal_keys([pairing.tensors[name] for name in owned]), strict=True))
-        for tensor, key in zip(ordered, keys, strict=True):
-            known = firsts.setdefault(key, {})
+        for tensor, content in zip(ordered, keys, strict=True):
+            known = firsts.setdefault(content, {})
             base = bases.get(tensor.name)
             first = known.get(base) if tensor.name in bases else next(iter(known.values()), None)
             if first is None:

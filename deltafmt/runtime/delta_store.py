@@ -13,6 +13,7 @@ from deltafmt.errors import StorageError, UsageError
 from deltafmt.format.constants import BUFFER_ALIGNMENT, align
 from deltafmt.index.entries import TensorEntry
 from deltafmt.kernels.operand import Operand
+from deltafmt.runtime.checks import check_terms
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
 from deltafmt.runtime.upload import load
 
@@ -84,6 +85,7 @@ class DeltaStore:
 
         Raises:
             StorageError: the file is missing, or it is not the file that was attached.
+            InvalidFileError: a tensor breaks a rule of section 15 of the specification.
         """
         file = self.files[name]
         try:
@@ -93,6 +95,7 @@ class DeltaStore:
             self._check_unchanged(name, read_attached(file.path).content_id)
             raise
         self._check_unchanged(name, delta.content_id)
+        check_terms(file.path, delta)
         self._settle()
         return delta
 

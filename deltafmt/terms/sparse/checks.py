@@ -37,8 +37,10 @@ class BlockRun:
     widths: Ints
 
 
-def runs_of_blocks(layout: SparseLayout, starts: NDArray[np.uint32], columns: int) -> Iterator[tuple[range, BlockRun]]:
-    """Cut the blocks of all tiles, whose starts ascend, into runs of about ``RUN_SLOTS`` slots.
+def runs_of_blocks(
+    layout: SparseLayout, starts: NDArray[np.uint32], columns: int, slots: int = 0
+) -> Iterator[tuple[range, BlockRun]]:
+    """Cut the blocks of all tiles, whose starts ascend, into runs of about ``slots`` slots, RUN_SLOTS if not given.
 
     Raises:
         InvalidFileError: a block has more slots than columns, which no entry can need.
@@ -48,7 +50,7 @@ def runs_of_blocks(layout: SparseLayout, starts: NDArray[np.uint32], columns: in
     first = 0
     while first < total:
         window = starts[first + 1 : first + 1 + RUN_BLOCKS]
-        within = int(np.searchsorted(window, int(starts[first]) + RUN_SLOTS, side="right"))
+        within = int(np.searchsorted(window, int(starts[first]) + (slots or RUN_SLOTS), side="right"))
         stop = first + max(within, 1)
         of_run = starts[first : stop + 1].astype(np.int64)
         widths = np.where(np.arange(first, stop) % blocks == blocks - 1, rest, layout.span).astype(np.int64)
