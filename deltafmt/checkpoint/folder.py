@@ -22,6 +22,7 @@ from deltafmt.checkpoint.weight_choice import (
 from deltafmt.checkpoint.weight_names import DEFAULT, WeightNames, bounded
 from deltafmt.errors import InvalidFileError, Remedy, StorageError
 from deltafmt.output import storage_error
+from deltafmt.regular_file import read_regular
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
@@ -288,6 +289,6 @@ def read_file(path: Path) -> bytes:
         StorageError: reading failed.
     """
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise storage_error("cannot read", path, error) from error

@@ -49,19 +49,19 @@ class FileIndex:
     scaled: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, data: bytes, index_offset: int, max_raw_bytes: int, features: int = 0) -> Self:
+    def parse(cls, data: bytes, index_offset: int, features: int = 0, max_memory: int | None = None) -> Self:
         """Decode and check an index.
 
         Args:
             data: the encoded index.
             index_offset: the place of the index in the file, where the last section must end.
-            max_raw_bytes: refuse an index whose sections decode to more bytes than this.
             features: the header's incompatible features.
+            max_memory: refuse an index that takes more bytes of memory; None for the default.
 
         Raises:
             InvalidFileError: the index breaks the format; the message names the place.
         """
-        obj = canonical.decode(data, "the index")
+        obj = canonical.decode(data, "the index", max_memory)
         scales = type(obj) is dict and "scaled" in obj
         keys = _SCALED_KEYS if scales else _TOP_KEYS
         if type(obj) is not dict or tuple(obj) != keys:
@@ -75,7 +75,7 @@ class FileIndex:
         if not all(type(value) is str for value in metadata.values()):
             fail("metadata", "a value is not a string")
         layouts = _parse_layouts(obj["layouts"], profile)
-        sections = _parse_sections(obj["sections"], profile, index_offset, max_raw_bytes)
+        sections = _parse_sections(obj["sections"], profile, index_offset)
         tensors = canonical.check_names(obj["tensors"], "tensors")
         if len(tensors) > c.MAX_TENSORS:
             fail("tensors", f"{len(tensors)} entries are more than {c.MAX_TENSORS}")
@@ -160,7 +160,7 @@ def _parse_layouts(rows: Any, profile: str) -> tuple[TermLayout, ...]:
     return layouts
 
 
-def _parse_sections(rows: Any, profile: str, index_offset: int, max_raw_bytes: int) -> tuple[Section, ...]:
+def _parse_sections(rows: Any, profile: str, index_offset: int) -> tuple[Section, ...]:
     if type(rows) is not list:
         fail("sections", "expected a list")
     sections = tuple(Section.from_obj(row, f"sections[{i}]") for i, row in enumerate(rows))
@@ -174,8 +174,8 @@ def _parse_sections(rows: Any, profile: str, index_offset: int, max_raw_bytes: i
         if profile == "hot" and section.kind == c.SECTION_KIND_TENSORS and section.codec != c.CODEC_STORED:
             fail(f"sections[{number}].codec", "a hot file stores its tensors as they are")
         raw_bytes += section.raw_length
-        if raw_bytes > max_raw_bytes:
-            fail(f"sections[{number}].raw_length", f"the sections decode to more than {max_raw_bytes} bytes")
+        if raw_bytes > c.MAX_RAW_BYTES:
+            fail(f"sections[{number}].raw_length", f"the sections decode to more than {c.MAX_RAW_BYTES} bytes")
         position = c.align(section.offset + section.length, c.SECTION_ALIGNMENT)
     if position != index_offset:
         fail("sections", f"they end at {position}, the index starts at {index_offset}")

@@ -23,6 +23,7 @@ from deltafmt.container.reader import Container
 from deltafmt.delta import DeltaFile, row_ranges
 from deltafmt.errors import StorageError, UsageError
 from deltafmt.format.constants import DELTA_DTYPES
+from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.outputs import is_delta_file
 from deltafmt.pipeline.quantized_pairs import EXACT, check_quantized_option
@@ -81,6 +82,7 @@ def diff(
     strip_prefix: Sequence[str] = (),
     variant: str | None = None,
     quantized: str | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> DiffResult:
     """Compare two delta files, or two checkpoints.
 
@@ -95,6 +97,7 @@ def diff(
         variant: for two checkpoints, read the weights of this variant, such as ``fp16``.
         quantized: for two checkpoints, how 8-bit floats with scales are read: ``values``, as if not given, compares the
             BF16 values that they mean; ``exact`` compares the stored bytes, also those of other quantizers.
+        limits: for two delta files, how much memory and output they may ask for.
 
     Raises:
         UsageError: one is a delta file and the other a checkpoint, or options of checkpoints are given for delta files.
@@ -112,7 +115,7 @@ def diff(
     if are_deltas[0] and renames:
         raise UsageError("rules of names are for two checkpoints, and these are delta files")
     if are_deltas[0]:
-        with DeltaFile(a) as first, DeltaFile(b) as second:
+        with DeltaFile(a, limits=limits) as first, DeltaFile(b, limits=limits) as second:
             found = _collect(
                 {entry.name: entry for entry in first.container.entries()},
                 {entry.name: entry for entry in second.container.entries()},

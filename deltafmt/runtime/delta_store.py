@@ -13,6 +13,7 @@ from deltafmt.errors import StorageError, UsageError
 from deltafmt.format.constants import BUFFER_ALIGNMENT, align
 from deltafmt.index.entries import TensorEntry
 from deltafmt.kernels.operand import Operand
+from deltafmt.runtime.checks import check_terms
 from deltafmt.runtime.cut_loading import held_bytes, load_held
 from deltafmt.runtime.cuts import HeldTensor
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
@@ -90,11 +91,13 @@ class DeltaStore:
 
         Raises:
             StorageError: the file is missing, or it is not the file that was attached.
+            InvalidFileError: a tensor breaks a rule of section 15 of the specification.
         """
         file = self.files[name]
         if file.held is not None:
             cuts = load_held(file.path, file.held, self._device, cancel)
             self._check_unchanged(name, cuts.content_id)
+            check_terms(file.path, cuts)
             self._settle()
             return cuts
         try:
@@ -104,6 +107,7 @@ class DeltaStore:
             self._check_unchanged(name, read_attached(file.path).content_id)
             raise
         self._check_unchanged(name, delta.content_id)
+        check_terms(file.path, delta)
         self._settle()
         return delta
 
