@@ -22,6 +22,7 @@ from deltafmt.runtime.rows import Names
 from deltafmt.runtime.scope import Block, Bound, Scope
 from deltafmt.runtime.selection import rows_error
 from deltafmt.runtime.uncopied import refuse_copy
+from deltafmt.runtime.variants import group_of, merge
 
 _UNNAMED: Final = object()
 
@@ -144,8 +145,12 @@ class Calls:
         around = self._server.reads.around(selection, kind)
         if around is None:
             return original(*args, **kwargs)
+        group = group_of(selection)
+        before = group.alive()
         with around:
-            return original(*args, **kwargs)
+            output = merge(original(*args, **kwargs))
+        group.refuse_kept(before)
+        return output
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note the rows of a model inside the model."""
