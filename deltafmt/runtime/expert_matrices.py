@@ -2,8 +2,8 @@
 
 A file has a matrix for each expert, or for each half of one (gate and up), or the stack whole. Packed terms of an
 expert lie in one operand table, whose slots are pairs of a delta and an expert. Terms of a whole stack are cut where
-its experts begin at whole tiles; otherwise, and where the stack's dimensions are exchanged, an expert's rows are decoded
-when a token has chosen it.
+its experts begin at whole tiles; otherwise, and where the stack's dimensions are exchanged, an expert's rows are
+decoded when a token has chosen it.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 transformers keeps the experts of a layer in one module, with parameters ``gate_up_proj`` [E, 2I, H] and ``down_proj``
 [E, H, I] (or with the last two dimensions exchanged), and tells of each module what it is made of: whether it has
 gates, biases, exchanged dimensions. So one forward computes all of them here, as one does there. Pairs of a token and
-one of its experts are sorted by expert; the base multiplies them in groups, and one launch adds the products of all pairs of a
-delta and an expert. Only experts that a token has chosen are multiplied with or decoded.
+one of its experts are sorted by expert; the base multiplies them in groups, and one launch adds the products of all
+pairs of a delta and an expert. Only experts that a token has chosen are multiplied with or decoded.
 """
 
 from __future__ import annotations

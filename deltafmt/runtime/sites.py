@@ -91,6 +91,11 @@ class Site(ABC):
         """Return the whole values of a parameter for a slot of a selection, be it the base's or that of a sum."""
 
         def build() -> torch.Tensor:
+            # The base's parameter itself, although the mode of runtime/reads.py may watch.
+            with torch._C.DisableTorchFunction():  # noqa: SLF001 - torch has no other name for it
+                return compute()
+
+        def compute() -> torch.Tensor:
             if slot > BASE:
                 return self.values(slot, key)
             base = self._base(key)

@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 from deltafmt.errors import UsageError
 from deltafmt.runtime.selection import Selection, mixed_error
 
-
 # Functions of a tensor's form alone, whose results no delta changes.
 _FORM_ONLY = frozenset(
     [
