@@ -306,10 +306,15 @@ def is_plain(module: nn.Module) -> bool:
 
 def held_tensor(module: nn.Module, key: str) -> torch.Tensor | None:
     """Return a module's own parameter or buffer, or None."""
-    for held in (module._parameters, module._buffers):  # noqa: SLF001 - named_parameters would look at all of them
-        if held.get(key) is not None:
-            return held[key]
-    return None
+    return place_of(module, key)[1].get(key)
+
+
+def place_of(module: nn.Module, key: str) -> tuple[nn.Module, Mapping[str, torch.Tensor | None], str]:
+    """Return the module, its parameters or buffers, and the name there of the tensor that a bound module's key says."""
+    path, _, own = split_key(key)[0].rpartition(".")
+    module = module.get_submodule(path)
+    held = module._parameters if module._parameters.get(own) is not None else module._buffers  # noqa: SLF001
+    return module, held, own
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:
@@ -344,7 +349,7 @@ def _check_shape(model: nn.Module, bound: BoundModule, key: str, name: str, entr
     if split_key(key)[1] is not None:
         return  # compared with its part already
     rows_columns = weight_shape(bound.module, bound.role) if key == "weight" else None
-    held = getattr(bound.module, key, None)
+    held = getattr(bound.module, key, None) if "." not in key else held_tensor(bound.module, key)
     found = rows_columns or (tuple(held.shape) if isinstance(held, torch.Tensor) else wanted)
     if entry.base is None and entry.action == "replace" and len(wanted) == 2 and found[1:] == wanted[1:]:
         return  # a vocabulary of another size

@@ -13,7 +13,9 @@ from deltafmt.pipeline.bases import named_base
 from deltafmt.runtime.base_check import BaseCheck
 from deltafmt.runtime.binding import Binding, BoundModule, Rename, Role, bind, weight_shape
 from deltafmt.runtime.delta_store import AttachedFile
+from deltafmt.runtime.experts import refuse_experts
 from deltafmt.runtime.model_batch import refuse_offloaded
+from deltafmt.runtime.substituted import refuse_other
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +99,11 @@ class Examiner:
         found = Examined(binding, needed, unchecked, vocabulary, grown)
         for bound in found.changed_modules():
             self._refuse_own_forward(bound)
+            changed = [key for key, tensor in bound.tensors.items() if tensor in needed]
+            if bound.role is Role.EXPERTS:
+                refuse_experts(bound.name, bound.module, changed)
+            elif bound.role is Role.OTHER:
+                refuse_other(bound.name, bound.module, changed)
         return found
 
     def forget(self) -> None:

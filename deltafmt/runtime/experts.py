@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,36 @@ from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.sites import refuse_gradient
 from deltafmt.runtime.substituted import WrappedSite
 from deltafmt.runtime.values import new_values
+
+
+def matrices_of(module: nn.Module) -> tuple[str, str]:
+    """Return the names of the stacks that a module of experts multiplies with, in order."""
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+def refuse_experts(name: str, module: nn.Module, keys: Iterable[str]) -> None:
+    """Refuse experts to which deltas cannot be added.
+
+    Args:
+        name: the module's name.
+        module: the experts.
+        keys: the keys of what a delta changes.
+
+    Raises:
+        UsageError: names the module.
+    """
+    matrices = matrices_of(module)
+    for key in matrices:
+        held = module._parameters.get(key)  # noqa: SLF001 - quantized experts have none
+        if held is None or not held.is_floating_point() or held.dim() != 3 or len(held) != module.num_experts:
+            raise UsageError(
+                f'"{name}", a {type(module).__name__}, holds its experts in a form of its own, to which deltas cannot '
+                "be added"
+            )
+    known = {*matrices, *(f"{key}_bias" for key in matrices if module.has_bias)}
+    for key in keys:
+        if split_key(key)[0] not in known:
+            raise UsageError(f'the delta changes the {key} of "{name}", and it is not known what that is for')
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,15 +83,11 @@ class ExpertsSite(WrappedSite):
     def __init__(self, name: str, module: nn.Module, device: torch.device) -> None:
         super().__init__(name, module, device)
         self._count = int(module.num_experts)  # type: ignore[arg-type]
-        self._up = "gate_up_proj" if module.has_gate else "up_proj"
+        self._up = matrices_of(module)[0]
         self._matrices: dict[str, ExpertMatrices] = {}
-        for key in (self._up, "down_proj"):
-            held = module._parameters.get(key)  # noqa: SLF001 - quantized experts have none
-            if held is None or not held.is_floating_point() or held.dim() != 3 or len(held) != self._count:
-                raise UsageError(
-                    f'"{name}", a {type(module).__name__}, holds its experts in a form of its own, to which deltas '
-                    "cannot be added"
-                )
+        for key in matrices_of(module):
+            held = module._parameters[key]  # noqa: SLF001
+            assert held is not None
             self._matrices[key] = ExpertMatrices(f"{name}.{key}", held, transposed=bool(module.is_transposed))
         self._biases: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -71,10 +97,6 @@ class ExpertsSite(WrappedSite):
             matrices.grow(slots)
 
     def _put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None:
-        known = {*self._matrices, *(f"{key}_bias" for key in self._matrices if self.module.has_bias)}
-        unknown = next((key for key in tensors if split_key(key)[0] not in known), None)
-        if unknown is not None:
-            raise UsageError(f'the delta changes the {unknown} of "{self.name}", of which the use is not known')
         for key, matrices in self._matrices.items():
             own = {part: tensor for part, tensor in tensors.items() if split_key(part)[0] == key}
             matrices.put(slot, own)

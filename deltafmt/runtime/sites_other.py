@@ -16,7 +16,7 @@ from deltafmt.runtime.binding import held_tensor
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.selection import Selection, mixed_error
 from deltafmt.runtime.sites import Site, WeightSite, first_input
-from deltafmt.runtime.substituted import SubstitutedSite, refuse_derived, refuse_training, twin_of
+from deltafmt.runtime.substituted import SubstitutedSite, refuse_training, twin_of
 from deltafmt.runtime.values import new_values
 
 
@@ -146,7 +146,6 @@ class OtherSite(Site):
         """Do nothing: there is room for any number of slots."""
 
     def _put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None:
-        refuse_derived(self.name, self.module, tensors)
         values = {}
         for key, tensor in tensors.items():
             base = held_tensor(self.module, key)

@@ -11,14 +11,14 @@ from __future__ import annotations
 import copy
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from deltafmt.errors import UsageError
-from deltafmt.runtime.binding import held_tensor
+from deltafmt.runtime.binding import place_of
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.sites import Site, refuse_gradient
@@ -96,22 +96,15 @@ class SubstitutedSite(WrappedSite):
     def grow(self, slots: int) -> None:
         """Do nothing: there is room for any number of slots."""
 
-    def _put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None:
-        refuse_derived(self.name, self.module, tensors)
-        for key in tensors:
-            if self._base(key).numel() > MOST_ELEMENTS:
-                raise UsageError(
-                    f'the delta changes the {key} of "{self.name}", a {type(self.module).__name__}, which is too large '
-                    "to be decoded whole; unpack the delta instead"
-                )
+    def _put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None:  # noqa: ARG002 - of every site
         self._kept[slot] = {}
 
     def _clear(self, slot: int) -> None:
         del self._kept[slot]
 
     def _base(self, key: str) -> torch.Tensor:
-        path, _, own = key.rpartition(".")
-        found = held_tensor(self.module.get_submodule(path), own)
+        _, held, own = place_of(self.module, key)
+        found = held.get(own)
         assert found is not None
         return found.detach()
 
@@ -173,12 +166,23 @@ def refuse_training(name: str, module: nn.Module, keys: Iterable[str]) -> None:
         raise UsageError(f"{name} is in training mode, and would write to a delta's buffers; call model.eval()")
 
 
-def refuse_derived(name: str, module: nn.Module, keys: Iterable[str]) -> None:
-    """Refuse a module that keeps its parameters, or what it made of them, where a copy would go on to find the base's.
+def refuse_other(name: str, module: nn.Module, keys: Sequence[str]) -> None:
+    """Refuse a module that cannot run with other parameters.
+
+    One that keeps its parameters, or what it made of them, elsewhere would go on to find the base's. One with very
+    large parameters would need them all for each delta.
 
     Raises:
         UsageError: names the module.
     """
+    for key in keys:
+        _, held, own = place_of(module, key)
+        tensor = held.get(own)
+        if tensor is not None and tensor.numel() > MOST_ELEMENTS:
+            raise UsageError(
+                f'the delta changes the {key} of "{name}", a {type(module).__name__}, which is too large to be decoded '
+                "whole; unpack the delta instead"
+            )
     mine = {id(parameter) for parameter in module.parameters(recurse=False)}
     held = module.__dict__
     kept = (leaf for key, value in held.items() if key[:1] != "_" or key == "_flat_weights" for leaf in _tensors(value))

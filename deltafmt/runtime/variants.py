@@ -90,14 +90,14 @@ class Group:
         Raises:
             UsageError: the first dimension is not the batch's rows or tokens, or no row was computed with.
         """
-        first = value.values[0]
+        first = value.each[0]
         # What was made of parameters alone has no rows, unless it was repeated for them.
         repeated = first.dim() > 2 and first.shape[0] == self._selection.rows
         if first.dim() == 0 or not (value.fed or repeated):
             raise mixed_error(self.where, first.shape)
         self._selection.check(first.shape, self.where)
         found = torch.empty_like(first)
-        self.spread(value.values, found)
+        self.spread(value.each, found)
         return found
 
     def spread(self, values: Sequence[torch.Tensor], into: torch.Tensor) -> None:
@@ -117,12 +117,12 @@ class Variants(torch.Tensor):
     """A tensor of which each slot of a group has its own.
 
     Attributes:
-        values: the tensors, all of one shape and dtype, by the group's slots.
+        each: the tensors, all of one shape and dtype, by the group's slots.
         group: the group.
         fed: True if a value was computed from something other than parameters.
     """
 
-    values: tuple[torch.Tensor, ...]
+    each: tuple[torch.Tensor, ...]
     group: Group
     fed: bool
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001 - torch's way
@@ -131,18 +131,18 @@ class Variants(torch.Tensor):
     def __new__(cls, values: Sequence[torch.Tensor], group: Group, *, fed: bool = False) -> Self:
         """Return variants with a value for each slot of a group."""
         first = values[0]
-        made: Self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # noqa: SLF001 - torch's way
+        made: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - torch's way
             cls, first.shape, strides=first.stride(), dtype=first.dtype, device=first.device
         )
-        made.values, made.group, made.fed = tuple(values), group, fed
+        made.each, made.group, made.fed = tuple(values), group, fed
         group.note(made)
         return made
 
-    def __repr__(self, **_: Any) -> str:
-        return f"Variants({len(self.values)} of {list(self.shape)})"
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Variants({len(self.each)} of {list(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation once for each slot."""
@@ -170,7 +170,7 @@ class Variants(torch.Tensor):
 
 def _chosen(tree: Any, number: int) -> Any:
     """Return a tree with the variants of one slot."""
-    return pytree.tree_map_only(Variants, lambda value: value.values[number], tree)
+    return pytree.tree_map_only(Variants, lambda value: value.each[number], tree)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -191,11 +191,8 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], group: Grou
     values = []
     for number in range(len(group.slots)):
         copy = into.clone()
-        swapped = pytree.tree_map_only(
-            torch.Tensor,
-            lambda leaf, copy=copy: copy if leaf is into else leaf,
-            (_chosen(args, number), _chosen(kwargs, number)),
-        )
+        given = _chosen(args, number), _chosen(kwargs, number)
+        swapped = pytree.tree_map_only(torch.Tensor, lambda leaf: copy if leaf is into else leaf, given)  # noqa: B023
         func(*swapped[0], **swapped[1])
         values.append(copy)
     group.spread(values, into)
@@ -205,7 +202,7 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], group: Grou
 def _refuse_other_form(written: list[Any], group: Group) -> None:
     """Refuse variants whose values were given another shape in place, which the variants do not follow."""
     for tensor in written:
-        if any(value.shape != tensor.shape or value.stride() != tensor.stride() for value in tensor.values):
+        if any(value.shape != tensor.shape or value.stride() != tensor.stride() for value in tensor.each):
             raise UsageError(f"{group.where} changes the shape of a value in place; it serves one delta at a time")
 
 
