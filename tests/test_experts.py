@@ -30,6 +30,7 @@ def generated(model: Any, tokens: Any) -> Any:
     return model.generate(tokens, do_sample=False, **options)
 
 
+@pytest.mark.situation("`attach`: the model stacks experts that the delta has one by one, or under older names")
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "mamba2", "jamba"])
 def test_mixed_rows_generate(tmp_path: Path, name: str) -> None:
     model, _ = made(name, tmp_path)
@@ -91,8 +92,10 @@ def test_only_chosen_experts_are_decoded(tmp_path: Path, monkeypatch: pytest.Mon
     assert max(decoded) < 4 * 32
 
 
-@pytest.mark.parametrize("method", [RTN(3), RTN(4, scale_group=16), BitDelta("column"), DeltaDQ(2, 8, 4)], ids=str)
-@pytest.mark.parametrize("rows", [32, 96, 40])
+@pytest.mark.parametrize(
+    "method", [RTN(3), RTN(4, scale_group=16), BitDelta("column"), DeltaDQ(2, 8, 4, index="fixed")], ids=repr
+)
+@pytest.mark.parametrize("rows", [32, 96, 128, 40])
 def test_a_stack_is_cut_where_experts_begin(tmp_path: Path, method: Any, rows: int) -> None:
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(3, rows, 48, generator=generator)
@@ -101,15 +104,15 @@ def test_a_stack_is_cut_where_experts_begin(tmp_path: Path, method: Any, rows: i
         {"experts.up_proj": base + 0.1 * torch.randn(base.shape, generator=generator)}, tmp_path / "b.safetensors"
     )
     deltafmt.pack(tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "d", method=method, force=True)
-    tensor = deltafmt.torch.load(tmp_path / "d")["experts.up_proj"]
+    tensor = deltafmt.torch.load(tmp_path / "d", device="cpu")["experts.up_proj"]
     (operand,) = tensor.terms
     cut = cut_rows(operand, rows)
-    if rows % 32 == 0:
+    if rows % (32 * getattr(operand.layout, "share", 1)) == 0:
         assert cut is not None
         for number, one in enumerate(cut):
             assert torch.equal(operand_delta(one), operand_delta(operand, number * rows, (number + 1) * rows))
-    elif cut is not None:
-        pytest.fail("an expert that begins within a tile cannot be cut out")
+    else:
+        assert cut is None
     # Whatever was cut, the products are those of the decoded delta.
     matrices = ExpertMatrices("up_proj", base, transposed=False)
     matrices.grow(2)
@@ -138,7 +141,7 @@ def test_factors_and_seeded_terms_are_not_cut(tmp_path: Path) -> None:
     for method in (SVD(rank=2), DeltaDQ(2, 8, 4, index="seeded")):
         out = tmp_path / "d"
         deltafmt.pack(tmp_path / "a.safetensors", tmp_path / "b.safetensors", out, method=method, force=True)
-        assert all(cut_rows(term, 32) is None for term in deltafmt.torch.load(out)["w"].terms)
+        assert all(cut_rows(term, 32) is None for term in deltafmt.torch.load(out, device="cpu")["w"].terms)
 
 
 def changed(model: Any, folder: Path, *names: str) -> Path:
@@ -149,7 +152,7 @@ def changed(model: Any, folder: Path, *names: str) -> Path:
         state[name] = state[name] + 0.3 * torch.rand(state[name].shape, generator=torch.Generator().manual_seed(number))
     save_file(state, folder / "tuned.safetensors")
     deltafmt.pack(folder / "base.safetensors", folder / "tuned.safetensors", folder / "d", force=True, method=RTN(8))
-    deltafmt.unpack(folder / "base.safetensors", folder / "d", folder / "out.safetensors", force=True)
+    deltafmt.unpack(folder / "base.safetensors", folder / "d", folder / "out", force=True)
     return folder / "d"
 
 
@@ -174,7 +177,7 @@ def test_attention_of_torch(tmp_path: Path) -> None:
     before = model(x).detach()
     path = changed(model, tmp_path, *names)
     tuned = Attention(batch_first=True).eval()
-    tuned.load_state_dict(load_file(tmp_path / "out.safetensors"))
+    tuned.load_state_dict(load_file(next((tmp_path / "out").glob("*.safetensors"))))
     attach(model, {"d": path})
     with model.delta("d"):
         assert same(model(x), tuned(x))
@@ -197,7 +200,7 @@ def test_changed_buffers(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)).eval()
     path = changed(model, tmp_path, "1.running_mean", "1.running_var", "1.weight")
     tuned = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)).eval()
-    tuned.load_state_dict(load_file(tmp_path / "out.safetensors"))
+    tuned.load_state_dict(load_file(next((tmp_path / "out").glob("*.safetensors"))))
     x = torch.randn(2, 8)
     base = model(x).detach()
     attach(model, {"d": path})
@@ -208,9 +211,7 @@ def test_changed_buffers(tmp_path: Path) -> None:
     model.deltas.merge("d")
     assert same(model(x), tuned(x))
     model.deltas.unmerge()
-    model[1].running_mean += 1
-    with model.delta("d"), pytest.raises(deltafmt.errors.WrongBaseError, match=r'tensor "1.running_mean"'):
-        model(x)
+    assert torch.equal(model(x).detach(), base)
 
 
 class Owner(torch.nn.Module):
@@ -251,7 +252,7 @@ def test_a_parameter_beside_modules(tmp_path: Path, *, keeps: bool) -> None:
 
     model, tuned = Outer(keeps=keeps).eval(), Outer().eval()
     path = changed(model, tmp_path, "owner.scale", "owner.layer.weight")
-    tuned.load_state_dict(load_file(tmp_path / "out.safetensors"))
+    tuned.load_state_dict(load_file(next((tmp_path / "out").glob("*.safetensors"))))
     x = torch.randn(3, 4, 8)
     states = [torch.zeros(3, 8) for _ in range(3)]
     with torch.no_grad():

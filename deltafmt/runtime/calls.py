@@ -22,7 +22,7 @@ from deltafmt.runtime.rows import Names
 from deltafmt.runtime.scope import Block, Bound, Scope
 from deltafmt.runtime.selection import rows_error
 from deltafmt.runtime.uncopied import refuse_copy
-from deltafmt.runtime.variants import group_of, merge
+from deltafmt.runtime.per_delta import group_of, merge
 
 _UNNAMED: Final = object()
 

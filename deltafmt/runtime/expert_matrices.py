@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from deltafmt.errors import UsageError
 from deltafmt.kernels.operand import Operand, buffer_forms
 from deltafmt.kernels.products import matmul_, operand_delta
 from deltafmt.kernels.segments import Segments
@@ -156,14 +155,15 @@ class ExpertMatrices:
         if self._table is not None and self._tabled and len(x):
             valid = (slots >= 0) & (experts < self._experts)
             pairs = torch.where(valid, slots * self._experts + experts, -1).int()
-            outputs = list(y.split(self._parts, 1))
+            edges = itertools.pairwise(itertools.accumulate(self._parts, initial=0))
+            outputs = [y[:, start:stop] for start, stop in edges]
             matmul_(outputs, x.to(y.dtype), self._table, Segments(pairs, self._table.slots))
 
     def _add_held(
         self, held: _Held, y: torch.Tensor, x: torch.Tensor, experts: torch.Tensor, mine: torch.Tensor
     ) -> None:
         """Add what is not in the table: each chosen expert for itself."""
-        for expert in experts[mine].unique().tolist():
+        for expert in torch.unique(experts[mine]).tolist():
             if expert >= self._experts:
                 continue
             tokens = (mine & (experts == expert)).nonzero()[:, 0]
@@ -196,23 +196,19 @@ def cut_rows(operand: Operand, rows: int) -> list[Operand] | None:
     A seeded index is drawn for the row numbers of the whole tensor, and factors of a low rank have no tiles.
     """
     count, rest = divmod(operand.rows, rows)
-    if rest or rows % TILE_ROWS or operand.layout.seeded or operand.slots:
+    # Tiles that share an index are complete, so that the tensor's last ones may lie behind its rows.
+    tiles_together = getattr(operand.layout, "share", 1)
+    tiled = operand.layout.kind in ("nm", "lowbit") and not operand.layout.seeded
+    if not tiled or rest or rows % (TILE_ROWS * tiles_together):
         return None
-    try:
-        forms = buffer_forms(operand.layout, rows, operand.columns)
-        whole = {name: tuple(operand.buffers[name].shape) for name in forms}
-    except (UsageError, KeyError):
-        return None
-    for name, form in forms.items():
-        shared = whole[name] == form.shape and operand.layout.kind == "lowbit" and len(form.shape) == 1
-        if not shared and whole[name] != (form.shape[0] * count, *form.shape[1:]):
-            return None
-    cut = []
-    for number in range(count):
-        buffers = {
-            name: buffer if len(forms[name].shape) == 1 else buffer[number * size : (number + 1) * size]
-            for name, buffer in operand.buffers.items()
-            for size in (forms[name].shape[0],)
-        }
-        cut.append(Operand(operand.layout, rows, operand.columns, buffers))
-    return cut
+    forms = buffer_forms(operand.layout, rows, operand.columns)
+
+    def part(name: str, number: int) -> torch.Tensor:
+        buffer, size = operand.buffers[name], forms[name].shape[0]
+        # Scales of columns are those of all rows.
+        return buffer if len(forms[name].shape) == 1 else buffer[number * size : (number + 1) * size]
+
+    return [
+        Operand(operand.layout, rows, operand.columns, {name: part(name, number) for name in operand.buffers})
+        for number in range(count)
+    ]

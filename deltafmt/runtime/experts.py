@@ -111,9 +111,7 @@ class ExpertsSite(WrappedSite):
             own, elements = split_key(part)
             if own != key:
                 continue
-            base = self.module._parameters[key]  # noqa: SLF001
-            assert base is not None
-            base = base.detach().to(self.device)
+            base: torch.Tensor = getattr(self.module, key).detach().to(self.device)
             found = torch.zeros(base.shape, device=self.device) if found is None else found
             mine = slice(None) if elements is None else elements
             old = base.reshape(-1)[mine]

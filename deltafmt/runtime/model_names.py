@@ -70,7 +70,7 @@ def model_names(
     if left and free:
         match = match_shapes(left, free, in_memory)
         for name, other in recorded.items():
-            slices = match.slices.get(other, ()) if name not in found.names else ()
+            slices = match.slices.get(other, []) if name not in found.names else []
             whole = len(slices) == 1 and slices[0].count == element_count(free[slices[0].name])
             if whole:
                 found.names[name] = slices[0].name

@@ -2,8 +2,8 @@
 
 Hooks see calls of modules only. The first calls of a model that serve deltas therefore run in a torch mode that sees
 every function of torch, and the parameters that it is given. A served parameter that is read outside of its own module
-gets the fine-tune's values there: decoded whole and kept for the selection; in a mixed batch, as variants
-(:mod:`deltafmt.runtime.variants`). A model that never does so runs without the mode from its second call on.
+gets the fine-tune's values there: decoded whole and kept for the selection; in a mixed batch, per delta
+(:mod:`deltafmt.runtime.per_delta`). A model that never does so runs without the mode from its second call on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.served_modules import ServedModules
 from deltafmt.runtime.sites import Site
-from deltafmt.runtime.variants import group_of, merge_input
+from deltafmt.runtime.per_delta import group_of, merge_input
 
 # Functions of a tensor that do not depend on its values.
 _FORM_ONLY = frozenset(
@@ -205,7 +205,7 @@ class _Mode(TorchFunctionMode):
         return value
 
     def _chosen(self, site: Site, key: str) -> torch.Tensor:
-        """Return the values of the one delta that all rows use, or variants."""
+        """Return the values of the one delta that all rows use, or values per delta."""
         if self._selection.uniform:
             return site.selected(self._selection, self._selection.slots[0], key)
         group = group_of(self._selection)

@@ -2,7 +2,7 @@
 
 A router, a state-space layer, the sinks of an attention, ``torch.nn.MultiheadAttention``: nothing is known of what such
 a module computes. With one delta for all rows it runs once, with the values that the delta gives its parameters and
-buffers. With several it is given :class:`deltafmt.runtime.variants.Variants` of them. The modules inside are served for
+buffers. With several it is given :class:`deltafmt.runtime.per_delta.PerDelta` of them. The modules inside are served for
 themselves.
 """
 
@@ -23,7 +23,7 @@ from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.sites import Site, refuse_gradient
 from deltafmt.runtime.uncopied import Uncopied
-from deltafmt.runtime.variants import group_of, merge, merge_input
+from deltafmt.runtime.per_delta import group_of, merge, merge_input
 
 MOST_ELEMENTS = 1 << 26  # of a parameter whose values are decoded whole
 # Parameters of torch.nn.utils.weight_norm and spectral_norm, which write the weight beside them before each call.

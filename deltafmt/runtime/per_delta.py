@@ -1,8 +1,8 @@
 """Tensors of which each delta of a mixed batch has its own: a parameter that a module reads, and what follows from it.
 
 A module that computes with parameters in a way of its own (a router, the decay of a state-space layer, the sinks of an
-attention) is given :class:`Variants` of them. Every torch operation on variants is computed once for each delta, on all
-rows of the batch; what comes out are variants again. Each delta's rows are taken from its own variant where the batch
+attention) is given :class:`PerDelta` tensors in their place. A torch operation on them runs once for each delta, on all
+rows of the batch; what comes out is per delta again. Each delta's rows are taken from its own values where the batch
 is known to come first: in the module's output, in the input of an inner module that is served, and in a tensor that is
 written in place, such as a cache.
 """
@@ -39,7 +39,7 @@ _FORM_ONLY = frozenset(
 
 
 class Group:
-    """The variants of one selection: one for each of its slots.
+    """The values of one selection, per delta: one for each of its slots.
 
     Args:
         selection: the rows.
@@ -53,20 +53,20 @@ class Group:
         self.slots = tuple(dict.fromkeys(selection.slots))
         self.where = "the model"
         self._selection = selection
-        self._alive: dict[int, weakref.ref[Variants]] = {}
+        self._alive: dict[int, weakref.ref[PerDelta]] = {}
 
-    def note(self, made: Variants) -> None:
-        """Remember variants for as long as they live."""
+    def note(self, made: PerDelta) -> None:
+        """Remember a tensor for as long as it lives."""
         number = id(made)
         alive = self._alive
         alive[number] = weakref.ref(made, lambda _: alive.pop(number, None))
 
     def alive(self) -> set[int]:
-        """Return what tells the variants that live now from others."""
+        """Return what tells the tensors that live now from others."""
         return set(self._alive)
 
     def refuse_kept(self, before: set[int]) -> None:
-        """Refuse variants that outlive the run of a module, because somebody would go on computing with them.
+        """Refuse tensors that outlive the run of a module, because somebody would go on computing with them.
 
         Args:
             before: those that lived before the run.
@@ -81,11 +81,11 @@ class Group:
             )
 
     def of(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return variants with a value for each slot."""
-        return Variants(values, self)
+        """Return a tensor with a value for each slot."""
+        return PerDelta(values, self)
 
-    def merged(self, value: Variants) -> torch.Tensor:
-        """Return a tensor in which each row has its own delta's variant.
+    def merged(self, value: PerDelta) -> torch.Tensor:
+        """Return a tensor in which each row has its own delta's values.
 
         Raises:
             UsageError: the first dimension is not the batch's rows or tokens, or no row was computed with.
@@ -101,7 +101,7 @@ class Group:
         return found
 
     def spread(self, values: Sequence[torch.Tensor], into: torch.Tensor) -> None:
-        """Write each delta's rows of its own variant into a tensor, whose first dimension is rows or tokens."""
+        """Write each delta's rows of its own values into a tensor, whose first dimension is rows or tokens."""
         self._selection.check(into.shape, self.where)
         for slot, value in zip(self.slots, values, strict=True):
             mine = self._selection.members(slot, into.shape[0], self.where)
@@ -110,10 +110,10 @@ class Group:
 
 def group_of(selection: Selection) -> Group:
     """Return the group of a selection."""
-    return selection.memo("variants", lambda: Group(selection))
+    return selection.memo("per delta", lambda: Group(selection))
 
 
-class Variants(torch.Tensor):
+class PerDelta(torch.Tensor):
     """A tensor of which each slot of a group has its own.
 
     Attributes:
@@ -129,7 +129,7 @@ class Variants(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values: Sequence[torch.Tensor], group: Group, *, fed: bool = False) -> Self:
-        """Return variants with a value for each slot of a group."""
+        """Return a tensor with a value for each slot of a group."""
         first = values[0]
         made: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - torch's way
             cls, first.shape, strides=first.stride(), dtype=first.dtype, device=first.device
@@ -139,7 +139,7 @@ class Variants(torch.Tensor):
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"Variants({len(self.each)} of {list(self.shape)})"
+        return f"PerDelta({len(self.each)} of {list(self.shape)})"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -148,16 +148,16 @@ class Variants(torch.Tensor):
         """Run an operation once for each slot."""
         kwargs = kwargs or {}
         leaves = pytree.tree_leaves((args, kwargs))
-        given = [leaf for leaf in leaves if isinstance(leaf, Variants)]
+        given = [leaf for leaf in leaves if isinstance(leaf, PerDelta)]
         group = given[0].group
         if any(one.group is not group for one in given):
             raise UsageError(f"{group.where} computes with values of another module; it serves one delta at a time")
-        plain = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, Variants))
+        plain = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, PerDelta))
         fed = any(one.fed for one in given) or any(leaf.dim() for leaf in plain)
         if func._schema.name.removeprefix("aten::") in _FORM_ONLY:  # noqa: SLF001 - torch has no other name for it
             return func(*_chosen(args, 0), **_chosen(kwargs, 0))
         written = _written(func, args, kwargs)
-        if any(not isinstance(tensor, Variants) for tensor in written):
+        if any(not isinstance(tensor, PerDelta) for tensor in written):
             return _write(func, args, kwargs, group, written)
         found = [func(*_chosen(args, number), **_chosen(kwargs, number)) for number in range(len(group.slots))]
         if written:
@@ -169,8 +169,8 @@ class Variants(torch.Tensor):
 
 
 def _chosen(tree: Any, number: int) -> Any:
-    """Return a tree with the variants of one slot."""
-    return pytree.tree_map_only(Variants, lambda value: value.each[number], tree)
+    """Return a tree with the values of one slot."""
+    return pytree.tree_map_only(PerDelta, lambda value: value.each[number], tree)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -184,7 +184,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
 
 
 def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], group: Group, written: list[Any]) -> Any:
-    """Run an operation that writes variants to a tensor whose rows are the batch's."""
+    """Run an operation that writes values per delta to a tensor whose rows are the batch's."""
     if len(written) != 1:
         raise UsageError(f"{group.where} writes to several tensors at once; it serves one delta at a time")
     (into,) = written
@@ -200,14 +200,14 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], group: Grou
 
 
 def _refuse_other_form(written: list[Any], group: Group) -> None:
-    """Refuse variants whose values were given another shape in place, which the variants do not follow."""
+    """Refuse tensors whose values were given another shape in place, which the tensors do not follow."""
     for tensor in written:
         if any(value.shape != tensor.shape or value.stride() != tensor.stride() for value in tensor.each):
             raise UsageError(f"{group.where} changes the shape of a value in place; it serves one delta at a time")
 
 
 def _joined(found: list[Any], group: Group, *, fed: bool) -> Any:
-    """Return what the runs of an operation gave, as variants.
+    """Return what the runs of an operation gave, per delta.
 
     Raises:
         UsageError: the runs gave tensors of different shapes, or different numbers.
@@ -218,7 +218,7 @@ def _joined(found: list[Any], group: Group, *, fed: bool) -> Any:
         if isinstance(values[0], torch.Tensor):
             if any(value.shape != values[0].shape or value.stride() != values[0].stride() for value in values):
                 raise _differs(group)
-            joined.append(Variants(values, group, fed=fed))
+            joined.append(PerDelta(values, group, fed=fed))
         elif any(value != values[0] for value in values):
             raise _differs(group)
         else:
@@ -231,12 +231,12 @@ def _differs(group: Group) -> UsageError:
 
 
 def merge(tree: Any) -> Any:
-    """Return a tree in which each row has its own delta's variant."""
-    return pytree.tree_map_only(Variants, lambda value: value.group.merged(value), tree)
+    """Return a tree in which each row has its own delta's values."""
+    return pytree.tree_map_only(PerDelta, lambda value: value.group.merged(value), tree)
 
 
 def merge_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the input of an inner module without variants: a hook before the module's forward."""
-    if any(isinstance(value, Variants) for value in (*args, *kwargs.values())):
+    """Return the input of an inner module with each row's own values: a hook before the module's forward."""
+    if any(isinstance(value, PerDelta) for value in (*args, *kwargs.values())):
         return merge((args, kwargs))
     return None
