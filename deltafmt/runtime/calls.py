@@ -17,12 +17,12 @@ from torch.utils.hooks import RemovableHandle
 from deltafmt.errors import UsageError
 from deltafmt.runtime.held import Held
 from deltafmt.runtime.model_batch import batch_of, models_in
+from deltafmt.runtime.per_delta import group_of, merge
 from deltafmt.runtime.reads import Reads
 from deltafmt.runtime.rows import Names
 from deltafmt.runtime.scope import Block, Bound, Scope
 from deltafmt.runtime.selection import rows_error
 from deltafmt.runtime.uncopied import refuse_copy
-from deltafmt.runtime.per_delta import group_of, merge
 
 _UNNAMED: Final = object()
 

@@ -19,10 +19,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from deltafmt.runtime.per_delta import group_of, merge_input
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.served_modules import ServedModules
 from deltafmt.runtime.sites import Site
-from deltafmt.runtime.per_delta import group_of, merge_input
 
 # Functions of a tensor that do not depend on its values.
 _FORM_ONLY = frozenset(

@@ -2,8 +2,8 @@
 
 A router, a state-space layer, the sinks of an attention, ``torch.nn.MultiheadAttention``: nothing is known of what such
 a module computes. With one delta for all rows it runs once, with the values that the delta gives its parameters and
-buffers. With several it is given :class:`deltafmt.runtime.per_delta.PerDelta` of them. The modules inside are served for
-themselves.
+buffers. With several they are tensors with values for each (:mod:`deltafmt.runtime.per_delta`). The modules inside are
+served for themselves.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import nn
 from deltafmt.errors import UsageError
 from deltafmt.runtime.binding import place_of
 from deltafmt.runtime.device_delta import DeviceTensor
+from deltafmt.runtime.per_delta import group_of, merge, merge_input
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.sites import Site, refuse_gradient
 from deltafmt.runtime.uncopied import Uncopied
-from deltafmt.runtime.per_delta import group_of, merge, merge_input
 
 MOST_ELEMENTS = 1 << 26  # of a parameter whose values are decoded whole
 # Parameters of torch.nn.utils.weight_norm and spectral_norm, which write the weight beside them before each call.
