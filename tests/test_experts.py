@@ -120,7 +120,7 @@ def test_a_stack_is_cut_where_experts_begin(tmp_path: Path, method: Any, rows: i
     x = torch.randn(6, 48, generator=generator)
     experts, slots = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([1, -1, 1, 0, 1, -5])
     y = torch.zeros(6, rows)
-    matrices.add(y, x, experts, slots)
+    matrices.add(y, x, experts, slots, {1})
     change = operand_delta(operand).view(3, rows, 48)
     want = torch.stack(
         [
@@ -130,7 +130,7 @@ def test_a_stack_is_cut_where_experts_begin(tmp_path: Path, method: Any, rows: i
     )
     assert torch.allclose(y, want, atol=1e-5)
     matrices.clear(1)
-    matrices.add(y, x, experts, slots)
+    matrices.add(y, x, experts, slots, {1})
     assert torch.allclose(y, want, atol=1e-5)
 
 
@@ -149,7 +149,8 @@ def changed(model: Any, folder: Path, *names: str) -> Path:
     state = {key: value.clone() for key, value in model.state_dict().items()}
     save_file(state, folder / "base.safetensors")
     for number, name in enumerate(names):
-        state[name] = state[name] + 0.3 * torch.rand(state[name].shape, generator=torch.Generator().manual_seed(number))
+        change = 0.3 * torch.rand(state[name].shape, generator=torch.Generator().manual_seed(number))
+        state[name] = state[name] + (change if state[name].is_floating_point() else 3)
     save_file(state, folder / "tuned.safetensors")
     deltafmt.pack(folder / "base.safetensors", folder / "tuned.safetensors", folder / "d", force=True, method=RTN(8))
     deltafmt.unpack(folder / "base.safetensors", folder / "d", folder / "out", force=True)
@@ -198,7 +199,7 @@ def test_changed_buffers(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)).eval()
-    path = changed(model, tmp_path, "1.running_mean", "1.running_var", "1.weight")
+    path = changed(model, tmp_path, "1.running_mean", "1.running_var", "1.weight", "1.num_batches_tracked")
     tuned = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)).eval()
     tuned.load_state_dict(load_file(next((tmp_path / "out").glob("*.safetensors"))))
     x = torch.randn(2, 8)
@@ -210,7 +211,9 @@ def test_changed_buffers(tmp_path: Path) -> None:
         assert same(model(x), torch.stack([base[0], tuned(x)[1]]))
     model.deltas.merge("d")
     assert same(model(x), tuned(x))
+    assert model[1].num_batches_tracked == 3
     model.deltas.unmerge()
+    assert model[1].num_batches_tracked == 0
     assert torch.equal(model(x).detach(), base)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import torch
@@ -141,7 +142,9 @@ class ExpertMatrices:
                 self._table.clear(pair)
             self._tabled.discard(slot)
 
-    def add(self, y: torch.Tensor, x: torch.Tensor, experts: torch.Tensor, slots: torch.Tensor) -> None:
+    def add(
+        self, y: torch.Tensor, x: torch.Tensor, experts: torch.Tensor, slots: torch.Tensor, used: AbstractSet[int]
+    ) -> None:
         """Add the deltas to the products of pairs of a token and an expert, in place.
 
         Args:
@@ -149,10 +152,12 @@ class ExpertMatrices:
             x: shape (pairs, columns of the product).
             experts: int64, shape (pairs,).
             slots: int64, shape (pairs,): a slot, or a negative number for none.
+            used: the slots that may occur.
         """
-        for slot, held in self._held.items():
+        for slot in used & self._held.keys():
+            held = self._held[slot]
             self._add_held(held, y, x, experts, slots == slot)
-        if self._table is not None and self._tabled and len(x):
+        if self._table is not None and used & self._tabled and len(x):
             valid = (slots >= 0) & (experts < self._experts)
             pairs = torch.where(valid, slots * self._experts + experts, -1).int()
             edges = itertools.pairwise(itertools.accumulate(self._parts, initial=0))

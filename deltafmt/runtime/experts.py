@@ -13,6 +13,7 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,21 +186,30 @@ class ExpertsSite(WrappedSite):
             y = y + bias[pairs.experts]
         selection = pairs.selection
         before = y.clone() if selection.mixes else y
-        self._add(key, y, x, pairs.experts, pairs.slots)
+        self._add(key, y, x, pairs.experts, pairs.slots, selection.used)
         for mix, terms in selection.mixes.items():
             mine = (pairs.slots == mix).nonzero()[:, 0]
             total = before[mine].float()
             for slot, weight in terms:
                 changed = before[mine]
-                self._add(key, changed, x[mine], pairs.experts[mine], torch.full_like(mine, slot))
+                self._add(key, changed, x[mine], pairs.experts[mine], torch.full_like(mine, slot), {slot})
                 total = total + weight * (changed.float() - before[mine].float())
             y[mine] = total.to(y.dtype)
         return y
 
-    def _add(self, key: str, y: torch.Tensor, x: torch.Tensor, experts: torch.Tensor, slots: torch.Tensor) -> None:
+    def _add(
+        self,
+        key: str,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        experts: torch.Tensor,
+        slots: torch.Tensor,
+        used: AbstractSet[int],
+    ) -> None:
         """Add the deltas of single slots to the products of pairs, in place."""
-        self._matrices[key].add(y, x, experts, slots)
-        for slot, biases in self._biases.items():
+        self._matrices[key].add(y, x, experts, slots, used)
+        for slot in used & self._biases.keys():
+            biases = self._biases[slot]
             if key in biases:
                 mine = (slots == slot)[:, None]
                 y += torch.where(mine, biases[key][experts.clamp(0, self._count - 1)], 0).to(y.dtype)
@@ -225,7 +235,7 @@ def _grouped(x: torch.Tensor, weight: torch.Tensor, pairs: _Pairs, *, transposed
     """
     library: Any = sys.modules.get("transformers.integrations.moe")
     grouped: Callable[..., torch.Tensor] | None = getattr(library, "_grouped_linear", None)
-    if grouped is not None and x.is_cuda:
+    if grouped is not None and x.is_cuda and "is_transposed" in inspect.signature(grouped).parameters:
         return grouped(x, weight, pairs.ends, is_transposed=transposed)
     y = x.new_empty(len(x), weight.shape[2 if transposed else 1])
     for expert, start, stop in _runs(pairs.ends):
