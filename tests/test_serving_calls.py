@@ -142,8 +142,10 @@ def test_weights_that_are_read(tmp_path: Path, mode: Any) -> None:
                 assert close(model(tokens, long=True, delta="a"), longer)
                 assert close(model(input_ids=tokens[:, :1], delta="a"), want[:, :1])
     assert model.deltas.unused() == []
-    with pytest.raises(UsageError, match=r'^the model reads the weight of "norm" without calling it; such a mod'):
-        model(tokens, delta=["a", None])
+    with mode():
+        assert close(model(tokens, delta=["a", None]), torch.stack([want[0], plain[1]]))
+        both = model(tokens, long=True, delta=[None, "a"])
+    assert close(both[1:], longer[1:])
     with torch.no_grad():
         assert torch.equal(model(tokens, delta=[None, None]), plain)
         assert torch.equal(model(tokens), plain)

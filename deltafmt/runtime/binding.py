@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.format.constants import element_count
 from deltafmt.index.entries import TensorEntry
 from deltafmt.runtime.cuts import Cut, HeldTensor
 from deltafmt.runtime.model_names import ModelNames, model_names
+from deltafmt.runtime.part_keys import part_key, part_of, split_key
 
 Rename = Callable[[str], str]
 
@@ -32,6 +34,7 @@ class Role(Enum):
     LINEAR = "linear"
     TRANSPOSED = "transposed linear"
     EMBEDDING = "embedding"
+    EXPERTS = "experts"
     OTHER = "other"
 
 
@@ -43,7 +46,8 @@ class BoundModule:
         name: the module's name in the model.
         module: the module.
         role: the way in which the module uses its parameters.
-        tensors: the tensors' names by the names of the module's parameters, such as ``weight``.
+        tensors: the tensors' names by the names of the module's parameters and buffers, such as ``weight``; or by the
+            keys of parts of them (:mod:`deltafmt.runtime.part_keys`).
         local: the module that computes with this process's cut, if the model is cut over several processes.
         cuts: the cuts of the parameters that this process has, by the parameters' names; the others it has whole.
         summed_bias: the bias, if it is added behind a sum over processes.
@@ -94,11 +98,26 @@ def role_of(module: nn.Module) -> Role:
     """Return a module's role. It is told from attributes that quantized modules have as well, not from the class."""
     if isinstance(getattr(module, "nf", None), int) and type(module).__name__ == "Conv1D":
         return Role.TRANSPOSED
+    if _is_special(module):
+        return Role.OTHER
     if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
         return Role.LINEAR
     if isinstance(getattr(module, "num_embeddings", None), int):
         return Role.EMBEDDING
+    # What transformers tells of its experts, so that one function may compute those of all architectures.
+    if all(hasattr(module, name) for name in ("num_experts", "has_gate", "has_bias", "is_transposed", "down_proj")):
+        return Role.EXPERTS
     return Role.OTHER
+
+
+def _is_special(module: nn.Module) -> bool:
+    """Tell whether a module is called linear but computes something else, as the routers of some experts do."""
+    kind = type(module)
+    return (
+        isinstance(module, nn.Linear)
+        and kind.forward is not nn.Linear.forward
+        and kind.__module__.startswith("transformers.models.")
+    )
 
 
 def weight_shape(module: nn.Module, role: Role) -> tuple[int, int] | None:
@@ -162,7 +181,8 @@ def bind(
         shared = [(path, attribute), *(spot for spot in finder.shared(path, attribute) if spot not in named)]
         parameter = finder.parameter(path, attribute)
         if parameter is not None:
-            parameters[name] = parameter
+            _check_part(model, parameter, key=attribute, name=name, shape=_base_shape(entries[name]))
+            parameters[name] = part_of(parameter, attribute, _base_shape(entries[name]))
         copies = (names_of[spot] for spot in finder.shared(path, attribute) if spot in names_of)
         copied = any(_is_copy(entries[name], entries[other]) for other in copies)
         for bound, key in finder.serving(shared, name, entries[name], copied=copied):
@@ -197,8 +217,8 @@ class _Finder:
         self._prefix = getattr(model, "base_model_prefix", "")
         self._spots: dict[int, list[tuple[str, str]]] = {}
         for path, module in self._modules.items():
-            for key, parameter in module.named_parameters(recurse=False):
-                self._spots.setdefault(id(parameter), []).append((path, key))
+            for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                self._spots.setdefault(id(tensor), []).append((path, key))
 
     def learn(self, model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
         """Find what the tensors of a delta are called in the model, where the model lacks their names."""
@@ -212,7 +232,7 @@ class _Finder:
         if name in self._known.joined:
             return UsageError(
                 f'{kind} keeps tensor "{name}" of the delta stacked or fused with others in one tensor, '
-                f'"{self._known.joined[name]}", which is not served; unpack the delta instead'
+                f'"{self._known.joined[name].name}", which is not served; unpack the delta instead'
             )
         return UsageError(
             f'{kind} has no place for tensor "{name}" of the delta; rename=["FROM=TO"] says what it is called there'
@@ -225,6 +245,11 @@ class _Finder:
             path, _, key = candidate.rpartition(".")
             if path in self._modules and self._holds(self._modules[path], key):
                 return path, key
+        part = self._known.joined.get(name)
+        if part is not None and name not in self._known.split:
+            path, _, key = part.name.rpartition(".")
+            if role_of(self._modules[path]) is Role.EXPERTS:
+                return path, part_key(key, part.start, part.count)
         return None
 
     def _candidates(self, name: str) -> Iterator[str]:
@@ -240,7 +265,7 @@ class _Finder:
 
     @staticmethod
     def _holds(module: nn.Module, key: str) -> bool:
-        if isinstance(getattr(module, key, None), nn.Parameter):
+        if isinstance(getattr(module, key, None), nn.Parameter) or module._buffers.get(key) is not None:  # noqa: SLF001
             return True
         # A quantized module keeps its weight in a form of its own, not as a parameter.
         if key == "weight":
@@ -248,13 +273,15 @@ class _Finder:
         return key == "bias" and role_of(module) is Role.LINEAR and bias_of(module) is not None
 
     def parameter(self, path: str, key: str) -> torch.Tensor | None:
-        """Return the parameter, or None if the module keeps it in another form."""
-        return dict(self._modules[path].named_parameters(recurse=False)).get(key)
+        """Return the parameter or buffer, or None if the module keeps it in another form."""
+        return held_tensor(self._modules[path], split_key(key)[0])
 
     def shared(self, path: str, key: str) -> list[tuple[str, str]]:
         """Return the other modules and names under which the model has the same parameter."""
+        own, elements = split_key(key)
         parameter = self.parameter(path, key)
-        return [] if parameter is None else [spot for spot in self._spots[id(parameter)] if spot != (path, key)]
+        others = [] if parameter is None else [spot for spot in self._spots[id(parameter)] if spot != (path, own)]
+        return others if elements is None else [(other, key.replace(own, name, 1)) for other, name in others]
 
     def reached(self, spots: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
         """Return the given places of parameters, and all other places of the same parameters."""
@@ -265,20 +292,29 @@ class _Finder:
     ) -> Iterator[tuple[BoundModule, str]]:
         """Yield the modules that compute with a parameter.
 
-        A module with other modules inside cannot be run again for its own parameter alone. It may own a parameter
-        only to hand it to an inner module, as the output head of BERT does with its bias; the inner module is served.
-        Where the file has the tensor twice, as ``copied`` says, the inner module is served under the other name.
+        A module with other modules inside may own a parameter only to hand it to an inner module, as the output head of
+        BERT does with its bias; the inner module is served then. Where the file has the tensor twice, as ``copied``
+        says, the inner module is served under the other name. The parts of torch.nn.MultiheadAttention are read by
+        it, and it is served with them.
         """
         modules = [(BoundModule(path, self._modules[path], role_of(self._modules[path])), key) for path, key in spots]
-        plain = [(bound, key) for bound, key in modules if _is_plain(bound.module)]
-        if any(type(bound.module).__name__ in _NEVER_CALLED for bound, _ in plain) and entry.action != "same":
-            raise UsageError(f'tensor "{name}" is read by torch.nn.MultiheadAttention, which does not call its modules')
-        if not plain and entry.action != "same" and not copied:
+        plain = [(bound, key) for bound, key in modules if is_plain(bound.module)]
+        if entry.action == "same" or plain:
+            yield from (self._reader(bound, key) for bound, key in plain)
+        elif any(not bound.name for bound, _ in modules):
             raise UsageError(
-                f'tensor "{name}" belongs to {type(modules[0][0].module).__name__}, which has modules inside; '
-                "only linear, embedding and other innermost modules are served"
+                f'tensor "{name}" belongs to {type(modules[0][0].module).__name__} itself, not to a module inside, and '
+                "is not served; unpack the delta instead"
             )
-        yield from plain
+        elif not copied:
+            yield from modules
+
+    def _reader(self, bound: BoundModule, key: str) -> tuple[BoundModule, str]:
+        """Return the module that reads a parameter: the module itself, or the one that does not call it."""
+        if type(bound.module).__name__ not in _NEVER_CALLED:
+            return bound, key
+        path, _, child = bound.name.rpartition(".")
+        return BoundModule(path, self._modules[path], Role.OTHER), f"{child}.{key}"
 
 
 def _is_copy(entry: TensorEntry, other: TensorEntry) -> bool:
@@ -286,8 +322,22 @@ def _is_copy(entry: TensorEntry, other: TensorEntry) -> bool:
     return entry.action == other.action == "replace" and entry.digest == other.digest
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
+    """Tell whether a module is linear, an embedding, a stack of experts, or has no modules inside."""
     return role_of(module) is not Role.OTHER or next(module.children(), None) is None
+
+
+def held_tensor(module: nn.Module, key: str) -> torch.Tensor | None:
+    """Return a module's own parameter or buffer, or None."""
+    return place_of(module, key)[1].get(key)
+
+
+def place_of(module: nn.Module, key: str) -> tuple[nn.Module, Mapping[str, torch.Tensor | None], str]:
+    """Return the module, its parameters or buffers, and the name there of the tensor that a bound module's key says."""
+    path, _, own = split_key(key)[0].rpartition(".")
+    module = module.get_submodule(path)
+    held = module._parameters if module._parameters.get(own) is not None else module._buffers  # noqa: SLF001
+    return module, held, own
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:
@@ -297,11 +347,32 @@ def bias_of(module: nn.Module) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def _base_shape(entry: TensorEntry) -> tuple[int, ...]:
+    return entry.shape if entry.base is None else entry.base.shape
+
+
+def _check_part(model: nn.Module, parameter: torch.Tensor, *, key: str, name: str, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor that is not as many elements as the part of the parameter that it is bound to."""
+    elements = split_key(key)[1]
+    if elements is not None and not (
+        parameter.is_contiguous()
+        and elements.stop <= parameter.numel()
+        and element_count(shape) == elements.stop - elements.start
+        and parameter.shape[-1] == shape[-1]
+    ):
+        raise WrongBaseError(
+            f'wrong base {type(model).__name__}: tensor "{name}" of shape {list(shape)} is no part of a stack of shape '
+            f"{list(parameter.shape)}"
+        )
+
+
 def _check_shape(model: nn.Module, bound: BoundModule, key: str, name: str, entry: TensorEntry) -> None:
     """Refuse a tensor whose base has another shape than the module's parameter."""
-    wanted = entry.shape if entry.base is None else entry.base.shape
+    wanted = _base_shape(entry)
+    if split_key(key)[1] is not None:
+        return  # compared with its part already
     rows_columns = weight_shape(bound.module, bound.role) if key == "weight" else None
-    held = getattr(bound.module, key, None)
+    held = getattr(bound.module, key, None) if "." not in key else held_tensor(bound.module, key)
     found = rows_columns or (tuple(held.shape) if isinstance(held, torch.Tensor) else wanted)
     if entry.base is None and entry.action == "replace" and len(wanted) == 2 and found[1:] == wanted[1:]:
         return  # a vocabulary of another size

@@ -19,6 +19,7 @@ from deltafmt.runtime.continuous import UNNAMED, Continuous
 from deltafmt.runtime.continuous import Server as ContinuousServer
 from deltafmt.runtime.held import Held
 from deltafmt.runtime.model_batch import batch_of, models_in
+from deltafmt.runtime.per_delta import group_of, merge
 from deltafmt.runtime.rows import Names
 from deltafmt.runtime.scope import Block, Bound
 from deltafmt.runtime.selection import rows_error
@@ -140,8 +141,12 @@ class Calls:
         around = self._server.reads.around(selection, kind)
         if around is None:
             return original(*args, **kwargs)
+        group = group_of(selection)
+        before = group.alive()
         with around:
-            return original(*args, **kwargs)
+            output = merge(original(*args, **kwargs))
+        group.refuse_kept(before)
+        return output
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note the rows of a model inside the model."""

@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError
-from deltafmt.runtime.binding import Binding
+from deltafmt.runtime.binding import Binding, held_tensor, place_of
 from deltafmt.runtime.values import version_of
 
 
@@ -26,7 +26,6 @@ from deltafmt.runtime.values import version_of
 class Seen:
     """A parameter as it was when it was last looked at."""
 
-    tensor: str
     module: nn.Module
     key: str
     parameter: weakref.ref[torch.Tensor]
@@ -58,6 +57,7 @@ class Watch:
         self._model = model
         self._seen: dict[tuple[int, str], Seen] = {}
         self._quick: list[_Quick] = []
+        self._by_tensor: dict[str, Seen] = {}
         self._modules: set[int] = set()
         self._noted = self._converted = False
         self._handles: list[RemovableHandle] = []
@@ -92,7 +92,7 @@ class Watch:
     def stamp(self, bindings: Iterable[Binding]) -> None:
         """Take the model as it is now for unchanged."""
         self._modules = {id(module) for module in self._model.modules()}
-        self._seen, self._quick = {}, []
+        self._seen, self._quick, self._by_tensor = {}, [], {}
         for binding in bindings:
             self.add(binding)
         self._noted = self._converted = False
@@ -101,24 +101,25 @@ class Watch:
         """Watch the parameters of one more delta as well; those that are watched already stay what they were."""
         for bound in binding.modules:
             for key, tensor in bound.tensors.items():
-                parameter = bound.module._parameters.get(key)  # noqa: SLF001
-                if parameter is None or (id(bound.module), key) in self._seen:
+                module, held, own = place_of(bound.module, key)
+                parameter = held.get(own)
+                if parameter is None:
+                    continue
+                if (id(module), own) in self._seen:
+                    self._by_tensor.setdefault(tensor, self._seen[id(module), own])
                     continue
                 version, address = version_of(parameter), parameter.data_ptr()
                 seen = Seen(
-                    tensor,
-                    bound.module,
-                    key,
+                    module,
+                    own,
                     weakref.ref(parameter),
                     version,
                     address,
                     parameter.dtype,
                     parameter.device,
                 )
-                self._seen[id(bound.module), key] = seen
-                self._quick.append(
-                    (bound.module._parameters, key, seen.parameter, None if version < 0 else version, address)  # noqa: SLF001
-                )
+                self._seen[id(module), own] = self._by_tensor[tensor] = seen
+                self._quick.append((held, own, seen.parameter, None if version < 0 else version, address))
 
     def changed(self, *, closely: bool) -> bool:
         """Tell whether the model may have changed.
@@ -153,7 +154,7 @@ class Watch:
             UsageError: names both devices.
         """
         for seen in self._seen.values():
-            now = seen.module._parameters.get(seen.key)  # noqa: SLF001
+            now = held_tensor(seen.module, seen.key)
             if now is not None and now.device != seen.device and not now.is_meta:
                 raise UsageError(f"it was moved from {seen.device} to {now.device}; move it back")
 
@@ -167,10 +168,10 @@ class Watch:
         Raises:
             UsageError: names the tensor.
         """
-        before = {seen.tensor: seen for seen in self._seen.values()}
         for tensor in unchecked:
-            parameter, seen = binding.parameters.get(tensor), before.get(tensor)
-            if parameter is None or seen is None:
+            seen = self._by_tensor.get(tensor)
+            parameter = None if seen is None else held_tensor(seen.module, seen.key)
+            if seen is None or parameter is None or tensor not in binding.parameters:
                 continue
             # A conversion keeps the version and changes the dtype; its bits are those that a model loaded so has.
             if seen.dtype == parameter.dtype and not seen.is_at(parameter):

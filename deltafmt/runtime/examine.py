@@ -15,9 +15,11 @@ from deltafmt.runtime.base_check import BaseCheck
 from deltafmt.runtime.binding import Binding, BoundModule, Rename, Role, bind, weight_shape
 from deltafmt.runtime.cuts import HeldTensor
 from deltafmt.runtime.delta_store import AttachedFile
+from deltafmt.runtime.experts import refuse_experts
 from deltafmt.runtime.float8 import find_scales
 from deltafmt.runtime.model_batch import refuse_elsewhere, refuse_offloaded, refuse_parallel
 from deltafmt.runtime.parallel import StandIns, own_forward
+from deltafmt.runtime.substituted import refuse_other
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,6 +122,11 @@ class Examiner:
             refuse_elsewhere(bound.name, bound.module, self._device)
             self._stand_ins.place(bound, source.entries)
             self._refuse_own_forward(bound)
+            changed = [key for key, tensor in bound.tensors.items() if tensor in needed]
+            if bound.role is Role.EXPERTS:
+                refuse_experts(bound.name, bound.module, changed)
+            elif bound.role is Role.OTHER:
+                refuse_other(bound.name, bound.module, changed)
         return found
 
     def forget(self) -> None:

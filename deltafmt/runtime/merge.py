@@ -115,7 +115,8 @@ def check_mergeable(name: str, tensor: DeviceTensor, parameter: torch.Tensor | N
     if tuple(parameter.shape) != tensor.entry.shape:
         shapes = f"{list(tensor.entry.shape)}, but the model's parameter has {list(parameter.shape)}"
         raise UsageError(f'tensor "{name}" cannot be merged: its shape is {shapes}')
-    if not parameter.is_floating_point() or is_float8(parameter):
+    held_alike = not tensor.terms and TORCH_DTYPES.get(tensor.entry.dtype) == parameter.dtype  # a buffer that counts
+    if not held_alike and (not parameter.is_floating_point() or is_float8(parameter)):
         raise UsageError(f'tensor "{name}" cannot be merged: the model holds it as {parameter.dtype}')
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from deltafmt.checkpoint.layouts import Slice
 from deltafmt.checkpoint.library_names import names_in_model
 from deltafmt.checkpoint.matching import match_shapes
 from deltafmt.checkpoint.spellings import plain_name
@@ -25,11 +26,14 @@ class ModelNames:
 
     Attributes:
         names: the tensor's name in the model by its name in the file.
-        joined: the name of a tensor of the model that holds several of the file's, or a part of one, by their names.
+        joined: the elements of a tensor of the model that one of the file's is, by its name; the first ones, where
+            several tensors of the model are one of the file's.
+        split: the names of those of ``joined`` that are several tensors of the model.
     """
 
     names: dict[str, str] = field(default_factory=dict)
-    joined: dict[str, str] = field(default_factory=dict)
+    joined: dict[str, Slice] = field(default_factory=dict)
+    split: set[str] = field(default_factory=set)
 
 
 def model_names(
@@ -46,10 +50,10 @@ def model_names(
     found = ModelNames()
     recorded = {name: _recorded(name, entries[name]) for name in missing}
     spelled = {name: plain_name(name) for name in (*recorded, *recorded.values())}
-    loaded = _loaded(model, spelled.values())
+    loaded = _loaded(model, {*spelled, *spelled.values()})  # the library's names may be those of the files alone
 
     def in_memory(name: str) -> str:
-        return loaded.get(spelled[name], spelled[name])
+        return loaded.get(name) or loaded.get(spelled[name], spelled[name])
 
     for name, other in recorded.items():
         for candidate in (other, in_memory(name), in_memory(other)):
@@ -66,10 +70,13 @@ def model_names(
     if left and free:
         match = match_shapes(left, free, in_memory)
         for name, other in recorded.items():
-            slices = match.slices.get(other, ()) if name not in found.names else ()
+            slices = match.slices.get(other, []) if name not in found.names else []
             whole = len(slices) == 1 and slices[0].count == element_count(free[slices[0].name])
-            if slices:
-                (found.names if whole else found.joined)[name] = slices[0].name
+            if whole:
+                found.names[name] = slices[0].name
+            elif slices:
+                found.joined[name] = slices[0]
+                found.split.update([name] * (len(slices) > 1))
     return found
 
 

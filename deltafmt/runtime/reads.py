@@ -2,8 +2,8 @@
 
 Hooks see calls of modules only. The first calls of a model that serve deltas therefore run in a torch mode that sees
 every function of torch, and the parameters that it is given. A served parameter that is read outside of its own module
-gets the fine-tune's values there: decoded whole, kept for the selection, for one delta at a time. A model that never
-does so runs without the mode from its second call on.
+gets the fine-tune's values there: decoded whole and kept for the selection; in a mixed batch, per delta
+(:mod:`deltafmt.runtime.per_delta`). A model that never does so runs without the mode from its second call on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError
 from deltafmt.runtime.cuts import WAY_OUT
+from deltafmt.runtime.per_delta import group_of, merge_input
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.served_modules import ServedModules
 from deltafmt.runtime.sites import Site
@@ -162,7 +163,7 @@ class _Mode(TorchFunctionMode):
     def __enter__(self) -> Any:
         """Watch the modules and the functions."""
         for module in {id(owner): owner for owners in self._owners.values() for owner in owners}.values():
-            self._handles.append(module.register_forward_pre_hook(self._enter))
+            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         return super().__enter__()  # type: ignore[no-untyped-call]
 
@@ -172,9 +173,11 @@ class _Mode(TorchFunctionMode):
             handle.remove()
         super().__exit__(*details)  # type: ignore[no-untyped-call]
 
-    def _enter(self, module: nn.Module, _args: object) -> None:
-        if threading.get_ident() == self._thread:
-            self._running.append({id(module), *map(id, self._served.siblings_of(module))})
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return None
+        self._running.append({id(module), *map(id, self._served.siblings_of(module))})
+        return merge_input(module, args, kwargs)
 
     def _leave(self, _module: nn.Module, _args: object, _output: object) -> None:
         if threading.get_ident() == self._thread:
@@ -207,14 +210,15 @@ class _Mode(TorchFunctionMode):
                     f'the model reads the {key} of "{site.name}" without calling it, and has it cut over processes; '
                     f"{WAY_OUT}"
                 )
-            if not self._selection.uniform or self._selection.mixes:
-                raise UsageError(
-                    f'the model reads the {key} of "{site.name}" without calling it; such a model serves one delta at '
-                    "a time, without weights"
-                )
-            slot = self._selection.slots[0]
-            return self._selection.memo((id(site), key, "read"), lambda: site.values(slot, key))  # noqa: B023 - used at once
+            return self._chosen(site, key)
         return value
+
+    def _chosen(self, site: Site, key: str) -> torch.Tensor:
+        """Return the values of the one delta that all rows use, or values per delta."""
+        if self._selection.uniform:
+            return site.selected(self._selection, self._selection.slots[0], key)
+        group = group_of(self._selection)
+        return group.of([site.selected(self._selection, slot, key) for slot in group.slots])
 
 
 def _name_of(func: Any) -> str:

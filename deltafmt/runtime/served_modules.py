@@ -17,11 +17,13 @@ from torch.utils.hooks import RemovableHandle
 from deltafmt.runtime.binding import Binding, BoundModule, Role, weight_shape
 from deltafmt.runtime.cuts import settled
 from deltafmt.runtime.device_delta import DeviceDelta
+from deltafmt.runtime.experts import ExpertsSite
 from deltafmt.runtime.mixing import mixed_output
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.siblings import Active, SharedInput, Siblings, shareable
 from deltafmt.runtime.sites import LinearSite, Site, TransposedSite, refuse_gradient
-from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite
+from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite, adds_up
+from deltafmt.runtime.substituted import SubstitutedSite, Wrapped, WrappedSite
 from deltafmt.runtime.uncopied import Uncopied
 
 _FIRST_SLOTS = 4
@@ -46,7 +48,7 @@ class ServedModules:
         self._fuse = fuse
         self._lock = threading.RLock()
         self._sites: dict[int, Site] = {}
-        self._hooks: dict[int, list[RemovableHandle]] = {}
+        self._hooks: dict[int, list[RemovableHandle | Wrapped]] = {}
         self._groups: dict[int, Siblings] = {}
         self._slots: dict[str, int] = {}
         self._held: dict[str, tuple[DeviceDelta, Binding]] = {}
@@ -61,8 +63,11 @@ class ServedModules:
         return list(self._sites.values())
 
     def siblings_of(self, module: nn.Module) -> list[nn.Module]:
-        """Return the modules whose outputs may be computed together with a module's."""
-        group = self._groups.get(id(self._sites[id(module)])) if id(module) in self._sites else None
+        """Return the modules whose outputs may be computed together with a module's: those with a forward of ours."""
+        found = self._sites.get(id(module))
+        if isinstance(found, WrappedSite):
+            return [module]
+        group = None if found is None else self._groups.get(id(found))
         return [] if group is None else [site.module for site in group.sites]
 
     def note_ran(self, site: Site) -> None:
@@ -159,6 +164,9 @@ class ServedModules:
     def _hook(self, site: Site) -> None:
         hooks = _Hooks(self, site)
         handles = self._hooks[id(site)] = []
+        if isinstance(site, WrappedSite):
+            handles.append(Wrapped(site, self._active))
+            return
         if isinstance(site, EmbeddingSite):
             handles.append(site.module.register_forward_pre_hook(hooks.before, with_kwargs=True))
         # Hooks that a caller registered before see the fine-tune's output, as they would see the unpacked model's.
@@ -208,9 +216,12 @@ class ServedModules:
 
 
 def _make_site(bound: BoundModule, device: torch.device) -> Site:
+    if bound.role is Role.EXPERTS:
+        return ExpertsSite(bound.name, bound.module, device)
     shape = weight_shape(bound.serving, bound.role)
     if shape is None:
-        return OtherSite(bound.name, bound.module, device)
+        made = OtherSite if adds_up(bound.module) else SubstitutedSite
+        return made(bound.name, bound.module, device)
     rows, columns = shape
     if bound.role is Role.TRANSPOSED:
         return TransposedSite(bound.name, bound.module, device, columns, rows)

@@ -19,7 +19,7 @@ from deltafmt.kernels.products import matmul_, operand_delta
 from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.binding import bias_of
 from deltafmt.runtime.device_delta import DeviceTensor
-from deltafmt.runtime.selection import Selection
+from deltafmt.runtime.selection import BASE, Selection
 from deltafmt.runtime.values import new_values
 
 
@@ -74,16 +74,44 @@ class Site(ABC):
         Raises:
             UsageError: the fine-tune's parameter has another shape.
         """
-        base: torch.Tensor = getattr(self.module, key).detach()
+        base = self._base(key)
         tensor = self._tensors.get(slot, {}).get(key)
         if tensor is None:
             return base
         if tensor.entry.shape != tuple(base.shape):
             raise UsageError(
-                f'the model reads the {key} of "{self.name}" without calling it, and the delta gives it the shape '
+                f'the model reads the {key} of "{self.name}" whole, and the delta gives it the shape '
                 f"{list(tensor.entry.shape)} where the base has {list(base.shape)}; such a delta cannot be served"
             )
         return new_values(tensor, base.to(self.device)).to(base.device)
+
+    def _base(self, key: str) -> torch.Tensor:
+        base: torch.Tensor = getattr(self.module, key).detach()
+        return base
+
+    def selected(self, selection: Selection, slot: int, key: str) -> torch.Tensor:
+        """Return the whole values of a parameter for a slot of a selection, be it the base's or that of a sum."""
+
+        def build() -> torch.Tensor:
+            # The base's parameter itself, although the mode of runtime/reads.py may watch.
+            with torch._C.DisableTorchFunction():  # noqa: SLF001 - torch has no other name for it
+                return compute()
+
+        def compute() -> torch.Tensor:
+            if slot > BASE:
+                return self.values(slot, key)
+            base = self._base(key)
+            changing = [(one, weight) for one, weight in selection.mixes.get(slot, ()) if one in self.slots]
+            if not changing:
+                return base
+            if not base.is_floating_point():
+                raise UsageError(f'the {key} of "{self.name}" is no sum of deltas; a row takes one delta there')
+            total = base.float()
+            for one, weight in changing:
+                total = total + weight * (self.values(one, key).float() - base.float())
+            return total.to(base.dtype)
+
+        return selection.memo((id(self), slot, key, "whole"), build)
 
     def before(self, _selection: Selection, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
         """Return other arguments for the base module, or None to keep the given ones."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,9 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from deltafmt.errors import UsageError
 from deltafmt.kernels.products import embedding_
+from deltafmt.runtime.binding import held_tensor
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.selection import Selection, mixed_error
 from deltafmt.runtime.sites import Site, WeightSite, first_input
+from deltafmt.runtime.substituted import SubstitutedSite, refuse_training, twin_of
 from deltafmt.runtime.values import new_values
 
 _KEPT_ROWS = 1024  # a weight for each row is kept for the next call up to this many rows
@@ -27,14 +28,22 @@ class EmbeddingSite(WeightSite):
 
     A delta brings packed terms or a whole other weight, and new rows. A module that does more than look up rows (it
     scales them, or computes the row numbers itself) runs a second time, and the deltas are added inside its look-up.
+    One that indexes its weight instead runs with the deltas' values.
     """
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
         super().__init__(name, module, device, rows, columns)
         self._plain = type(module).forward is nn.Embedding.forward
+        self._direct = SubstitutedSite(name, module, device)
 
     def _put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None:
         self._put_weight(slot, tensors["weight"])
+        if not self._plain:
+            self._direct.put(slot, tensors)
+
+    def _clear(self, slot: int) -> None:
+        super()._clear(slot)
+        self._direct.clear(slot)
 
     def before(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Clamp the ids of new rows, which the base lacks, so that the base's look-up does not fail."""
@@ -60,8 +69,10 @@ class EmbeddingSite(WeightSite):
             return self._look_up(selection, ids, output)
         if asked is not None:
             raise UsageError(f"{self.name}, a {type(self.module).__name__}, cannot serve the new rows of a delta")
-        with _LookUps(self, selection):
-            return type(self.module).forward(self.module, *args, **kwargs)
+        look_ups = _LookUps(self, selection)
+        with look_ups:
+            found = type(self.module).forward(self.module, *args, **kwargs)
+        return found if look_ups.found else self._direct.run(selection, args, kwargs)
 
     def _look_up(self, selection: Selection, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if not selection.uniform:
@@ -107,6 +118,7 @@ class _LookUps(TorchFunctionMode):
 
     def __init__(self, site: EmbeddingSite, selection: Selection) -> None:
         super().__init__()
+        self.found = False
         self._site = site
         self._selection = selection
 
@@ -115,6 +127,7 @@ class _LookUps(TorchFunctionMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if func is functional.embedding and len(args) > 1 and args[1] is self._site.module.weight:
+            self.found = True
             return self._site._look_up(self._selection, args[0], output)  # noqa: SLF001 - this class is part of the site
         return output
 
@@ -138,9 +151,12 @@ class OtherSite(Site):
         """Do nothing: there is room for any number of slots."""
 
     def _put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None:
-        base = dict(self.module.named_parameters(recurse=False))
-        values = {key: new_values(tensor, base[key].detach().to(self.device)) for key, tensor in tensors.items()}
-        self._values[slot], self._twins[slot] = values, self._twin(values)
+        values = {}
+        for key, tensor in tensors.items():
+            base = held_tensor(self.module, key)
+            assert base is not None
+            values[key] = new_values(tensor, base.detach().to(self.device))
+        self._values[slot], self._twins[slot] = values, twin_of(self.module, values)
 
     def _clear(self, slot: int) -> None:
         del self._values[slot], self._twins[slot]
@@ -152,6 +168,7 @@ class OtherSite(Site):
             raise UsageError(
                 f"{self.name}, a {module_type}, gives {type(output).__name__}, which a delta cannot be added to"
             )
+        refuse_training(self.name, self.module, (key for values in self._values.values() for key in values))
         if selection.uniform:
             return _run(self._twins[selection.slots[0]], args, kwargs)
         if selection.packed and self.turned(selection, first_input(args, kwargs)):
@@ -192,13 +209,6 @@ class OtherSite(Site):
             output[mine] = _run(self._twins[slot], tuple(picked), named)
         return output
 
-    def _twin(self, values: Mapping[str, torch.Tensor]) -> nn.Module:
-        """Return a copy of the module with other parameters; everything else is shared with the module."""
-        twin = copy.copy(self.module)
-        # With the names whose parameter is None, such as the bias of torch.nn.LayerNorm(bias=False).
-        twin.__dict__["_parameters"] = {**self.module.__dict__["_parameters"], **values}
-        return twin
-
     def _spread(self, selection: Selection, rows: int, dimensions: int) -> nn.Module:
         """Return a copy of the module whose parameters have a row for each row of the batch: (rows, 1, ..., size)."""
 
@@ -207,7 +217,7 @@ class OtherSite(Site):
             for key, base in self.module.named_parameters(recurse=False):
                 values = selection.spread(stacked(key, base), rows, self.name)
                 spread[key] = values.view(rows, *[1] * (dimensions - 1 - base.dim()), *base.shape)
-            return self._twin(spread)
+            return twin_of(self.module, spread)
 
         def stacked(key: str, base: torch.Tensor) -> torch.Tensor:
             own = [self._values.get(slot, {}).get(key, base) for slot in selection.slots]
@@ -216,6 +226,13 @@ class OtherSite(Site):
         if rows > _KEPT_ROWS:
             return build()
         return selection.memo((id(self), "rows", rows, dimensions), build)
+
+
+def adds_up(module: nn.Module) -> bool:
+    """Tell whether a module is one whose rows do not depend on each other: of torch's own, or a norm."""
+    kind = type(module)
+    known = kind.__module__.startswith("torch.nn.") or kind.__name__.endswith("Norm")
+    return known and next(module.children(), None) is None and not isinstance(module, nn.RNNBase)
 
 
 def _run(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,242 @@
+"""Tensors of which each delta of a mixed batch has its own: a parameter that a module reads, and what follows from it.
+
+A module that computes with parameters in a way of its own (a router, the decay of a state-space layer, the sinks of an
+attention) is given :class:`PerDelta` tensors in their place. A torch operation on them runs once for each delta, on all
+rows of the batch; what comes out is per delta again. Each delta's rows are taken from its own values where the batch
+is known to come first: in the module's output, in the input of an inner module that is served, and in a tensor that is
+written in place, such as a cache.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from deltafmt.errors import UsageError
+from deltafmt.runtime.selection import Selection, mixed_error
+
+# Functions of a tensor's form alone, whose results no delta changes.
+_FORM_ONLY = frozenset(
+    [
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+        "new_empty_strided",
+        "rand_like",
+        "randn_like",
+    ]
+)
+
+
+class Group:
+    """The values of one selection, per delta: one for each of its slots.
+
+    Args:
+        selection: the rows.
+
+    Attributes:
+        slots: the slots; the base's and those of sums are among them.
+        where: what is running, for messages.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self.slots = tuple(dict.fromkeys(selection.slots))
+        self.where = "the model"
+        self._selection = selection
+        self._alive: dict[int, weakref.ref[PerDelta]] = {}
+
+    def note(self, made: PerDelta) -> None:
+        """Remember a tensor for as long as it lives."""
+        number = id(made)
+        alive = self._alive
+        alive[number] = weakref.ref(made, lambda _: alive.pop(number, None))
+
+    def alive(self) -> set[int]:
+        """Return what tells the tensors that live now from others."""
+        return set(self._alive)
+
+    def refuse_kept(self, before: set[int]) -> None:
+        """Refuse tensors that outlive the run of a module, because somebody would go on computing with them.
+
+        Args:
+            before: those that lived before the run.
+
+        Raises:
+            UsageError: names the module.
+        """
+        if not before.issuperset(self._alive):
+            raise UsageError(
+                f"{self.where} keeps what it made of a delta's parameters for later calls; such a model serves one "
+                "delta at a time"
+            )
+
+    def of(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return a tensor with a value for each slot."""
+        return PerDelta(values, self)
+
+    def merged(self, value: PerDelta) -> torch.Tensor:
+        """Return a tensor in which each row has its own delta's values.
+
+        Raises:
+            UsageError: the first dimension is not the batch's rows or tokens, or no row was computed with.
+        """
+        first = value.each[0]
+        # What was made of parameters alone has no rows, unless it was repeated for them.
+        repeated = first.dim() > 2 and first.shape[0] == self._selection.rows
+        if first.dim() == 0 or not (value.fed or repeated):
+            raise mixed_error(self.where, first.shape)
+        self._selection.check(first.shape, self.where)
+        found = torch.empty_like(first)
+        self.spread(value.each, found)
+        return found
+
+    def spread(self, values: Sequence[torch.Tensor], into: torch.Tensor) -> None:
+        """Write each delta's rows of its own values into a tensor, whose first dimension is rows or tokens."""
+        self._selection.check(into.shape, self.where)
+        for slot, value in zip(self.slots, values, strict=True):
+            mine = self._selection.members(slot, into.shape[0], self.where)
+            into[mine] = value[mine]
+
+
+def group_of(selection: Selection) -> Group:
+    """Return the group of a selection."""
+    return selection.memo("per delta", lambda: Group(selection))
+
+
+class PerDelta(torch.Tensor):
+    """A tensor of which each slot of a group has its own.
+
+    Attributes:
+        each: the tensors, all of one shape and dtype, by the group's slots.
+        group: the group.
+        fed: True if a value was computed from something other than parameters.
+    """
+
+    each: tuple[torch.Tensor, ...]
+    group: Group
+    fed: bool
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001 - torch's way
+
+    @staticmethod
+    def __new__(cls, values: Sequence[torch.Tensor], group: Group, *, fed: bool = False) -> Self:
+        """Return a tensor with a value for each slot of a group."""
+        first = values[0]
+        made: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - torch's way
+            cls, first.shape, strides=first.stride(), dtype=first.dtype, device=first.device
+        )
+        made.each, made.group, made.fed = tuple(values), group, fed
+        group.note(made)
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"PerDelta({len(self.each)} of {list(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation once for each slot."""
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        given = [leaf for leaf in leaves if isinstance(leaf, PerDelta)]
+        group = given[0].group
+        if any(one.group is not group for one in given):
+            raise UsageError(f"{group.where} computes with values of another module; it serves one delta at a time")
+        plain = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, PerDelta))
+        fed = any(one.fed for one in given) or any(leaf.dim() for leaf in plain)
+        if func._schema.name.removeprefix("aten::") in _FORM_ONLY:  # noqa: SLF001 - torch has no other name for it
+            return func(*_chosen(args, 0), **_chosen(kwargs, 0))
+        written = _written(func, args, kwargs)
+        if any(not isinstance(tensor, PerDelta) for tensor in written):
+            return _write(func, args, kwargs, group, written)
+        found = [func(*_chosen(args, number), **_chosen(kwargs, number)) for number in range(len(group.slots))]
+        if written:
+            _refuse_other_form(written, group)
+            for tensor in written:
+                tensor.fed = tensor.fed or fed
+            return written[0] if len(written) == 1 else written
+        return _joined(found, group, fed=fed)
+
+
+def _chosen(tree: Any, number: int) -> Any:
+    """Return a tree with the values of one slot."""
+    return pytree.tree_map_only(PerDelta, lambda value: value.each[number], tree)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the tensors that an operation writes to."""
+    found: list[Any] = []
+    for number, argument in enumerate(func._schema.arguments):  # noqa: SLF001 - torch has no other name for it
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return found
+
+
+def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], group: Group, written: list[Any]) -> Any:
+    """Run an operation that writes values per delta to a tensor whose rows are the batch's."""
+    if len(written) != 1:
+        raise UsageError(f"{group.where} writes to several tensors at once; it serves one delta at a time")
+    (into,) = written
+    values = []
+    for number in range(len(group.slots)):
+        copy = into.clone()
+        given = _chosen(args, number), _chosen(kwargs, number)
+        swapped = pytree.tree_map_only(torch.Tensor, lambda leaf: copy if leaf is into else leaf, given)  # noqa: B023
+        func(*swapped[0], **swapped[1])
+        values.append(copy)
+    group.spread(values, into)
+    return into
+
+
+def _refuse_other_form(written: list[Any], group: Group) -> None:
+    """Refuse tensors whose values were given another shape in place, which the tensors do not follow."""
+    for tensor in written:
+        if any(value.shape != tensor.shape or value.stride() != tensor.stride() for value in tensor.each):
+            raise UsageError(f"{group.where} changes the shape of a value in place; it serves one delta at a time")
+
+
+def _joined(found: list[Any], group: Group, *, fed: bool) -> Any:
+    """Return what the runs of an operation gave, per delta.
+
+    Raises:
+        UsageError: the runs gave tensors of different shapes, or different numbers.
+    """
+    flat, form = zip(*(pytree.tree_flatten(one) for one in found), strict=True)
+    joined = []
+    for values in zip(*flat, strict=True):
+        if isinstance(values[0], torch.Tensor):
+            if any(value.shape != values[0].shape or value.stride() != values[0].stride() for value in values):
+                raise _differs(group)
+            joined.append(PerDelta(values, group, fed=fed))
+        elif any(value != values[0] for value in values):
+            raise _differs(group)
+        else:
+            joined.append(values[0])
+    return pytree.tree_unflatten(joined, form[0])
+
+
+def _differs(group: Group) -> UsageError:
+    return UsageError(f"{group.where} does different things for different deltas; it serves one delta at a time")
+
+
+def merge(tree: Any) -> Any:
+    """Return a tree in which each row has its own delta's values."""
+    return pytree.tree_map_only(PerDelta, lambda value: value.group.merged(value), tree)
+
+
+def merge_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the input of an inner module with each row's own values: a hook before the module's forward."""
+    if any(isinstance(value, PerDelta) for value in (*args, *kwargs.values())):
+        return merge((args, kwargs))
+    return None
