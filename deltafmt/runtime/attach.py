@@ -29,6 +29,7 @@ from deltafmt.runtime.examine import Examined, Examiner
 from deltafmt.runtime.held import Attached, Held, Pool, refuse_sums
 from deltafmt.runtime.merge import Merge
 from deltafmt.runtime.model_batch import device_of
+from deltafmt.runtime.places import Forms
 from deltafmt.runtime.reads import Reads
 from deltafmt.runtime.residency import Residency
 from deltafmt.runtime.rows import BASE_NAME, Names, read_names
@@ -90,6 +91,7 @@ class Deltas:
         self._merge: Merge | None = None
         self._merged: str | None = None
         self.reads = Reads(model, self._served)
+        self.forms = Forms()
         self._watch = Watch(model)
         self._watch.stamp(())
         self._calls = Calls(model, self)
@@ -316,6 +318,7 @@ class Deltas:
             [bound for one in found.values() for bound in one.changed_modules()],
         )
         self.reads.forget()
+        self.forms.forget()
         self._stamp()
         for block in self.scope.open_blocks():
             block.forget_selections()
@@ -343,6 +346,7 @@ class Deltas:
         self._versions[key] = version
         self._served.prepare(found.changed_modules())
         self.reads.forget()
+        self.forms.forget()
         self._watch.add(found.binding)
 
     def _show(self, version: Attached, found: Examined) -> None:

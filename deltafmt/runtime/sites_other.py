@@ -14,7 +14,10 @@ from torch.overrides import TorchFunctionMode
 from deltafmt.errors import UsageError
 from deltafmt.kernels.products import embedding_
 from deltafmt.runtime.device_delta import DeviceTensor
-from deltafmt.runtime.selection import Selection, mixed_error
+from deltafmt.runtime.orders import Order
+from deltafmt.runtime.per_row import per_row
+from deltafmt.runtime.places import LOOKED_UP, OUTPUT
+from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.sites import Site, WeightSite, first_input
 from deltafmt.runtime.values import new_values
 
@@ -42,11 +45,13 @@ class EmbeddingSite(WeightSite):
         selection.stash[id(self)] = ids
         held = ids.clamp(max=self.rows - 1)
         if not selection.uniform:
-            flat = ids.reshape(-1).clone()
-            for slot in grown:
-                mine = selection.members(slot, len(flat), self.name)
-                flat[mine] = held.reshape(-1)[mine]
-            held = flat.view(ids.shape)
+            order = selection.order(self, 0, ids, ids.shape, self.name)
+            if order is not None:
+                flat = ids.reshape(-1).clone()
+                for slot in grown:
+                    mine = order.members(slot)
+                    flat[mine] = held.reshape(-1)[mine]
+                held = flat.view(ids.shape)
         return ((held, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): held})
 
     def after(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -54,6 +59,8 @@ class EmbeddingSite(WeightSite):
         asked = selection.stash.pop(id(self), None)
         if self._plain:
             ids = asked if asked is not None else first_input(args, kwargs)
+            if selection.walk is not None and selection.walk.follower is not None:
+                selection.walk.note_tensor(self, LOOKED_UP, ids)
             return self._look_up(selection, ids, output)
         if asked is not None:
             raise UsageError(f"{self.name}, a {type(self.module).__name__}, cannot serve the new rows of a delta")
@@ -61,40 +68,31 @@ class EmbeddingSite(WeightSite):
             return type(self.module).forward(self.module, *args, **kwargs)
 
     def _look_up(self, selection: Selection, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        if not selection.uniform:
-            ids, output = self.by_row(selection, ids, output)
+        order = selection.order(self, LOOKED_UP, ids, ids.shape, self.name)
+        if order is None:
+            return per_row(
+                self,
+                self.name,
+                selection,
+                output,
+                self.slots,
+                lambda slot: self._look_up(selection.alone(slot), ids, output.clone()),
+            )
         flat = ids.reshape(-1)
         y = output.reshape(len(flat), -1)
         for slot in selection.used & self._weights.keys():
-            mine = selection.members(slot, len(flat), self.name)
+            mine = order.members(slot)
             # An id beyond these rows belongs to a new row; its values are set below.
             held = flat[mine].clamp(max=len(self._weights[slot]) - 1) if slot in self._new_rows else flat[mine]
             y[mine] = functional.embedding(held, self._weights[slot]).to(y.dtype)
         if self.table.serves(selection):
-            embedding_(y, flat, self.table.operands, selection.segments(len(flat), self.name))
+            embedding_(y, flat, self.table.operands, order.segments())
         for slot in selection.used & self._new_rows.keys():
-            mine = selection.members(slot, len(flat), self.name)
+            mine = order.members(slot)
             beyond = flat[mine] - self.rows
             rows = functional.embedding(beyond.clamp(min=0), self._new_rows[slot])
             y[mine] = torch.where((beyond >= 0)[:, None], rows.to(y.dtype), y[mine])
         return y.view(output.shape)
-
-    def by_row(
-        self, selection: Selection, ids: torch.Tensor, output: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and output with one row for each row of the batch; positions often have a single row for all.
-
-        Raises:
-            UsageError: the ids do not tell which of them belongs to which row of the batch.
-        """
-        relative = "relative" in self.name.rpartition(".")[2]
-        if ids.dim() > 1 and ids.shape[0] == 1 and selection.rows and not relative:
-            rows = selection.rows
-            return ids.expand(rows, *ids.shape[1:]), output.expand(rows, *output.shape[1:]).contiguous()
-        flat = ids.dim() == 1 and ids.shape[0] == selection.tokens
-        if relative or not (flat or (ids.dim() > 1 and ids.shape[0] in (selection.rows, selection.tokens))):
-            raise mixed_error(self.name, ids.shape)
-        return ids, output
 
 
 class _LookUps(TorchFunctionMode):
@@ -109,7 +107,10 @@ class _LookUps(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
+        walk = self._selection.walk
         if func is functional.embedding and len(args) > 1 and args[1] is self._site.module.weight:
+            if walk is not None and walk.follower is not None:
+                walk.note_tensor(self._site, LOOKED_UP, args[0])
             return self._site._look_up(self._selection, args[0], output)  # noqa: SLF001 - this class is part of the site
         return output
 
@@ -149,18 +150,23 @@ class OtherSite(Site):
             )
         if selection.uniform:
             return _run(self._twins[selection.slots[0]], args, kwargs)
-        rows = output.shape[0]
-        selection.check(output.shape, self.name)
+        order = self.order(selection, output, output.shape[:-1], OUTPUT)
         if self._by_row:
-            found = _run(self._spread(selection, rows, output.dim()), args, kwargs)
+            found = _run(self._spread(selection, order, output.dim()), args, kwargs)
             if found.shape == output.shape:
                 return found
+        # The arguments that have rows of the batch, each with its own order.
+        orders = {
+            number: selection.order(self, number, value, value.shape, self.name)
+            for number, value in enumerate((*args, *kwargs.values()))
+            if isinstance(value, torch.Tensor)
+        }
         output = output.clone()
         for slot in selection.used & self._values.keys():
-            mine = selection.members(slot, rows, self.name)
-            picked = [_pick(value, rows, mine) for value in args]
-            named = {key: _pick(value, rows, mine) for key, value in kwargs.items()}
-            output[mine] = _run(self._twins[slot], tuple(picked), named)
+            mine = [_pick(value, orders.get(number), slot) for number, value in enumerate((*args, *kwargs.values()))]
+            named = dict(zip(kwargs, mine[len(args) :], strict=True))
+            found = _run(self._twins[slot], tuple(mine[: len(args)]), named)
+            output.index_copy_(order.dim, order.along(slot), found)
         return output
 
     def _twin(self, values: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -170,19 +176,20 @@ class OtherSite(Site):
         twin.__dict__["_parameters"] = {**self.module.__dict__["_parameters"], **values}
         return twin
 
-    def _spread(self, selection: Selection, rows: int, dimensions: int) -> nn.Module:
+    def _spread(self, selection: Selection, order: Order, dimensions: int) -> nn.Module:
         """Return a copy of the module whose parameters have a row for each row of the batch: (rows, 1, ..., size)."""
 
         def build() -> nn.Module:
-            each = selection.share(rows, self.name)
+            slots = list(dict.fromkeys(selection.slots))
+            numbers = torch.tensor([slots.index(slot) for slot in order.line.tolist()], device=self.device)
             spread = {}
             for key, base in self.module.named_parameters(recurse=False):
-                own = [self._values.get(slot, {}).get(key, base) for slot in selection.slots]
-                stacked = torch.stack([value.to(self.device) for value in own]).repeat_interleave(each, 0)
-                spread[key] = stacked.view(rows, *[1] * (dimensions - 1 - base.dim()), *base.shape)
+                own = [self._values.get(slot, {}).get(key, base).to(self.device) for slot in slots]
+                form = [-1 if dim == order.dim else 1 for dim in range(dimensions - base.dim())]
+                spread[key] = torch.stack(own)[numbers].view(*form, *base.shape)
             return self._twin(spread)
 
-        return selection.memo((id(self), "rows", rows, dimensions), build)
+        return order.memo((id(self), dimensions), build)
 
 
 def _run(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -190,6 +197,6 @@ def _run(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return type(twin).forward(twin, *args, **kwargs)
 
 
-def _pick(value: Any, rows: int, mine: torch.Tensor | slice) -> Any:
-    """Return some rows of an argument if it has as many rows as the batch; otherwise the argument itself."""
-    return value[mine] if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows else value
+def _pick(value: Any, order: Order | None, slot: int) -> Any:
+    """Return a slot's rows of an argument; the argument itself if it depends on no row of the batch."""
+    return value if order is None else value.index_select(order.dim, order.along(slot))
