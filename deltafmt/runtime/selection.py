@@ -220,7 +220,7 @@ class Entry:
             walk.__enter__()
         selection.walk, selection.entered, self._outer = walk, True, True
 
-    def __exit__(self, *details: Any) -> None:
+    def __exit__(self, *details: object) -> None:
         """End the call."""
         if self._outer:
             walk, self._selection.walk, self._selection.entered = self._selection.walk, None, False

@@ -223,6 +223,8 @@ class LinearSite(WeightSite):
 
     def after(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the output with the deltas' weights, products, biases and new logits."""
+        if not isinstance(output, torch.Tensor):
+            raise output_error(self, output)
         given = first_input(args, kwargs)
         order = self.order(selection, given, given.shape[:-1])
         x = given.to(output.dtype).reshape(-1, given.shape[-1])
@@ -314,6 +316,13 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tenso
     """Return the input of a call to a module that has a single input."""
     given: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
     return given
+
+
+def output_error(site: Site, output: Any) -> UsageError:
+    """Return the error for a module that gives something else than a tensor."""
+    return UsageError(
+        f"{site.name}, a {type(site.module).__name__}, gives {type(output).__name__}, which a delta cannot be added to"
+    )
 
 
 def refuse_gradient(name: str, output: Any) -> None:

@@ -18,7 +18,7 @@ from deltafmt.runtime.orders import Order
 from deltafmt.runtime.per_row import per_row
 from deltafmt.runtime.places import LOOKED_UP, OUTPUT
 from deltafmt.runtime.selection import Selection
-from deltafmt.runtime.sites import Site, WeightSite, first_input
+from deltafmt.runtime.sites import Site, WeightSite, first_input, output_error
 from deltafmt.runtime.values import new_values
 
 
@@ -144,10 +144,7 @@ class OtherSite(Site):
     def after(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the output that the module gives with the deltas' parameters."""
         if not isinstance(output, torch.Tensor):
-            module_type = type(self.module).__name__
-            raise UsageError(
-                f"{self.name}, a {module_type}, gives {type(output).__name__}, which a delta cannot be added to"
-            )
+            raise output_error(self, output)
         if selection.uniform:
             return _run(self._twins[selection.slots[0]], args, kwargs)
         order = self.order(selection, output, output.shape[:-1], OUTPUT)
