@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def test_beams_reuse_what_the_encoder_gave(tmp_path: Path, family: str) -> None:
     name = "input_features" if family == "whisper" else "input_ids"
     given = torch.randn(3, 8, 40, generator=torch.Generator().manual_seed(1)) if family == "whisper" else ids(3, 3)
     start = torch.ones(3, 1, dtype=torch.long)
-    for options in ({}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}):
+    several = {"num_beams": 3, "num_return_sequences": 2}
+    for options in ({}, {"num_beams": 3}, *([several] if family == "t5" else [])):
 
         def call(model: Any, part: slice, options: Any = options) -> Any:
             inputs = {name: given[part], "decoder_input_ids": start[part]}
@@ -127,9 +129,47 @@ def test_images_belong_to_the_rows_whose_text_has_their_places(tmp_path: Path) -
             return model(tokens[part], pixel_values=mine if len(mine) else None).logits
 
         mixed.check(named(len(counts)), call)
-    tokens[0, 3] = 7
+    uneven = torch.tensor([[1, 95, 95, *range(5, 13)], [1, *[95] * 6, *range(5, 9)]])
     with mixed.model.delta(["one", "two"]), pytest.raises(UsageError, match=r"that do not fill the images' places in"):
-        mixed.model(torch.cat([tokens[:1], tokens[:1]]), pixel_values=torch.randn(2, 3, 16, 16))
+        mixed.model(uneven, pixel_values=torch.randn(2, 3, 16, 16))
+
+
+def qwen() -> Any:
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
+    vision |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1], "spatial_merge_size": 2}
+    text = {**FAMILIES["llama"].options, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    options = {"image_token_id": 95, "video_token_id": 94, "vision_start_token_id": 93, "vision_end_token_id": 92}
+    torch.manual_seed(0)
+    config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **options)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+    shake(model, 0, 0.1)
+    return model
+
+
+def test_packed_patches(tmp_path: Path) -> None:
+    """Qwen packs the patches of all images into one row, and changes their order for its windows."""
+    mixed = Mixed(tmp_path, qwen(), lambda name, _parameter: "patch_embed" not in name)
+    grids = {1: (1, 4, 4), 2: (1, 4, 8), 3: (1, 8, 8)}
+    for counts in (((1,), (1,)), ((2, 1), ()), ((), (3,)), ((1,), (3, 1))):
+        rows, patches = [], []
+        for row in counts:
+            tokens = [1]
+            for number in row:
+                patches.append(math.prod(grids[number]))
+                tokens += [93, *[95] * (patches[-1] // 4), 92]
+            rows.append([*tokens, *range(5, 60)][:36])
+        tokens = torch.tensor(rows)
+        pixels = torch.randn(sum(patches), 3 * 2 * 4 * 4)
+        sizes = torch.tensor([grids[number] for row in counts for number in row])
+
+        def call(model: Any, part: slice, t: Any = tokens, p: Any = pixels, s: Any = sizes, c: Any = counts) -> Any:
+            first, last = sum(map(len, c[: part.start or 0])), sum(map(len, c[: part.stop or len(c)]))
+            begin, end = int(s[:first].prod(1).sum()), int(s[:last].prod(1).sum())
+            images = {} if first == last else {"pixel_values": p[begin:end], "image_grid_thw": s[first:last]}
+            kinds = (t[part] == 95).int()
+            return model(t[part], mm_token_type_ids=kinds, **images).logits
+
+        mixed.check(named(len(counts)), call)
 
 
 class Odd(nn.Module):

@@ -36,11 +36,13 @@ class Input:
         name: the name of the argument.
         tensor: the input.
         rows: the row of the batch of each item of the first dimension; None if the items are the rows.
+        packed: True if several items make up an image, so that the model does not keep them apart.
     """
 
     name: str
     tensor: torch.Tensor
     rows: tuple[int, ...] | None = None
+    packed: bool = False
 
 
 def named(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def inputs_of(given: Mapping[str, Any], rows: int, main: str, config: Any, where
         if token is not None and isinstance(given.get(name), torch.Tensor) and name != main:
             owned = _images(given, name, given.get(grid), token, config, where)
             if owned is not None:
-                yield Input(name, given[name], owned)
+                yield Input(name, given[name], owned, packed=isinstance(given.get(grid), torch.Tensor))
     for name in dict.fromkeys((main, *_MAIN, *_BESIDE)):
         if name in _GRIDS and name != main and _token(config, _GRIDS[name][1]) is not None:
             continue

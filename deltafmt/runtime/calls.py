@@ -218,7 +218,7 @@ class Calls:
             with Bound(self._scope, block) as bound:
                 selection = bound.selection
                 assert selection is not None
-                before, selection.copies = selection.copies, frozenset((1, self._copies(kwargs)))
+                before, selection.copies = selection.copies, self._copies(kwargs)
                 try:
                     output = original(*args, **kwargs)
                 finally:
@@ -228,15 +228,16 @@ class Calls:
 
         return self._within(delta, once)
 
-    def _copies(self, kwargs: Mapping[str, Any]) -> int:
-        """Return how many rows ``generate`` makes of each row that it is given: beams, or samples."""
+    def _copies(self, kwargs: Mapping[str, Any]) -> frozenset[int]:
+        """Return how many rows ``generate`` may make of each row that it is given: beams, samples, or both."""
         configs = (kwargs.get("generation_config"), getattr(self._model, "generation_config", None))
 
         def setting(name: str) -> int:
             values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
             return next((int(value) for value in values if isinstance(value, int)), 1)
 
-        return max(setting("num_beams"), setting("num_return_sequences"))
+        beams, samples = setting("num_beams"), setting("num_return_sequences")
+        return frozenset((1, beams, samples, beams * samples))
 
     def _generate_batch(self, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
         if self._scope.call.bound and delta is _UNNAMED:

@@ -165,12 +165,16 @@ def _cat(seen: Seen) -> Found:
     dim = int(seen.args.get("dim", 0))
     dim %= tensors[0].dim()
     # A part without owners has those of the other parts, unless they differ along the dimension itself.
-    if some.line()[0] == dim:
-        parts = [
-            one.items if isinstance(one, Owners) else some.items.new_full((), ANY).expand(tensor.shape)
-            for one, tensor in zip(found, tensors, strict=True)
-        ]
-        return some.moved(torch.cat(parts, dim), routed=routed)
+    lines = [one.line()[0] if isinstance(one, Owners) else None for one in found]
+    constants = {int(one.line()[1][0]) for one in found if isinstance(one, Owners)}
+    if dim in lines or (len(constants) > 1 and not any(place is not None for place in lines)):
+        if any(place not in (dim, None) for place in lines):
+            return LOST
+        parts = []
+        for one, tensor in zip(found, tensors, strict=True):
+            line = one.line()[1] if isinstance(one, Owners) else torch.tensor([ANY])
+            parts.append(line.expand(tensor.shape[dim]))
+        return Owners(_along(torch.cat(parts), dim, seen.shape), some.source, routed or some.routed, some.rows)
     head = [one.having(one.items.narrow(dim, 0, 1)) for one in found if isinstance(one, Owners) and one.items.size(dim)]
     shape = [1 if place == dim else size for place, size in enumerate(seen.shape)]
     both = joined(head, shape)
@@ -256,7 +260,7 @@ def _convolution(seen: Seen) -> Found:
     if not isinstance(first, Owners) or seen.owners(seen.args["weight"]) is not None:
         return LOST
     dim, line = first.line()
-    return first.having(_along(line, 0, seen.shape)) if dim == 0 else LOST
+    return first.having(_along(line, 0, seen.shape)) if dim in (0, None) else LOST
 
 
 def _embedding(seen: Seen) -> Found:
@@ -315,7 +319,9 @@ def _taken(seen: Seen) -> Found:
     dim = seen.dim()
     if first is None:
         owners = seen.owners(index)
-        return owners if name_of(seen.func) == "gather" else LOST if owners is not None else None
+        if isinstance(owners, Owners) and name_of(seen.func) == "index_select":
+            return owners.having(_along(owners.line()[1], dim, seen.shape))
+        return owners
     if isinstance(first, Lost):
         return LOST
     place = first.line()[0]

@@ -48,7 +48,8 @@ class Owners:
         for dim in range(self.items.dim()):
             if self.items.size(dim) > 1 and self.items.stride(dim):
                 return dim, _along(self.items, dim)
-        return None, self.items.reshape(-1)[:1]
+        some = self.items.reshape(-1)[:1]
+        return None, some if len(some) else torch.tensor([ANY])
 
     def having(self, items: torch.Tensor) -> Owners:
         """Return other items of the same source."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -137,7 +138,7 @@ class Selection:
         inputs = list(inputs_of(given, rows, main, config, where))
         named = torch.tensor(self.slots)
         slots = [named.repeat_interleave(rows // len(self.slots))]
-        owned = tuple(one.rows for one in inputs if one.rows is not None)
+        owned = tuple(one.rows for one in inputs if one.rows is not None and not one.packed)
         slots += [slots[0][list(rows)] for rows in owned]
         orders: dict[Hashable, Order] = self.memo(("orders", rows, owned), dict)
         return Walk(forms, form_of(entry, given), slots, lambda: inputs, self.count, self.device, orders)
@@ -220,12 +221,14 @@ class Entry:
             walk.__enter__()
         selection.walk, selection.entered, self._outer = walk, True, True
 
-    def __exit__(self, *details: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End the call."""
         if self._outer:
             walk, self._selection.walk, self._selection.entered = self._selection.walk, None, False
             if walk is not None:
-                walk.__exit__(*details)
+                walk.__exit__(kind, error, trace)
 
 
 def rows_error(where: str, rows: int, names: int) -> UsageError:

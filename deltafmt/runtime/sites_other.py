@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from deltafmt.errors import UsageError
 from deltafmt.kernels.products import embedding_
 from deltafmt.runtime.device_delta import DeviceTensor
+from deltafmt.runtime.form_only import FORM_ONLY, function_name
 from deltafmt.runtime.orders import Order
 from deltafmt.runtime.per_row import per_row
 from deltafmt.runtime.places import LOOKED_UP, OUTPUT
@@ -106,13 +107,30 @@ class _LookUps(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        weight = self._site.module.weight
+        if func is functional.embedding and len(args) > 1 and args[1] is weight:
+            return self._changed(args[0], output)
+        if func is torch.Tensor.__getitem__ and args[0] is weight:
+            ids = args[1]
+            if isinstance(ids, slice):
+                ids = torch.arange(len(weight), device=weight.device)[ids]
+            if isinstance(ids, torch.Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool:
+                return self._changed(ids, output)
+        elif not any(one is weight for one in (*args, *kwargs.values())) or function_name(func) in FORM_ONLY:
+            return output
+        name = f"{self._site.name}, a {type(self._site.module).__name__},"
+        raise UsageError(
+            f"{name} uses its weight in {function_name(func)}, which is not served; unpack the delta instead"
+        )
+
+    def _changed(self, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         walk = self._selection.walk
-        if func is functional.embedding and len(args) > 1 and args[1] is self._site.module.weight:
-            if walk is not None and walk.follower is not None:
-                walk.note_tensor(self._site, LOOKED_UP, args[0])
-            return self._site._look_up(self._selection, args[0], output)  # noqa: SLF001 - this class is part of the site
-        return output
+        if walk is not None and walk.follower is not None:
+            walk.note_tensor(self._site, LOOKED_UP, ids)
+        # Rows that were sliced off the weight are the weight's own memory.
+        return self._site._look_up(self._selection, ids, output.clone())  # noqa: SLF001 - this class is part of the site
 
 
 class OtherSite(Site):

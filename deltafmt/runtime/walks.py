@@ -69,6 +69,10 @@ class Walk:
         if self.follower is not None:
             source = 0
             for one in self._inputs():
+                if one.packed:
+                    owners = owners_along(one.tensor.shape, 0, torch.tensor(one.rows))
+                    self.follower.mark(one.tensor, Owners(owners.items, routed=True))
+                    continue
                 items = torch.arange(one.tensor.shape[0])
                 rows = None if one.rows is None else torch.tensor(one.rows)
                 if rows is not None:
