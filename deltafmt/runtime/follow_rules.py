@@ -437,7 +437,7 @@ RULES: Final[dict[str, Rule]] = {
         ),
         _reduced,
     ),
-    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "matmul", "mv", "dot", "addmv"), _product),
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "mv", "addmv"), _product),
     **dict.fromkeys(
         (
             "scaled_dot_product_attention",
