@@ -10,37 +10,31 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError
 from deltafmt.runtime.batch_inputs import named
+from deltafmt.runtime.continuous import UNNAMED, Continuous
+from deltafmt.runtime.continuous import Server as ContinuousServer
 from deltafmt.runtime.held import Held
 from deltafmt.runtime.model_batch import batch_of, models_in
 from deltafmt.runtime.places import Forms
-from deltafmt.runtime.reads import Reads
 from deltafmt.runtime.rows import Names
-from deltafmt.runtime.scope import Block, Bound, Scope
+from deltafmt.runtime.scope import Block, Bound
 from deltafmt.runtime.selection import Entry, Selection, rows_error
 from deltafmt.runtime.uncopied import Uncopied, refuse_copy
 
-_UNNAMED: Final = object()
 
-
-class Server(Protocol):
+class Server(ContinuousServer, Protocol):
     """What the calls of a model ask of its deltas."""
 
-    scope: Scope
-    reads: Reads
     forms: Forms
 
     def use(self, names: Names, *, wait: float = 0) -> Block:
         """Return a block."""
-
-    def check_model(self, *, closely: bool) -> None:
-        """Refuse a model that is no longer the deltas' base."""
 
     def vocabulary(self) -> int | None:
         """Return the rows of the base's output head."""
@@ -82,15 +76,18 @@ class Calls:
                     self._wrap(name, functools.partial(self._forward, name))
             for module in models_in(model):
                 if module is not model:
-                    self._parts.append((module, module.__dict__.get("forward", _UNNAMED)))
+                    self._parts.append((module, module.__dict__.get("forward", UNNAMED)))
                     module.forward = _Part(self, module)
         else:  # the model is itself a served module, whose hooks run outside of its forward
             self._hooks.append(model.register_forward_pre_hook(self._enter_leaf, with_kwargs=True))
-        for name, wrapped in (("generate", self._generate), ("generate_batch", self._generate_batch)):
+        continuous = Continuous(self._name, server, lambda: self._closed)
+        for name, wrapped in (
+            ("generate", self._generate),
+            ("generate_batch", continuous.generate_batch),
+            ("init_continuous_batching", continuous.init),
+        ):
             if callable(getattr(model, name, None)):
                 self._wrap(name, wrapped)
-        if callable(getattr(model, "init_continuous_batching", None)):
-            self._wrap("init_continuous_batching", self._init_continuous_batching)
         for name in ("__deepcopy__", "__reduce_ex__"):
             self._set(name, refuse_copy)
 
@@ -104,20 +101,20 @@ class Calls:
             *((self._model, item) for item in self._before.items()),
         ]:
             key, before = value
-            if before is _UNNAMED:
+            if before is UNNAMED:
                 module.__dict__.pop(key, None)
             else:
                 module.__dict__[key] = before
 
     def _set(self, name: str, value: object) -> None:
-        self._before[name] = self._model.__dict__.get(name, _UNNAMED)
+        self._before[name] = self._model.__dict__.get(name, UNNAMED)
         self._model.__dict__[name] = value
 
     def _wrap(self, name: str, method: Callable[..., Any]) -> None:
         original = getattr(self._model, name)
 
         @functools.wraps(original)
-        def wrapped(*args: Any, delta: Any = _UNNAMED, **kwargs: Any) -> Any:
+        def wrapped(*args: Any, delta: Any = UNNAMED, **kwargs: Any) -> Any:
             if self._closed:
                 return original(*args, **kwargs)
             return method(original, delta, args, kwargs)
@@ -126,7 +123,7 @@ class Calls:
 
     def _within(self, delta: Any, call: Callable[[Block | None], Any]) -> Any:
         """Run a call in the block that it names, or else in the block that it is made in."""
-        if delta is _UNNAMED:
+        if delta is UNNAMED:
             return call(self._scope.here())
         block = self._server.use(delta)
         block.open()
@@ -137,7 +134,7 @@ class Calls:
 
     def _forward(self, name: str, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
         call = self._scope.call
-        if call.bound and delta is _UNNAMED:
+        if call.bound and delta is UNNAMED:
             return self._run(name, original, args, kwargs, batch_of(args, kwargs))
 
         def once(block: Block | None) -> Any:
@@ -159,9 +156,9 @@ class Calls:
         """Run the model's forward with the selection that the call is bound to."""
         call = self._scope.call
         selection, block = call.selection, call.block
-        if selection is None or block is None:
+        if selection is None:
             return original(*args, **kwargs)
-        if kwargs.get("labels") is not None:
+        if kwargs.get("labels") is not None and block is not None:
             held_of(block).check_loss(self._server.vocabulary())
         with self._entry(selection, self._model, name, original, args, kwargs):
             if not selection.touched:
@@ -204,7 +201,7 @@ class Calls:
             selection.walk = None if walk is None else walk.of_leaf()
 
     def _generate(self, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
-        if self._scope.call.bound and delta is _UNNAMED:
+        if self._scope.call.bound and delta is UNNAMED:
             return original(*args, **kwargs)
 
         def once(block: Block | None) -> Any:
@@ -238,66 +235,6 @@ class Calls:
 
         beams, samples = setting("num_beams"), setting("num_return_sequences")
         return frozenset((1, beams, samples, beams * samples))
-
-    def _generate_batch(self, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
-        if self._scope.call.bound and delta is _UNNAMED:
-            return original(*args, **kwargs)
-
-        def once(block: Block | None) -> Any:
-            if block is not None:
-                self._refuse_packed(block)
-                self._server.check_model(closely=True)
-            with Bound(self._scope, block):
-                return original(*args, **kwargs)
-
-        return self._within(delta, once)
-
-    def _init_continuous_batching(self, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
-        """Make a manager that takes requests for the deltas that it was made for, and no others."""
-        if delta is not _UNNAMED:
-            raise UsageError(
-                "a manager of continuous batching serves the block that it is made in; use: with model.delta(...):"
-            )
-        keys = self._packed_keys()
-        manager = original(*args, **kwargs)
-        made_for = manager.__dict__.setdefault("_deltafmt_keys", keys)
-        if made_for != keys:
-            raise UsageError(
-                "the manager of continuous batching was made for other deltas, whose keys and values it keeps; call "
-                "model.destroy_cached_continuous_batching_manager() first"
-            )
-        if "add_request" not in manager.__dict__:
-            add_request = manager.add_request
-
-            @functools.wraps(add_request)
-            def checked(*args: Any, **kwargs: Any) -> Any:
-                if not self._closed and self._packed_keys() != made_for:
-                    raise UsageError(
-                        "continuous batching packs the rows of several requests into one, and serves one delta at a "
-                        "time; make a manager for each delta, inside its block"
-                    )
-                return add_request(*args, **kwargs)
-
-            manager.add_request = checked
-        return manager
-
-    def _packed_keys(self) -> object:
-        call = self._scope.call
-        block = call.block if call.bound else self._scope.here()
-        if block is None:
-            return None
-        self._refuse_packed(block)
-        held = held_of(block)
-        return held.keys if held.serves else None
-
-    @staticmethod
-    def _refuse_packed(block: Block) -> None:
-        held = held_of(block)
-        if held.rows and held.serves:
-            raise UsageError(
-                "continuous batching packs the rows of several requests into one, and serves one delta at a time; call "
-                "generate_batch once for each delta, with one name"
-            )
 
 
 def held_of(block: Block) -> Held:

@@ -81,7 +81,7 @@ class Order:
         """Return each token's place in a list of slots."""
 
         def build() -> torch.Tensor:
-            places = {slot: place for place, slot in enumerate(slots)}
-            return torch.tensor([places[slot] for slot in self._flat().tolist()]).to(self._device)
+            places = (self._flat() == torch.tensor(slots)[:, None]).to(torch.uint8).argmax(0)
+            return places.to(self._device)
 
         return self.memo(("numbers", tuple(slots)), build)

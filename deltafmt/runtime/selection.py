@@ -53,6 +53,7 @@ class Selection:
         mixes: the slots and weights of each sum, by its number.
 
     Attributes:
+        packed: True if the batch is one row with the tokens of several requests.
         slots: each row's slot; or a single slot, if all rows have the same one.
         used: the slots that occur, without negative ones.
         mixes: the slots and weights of each sum, by its number.
@@ -64,6 +65,8 @@ class Selection:
         waiting: outputs that were computed ahead.
         multiplied: the ids of the sites whose output contains the deltas' products already.
     """
+
+    packed = False
 
     def __init__(
         self,

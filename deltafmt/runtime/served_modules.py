@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from deltafmt.runtime.binding import Binding, BoundModule, Role, weight_shape
+from deltafmt.runtime.cuts import settled
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.mixing import mixed_output
 from deltafmt.runtime.selection import Selection
@@ -72,10 +73,10 @@ class ServedModules:
         """Make a site for each module that has none, and hook the module."""
         with self._lock:
             for bound in modules:
-                if id(bound.module) not in self._sites:
+                if id(bound.serving) not in self._sites:
                     site = _make_site(bound, self._device)
                     site.grow(self.count)
-                    self._sites[id(bound.module)] = site
+                    self._sites[id(bound.serving)] = site
                     self._hook(site)
 
     def has(self, names: set[str]) -> bool:
@@ -115,9 +116,9 @@ class ServedModules:
 
     def _fill(self, slot: int, delta: DeviceDelta, binding: Binding) -> None:
         for bound in binding.modules:
-            if id(bound.module) in self._sites:
-                tensors = {key: delta[tensor] for key, tensor in bound.tensors.items() if tensor in delta}
-                self._sites[id(bound.module)].put(slot, tensors)
+            if id(bound.serving) in self._sites:
+                tensors = {key: delta[name] for key, (name, _) in bound.held().items() if name in delta}
+                self._sites[id(bound.serving)].put(slot, tensors)
         for group in set(self._groups.values()):
             group.refresh(slot)
         self._settle(set(self._groups.values()))
@@ -179,6 +180,7 @@ class ServedModules:
         selection = self._active()
         if selection is None:
             return None
+        output = settled(output)
         walk = selection.walk
         follower = None if walk is None else walk.follower
         if walk is not None and follower is not None:
@@ -220,14 +222,17 @@ class ServedModules:
 
 
 def _make_site(bound: BoundModule, device: torch.device) -> Site:
-    shape = weight_shape(bound.module, bound.role)
+    shape = weight_shape(bound.serving, bound.role)
     if shape is None:
         return OtherSite(bound.name, bound.module, device)
     rows, columns = shape
     if bound.role is Role.TRANSPOSED:
         return TransposedSite(bound.name, bound.module, device, columns, rows)
-    made = EmbeddingSite if bound.role is Role.EMBEDDING else LinearSite
-    return made(bound.name, bound.module, device, rows, columns)
+    if bound.role is Role.EMBEDDING:
+        return EmbeddingSite(bound.name, bound.module, device, rows, columns)
+    site = LinearSite(bound.name, bound.serving, device, rows, columns)
+    site.whole, site.summed_bias = bound.module, bound.summed_bias
+    return site
 
 
 class _Hooks(Uncopied):

@@ -29,6 +29,7 @@ class Site(ABC):
     """A served module, and the parts of the deltas that change it, by slot.
 
     Attributes:
+        whole: the model's module, if ``module`` stands in for the part of it that this process has.
         slots: the slots of the deltas that change the module.
         hooked: True if a forward hook adds the deltas; False if the module's siblings do.
         ran: True once the module has run while a delta that changes it was served.
@@ -37,6 +38,7 @@ class Site(ABC):
     def __init__(self, name: str, module: nn.Module, device: torch.device) -> None:
         self.name = name
         self.module = module
+        self.whole = module
         self.device = device
         self.slots: set[int] = set()
         self.hooked = True
@@ -190,16 +192,20 @@ class LinearSite(WeightSite):
     difference to the base's is added. An output head with more rows than the base's gives more logits; rows of the
     batch whose delta lacks them get the dtype's lowest number there. It is as improbable as minus infinity, and
     differences of such logits (guidance, divergences) are numbers.
+
+    Attributes:
+        summed_bias: the base's bias, if it is added behind a sum over processes, and not by the module.
     """
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
         super().__init__(name, module, device, rows, columns)
+        self.summed_bias: torch.Tensor | None = None
         self._totals: dict[int, int] = {}
         self._biases: dict[int, torch.Tensor] = {}
 
     def _put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None:
         if "bias" in tensors:
-            old = bias_of(self.module)
+            old = bias_of(self.module) if self.summed_bias is None else self.summed_bias
             assert old is not None
             old = old.detach().to(self.device)
             self._biases[slot] = new_values(tensors["bias"], old).float() - old.float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from deltafmt.runtime.places import LOOKED_UP, OUTPUT
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.sites import Site, WeightSite, first_input, output_error
 from deltafmt.runtime.values import new_values
+from deltafmt.runtime.walks import mixed_error
+
+_KEPT_ROWS = 1024  # a weight for each row is kept for the next call up to this many rows
 
 
 class EmbeddingSite(WeightSite):
@@ -146,7 +149,8 @@ class OtherSite(Site):
         self._values: dict[int, dict[str, torch.Tensor]] = {}
         self._twins: dict[int, nn.Module] = {}
         self._by_row = type(module).__name__.endswith("RMSNorm") and not isinstance(module, nn.RMSNorm)
-        self.linear = type(module).__name__.endswith("Norm") or isinstance(module, nn.modules.conv._ConvNd)  # noqa: SLF001
+        self._norm = type(module).__name__.endswith("Norm")
+        self.linear = self._norm or isinstance(module, nn.modules.conv._ConvNd)  # noqa: SLF001
 
     def grow(self, slots: int) -> None:
         """Do nothing: there is room for any number of slots."""
@@ -158,6 +162,16 @@ class OtherSite(Site):
 
     def _clear(self, slot: int) -> None:
         del self._values[slot], self._twins[slot]
+
+    def order(self, selection: Selection, given: torch.Tensor, shape: Sequence[int], number: int = 0) -> Order:
+        """Return the order of the deltas in a tensor; see :meth:`Site.order`.
+
+        Raises:
+            UsageError: as there; or the batch is packed, and the module may compute a token from others.
+        """
+        if selection.packed and not self._norm:
+            raise mixed_error(self.name, given.shape)
+        return super().order(selection, given, shape, number)
 
     def after(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the output that the module gives with the deltas' parameters."""
@@ -204,6 +218,8 @@ class OtherSite(Site):
                 spread[key] = torch.stack(own)[numbers].view(*form, *base.shape)
             return self._twin(spread)
 
+        if len(order.line) > _KEPT_ROWS:
+            return build()
         return order.memo((id(self), dimensions), build)
 
 
