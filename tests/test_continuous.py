@@ -19,6 +19,7 @@ import deltafmt
 from deltafmt.errors import UsageError
 from deltafmt.methods import RTN
 from deltafmt.runtime.packed import select
+from deltafmt.runtime.places import Forms
 from deltafmt.transformers import attach, detach
 from tiny_models import CAUSAL, Tiny, every, generate, ids, made_once, new_model, shake
 
@@ -347,19 +348,42 @@ def test_a_packed_selection_is_the_selection_of_its_tokens(requests: Any, each: 
     assert found.packed == (len(set(terms)) > 1)
     assert found.used == set(alone) - {-1}
     assert {one for one in terms if one and (len(one) > 1 or one[0][1] != 1)} == set(found.mixes.values())
-    segments = found.segments(len(tokens), "it")
+    alike = torch.empty(1, sum(lengths), each, 3)
+    order = found.order(None, 0, alike, alike.shape[:-1], "it")
+    assert order is not None
+    segments = order.segments()
     assert segments.slots.tolist() == alone
     assert segments.lengths() == {slot: alone.count(slot) for slot in set(alone) - {-1}}
     numbers = {terms: mix for mix, terms in found.mixes.items()}
+    numbers |= {one: one[0][0] for one in terms if one and one not in numbers}
     for one in set(terms) - {()}:
-        members = found.members(numbers.get(one, one[0][0]), len(tokens), "it")
+        members = order.members(numbers[one])
         assert torch.arange(len(tokens))[members].tolist() == [n for n, other in enumerate(tokens) if other == one]
     if found.packed:
-        values = torch.arange(len(terms))
-        want = [number for number, (_, length) in enumerate(requests) for _ in range(length * each)]
-        assert found.spread(values, len(tokens), "it").tolist() == want
-        y = torch.zeros(len(tokens), 3)
-        found.add_(y, torch.stack([values.float()] * 2, 1), "it")
-        assert y.T.tolist() == [want, want, [0] * len(tokens)]
-        with pytest.raises(UsageError, match=r"does not follow the batch's rows"):
-            found.segments(len(tokens) * 2 + 1, "it")
+        kinds = [(), *numbers]
+        places = order.numbers([-1, *numbers.values()])
+        assert [kinds[place] for place in places.tolist()] == tokens
+
+
+def test_the_tokens_of_a_packed_batch_are_told_by_their_form_alone() -> None:
+    """Heads that are as many as the tokens, and experts that are given as many rows as there are tokens."""
+    found = select([((0, 1.0),), ()], [2, 1], 4, torch.device("cpu"))
+
+    def dim(tensor: Any) -> int:
+        order = found.order(None, 0, tensor, tensor.shape[:-1], "it")
+        assert order is not None
+        assert order.line.tolist() == [0, 0, -1]
+        return order.dim
+
+    x = torch.randn(1, 3, 8)
+    assert dim(x) == 1
+    assert dim(x.view(3, 8)) == dim(x[0]) == 0
+    for heads in (2, 3):
+        split = torch.randn(1, 3, heads, 4)
+        assert dim(split) == 1
+        assert dim(split.transpose(1, 2)) == 2
+    for other in (x[0][torch.tensor([2, 0, 1])], x.transpose(1, 2), x.view(6, 4), torch.randn(3, 8), x.expand(3, 3, 8)):
+        with pytest.raises(UsageError, match=r"^it is given the shape .*cannot be told apart by the batch's rows"):
+            dim(other)
+    with pytest.raises(UsageError, match=r"given a batch of the shape \[1, 4\] where the requests have 3 tokens$"):
+        found.begin(Forms(), "it", {"input_ids": torch.zeros(1, 4, dtype=torch.long)}, None, "Llama")

@@ -29,6 +29,7 @@ from deltafmt.runtime.examine import Examined, Examiner
 from deltafmt.runtime.held import Attached, Held, Pool, refuse_sums
 from deltafmt.runtime.merge import Merge
 from deltafmt.runtime.model_batch import device_of
+from deltafmt.runtime.places import Forms
 from deltafmt.runtime.reads import Reads
 from deltafmt.runtime.residency import Residency
 from deltafmt.runtime.rows import BASE_NAME, Names, read_names
@@ -77,19 +78,20 @@ class Deltas:
         device = device_of(model) if device is None else torch.device(device)
         self._verify_base = verify_base
         self.scope = Scope()
-        self._served = ServedModules(device, self.scope.active, fuse=fuse)
+        self.served = ServedModules(device, self.scope.active, fuse=fuse)
         self._examiner = Examiner(
-            model, device, self._served.siblings_of, verify_base=verify_base, ignore=ignore, rename=rename
+            model, device, self.served.siblings_of, verify_base=verify_base, ignore=ignore, rename=rename
         )
-        self._store = DeltaStore(device, self._served.release)
+        self._store = DeltaStore(device, self.served.release)
         self.residency: Residency[DeviceDelta, DeviceDelta] = Residency(self._store, budget, host_budget)
-        self._pool = Pool(self.residency, self._served, device, self._forget, self._check_closely)
+        self._pool = Pool(self.residency, self.served, device, self._forget, self._check_closely)
         self._lock = threading.RLock()
         self._current: dict[str, Attached] = {}
         self._versions: dict[str, Attached] = {}
         self._merge: Merge | None = None
         self._merged: str | None = None
-        self.reads = Reads(model, self._served)
+        self.reads = Reads(model, self.served)
+        self.forms = Forms()
         self._watch = Watch(model)
         self._watch.stamp(())
         self._calls = Calls(model, self)
@@ -187,7 +189,7 @@ class Deltas:
         A module is used when it is called, or when the model reads its weight in another way. The first call of a model
         warns of the modules that it did not use.
         """
-        return self._served.unused()
+        return self.served.unused()
 
     def use(self, names: Names, *, wait: float = 0) -> Block:
         """Return a block, which serves deltas within ``with``, without gradients.
@@ -260,7 +262,7 @@ class Deltas:
             self.refuse_merged("deltas are detached")
             self._calls.close()
             self._watch.close()
-            self._served.close()
+            self.served.close()
             self._examiner.close()
         self.residency.close()
 
@@ -312,11 +314,12 @@ class Deltas:
             version.found = one
             if self._current.get(version.name) is version:
                 self._show(version, one)
-        self._served.rebuild(
+        self.served.rebuild(
             {key: one.binding for key, one in found.items()},
             [bound for one in found.values() for bound in one.changed_modules()],
         )
         self.reads.forget()
+        self.forms.forget()
         self._stamp()
         self.scope.forget_selections()
 
@@ -341,8 +344,9 @@ class Deltas:
             del self._store.files[key]
             raise
         self._versions[key] = version
-        self._served.prepare(found.changed_modules())
+        self.served.prepare(found.changed_modules())
         self.reads.forget()
+        self.forms.forget()
         self._watch.add(found.binding)
 
     def _show(self, version: Attached, found: Examined) -> None:

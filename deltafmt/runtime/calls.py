@@ -8,6 +8,7 @@ model's own ``forward``, ``generate`` and ``generate_batch`` are wrapped, as acc
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -15,25 +16,42 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError
+from deltafmt.runtime.batch_inputs import named
 from deltafmt.runtime.continuous import UNNAMED, Continuous
 from deltafmt.runtime.continuous import Server as ContinuousServer
 from deltafmt.runtime.held import Held
 from deltafmt.runtime.model_batch import batch_of, models_in
 from deltafmt.runtime.per_delta import group_of, merge
+from deltafmt.runtime.places import Forms
 from deltafmt.runtime.rows import Names
 from deltafmt.runtime.scope import Block, Bound
-from deltafmt.runtime.selection import rows_error
-from deltafmt.runtime.uncopied import refuse_copy
+from deltafmt.runtime.selection import Entry, Selection, rows_error
+from deltafmt.runtime.served_modules import ServedModules
+from deltafmt.runtime.uncopied import Uncopied, refuse_copy
 
 
 class Server(ContinuousServer, Protocol):
     """What the calls of a model ask of its deltas."""
+
+    forms: Forms
+    served: ServedModules
 
     def use(self, names: Names, *, wait: float = 0) -> Block:
         """Return a block."""
 
     def vocabulary(self) -> int | None:
         """Return the rows of the base's output head."""
+
+
+class _Part(Uncopied):
+    """The forward of a model inside the model. A copy of that model would have it, too, and run this one."""
+
+    def __init__(self, calls: Calls, module: nn.Module) -> None:
+        self._calls, self._module, self._original = calls, module, module.forward
+        functools.update_wrapper(self, module.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._calls.part(self._module, self._original, args, kwargs)
 
 
 class Calls:
@@ -51,14 +69,20 @@ class Calls:
         self._scope = server.scope
         self._before: dict[str, object] = {}
         self._closed = False
-        has_parts = next(model.children(), None) is not None
-        if has_parts:  # otherwise the model is itself a served module, and its hooks run outside of its forward
-            self._wrap("forward", self._forward)
-        self._hooks: list[RemovableHandle] = [
-            module.register_forward_pre_hook(self._enter, with_kwargs=True)
-            for module in models_in(model)
-            if module is not model or not has_parts
-        ]
+        self._names: dict[tuple[int, str], tuple[str, ...]] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._parts: list[tuple[nn.Module, object]] = []
+        if next(model.children(), None) is not None:
+            self._wrap("forward", functools.partial(self._forward, "forward"))
+            for name in dir(type(model)):  # a tower's features, with the projection behind the tower
+                if name.startswith("get_") and name.endswith("_features") and callable(getattr(model, name)):
+                    self._wrap(name, functools.partial(self._forward, name))
+            for module in models_in(model):
+                if module is not model:
+                    self._parts.append((module, module.__dict__.get("forward", UNNAMED)))
+                    module.forward = _Part(self, module)
+        else:  # the model is itself a served module, whose hooks run outside of its forward
+            self._hooks.append(model.register_forward_pre_hook(self._enter_leaf, with_kwargs=True))
         continuous = Continuous(self._name, server, lambda: self._closed)
         for name, wrapped in (
             ("generate", self._generate),
@@ -75,11 +99,15 @@ class Calls:
         self._closed = True
         for hook in self._hooks:
             hook.remove()
-        for name, value in self._before.items():
-            if value is UNNAMED:
-                self._model.__dict__.pop(name, None)
+        for module, value in [
+            *((module, ("forward", value)) for module, value in self._parts),
+            *((self._model, item) for item in self._before.items()),
+        ]:
+            key, before = value
+            if before is UNNAMED:
+                module.__dict__.pop(key, None)
             else:
-                self._model.__dict__[name] = value
+                module.__dict__[key] = before
 
     def _set(self, name: str, value: object) -> None:
         self._before[name] = self._model.__dict__.get(name, UNNAMED)
@@ -107,10 +135,10 @@ class Calls:
         finally:
             block.close()
 
-    def _forward(self, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
+    def _forward(self, name: str, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
         call = self._scope.call
         if call.bound and delta is UNNAMED:
-            return self._run(original, args, kwargs, batch_of(args, kwargs))
+            return self._run(name, original, args, kwargs, batch_of(args, kwargs))
 
         def once(block: Block | None) -> Any:
             batch = None
@@ -118,47 +146,69 @@ class Calls:
                 batch = batch_of(args, kwargs)
                 self._server.check_model(closely=batch is None or batch[1] > batch[0])
             with Bound(self._scope, block) as bound:
-                output = self._run(original, args, kwargs, batch)
+                output = self._run(name, original, args, kwargs, batch)
                 if bound.selection is not None:
                     self._server.reads.warn(bound.selection)
                 return output
 
         return self._within(delta, once)
 
-    def _run(self, original: Callable[..., Any], args: Any, kwargs: Any, batch: tuple[int, int] | None) -> Any:
+    def _run(
+        self, name: str, original: Callable[..., Any], args: Any, kwargs: Any, batch: tuple[int, int] | None
+    ) -> Any:
         """Run the model's forward with the selection that the call is bound to."""
         call = self._scope.call
         selection, block = call.selection, call.block
         if selection is None:
             return original(*args, **kwargs)
-        if batch is not None:
-            selection.enter(*batch, self._name, root=True)
         if kwargs.get("labels") is not None and block is not None:
             held_of(block).check_loss(self._server.vocabulary())
-        if not selection.touched:
-            return original(*args, **kwargs)
-        kind = (tuple(kwargs), batch is not None and batch[0] == batch[1], selection.uniform)
-        around = self._server.reads.around(selection, kind)
-        if around is None:
-            return original(*args, **kwargs)
-        group = group_of(selection)
-        before = group.alive()
-        with around:
-            output = merge(original(*args, **kwargs))
-        group.refuse_kept(before)
-        return output
+        with self._entry(selection, self._model, name, original, args, kwargs):
+            if not selection.touched:
+                return original(*args, **kwargs)
+            kind = (name, tuple(kwargs), batch is not None and batch[0] == batch[1], selection.uniform)
+            around = self._server.reads.around(selection, kind)
+            if around is None:
+                return original(*args, **kwargs)
+            group = group_of(selection)
+            before = group.alive()
+            with around:
+                output = merge(original(*args, **kwargs))
+            group.refuse_kept(before)
+            return output
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note the rows of a model inside the model."""
-        name = type(module).__name__
+    def part(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a model inside the model, which may be called by itself."""
         if "delta" in kwargs:
             raise UsageError(
-                f"{name} is a part of {self._name}, which takes delta=; call {self._name}, or open a block"
+                f"{type(module).__name__} is a part of {self._name}, which takes delta=; call {self._name}, or open a "
+                "block"
             )
         selection = self._scope.active()
-        batch = batch_of(args, kwargs)
-        if selection is not None and batch is not None:
-            selection.enter(*batch, name, root=not self._scope.call.bound)
+        if selection is None or selection.entered:
+            return original(*args, **kwargs)
+        with self._entry(selection, module, "forward", original, args, kwargs):
+            return original(*args, **kwargs)
+
+    def _entry(
+        self, selection: Selection, module: nn.Module, name: str, original: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Entry:
+        names = self._names.get((id(module), name))
+        if names is None:
+            names = self._names[id(module), name] = tuple(inspect.signature(original).parameters)
+        config = getattr(module, "config", None)
+        # What is computed per delta, and so where rows are asked for, depends on the modules that the deltas change.
+        changed = selection.memo("changed", lambda: self._server.served.changed_by(selection))
+        entry = (id(module), name, changed)
+        return Entry(self._server.forms, selection, entry, named(names, args, kwargs), config, module)
+
+    def _enter_leaf(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note the rows of a model that is itself a served module."""
+        selection = self._scope.active()
+        if selection is not None:
+            given = {str(number): value for number, value in enumerate((*args, *kwargs.values()))}
+            walk = selection.begin(self._server.forms, "leaf", given, None, type(module).__name__)
+            selection.walk = None if walk is None else walk.of_leaf()
 
     def _generate(self, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
         if self._scope.call.bound and delta is UNNAMED:
@@ -175,7 +225,7 @@ class Calls:
             with Bound(self._scope, block) as bound:
                 selection = bound.selection
                 assert selection is not None
-                before, selection.copies = selection.copies, frozenset((1, self._copies(kwargs)))
+                before, selection.copies = selection.copies, self._copies(kwargs)
                 try:
                     output = original(*args, **kwargs)
                 finally:
@@ -185,15 +235,16 @@ class Calls:
 
         return self._within(delta, once)
 
-    def _copies(self, kwargs: Mapping[str, Any]) -> int:
-        """Return how many rows ``generate`` makes of each row that it is given: beams, or samples."""
+    def _copies(self, kwargs: Mapping[str, Any]) -> frozenset[int]:
+        """Return how many rows ``generate`` may make of each row that it is given: beams, samples, or both."""
         configs = (kwargs.get("generation_config"), getattr(self._model, "generation_config", None))
 
         def setting(name: str) -> int:
             values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
             return next((int(value) for value in values if isinstance(value, int)), 1)
 
-        return max(setting("num_beams"), setting("num_return_sequences"))
+        beams, samples = setting("num_beams"), setting("num_return_sequences")
+        return frozenset((1, beams, samples, beams * samples))
 
 
 def held_of(block: Block) -> Held:

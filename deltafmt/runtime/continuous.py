@@ -20,10 +20,12 @@ from torch import nn
 from deltafmt.errors import DeltafmtError, UnsupportedError, UsageError
 from deltafmt.runtime.held import Held, PackedSelections
 from deltafmt.runtime.intake import Intake, Request, Requests, Source, check_row
+from deltafmt.runtime.packed import PackedSelection
 from deltafmt.runtime.reads import Reads
 from deltafmt.runtime.rows import Row, read_names
 from deltafmt.runtime.scope import Scope
-from deltafmt.runtime.selection import Selection, mixed_error, rows_error
+from deltafmt.runtime.selection import Selection, rows_error
+from deltafmt.runtime.walks import mixed_error
 
 UNNAMED: Final = object()
 
@@ -311,7 +313,7 @@ class Manager:
             self._server.check_model(closely=sum(lengths) > len(lengths))
         selection = self._selections.of(holds, lengths, self._scope.epoch)
         with bound(self._scope, selection), contextlib.ExitStack() as stack:
-            if selection is not None and selection.packed and processor.model_runner.supports_logits_to_keep(model):
+            if isinstance(selection, PackedSelection) and processor.model_runner.supports_logits_to_keep(model):
                 stack.enter_context(self._head(model, selection, batch, holds))
             original(model)
             if selection is not None:
@@ -319,7 +321,7 @@ class Manager:
 
     @contextlib.contextmanager
     def _head(
-        self, model: Any, selection: Selection, batch: Sequence[Any], holds: Sequence[Held | None]
+        self, model: Any, selection: PackedSelection, batch: Sequence[Any], holds: Sequence[Held | None]
     ) -> Iterator[None]:
         """Give the output head a selection of its own: it is given one token of each request that predicts.
 

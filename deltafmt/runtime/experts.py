@@ -138,12 +138,12 @@ class ExpertsSite(WrappedSite):
     def run(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the weighted sum of each token's experts, shape (tokens, H)."""
         x, chosen, weights = self._given(args, kwargs)
-        selection.check(x.shape[:1], self.name)
+        rows = self.order(selection, x, x.shape[:1])
         each = chosen.shape[1]
         experts, order = torch.sort(chosen.reshape(-1), stable=True)
         pairs = _Pairs(
             experts,
-            _slots_of(selection, len(x), self.name).repeat_interleave(each)[order],
+            rows.slots().repeat_interleave(each)[order],
             torch.searchsorted(experts, torch.arange(self._count, device=experts.device), right=True).int(),
             selection,
         )
@@ -158,6 +158,8 @@ class ExpertsSite(WrappedSite):
         output[order] = y
         found = output.view(len(x), each, -1).sum(1).to(x.dtype)
         refuse_gradient(self.name, found)
+        if selection.walk is not None and selection.walk.follower is not None:
+            selection.walk.follower.same_rows(found, x)
         return found
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -213,16 +215,6 @@ class ExpertsSite(WrappedSite):
             if key in biases:
                 mine = (slots == slot)[:, None]
                 y += torch.where(mine, biases[key][experts.clamp(0, self._count - 1)], 0).to(y.dtype)
-
-
-def _slots_of(selection: Selection, tokens: int, where: str) -> torch.Tensor:
-    """Return each token's slot, int64; sums keep their numbers."""
-
-    def build() -> torch.Tensor:
-        slots = torch.tensor(selection.slots, dtype=torch.int64).to(selection.device)
-        return slots.repeat_interleave(selection.share(tokens, where))
-
-    return selection.memo(("experts", tokens), build)
 
 
 def _grouped(x: torch.Tensor, weight: torch.Tensor, pairs: _Pairs, *, transposed: bool) -> torch.Tensor:

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from deltafmt.errors import UsageError
+from deltafmt.runtime.orders import Order
+from deltafmt.runtime.per_row import per_row
+from deltafmt.runtime.places import OUTPUT
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.sites import Site, first_input
-from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite, each, turn
+from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite
 
 
 def mixed_output(site: Site, selection: Selection, args: Any, kwargs: Any, output: Any, *, changed: bool) -> Any:
@@ -37,14 +40,17 @@ def mixed_output(site: Site, selection: Selection, args: Any, kwargs: Any, outpu
         raise UsageError(
             f"{site.name}, a {type(site.module).__name__}, is not linear in its parameters; a row takes one delta there"
         )
-    if selection.packed and isinstance(site, OtherSite) and site.turned(selection, first_input(args, kwargs)):
-        args, kwargs = each(turn, args, kwargs)
-        return turn(mixed_output(site, selection, args, kwargs, turn(output), changed=changed))
     base = given = output.clone()  # sites write to the output that they are given
-    if isinstance(site, EmbeddingSite) and not selection.uniform:
-        base = site.by_row(selection, first_input(args, kwargs), base)[1]
-    elif not selection.uniform:
-        selection.check(output.shape, site.name)
+    order = _order(site, selection, args, kwargs, output)
+    if order is None:
+        return per_row(
+            site,
+            site.name,
+            selection,
+            given,
+            site.slots,
+            lambda slot: site.after(selection.alone(slot), args, kwargs, given.clone()),
+        )
     result = site.after(selection, args, kwargs, output) if changed else base.clone()
     result = result.contiguous()
     flat = result.view(-1, result.shape[-1])
@@ -58,6 +64,16 @@ def mixed_output(site: Site, selection: Selection, args: Any, kwargs: Any, outpu
             for weight in (weight for one, weight in terms if one == slot):
                 sums[mix] = weight * change + sums[mix] if mix in sums else weight * change
     for mix, change in sums.items():
-        mine = selection.members(mix, len(flat), site.name)
+        mine = order.members(mix)
         flat[mine, : before.shape[1]] = (before[mine] + change[mine]).to(flat.dtype)
     return result
+
+
+def _order(site: Site, selection: Selection, args: Any, kwargs: Any, output: torch.Tensor) -> Order | None:
+    """Return the order of the deltas in a module's output; None for an embedding that depends on no row."""
+    if isinstance(site, EmbeddingSite):
+        return selection.order(site, OUTPUT, output, output.shape[:-1], site.name)
+    if isinstance(site, OtherSite):
+        return site.order(selection, output, output.shape[:-1], OUTPUT)
+    given = first_input(args, kwargs)
+    return site.order(selection, given, given.shape[:-1])

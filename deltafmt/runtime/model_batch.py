@@ -13,6 +13,8 @@ from torch import nn
 from deltafmt.errors import UsageError
 from deltafmt.runtime.cuts import WAY_OUT
 
+_RECEIVES = frozenset(("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values"))
+
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's parameters and buffers.
@@ -85,9 +87,10 @@ def models_in(model: nn.Module) -> list[nn.Module]:
     """Return the model and the models inside it that receive the batch, such as a decoder or an encoder."""
     found = [model]
     for module in model.modules():
-        parameters = inspect.signature(type(module).forward).parameters
-        if module is not model and ("input_ids" in parameters or "inputs_embeds" in parameters):
-            found.append(module)
+        if module is not model and next(module.children(), None) is not None:
+            parameters = inspect.signature(type(module).forward).parameters
+            if not _RECEIVES.isdisjoint(parameters):
+                found.append(module)
     return found
 
 

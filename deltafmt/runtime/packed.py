@@ -3,18 +3,26 @@
 Continuous batching packs the tokens of all requests that it runs into a row of the shape (1, tokens). A request has
 many tokens while its prompt is read, and one token in every later step. So the tokens of a request, and not an equal
 share of the batch, use the request's delta.
+
+Nothing is followed here: attention reads keys and values of earlier steps, which belong to no input of this one. The
+order is known from the requests' lengths wherever a tensor has the shape (1, tokens, ...), or is a view of one that
+has. Every other tensor is refused by its module's name.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.kernels.segments import Segments
-from deltafmt.runtime.selection import BASE, Selection, mixed_error
+from deltafmt.runtime.batch_inputs import rows_of
+from deltafmt.runtime.orders import Order
+from deltafmt.runtime.places import Forms
+from deltafmt.runtime.selection import BASE, Selection
+from deltafmt.runtime.walks import Walk, mixed_error
 
 
 class PackedSelection(Selection):
@@ -26,6 +34,9 @@ class PackedSelection(Selection):
         count: the number of slots of the operand tables.
         device: the model's device.
         mixes: the slots and weights of each sum, by its number.
+
+    Attributes:
+        tokens: the number of tokens of all requests.
     """
 
     packed = True
@@ -39,68 +50,60 @@ class PackedSelection(Selection):
         mixes: Mapping[int, tuple[tuple[int, float], ...]] | None = None,
     ) -> None:
         super().__init__(slots, count, device, mixes=mixes)
-        self.rows, self.tokens = 1, sum(lengths)
-        self._host_lengths = torch.tensor(lengths, dtype=torch.long)
-        self._lengths = self._host_lengths.to(device)
-        self._by_slot: Counter[int] = Counter()
-        for slot, length in zip(slots, lengths, strict=True):
-            self._by_slot[slot] += length
+        self.tokens = sum(lengths)
+        self._line = torch.tensor(slots).repeat_interleave(torch.tensor(lengths))
 
-    def enter(self, rows: int, tokens: int, where: str, *, root: bool = False) -> None:  # noqa: ARG002 - as its base
+    def begin(self, forms: Forms, entry: Hashable, given: Mapping[str, Any], config: Any, where: str) -> Walk | None:  # noqa: ARG002 - as its base
         """Refuse a batch that does not have the requests' tokens.
 
         Raises:
-            UsageError: the batch has another number of tokens.
+            UsageError: the batch is not one row of these tokens.
         """
-        if tokens != self.tokens:
-            raise UsageError(f"{where} is given {tokens} tokens where the requests have {self.tokens}")
+        found = rows_of(given)
+        shape = [] if found is None else list(getattr(given[found[0]], "shape", ()))
+        if shape[:2] != [1, self.tokens]:
+            raise UsageError(
+                f"{where} is given a batch of the shape {shape[:2]} where the requests have {self.tokens} tokens"
+            )
+        return None
 
-    def check(self, shape: Sequence[int], where: str) -> None:
-        """Refuse a module's input whose first dimensions are not (tokens,) or (1, tokens).
+    def order(self, site: object, number: int, tensor: torch.Tensor, shape: Sequence[int], where: str) -> Order:  # noqa: ARG002 - as its base
+        """Return the order of the deltas in a tensor that a module is given.
+
+        Args:
+            site: the module's site.
+            number: the number of the argument, or ``OUTPUT``.
+            tensor: the tensor.
+            shape: its leading dimensions, which are taken as one.
+            where: the module's name, for the message.
 
         Raises:
-            UsageError: the tokens of the input cannot be told apart.
+            UsageError: the tokens of the tensor cannot be told apart.
         """
-        if shape[0] != self.tokens and tuple(shape[:2]) != (1, self.tokens):
-            raise mixed_error(where, shape)
+        dim = self._dim(tensor)
+        if dim is None or dim >= len(shape):
+            raise mixed_error(where, tensor.shape)
+        leading = tuple(shape)
+        return self.memo(
+            ("order", dim, leading),
+            lambda: Order(leading, dim, self._line, self.count, self.device, uniform=False),
+        )
 
-    def share(self, size: int, where: str) -> int:
-        """Return how many of ``size`` rows belong to each token.
-
-        Raises:
-            UsageError: ``size`` is not a multiple of the number of tokens.
-        """
-        if size % self.tokens:
-            raise mixed_error(where, [size])
-        return size // self.tokens
-
-    def segments(self, tokens: int, where: str) -> Segments:
-        """Return the segments of the batch's tokens, or of several rows for each token; they are kept."""
-
-        def build() -> Segments:
-            lengths = {slot: each * self._by_slot[slot] for slot in self.used}
-            return Segments(self.spread(self._row_slots, tokens, where), self.count, lengths)
-
-        each = self.share(tokens, where)
-        return self.memo(("segments", tokens), build)
-
-    def members(self, slot: int, size: int, where: str) -> torch.Tensor | slice:
-        """Return the numbers of those tokens, or of the rows of those tokens, that use a slot."""
-
-        def build() -> torch.Tensor:
-            repeats = self._host_lengths * self.share(size, where)
-            found = torch.repeat_interleave(torch.tensor(self.slots), repeats) == slot
-            return found.nonzero()[:, 0].to(self.device)
-
-        return self.memo(("members", slot, size), build)
-
-    def spread(self, values: torch.Tensor, size: int, where: str) -> torch.Tensor:
-        """Return, for each of ``size`` tokens, the value of its request; ``values`` has one for each request."""
-        return torch.repeat_interleave(values, self._lengths * self.share(size, where), dim=0, output_size=size)
-
-    def add_(self, y: torch.Tensor, values: torch.Tensor, where: str) -> None:
-        """Add to the tokens of each request the request's values, to the first columns of ``y``."""
-        y[:, : values.shape[-1]] += self.spread(values, len(y), where)
+    def _dim(self, tensor: torch.Tensor) -> int | None:
+        """Return the dimension of the tokens; None if it cannot be told."""
+        shape = tensor.shape
+        if tensor.dim() == 4 and shape[0] == 1 and self.tokens in shape[1:3]:
+            # (1, heads, tokens, size) is a view of (1, tokens, heads, size), which tells them apart where there are
+            # as many heads as tokens.
+            turned = shape[1] != self.tokens or (shape[2] == self.tokens and tensor.stride(1) < tensor.stride(2))
+            return 2 if turned else 1
+        if shape[:2] == (1, self.tokens):
+            return 1
+        # As many rows as tokens could be some of the tokens, in another order, as experts are given them.
+        base = tensor._base  # noqa: SLF001 - torch has no public name for it
+        flat = shape[:1] == (self.tokens,) and base is not None and base.shape[:2] == (1, self.tokens)
+        same = flat and math.prod(base.shape) == math.prod(shape) and tensor.is_contiguous()
+        return 0 if same else None
 
 
 def select(

@@ -18,7 +18,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from deltafmt.errors import UsageError
-from deltafmt.runtime.selection import Selection, mixed_error
+from deltafmt.runtime.places import MERGED
+from deltafmt.runtime.selection import Selection
+from deltafmt.runtime.walks import mixed_error
 
 # Functions of a tensor's form alone, whose results no delta changes.
 _FORM_ONLY = frozenset(
@@ -47,11 +49,13 @@ class Group:
     Attributes:
         slots: the slots; the base's and those of sums are among them.
         where: what is running, for messages.
+        site: the site that is running, or what stands for the model.
     """
 
     def __init__(self, selection: Selection) -> None:
         self.slots = tuple(dict.fromkeys(selection.slots))
         self.where = "the model"
+        self.site: object = Group
         self._selection = selection
         self._alive: dict[int, weakref.ref[PerDelta]] = {}
 
@@ -88,24 +92,36 @@ class Group:
         """Return a tensor in which each row has its own delta's values.
 
         Raises:
-            UsageError: the first dimension is not the batch's rows or tokens, or no row was computed with.
+            UsageError: whose rows these are cannot be told.
         """
-        first = value.each[0]
-        # What was made of parameters alone has no rows, unless it was repeated for them.
-        repeated = first.dim() > 2 and first.shape[0] == self._selection.rows
-        if first.dim() == 0 or not (value.fed or repeated):
-            raise mixed_error(self.where, first.shape)
-        self._selection.check(first.shape, self.where)
-        found = torch.empty_like(first)
-        self.spread(value.each, found)
+        found = torch.empty_like(value.each[0])
+        self.spread(value.each, found, [value])
+        walk = self._selection.walk
+        if walk is not None and walk.follower is not None:
+            walk.follower.mark(found, walk.follower.owners(value))
         return found
 
-    def spread(self, values: Sequence[torch.Tensor], into: torch.Tensor) -> None:
-        """Write each delta's rows of its own values into a tensor, whose first dimension is rows or tokens."""
-        self._selection.check(into.shape, self.where)
+    def spread(self, values: Sequence[torch.Tensor], into: torch.Tensor, alike: Sequence[torch.Tensor]) -> None:
+        """Write each delta's rows of its own values into a tensor.
+
+        Args:
+            values: by the group's slots.
+            into: the tensor.
+            alike: tensors of its shape; the rows stand in it as in the first one that depends on rows.
+
+        Raises:
+            UsageError: whose rows these are cannot be told.
+        """
+        selection = self._selection
+        given, number = alike[0], MERGED
+        if selection.walk is not None:
+            given, number = selection.walk.merging(self.site, alike)
+        order = selection.order(self.site, number, given, given.shape, self.where)
+        if order is None:
+            raise mixed_error(self.where, into.shape)
         for slot, value in zip(self.slots, values, strict=True):
-            mine = self._selection.members(slot, into.shape[0], self.where)
-            into[mine] = value[mine]
+            mine = order.along(slot)
+            into.index_copy_(order.dim, mine, value.index_select(order.dim, mine))
 
 
 def group_of(selection: Selection) -> Group:
@@ -119,22 +135,20 @@ class PerDelta(torch.Tensor):
     Attributes:
         each: the tensors, all of one shape and dtype, by the group's slots.
         group: the group.
-        fed: True if a value was computed from something other than parameters.
     """
 
     each: tuple[torch.Tensor, ...]
     group: Group
-    fed: bool
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001 - torch's way
 
     @staticmethod
-    def __new__(cls, values: Sequence[torch.Tensor], group: Group, *, fed: bool = False) -> Self:
+    def __new__(cls, values: Sequence[torch.Tensor], group: Group) -> Self:
         """Return a tensor with a value for each slot of a group."""
         first = values[0]
         made: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - torch's way
             cls, first.shape, strides=first.stride(), dtype=first.dtype, device=first.device
         )
-        made.each, made.group, made.fed = tuple(values), group, fed
+        made.each, made.group = tuple(values), group
         group.note(made)
         return made
 
@@ -152,8 +166,6 @@ class PerDelta(torch.Tensor):
         group = given[0].group
         if any(one.group is not group for one in given):
             raise UsageError(f"{group.where} computes with values of another module; it serves one delta at a time")
-        plain = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, PerDelta))
-        fed = any(one.fed for one in given) or any(leaf.dim() for leaf in plain)
         if func._schema.name.removeprefix("aten::") in _FORM_ONLY:  # noqa: SLF001 - torch has no other name for it
             return func(*_chosen(args, 0), **_chosen(kwargs, 0))
         written = _written(func, args, kwargs)
@@ -162,10 +174,8 @@ class PerDelta(torch.Tensor):
         found = [func(*_chosen(args, number), **_chosen(kwargs, number)) for number in range(len(group.slots))]
         if written:
             _refuse_other_form(written, group)
-            for tensor in written:
-                tensor.fed = tensor.fed or fed
             return written[0] if len(written) == 1 else written
-        return _joined(found, group, fed=fed)
+        return _joined(found, group)
 
 
 def _chosen(tree: Any, number: int) -> Any:
@@ -195,7 +205,10 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], group: Grou
         swapped = pytree.tree_map_only(torch.Tensor, lambda leaf: copy if leaf is into else leaf, given)  # noqa: B023
         func(*swapped[0], **swapped[1])
         values.append(copy)
-    group.spread(values, into)
+    alike = [
+        leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, PerDelta) and leaf.shape == into.shape
+    ]
+    group.spread(values, into, [*alike, into])
     return into
 
 
@@ -206,7 +219,7 @@ def _refuse_other_form(written: list[Any], group: Group) -> None:
             raise UsageError(f"{group.where} changes the shape of a value in place; it serves one delta at a time")
 
 
-def _joined(found: list[Any], group: Group, *, fed: bool) -> Any:
+def _joined(found: list[Any], group: Group) -> Any:
     """Return what the runs of an operation gave, per delta.
 
     Raises:
@@ -218,7 +231,7 @@ def _joined(found: list[Any], group: Group, *, fed: bool) -> Any:
         if isinstance(values[0], torch.Tensor):
             if any(value.shape != values[0].shape or value.stride() != values[0].stride() for value in values):
                 raise _differs(group)
-            joined.append(PerDelta(values, group, fed=fed))
+            joined.append(PerDelta(values, group))
         elif any(value != values[0] for value in values):
             raise _differs(group)
         else:

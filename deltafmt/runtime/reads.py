@@ -21,65 +21,11 @@ from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError
 from deltafmt.runtime.cuts import WAY_OUT
+from deltafmt.runtime.form_only import FORM_ONLY, function_name
 from deltafmt.runtime.per_delta import group_of, merge_input
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.served_modules import ServedModules
 from deltafmt.runtime.sites import Site
-
-# Functions of a tensor that do not depend on its values.
-_FORM_ONLY = frozenset(
-    [
-        "dtype",
-        "device",
-        "shape",
-        "size",
-        "dim",
-        "ndim",
-        "numel",
-        "nelement",
-        "element_size",
-        "stride",
-        "storage_offset",
-        "layout",
-        "is_cuda",
-        "is_cpu",
-        "is_meta",
-        "is_floating_point",
-        "is_complex",
-        "is_contiguous",
-        "is_sparse",
-        "is_quantized",
-        "is_leaf",
-        "is_inference",
-        "requires_grad",
-        "grad",
-        "grad_fn",
-        "data_ptr",
-        "untyped_storage",
-        "get_device",
-        "type_as",
-        "new_empty",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_tensor",
-        "empty_like",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "rand_like",
-        "randn_like",
-        "__len__",
-        "__hash__",
-        "__get__",
-        "_version",
-        "requires_grad_",
-        "_is_view",
-        "_base",
-        "is_shared",
-        "names",
-    ]
-)
 
 
 class Reads:
@@ -187,7 +133,7 @@ class _Mode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _name_of(func) not in _FORM_ONLY:
+        if function_name(func) not in FORM_ONLY:
             args = tuple(self._replaced(value) for value in args)
             kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
@@ -219,11 +165,3 @@ class _Mode(TorchFunctionMode):
             return site.selected(self._selection, self._selection.slots[0], key)
         group = group_of(self._selection)
         return group.of([site.selected(self._selection, slot, key) for slot in group.slots])
-
-
-def _name_of(func: Any) -> str:
-    """Return a function's name; a property's getter has the name of the property."""
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return str(getattr(getattr(func, "__self__", None), "__name__", name))
-    return str(name)

@@ -1,26 +1,30 @@
 """The selection: which delta each row of a batch uses, within one ``with`` block.
 
 Rows follow each other in the order of the names. While it generates, a model may have several rows for each name
-(beams, samples); they stand side by side, as transformers repeats them. A module may also see rows as tokens, or
-flattened. In all these cases the first dimension, or the product of the leading ones, is a multiple of the number of
-names, and each name has an equal share of it.
+(beams, samples); they stand side by side, as transformers repeats them. Where the rows stand in the tensors inside the
+model is another question (:mod:`deltafmt.runtime.walks`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from types import TracebackType
+from typing import Any, TypeVar, cast
 
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.kernels.segments import Segments
+from deltafmt.runtime.batch_inputs import inputs_of, rows_of
+from deltafmt.runtime.orders import Order
+from deltafmt.runtime.places import Forms, form_of
+from deltafmt.runtime.walks import Walk
 
 T = TypeVar("T")
 
 BASE = -1
-_KEPT = 8  # numbers of tokens whose segments are kept: prefill, decoding and a few in between
+_KEPT = 8  # numbers of tokens whose order is kept: prefill, decoding and a few in between
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +58,8 @@ class Selection:
         used: the slots that occur, without negative ones.
         mixes: the slots and weights of each sum, by its number.
         touched: the slots that occur, alone or in a sum.
-        rows, tokens: the size of the batch that the model was last called with; the names and 0 before the first call.
+        walk: the call that is under way, if its rows use several deltas.
+        entered: True while a call of the model, or of a model inside it, is under way.
         copies: how many rows side by side the model may be given for each name; set while it generates.
         stash: tensors that a module's hook before the forward leaves for its hook after it, by the site's id.
         waiting: outputs that were computed ahead.
@@ -78,104 +83,99 @@ class Selection:
         self.used = frozenset(slot for slot in slots if slot >= 0)
         self.mixes = dict(mixes or {})
         self.touched = self.used.union(slot for terms in self.mixes.values() for slot, _ in terms)
-        self.rows, self.tokens = (len(slots) if each else 0), 0
+        self.walk: Walk | None = None
+        self.entered = False
         self.copies = frozenset((1,))
         self.stash: dict[int, torch.Tensor] = {}
         self.waiting: Waiting | None = None
         self.multiplied: set[int] = set()
         self._each = each
         self._names = len(slots)
-        self._row_slots = torch.tensor([max(slot, BASE) for slot in self.slots], dtype=torch.int32).to(device)
         self._alone: dict[int, Selection] = {}
         self._memo: dict[Hashable, object] = {}
-        self._segments: dict[int, Segments] = {}
+        self._whole: dict[int, Order] = {}
 
     @property
     def uniform(self) -> bool:
         """True if all rows use the same slot."""
         return len(self.slots) == 1
 
-    def enter(self, rows: int, tokens: int, where: str, *, root: bool = False) -> None:
-        """Note the rows and tokens of the batch that the model, or a model inside it, is called with.
+    def check_rows(self, rows: int, where: str, *, strict: bool = True) -> None:
+        """Refuse a batch whose rows are not those that the caller named.
 
         Args:
-            rows, tokens: the size of the batch.
+            rows: the rows of the batch.
             where: the model's class, for the message.
-            root: True for the model itself, which has a row for each name; False for a model inside it.
+            strict: True for the model that is called first; False for a model inside it.
 
         Raises:
-            UsageError: the rows are not those that the caller named.
+            UsageError: the rows are not those of the names, or not a multiple of them.
         """
-        if root and self._each and rows not in {self._names * copies for copies in self.copies}:
+        if strict and self._each and rows not in {self._names * copies for copies in self.copies}:
             raise rows_error(where, rows, self._names)
         if rows % self._names:
             raise UsageError(
                 f"{where} is given {rows} rows, which is not a multiple of the {self._names} names of deltas"
             )
-        self.rows, self.tokens = rows, tokens
 
-    def check(self, shape: Sequence[int], where: str) -> None:
-        """Refuse a module's input whose first dimension is neither the batch's rows nor its tokens.
+    def begin(self, forms: Forms, entry: Hashable, given: Mapping[str, Any], config: Any, where: str) -> Walk | None:
+        """Return the walk of a call that is about to begin; None if it needs none.
 
-        If all rows use the same slot, any shape will do.
+        Args:
+            forms: the forms of the model's calls.
+            entry: what is called.
+            given: its arguments by name.
+            config: its configuration, if it has one.
+            where: its class, for messages.
 
         Raises:
-            UsageError: the rows of the input cannot be told apart.
+            UsageError: the inputs' rows are not those that the caller named.
         """
-        if not self.uniform and shape[0] not in (self.rows, self.tokens):
-            raise mixed_error(where, shape)
+        found = rows_of(given)
+        if found is None:
+            return None
+        main, rows = found
+        self.check_rows(rows, where)
+        if self.uniform:
+            return None
+        inputs = list(inputs_of(given, rows, main, config, where))
+        named = torch.tensor(self.slots)
+        slots = [named.repeat_interleave(rows // len(self.slots))]
+        owned = tuple(one.rows for one in inputs if one.rows is not None and not one.packed)
+        slots += [slots[0][list(rows)] for rows in owned]
+        orders: dict[Hashable, Order] = self.memo(("orders", rows, owned), dict)
+        return Walk(forms, form_of(entry, given), slots, lambda: inputs, self.count, self.device, orders)
+
+    def order(self, site: object, number: int, tensor: torch.Tensor, shape: Sequence[int], where: str) -> Order | None:
+        """Return the order of the deltas in a tensor that a module is given; see :meth:`Walk.order`.
+
+        Raises:
+            UsageError: whose rows these are cannot be told.
+        """
+        if self.uniform:
+            return self.whole(math.prod(shape))
+        if self.walk is None:
+            raise UsageError(
+                f"{where} is called outside of its model, which knows the rows; call the model, or name one delta"
+            )
+        return self.walk.order(site, number, tensor, shape, where)
+
+    def whole(self, tokens: int) -> Order:
+        """Return the order of tokens that all use the one slot."""
+        found = self._whole.get(tokens)
+        if found is None:
+            if len(self._whole) == _KEPT:
+                self._whole.pop(next(iter(self._whole)))
+            slot = torch.tensor(self.slots)
+            found = self._whole[tokens] = Order((tokens,), 0, slot, self.count, self.device, uniform=True)
+        return found
 
     def alone(self, slot: int) -> Selection:
         """Return the selection of one slot for all rows of the same batch."""
         found = self._alone.get(slot)
         if found is None:
             found = self._alone[slot] = Selection([slot], self.count, self.device)
-        found.rows, found.tokens = self.rows, self.tokens
         return found
-
-    def share(self, size: int, where: str) -> int:
-        """Return how many of ``size`` rows or tokens belong to each name.
-
-        Raises:
-            UsageError: ``size`` is not a multiple of the number of names.
-        """
-        if size % len(self.slots):
-            raise UsageError(
-                f"{where} has {size} rows, which is not a multiple of the {len(self.slots)} names of deltas"
-            )
-        return size // len(self.slots)
-
-    def segments(self, tokens: int, where: str) -> Segments:
-        """Return the segments of a batch of tokens: which tokens use which slot. They are kept for the next module."""
-        if tokens not in self._segments:
-            if len(self._segments) == _KEPT:
-                self._segments.pop(next(iter(self._segments)))
-            each = self.share(tokens, where)
-            lengths = {slot: each * self.slots.count(slot) for slot in self.used}
-            slots = self._row_slots[:, None].expand(-1, each).reshape(-1)
-            self._segments[tokens] = Segments(slots, self.count, lengths)
-        return self._segments[tokens]
-
-    def members(self, slot: int, size: int, where: str) -> torch.Tensor | slice:
-        """Return the numbers of those rows or tokens, of ``size``, that use a slot."""
-        if self.uniform:
-            return slice(None)
-
-        def build() -> torch.Tensor:
-            each = self.share(size, where)
-            rows = torch.tensor([row for row, found in enumerate(self.slots) if found == slot], dtype=torch.long)
-            return (rows[:, None] * each + torch.arange(each)).reshape(-1).to(self.device)
-
-        return self.memo(("members", slot, size), build)
-
-    def spread(self, values: torch.Tensor, size: int, where: str) -> torch.Tensor:
-        """Return, for each of ``size`` rows or tokens, the value of its slot; ``values`` has one for each of them."""
-        return values.repeat_interleave(self.share(size, where), 0)
-
-    def add_(self, y: torch.Tensor, values: torch.Tensor, where: str) -> None:
-        """Add to the rows or tokens of each slot the slot's values, to the first columns of ``y``."""
-        each = self.share(len(y), where)
-        y.view(len(values), each, -1)[:, :, : values.shape[-1]] += values[:, None]
 
     def memo(self, key: Hashable, build: Callable[[], T]) -> T:
         """Return the object that was built for a key before, or build it."""
@@ -186,16 +186,56 @@ class Selection:
         return cast("T", self._memo[key])
 
 
+class Entry:
+    """A context manager: a call of a model, with what is known about its rows. Models inside it change nothing.
+
+    Args:
+        forms: the forms of the model's calls.
+        selection: the slots of the rows.
+        entry: what is called.
+        given: its arguments by name.
+        config: its configuration, if it has one.
+        module: the model, for messages.
+    """
+
+    __slots__ = ("_forms", "_given", "_names", "_outer", "_selection")
+
+    def __init__(
+        self,
+        forms: Forms,
+        selection: Selection,
+        entry: Hashable,
+        given: Mapping[str, Any],
+        config: Any,
+        module: object,
+    ) -> None:
+        self._forms, self._selection, self._given = forms, selection, given
+        self._names = entry, config, type(module).__name__
+        self._outer = False
+
+    def __enter__(self) -> None:
+        """Begin the call."""
+        selection = self._selection
+        if selection.entered:
+            return
+        entry, config, where = self._names
+        walk = selection.begin(self._forms, entry, self._given, config, where)
+        if walk is not None:
+            walk.__enter__()
+        selection.walk, selection.entered, self._outer = walk, True, True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the call."""
+        if self._outer:
+            walk, self._selection.walk, self._selection.entered = self._selection.walk, None, False
+            if walk is not None:
+                walk.__exit__(kind, error, trace)
+
+
 def rows_error(where: str, rows: int, names: int) -> UsageError:
     """Return the error for a batch with other rows than the caller has named."""
     return UsageError(
         f"{where} is given {rows} rows and {names} names of deltas; give a name for each row, or one name for all rows"
-    )
-
-
-def mixed_error(where: str, shape: Sequence[int]) -> UsageError:
-    """Return the error for a module whose input cannot be told apart by rows."""
-    return UsageError(
-        f"{where} is given the shape {list(shape)}, which does not follow the batch's rows; "
-        "such a model serves one delta at a time"
     )

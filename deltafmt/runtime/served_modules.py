@@ -62,6 +62,10 @@ class ServedModules:
         """Return the sites of all served modules."""
         return list(self._sites.values())
 
+    def changed_by(self, selection: Selection) -> frozenset[int]:
+        """Return the ids of the sites that one of the selection's deltas changes."""
+        return frozenset(id(site) for site in self._sites.values() if not site.slots.isdisjoint(selection.touched))
+
     def siblings_of(self, module: nn.Module) -> list[nn.Module]:
         """Return the modules whose outputs may be computed together with a module's: those with a forward of ours."""
         found = self._sites.get(id(module))
@@ -189,13 +193,27 @@ class ServedModules:
         if selection is None:
             return None
         output = settled(output)
+        walk = selection.walk
+        follower = None if walk is None else walk.follower
+        if walk is not None and follower is not None:
+            walk.note(site, args, kwargs, output)
+            # How the rows meet an output that is the same for all of them is found out whether it changes or not.
+            found = self._changed(site, selection, args, kwargs, output, always=isinstance(site, EmbeddingSite))
+            follower.same_rows(found, output)
+            return found
+        return self._changed(site, selection, args, kwargs, output)
+
+    def _changed(
+        self, site: Site, selection: Selection, args: Any, kwargs: Any, output: Any, *, always: bool = False
+    ) -> Any:
         changed = site.changes(selection)
-        if not changed and not selection.mixes:
+        if not (changed or selection.mixes or always):
             return None
         refuse_gradient(site.name, output)
-        site.ran = True
+        if changed or selection.mixes:
+            site.ran = True
         if selection.mixes:
-            return mixed_output(site, selection, args, kwargs, output, changed=changed)
+            return mixed_output(site, selection, args, kwargs, output, changed=changed or always)
         if self._fuse and type(site) is LinearSite and id(site) not in self._groups and shareable(args, kwargs):
             self._learn(site, args[0], selection)
         return site.after(selection, args, kwargs, output)

@@ -123,6 +123,8 @@ class Siblings:
             selection = self._active()
             if selection is None or not selection.touched:
                 return forward(*args, **kwargs)
+            if selection.walk is not None and selection.walk.follower is not None:
+                selection.walk.note(site, args, kwargs, None)
             output = None
             if self._serves(selection) and shareable(args, kwargs):
                 output = self._take(site, args[0], selection)
@@ -160,11 +162,11 @@ class Siblings:
     def _compute(self, given: torch.Tensor, selection: Selection) -> torch.Tensor:
         """Return the first module's output with its deltas; the outputs of the others wait for their calls."""
         first, leading = self.sites[0], given.shape[:-1]
-        selection.check(leading, first.name)
+        order = first.order(selection, given, leading)
         outputs = self._compute_fused(given, selection) if selection.uniform else None
         if outputs is None:
             outputs = [self._forwards[number][0](given) for number in self._numbers]
-            segments = selection.segments(leading.numel(), first.name)
+            segments = order.segments()
             if not repeated_(outputs, given, self._table, segments):
                 flat = [output.reshape(-1, output.shape[-1]) for output in outputs]
                 x = given.to(flat[0].dtype).reshape(-1, given.shape[-1])

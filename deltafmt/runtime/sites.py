@@ -7,7 +7,7 @@ output, and returns another output.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from deltafmt.kernels.products import matmul_, operand_delta
 from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.binding import bias_of
 from deltafmt.runtime.device_delta import DeviceTensor
+from deltafmt.runtime.orders import Order
 from deltafmt.runtime.selection import BASE, Selection
 from deltafmt.runtime.values import new_values
+from deltafmt.runtime.walks import mixed_error
 
 
 class Site(ABC):
@@ -116,6 +118,23 @@ class Site(ABC):
     def before(self, _selection: Selection, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
         """Return other arguments for the base module, or None to keep the given ones."""
         return None
+
+    def order(self, selection: Selection, given: torch.Tensor, shape: Sequence[int], number: int = 0) -> Order:
+        """Return the order of the deltas in a tensor that the module was given.
+
+        Args:
+            selection: the rows of the batch.
+            given: the tensor.
+            shape: its leading dimensions.
+            number: the number of the argument.
+
+        Raises:
+            UsageError: whose rows these are cannot be told, or they are the same for all rows of the batch.
+        """
+        found = selection.order(self, number, given, shape, self.name)
+        if found is None:
+            raise mixed_error(self.name, given.shape)
+        return found
 
     @abstractmethod
     def after(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -238,12 +257,14 @@ class LinearSite(WeightSite):
 
     def after(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the output with the deltas' weights, products, biases and new logits."""
+        if not isinstance(output, torch.Tensor):
+            raise output_error(self, output)
         given = first_input(args, kwargs)
-        selection.check(given.shape[:-1], self.name)
+        order = self.order(selection, given, given.shape[:-1])
         x = given.to(output.dtype).reshape(-1, given.shape[-1])
         y = output.reshape(-1, output.shape[-1])
         for slot in selection.used & self._weights.keys():
-            mine = selection.members(slot, len(x), self.name)
+            mine = order.members(slot)
             weight = self._weights[slot].to(x.dtype)
             bias = bias_of(self.module)
             bias = None if bias is None else bias[: len(weight)].to(x.dtype)
@@ -251,11 +272,11 @@ class LinearSite(WeightSite):
         if id(self) in selection.multiplied:
             selection.multiplied.discard(id(self))
         else:
-            self._multiply(y, x, selection)
+            self._multiply(y, x, selection, order)
         if not selection.used.isdisjoint(self._biases):
-            self._add_biases(y, selection)
+            self._add_biases(y, selection, order)
         if not selection.used.isdisjoint(self._totals):
-            y = self._widen(y, x, selection)
+            y = self._widen(y, x, selection, order)
         return y.view(*output.shape[:-1], -1)
 
     def plain_weight(self, given: torch.Tensor) -> torch.Tensor | None:
@@ -266,21 +287,23 @@ class LinearSite(WeightSite):
         plain = weight.dtype == given.dtype and weight.device == given.device and weight.is_contiguous()
         return weight if plain else None
 
-    def _multiply(self, y: torch.Tensor, x: torch.Tensor, selection: Selection) -> None:
+    def _multiply(self, y: torch.Tensor, x: torch.Tensor, selection: Selection, order: Order) -> None:
         """Add the products of the packed terms."""
         if self.table.serves(selection):
-            matmul_([y], x, self.table.operands, selection.segments(len(x), self.name))
+            matmul_([y], x, self.table.operands, order.segments())
 
-    def _add_biases(self, y: torch.Tensor, selection: Selection) -> None:
+    def _add_biases(self, y: torch.Tensor, selection: Selection, order: Order) -> None:
         """Add to each token the difference between its delta's bias and the base's, in float32."""
         some = next(iter(self._biases.values()))
+        slots = list(dict.fromkeys(selection.slots))
 
         def build() -> torch.Tensor:
-            return torch.stack([self._biases.get(slot, torch.zeros_like(some)) for slot in selection.slots])
+            return torch.stack([self._biases.get(slot, torch.zeros_like(some)) for slot in slots])
 
-        selection.add_(y, selection.memo((id(self), "bias"), build), self.name)
+        differences = selection.memo((id(self), "bias"), build)
+        y[:, : some.shape[0]] += differences if order.uniform else differences[order.numbers(slots)]
 
-    def _widen(self, y: torch.Tensor, x: torch.Tensor, selection: Selection) -> torch.Tensor:
+    def _widen(self, y: torch.Tensor, x: torch.Tensor, selection: Selection, order: Order) -> torch.Tensor:
         """Return logits for the largest vocabulary among the selection's deltas."""
         width = max(self._totals.get(slot, self.rows) for slot in selection.slots)
         lowest = torch.finfo(y.dtype).min
@@ -288,7 +311,7 @@ class LinearSite(WeightSite):
         shared = min(width, self.rows)
         wide[:, :shared] = y[:, :shared]
         for slot in selection.used & self._totals.keys():
-            mine = selection.members(slot, len(x), self.name)
+            mine = order.members(slot)
             total = self._totals[slot]
             wide[mine, total:] = lowest
             if slot in self._new_rows:
@@ -316,9 +339,9 @@ class TransposedSite(LinearSite):
         super()._clear(slot)
         self._terms.pop(slot, None)
 
-    def _multiply(self, y: torch.Tensor, x: torch.Tensor, selection: Selection) -> None:
+    def _multiply(self, y: torch.Tensor, x: torch.Tensor, selection: Selection, order: Order) -> None:
         for slot in selection.used & self._terms.keys():
-            mine = selection.members(slot, len(x), self.name)
+            mine = order.members(slot)
             for operand in self._terms[slot].terms:
                 y[mine] = (y[mine].float() + x[mine].float() @ operand_delta(operand)).to(y.dtype)
 
@@ -327,6 +350,13 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tenso
     """Return the input of a call to a module that has a single input."""
     given: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
     return given
+
+
+def output_error(site: Site, output: Any) -> UsageError:
+    """Return the error for a module that gives something else than a tensor."""
+    return UsageError(
+        f"{site.name}, a {type(site.module).__name__}, gives {type(output).__name__}, which a delta cannot be added to"
+    )
 
 
 def refuse_gradient(name: str, output: Any) -> None:

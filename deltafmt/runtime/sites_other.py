@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +14,15 @@ from deltafmt.errors import UsageError
 from deltafmt.kernels.products import embedding_
 from deltafmt.runtime.binding import held_tensor
 from deltafmt.runtime.device_delta import DeviceTensor
-from deltafmt.runtime.selection import Selection, mixed_error
-from deltafmt.runtime.sites import Site, WeightSite, first_input
+from deltafmt.runtime.form_only import FORM_ONLY, function_name
+from deltafmt.runtime.orders import Order
+from deltafmt.runtime.per_row import per_row
+from deltafmt.runtime.places import LOOKED_UP, OUTPUT
+from deltafmt.runtime.selection import Selection
+from deltafmt.runtime.sites import Site, WeightSite, first_input, output_error
 from deltafmt.runtime.substituted import SubstitutedSite, refuse_training, twin_of
 from deltafmt.runtime.values import new_values
+from deltafmt.runtime.walks import mixed_error
 
 _KEPT_ROWS = 1024  # a weight for each row is kept for the next call up to this many rows
 
@@ -54,11 +58,13 @@ class EmbeddingSite(WeightSite):
         selection.stash[id(self)] = ids
         held = ids.clamp(max=self.rows - 1)
         if not selection.uniform:
-            flat = ids.reshape(-1).clone()
-            for slot in grown:
-                mine = selection.members(slot, len(flat), self.name)
-                flat[mine] = held.reshape(-1)[mine]
-            held = flat.view(ids.shape)
+            order = selection.order(self, 0, ids, ids.shape, self.name)
+            if order is not None:
+                flat = ids.reshape(-1).clone()
+                for slot in grown:
+                    mine = order.members(slot)
+                    flat[mine] = held.reshape(-1)[mine]
+                held = flat.view(ids.shape)
         return ((held, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): held})
 
     def after(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -66,70 +72,85 @@ class EmbeddingSite(WeightSite):
         asked = selection.stash.pop(id(self), None)
         if self._plain:
             ids = asked if asked is not None else first_input(args, kwargs)
+            if selection.walk is not None and selection.walk.follower is not None:
+                selection.walk.note_tensor(self, LOOKED_UP, ids)
             return self._look_up(selection, ids, output)
         if asked is not None:
             raise UsageError(f"{self.name}, a {type(self.module).__name__}, cannot serve the new rows of a delta")
         look_ups = _LookUps(self, selection)
         with look_ups:
             found = type(self.module).forward(self.module, *args, **kwargs)
-        return found if look_ups.found else self._direct.run(selection, args, kwargs)
+        if look_ups.found and not look_ups.otherwise:
+            return found
+        return self._direct.run(selection, args, kwargs)
 
     def _look_up(self, selection: Selection, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        if not selection.uniform:
-            ids, output = self.by_row(selection, ids, output)
+        order = selection.order(self, LOOKED_UP, ids, ids.shape, self.name)
+        if order is None:
+            return per_row(
+                self,
+                self.name,
+                selection,
+                output,
+                self.slots,
+                lambda slot: self._look_up(selection.alone(slot), ids, output.clone()),
+            )
         flat = ids.reshape(-1)
         y = output.reshape(len(flat), -1)
         for slot in selection.used & self._weights.keys():
-            mine = selection.members(slot, len(flat), self.name)
+            mine = order.members(slot)
             # An id beyond these rows belongs to a new row; its values are set below.
             held = flat[mine].clamp(max=len(self._weights[slot]) - 1) if slot in self._new_rows else flat[mine]
             y[mine] = functional.embedding(held, self._weights[slot]).to(y.dtype)
         if self.table.serves(selection):
-            embedding_(y, flat, self.table.operands, selection.segments(len(flat), self.name))
+            embedding_(y, flat, self.table.operands, order.segments())
         for slot in selection.used & self._new_rows.keys():
-            mine = selection.members(slot, len(flat), self.name)
+            mine = order.members(slot)
             beyond = flat[mine] - self.rows
             rows = functional.embedding(beyond.clamp(min=0), self._new_rows[slot])
             y[mine] = torch.where((beyond >= 0)[:, None], rows.to(y.dtype), y[mine])
         return y.view(output.shape)
 
-    def by_row(
-        self, selection: Selection, ids: torch.Tensor, output: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and output with one row for each row of the batch; positions often have a single row for all.
-
-        Raises:
-            UsageError: the ids do not tell which of them belongs to which row of the batch.
-        """
-        relative = "relative" in self.name.rpartition(".")[2]
-        if ids.dim() > 1 and ids.shape[0] == 1 and selection.rows and not (relative or selection.packed):
-            rows = selection.rows
-            return ids.expand(rows, *ids.shape[1:]), output.expand(rows, *output.shape[1:]).contiguous()
-        flat = ids.dim() == 1 and ids.shape[0] == selection.tokens
-        if relative or not (flat or (ids.dim() > 1 and ids.shape[0] in (selection.rows, selection.tokens))):
-            raise mixed_error(self.name, ids.shape)
-        if selection.packed:
-            selection.check(ids.shape, self.name)
-        return ids, output
-
 
 class _LookUps(TorchFunctionMode):
-    """A torch mode that adds the deltas to every look-up in a module's weight."""
+    """A torch mode that adds the deltas to every look-up in a module's weight.
+
+    Attributes:
+        found: True if there was a look-up.
+        otherwise: True if the module computed with its weight in another way.
+    """
 
     def __init__(self, site: EmbeddingSite, selection: Selection) -> None:
         super().__init__()
-        self.found = False
+        self.found = self.otherwise = False
         self._site = site
         self._selection = selection
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is functional.embedding and len(args) > 1 and args[1] is self._site.module.weight:
-            self.found = True
-            return self._site._look_up(self._selection, args[0], output)  # noqa: SLF001 - this class is part of the site
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        weight = self._site.module.weight
+        if func is functional.embedding and len(args) > 1 and args[1] is weight:
+            return self._changed(args[0], output)
+        if func is torch.Tensor.__getitem__ and args[0] is weight:
+            ids = args[1]
+            if isinstance(ids, slice):
+                ids = torch.arange(len(weight), device=weight.device)[ids]
+            if isinstance(ids, torch.Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool:
+                return self._changed(ids, output)
+        if any(one is weight for one in (*args, *kwargs.values())) and function_name(func) not in FORM_ONLY:
+            self.otherwise = True
         return output
+
+    def _changed(self, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        self.found = True
+        walk = self._selection.walk
+        if walk is not None and walk.follower is not None:
+            walk.note_tensor(self._site, LOOKED_UP, ids)
+        # Rows that were sliced off the weight are the weight's own memory.
+        return self._site._look_up(self._selection, ids, output.clone())  # noqa: SLF001 - this class is part of the site
 
 
 class OtherSite(Site):
@@ -145,7 +166,8 @@ class OtherSite(Site):
         self._values: dict[int, dict[str, torch.Tensor]] = {}
         self._twins: dict[int, nn.Module] = {}
         self._by_row = type(module).__name__.endswith("RMSNorm") and not isinstance(module, nn.RMSNorm)
-        self.linear = type(module).__name__.endswith("Norm") or isinstance(module, nn.modules.conv._ConvNd)  # noqa: SLF001
+        self._norm = type(module).__name__.endswith("Norm")
+        self.linear = self._norm or isinstance(module, nn.modules.conv._ConvNd)  # noqa: SLF001
 
     def grow(self, slots: int) -> None:
         """Do nothing: there is room for any number of slots."""
@@ -161,71 +183,58 @@ class OtherSite(Site):
     def _clear(self, slot: int) -> None:
         del self._values[slot], self._twins[slot]
 
+    def order(self, selection: Selection, given: torch.Tensor, shape: Sequence[int], number: int = 0) -> Order:
+        """Return the order of the deltas in a tensor; see :meth:`Site.order`.
+
+        Raises:
+            UsageError: as there; or the batch is packed, and the module may compute a token from others.
+        """
+        if selection.packed and not self._norm:
+            raise mixed_error(self.name, given.shape)
+        return super().order(selection, given, shape, number)
+
     def after(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the output that the module gives with the deltas' parameters."""
         if not isinstance(output, torch.Tensor):
-            module_type = type(self.module).__name__
-            raise UsageError(
-                f"{self.name}, a {module_type}, gives {type(output).__name__}, which a delta cannot be added to"
-            )
+            raise output_error(self, output)
         refuse_training(self.name, self.module, (key for values in self._values.values() for key in values))
         if selection.uniform:
             return _run(self._twins[selection.slots[0]], args, kwargs)
-        if selection.packed and self.turned(selection, first_input(args, kwargs)):
-            args, kwargs = each(turn, args, kwargs)
-            return turn(self.after(selection, args, kwargs, turn(output)))
-        selection.check(output.shape, self.name)
-        if selection.packed and output.shape[0] != selection.tokens:
-            # (1, tokens, ...): each token is a row of its own.
-            row = functools.partial(_row, selection.tokens)
-            args, kwargs = each(row, args, kwargs)
-            return self._by_rows(selection, args, kwargs, output[0])[None]
-        return self._by_rows(selection, args, kwargs, output)
-
-    def turned(self, selection: Selection, given: torch.Tensor) -> bool:
-        """Tell whether a norm of a packed batch is given (1, heads, tokens, size), a view of (1, tokens, heads, size).
-
-        A norm works on the last dimension alone, so it may be given the one for the other.
-        """
-        if not type(self.module).__name__.endswith("Norm") or given.dim() != 4 or given.shape[0] != 1:
-            return False
-        heads, tokens = given.shape[1:3]
-        return tokens == selection.tokens and (heads != tokens or given.stride(1) < given.stride(2))
-
-    def _by_rows(
-        self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the output for rows that use several deltas."""
-        rows = output.shape[0]
+        order = self.order(selection, output, output.shape[:-1], OUTPUT)
         if self._by_row:
-            found: torch.Tensor = _run(self._spread(selection, rows, output.dim()), args, kwargs)
+            found = _run(self._spread(selection, order, output.dim()), args, kwargs)
             if found.shape == output.shape:
                 return found
+        # The arguments that have rows of the batch, each with its own order.
+        orders = {
+            number: selection.order(self, number, value, value.shape, self.name)
+            for number, value in enumerate((*args, *kwargs.values()))
+            if isinstance(value, torch.Tensor)
+        }
         output = output.clone()
         for slot in selection.used & self._values.keys():
-            mine = selection.members(slot, rows, self.name)
-            picked = [_pick(value, rows, mine) for value in args]
-            named = {key: _pick(value, rows, mine) for key, value in kwargs.items()}
-            output[mine] = _run(self._twins[slot], tuple(picked), named)
+            mine = [_pick(value, orders.get(number), slot) for number, value in enumerate((*args, *kwargs.values()))]
+            named = dict(zip(kwargs, mine[len(args) :], strict=True))
+            found = _run(self._twins[slot], tuple(mine[: len(args)]), named)
+            output.index_copy_(order.dim, order.along(slot), found)
         return output
 
-    def _spread(self, selection: Selection, rows: int, dimensions: int) -> nn.Module:
+    def _spread(self, selection: Selection, order: Order, dimensions: int) -> nn.Module:
         """Return a copy of the module whose parameters have a row for each row of the batch: (rows, 1, ..., size)."""
 
         def build() -> nn.Module:
+            slots = list(dict.fromkeys(selection.slots))
+            numbers = torch.tensor([slots.index(slot) for slot in order.line.tolist()], device=self.device)
             spread = {}
             for key, base in self.module.named_parameters(recurse=False):
-                values = selection.spread(stacked(key, base), rows, self.name)
-                spread[key] = values.view(rows, *[1] * (dimensions - 1 - base.dim()), *base.shape)
+                own = [self._values.get(slot, {}).get(key, base).to(self.device) for slot in slots]
+                form = [-1 if dim == order.dim else 1 for dim in range(dimensions - base.dim())]
+                spread[key] = torch.stack(own)[numbers].view(*form, *base.shape)
             return twin_of(self.module, spread)
 
-        def stacked(key: str, base: torch.Tensor) -> torch.Tensor:
-            own = [self._values.get(slot, {}).get(key, base) for slot in selection.slots]
-            return torch.stack([value.to(self.device) for value in own])
-
-        if rows > _KEPT_ROWS:
+        if len(order.line) > _KEPT_ROWS:
             return build()
-        return selection.memo((id(self), "rows", rows, dimensions), build)
+        return order.memo((id(self), dimensions), build)
 
 
 def adds_up(module: nn.Module) -> bool:
@@ -240,23 +249,6 @@ def _run(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return type(twin).forward(twin, *args, **kwargs)
 
 
-def each(
-    change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call, each of them changed."""
-    return tuple(map(change, args)), {key: change(value) for key, value in kwargs.items()}
-
-
-def turn(value: Any) -> Any:
-    """Exchange heads and tokens of a tensor that has both; any other argument stays as it is."""
-    return value.transpose(1, 2) if isinstance(value, torch.Tensor) and value.dim() == 4 else value
-
-
-def _row(tokens: int, value: Any) -> Any:
-    """Return the only row of an argument of the shape (1, tokens, ...); any other argument as it is."""
-    return value[0] if isinstance(value, torch.Tensor) and value.shape[:2] == (1, tokens) else value
-
-
-def _pick(value: Any, rows: int, mine: torch.Tensor | slice) -> Any:
-    """Return some rows of an argument if it has as many rows as the batch; otherwise the argument itself."""
-    return value[mine] if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows else value
+def _pick(value: Any, order: Order | None, slot: int) -> Any:
+    """Return a slot's rows of an argument; the argument itself if it depends on no row of the batch."""
+    return value if order is None else value.index_select(order.dim, order.along(slot))

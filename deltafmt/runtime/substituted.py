@@ -69,6 +69,8 @@ class Wrapped(Uncopied):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, with the deltas of the calling thread."""
         selection = self._active()
+        if selection is not None and selection.walk is not None:
+            selection.walk.note(self._site, args, kwargs, None)
         if selection is None or not self._site.changes(selection):
             return self._before(*args, **kwargs)
         self._site.ran = True
@@ -135,7 +137,7 @@ class SubstitutedSite(WrappedSite):
 
     def _run_mixed(self, keys: list[str], selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         group = group_of(selection)
-        outer, group.where = group.where, self.name
+        outer, group.where, group.site = (group.where, group.site), self.name, self
         before = group.alive()
         values = {key: group.of([self.selected(selection, slot, key) for slot in group.slots]) for key in keys}
         try:
@@ -143,7 +145,7 @@ class SubstitutedSite(WrappedSite):
             values.clear()
             group.refuse_kept(before)
         finally:
-            group.where = outer
+            group.where, group.site = outer
         self._refuse_gradient(found)
         return found
 

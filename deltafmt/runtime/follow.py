@@ -1,0 +1,101 @@
+"""Following the rows of a batch through a model: which row each part of every tensor was computed from.
+
+A torch mode sees every operation of a call. It carries the owners (:mod:`deltafmt.runtime.owners`) from an operation's
+inputs to its outputs. A tensor that depends on no row (a weight, a table of positions) has no owners. Where an
+operation is not known, or mixes the rows, the owners are lost, and so are those of all that is computed from it.
+
+This is slow, so it is done for the first call of each form; :mod:`deltafmt.runtime.places` keeps what it found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Final
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deltafmt.runtime import follow_rules as rules
+from deltafmt.runtime.owners import LOST, Found, Owners, joined
+
+_NAME: Final = "_deltafmt_owners"
+_VIEWED: Final = "_deltafmt_viewed"
+
+
+class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A torch mode that follows the rows of one call."""
+
+    def mark(self, tensor: torch.Tensor, owners: Found) -> None:
+        """Give a tensor its owners."""
+        if owners is not None or getattr(tensor, _NAME, None) is not None:
+            with contextlib.suppress(AttributeError):
+                setattr(tensor, _NAME, (self, owners))
+
+    def owners(self, tensor: torch.Tensor) -> Found:
+        """Return the owners of a tensor; None if it depends on no row."""
+        found = getattr(tensor, _NAME, None)
+        return found[1] if found is not None and found[0] is self else None
+
+    def same_rows(self, made: Any, given: torch.Tensor) -> None:
+        """Give a module's new output the owners of its old one; the last dimension may differ."""
+        if not isinstance(made, torch.Tensor) or made is given:
+            return
+        owners = self.owners(given)
+        if isinstance(owners, Owners):
+            if made.shape[:-1] == given.shape[:-1]:
+                owners = owners.having(owners.items[..., :1].expand(made.shape))
+            else:
+                owners = LOST
+        self.mark(made, owners)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = rules.name_of(func)
+        rule = rules.RULES.get(name)
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = rules.pointwise
+        given = [self.owners(tensor) for tensor in rules.tensors_in((args, kwargs))]
+        if rule is None and any(given) and name not in rules.NO_ROWS and func._can_decompose():  # noqa: SLF001
+            with self:
+                return func.decompose(*args, **kwargs)
+        output = func(*args, **kwargs)
+        changed = rules.tensors_in(output)
+        if not any(found is not None for found in given):
+            for tensor in changed:
+                self.mark(tensor, None)
+            return output
+        if name in rules.NO_ROWS:
+            found: Any = None
+        elif rule is None:
+            found = LOST
+        else:
+            found = rule(rules.Seen(self.owners, func, args, kwargs, changed))
+        for number, tensor in enumerate(changed):
+            one = found[number] if isinstance(found, tuple) else found
+            self.mark(tensor, one)
+            if func._schema.is_mutable:  # noqa: SLF001 - torch has no public name for it
+                self._write_back(tensor, one)
+        if changed and name in ("slice", "select") and isinstance(args[0], torch.Tensor):
+            setattr(changed[0], _VIEWED, (self, args[0], name, args[1] if len(args) > 1 else 0, args[2:]))
+        return output
+
+    def _write_back(self, view: torch.Tensor, owners: Found) -> None:
+        """Tell the tensor that a changed view shows a part of."""
+        link = getattr(view, _VIEWED, None)
+        if link is None or link[0] is not self or owners is None:
+            return
+        _, base, kind, dim, _ = link
+        dim %= base.dim()
+        before = self.owners(base)
+        after: Found = LOST
+        if isinstance(owners, Owners) and before is not LOST:
+            items = owners.items.unsqueeze(dim) if kind == "select" else owners.items
+            if not items.stride(dim) or items.size(dim) == 1:
+                whole = items.narrow(dim, 0, 1).expand(base.shape)
+                after = owners.having(whole)
+                if isinstance(before, Owners):
+                    after = joined([after, before], base.shape)
+        self.mark(base, after)
+        self._write_back(base, after)
