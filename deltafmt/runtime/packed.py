@@ -101,9 +101,9 @@ class PackedSelection(Selection):
             return 1
         # As many rows as tokens could be some of the tokens, in another order, as experts are given them.
         base = tensor._base  # noqa: SLF001 - torch has no public name for it
-        flat = shape[:1] == (self.tokens,) and base is not None and base.shape[:2] == (1, self.tokens)
-        same = flat and math.prod(base.shape) == math.prod(shape) and tensor.is_contiguous()
-        return 0 if same else None
+        if base is None or shape[:1] != (self.tokens,) or base.shape[:2] != (1, self.tokens):
+            return None
+        return 0 if math.prod(base.shape) == math.prod(shape) and tensor.is_contiguous() else None
 
 
 def select(
