@@ -182,7 +182,7 @@ def test_fused_matrices_are_refused(tmp_path: Path) -> None:
     assert "ignore" not in str(caught.value)
 
 
-def test_rows_that_cannot_be_told_apart(tmp_path: Path) -> None:
+def test_rows_that_stand_elsewhere(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     class Shuffled(torch.nn.Module):
@@ -204,9 +204,12 @@ def test_rows_that_cannot_be_told_apart(tmp_path: Path) -> None:
         model(torch.randn(2, 5, 8))
     # What a delta changes and the model did not run.
     assert model.deltas.unused() == ["spare"]
-    refused = r"^layer is given the shape \[3, 2\], which does not follow"
-    with model.delta(["d", None]), pytest.raises(UsageError, match=refused):
-        model(torch.randn(2, 5, 8))
+    # The rows are followed to the dimension in which they stand.
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        want = torch.stack([model(x, delta="d")[:, 0], model(x)[:, 1]], 1)
+        for _ in range(2):
+            assert torch.allclose(model(x, delta=["d", None]), want, atol=1e-6)
 
 
 @pytest.mark.parametrize("names", ["one", ["one", None]], ids=["same", "mixed"])

@@ -30,11 +30,18 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if owners is not None or getattr(tensor, _NAME, None) is not None:
             with contextlib.suppress(AttributeError):
                 setattr(tensor, _NAME, (self, owners))
+        for part in _parts(tensor):
+            self.mark(part, _resized(owners, part.shape))
 
     def owners(self, tensor: torch.Tensor) -> Found:
         """Return the owners of a tensor; None if it depends on no row."""
         found = getattr(tensor, _NAME, None)
-        return found[1] if found is not None and found[0] is self else None
+        if found is not None and found[0] is self:
+            owners: Found = found[1]
+            return owners
+        for part in _parts(tensor):
+            return _resized(self.owners(part), tensor.shape)
+        return None
 
     def same_rows(self, made: Any, given: torch.Tensor) -> None:
         """Give a module's new output the owners of its old one; the last dimension may differ."""
@@ -99,3 +106,22 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     after = joined([after, before], base.shape)
         self.mark(base, after)
         self._write_back(base, after)
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return what a tensor that stands for others holds: one that is cut over processes holds a cut.
+
+    Such a tensor is put around the others, and taken off, without an operation.
+    """
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    return [] if flatten is None else [getattr(tensor, name) for name in flatten()[0]]
+
+
+def _resized(owners: Found, shape: torch.Size) -> Found:
+    """Return the owners of a tensor that is cut in the other dimensions alone; otherwise they are lost."""
+    if not isinstance(owners, Owners) or owners.items.shape == shape:
+        return owners
+    dim, line = owners.line()
+    if len(shape) != owners.items.dim() or shape[dim or 0] != owners.items.shape[dim or 0]:
+        return LOST
+    return owners.having(line.view([-1 if place == dim else 1 for place in range(len(shape))]).expand(shape))

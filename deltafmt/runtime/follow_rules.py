@@ -400,6 +400,20 @@ def _masked_scatter(seen: Seen) -> Found:
     return seen.first if seen.first is not None else LOST
 
 
+def _gathered(seen: Seen) -> Found:
+    """Put the tensors of all processes behind each other; the rows are the same in each."""
+    first = seen.first
+    if not isinstance(first, Owners):
+        return first
+    count = seen.shape[0] // max(first.items.shape[0], 1)
+    return first.moved(first.items.repeat(count, *[1] * (first.items.dim() - 1)))
+
+
+def _summed(seen: Seen) -> tuple[Found, ...]:
+    """Add up the tensors of all processes, in place; the rows are the same in each."""
+    return tuple(seen.owners(tensor) for tensor in seen.outputs)
+
+
 def _unfilled(seen: Seen) -> Found:
     """Scatter one value: nothing of another row comes in."""
     return _written(seen) if isinstance(seen.args.get("src"), torch.Tensor) else seen.first
@@ -423,6 +437,7 @@ RULES: Final[dict[str, Rule]] = {
             *("_adaptive_avg_pool2d", "mean_pool", "upsample_bilinear2d", "upsample_bicubic2d", "avg_pool1d", "glu"),
             *("upsample_nearest2d", "upsample_nearest1d", "_conj", "view_as_real", "view_as_complex", "nan_to_num"),
             *("_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_fft_r2c", "_fft_c2r", "_fft_c2c"),
+            *("all_reduce", "wait_tensor", "_wrap_tensor_autograd"),  # of several processes
         ),
         _same,
     ),
@@ -452,6 +467,8 @@ RULES: Final[dict[str, Rule]] = {
     **dict.fromkeys(("index_add", "index_copy"), _written),
     **dict.fromkeys(("scatter", "scatter_add"), _unfilled),
     "linear": _linear,
+    "all_gather_into_tensor": _gathered,
+    "allreduce": _summed,
     "_grouped_mm": _grouped,
     "cat": _cat,
     "stack": _stack,
@@ -462,4 +479,5 @@ RULES: Final[dict[str, Rule]] = {
     "index_put": _put,
     "copy": _copied,
     "masked_scatter": _masked_scatter,
+    "floor_divide": pointwise,  # which torch does not call so
 }
