@@ -34,6 +34,10 @@ class TokenTiles:
     table: torch.Tensor
 
 
+# Up to this many tokens in all, fixed segments are cut for slots of few tokens each, as in a decoding step.
+_FEW_TOKENS, _USUAL = 32, 8
+
+
 class Segments:
     """The tokens of a batch by slot.
 
@@ -47,6 +51,7 @@ class Segments:
     Attributes:
         longest: no slot has more tokens than this.
         shortest: no slot that has tokens has fewer.
+        usual: the tokens of a slot that tiles are made for; it decides about speed alone.
     """
 
     def __init__(self, slots: torch.Tensor, count: int, lengths: Mapping[int, int] | None = None) -> None:
@@ -60,6 +65,7 @@ class Segments:
         self._lengths: Mapping[int, int] | None = known
         self.longest = self.tokens if known is None else max(known.values(), default=0)
         self.shortest = 1 if known is None else min(known.values(), default=0)
+        self.usual = self.longest
         self._sorted: tuple[torch.Tensor, torch.Tensor] | None = None
         self._tiles: dict[tuple[int, int, int], TokenTiles] = {}
 
@@ -94,7 +100,7 @@ class Segments:
     @property
     def form(self) -> tuple[int, ...]:
         """Everything that the grids of launches depend on."""
-        return self.tokens, self.count, self.shortest, self.longest
+        return self.tokens, self.count, self.shortest, self.longest, self.usual
 
     def known_tiles(self) -> list[tuple[tuple[int, int, int], TokenTiles]]:
         """Return the tiles that were cut so far, with the arguments that :meth:`tiles` gives them for."""
@@ -120,3 +126,52 @@ class Segments:
             table = torch.stack([torch.where(used, slot, -1), starts[slot] + first, left], 1).int().contiguous()
             self._tiles[key] = TokenTiles(size, order, table)
         return self._tiles[key]
+
+
+class FixedSegments(Segments):
+    """Segments whose tensors stay where they are while the slots of the tokens change.
+
+    A captured graph reads them, so that nothing of its launches may depend on the slots: any slot may have any number
+    of tokens. The tiles that launches ask for are kept from the next :meth:`prepare` on; until then, every launch cuts
+    its own, because memory that is taken while a graph is captured belongs to the graph.
+
+    Args:
+        tokens: the number of tokens.
+        count: the number of slots.
+        device: where the tensors lie.
+    """
+
+    def __init__(self, tokens: int, count: int, device: torch.device) -> None:
+        super().__init__(torch.full((tokens,), -1, dtype=torch.int32, device=device), count)
+        self._lengths = {}
+        self.usual = min(tokens, _USUAL) if tokens <= _FEW_TOKENS else tokens
+        self._wanted: set[tuple[int, int, int]] = set()
+
+    def fill(self, slots: list[int]) -> None:
+        """Give each token its slot, in the same memory."""
+        fresh = Segments.of(slots, self.count, self.slots.device)
+        self.slots.copy_(fresh.slots)
+        self._lengths = fresh.lengths()
+        if self._sorted is not None:
+            for mine, new in zip(self._sorted, fresh._sort(), strict=True):  # noqa: SLF001 - of this class
+                mine.copy_(new)
+        for key, tiles in self._tiles.items():
+            tiles.table.copy_(fresh.tiles(*key).table)
+
+    @property
+    def form(self) -> tuple[int, ...]:
+        """Everything that the grids of launches depend on, and which tiles are kept."""
+        return (*super().form, *(number for key in sorted(self._tiles) for number in key))
+
+    def prepare(self) -> None:
+        """Cut and keep the tiles that launches have asked for, outside of every graph."""
+        for key in sorted(self._wanted - self._tiles.keys()):
+            super().tiles(*key)
+
+    def tiles(self, size: int, shortest: int = 1, longest: int | None = None) -> TokenTiles:
+        """Cut the segments as :meth:`Segments.tiles` does; what is not kept yet is cut from the slots on the device."""
+        key = (size, shortest, self.longest if longest is None else min(longest, self.longest))
+        if key in self._tiles:
+            return self._tiles[key]
+        self._wanted.add(key)
+        return Segments(self.slots, self.count).tiles(*key)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from deltafmt.errors import DeltafmtError, NoRoomError, UsageError
-from deltafmt.runtime import following
+from deltafmt.runtime import following, frames
 from deltafmt.runtime.binding import Rename
 from deltafmt.runtime.calls import Calls
 from deltafmt.runtime.changes import Watch
@@ -77,23 +77,22 @@ class Deltas:
         device = device_of(model) if device is None else torch.device(device)
         self._verify_base = verify_base
         self.scope = Scope()
-        self._served = ServedModules(device, self.scope.active, fuse=fuse)
-        self._examiner = Examiner(
-            model, self._served.siblings_of, verify_base=verify_base, ignore=ignore, rename=rename
-        )
-        self._store = DeltaStore(device, self._served.release)
+        self.served = ServedModules(device, self.scope.active, fuse=fuse)
+        self._examiner = Examiner(model, self.served.siblings_of, verify_base=verify_base, ignore=ignore, rename=rename)
+        self._store = DeltaStore(device, self.served.release)
         self.residency: Residency[DeviceDelta, DeviceDelta] = Residency(self._store, budget, host_budget)
-        self._pool = Pool(self.residency, self._served, device, self._forget, self._check_closely)
+        self._pool = Pool(self.residency, self.served, device, self._forget, self._check_closely)
         self._lock = threading.RLock()
         self._current: dict[str, Attached] = {}
         self._versions: dict[str, Attached] = {}
         self._merge: Merge | None = None
         self._merged: str | None = None
-        self.reads = Reads(model, self._served)
+        self.reads = Reads(model, self.served)
         self._watch = Watch(model)
         self._watch.stamp(())
         self._calls = Calls(model, self)
         following.install()
+        frames.install()
 
     @property
     def names(self) -> list[str]:
@@ -187,7 +186,7 @@ class Deltas:
         A module is used when it is called, or when the model reads its weight in another way. The first call of a model
         warns of the modules that it did not use.
         """
-        return self._served.unused()
+        return self.served.unused()
 
     def use(self, names: Names, *, wait: float = 0) -> Block:
         """Return a block, which serves deltas within ``with``, without gradients.
@@ -260,7 +259,7 @@ class Deltas:
             self._refuse_merged("deltas are detached")
             self._calls.close()
             self._watch.close()
-            self._served.close()
+            self.served.close()
         self.residency.close()
 
     def check_model(self, *, closely: bool) -> None:
@@ -311,7 +310,7 @@ class Deltas:
             version.found = one
             if self._current.get(version.name) is version:
                 self._show(version, one)
-        self._served.rebuild(
+        self.served.rebuild(
             {key: one.binding for key, one in found.items()},
             [bound for one in found.values() for bound in one.changed_modules()],
         )
@@ -341,7 +340,7 @@ class Deltas:
             del self._store.files[key]
             raise
         self._versions[key] = version
-        self._served.prepare(found.changed_modules())
+        self.served.prepare(found.changed_modules())
         self.reads.forget()
         self._watch.add(found.binding)
 

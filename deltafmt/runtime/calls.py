@@ -11,16 +11,19 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError
+from deltafmt.runtime import frames
 from deltafmt.runtime.held import Held
 from deltafmt.runtime.model_batch import batch_of, models_in
 from deltafmt.runtime.reads import Reads
 from deltafmt.runtime.rows import Names
 from deltafmt.runtime.scope import Block, Bound, Scope
 from deltafmt.runtime.selection import rows_error
+from deltafmt.runtime.served_modules import ServedModules
 from deltafmt.runtime.uncopied import refuse_copy
 
 _UNNAMED: Final = object()
@@ -31,6 +34,7 @@ class Server(Protocol):
 
     scope: Scope
     reads: Reads
+    served: ServedModules
 
     def use(self, names: Names, *, wait: float = 0) -> Block:
         """Return a block."""
@@ -91,11 +95,17 @@ class Calls:
     def _wrap(self, name: str, method: Callable[..., Any]) -> None:
         original = getattr(self._model, name)
 
+        @frames.outside
         @functools.wraps(original)
         def wrapped(*args: Any, delta: Any = _UNNAMED, **kwargs: Any) -> Any:
             if self._closed:
                 return original(*args, **kwargs)
-            return method(original, delta, args, kwargs)
+            compiler = frames.suspend()
+            try:
+                run = original if compiler is None else frames.compiled(original, compiler)
+                return method(run, delta, args, kwargs)
+            finally:
+                frames.resume(compiler)
 
         self._set(name, wrapped)
 
@@ -117,8 +127,9 @@ class Calls:
 
         def once(block: Block | None) -> Any:
             batch = None
-            if block is not None:
+            if block is not None or self._server.served.standing.used or frames.plain(original) is not original:
                 batch = batch_of(args, kwargs)
+            if block is not None:
                 self._server.check_model(closely=batch is None or batch[1] > batch[0])
             with Bound(self._scope, block) as bound:
                 output = self._run(original, args, kwargs, batch)
@@ -133,22 +144,40 @@ class Calls:
         call = self._scope.call
         selection, block = call.selection, call.block
         if selection is None or block is None:
-            return original(*args, **kwargs)
+            return self._run_compiled(original, args, kwargs, batch, None)
         if batch is not None:
             selection.enter(*batch, self._name, root=True)
         if kwargs.get("labels") is not None:
             held_of(block).check_loss(self._server.vocabulary())
         if not selection.touched:
-            return original(*args, **kwargs)
+            return self._run_compiled(original, args, kwargs, batch, None)
         kind = (tuple(kwargs), batch is not None and batch[0] == batch[1], selection.uniform)
         around = self._server.reads.around(selection, kind)
         if around is None:
+            return self._run_compiled(original, args, kwargs, batch, selection)
+        with frames.uncompiled(), around:
+            return frames.plain(original)(*args, **kwargs)
+
+    def _run_compiled(
+        self, original: Callable[..., Any], args: Any, kwargs: Any, batch: tuple[int, int] | None, selection: Any
+    ) -> Any:
+        """Run the model's forward, parts of which may be compiled, or as it is where compiled code cannot serve it."""
+        served, plain = self._server.served, frames.plain(original)
+        if original is plain and not served.standing.used:
             return original(*args, **kwargs)
-        with around:
+        if batch is None or not served.compiles(selection, batch[1]):
+            with frames.uncompiled():
+                return plain(*args, **kwargs)
+        served.ready(selection, batch[0])
+        try:
             return original(*args, **kwargs)
+        finally:
+            served.standing.end()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note the rows of a model inside the model."""
+        if torch.compiler.is_compiling():
+            return  # the model itself has noted the rows
         name = type(module).__name__
         if "delta" in kwargs:
             raise UsageError(

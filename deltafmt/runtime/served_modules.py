@@ -6,21 +6,26 @@ A slot is a place in the modules' operand tables. A delta on the device has the 
 from __future__ import annotations
 
 import itertools
+import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from deltafmt.errors import UsageError
+from deltafmt.runtime import frames, operations
 from deltafmt.runtime.binding import Binding, BoundModule, Role, weight_shape
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.mixing import mixed_output
+from deltafmt.runtime.operations import new_key
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.siblings import Active, SharedInput, Siblings, shareable
-from deltafmt.runtime.sites import LinearSite, Site, TransposedSite, refuse_gradient
+from deltafmt.runtime.sites import LinearSite, Site, TransposedSite, WeightSite, refuse_gradient
 from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite
+from deltafmt.runtime.standing import Standing, refuse_mixes
 from deltafmt.runtime.uncopied import Uncopied
 
 _FIRST_SLOTS = 4
@@ -50,6 +55,46 @@ class ServedModules:
         self._slots: dict[str, int] = {}
         self._held: dict[str, tuple[DeviceDelta, Binding]] = {}
         self._free: list[int] = []
+        self._fresh = False
+        self._layouts = 0
+        self.standing = Standing(device, active)
+
+    def ready(self, selection: Selection | None, rows: int) -> None:
+        """Bring all that compiled code reads up to date, before a call of the model.
+
+        Args:
+            selection: what the call serves; None for the base.
+            rows: of the batch.
+        """
+        if not self._fresh:
+            with self._lock:
+                self._fresh = True
+                tables = [group.table for group in set(self._groups.values())]
+                tables += [site.table.operands for site in self._sites.values() if isinstance(site, WeightSite)]
+                layouts = sum(len(table.records()) for table in tables)
+                if layouts != self._layouts:
+                    self._layouts = layouts
+                    frames.forget()  # code that was captured does not launch for the new layout
+        self.standing.begin(selection, rows, self.count)
+
+    def compiles(self, selection: Selection | None, tokens: int) -> bool:
+        """Tell whether compiled code can serve a call of the model.
+
+        It cannot where a slot may have more tokens than its kernel takes, where a row uses a sum of deltas, or where a
+        module's output has another shape than the base's, because the vocabulary is larger.
+
+        Args:
+            selection: what the call serves; None for the base.
+            tokens: of the batch.
+        """
+        if self._device.type == "cuda":
+            if tokens > min((group.table.fewest for group in set(self._groups.values())), default=math.inf):
+                return False
+        if selection is None:
+            return True
+        return not selection.mixes and not any(
+            isinstance(site, WeightSite) and site.grows(selection) for site in self._sites.values()
+        )
 
     def unused(self) -> list[str]:
         """Return the names of modules that deltas change but that have not run while such a delta was served."""
@@ -70,6 +115,7 @@ class ServedModules:
 
     def prepare(self, modules: Iterable[BoundModule]) -> None:
         """Make a site for each module that has none, and hook the module."""
+        changed = False
         with self._lock:
             for bound in modules:
                 if id(bound.module) not in self._sites:
@@ -77,6 +123,9 @@ class ServedModules:
                     site.grow(self.count)
                     self._sites[id(bound.module)] = site
                     self._hook(site)
+                    changed = True
+            if changed:
+                frames.forget()
 
     def has(self, names: set[str]) -> bool:
         """Tell whether all these deltas have slots."""
@@ -121,6 +170,7 @@ class ServedModules:
         for group in set(self._groups.values()):
             group.refresh(slot)
         self._settle(set(self._groups.values()))
+        self._fresh = False
 
     def release(self, name: str) -> None:
         """Forget a delta's tensors and free its slot, if it has one."""
@@ -128,6 +178,7 @@ class ServedModules:
             slot = self._slots.pop(name, None)
             self._held.pop(name, None)
             if slot is not None:
+                self._fresh = False
                 for site in self._sites.values():
                     site.clear(slot)
                 for group in set(self._groups.values()):
@@ -146,6 +197,7 @@ class ServedModules:
             for group in set(self._groups.values()):
                 group.dissolve()
             self._hooks, self._groups, self._sites = {}, {}, {}
+            frames.forget()
 
     def _grow(self, count: int) -> None:
         for site in self._sites.values():
@@ -154,6 +206,8 @@ class ServedModules:
             group.grow(count)
         self._free += range(count - 1, self.count - 1, -1)
         self.count = count
+        self._fresh = False
+        frames.forget()  # the tables are elsewhere
 
     def _hook(self, site: Site) -> None:
         hooks = _Hooks(self, site)
@@ -171,8 +225,10 @@ class ServedModules:
                 for hook in self._hooks.pop(id(site)):
                     hook.remove()
                 site.hooked = False
+                frames.forget()
             elif not site.hooked and not site.multiplies_only:
                 self._hook(site)
+                frames.forget()
 
     def after(self, site: Site, args: Any, kwargs: Any, output: Any) -> Any:
         """Return a module's output with the deltas of the calling thread; None if there are none."""
@@ -190,6 +246,28 @@ class ServedModules:
             self._learn(site, args[0], selection)
         return site.after(selection, args, kwargs, output)
 
+    def compiled_output(self, site: Site, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Return a module's output with the deltas of the calling thread, in compiled code; always a new tensor."""
+        standing = self.standing
+        standing.used = True
+        standing.refuse_captured(site.name)
+        selection = self._active()
+        output = output.clone(memory_format=torch.contiguous_format)
+        if selection is None or not selection.touched:
+            return output
+        refuse_mixes(selection)
+        if not site.changes(selection):
+            return output
+        site.ran = True
+        if id(site) in self._groups:
+            selection.multiplied.add(id(site))
+        found: torch.Tensor = site.after(selection, (given,), {}, output)
+        if found.shape != output.shape:
+            raise UsageError(
+                f"{site.name} gives another shape with these deltas, and compiled code has one shape; call it as it is"
+            )
+        return found
+
     def before(self, site: Site, args: Any, kwargs: Any) -> Any:
         """Return other arguments for a module, or None to keep the given ones."""
         selection = self._active()
@@ -200,9 +278,11 @@ class ServedModules:
         if len(ended) > 1 or (ended and self._device.type == "cuda"):
             with self._lock:
                 if not any(id(found) in self._groups for found in ended):
-                    group = Siblings(ended, self.count, self._active, self.after)
+                    group = Siblings(ended, self.count, self._active, self.after, self.standing)
                     self._groups.update({id(found): group for found in ended})
                     self._settle([group])
+                    self._fresh = False
+                    frames.forget()
 
 
 def _make_site(bound: BoundModule, device: torch.device) -> Site:
@@ -222,11 +302,26 @@ class _Hooks(Uncopied):
     def __init__(self, served: ServedModules, site: Site) -> None:
         self._served = served
         self._site = site
+        self.key = new_key(self, served.standing.device)
 
     def before(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Run before the module's forward."""
+        if torch.compiler.is_compiling():
+            return None  # the ids of new rows, which would be changed here, are not served by compiled code
         return self._served.before(self._site, args, kwargs)
 
     def after(self, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Run after the module's forward."""
+        if torch.compiler.is_compiling():
+            if kwargs or len(args) != 1 or not isinstance(output, torch.Tensor) or torch.is_grad_enabled():
+                return frames.untraced(self._served.after, (self._site, args, kwargs, output), {})
+            return operations.output(args[0], output, self.key)
         return self._served.after(self._site, args, kwargs, output)
+
+    def multiply(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> None:
+        """Raise an error: this operation gives whole outputs."""
+        raise NotImplementedError
+
+    def output(self, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Return the output with the deltas that are served now, within compiled code."""
+        return self._served.compiled_output(self._site, given, output)

@@ -13,17 +13,22 @@ Torch does not count the changes of tensors that are made under ``torch.inferenc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from deltafmt.errors import UsageError
 from deltafmt.kernels.products import can_fuse, fused_linear, matmul_, repeated_
 from deltafmt.kernels.record import MAX_PARTS
+from deltafmt.kernels.segments import FixedSegments
 from deltafmt.kernels.table import OperandTable
+from deltafmt.runtime.frames import untraced
+from deltafmt.runtime.operations import multiply_, new_key
 from deltafmt.runtime.selection import Selection, Waiting
 from deltafmt.runtime.sites import LinearSite
+from deltafmt.runtime.standing import Standing
 from deltafmt.runtime.uncopied import Uncopied
 from deltafmt.runtime.values import version_of
 
@@ -50,16 +55,38 @@ class SharedInput:
         return ended
 
 
-class _Forward(Uncopied):
-    """A module's forward while its siblings compute together."""
+class _Member(Uncopied):
+    """One module of a group: its ``run`` is the module's forward while the group computes together.
 
-    __slots__ = ("_run",)
+    It is a method, because compiled code takes methods of equal modules for the same, and functions for different ones.
+    """
 
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self._run = run
+    __slots__ = ("__weakref__", "group", "key", "number", "plain", "site")
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(*args, **kwargs)
+    def __init__(self, group: Siblings, number: int, site: LinearSite, plain: Callable[..., Any]) -> None:
+        self.group = group
+        self.number = number
+        self.site = site
+        self.plain = plain
+        self.key = new_key(self, group.standing.device)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's output."""
+        if torch.compiler.is_compiling():
+            return self.group.traced(self.number, args, kwargs)
+        return self.group.computed(self, args, kwargs)
+
+    def computed(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's output for code that is not compiled."""
+        return self.group.computed(self, args, kwargs)
+
+    def multiply(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> None:
+        """Add the products of the deltas that are served now to the output of this module alone."""
+        multiply_now(outputs, given, self.site.table.operands, self.group.standing, [self.site])
+
+    def output(self, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Raise an error: a member of a group has products only."""
+        raise NotImplementedError
 
 
 class Siblings:
@@ -71,21 +98,37 @@ class Siblings:
         active: a function that returns the selection of the calling thread, or None.
         after: adds the deltas to the output of a module that has no hook, as a hook would; it gives None if there are
             none.
+        standing: what compiled code reads.
+
+    Attributes:
+        members: the modules' forwards.
+        table: the operands of all modules.
+        key: stands for the group in compiled code.
+        plain: the modules' own forwards.
+        given, version, ahead: while the compiler looks on: the input that outputs were computed ahead for, and these.
     """
 
-    def __init__(self, sites: list[LinearSite], slots: int, active: Active, after: After) -> None:
+    def __init__(self, sites: list[LinearSite], slots: int, active: Active, after: After, standing: Standing) -> None:
         self.sites = sites
         self._numbers = [id(site) for site in sites]
         self._active = active
         self._after = after
+        self.standing = standing
+        self.key = new_key(self, standing.device)
+        self.plain = [site.module.forward for site in sites]
+        self.given: torch.Tensor | None = None
+        self.version = 0
+        self.ahead: list[torch.Tensor] = []
         self._slots: set[int] = set()
-        self._table = self._new_table(slots)
+        self.table = self._new_table(slots)
         self._forwards: dict[int, tuple[Callable[..., Any], bool]] = {}
         for site in sites:
             for slot in site.table.slots:
                 self.refresh(slot)
             self._forwards[id(site)] = site.module.forward, "forward" in site.module.__dict__
-            site.module.forward = self._forward_of(site)
+        self.members = [_Member(self, number, site, self.plain[number]) for number, site in enumerate(sites)]
+        for member in self.members:
+            member.site.module.forward = member.run
 
     def _new_table(self, slots: int) -> OperandTable:
         rows = [site.rows for site in self.sites]
@@ -95,17 +138,17 @@ class Siblings:
     def refresh(self, slot: int) -> None:
         """Copy a slot from the modules' own tables, or clear it if none of them has it."""
         if any(slot in site.table.slots for site in self.sites):
-            self._table.put(slot, [site.table.operands.operands(slot)[0] for site in self.sites])
+            self.table.put(slot, [site.table.operands.operands(slot)[0] for site in self.sites])
             self._slots.add(slot)
         elif slot in self._slots:
-            self._table.clear(slot)
+            self.table.clear(slot)
             self._slots.discard(slot)
 
     def grow(self, slots: int) -> None:
         """Make the table larger, for ``slots`` slots."""
-        old, self._table = self._table, self._new_table(slots)
+        old, self.table = self.table, self._new_table(slots)
         for slot in self._slots:
-            self._table.put(slot, old.operands(slot))
+            self.table.put(slot, old.operands(slot))
 
     def dissolve(self) -> None:
         """Give each module its own forward back."""
@@ -116,33 +159,60 @@ class Siblings:
             else:
                 site.module.__dict__.pop("forward", None)
 
-    def _forward_of(self, site: LinearSite) -> Callable[..., Any]:
-        forward, first = self._forwards[id(site)][0], self.sites[0]
-
-        def fused(*args: Any, **kwargs: Any) -> Any:
-            selection = self._active()
-            if selection is None or not selection.touched:
-                return forward(*args, **kwargs)
-            output = None
-            if self._serves(selection) and shareable(args, kwargs):
-                output = self._take(site, args[0], selection)
-                if output is None and site is first:
-                    output = self._compute(args[0], selection)
-            if output is None:
-                selection.multiplied.discard(id(site))
-                output = forward(*args, **kwargs)
-            else:
-                # For the hook, if the module has one: another delta may just have brought it.
-                selection.multiplied.add(id(site))
-                if not selection.mixes:
-                    site.ran = True
-                    return output
-            if site.hooked:
+    def computed(self, member: _Member, args: Any, kwargs: Any) -> Any:
+        """Return a module's output, as the calling thread's selection wants it."""
+        selection = self._active()
+        if selection is None or not selection.touched:
+            return member.plain(*args, **kwargs)
+        site, output = member.site, None
+        if self._serves(selection) and shareable(args, kwargs):
+            output = self._take(site, args[0], selection)
+            if output is None and member.number == 0:
+                output = self._compute(args[0], selection)
+        if output is None:
+            selection.multiplied.discard(id(site))
+            output = member.plain(*args, **kwargs)
+        else:
+            # For the hook, if the module has one: another delta may just have brought it.
+            selection.multiplied.add(id(site))
+            if not selection.mixes:
+                site.ran = True
                 return output
-            found = self._after(site, args, kwargs, output)
-            return output if found is None else found
+        if site.hooked:
+            return output
+        found = self._after(site, args, kwargs, output)
+        return output if found is None else found
 
-        return _Forward(fused)
+    def traced(self, number: int, args: Any, kwargs: Any) -> Any:
+        """Return a module's output while the compiler looks on: the same code for every selection.
+
+        The first module's call computes for all, and the others take their outputs if they are given the same tensor.
+        """
+        if kwargs or len(args) != 1 or torch.is_grad_enabled():
+            return untraced(self.members[number].computed, args, kwargs)
+        given = args[0]
+        shared = len(self.plain) > 1 and not torch.is_inference_mode_enabled()
+        if number == 0 and shared:
+            outputs = [forward(given) for forward in self.plain]
+            multiply_(outputs, given, self.key)
+            self.given, self.version, self.ahead = given, given._version, outputs  # noqa: SLF001
+            return outputs[0]
+        if shared and self.given is given and self.version == given._version:  # noqa: SLF001
+            output = self.ahead[number]
+            if number == len(self.plain) - 1:
+                self.given, self.ahead = None, []
+            return output
+        output = self.plain[number](given)
+        multiply_([output], given, self.members[number].key)
+        return output
+
+    def multiply(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> None:
+        """Add the products of the deltas that are served now to the outputs of all modules."""
+        multiply_now(outputs, given, self.table, self.standing, self.sites)
+
+    def output(self, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Raise an error: a group has products only."""
+        raise NotImplementedError
 
     def _serves(self, selection: Selection) -> bool:
         return not self._slots.isdisjoint(selection.used)
@@ -165,10 +235,10 @@ class Siblings:
         if outputs is None:
             outputs = [self._forwards[number][0](given) for number in self._numbers]
             segments = selection.segments(leading.numel(), first.name)
-            if not repeated_(outputs, given, self._table, segments):
+            if not repeated_(outputs, given, self.table, segments):
                 flat = [output.reshape(-1, output.shape[-1]) for output in outputs]
                 x = given.to(flat[0].dtype).reshape(-1, given.shape[-1])
-                matmul_(flat, x, self._table, segments)
+                matmul_(flat, x, self.table, segments)
                 outputs = [output.view(*leading, -1) for output in flat]
         selection.waiting = Waiting(given, version_of(given), dict(zip(self._numbers[1:], outputs[1:], strict=True)))
         return outputs[0]
@@ -180,7 +250,7 @@ class Siblings:
         """
         tokens = given.numel() // given.shape[-1]
         (slot,) = selection.used
-        if not can_fuse(self._table, slot, tokens):
+        if not can_fuse(self.table, slot, tokens):
             return None
         weights = []
         for site in self.sites:
@@ -189,7 +259,44 @@ class Siblings:
                 return None
             weights.append(weight)
         x = given.reshape(tokens, -1).contiguous()
-        return [y.view(*given.shape[:-1], -1) for y in fused_linear(x, weights, self._table, slot)]
+        return [y.view(*given.shape[:-1], -1) for y in fused_linear(x, weights, self.table, slot)]
+
+
+def multiply_now(
+    outputs: Sequence[torch.Tensor],
+    given: torch.Tensor,
+    table: OperandTable,
+    standing: Standing,
+    sites: Sequence[LinearSite],
+) -> None:
+    """Add the products of the deltas that are served now, within compiled code.
+
+    Args:
+        outputs: for each part of the table, shape (..., rows).
+        given: shape (..., columns).
+        table: the deltas.
+        standing: what compiled code reads.
+        sites: of the parts.
+
+    Raises:
+        UsageError: a slot may have more tokens than its kernel takes, which a captured graph could not tell.
+    """
+    where = sites[0].name
+    tokens = given.numel() // given.shape[-1]
+    segments = standing.segments(tokens, where)
+    if segments is None:
+        return
+    if given.is_cuda and isinstance(segments, FixedSegments) and tokens > table.fewest:
+        raise UsageError(
+            f"{where} has {tokens} tokens, and its deltas are compiled for {table.fewest}; call it as it is"
+        )
+    for site in sites:
+        site.ran = True
+    flat = [output.reshape(tokens, -1) for output in outputs]
+    matmul_(flat, given.to(flat[0].dtype).reshape(tokens, -1), table, segments)
+    for output, product in zip(outputs, flat, strict=True):
+        if product.data_ptr() != output.data_ptr():  # a view was not possible
+            output.copy_(product.view(output.shape))
 
 
 def shareable(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -148,6 +148,10 @@ class WeightSite(Site):
         """Make room for ``slots`` slots."""
         self.table.grow(slots)
 
+    def grows(self, selection: Selection) -> bool:
+        """Tell whether one of the selection's slots gives the module another number of rows."""
+        return not selection.touched.isdisjoint(self._new_rows)
+
     def _put_weight(self, slot: int, tensor: DeviceTensor) -> None:
         if tensor.terms:
             self.table.put(slot, tensor)
@@ -196,6 +200,10 @@ class LinearSite(WeightSite):
         super()._clear(slot)
         self._totals.pop(slot, None)
         self._biases.pop(slot, None)
+
+    def grows(self, selection: Selection) -> bool:
+        """Tell whether one of the selection's slots gives the module another number of rows."""
+        return super().grows(selection) or not selection.touched.isdisjoint(self._totals)
 
     @property
     def multiplies_only(self) -> bool:

@@ -94,7 +94,7 @@ def launch_products(
     """Launch the products of one layout: few tokens of a slot are gathered, many are multiplied by dense tiles."""
     limit = gather_tokens(table.layout)
     if segments.shortest <= limit:
-        tiles = segments.tiles(tile_tokens(min(segments.longest, limit)), longest=limit)
+        tiles = segments.tiles(tile_tokens(min(segments.usual, limit)), longest=limit)
         _launch_gather(outputs, x, table, tiles)
     if segments.longest > limit:
         tiles = segments.tiles(128 if segments.longest > 64 else 64, shortest=limit + 1)
