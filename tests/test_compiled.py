@@ -9,8 +9,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import torch._dynamo.utils
-
 from deltafmt.transformers import attach, detach
 from tiny_models import Tiny, close, ids, logits, made_once
 
@@ -28,6 +26,8 @@ MIXTURES: list[Any] = [
 
 @pytest.fixture
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    import torch._dynamo.utils
+
     torch._dynamo.reset()
     return made_once(request, tmp_path_factory)
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from deltafmt.errors import DeltafmtError, NoRoomError, UsageError
-from deltafmt.runtime import following, frames
+from deltafmt.runtime import following
 from deltafmt.runtime.binding import Rename
 from deltafmt.runtime.calls import Calls
 from deltafmt.runtime.changes import Watch
@@ -92,7 +92,6 @@ class Deltas:
         self._watch.stamp(())
         self._calls = Calls(model, self)
         following.install()
-        frames.install()
 
     @property
     def names(self) -> list[str]:

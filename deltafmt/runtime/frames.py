@@ -7,29 +7,24 @@ model's own forward is run with the compiler that was on, if any.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
-from types import CodeType
 from typing import Any, TypeVar
 
 import torch
+import torch._dynamo as dynamo
 from torch._C._dynamo import eval_frame
+from torch._dynamo.comptime import comptime
+from torch._dynamo.eval_frame import skip_code
+
+from deltafmt.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _skip(code: CodeType) -> None:
-    from torch._dynamo.eval_frame import skip_code  # a second of imports, which transformers' models have made already
-
-    skip_code(code)
-
-
 def outside(function: F) -> F:
-    """Keep a function out of compiled code; as ``torch.compiler.disable``, but what it calls may be compiled."""
-    _skip(function.__code__)
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    function._torchdynamo_disable_msg = "a call of a model with deltas begins outside of compiled code"  # type: ignore[attr-defined]
-    return function
+    """Keep a function out of compiled code; what it calls may be compiled."""
+    skip: Callable[[F], F] = dynamo.skip
+    return skip(function)
 
 
 def suspend() -> object:
@@ -52,7 +47,7 @@ def compiled(function: Callable[..., Any], compiler: object) -> Callable[..., An
         finally:
             eval_frame.set_eval_frame(None)
 
-    _skip(run.__code__)
+    skip_code(run.__code__)
     run.plain = function  # type: ignore[attr-defined]
     return run
 
@@ -62,6 +57,7 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(function, "plain", function)
 
 
+@outside
 def untraced(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a function that the compiler does not look into, nor into what it calls."""
     compiler = suspend()
@@ -71,20 +67,39 @@ def untraced(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         resume(compiler)
 
 
-def install() -> None:
-    """Tell the compiler what it must not look into; a second call does nothing."""
-    outside(untraced)
-
-
 def uncompiled() -> contextlib.AbstractContextManager[object]:
     """Run what is compiled in a model as it was written."""
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return, no-untyped-call]
 
 
 def forget() -> None:
     """Drop compiled code, which may hold modules as they were before a change."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        dynamo.reset_code_caches()
+    dynamo.reset_code_caches()
+
+
+def _note(context: Any) -> None:
+    key, given = context.get_local("key").as_fake(), context.get_local("given").as_fake()
+    key.seen = given._version  # noqa: SLF001 - torch has no other name for it
+
+
+def _check(context: Any) -> None:
+    key, given = context.get_local("key").as_fake(), context.get_local("given").as_fake()
+    if key.seen != given._version:  # noqa: SLF001
+        raise UsageError(
+            "the input of modules that compute together is written to between their calls; attach the deltas with "
+            "fuse=False to compile such a model"
+        )
+
+
+def note_input(key: torch.Tensor, given: torch.Tensor) -> None:  # noqa: ARG001 - the compiler reads them
+    """Note, in code that the compiler looks at, an input for which outputs are computed ahead."""
+    comptime(_note)
+
+
+def check_input(key: torch.Tensor, given: torch.Tensor) -> None:  # noqa: ARG001
+    """Refuse to compile code that has written to such an input since; compiled code has no count of changes.
+
+    Raises:
+        UsageError: the input was written to.
+    """
+    comptime(_check)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+import torch._dynamo as dynamo
 
 from deltafmt.errors import UsageError
 
@@ -36,8 +37,8 @@ _operations: weakref.WeakValueDictionary[int, Operation] = weakref.WeakValueDict
 def new_key(operation: Operation, device: torch.device) -> torch.Tensor:
     """Return a tensor that stands for an operation for as long as that lives; the caller keeps it."""
     key = torch.zeros(1, device=device)
-    # As torch._dynamo.mark_static_address does: CUDA graphs do not copy it, and code does not depend on the address.
-    key._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+    # CUDA graphs do not copy it, and compiled code does not depend on the address.
+    dynamo.mark_static_address(key, guard=False)
     _operations[key.data_ptr()] = operation
     return key
 

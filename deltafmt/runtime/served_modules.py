@@ -87,9 +87,9 @@ class ServedModules:
             selection: what the call serves; None for the base.
             tokens: of the batch.
         """
-        if self._device.type == "cuda":
-            if tokens > min((group.table.fewest for group in set(self._groups.values())), default=math.inf):
-                return False
+        fewest = min((group.table.fewest for group in set(self._groups.values())), default=math.inf)
+        if self._device.type == "cuda" and tokens > fewest:
+            return False
         if selection is None:
             return True
         return not selection.mixes and not any(

@@ -24,7 +24,7 @@ from deltafmt.kernels.products import can_fuse, fused_linear, matmul_, repeated_
 from deltafmt.kernels.record import MAX_PARTS
 from deltafmt.kernels.segments import FixedSegments
 from deltafmt.kernels.table import OperandTable
-from deltafmt.runtime.frames import untraced
+from deltafmt.runtime.frames import check_input, note_input, untraced
 from deltafmt.runtime.operations import multiply_, new_key
 from deltafmt.runtime.selection import Selection, Waiting
 from deltafmt.runtime.sites import LinearSite
@@ -105,7 +105,7 @@ class Siblings:
         table: the operands of all modules.
         key: stands for the group in compiled code.
         plain: the modules' own forwards.
-        given, version, ahead: while the compiler looks on: the input that outputs were computed ahead for, and these.
+        given, ahead: while the compiler looks on: the input that outputs were computed ahead for, and these.
     """
 
     def __init__(self, sites: list[LinearSite], slots: int, active: Active, after: After, standing: Standing) -> None:
@@ -117,7 +117,6 @@ class Siblings:
         self.key = new_key(self, standing.device)
         self.plain = [site.module.forward for site in sites]
         self.given: torch.Tensor | None = None
-        self.version = 0
         self.ahead: list[torch.Tensor] = []
         self._slots: set[int] = set()
         self.table = self._new_table(slots)
@@ -191,13 +190,15 @@ class Siblings:
         if kwargs or len(args) != 1 or torch.is_grad_enabled():
             return untraced(self.members[number].computed, args, kwargs)
         given = args[0]
-        shared = len(self.plain) > 1 and not torch.is_inference_mode_enabled()
-        if number == 0 and shared:
+        if number == 0:
             outputs = [forward(given) for forward in self.plain]
             multiply_(outputs, given, self.key)
-            self.given, self.version, self.ahead = given, given._version, outputs  # noqa: SLF001
+            if len(outputs) > 1:
+                note_input(self.key, given)
+                self.given, self.ahead = given, outputs
             return outputs[0]
-        if shared and self.given is given and self.version == given._version:  # noqa: SLF001
+        if self.given is given:
+            check_input(self.key, given)
             output = self.ahead[number]
             if number == len(self.plain) - 1:
                 self.given, self.ahead = None, []
