@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch._dynamo as dynamo
 from torch._C._dynamo import eval_frame
+from torch._dynamo import decorators
 from torch._dynamo.comptime import comptime
 from torch._dynamo.eval_frame import skip_code
 
@@ -23,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def outside(function: F) -> F:
     """Keep a function out of compiled code; what it calls may be compiled."""
-    skip: Callable[[F], F] = dynamo.skip
+    skip: Callable[[F], F] = decorators.skip
     return skip(function)
 
 
