@@ -66,6 +66,7 @@ class Segments:
         self.longest = self.tokens if known is None else max(known.values(), default=0)
         self.shortest = 1 if known is None else min(known.values(), default=0)
         self.usual = self.longest
+        self._present = count if known is None else len(known)
         self._sorted: tuple[torch.Tensor, torch.Tensor] | None = None
         self._tiles: dict[tuple[int, int, int], TokenTiles] = {}
 
@@ -100,7 +101,7 @@ class Segments:
     @property
     def form(self) -> tuple[int, ...]:
         """Everything that the grids of launches depend on."""
-        return self.tokens, self.count, self.shortest, self.longest, self.usual
+        return self.tokens, self._present, self.shortest, self.longest, self.usual
 
     def known_tiles(self) -> list[tuple[tuple[int, int, int], TokenTiles]]:
         """Return the tiles that were cut so far, with the arguments that :meth:`tiles` gives them for."""
@@ -116,7 +117,7 @@ class Segments:
             taken = torch.where((lengths >= shortest) & (lengths <= longest), lengths, 0)
             ends = torch.cumsum((taken + size - 1) // size, 0, dtype=torch.int32)
             # A segment of length l has at most ceil(l / T) tiles; the sum over segments is bounded by both terms.
-            bound = min(self.tokens, self.tokens // size + self.count)
+            bound = min(self.tokens, self.tokens // size + self._present)
             number = torch.arange(bound, device=order.device, dtype=torch.int32)
             slot = torch.searchsorted(ends, number, right=True, out_int32=True)
             used = slot < self.count
@@ -149,9 +150,9 @@ class FixedSegments(Segments):
 
     def fill(self, slots: list[int]) -> None:
         """Give each token its slot, in the same memory."""
-        fresh = Segments.of(slots, self.count, self.slots.device)
-        self.slots.copy_(fresh.slots)
-        self._lengths = fresh.lengths()
+        self.slots.copy_(torch.tensor(slots, dtype=torch.int32))
+        self._lengths = Counter(slot for slot in slots if 0 <= slot < self.count)
+        fresh = Segments(self.slots, self.count)
         if self._sorted is not None:
             for mine, new in zip(self._sorted, fresh._sort(), strict=True):  # noqa: SLF001 - of this class
                 mine.copy_(new)

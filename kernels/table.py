@@ -66,6 +66,8 @@ class OperandTable:
         self._bounded: list[BoundedOperand] = []
         self.fewest: float = math.inf
         self._stale = False
+        self._changed: set[int] = set()
+        self._values: dict[_Key, torch.Tensor] = {}
         self._repeated: dict[Hashable, Repeated] = {}
         self._lock = threading.Lock()
 
@@ -99,6 +101,7 @@ class OperandTable:
             # Another list: a thread may be going through the old one.
             self._bounded = [one for one in self._bounded if one.slot != slot] + bounded
             self.fewest = min((one.most for one in self._bounded), default=math.inf)
+            self._changed.add(slot)
             self._stale = True
 
     def clear(self, slot: int) -> None:
@@ -152,11 +155,12 @@ class OperandTable:
             self._repeated[key] = launches
 
     def _rebuild(self) -> None:
-        rows: dict[_Key, torch.Tensor] = {
-            key: torch.zeros(records.shape, dtype=torch.int64) for key, records in self._tables.items()
-        }
-        for slot, held in enumerate(self._held):
-            for part, terms in enumerate(held):
+        """Bring the records of the slots that have changed to the device; a table of a layout stays where it is."""
+        changed = sorted(self._changed)
+        for values in self._values.values():
+            values[changed] = 0
+        for slot in changed:
+            for part, terms in enumerate(self._held[slot]):
                 seen: dict[TermLayout, int] = {}
                 for operand in terms:
                     kernels = kernels_of(operand.layout)
@@ -165,18 +169,20 @@ class OperandTable:
                     first = part // MAX_PARTS * MAX_PARTS
                     width = min(len(self.parts) - first, MAX_PARTS)
                     key = (layout, number, first, width)
-                    if key not in rows:
-                        rows[key] = torch.zeros(self.slots, width, len(kernels.record), dtype=torch.int64)
-                    rows[key][slot, part - first] = torch.tensor(_record(kernels, operand))
-        for key, values in rows.items():
-            if key in self._tables:
-                self._tables[key].copy_(values)
-            else:
-                self._tables[key] = values.to(self.device)
+                    if key not in self._values:
+                        self._values[key] = torch.zeros(self.slots, width, len(kernels.record), dtype=torch.int64)
+                    self._values[key][slot, part - first] = torch.tensor(_record(kernels, operand))
+        for key, values in self._values.items():
+            if key not in self._tables:
+                self._tables[key] = values.to(self.device, copy=True)
                 self._repeated.clear()  # the layout is not among their launches
+            else:
+                first, stop = changed[0], changed[-1] + 1
+                self._tables[key][first:stop].copy_(values[first:stop])
         if self.device.type == "cuda":
             # Other threads launch on other streams, which do not wait for this one's copies.
             torch.cuda.current_stream(self.device).synchronize()
+        self._changed.clear()
         self._stale = False
 
 

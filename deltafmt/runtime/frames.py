@@ -30,7 +30,12 @@ def outside(function: F) -> F:
 
 def suspend() -> object:
     """Switch the compiler off in this thread, and return what :func:`resume` takes; None if it was off."""
+    if torch.compiler.is_compiling():
+        dynamo.graph_break(msg="a call of a model with deltas begins outside of compiled code; compile its layers")
     return eval_frame.set_eval_frame(None)
+
+
+skip_code(suspend.__code__)  # where it is called with the compiler on
 
 
 def resume(compiler: object) -> None:

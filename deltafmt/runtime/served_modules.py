@@ -28,7 +28,8 @@ from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite
 from deltafmt.runtime.standing import Standing, refuse_mixes
 from deltafmt.runtime.uncopied import Uncopied
 
-_FIRST_SLOTS = 4
+# More slots mean other tables, for which a model is compiled anew.
+_FIRST_SLOTS, _MORE_SLOTS = 64, 4
 
 
 class ServedModules:
@@ -57,6 +58,8 @@ class ServedModules:
         self._free: list[int] = []
         self._fresh = False
         self._layouts = 0
+        self._fewest: float = math.inf
+        self._growing: frozenset[int] = frozenset()
         self.standing = Standing(device, active)
 
     def ready(self, selection: Selection | None, rows: int) -> None:
@@ -67,14 +70,7 @@ class ServedModules:
             rows: of the batch.
         """
         if not self._fresh:
-            with self._lock:
-                self._fresh = True
-                tables = [group.table for group in set(self._groups.values())]
-                tables += [site.table.operands for site in self._sites.values() if isinstance(site, WeightSite)]
-                layouts = sum(len(table.records()) for table in tables)
-                if layouts != self._layouts:
-                    self._layouts = layouts
-                    frames.forget()  # code that was captured does not launch for the new layout
+            self._refresh()
         self.standing.begin(selection, rows, self.count)
 
     def compiles(self, selection: Selection | None, tokens: int) -> bool:
@@ -87,14 +83,25 @@ class ServedModules:
             selection: what the call serves; None for the base.
             tokens: of the batch.
         """
-        fewest = min((group.table.fewest for group in set(self._groups.values())), default=math.inf)
-        if self._device.type == "cuda" and tokens > fewest:
+        if not self._fresh:
+            self._refresh()
+        if self._device.type == "cuda" and tokens > self._fewest:
             return False
-        if selection is None:
-            return True
-        return not selection.mixes and not any(
-            isinstance(site, WeightSite) and site.grows(selection) for site in self._sites.values()
-        )
+        return selection is None or not (selection.mixes or not selection.used.isdisjoint(self._growing))
+
+    def _refresh(self) -> None:
+        """Bring the operand tables to the device, and note what compiled code cannot serve."""
+        with self._lock:
+            self._fresh = True
+            groups, sites = set(self._groups.values()), list(self._sites.values())
+            weights = [site for site in sites if isinstance(site, WeightSite)]
+            tables = [*(group.table for group in groups), *(site.table.operands for site in weights)]
+            layouts = sum(len(table.records()) for table in tables)
+            if layouts > self._layouts:
+                frames.forget()  # a graph that was captured before does not launch for the new layout
+            self._layouts = layouts
+            self._fewest = min((group.table.fewest for group in groups), default=math.inf)
+            self._growing = frozenset(slot for site in weights for slot in site.growing())
 
     def unused(self) -> list[str]:
         """Return the names of modules that deltas change but that have not run while such a delta was served."""
@@ -137,7 +144,7 @@ class ServedModules:
             if name in self._slots:
                 return self._slots[name]
             if not self._free:
-                self._grow(max(2 * self.count, _FIRST_SLOTS))
+                self._grow(max(_MORE_SLOTS * self.count, _FIRST_SLOTS))
             self._slots[name] = slot = self._free.pop()
             self._held[name] = delta, binding
             try:

@@ -148,9 +148,9 @@ class WeightSite(Site):
         """Make room for ``slots`` slots."""
         self.table.grow(slots)
 
-    def grows(self, selection: Selection) -> bool:
-        """Tell whether one of the selection's slots gives the module another number of rows."""
-        return not selection.touched.isdisjoint(self._new_rows)
+    def growing(self) -> set[int]:
+        """Return the slots that give the module another number of rows."""
+        return set(self._new_rows)
 
     def _put_weight(self, slot: int, tensor: DeviceTensor) -> None:
         if tensor.terms:
@@ -201,9 +201,9 @@ class LinearSite(WeightSite):
         self._totals.pop(slot, None)
         self._biases.pop(slot, None)
 
-    def grows(self, selection: Selection) -> bool:
-        """Tell whether one of the selection's slots gives the module another number of rows."""
-        return super().grows(selection) or not selection.touched.isdisjoint(self._totals)
+    def growing(self) -> set[int]:
+        """Return the slots that give the module another number of rows."""
+        return super().growing() | self._totals.keys()
 
     @property
     def multiplies_only(self) -> bool:
