@@ -140,17 +140,25 @@ class FixedSegments(Segments):
         tokens: the number of tokens.
         count: the number of slots.
         device: where the tensors lie.
+        wanted: the arguments of tiles that launches have asked for, shared with others of as many tokens.
     """
 
-    def __init__(self, tokens: int, count: int, device: torch.device) -> None:
+    def __init__(
+        self, tokens: int, count: int, device: torch.device, wanted: set[tuple[int, int, int]] | None = None
+    ) -> None:
         super().__init__(torch.full((tokens,), -1, dtype=torch.int32, device=device), count)
         self._lengths = {}
         self.usual = min(tokens, _USUAL) if tokens <= _FEW_TOKENS else tokens
-        self._wanted: set[tuple[int, int, int]] = set()
+        self._wanted: set[tuple[int, int, int]] = set() if wanted is None else wanted
 
-    def fill(self, slots: list[int]) -> None:
-        """Give each token its slot, in the same memory."""
-        self.slots.copy_(torch.tensor(slots, dtype=torch.int32))
+    def fill(self, slots: list[int], source: torch.Tensor | None = None) -> None:
+        """Give each token its slot, in the same memory.
+
+        Args:
+            slots: the tokens' slots.
+            source: the same on the device, for a graph that follows this tensor from then on.
+        """
+        self.slots.copy_(torch.tensor(slots, dtype=torch.int32) if source is None else source)
         self._lengths = Counter(slot for slot in slots if 0 <= slot < self.count)
         fresh = Segments(self.slots, self.count)
         if self._sorted is not None:

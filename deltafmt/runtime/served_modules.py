@@ -96,7 +96,8 @@ class ServedModules:
             groups, sites = set(self._groups.values()), list(self._sites.values())
             weights = [site for site in sites if isinstance(site, WeightSite)]
             tables = [*(group.table for group in groups), *(site.table.operands for site in weights)]
-            layouts = sum(len(table.records()) for table in tables)
+            # Without kernels, nothing reads the records.
+            layouts = sum(len(table.records()) for table in tables) if self._device.type == "cuda" else 0
             if layouts > self._layouts:
                 frames.forget()  # a graph that was captured before does not launch for the new layout
             self._layouts = layouts
@@ -149,6 +150,7 @@ class ServedModules:
             self._held[name] = delta, binding
             try:
                 self._fill(slot, delta, binding)
+                self._refresh()  # not within compiled code, whose memory may belong to a graph
             except BaseException:
                 self.release(name)
                 raise
@@ -288,8 +290,8 @@ class ServedModules:
                     group = Siblings(ended, self.count, self._active, self.after, self.standing)
                     self._groups.update({id(found): group for found in ended})
                     self._settle([group])
-                    self._fresh = False
                     frames.forget()
+                    self._refresh()
 
 
 def _make_site(bound: BoundModule, device: torch.device) -> Site:

@@ -22,7 +22,6 @@ import torch
 from deltafmt.errors import UsageError
 from deltafmt.kernels.products import can_fuse, fused_linear, matmul_, repeated_
 from deltafmt.kernels.record import MAX_PARTS
-from deltafmt.kernels.segments import FixedSegments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.frames import check_input, note_input, untraced
 from deltafmt.runtime.operations import multiply_, new_key
@@ -287,7 +286,7 @@ def multiply_now(
     segments = standing.segments(tokens, where)
     if segments is None:
         return
-    if given.is_cuda and isinstance(segments, FixedSegments) and tokens > table.fewest:
+    if given.is_cuda and tokens > table.fewest:
         raise UsageError(
             f"{where} has {tokens} tokens, and its deltas are compiled for {table.fewest}; call it as it is"
         )

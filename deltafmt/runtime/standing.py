@@ -8,15 +8,17 @@ gives each thread graphs of its own.
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.kernels.segments import FixedSegments, Segments
+from deltafmt.kernels.segments import FixedSegments
 from deltafmt.runtime.selection import BASE, Selection
 
 Active = Callable[[], Selection | None]
+Wanted = defaultdict[int, set[tuple[int, int, int]]]
 
 
 class Rows:
@@ -26,36 +28,46 @@ class Rows:
         rows: the number of rows.
         count: the number of slots of the operand tables.
         device: the device of the deltas.
+        wanted: the tiles that launches have asked for, by the number of tokens.
     """
 
-    def __init__(self, rows: int, count: int, device: torch.device) -> None:
+    def __init__(self, rows: int, count: int, device: torch.device, wanted: Wanted) -> None:
         self.count = count
+        self._tiles = wanted
         self._rows = rows
-        self.device = device
+        self._device = device
         self._slots: list[int] = [BASE] * rows
+        self._shown: Sequence[int] | None = None
         self._segments: dict[int, FixedSegments] = {}
         self._wanted: set[int] = set()
 
     def show(self, slots: Sequence[int]) -> None:
         """Write the slots of a call's rows, and make what modules have asked for; no graph is captured now."""
+        for segments in self._segments.values():
+            segments.prepare()
+        if slots == self._shown and not self._wanted:
+            return
         each = self._rows // len(slots)
         spread = [slot for slot in slots for _ in range(each)]
         for size in (self._rows, *self._wanted):
             if size not in self._segments:
-                segments = self._segments[size] = FixedSegments(size, self.count, self.device)
+                segments = self._segments[size] = self._new(size)
                 segments.fill(self._of_tokens(self._slots, size))
+                segments.prepare()
         self._wanted.clear()
         if spread != self._slots:
             self._slots = spread
             for size, segments in self._segments.items():
                 segments.fill(self._of_tokens(spread, size))
-        for segments in self._segments.values():
-            segments.prepare()
+        self._shown = slots
+
+    def _new(self, tokens: int) -> FixedSegments:
+        return FixedSegments(tokens, self.count, self._device, self._tiles[tokens])
 
     def _of_tokens(self, slots: list[int], tokens: int) -> list[int]:
         return [slot for slot in slots for _ in range(tokens // self._rows)]
 
-    def segments(self, tokens: int, where: str) -> Segments:
+    def segments(self, tokens: int, where: str) -> FixedSegments:
         """Return the segments of a module's tokens.
 
         Raises:
@@ -66,8 +78,11 @@ class Rows:
         if tokens % self._rows:
             raise UsageError(f"{where} has {tokens} tokens, which is not a multiple of the batch's {self._rows} rows")
         self._wanted.add(tokens)
+        # Kept from the next call on: a graph that is being captured owns the memory that is taken now.
+        found = self._new(tokens)
         rows = self._segments[self._rows].slots
-        return Segments(rows.repeat_interleave(tokens // self._rows), self.count)
+        found.fill(self._of_tokens(self._slots, tokens), rows.repeat_interleave(tokens // self._rows))
+        return found
 
 
 class _Thread(threading.local):
@@ -93,13 +108,14 @@ class Standing:
         self.active = active
         self.device = device
         self._thread = _Thread()
+        self._wanted: Wanted = defaultdict(set)
 
     def begin(self, selection: Selection | None, rows: int, count: int) -> None:
         """Write what a call of the model serves."""
         thread = self._thread
         held = thread.rows.get(rows)
         if held is None or held.count != count:
-            held = thread.rows[rows] = Rows(rows, count, self.device)
+            held = thread.rows[rows] = Rows(rows, count, self.device, self._wanted)
         held.show((BASE,) if selection is None else selection.slots)
         thread.now = held
 
@@ -107,7 +123,7 @@ class Standing:
         """Note that no call of the model is under way in this thread."""
         self._thread.now = None
 
-    def segments(self, tokens: int, where: str) -> Segments | None:
+    def segments(self, tokens: int, where: str) -> FixedSegments | None:
         """Return the segments of a module's tokens; None if they all use the base.
 
         Raises:
@@ -122,7 +138,10 @@ class Standing:
             return None
         refuse_mixes(selection)
         each = selection.share(tokens, where)
-        return Segments.of([slot for slot in selection.slots for _ in range(each)], selection.count, self.device)
+        # Not kept: it may lie in the memory of a graph that is about to be captured.
+        segments = FixedSegments(tokens, selection.count, self.device, self._wanted[tokens])
+        segments.fill([slot for slot in selection.slots for _ in range(each)])
+        return segments
 
     def refuse_captured(self, where: str) -> None:
         """Refuse to be captured in a CUDA graph.
