@@ -178,13 +178,12 @@ def test_siblings_are_given_the_same_input_or_compute_alone(tmp_path: Path) -> N
         torch.compile(model, backend="eager")(x.clone())
 
 
-def test_code_of_deltas_that_are_gone_is_refused(tiny: Tiny) -> None:
+def test_code_of_deltas_that_are_gone_is_refused() -> None:
     with pytest.raises(UsageError, match="no longer attached"):
         operations.multiply_([torch.zeros(1, 1)], torch.zeros(1, 1), torch.zeros(1))
 
 
 def test_a_gradient_is_refused_as_without_a_compiler(tiny: Tiny) -> None:
-    tokens = ids(2, 3)
     model = attach(tiny.load(), tiny.deltas)
     model.model.layers[0].compile(backend="eager")
     x = model.model.embed_tokens.weight[None, :3]

@@ -24,8 +24,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def outside(function: F) -> F:
     """Keep a function out of compiled code; what it calls may be compiled."""
-    skip: Callable[[F], F] = decorators.skip
-    return skip(function)
+    skipped: F = decorators.skip(function)
+    return skipped
 
 
 def suspend() -> object:
@@ -75,7 +75,7 @@ def untraced(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 def uncompiled() -> contextlib.AbstractContextManager[object]:
     """Run what is compiled in a model as it was written."""
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return, no-untyped-call]
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 def forget() -> None:

@@ -69,7 +69,7 @@ def _fake_output(given: torch.Tensor, output: torch.Tensor, key: torch.Tensor) -
     return torch.empty_like(output, memory_format=torch.contiguous_format)
 
 
-_library = torch.library.Library("deltafmt", "DEF")
+_library: Any = torch.library.Library("deltafmt", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _define(schema: str, run: Any, fake: Any, **options: Any) -> Any:

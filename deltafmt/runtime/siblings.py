@@ -197,7 +197,7 @@ class Siblings:
                 self.given, self.ahead = given, outputs
             return outputs[0]
         if self.given is given:
-            check_input(self.key, given)
+            check_input(self.key, args[0])
             output = self.ahead[number]
             if number == len(self.plain) - 1:
                 self.given, self.ahead = None, []
