@@ -116,7 +116,7 @@ class Siblings:
         self.key = new_key(self, standing.device)
         self.plain = [site.module.forward for site in sites]
         self.given: torch.Tensor | None = None
-        self.ahead: list[torch.Tensor] = []
+        self.ahead: list[torch.Tensor | None] = []
         self._slots: set[int] = set()
         self.table = self._new_table(slots)
         self._forwards: dict[int, tuple[Callable[..., Any], bool]] = {}
@@ -194,11 +194,12 @@ class Siblings:
             multiply_(outputs, given, self.key)
             if len(outputs) > 1:
                 note_input(self.key, given)
-                self.given, self.ahead = given, outputs
+                self.given, self.ahead = given, [None, *outputs[1:]]
             return outputs[0]
-        if self.given is given:
+        if self.given is given and self.ahead[number] is not None:
             check_input(self.key, args[0])
             output = self.ahead[number]
+            self.ahead[number] = None
             if number == len(self.plain) - 1:
                 self.given, self.ahead = None, []
             return output
