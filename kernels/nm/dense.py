@@ -98,7 +98,8 @@ def dot_kernel(
     add_to_rows(p_y, acc, m)
 
 
-@triton.jit(do_not_specialize=["seed"])  # a seed of 1 would be a constant, without a dtype
+# Seeds are hashes: a variant for a seed of 1, which Triton would make a constant, helps nobody.
+@triton.jit(do_not_specialize=["seed"])
 def expand_kernel(
     codes_ptr, index_ptr, scales_ptr, seed, base_ptr, base_stride, out_ptr, out_stride, first_row, rows,
     columns, kept, code_words, index_words, scale_group, scales,
