@@ -163,6 +163,7 @@ def main() -> None:
         for label, (rows, targets) in cases.items():
             if options.static:
                 figures.append(generated(label, rows, targets[1], models, options.repeats))
+                print(*figures[-1].row(), flush=True)
             else:
                 figures += compare(label, rows, targets, models, options)
     report("serving", figures, layers=options.layers, deltas=options.deltas, device=torch.cuda.get_device_name())
