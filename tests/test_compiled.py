@@ -151,6 +151,7 @@ class Pair(torch.nn.Module):
         self.way = "same"
 
     def forward(self, x: Any) -> Any:
+        """Call both."""
         first = self.a(x)
         if self.way == "changed":
             x += 1

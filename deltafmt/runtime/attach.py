@@ -77,7 +77,7 @@ class Deltas:
         device = device_of(model) if device is None else torch.device(device)
         self._verify_base = verify_base
         self.scope = Scope()
-        self.served = ServedModules(device, self.scope.active, fuse=fuse)
+        self.served = ServedModules(model, device, self.scope.active, fuse=fuse)
         self._examiner = Examiner(model, self.served.siblings_of, verify_base=verify_base, ignore=ignore, rename=rename)
         self._store = DeltaStore(device, self.served.release)
         self.residency: Residency[DeviceDelta, DeviceDelta] = Residency(self._store, budget, host_budget)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch._dynamo as dynamo
@@ -24,8 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def outside(function: F) -> F:
     """Keep a function out of compiled code; what it calls may be compiled."""
-    skipped: F = decorators.skip(function)
-    return skipped
+    return cast("F", decorators.skip(function))
 
 
 def suspend() -> object:

@@ -22,7 +22,7 @@ from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.mixing import mixed_output
 from deltafmt.runtime.operations import new_key
 from deltafmt.runtime.selection import Selection
-from deltafmt.runtime.siblings import Active, SharedInput, Siblings, shareable
+from deltafmt.runtime.siblings import Active, SharedInput, Siblings, known_siblings, shareable
 from deltafmt.runtime.sites import LinearSite, Site, TransposedSite, WeightSite, refuse_gradient
 from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite
 from deltafmt.runtime.standing import Standing, refuse_mixes
@@ -36,6 +36,7 @@ class ServedModules:
     """The sites of a model's modules, and the slots of its deltas.
 
     Args:
+        model: the model.
         device: the device of all deltas.
         active: a function that returns the selection of the calling thread, or None if it serves no delta.
         fuse: let linear modules that receive the same input share one launch.
@@ -44,8 +45,9 @@ class ServedModules:
         count: the number of slots of every operand table.
     """
 
-    def __init__(self, device: torch.device, active: Active, *, fuse: bool) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, active: Active, *, fuse: bool) -> None:
         self.count = 0
+        self._model = model
         self._device = device
         self._active = active
         self._fuse = fuse
@@ -123,17 +125,34 @@ class ServedModules:
 
     def prepare(self, modules: Iterable[BoundModule]) -> None:
         """Make a site for each module that has none, and hook the module."""
-        changed = False
         with self._lock:
+            made = []
             for bound in modules:
                 if id(bound.module) not in self._sites:
                     site = _make_site(bound, self._device)
                     site.grow(self.count)
                     self._sites[id(bound.module)] = site
                     self._hook(site)
-                    changed = True
-            if changed:
+                    made.append(site)
+            if made:
+                self._group_known([site for site in made if type(site) is LinearSite])
                 frames.forget()
+
+    def _group_known(self, sites: list[LinearSite]) -> None:
+        """Group the modules that the architecture gives the same input; on a GPU, every other one is a group alone."""
+        if not self._fuse:
+            return
+        known = known_siblings(sites, dict(self._model.named_modules()))
+        if self._device.type == "cuda":
+            grouped = {id(site) for group in known for site in group}
+            known += [[site] for site in sites if id(site) not in grouped]
+        for group in known:
+            self._make_group(group)
+
+    def _make_group(self, sites: list[LinearSite]) -> None:
+        group = Siblings(sites, self.count, self._active, self.after, self.standing)
+        self._groups.update({id(site): group for site in sites})
+        self._settle([group])
 
     def has(self, names: set[str]) -> bool:
         """Tell whether all these deltas have slots."""
@@ -287,9 +306,7 @@ class ServedModules:
         if len(ended) > 1 or (ended and self._device.type == "cuda"):
             with self._lock:
                 if not any(id(found) in self._groups for found in ended):
-                    group = Siblings(ended, self.count, self._active, self.after, self.standing)
-                    self._groups.update({id(found): group for found in ended})
-                    self._settle([group])
+                    self._make_group(ended)
                     frames.forget()
                     self._refresh()
 

@@ -1,23 +1,28 @@
 """Siblings: linear modules that receive the same input (q, k and v; gate and up) share one product.
 
-The siblings are found when a model first runs: modules that are called one after the other with the very same tensor.
-From then on, the first of them computes the base's outputs of all siblings, one launch adds the deltas, and the other
-outputs wait until their modules are called. If all tokens use one delta and the base's weights are plain, base and
-delta are one product. On a GPU, a module without siblings is a group of its own, for the sake of that product.
+The siblings of usual architectures are known by their names. Others are found when a model first runs: modules that are
+called one after the other with the very same tensor. From then on, the first of them computes the base's outputs of all
+siblings, one launch adds the deltas, and the other outputs wait until their modules are called. If all tokens use one
+delta and the base's weights are plain, base and delta are one product. On a GPU, a module without siblings is a group
+of its own, for the sake of that product.
 
 If a sibling is called with another tensor, or with the same tensor after a change, it computes its output by itself.
 Torch does not count the changes of tensors that are made under ``torch.inference_mode``; nothing is shared there.
 (``generate`` runs under ``torch.no_grad``.)
+
+While the compiler looks on, the same is done without a selection: the code that it makes is the same for all of them.
 """
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from deltafmt.errors import UsageError
 from deltafmt.kernels.products import can_fuse, fused_linear, matmul_, repeated_
@@ -30,6 +35,19 @@ from deltafmt.runtime.sites import LinearSite
 from deltafmt.runtime.standing import Standing
 from deltafmt.runtime.uncopied import Uncopied
 from deltafmt.runtime.values import version_of
+
+# Names of modules of one parent that receive the same input.
+_SHARED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("wq", "wk", "wv"),
+    ("w1", "w3"),
+)
+# An attention that takes one of these may give another input to keys and values.
+_OTHER_INPUTS = frozenset(("key_value_states", "encoder_hidden_states", "encoder_output", "memory"))
 
 Active = Callable[[], Selection | None]
 After = Callable[[LinearSite, Any, Any, Any], Any]
@@ -52,6 +70,29 @@ class SharedInput:
         ended, self.sites = self.sites, [site]
         self.given, self.version = weakref.ref(given), version_of(given)
         return ended
+
+
+def known_siblings(sites: Iterable[LinearSite], parents: Mapping[str, nn.Module]) -> list[list[LinearSite]]:
+    """Return the sites that receive the same input, as their names say, in the order of their calls.
+
+    Args:
+        sites: those to be sorted.
+        parents: the modules of the model by name.
+    """
+    by_parent: dict[str, dict[str, LinearSite]] = {}
+    for site in sites:
+        parent, _, name = site.name.rpartition(".")
+        by_parent.setdefault(parent, {})[name] = site
+    found = []
+    for parent, children in by_parent.items():
+        module = parents.get(parent)
+        if module is None or not _OTHER_INPUTS.isdisjoint(inspect.signature(type(module).forward).parameters):
+            continue
+        for names in _SHARED:
+            group = [children[name] for name in names if name in children]
+            if len(group) > 1 and len({site.columns for site in group}) == 1:
+                found.append(group)
+    return found
 
 
 class _Member(Uncopied):

@@ -139,7 +139,7 @@ class WeightSite(Site):
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
         super().__init__(name, module, device)
-        self.rows = rows
+        self.rows, self.columns = rows, columns
         self.table = GrowingTable(rows, columns, device)
         self._weights: dict[int, torch.Tensor] = {}
         self._new_rows: dict[int, torch.Tensor] = {}
