@@ -154,6 +154,7 @@ class OperandTable:
                 self._repeated.clear()
             self._repeated[key] = launches
 
+    @torch.inference_mode(mode=False)  # tensors that are made in inference mode could not be written to outside of it
     def _rebuild(self) -> None:
         """Bring the records of the slots that have changed to the device; a table of a layout stays where it is."""
         changed = sorted(self._changed)

@@ -36,7 +36,8 @@ _operations: weakref.WeakValueDictionary[int, Operation] = weakref.WeakValueDict
 
 def new_key(operation: Operation, device: torch.device) -> torch.Tensor:
     """Return a tensor that stands for an operation for as long as that lives; the caller keeps it."""
-    key = torch.zeros(1, device=device)
+    with torch.inference_mode(mode=False):
+        key = torch.zeros(1, device=device)
     # CUDA graphs do not copy it, and compiled code does not depend on the address.
     dynamo.mark_static_address(key, guard=False)
     _operations[key.data_ptr()] = operation

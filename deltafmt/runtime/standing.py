@@ -89,6 +89,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.rows: dict[int, Rows] = {}
         self.now: Rows | None = None
+        self.stream: torch.cuda.Stream | None = None
 
 
 class Standing:
@@ -113,10 +114,19 @@ class Standing:
     def begin(self, selection: Selection | None, rows: int, count: int) -> None:
         """Write what a call of the model serves."""
         thread = self._thread
+        if self.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return  # a graph that the caller captures holds what is chosen now
+            stream = torch.cuda.current_stream(self.device)
+            if thread.stream is not None and thread.stream != stream:
+                stream.wait_stream(thread.stream)  # its graphs may still read what is written now
+            thread.stream = stream
         held = thread.rows.get(rows)
         if held is None or held.count != count:
             held = thread.rows[rows] = Rows(rows, count, self.device, self._wanted)
-        held.show((BASE,) if selection is None else selection.slots)
+        # Tensors that are made in inference mode could not be written to outside of it.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            held.show((BASE,) if selection is None else selection.slots)
         thread.now = held
 
     def end(self) -> None:
