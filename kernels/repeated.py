@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from deltafmt import core
-from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.segments import Segments, TokenTiles
 
 WARP = 32
 ALIGNMENT = 16  # bytes: Triton compiles other code for pointers and numbers that are multiples of it
@@ -180,11 +180,12 @@ class Repeated:
         scratch = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self._scratch]
         # As Triton does: the stream's handle alone takes a tenth of the time of the stream as an object.
         stream = torch._C._cuda_getCurrentRawStream(x.device.index)  # noqa: SLF001
+        cut: dict[Any, TokenTiles] = {}  # alive until everything is launched
         with self._lock:  # the parameters are filled in and handed over by one thread at a time
             for launch in self._launches:
                 params = launch.params
                 for place in launch.places:
-                    params[place.index] = _address(place, outputs, x, segments, scratch)
+                    params[place.index] = _address(place, outputs, x, segments, scratch, cut)
                 error = native.launch(
                     *(_launcher(), launch.function, *launch.grid, launch.threads, launch.shared, stream, params)
                 )
@@ -193,7 +194,12 @@ class Repeated:
 
 
 def _address(
-    place: Place, outputs: Sequence[torch.Tensor], x: torch.Tensor, segments: Segments, scratch: list[torch.Tensor]
+    place: Place,
+    outputs: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    segments: Segments,
+    scratch: list[torch.Tensor],
+    cut: dict[Any, TokenTiles],
 ) -> int:
     source = place.source
     if source == "y":
@@ -203,7 +209,7 @@ def _address(
     elif source == "scratch":
         tensor = scratch[place.key]
     else:
-        tiles = segments.tiles(*place.key)
+        tiles = cut[place.key] = cut.get(place.key) or segments.tiles(*place.key)
         tensor = tiles.order if source == "order" else tiles.table
     address: int = tensor.data_ptr()
     return address

@@ -91,12 +91,15 @@ class Segments:
 
     def _sort(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the token order, and the places where each slot's tokens start and end (shape (count + 1,))."""
-        if self._sorted is None:
-            slots = torch.where((self.slots >= 0) & (self.slots < self.count), self.slots, self.count)
-            ordered, order = torch.sort(slots, stable=True)
-            numbers = torch.arange(self.count + 1, device=slots.device, dtype=torch.int32)
-            self._sorted = order.int(), torch.searchsorted(ordered, numbers, out_int32=True)
-        return self._sorted
+        if self._sorted is not None:
+            return self._sorted
+        slots = torch.where((self.slots >= 0) & (self.slots < self.count), self.slots, self.count)
+        ordered, order = torch.sort(slots, stable=True)
+        numbers = torch.arange(self.count + 1, device=slots.device, dtype=torch.int32)
+        found = order.int(), torch.searchsorted(ordered, numbers, out_int32=True)
+        if not is_captured(slots):
+            self._sorted = found
+        return found
 
     @property
     def form(self) -> tuple[int, ...]:
@@ -108,25 +111,36 @@ class Segments:
         return list(self._tiles.items())
 
     def tiles(self, size: int, shortest: int = 1, longest: int | None = None) -> TokenTiles:
-        """Cut the segments of ``shortest`` to ``longest`` tokens into tiles of ``size`` tokens; kept for reuse."""
+        """Cut the segments of ``shortest`` to ``longest`` tokens into tiles of ``size`` tokens; kept for reuse.
+
+        While a CUDA graph is captured, what is new is not kept: it holds nothing before the graph is replayed.
+        """
         longest = self.longest if longest is None else min(longest, self.longest)
         key = (size, shortest, longest)
-        if key not in self._tiles:
-            order, places = self._sort()
-            starts, lengths = places[:-1], places[1:] - places[:-1]
-            taken = torch.where((lengths >= shortest) & (lengths <= longest), lengths, 0)
-            ends = torch.cumsum((taken + size - 1) // size, 0, dtype=torch.int32)
-            # A segment of length l has at most ceil(l / T) tiles; the sum over segments is bounded by both terms.
-            bound = min(self.tokens, self.tokens // size + self._present)
-            number = torch.arange(bound, device=order.device, dtype=torch.int32)
-            slot = torch.searchsorted(ends, number, right=True, out_int32=True)
-            used = slot < self.count
-            slot = slot.clamp(max=max(self.count - 1, 0))
-            first = (number - torch.where(slot > 0, ends[slot - 1], 0)) * size
-            left = torch.where(used, taken[slot] - first, 0).clamp(0, size)
-            table = torch.stack([torch.where(used, slot, -1), starts[slot] + first, left], 1).int().contiguous()
-            self._tiles[key] = TokenTiles(size, order, table)
-        return self._tiles[key]
+        if key in self._tiles:
+            return self._tiles[key]
+        order, places = self._sort()
+        starts, lengths = places[:-1], places[1:] - places[:-1]
+        taken = torch.where((lengths >= shortest) & (lengths <= longest), lengths, 0)
+        ends = torch.cumsum((taken + size - 1) // size, 0, dtype=torch.int32)
+        # A segment of length l has at most ceil(l / T) tiles; the sum over segments is bounded by both terms.
+        bound = min(self.tokens, self.tokens // size + self._present)
+        number = torch.arange(bound, device=order.device, dtype=torch.int32)
+        slot = torch.searchsorted(ends, number, right=True, out_int32=True)
+        used = slot < self.count
+        slot = slot.clamp(max=max(self.count - 1, 0))
+        first = (number - torch.where(slot > 0, ends[slot - 1], 0)) * size
+        left = torch.where(used, taken[slot] - first, 0).clamp(0, size)
+        table = torch.stack([torch.where(used, slot, -1), starts[slot] + first, left], 1).int().contiguous()
+        found = TokenTiles(size, order, table)
+        if not is_captured(order):
+            self._tiles[key] = found
+        return found
+
+
+def is_captured(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor that is made now belongs to a CUDA graph, which fills it when it is replayed."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class FixedSegments(Segments):
@@ -171,6 +185,11 @@ class FixedSegments(Segments):
     def form(self) -> tuple[int, ...]:
         """Everything that the grids of launches depend on, and which tiles are kept."""
         return (*super().form, *(number for key in sorted(self._tiles) for number in key))
+
+    @property
+    def lacks_tiles(self) -> bool:
+        """True if launches have asked for tiles that are not kept."""
+        return len(self._tiles) < len(self._wanted)
 
     def prepare(self) -> None:
         """Cut and keep the tiles that launches have asked for, outside of every graph."""

@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.segments import Segments, is_captured
 
 T = TypeVar("T")
 
@@ -86,6 +86,7 @@ class Selection:
         self._alone: dict[int, Selection] = {}
         self._memo: dict[Hashable, object] = {}
         self._segments: dict[int, Segments] = {}
+        self._captured: set[int] = set()
 
     @property
     def uniform(self) -> bool:
@@ -144,14 +145,22 @@ class Selection:
 
     def segments(self, tokens: int, where: str) -> Segments:
         """Return the segments of a batch of tokens: which tokens use which slot. They are kept for the next module."""
-        if tokens not in self._segments:
-            if len(self._segments) == _KEPT:
-                self._segments.pop(next(iter(self._segments)))
+        captured = is_captured(self._row_slots)
+        found = self._segments.get(tokens)
+        if found is None:
             each = self.share(tokens, where)
             lengths = {slot: each * self.slots.count(slot) for slot in self.used}
             slots = self._row_slots[:, None].expand(-1, each).reshape(-1)
-            self._segments[tokens] = Segments(slots, self.count, lengths)
-        return self._segments[tokens]
+            found = Segments(slots, self.count, lengths)
+            if captured:
+                return found  # its memory is the graph's
+            idle = [size for size in self._segments if size not in self._captured]
+            if len(idle) >= _KEPT:
+                del self._segments[idle[0]]
+            self._segments[tokens] = found
+        elif captured:
+            self._captured.add(tokens)  # the graph reads it for as long as it lives
+        return found
 
     def members(self, slot: int, size: int, where: str) -> torch.Tensor | slice:
         """Return the numbers of those rows or tokens, of ``size``, that use a slot."""

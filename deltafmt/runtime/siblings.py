@@ -145,7 +145,6 @@ class Siblings:
         table: the operands of all modules.
         key: stands for the group in compiled code.
         plain: the modules' own forwards.
-        given, ahead: while the compiler looks on: the input that outputs were computed ahead for, and these.
     """
 
     def __init__(self, sites: list[LinearSite], slots: int, active: Active, after: After, standing: Standing) -> None:
@@ -156,8 +155,6 @@ class Siblings:
         self.standing = standing
         self.key = new_key(self, standing.device)
         self.plain = [site.module.forward for site in sites]
-        self.given: torch.Tensor | None = None
-        self.ahead: list[torch.Tensor | None] = []
         self._slots: set[int] = set()
         self.table = self._new_table(slots)
         self._forwards: dict[int, tuple[Callable[..., Any], bool]] = {}
@@ -235,14 +232,15 @@ class Siblings:
             multiply_(outputs, given, self.key)
             if len(outputs) > 1:
                 note_input(self.key, given)
-                self.given, self.ahead = given, [None, *outputs[1:]]
+                self.standing.ahead = self.key, given, [None, *outputs[1:]]
             return outputs[0]
-        if self.given is given and self.ahead[number] is not None:
-            check_input(self.key, args[0])
-            output = self.ahead[number]
-            self.ahead[number] = None
+        ahead = self.standing.ahead
+        if ahead is not None and ahead[0] is self.key and ahead[1] is given and ahead[2][number] is not None:
+            check_input(self.key, given)
+            output = ahead[2][number]
+            ahead[2][number] = None
             if number == len(self.plain) - 1:
-                self.given, self.ahead = None, []
+                self.standing.ahead = None
             return output
         output = self.plain[number](given)
         multiply_([output], given, self.members[number].key)

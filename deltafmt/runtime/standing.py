@@ -41,12 +41,16 @@ class Rows:
         self._segments: dict[int, FixedSegments] = {}
         self._wanted: set[int] = set()
 
+    def shows(self, slots: Sequence[int]) -> bool:
+        """Tell whether the slots of a call's rows are written already, and all that modules have asked for is there."""
+        if slots != self._shown or self._wanted:
+            return False
+        return not any(segments.lacks_tiles for segments in self._segments.values())
+
     def show(self, slots: Sequence[int]) -> None:
         """Write the slots of a call's rows, and make what modules have asked for; no graph is captured now."""
         for segments in self._segments.values():
             segments.prepare()
-        if slots == self._shown and not self._wanted:
-            return
         each = self._rows // len(slots)
         spread = [slot for slot in slots for _ in range(each)]
         for size in (self._rows, *self._wanted):
@@ -102,9 +106,12 @@ class Standing:
     Attributes:
         used: True once code of the model, or of a module in it, was compiled.
         device: the device of the deltas.
+        ahead: while the compiler looks on: the key of a group, the input that it computed outputs ahead for, and these.
+            There is one for all groups, because compiled code writes such a variable back in every call.
     """
 
     def __init__(self, device: torch.device, active: Active) -> None:
+        self.ahead: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]] | None = None
         self.used = False
         self.active = active
         self.device = device
@@ -124,9 +131,11 @@ class Standing:
         held = thread.rows.get(rows)
         if held is None or held.count != count:
             held = thread.rows[rows] = Rows(rows, count, self.device, self._wanted)
-        # Tensors that are made in inference mode could not be written to outside of it.
-        with torch.inference_mode(mode=False), torch.no_grad():
-            held.show((BASE,) if selection is None else selection.slots)
+        slots = (BASE,) if selection is None else selection.slots
+        if not held.shows(slots):
+            # Tensors that are made in inference mode could not be written to outside of it.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                held.show(slots)
         thread.now = held
 
     def end(self) -> None:
