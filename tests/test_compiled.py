@@ -68,7 +68,7 @@ def test_one_compiled_model_serves_every_mixture(tiny: Tiny) -> None:
     with model.delta("one"):
         logits(compiled, tokens)
     counters().clear()
-    for names in MIXTURES * 2:
+    for names in MIXTURES:
         with model.delta(names):
             check(logits(compiled, tokens), want, names)
         model.deltas.replace("two", tiny.deltas["two"])
@@ -96,13 +96,11 @@ def test_a_model_that_was_compiled_before(tiny: Tiny) -> None:
     compiled = torch.compile(model, backend="eager")
     check(logits(compiled, tokens), want, None)
     attach(model, {})
-    check(logits(compiled, tokens), want, None)
-    for name, path in tiny.deltas.items():
-        model.deltas.add(name, path)
-        for names in (name, [None, name, name, None]):
-            for _ in range(3):
-                with model.delta(names):
-                    check(logits(compiled, tokens), want, names)
+    model.deltas.add("one", tiny.deltas["one"])
+    for names in ("one", [None, "one", None, None]):
+        for _ in range(2):  # the first call of a kind runs as it is
+            with model.delta(names):
+                check(logits(compiled, tokens), want, names)
 
 
 def test_generate_with_a_static_cache_compiles_once(tiny: Tiny) -> None:
