@@ -41,7 +41,7 @@ def load(model_folder: Path) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, trust_remote_code=False).eval()
 
 
 def read_problems(tokenizer_file: Path, problems_file: Path, limit: int | None = None) -> list[Problem]:

@@ -31,6 +31,7 @@ from deltafmt.index.entries import BaseRef, TensorEntry, Term
 from deltafmt.kernels.xxh3.digests import are_loaded
 from deltafmt.kernels.xxh3.digests import can_run as has_checksums
 from deltafmt.runtime import upload
+from deltafmt.runtime.checks import check_terms
 from deltafmt.terms.nm.index.codecs import INDEX_CODECS
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.tiles import TILE_ROWS
@@ -44,6 +45,7 @@ LAYER = {
 }
 BLOCK = 1 << 26
 NO_DIGEST = bytes(32)
+SCALE = b"\x80\x3c"  # of 2**-6 in BF16
 
 
 def random_index(rng: np.random.Generator, layout: NMLayout, columns: int) -> bytes:
@@ -55,7 +57,7 @@ def random_index(rng: np.random.Generator, layout: NMLayout, columns: int) -> by
 
 
 def write_delta(path: Path, layout: NMLayout, layers: int, profile: str) -> Path:
-    """Write a delta of random bytes."""
+    """Write a delta of random bytes, with scales that a delta may have."""
     rng = np.random.default_rng(0)
     block = memoryview(rng.bytes(BLOCK))
     tiles = {columns: random_index(rng, layout, columns) for columns in (4096, 11008) if layout.index == "rank"}
@@ -71,6 +73,8 @@ def write_delta(path: Path, layout: NMLayout, layers: int, profile: str) -> Path
                     data = block[start : start + length]
                     if key == "index":
                         data = memoryview(tiles[shape[1]] * (length // len(tiles[shape[1]])))
+                    if key == "scales":
+                        data = memoryview(SCALE * (length // len(SCALE)))
                     buffers[key] = writer.add(data)
                 writer.boundary()
                 seed = len(entries) if layout.index == "seeded" else 0
@@ -169,6 +173,11 @@ def measure(folder: Path, clock: Clock, options: argparse.Namespace) -> list[Fig
     large_floor = floor(clock, large_size)
     large_taken = clock(lambda: load(large))
     cold_taken = clock(lambda: load(cold))
+    hot_delta, cold_delta = load(hot), load(cold)
+    for delta in (hot_delta, cold_delta):
+        dict(delta)  # make the views
+    checked = clock(lambda: check_terms("hot", hot_delta))
+    positions = clock(lambda: check_terms("cold", cold_delta))
     with Container(cold) as container:
         raw = sum(section.raw_length for section in container.sections)
     gigabytes = size / 1e9
@@ -187,6 +196,10 @@ def measure(folder: Path, clock: Clock, options: argparse.Namespace) -> list[Fig
         Figure("load and first use", clock(lambda: use(load(hot))), "ms", soon, True, "a tiny kernel, synchronized"),
         Figure("the same, views of all tensors made", clock(use_all), "ms", note=f"{len(tensors)} tensors"),
         Figure("the same, entries known", clock(lambda: use_all(known=known)), "ms", soon, True),
+        Figure(
+            "checks of what is attached: scales", checked, "ms", note="beside load, for every delta that is attached"
+        ),
+        Figure("checks of what is attached: scales and positions", positions, "ms", note="of the cold file"),
         Figure("first load of the process", first, "ms", note="with the pinning of buffers and the start of threads"),
         Figure("floor of a large file", large_floor, "ms", note=f"{large_size / large_floor / 1e6:.1f} GB/s"),
         Figure("load of a large file", large_taken, "ms", note=f"{large_size / large_taken / 1e6:.1f} GB/s"),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from deltafmt.analysis.analyze import analyze
     from deltafmt.delta import DeltaFile
     from deltafmt.delta import DeltaFile as open  # noqa: A004, N813 - as safetensors and gzip name theirs
+    from deltafmt.format.limits import Limits
     from deltafmt.pipeline.budget import plan_for_target
     from deltafmt.pipeline.calibrate import Calibration
     from deltafmt.pipeline.diff import diff
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Calibration",
     "DeltaFile",
+    "Limits",
     "__version__",
     "analyze",
     "diff",
@@ -63,6 +65,7 @@ __all__ = [
 _HOMES = {
     "Calibration": ("deltafmt.pipeline.calibrate", "Calibration"),
     "DeltaFile": ("deltafmt.delta", "DeltaFile"),
+    "Limits": ("deltafmt.format.limits", "Limits"),
     "analyze": ("deltafmt.analysis.analyze", "analyze"),
     "diff": ("deltafmt.pipeline.diff", "diff"),
     "errors": ("deltafmt.errors", None),

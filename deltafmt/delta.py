@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import BinaryIO, Self
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deltafmt.container.reader import Container
 from deltafmt.errors import InvalidFileError, UsageError
-from deltafmt.format.constants import MAX_RAW_BYTES
+from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry, Term
 from deltafmt.terms.buffers import views
 from deltafmt.terms.codecs import AnyCodec, term_codec
@@ -31,7 +31,7 @@ class DeltaFile:
         path: a path, or a binary file object with ``seek`` and ``read``.
         mmap: map the file, so that views copy nothing; if False, read it.
         verify: check every section's checksum when it is first touched.
-        max_raw_bytes: refuse a file whose sections decode to more than this many bytes.
+        limits: how much memory, work and output the file may ask for.
 
     Raises:
         StorageError, InvalidFileError, UnsupportedError: see :mod:`deltafmt.errors`.
@@ -43,9 +43,9 @@ class DeltaFile:
         *,
         mmap: bool = True,
         verify: bool = True,
-        max_raw_bytes: int = MAX_RAW_BYTES,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        self.container = Container(path, mmap=mmap, verify=verify, max_raw_bytes=max_raw_bytes)
+        self.container = Container(path, mmap=mmap, verify=verify, limits=limits)
 
     def keys(self) -> list[str]:
         """Return the names of the fine-tuned tensors, sorted."""
@@ -116,17 +116,41 @@ class DeltaFile:
         Raises:
             KeyError: the file has no such tensor.
             UsageError: the tensor's action is ``replace``: it has no delta.
-            InvalidFileError: the tensor's buffers break the format.
+            InvalidFileError: the tensor's buffers break the format, or decoding takes more than the file's limits.
         """
         entry = self.resolve(name)
         if entry.action == "replace":
             raise UsageError(f'tensor "{name}" replaces the base\'s and has no delta')
+        if entry.terms:
+            self.check_work([entry], 0)
         out = np.zeros((entry.rows, entry.columns), np.float32)
         if entry.terms:
             decoder = RunDecoder(self, entry)
             for start, stop in decoder.ranges():
                 out[start:stop] = decoder.rows(start, stop)
         return out.reshape(entry.shape)
+
+    def check_work(self, entries: Iterable[TensorEntry], base_bytes: int) -> None:
+        """Refuse to decode the terms of entries if that takes more than the file's limits.
+
+        Args:
+            entries: what is to be decoded; one that is decoded twice is given twice.
+            base_bytes: bytes of the base, or of the arrays that the caller asks for.
+
+        Raises:
+            InvalidFileError: names the limit.
+        """
+        work, widest = 0, 0
+        for entry in entries:
+            for term in entry.terms:
+                codec = codec_of(entry, term)
+                work += entry.delta_rows * codec.row_work
+                # A run of rows has its matrix, the sum of the terms, and the result.
+                widest = max(widest, 12 * min(codec.run_rows, entry.delta_rows) * codec.width)
+        where, size = f"{self.container.name}: decoding takes", self.container.size
+        limits = self.container.limits
+        limits.check_elements(work, size, base_bytes, where)
+        limits.check_memory(widest, size, f"{self.container.name}: a run of rows takes")
 
     def attachment(self, name: str) -> bytes:
         """Return the bytes of an attached file.

@@ -41,18 +41,33 @@ class Remedy(NamedTuple):
     value: object = True
 
 
+# Characters of a message: what a file holds may be quoted in it, and a file can hold megabytes.
+MAX_MESSAGE = 1000
+_KEPT_BEFORE, _KEPT_AFTER = 700, 250
+
+
+def shortened(message: str) -> str:
+    """Return a message of some hundred characters: of a longer one, its beginning and its end."""
+    if len(message) <= MAX_MESSAGE:
+        return message
+    left_out = len(message) - _KEPT_BEFORE - _KEPT_AFTER
+    return f"{message[:_KEPT_BEFORE]} [{left_out:,} characters] {message[-_KEPT_AFTER:]}"
+
+
 class DeltafmtError(Exception):
     """Root of every error that deltafmt raises on purpose.
 
     Args:
         message: what is wrong, and where.
         remedy: the argument that would help, if there is one.
+
+    A message of more than 1,000 characters is cut in its middle.
     """
 
     exit_code = 1
 
     def __init__(self, message: str = "", remedy: Remedy | None = None) -> None:
-        super().__init__(message)
+        super().__init__(shortened(message))
         self.remedy = remedy
 
     def located(self, where: object) -> Self:

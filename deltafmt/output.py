@@ -15,6 +15,9 @@ Bytes = bytes | bytearray | memoryview
 # The errors of a file system that has no locks; writing then goes on without a lock.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
+# The errors of a file system that cannot sync a folder.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+
 
 def reason(error: Exception) -> str:
     """Return the system's reason for an error in lower case, such as "no space left on device"."""
@@ -69,5 +72,9 @@ def sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems, of network and of user space, cannot sync a folder.
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)

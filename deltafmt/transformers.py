@@ -8,6 +8,7 @@
     with model.delta(["math", None, "code"]):  # a name for each row; None is the base alone
         model.generate(**inputs)
     model.generate(**inputs, delta="math")  # the same without a block
+    model.generate_batch(prompts, delta=["math", None])  # continuous batching: a name for each request
     deltafmt.transformers.detach(model)
 
 Importing this module without torch raises :class:`deltafmt.errors.MissingExtraError`, an ``ImportError``. The package

@@ -20,8 +20,9 @@ with atheris.instrument_imports(include=["deltafmt"]):
     import deltafmt
     from deltafmt import core
     from deltafmt.container.content import content_id
-    from deltafmt.delta import DeltaFile, RunDecoder
+    from deltafmt.delta import DeltaFile, RunDecoder, codec_of
     from deltafmt.errors import InvalidFileError
+    from deltafmt.format.limits import Limits
     from deltafmt.index.entries import TensorEntry
     from deltafmt.pipeline import summary
     from deltafmt.pipeline.verify import check_coverage, payload_digest
@@ -30,7 +31,7 @@ import mutate
 import numpy as np
 from blake3 import blake3
 
-MAX_RAW_BYTES = 1 << 24
+LIMITS = Limits(max_output=1 << 24)
 MAX_ELEMENTS = 1 << 20
 MAX_LENGTH = 32768
 # Much more than any file within the limits above needs. An allocation that only a number in the file asks for fails.
@@ -39,7 +40,7 @@ SPARE_MEMORY = 1 << 30
 
 def test_one_input(data: bytes) -> None:
     """Read every part of a file in every way that the library offers."""
-    with contextlib.suppress(InvalidFileError), deltafmt.open(io.BytesIO(data), max_raw_bytes=MAX_RAW_BYTES) as delta:
+    with contextlib.suppress(InvalidFileError), deltafmt.open(io.BytesIO(data), limits=LIMITS) as delta:
         entries = list(delta.container.entries())
         json.dumps(summary.summary_obj(delta.container))
         for entry in entries:
@@ -70,6 +71,7 @@ def verify(delta: DeltaFile, entries: list[TensorEntry]) -> None:
         if entry.terms and entry.rows * entry.columns <= MAX_ELEMENTS:
             with contextlib.suppress(InvalidFileError):
                 compare_decoders(RunDecoder(delta, entry), entry.columns)
+            compare_checks(delta, entry)
     check_coverage(container, entries)
     for entry in entries:
         if entry.digest is not None and payload_digest(delta, entry) != entry.digest:
@@ -77,7 +79,8 @@ def verify(delta: DeltaFile, entries: list[TensorEntry]) -> None:
     for attachment in container.attachments.values():
         if blake3(container.buffer(attachment.data)).digest() != attachment.digest:
             raise InvalidFileError("another digest")
-    if content_id(entries, container.removed, container.attachments, container.metadata) != container.content_id:
+    rest = container.removed, container.attachments, container.metadata, container.scaled()
+    if content_id(entries, *rest) != container.content_id:
         raise InvalidFileError("another content id")
     tree = summary.cost_tree(container)
     negative = [node.label for node in tree.children if node.size < 0 and node.label != "zstd saves"]
@@ -94,6 +97,22 @@ def compare_decoders(decoder: RunDecoder, columns: int) -> None:
             reference = decoded(decoder, start, stop, base)
         if not all(map(np.array_equal, reference, compiled)):
             raise AssertionError(f"rows {start} to {stop}: the decoders differ: {reference}, {compiled}")
+
+
+def compare_checks(delta: DeltaFile, entry: TensorEntry) -> None:
+    """Check the terms without their matrices, and by decoding them; both must refuse the same."""
+    with contextlib.suppress(InvalidFileError):
+        for term in entry.terms:
+            codec, packed = codec_of(entry, term), delta.term_views(entry, term)
+            found = []
+            for check in (codec.check, lambda packed: codec.decode(packed, 0, codec.shape[0], check_form=True)):  # noqa: B023
+                try:
+                    check(packed)
+                    found.append(None)
+                except InvalidFileError as error:
+                    found.append(str(error))
+            if (found[0] is None) != (found[1] is None):
+                raise AssertionError(f"{entry.name}: the checks differ: {found}")
 
 
 def decoded(decoder: RunDecoder, start: int, stop: int, base: np.ndarray) -> list[np.ndarray | str]:

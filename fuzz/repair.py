@@ -20,6 +20,7 @@ from deltafmt.container import frame
 from deltafmt.container.chunks import ChunkCompressor
 from deltafmt.container.content import content_id
 from deltafmt.format import constants as c
+from deltafmt.format.limits import Limits
 from deltafmt.pipeline.verify import payload_digest
 
 BUDGET = 1 << 24
@@ -118,7 +119,7 @@ def mend_digests(data: bytes) -> bytes:
     if parts is None:
         return data
     try:
-        with deltafmt.open(io.BytesIO(data), max_raw_bytes=BUDGET) as delta:
+        with deltafmt.open(io.BytesIO(data), limits=Limits(max_output=BUDGET)) as delta:
             for entry in delta.container.entries():
                 if entry.digest is not None:
                     parts.index["tensors"][entry.name]["digest"] = payload_digest(delta, entry)
@@ -128,9 +129,9 @@ def mend_digests(data: bytes) -> bytes:
         mended = join(parts)
         if mended is None:
             return data
-        with deltafmt.open(io.BytesIO(mended), max_raw_bytes=BUDGET) as delta:
+        with deltafmt.open(io.BytesIO(mended), limits=Limits(max_output=BUDGET)) as delta:
             held = delta.container
-            identity = content_id(held.entries(), held.removed, held.attachments, held.metadata)
+            identity = content_id(held.entries(), held.removed, held.attachments, held.metadata, held.scaled())
             start, length = held.index_offset, held.index_length
         return seal(mended[:start], mended[start : start + length], identity)
     except Exception:  # noqa: BLE001 - the harness meets the same error, and reports it if it is one to report

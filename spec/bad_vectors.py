@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import msgpack
 from blake3 import blake3
 from vector_tools import change, encode, join, one_attachment, one_tensor, parts, simple, vector
 
@@ -291,6 +292,50 @@ def endless_shape() -> bytes:
 @vector("invalid", "a layout of a kind that version 1 does not know", "unknown layout 'ternary'")
 def unknown_layout() -> bytes:
     return change(simple(), lambda index: index["layouts"][0].update(kind="ternary"))
+
+
+def with_scaled(features: int = c.FEATURE_SCALED, **changes: Any) -> bytes:
+    """Return a file whose base keeps tensor ``w``, of shape [40, 50], as 8-bit floats with two scales."""
+    stored = {"digest": bytes(32), "dtype": "F32", "name": "s", "shape": [2, 1]}
+    codes = {"digest": bytes(32), "dtype": "F8_E4M3", "shape": [40, 50]}
+    described = {"block": [20, 50], "codes": codes, "scales": stored} | changes
+
+    def edit(index: Any) -> None:
+        index["scaled"] = {"w": msgpack.packb(described)}
+        for key in ("sections", "tensors"):
+            index[key] = index.pop(key)
+
+    return change(frame.encode_header(incompatible=features) + simple()[c.HEADER_SIZE :], edit)
+
+
+@vector("invalid", "the base's tensors are scaled, and the header does not say so", "bit 2")
+def scaled_without_feature() -> bytes:
+    return with_scaled(0)
+
+
+@vector("invalid", "a block has a size of zero", "is no block of a tensor")
+def scaled_empty_block() -> bytes:
+    return with_scaled(block=[0, 50])
+
+
+@vector("invalid", "a block has one dimension more than its tensor", "is no block of a tensor")
+def scaled_block_of_three() -> bytes:
+    return with_scaled(block=[1, 20, 50])
+
+
+@vector("invalid", "there are two scales, and the blocks need three", "2 scales where the blocks need 3")
+def scaled_too_few() -> bytes:
+    return with_scaled(block=[19, 50])
+
+
+@vector("invalid", "scaled codes are 8-bit integers", "is not one of F8_E4M3, F8_E5M2")
+def scaled_integers() -> bytes:
+    return with_scaled(codes={"digest": bytes(32), "dtype": "I8", "shape": [40, 50]})
+
+
+@vector("invalid", "scales are 64-bit floats", "is not one of BF16")
+def scaled_wide_scales() -> bytes:
+    return with_scaled(scales={"digest": bytes(32), "dtype": "F64", "name": "s", "shape": [2, 1]})
 
 
 @vector("invalid", "the payload is not what its digest says", "another digest")

@@ -12,6 +12,7 @@ from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.format import constants as c
 from deltafmt.index.entries import BasePart, BaseRef, TensorEntry
+from deltafmt.index.scaled import ScaledRef, StoredRef
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.layout import LowRankLayout
@@ -86,6 +87,24 @@ def leading_dimensions() -> bytes:
     shape, base = (7, 2, 3, 3), BaseRef(bytes(32), "BF16", (7, 2, 3, 3))
     entry = TensorEntry("kernel", "add", "BF16", shape, base, digest, None, (term,), leading=1)
     writer.finish([entry])
+    return out.getvalue()
+
+
+@vector("ok", "scaled: the base keeps a matrix as 8-bit floats with four scales, and a vector without; feature bit 2")
+def scaled_base() -> bytes:
+    out = io.BytesIO()
+    writer = ContainerWriter(out, features=c.FEATURE_SCALED)
+    term, digest = add_term(writer, NMLayout(1, 4, 4), 7, 18, 3)
+    entries = [
+        TensorEntry("matrix", "add", "BF16", (7, 18), BaseRef(bytes(32), "BF16", (7, 18)), digest, None, (term,)),
+        TensorEntry("vector", "same", "BF16", (9,), BaseRef(bytes(32), "BF16", (9,))),
+    ]
+    codes, scales = StoredRef(bytes(32), "F8_E4M3", (7, 18)), StoredRef(bytes(32), "F32", (2, 2))
+    scaled = {
+        "matrix": ScaledRef((4, 16), codes, scales, "matrix_scale_inv"),
+        "vector": ScaledRef((9,), StoredRef(bytes(32), "F8_E5M2", (9,))),
+    }
+    writer.finish(entries, scaled=scaled)
     return out.getvalue()
 
 

@@ -291,9 +291,10 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
         captured = capsys.readouterr()
         return Result(code, captured.out, captured.err)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
     yield run
-    signal.signal(signal.SIGTERM, before)
+    for each, handler in before.items():
+        signal.signal(each, handler)
 
 
 def run_cli(

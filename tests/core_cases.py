@@ -225,6 +225,15 @@ CASES = [
         wrong=((1, np.array([0, 5, 5])), (4, True), (6, "BF16"), (6, "F64")),
     ),
     Case(
+        "sparse_within",
+        (fields(32, 4), np.array([0, 1, 4]), np.array([64, 64]), 7),
+        (),
+        wrong=(
+            *((1, np.array([0, 5, 4])), (1, np.array([0, 3, 2])), (1, np.array([-1, 1, 4])), (1, np.array([0, 1, 5]))),
+            *((3, 0), (3, 65536)),
+        ),
+    ),
+    Case(
         "upload",
         UPLOAD,
         (6, 13),

@@ -190,6 +190,37 @@ def test_an_offloaded_model_is_refused(tiny: Tiny, tmp_path: Any, model: Any) ->
         logits(model, ids(2, 4))
 
 
+def test_a_model_on_another_device_than_the_deltas_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(UsageError, match=r'^module ".*" lies on cpu, and the deltas on cuda:3; load the model on one'):
+        attach(tiny.load(), tiny.deltas, device="cuda:3")
+
+
+def test_a_model_that_is_cut_in_an_unknown_way_is_refused(tiny: Tiny) -> None:
+    """What transformers' ``tp_plan`` cuts is served (``tests/test_parallel.py``); others may cut a model too."""
+    distributed = pytest.importorskip("torch.distributed")
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    way_out = "load the model whole in each process, without tp_plan, or unpack the delta and load that$"
+    model = tiny.load()
+    model._tp_size = 2
+    plainly = (
+        r"^the model is cut over 2 processes, and its parameters do not say how; take transformers 5.17 or later, or "
+    )
+    with pytest.raises(UsageError, match=plainly + way_out):
+        attach(model, tiny.deltas)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        model = tiny.load()
+        head = distribute_tensor(model.lm_head.weight.data, mesh, [Shard(0)])
+        model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
+        unknown = '^module "lm_head", a Linear, is cut over processes in a way that deltas cannot follow; '
+        with pytest.raises(UsageError, match=unknown + way_out):
+            attach(model, tiny.deltas)
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_hooks_and_forwards_of_the_caller(tiny: Tiny) -> None:
     """Whatever a caller has set up before sees and returns what it would with the unpacked fine-tune."""
     accelerate = pytest.importorskip("accelerate")

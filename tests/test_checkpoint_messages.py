@@ -8,7 +8,7 @@ import pytest
 
 import deltafmt
 from conftest import Cli, Raw, normal, safetensors_bytes, write_folder
-from deltafmt.errors import InvalidFileError, WrongBaseError
+from deltafmt.errors import InvalidFileError, UnsupportedError
 from situations import config, llama, model_pair, put, situation, tuned
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab12" * 16 + b"\nsize 2200119864\n"
@@ -109,18 +109,21 @@ def fp8(tensors: dict[str, Raw], scales: bool = True) -> dict[str, Raw]:
     return found
 
 
-@situation("a quantized base (FP8), and a fine-tune that is not")
+@situation("`--quantized exact`: a base of FP8, and a fine-tune that is not")
 def test_a_quantized_base_is_named(tmp_path: Path, cli: Cli) -> None:
     settings = {"quantization_config": {"quant_method": "fp8"}}
     base = write_folder(tmp_path / "base", fp8(llama()), files={"config.json": config(**settings)})
     finetuned = write_folder(tmp_path / "ft", tuned(llama()), files={"config.json": config()})
-    result = deltafmt.pack(base, finetuned, tmp_path / "d.deltafmt")
+    result = deltafmt.pack(base, finetuned, tmp_path / "d.deltafmt", quantized="exact")
     assert result.kept["model.layers.0.mlp.up_proj.weight"] == "the base's dtype F8_E4M3"
     assert all(name.endswith("_scale_inv") for name in result.removed)
     assert result.remarks == [
-        "the base is quantized (fp8): there is no delta to 6 of its matrices, so the fine-tune's are stored whole"
+        (
+            "the base is quantized: there is no delta to the codes of 6 of its matrices, "
+            "so the fine-tune's are stored whole"
+        )
     ]
-    found = cli("pack", base, finetuned, "-o", tmp_path / "e.deltafmt", "--json")
+    found = cli("pack", base, finetuned, "-o", tmp_path / "e.deltafmt", "--quantized", "exact", "--json")
     assert found.json()["remarks"] == result.remarks
     assert f"deltafmt: {result.remarks[0]}" in found.err
 
@@ -130,22 +133,23 @@ def test_a_quantized_pair_is_named_and_comes_back(tmp_path: Path) -> None:
     b = fp8(tuned(llama()))
     b["model.layers.0.mlp.up_proj.weight"] = Raw("F8_E4M3", (128, 64), bytes(64 * 128))
     base, finetuned = write_folder(tmp_path / "base", a), write_folder(tmp_path / "ft", b)
-    result = deltafmt.pack(base, finetuned, tmp_path / "d.deltafmt")
-    assert result.remarks[0].startswith("the fine-tune is quantized (FP8): its 6 matrices of codes are stored whole")
-    assert result.kept["model.layers.0.mlp.up_proj.weight"] == "dtype F8_E4M3"
+    result = deltafmt.pack(base, finetuned, tmp_path / "d.deltafmt", quantized="exact")
+    assert result.remarks[0].startswith("the fine-tune is quantized: 3 tensors of codes and scales are packed as")
+    assert result.kept["model.layers.0.mlp.up_proj.weight"] == "codes of a quantizer, or a part of them"
 
 
-@situation("a base of a quantizer's own tensors (GPTQ, AWQ, ...)")
+@situation("codes of another quantizer on either side: GPTQ, AWQ, bitsandbytes, ...")
 def test_a_base_of_other_tensors_names_the_quantizer(tmp_path: Path) -> None:
     codes = {name.replace(".weight", ".qweight"): Raw("I32", (8, 64), bytes(2048)) for name in llama()}
     base = write_folder(
         tmp_path / "base", codes, files={"config.json": config(quantization_config={"quant_method": "gptq"})}
     )
     finetuned = write_folder(tmp_path / "ft", tuned(llama()), files={"config.json": config()})
-    with pytest.raises(WrongBaseError, match=r"the base is quantized \(gptq\) and the fine-tune is not; give the base"):
-        deltafmt.pack(base, finetuned, tmp_path / "d.deltafmt")
-    with pytest.raises(WrongBaseError, match=r"the fine-tune is quantized \(gptq\) and the base is not"):
-        deltafmt.pack(finetuned, base, tmp_path / "d.deltafmt")
+    for sides in ((base, finetuned), (finetuned, base)):
+        with pytest.raises(
+            UnsupportedError, match=r"base: its weights are codes of GPTQ.*; give the checkpoint that was"
+        ):
+            deltafmt.pack(*sides, tmp_path / "d.deltafmt")
 
 
 @situation("a delta file that is larger than the fine-tune")

@@ -24,6 +24,7 @@ from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import DeltafmtError, InvalidFileError, UnsupportedError, UsageError
 from deltafmt.format import constants as c
+from deltafmt.format.limits import Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.sections import BufferRef
 from strategies import examples
@@ -302,10 +303,10 @@ def test_entries_are_canonical_too() -> None:
 
 def test_the_budget_of_raw_bytes_is_kept() -> None:
     data = write_container({"a": bytes(1000)}, {"a.json": bytes(500)}, "cold")
-    assert Container(io.BytesIO(data), max_raw_bytes=1500).keys() == ["a"]
+    assert Container(io.BytesIO(data), limits=Limits(max_output=1500)).keys() == ["a"]
     for opener in (Container, DeltaFile):
-        with pytest.raises(InvalidFileError, match=r"sections\[1\].raw_length: the sections decode to more than 1499"):
-            opener(io.BytesIO(data), max_raw_bytes=1499)
+        with pytest.raises(InvalidFileError, match=r"the sections decode to 1,500 bytes, and max_output is 1,499"):
+            opener(io.BytesIO(data), limits=Limits(max_output=1499))
 
 
 def test_an_unknown_profile_is_not_written() -> None:

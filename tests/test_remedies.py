@@ -65,10 +65,12 @@ def test_every_remedy_of_the_library_is_an_argument_and_has_a_sentence() -> None
         "calibration",
         "exclude",
         "force",
+        "limits",
         "missing",
         "no_attach",
         "out",
         "profile",
+        "quantized",
         "rename",
     }
     assert found <= known

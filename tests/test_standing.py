@@ -13,6 +13,7 @@ from deltafmt.errors import UsageError
 from deltafmt.kernels import devices, products
 from deltafmt.kernels.segments import FixedSegments
 from deltafmt.kernels.table import OperandTable
+from deltafmt.runtime.packed import PackedSelection
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.standing import Standing
 from deltafmt.terms.lowbit.layout import LowbitLayout
@@ -57,6 +58,14 @@ def test_a_choice_is_written_where_the_last_one_was() -> None:
     assert other is not None
     assert other is not first
     assert other.count == 16
+
+
+def test_the_tokens_of_packed_requests_keep_their_slots() -> None:
+    packed = PackedSelection([2, -1, 0], [3, 1, 2], 4, CPU)
+    standing = Standing(CPU, lambda: packed)
+    segments = standing.segments(6, "module")
+    assert segments is not None
+    assert slots_of(segments) == [2, 2, 2, -1, 0, 0]
 
 
 def test_outside_of_a_call_the_block_is_asked() -> None:

@@ -10,6 +10,7 @@ from deltafmt.tools import console
 from deltafmt.tools.calibration_options import check_tokenizer
 from deltafmt.tools.method_arguments import read_spelling
 from deltafmt.tools.name_arguments import add_architecture_argument, add_name_arguments, name_options, say_names
+from deltafmt.tools.quantized_arguments import add_variant_argument
 
 NM = "4:16"
 BITS = 4
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these tensors out")
     add_name_arguments(parser, "the fine-tune")
     add_architecture_argument(parser)
+    add_variant_argument(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random inputs (default 0)")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--html", metavar="REPORT", help="also write a page with plots")
@@ -106,6 +108,7 @@ def run(options: argparse.Namespace) -> None:
             exclude=options.exclude,
             **name_options(options),
             allow_architecture=options.allow_architecture,
+            variant=options.variant,
             seed=options.seed,
             progress=progress,
         )

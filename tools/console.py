@@ -67,11 +67,13 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
 
 
 def checkpoint_bytes(path: str) -> int:
-    """Return the bytes of a checkpoint's tensors."""
+    """Return the bytes of a checkpoint's tensors; FP8 counts as the BF16 that it is read as."""
     from deltafmt.checkpoint.folder import Checkpoint
+    from deltafmt.format.constants import CODE_DTYPES
 
     with Checkpoint(path) as checkpoint:
-        return checkpoint.nbytes
+        codes = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if tensor.dtype in CODE_DTYPES)
+        return checkpoint.nbytes + codes
 
 
 def delta_bytes(path: str) -> int:

@@ -7,7 +7,9 @@ import argparse
 from deltafmt.errors import EXIT_OK
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
+from deltafmt.tools.limit_arguments import add_limit_arguments, limits_of
 from deltafmt.tools.name_arguments import add_name_arguments, name_options, names_obj, say_names
+from deltafmt.tools.quantized_arguments import add_variant_argument
 
 # The exit code of git diff --exit-code, diff and cmp for inputs that differ.
 EXIT_DIFFERENT = 1
@@ -28,13 +30,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exit-code", action="store_true", help="exit with 1 if A and B differ; without this option, exit with 0"
     )
     add_name_arguments(parser, "B", "A")
+    add_variant_argument(parser)
+    parser.add_argument("--quantized", metavar="HOW", help="FP8 is read as values (default), or compared exact")
+    add_limit_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     from deltafmt.pipeline.diff import diff
 
-    result = diff(options.a, options.b, **name_options(options))
+    result = diff(
+        options.a,
+        options.b,
+        **name_options(options),
+        variant=options.variant,
+        quantized=options.quantized,
+        limits=limits_of(options),
+    )
     code = EXIT_DIFFERENT if options.exit_code and result.changes else EXIT_OK
     if options.json:
         changes = [change.to_obj() for change in result.changes]

@@ -6,6 +6,7 @@ import argparse
 
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
+from deltafmt.tools.limit_arguments import add_limit_arguments, limits_of
 from deltafmt.tools.name_arguments import add_name_arguments, name_options
 
 EPILOG = """\
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="say what would be written, and its size; write nothing")
     parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
     add_name_arguments(parser, "the delta", "BASE")
+    add_limit_arguments(parser, computes=True)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -50,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
         **name_options(options),
         force=options.force,
         plan=options.plan,
+        limits=limits_of(options),
     )
     for warning in result.warnings:
         console.warn(f"warning: {warning}")

@@ -8,6 +8,7 @@ import json
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
 from deltafmt.tools.name_arguments import add_name_arguments, name_options, names_obj, say_names
+from deltafmt.tools.quantized_arguments import add_variant_argument, say_dequantized
 
 EPILOG = """\
 The factors are stored as they are, except that B is multiplied by the adapter's scaling. What is not of low rank (DoRA,
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hot (default): stored as it is uploaded, for serving; cold: compressed, for archives",
     )
     add_name_arguments(parser, "the adapter")
+    add_variant_argument(parser)
     parser.add_argument(
         "--method",
         metavar="METHOD",
@@ -54,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
             options.adapter,
             options.output,
             **name_options(options),
+            variant=options.variant,
             profile=options.profile,
             force=options.force,
             threads=options.threads,
@@ -82,6 +85,7 @@ def run(options: argparse.Namespace) -> None:
                 "same": result.same,
                 "base_name": result.base_name or None,
                 "names": names_obj(result.names),
+                "dequantized": result.dequantized.to_obj(),
                 "left_out": result.left_out,
             }
         )
@@ -96,6 +100,7 @@ def run(options: argparse.Namespace) -> None:
         parts.append(f"{len(result.grown)} with more rows than the base")
     console.say(", ".join([*parts, f"{result.same} same as the base"]))
     say_names(result.names)
+    say_dequantized(result.dequantized)
     if result.config:
         changed = ", ".join(f"{key}: {json.dumps(value)}" for key, value in result.config.items())
         console.say(f"config.json gets {changed}")

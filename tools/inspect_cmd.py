@@ -7,20 +7,24 @@ import argparse
 from deltafmt.checkpoint.name_changes import entry_changes
 from deltafmt.container.reader import Container
 from deltafmt.pipeline import summary
+from deltafmt.pipeline.read_as_values import dequantized
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
+from deltafmt.tools.limit_arguments import add_limit_arguments, limits_of
 from deltafmt.tools.name_arguments import say_names
+from deltafmt.tools.quantized_arguments import say_dequantized
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("delta", metavar="DELTA", help="the delta file")
     parser.add_argument("--tensors", action="store_true", help="list every tensor with its shape, size and action")
+    add_limit_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    with Container(options.delta) as container:
+    with Container(options.delta, limits=limits_of(options)) as container:
         if options.json:
             console.say_json({"ok": True, **summary.summary_obj(container)})
         elif options.tensors:
@@ -45,6 +49,7 @@ def _print_tree(container: Container) -> None:
         if found:
             console.say(f"{text}: {plural(found, 'tensor')}")
     say_names(entry_changes(entries))
+    say_dequantized(dequantized(container.scaled(), container.metadata))
     if container.removed:
         console.say(summary.left_out_line(container.removed))
     console.say()

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from deltafmt._version import __version__
-from deltafmt.errors import EXIT_INTERRUPTED, EXIT_OK, DeltafmtError, StorageError, UsageError
+from deltafmt.errors import EXIT_INTERRUPTED, EXIT_OK, DeltafmtError, StorageError, UsageError, shortened
 from deltafmt.output import reason
 from deltafmt.tools import console
 from deltafmt.tools.remedies import message_of
@@ -113,6 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, _interrupt)
+        # A terminal that closes. nohup has it ignored, and so it stays.
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, _interrupt)
     as_json = "--json" in arguments
     try:
         options = _parse(arguments)
@@ -209,7 +212,7 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _report(message: str, code: int, as_json: bool) -> int:
-    line = " ".join(message.split("\n"))
+    line = shortened(" ".join(message.split("\n")))
     # The output itself may be what failed; the exit code still tells.
     with contextlib.suppress(OSError):
         console.warn(line)

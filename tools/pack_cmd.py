@@ -32,6 +32,7 @@ from deltafmt.tools.name_arguments import (
     names_obj,
     say_names,
 )
+from deltafmt.tools.quantized_arguments import say_dequantized
 from deltafmt.tools.targets import add_target_arguments, plan_obj, read_target, say_chosen, show
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="same (as in BASE) or removed: what FINETUNED lacks",
     )
     parser.add_argument("--variant", metavar="NAME", help="read the weights of this variant, such as fp16")
+    parser.add_argument("--quantized", metavar="HOW", help="FP8 is read as values (default), or packed exact")
     parser.add_argument(
         "--attach", action="append", default=[], metavar="PATTERN", help="files that travel although not by themselves"
     )
@@ -151,6 +153,7 @@ def run(options: argparse.Namespace) -> None:
         "base_name": options.base_name,
         "missing": options.missing,
         "variant": options.variant,
+        "quantized": options.quantized,
         "attach": options.attach,
         "no_attach": options.no_attach,
         "profile": options.profile,
@@ -209,6 +212,7 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
                 "remarks": result.remarks,
                 "base_name": result.base_name or None,
                 "names": names_obj(result.names),
+                "dequantized": result.dequantized.to_obj(),
                 "unmatched": {"finetuned": result.unmatched, "base": result.unmatched_base},
                 "architecture": result.architecture or None,
                 "narrow": result.narrow,
@@ -225,6 +229,7 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
     console.say(f"{result.path}: {result.size:,} bytes, {smaller}{resumed}")
     console.say(_actions(result))
     say_names(result.names)
+    say_dequantized(result.dequantized, ask=True)
     if result.unmatched:
         console.say(
             f"warning: {plural(len(result.unmatched), 'tensor')} of the fine-tune's layers and "

@@ -13,10 +13,12 @@ _SENTENCES = {
     "calibration": "--calibration FILE names a text for the fine-tune to read",
     "exclude": "--exclude VALUE stores the tensor whole",
     "force": "--force replaces it",
+    "limits": "--VALUE raises the limit",
     "missing": "--missing same takes from the base what is lacking, --missing removed leaves it out",
     "no_attach": "--no-attach VALUE leaves it out",
     "out": "-o - writes to standard output",
     "profile": "--profile VALUE allows it",
+    "quantized": "--quantized VALUE takes the stored bytes as they are",
     "rename": "--rename 'FROM=TO' or --strip-prefix PREFIX says what belongs together",
 }
 

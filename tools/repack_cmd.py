@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from deltafmt.tools import console
+from deltafmt.tools.limit_arguments import add_limit_arguments, limits_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,13 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hot: stored as it is uploaded, for serving; cold: compressed, for archives",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    add_limit_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from deltafmt.pipeline.repack import repack
 
-    result = repack(options.delta, options.output, profile=options.profile, force=options.force)
+    result = repack(
+        options.delta, options.output, profile=options.profile, force=options.force, limits=limits_of(options)
+    )
     if options.json:
         console.say_json(
             {

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from deltafmt.errors import UsageError
 from deltafmt.pipeline.summary import plural, times
 from deltafmt.tools import console
+from deltafmt.tools.byte_sizes import parse_size
 from deltafmt.tools.method_arguments import read_spelling
-from deltafmt.tools.unpack_cmd import parse_size
 
 if TYPE_CHECKING:
     from deltafmt.pipeline.choice import Choice, Chosen

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 
 from deltafmt.checkpoint.weight_names import bounded
-from deltafmt.errors import UsageError
 from deltafmt.pipeline.summary import left_out_line, plural
 from deltafmt.tools import console
+from deltafmt.tools.byte_sizes import parse_size
+from deltafmt.tools.limit_arguments import add_limit_arguments, limits_of
 from deltafmt.tools.name_arguments import add_name_arguments, name_options, names_obj, say_names
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+from deltafmt.tools.quantized_arguments import say_dequantized
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="accept a base whose bytes differ from those packed against; the output's metadata records it",
     )
     add_name_arguments(parser, "the delta", "BASE")
+    add_limit_arguments(parser, computes=True)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> None:
             **name_options(options),
             max_shard_bytes=limit,
             threads=options.threads,
+            limits=limits_of(options),
             progress=progress,
         )
     if result.mismatched:
@@ -66,12 +67,14 @@ def run(options: argparse.Namespace) -> None:
                 "removed": result.removed,
                 "mismatched": result.mismatched,
                 "names": names_obj(result.names),
+                "dequantized": result.dequantized.to_obj(),
             }
         )
         return
     files = f" and {bounded(result.files, 30)}" if result.files else ""
     console.say(f"{result.path}: {plural(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
     say_names(result.names)
+    say_dequantized(result.dequantized)
     if result.removed:
         console.say(left_out_line(result.removed))
 
@@ -82,16 +85,3 @@ def _other_base(names: Sequence[str]) -> str:
     if len(names) == 1:
         return f"warning: {first} of the base differs from the one that was packed against"
     return f"warning: {len(names):,} tensors of the base differ from those packed against, the first is {first}"
-
-
-def parse_size(text: str) -> int:
-    """Return the number of bytes that a text such as ``5GB``, ``200MiB`` or ``1048576`` names.
-
-    Raises:
-        UsageError: the text is not a size, or the size is zero.
-    """
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([KMG]I?B)?", text.strip().upper())
-    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
-    if not size:
-        raise UsageError(f"{text!r} is not a size such as 5GB or 200MiB")
-    return size

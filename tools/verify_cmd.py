@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from deltafmt.errors import EXIT_OK, DeltafmtError
 from deltafmt.pipeline.summary import left_out_line, plural
 from deltafmt.tools import console
+from deltafmt.tools.limit_arguments import add_limit_arguments, limits_of
 from deltafmt.tools.name_arguments import add_name_arguments, name_options, names_obj, say_names
+from deltafmt.tools.quantized_arguments import say_dequantized
 
 if TYPE_CHECKING:
     from deltafmt.pipeline.verify import VerifyResult
@@ -26,10 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="BASE", help="check that this is the base that the delta was packed against")
     parser.add_argument("--threads", type=int, metavar="T", help="number of threads (default: one for each processor)")
     add_name_arguments(parser, "the delta", "BASE")
+    add_limit_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
+    options.limits = limits_of(options)
     if len(options.delta) == 1:
         found = _check(options.delta[0], options)
         if options.json:
@@ -54,10 +58,18 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
     from deltafmt.pipeline.verify import verify
 
     with console.progress_bar("verifying", lambda: console.delta_bytes(file), not options.json) as progress:
-        result = verify(file, options.base, **name_options(options), threads=options.threads, progress=progress)
+        result = verify(
+            file,
+            options.base,
+            **name_options(options),
+            threads=options.threads,
+            limits=options.limits,
+            progress=progress,
+        )
     if not options.json:
         console.say(f"{file}: {describe(result)}")
         say_names(result.names)
+        say_dequantized(result.dequantized)
         if result.removed:
             console.say(left_out_line(result.removed))
     return {
@@ -70,6 +82,7 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
         "removed": list(result.removed),
         "attached": list(result.attached),
         "names": names_obj(result.names),
+        "dequantized": result.dequantized.to_obj(),
     }
 
 

@@ -14,6 +14,7 @@ from deltafmt.analysis.quantized import histogram_of
 from deltafmt.analysis.report import Candidate, Report, TensorFigures
 from deltafmt.analysis.spectrum import spectrum_of
 from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.fp8 import read_as_values
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import NonFiniteError, UsageError, WrongBaseError
@@ -39,6 +40,7 @@ def analyze(
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
     allow_architecture: bool = False,
+    variant: str | None = None,
     seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
 ) -> Report:
@@ -54,7 +56,8 @@ def analyze(
         tokenizer: a ``tokenizer.json``, if the fine-tune's folder has no tokenizer.
         include: patterns; if given, only tensors whose names match one of them are analyzed.
         exclude: patterns; tensors whose names match one of them are left out.
-        rename, strip_prefix, allow_architecture: as :func:`deltafmt.pack` takes them.
+        rename, strip_prefix, allow_architecture, variant: as :func:`deltafmt.pack` takes them. 8-bit floats with scales
+            are read as the values that they mean.
         seed: the seed for random inputs, positions and projections.
         progress: a function that is called with a tensor's name and bytes: once when the tensor's figures are done, and
             once more for every delta file.
@@ -69,7 +72,13 @@ def analyze(
     if bits < 2:
         raise UsageError(f"bits k = {bits}: a histogram after min-max quantization needs at least 2 bits")
     own = DeltaDQ(n, m, bits, index="seeded" if m & (m - 1) == 0 and m <= 128 else "fixed")
-    with Checkpoint(base) as before, Checkpoint(finetuned) as after:
+    if calibration is not None and variant is not None:
+        raise UsageError(f"variant {variant!r} and a calibration: a text is read with weights that have no variant")
+    with Checkpoint(base, variant=variant, lenient=True) as before, Checkpoint(finetuned, variant=variant) as after:
+        for side in (before, after):
+            read_as_values(side, exact=False)
+        if calibration is not None and after.dequantized:
+            raise UsageError(f"{finetuned} is FP8, and a calibration runs the fine-tune in BF16; save it dequantized")
         pairing = pair_up(before, after, options)
         pairs, skipped = find_pairs(pairing.tensors, after, include, exclude)
         if not pairs:
@@ -90,9 +99,9 @@ def analyze(
         for path in deltas:
             _check_base(before, path, report, options.renames)
             _measure(report, str(path), path, inputs, progress)
-        named = {"rename": rename, "strip_prefix": strip_prefix, "allow_architecture": allow_architecture}
+        names = {"rename": rename, "strip_prefix": strip_prefix, "allow_architecture": allow_architecture}
         for method in methods or (() if deltas else (own,)):
-            with packed(base, finetuned, method, [*skipped], **named) as path:
+            with packed(base, finetuned, method, [*skipped], **names, variant=variant) as path:
                 _measure(report, method.spelling(), path, inputs, progress)
     return report
 

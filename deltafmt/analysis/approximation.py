@@ -85,7 +85,7 @@ def packed(
         base, finetuned: the checkpoints.
         method: the method.
         leave_out: names of tensors that are stored whole.
-        named: the arguments of :func:`deltafmt.pack` about names.
+        named: the arguments of :func:`deltafmt.pack` about names and variants.
     """
     with tempfile.TemporaryDirectory(prefix="deltafmt-") as folder:
         out = Path(folder) / "analyzed.deltafmt"

@@ -56,12 +56,17 @@ def write(report: Report, path: str | os.PathLike[str], *, force: bool = False) 
         UsageError: the file exists, and ``force`` is not given.
         StorageError: the file cannot be written.
     """
+    text, target = render(report), Path(path)
+    if not force and os.path.lexists(target):
+        raise UsageError(f"{path} exists", Remedy("force"))
+    # The page appears whole or not at all.
+    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
-        with open(path, "w" if force else "x", encoding="utf-8") as file:
-            file.write(render(report))
-    except FileExistsError:
-        raise UsageError(f"{path} exists", Remedy("force")) from None
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, target)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise storage_error("cannot write", path, error) from error
 
 

@@ -91,9 +91,9 @@ def _load(transformers: Any, folder: str | os.PathLike[str]) -> Any:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-        return model_class.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+        return model_class.from_pretrained(folder, dtype="auto", local_files_only=True, trust_remote_code=False).eval()
     except Exception as error:  # the files of a model can make transformers raise anything
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise UsageError(f"{folder}: transformers cannot load the model: {reason}") from error

@@ -35,13 +35,17 @@ def load_model(folder: Path, dtype: torch.dtype | None) -> Any:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         names = getattr(config, "architectures", None) or ["AutoModel"]
         cls = getattr(transformers, names[0], None)
         if cls is None:
             raise UsageError(f"{folder}: transformers does not know the architecture {names[0]!r}")
         model, info = cls.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         if isinstance(error, UsageError):

@@ -9,6 +9,7 @@ from typing import Any
 
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.output import storage_error
+from deltafmt.regular_file import read_regular
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PAIRS = (("prompt", "completion"), ("question", "answer"))
@@ -39,7 +40,7 @@ def read_documents(path: Path) -> list[Document]:
         UsageError: the file holds no text.
     """
     try:
-        content = path.read_text("utf-8")
+        content = read_regular(path).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise storage_error("cannot read", path, error) from error
     except ValueError as error:

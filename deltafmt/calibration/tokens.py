@@ -80,11 +80,12 @@ def load_encoder(source: Path, config: Any) -> Encoder:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-        except Exception as error:  # the files of a tokenizer can make transformers raise anything
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        except BaseException as error:  # the files of a tokenizer can make transformers raise anything
+            _raise_if_ending(error)
             raise UsageError(f"{source}: transformers cannot load the tokenizer: {first_line(error)}") from error
 
-        def encode(text: str, special: bool = False) -> list[int]:
+        def raw_encode(text: str, special: bool = False) -> list[int]:
             return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
         end = end if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
@@ -93,11 +94,19 @@ def load_encoder(source: Path, config: Any) -> Encoder:
 
         try:
             bare = Tokenizer.from_file(str(source))
-        except Exception as error:  # tokenizers raises Exception itself
+        except BaseException as error:  # tokenizers raises Exception itself
+            _raise_if_ending(error)
             raise UsageError(f"{source}: not a tokenizer: {first_line(error)}") from error
 
-        def encode(text: str, special: bool = False) -> list[int]:
+        def raw_encode(text: str, special: bool = False) -> list[int]:
             return list(bare.encode(text, add_special_tokens=special).ids)
+
+    def encode(text: str, special: bool = False) -> list[int]:
+        try:
+            return raw_encode(text, special)
+        except BaseException as error:
+            _raise_if_ending(error)
+            raise UsageError(f"{source}: the tokenizer fails on a text: {first_line(error)}") from error
 
     before, after = _around(encode("a"), encode("a", special=True))
     if source.is_file() and not before and not after and begin is not None:
@@ -138,10 +147,16 @@ def batches(sequences: Sequence[Tokens], tokens: int) -> list[Tokens]:
     return found
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, for a message that has one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _raise_if_ending(error: BaseException) -> None:
+    """Raise what ends the process, such as an interrupt. A panic of tokenizers is no Exception, and does not."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 def _single(token: Any) -> int | None:

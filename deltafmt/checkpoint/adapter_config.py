@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 from deltafmt.checkpoint.patterns import PatternTable
 from deltafmt.errors import InvalidFileError, UnsupportedError
 from deltafmt.output import storage_error
+from deltafmt.regular_file import read_regular
 
 CONFIG_FILE: Final = "adapter_config.json"
 DEFAULT_RANK: Final = 8
@@ -94,7 +95,7 @@ class AdapterConfig:
             UnsupportedError: the adapter is of a kind that no delta is made of.
         """
         try:
-            obj = json.loads(path.read_bytes())
+            obj = json.loads(read_regular(path))
         except OSError as error:
             raise storage_error("cannot read", path, error) from error
         except (ValueError, RecursionError) as error:

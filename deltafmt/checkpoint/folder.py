@@ -22,6 +22,7 @@ from deltafmt.checkpoint.weight_choice import (
 from deltafmt.checkpoint.weight_names import DEFAULT, WeightNames, bounded
 from deltafmt.errors import InvalidFileError, Remedy, StorageError
 from deltafmt.output import storage_error
+from deltafmt.regular_file import read_regular
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
@@ -51,6 +52,9 @@ class Checkpoint:
         unlisted: names of tensors that lie in a shard although the index does not name them, with the shard.
         notes: remarks about which files were read, in words.
         dropped: the components that the user's patterns leave out.
+        dequantized: how many of the tensors are 8-bit floats that are read as values.
+        kept: names of tensors that are stored whole, because they are codes or belong to codes.
+        rewritten: the bytes of small files that travel in another form than they have in the folder.
 
     Raises:
         StorageError: the checkpoint is missing or unreadable.
@@ -73,6 +77,9 @@ class Checkpoint:
         self.unlisted: dict[str, str] = {}
         self.notes: list[str] = []
         self.dropped: list[str] = []
+        self.dequantized: int = 0
+        self.kept: frozenset[str] = frozenset()
+        self.rewritten: dict[str, bytes] = {}
         self._rules = rules
         self._lenient = lenient
         self._shards: list[SafetensorsFile] = []
@@ -197,6 +204,15 @@ class Checkpoint:
         """The small files that travel with a delta, by their paths in the folder."""
         return self.decide_travelling().files
 
+    def attachment(self, name: str) -> bytes:
+        """Return the bytes of a small file that travels.
+
+        Raises:
+            StorageError: reading failed.
+        """
+        rewritten = self.rewritten.get(name)
+        return read_file(self.files[name]) if rewritten is None else rewritten
+
     @property
     def left_out(self) -> dict[str, str]:
         """Why other files and folders do not travel, by their paths."""
@@ -273,6 +289,6 @@ def read_file(path: Path) -> bytes:
         StorageError: reading failed.
     """
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise storage_error("cannot read", path, error) from error

@@ -21,6 +21,7 @@ from deltafmt.errors import InvalidFileError, StorageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import BasePart
 from deltafmt.output import storage_error
+from deltafmt.regular_file import open_regular
 from deltafmt.terms.floats import RAW_DTYPES
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -78,6 +79,7 @@ class Tensor:
     def pages(self, start: int, length: int) -> Iterator[memoryview]:
         """Give a view of some bytes. At the end their pages leave this process's memory, but not the page cache."""
         first = self.offset + start
+        self.file.check_length(first + length)
         self.file.populate(first, length)
         try:
             yield self.file.view[first : first + length]
@@ -100,13 +102,16 @@ class Tensor:
 
     def head(self, length: int) -> bytes:
         """Return the first bytes of the tensor, at most so many."""
-        return bytes(self.file.view[self.offset : self.offset + min(length, self.nbytes)])
+        end = self.offset + min(length, self.nbytes)
+        self.file.check_length(end)
+        return bytes(self.file.view[self.offset : end])
 
     def pieces(self, first: int = 0) -> Iterator[memoryview]:
         """Iterate over the tensor's bytes from ``first`` on, 8 MiB at a time."""
         size = self.nbytes
         if size <= _SMALL:
             if first < size:
+                self.file.check_length(self.offset + size)
                 yield self.file.view[self.offset + first : self.offset + size]
                 self.file.release(self.offset, size)
             return
@@ -157,7 +162,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 self.stat = os.fstat(file.fileno())
                 self.size = self.stat.st_size
                 if self.size < 8:
@@ -229,6 +234,15 @@ class SafetensorsFile:
 
     def _where(self, name: str) -> str:
         return f'{self.path}: tensor "{name}"'
+
+    def check_length(self, end: int) -> None:
+        """Check that the file still has so many bytes: pages behind its end would end the process.
+
+        Raises:
+            StorageError: the file became shorter.
+        """
+        if self._map.size() < end:
+            raise StorageError(f"{self.path} became shorter while it was being read")
 
     def populate(self, offset: int, length: int) -> None:
         """Bring pages into memory with one call, not with a page fault each. An error is ignored."""

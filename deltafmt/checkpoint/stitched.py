@@ -45,7 +45,8 @@ class StitchedTensor(Tensor):
         """Ask the system to read the tensor ahead. An error is ignored."""
         size = self._size()
         for run in self.runs:
-            run.tensor.file.will_need(run.tensor.offset + run.start * size, run.count * size)
+            if type(run.tensor) is Tensor:
+                run.tensor.file.will_need(run.tensor.offset + run.start * size, run.count * size)
 
     @contextlib.contextmanager
     def pages(self, start: int, length: int) -> Iterator[memoryview]:

@@ -24,6 +24,7 @@ from deltafmt.checkpoint.weight_names import ENDING, bounded
 from deltafmt.errors import InvalidFileError, Remedy, UsageError
 from deltafmt.index.sections import is_safe_path, is_weight_file
 from deltafmt.output import storage_error
+from deltafmt.regular_file import open_regular
 
 MAX_ATTACHMENT_BYTES: Final = 64 * 1024 * 1024
 MAX_UNASKED_BYTES: Final = 1024 * 1024
@@ -358,5 +359,5 @@ def _check_patterns(folder: Path, found: Travelling, rules: AttachRules) -> None
 
 
 def _read(path: Path, size: int) -> bytes:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return file.read(size)

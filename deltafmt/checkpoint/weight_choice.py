@@ -26,6 +26,7 @@ from deltafmt.checkpoint.weight_names import (
 )
 from deltafmt.errors import InvalidFileError, StorageError
 from deltafmt.output import storage_error
+from deltafmt.regular_file import read_regular
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_STEM: Final = "adapter_model"
@@ -57,7 +58,7 @@ class WeightChoice:
 def read_json(path: Path) -> Any:
     """Return what a JSON file holds, or None if it is missing, is not JSON, or is too large for a configuration."""
     try:
-        return None if path.stat().st_size > _MAX_JSON_BYTES else json.loads(path.read_text("utf-8"))
+        return None if path.stat().st_size > _MAX_JSON_BYTES else json.loads(read_regular(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -243,7 +244,7 @@ def read_index(where: Path) -> dict[str, str]:
         StorageError: it cannot be read.
     """
     try:
-        data = where.read_bytes()
+        data = read_regular(where)
     except OSError as error:
         raise storage_error("cannot read", where, error) from error
     try:
@@ -252,9 +253,14 @@ def read_index(where: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidFileError(f"{where}: {instead_of_weights(data) or 'no valid weight_map'}") from error
     for file in set(wanted.values()):
-        if file != os.path.basename(file) or file in ("", ".", "..") or "\0" in file:
+        if file != os.path.basename(file) or file in ("", ".", "..") or "\0" in file or not is_text(file):
             raise InvalidFileError(f"{where}: {file!r} is not a file beside the index")
     return wanted
+
+
+def is_text(name: str) -> bool:
+    """Tell whether a name is Unicode: JSON can hold half of a surrogate pair, which no file has for a name."""
+    return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def check_shards(folder: Path, choice: WeightChoice) -> None:

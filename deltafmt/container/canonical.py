@@ -7,6 +7,7 @@ from typing import Any
 
 import msgpack
 
+from deltafmt.container.decoded_size import check_decoded_size
 from deltafmt.errors import InvalidFileError
 from deltafmt.format.constants import MAX_TENSORS
 
@@ -42,7 +43,7 @@ def pack(obj: Any) -> bytes:
     return bytes(msgpack.packb(obj, use_bin_type=True))
 
 
-def decode(data: bytes | memoryview, what: str) -> Any:
+def decode(data: bytes | memoryview, what: str, max_memory: int | None = None) -> Any:
     """Decode ``data``, encode the result again, and refuse the data unless both encodings are the same bytes.
 
     This comparison finds duplicate keys, integers and lengths that are not minimal, and trailing bytes, at the speed
@@ -52,14 +53,17 @@ def decode(data: bytes | memoryview, what: str) -> Any:
     Args:
         data: the encoded bytes.
         what: the name of the data in messages, such as "the index".
+        max_memory: refuse data that would take more bytes of memory, before it is decoded; None for the default, which
+            any index of a real model meets.
 
     Raises:
-        InvalidFileError: the data is not msgpack, or not in canonical form.
+        InvalidFileError: the data is not msgpack, or not in canonical form, or takes too much memory.
     """
+    check_decoded_size(data, what, max_memory)
+    # Every member takes a byte at least, so that a number alone makes no long list.
+    most = min(MAX_TENSORS, len(data))
     try:
-        obj = msgpack.unpackb(
-            data, raw=False, strict_map_key=True, use_list=True, max_map_len=MAX_TENSORS, max_array_len=MAX_TENSORS
-        )
+        obj = msgpack.unpackb(data, raw=False, strict_map_key=True, use_list=True, max_map_len=most, max_array_len=most)
         again = pack(obj)
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.exceptions.UnpackException) as error:
         raise InvalidFileError(f"{what} is not valid msgpack: {_first_line(error)}") from error

@@ -10,6 +10,7 @@ from blake3 import blake3
 
 from deltafmt.container import canonical
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.scaled import ScaledRef
 from deltafmt.index.sections import Attachment
 
 
@@ -18,6 +19,7 @@ def content_id(
     removed: Iterable[str],
     attachments: Mapping[str, Attachment],
     metadata: Mapping[str, str],
+    scaled: Mapping[str, ScaledRef] | None = None,
 ) -> bytes:
     """Return the BLAKE3 of the semantic index.
 
@@ -28,6 +30,7 @@ def content_id(
         "attachments": {name: attachments[name].digest for name in sorted(attachments)},
         "metadata": {key: metadata[key] for key in sorted(metadata)},
         "removed": list(removed),
+        **({"scaled": {name: scaled[name].to_obj() for name in sorted(scaled)}} if scaled else {}),
         "tensors": {entry.name: semantic_entry(entry) for entry in sorted(entries, key=attrgetter("name"))},
     }
     return blake3(canonical.encode_ordered(index)).digest()

@@ -6,18 +6,20 @@ Tensor entries stay encoded until somebody asks for one, so a file of many tenso
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from deltafmt.container import canonical
 from deltafmt.format import constants as c
 from deltafmt.format.checks import Where, fail
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.scaled import ScaledRef
 from deltafmt.index.sections import Attachment, BufferRef, Section
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.registry import parse_layout
 
 _TOP_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "sections", "tensors")
+_SCALED_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "scaled", "sections", "tensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class FileIndex:
         removed: the names of the tensors that the base has and the fine-tune lacks.
         attachments: the attached files by name.
         features: the header's incompatible features.
+        scaled: how the base keeps tensors that are read as values, encoded, by name; :meth:`scaled_ref` decodes one.
     """
 
     profile: str
@@ -43,23 +46,28 @@ class FileIndex:
     removed: tuple[str, ...]
     attachments: Mapping[str, Attachment]
     features: int = 0
+    scaled: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, data: bytes, index_offset: int, max_raw_bytes: int, features: int = 0) -> Self:
+    def parse(cls, data: bytes, index_offset: int, features: int = 0, max_memory: int | None = None) -> Self:
         """Decode and check an index.
 
         Args:
             data: the encoded index.
             index_offset: the place of the index in the file, where the last section must end.
-            max_raw_bytes: refuse an index whose sections decode to more bytes than this.
             features: the header's incompatible features.
+            max_memory: refuse an index that takes more bytes of memory; None for the default.
 
         Raises:
             InvalidFileError: the index breaks the format; the message names the place.
         """
-        obj = canonical.decode(data, "the index")
-        if type(obj) is not dict or tuple(obj) != _TOP_KEYS:
-            fail("index", f"expected the keys {', '.join(_TOP_KEYS)}")
+        obj = canonical.decode(data, "the index", max_memory)
+        scales = type(obj) is dict and "scaled" in obj
+        keys = _SCALED_KEYS if scales else _TOP_KEYS
+        if type(obj) is not dict or tuple(obj) != keys:
+            fail("index", f"expected the keys {', '.join(keys)}")
+        if scales and not features & c.FEATURE_SCALED:
+            fail("scaled", "the header does not have the feature of scaled tensors, bit 2")
         profile = obj["profile"]
         if profile not in c.PROFILES:
             fail("profile", f"unknown profile {profile!r}")
@@ -67,13 +75,14 @@ class FileIndex:
         if not all(type(value) is str for value in metadata.values()):
             fail("metadata", "a value is not a string")
         layouts = _parse_layouts(obj["layouts"], profile)
-        sections = _parse_sections(obj["sections"], profile, index_offset, max_raw_bytes)
+        sections = _parse_sections(obj["sections"], profile, index_offset)
         tensors = canonical.check_names(obj["tensors"], "tensors")
         if len(tensors) > c.MAX_TENSORS:
             fail("tensors", f"{len(tensors)} entries are more than {c.MAX_TENSORS}")
         removed = _parse_removed(obj["removed"], tensors)
         attachments = _parse_attachments(obj["attachments"])
-        index = cls(profile, metadata, layouts, sections, tensors, removed, attachments, features)
+        scaled = canonical.check_names(obj["scaled"], "scaled") if scales else {}
+        index = cls(profile, metadata, layouts, sections, tensors, removed, attachments, features, scaled)
         for name, attachment in index.attachments.items():
             index.check_ref(attachment.data, f'attachments["{name}"]', c.SECTION_KIND_ATTACHMENTS)
         return index
@@ -105,11 +114,19 @@ class FileIndex:
                 fail((where, ".target"), f"{entry.target!r} has another dtype or shape")
         return entry
 
+    def scaled_ref(self, name: str) -> ScaledRef:
+        """Decode and check how the base keeps a tensor that is read as values.
+
+        Raises:
+            InvalidFileError: the description breaks the format.
+        """
+        where = f'scaled["{name}"]'
+        if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
+            fail(where, f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
+        return ScaledRef.from_obj(_decoded(self.scaled[name], where), where)
+
     def _decode_entry(self, name: str) -> Any:
-        data = self.tensors[name]
-        if type(data) is not bytes:
-            fail(f'tensors["{name}"]', "expected a byte string that holds an entry")
-        return canonical.decode(data, f'tensors["{name}"]')
+        return _decoded(self.tensors[name], f'tensors["{name}"]')
 
     def check_ref(self, ref: BufferRef, where: Where, section_kind: int) -> None:
         """Check that a buffer lies inside a section of the right section kind.
@@ -126,6 +143,12 @@ class FileIndex:
             fail(where, f"{ref.length} bytes at {ref.offset} leave section {ref.section}")
 
 
+def _decoded(data: Any, where: str) -> Any:
+    if type(data) is not bytes:
+        fail(where, "expected a byte string that holds an entry")
+    return canonical.decode(data, where)
+
+
 def _parse_layouts(rows: Any, profile: str) -> tuple[TermLayout, ...]:
     if type(rows) is not list:
         fail("layouts", "expected a list")
@@ -137,7 +160,7 @@ def _parse_layouts(rows: Any, profile: str) -> tuple[TermLayout, ...]:
     return layouts
 
 
-def _parse_sections(rows: Any, profile: str, index_offset: int, max_raw_bytes: int) -> tuple[Section, ...]:
+def _parse_sections(rows: Any, profile: str, index_offset: int) -> tuple[Section, ...]:
     if type(rows) is not list:
         fail("sections", "expected a list")
     sections = tuple(Section.from_obj(row, f"sections[{i}]") for i, row in enumerate(rows))
@@ -151,8 +174,8 @@ def _parse_sections(rows: Any, profile: str, index_offset: int, max_raw_bytes: i
         if profile == "hot" and section.kind == c.SECTION_KIND_TENSORS and section.codec != c.CODEC_STORED:
             fail(f"sections[{number}].codec", "a hot file stores its tensors as they are")
         raw_bytes += section.raw_length
-        if raw_bytes > max_raw_bytes:
-            fail(f"sections[{number}].raw_length", f"the sections decode to more than {max_raw_bytes} bytes")
+        if raw_bytes > c.MAX_RAW_BYTES:
+            fail(f"sections[{number}].raw_length", f"the sections decode to more than {c.MAX_RAW_BYTES} bytes")
         position = c.align(section.offset + section.length, c.SECTION_ALIGNMENT)
     if position != index_offset:
         fail("sections", f"they end at {position}, the index starts at {index_offset}")

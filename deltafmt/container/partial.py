@@ -102,15 +102,20 @@ class PartialFile:
             data = self._journal.read(min(length, c.MAX_INDEX_BYTES))
             if len(data) != length or xxhash.xxh3_64_intdigest(data) != checksum:
                 return
-            record = msgpack.unpackb(data)
-            if type(record) is dict:
-                yield self._journal.tell(), record
+            try:
+                record = msgpack.unpackb(data)
+            except (ValueError, msgpack.exceptions.UnpackException, RecursionError):
+                return
+            if type(record) is not dict:
+                return
+            yield self._journal.tell(), record
 
     def _take(self, record: dict[str, Any]) -> bool:
         try:
             section = Section.from_obj(record["section"], "section")
             layouts = [parse_layout(layout, "layout") for layout in record["layouts"]]
-        except (InvalidFileError, KeyError, TypeError):
+            entries = dict(record["entries"])
+        except (InvalidFileError, KeyError, TypeError, ValueError):
             return False
         self._file.seek(0)
         head = self._header.ljust(c.SECTION_ALIGNMENT, b"\0")
@@ -131,7 +136,7 @@ class PartialFile:
             return False
         self.sections.append(section)
         self.layouts = layouts
-        self.entries.update(record["entries"])
+        self.entries.update(entries)
         return True
 
     def write(self, data: Bytes) -> None:

@@ -17,12 +17,17 @@ from deltafmt.container.file_index import FileIndex
 from deltafmt.container.source import Source, open_source
 from deltafmt.errors import DeltafmtError, InvalidFileError
 from deltafmt.format import constants as c
+from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.scaled import ScaledRef
 from deltafmt.index.sections import Attachment, BufferRef, Section
 from deltafmt.terms.layout import TermLayout
 
 if TYPE_CHECKING:
     from deltafmt.container.chunks import ChunkReader
+
+# Bytes of a piece of a buffer: whole chunks of a compressed section.
+_PIECE = 16 * c.ZSTD_CHUNK
 
 
 class Container:
@@ -32,7 +37,7 @@ class Container:
         path: a path, or a binary file object with ``seek`` and ``read``.
         mmap: map the file; if False, read it.
         verify: check a section's checksum when it is first touched.
-        max_raw_bytes: refuse a file whose sections decode to more than this many bytes.
+        limits: how much memory and output the file may ask for; :class:`deltafmt.Limits` has the defaults.
 
     Raises:
         StorageError: the file cannot be read.
@@ -46,25 +51,27 @@ class Container:
         *,
         mmap: bool = True,
         verify: bool = True,
-        max_raw_bytes: int = c.MAX_RAW_BYTES,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         try:
             self._source: Source = open_source(path, mmap=mmap)
         except InvalidFileError as error:
             raise error.located(path) from error
         self.name = self._source.name
+        self.limits = limits
         self._verify = verify
         self._touched: set[int] = set()
         self._chunks: dict[int, ChunkReader] = {}
         self._entries: dict[str, TensorEntry] = {}
+        self._scaled: dict[str, ScaledRef] | None = None
         self._lock = threading.RLock()
         try:
-            self._open(max_raw_bytes)
+            self._open()
         except DeltafmtError as error:
             self._source.close()
             raise error.located(self.name) from error
 
-    def _open(self, max_raw_bytes: int) -> None:
+    def _open(self) -> None:
         source = self._source
         header = bytes(source.read(0, min(c.HEADER_SIZE, source.size)))
         self.features = frame.check_header(header)
@@ -80,7 +87,10 @@ class Container:
         self.content_id = trailer.content_id
         self.seal = trailer.digest
         self._check_zeros(c.HEADER_SIZE, c.SECTION_ALIGNMENT, "after the header")
-        self._index = FileIndex.parse(index, trailer.index_offset, max_raw_bytes, self.features)
+        self._index = FileIndex.parse(index, trailer.index_offset, self.features, self.limits.max_memory)
+        raw_bytes = sum(section.raw_length for section in self.sections)
+        if raw_bytes > source.size or self.limits.max_output is not None:
+            self.limits.check_output(raw_bytes, source.size, 0, "the sections decode to")
 
     @property
     def profile(self) -> str:
@@ -111,6 +121,19 @@ class Container:
     def attachments(self) -> Mapping[str, Attachment]:
         """The attached files by name."""
         return self._index.attachments
+
+    def scaled(self) -> dict[str, ScaledRef]:
+        """Return how the base keeps the tensors that are read as values, by name; empty for most files.
+
+        Raises:
+            InvalidFileError: a description breaks the format.
+        """
+        if self._scaled is None:
+            try:
+                self._scaled = {name: self._index.scaled_ref(name) for name in self._index.scaled}
+            except InvalidFileError as error:
+                raise InvalidFileError(f"{self.name}: {error}") from error
+        return self._scaled
 
     def keys(self) -> list[str]:
         """Return the tensor names, sorted."""
@@ -154,12 +177,34 @@ class Container:
         self.touch(ref.section)
         if section.codec == c.CODEC_STORED:
             return self._read(section.offset + ref.offset, ref.length)
+        self.limits.check_memory(ref.length, self.size, f"{self.name}: a buffer of section {ref.section} takes")
         with self._lock:
-            reader = self._chunks.get(ref.section)
-            if reader is None:
-                reader = self._chunk_reader(ref.section, self._read(section.offset, section.length))
-                self._chunks = {ref.section: reader}  # one at a time: a stream's stored bytes are in memory
-            return memoryview(reader.read(ref.offset, ref.length)).toreadonly()
+            return memoryview(self._reader(ref.section).read(ref.offset, ref.length)).toreadonly()
+
+    def pieces(self, ref: BufferRef) -> Iterator[memoryview]:
+        """Give a buffer's raw bytes in pieces of at most 4 MiB, so that a compressed one is never in memory as a whole.
+
+        Raises:
+            InvalidFileError: the section does not match its checksum, or cannot be decoded.
+        """
+        section = self.sections[ref.section]
+        self.touch(ref.section)
+        for start in range(ref.offset, ref.offset + ref.length, _PIECE):
+            length = min(_PIECE, ref.offset + ref.length - start)
+            if section.codec == c.CODEC_STORED:
+                yield self._read(section.offset + start, length)
+            else:
+                with self._lock:
+                    piece = self._reader(ref.section).read(start, length)
+                yield memoryview(piece).toreadonly()
+
+    def _reader(self, number: int) -> ChunkReader:
+        reader = self._chunks.get(number)
+        if reader is None:
+            section = self.sections[number]
+            reader = self._chunk_reader(number, self._read(section.offset, section.length))
+            self._chunks = {number: reader}  # one at a time: a stream's stored bytes are in memory
+        return reader
 
     def _chunk_reader(self, number: int, stored: memoryview) -> ChunkReader:
         # zstandard takes a while to import, and the tensors of a hot file do not need it.

@@ -10,6 +10,7 @@ from typing import BinaryIO, Protocol
 
 from deltafmt.errors import InvalidFileError, StorageError
 from deltafmt.output import storage_error
+from deltafmt.regular_file import open_regular
 
 
 class Source(Protocol):
@@ -40,7 +41,7 @@ class MapSource:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fspath(path)
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 self.size = os.fstat(file.fileno()).st_size
                 if self.size == 0:
                     raise InvalidFileError("the file is empty")
@@ -53,10 +54,18 @@ class MapSource:
 
     def read(self, offset: int, length: int) -> memoryview:
         """Return a view; no byte is copied."""
+        self._check(offset + length)
         return self._view[offset : offset + length]
+
+    def _check(self, end: int) -> None:
+        """Refuse to touch pages behind the end of a file that became shorter: the system would end the process."""
+        now = self._map.size()
+        if now < min(end, self.size):
+            raise InvalidFileError(f"the file ends {end - now} bytes early, at {now}: it became shorter")
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Copy bytes out of the map."""
+        self._check(offset + len(target))
         target[:] = self._view[offset : offset + len(target)]
 
     def fileno(self) -> None:
@@ -85,7 +94,7 @@ class FileSource:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fspath(path)
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close
+            self._file = open_regular(path, buffering=0)
         except OSError as error:
             raise storage_error("cannot open", self.name, error) from error
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import xxhash
@@ -14,6 +14,7 @@ from deltafmt.container.content import content_id
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.scaled import ScaledRef
 from deltafmt.index.sections import Attachment, BufferRef, Section
 from deltafmt.output import Bytes
 from deltafmt.terms.layout import TermLayout
@@ -133,6 +134,7 @@ class ContainerWriter:
         removed: Iterable[str] = (),
         attachments: dict[str, Attachment] | None = None,
         metadata: dict[str, str] | None = None,
+        scaled: Mapping[str, ScaledRef] | None = None,
     ) -> bytes:
         """Write the index and the trailer; return the content id."""
         self._close_section()
@@ -143,6 +145,7 @@ class ContainerWriter:
             "metadata": metadata or {},
             "profile": self.profile,
             "removed": sorted(removed),
+            **({"scaled": {name: canonical.encode(ref.to_obj()) for name, ref in scaled.items()}} if scaled else {}),
             "sections": [section.to_obj() for section in self._sections],
             "tensors": {name: canonical.encode_ordered(entry.to_obj()) for name, entry in entries.items()},
         }
@@ -152,7 +155,7 @@ class ContainerWriter:
                 f"{len(entries)} tensors give an index of {len(data)} bytes; "
                 f"the limits are {c.MAX_TENSORS} and {c.MAX_INDEX_BYTES}"
             )
-        identity = content_id(entries.values(), index["removed"], attachments or {}, index["metadata"])
+        identity = content_id(entries.values(), index["removed"], attachments or {}, index["metadata"], scaled)
         trailer = frame.encode_trailer(self._header, data, self._position, identity)
         self._put(data)
         self._put(trailer)

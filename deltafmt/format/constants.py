@@ -18,7 +18,8 @@ TRAILER_SIZE: Final = 128
 # Section 4.4: incompatible features, a bit each.
 FEATURE_PARTS: Final = 1 << 0  # a base tensor is made of parts of base tensors (section 7.4)
 FEATURE_LEADING: Final = 1 << 1  # the rows of a delta are those of fewer dimensions than all but the last (section 7.4)
-KNOWN_FEATURES: Final = FEATURE_PARTS | FEATURE_LEADING
+FEATURE_SCALED: Final = 1 << 2  # a base tensor is kept as 8-bit floats with scales (section 7.8)
+KNOWN_FEATURES: Final = FEATURE_PARTS | FEATURE_LEADING | FEATURE_SCALED
 
 # Section 5: sections and buffers.
 SECTION_ALIGNMENT: Final = 4096
@@ -76,6 +77,11 @@ DTYPE_BITS: Final[dict[str, int]] = {
 
 # The dtypes of tensors that can have a delta (computed in float32); a tensor of another dtype is stored whole.
 DELTA_DTYPES: Final = ("BF16", "F16", "F32")
+
+# Section 7.8: the dtypes of 8-bit floats that are read with scales, and of the scales. A scale of dtype U8 is an
+# F8_E8M0: some savers have no other dtype for it.
+CODE_DTYPES: Final = ("F8_E4M3", "F8_E5M2")
+SCALE_DTYPES: Final = ("BF16", "F16", "F32", "F8_E8M0", "U8")
 
 
 def align(offset: int, alignment: int) -> int:

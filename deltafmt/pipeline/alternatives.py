@@ -15,9 +15,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.checkpoint.folder import read_file
 from deltafmt.errors import NonFiniteError, Remedy, UsageError
 from deltafmt.format.constants import SECTION_ALIGNMENT
+from deltafmt.index.sections import DIGEST_BYTES
 from deltafmt.methods.base import Method
 from deltafmt.pipeline.allocate import Alternative, allocate, total_size
 from deltafmt.pipeline.choice import Choice, Chosen
@@ -71,7 +71,8 @@ class Alternatives:
         self._metadata = job.metadata() if metadata is None else dict(metadata)
         self._vocabulary = job.finetuned.config().get("vocab_size")
         self._removed = job.removed()
-        self._files = {name: read_file(path) for name, path in job.finetuned.files.items()}
+        self._files = {name: job.finetuned.attachment(name) for name in job.finetuned.files}
+        self._scaled = {name: tensor.describe(bytes(DIGEST_BYTES)) for name, tensor in job.scaled().items()}
         self._unchanged = frozenset(plan.tensor.name for plan in job.plans if plan.alias is None and _is_same(plan))
         if job.profile == "hot":
             _check_hot(job.plans, candidates)
@@ -183,6 +184,7 @@ class Alternatives:
             self._metadata,
             profile=self._job.profile,
             seed=self._job.seed,
+            scaled=self._scaled,
         )
 
     def _choice(self, numbers: Sequence[int], target: int) -> Choice:

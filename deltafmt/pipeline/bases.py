@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from deltafmt.checkpoint.correspondence import correspond
 from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.fp8 import read_recorded
 from deltafmt.checkpoint.library_names import library_names
 from deltafmt.checkpoint.name_changes import NameChange, name_changes
 from deltafmt.checkpoint.renames import Renames
@@ -22,15 +23,28 @@ from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.spellings import is_layered
 from deltafmt.checkpoint.stitched import stitch_parts
 from deltafmt.checkpoint.weight_names import METADATA_VARIANT
+from deltafmt.container.reader import Container
 from deltafmt.errors import Remedy, WrongBaseError
 from deltafmt.format.constants import METADATA_BASE
 from deltafmt.index.entries import BasePart, BaseRef, TensorEntry
 from deltafmt.pipeline.workers import drain
 
 
-def open_base(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Checkpoint:
-    """Open the base of a delta: the weights of the variant that the delta was packed against, if it names one."""
-    return Checkpoint(path, variant=metadata.get(METADATA_VARIANT), lenient=True)
+def open_base(path: str | os.PathLike[str], container: Container) -> Checkpoint:
+    """Open the base of a delta: the weights of the variant that it was packed against, read as it was read then.
+
+    Args:
+        path: the base.
+        container: the delta file. If it describes 8-bit floats with scales, those of the base are read as values.
+
+    Raises:
+        UnsupportedError, InvalidFileError: as :func:`deltafmt.checkpoint.fp8.read_as_values` raises them.
+    """
+    checkpoint = Checkpoint(path, variant=container.metadata.get(METADATA_VARIANT), lenient=True)
+    scaled = container.scaled()
+    if scaled:
+        read_recorded(checkpoint, scaled)
+    return checkpoint
 
 
 class BaseTensors:

@@ -59,6 +59,7 @@ def plan_for_target(
     variant: str | None = None,
     attach: Sequence[str] = (),
     no_attach: Sequence[str] = (),
+    quantized: str | None = None,
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
     allow_architecture: bool = False,
@@ -76,8 +77,8 @@ def plan_for_target(
 
     Args:
         base, finetuned: a checkpoint folder or a ``.safetensors`` file.
-        target_ratio, target_size, candidates, rules, include, exclude, missing, variant, attach, no_attach, rename,
-            strip_prefix, allow_architecture, base_name, profile, seed, threads: as ``pack`` takes them.
+        target_ratio, target_size, candidates, rules, include, exclude, missing, variant, attach, no_attach, quantized,
+            rename, strip_prefix, allow_architecture, base_name, profile, seed, threads: as ``pack`` takes them.
         progress: called with a tensor's name and bytes as each is measured.
         hessians: second moments of the matrices' inputs by name, to measure the losses with.
 
@@ -91,7 +92,7 @@ def plan_for_target(
     """
     check_options(profile, seed)
     options = PairOptions.parse(rename, strip_prefix, allow_architecture)
-    with open_pair(base, finetuned, variant, attach, no_attach) as (before, after):
+    with open_pair(base, finetuned, variant, attach, no_attach, quantized) as (before, after):
         target = target_bytes(target_ratio, target_size, after.file_bytes)
         if target is None:
             raise UsageError("a plan needs a target ratio or a target size")

@@ -14,6 +14,7 @@ from deltafmt.errors import Remedy, UsageError
 from deltafmt.methods.base import Method
 from deltafmt.output import storage_error
 from deltafmt.pipeline.plan import Plan
+from deltafmt.regular_file import open_regular
 
 # What a file's metadata says of a sequential calibration.
 SEQUENTIAL = {"calibration.sequential": "yes"}
@@ -61,7 +62,7 @@ class Calibration:
         """
         hasher = blake3()
         try:
-            with open(self.text, "rb") as file:
+            with open_regular(self.text) as file:
                 while data := file.read(1 << 20):
                     hasher.update(data)
         except OSError as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from deltafmt.checkpoint.folder import Checkpoint
-from deltafmt.checkpoint.quantized import SCALES, quantization
+from deltafmt.checkpoint.quantizers import parts_of_codes, quantizer_of
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.weight_names import bounded
 from deltafmt.errors import InvalidFileError, Remedy, UsageError
@@ -289,7 +289,9 @@ class _Spare:
         said, said_of_base = _layers_said(config), _layers_said(of_base)
         self._cut_to = said if said is not None and said_of_base is not None and said < said_of_base else None
         self._stacks = _stacks(used)
-        self._plain = bool(quantization(base)) and not quantization(finetuned)
+        coded = quantizer_of(base) is not None and quantizer_of(finetuned) is None
+        floats = (name for name in parts_of_codes(base) if base.tensors[name].dtype in DELTA_DTYPES)
+        self._scales = frozenset(floats) if coded else frozenset()
         self._modules = {name.split(".")[0] for name in used}
         self._saved_alone = _module_alone(pairing)
         layers = {stack.rstrip(".").rpartition(".")[0] for stack in _stacks(pairing.taken())}
@@ -307,7 +309,7 @@ class _Spare:
             return True
         if _COMPUTED.search(name) or (_CAUSAL_MASK.search(name) and len(tensor.shape) == 4):
             return True
-        if self._plain and SCALES.search(name):
+        if name in self._scales:
             return True
         layer = _LAYER.match(name)
         if layer:

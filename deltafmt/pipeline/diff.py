@@ -13,6 +13,7 @@ import numpy as np
 
 from deltafmt.checkpoint.correspondence import correspond
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
+from deltafmt.checkpoint.fp8 import read_as_values
 from deltafmt.checkpoint.library_names import library_names
 from deltafmt.checkpoint.name_changes import NameChange, name_changes
 from deltafmt.checkpoint.renames import Renames
@@ -22,8 +23,10 @@ from deltafmt.container.reader import Container
 from deltafmt.delta import DeltaFile, row_ranges
 from deltafmt.errors import StorageError, UsageError
 from deltafmt.format.constants import DELTA_DTYPES
+from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.outputs import is_delta_file
+from deltafmt.pipeline.quantized_pairs import EXACT, check_quantized_option
 from deltafmt.pipeline.summary import describe_entry
 from deltafmt.terms import floats
 
@@ -77,6 +80,9 @@ def diff(
     *,
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
+    variant: str | None = None,
+    quantized: str | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> DiffResult:
     """Compare two delta files, or two checkpoints.
 
@@ -88,9 +94,14 @@ def diff(
         rename: for two checkpoints, rules FROM=TO that say what a name of B is in A, as :func:`deltafmt.pack` takes
             them.
         strip_prefix: for two checkpoints, beginnings of names that do not count, on either side.
+        variant: for two checkpoints, read the weights of this variant, such as ``fp16``.
+        quantized: for two checkpoints, how 8-bit floats with scales are read: ``values``, as if not given, compares the
+            BF16 values that they mean; ``exact`` compares the stored bytes, also those of other quantizers.
+        limits: for two delta files, how much memory and output they may ask for.
 
     Raises:
-        UsageError: one is a delta file and the other a checkpoint, or rules of names are given for delta files.
+        UsageError: one is a delta file and the other a checkpoint, or options of checkpoints are given for delta files.
+        UnsupportedError: a checkpoint's weights are codes that are not read as weights.
         InvalidFileError, StorageError: an input cannot be read.
     """
     renames = Renames.parse(rename, strip_prefix)
@@ -98,17 +109,23 @@ def diff(
     if are_deltas[0] != are_deltas[1]:
         one, other = (a, b) if are_deltas[0] else (b, a)
         raise UsageError(f"{one} is a delta file and {other} is not; diff compares two delta files or two checkpoints")
+    check_quantized_option(quantized)
+    if are_deltas[0] and (variant is not None or quantized is not None):
+        raise UsageError("a variant and what is quantized are for two checkpoints, and these are delta files")
     if are_deltas[0] and renames:
         raise UsageError("rules of names are for two checkpoints, and these are delta files")
     if are_deltas[0]:
-        with DeltaFile(a) as first, DeltaFile(b) as second:
+        with DeltaFile(a, limits=limits) as first, DeltaFile(b, limits=limits) as second:
             found = _collect(
                 {entry.name: entry for entry in first.container.entries()},
                 {entry.name: entry for entry in second.container.entries()},
                 _compare_entries,
             )
             return DiffResult(found.changes + _compare_rest(first.container, second.container), found.same)
-    with Checkpoint(a) as left, Checkpoint(b) as right:
+    with Checkpoint(a, variant=variant) as left, Checkpoint(b, variant=variant) as right:
+        if quantized != EXACT:
+            read_as_values(left)
+            read_as_values(right)
         return _compare_checkpoints(left, right, renames)
 
 

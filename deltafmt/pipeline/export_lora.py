@@ -23,6 +23,7 @@ from deltafmt.checkpoint.weight_names import WeightNames, bounded
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.format import constants as c
+from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.pipeline.bases import BaseTensors, open_base
 from deltafmt.pipeline.finetuned import finetuned_pieces, needs_base
 from deltafmt.pipeline.import_lora import METADATA_BASE, METADATA_TASK
@@ -36,6 +37,8 @@ from deltafmt.pipeline.verify import check_base
 from deltafmt.pipeline.workers import thread_count
 from deltafmt.terms.buffers import raw_bytes
 
+# Bytes of memory for each element of a factor: decoded, joined, transposed, rounded and compared.
+FACTOR_BYTES: Final = 24
 # A model's configuration in an adapter's folder would say that the folder holds a model.
 _NOT_FOR_ADAPTERS: Final = frozenset(("config.json", "generation_config.json", CONFIG_FILE))
 
@@ -83,6 +86,7 @@ def export_lora(
     strip_prefix: Sequence[str] = (),
     force: bool = False,
     plan: bool = False,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> ExportResult:
     """Write a delta whose terms are all ``lowrank`` as a LoRA adapter with a scaling of 1.
 
@@ -105,6 +109,7 @@ def export_lora(
         strip_prefix: beginnings of names that do not count, on either side.
         force: True to replace ``out`` if it is a folder that exists.
         plan: True to find out what would be written, and to write nothing.
+        limits: how much memory, work and output the file may ask for.
 
     Raises:
         UsageError: the output exists, or a tensor's delta is not low rank, or its base has another layout.
@@ -120,12 +125,12 @@ def export_lora(
         check_output_folder(path, force=force)
     refuse_input_folder(path, [delta] if base is None else [delta, base])
     with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(DeltaFile(delta))
+        opened = stack.enter_context(DeltaFile(delta, limits=limits))
         _check_one_model(opened)
         named = opened.metadata.get(METADATA_BASE)
         config = _attached_config(opened)
         tensors = None
-        checkpoint = None if base is None else stack.enter_context(open_base(base, opened.metadata))
+        checkpoint = None if base is None else stack.enter_context(open_base(base, opened.container))
         if checkpoint is not None:
             listed = list(opened.container.entries())
             tensors = BaseTensors(checkpoint, listed, opened.metadata, renames)
@@ -136,7 +141,9 @@ def export_lora(
         layout = model_layout(config, _shapes(checkpoint, entries))
         task = task_type or opened.metadata.get(METADATA_TASK) or default_task(layout)
         planned = ExportPlanner(entries, layout, config, task, dtype).plan()
-        result = _Exporter(entries, layout, planned, task).run(path, named, force=force, plan=plan)
+        base_bytes = 0 if checkpoint is None else checkpoint.nbytes
+        exporter = _Exporter(entries, layout, planned, task, base_bytes)
+        result = exporter.run(path, named, force=force, plan=plan)
         if not layout.known and config.get("architectures"):
             result.warnings.append(
                 "transformers, which knows the names of the base's model, is missing or does not know the model: names "
@@ -161,12 +168,15 @@ def _check_one_model(delta: DeltaFile) -> None:
 class _Exporter:
     """One run of an export."""
 
-    def __init__(self, entries: EntriesInBase, layout: ModelLayout, plan: ExportPlan, task: str | None) -> None:
+    def __init__(
+        self, entries: EntriesInBase, layout: ModelLayout, plan: ExportPlan, task: str | None, base_bytes: int
+    ) -> None:
         self._entries = entries
         self._delta = delta = entries.delta
         self._layout = layout
         self._plan = plan
         self._task = task
+        self._base_bytes = base_bytes
         self._ranks = {module.parameter: module.rank(delta) for module in plan.modules}
         # The parameters of a module that are targets by themselves, in the order in which PEFT wraps them.
         self._wrapped: dict[str, list[str]] = {}
@@ -226,6 +236,7 @@ class _Exporter:
         factors = sum(spec.nbytes for spec in specs)
         specs += [self._whole_spec(key, name, pieces) for key, (name, pieces) in self._whole.items()]
         nbytes = sum(spec.nbytes for spec in specs)
+        self._check_limits(nbytes)
         result = ExportResult(
             path,
             nbytes,
@@ -259,6 +270,18 @@ class _Exporter:
             writer.abandon()
             raise
         return result
+
+    def _check_limits(self, nbytes: int) -> None:
+        """Refuse a delta that takes more output, work or memory than it may."""
+        delta, base_bytes = self._delta, self._base_bytes
+        name, size, limits = delta.container.name, delta.container.size, delta.container.limits
+        limits.check_output(nbytes, size, base_bytes, f"{name}: the adapter takes")
+        whole = [self._entries.resolve(piece.tensor) for _, pieces in self._whole.values() for piece in pieces]
+        delta.check_work(whole, base_bytes)
+        for module in self._plan.modules:
+            elements = sum(c.element_count(shape) for shape in module.shapes(self._ranks[module.parameter]))
+            what = f'{name}: the factors of "{module.parameter}" take'
+            limits.check_memory(FACTOR_BYTES * elements, size, what)
 
     def _whole_spec(self, key: str, name: str, pieces: tuple[Piece, ...]) -> TensorSpec:
         entry = self._entries.resolve(pieces[0].tensor)

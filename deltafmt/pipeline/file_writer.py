@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deltafmt.checkpoint.folder import read_file
 from deltafmt.checkpoint.folder_errors import is_adapter_file
 from deltafmt.checkpoint.name_changes import entry_changes
 from deltafmt.container.partial import PartialFile
@@ -21,6 +20,8 @@ from deltafmt.pipeline.job import Delivery, PackJob
 from deltafmt.pipeline.outputs import kept_if_interrupted
 from deltafmt.pipeline.pack_result import PackResult
 from deltafmt.pipeline.plan import NO_SMALLER, Plan
+from deltafmt.pipeline.quantized_pairs import scaled_refs
+from deltafmt.pipeline.read_as_values import dequantized
 from deltafmt.pipeline.workers import Progress
 
 # With so many columns or fewer, keeping under half of a row at random is likely to cost accuracy (docs/benchmarks.md).
@@ -126,9 +127,15 @@ class _FileWriter:
                 if progress:
                     progress(plan.tensor.name, plan.tensor.nbytes)
         files = job.finetuned.files if attach else {}
-        attachments = {name: container.attach(read_file(path)) for name, path in files.items()}
+        scaled, metadata = scaled_refs(job.scaled(), threads), job.metadata()
+        self._result.dequantized = dequantized(scaled, metadata)
+        attachments = {name: container.attach(job.finetuned.attachment(name)) for name in files}
         identity = container.finish(
-            self._entries.values(), removed=self._result.removed, attachments=attachments, metadata=job.metadata()
+            self._entries.values(),
+            removed=self._result.removed,
+            attachments=attachments,
+            metadata=metadata,
+            scaled=scaled,
         )
         self._report(identity)
 

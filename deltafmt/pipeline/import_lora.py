@@ -18,11 +18,15 @@ from deltafmt._version import __version__
 from deltafmt.checkpoint.adapter import Adapter
 from deltafmt.checkpoint.adapter_config import CONFIG_FILE
 from deltafmt.checkpoint.base_name import base_name
+from deltafmt.checkpoint.dequantized import DequantizedTensor
 from deltafmt.checkpoint.folder import Checkpoint, natural_key, read_file
 from deltafmt.checkpoint.folder_writer import TensorSpec
+from deltafmt.checkpoint.fp8 import read_as_values
 from deltafmt.checkpoint.name_changes import NameChange
+from deltafmt.checkpoint.plain_config import leave_out_quantization
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.checkpoint.weight_names import METADATA_VARIANT
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.errors import UsageError
@@ -38,6 +42,8 @@ from deltafmt.pipeline.lora_plan import LoraPlan, plan_lora
 from deltafmt.pipeline.lora_rows import rows_term
 from deltafmt.pipeline.lora_ties import TIES, without_ties
 from deltafmt.pipeline.outputs import refuse_input_file
+from deltafmt.pipeline.quantized_pairs import scaled_refs
+from deltafmt.pipeline.read_as_values import Dequantized
 from deltafmt.pipeline.workers import Progress, drain, thread_count
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.lowrank.codec import LowRankCodec
@@ -86,6 +92,7 @@ class ImportResult:
         base_name: the base that the adapter names; empty if it names none.
         left_out: why files and folders of the adapter's folder do not travel, by name.
         names: what differs between the adapter's names and the base's.
+        dequantized: how many tensors of the base are 8-bit floats that were read as the values that they mean.
     """
 
     path: Path
@@ -104,6 +111,7 @@ class ImportResult:
     base_name: str = ""
     left_out: dict[str, str] = field(default_factory=dict)
     names: list[NameChange] = field(default_factory=list)
+    dequantized: Dequantized = field(default_factory=Dequantized)
 
 
 def import_lora(
@@ -113,6 +121,7 @@ def import_lora(
     *,
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
+    variant: str | None = None,
     profile: str = "hot",
     force: bool = False,
     threads: int | None = None,
@@ -128,6 +137,8 @@ def import_lora(
         rename: rules FROM=TO that say what a name of the adapter is in the base, as :func:`deltafmt.pack` takes them;
             the adapter's names count without ``base_model.model.``.
         strip_prefix: beginnings of names that do not count, on either side.
+        variant: read the base's weights of this variant, such as ``fp16``, if it has it. 8-bit floats with scales are
+            read as the BF16 values that they mean.
         profile: ``hot`` or ``cold``.
         force: True to replace ``out`` if it exists.
         threads: worker threads for the base's fingerprints; one for each processor if not given.
@@ -146,7 +157,10 @@ def import_lora(
     if profile not in c.PROFILES:
         raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
     path, renames = Path(out), Renames.parse(rename, strip_prefix)
-    with Checkpoint(base, lenient=True) as checkpoint, Adapter(adapter) as opened:
+    with Checkpoint(base, variant=variant, lenient=True) as checkpoint, Adapter(adapter) as opened:
+        read_as_values(checkpoint, exact=False)
+        if checkpoint.dequantized:
+            leave_out_quantization(checkpoint)
         refuse_input_file(path, [checkpoint])
         if path.resolve().parent == opened.path.resolve() and path.exists():
             raise UsageError(f"the output {path} lies in the adapter's folder and is not replaced")
@@ -161,9 +175,9 @@ def import_lora(
             untied=plan.untied,
             warnings=plan.warnings,
         )
-        sink = PartialFile(path, None, force=force)
+        sink = PartialFile(path, None, force=force, features=c.FEATURE_SCALED if checkpoint.dequantized else 0)
         try:
-            container = ContainerWriter(sink, profile)
+            container = ContainerWriter(sink, profile, features=c.FEATURE_SCALED if checkpoint.dequantized else 0)
             _Importer(checkpoint, opened, plan, container, result, method).run(workers, progress)
             checkpoint.check_unchanged()
             opened.check_unchanged()
@@ -215,7 +229,10 @@ class _Importer:
             drain(pool)
         result.same = sum(entry.action == "same" for entry in entries)
         result.replaced = [entry.name for entry in entries if entry.action == "replace"]
-        identity = self._container.finish(entries, attachments=self._attach(), metadata=self._metadata())
+        values = {name: tensor for name, tensor in base.items() if isinstance(tensor, DequantizedTensor)}
+        scaled = scaled_refs(values, threads)
+        result.dequantized = Dequantized(len(scaled))
+        identity = self._container.finish(entries, attachments=self._attach(), metadata=self._metadata(), scaled=scaled)
         result.size, result.content_id = self._container.position, identity.hex()
 
     def _needs_digest(self, name: str) -> bool:
@@ -315,7 +332,7 @@ class _Importer:
         files = {name: path for name, path in base.items() if name not in left_out} | own
         files |= {name: base[name] for name in _CONFIGS & base.keys()}
         for name, path in sorted(files.items()):
-            data = read_file(path)
+            data = self._base.attachment(name) if path == base.get(name) else read_file(path)
             if name == "config.json" and self._plan.config:
                 data = self._config(data)
             found[name] = self._container.attach(data)
@@ -345,6 +362,7 @@ class _Importer:
             "deltafmt.version": __version__,
             "method": "lora",
             **{key: value for key, value in named.items() if value},
+            **({METADATA_VARIANT: variant} if (variant := self._base.names.variant()) else {}),
             **self._base.names.metadata(),
             **{f"safetensors.{key}": value for key, value in self._base.metadata().items()},
         }

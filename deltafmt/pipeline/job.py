@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 from blake3 import blake3
 
 from deltafmt._version import __version__
+from deltafmt.checkpoint.dequantized import DequantizedTensor
 from deltafmt.checkpoint.folder import Checkpoint
-from deltafmt.checkpoint.quantized import quantization
 from deltafmt.checkpoint.weight_names import METADATA_VARIANT
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
-from deltafmt.format.constants import FEATURE_LEADING, FEATURE_PARTS, element_count
+from deltafmt.format.constants import FEATURE_LEADING, FEATURE_PARTS, FEATURE_SCALED, element_count
 from deltafmt.index.entries import BasePart
 from deltafmt.pipeline.completeness import Completeness
 from deltafmt.pipeline.pairing import Pairing
-from deltafmt.pipeline.plan import BASE_DTYPE, Plan, file_metadata
+from deltafmt.pipeline.plan import BASE_DTYPE, CODES, Plan, file_metadata
+from deltafmt.pipeline.read_as_values import METADATA_DEQUANTIZED
 from deltafmt.pipeline.workers import Progress
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class PackJob:
             parts["names"] = [moved, self.pairing.architecture]
         if self.moments is not None:
             parts["calibration"] = self.moments.described
+        if self.base.dequantized or self.finetuned.dequantized:
+            parts["dequantized"] = [self.base.dequantized, self.finetuned.dequantized]
         return blake3(canonical.encode(parts)).digest()
 
     def removed(self) -> list[str]:
@@ -101,7 +104,21 @@ class PackJob:
     def features(self) -> int:
         """Return the incompatible features that the file's header names."""
         leads = any(plan.tensor.leading is not None and plan.method is not None for plan in self.plans)
-        return (FEATURE_PARTS if any(self.moved()) else 0) | (FEATURE_LEADING if leads else 0)
+        return (
+            (FEATURE_PARTS if any(self.moved()) else 0)
+            | (FEATURE_LEADING if leads else 0)
+            | (FEATURE_SCALED if self.scaled() else 0)
+        )
+
+    def scaled(self) -> dict[str, DequantizedTensor]:
+        """Return the base's tensors that belong to the fine-tune's and are read as values, by their names."""
+        found = {}
+        for plan in self.plans:
+            for part in () if plan.base is None or plan.alias is not None else plan.base.parts():
+                tensor = self.base.tensors[part.name]
+                if isinstance(tensor, DequantizedTensor):
+                    found[part.name] = tensor
+        return found
 
     def moved(self) -> Iterator[tuple[str, tuple[BasePart, ...]]]:
         """Give the tensors whose base is not simply the base's tensor of the same name, and what theirs is made of."""
@@ -118,14 +135,19 @@ class PackJob:
         whole = sum(plan.reason.startswith(BASE_DTYPE) and len(plan.tensor.shape) > 1 for plan in self.plans)
         if whole:
             found.append(
-                f"the base is quantized ({quantization(self.base)}): there is no delta to {whole:,} of its matrices, "
+                f"the base is quantized: there is no delta to the codes of {whole:,} of its matrices, "
                 "so the fine-tune's are stored whole"
             )
-        coded = sum(plan.tensor.dtype[:2] in ("F8", "F4", "F6") and len(plan.tensor.shape) > 1 for plan in self.plans)
-        if coded and not whole:
+        if self.finetuned.dequantized and not self.base.dequantized:
             found.append(
-                f"the fine-tune is quantized ({quantization(self.finetuned)}): its {coded:,} matrices of codes are "
-                "stored whole; a delta of the weights before quantizing is smaller"
+                "the fine-tune is FP8 and the base is not, so the delta holds the rounding to 8 bits as well; the "
+                "fine-tune from before quantizing, or the base quantized alike, gives a smaller loss"
+            )
+        kept = sum(plan.reason == CODES for plan in self.plans)
+        if kept and not whole:
+            found.append(
+                f"the fine-tune is quantized: {kept:,} tensors of codes and scales are packed as the bytes that they "
+                "are; a delta of the weights before quantizing is smaller"
             )
         return found
 
@@ -136,6 +158,8 @@ class PackJob:
         found = {METADATA_TAKEN: str(len(self.completeness.taken))} if self.completeness.taken else {}
         if self.finetuned.dropped:
             found[METADATA_DROPPED] = ", ".join(self.finetuned.dropped)
+        if self.finetuned.dequantized:
+            found[METADATA_DEQUANTIZED] = str(self.finetuned.dequantized)
         variant = self.base.names.variant()
         if variant is not None:
             found[METADATA_VARIANT] = variant

@@ -19,6 +19,9 @@ from deltafmt.terms.lowrank.layout import LowRankLayout
 
 Floats = NDArray[np.float32]
 
+# Bytes of memory for each element of a term's vectors: its code, the value, and the value joined with other terms'.
+VECTOR_BYTES = 12
+
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
@@ -115,6 +118,10 @@ class LoraModule:
 def vectors(delta: DeltaFile, entry: TensorEntry) -> tuple[Floats, Floats]:
     """Decode the vectors of all terms of an entry, u and v."""
     rows = c.row_count(entry.shape)
+    elements = _rank(entry) * (rows + entry.columns)
+    container = delta.container
+    what = f'{container.name}: the vectors of "{entry.name}" take'
+    container.limits.check_memory(VECTOR_BYTES * elements, container.size, what)
     both = [
         LowRankCodec(term.layout, rows, entry.columns).vectors(delta.term_views(entry, term))
         for term in entry.terms

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import UsageError
+from deltafmt.regular_file import open_regular
 
 
 def is_delta_file(path: Path) -> bool:
     """Tell whether a file is a delta file, by its ending or its first bytes."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         head = file.read(8)
     return path.suffix == ".deltafmt" or head[1:4] == b"DLT"
 

@@ -41,6 +41,7 @@ def pack(
     variant: str | None = None,
     attach: Sequence[str] = (),
     no_attach: Sequence[str] = (),
+    quantized: str | None = None,
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
     allow_architecture: bool = False,
@@ -75,6 +76,8 @@ def pack(
         variant: read the weights of this variant, such as ``fp16`` in ``model.fp16.safetensors``.
         attach: patterns of paths of files beside the weights that travel although they would not by themselves.
         no_attach: patterns of paths of files that do not travel; they win over ``attach``.
+        quantized: how weights are read that are 8-bit floats with scales: ``values``, as if not given, reads the
+            BF16 values that they mean; ``exact`` packs all bytes as they are stored, also those of other quantizers.
         rename: rules FROM=TO that say what a name of the fine-tune is in the base. FROM is how the name begins, or a
             pattern with ``*``. Names that differ in a known way are matched without rules.
         strip_prefix: beginnings of names that do not count, on either side.
@@ -114,7 +117,11 @@ def pack(
     delivery = Delivery(place, force, thread_count(threads), progress)
     if calibration is not None and variant is not None:
         raise UsageError(f"variant {variant!r} and a calibration: a text is read with weights that have no variant")
-    with open_pair(base, finetuned, variant, attach, no_attach) as (before, after):
+    with open_pair(base, finetuned, variant, attach, no_attach, quantized) as (before, after):
+        if calibration is not None and after.dequantized:
+            raise UsageError(
+                f"{after.path} is FP8, and a calibration runs the fine-tune in BF16; save it dequantized, and pack that"
+            )
         target = target_bytes(target_ratio, target_size, after.file_bytes)
         default = method or DeltaDQ()
         description = default.describe() if target is None else target_metadata(target)

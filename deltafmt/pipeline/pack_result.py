@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deltafmt.checkpoint.name_changes import NameChange
+from deltafmt.pipeline.read_as_values import Dequantized
 
 if TYPE_CHECKING:
     from deltafmt.pipeline.choice import Choice
@@ -39,6 +40,7 @@ class PackResult:
         sequential: True if each block was calibrated on the outputs of the compressed blocks before it.
         uncalibrated: names of compressed matrices for which a calibration was wanted and no moments were found.
         remarks: remarks about the inputs: which files were read, and whether the base is quantized.
+        dequantized: how many tensors of either side are 8-bit floats that were read as the values that they mean.
         notes: remarks of the method, by name of the tensor. Tensors that an interrupted run had packed have none.
         choice: what was chosen for the target, if there was one.
     """
@@ -65,6 +67,7 @@ class PackResult:
     calibration_tokens: int = 0
     sequential: bool = False
     uncalibrated: list[str] = field(default_factory=list)
+    dequantized: Dequantized = field(default_factory=Dequantized)
     notes: dict[str, str] = field(default_factory=dict)
     choice: Choice | None = None
 

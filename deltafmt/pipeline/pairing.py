@@ -106,7 +106,7 @@ def pair_up(base: Checkpoint, finetuned: Checkpoint, options: PairOptions | None
         frozenset(tied),
         frozenset(dropped),
         frozenset(part.name for name in dropped for part in found.tensors[name].parts()),
-        finetuned.config().get("model_type") in _inner(base.config()),
+        _model_type(finetuned.config()) in _inner(base.config()),
         architecture,
         tuple(found.left),
         tuple(found.free),
@@ -120,13 +120,19 @@ def _types(base: Checkpoint, finetuned: Checkpoint, options: PairOptions) -> str
         WrongBaseError: names the types.
     """
     configs = base.config(), finetuned.config()
-    mine, theirs = (config.get("model_type") for config in configs)
+    mine, theirs = map(_model_type, configs)
     if None in (mine, theirs) or mine == theirs or theirs in _inner(configs[0]) or mine in _inner(configs[1]):
         return ""
     if not options.allow_architecture:
         text = f"the base is a {mine!r} model, the fine-tune a {theirs!r} model"
         raise WrongBaseError(text, Remedy("allow_architecture"))
     return f"{mine} to {theirs}"
+
+
+def _model_type(config: dict[str, Any]) -> str | None:
+    """Return the type of a model, or None where the configuration has none, or something else in its place."""
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else None
 
 
 def _inner(config: Any, depth: int = 4) -> set[str]:

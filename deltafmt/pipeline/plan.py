@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import glob
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,9 @@ UNRELATED = "its values have nothing to do with the base's"
 
 # The beginning of the reason of a tensor whose base is quantized.
 BASE_DTYPE = "the base's dtype"
+
+# The reason of a tensor that is codes, or that codes depend on, such as their scales.
+CODES = "codes of a quantizer, or a part of them"
 
 # Reasons that the user gave for storing a tensor whole.
 CHOSEN = ("excluded", "not included", "by rule")
@@ -130,6 +134,7 @@ def make_plan(
                 chosen, reason, undecided = ruled, "by rule" if ruled is None else "", False
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
             chosen, reason, undecided = None, "excluded", False
+        reason = reason or (CODES if name in finetuned.kept else "")
         reason = reason or (UNRELATED if name in paired.unrelated else why_exact(tensor, other, chosen))
         return Plan(tensor, other, None, reason) if reason else Plan(tensor, other, chosen, undecided=undecided)
 
@@ -207,17 +212,32 @@ def find_ties(pairing: Pairing, finetuned: Checkpoint) -> dict[str, str]:
     ties: dict[str, str] = {}
     for group in candidates.values():
         ordered = sorted(group, key=lambda tensor: not pairing.owns(tensor.name))
-        for i, tensor in enumerate(ordered):
-            for first in ordered[:i]:
-                if first.name in ties or not tensor.equals(first):
-                    continue
-                if not (pairing.owns(first.name) and pairing.owns(tensor.name)):
-                    ties[tensor.name] = first.name
-                    break
-                if pairing.tensors[first.name].equals(pairing.tensors[tensor.name]):
-                    ties[tensor.name] = first.name
-                    break
+        keys = _equal_keys(ordered)
+        # What the base has comes first: of each content, the first with each content of the base.
+        firsts: dict[object, dict[object, str]] = {}
+        counts = Counter(keys)
+        owned = [
+            tensor.name
+            for tensor, content in zip(ordered, keys, strict=True)
+            if counts[content] > 1 and pairing.owns(tensor.name)
+        ]
+        bases = dict(zip(owned, _equal_keys([pairing.tensors[name] for name in owned]), strict=True))
+        for tensor, content in zip(ordered, keys, strict=True):
+            known = firsts.setdefault(content, {})
+            base = bases.get(tensor.name)
+            first = known.get(base) if tensor.name in bases else next(iter(known.values()), None)
+            if first is None:
+                known[base] = tensor.name
+            else:
+                ties[tensor.name] = first
     return ties
+
+
+def _equal_keys(tensors: Sequence[Tensor]) -> list[object]:
+    """Return a key of each tensor, equal where dtype, shape and bytes are; every byte is read once at most."""
+    if len(tensors) == 2:  # the usual case, and most that differ do so early
+        return [0, 0 if tensors[0].equals(tensors[1]) else 1]
+    return [tensor.fingerprint() for tensor in tensors] if len(tensors) > 1 else [0] * len(tensors)
 
 
 def file_metadata(

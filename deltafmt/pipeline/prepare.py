@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
-from deltafmt.checkpoint.quantized import quantization
 from deltafmt.checkpoint.travel import AttachRules
 from deltafmt.errors import InvalidFileError, UsageError, WrongBaseError
 from deltafmt.methods.base import Method
@@ -27,6 +26,7 @@ from deltafmt.pipeline.completeness import (
 )
 from deltafmt.pipeline.pairing import Pairing, PairOptions, pair_up
 from deltafmt.pipeline.plan import Plan, Rule, make_plan
+from deltafmt.pipeline.quantized_pairs import read_pair
 
 FROM_BASE = "taken from the base"
 
@@ -38,11 +38,13 @@ def open_pair(
     variant: str | None,
     attach: Sequence[str],
     no_attach: Sequence[str],
+    quantized: str | None = None,
 ) -> Iterator[tuple[Checkpoint, Checkpoint]]:
-    """Open the two checkpoints of a pack, and decide what travels beside the fine-tune's weights.
+    """Open the two checkpoints of a pack, decide what travels beside the fine-tune's weights, and how codes are read.
 
     Raises:
-        UsageError: a pattern takes no file.
+        UsageError: a pattern takes no file, or ``quantized`` says nothing.
+        UnsupportedError: a checkpoint's weights are codes that are not read as weights.
         InvalidFileError, StorageError: a checkpoint cannot be read, or a link leaves the fine-tune's folder.
     """
     rules = AttachRules(tuple(attach), tuple(no_attach))
@@ -53,6 +55,7 @@ def open_pair(
         if not after.path.is_dir() and (attach or no_attach):
             raise UsageError(f"{after.path} is a file, and the patterns choose files of a folder")
         after.decide_travelling()
+        read_pair(before, after, quantized)
         yield before, after
 
 
@@ -97,7 +100,7 @@ def prepare(
     try:
         pairing = pair_up(base, finetuned, options)
     except WrongBaseError as error:
-        cause = _quantized(base, finetuned) or _in_a_component(base, finetuned)
+        cause = _in_a_component(base, finetuned)
         raise error if not cause else WrongBaseError(f"{error}; {cause}") from error
     # Those that the base has under other names are only known now.
     late = _leave_out_empty(base, pairing.tensors, finetuned, whole, missing)
@@ -160,14 +163,4 @@ def _in_a_component(base: Checkpoint, finetuned: Checkpoint) -> str:
     for component in base.names.components:
         if component and f"{component}/{first}" in base.tensors:
             return f"the base holds it in its folder {component}; give that folder as the base"
-    return ""
-
-
-def _quantized(base: Checkpoint, finetuned: Checkpoint) -> str:
-    """Return which side is quantized where the other is not, or an empty string."""
-    of_base, of_finetuned = quantization(base), quantization(finetuned)
-    if of_base and not of_finetuned:
-        return f"the base is quantized ({of_base}) and the fine-tune is not; give the base that was not quantized"
-    if of_finetuned and not of_base:
-        return f"the fine-tune is quantized ({of_finetuned}) and the base is not; give the fine-tune before quantizing"
     return ""

@@ -16,6 +16,7 @@ from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile, codec_of
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
+from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.sections import Attachment
 from deltafmt.pipeline.entry_writer import EntryWriter, TermBytes
@@ -33,7 +34,12 @@ class RepackResult:
 
 
 def repack(
-    delta: str | os.PathLike[str], out: str | os.PathLike[str], *, profile: str, force: bool = False
+    delta: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    profile: str,
+    force: bool = False,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> RepackResult:
     """Write a delta file in another profile; tensors, digests and content id stay the same.
 
@@ -42,6 +48,7 @@ def repack(
         out: the file to make.
         profile: ``hot`` or ``cold``.
         force: replace ``out`` if it exists.
+        limits: how much memory and output the file may ask for.
 
     Raises:
         UsageError: the output exists or is the input, or the profile is unknown.
@@ -51,7 +58,8 @@ def repack(
     if profile not in c.PROFILES:
         raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
     path = Path(out)
-    with DeltaFile(delta) as opened:
+    with DeltaFile(delta, limits=limits) as opened:
+        check_converted(opened, profile)
         if path.exists() and os.path.samefile(path, delta):
             raise UsageError(f"the output {path} is itself the input")
         container = opened.container
@@ -73,6 +81,7 @@ def repack(
                 removed=container.removed,
                 attachments=attachments,
                 metadata=dict(container.metadata),
+                scaled=container.scaled(),
             )
             if identity != container.content_id:
                 raise InvalidFileError(f"{container.name}: the content id is not that of the content")
@@ -81,6 +90,25 @@ def repack(
             sink.abandon()
             raise
         return RepackResult(path, path.stat().st_size, container.size, identity.hex())
+
+
+def check_converted(delta: DeltaFile, profile: str) -> None:
+    """Refuse a file whose indexes are much larger in another profile.
+
+    Raises:
+        InvalidFileError: names the limit.
+    """
+    container, total = delta.container, 0
+    for entry in container.entries():
+        for term in entry.terms:
+            layout = term.layout.for_profile(profile)
+            lengths = layout.buffer_lengths(entry.delta_rows, entry.columns, term.slots)
+            total += sum(lengths.values())
+            if layout != term.layout:
+                needed = max(lengths.values()) + codec_of(entry, term).piece_bytes
+                what = f'{container.name}: an index of "{entry.name}" takes'
+                container.limits.check_memory(needed, container.size, what)
+    container.limits.check_output(total, container.size, 0, f"{container.name}: the terms take")
 
 
 def _moved(delta: DeltaFile, entry: TensorEntry, writer: EntryWriter, profile: str) -> TensorEntry:

@@ -13,6 +13,7 @@ from deltafmt.container.writer import ContainerWriter
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.scaled import ScaledRef
 from deltafmt.index.sections import DIGEST_BYTES
 from deltafmt.output import Bytes
 from deltafmt.pipeline.entry_writer import EntryWriter, TermBytes, base_ref
@@ -39,6 +40,7 @@ def file_size(
     *,
     profile: str,
     seed: int,
+    scaled: Mapping[str, ScaledRef] | None = None,
 ) -> int:
     """Return the bytes of the file that plans give.
 
@@ -50,6 +52,7 @@ def file_size(
         metadata: the file's metadata.
         profile: ``hot``, or ``cold`` for an upper bound.
         seed: the file's seed.
+        scaled: what the file says of base tensors that are read as values.
 
     Raises:
         UsageError: the size of a term depends on the data.
@@ -61,7 +64,7 @@ def file_size(
         entries.append(_entry(writer, plan, seed, same=plan.tensor.name in unchanged))
         container.boundary()
     attachments = {name: container.attach(data) for name, data in files.items()}
-    container.finish(entries, removed=removed, attachments=attachments, metadata=dict(metadata))
+    container.finish(entries, removed=removed, attachments=attachments, metadata=dict(metadata), scaled=scaled)
     if profile == "hot":
         return container.position
     stored = [section for section in container.sections if section.codec == c.CODEC_STORED]

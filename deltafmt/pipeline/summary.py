@@ -13,6 +13,7 @@ from deltafmt.checkpoint.weight_names import bounded
 from deltafmt.container.reader import Container
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
+from deltafmt.pipeline.read_as_values import dequantized
 
 
 @dataclass(slots=True)
@@ -171,5 +172,6 @@ def summary_obj(container: Container) -> dict[str, Any]:
         "attachments": {name: item.data.length for name, item in container.attachments.items()},
         "removed": list(container.removed),
         "names": [change.to_obj() for change in entry_changes(entries)],
+        "dequantized": dequantized(container.scaled(), container.metadata).to_obj(),
         "tensors": {entry.name: entry_obj(container, entry) for entry in entries},
     }

@@ -19,14 +19,14 @@ from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.weight_names import WeightNames
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
+from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base
 from deltafmt.pipeline.outputs import refuse_input_folder
+from deltafmt.pipeline.read_as_values import Dequantized, dequantized
 from deltafmt.pipeline.workers import Progress, drain, in_order, thread_count
 from deltafmt.terms.buffers import raw_bytes
 from deltafmt.terms.floats import RAW_DTYPES
-
-_STEP = 8 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -41,6 +41,7 @@ class UnpackResult:
         removed: names of tensors that only the base has; the folder lacks them.
         mismatched: names of base tensors that differ from those packed against; only ``force_base`` allows any.
         names: what differs between the names that the file records for its base and those of this base.
+        dequantized: how many tensors of either side were 8-bit floats that were read as the values that they mean.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class UnpackResult:
     removed: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     names: list[NameChange] = field(default_factory=list)
+    dequantized: Dequantized = field(default_factory=Dequantized)
 
 
 def unpack(
@@ -63,6 +65,7 @@ def unpack(
     strip_prefix: Sequence[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     threads: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     progress: Progress | None = None,
 ) -> UnpackResult:
     """Apply a delta to its base and write the fine-tuned checkpoint as a folder.
@@ -79,6 +82,7 @@ def unpack(
         strip_prefix: beginnings of names that do not count, on either side.
         max_shard_bytes: bytes of tensors in one shard of the output.
         threads: worker threads; one for each processor if not given.
+        limits: how much memory, work and output the file may ask for.
         progress: called with a tensor's name and bytes as each is done.
 
     Raises:
@@ -92,11 +96,17 @@ def unpack(
     renames = Renames.parse(rename, strip_prefix)
     check_output_folder(path, force=force)
     refuse_input_folder(path, [base, delta])
-    with DeltaFile(delta) as opened, open_base(base, opened.metadata) as checkpoint:
+    with DeltaFile(delta, limits=limits) as opened, open_base(base, opened.container) as checkpoint:
         entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
         # ``force_base`` allows other bytes, but no other dtypes and shapes.
         found = BaseTensors(checkpoint, entries, opened.metadata, renames)
+        total = sum(entry.nbytes for entry in entries)
+        limits.check_output(
+            total, opened.container.size, checkpoint.nbytes, f"{opened.container.name}: unpacking gives"
+        )
+        opened.check_work((opened.resolve(entry.name) for entry in entries), checkpoint.nbytes)
         result = UnpackResult(path, removed=list(opened.container.removed), names=found.changes)
+        result.dequantized = dequantized(opened.container.scaled(), opened.metadata)
         unpacker = _Unpacker(opened, found, entries, result)
         return unpacker.run(force, force_base, max_shard_bytes, thread_count(threads), progress)
 
@@ -194,10 +204,9 @@ class _Unpacker:
             pending.parts.append(pool.submit(_copy, writer, entry.name, tensor))
         if source.data is not None:
             offset = source.nbytes - source.data.length
-            view = self._delta.container.buffer(source.data)
-            for start in range(0, len(view), _STEP):
-                piece = view[start : start + _STEP]
-                pending.parts.append(pool.submit(writer.write, entry.name, offset + start, piece))
+            for piece in self._delta.container.pieces(source.data):
+                pending.parts.append(pool.submit(writer.write, entry.name, offset, piece))
+                offset += len(piece)
         return pending
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from blake3 import blake3
@@ -13,12 +13,14 @@ from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.weight_names import WeightNames
 from deltafmt.container.content import content_id
 from deltafmt.container.reader import Container
-from deltafmt.delta import DeltaFile, RunDecoder, codec_of
+from deltafmt.delta import DeltaFile, codec_of
 from deltafmt.errors import InvalidFileError
 from deltafmt.format import constants as c
+from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.sections import BufferRef
 from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base
+from deltafmt.pipeline.read_as_values import Dequantized, dequantized
 from deltafmt.pipeline.workers import thread_count
 from deltafmt.terms.buffers import raw_bytes
 
@@ -35,6 +37,7 @@ class VerifyResult:
         removed: names of tensors that only the base has; an unpacked folder lacks them.
         attached: names of the attached files.
         names: what differs between the names that the file records for its base and those of this base.
+        dequantized: how many tensors of either side were 8-bit floats that were read as the values that they mean.
     """
 
     sections: int
@@ -44,6 +47,7 @@ class VerifyResult:
     removed: tuple[str, ...] = ()
     attached: tuple[str, ...] = ()
     names: list[NameChange] = field(default_factory=list)
+    dequantized: Dequantized = field(default_factory=Dequantized)
 
 
 def verify(
@@ -53,6 +57,7 @@ def verify(
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
     threads: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     progress: Callable[[str, int], None] | None = None,
 ) -> VerifyResult:
     """Check a delta file completely: structure, checksums, canonical packing, digests, content id.
@@ -64,6 +69,7 @@ def verify(
             or a pattern with ``*``. Bases whose names differ in a known way are recognized without rules.
         strip_prefix: beginnings of names that do not count, on either side.
         threads: worker threads for the base's fingerprints.
+        limits: how much memory and output the file may ask for.
         progress: called with a tensor's name and bytes as each is done.
 
     Raises:
@@ -73,7 +79,7 @@ def verify(
         StorageError: reading failed.
     """
     workers, renames = thread_count(threads), Renames.parse(rename, strip_prefix)
-    with DeltaFile(delta) as opened:
+    with DeltaFile(delta, limits=limits) as opened:
         container = opened.container
         try:
             entries = list(container.entries())
@@ -88,27 +94,30 @@ def verify(
             if progress:
                 progress(entry.name, entry.nbytes)
         for name, attachment in container.attachments.items():
-            if blake3(container.buffer(attachment.data)).digest() != attachment.digest:
+            if _digest_of(container.pieces(attachment.data)) != attachment.digest:
                 raise _named(container, InvalidFileError(f'attachments["{name}"]: the bytes have another digest'))
-        found = content_id(entries, container.removed, container.attachments, container.metadata)
+        found = content_id(entries, container.removed, container.attachments, container.metadata, container.scaled())
         if found != container.content_id:
             raise _named(container, InvalidFileError("the content id is not that of the content"))
         checked, changes = None, []
         if base is not None:
-            with open_base(base, container.metadata) as checkpoint:
+            with open_base(base, container) as checkpoint:
                 tensors = BaseTensors(checkpoint, entries, container.metadata, renames)
                 checked, changes = check_base(tensors, entries, workers), tensors.changes
         WeightNames.from_metadata(container.metadata, container.name)
         rest = tuple(container.removed), tuple(container.attachments), changes
-        return VerifyResult(len(container.sections), len(entries), checked, found.hex(), *rest)
+        said = dequantized(container.scaled(), container.metadata)
+        return VerifyResult(len(container.sections), len(entries), checked, found.hex(), *rest, said)
 
 
 def _check_payload(delta: DeltaFile, entry: TensorEntry) -> None:
-    """Decode a tensor's terms, check that they are packed canonically, and compare the payload's digest."""
-    if entry.terms:
-        decoder = RunDecoder(delta, entry)
-        for start, stop in decoder.ranges():
-            decoder.rows(start, stop, check=True)
+    """Check that a tensor's terms are packed canonically, and compare the payload's digest; no matrix is made."""
+    for number, term in enumerate(entry.terms):
+        try:
+            codec_of(entry, term).check(delta.term_views(entry, term))
+        except InvalidFileError as error:
+            prefix = f"terms[{number}]: " if len(entry.terms) > 1 else ""
+            raise InvalidFileError(f'{delta.container.name}: tensors["{entry.name}"]: {prefix}{error}') from error
     if entry.digest is not None and payload_digest(delta, entry) != entry.digest:
         raise InvalidFileError(f'{delta.container.name}: tensors["{entry.name}"]: the payload has another digest')
 
@@ -148,7 +157,7 @@ def check_coverage(container: Container, entries: list[TensorEntry]) -> None:
             if ref.offset != start:
                 raise InvalidFileError(f"section {number}: a buffer starts at {ref.offset}, where {start} is next")
             padding = BufferRef(number, position, start - position)
-            if any(container.buffer(padding)):
+            if any(map(any, container.pieces(padding))):
                 raise InvalidFileError(f"section {number}: the padding at {position} is not zero")
             position = ref.offset + ref.length
         if position != container.sections[number].raw_length:
@@ -160,10 +169,21 @@ def payload_digest(delta: DeltaFile, entry: TensorEntry) -> bytes:
     digest = blake3()
     for term in entry.terms:
         codec = codec_of(entry, term)
+        limits, size = delta.container.limits, delta.container.size
+        limits.check_memory(codec.piece_bytes, size, f'{delta.container.name}: an index of "{entry.name}" takes')
         for name, array in delta.term_views(entry, term).items():
-            digest.update(raw_bytes(codec.digested_form(name, array)))
+            for piece in codec.digested_pieces(name, array):
+                digest.update(raw_bytes(piece))
     if entry.data is not None:
-        digest.update(delta.container.buffer(entry.data))
+        for data in delta.container.pieces(entry.data):
+            digest.update(data)
+    return digest.digest()
+
+
+def _digest_of(pieces: Iterable[memoryview]) -> bytes:
+    digest = blake3()
+    for piece in pieces:
+        digest.update(piece)
     return digest.digest()
 
 

@@ -78,7 +78,9 @@ class Deltas:
         self._verify_base = verify_base
         self.scope = Scope()
         self.served = ServedModules(model, device, self.scope.active, fuse=fuse)
-        self._examiner = Examiner(model, self.served.siblings_of, verify_base=verify_base, ignore=ignore, rename=rename)
+        self._examiner = Examiner(
+            model, device, self.served.siblings_of, verify_base=verify_base, ignore=ignore, rename=rename
+        )
         self._store = DeltaStore(device, self.served.release)
         self.residency: Residency[DeviceDelta, DeviceDelta] = Residency(self._store, budget, host_budget)
         self._pool = Pool(self.residency, self.served, device, self._forget, self._check_closely)
@@ -139,7 +141,7 @@ class Deltas:
         Raises:
             UsageError: there is no such delta; otherwise as :meth:`add`.
         """
-        self._known(name)
+        self.known(name)
         version, found = self._examine(name, path, "another is replaced")
         with self._lock:
             self._register(version, found)
@@ -147,7 +149,7 @@ class Deltas:
             with contextlib.suppress(NoRoomError):
                 self.residency.acquire([version.key]).release()
             with self._lock:
-                before = self._known(name)
+                before = self.known(name)
                 self._show(version, found)
         except BaseException:
             self._pool.retire(version.key)
@@ -160,7 +162,7 @@ class Deltas:
         Raises:
             UsageError: the delta is unknown or in use.
         """
-        version = self._known(name)
+        version = self.known(name)
         try:
             self.residency.remove(version.key)
         except UsageError as error:
@@ -177,7 +179,7 @@ class Deltas:
         Raises:
             UsageError: the delta is unknown.
         """
-        return self.residency.prefetch(self._known(name).key)
+        return self.residency.prefetch(self.known(name).key)
 
     def unused(self) -> list[str]:
         """Return the names of modules that deltas change but that no call has used while such a delta was served.
@@ -205,7 +207,7 @@ class Deltas:
             NoRoomError: the deltas in use leave no room.
             StorageError, InvalidFileError: a delta's file cannot be read, or has changed.
         """
-        return Block(self.scope, functools.partial(self._hold, names, wait))
+        return Block(self.scope, functools.partial(self.hold, names, wait))
 
     def merge(self, name: str) -> None:
         """Add a delta to the base's weights in place; every parameter gets the values that unpacking would write.
@@ -218,13 +220,13 @@ class Deltas:
         """
         # The lock is not held while waiting: the thread that loads deltas takes it to empty slots.
         with self._lock:
-            self._refuse_merged("another is merged")
+            self.refuse_merged("another is merged")
             self._check_idle("merge")
             self._check_closely()
             self._merged = name
         lease = None
         try:
-            version = self._known(name)
+            version = self.known(name)
             lease = self.residency.acquire([version.key])
             self._merge = Merge(name, lease, version.found.binding)
             self._merge.apply()
@@ -255,10 +257,11 @@ class Deltas:
         """
         with self._lock:
             self._check_idle("detach")
-            self._refuse_merged("deltas are detached")
+            self.refuse_merged("deltas are detached")
             self._calls.close()
             self._watch.close()
             self.served.close()
+            self._examiner.close()
         self.residency.close()
 
     def check_model(self, *, closely: bool) -> None:
@@ -315,18 +318,17 @@ class Deltas:
         )
         self.reads.forget()
         self._stamp()
-        for block in self.scope.open_blocks():
-            block.forget_selections()
+        self.scope.forget_selections()
 
     def _stamp(self) -> None:
         self._watch.stamp(version.found.binding for version in self._versions.values())
 
     def _examine(self, name: str, path: str | os.PathLike[str], what: str) -> tuple[Attached, Examined]:
-        self._refuse_merged(what)
+        self.refuse_merged(what)
         source = read_attached(os.fspath(path))
         self._check_closely()
         found = self._examiner.examine(source, name)
-        return Attached(name, replace(source, needed=found.needed), found), found
+        return Attached(name, replace(source, needed=found.needed, held=found.held()), found), found
 
     def _register(self, version: Attached, found: Examined) -> None:
         """Make a version known to the residency and to the modules that it changes."""
@@ -354,20 +356,22 @@ class Deltas:
             self._store.files.pop(key, None)
             self._versions.pop(key, None)
 
-    def _known(self, name: str) -> Attached:
+    def known(self, name: str) -> Attached:
+        """Return the version of a delta that calls get which begin now."""
         if name not in self._current:
             raise UsageError(f'there is no delta "{name}"; known: {", ".join(self._current) or "none"}')
         return self._current[name]
 
-    def _hold(self, names: Names, wait: float) -> Held:
+    def hold(self, names: Names, wait: float = 0) -> Held:
+        """Return deltas, which stay on the device until they are released; the errors are those of :meth:`use`."""
         rows = read_names(names)
         with self._lock:
-            self._refuse_merged("deltas are served")
+            self.refuse_merged("deltas are served")
             self._pool.begin()
         try:
             while True:
                 with self._lock:
-                    attached = {name: self._known(name) for name in rows.names}
+                    attached = {name: self.known(name) for name in rows.names}
                 refuse_sums(rows, attached)
                 try:
                     return self._pool.hold(rows, attached, wait, self._is_base)
@@ -379,7 +383,8 @@ class Deltas:
             self._pool.end()
             raise
 
-    def _refuse_merged(self, what: str) -> None:
+    def refuse_merged(self, what: str) -> None:
+        """Refuse what cannot be done while a delta is merged."""
         if self._merged is not None:
             raise UsageError(f'delta "{self._merged}" is merged into the base; unmerge it before {what}')
 

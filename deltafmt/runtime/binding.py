@@ -17,6 +17,7 @@ from torch import nn
 
 from deltafmt.errors import UsageError, WrongBaseError
 from deltafmt.index.entries import TensorEntry
+from deltafmt.runtime.cuts import Cut, HeldTensor
 from deltafmt.runtime.model_names import ModelNames, model_names
 
 Rename = Callable[[str], str]
@@ -43,12 +44,34 @@ class BoundModule:
         module: the module.
         role: the way in which the module uses its parameters.
         tensors: the tensors' names by the names of the module's parameters, such as ``weight``.
+        local: the module that computes with this process's cut, if the model is cut over several processes.
+        cuts: the cuts of the parameters that this process has, by the parameters' names; the others it has whole.
+        summed_bias: the bias, if it is added behind a sum over processes.
+        bias_elsewhere: True if another process adds the change of that bias.
     """
 
     name: str
     module: nn.Module
     role: Role
     tensors: dict[str, str] = field(default_factory=dict)
+    local: nn.Module | None = None
+    cuts: dict[str, Cut] = field(default_factory=dict)
+    summed_bias: torch.Tensor | None = None
+    bias_elsewhere: bool = False
+
+    @property
+    def serving(self) -> nn.Module:
+        """The module whose output the deltas are added to."""
+        return self.module if self.local is None else self.local
+
+    def held(self) -> dict[str, tuple[str, HeldTensor]]:
+        """Return for each parameter the name that its tensor has on the device, and the cut that is there."""
+        found = {}
+        for key, tensor in self.tensors.items():
+            if not (key == "bias" and self.bias_elsewhere):
+                part = HeldTensor(tensor, self.cuts.get(key))
+                found[key] = (part.key, part)
+        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,30 +17,24 @@ from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError
 from deltafmt.runtime import frames
+from deltafmt.runtime.continuous import UNNAMED, Continuous
+from deltafmt.runtime.continuous import Server as ContinuousServer
 from deltafmt.runtime.held import Held
 from deltafmt.runtime.model_batch import batch_of, models_in
-from deltafmt.runtime.reads import Reads
 from deltafmt.runtime.rows import Names
-from deltafmt.runtime.scope import Block, Bound, Scope
+from deltafmt.runtime.scope import Block, Bound
 from deltafmt.runtime.selection import rows_error
 from deltafmt.runtime.served_modules import ServedModules
 from deltafmt.runtime.uncopied import refuse_copy
 
-_UNNAMED: Final = object()
 
-
-class Server(Protocol):
+class Server(ContinuousServer, Protocol):
     """What the calls of a model ask of its deltas."""
 
-    scope: Scope
-    reads: Reads
     served: ServedModules
 
     def use(self, names: Names, *, wait: float = 0) -> Block:
         """Return a block."""
-
-    def check_model(self, *, closely: bool) -> None:
-        """Refuse a model that is no longer the deltas' base."""
 
     def vocabulary(self) -> int | None:
         """Return the rows of the base's output head."""
@@ -69,11 +63,14 @@ class Calls:
             for module in models_in(model)
             if module is not model or not has_parts
         ]
-        for name, wrapped in (("generate", self._generate), ("generate_batch", self._generate_batch)):
+        continuous = Continuous(self._name, server, lambda: self._closed)
+        for name, wrapped in (
+            ("generate", self._generate),
+            ("generate_batch", continuous.generate_batch),
+            ("init_continuous_batching", continuous.init),
+        ):
             if callable(getattr(model, name, None)):
                 self._wrap(name, wrapped)
-        if callable(getattr(model, "init_continuous_batching", None)):
-            self._wrap("init_continuous_batching", self._init_continuous_batching)
         for name in ("__deepcopy__", "__reduce_ex__"):
             self._set(name, refuse_copy)
 
@@ -83,13 +80,13 @@ class Calls:
         for hook in self._hooks:
             hook.remove()
         for name, value in self._before.items():
-            if value is _UNNAMED:
+            if value is UNNAMED:
                 self._model.__dict__.pop(name, None)
             else:
                 self._model.__dict__[name] = value
 
     def _set(self, name: str, value: object) -> None:
-        self._before[name] = self._model.__dict__.get(name, _UNNAMED)
+        self._before[name] = self._model.__dict__.get(name, UNNAMED)
         self._model.__dict__[name] = value
 
     def _wrap(self, name: str, method: Callable[..., Any]) -> None:
@@ -97,7 +94,7 @@ class Calls:
 
         @frames.outside
         @functools.wraps(original)
-        def wrapped(*args: Any, delta: Any = _UNNAMED, **kwargs: Any) -> Any:
+        def wrapped(*args: Any, delta: Any = UNNAMED, **kwargs: Any) -> Any:
             if self._closed:
                 return original(*args, **kwargs)
             compiler = frames.suspend()
@@ -111,7 +108,7 @@ class Calls:
 
     def _within(self, delta: Any, call: Callable[[Block | None], Any]) -> Any:
         """Run a call in the block that it names, or else in the block that it is made in."""
-        if delta is _UNNAMED:
+        if delta is UNNAMED:
             return call(self._scope.here())
         block = self._server.use(delta)
         block.open()
@@ -122,7 +119,7 @@ class Calls:
 
     def _forward(self, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
         call = self._scope.call
-        if call.bound and delta is _UNNAMED:
+        if call.bound and delta is UNNAMED:
             return self._run(original, args, kwargs, batch_of(args, kwargs))
 
         def once(block: Block | None) -> Any:
@@ -143,11 +140,11 @@ class Calls:
         """Run the model's forward with the selection that the call is bound to."""
         call = self._scope.call
         selection, block = call.selection, call.block
-        if selection is None or block is None:
+        if selection is None:
             return self._run_compiled(original, args, kwargs, batch, None)
         if batch is not None:
             selection.enter(*batch, self._name, root=True)
-        if kwargs.get("labels") is not None:
+        if kwargs.get("labels") is not None and block is not None:
             held_of(block).check_loss(self._server.vocabulary())
         if not selection.touched:
             return self._run_compiled(original, args, kwargs, batch, None)
@@ -189,7 +186,7 @@ class Calls:
             selection.enter(*batch, name, root=not self._scope.call.bound)
 
     def _generate(self, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
-        if self._scope.call.bound and delta is _UNNAMED:
+        if self._scope.call.bound and delta is UNNAMED:
             return original(*args, **kwargs)
 
         def once(block: Block | None) -> Any:
@@ -222,66 +219,6 @@ class Calls:
             return next((int(value) for value in values if isinstance(value, int)), 1)
 
         return max(setting("num_beams"), setting("num_return_sequences"))
-
-    def _generate_batch(self, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
-        if self._scope.call.bound and delta is _UNNAMED:
-            return original(*args, **kwargs)
-
-        def once(block: Block | None) -> Any:
-            if block is not None:
-                self._refuse_packed(block)
-                self._server.check_model(closely=True)
-            with Bound(self._scope, block):
-                return original(*args, **kwargs)
-
-        return self._within(delta, once)
-
-    def _init_continuous_batching(self, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
-        """Make a manager that takes requests for the deltas that it was made for, and no others."""
-        if delta is not _UNNAMED:
-            raise UsageError(
-                "a manager of continuous batching serves the block that it is made in; use: with model.delta(...):"
-            )
-        keys = self._packed_keys()
-        manager = original(*args, **kwargs)
-        made_for = manager.__dict__.setdefault("_deltafmt_keys", keys)
-        if made_for != keys:
-            raise UsageError(
-                "the manager of continuous batching was made for other deltas, whose keys and values it keeps; call "
-                "model.destroy_cached_continuous_batching_manager() first"
-            )
-        if "add_request" not in manager.__dict__:
-            add_request = manager.add_request
-
-            @functools.wraps(add_request)
-            def checked(*args: Any, **kwargs: Any) -> Any:
-                if not self._closed and self._packed_keys() != made_for:
-                    raise UsageError(
-                        "continuous batching packs the rows of several requests into one, and serves one delta at a "
-                        "time; make a manager for each delta, inside its block"
-                    )
-                return add_request(*args, **kwargs)
-
-            manager.add_request = checked
-        return manager
-
-    def _packed_keys(self) -> object:
-        call = self._scope.call
-        block = call.block if call.bound else self._scope.here()
-        if block is None:
-            return None
-        self._refuse_packed(block)
-        held = held_of(block)
-        return held.keys if held.serves else None
-
-    @staticmethod
-    def _refuse_packed(block: Block) -> None:
-        held = held_of(block)
-        if held.rows and held.serves:
-            raise UsageError(
-                "continuous batching packs the rows of several requests into one, and serves one delta at a time; call "
-                "generate_batch once for each delta, with one name"
-            )
 
 
 def held_of(block: Block) -> Held:

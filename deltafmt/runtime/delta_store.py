@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,9 @@ from deltafmt.errors import StorageError, UsageError
 from deltafmt.format.constants import BUFFER_ALIGNMENT, align
 from deltafmt.index.entries import TensorEntry
 from deltafmt.kernels.operand import Operand
+from deltafmt.runtime.checks import check_terms
+from deltafmt.runtime.cut_loading import held_bytes, load_held
+from deltafmt.runtime.cuts import HeldTensor
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
 from deltafmt.runtime.upload import load
 
@@ -28,6 +31,7 @@ class AttachedFile:
         entries: the entries of its tensors by name; an alias has the entry of its target.
         removed: the names of tensors that only the base has.
         needed: the names of the tensors that must be on the device.
+        held: the cuts of tensors that must be there instead, by name, if the model is cut over several processes.
     """
 
     path: str
@@ -36,6 +40,7 @@ class AttachedFile:
     entries: dict[str, TensorEntry]
     removed: tuple[str, ...]
     needed: tuple[str, ...] = ()
+    held: Mapping[str, HeldTensor] | None = None
 
 
 def read_attached(path: str) -> AttachedFile:
@@ -77,6 +82,8 @@ class DeltaStore:
     def nbytes(self, name: str) -> int:
         """Return the bytes that a delta takes on the device."""
         file = self.files[name]
+        if file.held is not None:
+            return sum(held_bytes(file.entries[one.tensor], one) for one in file.held.values())
         return device_bytes(file.entries[tensor] for tensor in file.needed)
 
     def load(self, name: str, cancel: threading.Event) -> DeviceDelta:
@@ -84,8 +91,15 @@ class DeltaStore:
 
         Raises:
             StorageError: the file is missing, or it is not the file that was attached.
+            InvalidFileError: a tensor breaks a rule of section 15 of the specification.
         """
         file = self.files[name]
+        if file.held is not None:
+            cuts = load_held(file.path, file.held, self._device, cancel)
+            self._check_unchanged(name, cuts.content_id)
+            check_terms(file.path, cuts)
+            self._settle()
+            return cuts
         try:
             delta = load(file.path, self._device, tensors=file.needed or None, cancel=cancel, known=file.opened)
         except UsageError:
@@ -93,6 +107,7 @@ class DeltaStore:
             self._check_unchanged(name, read_attached(file.path).content_id)
             raise
         self._check_unchanged(name, delta.content_id)
+        check_terms(file.path, delta)
         self._settle()
         return delta
 

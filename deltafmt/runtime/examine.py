@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from deltafmt.errors import UsageError, WrongBaseError
@@ -12,8 +13,11 @@ from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.bases import named_base
 from deltafmt.runtime.base_check import BaseCheck
 from deltafmt.runtime.binding import Binding, BoundModule, Rename, Role, bind, weight_shape
+from deltafmt.runtime.cuts import HeldTensor
 from deltafmt.runtime.delta_store import AttachedFile
-from deltafmt.runtime.model_batch import refuse_offloaded
+from deltafmt.runtime.float8 import find_scales
+from deltafmt.runtime.model_batch import refuse_elsewhere, refuse_offloaded, refuse_parallel
+from deltafmt.runtime.parallel import StandIns, own_forward
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +38,15 @@ class Examined:
     vocabulary: int | None
     grown: str | None
 
+    def held(self) -> dict[str, HeldTensor] | None:
+        """Return the cuts of tensors that must be on the device, by name; None if no module is cut over processes."""
+        changed = self.changed_modules()
+        if all(bound.local is None for bound in changed):
+            return None
+        held = (one for bound in changed for one in bound.held().values())
+        needed = set(self.needed)
+        return {name: part for name, part in held if part.tensor in needed}
+
     def changed_modules(self) -> list[BoundModule]:
         """Return the modules that the delta changes."""
         needed = set(self.needed)
@@ -45,6 +58,7 @@ class Examiner:
 
     Args:
         model: the base.
+        device: of the deltas.
         fused: a function that returns the modules that share a launch with a module; their forwards are deltafmt's own.
         verify_base: compare the model's parameters with the fingerprints of the delta's base.
         ignore: patterns; tensors whose names match one of them are left out.
@@ -54,6 +68,7 @@ class Examiner:
     def __init__(
         self,
         model: nn.Module,
+        device: torch.device,
         fused: Callable[[nn.Module], Sequence[nn.Module]],
         *,
         verify_base: bool,
@@ -61,11 +76,13 @@ class Examiner:
         rename: Rename | None,
     ) -> None:
         self._model = model
+        self._device = device
         self._fused = fused
         self._verify_base = verify_base
         self._ignore = tuple(ignore)
         self._rename = rename
         self._check = BaseCheck(type(model).__name__)
+        self._stand_ins = StandIns()
 
     def examine(self, source: AttachedFile, name: str) -> Examined:
         """Examine a delta.
@@ -75,10 +92,12 @@ class Examiner:
             name: its name, for messages.
 
         Raises:
-            UsageError: a tensor has no place in the model, or the model is offloaded.
+            UsageError: a tensor has no place in the model, or the model is offloaded, cut over processes, or on another
+                device.
             WrongBaseError: the model is not the delta's base.
         """
         refuse_offloaded(self._model)
+        refuse_parallel(self._model)
         named = named_base(source.opened.metadata)
         try:
             binding = bind(self._model, source.entries, source.removed, self._ignore, self._rename)
@@ -90,18 +109,26 @@ class Examiner:
         if self._verify_base:
             entries = {tensor: entry for tensor, entry in source.entries.items() if tensor in taken}
             try:
-                unchecked = self._check.check(entries, binding.parameters)
+                scaled = source.opened.container.scaled()
+                scales = find_scales(binding.modules) if scaled else {}
+                unchecked = self._check.check(entries, binding.parameters, scaled, scales)
             except WrongBaseError as error:
                 raise WrongBaseError(f'delta "{name}": {error}{named}') from error
         needed = tuple(tensor for tensor in taken if source.entries[tensor].action != "same")
         found = Examined(binding, needed, unchecked, vocabulary, grown)
         for bound in found.changed_modules():
+            refuse_elsewhere(bound.name, bound.module, self._device)
+            self._stand_ins.place(bound, source.entries)
             self._refuse_own_forward(bound)
         return found
 
     def forget(self) -> None:
         """Compare every parameter anew at the next examination."""
         self._check.forget()
+
+    def close(self) -> None:
+        """Give modules that are cut over processes their own forward back."""
+        self._stand_ins.close()
 
     def head(self) -> nn.Module | None:
         """Return the model's output head, if it has one."""
@@ -121,7 +148,8 @@ class Examiner:
             UsageError: names the module.
         """
         held = bound.module.__dict__
-        if "forward" in held and "_hf_hook" not in held and not self._fused(bound.module):
+        known = "_hf_hook" in held or bound.local is not None or own_forward(bound.module) is not None
+        if "forward" in held and not known and not self._fused(bound.module):
             raise UsageError(
                 f'module "{bound.name}", a {type(bound.module).__name__}, was given another forward, of which deltafmt '
                 "cannot tell what it computes; make it a forward hook, or a class of its own"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +13,13 @@ from deltafmt.runtime.delta_store import AttachedFile
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.examine import Examined
 from deltafmt.runtime.leases import Lease
+from deltafmt.runtime.packed import select
 from deltafmt.runtime.residency import Residency
 from deltafmt.runtime.rows import Row, Rows
 from deltafmt.runtime.selection import BASE, Selection
 from deltafmt.runtime.served_modules import ServedModules
+
+_KEPT = 4
 
 
 @dataclass(slots=True, eq=False)
@@ -126,6 +129,8 @@ class Held:
         lease: keeps them on the device.
 
     Attributes:
+        pool: what all holds share.
+        identity: the content id and weight of each delta, row by row.
         keys: the version of each delta, row by row.
         text: the names as a message gives them.
         serves: True if a row has a delta.
@@ -142,8 +147,11 @@ class Held:
         self.rows = len(rows.rows) if rows.each else 0
         self.text = str(rows)
         self.serves = any(row.terms for row in rows.rows)
+        self.identity: Hashable = tuple(
+            tuple((attached[n].file.content_id, weight) for n, weight in row.terms) for row in rows.rows
+        )
         self.keys: object = tuple(tuple((attached[n].key, weight) for n, weight in row.terms) for row in rows.rows)
-        self._pool = pool
+        self.pool = pool
         self._named = rows
         self._attached = attached
         self._lease = lease
@@ -158,7 +166,7 @@ class Held:
         for name in self._named.names:
             version = self._attached[name]
             delta = self._lease.values[version.key]
-            self._slots[name] = self._pool.served.assign(version.key, delta, version.found.binding)
+            self._slots[name] = self.pool.served.assign(version.key, delta, version.found.binding)
 
     def selection(self) -> Selection:
         """Return a new selection of these deltas.
@@ -167,7 +175,7 @@ class Held:
             UsageError, WrongBaseError: the model is no longer the deltas' base.
         """
         if self.serves:
-            self._pool.check()
+            self.pool.check()
         self.assign()
         mixes: dict[Row, int] = {}
         slots = []
@@ -179,7 +187,13 @@ class Held:
             else:
                 slots.append(mixes.setdefault(row, BASE - 1 - len(mixes)))
         parts = {slot: tuple((self._slots[n], weight) for n, weight in row.terms) for row, slot in mixes.items()}
-        return Selection(slots, self._pool.served.count, self._pool.device, each=self._named.each, mixes=parts)
+        return Selection(slots, self.pool.served.count, self.pool.device, each=self._named.each, mixes=parts)
+
+    def terms(self) -> tuple[tuple[int, float], ...]:
+        """Return the slots and weights of the first row; none for the base."""
+        if any(name not in self._slots for name in self._named.names):
+            self.assign()
+        return tuple((self._slots[name], weight) for name, weight in self._named.rows[0].terms)
 
     def check_loss(self, base: int | None) -> None:
         """Refuse a loss that the model would compute with the base's vocabulary over logits of another width.
@@ -206,14 +220,48 @@ class Held:
 
     def again(self) -> Held:
         """Return a second hold of the same deltas; they are on the device, so nothing waits."""
-        self._pool.begin()
-        lease = self._pool.residency.acquire(self._lease.values)
-        return Held(self._pool, self._named, self._attached, lease)
+        self.pool.begin()
+        lease = self.pool.residency.acquire(self._lease.values)
+        return Held(self.pool, self._named, self._attached, lease)
+
+    def part(self, row: int) -> Held:
+        """Return a hold of what one row uses, of the same versions; they are on the device, so nothing waits."""
+        rows = Rows((self._named.rows[row],), each=False)
+        self.pool.begin()
+        lease = self.pool.residency.acquire([self._attached[name].key for name in rows.names])
+        return Held(self.pool, rows, self._attached, lease)
 
     def release(self) -> None:
         """Release the deltas."""
         self._lease.release()
-        self._pool.end()
+        self.pool.end()
+
+
+class PackedSelections:
+    """The selections of packed batches; the last ones are kept, for steps in which nobody came or went."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Selection] = {}
+
+    def of(self, holds: Sequence[Held | None], lengths: Sequence[int], epoch: int) -> Selection | None:
+        """Return the selection of a batch; None if all its tokens are the base's.
+
+        Args:
+            holds: what each request uses; None for the base.
+            lengths: each request's number of tokens.
+            epoch: how often the contents of slots were made anew.
+        """
+        pool = next((hold.pool for hold in holds if hold is not None and hold.serves), None)
+        if pool is None:
+            return None
+        terms = [() if hold is None else hold.terms() for hold in holds]
+        found = [None if hold is None else hold.identity for hold in holds]
+        key = (tuple(terms), tuple(found), tuple(lengths), pool.served.count, epoch)
+        if key not in self._kept:
+            if len(self._kept) == _KEPT:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = select(terms, lengths, pool.served.count, pool.device)
+        return self._kept[key]
 
 
 def refuse_sums(rows: Rows, attached: Mapping[str, Attached]) -> None:

@@ -17,6 +17,7 @@ from deltafmt.errors import UsageError
 from deltafmt.runtime.binding import Binding
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
 from deltafmt.runtime.device_views import TORCH_DTYPES
+from deltafmt.runtime.float8 import is_float8
 from deltafmt.runtime.leases import Lease
 from deltafmt.runtime.values import added, dense_delta, new_values, version_of
 
@@ -42,6 +43,10 @@ class Merge:
         self._lease = lease
         self._changes: list[_Change] = []
         self._versions: list[int] = []
+        if any(bound.local is not None for bound in binding.modules):
+            raise UsageError(
+                f'delta "{name}" cannot be merged into a model that is cut over processes; serve it, or unpack it'
+            )
         owners: dict[int, tuple[str, bytes | str | None]] = {}
         (delta,) = lease.values.values()
         for tensor_name, tensor in delta.items():
@@ -110,7 +115,7 @@ def check_mergeable(name: str, tensor: DeviceTensor, parameter: torch.Tensor | N
     if tuple(parameter.shape) != tensor.entry.shape:
         shapes = f"{list(tensor.entry.shape)}, but the model's parameter has {list(parameter.shape)}"
         raise UsageError(f'tensor "{name}" cannot be merged: its shape is {shapes}')
-    if not parameter.is_floating_point():
+    if not parameter.is_floating_point() or is_float8(parameter):
         raise UsageError(f'tensor "{name}" cannot be merged: the model holds it as {parameter.dtype}')
 
 

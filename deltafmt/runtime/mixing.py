@@ -13,7 +13,7 @@ import torch
 from deltafmt.errors import UsageError
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.sites import Site, first_input
-from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite
+from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite, each, turn
 
 
 def mixed_output(site: Site, selection: Selection, args: Any, kwargs: Any, output: Any, *, changed: bool) -> Any:
@@ -37,6 +37,9 @@ def mixed_output(site: Site, selection: Selection, args: Any, kwargs: Any, outpu
         raise UsageError(
             f"{site.name}, a {type(site.module).__name__}, is not linear in its parameters; a row takes one delta there"
         )
+    if selection.packed and isinstance(site, OtherSite) and site.turned(selection, first_input(args, kwargs)):
+        args, kwargs = each(turn, args, kwargs)
+        return turn(mixed_output(site, selection, args, kwargs, turn(output), changed=changed))
     base = given = output.clone()  # sites write to the output that they are given
     if isinstance(site, EmbeddingSite) and not selection.uniform:
         base = site.by_row(selection, first_input(args, kwargs), base)[1]

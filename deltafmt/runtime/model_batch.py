@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from deltafmt.errors import UsageError
+from deltafmt.runtime.cuts import WAY_OUT
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -36,6 +38,46 @@ def refuse_offloaded(model: nn.Module) -> None:
             raise UsageError(
                 f'parameter "{name}" is not in memory (device "meta"): the model is offloaded, or was never loaded; '
                 "load it whole, for example with device_map={'': 0}, and attach the deltas to that"
+            )
+
+
+def is_distributed(tensor: object) -> bool:
+    """Tell whether a tensor is a DTensor; the package that defines them is slow to import, so it is only looked up."""
+    package = sys.modules.get("torch.distributed.tensor")
+    return package is not None and isinstance(tensor, package.DTensor)
+
+
+def refuse_parallel(model: nn.Module) -> None:
+    """Refuse a model that is cut over several processes by an older transformers, whose parameters are plain tensors.
+
+    Raises:
+        UsageError: it is.
+    """
+    size = getattr(model, "_tp_size", None)
+    if isinstance(size, int) and size > 1 and not any(map(is_distributed, model.parameters())):
+        raise UsageError(
+            f"the model is cut over {size} processes, and its parameters do not say how; take transformers 5.17 or "
+            f"later, or {WAY_OUT}"
+        )
+
+
+def refuse_elsewhere(name: str, module: nn.Module, device: torch.device) -> None:
+    """Refuse a module whose parameters lie on another device than the deltas.
+
+    Args:
+        name: the module's name, for the message.
+        module: the module.
+        device: of the deltas.
+
+    Raises:
+        UsageError: names the module and both devices.
+    """
+    wanted = torch.empty(0, device=device).device if device == torch.device("cuda") else device
+    for parameter in module.parameters(recurse=False):
+        if parameter.device != wanted:
+            raise UsageError(
+                f'module "{name}" lies on {parameter.device}, and the deltas on {device}; load the model on one '
+                "device, for example with device_map={'': 0}"
             )
 
 

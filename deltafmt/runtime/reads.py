@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError
+from deltafmt.runtime.cuts import WAY_OUT
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.served_modules import ServedModules
 from deltafmt.runtime.sites import Site
@@ -144,11 +145,12 @@ class _Mode(TorchFunctionMode):
         self._selection = selection
         self._sites: dict[int, list[tuple[Site, str]]] = {}
         for site in served.sites():
-            for key, parameter in site.module.named_parameters(recurse=False):
-                self._sites.setdefault(id(parameter), []).append((site, key))
+            for module in {id(site.module): site.module, id(site.whole): site.whole}.values():
+                for key, parameter in module.named_parameters(recurse=False):
+                    self._sites.setdefault(id(parameter), []).append((site, key))
         # A module that is tied to a served one, as an embedding is to the head, reads its own weight when it is called.
         self._owners: dict[int, list[nn.Module]] = {}
-        for module in model.modules():
+        for module in (*model.modules(), *(site.module for site in served.sites() if site.module is not site.whole)):
             for parameter in module.parameters(recurse=False):
                 if id(parameter) in self._sites:
                     self._owners.setdefault(id(parameter), []).append(module)
@@ -200,6 +202,11 @@ class _Mode(TorchFunctionMode):
             self._reads.found(site)
             if site.slots.isdisjoint(self._selection.touched):
                 continue
+            if site.module is not site.whole:
+                raise UsageError(
+                    f'the model reads the {key} of "{site.name}" without calling it, and has it cut over processes; '
+                    f"{WAY_OUT}"
+                )
             if not self._selection.uniform or self._selection.mixes:
                 raise UsageError(
                     f'the model reads the {key} of "{site.name}" without calling it; such a model serves one delta at '

@@ -239,9 +239,11 @@ class Scope:
     Attributes:
         lock: guards what blocks hold.
         call: the call of the model that this thread is in.
+        epoch: the number of times that the contents of slots were made anew.
     """
 
     def __init__(self) -> None:
+        self.epoch = 0
         self.lock = threading.RLock()
         self.call = Call()
         self._open: dict[Block, None] = {}
@@ -307,6 +309,12 @@ class Scope:
         """Return the blocks that are open now."""
         with self.lock:
             return list(self._open)
+
+    def forget_selections(self) -> None:
+        """Let all calls make new selections, because the contents of slots were made anew."""
+        self.epoch += 1
+        for block in self.open_blocks():
+            block.forget_selections()
 
     def _refuse_others(self, frames: list[FrameType]) -> None:
         marks = {_mark(frame) for frame in frames}

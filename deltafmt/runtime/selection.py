@@ -49,6 +49,7 @@ class Selection:
         mixes: the slots and weights of each sum, by its number.
 
     Attributes:
+        packed: True if the batch is one row with the tokens of several requests.
         slots: each row's slot; or a single slot, if all rows have the same one.
         used: the slots that occur, without negative ones.
         mixes: the slots and weights of each sum, by its number.
@@ -59,6 +60,8 @@ class Selection:
         waiting: outputs that were computed ahead.
         multiplied: the ids of the sites whose output contains the deltas' products already.
     """
+
+    packed = False
 
     def __init__(
         self,
@@ -173,6 +176,20 @@ class Selection:
             return (rows[:, None] * each + torch.arange(each)).reshape(-1).to(self.device)
 
         return self.memo(("members", slot, size), build)
+
+    def slots_of(self, size: int, where: str) -> list[int]:
+        """Return the slot of each of ``size`` rows or tokens."""
+        each = self.share(size, where)
+        return [slot for slot in self.slots for _ in range(each)]
+
+    def spread(self, values: torch.Tensor, size: int, where: str) -> torch.Tensor:
+        """Return, for each of ``size`` rows or tokens, the value of its slot; ``values`` has one for each of them."""
+        return values.repeat_interleave(self.share(size, where), 0)
+
+    def add_(self, y: torch.Tensor, values: torch.Tensor, where: str) -> None:
+        """Add to the rows or tokens of each slot the slot's values, to the first columns of ``y``."""
+        each = self.share(len(y), where)
+        y.view(len(values), each, -1)[:, :, : values.shape[-1]] += values[:, None]
 
     def memo(self, key: Hashable, build: Callable[[], T]) -> T:
         """Return the object that was built for a key before, or build it."""

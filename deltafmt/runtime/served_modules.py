@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from deltafmt.errors import UsageError
 from deltafmt.runtime import frames, operations
 from deltafmt.runtime.binding import Binding, BoundModule, Role, weight_shape
+from deltafmt.runtime.cuts import settled
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.mixing import mixed_output
 from deltafmt.runtime.operations import new_key
@@ -78,8 +79,9 @@ class ServedModules:
     def compiles(self, selection: Selection | None, tokens: int) -> bool:
         """Tell whether compiled code can serve a call of the model.
 
-        It cannot where a slot may have more tokens than its kernel takes, where a row uses a sum of deltas, or where a
-        module's output has another shape than the base's, because the vocabulary is larger.
+        It cannot where a slot may have more tokens than its kernel takes, where a row uses a sum of deltas or holds
+        the tokens of several requests, or where a module's output has another shape than the base's, because the
+        vocabulary is larger.
 
         Args:
             selection: what the call serves; None for the base.
@@ -89,7 +91,9 @@ class ServedModules:
             self._refresh()
         if self._device.type == "cuda" and tokens > self._fewest:
             return False
-        return selection is None or not (selection.mixes or not selection.used.isdisjoint(self._growing))
+        if selection is None:
+            return True
+        return not (selection.mixes or selection.packed) and selection.used.isdisjoint(self._growing)
 
     def _refresh(self) -> None:
         """Bring the operand tables to the device, and note what compiled code cannot serve."""
@@ -128,14 +132,16 @@ class ServedModules:
         with self._lock:
             made = []
             for bound in modules:
-                if id(bound.module) not in self._sites:
+                if id(bound.serving) not in self._sites:
                     site = _make_site(bound, self._device)
                     site.grow(self.count)
-                    self._sites[id(bound.module)] = site
+                    self._sites[id(bound.serving)] = site
                     self._hook(site)
                     made.append(site)
             if made:
-                self._group_known([site for site in made if type(site) is LinearSite])
+                # A module that is cut over processes is given an input of its own each time.
+                whole = [site for site in made if type(site) is LinearSite and site.module is site.whole]
+                self._group_known(whole)
                 frames.forget()
 
     def _group_known(self, sites: list[LinearSite]) -> None:
@@ -192,9 +198,9 @@ class ServedModules:
 
     def _fill(self, slot: int, delta: DeviceDelta, binding: Binding) -> None:
         for bound in binding.modules:
-            if id(bound.module) in self._sites:
-                tensors = {key: delta[tensor] for key, tensor in bound.tensors.items() if tensor in delta}
-                self._sites[id(bound.module)].put(slot, tensors)
+            if id(bound.serving) in self._sites:
+                tensors = {key: delta[name] for key, (name, _) in bound.held().items() if name in delta}
+                self._sites[id(bound.serving)].put(slot, tensors)
         for group in set(self._groups.values()):
             group.refresh(slot)
         self._settle(set(self._groups.values()))
@@ -263,6 +269,7 @@ class ServedModules:
         selection = self._active()
         if selection is None:
             return None
+        output = settled(output)
         changed = site.changes(selection)
         if not changed and not selection.mixes:
             return None
@@ -312,14 +319,17 @@ class ServedModules:
 
 
 def _make_site(bound: BoundModule, device: torch.device) -> Site:
-    shape = weight_shape(bound.module, bound.role)
+    shape = weight_shape(bound.serving, bound.role)
     if shape is None:
         return OtherSite(bound.name, bound.module, device)
     rows, columns = shape
     if bound.role is Role.TRANSPOSED:
         return TransposedSite(bound.name, bound.module, device, columns, rows)
-    made = EmbeddingSite if bound.role is Role.EMBEDDING else LinearSite
-    return made(bound.name, bound.module, device, rows, columns)
+    if bound.role is Role.EMBEDDING:
+        return EmbeddingSite(bound.name, bound.module, device, rows, columns)
+    site = LinearSite(bound.name, bound.serving, device, rows, columns)
+    site.whole, site.summed_bias = bound.module, bound.summed_bias
+    return site
 
 
 class _Hooks(Uncopied):

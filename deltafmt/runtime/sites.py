@@ -27,6 +27,7 @@ class Site(ABC):
     """A served module, and the parts of the deltas that change it, by slot.
 
     Attributes:
+        whole: the model's module, if ``module`` stands in for the part of it that this process has.
         slots: the slots of the deltas that change the module.
         hooked: True if a forward hook adds the deltas; False if the module's siblings do.
         ran: True once the module has run while a delta that changes it was served.
@@ -35,6 +36,7 @@ class Site(ABC):
     def __init__(self, name: str, module: nn.Module, device: torch.device) -> None:
         self.name = name
         self.module = module
+        self.whole = module
         self.device = device
         self.slots: set[int] = set()
         self.hooked = True
@@ -175,16 +177,20 @@ class LinearSite(WeightSite):
     difference to the base's is added. An output head with more rows than the base's gives more logits; rows of the
     batch whose delta lacks them get the dtype's lowest number there. It is as improbable as minus infinity, and
     differences of such logits (guidance, divergences) are numbers.
+
+    Attributes:
+        summed_bias: the base's bias, if it is added behind a sum over processes, and not by the module.
     """
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
         super().__init__(name, module, device, rows, columns)
+        self.summed_bias: torch.Tensor | None = None
         self._totals: dict[int, int] = {}
         self._biases: dict[int, torch.Tensor] = {}
 
     def _put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None:
         if "bias" in tensors:
-            old = bias_of(self.module)
+            old = bias_of(self.module) if self.summed_bias is None else self.summed_bias
             assert old is not None
             old = old.detach().to(self.device)
             self._biases[slot] = new_values(tensors["bias"], old).float() - old.float()
@@ -252,9 +258,7 @@ class LinearSite(WeightSite):
         def build() -> torch.Tensor:
             return torch.stack([self._biases.get(slot, torch.zeros_like(some)) for slot in selection.slots])
 
-        differences = selection.memo((id(self), "bias"), build)
-        each = selection.share(len(y), self.name)
-        y.view(len(differences), each, -1)[:, :, : some.shape[0]] += differences[:, None]
+        selection.add_(y, selection.memo((id(self), "bias"), build), self.name)
 
     def _widen(self, y: torch.Tensor, x: torch.Tensor, selection: Selection) -> torch.Tensor:
         """Return logits for the largest vocabulary among the selection's deltas."""

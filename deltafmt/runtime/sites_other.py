@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.selection import Selection, mixed_error
 from deltafmt.runtime.sites import Site, WeightSite, first_input
 from deltafmt.runtime.values import new_values
+
+_KEPT_ROWS = 1024  # a weight for each row is kept for the next call up to this many rows
 
 
 class EmbeddingSite(WeightSite):
@@ -88,12 +91,14 @@ class EmbeddingSite(WeightSite):
             UsageError: the ids do not tell which of them belongs to which row of the batch.
         """
         relative = "relative" in self.name.rpartition(".")[2]
-        if ids.dim() > 1 and ids.shape[0] == 1 and selection.rows and not relative:
+        if ids.dim() > 1 and ids.shape[0] == 1 and selection.rows and not (relative or selection.packed):
             rows = selection.rows
             return ids.expand(rows, *ids.shape[1:]), output.expand(rows, *output.shape[1:]).contiguous()
         flat = ids.dim() == 1 and ids.shape[0] == selection.tokens
         if relative or not (flat or (ids.dim() > 1 and ids.shape[0] in (selection.rows, selection.tokens))):
             raise mixed_error(self.name, ids.shape)
+        if selection.packed:
+            selection.check(ids.shape, self.name)
         return ids, output
 
 
@@ -149,10 +154,34 @@ class OtherSite(Site):
             )
         if selection.uniform:
             return _run(self._twins[selection.slots[0]], args, kwargs)
-        rows = output.shape[0]
+        if selection.packed and self.turned(selection, first_input(args, kwargs)):
+            args, kwargs = each(turn, args, kwargs)
+            return turn(self.after(selection, args, kwargs, turn(output)))
         selection.check(output.shape, self.name)
+        if selection.packed and output.shape[0] != selection.tokens:
+            # (1, tokens, ...): each token is a row of its own.
+            row = functools.partial(_row, selection.tokens)
+            args, kwargs = each(row, args, kwargs)
+            return self._by_rows(selection, args, kwargs, output[0])[None]
+        return self._by_rows(selection, args, kwargs, output)
+
+    def turned(self, selection: Selection, given: torch.Tensor) -> bool:
+        """Tell whether a norm of a packed batch is given (1, heads, tokens, size), a view of (1, tokens, heads, size).
+
+        A norm works on the last dimension alone, so it may be given the one for the other.
+        """
+        if not type(self.module).__name__.endswith("Norm") or given.dim() != 4 or given.shape[0] != 1:
+            return False
+        heads, tokens = given.shape[1:3]
+        return tokens == selection.tokens and (heads != tokens or given.stride(1) < given.stride(2))
+
+    def _by_rows(
+        self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the output for rows that use several deltas."""
+        rows = output.shape[0]
         if self._by_row:
-            found = _run(self._spread(selection, rows, output.dim()), args, kwargs)
+            found: torch.Tensor = _run(self._spread(selection, rows, output.dim()), args, kwargs)
             if found.shape == output.shape:
                 return found
         output = output.clone()
@@ -174,20 +203,41 @@ class OtherSite(Site):
         """Return a copy of the module whose parameters have a row for each row of the batch: (rows, 1, ..., size)."""
 
         def build() -> nn.Module:
-            each = selection.share(rows, self.name)
             spread = {}
             for key, base in self.module.named_parameters(recurse=False):
-                own = [self._values.get(slot, {}).get(key, base) for slot in selection.slots]
-                stacked = torch.stack([value.to(self.device) for value in own]).repeat_interleave(each, 0)
-                spread[key] = stacked.view(rows, *[1] * (dimensions - 1 - base.dim()), *base.shape)
+                values = selection.spread(stacked(key, base), rows, self.name)
+                spread[key] = values.view(rows, *[1] * (dimensions - 1 - base.dim()), *base.shape)
             return self._twin(spread)
 
+        def stacked(key: str, base: torch.Tensor) -> torch.Tensor:
+            own = [self._values.get(slot, {}).get(key, base) for slot in selection.slots]
+            return torch.stack([value.to(self.device) for value in own])
+
+        if rows > _KEPT_ROWS:
+            return build()
         return selection.memo((id(self), "rows", rows, dimensions), build)
 
 
 def _run(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a module without its hooks."""
     return type(twin).forward(twin, *args, **kwargs)
+
+
+def each(
+    change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call, each of them changed."""
+    return tuple(map(change, args)), {key: change(value) for key, value in kwargs.items()}
+
+
+def turn(value: Any) -> Any:
+    """Exchange heads and tokens of a tensor that has both; any other argument stays as it is."""
+    return value.transpose(1, 2) if isinstance(value, torch.Tensor) and value.dim() == 4 else value
+
+
+def _row(tokens: int, value: Any) -> Any:
+    """Return the only row of an argument of the shape (1, tokens, ...); any other argument as it is."""
+    return value[0] if isinstance(value, torch.Tensor) and value.shape[:2] == (1, tokens) else value
 
 
 def _pick(value: Any, rows: int, mine: torch.Tensor | slice) -> Any:

@@ -156,10 +156,9 @@ class Standing:
         if selection is None or not selection.touched:
             return None
         refuse_mixes(selection)
-        each = selection.share(tokens, where)
         # Not kept: it may lie in the memory of a graph that is about to be captured.
         segments = FixedSegments(tokens, selection.count, self.device, self._wanted[tokens])
-        segments.fill([slot for slot in selection.slots for _ in range(each)])
+        segments.fill(selection.slots_of(tokens, where))
         return segments
 
     def refuse_captured(self, where: str) -> None:

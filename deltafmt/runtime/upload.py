@@ -93,6 +93,7 @@ def load(
             container.adopt(known.container)
         names = _select(container, tensors)
         plan = _place(container, None if tensors is None else names)
+        container.limits.check_output(plan.nbytes, container.size, 0, f"{container.name}: the device takes")
         memory = _fill(container, plan, target, count, pinned_bytes, stream, verify=verify, cancel=cancel)
     found = DeviceTensors(container, names, memory, plan)
     return DeviceDelta(target, container.content_id.hex(), container.metadata, memory.nbytes, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -37,6 +38,7 @@ class TermCodec(ABC, Generic[LayoutT, ArraysT]):
         shape: rows and columns of the term's matrix.
         run_rows: runs of rows start on multiples of this, a power of two.
         width: elements of memory that decoding a row takes; more than ``columns`` if the last group is made whole.
+        row_work: elements that decoding a row computes: those of the row, or of all outer products.
     """
 
     run_rows: int = TILE_ROWS
@@ -47,6 +49,7 @@ class TermCodec(ABC, Generic[LayoutT, ArraysT]):
         self.seed = seed
         self.slots = slots
         self.width = columns
+        self.row_work = columns
 
     @classmethod
     def fit(cls, layout: LayoutT, arrays: ArraysT, columns: int) -> tuple[LayoutT, int]:  # noqa: ARG003
@@ -67,6 +70,18 @@ class TermCodec(ABC, Generic[LayoutT, ArraysT]):
     @abstractmethod
     def decode(self, packed: Packed, start: int, stop: int, *, check_form: bool = False) -> NDArray[np.float32]:
         """Return rows ``start`` to ``stop`` of the term's matrix; ``check_form`` also refuses what is not canonical.
+
+        With ``check_form`` this is the reference of :meth:`check`: what was decoded is packed again.
+
+        Raises:
+            InvalidFileError: the buffers break the format.
+        """
+
+    @abstractmethod
+    def check(self, packed: Packed) -> None:
+        """Check that the term's buffers are the canonical packing of what they mean, as a verifier must (section 15).
+
+        No matrix is made: the work follows the bytes of the buffers, whatever the shape, and goes block by block.
 
         Raises:
             InvalidFileError: the buffers break the format.
@@ -94,3 +109,12 @@ class TermCodec(ABC, Generic[LayoutT, ArraysT]):
     def digested_form(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:  # noqa: ARG002
         """Return what a buffer contributes to its tensor's digest (section 7.6)."""
         return array
+
+    def digested_pieces(self, name: str, array: NDArray[np.generic]) -> Iterator[NDArray[np.generic]]:
+        """Give the same in pieces, of which one is in memory at a time."""
+        yield self.digested_form(name, array)
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of memory that :meth:`digested_pieces` takes, or :meth:`converted` beyond its result."""
+        return 0

@@ -126,6 +126,30 @@ def unpack_lanes(
     return _unpack_rows(_cut(np.ascontiguousarray(tile.T), count, width, start, stop), stop - start, width)
 
 
+def _unpack_columns(
+    native: Native, packed: NDArray[np.uint32], rows: int, count: int, width: int, start: int, stop: int, share: int = 1
+) -> NDArray[np.unsignedinteger]:
+    out = np.empty((rows, stop - start), field_dtype(width))
+    native.unpack_words(share, np.ascontiguousarray(packed), count, start, width, out)
+    return out
+
+
+@loop(_unpack_columns)
+def unpack_columns(
+    packed: NDArray[np.uint32], rows: int, count: int, width: int, start: int, stop: int, share: int = 1
+) -> NDArray[np.unsignedinteger]:
+    """Return fields ``start`` to ``stop`` of rows whose words are in tiles.
+
+    Args:
+        packed: shape (tiles, words of a row, 32).
+        rows, count: the rows, and the fields of each.
+        width: bits per field, 1 to 64.
+        start, stop: the fields; ``start`` is a multiple of 32.
+        share: v, as in :func:`pack`.
+    """
+    return _unpack_rows(_cut(from_tiles(packed, rows, share), count, width, start, stop), stop - start, width)
+
+
 def _unpack_rows(by_row: NDArray[np.uint32], count: int, width: int) -> NDArray[np.unsignedinteger]:
     rows = by_row.shape[0]
     fields = np.zeros((rows, count), np.uint64)

@@ -35,7 +35,10 @@ def main(finetuned: str, restored: str, text: str, tokenizer_file: str = "") -> 
 
     logging.disable_progress_bar()
     tokenizer = Tokenizer.from_file(tokenizer_file or str(Path(finetuned) / "tokenizer.json"))
-    models = [AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32).eval() for one in (finetuned, restored)]
+    models = [
+        AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32, trust_remote_code=False).eval()
+        for one in (finetuned, restored)
+    ]
     tokens, same, divergence = 0, 0.0, 0.0
     for line in examples(Path(text)):
         ids = torch.tensor([tokenizer.encode(line).ids])

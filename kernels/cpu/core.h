@@ -123,6 +123,8 @@ struct loops {
     int (*sparse_place)(const struct sparse *, const int64_t *starts, size_t slots, void *gaps, size_t gap_bytes,
                         const void *values, size_t value_bytes, void *placed, int by_slot);
     int (*sparse_tile)(const struct sparse_tile *);
+    int (*sparse_within)(const void *gaps, size_t gap_bytes, size_t slots, const int64_t *starts, const int64_t *widths,
+                         size_t blocks, uint32_t filler);
 };
 
 extern const struct loops loops_baseline;

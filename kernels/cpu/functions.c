@@ -399,3 +399,19 @@ PyObject *sparse_tile(struct call *call) {
     RUN(call, status = loops->sparse_tile(&t));
     return finish(call, PyBool_FromLong, status == DONE);
 }
+
+/* Gaps of shape (32, slots), the starts of blocks, and their widths in columns. */
+PyObject *sparse_within(struct call *call) {
+    const Py_buffer *gaps = array(call, "BH", 2, 0), *starts = array(call, "l", 1, 0), *widths = array(call, "l", 1, 0);
+    uint32_t filler = (uint32_t)number(call, 1, 65535);
+    size_t slots = extent(gaps, 1), blocks = extent(widths, 0);
+    const int64_t *at = starts->buf;
+    require(call, extent(gaps, 0) == TILE_ROWS, "a tile has 32 rows");
+    require(call, extent(starts, 0) == blocks + 1, "every block has a start");
+    if (!call->wrong) require(call, (uint64_t)at[blocks] == slots, "the blocks have all slots");
+    for (size_t i = 0; !call->wrong && i <= blocks; i++)
+        require(call, at[i] >= (i ? at[i - 1] : 0) && (uint64_t)at[i] <= slots, "starts ascend");
+    int ok = 0;
+    RUN(call, ok = loops->sparse_within(gaps->buf, (size_t)gaps->itemsize, slots, at, widths->buf, blocks, filler));
+    return finish(call, PyBool_FromLong, ok);
+}

@@ -14,8 +14,9 @@ from deltafmt.terms.codec import TermArrays, TermCodec
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.levels import dequantize
 from deltafmt.terms.lowbit.layout import LowbitLayout
-from deltafmt.terms.scales import raw_scales, read_scales
+from deltafmt.terms.scales import check_scales, raw_scales, read_scales
 from deltafmt.terms.tiles import TILE_ROWS, tiles
+from deltafmt.terms.unused import check_absent, check_fields, check_stream
 
 Floats = NDArray[np.float32]
 
@@ -76,13 +77,25 @@ class LowbitCodec(TermCodec[LowbitLayout, LowbitArrays]):
         """Return the delta's rows ``start`` to ``stop``."""
         arrays = self.arrays(packed, start, stop)
         if check_form:
-            self.check(packed, arrays, start)
+            self._check_run(packed, arrays, start)
         if self.layout.axis == "row":
             return values(self.layout, arrays, self.layout.scale_group or max(self.width, 1))
         scales = np.broadcast_to(arrays.scales, arrays.codes.shape)
         return values(self.layout, LowbitArrays(arrays.codes, scales), 1)
 
-    def check(self, packed: Packed, arrays: LowbitArrays, first: int) -> None:
+    def check(self, packed: Packed) -> None:
+        """Check the whole term; see :meth:`deltafmt.terms.codec.TermCodec.check`."""
+        layout, (rows, columns) = self.layout, self.shape
+        check_scales(layout.scale_dtype, packed["scales"])
+        if layout.axis == "row":
+            check_absent("scales", packed["scales"], rows)
+        check_stream("codes", packed["codes"], rows, columns, layout.bits)
+        check_fields("code", packed["codes"], rows, columns, layout.bits, layout.top)
+        if layout.has_zero_points:
+            check_absent("zero_points", packed["zero_points"], rows)
+            check_points(layout, packed["zero_points"])
+
+    def _check_run(self, packed: Packed, arrays: LowbitArrays, first: int) -> None:
         """Check what decoding alone does not: that the run is the canonical packing of what it means.
 
         Raises:
@@ -112,6 +125,18 @@ def check_range(coding: Coding, arrays: LowbitArrays) -> None:
     Raises:
         InvalidFileError: there is one.
     """
-    for what, found in (("code", arrays.codes), ("zero point", arrays.zero_points)):
-        if found is not None and found.size and int(found.max()) > coding.top:
-            raise InvalidFileError(f"a {what} is {found.max()}, the grid ends at {coding.top}")
+    if arrays.codes.size and int(arrays.codes.max()) > coding.top:
+        raise InvalidFileError(f"a code is {arrays.codes.max()}, the grid ends at {coding.top}")
+    if arrays.zero_points is not None:
+        check_points(coding, arrays.zero_points)
+
+
+def check_points(coding: Coding, points: NDArray[np.generic]) -> None:
+    """Refuse zero points beyond the grid.
+
+    Raises:
+        InvalidFileError: there is one.
+    """
+    largest = int(points.view(np.uint8).max(initial=0))
+    if largest > coding.top:
+        raise InvalidFileError(f"a zero point is {largest}, the grid ends at {coding.top}")

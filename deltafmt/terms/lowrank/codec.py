@@ -14,10 +14,11 @@ from deltafmt.terms.codec import TermArrays, TermCodec
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import RAW_DTYPES, Raw, widen
 from deltafmt.terms.levels import add_outer
-from deltafmt.terms.lowbit.codec import LowbitArrays, check_range, values
+from deltafmt.terms.lowbit.codec import LowbitArrays, check_points, check_range, values
 from deltafmt.terms.lowrank.layout import LowRankLayout
-from deltafmt.terms.scales import raw_scales, read_scales
+from deltafmt.terms.scales import all_finite, check_scales, raw_scales, read_scales
 from deltafmt.terms.tiles import TILE_ROWS, tiles
+from deltafmt.terms.unused import check_lines
 
 Floats = NDArray[np.float32]
 
@@ -46,6 +47,10 @@ class LowRankCodec(TermCodec[LowRankLayout, LowRankArrays]):
     takes a run of rows, encoding the whole matrix.
     """
 
+    def __init__(self, layout: LowRankLayout, rows: int, columns: int, seed: int = 0, slots: int = 0) -> None:
+        super().__init__(layout, rows, columns, seed, slots)
+        self.row_work = columns * layout.rank
+
     @classmethod
     def fit(cls, layout: LowRankLayout, arrays: LowRankArrays, columns: int) -> tuple[LowRankLayout, int]:  # noqa: ARG003
         """Return the layout with as many vectors as the arrays have."""
@@ -70,7 +75,7 @@ class LowRankCodec(TermCodec[LowRankLayout, LowRankArrays]):
         """Return the delta's rows ``start`` to ``stop``."""
         columns = self.shape[1]
         if check_form and start == 0:
-            self._check(packed)
+            self._check_again(packed)
         out = np.zeros((stop - start, columns), np.float32)
         step = max(BLOCK_ELEMENTS // max(columns, stop - start), 1)
         for first in range(0, self.layout.rank, step):
@@ -95,7 +100,7 @@ class LowRankCodec(TermCodec[LowRankLayout, LowRankArrays]):
             if not np.isfinite(factor).all():
                 raise InvalidFileError(f"a value of factor {side} is not finite")
             return factor
-        arrays = _arrays(coding, side, packed, self._length(side), start, stop)
+        arrays = coded_vectors(coding, side, packed, self._length(side), start, stop)
         group = coding.scale_group or max(self._length(side), 1)
         # If a run starts within a group, every element gets a scale of its own.
         at = np.arange(start // group, -(-stop // group)) if start % group == 0 else np.arange(start, stop) // group
@@ -106,7 +111,38 @@ class LowRankCodec(TermCodec[LowRankLayout, LowRankArrays]):
     def _length(self, side: str) -> int:
         return self.shape[0 if side == "u" else 1]
 
-    def _check(self, packed: Packed) -> None:
+    def check(self, packed: Packed) -> None:
+        """Check all vectors; see :meth:`deltafmt.terms.codec.TermCodec.check`."""
+        for side in ("u", "v"):
+            if isinstance(self.layout.factors, str):
+                self._check_values(side, packed[side], self.layout.factors)
+            else:
+                self._check_coded(side, packed, self.layout.factors)
+
+    def _check_values(self, side: str, values: NDArray[np.generic], dtype: str) -> None:
+        flat = values.reshape(-1)
+        for start in range(0, flat.size, BLOCK_ELEMENTS):
+            if not all_finite(dtype, flat[start : start + BLOCK_ELEMENTS]):
+                raise InvalidFileError(f"a value of factor {side} is not finite")
+
+    def _check_coded(self, side: str, packed: Packed, coding: Coding) -> None:
+        length, codes = self._length(side), packed[f"{side}_codes"].view(np.uint32)
+        check_scales(coding.scale_dtype, packed[f"{side}_scales"])
+        check_lines(f"{side}_codes", codes, length, coding.bits)
+        if coding.has_zero_points:
+            check_points(coding, packed[f"{side}_zero_points"])
+        if coding.top == (1 << coding.bits) - 1:
+            return
+        step, wide = max(BLOCK_ELEMENTS // length, 1), min(BLOCK_ELEMENTS, length)
+        for first in range(0, self.layout.rank, step):
+            block = codes[first : first + step]
+            for start in range(0, length, wide):
+                stop = min(start + wide, length)
+                largest = int(words.unpack_part(block, length, coding.bits, start, stop).max())
+                if largest > coding.top:
+                    raise InvalidFileError(f"a code is {largest}, the grid ends at {coding.top}")
+
+    def _check_again(self, packed: Packed) -> None:
         """Check that both factors are the canonical packing of what they mean.
 
         Raises:
@@ -120,7 +156,7 @@ class LowRankCodec(TermCodec[LowRankLayout, LowRankArrays]):
             step = max(BLOCK_ELEMENTS // max(length, 1), 1)
             for first in range(0, self.layout.rank, step):
                 block = {name: array[first : first + step] for name, array in packed.items() if name[0] == side}
-                arrays = _arrays(coding, side, block, length, 0, length)
+                arrays = coded_vectors(coding, side, block, length, 0, length)
                 check_range(coding, arrays)
                 again = {name: np.zeros_like(array) for name, array in block.items()}
                 _encode(coding, side, arrays, again)
@@ -138,7 +174,7 @@ def _encode(coding: Coding, side: str, arrays: LowbitArrays, packed: Packed) -> 
         packed[f"{side}_zero_points"][...] = arrays.zero_points
 
 
-def _arrays(coding: Coding, side: str, packed: Packed, length: int, start: int, stop: int) -> LowbitArrays:
+def coded_vectors(coding: Coding, side: str, packed: Packed, length: int, start: int, stop: int) -> LowbitArrays:
     """Unpack elements ``start`` to ``stop``, and all scales, of coded vectors; ``start`` is a multiple of 32."""
     by_vector = packed[f"{side}_codes"].view(np.uint32)
     codes = words.unpack_part(by_vector, length, coding.bits, start, stop).astype(np.uint8, copy=False)

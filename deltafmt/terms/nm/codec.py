@@ -5,7 +5,7 @@ A tensor is handled in runs of rows. A run starts where a super-tile does, so it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +20,9 @@ from deltafmt.terms.floats import RAW_DTYPES, Raw, add
 from deltafmt.terms.nm.index.codecs import INDEX_CODECS
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.nm.scatter import scatter
-from deltafmt.terms.scales import raw_scales, read_scales
-from deltafmt.terms.tiles import TILE_ROWS, tiles
+from deltafmt.terms.scales import check_scales, raw_scales, read_scales
+from deltafmt.terms.tiles import TILE_ROWS, WORD_BITS, tiles
+from deltafmt.terms.unused import BLOCK_FIELDS, check_absent, check_fields, check_stream
 
 TRANSCODE_ENTRIES = 1 << 17
 
@@ -205,7 +206,7 @@ class NMCodec(TermCodec[NMLayout, NMArrays]):
     def __init__(self, layout: NMLayout, rows: int, columns: int, seed: int = 0, slots: int = 0) -> None:
         super().__init__(layout, rows, columns, seed, slots)
         self.run_rows = run_rows(layout)
-        self.width = layout.width(columns)
+        self.width = self.row_work = layout.width(columns)
 
     def encode(self, arrays: NMArrays, packed: Packed, first: int) -> None:
         """Pack a run of rows."""
@@ -220,6 +221,36 @@ class NMCodec(TermCodec[NMLayout, NMArrays]):
         if check_form:
             check(self.layout, run, arrays, columns)
         return dense(self.layout, arrays, columns)
+
+    def check(self, packed: Packed) -> None:
+        """Check the whole term; see :meth:`deltafmt.terms.codec.TermCodec.check`."""
+        layout, (rows, columns) = self.layout, self.shape
+        kept, share = layout.kept(columns), layout.share
+        check_scales(layout.scale_dtype, packed["scales"])
+        check_absent("scales", packed["scales"], rows, share)
+        check_stream("codes", packed["codes"], rows, kept, layout.bits, share)
+        check_fields("code", packed["codes"], rows, kept, layout.bits, layout.top, share)
+        index = _words(packed["index"]) if "index" in packed else None
+        INDEX_CODECS[layout.index].check(index, layout, layout.mask_rows(rows), layout.groups(columns))
+        if columns % layout.m:
+            self._check_beyond(packed)
+
+    def _check_beyond(self, packed: Packed) -> None:
+        """Check that entries of the last group that stand beyond the last column have the code zero."""
+        layout, (rows, columns) = self.layout, self.shape
+        groups, kept, codec = layout.groups(columns), layout.kept(columns), INDEX_CODECS[layout.index]
+        begin = (kept - layout.n) // WORD_BITS * WORD_BITS
+        step = max(BLOCK_FIELDS // (kept - begin) // self.run_rows, 1) * self.run_rows
+        for first in range(0, rows, step):
+            here = min(step, rows - first)
+            run = slice_run(packed, layout.share, first, first + here)
+            index = _words(run["index"]) if "index" in run else None
+            mask_rows = layout.mask_rows(here)
+            last = codec.last_group(index, layout, self.seed, first // layout.share, mask_rows, groups)
+            codes = words.unpack_columns(_words(run["codes"]), here, kept, layout.bits, begin, kept, layout.share)
+            beyond = (last.astype(np.int64) + (groups - 1) * layout.m >= columns)[np.arange(here) // layout.share]
+            if codes[:, codes.shape[1] - layout.n :][beyond].any():
+                raise InvalidFileError("an entry beyond the last column has a code that is not zero")
 
     def add(self, packed: Packed, start: int, stop: int, base: Raw, base_dtype: str, dtype: str) -> Raw:
         """Return rows of a base plus the term's matrix; see :meth:`deltafmt.terms.codec.TermCodec.add`."""
@@ -243,20 +274,48 @@ class NMCodec(TermCodec[NMLayout, NMArrays]):
             return transcode_index(self.layout, _words(array), self.layout.mask_rows(rows), columns, plain)
         return array
 
+    def digested_pieces(self, name: str, array: NDArray[np.generic]) -> Iterator[NDArray[np.generic]]:
+        """Give an index in its plain encoding, some tiles at a time."""
+        plain, (rows, columns) = self.layout.plain(), self.shape
+        if name == "index" and plain != self.layout:
+            yield from transcoded(self.layout, _words(array), self.layout.mask_rows(rows), columns, plain)
+        else:
+            yield array
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of some tiles as ranks, positions and words."""
+        if self.layout.plain() == self.layout:
+            return 0
+        entries = TILE_ROWS * self.layout.groups(self.shape[1]) * self.layout.n
+        return max(entries, TRANSCODE_ENTRIES) * 4 + entries // self.layout.n * 16
+
 
 def transcode_index(
     layout: NMLayout, index: NDArray[np.uint32], mask_rows: int, columns: int, target: NMLayout
 ) -> NDArray[np.uint32]:
     """Return a stored index in another encoding; the positions, and so the codes, stay as they are."""
-    groups = layout.groups(columns)
     out = np.empty((tiles(mask_rows), target.index_words(columns), TILE_ROWS), np.uint32)
+    tile = 0
+    for piece in transcoded(layout, index, mask_rows, columns, target):
+        out[tile : tile + len(piece)] = piece
+        tile += len(piece)
+    return out
+
+
+def transcoded(
+    layout: NMLayout, index: NDArray[np.uint32], mask_rows: int, columns: int, target: NMLayout
+) -> Iterator[NDArray[np.uint32]]:
+    """Give a stored index in another encoding, some tiles at a time."""
+    groups = layout.groups(columns)
     # A tile at a time, or a few small ones: the reference takes eight bytes for every bit.
     step = max(TRANSCODE_ENTRIES // (TILE_ROWS * groups * layout.n), 1)
-    for tile in range(0, out.shape[0], step):
+    for tile in range(0, tiles(mask_rows), step):
         rows = min(mask_rows - tile * TILE_ROWS, step * TILE_ROWS)
         positions = INDEX_CODECS[layout.index].decode(index[tile : tile + step], layout, 0, 0, rows, groups)
-        INDEX_CODECS[target.index].encode(positions, target, out[tile : tile + step])
-    return out
+        out = np.empty((tiles(rows), target.index_words(columns), TILE_ROWS), np.uint32)
+        INDEX_CODECS[target.index].encode(positions, target, out)
+        yield out
 
 
 def _words(array: NDArray[np.generic]) -> NDArray[np.uint32]:

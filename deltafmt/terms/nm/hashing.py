@@ -67,6 +67,11 @@ def seeded(seed: int, first: int, count: int, groups: int, n: int, m: int) -> ND
         n: N.
         m: M, a power of two from 2 to 128.
     """
+    return drawn(seed, first, count, range(groups), n, m)
+
+
+def drawn(seed: int, first: int, count: int, groups: range, n: int, m: int) -> NDArray[np.uint8]:
+    """Draw the positions of some groups of mask rows ``first`` to ``first + count``; see :func:`seeded`."""
     width = lane_bits(n, m)
     per_hash = HASH_BITS // width
     log_m = m.bit_length() - 1
@@ -74,7 +79,7 @@ def seeded(seed: int, first: int, count: int, groups: int, n: int, m: int) -> ND
     rows = np.arange(first, first + count, dtype=np.uint64).astype(np.uint32)
     key = mix(np.uint32(seed) + rows * np.uint32(ROW_STEP))
     # "Group g takes lane g mod Q of block g div Q; h = mix64(key(r) + block * 0x85EBCA6B)."
-    g = np.arange(groups, dtype=np.uint32)
+    g = np.arange(groups.start, groups.stop, dtype=np.uint64).astype(np.uint32)
     blocks = g // np.uint32(per_hash)
     h = mix64(key[:, None] + blocks[None, :] * np.uint32(BLOCK_STEP))
     lane = (h >> (g % np.uint32(per_hash) * np.uint32(width)).astype(np.uint64)).astype(np.uint32)

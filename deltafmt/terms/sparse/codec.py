@@ -11,10 +11,12 @@ from deltafmt.terms.buffers import Packed
 from deltafmt.terms.codec import TermCodec
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import RAW_DTYPES
-from deltafmt.terms.scales import raw_scales, read_scales
+from deltafmt.terms.scales import check_scales, raw_scales, read_scales
+from deltafmt.terms.sparse.checks import check_run, runs_of_blocks
 from deltafmt.terms.sparse.layout import SparseLayout
-from deltafmt.terms.sparse.slots import Floats, Ints, SparseArrays, block_starts, place, write_tile
+from deltafmt.terms.sparse.slots import Floats, Ints, SparseArrays, block_starts, columns_of, place, write_tile
 from deltafmt.terms.tiles import TILE_ROWS, plane_words, planes, tiles
+from deltafmt.terms.unused import check_absent
 
 
 class SparseCodec(TermCodec[SparseLayout, SparseArrays]):
@@ -62,6 +64,32 @@ class SparseCodec(TermCodec[SparseLayout, SparseArrays]):
             self._decode_tile(packed, tile, of_blocks, run, check_form=check_form)
         return out
 
+    def check(self, packed: Packed) -> None:
+        """Check the whole term; see :meth:`deltafmt.terms.codec.TermCodec.check`."""
+        layout, coding = self.layout, self.layout.values
+        starts = packed["starts"].view(np.uint32)
+        if starts[0] != 0 or starts[-1] != self.slots or (starts[1:] < starts[:-1]).any():
+            raise self._not_ascending()
+        self._check_ends(packed)
+        if isinstance(coding, Coding):
+            check_scales(coding.scale_dtype, packed["scales"])
+            check_absent("scales", packed["scales"], self.shape[0])
+        lanes = (self.shape[0] - 1) % TILE_ROWS + 1
+        of_last_tile = int(starts[starts.size - 1 - layout.blocks(self.shape[1])])
+        for run, of_run in runs_of_blocks(layout, starts, self.shape[1]):
+            first, last = int(of_run.starts[0]), int(of_run.starts[-1])
+            gaps = self._fields(packed["gaps"], layout.gap_bits, first, last)
+            if isinstance(coding, Coding):
+                values = self._fields(packed["codes"], coding.bits, first, last)
+            else:
+                values = packed["values"].view(RAW_DTYPES[coding])[first:last].T
+            check_run(layout, of_run, gaps, values, f"blocks {run.start} to {run.stop}")
+            if (gaps[lanes:, max(of_last_tile - first, 0) :] != layout.filler).any():
+                raise InvalidFileError("a row that does not exist has an entry")
+
+    def _not_ascending(self) -> InvalidFileError:
+        return InvalidFileError(f"the starts of the blocks do not ascend from 0 to {self.slots}")
+
     def _starts(self, packed: NDArray[np.generic]) -> Ints:
         """Return where the slots of every block start.
 
@@ -70,8 +98,28 @@ class SparseCodec(TermCodec[SparseLayout, SparseArrays]):
         """
         starts = packed.astype(np.int64)
         if starts[0] != 0 or starts[-1] != self.slots or (np.diff(starts) < 0).any():
-            raise InvalidFileError(f"the starts of the blocks do not ascend from 0 to {self.slots}")
+            raise self._not_ascending()
         return starts
+
+    def entries(self, packed: Packed, tile: int) -> tuple[Ints, Ints, NDArray[np.generic]]:
+        """Return the lane, the column and the code (or the raw value) of each entry of a tile, row by row.
+
+        Raises:
+            InvalidFileError: an entry lies beyond its block or in a row that does not exist.
+        """
+        blocks, coding = self.layout.blocks(self.shape[1]), self.layout.values
+        starts = self._starts(packed["starts"])[tile * blocks : (tile + 1) * blocks + 1]
+        first, last = int(starts[0]), int(starts[-1])
+        gaps = self._fields(packed["gaps"], self.layout.gap_bits, first, last)
+        column = columns_of(self.layout, gaps, starts - first, self.shape[1])
+        if isinstance(coding, Coding):
+            values: NDArray[np.generic] = self._fields(packed["codes"], coding.bits, first, last).astype(np.uint8)
+        else:
+            values = packed["values"].view(RAW_DTYPES[coding])[first:last].T
+        lane, slot = np.nonzero(gaps != self.layout.filler)
+        if lane.size and tile * TILE_ROWS + int(lane.max()) >= self.shape[0]:
+            raise InvalidFileError("a row that does not exist has an entry")
+        return lane, column[lane, slot], values[lane, slot]
 
     def _decode_tile(self, packed: Packed, tile: int, starts: Ints, out: Floats, *, check_form: bool) -> None:
         """Write the entries of one tile into its rows."""

@@ -169,15 +169,9 @@ def write_tile(
     Raises:
         InvalidFileError: an entry lies beyond its block or in a row that does not exist, or a value is not finite.
     """
-    coding, columns = layout.values, out.shape[1]
+    coding = layout.values
     is_entry = gaps != layout.filler
-    # "A filler skips F columns, an entry its gap and its own."
-    passed = np.zeros((TILE_ROWS, gaps.shape[1] + 1), np.int64)
-    np.cumsum(np.where(is_entry, gaps.astype(np.int64) + 1, layout.filler), axis=1, out=passed[:, 1:])
-    block = np.repeat(np.arange(starts.size - 1), np.diff(starts))
-    column = block * layout.span + passed[:, 1:] - passed[:, starts[block]] - 1
-    if (is_entry & (column >= np.minimum((block + 1) * layout.span, columns))).any():
-        raise InvalidFileError("an entry lies beyond its block")
+    column = columns_of(layout, gaps, starts, out.shape[1])
     if isinstance(coding, Coding):
         assert scales is not None
         half = (scales * np.float32(0.5))[:, None]
@@ -191,3 +185,24 @@ def write_tile(
         raise InvalidFileError("a row that does not exist has an entry")
     lane, slot = np.nonzero(is_entry)
     out[lane, column[lane, slot]] = wide[lane, slot]
+
+
+def columns_of(layout: SparseLayout, gaps: Gaps, starts: Ints, columns: int) -> Ints:
+    """Return the column of each slot of one tile that has an entry, shape (32, slots of the tile).
+
+    Args:
+        layout, gaps, starts: as in :func:`write_tile`.
+        columns: columns of the matrix.
+
+    Raises:
+        InvalidFileError: an entry lies beyond its block.
+    """
+    is_entry = gaps != layout.filler
+    # "A filler skips F columns, an entry its gap and its own."
+    passed = np.zeros((TILE_ROWS, gaps.shape[1] + 1), np.int64)
+    np.cumsum(np.where(is_entry, gaps.astype(np.int64) + 1, layout.filler), axis=1, out=passed[:, 1:])
+    block = np.repeat(np.arange(starts.size - 1), np.diff(starts))
+    column: Ints = block * layout.span + passed[:, 1:] - passed[:, starts[block]] - 1
+    if (is_entry & (column >= np.minimum((block + 1) * layout.span, columns))).any():
+        raise InvalidFileError("an entry lies beyond its block")
+    return column

@@ -13,5 +13,5 @@
 const struct loops LOOPS = {
     LEVEL,      subtract, add,      seeded,    uniform,    draw,      positions_ok,  rank,         unrank,     pack_words,
     unpack_words, gather, quantize, scatter,   nm_pack,    nm_unpack, dequantize,    add_outer,    sparse_needed,
-    sparse_place, sparse_tile,
+    sparse_place, sparse_tile, sparse_within,
 };

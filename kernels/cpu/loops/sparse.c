@@ -93,3 +93,31 @@ static int sparse_tile(const struct sparse_tile *t) {
         if (t->gap_bytes == 1 ? sparse_lane(t, lane, 1) : sparse_lane(t, lane, 2)) return BROKEN;
     return DONE;
 }
+
+INLINE int lane_within(const void *gaps, size_t gap_bytes, const int64_t *starts, const int64_t *widths, size_t blocks,
+                       uint32_t filler) {
+    int wrong = 0;
+    for (size_t block = 0; block < blocks; block++) {
+        uint64_t column = 0, width = (uint64_t)widths[block];
+        for (int64_t slot = starts[block]; slot < starts[block + 1]; slot++) {
+            uint32_t gap = gap_bytes == 1 ? ((const uint8_t *)gaps)[slot] : ((const uint16_t *)gaps)[slot];
+            int is_entry = gap != filler;
+            column += gap;
+            wrong |= is_entry & (column >= width);
+            column += (uint64_t)is_entry;
+        }
+    }
+    return !wrong;
+}
+
+/* Tells whether every entry of some blocks lies in its block. gaps: (32, slots); starts: (blocks + 1,). */
+static int sparse_within(const void *gaps, size_t gap_bytes, size_t slots, const int64_t *starts, const int64_t *widths,
+                         size_t blocks, uint32_t filler) {
+    for (size_t lane = 0; lane < TILE_ROWS; lane++) {
+        const uint8_t *of_lane = (const uint8_t *)gaps + lane * slots * gap_bytes;
+        if (!(gap_bytes == 1 ? lane_within(of_lane, 1, starts, widths, blocks, filler)
+                             : lane_within(of_lane, 2, starts, widths, blocks, filler)))
+            return 0;
+    }
+    return 1;
+}

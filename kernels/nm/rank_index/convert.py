@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import torch
 
-from deltafmt.errors import UsageError
+from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.kernels import devices
 from deltafmt.kernels.kind import Conversion
 from deltafmt.kernels.nm.rank_index import decode
 from deltafmt.kernels.nm.rank_index.jobs import RankJob
+from deltafmt.terms.nm.codec import transcoded
 from deltafmt.terms.nm.layout import NMLayout
 
 
@@ -48,9 +50,27 @@ def convert_ranks(source: torch.Tensor, target: torch.Tensor, conversions: Seque
 
         with devices.on_device_of(target):
             wrong = kernel.launch_conversion(*words, jobs)
+    elif source.device.type == "cpu":
+        wrong = convert_on_host(*words, jobs)
     else:
         wrong = decode.convert_words(*words, jobs)
     return {
         number: f"the index has a rank that is not below {math.comb(layouts[number].m, layouts[number].n)}"
         for number in wrong
     }
+
+
+def convert_on_host(source: torch.Tensor, target: torch.Tensor, jobs: Sequence[RankJob]) -> list[int]:
+    """Do what :func:`decode.convert_words` does, in host memory: by the compiled loops, some tiles at a time."""
+    wrong = []
+    ranks, fixed = (words.numpy().view(np.uint32) for words in (source, target))
+    for number, job in enumerate(jobs):
+        words = ranks[job.source : job.source + math.prod(job.source_shape)].reshape(job.source_shape)
+        position = job.target
+        try:
+            for piece in transcoded(job.layout, words, job.mask_rows, job.columns, job.layout.with_index("fixed")):
+                fixed[position : position + piece.size] = piece.reshape(-1)
+                position += piece.size
+        except InvalidFileError:
+            wrong.append(number)
+    return wrong

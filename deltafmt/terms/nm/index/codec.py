@@ -63,15 +63,41 @@ class IndexCodec(ABC):
             InvalidFileError: the words do not give valid positions.
         """
 
+    @staticmethod
+    @abstractmethod
+    def check(packed: Words | None, layout: NMLayout, mask_rows: int, groups: int) -> None:
+        """Check that a whole index is the canonical packing of valid positions.
 
-def _check_ascending(native: Native, positions: Positions, m: int) -> None:
+        Raises:
+            InvalidFileError: it is not.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def last_group(
+        packed: Words | None, layout: NMLayout, seed: int, first: int, mask_rows: int, groups: int
+    ) -> Positions:
+        """Return the positions of the last group of some mask rows, shape (mask rows, N).
+
+        Args:
+            packed, layout, seed, first, mask_rows: as for :meth:`decode`.
+            groups: groups in a row, at least 1.
+        """
+
+
+def _check_ascending(native: Native, positions: Positions, m: int, first: tuple[int, int] = (0, 0)) -> None:
     if not native.ascending(np.ascontiguousarray(positions), m):
-        check_ascending.reference(positions, m)
+        check_ascending.reference(positions, m, first)
 
 
 @loop(_check_ascending)
-def check_ascending(positions: Positions, m: int) -> None:
+def check_ascending(positions: Positions, m: int, first: tuple[int, int] = (0, 0)) -> None:
     """Check that every group's positions are below M and strictly ascending.
+
+    Args:
+        positions: shape (mask rows, groups, N).
+        m: M.
+        first: the first mask row and the first group, for the message.
 
     Raises:
         InvalidFileError: names the mask row, the group and the position.
@@ -81,5 +107,6 @@ def check_ascending(positions: Positions, m: int) -> None:
     if wrong.any():
         row, g, i = (int(x) for x in np.argwhere(wrong)[0])
         raise InvalidFileError(
-            f"mask row {row}, group {g}: entry {i} is at {positions[row, g, i]}, which is not ascending and below {m}"
+            f"mask row {first[0] + row}, group {first[1] + g}: entry {i} is at {positions[row, g, i]}, "
+            f"which is not ascending and below {m}"
         )

@@ -14,6 +14,8 @@ from deltafmt.terms import words
 from deltafmt.terms.nm.index.codec import IndexCodec, Positions, Words
 from deltafmt.terms.nm.index.encodings import Rank
 from deltafmt.terms.nm.layout import NMLayout
+from deltafmt.terms.tiles import TILE_ROWS, WORD_BITS, tiles
+from deltafmt.terms.unused import blocks, check_stream
 
 
 @functools.cache
@@ -95,6 +97,41 @@ class RankIndex(IndexCodec):
             row, g = (int(x) for x in np.argwhere(ranks >= total)[0])
             raise InvalidFileError(f"mask row {row}, group {g}: rank {ranks[row, g]} is not below {total}")
         return positions_of(ranks, layout.n, layout.m)
+
+    @staticmethod
+    def check(packed: Words | None, layout: NMLayout, mask_rows: int, groups: int) -> None:
+        """Check every rank, and the bits that no rank uses."""
+        assert packed is not None
+        width, total = layout.rank_bits, math.comb(layout.m, layout.n)
+        check_stream("index", packed, mask_rows, groups, width)
+        if total == 1 << width:
+            return  # every field is a rank
+        for tile, rows, start, stop in blocks(mask_rows, groups):
+            part = packed[tile : tile + tiles(rows)]
+            ranks = words.unpack_columns(part, rows, groups, width, start, stop)
+            if int(ranks.max()) >= total:
+                row, g = (int(x) for x in np.argwhere(ranks >= total)[0])
+                where = f"mask row {tile * TILE_ROWS + row}, group {start + g}"
+                raise InvalidFileError(f"{where}: rank {ranks[row, g]} is not below {total}")
+
+    @staticmethod
+    def last_group(
+        packed: Words | None,
+        layout: NMLayout,
+        seed: int,  # noqa: ARG004 - nothing is drawn
+        first: int,  # noqa: ARG004 - the run's words are given
+        mask_rows: int,
+        groups: int,
+    ) -> Positions:
+        """Read the last rank of every mask row."""
+        assert packed is not None
+        if layout.rank_bits == 0:
+            ranks = np.zeros((mask_rows, 1), np.uint64)
+        else:
+            start = (groups - 1) // WORD_BITS * WORD_BITS
+            fields = words.unpack_columns(packed, mask_rows, groups, layout.rank_bits, start, groups)
+            ranks = fields[:, -1:].astype(np.uint64)
+        return positions_of(ranks, layout.n, layout.m)[:, 0]
 
 
 CODEC = RankIndex

@@ -25,5 +25,21 @@ class SeededIndex(IndexCodec):
         """Draw the positions."""
         return hashing.seeded(seed, first, mask_rows, groups, layout.n, layout.m)
 
+    @staticmethod
+    def check(packed: Words | None, layout: NMLayout, mask_rows: int, groups: int) -> None:
+        """Do nothing: what is not stored cannot be wrong."""
+
+    @staticmethod
+    def last_group(
+        packed: Words | None,  # noqa: ARG004 - there are no words
+        layout: NMLayout,
+        seed: int,
+        first: int,
+        mask_rows: int,
+        groups: int,
+    ) -> Positions:
+        """Draw the last group of every mask row."""
+        return hashing.drawn(seed, first, mask_rows, range(groups - 1, groups), layout.n, layout.m)[:, 0]
+
 
 CODEC = SeededIndex
