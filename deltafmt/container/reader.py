@@ -33,6 +33,8 @@ class Container:
         mmap: map the file; if False, read it.
         verify: check a section's checksum when it is first touched.
         max_raw_bytes: refuse a file whose sections decode to more than this many bytes.
+        earlier: an earlier opening of the same file, which may be closed. Its decoded index is used if the seal, which
+            is a digest of header, index and trailer, is still the same.
 
     Raises:
         StorageError: the file cannot be read.
@@ -47,6 +49,7 @@ class Container:
         mmap: bool = True,
         verify: bool = True,
         max_raw_bytes: int = c.MAX_RAW_BYTES,
+        earlier: Container | None = None,
     ) -> None:
         try:
             self._source: Source = open_source(path, mmap=mmap)
@@ -58,13 +61,14 @@ class Container:
         self._chunks: dict[int, ChunkReader] = {}
         self._entries: dict[str, TensorEntry] = {}
         self._lock = threading.RLock()
+        self._max_raw_bytes = max_raw_bytes
         try:
-            self._open(max_raw_bytes)
+            self._open(earlier)
         except DeltafmtError as error:
             self._source.close()
             raise error.located(self.name) from error
 
-    def _open(self, max_raw_bytes: int) -> None:
+    def _open(self, earlier: Container | None) -> None:
         source = self._source
         header = bytes(source.read(0, min(c.HEADER_SIZE, source.size)))
         self.features = frame.check_header(header)
@@ -80,7 +84,15 @@ class Container:
         self.content_id = trailer.content_id
         self.seal = trailer.digest
         self._check_zeros(c.HEADER_SIZE, c.SECTION_ALIGNMENT, "after the header")
-        self._index = FileIndex.parse(index, trailer.index_offset, max_raw_bytes, self.features)
+        if earlier is None or not self._adopt(earlier):
+            self._index = FileIndex.parse(index, trailer.index_offset, self._max_raw_bytes, self.features)
+
+    def _adopt(self, earlier: Container) -> bool:
+        """Use the index of an earlier opening, if it is still the same and its limit of bytes was no higher."""
+        if earlier.seal != self.seal or earlier._max_raw_bytes > self._max_raw_bytes:
+            return False
+        self._index, self._entries = earlier._index, earlier._entries
+        return True
 
     @property
     def profile(self) -> str:
@@ -134,11 +146,6 @@ class Container:
                 raise InvalidFileError(f"{self.name}: {error}") from error
             self._entries[name] = found
         return found
-
-    def adopt(self, earlier: Container) -> None:
-        """Reuse the entries that an earlier opening of the file has decoded, if the index is still the same."""
-        if earlier.seal == self.seal:
-            self._entries = earlier._entries
 
     def entries(self) -> Iterator[TensorEntry]:
         """Iterate over all entries, in the order of their names."""

@@ -13,7 +13,6 @@ import itertools
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -328,7 +327,7 @@ class Deltas:
         source = read_attached(os.fspath(path))
         self._check_closely()
         found = self._examiner.examine(source, name)
-        return Attached(name, replace(source, needed=found.needed), found), found
+        return Attached(name, source.placing(found.needed), found), found
 
     def _register(self, version: Attached, found: Examined) -> None:
         """Make a version known to the residency and to the modules that it changes."""

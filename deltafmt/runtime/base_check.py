@@ -12,7 +12,7 @@ import torch
 from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.errors import WrongBaseError
 from deltafmt.index.entries import BaseRef, TensorEntry
-from deltafmt.runtime.device_views import TORCH_DTYPES
+from deltafmt.runtime.dtypes import TORCH_DTYPES
 from deltafmt.runtime.values import version_of
 
 _THREADS = 4  # each thread holds one tensor in host memory

@@ -12,9 +12,10 @@ from deltafmt.delta import DeltaFile
 from deltafmt.errors import StorageError, UsageError
 from deltafmt.format.constants import BUFFER_ALIGNMENT, align
 from deltafmt.index.entries import TensorEntry
-from deltafmt.kernels.operand import Operand
-from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
-from deltafmt.runtime.upload import load
+from deltafmt.runtime.device_delta import DeviceDelta
+from deltafmt.runtime.device_views import DeviceTensors
+from deltafmt.runtime.placement import Placement
+from deltafmt.runtime.upload import load_placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class AttachedFile:
         entries: the entries of its tensors by name; an alias has the entry of its target.
         removed: the names of tensors that only the base has.
         needed: the names of the tensors that must be on the device.
+        placed: where these go.
     """
 
     path: str
@@ -36,6 +38,18 @@ class AttachedFile:
     entries: dict[str, TensorEntry]
     removed: tuple[str, ...]
     needed: tuple[str, ...] = ()
+    placed: Placement | None = None
+
+    def placing(self, needed: tuple[str, ...]) -> AttachedFile:
+        """Return the file with its tensors placed, so that the load need not do it.
+
+        Args:
+            needed: the names of the tensors that must be on the device; all if there are none.
+        """
+        container = self.opened.container
+        chosen = set(needed) or set(container.keys())
+        names = [name for name in container.keys() if name in chosen]  # noqa: SIM118 - a container is no mapping
+        return replace(self, needed=needed, placed=Placement.ahead(container, names))
 
 
 def read_attached(path: str) -> AttachedFile:
@@ -86,8 +100,10 @@ class DeltaStore:
             StorageError: the file is missing, or it is not the file that was attached.
         """
         file = self.files[name]
+        placed = file.placed
+        assert placed is not None
         try:
-            delta = load(file.path, self._device, tensors=file.needed or None, cancel=cancel, known=file.opened)
+            delta = load_placed(file.path, self._device, placed, cancel=cancel)
         except UsageError:
             # A tensor may be missing because the file was replaced.
             self._check_unchanged(name, read_attached(file.path).content_id)
@@ -132,35 +148,14 @@ class DeltaStore:
 
 
 def copy_delta(delta: DeviceDelta, allocate: Callable[[int], torch.Tensor]) -> DeviceDelta:
-    """Copy a delta into new memory, with one copy for each allocation that holds a part of it.
+    """Copy a delta into new memory, with one copy.
 
     Args:
         delta: a delta on a device or in host memory.
         allocate: a function from a number of bytes to an empty uint8 tensor.
     """
-    copies: dict[int, torch.Tensor] = {}
-
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        key = storage.data_ptr()
-        if key not in copies:
-            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            copies[key] = allocate(len(whole))
-            copies[key].copy_(whole, non_blocking=True)
-        start = tensor.storage_offset() * tensor.element_size()
-        part = copies[key][start : start + tensor.nbytes]
-        return part.view(tensor.dtype).view(tensor.shape)
-
-    tensors = {name: _map_tensor(tensor, moved) for name, tensor in delta.items()}
-    held = list(copies.values())
-    device = held[0].device if held else delta.device
-    return replace(delta, device=device, nbytes=sum(copy.nbytes for copy in held), tensors=tensors)
-
-
-def _map_tensor(tensor: DeviceTensor, moved: Callable[[torch.Tensor], torch.Tensor]) -> DeviceTensor:
-    terms = tuple(_map_operand(term, moved) for term in tensor.terms)
-    return replace(tensor, terms=terms, data=None if tensor.data is None else moved(tensor.data))
-
-
-def _map_operand(term: Operand, moved: Callable[[torch.Tensor], torch.Tensor]) -> Operand:
-    return replace(term, buffers={name: moved(tensor) for name, tensor in term.buffers.items()})
+    tensors = delta.tensors
+    assert isinstance(tensors, DeviceTensors)
+    memory = allocate(len(tensors.memory))
+    memory.copy_(tensors.memory, non_blocking=True)
+    return replace(delta, device=memory.device, tensors=tensors.moved(memory))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from deltafmt.kernels.record_memory import RecordMemory
 from deltafmt.runtime.binding import Binding, BoundModule, Role, weight_shape
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.mixing import mixed_output
@@ -44,6 +45,7 @@ class ServedModules:
         self._active = active
         self._fuse = fuse
         self._lock = threading.RLock()
+        self._memory = RecordMemory(device)
         self._sites: dict[int, Site] = {}
         self._hooks: dict[int, list[RemovableHandle]] = {}
         self._groups: dict[int, Siblings] = {}
@@ -73,7 +75,7 @@ class ServedModules:
         with self._lock:
             for bound in modules:
                 if id(bound.module) not in self._sites:
-                    site = _make_site(bound, self._device)
+                    site = _make_site(bound, self._device, self._memory)
                     site.grow(self.count)
                     self._sites[id(bound.module)] = site
                     self._hook(site)
@@ -118,9 +120,20 @@ class ServedModules:
             if id(bound.module) in self._sites:
                 tensors = {key: delta[tensor] for key, tensor in bound.tensors.items() if tensor in delta}
                 self._sites[id(bound.module)].put(slot, tensors)
-        for group in set(self._groups.values()):
+        groups = set(self._groups.values())
+        for group in groups:
             group.refresh(slot)
-        self._settle(set(self._groups.values()))
+        self._settle(groups)
+        self._bring_records(groups)
+
+    def _bring_records(self, groups: Iterable[Siblings]) -> None:
+        """Bring the records of all tables to the device with one copy, before a product asks for them."""
+        for group in groups:
+            group.prepare()
+        for number, site in self._sites.items():
+            if number not in self._groups:
+                site.prepare()
+        self._memory.flush()
 
     def release(self, name: str) -> None:
         """Forget a delta's tensors and free its slot, if it has one."""
@@ -205,15 +218,15 @@ class ServedModules:
                     self._settle([group])
 
 
-def _make_site(bound: BoundModule, device: torch.device) -> Site:
+def _make_site(bound: BoundModule, device: torch.device, memory: RecordMemory) -> Site:
     shape = weight_shape(bound.module, bound.role)
     if shape is None:
         return OtherSite(bound.name, bound.module, device)
     rows, columns = shape
     if bound.role is Role.TRANSPOSED:
-        return TransposedSite(bound.name, bound.module, device, columns, rows)
+        return TransposedSite(bound.name, bound.module, device, columns, rows, memory)
     made = EmbeddingSite if bound.role is Role.EMBEDDING else LinearSite
-    return made(bound.name, bound.module, device, rows, columns)
+    return made(bound.name, bound.module, device, rows, columns, memory)
 
 
 class _Hooks(Uncopied):

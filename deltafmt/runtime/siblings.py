@@ -90,7 +90,7 @@ class Siblings:
     def _new_table(self, slots: int) -> OperandTable:
         rows = [site.rows for site in self.sites]
         operands = self.sites[0].table.operands
-        return OperandTable(slots, rows, operands.columns, operands.device)
+        return OperandTable(slots, rows, operands.columns, operands.device, operands.memory)
 
     def refresh(self, slot: int) -> None:
         """Copy a slot from the modules' own tables, or clear it if none of them has it."""
@@ -101,11 +101,13 @@ class Siblings:
             self._table.clear(slot)
             self._slots.discard(slot)
 
+    def prepare(self) -> None:
+        """Write the records of new operands, so that no product has to."""
+        self._table.prepare()
+
     def grow(self, slots: int) -> None:
         """Make the table larger, for ``slots`` slots."""
-        old, self._table = self._table, self._new_table(slots)
-        for slot in self._slots:
-            self._table.put(slot, old.operands(slot))
+        self._table = self._table.grown(slots)
 
     def dissolve(self) -> None:
         """Give each module its own forward back."""
