@@ -108,7 +108,7 @@ def can_fuse(table: OperandTable, slot: int, tokens: int) -> bool:
     It does on a GPU, if there are at most three parts, every part has one term with all rows of the part, all terms
     have the same layout, and the layout's kind fuses this number of tokens.
     """
-    if table.device.type != "cuda" or not devices.has_triton() or len(table.parts) > MAX_PARTS:
+    if not devices.usable_on(table.device) or len(table.parts) > MAX_PARTS:
         return False
     parts = table.operands(slot)
     if any(len(terms) != 1 or terms[0].rows != rows for terms, rows in zip(parts, table.parts, strict=True)):

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from deltafmt import core
 from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.variants import note_variant
 
 WARP = 32
 ALIGNMENT = 16  # bytes: Triton compiles other code for pointers and numbers that are multiples of it
@@ -227,7 +228,9 @@ def recording(
 
 
 def run(kernel: Any, grid: Sequence[int], /, **arguments: Any) -> None:
-    """Launch a Triton kernel, on a device or in the interpreter."""
+    """Launch a Triton kernel, on a device or in the interpreter; while variants are collected, only note it."""
+    if note_variant(kernel, arguments):
+        return
     compiled = kernel[tuple(grid)](**arguments)
     recorder: Recorder | None = getattr(_state, "recorder", None)
     if recorder is not None:

@@ -12,12 +12,14 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from deltafmt.errors import DeltafmtError, NoRoomError, UsageError
+from deltafmt.kernels import devices
+from deltafmt.kernels.compiling import load_variants, target_of
 from deltafmt.runtime import following
 from deltafmt.runtime.binding import Rename
 from deltafmt.runtime.calls import Calls
@@ -33,6 +35,8 @@ from deltafmt.runtime.residency import Residency
 from deltafmt.runtime.rows import BASE_NAME, Names, read_names
 from deltafmt.runtime.scope import Block, Scope
 from deltafmt.runtime.served_modules import ServedModules
+from deltafmt.runtime.upload import prepare
+from deltafmt.runtime.warmup import TOKENS, Warmed, check_tokens, compile_all, variants_of_entries
 
 
 class Deltas:
@@ -179,6 +183,33 @@ class Deltas:
             UsageError: the delta is unknown.
         """
         return self.residency.prefetch(self._known(name).key)
+
+    def warmup(self, tokens: Sequence[int] = TOKENS, *, progress: Callable[[int, int], None] | None = None) -> Warmed:
+        """Compile and load the kernels that the deltas can need, and pin the memory that loads pass through.
+
+        Requests then wait for none of it, nor do those of deltas that are added later, if their layouts are the same.
+        On the CPU there is nothing to do.
+
+        Args:
+            tokens: the numbers of tokens of a batch that are to be served: of a decoding step, and of prompts.
+            progress: called with the number of finished variants and of all, as each is finished.
+
+        Raises:
+            UsageError: a number of tokens is none, or a kernel cannot be compiled.
+        """
+        check_tokens(tokens)
+        device = self._store.device
+        if not devices.usable_on(device):
+            return Warmed("", 0, 0, 0.0)
+        with self._lock:
+            files = [version.file for version in self._versions.values()]
+            served = {bound.module for version in self._versions.values() for bound in version.found.binding.modules}
+        dtypes = [p.dtype for module in served for p in module.parameters(recurse=False) if p.is_floating_point()]
+        variants = variants_of_entries([file.entries.values() for file in files], tokens, next(iter(dtypes), None))
+        warmed = compile_all(variants, target_of(device), None, progress)
+        load_variants(variants, device)
+        prepare(device)
+        return warmed
 
     def unused(self) -> list[str]:
         """Return the names of modules that deltas change but that no call has used while such a delta was served.

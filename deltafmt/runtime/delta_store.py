@@ -86,7 +86,7 @@ class DeltaStore:
     def __init__(self, device: torch.device, evicted: Callable[[str], None]) -> None:
         self.files: dict[str, AttachedFile] = {}
         self.evicted = evicted
-        self._device = device
+        self.device = device
 
     def nbytes(self, name: str) -> int:
         """Return the bytes that a delta takes on the device."""
@@ -103,7 +103,7 @@ class DeltaStore:
         placed = file.placed
         assert placed is not None
         try:
-            delta = load_placed(file.path, self._device, placed, cancel=cancel)
+            delta = load_placed(file.path, self.device, placed, cancel=cancel)
         except UsageError:
             # A tensor may be missing because the file was replaced.
             self._check_unchanged(name, read_attached(file.path).content_id)
@@ -122,29 +122,29 @@ class DeltaStore:
 
     def to_host(self, name: str, value: DeviceDelta) -> DeviceDelta:  # noqa: ARG002 - the store's signature
         """Copy a delta to host memory, pinned if the device is a GPU."""
-        pin = self._device.type == "cuda"
+        pin = self.device.type == "cuda"
         copied = copy_delta(value, lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=pin))
         self._settle()
         return copied
 
     def to_device(self, name: str, host: DeviceDelta) -> DeviceDelta:  # noqa: ARG002 - the store's signature
         """Copy a delta from host memory to the device."""
-        copied = copy_delta(host, lambda size: torch.empty(size, dtype=torch.uint8, device=self._device))
+        copied = copy_delta(host, lambda size: torch.empty(size, dtype=torch.uint8, device=self.device))
         self._settle()
         return copied
 
     def fence(self) -> torch.cuda.Event | None:
         """Return an event behind all work that the calling thread has queued on its stream."""
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def _settle(self) -> None:
         """Wait for the worker thread's copies, so that any stream may use them."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
 
 def copy_delta(delta: DeviceDelta, allocate: Callable[[int], torch.Tensor]) -> DeviceDelta:

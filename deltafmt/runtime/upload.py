@@ -13,6 +13,7 @@ import fnmatch
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import wait
 from typing import BinaryIO, cast
 
 import torch
@@ -23,11 +24,11 @@ from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format.constants import BUFFER_ALIGNMENT, align
 from deltafmt.kernels.kind import Conversion
 from deltafmt.kernels.registry import KERNELS
-from deltafmt.kernels.xxh3.digests import are_loaded, digests, load_soon
+from deltafmt.kernels.xxh3.digests import are_loaded, digests, load_soon, wait_loaded
 from deltafmt.kernels.xxh3.digests import can_run as has_checksums
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.device_views import DeviceTensors
-from deltafmt.runtime.pinned import MAX_THREADS, give_ring, take_ring
+from deltafmt.runtime.pinned import MAX_THREADS, give_ring, start_threads, take_ring
 from deltafmt.runtime.placement import Placement
 from deltafmt.runtime.reading import Upload
 from deltafmt.runtime.unlocked import UnlockedUpload, takes
@@ -104,6 +105,28 @@ def load_placed(
             placed = _place(container, list(placed.names))
         target = _device(device)
         return _fill(container, placed, target, _thread_count(None), PINNED_BYTES, None, verify=True, cancel=cancel)
+
+
+def prepare(device: torch.device) -> None:
+    """Do now what the first load of a process would have to: pin buffers, start threads, load the checksum kernels."""
+    if device.type != "cuda":
+        return
+    ring = take_ring(device, PINNED_BYTES, BUFFER_BYTES if can_unlock(device) else LOCKED_BUFFER_BYTES)
+    stream = _upload_stream(device)
+    for buffer in ring.buffers:
+        buffer.recorded(stream)
+    give_ring(ring)
+    count = _thread_count(None)
+    together = threading.Barrier(count)  # no thread ends before all have begun
+    wait(start_threads(lambda _: _meet(together), count))
+    if has_checksums(device):
+        load_soon(device)
+        wait_loaded(device)
+
+
+def _meet(barrier: threading.Barrier) -> None:
+    """Wait for the other threads."""
+    barrier.wait()
 
 
 def _device(device: torch.device | str) -> torch.device:
