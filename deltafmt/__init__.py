@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from deltafmt.pipeline.repack import repack
     from deltafmt.pipeline.unpack import unpack
     from deltafmt.pipeline.verify import verify
+    from deltafmt.torch import warmup
 
 __all__ = [
     "Calibration",
@@ -58,6 +59,7 @@ __all__ = [
     "transformers",
     "unpack",
     "verify",
+    "warmup",
 ]
 
 _HOMES = {
@@ -77,6 +79,7 @@ _HOMES = {
     "transformers": ("deltafmt.transformers", None),
     "unpack": ("deltafmt.pipeline.unpack", "unpack"),
     "verify": ("deltafmt.pipeline.verify", "verify"),
+    "warmup": ("deltafmt.torch", "warmup"),
 }
 
 

@@ -98,14 +98,16 @@ def warmup(
     check_tokens(tokens)
     if target is not None:
         parse_target(target)
-    variants = variants_of_files(paths, tokens)
+    if workers is not None and workers < 1:
+        raise UsageError(f"{workers} processes compile nothing")
+    entries = entries_of(paths)
     if target is None:
         if not torch.cuda.is_available():
             return Warmed("", 0, 0, 0.0)
         target = target_of(torch.device("cuda", torch.cuda.current_device()))
     if not devices.has_triton():
         raise UsageError("Triton, which compiles the kernels, is not installed; pip install 'deltafmt[gpu]' brings it")
-    return compile_all(variants, target, workers, progress)
+    return compile_all(variants_of_entries(entries, tokens), target, workers, progress)
 
 
 def compile_all(
@@ -143,17 +145,17 @@ def check_tokens(tokens: Sequence[int]) -> None:
             raise UsageError(f"{number} tokens are not a number from 1 to {1 << 20}")
 
 
-def variants_of_files(paths: Iterable[str | os.PathLike[str]], tokens: Sequence[int]) -> list[Variant]:
-    """Return the variants that serving some delta files can need.
+def entries_of(paths: Iterable[str | os.PathLike[str]]) -> list[list[TensorEntry]]:
+    """Return the entries of the tensors of some files.
 
     Raises:
         StorageError, InvalidFileError: a file cannot be read.
     """
-    entries = []
+    found = []
     for path in paths:
         with DeltaFile(path) as file:
-            entries.append([file.resolve(name) for name in file])
-    return variants_of_entries(entries, tokens)
+            found.append([file.resolve(name) for name in file])
+    return found
 
 
 def variants_of_entries(
