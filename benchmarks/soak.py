@@ -1,6 +1,6 @@
 """Many deltas over a budget for few: random requests from several threads, each row compared with its own fine-tune.
 
-    python benchmarks/soak.py [--deltas 1000] [--resident 16] [--requests 10000] [--threads 8]
+    python benchmarks/soak.py [--deltas 1000] [--resident 16] [--requests 4000] [--threads 8]
 
 A small Llama and as many different deltas of it, of four methods. A request has one to four rows, and each row a prompt
 and a delta (or the base); its logits must be those of the unpacked checkpoint. Latencies are of whole requests, waiting
@@ -178,7 +178,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deltas", type=int, default=1000, help="deltas attached (1000)")
     parser.add_argument("--resident", type=int, default=16, help="deltas that the budget has room for (16)")
-    parser.add_argument("--requests", type=int, default=10_000, help="requests of all threads together (10000)")
+    parser.add_argument(
+        "--requests", type=int, default=4_000, help="requests of all threads together (4000, which have 10,000 rows)"
+    )
     parser.add_argument("--threads", type=int, default=8, help="threads that ask at the same time (8)")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

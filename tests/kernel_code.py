@@ -86,12 +86,13 @@ def compiled(kernel: Any, arguments: dict[str, Any]) -> Any:
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or one:
             signature[parameter.name], constants[(place,)] = "constexpr", value
             continue
         pointer = isinstance(value, torch.Tensor)
         signature[parameter.name] = POINTERS[value.dtype] if pointer else "i32"
-        if pointer or value % 16 == 0:
+        if pointer or (value % 16 == 0 and not parameter.do_not_specialize):
             attributes[(place,)] = [["tt.divisibility", 16]]
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET, options=options)
 
@@ -138,11 +139,11 @@ def described(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def operand(layout: TermLayout, rows: int, columns: int, slots: int = 0) -> Operand:
+def operand(layout: TermLayout, rows: int, columns: int, slots: int = 0, seed: int = 0) -> Operand:
     """Return an operand of zeros."""
     forms = layout.buffers(rows, columns, slots)
     buffers = {name: torch.zeros(form.shape, dtype=BUFFER_DTYPES[form.dtype]) for name, form in forms.items()}
-    return Operand(layout, rows, columns, buffers, slots=slots)
+    return Operand(layout, rows, columns, buffers, seed, slots=slots)
 
 
 def launches(layout: NMLayout, shape: Shape, slots: list[int], dtype: torch.dtype) -> list[Launch]:
@@ -193,6 +194,8 @@ def cases() -> dict[str, Callable[[], list[Launch]]]:
     one = operand(layout, 4096, 4096)
     base = torch.empty(4096, 4096, dtype=bf16)
     found["expand"] = lambda: recorded(lambda: launch.launch_expand(one, base, base, 0, 4096))
+    of_seed_1 = operand(layout, 4096, 4096, seed=1)
+    found["expand, seed 1"] = lambda: recorded(lambda: launch.launch_expand(of_seed_1, base, base, 0, 4096))
 
     def embed() -> None:
         table = OperandTable(1, [4096], 4096, "cpu")

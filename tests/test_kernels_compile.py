@@ -45,6 +45,7 @@ LIMITS: dict[str, tuple[int, float | None]] = {
     "1:32 k=4 midtread seeded v=1, fused": (168, None),
     "1:32 k=4 midtread seeded v=4, fused": (232, None),
     "expand": (128, None),
+    "expand, seed 1": (128, None),
     "embedding": (64, None),
 }
 LIMITS |= {f"{kind} {name}": limits for kind, known in CASES.items() for name, limits in known.limits.items()}

@@ -16,9 +16,7 @@ of the same user and version finds it. Files that were packed alike need the sam
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = EPILOG
-    parser.add_argument(
-        "delta", metavar="DELTA", nargs="+", help="a delta file that is to be served; several may be given"
-    )
+    parser.add_argument("delta", metavar="DELTA", nargs="+", help="a delta file to be served; several may be given")
     parser.add_argument(
         "--tokens",
         metavar="LIST",

@@ -98,6 +98,7 @@ def dot_kernel(
     add_to_rows(p_y, acc, m)
 
 
+# Seeds are hashes: a variant for a seed of 1, which Triton would make a constant, helps nobody.
 @triton.jit(do_not_specialize=["seed", "first_row", "rows"])
 def expand_kernel(
     codes_ptr, index_ptr, scales_ptr, seed, base_ptr, base_stride, out_ptr, out_stride, first_row, rows,
