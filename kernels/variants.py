@@ -9,6 +9,7 @@ device, where they take no memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import threading
@@ -39,7 +40,7 @@ class Variant(NamedTuple):
     @classmethod
     def of(cls, kernel: Any, arguments: Mapping[str, Any]) -> Variant:
         """Return the variant that a launch with these arguments needs."""
-        known = {parameter.name: parameter for parameter in kernel.params}
+        known = _parameters(kernel)
         plain = {name: _plain(known.get(name), value) for name, value in arguments.items()}
         return cls(kernel.fn.__module__, kernel.fn.__name__, json.dumps(plain))
 
@@ -50,6 +51,16 @@ class Variant(NamedTuple):
     def values(self) -> dict[str, Any]:
         """Return arguments for Triton that give this variant; a tensor is an empty one of its dtype."""
         return {name: _value(value) for name, value in json.loads(self.arguments).items()}
+
+
+@functools.cache
+def _parameters(kernel: Any) -> dict[str, Any]:
+    """Return the parameters of a kernel by name; one that is interpreted is read as if it were compiled."""
+    if not hasattr(kernel, "params"):
+        from triton.runtime.jit import JITFunction
+
+        kernel = JITFunction(kernel.fn, do_not_specialize=kernel.kwargs.get("do_not_specialize"))
+    return {parameter.name: parameter for parameter in kernel.params}
 
 
 def _plain(parameter: Any, value: Any) -> Any:
