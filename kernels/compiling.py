@@ -177,6 +177,17 @@ class _Driver:
         return 0
 
 
+def _build_launcher(made: Any) -> None:
+    """Have Triton build what launches a kernel, which some of its versions compile with a C compiler of its own.
+
+    That needs CUDA's library. Where it is missing, no kernel is launched either.
+    """
+    with contextlib.suppress(Exception):
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        CudaLauncher(made.src, made.metadata)
+
+
 @contextlib.contextmanager
 def _hits() -> Iterator[list[bool]]:
     """Give a list to which Triton adds, for each compilation, whether its cache had the result."""
@@ -202,7 +213,8 @@ def main() -> None:
         error = ""
         with _hits() as hits:
             try:
-                variant.kernel().warmup(grid=(1,), **variant.values())
+                made = variant.kernel().warmup(grid=(1,), **variant.values())
+                _build_launcher(made)
             except Exception as caught:  # noqa: BLE001 - told to the process that asked
                 error = f"{type(caught).__name__}: {' '.join(str(caught).split())}"[:400]
         answers.write(json.dumps({"cached": bool(hits) and all(hits), "error": error}) + "\n")

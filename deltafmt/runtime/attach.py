@@ -19,6 +19,7 @@ from torch import nn
 
 from deltafmt.errors import DeltafmtError, NoRoomError, UsageError
 from deltafmt.kernels import devices
+from deltafmt.kernels.beside import warmed as warmed_device
 from deltafmt.kernels.compiling import load_variants, target_of
 from deltafmt.runtime import following
 from deltafmt.runtime.binding import Rename
@@ -188,7 +189,9 @@ class Deltas:
         """Compile and load the kernels that the deltas can need, and pin the memory that loads pass through.
 
         Requests then wait for none of it, nor do those of deltas that are added later, if their layouts are the same.
-        On the CPU there is nothing to do.
+        From then on, no request compiles anything on this device: where a kernel is missing all the same, the deltas
+        are decoded in torch, which is slower, while it is compiled in another process. On the CPU there is nothing to
+        do.
 
         Args:
             tokens: the numbers of tokens of a batch that are to be served: of a decoding step, and of prompts.
@@ -208,6 +211,7 @@ class Deltas:
         variants = variants_of_entries([file.entries.values() for file in files], tokens, next(iter(dtypes), None))
         warmed = compile_all(variants, target_of(device), None, progress)
         load_variants(variants, device)
+        warmed_device(device, variants)
         prepare(device)
         return warmed
 

@@ -191,7 +191,8 @@ class Siblings:
                 return None
             weights.append(weight)
         x = given.reshape(tokens, -1).contiguous()
-        return [y.view(*given.shape[:-1], -1) for y in fused_linear(x, weights, self._table, slot)]
+        found = fused_linear(x, weights, self._table, slot)
+        return None if found is None else [y.view(*given.shape[:-1], -1) for y in found]
 
 
 def shareable(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
