@@ -198,3 +198,20 @@ def test_the_processes_do_not_interpret(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(OSError, match="no processes"):
         compile_variants([variant], "cuda:90", 1)
     assert "TRITON_INTERPRET" not in environments[0]
+
+
+def test_a_warmed_up_device_knows_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps in their order, with stand-ins for those that need a GPU."""
+    steps: list[object] = []
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(warmup_module, "target_of", lambda _: "cuda:90")
+    monkeypatch.setattr(warmup_module, "compile_variants", lambda found, *_: steps.append(("compile", found)) or [])
+    monkeypatch.setattr(warmup_module, "load_variants", lambda found, at: steps.append(("load", found, at)))
+    monkeypatch.setattr(warmup_module, "warmed", lambda at, found: steps.append(("known", found, at)))
+    monkeypatch.setattr(warmup_module, "prepare", lambda at: steps.append(("prepare", at)))
+    entries = entries_of([write(tmp_path / "d.deltafmt", NMLayout(1, 32, 4))])
+    found = variants_of_entries(entries, (1,), torch.float16)
+    warmup_module.warm_up(device, entries, torch.float16, (1,), None)
+    assert steps == [("compile", found), ("load", found, device), ("known", found, device), ("prepare", device)]
+    assert warmup_module.warm_up(torch.device("cpu"), entries, None, (1,), None).target == ""
+    assert warmup_module.dtype_of(torch.nn.Linear(2, 2).half()) == torch.float16

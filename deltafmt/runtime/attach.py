@@ -18,9 +18,6 @@ import torch
 from torch import nn
 
 from deltafmt.errors import DeltafmtError, NoRoomError, UsageError
-from deltafmt.kernels import devices
-from deltafmt.kernels.beside import warmed as warmed_device
-from deltafmt.kernels.compiling import load_variants, target_of
 from deltafmt.runtime import following
 from deltafmt.runtime.binding import Rename
 from deltafmt.runtime.calls import Calls
@@ -36,8 +33,7 @@ from deltafmt.runtime.residency import Residency
 from deltafmt.runtime.rows import BASE_NAME, Names, read_names
 from deltafmt.runtime.scope import Block, Scope
 from deltafmt.runtime.served_modules import ServedModules
-from deltafmt.runtime.upload import prepare
-from deltafmt.runtime.warmup import TOKENS, Warmed, check_tokens, compile_all, variants_of_entries
+from deltafmt.runtime.warmup import TOKENS, Warmed, check_tokens, dtype_of, warm_up
 
 
 class Deltas:
@@ -201,19 +197,9 @@ class Deltas:
             UsageError: a number of tokens is none, or a kernel cannot be compiled.
         """
         check_tokens(tokens)
-        device = self._store.device
-        if not devices.usable_on(device):
-            return Warmed("", 0, 0, 0.0)
         with self._lock:
-            files = [version.file for version in self._versions.values()]
-            served = {bound.module for version in self._versions.values() for bound in version.found.binding.modules}
-        dtypes = [p.dtype for module in served for p in module.parameters(recurse=False) if p.is_floating_point()]
-        variants = variants_of_entries([file.entries.values() for file in files], tokens, next(iter(dtypes), None))
-        warmed = compile_all(variants, target_of(device), None, progress)
-        load_variants(variants, device)
-        warmed_device(device, variants)
-        prepare(device)
-        return warmed
+            files = [version.file.entries.values() for version in self._versions.values()]
+        return warm_up(self._store.device, files, dtype_of(self._model), tokens, progress)
 
     def unused(self) -> list[str]:
         """Return the names of modules that deltas change but that no call has used while such a delta was served.

@@ -12,16 +12,18 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import UsageError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.kernels import devices
-from deltafmt.kernels.compiling import Compiled, compile_variants, parse_target, target_of
+from deltafmt.kernels.beside import warmed
+from deltafmt.kernels.compiling import Compiled, compile_variants, load_variants, parse_target, target_of
 from deltafmt.kernels.device_memory import DeviceMemory, PlacedBuffers
 from deltafmt.kernels.kind import Conversion
 from deltafmt.kernels.launching import launch_embeddings, launch_products
@@ -33,6 +35,7 @@ from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.kernels.variants import Variant, collecting
 from deltafmt.runtime.dtypes import TORCH_DTYPES
+from deltafmt.runtime.upload import prepare
 from deltafmt.terms.layout import TermLayout
 
 TOKENS = (1, 16, 2048)
@@ -108,6 +111,40 @@ def warmup(
     if not devices.has_triton():
         raise UsageError("Triton, which compiles the kernels, is not installed; pip install 'deltafmt[gpu]' brings it")
     return compile_all(variants_of_entries(entries, tokens), target, workers, progress)
+
+
+def warm_up(
+    device: torch.device,
+    files: Iterable[Iterable[TensorEntry]],
+    served: torch.dtype | None,
+    tokens: Sequence[int],
+    progress: Callable[[int, int], None] | None,
+) -> Warmed:
+    """Compile and load what some deltas can need on a device, on which no product waits for a compilation from then on.
+
+    Args:
+        device: on the CPU, there is nothing to do.
+        files: the entries of the tensors of each delta.
+        served: the dtype in which the model computes; that of the tensors if not given.
+        tokens: the numbers of tokens of a batch.
+        progress: called with the number of finished variants and of all.
+    """
+    if not devices.usable_on(device):
+        return Warmed("", 0, 0, 0.0)
+    if cast("int | None", device.index) is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    variants = variants_of_entries(files, tokens, served)
+    done = compile_all(variants, target_of(device), None, progress)
+    load_variants(variants, device)
+    warmed(device, variants)
+    prepare(device)
+    return done
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype of a model's activations: that of the first of its parameters that kernels take, if any."""
+    known = (torch.bfloat16, torch.float16, torch.float32)
+    return next((parameter.dtype for parameter in model.parameters() if parameter.dtype in known), None)
 
 
 def compile_all(
