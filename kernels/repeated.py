@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +25,13 @@ from numpy.typing import NDArray
 
 from deltafmt import core
 from deltafmt.kernels.segments import Segments, TokenTiles
+from deltafmt.kernels.variants import is_collecting, note_variant
 
 WARP = 32
 ALIGNMENT = 16  # bytes: Triton compiles other code for pointers and numbers that are multiples of it
+
+# A launch that takes longer than this has compiled its kernel.
+COMPILING_SECONDS = 0.5
 
 _INTEGERS = {"i1", "i8", "i16", "i32", "i64", "u1", "u8", "u16", "u32", "u64"}
 _WORD = (1 << 64) - 1
@@ -233,18 +239,38 @@ def recording(
 
 
 def run(kernel: Any, grid: Sequence[int], /, **arguments: Any) -> None:
-    """Launch a Triton kernel, on a device or in the interpreter."""
+    """Launch a Triton kernel, on a device or in the interpreter; while variants are collected, only note it."""
+    if note_variant(kernel, arguments):
+        return
+    start = time.perf_counter()
     compiled = kernel[tuple(grid)](**arguments)
+    if compiled is not None and time.perf_counter() - start > COMPILING_SECONDS:
+        _say_compiled(compiled, time.perf_counter() - start)
     recorder: Recorder | None = getattr(_state, "recorder", None)
     if recorder is not None:
         recorder.note(compiled, grid, arguments)
+
+
+@functools.cache
+def _say_once() -> None:
+    logging.getLogger("deltafmt").warning(
+        "a kernel was compiled at its first launch, which waited for that; attach(..., warmup=True) and the command "
+        "deltafmt warmup do it before"
+    )
+
+
+def _say_compiled(compiled: Any, seconds: float) -> None:
+    """Log what was compiled, and once what would have spared the wait."""
+    _say_once()
+    name = getattr(getattr(compiled, "src", None), "name", "a kernel")
+    logging.getLogger("deltafmt").info("%s took %.1f s to compile", name, seconds)
 
 
 def scratch(*shape: int, device: torch.device) -> torch.Tensor:
     """Return float32 memory that only the launches of one product use."""
     made = torch.empty(*shape, dtype=torch.float32, device=device)
     recorder: Recorder | None = getattr(_state, "recorder", None)
-    if recorder is not None:
+    if recorder is not None and not is_collecting():
         recorder.places[id(made)] = ("scratch", len(recorder.scratch))
         recorder.scratch.append(made)
     return made

@@ -52,7 +52,10 @@ class Segments:
         longest: no slot has more tokens than this.
         shortest: no slot that has tokens has fewer.
         usual: the tokens of a slot that tiles are made for; it decides about speed alone.
+        fixed: True if captured graphs read the segments, and so follow their changes.
     """
+
+    fixed = False
 
     def __init__(self, slots: torch.Tensor, count: int, lengths: Mapping[int, int] | None = None) -> None:
         if slots.dim() != 1 or slots.dtype != torch.int32:
@@ -156,6 +159,8 @@ class FixedSegments(Segments):
         device: where the tensors lie.
         wanted: the arguments of tiles that launches have asked for, shared with others of as many tokens.
     """
+
+    fixed = True
 
     def __init__(
         self, tokens: int, count: int, device: torch.device, wanted: set[tuple[int, int, int]] | None = None

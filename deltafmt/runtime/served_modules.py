@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError
+from deltafmt.kernels.record_memory import RecordMemory
 from deltafmt.runtime import frames, operations
 from deltafmt.runtime.binding import Binding, BoundModule, Role, weight_shape
 from deltafmt.runtime.cuts import settled
@@ -53,6 +54,7 @@ class ServedModules:
         self._active = active
         self._fuse = fuse
         self._lock = threading.RLock()
+        self._memory = RecordMemory(device)
         self._sites: dict[int, Site] = {}
         self._hooks: dict[int, list[RemovableHandle]] = {}
         self._groups: dict[int, Siblings] = {}
@@ -102,8 +104,12 @@ class ServedModules:
             groups, sites = set(self._groups.values()), list(self._sites.values())
             weights = [site for site in sites if isinstance(site, WeightSite)]
             tables = [*(group.table for group in groups), *(site.table.operands for site in weights)]
-            # Without kernels, nothing reads the records.
-            layouts = sum(len(table.records()) for table in tables) if self._device.type == "cuda" else 0
+            layouts = 0
+            if self._device.type == "cuda":  # without kernels, nothing reads the records
+                for table in tables:
+                    table.prepare()
+                self._memory.flush()
+                layouts = sum(len(table.records()) for table in tables)
             if layouts > self._layouts:
                 frames.forget()  # a graph that was captured before does not launch for the new layout
             self._layouts = layouts
@@ -133,7 +139,7 @@ class ServedModules:
             made = []
             for bound in modules:
                 if id(bound.serving) not in self._sites:
-                    site = _make_site(bound, self._device)
+                    site = _make_site(bound, self._device, self._memory)
                     site.grow(self.count)
                     self._sites[id(bound.serving)] = site
                     self._hook(site)
@@ -318,16 +324,16 @@ class ServedModules:
                     self._refresh()
 
 
-def _make_site(bound: BoundModule, device: torch.device) -> Site:
+def _make_site(bound: BoundModule, device: torch.device, memory: RecordMemory) -> Site:
     shape = weight_shape(bound.serving, bound.role)
     if shape is None:
         return OtherSite(bound.name, bound.module, device)
     rows, columns = shape
     if bound.role is Role.TRANSPOSED:
-        return TransposedSite(bound.name, bound.module, device, columns, rows)
+        return TransposedSite(bound.name, bound.module, device, columns, rows, memory)
     if bound.role is Role.EMBEDDING:
-        return EmbeddingSite(bound.name, bound.module, device, rows, columns)
-    site = LinearSite(bound.name, bound.serving, device, rows, columns)
+        return EmbeddingSite(bound.name, bound.module, device, rows, columns, memory)
+    site = LinearSite(bound.name, bound.serving, device, rows, columns, memory)
     site.whole, site.summed_bias = bound.module, bound.summed_bias
     return site
 

@@ -169,7 +169,7 @@ class Siblings:
     def _new_table(self, slots: int) -> OperandTable:
         rows = [site.rows for site in self.sites]
         operands = self.sites[0].table.operands
-        return OperandTable(slots, rows, operands.columns, operands.device)
+        return OperandTable(slots, rows, operands.columns, operands.device, operands.memory)
 
     def refresh(self, slot: int) -> None:
         """Copy a slot from the modules' own tables, or clear it if none of them has it."""
@@ -182,9 +182,7 @@ class Siblings:
 
     def grow(self, slots: int) -> None:
         """Make the table larger, for ``slots`` slots."""
-        old, self.table = self.table, self._new_table(slots)
-        for slot in self._slots:
-            self.table.put(slot, old.operands(slot))
+        self.table = self.table.grown(slots)
 
     def dissolve(self) -> None:
         """Give each module its own forward back."""
@@ -299,7 +297,8 @@ class Siblings:
                 return None
             weights.append(weight)
         x = given.reshape(tokens, -1).contiguous()
-        return [y.view(*given.shape[:-1], -1) for y in fused_linear(x, weights, self.table, slot)]
+        found = fused_linear(x, weights, self.table, slot)
+        return None if found is None else [y.view(*given.shape[:-1], -1) for y in found]
 
 
 def multiply_now(

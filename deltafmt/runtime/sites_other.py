@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from deltafmt.errors import UsageError
 from deltafmt.kernels.products import embedding_
+from deltafmt.kernels.record_memory import RecordMemory
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.selection import Selection, mixed_error
 from deltafmt.runtime.sites import Site, WeightSite, first_input
@@ -29,8 +30,16 @@ class EmbeddingSite(WeightSite):
     scales them, or computes the row numbers itself) runs a second time, and the deltas are added inside its look-up.
     """
 
-    def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
-        super().__init__(name, module, device, rows, columns)
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        device: torch.device,
+        rows: int,
+        columns: int,
+        memory: RecordMemory | None = None,
+    ) -> None:
+        super().__init__(name, module, device, rows, columns, memory)
         self._plain = type(module).forward is nn.Embedding.forward
 
     def _put(self, slot: int, tensors: Mapping[str, DeviceTensor]) -> None:
