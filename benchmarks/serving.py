@@ -1,9 +1,10 @@
 """A decoding step of a whole model with deltas attached, beside the base's own step, as a user of ``attach`` has it.
 
-    python benchmarks/serving.py [--layers 8] [--deltas 16] [--repeats 30] [--profile]
+    python benchmarks/serving.py [--layers 8] [--deltas 16] [--repeats 30] [--profile] [--static]
 
 A Llama of Llama-2-7B's shapes with random weights, one token a row. Deltas are 1:32 k=4 with masks shared by four rows.
-Times are of whole calls of the model, host included; the graph's are of replays of one captured call.
+Times are of whole calls of the model, host included; the graph's are of replays of one captured call. ``--static``
+measures a step of ``generate(cache_implementation="static")`` instead, which transformers compiles.
 """
 
 from __future__ import annotations
@@ -101,12 +102,50 @@ def compare(
     return figures
 
 
+def generated(label: str, names: Names, target: float, models: list[LlamaForCausalLM], repeats: int) -> Figure:
+    """Measure a decoding step of ``generate`` with a static cache: the difference of a longer and a shorter call."""
+    ids = torch.randint(3, 32000, (16, 16), device="cuda")
+    mask = torch.ones_like(ids)
+    short, long = 8, 40
+
+    def call(model: LlamaForCausalLM, tokens: int, options: dict[str, Names]) -> float:
+        def work() -> object:
+            return model.generate(
+                ids,
+                attention_mask=mask,
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                do_sample=False,
+                max_cache_len=64,
+                cache_implementation="static",
+                **options,
+            )
+
+        return once(work)
+
+    def step(model: LlamaForCausalLM, options: dict[str, Names]) -> float:
+        return (call(model, long, options) - call(model, short, options)) / (long - short)
+
+    sides: list[tuple[LlamaForCausalLM, dict[str, Names]]] = [(models[0], {}), (models[1], {"delta": names})]
+    for model, options in sides:
+        for _ in range(3):
+            call(model, long, options)
+    pairs = [tuple(step(model, options) for model, options in sides) for _ in range(repeats)]
+    base, served, ratio = (
+        statistics.median(values)
+        for values in ([p[0] for p in pairs], [p[1] for p in pairs], [p[1] / p[0] for p in pairs])
+    )
+    note = f"{served:.2f} ms beside {base:.2f}"
+    return Figure(f"{label}, static cache", ratio, "x base", target, True, note)
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8, help="layers of the model (8)")
     parser.add_argument("--deltas", type=int, default=16, help="deltas of the mixed batch (16)")
     parser.add_argument("--repeats", type=int, default=50, help="timed calls of each; the median counts (50)")
+    parser.add_argument("--static", action="store_true", help="measure generate with a static cache")
     parser.add_argument("--profile", action="store_true", help="print where the host's time goes")
     options = parser.parse_args()
     models = [build(options.layers) for _ in range(2)]
@@ -122,7 +161,11 @@ def main() -> None:
             "every row the base": (None, (1.05, 1.0)),
         }
         for label, (rows, targets) in cases.items():
-            figures += compare(label, rows, targets, models, options)
+            if options.static:
+                figures.append(generated(label, rows, targets[1], models, options.repeats))
+                print(*figures[-1].row(), flush=True)
+            else:
+                figures += compare(label, rows, targets, models, options)
     report("serving", figures, layers=options.layers, deltas=options.deltas, device=torch.cuda.get_device_name())
 
 

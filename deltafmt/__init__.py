@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from deltafmt.pipeline.repack import repack
     from deltafmt.pipeline.unpack import unpack
     from deltafmt.pipeline.verify import verify
+    from deltafmt.torch import warmup
 
 __all__ = [
     "Calibration",
@@ -60,6 +61,7 @@ __all__ = [
     "transformers",
     "unpack",
     "verify",
+    "warmup",
 ]
 
 _HOMES = {
@@ -80,6 +82,7 @@ _HOMES = {
     "transformers": ("deltafmt.transformers", None),
     "unpack": ("deltafmt.pipeline.unpack", "unpack"),
     "verify": ("deltafmt.pipeline.verify", "verify"),
+    "warmup": ("deltafmt.torch", "warmup"),
 }
 
 

@@ -14,5 +14,6 @@ if _missing := lacking("deltafmt.torch", "torch", extra="torch"):
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
 from deltafmt.runtime.pinned import free_buffers
 from deltafmt.runtime.upload import load
+from deltafmt.runtime.warmup import Warmed, warmup
 
-__all__ = ["DeviceDelta", "DeviceTensor", "free_buffers", "load"]
+__all__ = ["DeviceDelta", "DeviceTensor", "Warmed", "free_buffers", "load", "warmup"]

@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 from deltafmt.runtime.attach import Deltas
+from deltafmt.runtime.warmup import TOKENS
 
 __all__ = ["attach", "detach"]
 
@@ -50,6 +51,7 @@ def attach(
     rename: Callable[[str], str] | Sequence[str] | None = None,
     strip_prefix: Sequence[str] = (),
     fuse: bool = True,
+    warmup: bool | Sequence[int] = False,
 ) -> M:
     """Attach deltas to their base and return the same model, which then has ``delta`` and ``deltas``.
 
@@ -72,6 +74,8 @@ def attach(
             FROM is how the name begins, or a pattern with ``*``. Names that differ in a known way need no rule.
         strip_prefix: beginnings of the files' names that do not count.
         fuse: have linear modules that are given the same input (q, k and v) share a launch.
+        warmup: compile and load the kernels now, for some minutes if none was compiled before, so that no request has
+            to wait for that; True, or the numbers of tokens to be served (see :meth:`.runtime.attach.Deltas.warmup`).
 
     Raises:
         UsageError: the model has deltas already or is offloaded, a tensor has no place in it, or a delta alone exceeds
@@ -95,6 +99,8 @@ def attach(
     try:
         for name, path in deltas.items():
             attached.add(name, path)
+        if warmup is not False:
+            attached.warmup(TOKENS if warmup is True else warmup)
     except BaseException:
         attached.close()
         raise

@@ -8,6 +8,8 @@ import importlib.util
 
 import torch
 
+from deltafmt.kernels.variants import is_collecting
+
 
 @functools.cache
 def has_triton() -> bool:
@@ -16,8 +18,13 @@ def has_triton() -> bool:
 
 
 def usable(tensor: torch.Tensor) -> bool:
-    """Return True if kernels can run where a tensor lies."""
-    return tensor.is_cuda and has_triton()
+    """Return True if kernels can run where a tensor lies; while variants are collected, nothing runs, and they can."""
+    return usable_on(tensor.device)
+
+
+def usable_on(device: torch.device) -> bool:
+    """Return True if kernels can run on a device."""
+    return (device.type == "cuda" or is_collecting()) and has_triton()
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from deltafmt.kernels.beside import may_launch
 from deltafmt.kernels.record import MAX_PARTS
 from deltafmt.kernels.registry import kernels_of
 from deltafmt.kernels.repeated import Repeated, can_repeat, form, recording
@@ -13,7 +14,7 @@ from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 
 
-def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
+def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> bool:
     """Launch the products of every layout of a table that has a kernel, on the current device or in the interpreter.
 
     A kernel leaves out the slots that have more tokens than it takes. The host does not wait for the device.
@@ -23,21 +24,28 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
         x: shape (tokens, columns), columns contiguous.
         table: the deltas.
         segments: which token uses which of them.
+
+    Returns:
+        False if nothing is launched, because a kernel is still being compiled (:mod:`.beside`).
     """
     if segments.longest == 0:
-        return  # no token has a delta
+        return True  # no token has a delta
     key = form(outputs, x, segments) if can_repeat(x.device) else None
-    if key is None:
-        _launch_products(outputs, x, table, segments)
-        return
-    found = table.repeated(key)
+    found = None if key is None else table.repeated(key)
     if found is not None:
         found.run(outputs, x, segments)
-        return
+        return True
+    # A graph that is captured could not hold decoded deltas: the host chooses them.
+    if not segments.fixed and not may_launch(x.device, lambda: _launch_products(outputs, x, table, segments)):
+        return False
+    if key is None:
+        _launch_products(outputs, x, table, segments)
+        return True
     with recording(outputs, x, table.records(), segments) as recorder:
         _launch_products(outputs, x, table, segments)
     if recorder.launches is not None:
         table.keep_repeated(key, Repeated(recorder.launches, recorder.scratch))
+    return True
 
 
 def repeat_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> bool:
@@ -72,7 +80,7 @@ def _launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Op
                 kernels.launch(outputs[parts], x, held, segments)
 
 
-def launch_embeddings(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, segments: Segments) -> None:
+def launch_embeddings(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, segments: Segments) -> bool:
     """Launch the addition of embedding rows for every layout of a table that has a kernel for it.
 
     Args:
@@ -80,8 +88,17 @@ def launch_embeddings(output: torch.Tensor, ids: torch.Tensor, table: OperandTab
         ids: int32 or int64, shape (tokens,), contiguous; a row that the delta lacks adds nothing.
         table: the deltas, of one part.
         segments: which token uses which of them.
+
+    Returns:
+        False if nothing is launched, because a kernel is still being compiled (:mod:`.beside`).
     """
-    for held in table.layout_tables(slice(0, 1)):
-        kernels = kernels_of(held.layout)
-        if kernels.embeds:
-            kernels.launch_embedding(output, ids, held, segments)
+    tables = [held for held in table.layout_tables(slice(0, 1)) if kernels_of(held.layout).embeds]
+
+    def launch() -> None:
+        for held in tables:
+            kernels_of(held.layout).launch_embedding(output, ids, held, segments)
+
+    if not may_launch(output.device, launch):
+        return False
+    launch()
+    return True

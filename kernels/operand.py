@@ -9,17 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from deltafmt.errors import UsageError
+from deltafmt.kernels.device_memory import BUFFER_DTYPES, PlacedBuffers
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.tiles import BufferForm
 
-# Packed words are int32 in torch, which has few operations on unsigned integers.
-BUFFER_DTYPES = {
-    "U8": torch.uint8,
-    "U32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-}
+__all__ = ["BUFFER_DTYPES", "Operand", "buffer_forms", "check_form"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +23,8 @@ class Operand:
     Attributes:
         layout: the term's layout as kernels read it (``layout.plain()``).
         rows, columns: the shape of the delta.
-        buffers: by name, with the shapes and dtypes that the layout's ``buffers`` gives.
+        buffers: by name, with the shapes and dtypes that the layout's ``buffers`` gives; those of an allocation
+            (:class:`.device_memory.PlacedBuffers`) become tensors when they are asked for.
         seed: the tensor seed of a seeded layout; otherwise 0.
         slots: the number of slots of a layout that has slots; otherwise 0.
 
@@ -46,6 +41,8 @@ class Operand:
 
     def __post_init__(self) -> None:
         forms = buffer_forms(self.layout, self.rows, self.columns, self.slots)
+        if isinstance(self.buffers, PlacedBuffers) and self.buffers.forms is forms:
+            return  # every tensor will be made in its form
         if tuple(self.buffers) != tuple(forms):
             raise UsageError(f"a {self.layout.kind} term has the buffers {', '.join(forms)}")
         for name, form in forms.items():
@@ -56,11 +53,21 @@ class Operand:
     @property
     def device(self) -> torch.device:
         """Where the buffers lie."""
+        if isinstance(self.buffers, PlacedBuffers):
+            return self.buffers.device
         return next(iter(self.buffers.values())).device
+
+    def addresses(self) -> dict[str, int]:
+        """Return where each buffer begins, by name."""
+        if isinstance(self.buffers, PlacedBuffers):
+            return self.buffers.addresses()
+        return {name: tensor.data_ptr() for name, tensor in self.buffers.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed buffers."""
+        if isinstance(self.buffers, PlacedBuffers):
+            return self.buffers.nbytes
         return sum(tensor.nbytes for tensor in self.buffers.values())
 
 

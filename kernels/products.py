@@ -14,6 +14,7 @@ import torch
 
 from deltafmt.errors import UsageError
 from deltafmt.kernels import devices, launching
+from deltafmt.kernels.beside import may_launch
 from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.record import MAX_PARTS
 from deltafmt.kernels.registry import kernels_of
@@ -39,7 +40,8 @@ def matmul_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTabl
     by_kernel = devices.usable(x)
     if by_kernel:
         with devices.on_device_of(x):
-            launching.launch_products(outputs, x if x.stride(1) == 1 else x.contiguous(), table, segments)
+            given = x if x.stride(1) == 1 else x.contiguous()
+            by_kernel = launching.launch_products(outputs, given, table, segments)
     for slot, part, operand in _decoded(table, segments, by_kernel=by_kernel):
         tokens = segments.members(slot)
         y = outputs[part]
@@ -71,7 +73,7 @@ def embedding_(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, seg
     by_kernel = devices.usable(output)
     if by_kernel:
         with devices.on_device_of(output):
-            launching.launch_embeddings(output, ids.contiguous(), table, segments)
+            by_kernel = launching.launch_embeddings(output, ids.contiguous(), table, segments)
     for slot in range(table.slots):
         for operand in table.operands(slot)[0]:
             kernels = kernels_of(operand.layout)
@@ -108,7 +110,7 @@ def can_fuse(table: OperandTable, slot: int, tokens: int) -> bool:
     It does on a GPU, if there are at most three parts, every part has one term with all rows of the part, all terms
     have the same layout, and the layout's kind fuses this number of tokens.
     """
-    if table.device.type != "cuda" or not devices.has_triton() or len(table.parts) > MAX_PARTS:
+    if not devices.usable_on(table.device) or len(table.parts) > MAX_PARTS:
         return False
     parts = table.operands(slot)
     if any(len(terms) != 1 or terms[0].rows != rows for terms, rows in zip(parts, table.parts, strict=True)):
@@ -122,7 +124,7 @@ def can_fuse(table: OperandTable, slot: int, tokens: int) -> bool:
 
 def fused_linear(
     x: torch.Tensor, weights: Sequence[torch.Tensor], table: OperandTable, slot: int
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, ...] | None:
     """Return ``x @ (weight + delta).T`` for each part, when all tokens are of one slot that :func:`can_fuse` accepts.
 
     For one token, base and delta are one kernel, in float32. For more, the sum is written out a part at a time, rounded
@@ -133,6 +135,9 @@ def fused_linear(
         weights: of the base, for each part, shape (rows, columns), contiguous, in the dtype of ``x``.
         table: the deltas.
         slot: the delta.
+
+    Returns:
+        The products; None if their kernels are still being compiled.
     """
     operands = [terms[0] for terms in table.operands(slot)]
     kernels = kernels_of(operands[0].layout)
@@ -142,8 +147,21 @@ def fused_linear(
             layout = kernels.table_layout(operands[0].layout)
             tables = table.layout_tables(slice(0, len(table.parts)))
             held = next(one for one in tables if one.layout == layout)
-            kernels.launch_fused(outputs, x, weights, held, slot)
+
+            def launch() -> None:
+                kernels.launch_fused(outputs, x, weights, held, slot)
+
+            if not may_launch(x.device, launch):
+                return None
+            launch()
             return outputs
+
+        def note() -> None:
+            for weight, operand in zip(weights, operands, strict=True):
+                kernels.add_to(weight, operand, weight)  # nothing is written while variants are collected
+
+        if not may_launch(x.device, note):
+            return None
         products = []
         for weight, operand in zip(weights, operands, strict=True):
             summed = torch.empty_like(weight)

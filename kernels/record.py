@@ -31,15 +31,16 @@ class Record:
     """
 
     def __init__(self, **sources: str) -> None:
-        self._sources = {**sources, ROWS: ROWS}
-        self._offsets = {name: offset for offset, name in enumerate(self._sources)}
+        given = {**sources, ROWS: ROWS}
+        self._offsets = {name: offset for offset, name in enumerate(given)}
+        self._sources = [source.split("|") for source in given.values()]
 
     def __len__(self) -> int:
         """Fields of a record: how far two records of a table lie apart."""
         return len(self._sources)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
+        return iter(self._offsets)
 
     def offset(self, field: str) -> int:
         """Return where a field stands in a record.
@@ -51,9 +52,7 @@ class Record:
 
     def values(self, known: Mapping[str, int]) -> list[int]:
         """Return the fields' values, given the addresses of the buffers and the numbers of an operand."""
-        return [
-            next((known[name] for name in source.split("|") if name in known), 0) for source in self._sources.values()
-        ]
+        return [next((known[name] for name in names if name in known), 0) for names in self._sources]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,10 +24,14 @@ import torch
 from numpy.typing import NDArray
 
 from deltafmt import core
-from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.segments import Segments, TokenTiles
+from deltafmt.kernels.variants import is_collecting, note_variant
 
 WARP = 32
 ALIGNMENT = 16  # bytes: Triton compiles other code for pointers and numbers that are multiples of it
+
+# A launch that takes longer than this has compiled its kernel.
+COMPILING_SECONDS = 0.5
 
 _INTEGERS = {"i1", "i8", "i16", "i32", "i64", "u1", "u8", "u16", "u32", "u64"}
 _WORD = (1 << 64) - 1
@@ -180,11 +186,12 @@ class Repeated:
         scratch = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self._scratch]
         # As Triton does: the stream's handle alone takes a tenth of the time of the stream as an object.
         stream = torch._C._cuda_getCurrentRawStream(x.device.index)  # noqa: SLF001
+        cut: dict[Any, TokenTiles] = {}  # alive until everything is launched
         with self._lock:  # the parameters are filled in and handed over by one thread at a time
             for launch in self._launches:
                 params = launch.params
                 for place in launch.places:
-                    params[place.index] = _address(place, outputs, x, segments, scratch)
+                    params[place.index] = _address(place, outputs, x, segments, scratch, cut)
                 error = native.launch(
                     *(_launcher(), launch.function, *launch.grid, launch.threads, launch.shared, stream, params)
                 )
@@ -193,7 +200,12 @@ class Repeated:
 
 
 def _address(
-    place: Place, outputs: Sequence[torch.Tensor], x: torch.Tensor, segments: Segments, scratch: list[torch.Tensor]
+    place: Place,
+    outputs: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    segments: Segments,
+    scratch: list[torch.Tensor],
+    cut: dict[Any, TokenTiles],
 ) -> int:
     source = place.source
     if source == "y":
@@ -203,7 +215,7 @@ def _address(
     elif source == "scratch":
         tensor = scratch[place.key]
     else:
-        tiles = segments.tiles(*place.key)
+        tiles = cut[place.key] = cut.get(place.key) or segments.tiles(*place.key)
         tensor = tiles.order if source == "order" else tiles.table
     address: int = tensor.data_ptr()
     return address
@@ -227,18 +239,38 @@ def recording(
 
 
 def run(kernel: Any, grid: Sequence[int], /, **arguments: Any) -> None:
-    """Launch a Triton kernel, on a device or in the interpreter."""
+    """Launch a Triton kernel, on a device or in the interpreter; while variants are collected, only note it."""
+    if note_variant(kernel, arguments):
+        return
+    start = time.perf_counter()
     compiled = kernel[tuple(grid)](**arguments)
+    if compiled is not None and time.perf_counter() - start > COMPILING_SECONDS:
+        _say_compiled(compiled, time.perf_counter() - start)
     recorder: Recorder | None = getattr(_state, "recorder", None)
     if recorder is not None:
         recorder.note(compiled, grid, arguments)
+
+
+@functools.cache
+def _say_once() -> None:
+    logging.getLogger("deltafmt").warning(
+        "a kernel was compiled at its first launch, which waited for that; attach(..., warmup=True) and the command "
+        "deltafmt warmup do it before"
+    )
+
+
+def _say_compiled(compiled: Any, seconds: float) -> None:
+    """Log what was compiled, and once what would have spared the wait."""
+    _say_once()
+    name = getattr(getattr(compiled, "src", None), "name", "a kernel")
+    logging.getLogger("deltafmt").info("%s took %.1f s to compile", name, seconds)
 
 
 def scratch(*shape: int, device: torch.device) -> torch.Tensor:
     """Return float32 memory that only the launches of one product use."""
     made = torch.empty(*shape, dtype=torch.float32, device=device)
     recorder: Recorder | None = getattr(_state, "recorder", None)
-    if recorder is not None:
+    if recorder is not None and not is_collecting():
         recorder.places[id(made)] = ("scratch", len(recorder.scratch))
         recorder.scratch.append(made)
     return made

@@ -14,6 +14,7 @@ from deltafmt.errors import UsageError
 from deltafmt.kernels.kind import AnyKernels
 from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.record import MAX_PARTS, LayoutTable
+from deltafmt.kernels.record_memory import RecordMemory, Records
 from deltafmt.kernels.registry import kernels_of
 from deltafmt.kernels.repeated import Repeated
 from deltafmt.terms.layout import TermLayout
@@ -51,23 +52,44 @@ class OperandTable:
         parts: rows (out_features) of each part.
         columns: in_features, the same for all parts.
         device: where all operands lie.
+        memory: the memory of the records, which tables can share; of its own if not given.
 
     Attributes:
         fewest: the most tokens of a slot for which the kernels multiply every operand.
     """
 
-    def __init__(self, slots: int, parts: Sequence[int], columns: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        slots: int,
+        parts: Sequence[int],
+        columns: int,
+        device: torch.device | str,
+        memory: RecordMemory | None = None,
+    ) -> None:
         self.slots = slots
         self.parts = tuple(parts)
         self.columns = columns
         self.device = torch.empty(0, device=device).device  # with its number
         self._held: list[tuple[tuple[Operand, ...], ...]] = [((),) * len(self.parts)] * slots
-        self._tables: dict[_Key, torch.Tensor] = {}
+        self.memory = RecordMemory(self.device) if memory is None else memory
+        self._tables: dict[_Key, Records] = {}
         self._bounded: list[BoundedOperand] = []
         self.fewest: float = math.inf
-        self._stale = False
+        self._changed: set[int] = set()
+        self._written = 0
         self._repeated: dict[Hashable, Repeated] = {}
         self._lock = threading.Lock()
+
+    def grown(self, slots: int) -> OperandTable:
+        """Return a table with the same operands and room for more slots."""
+        made = OperandTable(slots, self.parts, self.columns, self.device, self.memory)
+        with self._lock:
+            for slot, parts in enumerate(self._held):
+                made._held[slot] = parts
+                if any(parts):
+                    made._changed.add(slot)
+            made._bounded, made.fewest = self._bounded, self.fewest
+        return made
 
     def put(self, slot: int, parts: Sequence[Sequence[Operand]]) -> None:
         """Set a slot's operands; what was there is forgotten.
@@ -99,7 +121,7 @@ class OperandTable:
             # Another list: a thread may be going through the old one.
             self._bounded = [one for one in self._bounded if one.slot != slot] + bounded
             self.fewest = min((one.most for one in self._bounded), default=math.inf)
-            self._stale = True
+            self._changed.add(slot)
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -122,10 +144,9 @@ class OperandTable:
         """
         first, stop, _ = parts.indices(len(self.parts))
         with self._lock:
-            if self._stale:
-                self._rebuild()
+            self._update()
             return [
-                LayoutTable(layout, self.columns, records)
+                LayoutTable(layout, self.columns, records.tensor)
                 for (layout, _, at, _), records in self._tables.items()
                 if at == first and stop > first
             ]
@@ -133,15 +154,13 @@ class OperandTable:
     def records(self) -> list[torch.Tensor]:
         """Return the records of all layouts and parts, which stay where they are for as long as the table lives."""
         with self._lock:
-            if self._stale:
-                self._rebuild()
-            return list(self._tables.values())
+            self._update()
+            return [records.tensor for records in self._tables.values()]
 
     def repeated(self, key: Hashable) -> Repeated | None:
         """Return the launches that were kept for calls of a form; the records they read are then up to date."""
         with self._lock:
-            if self._stale:
-                self._rebuild()
+            self._update()
             return self._repeated.get(key)
 
     def keep_repeated(self, key: Hashable, launches: Repeated) -> None:
@@ -151,36 +170,45 @@ class OperandTable:
                 self._repeated.clear()
             self._repeated[key] = launches
 
-    def _rebuild(self) -> None:
-        rows: dict[_Key, torch.Tensor] = {
-            key: torch.zeros(records.shape, dtype=torch.int64) for key, records in self._tables.items()
-        }
-        for slot, held in enumerate(self._held):
-            for part, terms in enumerate(held):
-                seen: dict[TermLayout, int] = {}
-                for operand in terms:
-                    kernels = kernels_of(operand.layout)
-                    layout = kernels.table_layout(operand.layout)
-                    number = seen[layout] = seen.get(layout, -1) + 1
-                    first = part // MAX_PARTS * MAX_PARTS
-                    width = min(len(self.parts) - first, MAX_PARTS)
-                    key = (layout, number, first, width)
-                    if key not in rows:
-                        rows[key] = torch.zeros(self.slots, width, len(kernels.record), dtype=torch.int64)
-                    rows[key][slot, part - first] = torch.tensor(_record(kernels, operand))
-        for key, values in rows.items():
-            if key in self._tables:
-                self._tables[key].copy_(values)
-            else:
-                self._tables[key] = values.to(self.device)
-                self._repeated.clear()  # the layout is not among their launches
-        if self.device.type == "cuda":
-            # Other threads launch on other streams, which do not wait for this one's copies.
-            torch.cuda.current_stream(self.device).synchronize()
-        self._stale = False
+    def prepare(self) -> None:
+        """Write the records of new operands; flush the memory to bring those of all tables over with one copy."""
+        with self._lock:
+            if self._changed:
+                self._write()
+
+    def _update(self) -> None:
+        if self._changed:
+            self._write()
+        if self._written > self.memory.flushed:  # another thread may have prepared the table
+            self.memory.flush()
+
+    def _write(self) -> None:
+        """Write the records of the slots that have changed."""
+        with self.memory.lock:
+            for records in self._tables.values():
+                records.host[list(self._changed)] = 0
+                records.changed()
+            for slot in self._changed:
+                self._write_slot(slot)
+            self._written = self.memory.note_written()
+        self._changed.clear()
+
+    def _write_slot(self, slot: int) -> None:
+        for part, terms in enumerate(self._held[slot]):
+            seen: dict[TermLayout, int] = {}
+            for operand in terms:
+                kernels = kernels_of(operand.layout)
+                layout = kernels.table_layout(operand.layout)
+                number = seen[layout] = seen.get(layout, -1) + 1
+                first = part // MAX_PARTS * MAX_PARTS
+                width = min(len(self.parts) - first, MAX_PARTS)
+                key = (layout, number, first, width)
+                if key not in self._tables:
+                    self._tables[key] = self.memory.take((self.slots, width, len(kernels.record)))
+                    self._repeated.clear()  # the layout is not among their launches
+                self._tables[key].host[slot, part - first] = _record(kernels, operand)
 
 
 def _record(kernels: AnyKernels, operand: Operand) -> list[int]:
     """Return an operand's record."""
-    addresses = {name: tensor.data_ptr() for name, tensor in operand.buffers.items()}
-    return kernels.record.values({**addresses, **kernels.numbers(operand)})
+    return kernels.record.values({**operand.addresses(), **kernels.numbers(operand)})

@@ -13,7 +13,7 @@ from strategies import examples
 
 torch = pytest.importorskip("torch")
 
-from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.segments import FixedSegments, Segments
 
 Tile = tuple[int, list[int]]
 
@@ -134,3 +134,30 @@ def test_members_of_a_slot(known: bool) -> None:
     segments = Segments.of(slots, 3, "cpu") if known else Segments(torch.tensor(slots, dtype=torch.int32), 3)
     assert [segments.members(slot).tolist() for slot in range(3)] == [[2, 5], [], [0, 3, 6]]
     assert {slot: length for slot, length in segments.lengths().items() if length} == {0: 2, 2: 3}
+
+
+@examples(60)
+@given(st.data(), st.integers(1, 40), st.integers(1, 6))
+def test_fixed_segments_stay_where_they_are(data: st.DataObject, tokens: int, count: int) -> None:
+    """Tensors that a graph has seen hold the tiles of the present slots; tiles that are not kept are right as well."""
+    fixed = FixedSegments(tokens, count, torch.device("cpu"))
+    asked = data.draw(
+        st.lists(st.tuples(st.sampled_from((1, 2, 4, 64)), st.integers(1, 9), st.integers(1, 50)), max_size=3)
+    )
+    forms, seen = [], {}
+    for turn in range(4):
+        slots = data.draw(st.lists(st.integers(-2, count), min_size=tokens, max_size=tokens))
+        fixed.fill(slots)
+        if turn == 1:
+            fixed.prepare()
+        for size, shortest, longest in asked:
+            limits = {"shortest": shortest, "longest": longest}
+            assert tiles_found(fixed, size, **limits) == tiles_by_definition(slots, count, size, **limits)
+            tiles = fixed.tiles(size, **limits)
+            if turn >= 1:
+                places = (tiles.order.data_ptr(), tiles.table.data_ptr(), tiles.table.shape)
+                assert seen.setdefault((size, shortest, longest), places) == places
+        assert (fixed.longest, fixed.shortest) == (tokens, 1)
+        assert fixed.lengths() == Counter(slot for slot in slots if 0 <= slot < count)
+        forms.append(fixed.form)
+    assert len(set(forms[1:])) == 1

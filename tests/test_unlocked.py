@@ -119,7 +119,7 @@ def moved(
 ) -> tuple[Any, Any, Container]:
     """Upload a whole file; return the memory, where things lie in it, and the file."""
     with Container(path, mmap=False) as container:
-        placement = upload._place(container, None)
+        placement = upload._place(container, None).layout.upload
         memory, scratch = (
             torch.full((nbytes,), 99, dtype=torch.uint8) for nbytes in (placement.nbytes, placement.scratch_bytes)
         )

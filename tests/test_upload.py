@@ -225,7 +225,7 @@ def test_pieces_cover_the_sections_once(data, size_chunks, drawn) -> None:
             if len(container.keys())
             else None
         )
-        placement = upload._place(container, names)
+        placement = upload._place(container, names).layout.upload
         pieces = upload_pieces.cut(container.sections, placement, size)
         read: dict[int, int] = {}
         written = np.zeros(placement.nbytes, np.uint8)
@@ -247,5 +247,5 @@ def test_small_sections_share_a_copy() -> None:
         made.replace(f"t.{number:02}", "U8", (9000 + 100 * number,))
     with Container(io.BytesIO(made.finish())) as container:
         assert len(container.sections) == 40
-        pieces = upload_pieces.cut(container.sections, upload._place(container, None), 2 * MIB)
+        pieces = upload_pieces.cut(container.sections, upload._place(container, None).layout.upload, 2 * MIB)
     assert [len(piece.copies) for piece in pieces] == [1]

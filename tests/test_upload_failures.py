@@ -27,7 +27,7 @@ from strategies import examples
 torch = pytest.importorskip("torch")
 
 import deltafmt.torch as dt
-from deltafmt.runtime import reading, upload
+from deltafmt.runtime import placement, reading, upload
 from uploads import MIB, SlowFile, big_file, check_equal, upload_threads
 
 
@@ -83,14 +83,14 @@ def test_a_file_that_shrinks(is_path, threads, tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "d.deltafmt"
     path.write_bytes(data)
     file = ShrinkingFile(data, 8 * MIB + 100)
-    original = upload.cut
+    original = placement.cut
 
     def cut_and_shrink(*arguments: object) -> object:
         os.truncate(path, 8 * MIB + 100)
         file.armed = True
         return original(*arguments)
 
-    monkeypatch.setattr(upload, "cut", cut_and_shrink)
+    monkeypatch.setattr(placement, "cut", cut_and_shrink)
     with pytest.raises(InvalidFileError, match=r"the file ends \d+ bytes early, at \d+"):
         dt.load(path if is_path else file, "cpu", pinned_bytes=MIB, threads=threads)
 

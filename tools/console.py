@@ -108,3 +108,23 @@ def progress_bar(title: str, total: Callable[[], int], wanted: bool) -> Iterator
     with Progress(title, *columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=size)
         yield lambda _, done: bar.advance(task, done)
+
+
+@contextlib.contextmanager
+def count_bar(title: str, wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Give a function that shows how many things of how many are done; None if standard error is not a terminal.
+
+    Args:
+        title: what is done.
+        wanted: False if there is to be no bar.
+    """
+    if not wanted or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(title, *columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -34,6 +34,7 @@ COMMANDS = {
     "diff": "show what differs between two delta files, or two checkpoints",
     "import-lora": "turn a LoRA adapter into a delta file",
     "export-lora": "turn a delta file of low-rank terms into a LoRA adapter",
+    "warmup": "compile the kernels that serving some delta files needs, before a request needs them",
     "analyze": "show what a fine-tune's delta looks like, and what compressing it loses",
 }
 

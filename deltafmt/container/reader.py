@@ -38,6 +38,8 @@ class Container:
         mmap: map the file; if False, read it.
         verify: check a section's checksum when it is first touched.
         limits: how much memory and output the file may ask for; :class:`deltafmt.Limits` has the defaults.
+        earlier: an earlier opening of the same file, which may be closed. Its decoded index is used if the seal, which
+            is a digest of header, index and trailer, and the limits are still the same.
 
     Raises:
         StorageError: the file cannot be read.
@@ -52,6 +54,7 @@ class Container:
         mmap: bool = True,
         verify: bool = True,
         limits: Limits = DEFAULT_LIMITS,
+        earlier: Container | None = None,
     ) -> None:
         try:
             self._source: Source = open_source(path, mmap=mmap)
@@ -66,12 +69,12 @@ class Container:
         self._scaled: dict[str, ScaledRef] | None = None
         self._lock = threading.RLock()
         try:
-            self._open()
+            self._open(earlier)
         except DeltafmtError as error:
             self._source.close()
             raise error.located(self.name) from error
 
-    def _open(self) -> None:
+    def _open(self, earlier: Container | None) -> None:
         source = self._source
         header = bytes(source.read(0, min(c.HEADER_SIZE, source.size)))
         self.features = frame.check_header(header)
@@ -87,10 +90,18 @@ class Container:
         self.content_id = trailer.content_id
         self.seal = trailer.digest
         self._check_zeros(c.HEADER_SIZE, c.SECTION_ALIGNMENT, "after the header")
-        self._index = FileIndex.parse(index, trailer.index_offset, self.features, self.limits.max_memory)
+        if earlier is None or not self._adopt(earlier):
+            self._index = FileIndex.parse(index, trailer.index_offset, self.features, self.limits.max_memory)
         raw_bytes = sum(section.raw_length for section in self.sections)
         if raw_bytes > source.size or self.limits.max_output is not None:
             self.limits.check_output(raw_bytes, source.size, 0, "the sections decode to")
+
+    def _adopt(self, earlier: Container) -> bool:
+        """Use the index of an earlier opening, if it is still the same and its limits were the same."""
+        if earlier.seal != self.seal or earlier.limits != self.limits:
+            return False
+        self._index, self._entries = earlier._index, earlier._entries
+        return True
 
     @property
     def profile(self) -> str:
@@ -157,11 +168,6 @@ class Container:
                 raise InvalidFileError(f"{self.name}: {error}") from error
             self._entries[name] = found
         return found
-
-    def adopt(self, earlier: Container) -> None:
-        """Reuse the entries that an earlier opening of the file has decoded, if the index is still the same."""
-        if earlier.seal == self.seal:
-            self._entries = earlier._entries
 
     def entries(self) -> Iterator[TensorEntry]:
         """Iterate over all entries, in the order of their names."""

@@ -12,8 +12,7 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -35,6 +34,7 @@ from deltafmt.runtime.residency import Residency
 from deltafmt.runtime.rows import BASE_NAME, Names, read_names
 from deltafmt.runtime.scope import Block, Scope
 from deltafmt.runtime.served_modules import ServedModules
+from deltafmt.runtime.warmup import TOKENS, Warmed, check_tokens, dtype_of, warm_up
 
 
 class Deltas:
@@ -78,7 +78,7 @@ class Deltas:
         device = device_of(model) if device is None else torch.device(device)
         self._verify_base = verify_base
         self.scope = Scope()
-        self.served = ServedModules(device, self.scope.active, fuse=fuse)
+        self.served = ServedModules(model, device, self.scope.active, fuse=fuse)
         self._examiner = Examiner(
             model, device, self.served.siblings_of, verify_base=verify_base, ignore=ignore, rename=rename
         )
@@ -182,6 +182,26 @@ class Deltas:
             UsageError: the delta is unknown.
         """
         return self.residency.prefetch(self.known(name).key)
+
+    def warmup(self, tokens: Sequence[int] = TOKENS, *, progress: Callable[[int, int], None] | None = None) -> Warmed:
+        """Compile and load the kernels that the deltas can need, and pin the memory that loads pass through.
+
+        Requests then wait for none of it, nor do those of deltas that are added later, if their layouts are the same.
+        From then on, no request compiles anything on this device: where a kernel is missing all the same, the deltas
+        are decoded in torch, which is slower, while it is compiled in another process. On the CPU there is nothing to
+        do.
+
+        Args:
+            tokens: the numbers of tokens of a batch that are to be served: of a decoding step, and of prompts.
+            progress: called with the number of finished variants and of all, as each is finished.
+
+        Raises:
+            UsageError: a number of tokens is none, or a kernel cannot be compiled.
+        """
+        check_tokens(tokens)
+        with self._lock:
+            files = [version.file.entries.values() for version in self._versions.values()]
+        return warm_up(self._store.device, files, dtype_of(self._model), tokens, progress)
 
     def unused(self) -> list[str]:
         """Return the names of modules that deltas change but that no call has used while such a delta was served.
@@ -331,7 +351,7 @@ class Deltas:
         source = read_attached(os.fspath(path))
         self._check_closely()
         found = self._examiner.examine(source, name)
-        return Attached(name, replace(source, needed=found.needed, held=found.held()), found), found
+        return Attached(name, source.placing(found.needed, found.held()), found), found
 
     def _register(self, version: Attached, found: Examined) -> None:
         """Make a version known to the residency and to the modules that it changes."""

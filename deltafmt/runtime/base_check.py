@@ -16,7 +16,7 @@ from deltafmt.errors import WrongBaseError
 from deltafmt.format.constants import element_count
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.index.scaled import ScaledRef
-from deltafmt.runtime.device_views import TORCH_DTYPES
+from deltafmt.runtime.dtypes import TORCH_DTYPES
 from deltafmt.runtime.float8 import is_float8
 from deltafmt.runtime.model_batch import is_distributed
 from deltafmt.runtime.values import version_of

@@ -12,10 +12,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError
+from deltafmt.runtime import frames
 from deltafmt.runtime.batch_inputs import named
 from deltafmt.runtime.continuous import UNNAMED, Continuous
 from deltafmt.runtime.continuous import Server as ContinuousServer
@@ -116,11 +118,17 @@ class Calls:
     def _wrap(self, name: str, method: Callable[..., Any]) -> None:
         original = getattr(self._model, name)
 
+        @frames.outside
         @functools.wraps(original)
         def wrapped(*args: Any, delta: Any = UNNAMED, **kwargs: Any) -> Any:
             if self._closed:
                 return original(*args, **kwargs)
-            return method(original, delta, args, kwargs)
+            compiler = frames.suspend()
+            try:
+                run = original if compiler is None else frames.compiled(original, compiler)
+                return method(run, delta, args, kwargs)
+            finally:
+                frames.resume(compiler)
 
         self._set(name, wrapped)
 
@@ -142,8 +150,9 @@ class Calls:
 
         def once(block: Block | None) -> Any:
             batch = None
-            if block is not None:
+            if block is not None or self._server.served.standing.used or frames.plain(original) is not original:
                 batch = batch_of(args, kwargs)
+            if block is not None:
                 self._server.check_model(closely=batch is None or batch[1] > batch[0])
             with Bound(self._scope, block) as bound:
                 output = self._run(name, original, args, kwargs, batch)
@@ -160,25 +169,43 @@ class Calls:
         call = self._scope.call
         selection, block = call.selection, call.block
         if selection is None:
-            return original(*args, **kwargs)
+            return self._run_compiled(original, args, kwargs, batch, None)
         if kwargs.get("labels") is not None and block is not None:
             held_of(block).check_loss(self._server.vocabulary())
-        with self._entry(selection, self._model, name, original, args, kwargs):
+        with self._entry(selection, self._model, name, frames.plain(original), args, kwargs):
             if not selection.touched:
-                return original(*args, **kwargs)
+                return self._run_compiled(original, args, kwargs, batch, None)
             kind = (name, tuple(kwargs), batch is not None and batch[0] == batch[1], selection.uniform)
             around = self._server.reads.around(selection, kind)
             if around is None:
-                return original(*args, **kwargs)
+                return self._run_compiled(original, args, kwargs, batch, selection)
             group = group_of(selection)
             before = group.alive()
-            with around:
-                output = merge(original(*args, **kwargs))
+            with frames.uncompiled(), around:
+                output = merge(frames.plain(original)(*args, **kwargs))
             group.refuse_kept(before)
             return output
 
+    def _run_compiled(
+        self, original: Callable[..., Any], args: Any, kwargs: Any, batch: tuple[int, int] | None, selection: Any
+    ) -> Any:
+        """Run the model's forward, parts of which may be compiled, or as it is where compiled code cannot serve it."""
+        served, plain = self._server.served, frames.plain(original)
+        if original is plain and not served.standing.used:
+            return original(*args, **kwargs)
+        if batch is None or not served.compiles(selection, batch[1]):
+            with frames.uncompiled():
+                return plain(*args, **kwargs)
+        served.ready(selection, batch[0])
+        try:
+            return original(*args, **kwargs)
+        finally:
+            served.standing.end()
+
     def part(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a model inside the model, which may be called by itself."""
+        if torch.compiler.is_compiling():
+            return original(*args, **kwargs)  # the model itself has noted the rows
         if "delta" in kwargs:
             raise UsageError(
                 f"{type(module).__name__} is a part of {self._name}, which takes delta=; call {self._name}, or open a "

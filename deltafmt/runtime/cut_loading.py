@@ -21,7 +21,7 @@ from deltafmt.index.entries import TensorEntry
 from deltafmt.kernels.operand import BUFFER_DTYPES, Operand
 from deltafmt.runtime.cuts import Cut, HeldTensor
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
-from deltafmt.runtime.device_views import TORCH_DTYPES
+from deltafmt.runtime.dtypes import TORCH_DTYPES
 from deltafmt.terms.buffers import raw_bytes
 from deltafmt.terms.cut_term import CutTerm
 from deltafmt.terms.cutting import cut

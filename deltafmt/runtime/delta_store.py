@@ -17,7 +17,9 @@ from deltafmt.runtime.checks import check_terms
 from deltafmt.runtime.cut_loading import held_bytes, load_held
 from deltafmt.runtime.cuts import HeldTensor
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
-from deltafmt.runtime.upload import load
+from deltafmt.runtime.device_views import DeviceTensors
+from deltafmt.runtime.placement import Placement
+from deltafmt.runtime.upload import load_placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class AttachedFile:
         entries: the entries of its tensors by name; an alias has the entry of its target.
         removed: the names of tensors that only the base has.
         needed: the names of the tensors that must be on the device.
+        placed: where these go.
         held: the cuts of tensors that must be there instead, by name, if the model is cut over several processes.
     """
 
@@ -40,7 +43,22 @@ class AttachedFile:
     entries: dict[str, TensorEntry]
     removed: tuple[str, ...]
     needed: tuple[str, ...] = ()
+    placed: Placement | None = None
     held: Mapping[str, HeldTensor] | None = None
+
+    def placing(self, needed: tuple[str, ...], held: Mapping[str, HeldTensor] | None = None) -> AttachedFile:
+        """Return the file with its tensors placed, so that the load need not do it.
+
+        Args:
+            needed: the names of the tensors that must be on the device; all if there are none.
+            held: the cuts of tensors that must be there instead; they are placed as they are loaded.
+        """
+        if held is not None:
+            return replace(self, needed=needed, held=held)
+        container = self.opened.container
+        chosen = set(needed) or set(container.keys())
+        names = [name for name in container.keys() if name in chosen]  # noqa: SIM118 - a container is no mapping
+        return replace(self, needed=needed, placed=Placement.ahead(container, names))
 
 
 def read_attached(path: str) -> AttachedFile:
@@ -77,7 +95,7 @@ class DeltaStore:
     def __init__(self, device: torch.device, evicted: Callable[[str], None]) -> None:
         self.files: dict[str, AttachedFile] = {}
         self.evicted = evicted
-        self._device = device
+        self.device = device
 
     def nbytes(self, name: str) -> int:
         """Return the bytes that a delta takes on the device."""
@@ -95,13 +113,15 @@ class DeltaStore:
         """
         file = self.files[name]
         if file.held is not None:
-            cuts = load_held(file.path, file.held, self._device, cancel)
+            cuts = load_held(file.path, file.held, self.device, cancel)
             self._check_unchanged(name, cuts.content_id)
             check_terms(file.path, cuts)
             self._settle()
             return cuts
+        placed = file.placed
+        assert placed is not None
         try:
-            delta = load(file.path, self._device, tensors=file.needed or None, cancel=cancel, known=file.opened)
+            delta = load_placed(file.path, self.device, placed, cancel=cancel)
         except UsageError:
             # A tensor may be missing because the file was replaced.
             self._check_unchanged(name, read_attached(file.path).content_id)
@@ -121,38 +141,48 @@ class DeltaStore:
 
     def to_host(self, name: str, value: DeviceDelta) -> DeviceDelta:  # noqa: ARG002 - the store's signature
         """Copy a delta to host memory, pinned if the device is a GPU."""
-        pin = self._device.type == "cuda"
+        pin = self.device.type == "cuda"
         copied = copy_delta(value, lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=pin))
         self._settle()
         return copied
 
     def to_device(self, name: str, host: DeviceDelta) -> DeviceDelta:  # noqa: ARG002 - the store's signature
         """Copy a delta from host memory to the device."""
-        copied = copy_delta(host, lambda size: torch.empty(size, dtype=torch.uint8, device=self._device))
+        copied = copy_delta(host, lambda size: torch.empty(size, dtype=torch.uint8, device=self.device))
         self._settle()
         return copied
 
     def fence(self) -> torch.cuda.Event | None:
         """Return an event behind all work that the calling thread has queued on its stream."""
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def _settle(self) -> None:
         """Wait for the worker thread's copies, so that any stream may use them."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
 
 def copy_delta(delta: DeviceDelta, allocate: Callable[[int], torch.Tensor]) -> DeviceDelta:
-    """Copy a delta into new memory, with one copy for each allocation that holds a part of it.
+    """Copy a delta into new memory, with one copy of the allocation that holds it.
 
     Args:
         delta: a delta on a device or in host memory.
         allocate: a function from a number of bytes to an empty uint8 tensor.
     """
+    tensors = delta.tensors
+    if not isinstance(tensors, DeviceTensors):
+        return _copy_cuts(delta, allocate)
+    memory = allocate(len(tensors.memory))
+    memory.copy_(tensors.memory, non_blocking=True)
+    return replace(delta, device=memory.device, tensors=tensors.moved(memory))
+
+
+def _copy_cuts(delta: DeviceDelta, allocate: Callable[[int], torch.Tensor]) -> DeviceDelta:
+    """Copy a delta whose tensors were cut: views of memory that no placement describes."""
     copies: dict[int, torch.Tensor] = {}
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
@@ -166,16 +196,13 @@ def copy_delta(delta: DeviceDelta, allocate: Callable[[int], torch.Tensor]) -> D
         part = copies[key][start : start + tensor.nbytes]
         return part.view(tensor.dtype).view(tensor.shape)
 
-    tensors = {name: _map_tensor(tensor, moved) for name, tensor in delta.items()}
+    def move(operand: Operand) -> Operand:
+        return replace(operand, buffers={name: moved(tensor) for name, tensor in operand.buffers.items()})
+
+    tensors: dict[str, DeviceTensor] = {}
+    for name, tensor in delta.items():
+        data = None if tensor.data is None else moved(tensor.data)
+        tensors[name] = replace(tensor, terms=tuple(map(move, tensor.terms)), data=data)
     held = list(copies.values())
     device = held[0].device if held else delta.device
     return replace(delta, device=device, nbytes=sum(copy.nbytes for copy in held), tensors=tensors)
-
-
-def _map_tensor(tensor: DeviceTensor, moved: Callable[[torch.Tensor], torch.Tensor]) -> DeviceTensor:
-    terms = tuple(_map_operand(term, moved) for term in tensor.terms)
-    return replace(tensor, terms=terms, data=None if tensor.data is None else moved(tensor.data))
-
-
-def _map_operand(term: Operand, moved: Callable[[torch.Tensor], torch.Tensor]) -> Operand:
-    return replace(term, buffers={name: moved(tensor) for name, tensor in term.buffers.items()})

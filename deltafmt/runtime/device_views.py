@@ -2,120 +2,80 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 
-from deltafmt.container.reader import Container
-from deltafmt.format.constants import element_count
-from deltafmt.index.entries import TensorEntry, Term
-from deltafmt.kernels.operand import BUFFER_DTYPES, Operand, buffer_forms
+from deltafmt.index.entries import TensorEntry
+from deltafmt.kernels.device_memory import DeviceMemory, PlacedBuffers
+from deltafmt.kernels.operand import Operand
 from deltafmt.runtime.device_delta import DeviceTensor
-from deltafmt.runtime.upload_plan import UploadPlan
-from deltafmt.terms.layout import TermLayout
-
-# A dtype that torch lacks (or lacked when it was built) is left as bytes.
-_TORCH_NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-}
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    name: getattr(torch, torch_name) for name, torch_name in _TORCH_NAMES.items() if hasattr(torch, torch_name)
-}
+from deltafmt.runtime.placement import Placement
 
 
 class DeviceTensors(Mapping[str, DeviceTensor]):
-    """The tensors of a delta, made from its index when they are first asked for.
+    """The tensors of a delta, made when they are first asked for.
 
     Args:
-        container: its index; the file may be closed.
-        names: of the tensors.
-        memory: uint8, 1-d, its length a multiple of 256; holds what ``plan`` placed.
-        plan: where the buffers lie.
+        placement: the file's index, and where the buffers lie; the file may be closed.
+        memory: uint8, 1-d, its length a multiple of 256; holds what was placed.
     """
 
-    def __init__(self, container: Container, names: Sequence[str], memory: torch.Tensor, plan: UploadPlan) -> None:
-        self._container = container
-        self._names = dict.fromkeys(names)
-        self._plan = plan
+    def __init__(self, placement: Placement, memory: torch.Tensor) -> None:
+        self._placement = placement
+        self._memory = DeviceMemory(memory)
         self._made: dict[str, DeviceTensor] = {}
-        self._bases = {torch.uint8: memory}
-        self._plain: dict[TermLayout, TermLayout] = {}
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """The allocation that holds every buffer."""
+        return self._memory.bytes
+
+    def moved(self, memory: torch.Tensor) -> DeviceTensors:
+        """Return the same tensors in a copy of the allocation."""
+        return DeviceTensors(self._placement, memory)
+
+    def make_all(self) -> None:
+        """Make every tensor now, for example while its bytes are on their way."""
+        for name in self._placement.names:
+            self[name]
 
     def __getitem__(self, name: str) -> DeviceTensor:
         found = self._made.get(name)
         if found is None:
-            if name not in self._names:
+            if name not in self._placement.names:
                 raise KeyError(name)
-            entry = self._container.entry(name)
+            entry = self._placement.container.entry(name)
             found = self._make(entry) if entry.target is None else self._alias(entry.target)
             self._made[name] = found
         return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._placement.names)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._placement.names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self._placement.names
 
     def _alias(self, target: str) -> DeviceTensor:
-        return self[target] if target in self._names else self._make(self._container.entry(target))
+        if target in self._placement.names:
+            return self[target]
+        return self._make(self._placement.container.entry(target))
 
     def _make(self, entry: TensorEntry) -> DeviceTensor:
-        terms = tuple(self._operand(entry, term) for term in entry.terms)
-        return DeviceTensor(entry, terms, self._data(entry))
-
-    def _operand(self, entry: TensorEntry, term: Term) -> Operand:
-        rows, columns = entry.delta_rows, entry.columns
-        layout = self._plain.setdefault(term.layout, term.layout.plain())
-        buffers = {}
-        for name, form in buffer_forms(layout, rows, columns, term.slots).items():
-            offset = self._plan.plain_offset(entry, term, name)
-            buffers[name] = self._view(BUFFER_DTYPES[form.dtype], form.shape, offset)
-        return Operand(layout, rows, columns, buffers, term.seed, term.slots)
-
-    def _data(self, entry: TensorEntry) -> torch.Tensor | None:
-        """Return the bytes of ``replace``, or of new rows, in the tensor's dtype if torch has it."""
-        if entry.data is None:
-            return None
-        offset = self._plan.offset(entry.data)
-        dtype = TORCH_DTYPES.get(entry.dtype)
-        if dtype is None:
-            return self._view(torch.uint8, (entry.data.length,), offset)
-        shape = entry.shape if entry.action == "replace" else (entry.rows - entry.delta_rows, entry.columns)
-        return self._view(dtype, shape, offset)
-
-    def _view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
-        base = self._bases.get(dtype)
-        if base is None:
-            base = self._bases[dtype] = self._bases[torch.uint8].view(dtype)
-        if not element_count(shape):
-            return base[:0].view(shape)
-        return base.as_strided(shape, _strides(shape), offset // dtype.itemsize)
-
-
-@functools.lru_cache(maxsize=1024)
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the strides of a contiguous tensor."""
-    return tuple(element_count(shape[i + 1 :]) for i in range(len(shape)))
+        place = self._placement.layout.place(entry)
+        terms = tuple(
+            Operand(
+                at.layout,
+                at.rows,
+                at.columns,
+                PlacedBuffers(self._memory, at.forms, at.offsets),
+                term.seed,
+                at.slots,
+            )
+            for at, term in zip(place.terms, entry.terms, strict=True)
+        )
+        data = place.data
+        return DeviceTensor(entry, terms, None if data is None else self._memory.view(*data))

@@ -16,7 +16,7 @@ from deltafmt.delta import row_ranges
 from deltafmt.errors import UsageError
 from deltafmt.runtime.binding import Binding
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
-from deltafmt.runtime.device_views import TORCH_DTYPES
+from deltafmt.runtime.dtypes import TORCH_DTYPES
 from deltafmt.runtime.float8 import is_float8
 from deltafmt.runtime.leases import Lease
 from deltafmt.runtime.values import added, dense_delta, new_values, version_of

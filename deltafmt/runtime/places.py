@@ -8,7 +8,7 @@ same places, for any sizes. Otherwise, as with routed tokens, each call is follo
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -52,6 +52,18 @@ class Form:
 
     places: dict[tuple[int, int], Place | Lost | None] = field(default_factory=dict)
     steady: bool = True
+    _rows_first: bool | None = None
+
+    def rows_first(self, sites: Iterable[int]) -> bool:
+        """Tell whether the first arguments of modules have the batch's rows in order, along their first dimension.
+
+        Args:
+            sites: the ids of the modules' sites, the same in every call.
+        """
+        if self._rows_first is None:
+            found = (self.places[site, 0] for site in sites if (site, 0) in self.places)
+            self._rows_first = all(isinstance(one, Place) and (one.source, one.dim) == (0, 0) for one in found)
+        return self._rows_first
 
     def note(self, key: tuple[int, int], owners: Found, counts: Mapping[int, int]) -> None:
         """Note what was found in one call of a module.

@@ -155,9 +155,7 @@ class Selection:
         if self.uniform:
             return self.whole(math.prod(shape))
         if self.walk is None:
-            raise UsageError(
-                f"{where} is called outside of its model, which knows the rows; call the model, or name one delta"
-            )
+            raise outside_error(where)
         return self.walk.order(site, number, tensor, shape, where)
 
     def whole(self, tokens: int) -> Order:
@@ -232,6 +230,13 @@ class Entry:
             walk, self._selection.walk, self._selection.entered = self._selection.walk, None, False
             if walk is not None:
                 walk.__exit__(kind, error, trace)
+
+
+def outside_error(where: str) -> UsageError:
+    """Return the error for a module that is called by itself where rows use several deltas."""
+    return UsageError(
+        f"{where} is called outside of its model, which knows the rows; call the model, or name one delta"
+    )
 
 
 def rows_error(where: str, rows: int, names: int) -> UsageError:

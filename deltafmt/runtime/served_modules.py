@@ -6,33 +6,41 @@ A slot is a place in the modules' operand tables. A delta on the device has the 
 from __future__ import annotations
 
 import itertools
+import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from deltafmt.errors import UsageError
+from deltafmt.kernels.record_memory import RecordMemory
+from deltafmt.runtime import frames, operations
 from deltafmt.runtime.binding import Binding, BoundModule, Role, weight_shape
 from deltafmt.runtime.cuts import settled
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.experts import ExpertsSite
 from deltafmt.runtime.mixing import mixed_output
+from deltafmt.runtime.operations import new_key
 from deltafmt.runtime.selection import Selection
-from deltafmt.runtime.siblings import Active, SharedInput, Siblings, shareable
-from deltafmt.runtime.sites import LinearSite, Site, TransposedSite, refuse_gradient
+from deltafmt.runtime.siblings import Active, SharedInput, Siblings, known_siblings, shareable
+from deltafmt.runtime.sites import LinearSite, Site, TransposedSite, WeightSite, refuse_gradient
 from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite, adds_up
+from deltafmt.runtime.standing import Standing, refuse_mixes
 from deltafmt.runtime.substituted import SubstitutedSite, Wrapped, WrappedSite
 from deltafmt.runtime.uncopied import Uncopied
 
-_FIRST_SLOTS = 4
+# More slots mean other tables, for which a model is compiled anew.
+_FIRST_SLOTS, _MORE_SLOTS = 64, 4
 
 
 class ServedModules:
     """The sites of a model's modules, and the slots of its deltas.
 
     Args:
+        model: the model.
         device: the device of all deltas.
         active: a function that returns the selection of the calling thread, or None if it serves no delta.
         fuse: let linear modules that receive the same input share one launch.
@@ -41,18 +49,81 @@ class ServedModules:
         count: the number of slots of every operand table.
     """
 
-    def __init__(self, device: torch.device, active: Active, *, fuse: bool) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, active: Active, *, fuse: bool) -> None:
         self.count = 0
+        self._model = model
         self._device = device
         self._active = active
         self._fuse = fuse
         self._lock = threading.RLock()
+        self._memory = RecordMemory(device)
         self._sites: dict[int, Site] = {}
         self._hooks: dict[int, list[RemovableHandle | Wrapped]] = {}
         self._groups: dict[int, Siblings] = {}
         self._slots: dict[str, int] = {}
         self._held: dict[str, tuple[DeviceDelta, Binding]] = {}
         self._free: list[int] = []
+        self._fresh = False
+        self._layouts = 0
+        self._fewest: float = math.inf
+        self._growing: frozenset[int] = frozenset()
+        self._wrapped = False
+        self._multiplying: tuple[int, ...] = ()
+        self.standing = Standing(device, active)
+
+    def ready(self, selection: Selection | None, rows: int) -> None:
+        """Bring all that compiled code reads up to date, before a call of the model.
+
+        Args:
+            selection: what the call serves; None for the base.
+            rows: of the batch.
+        """
+        if not self._fresh:
+            self._refresh()
+        self.standing.begin(selection, rows, self.count)
+
+    def compiles(self, selection: Selection | None, tokens: int) -> bool:
+        """Tell whether compiled code can serve a call of the model.
+
+        It cannot where a slot may have more tokens than its kernel takes, where a row uses a sum of deltas or holds
+        the tokens of several requests, where the rows do not come first in all inputs or are not known yet, where a
+        module computes with parameters in a way of its own, or where a module's output has another shape than the
+        base's, because the vocabulary is larger.
+
+        Args:
+            selection: what the call serves; None for the base.
+            tokens: of the batch.
+        """
+        if not self._fresh:
+            self._refresh()
+        if self._device.type == "cuda" and tokens > self._fewest:
+            return False
+        if selection is None:
+            return not self._wrapped
+        if not selection.uniform and (selection.walk is None or not selection.walk.rows_first(self._multiplying)):
+            return False
+        return not (self._wrapped or selection.mixes or selection.packed) and selection.used.isdisjoint(self._growing)
+
+    def _refresh(self) -> None:
+        """Bring the operand tables to the device, and note what compiled code cannot serve."""
+        with self._lock:
+            self._fresh = True
+            groups, sites = set(self._groups.values()), list(self._sites.values())
+            weights = [site for site in sites if isinstance(site, WeightSite)]
+            tables = [*(group.table for group in groups), *(site.table.operands for site in weights)]
+            layouts = 0
+            if self._device.type == "cuda":  # without kernels, nothing reads the records
+                for table in tables:
+                    table.prepare()
+                self._memory.flush()
+                layouts = sum(len(table.records()) for table in tables)
+            if layouts > self._layouts:
+                frames.forget()  # a graph that was captured before does not launch for the new layout
+            self._layouts = layouts
+            self._fewest = min((group.table.fewest for group in groups), default=math.inf)
+            self._growing = frozenset(slot for site in weights for slot in site.growing())
+            self._wrapped = any(isinstance(site, WrappedSite) for site in sites)
+            self._multiplying = tuple(id(site) for site in sites if isinstance(site, LinearSite))
 
     def unused(self) -> list[str]:
         """Return the names of modules that deltas change but that have not run while such a delta was served."""
@@ -81,12 +152,35 @@ class ServedModules:
     def prepare(self, modules: Iterable[BoundModule]) -> None:
         """Make a site for each module that has none, and hook the module."""
         with self._lock:
+            made = []
             for bound in modules:
                 if id(bound.serving) not in self._sites:
-                    site = _make_site(bound, self._device)
+                    site = _make_site(bound, self._device, self._memory)
                     site.grow(self.count)
                     self._sites[id(bound.serving)] = site
                     self._hook(site)
+                    made.append(site)
+            if made:
+                # A module that is cut over processes is given an input of its own each time.
+                whole = [site for site in made if type(site) is LinearSite and site.module is site.whole]
+                self._group_known(whole)
+                frames.forget()
+
+    def _group_known(self, sites: list[LinearSite]) -> None:
+        """Group the modules that the architecture gives the same input; on a GPU, every other one is a group alone."""
+        if not self._fuse:
+            return
+        known = known_siblings(sites, dict(self._model.named_modules()))
+        if self._device.type == "cuda":
+            grouped = {id(site) for group in known for site in group}
+            known += [[site] for site in sites if id(site) not in grouped]
+        for group in known:
+            self._make_group(group)
+
+    def _make_group(self, sites: list[LinearSite]) -> None:
+        group = Siblings(sites, self.count, self._active, self.after, self.standing)
+        self._groups.update({id(site): group for site in sites})
+        self._settle([group])
 
     def has(self, names: set[str]) -> bool:
         """Tell whether all these deltas have slots."""
@@ -98,11 +192,12 @@ class ServedModules:
             if name in self._slots:
                 return self._slots[name]
             if not self._free:
-                self._grow(max(2 * self.count, _FIRST_SLOTS))
+                self._grow(max(_MORE_SLOTS * self.count, _FIRST_SLOTS))
             self._slots[name] = slot = self._free.pop()
             self._held[name] = delta, binding
             try:
                 self._fill(slot, delta, binding)
+                self._refresh()  # not within compiled code, whose memory may belong to a graph
             except BaseException:
                 self.release(name)
                 raise
@@ -131,6 +226,7 @@ class ServedModules:
         for group in set(self._groups.values()):
             group.refresh(slot)
         self._settle(set(self._groups.values()))
+        self._fresh = False
 
     def release(self, name: str) -> None:
         """Forget a delta's tensors and free its slot, if it has one."""
@@ -138,6 +234,7 @@ class ServedModules:
             slot = self._slots.pop(name, None)
             self._held.pop(name, None)
             if slot is not None:
+                self._fresh = False
                 for site in self._sites.values():
                     site.clear(slot)
                 for group in set(self._groups.values()):
@@ -156,6 +253,7 @@ class ServedModules:
             for group in set(self._groups.values()):
                 group.dissolve()
             self._hooks, self._groups, self._sites = {}, {}, {}
+            frames.forget()
 
     def _grow(self, count: int) -> None:
         for site in self._sites.values():
@@ -164,6 +262,8 @@ class ServedModules:
             group.grow(count)
         self._free += range(count - 1, self.count - 1, -1)
         self.count = count
+        self._fresh = False
+        frames.forget()  # the tables are elsewhere
 
     def _hook(self, site: Site) -> None:
         hooks = _Hooks(self, site)
@@ -184,8 +284,10 @@ class ServedModules:
                 for hook in self._hooks.pop(id(site)):
                     hook.remove()
                 site.hooked = False
+                frames.forget()
             elif not site.hooked and not site.multiplies_only:
                 self._hook(site)
+                frames.forget()
 
     def after(self, site: Site, args: Any, kwargs: Any, output: Any) -> Any:
         """Return a module's output with the deltas of the calling thread; None if there are none."""
@@ -218,6 +320,28 @@ class ServedModules:
             self._learn(site, args[0], selection)
         return site.after(selection, args, kwargs, output)
 
+    def compiled_output(self, site: Site, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Return a module's output with the deltas of the calling thread, in compiled code; always a new tensor."""
+        standing = self.standing
+        standing.used = True
+        standing.refuse_captured(site.name)
+        selection = self._active()
+        output = output.clone(memory_format=torch.contiguous_format)
+        if selection is None or not selection.touched:
+            return output
+        refuse_mixes(selection)
+        if not site.changes(selection):
+            return output
+        site.ran = True
+        if id(site) in self._groups:
+            selection.multiplied.add(id(site))
+        found: torch.Tensor = site.after(selection, (given,), {}, output)
+        if found.shape != output.shape:
+            raise UsageError(
+                f"{site.name} gives another shape with these deltas, and compiled code has one shape; call it as it is"
+            )
+        return found
+
     def before(self, site: Site, args: Any, kwargs: Any) -> Any:
         """Return other arguments for a module, or None to keep the given ones."""
         selection = self._active()
@@ -228,12 +352,12 @@ class ServedModules:
         if len(ended) > 1 or (ended and self._device.type == "cuda"):
             with self._lock:
                 if not any(id(found) in self._groups for found in ended):
-                    group = Siblings(ended, self.count, self._active, self.after)
-                    self._groups.update({id(found): group for found in ended})
-                    self._settle([group])
+                    self._make_group(ended)
+                    frames.forget()
+                    self._refresh()
 
 
-def _make_site(bound: BoundModule, device: torch.device) -> Site:
+def _make_site(bound: BoundModule, device: torch.device, memory: RecordMemory) -> Site:
     if bound.role is Role.EXPERTS:
         return ExpertsSite(bound.name, bound.module, device)
     shape = weight_shape(bound.serving, bound.role)
@@ -242,10 +366,10 @@ def _make_site(bound: BoundModule, device: torch.device) -> Site:
         return made(bound.name, bound.module, device)
     rows, columns = shape
     if bound.role is Role.TRANSPOSED:
-        return TransposedSite(bound.name, bound.module, device, columns, rows)
+        return TransposedSite(bound.name, bound.module, device, columns, rows, memory)
     if bound.role is Role.EMBEDDING:
-        return EmbeddingSite(bound.name, bound.module, device, rows, columns)
-    site = LinearSite(bound.name, bound.serving, device, rows, columns)
+        return EmbeddingSite(bound.name, bound.module, device, rows, columns, memory)
+    site = LinearSite(bound.name, bound.serving, device, rows, columns, memory)
     site.whole, site.summed_bias = bound.module, bound.summed_bias
     return site
 
@@ -256,11 +380,26 @@ class _Hooks(Uncopied):
     def __init__(self, served: ServedModules, site: Site) -> None:
         self._served = served
         self._site = site
+        self.key = new_key(self, served.standing.device)
 
     def before(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Run before the module's forward."""
+        if torch.compiler.is_compiling():
+            return None  # the ids of new rows, which would be changed here, are not served by compiled code
         return self._served.before(self._site, args, kwargs)
 
     def after(self, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Run after the module's forward."""
+        if torch.compiler.is_compiling():
+            if kwargs or len(args) != 1 or not isinstance(output, torch.Tensor) or torch.is_grad_enabled():
+                return frames.untraced(self._served.after, (self._site, args, kwargs, output), {})
+            return operations.output(args[0], output, self.key)
         return self._served.after(self._site, args, kwargs, output)
+
+    def multiply(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> None:
+        """Raise an error: this operation gives whole outputs."""
+        raise NotImplementedError
+
+    def output(self, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Return the output with the deltas that are served now, within compiled code."""
+        return self._served.compiled_output(self._site, given, output)

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from deltafmt.errors import UsageError
 from deltafmt.kernels.products import matmul_, operand_delta
+from deltafmt.kernels.record_memory import RecordMemory
 from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.binding import bias_of
 from deltafmt.runtime.device_delta import DeviceTensor
@@ -154,8 +155,8 @@ class Site(ABC):
 class GrowingTable:
     """An operand table of one part that can grow."""
 
-    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
-        self.operands = OperandTable(1, (rows,), columns, device)
+    def __init__(self, rows: int, columns: int, device: torch.device, memory: RecordMemory | None) -> None:
+        self.operands = OperandTable(1, (rows,), columns, device, memory)
         self.slots: set[int] = set()
 
     def put(self, slot: int, tensor: DeviceTensor) -> None:
@@ -173,10 +174,7 @@ class GrowingTable:
         """Make room for ``slots`` slots."""
         old = self.operands
         if slots > old.slots:
-            grown = OperandTable(slots, old.parts, old.columns, old.device)
-            for slot in self.slots:
-                grown.put(slot, old.operands(slot))
-            self.operands = grown
+            self.operands = old.grown(slots)
 
     def serves(self, selection: Selection) -> bool:
         """Tell whether one of the selection's slots has terms here."""
@@ -186,16 +184,28 @@ class GrowingTable:
 class WeightSite(Site):
     """A module with a weight. A delta brings packed terms or a whole other weight, and new rows behind either."""
 
-    def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        device: torch.device,
+        rows: int,
+        columns: int,
+        memory: RecordMemory | None = None,
+    ) -> None:
         super().__init__(name, module, device)
-        self.rows = rows
-        self.table = GrowingTable(rows, columns, device)
+        self.rows, self.columns = rows, columns
+        self.table = GrowingTable(rows, columns, device, memory)
         self._weights: dict[int, torch.Tensor] = {}
         self._new_rows: dict[int, torch.Tensor] = {}
 
     def grow(self, slots: int) -> None:
         """Make room for ``slots`` slots."""
         self.table.grow(slots)
+
+    def growing(self) -> set[int]:
+        """Return the slots that give the module another number of rows."""
+        return set(self._new_rows)
 
     def _put_weight(self, slot: int, tensor: DeviceTensor) -> None:
         if tensor.terms:
@@ -225,8 +235,16 @@ class LinearSite(WeightSite):
         summed_bias: the base's bias, if it is added behind a sum over processes, and not by the module.
     """
 
-    def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
-        super().__init__(name, module, device, rows, columns)
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        device: torch.device,
+        rows: int,
+        columns: int,
+        memory: RecordMemory | None = None,
+    ) -> None:
+        super().__init__(name, module, device, rows, columns, memory)
         self.summed_bias: torch.Tensor | None = None
         self._totals: dict[int, int] = {}
         self._biases: dict[int, torch.Tensor] = {}
@@ -249,6 +267,10 @@ class LinearSite(WeightSite):
         super()._clear(slot)
         self._totals.pop(slot, None)
         self._biases.pop(slot, None)
+
+    def growing(self) -> set[int]:
+        """Return the slots that give the module another number of rows."""
+        return super().growing() | self._totals.keys()
 
     @property
     def multiplies_only(self) -> bool:
@@ -325,8 +347,16 @@ class TransposedSite(LinearSite):
     The delta is decoded for every product, which is correct but slow.
     """
 
-    def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
-        super().__init__(name, module, device, rows, columns)
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        device: torch.device,
+        rows: int,
+        columns: int,
+        memory: RecordMemory | None = None,
+    ) -> None:
+        super().__init__(name, module, device, rows, columns, memory)
         self._terms: dict[int, DeviceTensor] = {}
 
     def _put_weight(self, slot: int, tensor: DeviceTensor) -> None:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from deltafmt.errors import UsageError
 from deltafmt.kernels.products import embedding_
+from deltafmt.kernels.record_memory import RecordMemory
 from deltafmt.runtime.binding import held_tensor
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.form_only import FORM_ONLY, function_name
@@ -35,8 +36,16 @@ class EmbeddingSite(WeightSite):
     One that indexes its weight instead runs with the deltas' values.
     """
 
-    def __init__(self, name: str, module: nn.Module, device: torch.device, rows: int, columns: int) -> None:
-        super().__init__(name, module, device, rows, columns)
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        device: torch.device,
+        rows: int,
+        columns: int,
+        memory: RecordMemory | None = None,
+    ) -> None:
+        super().__init__(name, module, device, rows, columns, memory)
         self._plain = type(module).forward is nn.Embedding.forward
         self._direct = SubstitutedSite(name, module, device)
 

@@ -20,6 +20,7 @@ from torch import nn
 from deltafmt.errors import UsageError
 from deltafmt.runtime.binding import place_of
 from deltafmt.runtime.device_delta import DeviceTensor
+from deltafmt.runtime.frames import untraced
 from deltafmt.runtime.per_delta import group_of, merge, merge_input
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.sites import Site, refuse_gradient
@@ -68,6 +69,9 @@ class Wrapped(Uncopied):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, with the deltas of the calling thread."""
+        return untraced(self._run, args, kwargs) if torch.compiler.is_compiling() else self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         selection = self._active()
         if selection is not None and selection.walk is not None:
             selection.walk.note(self._site, args, kwargs, None)

@@ -12,7 +12,8 @@ import contextlib
 import fnmatch
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import wait
 from typing import BinaryIO, cast
 
 import torch
@@ -21,18 +22,17 @@ from deltafmt.container.reader import Container
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format.constants import BUFFER_ALIGNMENT, align
-from deltafmt.index.entries import TensorEntry
 from deltafmt.kernels.kind import Conversion
 from deltafmt.kernels.registry import KERNELS
-from deltafmt.kernels.xxh3.digests import are_loaded, digests, load_soon
+from deltafmt.kernels.xxh3.digests import are_loaded, digests, load_soon, wait_loaded
 from deltafmt.kernels.xxh3.digests import can_run as has_checksums
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.device_views import DeviceTensors
-from deltafmt.runtime.pinned import MAX_THREADS, give_ring, take_ring
+from deltafmt.runtime.pinned import MAX_THREADS, give_ring, start_threads, take_ring
+from deltafmt.runtime.placement import Placement
 from deltafmt.runtime.reading import Upload
 from deltafmt.runtime.unlocked import UnlockedUpload, takes
 from deltafmt.runtime.unlocked import can_run as can_unlock
-from deltafmt.runtime.upload_pieces import cut
 from deltafmt.runtime.upload_plan import UploadPlan
 
 PINNED_BYTES = 64 * 1024 * 1024
@@ -88,15 +88,45 @@ def load(
     """
     target = _device(device)
     count = _thread_count(threads)
-    with Container(path, mmap=False) as container:
-        if known is not None:
-            container.adopt(known.container)
-        names = _select(container, tensors)
-        plan = _place(container, None if tensors is None else names)
-        container.limits.check_output(plan.nbytes, container.size, 0, f"{container.name}: the device takes")
-        memory = _fill(container, plan, target, count, pinned_bytes, stream, verify=verify, cancel=cancel)
-    found = DeviceTensors(container, names, memory, plan)
-    return DeviceDelta(target, container.content_id.hex(), container.metadata, memory.nbytes, found)
+    with Container(path, mmap=False, earlier=None if known is None else known.container) as container:
+        placed = _place(container, tensors)
+        return _fill(container, placed, target, count, pinned_bytes, stream, verify=verify, cancel=cancel)
+
+
+def load_placed(
+    path: str, device: torch.device, placed: Placement, *, cancel: threading.Event | None = None
+) -> DeviceDelta:
+    """Bring a delta to a device whose index was read, and whose tensors were placed, before.
+
+    If the file's index is another now, it is placed anew. Otherwise as :func:`load`.
+    """
+    with Container(path, mmap=False, earlier=placed.container) as container:
+        if container.seal != placed.container.seal:
+            placed = _place(container, list(placed.names))
+        target = _device(device)
+        return _fill(container, placed, target, _thread_count(None), PINNED_BYTES, None, verify=True, cancel=cancel)
+
+
+def prepare(device: torch.device) -> None:
+    """Do now what the first load of a process would have to: pin buffers, start threads, load the checksum kernels."""
+    if device.type != "cuda":
+        return
+    ring = take_ring(device, PINNED_BYTES, BUFFER_BYTES if can_unlock(device) else LOCKED_BUFFER_BYTES)
+    stream = _upload_stream(device)
+    for buffer in ring.buffers:
+        buffer.recorded(stream)
+    give_ring(ring)
+    count = _thread_count(None)
+    together = threading.Barrier(count)  # no thread ends before all have begun
+    wait(start_threads(lambda _: _meet(together), count))
+    if has_checksums(device):
+        load_soon(device)
+        wait_loaded(device)
+
+
+def _meet(barrier: threading.Barrier) -> None:
+    """Wait for the other threads."""
+    barrier.wait()
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -127,11 +157,9 @@ def _thread_count(threads: int | None) -> int:
     return threads
 
 
-def _select(container: Container, tensors: str | Sequence[str] | None) -> list[str]:
+def _select(container: Container, tensors: str | Sequence[str]) -> list[str]:
     """Return the names that match, in the file's order."""
     names = container.keys()
-    if tensors is None:
-        return names
     chosen: set[str] = set()
     for pattern in [tensors] if isinstance(tensors, str) else tensors:
         found = [pattern] if pattern in container else fnmatch.filter(names, pattern)
@@ -141,22 +169,13 @@ def _select(container: Container, tensors: str | Sequence[str] | None) -> list[s
     return [name for name in names if name in chosen]
 
 
-def _place(container: Container, names: Iterable[str] | None) -> UploadPlan:
-    plan = UploadPlan()
-    if names is None and not any(layout.cold_only for layout in container.layouts):
-        plan.add_whole(container.sections)
-        return plan
-    entries: dict[str, TensorEntry] = {}
-    for name in container.keys() if names is None else names:
-        entry = container.entry(name)
-        entries[entry.target or name] = container.entry(entry.target) if entry.target else entry
-    plan.add_buffers(entries.values())
-    return plan
+def _place(container: Container, tensors: str | Sequence[str] | None) -> Placement:
+    return Placement.whole(container) if tensors is None else Placement.some(container, _select(container, tensors))
 
 
 def _fill(
     container: Container,
-    plan: UploadPlan,
+    placed: Placement,
     device: torch.device,
     threads: int,
     pinned_bytes: int,
@@ -164,8 +183,10 @@ def _fill(
     *,
     verify: bool,
     cancel: threading.Event | None,
-) -> torch.Tensor:
-    """Return the device allocation, filled with the file's bytes."""
+) -> DeviceDelta:
+    """Return the tensors of a device allocation that is filled with the file's bytes."""
+    plan = placed.layout.upload
+    container.limits.check_output(plan.nbytes, container.size, 0, f"{container.name}: the device takes")
     lane = None if device.type == "cpu" else stream or _upload_stream(device)
     # Until the kernels of a process are loaded, the threads take the checksums.
     later = _checked_there(container, plan) if verify and has_checksums(device) and are_loaded(device) else {}
@@ -180,7 +201,8 @@ def _fill(
                 torch.empty(align(nbytes, BUFFER_ALIGNMENT), dtype=torch.uint8, device=device)
                 for nbytes in (plan.nbytes, plan.scratch_bytes)
             )
-            pieces = cut(container.sections, plan, ring.buffer_bytes)
+            found = DeviceTensors(placed, memory)
+            pieces = placed.layout.pieces(container, ring.buffer_bytes)
             upload: Upload | UnlockedUpload
             if unlocked and lane is not None:
                 upload = UnlockedUpload(container, pieces, ring, memory, scratch, lane, verify=verify, cancel=cancel)
@@ -189,7 +211,7 @@ def _fill(
                     container, pieces, ring, memory, scratch, lane, verify=verify, later=later, cancel=cancel
                 )
             try:
-                upload.run(threads)
+                upload.run(threads, found.make_all if placed.known else None)
                 _check(container, memory, later)
                 _convert(container, plan, memory, scratch)
             except BaseException:
@@ -197,7 +219,7 @@ def _fill(
                     lane.synchronize()
                 # Somebody may keep the error, and with it the frames of its traceback: they must not hold the memory.
                 upload.forget()
-                del memory, scratch
+                del memory, scratch, found
                 raise
     finally:
         give_ring(ring)
@@ -207,7 +229,7 @@ def _fill(
         current = torch.cuda.current_stream(device)
         current.wait_stream(lane)
         memory.record_stream(current)
-    return memory
+    return DeviceDelta(device, container.content_id.hex(), container.metadata, memory.nbytes, found)
 
 
 def _checked_there(container: Container, plan: UploadPlan) -> dict[int, int]:

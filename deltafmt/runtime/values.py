@@ -9,7 +9,7 @@ import torch
 
 from deltafmt.kernels.products import operand_delta
 from deltafmt.runtime.device_delta import DeviceTensor
-from deltafmt.runtime.device_views import TORCH_DTYPES
+from deltafmt.runtime.dtypes import TORCH_DTYPES
 
 
 def dense_delta(tensor: DeviceTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:

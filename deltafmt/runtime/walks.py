@@ -6,7 +6,7 @@ This is the whole interface between the served modules and the question whose ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -107,6 +107,10 @@ class Walk:
         assert self.follower is not None
         counts = {source: len(slots) for source, slots in enumerate(self.slots)}
         self._form.note((id(site), number), self.follower.owners(tensor), counts)
+
+    def rows_first(self, sites: Iterable[int]) -> bool:
+        """Tell whether the call's form is known, and the modules of some sites are given the batch's rows in order."""
+        return self.follower is None and not self._leaf and self._form.rows_first(sites)
 
     def merging(self, site: object, alike: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
         """Return which of several tensors of one shape tells the rows of a value that is merged, and its number.

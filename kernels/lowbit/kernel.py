@@ -31,7 +31,7 @@ SCALES = tl.constexpr(RECORD.offset("scales"))
 ROWS = tl.constexpr(RECORD.offset("rows"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block1", "block2"])
 def lowbit_kernel(
     x_ptr, x_stride, order_ptr, tiles_ptr, records_ptr,
     y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, block1, block2,

@@ -31,7 +31,7 @@ class LowbitKernels(TermKernels[LowbitLayout]):
 
     def numbers(self, operand: Operand) -> Mapping[str, int]:
         """Return the numbers of an operand, whose codes must be aligned for loads of four words."""
-        if operand.buffers["codes"].data_ptr() % WORD_ALIGNMENT:
+        if operand.addresses()["codes"] % WORD_ALIGNMENT:
             raise UsageError(f"the codes of a lowbit operand begin at no multiple of {WORD_ALIGNMENT} bytes")
         return super().numbers(operand)
 

@@ -114,7 +114,7 @@ def spread_plane(sums, weights, p_words, words, m, TOKENS: tl.constexpr, WIDTH: 
     return new_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block1", "block2"])
 def spread_kernel(
     order_ptr, tiles_ptr, records_ptr, z_ptr,
     y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, block1, block2, ranks, scale_group,

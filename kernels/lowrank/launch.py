@@ -34,7 +34,7 @@ def launch_products(
     most: int,
 ) -> None:
     """Launch the products of one layout for slots of at most ``most`` tokens; see :meth:`.kind.TermKernels.launch`."""
-    tiles = segments.tiles(min(tile_tokens(min(segments.longest, most)), MOST_TILE), longest=most)
+    tiles = segments.tiles(min(tile_tokens(min(segments.usual, most)), MOST_TILE), longest=most)
     count = tiles.table.shape[0]
     layout, width = table.layout, table.records.shape[1]
     tokens = token_arguments(x, table, tiles)

@@ -47,7 +47,7 @@ def dense_tile(
     return tl.reshape(tile, [row.shape[0], group.shape[0] * PADDED])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block1", "block2"])
 def dot_kernel(
     x_ptr, x_stride, order_ptr, tiles_ptr, records_ptr,
     y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, block1, block2,
@@ -99,7 +99,7 @@ def dot_kernel(
 
 
 # Seeds are hashes: a variant for a seed of 1, which Triton would make a constant, helps nobody.
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "first_row", "rows"])
 def expand_kernel(
     codes_ptr, index_ptr, scales_ptr, seed, base_ptr, base_stride, out_ptr, out_stride, first_row, rows,
     columns, kept, code_words, index_words, scale_group, scales,
@@ -123,7 +123,7 @@ def expand_kernel(
     tl.store(out_ptr + o * out_stride + column[None, :], delta.to(out_ptr.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot_count"])
 def embedding_kernel(
     ids_ptr, slots_ptr, slot_count, records_ptr, y_ptr, y_stride, columns, kept, code_words, index_words, scale_group,
     scales,

@@ -44,7 +44,7 @@ def load_scale(scales_ptr, row, number, scales, mask, SHARE: tl.constexpr):
     return scale.to(tl.float32) * 0.5
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block1", "block2"])
 def element_kernel(
     x_ptr, x_stride, order_ptr, tiles_ptr, records_ptr,
     y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, block1, block2,

@@ -31,7 +31,7 @@ def interleave_rows(parts, SHARE: tl.constexpr):
         return tl.interleave(even, odd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block1", "block2", "slot"])
 def fused_kernel(
     x_ptr, weight0_ptr, weight1_ptr, weight2_ptr, y0_ptr, y1_ptr, y2_ptr, rows0, rows1, rows2, block1, block2,
     records_ptr, slot, columns, groups, code_words, words0, words1, index_words, places0, places1, places2,

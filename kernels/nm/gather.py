@@ -56,7 +56,7 @@ def multiply_plane(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block1", "block2"])
 def gather_kernel(
     x_ptr, x_stride, order_ptr, tiles_ptr, records_ptr,
     y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, block1, block2,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from deltafmt.kernels import devices
+from deltafmt.kernels.beside import may_launch
 from deltafmt.kernels.kind import Conversion, TermKernels
 from deltafmt.kernels.nm import decode
 from deltafmt.kernels.nm.rank_index.convert import convert_ranks
@@ -44,6 +45,8 @@ class NMKernels(TermKernels[NMLayout]):
 
         out = torch.empty(stop - start, operand.columns, device=operand.device)
         with devices.on_device_of(codes):
+            if not may_launch(out.device, lambda: launch.launch_expand(operand, None, out, start, stop)):
+                return decode.decode(operand, start, stop)
             launch.launch_expand(operand, None, out, start, stop)
         return out
 
@@ -90,6 +93,9 @@ class NMKernels(TermKernels[NMLayout]):
             return
         from deltafmt.kernels.nm import launch
 
+        if not may_launch(out.device, lambda: launch.launch_expand(operand, base, out, 0, operand.rows)):
+            super().add_to(base, operand, out)
+            return
         launch.launch_expand(operand, base, out, 0, operand.rows)
 
     def convert(self, source: torch.Tensor, target: torch.Tensor, jobs: Sequence[Conversion]) -> dict[int, str]:

@@ -94,7 +94,7 @@ def launch_products(
     """Launch the products of one layout: few tokens of a slot are gathered, many are multiplied by dense tiles."""
     limit = gather_tokens(table.layout)
     if segments.shortest <= limit:
-        tiles = segments.tiles(tile_tokens(min(segments.longest, limit)), longest=limit)
+        tiles = segments.tiles(tile_tokens(min(segments.usual, limit)), longest=limit)
         _launch_gather(outputs, x, table, tiles)
     if segments.longest > limit:
         tiles = segments.tiles(128 if segments.longest > 64 else 64, shortest=limit + 1)
@@ -210,7 +210,9 @@ def launch_expand(operand: Operand, base: torch.Tensor | None, out: torch.Tensor
     rows, groups = 32, max(1, 128 // padded)
     constants = _layout_constants(layout)
     grid = (-(-(stop - start) // rows), -(-layout.groups(operand.columns) // groups))
-    dense.expand_kernel[grid](
+    run(
+        dense.expand_kernel,
+        grid,
         codes_ptr=buffers["codes"],
         index_ptr=buffers.get("index", buffers["codes"]),
         scales_ptr=buffers["scales"],
@@ -236,7 +238,9 @@ def launch_embedding(output: torch.Tensor, ids: torch.Tensor, table: LayoutTable
     """Launch the addition of each token's row onto its embedding."""
     layout, block = table.layout, 256
     arguments = _element_arguments(layout, table.columns)
-    dense.embedding_kernel[(output.shape[0], -(-arguments["kept"] // block))](
+    run(
+        dense.embedding_kernel,
+        (output.shape[0], -(-arguments["kept"] // block)),
         ids_ptr=ids,
         slots_ptr=segments.slots,
         slot_count=segments.count,
@@ -276,7 +280,9 @@ def launch_fused(
     counts = [-(-output.shape[1] // (mask_rows * layout.share)) for output in outputs]
     weight, output = [*weights, weights[0], weights[0]], [*outputs, outputs[0], outputs[0]]
     arguments = gather_arguments(layout, step, columns, blocks)
-    fused.fused_kernel[(sum(counts),)](
+    run(
+        fused.fused_kernel,
+        (sum(counts),),
         x_ptr=x,
         **{f"weight{i}_ptr": weight[i] for i in range(MAX_PARTS)},
         **{f"y{i}_ptr": output[i] for i in range(MAX_PARTS)},

@@ -53,7 +53,7 @@ def read_fields(
     return field
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block1", "block2"])
 def sparse_kernel(
     x_ptr, x_stride, order_ptr, tiles_ptr, records_ptr,
     y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, block1, block2, columns, blocks, span,

@@ -30,7 +30,7 @@ def launch_products(
     most: int,
 ) -> None:
     """Launch the products of one layout for slots of at most ``most`` tokens; see :meth:`.kind.TermKernels.launch`."""
-    tiles = segments.tiles(tile_tokens(min(segments.longest, most)), longest=most)
+    tiles = segments.tiles(tile_tokens(min(segments.usual, most)), longest=most)
     layout = table.layout
     per_part, count = output_arguments(outputs, 32)
     run(

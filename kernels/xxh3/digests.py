@@ -36,10 +36,21 @@ def load_soon(device: torch.device) -> None:
     with _lock:
         if device not in _loaded:
             _loaded[device] = threading.Event()
-            threading.Thread(target=_load, args=(device,), name="deltafmt-xxh3", daemon=True).start()
+            thread = threading.Thread(target=_load, args=(device,), name="deltafmt-xxh3", daemon=True)
+            _threads[device] = thread
+            thread.start()
+
+
+def wait_loaded(device: torch.device) -> None:
+    """Wait until :func:`load_soon` has ended, whether it could load the kernels or not."""
+    with _lock:
+        thread = _threads.get(device)
+    if thread is not None:
+        thread.join()
 
 
 _lock = threading.Lock()
+_threads: dict[torch.device, threading.Thread] = {}
 _loaded: dict[torch.device, threading.Event] = {}
 
 

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from deltafmt.kernels.repeated import run
 from deltafmt.kernels.xxh3 import algorithm
 
 BLOCKS = 16
@@ -129,6 +130,8 @@ def accumulators(words: torch.Tensor, starts: np.ndarray, lengths: np.ndarray) -
     sums = torch.empty(int(rows.sum()), algorithm.LANES, dtype=torch.int64, device=device)
     out = torch.empty(len(table), algorithm.LANES, dtype=torch.int64, device=device)
     grid = triton.cdiv(int(rows.max()), BLOCKS), len(table)
-    _sums_kernel[grid](words, sections, _secret(device), sums, BLOCKS=BLOCKS, num_warps=4)
-    _chain_kernel[(len(table),)](words, sections, _constants(device), sums, out, UNROLL=UNROLL, num_warps=1)
+    common = {"p_data": words, "p_sections": sections, "p_sums": sums}
+    run(_sums_kernel, grid, **common, p_secret=_secret(device), BLOCKS=BLOCKS, num_warps=4)
+    chain = {**common, "p_constants": _constants(device), "p_out": out}
+    run(_chain_kernel, (len(table),), **chain, UNROLL=UNROLL, num_warps=1)
     return out

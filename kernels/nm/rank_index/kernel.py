@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 
 from deltafmt.kernels.nm.rank_index.jobs import RankJob
+from deltafmt.kernels.repeated import run
+from deltafmt.kernels.variants import is_collecting
 from deltafmt.terms.nm.index.rank import binomials
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.tiles import TILE_ROWS, placed_planes, planes
@@ -133,13 +135,15 @@ def launch_conversion(source: torch.Tensor, target: torch.Tensor, jobs: Sequence
         layout = jobs[numbers[0]].layout
         table = np.concatenate([_tile_rows(number, jobs[number]) for number in numbers])
         words = max(jobs[number].target_shape[1] for number in numbers)
-        _fixed_kernel[len(table), max(min(triton.cdiv(words, BLOCK_WORDS), MAX_BLOCKS), 1)](
-            source,
-            target,
-            torch.from_numpy(table).to(device),
-            _planes(layout.rank_bits, layout.position_bits, device),
-            _table(layout, device),
-            wrong,
+        run(
+            _fixed_kernel,
+            (len(table), max(min(triton.cdiv(words, BLOCK_WORDS), MAX_BLOCKS), 1)),
+            p_source=source,
+            p_target=target,
+            p_tiles=torch.from_numpy(table).to(device),
+            p_planes=_planes(layout.rank_bits, layout.position_bits, device),
+            p_binomials=_table(layout, device),
+            p_wrong=wrong,
             N=layout.n,
             M=layout.m,
             RANK_PLANES=len(planes(layout.rank_bits)),
@@ -148,4 +152,6 @@ def launch_conversion(source: torch.Tensor, target: torch.Tensor, jobs: Sequence
             BLOCK=BLOCK_WORDS,
             num_warps=4,
         )
+    if is_collecting():
+        return []
     return [int(number) for number in wrong.nonzero()[:, 0].cpu()]

@@ -1,0 +1,110 @@
+"""The seam to torch's compiler: which frames it looks into, and which it must not.
+
+A call of a served model begins with Python that belongs to no graph. That code runs with the compiler switched off; the
+model's own forward is run with the compiler that was on, if any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+import torch._dynamo as dynamo
+from torch._C._dynamo import eval_frame
+from torch._dynamo import decorators
+from torch._dynamo.comptime import comptime
+from torch._dynamo.eval_frame import skip_code
+
+from deltafmt.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def outside(function: F) -> F:
+    """Keep a function out of compiled code; what it calls may be compiled."""
+    return cast("F", decorators.skip(function))
+
+
+def suspend() -> object:
+    """Switch the compiler off in this thread, and return what :func:`resume` takes; None if it was off."""
+    if torch.compiler.is_compiling():
+        dynamo.graph_break(msg="a call of a model with deltas begins outside of compiled code; compile its layers")
+    return eval_frame.set_eval_frame(None)
+
+
+skip_code(suspend.__code__)  # where it is called with the compiler on
+
+
+def resume(compiler: object) -> None:
+    """Switch the compiler on in this thread."""
+    eval_frame.set_eval_frame(compiler)  # type: ignore[arg-type]
+
+
+def compiled(function: Callable[..., Any], compiler: object) -> Callable[..., Any]:
+    """Return a function that runs with a compiler on."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        eval_frame.set_eval_frame(compiler)  # type: ignore[arg-type]
+        try:
+            return function(*args, **kwargs)
+        finally:
+            eval_frame.set_eval_frame(None)
+
+    skip_code(run.__code__)
+    run.plain = function  # type: ignore[attr-defined]
+    return run
+
+
+def plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that :func:`compiled` was given; another function is what it is."""
+    return getattr(function, "plain", function)
+
+
+@outside
+def untraced(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function that the compiler does not look into, nor into what it calls."""
+    compiler = suspend()
+    try:
+        return function(*args, **kwargs)
+    finally:
+        resume(compiler)
+
+
+def uncompiled() -> contextlib.AbstractContextManager[object]:
+    """Run what is compiled in a model as it was written."""
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+
+
+def forget() -> None:
+    """Drop compiled code, which may hold modules as they were before a change."""
+    dynamo.reset_code_caches()
+
+
+def _note(context: Any) -> None:
+    key, given = context.get_local("key").as_fake(), context.get_local("given").as_fake()
+    key.seen = given._version  # noqa: SLF001 - torch has no other name for it
+
+
+def _check(context: Any) -> None:
+    key, given = context.get_local("key").as_fake(), context.get_local("given").as_fake()
+    if key.seen != given._version:  # noqa: SLF001
+        raise UsageError(
+            "the input of modules that compute together is written to between their calls; attach the deltas with "
+            "fuse=False to compile such a model"
+        )
+
+
+def note_input(key: torch.Tensor, given: torch.Tensor) -> None:  # noqa: ARG001 - the compiler reads them
+    """Note, in code that the compiler looks at, an input for which outputs are computed ahead."""
+    comptime(_note)
+
+
+def check_input(key: torch.Tensor, given: torch.Tensor) -> None:  # noqa: ARG001
+    """Refuse to compile code that has written to such an input since; compiled code has no count of changes.
+
+    Raises:
+        UsageError: the input was written to.
+    """
+    comptime(_check)

@@ -1,0 +1,191 @@
+"""Models with deltas in code that torch.compile makes: the same code serves every choice of deltas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.torch import save_file
+
+import deltafmt
+from deltafmt.errors import UsageError
+from deltafmt.methods import DeltaDQ
+from deltafmt.runtime import operations
+from deltafmt.transformers import attach, detach
+from tiny_models import Tiny, close, generate, ids, logits, made_once, shake
+
+pytestmark = pytest.mark.filterwarnings("default")  # torch's and transformers' own
+
+MIXTURES: list[Any] = [
+    ["one", None, "two", "one"],
+    "two",
+    None,
+    ["two", "two", None, None],
+    "one",
+    [None, "one", "one", "two"],
+]
+
+
+@pytest.fixture
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    import torch._dynamo.utils
+
+    torch._dynamo.reset()
+    counters().clear()
+    return made_once(request, tmp_path_factory)
+
+
+def counters() -> Any:
+    """Return what torch counts of its compiler's work."""
+    return torch._dynamo.utils.counters
+
+
+def expected(tiny: Tiny, tokens: Any) -> dict[Any, Any]:
+    """Return the logits of the base and of the unpacked fine-tunes."""
+    found = {name: logits(tiny.load(folder), tokens) for name, folder in tiny.unpacked.items()}
+    return {**found, None: logits(tiny.load(), tokens)}
+
+
+def check(found: Any, want: dict[Any, Any], names: Any, same: Any = close) -> None:
+    """Compare each row with what the row's fine-tune gives."""
+    for row in range(len(found)):
+        assert same(found[row], want[names[row] if isinstance(names, list) else names][row]), (names, row)
+
+
+def test_one_compiled_model_serves_every_mixture(tiny: Tiny) -> None:
+    """Deltas that are added, replaced, removed and evicted need no other code."""
+    tokens = ids(4, 3)
+    want = expected(tiny, tokens)
+    model = attach(tiny.load(), tiny.deltas)
+    compiled = torch.compile(model, backend="aot_eager")
+    with model.delta(MIXTURES[0]):
+        logits(compiled, tokens)  # looks for reads of weights, and runs as it is
+    with model.delta("one"):
+        logits(compiled, tokens)
+    counters().clear()
+    for names in MIXTURES:
+        with model.delta(names):
+            check(logits(compiled, tokens), want, names)
+        model.deltas.replace("two", tiny.deltas["two"])
+    model.deltas.remove("one")
+    with model.delta(["two", None, None, "two"]):
+        check(logits(compiled, tokens), want, ["two", None, None, "two"])
+    model.deltas.add("one", tiny.deltas["two"])
+    with model.delta("one"):
+        check(logits(compiled, tokens), want, "two")
+    assert counters()["stats"]["unique_graphs"] == 1
+    assert not counters()["unimplemented"]
+    with model.delta([{"two": 0.5}, None, "two", None]):  # a sum of deltas runs as it is
+        found = logits(compiled, tokens)
+        assert close(found[1:], torch.stack([want[None][1], want["two"][2], want[None][3]]))
+        assert not close(found[0], want["two"][0])
+    assert counters()["stats"]["unique_graphs"] == 1
+    detach(model)
+    check(logits(compiled, tokens), want, None)
+
+
+def test_a_model_that_was_compiled_before(tiny: Tiny) -> None:
+    tokens = ids(4, 3)
+    want = expected(tiny, tokens)
+    model = tiny.load()
+    compiled = torch.compile(model, backend="eager")
+    check(logits(compiled, tokens), want, None)
+    attach(model, {})
+    model.deltas.add("one", tiny.deltas["one"])
+    for names in ("one", [None, "one", None, None]):
+        for _ in range(2):  # the first call of a kind runs as it is
+            with model.delta(names):
+                check(logits(compiled, tokens), want, names)
+
+
+def test_generate_with_a_static_cache_compiles_once(tiny: Tiny) -> None:
+    tokens = ids(4, 5)
+    options = transformers.CompileConfig(backend="eager", mode=None)
+    options._compile_all_devices = True
+    want = {name: generate(tiny.load(folder), tokens) for name, folder in tiny.unpacked.items()}
+    want[None] = generate(tiny.load(), tokens)
+    model = attach(tiny.load(), tiny.deltas)
+    counters().clear()
+    for names in MIXTURES:
+        found = generate(model, tokens, delta=names, cache_implementation="static", compile_config=options)
+        check(found, want, names, torch.equal)
+    assert counters()["stats"]["unique_graphs"] == 1
+
+
+def test_decoder_layers_are_whole_graphs(tiny: Tiny) -> None:
+    """One code for all layers, whatever they serve; called by itself, a layer serves its block."""
+    tokens = ids(4, 3)
+    want = expected(tiny, tokens)
+    model = attach(tiny.load(), tiny.deltas)
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend="eager")
+    for names in MIXTURES:
+        with model.delta(names):
+            for _ in range(2):
+                check(logits(model, tokens, use_cache=False), want, names)
+    assert counters()["stats"]["unique_graphs"] == 1
+    layer, x = model.model.layers[0], torch.randn(4, 3, 32)
+    place = model.model.rotary_emb(x, torch.arange(3)[None])
+    for names in MIXTURES:
+        with model.delta(names):
+            found = layer(x, position_embeddings=place)
+            assert close(found, type(layer).forward(layer, x, position_embeddings=place))
+    with model.delta({"one": 0.5}), pytest.raises(UsageError, match="no sums"):
+        layer(x, position_embeddings=place)
+
+
+class Pair(torch.nn.Module):
+    """Modules that share their input, unless it is written to in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Linear(32, 16), torch.nn.Linear(32, 24)
+        self.way = "same"
+
+    def forward(self, x: Any) -> Any:
+        """Call both."""
+        first = self.a(x)
+        if self.way == "changed":
+            x += 1
+        return torch.cat([first, self.b(x + 1 if self.way == "other" else x)], -1)
+
+
+def test_siblings_are_given_the_same_input_or_compute_alone(tmp_path: Path) -> None:
+    save_file(Pair().state_dict(), tmp_path / "base.safetensors")
+    tuned = Pair()
+    shake(tuned, 3, 0.1)
+    save_file(tuned.state_dict(), tmp_path / "tuned.safetensors")
+    method = DeltaDQ(2, 8, 4)
+    deltafmt.pack(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "d", method=method)
+    torch._dynamo.reset()
+    model, apart = attach(Pair(), {"d": tmp_path / "d"}), attach(Pair(), {"d": tmp_path / "d"}, fuse=False)
+    x = torch.randn(2, 3, 32)
+    for mode in (torch.no_grad, torch.inference_mode):
+        for way in ("same", "other", "same"):
+            model.way = apart.way = way
+            with mode(), model.delta("d"), apart.delta("d"):
+                model(x), model(x)
+                assert close(torch.compile(model, backend="eager")(x), apart(x)), way
+    model.way = "changed"
+    with model.delta("d"), pytest.raises(Exception, match="attach the deltas with fuse=False to compile"):
+        torch.compile(model, backend="eager")(x.clone())
+
+
+def test_code_of_deltas_that_are_gone_is_refused() -> None:
+    with pytest.raises(UsageError, match="no longer attached"):
+        operations.multiply_([torch.zeros(1, 1)], torch.zeros(1, 1), torch.zeros(1))
+
+
+def test_a_gradient_is_refused_as_without_a_compiler(tiny: Tiny) -> None:
+    model = attach(tiny.load(), tiny.deltas)
+    model.model.layers[0].compile(backend="eager")
+    x = model.model.embed_tokens.weight[None, :3]
+    place = model.model.rotary_emb(x, ids(1, 3))
+    with model.delta("one"), torch.enable_grad(), pytest.raises(UsageError, match="would compute a gradient"):
+        model.model.layers[0](x, position_embeddings=place)
