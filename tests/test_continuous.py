@@ -118,6 +118,20 @@ def test_one_name_for_all_and_none(tiny: Tiny) -> None:
     assert batch(model, few) == [continued(tiny.load(), tokens) for tokens in few]
 
 
+def test_requests_of_a_model_with_compiled_layers(tiny: Tiny) -> None:
+    few, names = PROMPTS[:3], ("one", None, "two")
+    model = attach(tiny.load(), tiny.deltas)
+    want = [continued(model, tokens, delta=name) for tokens, name in zip(few, names, strict=True)]
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    assert batch(model, few, delta=names) == want
+    tokens = torch.tensor([few[0]])
+    with model.delta("one"):
+        for _ in range(2):
+            model(tokens)  # in compiled code from here on
+    assert batch(model, few, delta=names) == want
+
+
 @every(["gemma3"])
 def test_sums_beside_single_deltas(tiny: Tiny) -> None:
     names = [{"one": 0.5, "two": 0.5}, "one", None, {"two": 2.0}]

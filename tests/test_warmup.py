@@ -31,7 +31,7 @@ from deltafmt.kernels import compiling, devices
 from deltafmt.kernels.compiling import compile_variants, parse_target
 from deltafmt.kernels.launching import launch_products
 from deltafmt.kernels.products import can_fuse, fused_linear
-from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.segments import FixedSegments, Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.kernels.variants import Variant, collecting
 from deltafmt.runtime import warmup as warmup_module
@@ -74,6 +74,14 @@ def test_every_launch_was_foreseen(layout: object, tmp_path: Path) -> None:
                     if set(given_slots) == {1} and can_fuse(table, 1, len(x)):
                         weights = [torch.zeros(rows, COLUMNS, dtype=torch.bfloat16) for rows in parts]
                         fused_linear(x, weights, table, 1)
+                assert foreseen >= found.keys()
+        for tokens in (1, 16, 300):
+            if tokens <= table.fewest:
+                outputs = [torch.zeros(tokens, rows, dtype=torch.bfloat16) for rows in parts]
+                with collecting() as found:
+                    x = torch.zeros(tokens, COLUMNS, dtype=torch.bfloat16)
+                    launch_products(outputs, x, table, FixedSegments(tokens, 64, torch.device("cpu")))
+                assert found
                 assert foreseen >= found.keys()
 
 

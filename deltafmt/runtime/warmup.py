@@ -31,7 +31,7 @@ from deltafmt.kernels.operand import Operand, buffer_forms
 from deltafmt.kernels.products import can_fuse, fused_linear
 from deltafmt.kernels.record import MAX_PARTS
 from deltafmt.kernels.registry import KERNELS, kernels_of
-from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.segments import FixedSegments, Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.kernels.variants import Variant, collecting
 from deltafmt.runtime.dtypes import TORCH_DTYPES
@@ -39,8 +39,10 @@ from deltafmt.runtime.upload import prepare
 from deltafmt.terms.layout import TermLayout
 
 TOKENS = (1, 16, 2048)
-# Slots of an operand table: how many programs a launch has depends on it a little.
+# Deltas in a batch: how many programs a launch has depends on it a little.
 SLOTS = (4, 16, 64)
+# Slots of the tables of a model, of which compiled code takes any number to be in use.
+ALL_SLOTS = (64, 256, 1024)
 META = torch.device("meta")
 
 _EMBEDDING = re.compile(r"emb|wte|wpe|shared", re.IGNORECASE)
@@ -260,12 +262,18 @@ def variants_of(
         for number, each in batches
         for slots in SLOTS
     }
+    cpu = torch.device("cpu")
+    fixed = [FixedSegments(number, slots, cpu) for number in sorted(set(tokens)) for slots in ALL_SLOTS]
     with collecting() as found:
         for parts in products:
             for slots in SLOTS:
                 table = _table(parts, slots)
                 for number, each in batches:
                     _collect_product(table, parts, number, segments[number, each, slots])
+            table = _table(parts, 1)
+            for one in fixed:
+                if one.tokens <= table.fewest:
+                    _collect_product(table, parts, one.tokens, one)
             for number in tokens:
                 _collect_fused(_table(parts, 1), parts, number)
         for part in embeddings:
