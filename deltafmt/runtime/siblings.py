@@ -103,9 +103,10 @@ class Siblings:
 
     def grow(self, slots: int) -> None:
         """Make the table larger, for ``slots`` slots."""
-        old, self._table = self._table, self._new_table(slots)
+        grown = self._new_table(slots)
         for slot in self._slots:
-            self._table.put(slot, old.operands(slot))
+            grown.put(slot, self._table.operands(slot))
+        self._table = grown  # now that it is full: another thread may be about to multiply with it
 
     def dissolve(self) -> None:
         """Give each module its own forward back."""
@@ -130,19 +131,25 @@ class Siblings:
                 output = self._take(site, args[0], selection)
                 if output is None and site is first:
                     output = self._compute(args[0], selection)
+            # Everything is added here, whether the module has a hook or not: one may come or go while this runs.
+            selection.finished.discard(id(site))
+            selection.multiplied.discard(id(site))
             if output is None:
-                selection.multiplied.discard(id(site))
                 output = forward(*args, **kwargs)
             else:
-                # For the hook, if the module has one: another delta may just have brought it.
                 selection.multiplied.add(id(site))
-                if not selection.mixes:
-                    site.ran = True
-                    return output
+                if selection.walk is not None and selection.walk.follower is not None:
+                    selection.walk.follower.same_rows(output, args[0])
+            if id(site) in selection.multiplied and not selection.mixes and site.multiplies_only:
+                selection.multiplied.discard(id(site))
+                site.ran = True
+            else:
+                found = self._after(site, args, kwargs, output)
+                selection.multiplied.discard(id(site))
+                output = output if found is None else found
             if site.hooked:
-                return output
-            found = self._after(site, args, kwargs, output)
-            return output if found is None else found
+                selection.finished.add(id(site))
+            return output
 
         return _Forward(fused)
 
