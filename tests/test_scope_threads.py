@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from safetensors.torch import save_file
+
+import deltafmt
 from deltafmt.errors import UsageError
+from deltafmt.methods import RTN
+from deltafmt.transformers import attach, detach
 from served import ENDED, OUTSIDE, Served
 from tiny_models import generate, ids, made_once
 
@@ -286,3 +292,58 @@ def test_tasks(served: Served) -> None:
 
     asyncio.run(main())
     served.check_clean()
+
+
+class _Slow(torch.nn.Linear):
+    """A linear module whose forward waits in one thread."""
+
+    waits: Any = None
+
+    def forward(self, x: Any) -> Any:
+        """Multiply, and wait where the thread is to."""
+        found = super().forward(x)
+        if self.waits is not None and threading.get_ident() == self.waits[0]:
+            self.waits[1].set()
+            assert self.waits[2].wait(60)
+        return found
+
+
+class _Pair(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = _Slow(32, 32, bias=False), _Slow(32, 32, bias=False), _Slow(32, 32, bias=False)
+
+    def forward(self, x: Any) -> Any:
+        """Give two siblings the same input."""
+        return self.c(self.a(x) * self.b(x))
+
+
+def test_a_call_that_began_before_siblings_were_found(tmp_path: Path) -> None:
+    """Another thread finds that two modules share their input while a call is inside of one of them."""
+    torch.manual_seed(0)
+    base = _Pair()
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    save_file({key: value + 0.1 for key, value in base.state_dict().items()}, tmp_path / "tuned.safetensors")
+    deltafmt.pack(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "d", method=RTN(8))
+    model = attach(base, {"d": tmp_path / "d"}, verify_base=False)
+    x = torch.randn(2, 32)
+    inside, go = threading.Event(), threading.Event()
+    found: list[Any] = []
+
+    def serve() -> None:
+        model.a.waits = (threading.get_ident(), inside, go)
+        found.append(model(x, delta="d"))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert inside.wait(60)
+    want = [model(x, delta="d") for _ in range(3)]
+    go.set()
+    thread.join()
+    want += [model(x, delta="d") for _ in range(2)]
+    assert model.deltas._served._groups
+    for one in (*found, *want):
+        assert torch.allclose(one, want[0], atol=1e-6)
+    assert not torch.allclose(model(x), want[0], atol=1e-2)
+    assert not any(site.hooked for site in model.deltas._served.sites() if site.module is not model.c)
+    detach(model)

@@ -348,3 +348,17 @@ def test_replace_under_load(tiny: Tiny) -> None:
     assert wrong == []
     assert len(model.deltas._versions) == 1
     detach(model)
+
+
+def test_two_uses_of_a_replaced_version_end_at_once(tiny: Tiny) -> None:
+    """Both threads free the old version; by then the second may find a newer one, which it must leave alone."""
+    model = attach(tiny.load(), {"a": tiny.deltas["one"]})
+    tokens = ids(1, 5)
+    model.deltas.replace("a", tiny.deltas["two"])
+    want = logits(model, tokens, delta="a")
+    model.deltas.replace("a", tiny.deltas["two"])
+    model.deltas._pool.retire("a")
+    model.deltas._pool.retire("a (2)")
+    assert torch.equal(logits(model, tokens, delta="a"), want)
+    assert len(model.deltas._versions) == 1
+    detach(model)

@@ -78,7 +78,10 @@ class Deltas:
         device = device_of(model) if device is None else torch.device(device)
         self._verify_base = verify_base
         self.scope = Scope()
-        self.served = ServedModules(model, device, self.scope.active, fuse=fuse)
+        # Keys of versions that were freed, or will be. No other version gets one: a thread whose use of the old version
+        # has ended may be about to free it by its key, although another thread has done so.
+        self._replaced: set[str] = set()
+        self.served = ServedModules(model, device, self.scope.active, self.scope.alone, fuse=fuse)
         self._examiner = Examiner(
             model, device, self.served.siblings_of, verify_base=verify_base, ignore=ignore, rename=rename
         )
@@ -154,9 +157,13 @@ class Deltas:
                 before = self.known(name)
                 self._show(version, found)
         except BaseException:
-            self._pool.retire(version.key)
+            self._retire(version)
             raise
-        self._pool.retire(before.key)
+        self._retire(before)
+
+    def _retire(self, version: Attached) -> None:
+        self._replaced.add(version.key)
+        self._pool.retire(version.key)
 
     def remove(self, name: str) -> None:
         """Detach one delta and free its memory.
@@ -356,7 +363,7 @@ class Deltas:
     def _register(self, version: Attached, found: Examined) -> None:
         """Make a version known to the residency and to the modules that it changes."""
         keys = itertools.chain([version.name], (f"{version.name} ({number})" for number in itertools.count(2)))
-        version.key = key = next(key for key in keys if key not in self._store.files)
+        version.key = key = next(key for key in keys if key not in self._store.files and key not in self._replaced)
         self._store.files[key] = version.file
         try:
             self.residency.add(key)

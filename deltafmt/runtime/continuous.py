@@ -408,10 +408,12 @@ def bound(scope: Scope, selection: Selection | None) -> Iterator[None]:
     call = scope.call
     before = call.bound, call.selection, call.block
     call.bound, call.selection, call.block = True, selection, None
+    scope.begin_call()
     try:
         with torch.no_grad():
             yield
     finally:
+        scope.end_call()
         call.bound, call.selection, call.block = before
 
 

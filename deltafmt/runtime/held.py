@@ -81,7 +81,7 @@ class Pool:
             self.holds -= 1
             retired = list(self._retired)
         for key in retired:
-            self.retire(key)
+            self._free(key)
 
     def hold(self, rows: Rows, attached: Mapping[str, Attached], wait: float, is_base: Callable[[], bool]) -> Held:
         """Return the deltas of some rows, on the device.
@@ -110,10 +110,14 @@ class Pool:
         """Free a version of a delta as soon as nothing uses it."""
         with self._lock:
             self._retired.add(key)
+        self._free(key)
+
+    def _free(self, key: str) -> None:
         try:
             self.residency.remove(key)
         except UsageError:
-            return  # in use; the end of that use frees it, or another thread has freed it already
+            if self.residency.knows(key):
+                return  # in use; the end of that use frees it
         with self._lock:
             self._retired.discard(key)
         self._forget(key)

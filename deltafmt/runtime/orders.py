@@ -53,6 +53,11 @@ class Order:
             return self.line.expand(self.tokens)
         return self.memo("flat", lambda: self.line[None, :, None].expand(self._before, -1, self._after).reshape(-1))
 
+    def host_slots(self) -> list[int]:
+        """Return each token's slot."""
+        found: list[int] = self._flat().tolist()
+        return found
+
     def slots(self) -> torch.Tensor:
         """Return each token's slot, int64; sums keep their numbers."""
         return self.memo("slots", lambda: self._flat().to(self._device))

@@ -58,6 +58,11 @@ class Residency(Generic[V, H]):
             found = [(item.last_use, name) for name, item in self._items.items() if item.value is not None]
         return [name for _, name in sorted(found)]
 
+    def knows(self, name: str) -> bool:
+        """Tell whether a name is known."""
+        with self._changed:
+            return name in self._items
+
     def loading(self, name: str) -> bool:
         """Tell whether a value is on its way to the device."""
         with self._changed:

@@ -244,6 +244,7 @@ class Scope:
 
     def __init__(self) -> None:
         self.epoch = 0
+        self._calling: dict[int, int] = {}
         self.lock = threading.RLock()
         self.call = Call()
         self._open: dict[Block, None] = {}
@@ -287,6 +288,25 @@ class Scope:
         if strict:
             self._refuse_others(frames)
         return None
+
+    def begin_call(self) -> None:
+        """Count a call of the model that this thread begins."""
+        me = threading.get_ident()
+        with self.lock:
+            self._calling[me] = self._calling.get(me, 0) + 1
+
+    def end_call(self) -> None:
+        """Count a call less."""
+        me = threading.get_ident()
+        with self.lock:
+            self._calling[me] -= 1
+            if not self._calling[me]:
+                del self._calling[me]
+
+    def alone(self) -> bool:
+        """Tell whether no other thread is in a call of the model."""
+        with self.lock:
+            return not self._calling.keys() - {threading.get_ident()}
 
     def opened(self, block: Block) -> None:
         """Note a block that was entered."""
@@ -332,9 +352,10 @@ class Scope:
 class Bound:
     """A context manager: one call of a model, bound to a block or to the base."""
 
-    __slots__ = ("_before", "_block", "_call", "_extra", "_gradients", "selection")
+    __slots__ = ("_before", "_block", "_call", "_extra", "_gradients", "_scope", "selection")
 
     def __init__(self, scope: Scope, block: Block | None) -> None:
+        self._scope = scope
         self._call = scope.call
         self._block = block
         self._extra: Hold | None = None
@@ -352,11 +373,13 @@ class Bound:
                 self._gradients.__enter__()
         self._before = call.bound, call.selection, call.block  # type: ignore[assignment]
         call.bound, call.selection, call.block = True, self.selection, block
+        self._scope.begin_call()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Return to what the thread was in before."""
         call = self._call
+        self._scope.end_call()
         call.bound, call.selection, call.block = self._before
         if self._gradients is not None:
             self._gradients.__exit__(None, None, None)

@@ -64,6 +64,7 @@ class Selection:
         stash: tensors that a module's hook before the forward leaves for its hook after it, by the site's id.
         waiting: outputs that were computed ahead.
         multiplied: the ids of the sites whose output contains the deltas' products already.
+        finished: the ids of the sites whose output contains all of the deltas already, for the modules' hooks.
     """
 
     packed = False
@@ -89,6 +90,7 @@ class Selection:
         self.stash: dict[int, torch.Tensor] = {}
         self.waiting: Waiting | None = None
         self.multiplied: set[int] = set()
+        self.finished: set[int] = set()
         self._each = each
         self._names = len(slots)
         self._alone: dict[int, Selection] = {}

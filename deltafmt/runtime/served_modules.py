@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,17 +43,21 @@ class ServedModules:
         model: the model.
         device: the device of all deltas.
         active: a function that returns the selection of the calling thread, or None if it serves no delta.
+        alone: a function that tells whether no other thread is in a call of the model.
         fuse: let linear modules that receive the same input share one launch.
 
     Attributes:
         count: the number of slots of every operand table.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, active: Active, *, fuse: bool) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, active: Active, alone: Callable[[], bool], *, fuse: bool
+    ) -> None:
         self.count = 0
         self._model = model
         self._device = device
         self._active = active
+        self._alone = alone
         self._fuse = fuse
         self._lock = threading.RLock()
         self._memory = RecordMemory(device)
@@ -278,9 +282,14 @@ class ServedModules:
         site.hooked = True
 
     def _settle(self, groups: Iterable[Siblings]) -> None:
-        """Hook the modules of groups that need more than products, and take the hooks from those that do not."""
+        """Hook the modules of groups that need more than products, and take the hooks from those that do not.
+
+        A call in another thread may have begun with the module's own forward, whose deltas the hook adds. While there
+        is one, the hooks stay; a later call takes them.
+        """
+        alone = self._alone()
         for site in itertools.chain.from_iterable(group.sites for group in groups):
-            if site.hooked and site.multiplies_only:
+            if site.hooked and site.multiplies_only and alone:
                 for hook in self._hooks.pop(id(site)):
                     hook.remove()
                 site.hooked = False
@@ -293,6 +302,12 @@ class ServedModules:
         """Return a module's output with the deltas of the calling thread; None if there are none."""
         selection = self._active()
         if selection is None:
+            return None
+        if id(site) in selection.finished:
+            selection.finished.discard(id(site))
+            if site.multiplies_only and id(site) in self._groups:
+                with self._lock:
+                    self._settle([self._groups[id(site)]])
             return None
         output = settled(output)
         walk = selection.walk

@@ -199,25 +199,32 @@ class Siblings:
         if selection is None or not selection.touched:
             return member.plain(*args, **kwargs)
         site, output = member.site, None
-        if selection.walk is not None and selection.walk.follower is not None:
+        follower = None if selection.walk is None else selection.walk.follower
+        if selection.walk is not None and follower is not None:
             selection.walk.note(site, args, kwargs, None)
         if self._serves(selection) and shareable(args, kwargs):
             output = self._take(site, args[0], selection)
             if output is None and member.number == 0:
                 output = self._compute(args[0], selection)
+        # Everything is added here, whether the module has a hook or not: one may come or go while this runs.
+        selection.finished.discard(id(site))
+        selection.multiplied.discard(id(site))
         if output is None:
-            selection.multiplied.discard(id(site))
             output = member.plain(*args, **kwargs)
         else:
-            # For the hook, if the module has one: another delta may just have brought it.
             selection.multiplied.add(id(site))
-            if not selection.mixes:
-                site.ran = True
-                return output
+            if follower is not None:
+                follower.same_rows(output, args[0])
+        if id(site) in selection.multiplied and not selection.mixes and site.multiplies_only:
+            selection.multiplied.discard(id(site))
+            site.ran = True
+        else:
+            found = self._after(site, args, kwargs, output)
+            selection.multiplied.discard(id(site))
+            output = output if found is None else found
         if site.hooked:
-            return output
-        found = self._after(site, args, kwargs, output)
-        return output if found is None else found
+            selection.finished.add(id(site))
+        return output
 
     def traced(self, number: int, args: Any, kwargs: Any) -> Any:
         """Return a module's output while the compiler looks on: the same code for every selection.
@@ -324,7 +331,7 @@ def multiply_now(
     """
     where = sites[0].name
     tokens = given.numel() // given.shape[-1]
-    segments = standing.segments(tokens, where)
+    segments = standing.segments(given, where)
     if segments is None:
         return
     if given.is_cuda and tokens > table.fewest:

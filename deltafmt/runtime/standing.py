@@ -15,7 +15,8 @@ import torch
 
 from deltafmt.errors import UsageError
 from deltafmt.kernels.segments import FixedSegments
-from deltafmt.runtime.selection import BASE, Selection, outside_error
+from deltafmt.runtime.selection import BASE, Selection
+from deltafmt.runtime.walks import mixed_error
 
 Active = Callable[[], Selection | None]
 Wanted = defaultdict[int, set[tuple[int, int, int]]]
@@ -142,12 +143,18 @@ class Standing:
         """Note that no call of the model is under way in this thread."""
         self._thread.now = None
 
-    def segments(self, tokens: int, where: str) -> FixedSegments | None:
+    def segments(self, given: torch.Tensor, where: str) -> FixedSegments | None:
         """Return the segments of a module's tokens; None if they all use the base.
 
+        Args:
+            given: the module's input, shape (..., columns).
+            where: its name, for messages.
+
         Raises:
-            UsageError: a module is captured outside of a call of its model, or a row uses a sum of deltas.
+            UsageError: a module is captured outside of a call of its model, or a row uses a sum of deltas; or whose
+                rows these are cannot be told.
         """
+        tokens = given.numel() // given.shape[-1]
         self.used = True
         if self._thread.now is not None:
             return self._thread.now.segments(tokens, where)
@@ -156,11 +163,12 @@ class Standing:
         if selection is None or not selection.touched:
             return None
         refuse_mixes(selection)
-        if not selection.uniform:
-            raise outside_error(where)
+        order = selection.order(self, 0, given, given.shape[:-1], where)
+        if order is None:
+            raise mixed_error(where, given.shape)
         # Not kept: it may lie in the memory of a graph that is about to be captured.
         segments = FixedSegments(tokens, selection.count, self.device, self._wanted[tokens])
-        segments.fill(list(selection.slots) * tokens)
+        segments.fill(order.host_slots())
         return segments
 
     def refuse_captured(self, where: str) -> None:
