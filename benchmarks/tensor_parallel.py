@@ -76,7 +76,9 @@ def load(folder: Path, gpus: int) -> Any:
     cut = {"tp_plan": "auto"} if gpus > 1 else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the older spelling works in all releases
-        model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, **cut).eval()
+        model = LlamaForCausalLM.from_pretrained(
+            folder / "base", dtype=torch.bfloat16, trust_remote_code=False, **cut
+        ).eval()
     return model if gpus > 1 else model.to("cuda")
 
 

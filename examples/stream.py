@@ -65,7 +65,8 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = AutoModelForCausalLM.from_pretrained(NANO / "base", dtype=torch.bfloat16).eval().to(device)
+    base = AutoModelForCausalLM.from_pretrained(NANO / "base", dtype=torch.bfloat16, trust_remote_code=False)
+    base = base.eval().to(device)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(NANO / "tokenizer.json"))
     lines = (NANO / "eval.jsonl").read_text("utf-8").splitlines()[: len(DELTAS)]
     problems = dict(zip(DELTAS, map(json.loads, lines), strict=True))

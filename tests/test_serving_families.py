@@ -28,8 +28,7 @@ TWICE: Final = ("mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe", "ma
 
 # Families that refuse a mixed batch: what the documentation says, and what the message says.
 ONE_AT_A_TIME: Final = {
-    **dict.fromkeys(("t5", "mt5", "umt5"), ("relative positions", "relative_attention_bias is given the shape")),
-    **dict.fromkeys(("pegasus", "whisper"), ("1-d positions", "embed_positions is given the shape")),
+    "siglip": ("a query that is the same for all rows", "is given the shape"),
     "deberta": ("relative positions", "is given the shape"),
     "swin": ("windows as rows", "is given the shape"),
 }

@@ -56,8 +56,7 @@ last rule that matches decides:
   --rule lm_head.weight exact
 
 Vectors, tensors that the base lacks or has in another shape, and dtypes other
-than BF16, F16 and F32 are stored whole. An interrupted pack goes on when the
-same command is run again.
+than BF16, F16 and F32 are stored whole. An interrupted pack goes on if run again.
 """
 
 

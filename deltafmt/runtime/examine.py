@@ -20,6 +20,7 @@ from deltafmt.runtime.float8 import find_scales
 from deltafmt.runtime.model_batch import refuse_elsewhere, refuse_offloaded, refuse_parallel
 from deltafmt.runtime.parallel import StandIns, own_forward
 from deltafmt.runtime.substituted import refuse_other
+from deltafmt.runtime.uncopied import Uncopied
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,6 +157,7 @@ class Examiner:
         """
         held = bound.module.__dict__
         known = "_hf_hook" in held or bound.local is not None or own_forward(bound.module) is not None
+        known = known or isinstance(held.get("forward"), Uncopied)  # of the calls of a model inside the model
         if "forward" in held and not known and not self._fused(bound.module):
             raise UsageError(
                 f'module "{bound.name}", a {type(bound.module).__name__}, was given another forward, of which deltafmt '

@@ -10,9 +10,11 @@ This is slow, so it is done for the first call of each form; :mod:`deltafmt.runt
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltafmt.runtime import follow_rules as rules
@@ -20,6 +22,24 @@ from deltafmt.runtime.owners import LOST, Found, Owners, joined
 
 _NAME: Final = "_deltafmt_owners"
 _VIEWED: Final = "_deltafmt_viewed"
+
+
+def _each(tensor: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    """Return the values of a tensor that has one for each delta (:mod:`deltafmt.runtime.per_delta`)."""
+    found: tuple[torch.Tensor, ...] | None = getattr(tensor, "each", None)
+    return found
+
+
+def _alike(told: Sequence[Found]) -> Found:
+    """Return owners that are the same for every delta; LOST where they are not."""
+    first = told[0]
+    for other in told[1:]:
+        if isinstance(first, Owners) and isinstance(other, Owners):
+            if first.source != other.source or not torch.equal(first.items, other.items):
+                return LOST
+        elif other is not first:
+            return LOST
+    return first
 
 
 class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -78,7 +98,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif rule is None:
             found = LOST
         else:
-            found = rule(rules.Seen(self.owners, func, args, kwargs, changed))
+            found = self._ruled(rule, func, args, kwargs, changed)
         for number, tensor in enumerate(changed):
             one = found[number] if isinstance(found, tuple) else found
             self.mark(tensor, one)
@@ -87,6 +107,29 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if changed and name in ("slice", "select") and isinstance(args[0], torch.Tensor):
             setattr(changed[0], _VIEWED, (self, args[0], name, args[1] if len(args) > 1 else 0, args[2:]))
         return output
+
+    def _ruled(self, rule: rules.Rule, func: Any, args: Any, kwargs: Any, changed: list[torch.Tensor]) -> Any:
+        """Return what a rule says of an operation; of values per delta, what it says of all of them alike."""
+        tensors = [*rules.tensors_in((args, kwargs)), *changed]
+        count = max((len(each) for tensor in tensors if (each := _each(tensor)) is not None), default=0)
+        if not count:
+            return rule(rules.Seen(self.owners, func, args, kwargs, changed))
+        told: list[Any] = []
+        for number in range(count):
+            one = pytree.tree_map_only(torch.Tensor, lambda tensor: self._one(tensor, number), (args, kwargs, changed))  # noqa: B023
+            told.append(rule(rules.Seen(self.owners, func, *one)))
+        first = told[0]
+        if isinstance(first, tuple):
+            return tuple(_alike(found) for found in zip(*told, strict=True))
+        return _alike(told)
+
+    def _one(self, tensor: torch.Tensor, number: int) -> torch.Tensor:
+        """Return one delta's value of a tensor that has several, with the tensor's owners."""
+        each = _each(tensor)
+        if each is None:
+            return tensor
+        self.mark(each[number], self.owners(tensor))
+        return each[number]
 
     def _write_back(self, view: torch.Tensor, owners: Found) -> None:
         """Tell the tensor that a changed view shows a part of."""

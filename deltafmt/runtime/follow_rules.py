@@ -415,8 +415,13 @@ def _summed(seen: Seen) -> tuple[Found, ...]:
 
 
 def _unfilled(seen: Seen) -> Found:
-    """Scatter one value: nothing of another row comes in."""
-    return _written(seen) if isinstance(seen.args.get("src"), torch.Tensor) else seen.first
+    """Scatter one value: nothing of another row comes in, but the places may be those of rows."""
+    if isinstance(seen.args.get("src"), torch.Tensor):
+        return _written(seen)
+    index = seen.args["index"]
+    if seen.first is not None or seen.owners(index) is None:
+        return seen.first
+    return seen.owners(index) if index.shape == seen.shape else LOST
 
 
 RULES: Final[dict[str, Rule]] = {

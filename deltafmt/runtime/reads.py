@@ -126,7 +126,8 @@ class _Mode(TorchFunctionMode):
         return merge_input(module, args, kwargs)
 
     def _leave(self, _module: nn.Module, _args: object, _output: object) -> None:
-        if threading.get_ident() == self._thread:
+        # Without a module: an error came before it was noted, and ends the call.
+        if threading.get_ident() == self._thread and self._running:
             self._running.pop()
 
     def __torch_function__(
