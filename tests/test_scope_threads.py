@@ -341,9 +341,9 @@ def test_a_call_that_began_before_siblings_were_found(tmp_path: Path) -> None:
     go.set()
     thread.join()
     want += [model(x, delta="d") for _ in range(2)]
-    assert model.deltas._served._groups
+    assert model.deltas.served._groups
     for one in (*found, *want):
         assert torch.allclose(one, want[0], atol=1e-6)
     assert not torch.allclose(model(x), want[0], atol=1e-2)
-    assert not any(site.hooked for site in model.deltas._served.sites() if site.module is not model.c)
+    assert not any(site.hooked for site in model.deltas.served.sites() if site.module is not model.c)
     detach(model)

@@ -191,6 +191,10 @@ class Calls:
     ) -> Any:
         """Run the model's forward, parts of which may be compiled, or as it is where compiled code cannot serve it."""
         served, plain = self._server.served, frames.plain(original)
+        walk = None if selection is None else selection.walk
+        if walk is not None and walk.follower is not None:
+            with frames.uncompiled():  # what is compiled cannot be followed
+                return plain(*args, **kwargs)
         if original is plain and not served.standing.used:
             return original(*args, **kwargs)
         if batch is None or not served.compiles(selection, batch[1]):

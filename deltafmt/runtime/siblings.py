@@ -331,7 +331,7 @@ def multiply_now(
     """
     where = sites[0].name
     tokens = given.numel() // given.shape[-1]
-    segments = standing.segments(given, where)
+    segments = standing.segments(given, sites[0], where)
     if segments is None:
         return
     if given.is_cuda and tokens > table.fewest:

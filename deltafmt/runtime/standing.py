@@ -143,11 +143,12 @@ class Standing:
         """Note that no call of the model is under way in this thread."""
         self._thread.now = None
 
-    def segments(self, given: torch.Tensor, where: str) -> FixedSegments | None:
+    def segments(self, given: torch.Tensor, site: object, where: str) -> FixedSegments | None:
         """Return the segments of a module's tokens; None if they all use the base.
 
         Args:
             given: the module's input, shape (..., columns).
+            site: the module's site, which tells whose rows these are.
             where: its name, for messages.
 
         Raises:
@@ -163,7 +164,7 @@ class Standing:
         if selection is None or not selection.touched:
             return None
         refuse_mixes(selection)
-        order = selection.order(self, 0, given, given.shape[:-1], where)
+        order = selection.order(site, 0, given, given.shape[:-1], where)
         if order is None:
             raise mixed_error(where, given.shape)
         # Not kept: it may lie in the memory of a graph that is about to be captured.
