@@ -24,6 +24,7 @@ def loaded(model: Any, folder: Path) -> Any:
     return found.eval()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_a_family_survives(tmp_path: Path, name: str) -> None:
     model = new_family(name).eval()

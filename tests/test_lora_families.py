@@ -24,6 +24,7 @@ _NOT_ALL_LINEAR = ("jamba", "mamba2", "phimoe")
 _NO_EXPORT = ("umt5",)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in _NO_EXPORT])
 def test_an_exported_adapter_is_the_model_that_unpack_writes(tmp_path: Path, name: str) -> None:
     """A full fine-tune as an adapter: PEFT computes the same, as it is loaded and as it is merged, and lacks none."""
@@ -47,6 +48,7 @@ def test_an_exported_adapter_is_the_model_that_unpack_writes(tmp_path: Path, nam
     assert not same(outputs(model, name), expected)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in _NOT_ALL_LINEAR])
 def test_an_imported_adapter_is_what_peft_computes(tmp_path: Path, name: str) -> None:
     model = new_family(name)

@@ -62,6 +62,7 @@ def mixed(expected: dict[str, Any], rows: Sequence[str | None]) -> Any:
     return torch.stack([expected[row or "base"][number] for number, row in enumerate(rows)])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_a_family_is_served(tmp_path: Path, name: str) -> None:
     model, expected = made(name, tmp_path)
