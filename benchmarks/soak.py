@@ -131,7 +131,7 @@ def held() -> tuple[int, int, int]:
     files = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     device = 0
     if torch.cuda.is_available():
-        torch._C._cuda_clearCublasWorkspaces()  # 32 MiB for each thread that has multiplied
+        torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - 32 MiB for each thread that has multiplied
         device = torch.cuda.memory_allocated()
     return device, files, pages * resource.getpagesize()
 
