@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.checkpoint.float8 import block_scales, dequantize, values_of_codes
-from deltafmt.checkpoint.safetensors_file import STEP, Tensor
+from deltafmt.checkpoint.safetensors_file import PagedTensor, Tensor
 from deltafmt.format import constants as c
 from deltafmt.index.scaled import ScaledRef, StoredRef
 from deltafmt.terms.floats import RAW_DTYPES, Floats, widen
@@ -23,7 +23,7 @@ _ELEMENTS = 1 << 18  # elements that are computed at once: their float32 forms s
 
 
 @dataclass(frozen=True, slots=True)
-class DequantizedTensor(Tensor):
+class DequantizedTensor(PagedTensor):
     """The BF16 values of 8-bit floats with scales.
 
     Attributes:
@@ -83,17 +83,6 @@ class DequantizedTensor(Tensor):
         first, last = start // 2, (start + length + 1) // 2
         values = self._elements(first, last)
         yield values.view(np.uint8).data[start - 2 * first : start - 2 * first + length].toreadonly()
-
-    def head(self, length: int) -> bytes:
-        """Return the first bytes of the values, at most so many."""
-        with self.pages(0, min(length, self.nbytes)) as view:
-            return bytes(view)
-
-    def pieces(self, first: int = 0) -> Iterator[memoryview]:
-        """Iterate over the bytes of the values from ``first`` on, 8 MiB at a time."""
-        for start in range(first, self.nbytes, STEP):
-            with self.pages(start, min(STEP, self.nbytes - start)) as view:
-                yield view
 
     def equals(self, other: Tensor) -> bool:
         """Tell whether dtype, shape and values are the same."""

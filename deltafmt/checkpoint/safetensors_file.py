@@ -151,6 +151,22 @@ class Tensor:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class PagedTensor(Tensor):
+    """A tensor that does not lie in its file as it is: it is read through ``pages`` alone."""
+
+    def head(self, length: int) -> bytes:
+        """Return the first bytes of the tensor, at most so many."""
+        with self.pages(0, min(length, self.nbytes)) as view:
+            return bytes(view)
+
+    def pieces(self, first: int = 0) -> Iterator[memoryview]:
+        """Iterate over the tensor's bytes from ``first`` on, 8 MiB at a time."""
+        for start in range(first, self.nbytes, STEP):
+            with self.pages(start, min(STEP, self.nbytes - start)) as view:
+                yield view
+
+
 class SafetensorsFile:
     """An open, memory-mapped ``.safetensors`` file.
 

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from deltafmt.checkpoint.safetensors_file import STEP, Tensor
+from deltafmt.checkpoint.safetensors_file import PagedTensor, Tensor
 from deltafmt.format import constants as c
 from deltafmt.index.entries import BasePart
 
@@ -26,7 +26,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class StitchedTensor(Tensor):
+class StitchedTensor(PagedTensor):
     """A tensor whose elements are runs of elements of other tensors, one run after the other.
 
     Attributes:
@@ -69,17 +69,6 @@ class StitchedTensor(Tensor):
                 copy += view
             number += 1
         yield memoryview(copy).toreadonly()
-
-    def head(self, length: int) -> bytes:
-        """Return the first bytes of the tensor, at most so many."""
-        with self.pages(0, min(length, self.nbytes)) as view:
-            return bytes(view)
-
-    def pieces(self, first: int = 0) -> Iterator[memoryview]:
-        """Iterate over the tensor's bytes from ``first`` on, 8 MiB at a time."""
-        for start in range(first, self.nbytes, STEP):
-            with self.pages(start, min(STEP, self.nbytes - start)) as view:
-                yield view
 
     def _size(self) -> int:
         return c.DTYPE_BITS[self.dtype] // 8
