@@ -70,6 +70,14 @@ def positions_of(ranks: NDArray[np.uint64], n: int, m: int) -> Positions:
     return positions
 
 
+def _check_below(ranks: NDArray[np.unsignedinteger], total: int, first: tuple[int, int] = (0, 0)) -> None:
+    """Refuse ranks that are not below C(M, N); ``first`` is the mask row and the group of the first one."""
+    if ranks.size and int(ranks.max()) >= total:
+        row, g = (int(x) for x in np.argwhere(ranks >= total)[0])
+        where = f"mask row {first[0] + row}, group {first[1] + g}"
+        raise InvalidFileError(f"{where}: rank {ranks[row, g]} is not below {total}")
+
+
 class RankIndex(IndexCodec):
     """Ranks as fields of ceil(log2 C(M, N)) bits."""
 
@@ -92,10 +100,7 @@ class RankIndex(IndexCodec):
         """Read the ranks, each below C(M, N), and return their positions."""
         assert packed is not None
         ranks = words.unpack(packed, mask_rows, groups, layout.rank_bits).astype(np.uint64)
-        total = math.comb(layout.m, layout.n)
-        if ranks.size and int(ranks.max()) >= total:
-            row, g = (int(x) for x in np.argwhere(ranks >= total)[0])
-            raise InvalidFileError(f"mask row {row}, group {g}: rank {ranks[row, g]} is not below {total}")
+        _check_below(ranks, math.comb(layout.m, layout.n))
         return positions_of(ranks, layout.n, layout.m)
 
     @staticmethod
@@ -109,10 +114,7 @@ class RankIndex(IndexCodec):
         for tile, rows, start, stop in blocks(mask_rows, groups):
             part = packed[tile : tile + tiles(rows)]
             ranks = words.unpack_columns(part, rows, groups, width, start, stop)
-            if int(ranks.max()) >= total:
-                row, g = (int(x) for x in np.argwhere(ranks >= total)[0])
-                where = f"mask row {tile * TILE_ROWS + row}, group {start + g}"
-                raise InvalidFileError(f"{where}: rank {ranks[row, g]} is not below {total}")
+            _check_below(ranks, total, (tile * TILE_ROWS, start))
 
     @staticmethod
     def last_group(
