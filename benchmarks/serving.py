@@ -54,16 +54,17 @@ def once(work: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def captured(work: Callable[[], object]) -> Callable[[], None]:
-    """Return the replay of one captured call."""
+def captured(work: Callable[[], object], errors: str = "global") -> Callable[[], None]:
+    """Return the replay of one captured call; with the errors ``thread_local``, other threads may go on meanwhile."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             work()
     torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode=errors):
         work()
     return graph.replay
 

@@ -26,24 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 from common import Figure, report
-from serving import build, once
+from serving import LAYOUT, build, captured, once
+from upload import LAYER, NO_DIGEST
 
 import deltafmt.transformers as dft
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.index.entries import BaseRef, TensorEntry, Term
-from deltafmt.terms.nm.layout import NMLayout
 
-LAYOUT = NMLayout(1, 32, 4, "seeded", "midtread", 4)
 ROWS = 16
 TARGET = 1.8  # of the step with deltas, as a graph; what the base gets is the floor
-NO_DIGEST = bytes(32)
-HIDDEN, INNER = 4096, 11008
-SHAPES = {
-    **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
-}
 
 
 def write_delta(path: Path, layers: int, seed: int) -> Path:
@@ -54,7 +45,7 @@ def write_delta(path: Path, layers: int, seed: int) -> Path:
         writer = ContainerWriter(file, "hot")
         number = writer.layout_number(LAYOUT)
         for layer in range(layers):
-            for name, shape in SHAPES.items():
+            for name, shape in LAYER.items():
                 buffers = {}
                 for key, length in LAYOUT.buffer_lengths(*shape).items():
                     # 0x3B00 is 2**-9 in BF16.
@@ -80,21 +71,6 @@ def load(folder: Path, gpus: int) -> Any:
             folder / "base", dtype=torch.bfloat16, trust_remote_code=False, **cut
         ).eval()
     return model if gpus > 1 else model.to("cuda")
-
-
-def captured(work: Callable[[], object]) -> Callable[[], None]:
-    """Return the replay of one captured call; threads that watch over collectives may go on meanwhile."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        work()
-    return graph.replay
 
 
 def median_of(work: Callable[[], object], repeats: int) -> float:
@@ -132,7 +108,7 @@ def measure(folder: Path, gpus: int, repeats: int) -> None:
         for kind, rows in (("base", None), ("deltas", names)):
             try:
                 with model.delta(rows):
-                    found[f"{kind}, graph"] = median_of(captured(step), repeats)
+                    found[f"{kind}, graph"] = median_of(captured(step, "thread_local"), repeats)
             except RuntimeError as error:
                 print(f"process {rank}: no graph of {kind}: {str(error).splitlines()[0]}", flush=True)
                 break
