@@ -158,8 +158,8 @@ class ExpertsSite(WrappedSite):
         output[order] = y
         found = output.view(len(x), each, -1).sum(1).to(x.dtype)
         refuse_gradient(self.name, found)
-        if selection.walk is not None and selection.walk.follower is not None:
-            selection.walk.follower.same_rows(found, x)
+        if selection.walk is not None:
+            selection.walk.same_rows(found, x)
         return found
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import torch
 
+from deltafmt.runtime.form_only import NEW_TENSORS
 from deltafmt.runtime.owners import ANY, LOST, Found, Lost, Owners, joined, viewed
 
 Rule = Callable[["Seen"], Found | tuple[Found, ...]]
@@ -14,8 +15,8 @@ Rule = Callable[["Seen"], Found | tuple[Found, ...]]
 # Operations whose outputs depend on no row: new tensors, and figures of the whole batch.
 NO_ROWS: Final = frozenset(
     (
-        *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
-        *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "zero", "fill", "normal", "uniform"),
+        *NEW_TENSORS,
+        *("zero", "fill", "normal", "uniform"),
         *("histc", "bincount", "_local_scalar_dense", "equal", "is_nonzero", "item"),
         *("sym_size", "size", "is_same_size", "_assert_async"),
     )

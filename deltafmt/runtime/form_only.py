@@ -1,4 +1,4 @@
-"""Functions of torch that ask for the form of a tensor, and not for its values."""
+"""Functions and operations of torch that ask for the form of a tensor, and not for its values."""
 
 from __future__ import annotations
 
@@ -57,6 +57,15 @@ FORM_ONLY = frozenset(
         "is_shared",
         "names",
     ]
+)
+
+
+# Operations of torch that make a tensor of another one's form.
+NEW_TENSORS = frozenset(
+    (
+        *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+        *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"),
+    )
 )
 
 

@@ -21,20 +21,24 @@ import torch._dynamo as dynamo
 from deltafmt.errors import UsageError
 
 
-class Operation(Protocol):
-    """What a key stands for."""
+class Multiplies(Protocol):
+    """What the key of ``multiply_`` stands for."""
 
     def multiply(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> None:
         """Add the products of the deltas that are served now, in place."""
+
+
+class Outputs(Protocol):
+    """What the key of ``output`` stands for."""
 
     def output(self, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Return a new tensor: the output with the deltas that are served now."""
 
 
-_operations: weakref.WeakValueDictionary[int, Operation] = weakref.WeakValueDictionary()
+_operations: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-def new_key(operation: Operation, device: torch.device) -> torch.Tensor:
+def new_key(operation: Multiplies | Outputs, device: torch.device) -> torch.Tensor:
     """Return a tensor that stands for an operation for as long as that lives; the caller keeps it."""
     with torch.inference_mode(mode=False):
         key = torch.zeros(1, device=device)
@@ -44,7 +48,7 @@ def new_key(operation: Operation, device: torch.device) -> torch.Tensor:
     return key
 
 
-def _operation(key: torch.Tensor) -> Operation:
+def _operation(key: torch.Tensor) -> Any:
     found = _operations.get(key.data_ptr())
     if found is None:
         raise UsageError(
@@ -55,11 +59,13 @@ def _operation(key: torch.Tensor) -> Operation:
 
 
 def _multiply(outputs: Sequence[torch.Tensor], given: torch.Tensor, key: torch.Tensor) -> None:
-    _operation(key).multiply(outputs, given)
+    operation: Multiplies = _operation(key)
+    operation.multiply(outputs, given)
 
 
 def _output(given: torch.Tensor, output: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    return _operation(key).output(given, output)
+    operation: Outputs = _operation(key)
+    return operation.output(given, output)
 
 
 def _fake_multiply(outputs: Sequence[torch.Tensor], given: torch.Tensor, key: torch.Tensor) -> None:

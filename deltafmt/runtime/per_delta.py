@@ -18,26 +18,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from deltafmt.errors import UsageError
+from deltafmt.runtime.form_only import NEW_TENSORS
 from deltafmt.runtime.places import MERGED
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.walks import mixed_error
-
-# Functions of a tensor's form alone, whose results no delta changes.
-_FORM_ONLY = frozenset(
-    [
-        "zeros_like",
-        "ones_like",
-        "empty_like",
-        "full_like",
-        "new_zeros",
-        "new_ones",
-        "new_empty",
-        "new_full",
-        "new_empty_strided",
-        "rand_like",
-        "randn_like",
-    ]
-)
 
 
 class Group:
@@ -166,7 +150,7 @@ class PerDelta(torch.Tensor):
         group = given[0].group
         if any(one.group is not group for one in given):
             raise UsageError(f"{group.where} computes with values of another module; it serves one delta at a time")
-        if func._schema.name.removeprefix("aten::") in _FORM_ONLY:  # noqa: SLF001 - torch has no other name for it
+        if func._schema.name.removeprefix("aten::") in NEW_TENSORS:  # noqa: SLF001 - torch has no other name for it
             return func(*_chosen(args, 0), **_chosen(kwargs, 0))
         written = _written(func, args, kwargs)
         if any(not isinstance(tensor, PerDelta) for tensor in written):

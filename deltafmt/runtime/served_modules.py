@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -311,14 +311,13 @@ class ServedModules:
             return None
         output = settled(output)
         walk = selection.walk
-        follower = None if walk is None else walk.follower
-        if walk is not None and follower is not None:
-            walk.note(site, args, kwargs, output)
-            # How the rows meet an output that is the same for all of them is found out whether it changes or not.
-            found = self._changed(site, selection, args, kwargs, output, always=isinstance(site, EmbeddingSite))
-            follower.same_rows(found, output)
-            return found
-        return self._changed(site, selection, args, kwargs, output)
+        if walk is None or walk.follower is None:
+            return self._changed(site, selection, args, kwargs, output)
+        walk.note(site, args, kwargs, output)
+        # How the rows meet an output that is the same for all of them is found out whether it changes or not.
+        found = self._changed(site, selection, args, kwargs, output, always=isinstance(site, EmbeddingSite))
+        walk.same_rows(found, output)
+        return found
 
     def _changed(
         self, site: Site, selection: Selection, args: Any, kwargs: Any, output: Any, *, always: bool = False
@@ -410,10 +409,6 @@ class _Hooks(Uncopied):
                 return frames.untraced(self._served.after, (self._site, args, kwargs, output), {})
             return operations.output(args[0], output, self.key)
         return self._served.after(self._site, args, kwargs, output)
-
-    def multiply(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> None:
-        """Raise an error: this operation gives whole outputs."""
-        raise NotImplementedError
 
     def output(self, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Return the output with the deltas that are served now, within compiled code."""

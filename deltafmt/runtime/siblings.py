@@ -124,10 +124,6 @@ class _Member(Uncopied):
         """Add the products of the deltas that are served now to the output of this module alone."""
         multiply_now(outputs, given, self.site.table.operands, self.group.standing, [self.site])
 
-    def output(self, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Raise an error: a member of a group has products only."""
-        raise NotImplementedError
-
 
 class Siblings:
     """A group of linear modules with one operand table.
@@ -199,8 +195,7 @@ class Siblings:
         if selection is None or not selection.touched:
             return member.plain(*args, **kwargs)
         site, output = member.site, None
-        follower = None if selection.walk is None else selection.walk.follower
-        if selection.walk is not None and follower is not None:
+        if selection.walk is not None:
             selection.walk.note(site, args, kwargs, None)
         if self._serves(selection) and shareable(args, kwargs):
             output = self._take(site, args[0], selection)
@@ -213,8 +208,8 @@ class Siblings:
             output = member.plain(*args, **kwargs)
         else:
             selection.multiplied.add(id(site))
-            if follower is not None:
-                follower.same_rows(output, args[0])
+            if selection.walk is not None:
+                selection.walk.same_rows(output, args[0])
         if id(site) in selection.multiplied and not selection.mixes and site.multiplies_only:
             selection.multiplied.discard(id(site))
             site.ran = True
@@ -256,10 +251,6 @@ class Siblings:
     def multiply(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> None:
         """Add the products of the deltas that are served now to the outputs of all modules."""
         multiply_now(outputs, given, self.table, self.standing, self.sites)
-
-    def output(self, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Raise an error: a group has products only."""
-        raise NotImplementedError
 
     def _serves(self, selection: Selection) -> bool:
         return not self._slots.isdisjoint(selection.used)

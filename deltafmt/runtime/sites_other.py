@@ -81,7 +81,7 @@ class EmbeddingSite(WeightSite):
         asked = selection.stash.pop(id(self), None)
         if self._plain:
             ids = asked if asked is not None else first_input(args, kwargs)
-            if selection.walk is not None and selection.walk.follower is not None:
+            if selection.walk is not None:
                 selection.walk.note_tensor(self, LOOKED_UP, ids)
             return self._look_up(selection, ids, output)
         if asked is not None:
@@ -155,9 +155,8 @@ class _LookUps(TorchFunctionMode):
 
     def _changed(self, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         self.found = True
-        walk = self._selection.walk
-        if walk is not None and walk.follower is not None:
-            walk.note_tensor(self._site, LOOKED_UP, ids)
+        if self._selection.walk is not None:
+            self._selection.walk.note_tensor(self._site, LOOKED_UP, ids)
         # Rows that were sliced off the weight are the weight's own memory.
         return self._site._look_up(self._selection, ids, output.clone())  # noqa: SLF001 - this class is part of the site
 

@@ -103,10 +103,16 @@ class Walk:
                 self.note_tensor(site, number, value)
 
     def note_tensor(self, site: object, number: int, tensor: torch.Tensor) -> None:
-        """Note one tensor of a module's call."""
-        assert self.follower is not None
+        """Note one tensor of a module's call, while the model's call is followed."""
+        if self.follower is None:
+            return
         counts = {source: len(slots) for source, slots in enumerate(self.slots)}
         self._form.note((id(site), number), self.follower.owners(tensor), counts)
+
+    def same_rows(self, made: Any, given: torch.Tensor) -> None:
+        """Give what a module made the rows of another tensor, while the model's call is followed."""
+        if self.follower is not None:
+            self.follower.same_rows(made, given)
 
     def rows_first(self, sites: Iterable[int]) -> bool:
         """Tell whether the call's form is known, and the modules of some sites are given the batch's rows in order."""
