@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
 
-from deltafmt.errors import DeltafmtError, UnsupportedError, UsageError
+from deltafmt.errors import DeltafmtError, UsageError
 from deltafmt.runtime.held import Held, PackedSelections
 from deltafmt.runtime.intake import Intake, Request, Requests, Source, check_row
 from deltafmt.runtime.packed import PackedSelection
@@ -25,13 +24,11 @@ from deltafmt.runtime.reads import Reads
 from deltafmt.runtime.rows import Row, read_names
 from deltafmt.runtime.scope import Scope
 from deltafmt.runtime.selection import Selection, rows_error
+from deltafmt.runtime.shared_prefixes import SharedPrefixes
 from deltafmt.runtime.walks import mixed_error
+from deltafmt.runtime.wrapping import wrap_method
 
 UNNAMED: Final = object()
-
-# The first token of a prompt of a delta becomes a number from here on where blocks of keys and values are looked up.
-# Tokens are lower, and transformers keeps them in 32 bits there.
-_FIRST_SALT = 1 << 30
 
 # What a caller may ask of ContinuousBatchingConfig that this module does not do for requests with deltas.
 _REFUSED = (
@@ -166,13 +163,13 @@ class Manager:
         self._scope = owner.server.scope
         self._local = threading.local()
         self._selections = PackedSelections()
-        self._salts: dict[Hashable, int] = {}
+        self._prefixes = SharedPrefixes(owner.server, self._request)
         self._requests = Requests(owner.server, owner.closed, manager.num_return_sequences)
         self._intake: Intake | None = None
         manager.__dict__["_deltafmt"] = self
-        _wrap(manager, "add_request", self._add_request)
-        _wrap(manager, "add_requests", self._add_requests)
-        _wrap(manager, "_create_batch_processor", self._create_batch_processor)
+        wrap_method(manager, "add_request", self._add_request)
+        wrap_method(manager, "add_requests", self._add_requests)
+        wrap_method(manager, "_create_batch_processor", self._create_batch_processor)
         if plain:
             return
         config = manager.continuous_batching_config
@@ -181,11 +178,11 @@ class Manager:
         fail = manager.output_router.fail_and_deliver
         self._intake = Intake(self._requests, self._take, fail, manager.input_queue.maxsize)
         manager.input_queue = self._intake
-        _wrap(manager, "cancel_request", self._cancel_request)
-        _wrap(manager, "_run_generation_loop", self._run_generation_loop)
-        _wrap(manager, "_fail_all_remaining_requests", self._fail_all)
-        _wrap(manager.output_router, "deliver", self._deliver)
-        _wrap(manager.output_router, "deliver_batch", self._deliver_batch)
+        wrap_method(manager, "cancel_request", self._cancel_request)
+        wrap_method(manager, "_run_generation_loop", self._run_generation_loop)
+        wrap_method(manager, "_fail_all_remaining_requests", self._fail_all)
+        wrap_method(manager.output_router, "deliver", self._deliver)
+        wrap_method(manager.output_router, "deliver_batch", self._deliver_batch)
 
     # What callers call
 
@@ -232,21 +229,15 @@ class Manager:
             return processor
         processor.__dict__["_deltafmt"] = self
         if self.plain:
-            _wrap(processor, "_generation_step", self._plain_step)
+            wrap_method(processor, "_generation_step", self._plain_step)
             return processor
-        _wrap(processor, "prepare_next_batch", functools.partial(self._prepare, processor))
-        _wrap(processor, "has_pending_requests", self._has_pending)
-        _wrap(processor, "_generation_step", functools.partial(self._step, processor))
+        wrap_method(processor, "prepare_next_batch", functools.partial(self._prepare, processor))
+        wrap_method(processor, "has_pending_requests", self._has_pending)
+        wrap_method(processor, "_generation_step", functools.partial(self._step, processor))
         # The tables of operands are written on the default stream of each thread, and so the model reads them there.
         processor.inputs_and_outputs.compute_stream = None
         processor.offloading_manager._compute_stream = None  # noqa: SLF001 - it copies the same keys and values
-        cache = processor.cache
-        _wrap(cache, "search_prefix_match", self._search)
-        # As transformers from 5.18 on calls it, and as it did before.
-        names = [name for name in ("mark_complete_blocks", "mark_shareable_blocks_as_complete") if hasattr(cache, name)]
-        if len(names) != 1:
-            raise UnsupportedError("this transformers shares keys and values among requests in a way that is not known")
-        _wrap(cache, names[0], self._mark)
+        self._prefixes.wrap(processor.cache)
         return processor
 
     def _run_generation_loop(self, original: Callable[..., Any]) -> None:
@@ -367,40 +358,6 @@ class Manager:
             )
         return request
 
-    # Keys and values
-
-    def _search(self, original: Callable[..., int], request_id: str, prompt_ids: list[int]) -> int:
-        return original(request_id, self._salted(request_id, prompt_ids))
-
-    def _mark(self, original: Callable[..., None], state: Any, complete_blocks: Any) -> None:
-        tokens = self._salted(state.request_id, state.initial_tokens)
-        original(
-            SimpleNamespace(
-                request_id=state.request_id,
-                status=state.status,
-                initial_tokens=tokens,
-                generated_tokens=state.generated_tokens,
-            ),
-            complete_blocks,
-        )
-
-    def _salted(self, request_id: str, tokens: list[int]) -> list[int]:
-        """Return the tokens by which blocks of keys and values are found: others for each delta, mix and merge.
-
-        A block's key is that of all tokens before it, so another first token makes all keys differ.
-        """
-        hold = self._request(request_id).hold
-        merged = self._server.merged
-        identity: Hashable = None
-        if hold is not None and hold.serves:
-            identity = hold.identity
-        elif merged is not None:
-            identity = "merged", self._server.known(merged).file.content_id
-        if identity is None or not tokens:
-            return tokens
-        salt = self._salts.setdefault((identity, tokens[0]), _FIRST_SALT + len(self._salts))
-        return [salt, *tokens[1:]]
-
 
 @contextlib.contextmanager
 def bound(scope: Scope, selection: Selection | None) -> Iterator[None]:
@@ -415,17 +372,6 @@ def bound(scope: Scope, selection: Selection | None) -> Iterator[None]:
     finally:
         scope.end_call()
         call.bound, call.selection, call.block = before
-
-
-def _wrap(owner: Any, name: str, method: Callable[..., Any]) -> None:
-    """Let calls of a method go to another one, which is given the first."""
-    original = getattr(owner, name)
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return method(original, *args, **kwargs)
-
-    owner.__dict__[name] = wrapped
 
 
 def _prompt(ids: Sequence[int], request: MakeRequest) -> Prompt:

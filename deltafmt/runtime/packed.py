@@ -68,14 +68,7 @@ class PackedSelection(Selection):
         return None
 
     def order(self, site: object, number: int, tensor: torch.Tensor, shape: Sequence[int], where: str) -> Order:  # noqa: ARG002 - as its base
-        """Return the order of the deltas in a tensor that a module is given.
-
-        Args:
-            site: the module's site.
-            number: the number of the argument, or ``OUTPUT``.
-            tensor: the tensor.
-            shape: its leading dimensions, which are taken as one.
-            where: the module's name, for the message.
+        """Return the order of the deltas in a tensor that a module is given; see :meth:`Selection.order`.
 
         Raises:
             UsageError: the tokens of the tensor cannot be told apart.
