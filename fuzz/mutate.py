@@ -194,9 +194,14 @@ def unused_bytes(parts: Parts, number: int, length: int) -> list[int]:
     """Return the positions of the raw bytes of a section that no buffer has."""
     free = bytearray(b"\1") * length
     for ref in tensors.references(parts.index):
-        if ref[0] == number and 0 <= ref[1] <= ref[1] + ref[2] <= length:
+        if ref[0] == number and inside(ref, length):
             free[ref[1] : ref[1] + ref[2]] = bytes(ref[2])
     return [at for at, value in enumerate(free) if value]
+
+
+def inside(ref: list[int], length: int) -> bool:
+    """Tell whether a reference names some bytes of a section of this length."""
+    return 0 <= ref[1] < ref[1] + ref[2] <= length
 
 
 def mutate_index_bytes(data: bytes, rng: random.Random, plain: Plain) -> bytes:
@@ -269,7 +274,7 @@ def mutate_section(parts: Parts, rng: random.Random, plain: Plain) -> None:
     stored, raw = parts.sections[number], parts.raw(number)
     action = rng.random()
     if raw and action < 0.75:
-        held = [ref for ref in tensors.references(parts.index) if ref[0] == number and 0 < ref[2] <= len(raw) - ref[1]]
+        held = [ref for ref in tensors.references(parts.index) if ref[0] == number and inside(ref, len(raw))]
         if held and action < 0.65:
             _, start, length = rng.choice(held)
             raw = raw[:start] + mutate_buffer(raw[start : start + length], rng) + raw[start + length :]

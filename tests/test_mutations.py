@@ -78,3 +78,13 @@ def test_any_bytes_can_be_mutated_and_crossed(fuzz, files):
         mutate.cross(files["hot-sum.deltafmt"], files["cold-rank.deltafmt"], random.Random(seed)) for seed in range(20)
     }
     assert len(crossed) > 5
+
+
+def test_mutations_of_mutations_end(fuzz, files):
+    """A mutated file has indexes that are wrong in every way; mutating it again must not fail, and must end."""
+    mutate, repair = fuzz
+    held = list(files.values())
+    for seed in range(2000):
+        rng, at = random.Random(seed), seed % len(held)
+        changed = mutate.mutate(held[at], rng) if seed % 3 else mutate.cross(held[at], rng.choice(held), rng)
+        held[at] = changed if repair.split(changed) else held[at]
