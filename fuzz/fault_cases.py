@@ -102,7 +102,7 @@ CASES = (
         old_checkpoint,
     ),
     case("export-lora", "export-lora {inputs}/lora.deltafmt -o {out}/a --base {inputs}/base", "a", old_adapter),
-    case("analyze", "analyze {inputs}/base {inputs}/finetuned --html {out}/r.html --threads 1", "r.html", old_page),
+    case("analyze", "analyze {inputs}/base {inputs}/finetuned --html {out}/r.html", "r.html", old_page),
 )
 
 

@@ -81,8 +81,8 @@ class Driver:
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        with self._process:  # which closes both pipes and waits
+            self._process.stdin.close()
 
 
 @dataclass
