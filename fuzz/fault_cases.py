@@ -88,7 +88,8 @@ CASES = (
     ),
     case(
         "pack to a target",
-        "pack {inputs}/base {inputs}/finetuned -o {out}/d.deltafmt --target-ratio 2 --threads 1",
+        "pack {inputs}/base {inputs}/finetuned -o {out}/d.deltafmt --target-ratio 1.5 --threads 1 "
+        "--candidate rtn:bits=4 --candidate rtn:bits=8",
         "d.deltafmt",
     ),
     case("repack cold", "repack {inputs}/hot.deltafmt -o {out}/d.deltafmt --profile cold", "d.deltafmt"),
