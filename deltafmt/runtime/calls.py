@@ -196,7 +196,12 @@ class Calls:
             with frames.uncompiled():  # what is compiled cannot be followed
                 return plain(*args, **kwargs)
         if original is plain and not served.standing.used:
-            return original(*args, **kwargs)
+            # A layer may have been compiled since the last call: then its first products know the rows.
+            served.standing.expect(lambda: served.begin(selection, batch_of(args, kwargs)))
+            try:
+                return original(*args, **kwargs)
+            finally:
+                served.standing.end()
         if batch is None or not served.compiles(selection, batch[1]):
             with frames.uncompiled():
                 return plain(*args, **kwargs)
