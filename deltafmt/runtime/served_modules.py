@@ -86,16 +86,6 @@ class ServedModules:
             self._refresh()
         self.standing.begin(selection, rows, self.count)
 
-    def begin(self, selection: Selection | None, batch: tuple[int, int] | None) -> None:
-        """Do the same for a call whose first compiled part has just been found, if compiled code can serve it.
-
-        Args:
-            selection: what the call serves; None for the base.
-            batch: rows and tokens of the batch; None if they are not known.
-        """
-        if batch is not None and self.compiles(selection, batch[1]):
-            self.ready(selection, batch[0])
-
     def compiles(self, selection: Selection | None, tokens: int) -> bool:
         """Tell whether compiled code can serve a call of the model.
 

@@ -94,7 +94,6 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.rows: dict[int, Rows] = {}
         self.now: Rows | None = None
-        self.later: Callable[[], None] | None = None
         self.stream: torch.cuda.Stream | None = None
 
 
@@ -140,17 +139,9 @@ class Standing:
                 held.show(slots)
         thread.now = held
 
-    def expect(self, later: Callable[[], None]) -> None:
-        """Note what begins the call of the model that is under way, should a part of it be compiled in this call.
-
-        Args:
-            later: calls ``begin`` if compiled code can serve the call.
-        """
-        self._thread.later = later
-
     def end(self) -> None:
         """Note that no call of the model is under way in this thread."""
-        self._thread.now = self._thread.later = None
+        self._thread.now = None
 
     def segments(self, given: torch.Tensor, site: object, where: str) -> FixedSegments | None:
         """Return the segments of a module's tokens; None if they all use the base.
@@ -166,12 +157,8 @@ class Standing:
         """
         tokens = given.numel() // given.shape[-1]
         self.used = True
-        thread = self._thread
-        if thread.later is not None:
-            later, thread.later = thread.later, None
-            later()
-        if thread.now is not None:
-            return thread.now.segments(tokens, where)
+        if self._thread.now is not None:
+            return self._thread.now.segments(tokens, where)
         self.refuse_captured(where)
         selection = self.active()
         if selection is None or not selection.touched:
