@@ -75,7 +75,10 @@ class DeltaFile:
 
     @property
     def content_id(self) -> str:
-        """The content id in hexadecimal; files with the same content have the same id, however they are stored."""
+        """The content id in hexadecimal, as the file claims it; :func:`deltafmt.verify` computes it.
+
+        Files with the same content have the same id, however they are stored.
+        """
         return self.container.content_id.hex()
 
     def resolve(self, name: str) -> TensorEntry:
