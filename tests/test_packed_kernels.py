@@ -62,7 +62,7 @@ def test_any_product(layout, parts, columns, tokens, dtype, rng) -> None:
 
 @pytest.mark.parametrize("coding", [Coding(4, "midtread"), "BF16"], ids=str)
 def test_damaged_gaps_stay_inside(coding: Coding | str) -> None:
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(1)
     operand = random_operand(rng, SparseLayout(coding, 8, 256), 40, 300)
     assert operand.slots > 8
 
