@@ -18,10 +18,14 @@ import container_vectors
 import kind_vectors
 from vector_tools import VECTORS
 
-# Importing registers the generators; those of the kinds come first, because the others use their content.
-for _package in (kind_vectors, container_vectors):
-    for _module in pkgutil.iter_modules(_package.__path__):
-        importlib.import_module(f"{_package.__name__}.{_module.name}")
+from deltafmt import core
+
+# Importing registers the generators; those of the kinds come first, because the others use their content. All matrices
+# are those of the numpy references, which take parameters that the compiled loops refuse.
+with core.reference_only():
+    for _package in (kind_vectors, container_vectors):
+        for _module in pkgutil.iter_modules(_package.__path__):
+            importlib.import_module(f"{_package.__name__}.{_module.name}")
 
 FOLDER = Path(__file__).parent / "vectors"
 

@@ -7,7 +7,7 @@ import io
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from applied import SIZES, Stored, fine_tuned, meant
@@ -29,6 +29,7 @@ from deltafmt.terms.nm.layout import NMLayout
 
 VECTORS: dict[str, bytes] = {}
 
+Layout = TypeVar("Layout")
 Maker = Callable[[], "bytes | WithBase"]
 MakeArrays = Callable[..., TermArrays]
 MakePositions = Callable[[NMLayout, int, int, int], NDArray[np.uint8]]
@@ -208,6 +209,21 @@ def base_bytes(draft: Draft, name: str, ref: Any, base: dict[str, Stored]) -> by
         return values(name)
     size = SIZES.get(ref["dtype"], 1)
     return b"".join(values(of)[start * size :][: count * size] for of, start, count in ref["parts"])
+
+
+def unchecked(kind: type[Layout], *args: Any, **parameters: Any) -> Layout:
+    """Return a layout whose parameters may be outside the specification."""
+    check = kind.__dict__["__post_init__"]
+    kind.__post_init__ = lambda _: None  # type: ignore[attr-defined]
+    try:
+        return kind(*args, **parameters)
+    finally:
+        kind.__post_init__ = check  # type: ignore[attr-defined]
+
+
+def layout_is(data: bytes, **parameters: Any) -> bytes:
+    """Return a file whose first layout has other parameters, with the same buffers."""
+    return change(data, lambda index: index["layouts"][0].update(parameters))
 
 
 def stored(tensors: dict[str, bytes], profile: str = "hot") -> bytes:
