@@ -70,7 +70,8 @@ def aligned(position: int, to: int = BLOCK) -> int:
 
 def pack(obj: Any) -> bytes:
     """Encode an object; the keys of its maps keep their order."""
-    packed: bytes = msgpack.packb(obj)
+    # A string that is not UTF-8 is written as Python reads it: its bytes stand for surrogates.
+    packed: bytes = msgpack.packb(obj, unicode_errors="surrogateescape")
     return packed
 
 
@@ -78,7 +79,7 @@ def by_key(obj: Any) -> Any:
     """Return an object whose maps are sorted."""
     if isinstance(obj, dict):
         return {key: by_key(obj[key]) for key in sorted(obj)}
-    return [by_key(value) for value in obj] if isinstance(obj, list | tuple) else obj
+    return [by_key(value) for value in obj] if type(obj) in {list, tuple} else obj
 
 
 def frames(raw: bytes) -> bytes:
@@ -163,13 +164,19 @@ class Draft:
         out += self.padding.get(number, bytes(aligned(len(out)) - len(out)))
 
     def build(
-        self, edit: Edit | None = None, *, content_id: bytes | None = None, spell: Spelling | None = None
+        self,
+        edit: Edit | None = None,
+        *,
+        late: Edit | None = None,
+        content_id: bytes | None = None,
+        spell: Spelling | None = None,
     ) -> bytes:
         """Return the file.
 
         Args:
             edit: changes the index once its sections are right. A digest that it changes stays as it is; the other
                 digests, the content id and the seal follow what the index then says.
+            late: changes the index once the content id is known: what a reader that reads on does not see.
             content_id: in the place of the right one.
             spell: spells the encoded index in another way.
         """
@@ -184,9 +191,11 @@ class Draft:
         for name, row in self.index.get("attachments", {}).items():
             if "digest" in row and attached.get(name, row["digest"]) == row["digest"]:
                 row["digest"] = blake3(self._bytes(row["data"])).digest()
+        identity = self.content_id() if content_id is None else content_id
+        if late is not None:
+            late(self.index)
         found = encode(self.index, self.spell)
         found = found if spell is None else spell(found)
-        identity = self.content_id() if content_id is None else content_id
         return body + found + trailer(self.header, found, len(body), identity)
 
     def payload(self, entry: Any) -> bytes:
@@ -203,9 +212,9 @@ class Draft:
         return digest.digest()
 
     def _bytes(self, ref: Any) -> bytes:
-        if not isinstance(ref, list) or len(ref) != 3 or ref[0] >= len(self.raw):
+        if not isinstance(ref, list) or len(ref) < 3 or ref[0] >= len(self.raw):
             return b""
-        section, offset, length = ref
+        section, offset, length = ref[:3]
         raw = bytes(self.raw[section])
         # A reader that does not ask whether a buffer ends in its section finds the zeros behind it.
         return (raw + bytes(aligned(len(raw)) - len(raw)))[max(offset, 0) :][: max(length, 0)]
@@ -230,7 +239,7 @@ class Draft:
 
     def _layout(self, term: Any) -> Any:
         layouts, number = self.index["layouts"], term.get("layout", 0)
-        return layouts[number] if 0 <= number < len(layouts) else {}
+        return layouts[number] if -1 <= number < len(layouts) else {}
 
     def _term(self, term: Any) -> Any:
         layout = self._layout(term)

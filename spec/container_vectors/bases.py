@@ -70,12 +70,18 @@ def parts_too_many() -> bytes:
 
 @vector("invalid", "the list of the parts of a base without elements is empty", "at least one part")
 def parts_none() -> bytes:
-    base = {"digest": bytes(32), "dtype": "U8", "parts": [], "shape": [0]}
+    draft = Draft.of(small())
+    base = {"digest": bytes(32), "dtype": "U8", "shape": [0]}
+    draft.header = header(incompatible=1)
+    draft.index["tensors"] = {
+        "s": {"action": "same", "base": base, "dtype": "U8", "shape": [0]},
+        "w": draft.entry,
+    }
 
     def edit(index: Any) -> None:
-        index["tensors"] = {"s": {"action": "same", "base": base, "dtype": "U8", "shape": [0]}, **index["tensors"]}
+        index["tensors"]["s"]["base"] = {"digest": bytes(32), "dtype": "U8", "parts": [], "shape": [0]}
 
-    return change(small(), edit, header(incompatible=1))
+    return draft.build(late=edit)
 
 
 @vector("invalid", "a part starts before its tensor", "is not an integer from 0")
@@ -90,7 +96,10 @@ def parts_negative_count() -> bytes:
 
 @vector("invalid", "a part has a fourth member", "a name and two integers")
 def part_of_four() -> bytes:
-    return with_parts([["v", 0, 32, 0]])
+    def edit(index: Any) -> None:
+        index["tensors"]["w"]["base"]["parts"][0].append(0)
+
+    return Draft.of(with_parts([["v", 0, 32]])).build(late=edit)
 
 
 @vector("invalid", "parts of a tensor of 4-bit floats", "has no parts")

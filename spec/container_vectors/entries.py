@@ -39,6 +39,16 @@ def with_shapes(shape: list[int], base: list[int], data: bytes | None = None, ro
     return draft.build()
 
 
+def of_no_rows(shape: list[int], base: list[int], data: bytes) -> bytes:
+    """Return a file with a term of no rows."""
+    draft = Draft.of(small())
+    draft.entry["shape"], draft.entry["base"]["shape"], draft.raw[0] = shape, base, bytearray(data)
+    draft.term["buffers"] = {"codes": [0, 0, 0], "scales": [0, 0, 0]}
+    more = {"data": [0, 0, len(data)]} if data else {}
+    draft.index["tensors"]["w"] = dict(sorted({**draft.entry, **more}.items()))
+    return draft.build()
+
+
 def many_terms(count: int) -> bytes:
     """Return a file with a tensor of many terms, which are equal but for their seeds."""
     draft = Draft.of(small())
@@ -185,7 +195,7 @@ def add_0d() -> bytes:
 
 @vector("invalid", "a delta from a matrix to a tensor of three dimensions", "differ beyond the first dimension")
 def add_other_dimensions() -> bytes:
-    return with_shapes([4, 8, 1], [4, 8])
+    return with_shapes([4, 1, 8], [4, 8])
 
 
 @vector("invalid", "a delta from 4 x 8 to 4 x 9", "differ beyond the first dimension")
@@ -195,7 +205,7 @@ def add_other_columns() -> bytes:
 
 @vector("invalid", "a delta of a vector that grew", "a 1-d tensor cannot grow")
 def add_1d_grown() -> bytes:
-    return with_shapes([9], [8], b"xy", rows=1)
+    return with_shapes([9], [8], rows=1, columns=9)
 
 
 @vector("invalid", "a delta of a vector that shrank", "a 1-d tensor cannot grow")
@@ -205,12 +215,12 @@ def add_1d_shrunk() -> bytes:
 
 @vector("invalid", "a delta of a tensor of no rows", "a tensor without elements has no delta")
 def add_empty() -> bytes:
-    return with_shapes([0, 8], [4, 8])
+    return of_no_rows([0, 8], [4, 8], b"")
 
 
 @vector("invalid", "a delta of a base of no rows, which grew to four", "a tensor without elements has no delta")
 def add_to_empty() -> bytes:
-    return with_shapes([4, 8], [0, 8], bytes(64))
+    return of_no_rows([4, 8], [0, 8], bytes(64))
 
 
 @vector("invalid", "a tensor of two new rows holds one", "new rows take 32 bytes, not 16")

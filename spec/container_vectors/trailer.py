@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from draft import Draft, encode, header, pack, trailer
-from vector_tools import small, vector
+from vector_tools import small, stored, vector
 
 
 def with_trailer(**changes: object) -> bytes:
@@ -86,7 +86,7 @@ def trailer_gap() -> bytes:
 
 @vector("invalid", "the index starts at an offset that is no multiple of 4096", "does not end where the trailer starts")
 def index_unaligned() -> bytes:
-    draft = Draft.of(small())
+    draft = Draft.of(stored({"a": bytes(range(256)) * 16}))
     draft.padding[1] = bytes(256)
     return draft.build()
 

@@ -14,11 +14,11 @@ SMALL = (4, 8)
 
 @vector("invalid", "an nm layout that keeps no element", "N = 0 is outside 1 to M")
 def nm_keeps_none() -> bytes:
-    draft = Draft.of(one_tensor(NMLayout(1, 4, 4, "fixed"), *SMALL))
+    draft = Draft.of(one_tensor(NMLayout(1, 4, 4), *SMALL))
     draft.index["layouts"][0]["keep"] = 0
     buffers = draft.term["buffers"]
     scales = draft.raw[0][buffers["scales"][1] :]
-    buffers.update(codes=[0, 0, 0], index=[0, 0, 0], scales=[0, 0, buffers["scales"][2]])
+    buffers.update(codes=[0, 0, 0], scales=[0, 0, buffers["scales"][2]])
     draft.raw[0] = scales
     return draft.build()
 
