@@ -9,6 +9,8 @@ from vector_tools import vector
 
 from deltafmt.container.writer import ContainerWriter
 
+from .endings import ENDINGS
+
 
 def attached(*names: str, content: bytes = b"x") -> bytes:
     """Return a file with attachments of these names, which may be any, and no tensor."""
@@ -57,10 +59,6 @@ BAD_NAMES = {
 for _name, (_what, _path) in BAD_NAMES.items():
     vector("invalid", f"an attachment {_what}", PLAIN, f"attachment-{_name}")(lambda path=_path: attached(path))  # type: ignore[misc]
 
-ENDINGS = (
-    *("safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "ggml", "onnx", "npz", "npy", "pkl"),
-    *("pickle", "tflite", "ot", "deltafmt", "partial", "safetensors.index.json", "bin.index.json"),
-)
 for _ending in ENDINGS:
     vector(
         "invalid",

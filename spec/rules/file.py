@@ -193,7 +193,7 @@ rule(
 ENDS = "offset + length + c.TRAILER_SIZE != file_length or "
 rule(
     "8",
-    "the magic",
+    "A reader MUST check all of it before it uses the index: the magic",
     "trailer-magic-first-byte trailer-magic-last-byte",
     Patch("container.frame", " or not data.endswith(c.TRAILER_MAGIC)", ""),
 )

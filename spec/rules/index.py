@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from container_vectors.attachments import ENDINGS
+from container_vectors.endings import ENDINGS
 
 from .rule import Patch, Skip, rule
 
