@@ -41,11 +41,19 @@ BAD_NAMES = {
     "device-part": ("would be written to a device of Windows in a folder", "a/aux/x"),
     "device-ending": ("would be written to a device of Windows, which counts no endings", "a/com1.tar.gz"),
     "device-case": ("would be written to a device of Windows, whatever the case", "Lpt9.txt"),
+    "device-con": ("would be written to the console of Windows", "CON.json"),
+    "device-prn": ("would be written to the printer of Windows", "prn"),
+    "device-com9": ("would be written to a device of Windows, as a folder", "COM9/x.json"),
+    "device-spaces": ("would be written to a device of Windows, spaces before its full stop", "aux  .json"),
+    "device-superscript": ("would be written to a device of Windows: COM and a superscript 2", "COM\u00b2.txt"),
+    "device-conin": ("would be written to the console's input of Windows", "conin$"),
+    "device-conout": ("would be written to the console's output of Windows", "CONOUT$.x"),
     "long-part": ("has a part of 256 bytes", "a" * 256),
     "long-part-of-umlauts": ("has a part of 256 bytes and fewer characters", "\u00e4" * 128),
     "nul": ("has a NUL in its name", "a\0b"),
     "control": ("has a control character in its name", "a\x1fb"),
     "delete": ("has a control character in its name, U+007F", "a\x7fb"),
+    "control-next-line": ("has a control character in its name, U+0085", "a\x85b"),
     "control-late": ("has a control character in its name, U+009F", "a\x9fb"),
     "backslash": ("has a backslash in its name", "a\\b"),
     "colon": ("has a colon in its name", "a:b"),
@@ -70,24 +78,77 @@ for _ending in ENDINGS:
     )
 
 
+WEIGHTS = {
+    "capitals": ("would be taken for weights, whatever the case", "model.SAFETENSORS"),
+    "folder": ("lies in a folder that would be taken for weights", "model.bin/x.json"),
+    "index-variant": (
+        "would be taken for the index of a variant of weights",
+        "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+    ),
+}
+for _name, (_what, _path) in WEIGHTS.items():
+    vector("invalid", f"an attachment {_what}", "a name for weights", f"attachment-of-weights-{_name}")(
+        lambda path=_path: attached(path)  # type: ignore[misc]
+    )
+
+PROGRAMS = {
+    "so": "json.cpython-311-x86_64-linux-gnu.so",
+    "capitals": "lib/X.PYD",
+    "dll": "x.dll",
+    "dylib": "x.dylib",
+    "exe": "x.exe",
+    "pyc": "x.pyc",
+    "pyo": "x.pyo",
+    "adapter": "Adapter_Config.json",
+    "adapter-in-folder": "a/adapter_config.json",
+}
+for _name, _path in PROGRAMS.items():
+    vector(
+        "invalid",
+        "an attachment would be loaded as a program, or make a loader take other weights",
+        "a name for a program",
+        f"attachment-program-{_name}",
+    )(
+        lambda path=_path: attached(path)  # type: ignore[misc]
+    )
+
+
+@vector("ok", "names of attachments that are allowed although they come close to what is not")
+def attachments_allowed() -> bytes:
+    close = ("CON\u00a0.txt", "com10.txt", "com.json", "console/nul_.json", "lpt0", "model.bin.md", "so", "pyd.txt")
+    parts_of = ("A/x.json", "a/y.json", "adapter_config.json.txt", "\u00e9" * 127, "/".join(["x" * 204] * 5))
+    # Letters other than A to Z have no lower case here.
+    return attached(*close, *parts_of, "\u00c9.txt", "\u00e9.txt", "modeling_x.py")
+
+
+@vector("invalid", "two attachments whose names differ in the case of a letter", "stands in the place of")
+def attachments_equal() -> bytes:
+    return attached("readme.md", "README.md")
+
+
+@vector("invalid", "an attachment a, and one in a folder A", "stands in the place of")
+def attachment_is_a_folder_in_capitals() -> bytes:
+    return attached("A/b.json", "a")
+
+
 @vector("invalid", "an attachment has no name", PLAIN)
 def attachment_without_name() -> bytes:
     return attached("")
 
 
-@vector("invalid", "an attachment stands in the place of another's folder", "in the place of its folder")
+@vector("invalid", "an attachment stands in the place of another's folder", "stands in the place of")
 def attachment_is_a_folder() -> bytes:
     return attached("a", "a/b")
 
 
-@vector("invalid", "an attachment stands in the place of the folder of another's folder", "in the place of its folder")
+@vector("invalid", "an attachment stands in the place of the folder of another's folder", "stands in the place of")
 def attachment_is_a_folders_folder() -> bytes:
     return attached("a/b", "a/b/c/d", "a/b.c")
 
 
 @vector("invalid", "an attachment's name has 1025 bytes", PLAIN)
 def attachment_long_name() -> bytes:
-    return attached("/".join(["a" * 204] * 5) + "b")
+    return attached("/".join(["\u00e4" * 102] * 5) + "b")
 
 
 @vector("ok", "attachments whose names are as close to those that are refused as they may be")

@@ -152,3 +152,13 @@ for _name, (_what, _key, _value) in BAD_NAMES.items():
     vector("invalid", f"the name of a weight file {_what}", "not the name of a weight file", f"weights-{_name}")(
         lambda key=_key, value=_value: with_weights({key: value})  # type: ignore[misc]
     )
+
+
+@vector("ok", "parts of no elements; a part that ends with the last element that a tensor can have")
+def parts_at_the_ends() -> bytes:
+    return with_parts([["huge", 2**48 - 32, 32], ["old", 7, 0], ["gone", 2**48, 0]])
+
+
+@vector("invalid", "a part ends behind the last element that a tensor can have", "is not an integer from 0")
+def parts_beyond() -> bytes:
+    return with_parts([["huge", 2**48 - 31, 32]])

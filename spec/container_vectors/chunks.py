@@ -110,3 +110,41 @@ def zstd_chunks_swapped() -> bytes:
     draft.stored[0] = second + first + lengths
     assert frames(bytes(draft.raw[0])) != draft.stored[0]
     return draft.build()
+
+
+def raw_block(window: int = 0x88, dictionary: int | None = None) -> bytes:
+    """Return a zstd frame of one raw block.
+
+    Args:
+        window: the window descriptor: 0x88 for 2^27 bytes, 0x89 for 2^24 more.
+        dictionary: a dictionary ID of one byte.
+    """
+    size = len(PAYLOAD)
+    head = b"\x28\xb5\x2f\xfd" + bytes([0x80 | (dictionary is not None), window])
+    ids = b"" if dictionary is None else bytes([dictionary])
+    return head + ids + size.to_bytes(4, "little") + (size << 3 | 1).to_bytes(3, "little") + PAYLOAD
+
+
+@vector("ok", "a zstd frame with a window of 2^27 bytes, the largest")
+def zstd_largest_window() -> bytes:
+    return cold(raw_block())
+
+
+@vector("ok", "a zstd frame with a dictionary ID of 0, which names none")
+def zstd_no_dictionary() -> bytes:
+    return cold(raw_block(dictionary=0))
+
+
+@vector("invalid", "a zstd frame with a window above 2^27 bytes", "a window of 150,994,944 bytes")
+def zstd_window() -> bytes:
+    return cold(raw_block(window=0x89))
+
+
+@vector("invalid", "a skippable frame stands in front of a chunk's frame, and the table counts both", "declares 0")
+def zstd_skippable() -> bytes:
+    return cold(b"\x50\x2a\x4d\x18\0\0\0\0" + raw_block())
+
+
+@vector("invalid", "a frame of no content follows a chunk's frame, and the table counts both", "does not end where")
+def zstd_two_frames() -> bytes:
+    return cold(raw_block() + one_frame(b""))

@@ -10,6 +10,7 @@ from draft import Draft
 from vector_tools import change, one_tensor, simple, small, stored, vector
 
 from deltafmt.terms.lowbit.layout import LowbitLayout
+from deltafmt.terms.nm.layout import NMLayout
 
 
 def spelled(old: bytes, new: bytes, data: bytes | None = None) -> bytes:
@@ -51,6 +52,12 @@ def long_integer() -> bytes:
 @vector("invalid", "an integer of the index that is not negative is in a form with a sign", "canonical")
 def signed_integer() -> bytes:
     return spelled(b"\xa5share\x01", b"\xa5share\xd0\x01")
+
+
+@vector("invalid", "an integer of the index is in a form with a sign that is as long as that without", "canonical")
+def signed_integer_of_16_bits() -> bytes:
+    data = one_tensor(NMLayout(1, 4, 4, scale_group=300), 4, 8)
+    return spelled(b"\xabscale_group\xcd\x01\x2c", b"\xabscale_group\xd1\x01\x2c", data)
 
 
 @vector("invalid", "a string of the index has a longer form than it needs", "canonical")

@@ -396,3 +396,55 @@ def alias_other_shape() -> bytes:
 )
 def simple_file() -> bytes:
     return simple()
+
+
+def same(name: str, dtype: str = "U8", shape: tuple[int, ...] = (3,)) -> bytes:
+    """Return a file with one tensor that is the base's."""
+    out = io.BytesIO()
+    ContainerWriter(out).finish([TensorEntry(name, "same", dtype, shape, BaseRef(bytes(32), dtype, shape))])
+    return out.getvalue()
+
+
+@vector("ok", "tensors whose names come close to that of the metadata of safetensors files")
+def names_close_to_metadata() -> bytes:
+    names = ("__metadata__/w", "x__metadata__", "__metadata__.")
+    form = {"dtype": "U8", "shape": [3]}
+    return others({name: {"action": "same", "base": {"digest": bytes(32), **form}, **form} for name in names})
+
+
+@vector("invalid", "a tensor is called __metadata__", "keeps no tensor under this name")
+def name_of_metadata() -> bytes:
+    return same("__metadata__")
+
+
+@vector("invalid", "a tensor is called unet/__metadata__", "keeps no tensor under this name")
+def name_of_metadata_in_folder() -> bytes:
+    return same("unet/__metadata__")
+
+
+def replaced(dtype: str, shape: list[int], data: bytes) -> bytes:
+    """Return a file with a tensor of a dtype and a shape."""
+    return change(stored({"w": data}), entry_is(dtype=dtype, shape=shape))
+
+
+@vector("ok", "a tensor of no 6-bit floats")
+def no_bytes() -> bytes:
+    return replaced("F6_E3M2", [0], b"")
+
+
+@vector("invalid", "a tensor of three 4-bit floats, in two bytes", "does not take whole bytes")
+def half_a_byte() -> bytes:
+    return replaced("F4", [3], b"\x12\x03")
+
+
+@vector("invalid", "a tensor of the base of six 6-bit floats", "does not take whole bytes")
+def half_a_byte_of_base() -> bytes:
+    return same("a", "F6_E2M3", (6,))
+
+
+@vector("ok", "a layout that no term uses")
+def layout_unused() -> bytes:
+    def edit(index: Any) -> None:
+        index["layouts"].append({**index["layouts"][0], "bits": 3})
+
+    return change(small(), edit)

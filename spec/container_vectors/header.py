@@ -98,3 +98,23 @@ def header_reserved_first() -> bytes:
 @vector("invalid", "the last reserved byte of the header is set", "reserved bytes of the header")
 def header_reserved_last() -> bytes:
     return with_header(header(reserved=bytes(23) + b"\1"))
+
+
+# The order of checks decides between "invalid" and "unsupported".
+for _name, _what, _head in (
+    ("of-another-size", "has a header of 128 bytes", header(version=2, size=128)),
+    ("with-reserved", "uses reserved bytes", header(version=2, reserved=b"\1" + bytes(23))),
+    ("with-bits", "has incompatible bit 5", header(version=2, incompatible=32)),
+):
+    _comment = f"the file asks for a reader of version 2, and {_what}"
+    vector("unsupported", _comment, "version 2", f"newer-version-{_name}")(lambda head=_head: with_header(head))  # type: ignore[misc]
+
+
+@vector("unsupported", "incompatible bit 63 is set, and reserved bytes are used", "bit 63")
+def incompatible_bit_with_reserved() -> bytes:
+    return with_header(header(incompatible=1 << 63, reserved=b"\1" + bytes(23)))
+
+
+@vector("invalid", "the file asks for version 0, and incompatible bit 5 is set", "version 0")
+def version_0_with_bits() -> bytes:
+    return with_header(header(version=0, incompatible=32))

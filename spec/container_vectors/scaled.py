@@ -176,3 +176,10 @@ def scaled_long_integer() -> bytes:
     draft = Draft.of(with_scaled([2, 8], None))
     draft.spell["scaled", "w"] = lambda entry: entry.replace(b"\xa5block\x92\x02", b"\xa5block\x92\xcc\x02")
     return draft.build()
+
+
+@vector("invalid", "a scaled tensor's name has no byte", "1 to 1024 bytes")
+def scaled_nameless() -> bytes:
+    draft = Draft.of(with_scaled([2, 8], None))
+    draft.index["scaled"] = {"": draft.index["scaled"]["w"]}
+    return draft.build()

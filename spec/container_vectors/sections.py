@@ -283,3 +283,34 @@ def hot_but_compressed() -> bytes:
 @vector("ok", "a cold file may store its tensors as they are")
 def cold_but_stored() -> bytes:
     return change(small(), lambda index: index.update(profile="cold"))
+
+
+@vector("ok", "a tensor without elements behind one of 300 bytes: its buffer lies at 512, where the section ends")
+def empty_last_buffer() -> bytes:
+    return stored({"a": bytes(range(150)) * 2, "b": b""})
+
+
+@vector("ok", "sections of no bytes: a tensor without elements, an attached file without bytes")
+def empty_sections() -> bytes:
+    out = io.BytesIO()
+    writer = ContainerWriter(out)
+    ref = writer.add(b"")
+    entry = TensorEntry("b", "replace", "F32", (0, 7), digest=blake3(b"").digest(), data=ref)
+    writer.finish([entry], attachments={"notes.txt": writer.attach(b"")})
+    return out.getvalue()
+
+
+@vector("invalid", "a buffer of length 0, the last one, lies where the buffer before it ends, at 300", "of 256")
+def empty_buffer_unaligned() -> bytes:
+    draft = Draft.of(empty_last_buffer())
+    draft.raw[0] = draft.raw[0][:300]
+    draft.index["tensors"]["b"]["data"][1] = 300
+    return draft.build()
+
+
+@vector("invalid", "a buffer of length 0, the last one, lies 256 bytes too far", "768, where 512 is next")
+def empty_buffer_too_far() -> bytes:
+    draft = Draft.of(empty_last_buffer())
+    draft.raw[0] += bytes(256)
+    draft.index["tensors"]["b"]["data"][1] = 768
+    return draft.build()

@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 import msgpack
+from blake3 import blake3
 from draft import Draft
 from vector_tools import change, one_tensor, small, stored, summed, vector
 
@@ -21,6 +22,11 @@ def with_removed(removed: Any) -> bytes:
 @vector("ok", "removed tensors, sorted by code point")
 def removed() -> bytes:
     return with_removed(["B", "a", "\uffff", "\U00010000"])
+
+
+@vector("ok", "removed tensors whose names are the beginning of a tensor's name, or begin with one")
+def removed_beside() -> bytes:
+    return change(stored({"ab": b"x"}), lambda index: index.update(removed=["a", "abc"]))
 
 
 @vector("invalid", "removed tensors are not sorted", "not sorted and distinct")
@@ -168,6 +174,24 @@ def digest_long() -> bytes:
 @vector("invalid", "the payload of a tensor with terms is not what its digest says", "another digest")
 def payload_digest() -> bytes:
     return change(small(), lambda index: index["tensors"]["w"].update(digest=bytes(32)))
+
+
+@vector("invalid", "only the last byte of a tensor's digest is wrong", "another digest")
+def payload_digest_last_byte() -> bytes:
+    def edit(index: Any) -> None:
+        digest = blake3(b"x").digest()
+        index["tensors"]["a"]["digest"] = digest[:-1] + bytes([digest[-1] ^ 1])
+
+    return Draft.of(stored({"a": b"x"})).build(edit)
+
+
+@vector("invalid", "only the last byte of a section's checksum is wrong", "section 0")
+def checksum_last_byte() -> bytes:
+    def edit(index: Any) -> None:
+        checksum = index["sections"][0]["checksum"]
+        index["sections"][0]["checksum"] = checksum[:-1] + bytes([checksum[-1] ^ 1])
+
+    return Draft.of(stored({"a": b"x"})).build(edit)
 
 
 @vector("invalid", "the bytes of a tensor that replaces the base's are not what its digest says", "another digest")

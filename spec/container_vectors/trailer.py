@@ -76,6 +76,13 @@ def wrong_content_id() -> bytes:
     return Draft.of(small()).build(content_id=bytes(32))
 
 
+@vector("invalid", "only the last byte of the content id is wrong", "content id")
+def wrong_content_id_last_byte() -> bytes:
+    draft = Draft.of(small())
+    right = draft.content_id()
+    return draft.build(content_id=right[:-1] + bytes([right[-1] ^ 1]))
+
+
 @vector("invalid", "a byte stands between the index and the trailer", "does not end where the trailer starts")
 def trailer_gap() -> bytes:
     draft = Draft.of(small())

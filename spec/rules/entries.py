@@ -65,6 +65,7 @@ rule(
     "each an array `[name, start, count]`",
     "parts-negative parts-negative-count",
     Patch(ENTRIES, 'check_uint(value, (where, "[", i, "]"), c.MAX_ELEMENTS)', "value"),
+    Patch(ENTRIES, 'check_uint(start + count, (where, "[", i, "]"), c.MAX_ELEMENTS)', "pass"),
 )
 rule(
     "7.4",
@@ -203,6 +204,34 @@ rule(
     reason="elements that are not there cannot be added to",
 )
 
+SUM = Patch(ENTRIES, 'check_uint(start + count, (where, "[", i, "]"), c.MAX_ELEMENTS)', "pass")
+rule("7.4", "and their sum MUST be at most 2^48", "parts-beyond", SUM)
+rule(
+    "7.4",
+    "`count` MAY be 0",
+    "parts-at-the-ends",
+    Patch(
+        ENTRIES,
+        "parts.append(BasePart(row[0], start, count))",
+        "parts.append(BasePart(row[0], start, count or fail(where, '0')))",
+    ),
+)
+METADATA = Skip("container.file_index", "a safetensors file keeps no tensor under this name")
+rule(
+    "7.4",
+    "which MUST NOT be `__metadata__`, alone or behind a last",
+    "name-of-metadata name-of-metadata-in-folder",
+    METADATA,
+)
+rule(
+    "7.4",
+    "which MUST NOT be `__metadata__`, alone or behind a last",
+    "names-close-to-metadata",
+    Patch("container.file_index", 'name.rpartition("/")[2] == _NO_TENSOR', "True"),
+)
+WHOLE = Skip("format.checks", "does not take whole bytes")
+rule("7.4", "MUST take whole bytes together", "half-a-byte half-a-byte-of-base", WHOLE)
+
 SCALED = "index.scaled"
 rule(
     "7.8",
@@ -260,23 +289,20 @@ rule(
     "most-elements",
     Patch("format.constants", "return count <= MAX_ELEMENTS", "return count < MAX_ELEMENTS"),
 )
-for _where, _function, _vectors in (
-    ("container.file_index", "entry", "empty-name-tensor long-name-tensor"),
-    ("container.file_index", "_parse_removed", "empty-name-removed long-name-removed"),
-    (ENTRIES, "_parse_parts", "empty-name-part long-name-part"),
-    (SCALED, "from_obj", "scaled-nameless-scales"),
-):
-    rule(
-        "9",
-        "the name of a tensor, of a part, of a removed tensor or of an attachment",
-        _vectors,
-        Skip(f"{_where}:{_function}", "a name has 1 to"),
-    )
+NAMES = "the name of a tensor, of a part, of a removed tensor or of an attachment"
+rule("9", NAMES, "empty-name-tensor long-name-tensor", Skip("container.file_index", "a name has 1 to"))
 rule(
     "9",
-    "the name of a tensor, of a part, of a removed tensor or of an attachment",
-    "attachment-long-name",
-    Patch("index.sections", "> c.MAX_NAME_BYTES:", "> c.MAX_INDEX_BYTES:"),
+    NAMES,
+    "empty-name-removed long-name-removed empty-name-part long-name-part scaled-nameless-scales scaled-nameless",
+    Skip("format.checks", "a name has 1 to"),
+)
+rule("9", NAMES, "attachment-long-name", Patch("index.file_names", "> c.MAX_NAME_BYTES:", "> c.MAX_INDEX_BYTES:"))
+rule(
+    "9",
+    "1 to 1,024 bytes",
+    "longest-names",
+    Patch("format.checks", '"surrogatepass")) <= c.MAX_NAME_BYTES', '"surrogatepass")) < c.MAX_NAME_BYTES'),
 )
 rule("9", "terms of a tensor", "terms-17", Skip(ENTRIES, "expected a list of 1 to"))
 rule("9", "raw lengths of all sections, summed", reason="2^40 raw bytes take 54 MB of frames, too many for a vector")

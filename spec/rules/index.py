@@ -10,7 +10,7 @@ CANONICAL = "MUST refuse an index that is not the canonical encoding of what it 
 rule(
     "7.1",
     CANONICAL,
-    "long-integer signed-integer long-string long-key long-array long-map long-bytes long-integer-in-entry "
+    "long-integer signed-integer signed-integer-of-16-bits long-string long-key long-array long-map long-bytes long-integer-in-entry "
     "scaled-long-integer key-twice tensor-twice metadata-twice entry-key-twice",
     Skip("container.canonical", "{} is not in canonical form"),
     others="index-cut index-nested index-endless-array",
@@ -123,36 +123,32 @@ rule(
     Patch("format.checks", "return list(obj.values())", "return [obj[key] for key in keys]"),
 )
 
-NAME = "The name is a relative path with `/`"
-
 
 def named(words: str, names: str, *without: Skip | Patch) -> None:
     """Register a rule of attachments' names."""
-    rule("7.2", words, " ".join(f"attachment-{name}" for name in names.split()), *without)
+    rule("7.9", words, " ".join(f"attachment-{name}" for name in names.split()), *without)
 
 
-PATHS = "index.sections"
-named("whose parts are not empty", "empty-part folder absolute without-name", Patch(PATHS, "not part or ", ""))
+PATHS = "index.file_names"
+PART = 'part.startswith(".") or part.endswith((" ", "."))'
+named("A part has 1", "empty-part folder absolute without-name", Patch(PATHS, "not part or ", ""))
+named("to 255 bytes", "long-part long-part-of-umlauts", Patch(PATHS, " or len(part.encode()) > MAX_PART_BYTES", ""))
+named("does not start with a full stop", "path parent hidden hidden-part", Patch(PATHS, PART, "False"))
+named("does not end in a space (U+0020)", "space", Patch(PATHS, '(" ", ".")', '(".",)'))
+named("does not end in a space (U+0020) or full stop", "full-stop", Patch(PATHS, '(" ", ".")', '(" ",)'))
+IS_DEVICE = 'ascii_lower(part.split(".", maxsplit=1)[0].rstrip(" ")) not in DEVICES'
 named(
-    "have at most 255 bytes",
-    "long-part long-part-of-umlauts",
-    Patch(PATHS, " or len(part.encode()) > MAX_PART_BYTES", ""),
+    "A part is not the name of a Windows device",
+    "device device-part device-ending device-case device-con device-prn device-com9 device-spaces device-superscript "
+    "device-conin device-conout",
+    Patch(PATHS, IS_DEVICE, "True"),
 )
+named("without spaces (U+0020) at its end", "device-spaces", Patch(PATHS, '.rstrip(" ")', ""))
+rule("7.9", "without spaces (U+0020) at its end", "attachments-allowed", Patch(PATHS, '.rstrip(" ")', ".rstrip()"))
+named("and in lower case", "device-case device", Patch(PATHS, IS_DEVICE, IS_DEVICE.replace("ascii_lower", "")))
 named(
-    "do not start with a full stop",
-    "path parent hidden hidden-part",
-    Patch(PATHS, 'part.startswith(".") or part.endswith((" ", "."))', "False"),
-)
-named("or end in a space or full stop", "space", Patch(PATHS, '(" ", ".")', '(".",)'))
-named("or end in a space or full stop", "full-stop", Patch(PATHS, '(" ", ".")', '(" ",)'))
-named(
-    "the name of a Windows device",
-    "device device-part device-ending device-case",
-    Patch(PATHS, 'return part.split(".", maxsplit=1)[0].rstrip().upper() not in DEVICES', "return True"),
-)
-named(
-    "it has no control characters",
-    "nul control delete control-late",
+    "It has no control characters",
+    "nul control delete control-next-line control-late",
     Patch(PATHS, "ord(char) < 32 or 127 <= ord(char) < 160 or ", ""),
 )
 named(
@@ -160,33 +156,51 @@ named(
     "backslash colon asterisk question-mark quote less greater bar",
     Patch(PATHS, "or char in '\\\\:*?\"<>|' ", ""),
 )
+COLLIDE = Skip("container.file_index", "stands in the place of the file or of its folder")
+named("is, in lower case, the folder of another", "is-a-folder is-a-folders-folder is-a-folder-in-capitals", COLLIDE)
+rule("7.9", "No two names are equal in lower case", "attachments-equal", COLLIDE)
+WEIGHTS = Skip("index.sections", "a name for weights")
+named("as files of weights do", " ".join(f"of-{ending.replace('.', '-')}" for ending in ENDINGS), WEIGHTS)
+named("No part ends, in lower case", "of-weights-capitals of-weights-folder", WEIGHTS)
+named("which is the index of a variant of weights", "of-weights-index-variant", WEIGHTS)
+PROGRAM = Skip("index.sections", "a name for a program")
 named(
-    "none ends as files of weights do",
-    " ".join(f"of-{ending.replace('.', '-')}" for ending in ENDINGS),
-    Skip(PATHS, "a name for weights"),
+    "as compiled code does",
+    "program-so program-capitals program-dll program-dylib program-exe program-pyc program-pyo",
+    PROGRAM,
 )
-named(
-    "No name is the folder of another",
-    "is-a-folder is-a-folders-folder",
-    Skip("container.file_index", "another attachment stands in the place of its folder"),
-)
-named("`digest` is the BLAKE3 of the file", "digest", Skip("pipeline.verify", "the bytes have another digest"))
+named("It is not `adapter_config.json` in lower case", "program-adapter program-adapter-in-folder", PROGRAM)
 rule(
-    "7.2",
-    NAME,
+    "7.9",
+    "Rules that speak of lower case mean the letters A to Z alone",
+    "attachments-allowed",
+    Patch(PATHS, "return name.translate(_LOWER)", "return name.lower()"),
+)
+rule(
+    "7.9",
+    "Python source is allowed",
+    "attachments-allowed",
+    Patch(PATHS, "last.endswith(PROGRAM_ENDINGS)", 'last.endswith((*PROGRAM_ENDINGS, ".py"))'),
+)
+rule(
+    "7.9",
+    "A part has 1 to 255 bytes",
     "attachment-names",
-    Patch(PATHS, "MAX_PART_BYTES:", "MAX_PART_BYTES - 1:"),
+    Patch(PATHS, "> MAX_PART_BYTES", "> MAX_PART_BYTES - 1"),
+)
+rule(
+    "7.9",
+    "A reader MUST refuse a name that breaks one of these rules, and an attachment whose `digest`",
+    "attachment-digest",
+    Skip("pipeline.verify", "the bytes have another digest"),
 )
 rule(
     "7.2",
     "a small file that travels along",
     "attachment-empty",
-    Patch(
-        "container.file_index",
-        "if ref.offset + ref.length > section.raw_length:",
-        "if ref.offset + ref.length >= section.raw_length:",
-    ),
+    Patch("container.file_index", "if ref.offset + ref.length > section", "if ref.offset + ref.length >= section"),
 )
+
 rule("7.2", "each at most once", "layout-twice", Skip("container.file_index", "a layout stands in the table twice"))
 rule(
     "7.2",
@@ -208,7 +222,7 @@ rule(
 )
 rule(
     "7.2",
-    "tensors that the base has and the fine-tune has not",
+    "none of them in `tensors`",
     "removed-but-there",
     Patch("container.file_index", " or any(name in tensors for name in names)", ""),
 )
@@ -268,7 +282,7 @@ rule(
 rule(
     "7.6",
     "The `digest` of an entry is the BLAKE3 of its payload",
-    "payload-digest payload-digest-replace payload-digest-of-terms",
+    "payload-digest payload-digest-last-byte payload-digest-replace payload-digest-of-terms",
     Skip("pipeline.verify", "the payload has another digest"),
 )
 rule(
@@ -300,7 +314,7 @@ rule(
 WEIGHTS = "ending ending-only folder parent absolute device hidden control case"
 rule(
     "7.7",
-    "a program that writes files by it MUST refuse it otherwise",
+    "a verifier and whoever writes files by it MUST refuse it otherwise",
     " ".join(f"weights-{name}" for name in WEIGHTS.split()),
     Skip("checkpoint.weight_names", "is not the name of a weight file"),
 )

@@ -1,0 +1,160 @@
+"""Wrong readers of floating-point numbers and of base tensors (sections 7.8, 10 and 11.5)."""
+
+from __future__ import annotations
+
+from .wrong import Patch, patched, wrong
+
+FLOATS = "terms.floats"
+SUM = "total = narrow(wide + delta, dtype)"
+ZERO = "return np.where(delta == 0, base if base_dtype == dtype else narrow(wide, dtype), total)"
+ROUND = "rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)) >> np.uint32(16)"
+patched(
+    FLOATS,
+    ("BF16 is cut off", "", ROUND, "rounded = bits >> np.uint32(16)"),
+    ("ties of BF16 go up", "", ROUND, "rounded = bits + np.uint32(0x8000) >> np.uint32(16)"),
+    ("ties of BF16 go to odd", "", ROUND, ROUND.replace("& np.uint32(1))", "& np.uint32(1) ^ np.uint32(1))")),
+    ("a BF16 NaN is 0x7FC0", "", "bits >> np.uint32(16) | np.uint32(0x40), rounded)", "np.uint32(0x7FC0), rounded)"),
+    (
+        "a BF16 NaN is rounded",
+        "",
+        "return np.where(nan, bits >> np.uint32(16) | np.uint32(0x40), rounded)",
+        "return np.where(False, bits, rounded)",
+    ),
+    (
+        "a BF16 NaN is not made quiet",
+        "",
+        "bits >> np.uint32(16) | np.uint32(0x40), rounded)",
+        "bits >> np.uint32(16), rounded)",
+    ),
+    (
+        "F16 subnormals are lost",
+        "",
+        "return values.astype(np.float16).view(np.uint16)",
+        "return np.where(np.abs(values) < 2.0**-14, np.float32(0), values).astype(np.float16).view(np.uint16)",
+    ),
+    (
+        "F16 does not go to infinity",
+        "",
+        "return values.astype(np.float16).view(np.uint16)",
+        "return np.clip(values, -65504, 65504).astype(np.float16).view(np.uint16)",
+    ),
+    (
+        "F16 subnormals are widened to zero",
+        "",
+        "return raw.view(np.float16).astype(np.float32)",
+        "return np.where(raw & 0x7C00, raw, raw & 0x8000).astype(np.uint16).view(np.float16).astype(np.float32)",
+    ),
+    (
+        "the delta is rounded to the dtype first",
+        "",
+        SUM,
+        "total = narrow(wide + widen(narrow(delta, dtype), dtype), dtype)",
+    ),
+    (
+        "the sum is in the fine-tune's dtype of the base",
+        "",
+        SUM,
+        "total = narrow(widen(narrow(wide, dtype), dtype) + delta, dtype)",
+    ),
+    ("the delta is subtracted", "", SUM, "total = narrow(wide - delta, dtype)"),
+    ("a delta of zero is added, too", "", ZERO, "return total"),
+    ("only a delta of +0 is none", "", ZERO, ZERO.replace("delta == 0", "delta.view(np.uint32) == 0")),
+    ("a base of zero gets the delta's sign", "", ZERO, ZERO.replace("delta == 0,", "(delta == 0) & (wide != 0),")),
+    (
+        "where the delta is zero, the base is widened and rounded",
+        "",
+        ZERO,
+        ZERO.replace("base if base_dtype == dtype else ", ""),
+    ),
+)
+wrong(
+    "the sum is rounded to BF16 in one step",
+    "",
+    Patch(
+        FLOATS,
+        SUM,
+        "exact = wide.astype(np.float64) + delta; near = exact.astype(np.float32); "
+        "total = narrow(np.where((near != exact) & (near.view(np.uint32) & 0xFFFF == 0x8000), "
+        "np.nextafter(near, np.where(exact > near, np.inf, -np.inf).astype(np.float32)), near), dtype)",
+    ),
+)
+patched(
+    "terms.scales",
+    (
+        "a scale may be -0",
+        "",
+        'if bits.size and int(bits.max()) >= (0x7F80 if dtype == "BF16" else 0x7F800000):',
+        "bits = np.where(bits << 1, bits, 0).astype(bits.dtype)\n"
+        '    if bits.size and int(bits.max()) >= (0x7F80 if dtype == "BF16" else 0x7F800000):',
+    ),
+    (
+        "a scale may be infinite",
+        "",
+        'int(bits.max()) >= (0x7F80 if dtype == "BF16" else 0x7F800000):',
+        'int(bits.max()) > (0x7F80 if dtype == "BF16" else 0x7F800000):',
+    ),
+    (
+        "the largest scales are refused",
+        "",
+        '(0x7F80 if dtype == "BF16" else 0x7F800000):',
+        '(0x7F00 if dtype == "BF16" else 0x7F000000):',
+    ),
+    (
+        "subnormal scales are zero",
+        "",
+        "scales = widen(np.ascontiguousarray(raw).view(RAW_DTYPES[dtype]), dtype)",
+        "scales = widen(np.ascontiguousarray(raw).view(RAW_DTYPES[dtype]), dtype)\n"
+        "    scales = np.where(scales < 2.0**-126, np.float32(0), scales)",
+    ),
+    ("F16 values may be infinite", "", '"F16": 0x7C00', '"F16": 0xFFFF'),
+    ("BF16 values may not be finite", "", '{"BF16": 0x7F80, "F16"', '{"BF16": 0xFFFF, "F16"'),
+    ("F32 values may not be finite", "", '"F32": 0x7F800000}[dtype])', '"F32": 0xFFFFFFFF}[dtype])'),
+)
+FLOAT8 = "checkpoint.float8"
+patched(
+    FLOAT8,
+    ("E4M3 has bias 8", "", '"F8_E4M3": (3, 7)', '"F8_E4M3": (3, 8)'),
+    ("E5M2 has bias 16", "", '"F8_E5M2": (2, 15)', '"F8_E5M2": (2, 16)'),
+    ("E4M3 has an infinity", "", "values[codes & 0x7F == 0x7F] = np.nan", "values[codes & 0x7F == 0x7F] = np.inf"),
+    ("E4M3 has no NaN", "", "values[codes & 0x7F == 0x7F] = np.nan", "pass"),
+    ("E5M2 has no infinity", "", "np.where(mantissa[top] == 0, np.inf, np.nan)", "np.nan"),
+    ("subnormal codes are zero", "", "(normal << bits) + mantissa", "np.where(normal, (normal << bits) + mantissa, 0)"),
+    ("E8M0 has bias 128", "", "np.ldexp(1.0, codes - 127)", "np.ldexp(1.0, codes - 128)"),
+    ("E8M0 0 is zero", "", "values[255] = np.nan", "values[0] = 0"),
+    ("a value that is no number keeps its bits", "", "    if lost.any():", "    if False:"),
+    ("values are cut off", "", "bits += np.uint32(0x7FFF)", "bits -= odd"),
+    (
+        "the scale of a block is that of the next row",
+        "",
+        "place // step for place, step in zip(places, block, strict=False)",
+        "np.minimum(place + 1, size - 1) // step for place, step, size in zip(places, block, shape, strict=False)",
+    ),
+    ("scales divide", "", "values *= scales", "values /= scales"),
+    (
+        "the block's columns are one less",
+        "",
+        "np.repeat(found, block[-1], axis=1)",
+        "np.repeat(found, max(block[-1] - 1, 1), axis=1)",
+    ),
+)
+patched(
+    "delta",
+    (
+        "terms are summed from the last to the first",
+        "",
+        "for codec, packed in self._terms:",
+        "for codec, packed in reversed(self._terms):",
+    ),
+    (
+        "only the first term counts",
+        "",
+        "total = dense if total is None else total + dense",
+        "total = dense if total is None else total",
+    ),
+    (
+        "terms are summed in float64",
+        "",
+        "total = dense if total is None else total + dense",
+        "total = dense.astype(np.float64) if total is None else total + dense",
+    ),
+)
