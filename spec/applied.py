@@ -19,6 +19,8 @@ from deltafmt.index.scaled import ScaledRef
 Stored = tuple[str, tuple[int, ...], bytes]
 Floats = NDArray[np.float32]
 
+# Bits of an element, and of its fraction.
+WIDTHS = {"BF16": (16, 7), "F16": (16, 10), "F32": (32, 23)}
 SIZES = {"F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "F64": 8, "I64": 8}
 
 
@@ -57,13 +59,30 @@ def added(base: bytes, base_dtype: str, delta: Floats, dtype: str) -> bytes:
     """Return a base plus a delta of as many elements, as bytes (section 10)."""
     wide = widened(base[: delta.size * SIZES[base_dtype]], base_dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        total = rounded(wide + delta, dtype)
-    # "Where the delta is zero, the fine-tuned element is the base's; with equal dtypes, bit for bit."
+        sums = wide + delta
+    total = rounded(sums, dtype)
+    # "It is 0x7FC0 in BF16, 0x7E00 in F16, 0x7FC00000 in F32."
+    total = np.where(np.isnan(sums), {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}[dtype], total)
+    # "Where the delta is zero, the fine-tuned element is the base's", rounded
+    total = np.where(delta == 0, rounded(wide, dtype), total)
+    # "If the base's element is NaN, whatever the delta: it has the sign of the base's element, ..."
+    raw = np.frombuffer(base, f"<u{SIZES[base_dtype]}")[: delta.size]
+    total = np.where(np.isnan(wide), [_nan(int(bits), base_dtype, dtype) for bits in raw], total)
+    # "with equal dtypes bit for bit, whatever it is"
     if base_dtype == dtype:
-        same = np.frombuffer(base, total.dtype)[: delta.size]
-    else:
-        same = rounded(wide, dtype)
-    return np.where(delta == 0, same, total).astype(total.dtype).tobytes()
+        total = np.where(delta == 0, raw, total)
+    return total.astype(f"<u{SIZES[dtype]}").tobytes()
+
+
+def _nan(bits: int, base_dtype: str, dtype: str) -> int:
+    """Return the bits of a NaN in another dtype (section 10.5)."""
+    (width, fraction), (new_width, new_fraction) = (WIDTHS[name] for name in (base_dtype, dtype))
+    sign, kept = bits >> (width - 1), bits & ((1 << fraction) - 1)
+    # "the highest bits of its fraction, as many as the fine-tune's dtype has, with zeros behind them if that has more"
+    moved = kept << new_fraction >> fraction
+    quiet = moved | 1 << (new_fraction - 1)
+    exponent = (1 << (new_width - 1 - new_fraction)) - 1
+    return sign << (new_width - 1) | exponent << new_fraction | quiet
 
 
 def widened(data: bytes, dtype: str) -> Floats:
@@ -83,8 +102,7 @@ def rounded(values: Floats, dtype: str) -> NDArray[Any]:
     bits = values.view("<u4")
     down, rest = bits >> 16, bits & 0xFFFF
     up = (rest > 0x8000) | ((rest == 0x8000) & (down & 1 == 1))
-    # "A BF16 NaN keeps its sign and upper bits with the quiet bit (bit 6) set."
-    return np.where(np.isnan(values), down | 0x40, down + up).astype("<u2")
+    return (down + up).astype("<u2")
 
 
 def meant(ref: ScaledRef, name: str, base: Mapping[str, Stored]) -> bytes:

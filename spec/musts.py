@@ -13,7 +13,8 @@ SPECIFICATION = Path(__file__).parent / "deltafmt-v1.md"
 # Sentences with MUST that no file can break: what a writer does, and what a program says.
 OF_PROGRAMS = {
     "5.4": ("one that verifies a file MUST",),
-    "7.9": ("so whoever writes attachments into a folder MUST NOT write these unless its user has asked for code",),
+    "7.6": ("MUST compute it anew from the index", "MUST say that the content id was not checked"),
+    "7.9": ("so whoever writes attachments into a folder MUST NOT write a file",),
     "7.5": ("then the result MUST say so",),
     "11.4": ("The seed MUST NOT be chosen by the error that it gives",),
 }

@@ -130,11 +130,40 @@ def add_zero_to_nan() -> WithBase:
     return based(with_terms({name: Change(name, (1, 6), [zero]) for name in base}), base)
 
 
-@vector("ok", "a BF16 NaN keeps its sign and its upper bits, and gets the quiet bit, where the delta is not zero")
-def add_to_bf16_nan() -> WithBase:
-    data = np.array([0x7FC0, 0x7F81, 0xFFA5, 0xFFC1], "<u2").tobytes()
-    delta = floats([1.0, -2.0, 0.5, 1e30])
-    return based(with_terms({"w": Change("BF16", (1, 4), [delta])}), {"w": ("BF16", (1, 4), data)})
+NANS = {
+    "BF16": ("<u2", [0x7FC0, 0x7F81, 0xFF81, 0xFFA5, 0x7FFF, 0xFFFF]),
+    "F16": ("<u2", [0x7E00, 0x7C01, 0xFC08, 0xFE55, 0x7FFF, 0xFFFF]),
+    "F32": ("<u4", [0x7FC00000, 0x7F800001, 0xFF804001, 0xFFA5A5A5, 0x7FFFFFFF, 0xFFFFFFFF]),
+}
+
+
+def nans(base_dtype: str, dtype: str) -> WithBase:
+    """Return a file that adds numbers, and zero, to NaNs of a base."""
+    form, found = NANS[base_dtype]
+    data = np.array(found * 2, form).tobytes()
+    delta = floats([1.0, -2.0, 0.5, 1e30, 1e-40, -1.0, *[0.0, -0.0] * 3])
+    return based(with_terms({"w": Change(dtype, (1, 12), [delta], base_dtype)}), {"w": (base_dtype, (1, 12), data)})
+
+
+for _base_dtype in NANS:
+    for _dtype in NANS:
+        vector(
+            "ok",
+            f"add from {_base_dtype} to {_dtype} where the base is NaN: sign, upper bits, the first bit of the fraction",
+            name=f"nan-{_base_dtype.lower()}-to-{_dtype.lower()}",
+        )(lambda pair_of=(_base_dtype, _dtype): nans(*pair_of))  # type: ignore[misc]
+
+
+@vector("ok", "infinity of the base less an infinite delta, in each dtype: the NaN that stands for no number")
+def add_infinity_to_infinity() -> WithBase:
+    delta = [floats([3e38, -3e38, 3e38, 1.0])] * 2
+    base, words = (
+        {},
+        {"BF16": ("<u2", 0xFF80, 0x7F80), "F16": ("<u2", 0xFC00, 0x7C00), "F32": ("<u4", 0xFF800000, 0x7F800000)},
+    )
+    for name, (form, minus, plus) in words.items():
+        base[name] = (name, (1, 4), np.array([minus, plus, plus, minus], form).tobytes())
+    return based(with_terms({name: Change(name, (1, 4), delta) for name in base}), base)
 
 
 @vector("ok", "three terms are summed in float32 in their order: 2**24 + 1 - 2**24 is 0, and not 1")

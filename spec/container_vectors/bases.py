@@ -134,7 +134,7 @@ def with_weights(metadata: dict[str, str]) -> bytes:
 @vector("ok", "names of weight files, at the top and in two components; the key base_variant")
 def weight_names() -> bytes:
     names = {"weights": "model.fp16.safetensors", "weights/a": "x.safetensors", "weights/a/b": "y.safetensors"}
-    return with_weights({"base_variant": "fp16", **names})
+    return with_weights({"base_variant": "fp16", **names, "weightsx": "/"})
 
 
 BAD_NAMES = {

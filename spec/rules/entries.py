@@ -267,29 +267,29 @@ rule(
 rule("9", "members of any map or array of the index", reason="a million members are too many for a vector")
 rule(
     "9",
-    "dimensions of a tensor",
+    "dimensions of a shape",
     "nine-dimensions",
     Patch("format.checks", "if type(value) is not list or len(value) > c.MAX_RANK:", "if type(value) is not list:"),
 )
 rule(
     "9",
-    "dimensions of a tensor",
+    "dimensions of a shape",
     "eight-dimensions",
     Patch("format.checks", "len(value) > c.MAX_RANK", "len(value) >= c.MAX_RANK"),
 )
 rule(
     "9",
-    "elements of a tensor, sizes of 0 counted as 1",
+    "elements of a shape, sizes of 0 counted as 1",
     "too-many-elements endless-shape overflowing-shape too-many-elements-in-base",
     Skip("format.checks", "has more than {} elements"),
 )
 rule(
     "9",
-    "elements of a tensor, sizes of 0 counted as 1",
+    "elements of a shape, sizes of 0 counted as 1",
     "most-elements",
     Patch("format.constants", "return count <= MAX_ELEMENTS", "return count < MAX_ELEMENTS"),
 )
-NAMES = "the name of a tensor, of a part, of a removed tensor or of an attachment"
+NAMES = "the name of a tensor, of a part, of a removed or scaled tensor, of scales, or of an attachment"
 rule("9", NAMES, "empty-name-tensor long-name-tensor", Skip("container.file_index", "a name has 1 to"))
 rule(
     "9",

@@ -21,12 +21,18 @@ rule(
     "sum-in-order",
     Patch("delta", "for codec, packed in self._terms:", "for codec, packed in reversed(self._terms):"),
 )
-ZERO = "return np.where(delta == 0, base if base_dtype == dtype else narrow(wide, dtype), total)"
+rule(
+    "10.2",
+    "with equal dtypes bit for bit, whatever it is",
+    "add-zero-to-nan",
+    Patch(FLOATS, "np.where(delta == 0, base, rounded) if base_dtype == dtype else rounded", "rounded"),
+)
 rule(
     "10.2",
     "Where the delta is zero (of either sign)",
-    "add-zero-to-nan add-bf16-to-bf16",
-    Patch(FLOATS, ZERO, "return total"),
+    "add-bf16-to-bf16 add-f32-to-bf16",
+    Patch(FLOATS, "np.where(delta == 0, converted, rounded)", "rounded"),
+    Patch(FLOATS, "np.where(delta == 0, base, rounded) if base_dtype == dtype else rounded", "rounded"),
 )
 rule(
     "10.3",
@@ -34,15 +40,22 @@ rule(
     "add-bf16-to-bf16 add-f32-to-bf16",
     Patch(
         FLOATS,
-        "total = narrow(wide + delta, dtype)",
-        "total = narrow((wide.astype(np.float64) + delta + (delta > 0) * 1e-9).astype(np.float32), dtype)",
+        "total = wide + delta",
+        "total = (wide.astype(np.float64) + delta + (delta > 0) * 1e-9).astype(np.float32)",
     ),
 )
+NAN = "convert_nan(base, base_dtype, dtype)"
+PAIRS = [f"nan-{base}-to-{new}" for base in ("bf16", "f16", "f32") for new in ("bf16", "f16", "f32")]
+rule("10.5", "if the base's element is NaN, whatever the delta", " ".join(PAIRS), Patch(FLOATS, NAN, "NANS[dtype]"))
 rule(
-    "10.3",
-    "A BF16 NaN keeps its sign and upper bits with the quiet bit",
-    "add-to-bf16-nan",
-    Patch(FLOATS, "bits >> np.uint32(16) | np.uint32(0x40), rounded)", "np.uint32(0x7FC0), rounded)"),
+    "10.5",
+    "it is 0x7FC0 in BF16, 0x7E00 in F16, 0x7FC00000 in F32",
+    "add-infinity-to-infinity",
+    Patch(
+        FLOATS,
+        "np.where(np.isnan(total), NANS[dtype], narrow(total, dtype))",
+        "narrow(np.where(np.isnan(total), -np.abs(total), total), dtype)",
+    ),
 )
 rule(
     "10.4",
@@ -139,7 +152,7 @@ rule("11.4", "It MUST be below C(M, N)", "rank-beyond", Skip("terms.nm.index.ran
 BEYOND = "entry beyond the last column has a code that is not zero"
 rule(
     "11.4",
-    "its field MUST be zero",
+    "its field of `codes` MUST be zero",
     "field-beyond-columns field-beyond-columns-fixed field-beyond-columns-rank field-beyond-columns-late",
     Skip("terms.nm.codec:_check_beyond", BEYOND),
 )
@@ -231,7 +244,7 @@ rule("13.3", "Fields, zero points and scales are bound as there", "lowrank-zero-
 rule("13.3", "Fields, zero points and scales are bound as there", "lowrank-negative-scale lowrank-nan-scale", FINITE)
 rule(
     "13.3",
-    "a value of `u` or `v` MUST be finite",
+    "An element of the buffers `u` and `v`, of factors that are a dtype, MUST be finite",
     "lowrank-infinite lowrank-bf16-not-finite lowrank-f16-not-finite lowrank-f32-not-finite",
     Skip(f"{CODEC}:_check_values", "is not finite"),
 )
@@ -316,7 +329,7 @@ rule("14.4", "fields and scales are bound as there", "sparse-code-beyond-grid", 
 rule("14.4", "fields and scales are bound as there", "sparse-negative-scale sparse-minus-zero-scale", FINITE)
 rule(
     "14.4",
-    "A value MUST be finite",
+    "An element of the buffer `values`, of values that are a dtype, MUST be finite",
     "sparse-bf16-not-finite sparse-f16-not-finite sparse-f32-not-finite",
     Skip(CHECKS, "a value is not finite"),
 )

@@ -411,7 +411,6 @@ patched(
 patched(
     "checkpoint.weight_names",
     ("names of weight files may lie in folders", "", 'if "/" in name or not', "if not"),
-    ("a name of weights may be an ending alone", "", "or name == ENDING ", ""),
     (
         "components of weight files are not looked at",
         "",
@@ -435,5 +434,4 @@ patched(
     "checkpoint.stitched",
     ("parts start at their tensors' beginning", "", "Run(tensor, part.start, ", "Run(tensor, 0, "),
     ("parts may end behind their tensors", "", " or part.start + part.elements > c.element_count(tensor.shape)", ""),
-    ("parts may be of tensors of another dtype", "", "or tensor.dtype != dtype ", ""),
 )

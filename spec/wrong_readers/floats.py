@@ -5,27 +5,15 @@ from __future__ import annotations
 from .wrong import Patch, patched, wrong
 
 FLOATS = "terms.floats"
-SUM = "total = narrow(wide + delta, dtype)"
-ZERO = "return np.where(delta == 0, base if base_dtype == dtype else narrow(wide, dtype), total)"
+SUM = "total = wide + delta"
+EQUAL = "found = np.where(delta == 0, base, rounded) if base_dtype == dtype else rounded"
+CHOICE = "np.where(delta == 0, converted, rounded)"
 ROUND = "rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)) >> np.uint32(16)"
 patched(
     FLOATS,
     ("BF16 is cut off", "", ROUND, "rounded = bits >> np.uint32(16)"),
     ("ties of BF16 go up", "", ROUND, "rounded = bits + np.uint32(0x8000) >> np.uint32(16)"),
     ("ties of BF16 go to odd", "", ROUND, ROUND.replace("& np.uint32(1))", "& np.uint32(1) ^ np.uint32(1))")),
-    ("a BF16 NaN is 0x7FC0", "", "bits >> np.uint32(16) | np.uint32(0x40), rounded)", "np.uint32(0x7FC0), rounded)"),
-    (
-        "a BF16 NaN is rounded",
-        "",
-        "return np.where(nan, bits >> np.uint32(16) | np.uint32(0x40), rounded)",
-        "return np.where(False, bits, rounded)",
-    ),
-    (
-        "a BF16 NaN is not made quiet",
-        "",
-        "bits >> np.uint32(16) | np.uint32(0x40), rounded)",
-        "bits >> np.uint32(16), rounded)",
-    ),
     (
         "F16 subnormals are lost",
         "",
@@ -44,27 +32,29 @@ patched(
         "return raw.view(np.float16).astype(np.float32)",
         "return np.where(raw & 0x7C00, raw, raw & 0x8000).astype(np.uint16).view(np.float16).astype(np.float32)",
     ),
+    ("the delta is rounded to the dtype first", "", SUM, "total = wide + widen(narrow(delta, dtype), dtype)"),
+    ("the base is rounded to the dtype first", "", SUM, "total = widen(narrow(wide, dtype), dtype) + delta"),
+    ("the delta is subtracted", "", SUM, "total = wide - delta"),
+    ("a delta of zero is added, too", "", CHOICE, "rounded"),
+    ("only a delta of +0 is none", "", CHOICE, "np.where(delta.view(np.uint32) == 0, converted, rounded)"),
+    ("a delta of -0 changes a NaN of the base", "", EQUAL, EQUAL.replace("delta == 0", "delta.view(np.uint32) == 0")),
+    ("a base of zero gets the delta's sign", "", CHOICE, "np.where((delta == 0) & (wide != 0), converted, rounded)"),
+    ("a NaN of the base is made quiet", "", EQUAL, "found = rounded"),
     (
-        "the delta is rounded to the dtype first",
+        "a NaN keeps its place where the dtype stays",
         "",
-        SUM,
-        "total = narrow(wide + widen(narrow(delta, dtype), dtype), dtype)",
+        EQUAL,
+        "found = np.where(np.isnan(wide), base, rounded) if base_dtype == dtype else rounded",
     ),
+    ("a NaN's fraction is shifted down", "", "bits << 16\n", "bits << 16 | bits & 0x3F\n"),
+    ("the fraction of an F16 NaN keeps its lowest place", "", "(bits & 0x3FF) << 13", "bits & 0x3FF"),
+    ("the sign of an F16 NaN is lost", "", "(bits & 0x8000) << 16 | ", ""),
+    ("a NaN is not made quiet", "", 'bits = bits | NANS["F32"]', "bits = bits | 0x7F800000"),
     (
-        "the sum is in the fine-tune's dtype of the base",
+        "a NaN of the sum is negative",
         "",
-        SUM,
-        "total = narrow(widen(narrow(wide, dtype), dtype) + delta, dtype)",
-    ),
-    ("the delta is subtracted", "", SUM, "total = narrow(wide - delta, dtype)"),
-    ("a delta of zero is added, too", "", ZERO, "return total"),
-    ("only a delta of +0 is none", "", ZERO, ZERO.replace("delta == 0", "delta.view(np.uint32) == 0")),
-    ("a base of zero gets the delta's sign", "", ZERO, ZERO.replace("delta == 0,", "(delta == 0) & (wide != 0),")),
-    (
-        "where the delta is zero, the base is widened and rounded",
-        "",
-        ZERO,
-        ZERO.replace("base if base_dtype == dtype else ", ""),
+        "np.where(np.isnan(total), NANS[dtype], narrow(total, dtype))",
+        "np.where(np.isnan(total), NANS[dtype] | 1 << (31 if dtype == 'F32' else 15), narrow(total, dtype))",
     ),
 )
 wrong(
@@ -74,8 +64,8 @@ wrong(
         FLOATS,
         SUM,
         "exact = wide.astype(np.float64) + delta; near = exact.astype(np.float32); "
-        "total = narrow(np.where((near != exact) & (near.view(np.uint32) & 0xFFFF == 0x8000), "
-        "np.nextafter(near, np.where(exact > near, np.inf, -np.inf).astype(np.float32)), near), dtype)",
+        "total = np.where((near != exact) & (near.view(np.uint32) & 0xFFFF == 0x8000), "
+        "np.nextafter(near, np.where(exact > near, np.inf, -np.inf).astype(np.float32)), near)",
     ),
 )
 patched(
