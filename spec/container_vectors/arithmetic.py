@@ -149,7 +149,7 @@ for _base_dtype in NANS:
     for _dtype in NANS:
         vector(
             "ok",
-            f"add from {_base_dtype} to {_dtype} where the base is NaN: sign, upper bits, the first bit of the fraction",
+            f"add from {_base_dtype} to {_dtype} where the base is NaN: its sign, its upper bits, and quiet",
             name=f"nan-{_base_dtype.lower()}-to-{_dtype.lower()}",
         )(lambda pair_of=(_base_dtype, _dtype): nans(*pair_of))  # type: ignore[misc]
 

@@ -104,6 +104,26 @@ def lowbit_unused_bits() -> bytes:
     return change_buffer(one_tensor(LowbitLayout(4), 32, 7), "codes", 3, 0x10)
 
 
+@vector(
+    "invalid", "the highest bit of a lowbit row's last word is set, which no field uses", "unused bits of the codes"
+)
+def lowbit_highest_unused_bit() -> bytes:
+    draft = Draft.of(one_tensor(LowbitLayout(4), 32, 7))
+    return change_buffer(draft.build(), "codes", 3, draft.raw[0][3] | 0x80)
+
+
+@vector("invalid", "unused bits of a lowbit row in the second tile are set", "unused bits of the codes")
+def lowbit_unused_bits_of_second_tile() -> bytes:
+    draft = Draft.of(one_tensor(LowbitLayout(4), 33, 7))
+    return change_buffer(draft.build(), "codes", 128 + 3, draft.raw[0][128 + 3] | 0x10)
+
+
+@vector("invalid", "unused bits of the second of two planes are set", "unused bits of the codes")
+def lowbit_unused_bits_of_last_plane() -> bytes:
+    draft = Draft.of(one_tensor(LowbitLayout(3), 32, 15))
+    return change_buffer(draft.build(), "codes", 128 + 1, draft.raw[0][128 + 1] | 0x80)
+
+
 @vector("invalid", "unused bits of the first of two planes are set", "unused bits of the codes")
 def lowbit_unused_bits_of_a_plane() -> bytes:
     return change_buffer(one_tensor(LowbitLayout(3), 32, 15), "codes", 3, 0x40)

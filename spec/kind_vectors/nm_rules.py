@@ -140,6 +140,11 @@ def seeded_super_tiles() -> bytes:
     return one_tensor(NMLayout(1, 4, 2, share=8), 555, 8)
 
 
+@vector("ok", "seeded 1:128, masks shared by 2 rows, so many rows that a reader may decode them in runs")
+def seeded_1_128_long() -> bytes:
+    return one_tensor(NMLayout(1, 128, 1, grid="midrise", share=2), 900, 640)
+
+
 @vector("ok", "seeded 1:4 with the highest seed: the arithmetic wraps", name="seeded-highest-seed")
 def seeded_highest() -> bytes:
     return one_tensor(NMLayout(1, 4, 4, share=2), 9, 40, seed=2**32 - 1)
@@ -156,8 +161,8 @@ def fixed_3_255() -> bytes:
 
 
 def with_scales(dtype: str, scales: np.ndarray) -> bytes:
-    """Return a file of six rows with these scales, midrise codes of one bit."""
-    draft = Draft.of(one_tensor(NMLayout(1, 4, 1, grid="midrise", scale_dtype=dtype), 6, 8))
+    """Return a file of six rows with these scales, midrise codes of two bits: -3, -1, 1 and 3 halves."""
+    draft = Draft.of(one_tensor(NMLayout(1, 4, 2, grid="midrise", scale_dtype=dtype), 6, 32))
     _, offset, _ = draft.term["buffers"]["scales"]
     draft.raw[0][offset : offset + scales.nbytes] = scales.tobytes()
     return draft.build()

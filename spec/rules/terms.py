@@ -119,7 +119,8 @@ rule(
     "11.2",
     "unused bits of its last word are zero",
     "unused-bits unused-bits-of-a-plane fixed-unused-bits rank-unused-bits lowbit-unused-bits "
-    "lowbit-unused-bits-of-a-plane",
+    "lowbit-unused-bits-of-a-plane lowbit-unused-bits-of-last-plane lowbit-unused-bits-of-second-tile "
+    "lowbit-highest-unused-bit",
     Patch(UNUSED, USED, "if False:"),
 )
 rule(
