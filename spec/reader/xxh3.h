@@ -1,0 +1,14 @@
+/* XXH3 with seed 0 and the default secret: a checksum, not a cryptographic hash. Written from the XXH3 description of xxHash. */
+#ifndef DELTAFMT_XXH3_H
+#define DELTAFMT_XXH3_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* XXH3-64 of 17 to 128 bytes. A delta file's header is the only use: 56 bytes. */
+uint64_t xxh3_64_of_header(const uint8_t *data, size_t length);
+
+/* XXH3-128 of any bytes, in its canonical form: 16 bytes, the most significant first. */
+void xxh3_128(const uint8_t *data, size_t length, uint8_t out[16]);
+
+#endif
