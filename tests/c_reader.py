@@ -12,7 +12,7 @@ from pathlib import Path
 READER = Path(__file__).resolve().parent.parent / "spec" / "reader"
 COMPILER = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 WARNINGS = ("-std=c11", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-ffp-contract=off")
-SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZERS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 LIBRARY = ("deltafmt.c", "blake3.c", "xxh3.c")
 
 STATUS = ("ok", "invalid", "unsupported", "limit", "system", "misuse", "other base")

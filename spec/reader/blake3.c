@@ -24,6 +24,14 @@ static void write_words(uint8_t *out, const uint32_t words[8]) {
     for (int i = 0; i < 32; i++) out[i] = (uint8_t)(words[i / 4] >> (8 * (i % 4)));
 }
 
+static void write_all_words(uint8_t *out, uint32_t (*values)[8], size_t count) {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    memcpy(out, values, 32 * count);
+#else
+    for (size_t i = 0; i < count; i++) write_words(out + 32 * i, values[i]);
+#endif
+}
+
 /* The quarter-round G; the same text serves numbers and vectors of numbers. */
 #define G(a, b, c, d, x, y)                                                                                                      \
     (a += b + (x), d = TURN(d ^ a, 16), c += d, b = TURN(b ^ c, 12), a += b + (y), d = TURN(d ^ a, 8), c += d, b = TURN(b ^ c, 7))
@@ -130,7 +138,7 @@ static void subtree(const uint8_t *data, size_t count, uint64_t counter, uint32_
     uint8_t blocks[WIDEST / 2 * BLOCK];
     compress_many(data, count, CHUNK / BLOCK, counter, 1, 0, CHUNK_START, CHUNK_END, values);
     for (; count > 1; count /= 2) {
-        for (size_t i = 0; i < count; i++) write_words(blocks + 32 * i, values[i]);
+        write_all_words(blocks, values, count);
         compress_many(blocks, count / 2, 1, 0, 0, PARENT, 0, 0, values);
     }
     memcpy(value, values[0], 32);
@@ -154,8 +162,8 @@ static void push(blake3 *hash, uint32_t value[8], uint64_t count) {
 
 void blake3_start(blake3 *hash) { hash->filled = 0, hash->chunks = 0, hash->depth = 0; }
 
-void blake3_add(blake3 *hash, const void *data, size_t length) {
-    const uint8_t *p = data;
+/* `kept` bytes at least are kept back: 1, as the input may end here, or 0. */
+static void add(blake3 *hash, const uint8_t *p, size_t length, size_t kept) {
     uint32_t value[8];
     while (length > 0) {
         if (hash->filled == CHUNK) {
@@ -163,10 +171,10 @@ void blake3_add(blake3 *hash, const void *data, size_t length) {
             push(hash, value, 1);
             hash->filled = 0;
         }
-        if (hash->filled == 0 && length > CHUNK) {
-            /* The widest subtree that may start here and that is not the end of the input. */
+        if (hash->filled == 0 && length >= CHUNK + kept) {
+            /* The widest subtree that may start here. */
             size_t count = WIDEST;
-            while (hash->chunks % count != 0 || count * CHUNK >= length) count /= 2;
+            while (hash->chunks % count != 0 || count * CHUNK + kept > length) count /= 2;
             subtree(p, count, hash->chunks, value);
             push(hash, value, count);
             p += count * CHUNK, length -= count * CHUNK;
@@ -177,6 +185,9 @@ void blake3_add(blake3 *hash, const void *data, size_t length) {
         }
     }
 }
+
+void blake3_add(blake3 *hash, const void *data, size_t length) { add(hash, data, length, 1); }
+void blake3_add_part(blake3 *hash, const void *data, size_t length) { add(hash, data, length, 0); }
 
 void blake3_end(const blake3 *hash, uint8_t out[32]) {
     uint32_t value[8];

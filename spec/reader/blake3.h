@@ -15,6 +15,8 @@ typedef struct {
 
 void blake3_start(blake3 *hash);
 void blake3_add(blake3 *hash, const void *data, size_t length);
+/* The same for bytes that others will follow: no part of them is kept back as the input's last chunk, so it is quicker. */
+void blake3_add_part(blake3 *hash, const void *data, size_t length);
 void blake3_end(const blake3 *hash, uint8_t out[32]);
 
 /* All of it at once. */

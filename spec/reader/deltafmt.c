@@ -59,7 +59,8 @@ typedef struct {
     const uint8_t *checksum;
     uint32_t codec, kind;
     uint64_t length, offset, raw_length;
-    int checked;
+    enum { UNCHECKED, CHECKING, CHECKED } state; /* CHECKING: dlt_verify takes its checksum on the way */
+    xxh3_run run;
     uint64_t *frames; /* codec 1: where each chunk's frame starts in the section, and the end of the last; made at first use */
 } section;
 
@@ -115,7 +116,12 @@ static dlt_status no_memory(dlt_error *error) { return fail(error, DLT_SYSTEM, "
 
 static int same_text(dlt_text a, dlt_text b) { return a.length == b.length && memcmp(a.text, b.text, a.length) == 0; }
 
-static int is(dlt_text text, const char *word) { return text.length == strlen(word) && memcmp(text.text, word, text.length) == 0; }
+static int is(dlt_text text, const char *word) {
+    for (size_t i = 0; i < text.length; i++) {
+        if (text.text[i] != word[i] || word[i] == 0) return 0;
+    }
+    return word[text.length] == 0;
+}
 
 /* By code point, which is the order of the bytes of UTF-8. */
 static int compare_texts(dlt_text a, dlt_text b) {
@@ -187,6 +193,11 @@ static dlt_status read_integer(cursor *c, const char *what, uint64_t smallest, u
 static dlt_status check_utf8(const cursor *c, const uint8_t *p, size_t n) {
     const uint8_t *end = p + n;
     while (p < end) {
+        uint64_t eight;
+        if (end - p >= 8 && (memcpy(&eight, p, 8), (eight & UINT64_C(0x8080808080808080)) == 0)) {
+            p += 8;
+            continue;
+        }
         uint32_t code = *p++;
         if (code < 0x80) continue;
         int more = code >= 0xF0 ? 3 : code >= 0xE0 ? 2 : 1;
@@ -257,12 +268,18 @@ static dlt_status read_map(cursor *c, size_t *count) { return read_count(c, 0x80
 static dlt_status read_array(cursor *c, size_t *count) { return read_count(c, 0x90, 0xA0, 0xDC, 0xDD, "an array", count); }
 
 /* The keys of most maps are known. As they are sorted, each can be expected in its place. */
-static dlt_status expect_key(cursor *c, const char *key) {
+static dlt_status other_key(cursor *c, const char *key) {
     dlt_text found;
     TRY(read_string(c, &found));
-    if (is(found, key)) return DLT_OK;
     return INVALID(c->error, "%s: expected the key %s, found %s", show(c->where).text, key, show(found).text);
 }
+
+/* A key of fewer than 32 bytes: its form is one byte and the text. */
+#define expect_key(c, key)                                                                                               \
+    ((size_t)((c)->end - (c)->p) >= sizeof(key) && *(c)->p == (0xA0 | (sizeof(key) - 1)) &&                              \
+             memcmp((c)->p + 1, key, sizeof(key) - 1) == 0                                                               \
+         ? ((c)->p += sizeof(key), DLT_OK)                                                                               \
+         : other_key(c, key))
 
 static dlt_status expect_map(cursor *c, size_t count) {
     size_t found;
@@ -1125,6 +1142,13 @@ static dlt_status read_removed(dlt_file *file, cursor *c) {
     return DLT_OK;
 }
 
+/* 7.4: a tensor's name is not __metadata__, alone or behind a `/`, where safetensors keeps something else. */
+static int is_header_name(dlt_text name) {
+    static const char word[] = "/__metadata__";
+    size_t n = sizeof word - 1;
+    return is(name, word + 1) || (name.length >= n && memcmp(name.text + name.length - n, word, n) == 0);
+}
+
 /* tensors, scaled: map from name to byte string */
 static dlt_status read_members(cursor *c, const char *what, member **members, size_t *number) {
     size_t count;
@@ -1134,6 +1158,7 @@ static dlt_status read_members(cursor *c, const char *what, member **members, si
         member *m = &(*members)[i];
         TRY(read_name(c, &m->name));
         TRY(in_order(c, i ? m[-1].name : (dlt_text){0}, m->name, what));
+        if (is_header_name(m->name)) return bad(c, "a tensor is named __metadata__");
         TRY(read_bytes(c, &m->raw));
         ++*number;
     }
@@ -1430,6 +1455,73 @@ dlt_status dlt_validate(const dlt_file *file, dlt_error *error) {
     return DLT_OK;
 }
 
+/* ---- Full fields: those of the code 2^k - 1 ---- */
+
+/* Loops over words, compiled also for processors with AVX2 where the system can choose between two compilations of a function. */
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define VECTORS __attribute__((target_clones("avx2", "default")))
+#else
+#define VECTORS
+#endif
+
+/* Bit 0 of each field of w bits says whether the field is all ones. */
+static inline uint32_t full_fields(uint32_t x, unsigned w) {
+    if (w == 8) x &= x >> 4;
+    if (w >= 4) x &= x >> 2;
+    if (w >= 2) x &= x >> 1;
+    return x & (w == 8 ? UINT32_C(0x01010101) : w == 4 ? UINT32_C(0x11111111) : w == 2 ? UINT32_C(0x55555555) : UINT32_MAX);
+}
+
+/* Those bits side by side. */
+static inline uint32_t gather_bits(uint32_t x, unsigned w) {
+    if (w == 2) {
+        x = (x | x >> 1) & UINT32_C(0x33333333), x = (x | x >> 2) & UINT32_C(0x0F0F0F0F);
+        x = (x | x >> 4) & UINT32_C(0x00FF00FF), x = (x | x >> 8) & 0xFFFF;
+    }
+    if (w == 4) x = (x | x >> 3) & UINT32_C(0x03030303), x = (x | x >> 6) & UINT32_C(0x000F000F), x = (x | x >> 12) & 0xFF;
+    if (w == 8) x = (x | x >> 7) & UINT32_C(0x00030003), x = (x | x >> 14) & 0xF;
+    return x;
+}
+
+/* Whether a field of codes of one plane is all ones, in a multiple of 32 adjacent words. */
+#define FULL_FIELDS(w)                                                                                                   \
+    for (uint64_t i = 0; i < n; i += 32) {                                                                               \
+        for (int k = 0; k < 32; k++) found[k] |= full_fields(words[i + (uint64_t)k], w);                                 \
+    }
+
+VECTORS static int has_full_field(const uint32_t *words, uint64_t n, unsigned w) {
+    uint32_t found[32] = {0}, any = 0;
+    if (w == 2) FULL_FIELDS(2)
+    else if (w == 4) FULL_FIELDS(4)
+    else FULL_FIELDS(8)
+    for (int k = 0; k < 32; k++) any |= found[k];
+    return any != 0;
+}
+
+/* full |= the bits of 32 words of width w, moved to where word i of 32 fields has them. */
+#define FULL_WORDS(w)                                                                                                    \
+    for (int k = 0; k < LANES; k++) full[k] |= gather_bits(full_fields(words[k], w), w) << (32 / w * i)
+
+/* Whether a field of codes of several planes is all ones: the 32 fields from `first` on of the 32 lanes of a tile. */
+VECTORS static int has_full_field_of_planes(const uint32_t *tile, const stream *s, uint64_t first) {
+    uint32_t found[LANES], any = 0;
+    memset(found, 0xFF, sizeof found);
+    for (unsigned j = 0; j < s->planes; j++) {
+        const unsigned w = s->plane_width[j];
+        uint32_t full[LANES] = {0};
+        uint64_t word = s->first_word[j] + first / (32 / w), end = j + 1 < s->planes ? s->first_word[j + 1] : s->words;
+        for (unsigned i = 0; i < w && word + i < end; i++) {
+            const uint32_t *words = tile + LANES * (word + i);
+            if (w == 1) FULL_WORDS(1);
+            else if (w == 2) FULL_WORDS(2);
+            else FULL_WORDS(4);
+        }
+        for (int k = 0; k < LANES; k++) found[k] &= full[k];
+    }
+    for (int k = 0; k < LANES; k++) any |= found[k];
+    return any != 0;
+}
+
 /* ---- Raw bytes of sections (5, 6) ---- */
 
 /* The system's libzstd: three functions of its stable interface. */
@@ -1459,29 +1551,46 @@ static dlt_status need_zstd(dlt_error *error) {
 
 static uint64_t chunk_length(const section *s, uint64_t number) { return least(CHUNK, s->raw_length - number * CHUNK); }
 
-/* 5.3: check the checksum, and the padding after the section, before it uses a section's bytes for the first time. */
-static dlt_status check_section(dlt_file *file, section *s, dlt_error *error) {
-    uint8_t checksum[16];
+/* What check_section checks, but for the checksum itself. */
+static dlt_status check_outline(dlt_file *file, section *s, dlt_error *error) {
     size_t number = (size_t)(s - file->sections);
-    if (s->checked) return DLT_OK;
-    xxh3_128(file->data + s->offset, (size_t)s->length, checksum);
-    if (memcmp(checksum, s->checksum, 16) != 0) return INVALID(error, "section %zu does not match its checksum", number);
     uint64_t end = s->offset + s->length;
     if (!all_zero(file->data + end, align(end, PAGE) - end)) return INVALID(error, "the padding after section %zu is not zero", number);
-    if (s->codec == 1 && s->frames == NULL) {
-        /* 6.1: the chunk table: for every chunk the length of its frame, u32. */
-        uint64_t chunks = ceil_div(s->raw_length, CHUNK), at = s->offset, table = end - 4 * chunks;
-        s->frames = malloc((size_t)(chunks + 1) * sizeof *s->frames);
-        if (s->frames == NULL) return no_memory(error);
-        for (uint64_t i = 0; i < chunks; i++) {
-            s->frames[i] = at;
-            at += read32(file->data + table + 4 * i);
-        }
-        s->frames[chunks] = at;
-        /* 6.3: the lengths in the table MUST sum to the stored length less the table. */
-        if (at != table) return INVALID(error, "the chunk table of section %zu does not sum to its length", number);
+    if (s->codec == 0 || s->frames) return DLT_OK;
+    /* 6.1: the chunk table: for every chunk the length of its frame, u32. */
+    uint64_t chunks = ceil_div(s->raw_length, CHUNK), at = s->offset, table = end - 4 * chunks;
+    uint64_t *frames = malloc((size_t)(chunks + 1) * sizeof *frames);
+    if (frames == NULL) return no_memory(error);
+    for (uint64_t i = 0; i < chunks; i++) {
+        frames[i] = at;
+        at += read32(file->data + table + 4 * i);
     }
-    s->checked = 1;
+    frames[chunks] = at;
+    /* 6.3: the lengths in the table MUST sum to the stored length less the table. */
+    if (at != table) {
+        free(frames);
+        return INVALID(error, "the chunk table of section %zu does not sum to its length", number);
+    }
+    s->frames = frames;
+    return DLT_OK;
+}
+
+static dlt_status end_checksum(dlt_file *file, section *s, dlt_error *error) {
+    uint8_t checksum[16];
+    xxh3_end(&s->run, file->data + s->offset, (size_t)s->length, checksum);
+    if (memcmp(checksum, s->checksum, 16) != 0) return INVALID(error, "section %zu does not match its checksum", (size_t)(s - file->sections));
+    s->state = CHECKED;
+    return DLT_OK;
+}
+
+/* 5.3: check the checksum, and the padding after the section, before it uses a section's bytes for the first time. */
+static dlt_status check_section(dlt_file *file, section *s, dlt_error *error) {
+    if (s->state != UNCHECKED) return DLT_OK;
+    xxh3_start(&s->run);
+    TRY(end_checksum(file, s, error));
+    s->state = UNCHECKED;
+    TRY(check_outline(file, s, error));
+    s->state = CHECKED;
     return DLT_OK;
 }
 
@@ -1493,15 +1602,16 @@ static dlt_status check_frame(const uint8_t *p, uint64_t length, uint64_t chunk,
     unsigned descriptor = p[4], single = descriptor >> 5 & 1, size = sizes[descriptor >> 6];
     if (size == 0 && single) size = 1;
     if (descriptor & 4) return INVALID(error, "a zstd frame has a checksum");
-    if (dictionaries[descriptor & 3]) return INVALID(error, "a zstd frame has a dictionary");
     if (size == 0) return INVALID(error, "a zstd frame does not declare its size");
-    if (length < 6 + size) return INVALID(error, "a zstd frame is truncated");
+    unsigned dictionary = 5 + !single, content = dictionary + dictionaries[descriptor & 3];
+    if (length < content + size) return INVALID(error, "a zstd frame is truncated");
     if (!single) {
         uint64_t base = UINT64_C(1) << (10 + (p[5] >> 3));
         if (base + base / 8 * (p[5] & 7) > UINT64_C(1) << 27) return INVALID(error, "a zstd frame has a window above 2^27 bytes");
     }
+    if (!all_zero(p + dictionary, content - dictionary)) return INVALID(error, "a zstd frame has a dictionary");
     uint64_t declared = 0;
-    for (unsigned i = size; i-- > 0;) declared = declared << 8 | p[5 + !single + i];
+    for (unsigned i = size; i-- > 0;) declared = declared << 8 | p[content + i];
     if (size == 2) declared += 256;
     if (declared == chunk) return DLT_OK;
     return INVALID(error, "a zstd frame declares %llu bytes, and its chunk has %llu", (unsigned long long)declared, (unsigned long long)chunk);
@@ -1538,7 +1648,28 @@ static dlt_status next_piece(dlt_file *file, uint32_t number, uint64_t offset, u
     return DLT_OK;
 }
 
+/* Add bytes that lie in a stored section to a hash, and the same bytes to the section's checksum while they are in the cache. A width
+ * other than 0 asks whether one of its fields is full. */
+static int hash_stored(dlt_file *file, uint32_t number, uint64_t offset, uint64_t length, unsigned width, blake3 *hash) {
+    section *s = &file->sections[number];
+    const uint8_t *data = file->data + s->offset;
+    int full = 0;
+    for (uint64_t done = 0, size; done < length; done += size) {
+        size = least(length - done, 1 << 17);
+        /* The first look at 4 KiB brings them to the cache of the others. */
+        for (uint64_t at = done, few; at < done + size; at += few) {
+            few = least(done + size - at, PAGE);
+            if (width) full |= has_full_field((const uint32_t *)(const void *)(data + offset + at), few / 4, width);
+            if (s->state == CHECKING) xxh3_advance(&s->run, data, (size_t)s->length, (size_t)(offset + at + few));
+        }
+        if (done + size < length) blake3_add_part(hash, data + offset + done, (size_t)size);
+        else blake3_add(hash, data + offset + done, (size_t)size);
+    }
+    return full;
+}
+
 static dlt_status hash_buffer(dlt_file *file, const dlt_bytes *b, blake3 *hash, dlt_error *error) {
+    if (file->sections[b->section].codec == 0) return hash_stored(file, b->section, b->offset, b->length, 0, hash), DLT_OK;
     slice piece;
     for (uint64_t done = 0; done < b->length; done += piece.length) {
         TRY(next_piece(file, b->section, b->offset + done, b->length - done, &piece, error));
@@ -1600,7 +1731,7 @@ static uint64_t field(const uint32_t *words, size_t stride, const stream *s, uin
 }
 
 /* Field i of all 32 lanes of a tile. */
-static void lane_fields(const uint32_t *tile, const stream *s, uint64_t i, uint32_t low[LANES]) {
+static inline void lane_fields(const uint32_t *tile, const stream *s, uint64_t i, uint32_t low[LANES]) {
     memset(low, 0, LANES * sizeof *low);
     for (unsigned j = 0; j < s->planes; j++) {
         unsigned w = s->plane_width[j], bit = (unsigned)(i % (32 / w) * w), shift = s->shift[j];
@@ -1628,42 +1759,6 @@ static uint32_t unused_bits(const stream *s, unsigned j) {
 
 static uint64_t last_word(const stream *s, unsigned j) { return (j + 1 < s->planes ? s->first_word[j + 1] : s->words) - 1; }
 
-/* Whether a field of w bits is all ones, a bit for each field at its lowest bit. */
-static uint32_t full_fields(uint32_t x, unsigned w) {
-    if (w == 8) x &= x >> 4;
-    if (w >= 4) x &= x >> 2;
-    if (w >= 2) x &= x >> 1;
-    return x & (w == 8 ? UINT32_C(0x01010101) : w == 4 ? UINT32_C(0x11111111) : w == 2 ? UINT32_C(0x55555555) : UINT32_MAX);
-}
-
-/* Those bits side by side. */
-static uint32_t gather_bits(uint32_t x, unsigned w) {
-    if (w == 2) x = (x | x >> 1) & UINT32_C(0x33333333), x = (x | x >> 2) & UINT32_C(0x0F0F0F0F), x = (x | x >> 4) & UINT32_C(0x00FF00FF), x = (x | x >> 8) & 0xFFFF;
-    if (w == 4) x = (x | x >> 3) & UINT32_C(0x03030303), x = (x | x >> 6) & UINT32_C(0x000F000F), x = (x | x >> 12) & 0xFF;
-    if (w == 8) x = (x | x >> 7) & UINT32_C(0x00030003), x = (x | x >> 14) & 0xF;
-    return x;
-}
-
-/* Whether a field of codes is all ones, in `n` adjacent words of the one plane. */
-static int has_full_field(const uint32_t *words, uint64_t n, unsigned w) {
-    uint32_t found = 0;
-    for (uint64_t i = 0; i < n; i++) found |= full_fields(words[i], w);
-    return found != 0;
-}
-
-/* The same where fields have several planes: the 32 fields from `first` on, of words `stride` apart. */
-static int has_full_field_at(const uint32_t *words, size_t stride, const stream *s, uint64_t first) {
-    uint32_t found = UINT32_MAX;
-    for (unsigned j = 0; j < s->planes; j++) {
-        unsigned w = s->plane_width[j];
-        uint32_t full = 0;
-        uint64_t word = s->first_word[j] + first / (32 / w), last = last_word(s, j);
-        for (unsigned i = 0; i < w && word + i <= last; i++) full |= gather_bits(full_fields(words[(word + i) * stride], w), w) << (32 / w * i);
-        found &= full;
-    }
-    return found != 0;
-}
-
 static dlt_status broken(const dlt_tensor *t, const char *buffer, const char *what, dlt_error *error) {
     return INVALID(error, "%s: %s: %s", show(t->name).text, buffer, what);
 }
@@ -1688,14 +1783,11 @@ static dlt_status check_tiles(const dlt_tensor *t, const dlt_bytes *b, const str
         }
         if (midtread && s->planes > 1) {
             for (uint64_t i = 0; i < s->count; i += 32) {
-                int found = 0;
-                for (int l = 0; l < LANES; l++) found |= has_full_field_at(p + l, LANES, s, i);
-                if (found) return broken(t, b->name, "a field is beyond the grid", error);
+                if (has_full_field_of_planes(p, s, i)) return broken(t, b->name, "a field is beyond the grid", error);
             }
         }
     }
-    if (midtread && s->planes == 1 && has_full_field(words, LANES * s->words * tiles, s->width)) return broken(t, b->name, "a field is beyond the grid", error);
-    return DLT_OK;
+    return DLT_OK; /* Fields of one plane are looked at while they are hashed. */
 }
 
 /* 11.5: a scale MUST be finite and not negative (not even -0): as bits, below those of infinity. */
@@ -1822,29 +1914,38 @@ static void positions_of(const index_reader *p, uint64_t q, uint64_t g, uint8_t 
     }
 }
 
-/* fixed: positions below M and strictly ascending within a group. rank: below C(M, N). */
+/* fixed: positions below M and strictly ascending within a group. Returns a bit for each lane of a tile that breaks this. */
+VECTORS static uint32_t wrong_positions(const uint32_t *tile, const stream *s, uint32_t keep, uint32_t m) {
+    int32_t wrong[LANES] = {0}, before[LANES] = {0};
+    uint32_t now[LANES], lanes = 0;
+    for (uint64_t i = 0, within = 0; i < s->count; i++, within = within + 1 < keep ? within + 1 : 0) {
+        lane_fields(tile, s, i, now);
+        for (int k = 0; k < LANES; k++) {
+            int32_t last = within ? before[k] : -1;
+            wrong[k] |= ((int32_t)now[k] <= last) | ((int32_t)now[k] >= (int32_t)m);
+            before[k] = (int32_t)now[k];
+        }
+    }
+    for (int k = 0; k < LANES; k++) lanes |= (uint32_t)(wrong[k] & 1) << k;
+    return lanes;
+}
+
+/* rank: below C(M, N). */
 static dlt_status check_index(const dlt_tensor *t, const index_reader *p, uint64_t mask_rows, dlt_error *error) {
     const dlt_layout *l = &p->term->layout;
     const dlt_bytes *b = &p->term->buffers[1];
-    uint64_t tiles = tiles_of(mask_rows, 1), groups = groups_of(l, t->columns);
-    for (uint64_t tile = 0; tile < tiles; tile++) {
+    for (uint64_t tile = 0; tile < tiles_of(mask_rows, 1); tile++) {
         const uint32_t *words = (const uint32_t *)b->data + LANES * p->index.words * tile;
         unsigned lanes = lanes_of(tile, 1, mask_rows);
-        uint32_t wrong[LANES] = {0}, before[LANES], now[LANES], found = 0;
-        for (uint64_t g = 0; g < groups && l->index == DLT_FIXED; g++) {
-            for (uint32_t i = 0; i < l->keep; i++) {
-                lane_fields(words, &p->index, g * l->keep + i, now);
-                for (int k = 0; k < LANES; k++) wrong[k] |= (now[k] >= l->group) | (i > 0 && now[k] <= before[k]);
-                memcpy(before, now, sizeof before);
-            }
+        if (l->index == DLT_FIXED) {
+            uint32_t wrong = wrong_positions(words, &p->index, l->keep, l->group);
+            if (wrong & (UINT32_MAX >> (LANES - lanes))) return broken(t, b->name, "positions are not ascending and below M", error);
         }
-        for (unsigned k = 0; k < lanes; k++) {
-            found |= wrong[k];
-            for (uint64_t g = 0; g < groups && l->index == DLT_RANK; g++) {
+        for (unsigned k = 0; k < lanes && l->index == DLT_RANK; k++) {
+            for (uint64_t g = 0; g < p->index.count; g++) {
                 if (field(words + k, LANES, &p->index, g) >= p->ranks) return broken(t, b->name, "a rank is not below C(M, N)", error);
             }
         }
-        if (found) return broken(t, b->name, "positions are not ascending and below M", error);
     }
     return DLT_OK;
 }
@@ -1938,8 +2039,8 @@ static dlt_status check_lowrank(const dlt_tensor *t, const dlt_term *term, purpo
             for (unsigned j = 0; j < s.planes; j++) {
                 if (words[last_word(&s, j)] & unused_bits(&s, j)) return broken(t, b->name, "unused bits are set", error);
             }
-            for (uint64_t i = 0; i < elements && l->grid == DLT_MIDTREAD; i += 32) {
-                if (has_full_field_at(words, 1, &s, i)) return broken(t, b->name, "a field is beyond the grid", error);
+            for (uint64_t i = 0; i < elements && l->grid == DLT_MIDTREAD; i++) {
+                if (field(words, 1, &s, i) == (1u << l->bits) - 1) return broken(t, b->name, "a field is beyond the grid", error);
             }
         }
         if (l->grid == DLT_ASYMMETRIC) TRY(check_zero_points(t, &b[2], l, error));
@@ -2400,9 +2501,18 @@ static dlt_status check_payload(dlt_file *file, const dlt_tensor *t, dlt_error *
                 TRY(start_index(&p, t, term, error));
                 hash_as_fixed(t, &p, ceil_div(t->shared_rows, term->layout.share), &hash);
                 free(p.choices);
+                continue;
+            }
+            int coded = term->layout.kind == DLT_NM || term->layout.kind == DLT_LOWBIT || (term->layout.kind == DLT_SPARSE && term->layout.coded);
+            unsigned bits = term->layout.bits, width = coded && term->layout.grid == DLT_MIDTREAD && !(bits & (bits - 1)) && strcmp(b->name, "codes") == 0 ? bits : 0;
+            int full;
+            if (file->sections[b->section].codec == 0) {
+                full = hash_stored(file, b->section, b->offset, b->length, width, &hash);
             } else {
+                full = width && has_full_field(b->data, b->length / 4, width);
                 blake3_add(&hash, b->data, (size_t)b->length);
             }
+            if (full) return broken(t, b->name, "a field is beyond the grid", error);
         }
     }
     if (t->has_data) TRY(hash_buffer(file, &t->data, &hash, error));
@@ -2474,42 +2584,33 @@ static dlt_status add_entry(const dlt_file *file, blake3 *hash, const dlt_tensor
     return DLT_OK;
 }
 
-/* The content id: the canonical msgpack of a map with attachments (name to digest), metadata, removed, tensors, and scaled. */
-static dlt_status check_content_id(const dlt_file *file, dlt_error *error) {
-    blake3 hash;
-    uint8_t id[32];
-    blake3_start(&hash);
-    add_count(&hash, 0x80, 0xDE, file->scaled ? 5 : 4);
-    add_word(&hash, "attachments");
-    add_count(&hash, 0x80, 0xDE, file->about.attachments);
+/* The content id: the canonical msgpack of a map with attachments (name to digest), metadata, removed, scaled, and tensors, whose
+ * entries follow. */
+static void start_content_id(const dlt_file *file, blake3 *hash) {
+    blake3_start(hash);
+    add_count(hash, 0x80, 0xDE, file->scaled ? 5 : 4);
+    add_word(hash, "attachments");
+    add_count(hash, 0x80, 0xDE, file->about.attachments);
     for (size_t i = 0; i < file->about.attachments; i++) {
         static const uint8_t head[2] = {0xC4, 32};
-        add_string(&hash, file->attachments[i].name);
-        blake3_add(&hash, head, 2);
-        blake3_add(&hash, file->attachments[i].digest, 32);
+        add_string(hash, file->attachments[i].name);
+        blake3_add(hash, head, 2);
+        blake3_add(hash, file->attachments[i].digest, 32);
     }
-    add_word(&hash, "metadata");
-    blake3_add(&hash, file->raw_metadata.p, file->raw_metadata.length);
-    add_word(&hash, "removed");
-    blake3_add(&hash, file->raw_removed.p, file->raw_removed.length);
+    add_word(hash, "metadata");
+    blake3_add(hash, file->raw_metadata.p, file->raw_metadata.length);
+    add_word(hash, "removed");
+    blake3_add(hash, file->raw_removed.p, file->raw_removed.length);
     if (file->scaled) {
-        add_word(&hash, "scaled");
-        add_count(&hash, 0x80, 0xDE, file->about.scaled);
+        add_word(hash, "scaled");
+        add_count(hash, 0x80, 0xDE, file->about.scaled);
         for (size_t i = 0; i < file->about.scaled; i++) {
-            add_string(&hash, file->scaled[i].name);
-            blake3_add(&hash, file->scaled[i].raw.p, file->scaled[i].raw.length);
+            add_string(hash, file->scaled[i].name);
+            blake3_add(hash, file->scaled[i].raw.p, file->scaled[i].raw.length);
         }
     }
-    add_word(&hash, "tensors");
-    add_count(&hash, 0x80, 0xDE, file->about.tensors);
-    for (size_t i = 0; i < file->about.tensors; i++) {
-        dlt_tensor t;
-        TRY(read_entry(file, &file->tensors[i], &t, error));
-        add_string(&hash, t.name);
-        TRY(add_entry(file, &hash, &t, error));
-    }
-    blake3_end(&hash, id);
-    return memcmp(id, file->about.content_id, 32) == 0 ? DLT_OK : INVALID(error, "the content id is not that of the content");
+    add_word(hash, "tensors");
+    add_count(hash, 0x80, 0xDE, file->about.tensors);
 }
 
 /* ---- Verifying (15) ---- */
@@ -2546,38 +2647,38 @@ static dlt_status check_places(dlt_file *file, place *places, size_t count, dlt_
     return DLT_OK;
 }
 
-static size_t places_of(const dlt_tensor *t, place *out) {
-    size_t n = 0;
-    for (uint32_t i = 0; i < t->term_count; i++) {
-        for (uint32_t j = 0; j < t->terms[i].buffer_count; j++, n++) {
-            const dlt_bytes *b = &t->terms[i].buffers[j];
-            if (out) out[n] = (place){b->section, b->offset, b->length};
-        }
+/* The places of all buffers, as they are found. */
+typedef struct { place *list; size_t count, room; } all_places;
+
+static dlt_status add_place(all_places *all, const dlt_bytes *b, dlt_error *error) {
+    if (all->count == all->room) {
+        size_t room = 2 * all->room + 64;
+        place *list = realloc(all->list, room * sizeof *list);
+        if (list == NULL) return no_memory(error);
+        all->list = list, all->room = room;
     }
-    if (t->has_data && out) out[n] = (place){t->data.section, t->data.offset, t->data.length};
-    return n + (size_t)t->has_data;
+    all->list[all->count++] = (place){b->section, b->offset, b->length};
+    return DLT_OK;
+}
+
+/* Every entry keeps 7.4, and the buffers of all cover the sections. */
+static dlt_status add_places(dlt_file *file, all_places *all, dlt_error *error) {
+    for (size_t i = 0; i < file->about.tensors; i++) {
+        dlt_tensor t;
+        TRY(read_entry(file, &file->tensors[i], &t, error));
+        for (uint32_t j = 0; j < t.term_count; j++) {
+            for (uint32_t k = 0; k < t.terms[j].buffer_count; k++) TRY(add_place(all, &t.terms[j].buffers[k], error));
+        }
+        if (t.has_data) TRY(add_place(all, &t.data, error));
+    }
+    for (size_t i = 0; i < file->about.attachments; i++) TRY(add_place(all, &file->attachments[i].bytes, error));
+    return check_places(file, all->list, all->count, error);
 }
 
 static dlt_status check_coverage(dlt_file *file, dlt_error *error) {
-    dlt_tensor t;
-    size_t count = file->about.attachments, n = 0;
-    for (size_t i = 0; i < file->about.tensors; i++) {
-        TRY(read_entry(file, &file->tensors[i], &t, error));
-        count += places_of(&t, NULL);
-    }
-    place *places = malloc((count + 1) * sizeof *places);
-    if (places == NULL) return no_memory(error);
-    dlt_status status = DLT_OK;
-    for (size_t i = 0; i < file->about.tensors && status == DLT_OK; i++) {
-        status = read_entry(file, &file->tensors[i], &t, error);
-        if (status == DLT_OK) n += places_of(&t, places + n);
-    }
-    for (size_t i = 0; i < file->about.attachments; i++) {
-        const dlt_bytes *b = &file->attachments[i].bytes;
-        places[n++] = (place){b->section, b->offset, b->length};
-    }
-    if (status == DLT_OK) status = check_places(file, places, n, error);
-    free(places);
+    all_places all = {0};
+    dlt_status status = add_places(file, &all, error);
+    free(all.list);
     return status;
 }
 
@@ -2596,27 +2697,79 @@ dlt_status dlt_attachment(dlt_file *file, size_t number, void **data, uint64_t *
     return status;
 }
 
-dlt_status dlt_verify(dlt_file *file, dlt_error *error) {
+/* 7.7: `weights`, or `weights/COMPONENT`: a name without `/` that ends in `.safetensors` and has more before that; with COMPONENT and
+ * `/` in front, it MUST be a path as an attachment's name is one. */
+static dlt_status check_weights(const dlt_file *file, dlt_error *error) {
+    static const char key[] = "weights", ending[] = ".safetensors";
+    size_t n = sizeof key - 1, e = sizeof ending - 1;
+    for (size_t i = 0; i < file->about.metadata; i++) {
+        const pair *p = &file->metadata[i];
+        if (p->key.length < n || memcmp(p->key.text, key, n) != 0 || (p->key.length > n && p->key.text[n] != '/')) continue;
+        dlt_text component = {p->key.text + n, p->key.length - n}; /* with its `/` in front */
+        int good = p->value.length > e && memchr(p->value.text, '/', p->value.length) == NULL && is_path(p->value);
+        if (good) good = memcmp(p->value.text + p->value.length - e, ending, e) == 0;
+        if (component.length) good &= is_path((dlt_text){component.text + 1, component.length - 1});
+        if (!good) return INVALID(error, "the metadata's %s is not the name of a weight file", show(p->key).text);
+    }
+    return DLT_OK;
+}
+
+static dlt_status verify_tensor(dlt_file *file, const member *m, blake3 *content, dlt_error *error) {
     dlt_tensor t;
-    TRY(dlt_validate(file, error));
-    for (size_t i = 0; i < file->about.sections; i++) TRY(check_section(file, &file->sections[i], error));
+    TRY(read_entry(file, m, &t, error));
+    add_string(content, t.name);
+    TRY(add_entry(file, content, &t, error));
+    if (t.digest == NULL) return DLT_OK;
+    dlt_status status = load(file, &t, TO_VERIFY, error);
+    if (status == DLT_OK) status = check_payload(file, &t, error);
+    dlt_unload(&t);
+    return status;
+}
+
+static dlt_status verify_attachment(dlt_file *file, const attachment *a, dlt_error *error) {
+    blake3 hash;
+    uint8_t digest[32];
+    blake3_start(&hash);
+    TRY(hash_buffer(file, &a->bytes, &hash, error));
+    blake3_end(&hash, digest);
+    if (memcmp(digest, a->digest, 32) == 0) return DLT_OK;
+    return INVALID(error, "the attachment %s has another digest", show(a->name).text);
+}
+
+static dlt_status verify(dlt_file *file, dlt_error *error) {
+    blake3 content;
+    uint8_t id[32];
+    dlt_scaled scaled;
     TRY(check_coverage(file, error));
-    for (size_t i = 0; i < file->about.tensors; i++) {
-        TRY(read_entry(file, &file->tensors[i], &t, error));
-        if (t.digest == NULL) continue;
-        dlt_status status = load(file, &t, TO_VERIFY, error);
-        if (status == DLT_OK) status = check_payload(file, &t, error);
-        dlt_unload(&t);
-        TRY(status);
+    for (size_t i = 0; i < file->about.scaled; i++) TRY(dlt_scaled_at(file, i, &scaled, error));
+    TRY(check_weights(file, error));
+    start_content_id(file, &content);
+    for (size_t i = 0; i < file->about.tensors; i++) TRY(verify_tensor(file, &file->tensors[i], &content, error));
+    for (size_t i = 0; i < file->about.attachments; i++) TRY(verify_attachment(file, &file->attachments[i], error));
+    blake3_end(&content, id);
+    return memcmp(id, file->about.content_id, 32) == 0 ? DLT_OK : INVALID(error, "the content id is not that of the content");
+}
+
+dlt_status dlt_verify(dlt_file *file, dlt_error *error) {
+    /* The checksums of stored sections are taken while the digests are, and a wrong one is told before whatever else it caused. */
+    for (size_t i = 0; i < file->about.sections; i++) {
+        section *s = &file->sections[i];
+        if (s->codec == 1) {
+            TRY(check_section(file, s, error));
+        } else if (s->state == UNCHECKED) {
+            TRY(check_outline(file, s, error));
+            xxh3_start(&s->run);
+            s->state = CHECKING;
+        }
     }
-    for (size_t i = 0; i < file->about.attachments; i++) {
-        const attachment *a = &file->attachments[i];
-        blake3 hash;
-        uint8_t digest[32];
-        blake3_start(&hash);
-        TRY(hash_buffer(file, &a->bytes, &hash, error));
-        blake3_end(&hash, digest);
-        if (memcmp(digest, a->digest, 32) != 0) return INVALID(error, "the attachment %s has another digest", show(a->name).text);
+    dlt_error found;
+    dlt_status status = verify(file, &found);
+    for (size_t i = 0; i < file->about.sections; i++) {
+        section *s = &file->sections[i];
+        if (s->state != CHECKING) continue;
+        s->state = UNCHECKED;
+        TRY(end_checksum(file, s, error));
     }
-    return check_content_id(file, error);
+    if (status != DLT_OK) *error = found;
+    return status;
 }

@@ -202,26 +202,48 @@ static uint64_t merge(const uint64_t sum[8], uint64_t start, size_t offset) {
     return avalanche(start);
 }
 
-/* Inputs of 241 bytes and more. The last block, even a full one, is not scrambled. */
-static wide of_many_bytes(const uint8_t *data, size_t length) {
-    uint64_t sum[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
-    size_t blocks = (length - 1) / BLOCK, left = length - blocks * BLOCK;
+void xxh3_start(xxh3_run *run) {
+    static const uint64_t start[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
+    memcpy(run->sum, start, sizeof start);
+    run->blocks = 0;
+}
+
+void xxh3_advance(xxh3_run *run, const uint8_t *data, size_t length, size_t position) {
+    /* The last block, even a full one, is not scrambled: it waits for the end. */
+    size_t most = length ? (length - 1) / BLOCK : 0, blocks = position / BLOCK < most ? position / BLOCK : most;
+    if (blocks <= run->blocks) return;
+    const uint8_t *from = data + BLOCK * run->blocks;
 #if XXH3_X86
-    if (__builtin_cpu_supports("avx2")) accumulate_blocks_avx2(sum, data, blocks);
+    if (__builtin_cpu_supports("avx2")) accumulate_blocks_avx2(run->sum, from, blocks - run->blocks);
     else
 #endif
-        accumulate_blocks(sum, data, blocks);
-    for (size_t n = 0; n < (left - 1) / STRIPE; n++) accumulate(sum, data + BLOCK * blocks + STRIPE * n, secret + 8 * n);
+        accumulate_blocks(run->sum, from, blocks - run->blocks);
+    run->blocks = blocks;
+}
+
+/* Inputs of 241 bytes and more. */
+static wide of_many_bytes(xxh3_run *run, const uint8_t *data, size_t length) {
+    xxh3_advance(run, data, length, length);
+    uint64_t *sum = run->sum;
+    const uint8_t *last = data + BLOCK * run->blocks;
+    size_t left = length - BLOCK * run->blocks;
+    for (size_t n = 0; n < (left - 1) / STRIPE; n++) accumulate(sum, last + STRIPE * n, secret + 8 * n);
     accumulate(sum, data + length - STRIPE, secret + SECRET_SIZE - 71);
     wide out = {merge(sum, (uint64_t)length * PRIME64_1, 11), 0};
     out.high = merge(sum, ~((uint64_t)length * PRIME64_2), SECRET_SIZE - 75);
     return out;
 }
 
-void xxh3_128(const uint8_t *data, size_t length, uint8_t out[16]) {
-    wide hash = length <= 16 ? of_few_bytes(data, length) : length <= 240 ? of_some_bytes(data, length) : of_many_bytes(data, length);
+void xxh3_end(xxh3_run *run, const uint8_t *data, size_t length, uint8_t out[16]) {
+    wide hash = length <= 16 ? of_few_bytes(data, length) : length <= 240 ? of_some_bytes(data, length) : of_many_bytes(run, data, length);
     for (int i = 0; i < 8; i++) {
         out[i] = (uint8_t)(hash.high >> (56 - 8 * i));
         out[8 + i] = (uint8_t)(hash.low >> (56 - 8 * i));
     }
+}
+
+void xxh3_128(const uint8_t *data, size_t length, uint8_t out[16]) {
+    xxh3_run run;
+    xxh3_start(&run);
+    xxh3_end(&run, data, length, out);
 }

@@ -11,4 +11,15 @@ uint64_t xxh3_64_of_header(const uint8_t *data, size_t length);
 /* XXH3-128 of any bytes, in its canonical form: 16 bytes, the most significant first. */
 void xxh3_128(const uint8_t *data, size_t length, uint8_t out[16]);
 
+/* The same of bytes in memory, a part at a time, so that another hash can take each part while it is in the cache: `advance` goes on
+ * up to a position, which may stand still, and `end` takes what is left. `data` and `length` are those of the whole. */
+typedef struct {
+    uint64_t sum[8];
+    size_t blocks; /* blocks of 1024 bytes that have been taken */
+} xxh3_run;
+
+void xxh3_start(xxh3_run *run);
+void xxh3_advance(xxh3_run *run, const uint8_t *data, size_t length, size_t position);
+void xxh3_end(xxh3_run *run, const uint8_t *data, size_t length, uint8_t out[16]);
+
 #endif
