@@ -19,9 +19,11 @@ STATUS = ("ok", "invalid", "unsupported", "limit", "system", "misuse", "other ba
 TOO_LARGE = 255
 
 
-def build(out: Path, *sources: str, options: tuple[str, ...] = SANITIZERS) -> Path:
-    """Compile a program of the reader and one more source; warnings are errors."""
-    files = [READER / name for name in (*LIBRARY, *sources)]
+def build(
+    out: Path, source: str, library: tuple[str, ...] = LIBRARY, options: tuple[str, ...] = SANITIZERS
+) -> Path:
+    """Compile a program of the reader's files and one more source; warnings are errors."""
+    files = [READER / name for name in (*library, source)]
     assert COMPILER is not None
     done = subprocess.run(
         [COMPILER, *WARNINGS, *options, "-o", out, *files, "-lpthread", "-ldl", "-lm"],

@@ -927,7 +927,9 @@ static dlt_status read_scaled(const member *m, dlt_scaled *s, dlt_error *error) 
     TRY(expect_key(c, "block"));
     TRY(read_array(c, &dimensions));
     if (dimensions > DLT_MAX_DIMENSIONS) return bad(c, "a block has more than 8 dimensions");
-    for (size_t i = 0; i < dimensions; i++) TRY(read_integer(c, "a size of a block", 1, UINT64_MAX, &s->block[i]));
+    for (size_t i = 0, bound = 1; i < dimensions; i++, bound *= s->block[i - 1]) {
+        TRY(read_integer(c, "a size of a block", 1, MAX_ELEMENTS / bound, &s->block[i]));
+    }
     TRY(expect_key(c, "codes"));
     TRY(expect_map(c, 3));
     TRY(expect_key(c, "digest"));
@@ -959,7 +961,7 @@ static dlt_status read_scaled(const member *m, dlt_scaled *s, dlt_error *error) 
     return c->p == c->end ? DLT_OK : bad(c, "a description is followed by something");
 }
 
-/* ---- Names of attachments (7.2) ---- */
+/* ---- Names of attachments (7.9) ---- */
 
 static char lower(char c) { return (char)(c >= 'A' && c <= 'Z' ? c + 'a' - 'A' : c); }
 
@@ -972,50 +974,82 @@ static int ends_as(dlt_text name, const char *ending) {
     return 1;
 }
 
-/* the name of a Windows device (CON, PRN, AUX, NUL, COM1 to COM9, LPT1 to LPT9, in any case), up to the first full stop */
+/* A part is not the name of a Windows device: what stands before its first full stop, without spaces at its end and in lower case, is not
+ * con, prn, aux, nul, conin$, conout$, nor com or lpt with one of the digits 1 to 9, U+00B9, U+00B2 or U+00B3. */
 static int is_device(dlt_text part) {
-    static const char *const devices[] = {"con", "prn", "aux", "nul", "com", "lpt"};
+    static const char *const devices[] = {"con", "prn", "aux", "nul", "conin$", "conout$"};
+    static const char *const digits[] = {"1", "2", "3", "4", "5", "6", "7", "8", "9", "\xC2\xB9", "\xC2\xB2", "\xC2\xB3"};
     size_t n = 0;
     while (n < part.length && part.text[n] != '.') n++;
-    /* Spaces before the full stop do not count: Windows drops them. */
     while (n > 0 && part.text[n - 1] == ' ') n--;
-    for (int i = 0; i < 6; i++) {
-        if (n != (i < 4 ? 3u : 4u) || !ends_as((dlt_text){part.text, 3}, devices[i])) continue;
-        return i < 4 || (part.text[3] >= '1' && part.text[3] <= '9');
+    dlt_text stem = {part.text, n}, port = {part.text, 3}, digit = {part.text + 3, n - 3};
+    for (size_t i = 0; i < sizeof devices / sizeof *devices; i++) {
+        if (n == strlen(devices[i]) && ends_as(stem, devices[i])) return 1;
+    }
+    if (n < 4 || (!ends_as(port, "com") && !ends_as(port, "lpt"))) return 0;
+    for (size_t i = 0; i < sizeof digits / sizeof *digits; i++) {
+        if (is(digit, digits[i])) return 1;
     }
     return 0;
 }
 
-/* A relative path with /, whose parts are not empty, have at most 255 bytes, do not start with a full stop or end in a space or full
- * stop, and are not devices; no control characters (U+0000 to U+001F, U+007F to U+009F) and none of \ : * ? " < > | */
+/* The next part of a path; `at` is where it starts, and then where the one behind it does. */
+static dlt_text next_part(dlt_text name, size_t *at) {
+    dlt_text part = {name.text + *at, 0};
+    while (*at + part.length < name.length && part.text[part.length] != '/') part.length++;
+    *at += part.length + 1;
+    return part;
+}
+
+/* The first three rules of 7.9. It has no control characters (U+0000 to U+001F, U+007F to U+009F) and none of \ : * ? " < > |
+ * A part has 1 to 255 bytes, does not start with a full stop, and does not end in a space or full stop. */
 static int is_path(dlt_text name) {
     for (size_t i = 0; i < name.length; i++) {
         unsigned char c = (unsigned char)name.text[i], next = (unsigned char)(i + 1 < name.length ? name.text[i + 1] : 0);
         if (c < 0x20 || c == 0x7F || (c == 0xC2 && next >= 0x80 && next < 0xA0) || strchr("\\:*?\"<>|", c)) return 0;
     }
-    for (size_t start = 0, end = 0; start <= name.length; start = end + 1) {
-        for (end = start; end < name.length && name.text[end] != '/';) end++;
-        dlt_text part = {name.text + start, end - start};
+    for (size_t at = 0; at <= name.length;) {
+        dlt_text part = next_part(name, &at);
         if (part.length == 0 || part.length > 255 || part.text[0] == '.' || is_device(part)) return 0;
         if (part.text[part.length - 1] == ' ' || part.text[part.length - 1] == '.') return 0;
     }
     return 1;
 }
 
-static int is_weights(dlt_text name) {
-    static const char *const endings[] = {
-        ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".npz", ".npy", ".pkl", ".pickle",
-        ".tflite", ".ot", ".deltafmt", ".partial", ".safetensors.index.json", ".bin.index.json",
-    };
-    for (size_t i = 0; i < sizeof endings / sizeof *endings; i++) {
-        if (ends_as(name, endings[i])) return 1;
+/* Whether a word stands anywhere in a text, in lower case. */
+static int has_within(dlt_text text, const char *word) {
+    for (size_t n = strlen(word); n <= text.length; n++) {
+        if (ends_as((dlt_text){text.text, n}, word)) return 1;
     }
     return 0;
 }
 
+/* No part ends, in lower case, as files of weights do. The last part does not end in .json with .safetensors.index. or .bin.index. in it;
+ * it does not end as compiled code does, and is not adapter_config.json. */
+static int is_refused_name(dlt_text name) {
+    static const char *const weights[] = {
+        ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".npz", ".npy", ".pkl", ".pickle",
+        ".tflite", ".ot", ".deltafmt", ".partial", ".safetensors.index.json", ".bin.index.json",
+    };
+    static const char *const compiled[] = {".so", ".pyd", ".dll", ".dylib", ".exe", ".pyc", ".pyo"};
+    static const char adapter[] = "adapter_config.json";
+    dlt_text part = name;
+    for (size_t at = 0; at <= name.length;) {
+        part = next_part(name, &at);
+        for (size_t i = 0; i < sizeof weights / sizeof *weights; i++) {
+            if (ends_as(part, weights[i])) return 1;
+        }
+    }
+    for (size_t i = 0; i < sizeof compiled / sizeof *compiled; i++) {
+        if (ends_as(part, compiled[i])) return 1;
+    }
+    if (ends_as(part, ".json") && (has_within(part, ".safetensors.index.") || has_within(part, ".bin.index."))) return 1;
+    return part.length == sizeof adapter - 1 && ends_as(part, adapter);
+}
+
 static int compare_names(const void *a, const void *b) { return compare_texts(*(const dlt_text *)a, *(const dlt_text *)b); }
 
-/* No name is the folder of another. Names are compared after ASCII lower-casing, as a system that ignores case would. */
+/* No two names are equal in lower case, and none is, in lower case, the folder of another. */
 static dlt_status check_folders(const dlt_file *file, cursor *c) {
     size_t count = file->about.attachments, bytes = 0;
     for (size_t i = 0; i < count; i++) bytes += file->attachments[i].name.length;
@@ -1061,7 +1095,7 @@ static dlt_status read_attachments(dlt_file *file, cursor *c, cursor *buffers) {
         TRY(read_name(c, &a->name));
         TRY(in_order(c, i ? a[-1].name : (dlt_text){0}, a->name, "attachments"));
         if (!is_path(a->name)) return INVALID(c->error, "the attachment %s is not a plain relative path", show(a->name).text);
-        if (is_weights(a->name)) return INVALID(c->error, "the attachment %s has a name for weights", show(a->name).text);
+        if (is_refused_name(a->name)) return INVALID(c->error, "the attachment %s has a name for weights or code", show(a->name).text);
         TRY(expect_map(c, 2));
         TRY(expect_key(c, "data"));
         TRY(read_array(c, &three)); /* the sections follow in the index: buffers are checked then */
@@ -1158,7 +1192,6 @@ static dlt_status read_members(cursor *c, const char *what, member **members, si
         member *m = &(*members)[i];
         TRY(read_name(c, &m->name));
         TRY(in_order(c, i ? m[-1].name : (dlt_text){0}, m->name, what));
-        if (is_header_name(m->name)) return bad(c, "a tensor is named __metadata__");
         TRY(read_bytes(c, &m->raw));
         ++*number;
     }
@@ -1247,6 +1280,9 @@ static dlt_status read_index(dlt_file *file, uint64_t index_offset, dlt_error *e
     TRY(expect_key(c, "tensors"));
     TRY(read_members(c, "tensors", &file->tensors, &file->about.tensors));
     if (c->p != c->end) return bad(c, "something follows the map");
+    for (size_t i = 0; i < file->about.tensors; i++) {
+        if (is_header_name(file->tensors[i].name)) return bad(c, "a tensor is named __metadata__");
+    }
     for (size_t i = 0; i < file->about.layouts && !cold; i++) {
         const dlt_layout *l = &file->layouts[i].layout;
         /* 11.1: rank: not in the table of a hot file */
@@ -2162,16 +2198,16 @@ static float widen(const void *data, dlt_dtype dtype, uint64_t i) {
     return dtype == DLT_BF16 ? float_of((uint32_t)bits << 16) : widen_f16(bits);
 }
 
-/* To nearest, ties to even. A BF16 NaN keeps its sign and upper bits with the quiet bit (bit 6) set. */
+static int is_nan(uint32_t bits) { return (bits & UINT32_C(0x7FFFFFFF)) > UINT32_C(0x7F800000); }
+
+/* To nearest, ties to even. What is no number is not asked for. */
 static uint16_t narrow_bf16(float x) {
     uint32_t bits = bits_of(x);
-    if ((bits & UINT32_C(0x7FFFFFFF)) > UINT32_C(0x7F800000)) return (uint16_t)(bits >> 16 | 0x40);
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
 static uint16_t narrow_f16(float x) {
     uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, magnitude = bits & UINT32_C(0x7FFFFFFF);
-    if (magnitude > UINT32_C(0x7F800000)) return (uint16_t)(sign | 0x7E00 | (magnitude >> 13 & 0x3FF));
     if (magnitude >= UINT32_C(0x477FF000)) return (uint16_t)(sign | 0x7C00); /* 65520 and more round to infinity */
     if (magnitude < UINT32_C(0x38800000)) {
         /* Below 2^-14: a multiple of 2^-24, which adding 0.5 rounds to: 0.5 has its last bit there. */
@@ -2182,9 +2218,20 @@ static uint16_t narrow_f16(float x) {
     return (uint16_t)(sign | (rounded - UINT32_C(0x38000000)) >> 13);
 }
 
-static void narrow(float x, dlt_dtype dtype, void *out, uint64_t i) {
-    if (dtype == DLT_F32) ((float *)out)[i] = x;
-    else ((uint16_t *)out)[i] = dtype == DLT_BF16 ? narrow_bf16(x) : narrow_f16(x);
+/* 10.5: the sign of the base's element, an exponent of ones, the highest bits of its fraction, and the first of them set. */
+static uint32_t narrow_nan(uint32_t bits, dlt_dtype dtype) {
+    bits |= UINT32_C(0x00400000);
+    if (dtype == DLT_F32) return bits;
+    return dtype == DLT_BF16 ? bits >> 16 : (bits >> 16 & 0x8000) | 0x7C00 | (bits >> 13 & 0x3FF);
+}
+
+/* 10.2 with different dtypes, and 10.3: the bits of a fine-tuned element. */
+static uint32_t fine_tuned(float base, float delta, dlt_dtype dtype) {
+    static const uint32_t other_nan[3] = {0x7E00, 0x7FC0, UINT32_C(0x7FC00000)};
+    if (is_nan(bits_of(base))) return narrow_nan(bits_of(base), dtype);
+    float sum = delta == 0 ? base : base + delta;
+    if (is_nan(bits_of(sum))) return other_nan[dtype - DLT_F16];
+    return dtype == DLT_F32 ? bits_of(sum) : dtype == DLT_BF16 ? narrow_bf16(sum) : narrow_f16(sum);
 }
 
 /* ---- Values and matrices of the kinds (11.5, 11.6, 12.3, 13.3, 14.4) ---- */
@@ -2369,15 +2416,15 @@ static dlt_status apply_shared(dlt_file *file, const dlt_tensor *t, uint64_t sta
     if (delta == NULL) return no_memory(error);
     dlt_status status = dlt_decode(file, t, start, count, delta, error);
     for (uint64_t i = 0; i < elements && status == DLT_OK; i++) {
+        uint32_t bits;
         if (delta[i] == 0 && t->dtype == t->base_dtype) {
-            /* 10.2: where the delta is zero (of either sign), the fine-tuned element is the base's; with equal dtypes, bit for bit. */
-            if (t->dtype == DLT_F32) ((uint32_t *)out)[i] = ((const uint32_t *)base)[i];
-            else ((uint16_t *)out)[i] = ((const uint16_t *)base)[i];
+            /* 10.2: where the delta is zero (of either sign), the fine-tuned element is the base's: with equal dtypes bit for bit. */
+            bits = t->dtype == DLT_F32 ? ((const uint32_t *)base)[i] : ((const uint16_t *)base)[i];
         } else {
-            /* 10.2, 10.3: converted to the fine-tune's dtype; elsewhere widened exactly, plus the delta, rounded to float32 and then. */
-            float x = widen(base, t->base_dtype, i);
-            narrow(delta[i] == 0 ? x : x + delta[i], t->dtype, out, i);
+            bits = fine_tuned(widen(base, t->base_dtype, i), delta[i], t->dtype);
         }
+        if (t->dtype == DLT_F32) ((uint32_t *)out)[i] = bits;
+        else ((uint16_t *)out)[i] = (uint16_t)bits;
     }
     free(delta);
     return status;
