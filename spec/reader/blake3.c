@@ -6,7 +6,8 @@
 enum { LANES = 8, CHUNK = 1024, BLOCK = 64, WIDEST = 256 };
 enum { CHUNK_START = 1, CHUNK_END = 2, PARENT = 4, ROOT = 8 };
 
-static const uint32_t IV[8] = {0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19};
+static const uint32_t IV[8] = {0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A,
+                               0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19};
 
 /* The message words of each round: the permutation of the paper, applied once more in each row. */
 static const uint8_t ORDER[7][16] = {
@@ -33,18 +34,19 @@ static void write_all_words(uint8_t *out, uint32_t (*values)[8], size_t count) {
 }
 
 /* The quarter-round G; the same text serves numbers and vectors of numbers. */
-#define G(a, b, c, d, x, y)                                                                                                      \
-    (a += b + (x), d = TURN(d ^ a, 16), c += d, b = TURN(b ^ c, 12), a += b + (y), d = TURN(d ^ a, 8), c += d, b = TURN(b ^ c, 7))
-#define ROUND(v, m, o)                                                                                                           \
-    do {                                                                                                                         \
-        G(v[0], v[4], v[8], v[12], m[o[0]], m[o[1]]);                                                                            \
-        G(v[1], v[5], v[9], v[13], m[o[2]], m[o[3]]);                                                                            \
-        G(v[2], v[6], v[10], v[14], m[o[4]], m[o[5]]);                                                                           \
-        G(v[3], v[7], v[11], v[15], m[o[6]], m[o[7]]);                                                                           \
-        G(v[0], v[5], v[10], v[15], m[o[8]], m[o[9]]);                                                                           \
-        G(v[1], v[6], v[11], v[12], m[o[10]], m[o[11]]);                                                                         \
-        G(v[2], v[7], v[8], v[13], m[o[12]], m[o[13]]);                                                                          \
-        G(v[3], v[4], v[9], v[14], m[o[14]], m[o[15]]);                                                                          \
+#define G(a, b, c, d, x, y)                                                                                    \
+    (a += b + (x), d = TURN(d ^ a, 16), c += d, b = TURN(b ^ c, 12), a += b + (y), d = TURN(d ^ a, 8), c += d, \
+     b = TURN(b ^ c, 7))
+#define ROUND(v, m, o)                                   \
+    do {                                                 \
+        G(v[0], v[4], v[8], v[12], m[o[0]], m[o[1]]);    \
+        G(v[1], v[5], v[9], v[13], m[o[2]], m[o[3]]);    \
+        G(v[2], v[6], v[10], v[14], m[o[4]], m[o[5]]);   \
+        G(v[3], v[7], v[11], v[15], m[o[6]], m[o[7]]);   \
+        G(v[0], v[5], v[10], v[15], m[o[8]], m[o[9]]);   \
+        G(v[1], v[6], v[11], v[12], m[o[10]], m[o[11]]); \
+        G(v[2], v[7], v[8], v[13], m[o[12]], m[o[13]]);  \
+        G(v[3], v[4], v[9], v[14], m[o[14]], m[o[15]]);  \
     } while (0)
 #define TURN(x, n) ((x) >> (n) | (x) << (32 - (n)))
 
@@ -58,7 +60,8 @@ static void compress(uint32_t value[8], const uint8_t block[BLOCK], uint64_t cou
     for (int i = 0; i < 8; i++) value[i] = v[i] ^ v[8 + i];
 }
 
-/* Compress `count` inputs of `blocks` blocks each, one at a time. `step` is added to the counter from one input to the next. */
+/* Compress `count` inputs of `blocks` blocks each, one at a time. `step` is added to the counter from one input to the
+ * next. */
 static void compress_each(const uint8_t *data, size_t count, size_t blocks, uint64_t counter, int step, uint32_t flags,
                           uint32_t first, uint32_t last, uint32_t (*out)[8]) {
     for (size_t n = 0; n < count; n++, counter += (uint64_t)step) {
@@ -81,18 +84,20 @@ typedef uint32_t vec __attribute__((vector_size(4 * LANES)));
 #endif
 
 /* Pairs of words, pairs of pairs, and halves change places, so that eight vectors, one an input, become one a word. */
-#define TURN_WORDS(a, b, c, d)                                                                                                   \
-    (s0 = SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13), s1 = SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15),                               \
-     s2 = SHUFFLE(c, d, 0, 8, 1, 9, 4, 12, 5, 13), s3 = SHUFFLE(c, d, 2, 10, 3, 11, 6, 14, 7, 15),                               \
-     a = SHUFFLE(s0, s2, 0, 1, 8, 9, 4, 5, 12, 13), b = SHUFFLE(s0, s2, 2, 3, 10, 11, 6, 7, 14, 15),                             \
+#define TURN_WORDS(a, b, c, d)                                                                       \
+    (s0 = SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13), s1 = SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15),   \
+     s2 = SHUFFLE(c, d, 0, 8, 1, 9, 4, 12, 5, 13), s3 = SHUFFLE(c, d, 2, 10, 3, 11, 6, 14, 7, 15),   \
+     a = SHUFFLE(s0, s2, 0, 1, 8, 9, 4, 5, 12, 13), b = SHUFFLE(s0, s2, 2, 3, 10, 11, 6, 7, 14, 15), \
      c = SHUFFLE(s1, s3, 0, 1, 8, 9, 4, 5, 12, 13), d = SHUFFLE(s1, s3, 2, 3, 10, 11, 6, 7, 14, 15))
-#define TURN_HALVES(a, b)                                                                                                        \
+#define TURN_HALVES(a, b) \
     (s0 = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11), s1 = SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15), a = s0, b = s1)
-#define TRANSPOSE(r, i)                                                                                                          \
-    (TURN_WORDS(r[i], r[i + 1], r[i + 2], r[i + 3]), TURN_WORDS(r[i + 4], r[i + 5], r[i + 6], r[i + 7]),                         \
-     TURN_HALVES(r[i], r[i + 4]), TURN_HALVES(r[i + 1], r[i + 5]), TURN_HALVES(r[i + 2], r[i + 6]), TURN_HALVES(r[i + 3], r[i + 7]))
+#define TRANSPOSE(r, i)                                                                                  \
+    (TURN_WORDS(r[i], r[i + 1], r[i + 2], r[i + 3]), TURN_WORDS(r[i + 4], r[i + 5], r[i + 6], r[i + 7]), \
+     TURN_HALVES(r[i], r[i + 4]), TURN_HALVES(r[i + 1], r[i + 5]), TURN_HALVES(r[i + 2], r[i + 6]),      \
+     TURN_HALVES(r[i + 3], r[i + 7]))
 
-#define EACH8(statement) (statement(0), statement(1), statement(2), statement(3), statement(4), statement(5), statement(6), statement(7))
+#define EACH8(statement) \
+    (statement(0), statement(1), statement(2), statement(3), statement(4), statement(5), statement(6), statement(7))
 #define LOAD(l) (memcpy(&m[l], p + stride * (l), 32), memcpy(&m[8 + (l)], p + stride * (l) + 32, 32))
 #define SAME(x) ((vec){x, x, x, x, x, x, x, x})
 #define START(w) (value[w] = SAME(IV[w]))
@@ -125,7 +130,8 @@ static void compress_many(const uint8_t *data, size_t count, size_t blocks, uint
                           uint32_t first, uint32_t last, uint32_t (*out)[8]) {
 #if WIDE
     wide_function *wide = choose();
-    for (; count >= LANES; count -= LANES, counter += (uint64_t)(step * LANES), out += LANES, data += LANES * blocks * BLOCK) {
+    for (; count >= LANES;
+         count -= LANES, counter += (uint64_t)(step * LANES), out += LANES, data += LANES * blocks * BLOCK) {
         wide(data, blocks, counter, step, flags, first, last, out);
     }
 #endif
@@ -155,12 +161,13 @@ static void join(const uint32_t left[8], const uint32_t right[8], uint32_t flags
 
 /* Put a subtree of `count` chunks on the stack; a subtree that is now whole takes the place of its halves. */
 static void push(blake3 *hash, uint32_t value[8], uint64_t count) {
-    for (uint64_t subtrees = hash->chunks / count; subtrees & 1; subtrees >>= 1) join(hash->stack[--hash->depth], value, 0, value);
+    for (uint64_t subtrees = hash->chunks / count; subtrees & 1; subtrees >>= 1)
+        join(hash->stack[--hash->depth], value, 0, value);
     memcpy(hash->stack[hash->depth++], value, 32);
     hash->chunks += count;
 }
 
-void blake3_start(blake3 *hash) { hash->filled = 0, hash->chunks = 0, hash->depth = 0; }
+void dlt_blake3_start(blake3 *hash) { hash->filled = 0, hash->chunks = 0, hash->depth = 0; }
 
 /* `kept` bytes at least are kept back: 1, as the input may end here, or 0. */
 static void add(blake3 *hash, const uint8_t *p, size_t length, size_t kept) {
@@ -186,15 +193,16 @@ static void add(blake3 *hash, const uint8_t *p, size_t length, size_t kept) {
     }
 }
 
-void blake3_add(blake3 *hash, const void *data, size_t length) { add(hash, data, length, 1); }
-void blake3_add_part(blake3 *hash, const void *data, size_t length) { add(hash, data, length, 0); }
+void dlt_blake3_add(blake3 *hash, const void *data, size_t length) { add(hash, data, length, 1); }
+void dlt_blake3_add_part(blake3 *hash, const void *data, size_t length) { add(hash, data, length, 0); }
 
-void blake3_end(const blake3 *hash, uint8_t out[32]) {
+void dlt_blake3_end(const blake3 *hash, uint8_t out[32]) {
     uint32_t value[8];
     uint32_t root = hash->depth == 0 ? ROOT : 0, start = CHUNK_START;
     size_t done = 0;
     memcpy(value, IV, 32);
-    for (; hash->filled - done > BLOCK; done += BLOCK, start = 0) compress(value, hash->chunk + done, hash->chunks, BLOCK, start);
+    for (; hash->filled - done > BLOCK; done += BLOCK, start = 0)
+        compress(value, hash->chunk + done, hash->chunks, BLOCK, start);
     uint8_t block[BLOCK] = {0};
     memcpy(block, hash->chunk + done, hash->filled - done);
     compress(value, block, hash->chunks, (uint32_t)(hash->filled - done), start | CHUNK_END | root);
@@ -202,9 +210,9 @@ void blake3_end(const blake3 *hash, uint8_t out[32]) {
     write_words(out, value);
 }
 
-void blake3_of(const void *data, size_t length, uint8_t out[32]) {
+void dlt_blake3_of(const void *data, size_t length, uint8_t out[32]) {
     blake3 hash;
-    blake3_start(&hash);
-    blake3_add(&hash, data, length);
-    blake3_end(&hash, out);
+    dlt_blake3_start(&hash);
+    dlt_blake3_add(&hash, data, length);
+    dlt_blake3_end(&hash, out);
 }

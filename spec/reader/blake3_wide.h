@@ -1,5 +1,6 @@
-/* The text of the function that compresses eight inputs side by side. blake3.c includes it once for each kind of processor, with
- * WIDE_NAME and WIDE_TARGET defined: a compiler splits vectors that a processor lacks before it inlines a function. */
+/* The text of the function that compresses eight inputs side by side. blake3.c includes it once for each kind of
+ * processor, with WIDE_NAME and WIDE_TARGET defined: a compiler splits vectors that a processor lacks before it inlines
+ * a function. */
 /* Compress eight inputs of `blocks` blocks. `step` is added to the counter from one input to the next. */
 WIDE_TARGET static void WIDE_NAME(const uint8_t *data, size_t blocks, uint64_t counter, int step, uint32_t flags,
                                   uint32_t first, uint32_t last, uint32_t (*out)[8]) {

@@ -4,8 +4,8 @@
  *     deltafmt-c verify FILE...                      check everything
  *     deltafmt-c decode FILE TENSOR [--base RAW]     write a tensor to standard output
  *
- * decode writes the delta as float32, or, with the raw bytes of the base's tensor, the fine-tuned tensor in its own dtype. Tensors that
- * are stored whole need no base. Exit codes are those of docs/exit-codes.md.
+ * decode writes the delta as float32, or, with the raw bytes of the base's tensor, the fine-tuned tensor in its own
+ * dtype. Tensors that are stored whole need no base. Exit codes are those of docs/exit-codes.md.
  */
 #include "deltafmt.h"
 
@@ -13,10 +13,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char usage[] =
-    "usage: deltafmt-c inspect FILE\n"
-    "       deltafmt-c verify FILE...\n"
-    "       deltafmt-c decode FILE TENSOR [--base RAW] > OUT\n";
+static const char usage[] = "usage: deltafmt-c inspect FILE\n"
+                            "       deltafmt-c verify FILE...\n"
+                            "       deltafmt-c decode FILE TENSOR [--base RAW] > OUT\n";
 
 static int exit_code(dlt_status status) {
     static const int codes[] = {0, 3, 3, 2, 5, 2, 4};
@@ -163,7 +162,8 @@ static int decode(const char *path, dlt_file *file, const char *name, const char
 
 int main(int count, char **arguments) {
     const char *command = count > 1 ? arguments[1] : "";
-    int inspects = strcmp(command, "inspect") == 0 && count == 3, verifies = strcmp(command, "verify") == 0 && count > 2;
+    int inspects = strcmp(command, "inspect") == 0 && count == 3,
+        verifies = strcmp(command, "verify") == 0 && count > 2;
     int decodes = strcmp(command, "decode") == 0 && (count == 4 || (count == 6 && strcmp(arguments[4], "--base") == 0));
     if (!inspects && !verifies && !decodes) return fputs(usage, stderr), 2;
     int code = 0, last = verifies ? count : 3;

@@ -1,8 +1,8 @@
 /* The second reader of delta files, written from spec/deltafmt-v1.md alone; see deltafmt.h for its use.
  *
- * The sentence of the specification that a line implements stands above it, with the number of its section. The order is that of
- * a reading: errors, msgpack (7.1), the index (7.2 to 7.4, 7.8), opening (3 to 5, 8), raw bytes (5, 6), word streams (11.2), the
- * kinds (11 to 14): checks, then values; sums (10), digests (7.5, 7.6) and verifying (15).
+ * The sentence of the specification that a line implements stands above it, with the number of its section. The order
+ * is that of a reading: errors, msgpack (7.1), the index (7.2 to 7.4, 7.8), opening (3 to 5, 8), raw bytes (5, 6), word
+ * streams (11.2), the kinds (11 to 14): checks, then values; sums (10), digests (7.5, 7.6) and verifying (15).
  */
 #define _POSIX_C_SOURCE 200809L
 #define _DEFAULT_SOURCE
@@ -34,26 +34,53 @@
 #endif
 
 enum {
-    PAGE = 4096, ALIGNMENT = 256, HEADER = 64, TRAILER = 128, CHUNK = 262144, MAX_NAME = 1024, MAX_MEMBERS = 1000000,
-    MAX_INDEX = 67108864, LANES = 32
+    PAGE = 4096,
+    ALIGNMENT = 256,
+    HEADER = 64,
+    TRAILER = 128,
+    CHUNK = 262144,
+    MAX_NAME = 1024,
+    MAX_MEMBERS = 1000000,
+    MAX_INDEX = 67108864,
+    LANES = 32
 };
 #define MAX_ELEMENTS (UINT64_C(1) << 48)
 #define MAX_RAW (UINT64_C(1) << 40)
 enum { FEATURE_PARTS = 1, FEATURE_LEADING = 2, FEATURE_SCALED = 4, FEATURES = 7 };
 enum { OF_TENSORS = 1, OF_ATTACHMENTS = 2 };
 
-#define TRY(call)                                                                                                        \
-    do {                                                                                                                 \
-        dlt_status status_ = (call);                                                                                     \
-        if (status_ != DLT_OK) return status_;                                                                           \
+#define TRY(call)                              \
+    do {                                       \
+        dlt_status status_ = (call);           \
+        if (status_ != DLT_OK) return status_; \
     } while (0)
 
-typedef struct { const uint8_t *p; size_t length; } slice;
-typedef struct { dlt_dtype dtype; dlt_shape shape; } outline;
-typedef struct { dlt_text name; slice raw; outline *known; } member; /* known: of a tensor that an alias has named */
-typedef struct { dlt_text name; dlt_bytes bytes; const uint8_t *digest; } attachment;
-typedef struct { dlt_layout layout; slice raw; size_t index_value; } layout_entry;
-typedef struct { dlt_text key, value; } pair;
+typedef struct {
+    const uint8_t *p;
+    size_t length;
+} slice;
+typedef struct {
+    dlt_dtype dtype;
+    dlt_shape shape;
+} outline;
+typedef struct {
+    dlt_text name;
+    slice raw;
+    outline *known;
+} member; /* known: of a tensor that an alias has named */
+typedef struct {
+    dlt_text name;
+    dlt_bytes bytes;
+    const uint8_t *digest;
+} attachment;
+typedef struct {
+    dlt_layout layout;
+    slice raw;
+    size_t index_value;
+} layout_entry;
+typedef struct {
+    dlt_text key, value;
+} pair;
 
 typedef struct {
     const uint8_t *checksum;
@@ -61,7 +88,8 @@ typedef struct {
     uint64_t length, offset, raw_length;
     enum { UNCHECKED, CHECKING, CHECKED } state; /* CHECKING: dlt_verify takes its checksum on the way */
     xxh3_run run;
-    uint64_t *frames; /* codec 1: where each chunk's frame starts in the section, and the end of the last; made at first use */
+    uint64_t *frames; /* codec 1: where each chunk's frame starts in the section, and the end of the last; made at first
+                         use */
 } section;
 
 struct dlt_file {
@@ -85,8 +113,8 @@ struct dlt_file {
 
 /* ---- Errors ---- */
 
-__attribute__((format(printf, 3, 4)))
-static dlt_status fail(dlt_error *error, dlt_status status, const char *format, ...) {
+__attribute__((format(printf, 3, 4))) static dlt_status fail(dlt_error *error, dlt_status status, const char *format,
+                                                             ...) {
     va_list arguments;
     va_start(arguments, format);
     error->status = status;
@@ -98,7 +126,9 @@ static dlt_status fail(dlt_error *error, dlt_status status, const char *format, 
 #define INVALID(error, ...) fail(error, DLT_INVALID, __VA_ARGS__)
 
 /* A text from a file as a message may show it: cut, and without control characters. */
-typedef struct { char text[72]; } shown;
+typedef struct {
+    char text[72];
+} shown;
 
 static shown show(dlt_text text) {
     shown out;
@@ -145,8 +175,16 @@ static int all_zero(const uint8_t *p, uint64_t length) {
     return 1;
 }
 
-static uint32_t read32(const uint8_t *p) { uint32_t x; memcpy(&x, p, 4); return x; }
-static uint64_t read64(const uint8_t *p) { uint64_t x; memcpy(&x, p, 8); return x; }
+static uint32_t read32(const uint8_t *p) {
+    uint32_t x;
+    memcpy(&x, p, 4);
+    return x;
+}
+static uint64_t read64(const uint8_t *p) {
+    uint64_t x;
+    memcpy(&x, p, 8);
+    return x;
+}
 
 /* ---- Msgpack in canonical form (7.1) ---- */
 
@@ -156,7 +194,9 @@ typedef struct {
     dlt_text where; /* what is read: "the index", or a tensor's name */
 } cursor;
 
-static dlt_status bad(const cursor *c, const char *what) { return INVALID(c->error, "%s: %s", show(c->where).text, what); }
+static dlt_status bad(const cursor *c, const char *what) {
+    return INVALID(c->error, "%s: %s", show(c->where).text, what);
+}
 
 static dlt_status take(cursor *c, size_t n, const uint8_t **out) {
     *out = c->p;
@@ -184,8 +224,8 @@ static dlt_status read_integer(cursor *c, const char *what, uint64_t smallest, u
     else if (*p == 0xCF) TRY(read_number(c, 8, UINT64_C(0x100000000), out));
     else return INVALID(c->error, "%s: %s is not an integer from 0 up", show(c->where).text, what);
     if (*out < smallest || *out > largest) {
-        return INVALID(c->error, "%s: %s is %llu, which is not %llu to %llu", show(c->where).text, what, (unsigned long long)*out,
-                       (unsigned long long)smallest, (unsigned long long)largest);
+        return INVALID(c->error, "%s: %s is %llu, which is not %llu to %llu", show(c->where).text, what,
+                       (unsigned long long)*out, (unsigned long long)smallest, (unsigned long long)largest);
     }
     return DLT_OK;
 }
@@ -208,7 +248,8 @@ static dlt_status check_utf8(const cursor *c, const uint8_t *p, size_t n) {
             if ((*p & 0xC0) != 0x80) return bad(c, "a string is not UTF-8");
             code = code << 6 | (*p & 0x3F);
         }
-        if (code < smallest[more] || code > 0x10FFFF || (code >= 0xD800 && code < 0xE000)) return bad(c, "a string is not UTF-8");
+        if (code < smallest[more] || code > 0x10FFFF || (code >= 0xD800 && code < 0xE000))
+            return bad(c, "a string is not UTF-8");
     }
     return DLT_OK;
 }
@@ -249,8 +290,10 @@ static dlt_status read_digest(cursor *c, size_t length, const uint8_t **out) {
     return DLT_OK;
 }
 
-/* 9: tensors, and members of any map or array of the index: 1,000,000. Each has a byte at least, so the file pays for them. */
-static dlt_status read_count(cursor *c, uint8_t few, uint8_t few_end, uint8_t two, uint8_t four, const char *what, size_t *out) {
+/* 9: tensors, and members of any map or array of the index: 1,000,000. Each has a byte at least, so the file pays for
+ * them. */
+static dlt_status read_count(cursor *c, uint8_t few, uint8_t few_end, uint8_t two, uint8_t four, const char *what,
+                             size_t *out) {
     const uint8_t *p;
     uint64_t count;
     TRY(take(c, 1, &p));
@@ -258,14 +301,17 @@ static dlt_status read_count(cursor *c, uint8_t few, uint8_t few_end, uint8_t tw
     else if (*p == two) TRY(read_number(c, 2, 16, &count));
     else if (*p == four) TRY(read_number(c, 4, 0x10000, &count));
     else return INVALID(c->error, "%s: a value is not %s where one belongs", show(c->where).text, what);
-    if (count > MAX_MEMBERS) return INVALID(c->error, "%s: %s has more than 1,000,000 members", show(c->where).text, what);
+    if (count > MAX_MEMBERS)
+        return INVALID(c->error, "%s: %s has more than 1,000,000 members", show(c->where).text, what);
     if (count > (uint64_t)(c->end - c->p)) return bad(c, "ends in the middle of a value");
     *out = (size_t)count;
     return DLT_OK;
 }
 
 static dlt_status read_map(cursor *c, size_t *count) { return read_count(c, 0x80, 0x90, 0xDE, 0xDF, "a map", count); }
-static dlt_status read_array(cursor *c, size_t *count) { return read_count(c, 0x90, 0xA0, 0xDC, 0xDD, "an array", count); }
+static dlt_status read_array(cursor *c, size_t *count) {
+    return read_count(c, 0x90, 0xA0, 0xDC, 0xDD, "an array", count);
+}
 
 /* The keys of most maps are known. As they are sorted, each can be expected in its place. */
 static dlt_status other_key(cursor *c, const char *key) {
@@ -275,10 +321,10 @@ static dlt_status other_key(cursor *c, const char *key) {
 }
 
 /* A key of fewer than 32 bytes: its form is one byte and the text. */
-#define expect_key(c, key)                                                                                               \
-    ((size_t)((c)->end - (c)->p) >= sizeof(key) && *(c)->p == (0xA0 | (sizeof(key) - 1)) &&                              \
-             memcmp((c)->p + 1, key, sizeof(key) - 1) == 0                                                               \
-         ? ((c)->p += sizeof(key), DLT_OK)                                                                               \
+#define expect_key(c, key)                                                                  \
+    ((size_t)((c)->end - (c)->p) >= sizeof(key) && *(c)->p == (0xA0 | (sizeof(key) - 1)) && \
+             memcmp((c)->p + 1, key, sizeof(key) - 1) == 0                                  \
+         ? ((c)->p += sizeof(key), DLT_OK)                                                  \
          : other_key(c, key))
 
 static dlt_status expect_map(cursor *c, size_t count) {
@@ -312,10 +358,11 @@ static dlt_status read_word(cursor *c, const char *what, const char *const *word
 /* ---- Names and dtypes ---- */
 
 static const char *const DTYPES[DLT_DTYPES] = {
-    "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0",
-    "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F16", "BF16", "F32", "F64", "C64",
+    "BOOL",    "U8",      "I8",      "U16",     "I16",         "U32",         "I32", "U64",  "I64", "F4",  "F6_E2M3",
+    "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F16", "BF16", "F32", "F64", "C64",
 };
-static const uint8_t DTYPE_BITS[DLT_DTYPES] = {8, 8, 8, 16, 16, 32, 32, 64, 64, 4, 6, 6, 8, 8, 8, 8, 8, 16, 16, 32, 64, 64};
+static const uint8_t DTYPE_BITS[DLT_DTYPES] = {8, 8, 8, 16, 16, 32, 32, 64, 64, 4,  6,
+                                               6, 8, 8, 8,  8,  8,  16, 16, 32, 64, 64};
 static const char *const ACTIONS[4] = {"same", "replace", "add", "alias"};
 static const char *const KINDS[4] = {"nm", "lowbit", "lowrank", "sparse"};
 static const char *const GRIDS[3] = {"midtread", "midrise", "asymmetric"};
@@ -402,7 +449,8 @@ static uint64_t binomial(unsigned n, unsigned k) {
     if (k > n - k) k = n - k;
     uint64_t row[129] = {1};
     for (unsigned i = 1; i <= n; i++) {
-        for (unsigned j = k < i ? k : i; j > 0; j--) row[j] = row[j] > UINT64_MAX - row[j - 1] ? UINT64_MAX : row[j] + row[j - 1];
+        for (unsigned j = k < i ? k : i; j > 0; j--)
+            row[j] = row[j] > UINT64_MAX - row[j - 1] ? UINT64_MAX : row[j] + row[j - 1];
     }
     return row[k];
 }
@@ -436,15 +484,18 @@ static dlt_status read_nm(cursor *c, dlt_layout *l, const uint8_t **index_value)
     l->group = (uint32_t)group, l->keep = (uint32_t)keep, l->share = (uint32_t)share, l->index = (dlt_index)index;
     if (share & (share - 1)) return bad(c, "share is not 1, 2, 4 or 8");
     /* seeded: M a power of two, at most 128. */
-    if (index == DLT_SEEDED && (group > 128 || group & (group - 1))) return bad(c, "a seeded index whose M is no power of two up to 128");
+    if (index == DLT_SEEDED && (group > 128 || group & (group - 1)))
+        return bad(c, "a seeded index whose M is no power of two up to 128");
     /* rank: C(M, N) < 2^64. UINT64_MAX itself is no binomial coefficient of M up to 255. */
-    if (index == DLT_RANK && binomial(l->group, l->keep) == UINT64_MAX) return bad(c, "a rank index whose C(M, N) is not below 2^64");
+    if (index == DLT_RANK && binomial(l->group, l->keep) == UINT64_MAX)
+        return bad(c, "a rank index whose C(M, N) is not below 2^64");
     return DLT_OK;
 }
 
 /* 13.1, 14.1: BF16, F16 or F32: as values of that dtype; or a map {bits, grid, scale_dtype, scale_group}: as codes. */
 static dlt_status read_values(cursor *c, dlt_layout *l) {
-    if (c->p < c->end && *c->p >= 0xA0) return read_dtype(c, "dtype of values", BIT(DLT_BF16) | BIT(DLT_F16) | BIT(DLT_F32), &l->values);
+    if (c->p < c->end && *c->p >= 0xA0)
+        return read_dtype(c, "dtype of values", BIT(DLT_BF16) | BIT(DLT_F16) | BIT(DLT_F32), &l->values);
     l->coded = 1;
     TRY(expect_map(c, 4));
     TRY(read_bits(c, l));
@@ -459,18 +510,21 @@ static dlt_status read_layout(cursor *c, layout_entry *entry) {
     size_t count;
     memset(l, 0, sizeof *l);
     TRY(read_map(c, &count));
-    /* The kind decides the keys, and is not the first of them: find it by what the first key is, which differs but for nm and
-     * lowbit (axis, bits, factors, gap_bits). A kind that is unknown is found when its key or value is not what it must be. */
+    /* The kind decides the keys, and is not the first of them: find it by what the first key is, which differs but for
+     * nm and lowbit (axis, bits, factors, gap_bits). A kind that is unknown is found when its key or value is not what
+     * it must be. */
     cursor ahead = *c;
     dlt_text first;
     TRY(read_string(&ahead, &first));
-    l->kind = is(first, "axis") ? DLT_LOWBIT : is(first, "factors") ? DLT_LOWRANK : is(first, "gap_bits") ? DLT_SPARSE : DLT_NM;
-    if (count != keys[l->kind]) return bad(c, "a layout of an unknown kind, or whose map lacks a key or has one too many");
+    l->kind = is(first, "axis")       ? DLT_LOWBIT
+              : is(first, "factors")  ? DLT_LOWRANK
+              : is(first, "gap_bits") ? DLT_SPARSE
+                                      : DLT_NM;
+    if (count != keys[l->kind])
+        return bad(c, "a layout of an unknown kind, or whose map lacks a key or has one too many");
     uint64_t number;
     switch (l->kind) {
-    case DLT_NM:
-        TRY(read_nm(c, l, &index_value));
-        break;
+    case DLT_NM: TRY(read_nm(c, l, &index_value)); break;
     case DLT_LOWBIT: { /* 12.1: axis, bits, grid, kind, scale_dtype, scale_group */
         static const char *const axes[2] = {"row", "column"};
         unsigned axis;
@@ -482,7 +536,8 @@ static dlt_status read_layout(cursor *c, layout_entry *entry) {
         TRY(read_scales(c, l));
         l->by_column = axis == 1;
         /* column with scale_group 0 and a grid other than asymmetric */
-        if (l->by_column && (l->scale_group != 0 || l->grid == DLT_ASYMMETRIC)) return bad(c, "scales of columns with groups or zero points");
+        if (l->by_column && (l->scale_group != 0 || l->grid == DLT_ASYMMETRIC))
+            return bad(c, "scales of columns with groups or zero points");
         break;
     }
     case DLT_LOWRANK: /* 13.1: factors, kind, rank */
@@ -507,7 +562,8 @@ static dlt_status read_layout(cursor *c, layout_entry *entry) {
         TRY(expect_key(c, "values"));
         TRY(read_values(c, l));
         /* with scale_group 0 and a grid other than asymmetric: one scale a row */
-        if (l->coded && (l->scale_group != 0 || l->grid == DLT_ASYMMETRIC)) return bad(c, "sparse codes with groups or zero points");
+        if (l->coded && (l->scale_group != 0 || l->grid == DLT_ASYMMETRIC))
+            return bad(c, "sparse codes with groups or zero points");
         break;
     }
     entry->raw.p = start;
@@ -530,7 +586,8 @@ static stream stream_of(unsigned width, uint64_t count) {
     stream s = {0};
     s.width = width;
     s.count = count;
-    /* Plane 0 has the largest power of two that is at most width and at most 32; the next the largest that the bits left allow. */
+    /* Plane 0 has the largest power of two that is at most width and at most 32; the next the largest that the bits
+     * left allow. */
     for (unsigned done = 0, w = 32; done < width; done += w) {
         while (w > width - done) w /= 2;
         s.plane_width[s.planes] = w;
@@ -571,11 +628,15 @@ static uint64_t blocks_of(const dlt_layout *l, uint64_t columns) { return ceil_d
 
 static uint64_t size_of(dlt_dtype dtype) { return DTYPE_BITS[dtype] / 8; }
 
-typedef struct { const char *name; uint64_t length; } expected;
+typedef struct {
+    const char *name;
+    uint64_t length;
+} expected;
 
-/* The names and lengths of a term's buffers, in the order of the names. Rows times columns are at most 2^48 and ranks at most either,
- * so nothing here overflows. */
-static unsigned expected_buffers(const dlt_layout *l, uint64_t rows, uint64_t columns, uint64_t slots, expected out[DLT_MAX_BUFFERS]) {
+/* The names and lengths of a term's buffers, in the order of the names. Rows times columns are at most 2^48 and ranks
+ * at most either, so nothing here overflows. */
+static unsigned expected_buffers(const dlt_layout *l, uint64_t rows, uint64_t columns, uint64_t slots,
+                                 expected out[DLT_MAX_BUFFERS]) {
     unsigned n = 0;
     uint64_t tiles = ceil_div(rows, LANES), scale = size_of(l->scale_dtype);
     switch (l->kind) {
@@ -599,7 +660,8 @@ static unsigned expected_buffers(const dlt_layout *l, uint64_t rows, uint64_t co
     }
     case DLT_LOWRANK:
         for (int side = 0; side < 2; side++) {
-            static const char *const names[2][4] = {{"u", "u_codes", "u_scales", "u_zero_points"}, {"v", "v_codes", "v_scales", "v_zero_points"}};
+            static const char *const names[2][4] = {{"u", "u_codes", "u_scales", "u_zero_points"},
+                                                    {"v", "v_codes", "v_scales", "v_zero_points"}};
             uint64_t elements = side ? columns : rows;
             if (!l->coded) {
                 out[n++] = (expected){names[side][0], l->rank * elements * size_of(l->values)};
@@ -624,7 +686,8 @@ static unsigned expected_buffers(const dlt_layout *l, uint64_t rows, uint64_t co
 
 /* ---- Entries (7.4) and descriptions (7.8) ---- */
 
-/* A buffer is [section, offset, length]: a section of the right kind, an offset that is a multiple of 256; it MUST lie inside. */
+/* A buffer is [section, offset, length]: a section of the right kind, an offset that is a multiple of 256; it MUST lie
+ * inside. */
 static dlt_status read_buffer(const dlt_file *file, cursor *c, uint32_t kind, const char *name, dlt_bytes *out) {
     size_t count;
     uint64_t number;
@@ -637,7 +700,8 @@ static dlt_status read_buffer(const dlt_file *file, cursor *c, uint32_t kind, co
     const section *s = &file->sections[number];
     if (s->kind != kind) return bad(c, "a buffer lies in a section of another kind");
     if (out->offset % ALIGNMENT) return bad(c, "a buffer's offset is no multiple of 256");
-    if (out->offset > s->raw_length || out->length > s->raw_length - out->offset) return bad(c, "a buffer leaves its section");
+    if (out->offset > s->raw_length || out->length > s->raw_length - out->offset)
+        return bad(c, "a buffer leaves its section");
     out->name = name;
     out->section = (uint32_t)number;
     out->data = NULL;
@@ -703,7 +767,8 @@ static dlt_status read_base(const dlt_file *file, cursor *c, dlt_tensor *t) {
     return bytes_of(c, t->base_dtype, elements, &ignored);
 }
 
-/* A term is {buffers, layout, seed}, and of a sparse layout slots; buffers have exactly the names and lengths of the layout. */
+/* A term is {buffers, layout, seed}, and of a sparse layout slots; buffers have exactly the names and lengths of the
+ * layout. */
 static dlt_status read_term(const dlt_file *file, cursor *c, const dlt_tensor *t, dlt_term *term) {
     size_t count;
     uint64_t number;
@@ -749,8 +814,8 @@ static dlt_status read_term(const dlt_file *file, cursor *c, const dlt_tensor *t
         if (!is(names[i], want[i].name)) return bad(c, "a term has other buffers than its layout");
         term->buffers[i].name = want[i].name;
         if (term->buffers[i].length == want[i].length) continue;
-        return INVALID(c->error, "%s: the buffer %s has %llu bytes where the shape needs %llu", show(c->where).text, want[i].name,
-                       (unsigned long long)term->buffers[i].length, (unsigned long long)want[i].length);
+        return INVALID(c->error, "%s: the buffer %s has %llu bytes where the shape needs %llu", show(c->where).text,
+                       want[i].name, (unsigned long long)term->buffers[i].length, (unsigned long long)want[i].length);
     }
     return DLT_OK;
 }
@@ -761,19 +826,21 @@ static dlt_status check_add(const dlt_file *file, cursor *c, dlt_tensor *t, uint
     const dlt_shape *a = &t->shape, *b = &t->base_shape;
     /* dtype and the base's dtype MUST be BF16, F16 or F32 */
     if (!(floats >> t->dtype & 1) || !(floats >> t->base_dtype & 1)) return bad(c, "an add is not of BF16, F16 or F32");
-    /* the shapes MUST have the same length, at least 1, and MUST agree except that the first dimension MAY differ when there are two
-     * dimensions or more; no size may be 0 */
+    /* the shapes MUST have the same length, at least 1, and MUST agree except that the first dimension MAY differ when
+     * there are two dimensions or more; no size may be 0 */
     if (a->count != b->count || a->count < 1) return bad(c, "an add has another number of dimensions than its base");
     for (uint32_t i = 0; i < a->count; i++) {
         if (a->sizes[i] == 0 || b->sizes[i] == 0) return bad(c, "an add has a size of 0");
-        if (a->sizes[i] != b->sizes[i] && (i > 0 || a->count < 2)) return bad(c, "an add has another shape than its base");
+        if (a->sizes[i] != b->sizes[i] && (i > 0 || a->count < 2))
+            return bad(c, "an add has another shape than its base");
     }
     /* leading: an integer from 1 to the number of dimensions less 2 */
     uint32_t first = leading ? (uint32_t)leading : a->count - 1;
     t->rows = t->columns = 1;
     for (uint32_t i = 0; i < a->count; i++) *(i < first ? &t->rows : &t->columns) *= a->sizes[i];
     t->shared_rows = a->count < 2 ? 1 : t->rows / a->sizes[0] * least(a->sizes[0], b->sizes[0]);
-    if (leading && !(file->about.incompatible & FEATURE_LEADING)) return bad(c, "an entry has leading, and feature bit 1 is not set");
+    if (leading && !(file->about.incompatible & FEATURE_LEADING))
+        return bad(c, "an entry has leading, and feature bit 1 is not set");
     return DLT_OK;
 }
 
@@ -783,7 +850,8 @@ static dlt_status check_one_section(const cursor *c, const dlt_tensor *t) {
     for (uint32_t i = 0; i < t->term_count; i++) {
         for (uint32_t j = 0; j < t->terms[i].buffer_count; j++) {
             if (first == NULL) first = &t->terms[i].buffers[j];
-            if (t->terms[i].buffers[j].section != first->section) return bad(c, "the buffers of a tensor lie in several sections");
+            if (t->terms[i].buffers[j].section != first->section)
+                return bad(c, "the buffers of a tensor lie in several sections");
         }
     }
     return DLT_OK;
@@ -825,8 +893,8 @@ static dlt_status check_alias(const dlt_file *file, const cursor *c, const dlt_t
     return bad(c, "an alias has another dtype or shape than its target");
 }
 
-/* An entry is a map with action, dtype and shape, and further keys by its action. Keys in order: action, base, data, digest, dtype,
- * leading, shape, target, terms. */
+/* An entry is a map with action, dtype and shape, and further keys by its action. Keys in order: action, base, data,
+ * digest, dtype, leading, shape, target, terms. */
 static dlt_status read_entry(const dlt_file *file, const member *m, dlt_tensor *t, dlt_error *error) {
     cursor at = {m->raw.p, m->raw.p + m->raw.length, error, m->name}, *c = &at;
     size_t count, terms;
@@ -844,7 +912,8 @@ static dlt_status read_entry(const dlt_file *file, const member *m, dlt_tensor *
     TRY(read_word(c, "action", ACTIONS, 4, &action));
     t->action = (dlt_action)action;
     size_t needed = action == DLT_REPLACE ? 5 : action == DLT_ADD ? 6 : 4, left = count - needed;
-    if (count < needed || left > (action == DLT_ADD ? 2u : 0u)) return bad(c, "an entry lacks a key, or has one too many");
+    if (count < needed || left > (action == DLT_ADD ? 2u : 0u))
+        return bad(c, "an entry lacks a key, or has one too many");
     if (action == DLT_SAME || action == DLT_ADD) {
         TRY(expect_key(c, "base"));
         TRY(read_base(file, c, t));
@@ -882,7 +951,8 @@ static dlt_status read_entry(const dlt_file *file, const member *m, dlt_tensor *
     switch (t->action) {
     case DLT_SAME:
         /* dtype and shape equal */
-        if (t->dtype != t->base_dtype || !same_shape(&t->shape, &t->base_shape)) return bad(c, "same has another dtype or shape than its base");
+        if (t->dtype != t->base_dtype || !same_shape(&t->shape, &t->base_shape))
+            return bad(c, "same has another dtype or shape than its base");
         break;
     case DLT_REPLACE:
         if (t->data.length != bytes) return bad(c, "the buffer data has another length than the shape needs");
@@ -897,7 +967,8 @@ static dlt_status read_entry(const dlt_file *file, const member *m, dlt_tensor *
         /* If the fine-tune has more rows, data holds the others, in the fine-tune's dtype; otherwise data is absent. */
         number = (t->rows - t->shared_rows) * t->columns * size_of(t->dtype);
         if (t->has_data != (number > 0)) return bad(c, "data holds the rows that the base has not, and only those");
-        if (t->has_data && t->data.length != number) return bad(c, "the buffer data has another length than the new rows need");
+        if (t->has_data && t->data.length != number)
+            return bad(c, "the buffer data has another length than the new rows need");
         t->terms_start = (size_t)(c->p - m->raw.p);
         TRY(expect_key(c, "terms"));
         TRY(read_array(c, &terms));
@@ -914,7 +985,8 @@ static dlt_status read_entry(const dlt_file *file, const member *m, dlt_tensor *
     return t->action == DLT_ALIAS ? check_alias(file, c, t) : DLT_OK;
 }
 
-/* A description (7.8). Keys in order: block, codes {digest, dtype, shape}, scales {digest, dtype, name, shape} or nil. */
+/* A description (7.8). Keys in order: block, codes {digest, dtype, shape}, scales {digest, dtype, name, shape} or nil.
+ */
 static dlt_status read_scaled(const member *m, dlt_scaled *s, dlt_error *error) {
     cursor at = {m->raw.p, m->raw.p + m->raw.length, error, m->name}, *c = &at;
     const uint32_t codes = BIT(DLT_F8_E4M3) | BIT(DLT_F8_E5M2);
@@ -974,11 +1046,13 @@ static int ends_as(dlt_text name, const char *ending) {
     return 1;
 }
 
-/* A part is not the name of a Windows device: what stands before its first full stop, without spaces at its end and in lower case, is not
- * con, prn, aux, nul, conin$, conout$, nor com or lpt with one of the digits 1 to 9, U+00B9, U+00B2 or U+00B3. */
+/* A part is not the name of a Windows device: what stands before its first full stop, without spaces at its end and in
+ * lower case, is not con, prn, aux, nul, conin$, conout$, nor com or lpt with one of the digits 1 to 9, U+00B9, U+00B2
+ * or U+00B3. */
 static int is_device(dlt_text part) {
     static const char *const devices[] = {"con", "prn", "aux", "nul", "conin$", "conout$"};
-    static const char *const digits[] = {"1", "2", "3", "4", "5", "6", "7", "8", "9", "\xC2\xB9", "\xC2\xB2", "\xC2\xB3"};
+    static const char *const digits[] = {"1", "2", "3", "4",        "5",        "6",
+                                         "7", "8", "9", "\xC2\xB9", "\xC2\xB2", "\xC2\xB3"};
     size_t n = 0;
     while (n < part.length && part.text[n] != '.') n++;
     while (n > 0 && part.text[n - 1] == ' ') n--;
@@ -1001,11 +1075,12 @@ static dlt_text next_part(dlt_text name, size_t *at) {
     return part;
 }
 
-/* The first three rules of 7.9. It has no control characters (U+0000 to U+001F, U+007F to U+009F) and none of \ : * ? " < > |
- * A part has 1 to 255 bytes, does not start with a full stop, and does not end in a space or full stop. */
+/* The first three rules of 7.9. It has no control characters (U+0000 to U+001F, U+007F to U+009F) and none of \ : * ? "
+ * < > | A part has 1 to 255 bytes, does not start with a full stop, and does not end in a space or full stop. */
 static int is_path(dlt_text name) {
     for (size_t i = 0; i < name.length; i++) {
-        unsigned char c = (unsigned char)name.text[i], next = (unsigned char)(i + 1 < name.length ? name.text[i + 1] : 0);
+        unsigned char c = (unsigned char)name.text[i],
+                      next = (unsigned char)(i + 1 < name.length ? name.text[i + 1] : 0);
         if (c < 0x20 || c == 0x7F || (c == 0xC2 && next >= 0x80 && next < 0xA0) || strchr("\\:*?\"<>|", c)) return 0;
     }
     for (size_t at = 0; at <= name.length;) {
@@ -1024,12 +1099,30 @@ static int has_within(dlt_text text, const char *word) {
     return 0;
 }
 
-/* No part ends, in lower case, as files of weights do. The last part does not end in .json with .safetensors.index. or .bin.index. in it;
- * it does not end as compiled code does, and is not adapter_config.json. */
+/* No part ends, in lower case, as files of weights do. The last part does not end in .json with .safetensors.index. or
+ * .bin.index. in it; it does not end as compiled code does, and is not adapter_config.json. */
 static int is_refused_name(dlt_text name) {
     static const char *const weights[] = {
-        ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".npz", ".npy", ".pkl", ".pickle",
-        ".tflite", ".ot", ".deltafmt", ".partial", ".safetensors.index.json", ".bin.index.json",
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".h5",
+        ".msgpack",
+        ".gguf",
+        ".ggml",
+        ".onnx",
+        ".npz",
+        ".npy",
+        ".pkl",
+        ".pickle",
+        ".tflite",
+        ".ot",
+        ".deltafmt",
+        ".partial",
+        ".safetensors.index.json",
+        ".bin.index.json",
     };
     static const char *const compiled[] = {".so", ".pyd", ".dll", ".dylib", ".exe", ".pyc", ".pyo"};
     static const char adapter[] = "adapter_config.json";
@@ -1043,11 +1136,14 @@ static int is_refused_name(dlt_text name) {
     for (size_t i = 0; i < sizeof compiled / sizeof *compiled; i++) {
         if (ends_as(part, compiled[i])) return 1;
     }
-    if (ends_as(part, ".json") && (has_within(part, ".safetensors.index.") || has_within(part, ".bin.index."))) return 1;
+    if (ends_as(part, ".json") && (has_within(part, ".safetensors.index.") || has_within(part, ".bin.index.")))
+        return 1;
     return part.length == sizeof adapter - 1 && ends_as(part, adapter);
 }
 
-static int compare_names(const void *a, const void *b) { return compare_texts(*(const dlt_text *)a, *(const dlt_text *)b); }
+static int compare_names(const void *a, const void *b) {
+    return compare_texts(*(const dlt_text *)a, *(const dlt_text *)b);
+}
 
 /* No two names are equal in lower case, and none is, in lower case, the folder of another. */
 static dlt_status check_folders(const dlt_file *file, cursor *c) {
@@ -1077,10 +1173,10 @@ static dlt_status check_folders(const dlt_file *file, cursor *c) {
 
 /* ---- The index's top level (7.2) ---- */
 
-#define MAKE(pointer, count, error)                                                                                      \
-    do {                                                                                                                 \
-        (pointer) = calloc((count) ? (count) : 1, sizeof *(pointer));                                                    \
-        if ((pointer) == NULL) return no_memory(error);                                                                  \
+#define MAKE(pointer, count, error)                                   \
+    do {                                                              \
+        (pointer) = calloc((count) ? (count) : 1, sizeof *(pointer)); \
+        if ((pointer) == NULL) return no_memory(error);               \
     } while (0)
 
 static dlt_status read_attachments(dlt_file *file, cursor *c, cursor *buffers) {
@@ -1094,8 +1190,10 @@ static dlt_status read_attachments(dlt_file *file, cursor *c, cursor *buffers) {
         size_t three;
         TRY(read_name(c, &a->name));
         TRY(in_order(c, i ? a[-1].name : (dlt_text){0}, a->name, "attachments"));
-        if (!is_path(a->name)) return INVALID(c->error, "the attachment %s is not a plain relative path", show(a->name).text);
-        if (is_refused_name(a->name)) return INVALID(c->error, "the attachment %s has a name for weights or code", show(a->name).text);
+        if (!is_path(a->name))
+            return INVALID(c->error, "the attachment %s is not a plain relative path", show(a->name).text);
+        if (is_refused_name(a->name))
+            return INVALID(c->error, "the attachment %s has a name for weights or code", show(a->name).text);
         TRY(expect_map(c, 2));
         TRY(expect_key(c, "data"));
         TRY(read_array(c, &three)); /* the sections follow in the index: buffers are checked then */
@@ -1227,7 +1325,8 @@ static dlt_status read_sections(dlt_file *file, cursor *c, uint64_t index_offset
         /* raw lengths of all sections, summed: 2^40 */
         raw += s->raw_length;
         if (raw > MAX_RAW) return bad(c, "the sections have more than 2^40 raw bytes");
-        if (codec == 0 && s->raw_length != s->length) return INVALID(c->error, "section %zu is stored, and its lengths differ", i);
+        if (codec == 0 && s->raw_length != s->length)
+            return INVALID(c->error, "section %zu is stored, and its lengths differ", i);
         if (codec == 1) {
             /* a section whose stored length is below 13 bytes a chunk; a section of no raw bytes stores none */
             uint64_t chunks = ceil_div(s->raw_length, CHUNK);
@@ -1237,19 +1336,21 @@ static dlt_status read_sections(dlt_file *file, cursor *c, uint64_t index_offset
             decoded += s->raw_length;
         }
         /* In a file of profile hot, sections of kind 1 MUST have codec 0. */
-        if (!file->about.cold && codec == 1 && kind == OF_TENSORS) return INVALID(c->error, "a hot file has a compressed section of tensors");
+        if (!file->about.cold && codec == 1 && kind == OF_TENSORS)
+            return INVALID(c->error, "a hot file has a compressed section of tensors");
         file->about.sections++;
     }
     /* The index starts where the next section would. */
     if (next != index_offset) return bad(c, "the index is not where the next section belongs");
     if (decoded > file->limits.max_output) {
-        return fail(c->error, DLT_LIMIT, "the sections decode to %llu bytes, and max_output is %llu", (unsigned long long)decoded,
-                    (unsigned long long)file->limits.max_output);
+        return fail(c->error, DLT_LIMIT, "the sections decode to %llu bytes, and max_output is %llu",
+                    (unsigned long long)decoded, (unsigned long long)file->limits.max_output);
     }
     return DLT_OK;
 }
 
-/* Keys in order: attachments, layouts, metadata, profile, removed, scaled (only with its feature), sections, tensors. */
+/* Keys in order: attachments, layouts, metadata, profile, removed, scaled (only with its feature), sections, tensors.
+ */
 static dlt_status read_index(dlt_file *file, uint64_t index_offset, dlt_error *error) {
     cursor at = {file->index.p, file->index.p + file->index.length, error, {"the index", 9}}, *c = &at;
     cursor buffers;
@@ -1272,7 +1373,8 @@ static dlt_status read_index(dlt_file *file, uint64_t index_offset, dlt_error *e
     if (count == 8) {
         TRY(expect_key(c, "scaled"));
         /* 4.4: bit 2 MUST be set if the index has scaled. */
-        if (!(file->about.incompatible & FEATURE_SCALED)) return bad(c, "the index has scaled, and feature bit 2 is not set");
+        if (!(file->about.incompatible & FEATURE_SCALED))
+            return bad(c, "the index has scaled, and feature bit 2 is not set");
         TRY(read_members(c, "scaled tensors", &file->scaled, &file->about.scaled));
     }
     TRY(expect_key(c, "sections"));
@@ -1289,7 +1391,8 @@ static dlt_status read_index(dlt_file *file, uint64_t index_offset, dlt_error *e
         if (l->kind == DLT_NM && l->index == DLT_RANK) return bad(c, "a hot file has a layout with a rank index");
     }
     for (size_t i = 0; i < file->about.removed; i++) {
-        if (find_tensor(file, file->removed[i])) return INVALID(error, "%s is a tensor and removed", show(file->removed[i]).text);
+        if (find_tensor(file, file->removed[i]))
+            return INVALID(error, "%s is a tensor and removed", show(file->removed[i]).text);
     }
     return read_attachment_buffers(file, &buffers);
 }
@@ -1299,15 +1402,17 @@ static dlt_status read_index(dlt_file *file, uint64_t index_offset, dlt_error *e
 static dlt_status check_header(dlt_file *file, dlt_error *error) {
     static const uint8_t magic[8] = {0x89, 'D', 'L', 'T', '\r', '\n', 0x1A, '\n'};
     const uint8_t *h = file->data;
-    /* 4.1: refuse a file whose magic differs. If bytes 1..4 are right and the rest is not, say that the file was probably transferred
-     * in text mode. */
+    /* 4.1: refuse a file whose magic differs. If bytes 1..4 are right and the rest is not, say that the file was
+     * probably transferred in text mode. */
     if (file->size < 8 || memcmp(h, magic, 8) != 0) {
-        if (file->size >= 4 && memcmp(h + 1, magic + 1, 3) == 0) return INVALID(error, "the file was probably transferred in text mode");
+        if (file->size >= 4 && memcmp(h + 1, magic + 1, 3) == 0)
+            return INVALID(error, "the file was probably transferred in text mode");
         return INVALID(error, file->size ? "not a deltafmt file" : "the file is empty");
     }
     if (file->size < HEADER) return INVALID(error, "the file is truncated");
-    /* 4.2: check the checksum, then refuse a reader version above its own and any incompatible bit that it does not know. */
-    if (read64(h + 56) != xxh3_64_of_header(h, 56)) return INVALID(error, "the header's checksum does not match");
+    /* 4.2: check the checksum, then refuse a reader version above its own and any incompatible bit that it does not
+     * know. */
+    if (read64(h + 56) != dlt_xxh3_64_of_header(h, 56)) return INVALID(error, "the header's checksum does not match");
     uint32_t version = read32(h + 8);
     uint64_t unknown = read64(h + 16) & ~(uint64_t)FEATURES;
     if (version == 0) return INVALID(error, "the file has version 0");
@@ -1329,7 +1434,8 @@ static dlt_status check_header(dlt_file *file, dlt_error *error) {
 static dlt_status check_trailer(dlt_file *file, uint64_t *index_offset, dlt_error *error) {
     if (file->size < PAGE + 1 + TRAILER) return INVALID(error, "the file is truncated");
     const uint8_t *t = file->data + file->size - TRAILER;
-    if (memcmp(t + 120, "DLTEND\r\n", 8) != 0) return INVALID(error, "the trailer is missing: the file is truncated, or something follows it");
+    if (memcmp(t + 120, "DLTEND\r\n", 8) != 0)
+        return INVALID(error, "the trailer is missing: the file is truncated, or something follows it");
     uint64_t offset = read64(t), length = read64(t + 8);
     if (read64(t + 16) != file->size) return INVALID(error, "the file has another length than its trailer says");
     if (!all_zero(t + 56, 32)) return INVALID(error, "reserved bytes of the trailer are not zero");
@@ -1342,11 +1448,11 @@ static dlt_status check_trailer(dlt_file *file, uint64_t *index_offset, dlt_erro
     /* seal: BLAKE3 of the header (64 bytes), the index, and bytes 0..88 of the trailer */
     blake3 hash;
     uint8_t seal[32];
-    blake3_start(&hash);
-    blake3_add(&hash, file->data, HEADER);
-    blake3_add(&hash, file->index.p, file->index.length);
-    blake3_add(&hash, t, 88);
-    blake3_end(&hash, seal);
+    dlt_blake3_start(&hash);
+    dlt_blake3_add(&hash, file->data, HEADER);
+    dlt_blake3_add(&hash, file->index.p, file->index.length);
+    dlt_blake3_add(&hash, t, 88);
+    dlt_blake3_end(&hash, seal);
     if (memcmp(seal, t + 88, 32) != 0) return INVALID(error, "the seal is not the digest of header, index and trailer");
     file->about.content_id = t + 24;
     *index_offset = offset;
@@ -1369,7 +1475,8 @@ static dlt_status open_bytes(dlt_file *file, const dlt_limits *limits, dlt_error
     TRY(check_header(file, error));
     TRY(check_trailer(file, &index_offset, error));
     /* 3.2: zero padding after the header */
-    if (!all_zero(file->data + HEADER, PAGE - HEADER)) return INVALID(error, "the padding after the header is not zero");
+    if (!all_zero(file->data + HEADER, PAGE - HEADER))
+        return INVALID(error, "the padding after the header is not zero");
     return read_index(file, index_offset, error);
 }
 
@@ -1389,7 +1496,8 @@ void dlt_close(dlt_file *file) {
     free(file);
 }
 
-static dlt_status open_data(const void *data, uint64_t size, int mapped, const dlt_limits *limits, dlt_file **out, dlt_error *error) {
+static dlt_status open_data(const void *data, uint64_t size, int mapped, const dlt_limits *limits, dlt_file **out,
+                            dlt_error *error) {
     dlt_file *file = calloc(1, sizeof *file);
     *out = NULL;
     if (file == NULL) {
@@ -1448,12 +1556,14 @@ dlt_status dlt_tensor_at(const dlt_file *file, size_t number, dlt_tensor *tensor
 
 dlt_status dlt_find(const dlt_file *file, const char *name, dlt_tensor *tensor, dlt_error *error) {
     const member *found = find_tensor(file, (dlt_text){name, strlen(name)});
-    if (found == NULL) return fail(error, DLT_MISUSE, "there is no tensor %s", show((dlt_text){name, strlen(name)}).text);
+    if (found == NULL)
+        return fail(error, DLT_MISUSE, "there is no tensor %s", show((dlt_text){name, strlen(name)}).text);
     return read_entry(file, found, tensor, error);
 }
 
 dlt_status dlt_resolve(const dlt_file *file, const dlt_tensor *tensor, dlt_tensor *resolved, dlt_error *error) {
-    return read_entry(file, find_tensor(file, tensor->action == DLT_ALIAS ? tensor->target : tensor->name), resolved, error);
+    return read_entry(file, find_tensor(file, tensor->action == DLT_ALIAS ? tensor->target : tensor->name), resolved,
+                      error);
 }
 
 dlt_part dlt_part_at(const dlt_tensor *tensor, uint32_t number) {
@@ -1493,7 +1603,8 @@ dlt_status dlt_validate(const dlt_file *file, dlt_error *error) {
 
 /* ---- Full fields: those of the code 2^k - 1 ---- */
 
-/* Loops over words, compiled also for processors with AVX2 where the system can choose between two compilations of a function. */
+/* Loops over words, compiled also for processors with AVX2 where the system can choose between two compilations of a
+ * function. */
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define VECTORS __attribute__((target_clones("avx2", "default")))
 #else
@@ -1505,7 +1616,10 @@ static inline uint32_t full_fields(uint32_t x, unsigned w) {
     if (w == 8) x &= x >> 4;
     if (w >= 4) x &= x >> 2;
     if (w >= 2) x &= x >> 1;
-    return x & (w == 8 ? UINT32_C(0x01010101) : w == 4 ? UINT32_C(0x11111111) : w == 2 ? UINT32_C(0x55555555) : UINT32_MAX);
+    return x & (w == 8   ? UINT32_C(0x01010101)
+                : w == 4 ? UINT32_C(0x11111111)
+                : w == 2 ? UINT32_C(0x55555555)
+                         : UINT32_MAX);
 }
 
 /* Those bits side by side. */
@@ -1514,15 +1628,16 @@ static inline uint32_t gather_bits(uint32_t x, unsigned w) {
         x = (x | x >> 1) & UINT32_C(0x33333333), x = (x | x >> 2) & UINT32_C(0x0F0F0F0F);
         x = (x | x >> 4) & UINT32_C(0x00FF00FF), x = (x | x >> 8) & 0xFFFF;
     }
-    if (w == 4) x = (x | x >> 3) & UINT32_C(0x03030303), x = (x | x >> 6) & UINT32_C(0x000F000F), x = (x | x >> 12) & 0xFF;
+    if (w == 4)
+        x = (x | x >> 3) & UINT32_C(0x03030303), x = (x | x >> 6) & UINT32_C(0x000F000F), x = (x | x >> 12) & 0xFF;
     if (w == 8) x = (x | x >> 7) & UINT32_C(0x00030003), x = (x | x >> 14) & 0xF;
     return x;
 }
 
 /* Whether a field of codes of one plane is all ones, in a multiple of 32 adjacent words. */
-#define FULL_FIELDS(w)                                                                                                   \
-    for (uint64_t i = 0; i < n; i += 32) {                                                                               \
-        for (int k = 0; k < 32; k++) found[k] |= full_fields(words[i + (uint64_t)k], w);                                 \
+#define FULL_FIELDS(w)                                                                   \
+    for (uint64_t i = 0; i < n; i += 32) {                                               \
+        for (int k = 0; k < 32; k++) found[k] |= full_fields(words[i + (uint64_t)k], w); \
     }
 
 VECTORS static int has_full_field(const uint32_t *words, uint64_t n, unsigned w) {
@@ -1535,7 +1650,7 @@ VECTORS static int has_full_field(const uint32_t *words, uint64_t n, unsigned w)
 }
 
 /* full |= the bits of 32 words of width w, moved to where word i of 32 fields has them. */
-#define FULL_WORDS(w)                                                                                                    \
+#define FULL_WORDS(w) \
     for (int k = 0; k < LANES; k++) full[k] |= gather_bits(full_fields(words[k], w), w) << (32 / w * i)
 
 /* Whether a field of codes of several planes is all ones: the 32 fields from `first` on of the 32 lanes of a tile. */
@@ -1591,7 +1706,8 @@ static uint64_t chunk_length(const section *s, uint64_t number) { return least(C
 static dlt_status check_outline(dlt_file *file, section *s, dlt_error *error) {
     size_t number = (size_t)(s - file->sections);
     uint64_t end = s->offset + s->length;
-    if (!all_zero(file->data + end, align(end, PAGE) - end)) return INVALID(error, "the padding after section %zu is not zero", number);
+    if (!all_zero(file->data + end, align(end, PAGE) - end))
+        return INVALID(error, "the padding after section %zu is not zero", number);
     if (s->codec == 0 || s->frames) return DLT_OK;
     /* 6.1: the chunk table: for every chunk the length of its frame, u32. */
     uint64_t chunks = ceil_div(s->raw_length, CHUNK), at = s->offset, table = end - 4 * chunks;
@@ -1613,8 +1729,9 @@ static dlt_status check_outline(dlt_file *file, section *s, dlt_error *error) {
 
 static dlt_status end_checksum(dlt_file *file, section *s, dlt_error *error) {
     uint8_t checksum[16];
-    xxh3_end(&s->run, file->data + s->offset, (size_t)s->length, checksum);
-    if (memcmp(checksum, s->checksum, 16) != 0) return INVALID(error, "section %zu does not match its checksum", (size_t)(s - file->sections));
+    dlt_xxh3_end(&s->run, file->data + s->offset, (size_t)s->length, checksum);
+    if (memcmp(checksum, s->checksum, 16) != 0)
+        return INVALID(error, "section %zu does not match its checksum", (size_t)(s - file->sections));
     s->state = CHECKED;
     return DLT_OK;
 }
@@ -1622,7 +1739,7 @@ static dlt_status end_checksum(dlt_file *file, section *s, dlt_error *error) {
 /* 5.3: check the checksum, and the padding after the section, before it uses a section's bytes for the first time. */
 static dlt_status check_section(dlt_file *file, section *s, dlt_error *error) {
     if (s->state != UNCHECKED) return DLT_OK;
-    xxh3_start(&s->run);
+    dlt_xxh3_start(&s->run);
     TRY(end_checksum(file, s, error));
     s->state = UNCHECKED;
     TRY(check_outline(file, s, error));
@@ -1630,8 +1747,8 @@ static dlt_status check_section(dlt_file *file, section *s, dlt_error *error) {
     return DLT_OK;
 }
 
-/* 6.2: each frame MUST declare its content size, which MUST be its chunk's length; no dictionary, no frame checksum, no window above
- * 2^27 bytes. RFC 8878, 3.1.1.1, has the frame's header. */
+/* 6.2: each frame MUST declare its content size, which MUST be its chunk's length; no dictionary, no frame checksum, no
+ * window above 2^27 bytes. RFC 8878, 3.1.1.1, has the frame's header. */
 static dlt_status check_frame(const uint8_t *p, uint64_t length, uint64_t chunk, dlt_error *error) {
     static const uint8_t sizes[4] = {0, 2, 4, 8}, dictionaries[4] = {0, 1, 2, 4};
     if (length < 6 || read32(p) != UINT32_C(0xFD2FB528)) return INVALID(error, "a chunk is no zstd frame");
@@ -1643,14 +1760,16 @@ static dlt_status check_frame(const uint8_t *p, uint64_t length, uint64_t chunk,
     if (length < content + size) return INVALID(error, "a zstd frame is truncated");
     if (!single) {
         uint64_t base = UINT64_C(1) << (10 + (p[5] >> 3));
-        if (base + base / 8 * (p[5] & 7) > UINT64_C(1) << 27) return INVALID(error, "a zstd frame has a window above 2^27 bytes");
+        if (base + base / 8 * (p[5] & 7) > UINT64_C(1) << 27)
+            return INVALID(error, "a zstd frame has a window above 2^27 bytes");
     }
     if (!all_zero(p + dictionary, content - dictionary)) return INVALID(error, "a zstd frame has a dictionary");
     uint64_t declared = 0;
     for (unsigned i = size; i-- > 0;) declared = declared << 8 | p[content + i];
     if (size == 2) declared += 256;
     if (declared == chunk) return DLT_OK;
-    return INVALID(error, "a zstd frame declares %llu bytes, and its chunk has %llu", (unsigned long long)declared, (unsigned long long)chunk);
+    return INVALID(error, "a zstd frame declares %llu bytes, and its chunk has %llu", (unsigned long long)declared,
+                   (unsigned long long)chunk);
 }
 
 /* Decompress a chunk into the file's memory, where the last one stays. */
@@ -1663,7 +1782,8 @@ static dlt_status read_chunk(dlt_file *file, const section *s, uint64_t number, 
     TRY(check_frame(frame, length, chunk, error));
     file->chunk_of = NULL;
     /* Each MUST end exactly where the table says, with nothing after it. */
-    if (zstd.frame_size(frame, (size_t)length) != length) return INVALID(error, "a zstd frame does not end where the table says");
+    if (zstd.frame_size(frame, (size_t)length) != length)
+        return INVALID(error, "a zstd frame does not end where the table says");
     size_t got = zstd.decompress(file->chunk, CHUNK, frame, (size_t)length);
     if (zstd.is_error(got) || got != chunk) return INVALID(error, "a zstd frame does not give its chunk");
     file->chunk_of = s, file->chunk_number = number;
@@ -1671,7 +1791,8 @@ static dlt_status read_chunk(dlt_file *file, const section *s, uint64_t number, 
 }
 
 /* The next bytes of a buffer: all of them if its section is stored, otherwise those in one chunk. */
-static dlt_status next_piece(dlt_file *file, uint32_t number, uint64_t offset, uint64_t length, slice *out, dlt_error *error) {
+static dlt_status next_piece(dlt_file *file, uint32_t number, uint64_t offset, uint64_t length, slice *out,
+                             dlt_error *error) {
     section *s = &file->sections[number];
     TRY(check_section(file, s, error));
     if (s->codec == 0) {
@@ -1684,9 +1805,10 @@ static dlt_status next_piece(dlt_file *file, uint32_t number, uint64_t offset, u
     return DLT_OK;
 }
 
-/* Add bytes that lie in a stored section to a hash, and the same bytes to the section's checksum while they are in the cache. A width
- * other than 0 asks whether one of its fields is full. */
-static int hash_stored(dlt_file *file, uint32_t number, uint64_t offset, uint64_t length, unsigned width, blake3 *hash) {
+/* Add bytes that lie in a stored section to a hash, and the same bytes to the section's checksum while they are in the
+ * cache. A width other than 0 asks whether one of its fields is full. */
+static int hash_stored(dlt_file *file, uint32_t number, uint64_t offset, uint64_t length, unsigned width,
+                       blake3 *hash) {
     section *s = &file->sections[number];
     const uint8_t *data = file->data + s->offset;
     int full = 0;
@@ -1696,20 +1818,21 @@ static int hash_stored(dlt_file *file, uint32_t number, uint64_t offset, uint64_
         for (uint64_t at = done, few; at < done + size; at += few) {
             few = least(done + size - at, PAGE);
             if (width) full |= has_full_field((const uint32_t *)(const void *)(data + offset + at), few / 4, width);
-            if (s->state == CHECKING) xxh3_advance(&s->run, data, (size_t)s->length, (size_t)(offset + at + few));
+            if (s->state == CHECKING) dlt_xxh3_advance(&s->run, data, (size_t)s->length, (size_t)(offset + at + few));
         }
-        if (done + size < length) blake3_add_part(hash, data + offset + done, (size_t)size);
-        else blake3_add(hash, data + offset + done, (size_t)size);
+        if (done + size < length) dlt_blake3_add_part(hash, data + offset + done, (size_t)size);
+        else dlt_blake3_add(hash, data + offset + done, (size_t)size);
     }
     return full;
 }
 
 static dlt_status hash_buffer(dlt_file *file, const dlt_bytes *b, blake3 *hash, dlt_error *error) {
-    if (file->sections[b->section].codec == 0) return hash_stored(file, b->section, b->offset, b->length, 0, hash), DLT_OK;
+    if (file->sections[b->section].codec == 0)
+        return hash_stored(file, b->section, b->offset, b->length, 0, hash), DLT_OK;
     slice piece;
     for (uint64_t done = 0; done < b->length; done += piece.length) {
         TRY(next_piece(file, b->section, b->offset + done, b->length - done, &piece, error));
-        blake3_add(hash, piece.p, piece.length);
+        dlt_blake3_add(hash, piece.p, piece.length);
     }
     return DLT_OK;
 }
@@ -1751,7 +1874,8 @@ void dlt_unload(dlt_tensor *tensor) {
 
 /* ---- Checks of the kinds (11 to 14) ---- */
 
-/* What is checked: all that reading a tensor needs (section 15), or also that it has its one form (15, on verifying). */
+/* What is checked: all that reading a tensor needs (section 15), or also that it has its one form (15, on verifying).
+ */
 typedef enum { TO_READ, TO_VERIFY } purpose;
 
 /* Field i of a row whose words lie `stride` words apart. */
@@ -1776,7 +1900,8 @@ static inline void lane_fields(const uint32_t *tile, const stream *s, uint64_t i
     }
 }
 
-/* Lanes of tile t that hold one of n rows (11.2): row r is lane floor((r mod 32v) / v) of tile floor(r / 32v) * v + (r mod v). */
+/* Lanes of tile t that hold one of n rows (11.2): row r is lane floor((r mod 32v) / v) of tile floor(r / 32v) * v + (r
+ * mod v). */
 static unsigned lanes_of(uint64_t t, uint32_t v, uint64_t rows) {
     uint64_t first = t / v * LANES * v + t % v;
     return first >= rows ? 0 : (unsigned)least(ceil_div(rows - first, v), LANES);
@@ -1793,15 +1918,18 @@ static uint32_t unused_bits(const stream *s, unsigned j) {
     return used ? UINT32_MAX << used : 0;
 }
 
-static uint64_t last_word(const stream *s, unsigned j) { return (j + 1 < s->planes ? s->first_word[j + 1] : s->words) - 1; }
+static uint64_t last_word(const stream *s, unsigned j) {
+    return (j + 1 < s->planes ? s->first_word[j + 1] : s->words) - 1;
+}
 
 static dlt_status broken(const dlt_tensor *t, const char *buffer, const char *what, dlt_error *error) {
     return INVALID(error, "%s: %s: %s", show(t->name).text, buffer, what);
 }
 
-/* 11.2: unused bits of a plane's last word are zero, words of rows that do not exist are zero; 11.5, 12.3: on the midtread grid the
- * field 2^k - 1 MUST NOT occur. */
-static dlt_status check_tiles(const dlt_tensor *t, const dlt_bytes *b, const stream *s, uint64_t tiles, uint32_t v, uint64_t rows, int midtread, dlt_error *error) {
+/* 11.2: unused bits of a plane's last word are zero, words of rows that do not exist are zero; 11.5, 12.3: on the
+ * midtread grid the field 2^k - 1 MUST NOT occur. */
+static dlt_status check_tiles(const dlt_tensor *t, const dlt_bytes *b, const stream *s, uint64_t tiles, uint32_t v,
+                              uint64_t rows, int midtread, dlt_error *error) {
     const uint32_t *words = b->data;
     for (uint64_t tile = 0; tile < tiles && s->words; tile++) {
         const uint32_t *p = words + LANES * s->words * tile;
@@ -1840,18 +1968,22 @@ static int scales_are_good(const void *data, dlt_dtype dtype, uint64_t count) {
     return worst < UINT32_C(0x7F800000);
 }
 
-/* Scales in the tiles of 11.2: scale s of lane l of tile t is element 32 (t S + s) + l; those of rows that do not exist are zero. */
-static dlt_status check_scales(const dlt_tensor *t, const dlt_bytes *b, const dlt_layout *l, uint64_t tiles, uint64_t each, uint32_t v, uint64_t rows, purpose why, dlt_error *error) {
+/* Scales in the tiles of 11.2: scale s of lane l of tile t is element 32 (t S + s) + l; those of rows that do not exist
+ * are zero. */
+static dlt_status check_scales(const dlt_tensor *t, const dlt_bytes *b, const dlt_layout *l, uint64_t tiles,
+                               uint64_t each, uint32_t v, uint64_t rows, purpose why, dlt_error *error) {
     uint64_t size = size_of(l->scale_dtype);
     const uint8_t *p = b->data;
     if (!scales_are_good(p, l->scale_dtype, LANES * tiles * each)) {
         for (uint64_t i = 0; i < LANES * tiles * each; i++) {
-            if (i % LANES < lanes_of(i / LANES / each, v, rows) && !scales_are_good(p + size * i, l->scale_dtype, 1)) return broken(t, b->name, "a scale is negative or not finite", error);
+            if (i % LANES < lanes_of(i / LANES / each, v, rows) && !scales_are_good(p + size * i, l->scale_dtype, 1))
+                return broken(t, b->name, "a scale is negative or not finite", error);
         }
     }
     for (uint64_t i = 0; i < tiles * each && why == TO_VERIFY; i++) {
         unsigned lanes = lanes_of(i / each, v, rows);
-        if (!all_zero(p + size * (LANES * i + lanes), size * (LANES - lanes))) return broken(t, b->name, "a row that does not exist has a scale", error);
+        if (!all_zero(p + size * (LANES * i + lanes), size * (LANES - lanes)))
+            return broken(t, b->name, "a row that does not exist has a scale", error);
     }
     return DLT_OK;
 }
@@ -1861,7 +1993,8 @@ static int values_are_finite(const void *data, dlt_dtype dtype, uint64_t count) 
     if (dtype == DLT_F32) {
         const uint32_t *values = data;
         uint32_t worst = 0;
-        for (uint64_t i = 0; i < count; i++) worst = (values[i] & UINT32_C(0x7FFFFFFF)) > worst ? values[i] & UINT32_C(0x7FFFFFFF) : worst;
+        for (uint64_t i = 0; i < count; i++)
+            worst = (values[i] & UINT32_C(0x7FFFFFFF)) > worst ? values[i] & UINT32_C(0x7FFFFFFF) : worst;
         return worst < UINT32_C(0x7F800000);
     }
     const uint16_t *values = data;
@@ -1933,7 +2066,8 @@ static void unrank(const index_reader *p, uint64_t rank, uint8_t *out) {
 static void positions_of(const index_reader *p, uint64_t q, uint64_t g, uint8_t *out) {
     const dlt_layout *l = &p->term->layout;
     if (l->index == DLT_SEEDED) {
-        /* key = mix(seed + q * 0x9E3779B1 mod 2^32); h = mix64(key + floor(g / Q) * 0x85EBCA6B mod 2^32); lane = h >> (L * (g mod Q)) */
+        /* key = mix(seed + q * 0x9E3779B1 mod 2^32); h = mix64(key + floor(g / Q) * 0x85EBCA6B mod 2^32); lane = h >>
+         * (L * (g mod Q)) */
         uint64_t per_hash = 64 / p->hash_bits;
         uint32_t key = mix(p->term->seed + (uint32_t)q * UINT32_C(0x9E3779B1));
         uint64_t lane = mix64(key + (uint32_t)(g / per_hash) * UINT32_C(0x85EBCA6B)) >> (p->hash_bits * (g % per_hash));
@@ -1950,7 +2084,8 @@ static void positions_of(const index_reader *p, uint64_t q, uint64_t g, uint8_t 
     }
 }
 
-/* fixed: positions below M and strictly ascending within a group. Returns a bit for each lane of a tile that breaks this. */
+/* fixed: positions below M and strictly ascending within a group. Returns a bit for each lane of a tile that breaks
+ * this. */
 VECTORS static uint32_t wrong_positions(const uint32_t *tile, const stream *s, uint32_t keep, uint32_t m) {
     int32_t wrong[LANES] = {0}, before[LANES] = {0};
     uint32_t now[LANES], lanes = 0;
@@ -1975,11 +2110,13 @@ static dlt_status check_index(const dlt_tensor *t, const index_reader *p, uint64
         unsigned lanes = lanes_of(tile, 1, mask_rows);
         if (l->index == DLT_FIXED) {
             uint32_t wrong = wrong_positions(words, &p->index, l->keep, l->group);
-            if (wrong & (UINT32_MAX >> (LANES - lanes))) return broken(t, b->name, "positions are not ascending and below M", error);
+            if (wrong & (UINT32_MAX >> (LANES - lanes)))
+                return broken(t, b->name, "positions are not ascending and below M", error);
         }
         for (unsigned k = 0; k < lanes && l->index == DLT_RANK; k++) {
             for (uint64_t g = 0; g < p->index.count; g++) {
-                if (field(words + k, LANES, &p->index, g) >= p->ranks) return broken(t, b->name, "a rank is not below C(M, N)", error);
+                if (field(words + k, LANES, &p->index, g) >= p->ranks)
+                    return broken(t, b->name, "a rank is not below C(M, N)", error);
             }
         }
     }
@@ -2010,10 +2147,12 @@ static dlt_status check_nm_with(const dlt_tensor *t, const index_reader *p, purp
     stream codes = codes_stream(l, t->columns);
     uint64_t tiles = tiles_of(t->shared_rows, l->share), mask_rows = ceil_div(t->shared_rows, l->share);
     if (l->index != DLT_SEEDED) TRY(check_index(t, p, mask_rows, error));
-    TRY(check_scales(t, dlt_buffer(term, "scales"), l, tiles, scales_of(l, codes.count), l->share, t->shared_rows, why, error));
+    TRY(check_scales(t, dlt_buffer(term, "scales"), l, tiles, scales_of(l, codes.count), l->share, t->shared_rows, why,
+                     error));
     if (why == TO_READ) return DLT_OK;
     TRY(check_tiles(t, &term->buffers[0], &codes, tiles, l->share, t->shared_rows, l->grid == DLT_MIDTREAD, error));
-    if (l->index != DLT_SEEDED) TRY(check_tiles(t, &term->buffers[1], &p->index, tiles_of(mask_rows, 1), 1, mask_rows, 0, error));
+    if (l->index != DLT_SEEDED)
+        TRY(check_tiles(t, &term->buffers[1], &p->index, tiles_of(mask_rows, 1), 1, mask_rows, 0, error));
     return check_beyond(t, p, &codes, error);
 }
 
@@ -2041,7 +2180,8 @@ static dlt_status check_lowbit(const dlt_tensor *t, const dlt_term *term, purpos
     stream codes = codes_stream(l, t->columns);
     uint64_t tiles = ceil_div(t->shared_rows, LANES), each = scales_of(l, t->columns);
     if (l->by_column) {
-        if (!scales_are_good(scales->data, l->scale_dtype, t->columns)) return broken(t, scales->name, "a scale is negative or not finite", error);
+        if (!scales_are_good(scales->data, l->scale_dtype, t->columns))
+            return broken(t, scales->name, "a scale is negative or not finite", error);
     } else {
         TRY(check_scales(t, scales, l, tiles, each, 1, t->shared_rows, why, error));
     }
@@ -2051,7 +2191,8 @@ static dlt_status check_lowbit(const dlt_tensor *t, const dlt_term *term, purpos
     /* 12.2: zero points of rows that do not exist are zero. */
     unsigned lanes = lanes_of(tiles - 1, 1, t->shared_rows);
     for (uint64_t i = (tiles - 1) * each; i < tiles * each; i++) {
-        if (!all_zero((const uint8_t *)zeros->data + LANES * i + lanes, LANES - lanes)) return broken(t, zeros->name, "a row that does not exist has a zero point", error);
+        if (!all_zero((const uint8_t *)zeros->data + LANES * i + lanes, LANES - lanes))
+            return broken(t, zeros->name, "a row that does not exist has a zero point", error);
     }
     return check_zero_points(t, zeros, l, error);
 }
@@ -2064,19 +2205,23 @@ static dlt_status check_lowrank(const dlt_tensor *t, const dlt_term *term, purpo
         uint64_t elements = side ? t->columns : t->shared_rows;
         const dlt_bytes *b = &term->buffers[side * (term->buffer_count / 2)];
         if (!l->coded) {
-            if (!values_are_finite(b->data, l->values, l->rank * elements)) return broken(t, b->name, "a value is not finite", error);
+            if (!values_are_finite(b->data, l->values, l->rank * elements))
+                return broken(t, b->name, "a value is not finite", error);
             continue;
         }
-        if (!scales_are_good(b[1].data, l->scale_dtype, l->rank * scales_of(l, elements))) return broken(t, b[1].name, "a scale is negative or not finite", error);
+        if (!scales_are_good(b[1].data, l->scale_dtype, l->rank * scales_of(l, elements)))
+            return broken(t, b[1].name, "a scale is negative or not finite", error);
         if (why == TO_READ) continue;
         stream s = stream_of(l->bits, elements);
         for (uint32_t r = 0; r < l->rank; r++) {
             const uint32_t *words = (const uint32_t *)b->data + r * s.words;
             for (unsigned j = 0; j < s.planes; j++) {
-                if (words[last_word(&s, j)] & unused_bits(&s, j)) return broken(t, b->name, "unused bits are set", error);
+                if (words[last_word(&s, j)] & unused_bits(&s, j))
+                    return broken(t, b->name, "unused bits are set", error);
             }
             for (uint64_t i = 0; i < elements && l->grid == DLT_MIDTREAD; i++) {
-                if (field(words, 1, &s, i) == (1u << l->bits) - 1) return broken(t, b->name, "a field is beyond the grid", error);
+                if (field(words, 1, &s, i) == (1u << l->bits) - 1)
+                    return broken(t, b->name, "a field is beyond the grid", error);
             }
         }
         if (l->grid == DLT_ASYMMETRIC) TRY(check_zero_points(t, &b[2], l, error));
@@ -2086,8 +2231,10 @@ static dlt_status check_lowrank(const dlt_tensor *t, const dlt_term *term, purpo
 
 /* ---- sparse (14) ---- */
 
-/* 14.3: the slots of one block of a tile. `next` counts from the block's first column and stays below 2^30 behind the block's end. */
-static dlt_status check_block(const dlt_tensor *t, const dlt_term *term, const stream *gaps, const stream *codes, uint64_t first, uint64_t last, uint32_t width, unsigned lanes, purpose why,
+/* 14.3: the slots of one block of a tile. `next` counts from the block's first column and stays below 2^30 behind the
+ * block's end. */
+static dlt_status check_block(const dlt_tensor *t, const dlt_term *term, const stream *gaps, const stream *codes,
+                              uint64_t first, uint64_t last, uint32_t width, unsigned lanes, purpose why,
                               dlt_error *error) {
     const dlt_layout *l = &term->layout;
     const uint32_t filler = (UINT32_C(1) << l->gap_bits) - 1;
@@ -2120,7 +2267,8 @@ static dlt_status check_block(const dlt_tensor *t, const dlt_term *term, const s
     if (ghost) return broken(t, "gaps", "a row that does not exist has an entry", error);
     if (filled && why == TO_VERIFY) return broken(t, codes ? "codes" : "values", "a filler has a value", error);
     /* A block has as many slots as its fullest lane needs: its last slot, if it has any, MUST hold an entry. */
-    if (last > first && !needed && why == TO_VERIFY) return broken(t, "gaps", "a block has a slot that no row needs", error);
+    if (last > first && !needed && why == TO_VERIFY)
+        return broken(t, "gaps", "a block has a slot that no row needs", error);
     return DLT_OK;
 }
 
@@ -2137,10 +2285,12 @@ static dlt_status check_sparse(const dlt_tensor *t, const dlt_term *term, purpos
     for (uint64_t i = 0; i < tiles * blocks; i++) {
         uint32_t width = (uint32_t)least(l->span, t->columns - i % blocks * l->span);
         if (starts[i] == starts[i + 1]) continue;
-        TRY(check_block(t, term, &gaps, l->coded ? &codes : NULL, starts[i], starts[i + 1], width, lanes_of(i / blocks, 1, t->shared_rows), why, error));
+        TRY(check_block(t, term, &gaps, l->coded ? &codes : NULL, starts[i], starts[i + 1], width,
+                        lanes_of(i / blocks, 1, t->shared_rows), why, error));
     }
     if (!l->coded) {
-        if (!values_are_finite(values->data, l->values, LANES * term->slots)) return broken(t, values->name, "a value is not finite", error);
+        if (!values_are_finite(values->data, l->values, LANES * term->slots))
+            return broken(t, values->name, "a value is not finite", error);
     } else {
         TRY(check_scales(t, dlt_buffer(term, "scales"), l, tiles, 1, 1, t->shared_rows, why, error));
     }
@@ -2163,7 +2313,8 @@ static dlt_status load(dlt_file *file, dlt_tensor *t, purpose why, dlt_error *er
     uint64_t total = 0;
     if (t->loaded) return DLT_OK;
     for (uint32_t i = 0; i < t->term_count; i++) {
-        for (uint32_t j = 0; j < t->terms[i].buffer_count; j++) TRY(load_buffer(file, t, &t->terms[i].buffers[j], &total, error));
+        for (uint32_t j = 0; j < t->terms[i].buffer_count; j++)
+            TRY(load_buffer(file, t, &t->terms[i].buffers[j], &total, error));
         TRY(check_term(t, &t->terms[i], why, error));
     }
     /* A verifier hashes `data` piece by piece and needs it nowhere else. */
@@ -2180,8 +2331,16 @@ dlt_status dlt_load(dlt_file *file, dlt_tensor *tensor, dlt_error *error) {
 
 /* ---- Floats (10) ---- */
 
-static float float_of(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
-static uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+static float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+static uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
 
 static float widen_f16(uint16_t half) {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 0x1F, fraction = half & 0x3FF;
@@ -2218,7 +2377,8 @@ static uint16_t narrow_f16(float x) {
     return (uint16_t)(sign | (rounded - UINT32_C(0x38000000)) >> 13);
 }
 
-/* 10.5: the sign of the base's element, an exponent of ones, the highest bits of its fraction, and the first of them set. */
+/* 10.5: the sign of the base's element, an exponent of ones, the highest bits of its fraction, and the first of them
+ * set. */
 static uint32_t narrow_nan(uint32_t bits, dlt_dtype dtype) {
     bits |= UINT32_C(0x00400000);
     if (dtype == DLT_F32) return bits;
@@ -2238,7 +2398,8 @@ static uint32_t fine_tuned(float base, float delta, dlt_dtype dtype) {
 
 static float scale_at(const void *scales, dlt_dtype dtype, uint64_t i) { return widen(scales, dtype, i); }
 
-/* midtread, midrise: value = float32(2 u - top) * float32(scale * 0.5); asymmetric: float32(u - z) * scale; each rounded to float32. */
+/* midtread, midrise: value = float32(2 u - top) * float32(scale * 0.5); asymmetric: float32(u - z) * scale; each
+ * rounded to float32. */
 static float value_of(const dlt_layout *l, uint32_t u, float scale, uint32_t zero) {
     int32_t top = (int32_t)(1u << l->bits) - (l->grid == DLT_MIDTREAD ? 2 : 1);
     if (l->grid == DLT_ASYMMETRIC) return (float)((int32_t)u - (int32_t)zero) * scale;
@@ -2247,7 +2408,8 @@ static float value_of(const dlt_layout *l, uint32_t u, float scale, uint32_t zer
 }
 
 /* Rows of the matrix of an nm term (11.6). */
-static dlt_status decode_nm(const dlt_tensor *t, const dlt_term *term, uint64_t start, uint64_t count, float *out, dlt_error *error) {
+static dlt_status decode_nm(const dlt_tensor *t, const dlt_term *term, uint64_t start, uint64_t count, float *out,
+                            dlt_error *error) {
     const dlt_layout *l = &term->layout;
     stream codes = codes_stream(l, t->columns);
     uint64_t groups = groups_of(l, t->columns), each = scales_of(l, codes.count);
@@ -2257,7 +2419,8 @@ static dlt_status decode_nm(const dlt_tensor *t, const dlt_term *term, uint64_t 
     TRY(start_index(&p, t, term, error));
     memset(out, 0, (size_t)(count * t->columns) * sizeof *out);
     for (uint64_t row = start; row < start + count; row++, out += t->columns) {
-        uint64_t tile = row / (LANES * l->share) * l->share + row % l->share, lane = row % (LANES * l->share) / l->share;
+        uint64_t tile = row / (LANES * l->share) * l->share + row % l->share,
+                 lane = row % (LANES * l->share) / l->share;
         const uint32_t *words = row_words(term->buffers[0].data, &codes, l->share, row);
         for (uint64_t g = 0; g < groups; g++) {
             positions_of(&p, row / l->share, g, positions);
@@ -2293,8 +2456,8 @@ static void decode_lowbit(const dlt_tensor *t, const dlt_term *term, uint64_t st
 }
 
 /* Elements `start` to `start + count` of vector r of one side; `b` is the first buffer of that side. */
-static void decode_vector(const dlt_layout *l, const dlt_bytes *b, uint32_t r, uint64_t elements, uint64_t start, uint64_t count,
-                          float *out) {
+static void decode_vector(const dlt_layout *l, const dlt_bytes *b, uint32_t r, uint64_t elements, uint64_t start,
+                          uint64_t count, float *out) {
     if (!l->coded) {
         for (uint64_t i = 0; i < count; i++) out[i] = widen(b->data, l->values, r * elements + start + i);
         return;
@@ -2310,7 +2473,8 @@ static void decode_vector(const dlt_layout *l, const dlt_bytes *b, uint32_t r, u
     }
 }
 
-static dlt_status decode_lowrank(const dlt_tensor *t, const dlt_term *term, uint64_t start, uint64_t count, float *out, dlt_error *error) {
+static dlt_status decode_lowrank(const dlt_tensor *t, const dlt_term *term, uint64_t start, uint64_t count, float *out,
+                                 dlt_error *error) {
     const dlt_layout *l = &term->layout;
     float *u = malloc((size_t)count * sizeof *u), *v = malloc((size_t)t->columns * sizeof *v);
     if (u == NULL || v == NULL) return free(u), free(v), no_memory(error);
@@ -2364,7 +2528,8 @@ static void decode_sparse(const dlt_tensor *t, const dlt_term *term, uint64_t st
     }
 }
 
-static dlt_status decode_term(const dlt_tensor *t, const dlt_term *term, uint64_t start, uint64_t count, float *out, dlt_error *error) {
+static dlt_status decode_term(const dlt_tensor *t, const dlt_term *term, uint64_t start, uint64_t count, float *out,
+                              dlt_error *error) {
     switch (term->layout.kind) {
     case DLT_NM: return decode_nm(t, term, start, count, out, error);
     case DLT_LOWBIT: return decode_lowbit(t, term, start, count, out), DLT_OK;
@@ -2375,20 +2540,24 @@ static dlt_status decode_term(const dlt_tensor *t, const dlt_term *term, uint64_
 
 static dlt_status check_rows(const dlt_tensor *t, uint64_t start, uint64_t count, uint64_t rows, dlt_error *error) {
     if (start <= rows && count <= rows - start) return DLT_OK;
-    return fail(error, DLT_MISUSE, "%s: rows %llu and %llu more are not among its %llu", show(t->name).text, (unsigned long long)start,
-                (unsigned long long)count, (unsigned long long)rows);
+    return fail(error, DLT_MISUSE, "%s: rows %llu and %llu more are not among its %llu", show(t->name).text,
+                (unsigned long long)start, (unsigned long long)count, (unsigned long long)rows);
 }
 
-dlt_status dlt_decode(dlt_file *file, const dlt_tensor *t, uint64_t start, uint64_t count, float *out, dlt_error *error) {
+dlt_status dlt_decode(dlt_file *file, const dlt_tensor *t, uint64_t start, uint64_t count, float *out,
+                      dlt_error *error) {
     if (t->action != DLT_ADD || !t->loaded) {
-        return fail(error, DLT_MISUSE, "%s: %s", show(t->name).text, t->loaded ? "a tensor without a delta" : "dlt_load comes first");
+        return fail(error, DLT_MISUSE, "%s: %s", show(t->name).text,
+                    t->loaded ? "a tensor without a delta" : "dlt_load comes first");
     }
     TRY(check_rows(t, start, count, t->shared_rows, error));
     /* 9: a limit of the user's, before the work starts. */
     uint64_t work = 0;
-    for (uint32_t i = 0; i < t->term_count; i++) work += t->terms[i].layout.kind == DLT_LOWRANK ? t->terms[i].layout.rank : 1;
+    for (uint32_t i = 0; i < t->term_count; i++)
+        work += t->terms[i].layout.kind == DLT_LOWRANK ? t->terms[i].layout.rank : 1;
     work *= count * t->columns; /* below 2^20 * 2^48 would not fit: */
-    if (count * t->columns > (UINT64_MAX >> 21) || work > file->limits.max_elements - least(file->decoded, file->limits.max_elements)) {
+    if (count * t->columns > (UINT64_MAX >> 21) ||
+        work > file->limits.max_elements - least(file->decoded, file->limits.max_elements)) {
         return fail(error, DLT_LIMIT, "%s: its terms have more elements than max_elements, %llu", show(t->name).text,
                     (unsigned long long)file->limits.max_elements);
     }
@@ -2409,8 +2578,8 @@ dlt_status dlt_decode(dlt_file *file, const dlt_tensor *t, uint64_t start, uint6
 }
 
 /* Rows that the terms cover. */
-static dlt_status apply_shared(dlt_file *file, const dlt_tensor *t, uint64_t start, uint64_t count, const void *base, void *out,
-                               dlt_error *error) {
+static dlt_status apply_shared(dlt_file *file, const dlt_tensor *t, uint64_t start, uint64_t count, const void *base,
+                               void *out, dlt_error *error) {
     uint64_t elements = count * t->columns;
     float *delta = malloc((size_t)(elements ? elements : 1) * sizeof *delta);
     if (delta == NULL) return no_memory(error);
@@ -2418,7 +2587,8 @@ static dlt_status apply_shared(dlt_file *file, const dlt_tensor *t, uint64_t sta
     for (uint64_t i = 0; i < elements && status == DLT_OK; i++) {
         uint32_t bits;
         if (delta[i] == 0 && t->dtype == t->base_dtype) {
-            /* 10.2: where the delta is zero (of either sign), the fine-tuned element is the base's: with equal dtypes bit for bit. */
+            /* 10.2: where the delta is zero (of either sign), the fine-tuned element is the base's: with equal dtypes
+             * bit for bit. */
             bits = t->dtype == DLT_F32 ? ((const uint32_t *)base)[i] : ((const uint16_t *)base)[i];
         } else {
             bits = fine_tuned(widen(base, t->base_dtype, i), delta[i], t->dtype);
@@ -2430,13 +2600,16 @@ static dlt_status apply_shared(dlt_file *file, const dlt_tensor *t, uint64_t sta
     return status;
 }
 
-dlt_status dlt_apply(dlt_file *file, const dlt_tensor *t, uint64_t start, uint64_t count, const void *base, void *out, dlt_error *error) {
+dlt_status dlt_apply(dlt_file *file, const dlt_tensor *t, uint64_t start, uint64_t count, const void *base, void *out,
+                     dlt_error *error) {
     TRY(check_rows(t, start, count, t->rows, error));
     if (t->action == DLT_ALIAS || !t->loaded) {
-        return fail(error, DLT_MISUSE, "%s: %s", show(t->name).text, t->loaded ? "an alias: resolve it first" : "dlt_load comes first");
+        return fail(error, DLT_MISUSE, "%s: %s", show(t->name).text,
+                    t->loaded ? "an alias: resolve it first" : "dlt_load comes first");
     }
     uint64_t bits = t->columns * DTYPE_BITS[t->dtype];
-    if (bits % 8 && count != t->rows) return fail(error, DLT_MISUSE, "%s: its rows are no whole bytes", show(t->name).text);
+    if (bits % 8 && count != t->rows)
+        return fail(error, DLT_MISUSE, "%s: its rows are no whole bytes", show(t->name).text);
     uint64_t row = bits / 8;
     if (t->action != DLT_ADD) {
         const uint8_t *from = t->action == DLT_SAME ? base : (const uint8_t *)t->data.data + start * row;
@@ -2447,7 +2620,8 @@ dlt_status dlt_apply(dlt_file *file, const dlt_tensor *t, uint64_t start, uint64
     if (shared) TRY(apply_shared(file, t, start, shared, base, out, error));
     if (count == shared) return DLT_OK;
     /* 7.4: if the fine-tune has more rows, data holds the others. */
-    memcpy((uint8_t *)out + shared * row, (const uint8_t *)t->data.data + (start + shared - t->shared_rows) * row, (size_t)((count - shared) * row));
+    memcpy((uint8_t *)out + shared * row, (const uint8_t *)t->data.data + (start + shared - t->shared_rows) * row,
+           (size_t)((count - shared) * row));
     return DLT_OK;
 }
 
@@ -2457,7 +2631,9 @@ static float widen_f8(uint8_t code, dlt_dtype dtype) {
     if (dtype == DLT_F8_E5M2) return widen_f16((uint16_t)(code << 8)); /* the upper byte of an F16 */
     /* E4M3 of the OCP specification: exponent bias 7, no infinity, 0x7F and 0xFF are NaN. */
     int exponent = code >> 3 & 15, fraction = code & 7;
-    float value = (code & 0x7F) == 0x7F ? NAN : exponent ? ldexpf((float)(8 + fraction), exponent - 10) : ldexpf((float)fraction, -9);
+    float value = (code & 0x7F) == 0x7F ? NAN
+                  : exponent            ? ldexpf((float)(8 + fraction), exponent - 10)
+                                        : ldexpf((float)fraction, -9);
     return code & 0x80 ? -value : value;
 }
 
@@ -2468,15 +2644,19 @@ static float widen_scale(const void *scales, dlt_dtype dtype, uint64_t i) {
     return code == 0xFF ? NAN : ldexpf(1, code - 127);
 }
 
-dlt_status dlt_scaled_values(const dlt_scaled *s, const void *codes, const void *scales, uint16_t *out, dlt_error *error) {
+dlt_status dlt_scaled_values(const dlt_scaled *s, const void *codes, const void *scales, uint16_t *out,
+                             dlt_error *error) {
     uint64_t elements = 1, at[DLT_MAX_DIMENSIONS] = {0};
-    if (s->has_scales != (scales != NULL)) return fail(error, DLT_MISUSE, "%s: scales are given where there are some", show(s->name).text);
+    if (s->has_scales != (scales != NULL))
+        return fail(error, DLT_MISUSE, "%s: scales are given where there are some", show(s->name).text);
     for (uint32_t i = 0; i < s->shape.count; i++) elements *= s->shape.sizes[i];
     for (uint64_t n = 0; n < elements; n++) {
         /* The element at the indices x_i has the scale of the block floor(x_i / b_i). */
         uint64_t block = 0;
-        for (uint32_t i = 0; i < s->shape.count; i++) block = block * ceil_div(s->shape.sizes[i], s->block[i]) + at[i] / s->block[i];
-        /* value = BF16(float32(float32(code) * float32(scale))), or BF16(float32(code)); a value that is not a number is 0x7FC0. */
+        for (uint32_t i = 0; i < s->shape.count; i++)
+            block = block * ceil_div(s->shape.sizes[i], s->block[i]) + at[i] / s->block[i];
+        /* value = BF16(float32(float32(code) * float32(scale))), or BF16(float32(code)); a value that is not a number
+         * is 0x7FC0. */
         float value = widen_f8(((const uint8_t *)codes)[n], s->codes_dtype);
         if (scales) value = value * widen_scale(scales, s->scales_dtype, block);
         out[n] = isnan(value) ? 0x7FC0 : narrow_bf16(value);
@@ -2495,15 +2675,16 @@ void dlt_identity(dlt_dtype dtype, const dlt_shape *shape, const void *bytes, ui
     }
     text[n++] = '\n';
     blake3 hash;
-    blake3_start(&hash);
-    blake3_add(&hash, text, n);
-    blake3_add(&hash, bytes, (size_t)length);
-    blake3_end(&hash, out);
+    dlt_blake3_start(&hash);
+    dlt_blake3_add(&hash, text, n);
+    dlt_blake3_add(&hash, bytes, (size_t)length);
+    dlt_blake3_end(&hash, out);
 }
 
 dlt_status dlt_check_base(const dlt_tensor *t, const void *bytes, uint64_t length, dlt_error *error) {
     uint8_t digest[32];
-    if (!t->has_base) return fail(error, DLT_MISUSE, "%s: it does not come from a tensor of the base", show(t->name).text);
+    if (!t->has_base)
+        return fail(error, DLT_MISUSE, "%s: it does not come from a tensor of the base", show(t->name).text);
     dlt_identity(t->base_dtype, &t->base_shape, bytes, length, digest);
     if (memcmp(digest, t->base_digest, 32) == 0) return DLT_OK;
     return fail(error, DLT_OTHER_BASE, "%s: the base's tensor is another one", show(t->name).text);
@@ -2520,13 +2701,15 @@ static void hash_as_fixed(const dlt_tensor *t, const index_reader *p, uint64_t m
             unsigned w = fixed.plane_width[j], bit = 0;
             uint8_t positions[LANES][255];
             for (uint64_t i = 0; i < fixed.count; i++) {
-                for (unsigned k = 0; k < lanes && i % l->keep == 0; k++) positions_of(p, tile * LANES + k, i / l->keep, positions[k]);
+                for (unsigned k = 0; k < lanes && i % l->keep == 0; k++)
+                    positions_of(p, tile * LANES + k, i / l->keep, positions[k]);
                 for (unsigned k = 0; k < lanes; k++) {
-                    words[k] |= ((uint32_t)positions[k][i % l->keep] >> fixed.shift[j] & (UINT32_MAX >> (32 - w))) << bit;
+                    words[k] |= ((uint32_t)positions[k][i % l->keep] >> fixed.shift[j] & (UINT32_MAX >> (32 - w)))
+                                << bit;
                 }
                 bit += w;
                 if (bit < 32 && i + 1 < fixed.count) continue;
-                blake3_add(hash, words, sizeof words);
+                dlt_blake3_add(hash, words, sizeof words);
                 memset(words, 0, sizeof words);
                 bit = 0;
             }
@@ -2534,11 +2717,12 @@ static void hash_as_fixed(const dlt_tensor *t, const index_reader *p, uint64_t m
     }
 }
 
-/* The digest of an entry: the buffers of its terms, those of a term in the order of their names, then data; raw bytes. */
+/* The digest of an entry: the buffers of its terms, those of a term in the order of their names, then data; raw bytes.
+ */
 static dlt_status check_payload(dlt_file *file, const dlt_tensor *t, dlt_error *error) {
     blake3 hash;
     uint8_t digest[32];
-    blake3_start(&hash);
+    dlt_blake3_start(&hash);
     for (uint32_t i = 0; i < t->term_count; i++) {
         const dlt_term *term = &t->terms[i];
         for (uint32_t j = 0; j < term->buffer_count; j++) {
@@ -2550,50 +2734,57 @@ static dlt_status check_payload(dlt_file *file, const dlt_tensor *t, dlt_error *
                 free(p.choices);
                 continue;
             }
-            int coded = term->layout.kind == DLT_NM || term->layout.kind == DLT_LOWBIT || (term->layout.kind == DLT_SPARSE && term->layout.coded);
-            unsigned bits = term->layout.bits, width = coded && term->layout.grid == DLT_MIDTREAD && !(bits & (bits - 1)) && strcmp(b->name, "codes") == 0 ? bits : 0;
+            int coded = term->layout.kind == DLT_NM || term->layout.kind == DLT_LOWBIT ||
+                        (term->layout.kind == DLT_SPARSE && term->layout.coded);
+            unsigned bits = term->layout.bits, width = coded && term->layout.grid == DLT_MIDTREAD &&
+                                                               !(bits & (bits - 1)) && strcmp(b->name, "codes") == 0
+                                                           ? bits
+                                                           : 0;
             int full;
             if (file->sections[b->section].codec == 0) {
                 full = hash_stored(file, b->section, b->offset, b->length, width, &hash);
             } else {
                 full = width && has_full_field(b->data, b->length / 4, width);
-                blake3_add(&hash, b->data, (size_t)b->length);
+                dlt_blake3_add(&hash, b->data, (size_t)b->length);
             }
             if (full) return broken(t, b->name, "a field is beyond the grid", error);
         }
     }
     if (t->has_data) TRY(hash_buffer(file, &t->data, &hash, error));
-    blake3_end(&hash, digest);
-    return memcmp(digest, t->digest, 32) == 0 ? DLT_OK : INVALID(error, "%s: the payload has another digest", show(t->name).text);
+    dlt_blake3_end(&hash, digest);
+    return memcmp(digest, t->digest, 32) == 0
+               ? DLT_OK
+               : INVALID(error, "%s: the payload has another digest", show(t->name).text);
 }
 
 static void add_count(blake3 *hash, uint8_t few, uint8_t two, size_t count) {
-    uint8_t bytes[5] = {(uint8_t)(two + 1), (uint8_t)(count >> 24), (uint8_t)(count >> 16), (uint8_t)(count >> 8), (uint8_t)count};
-    if (count < 16) bytes[0] = (uint8_t)(few + count), blake3_add(hash, bytes, 1);
-    else if (count < 65536) bytes[2] = two, blake3_add(hash, bytes + 2, 3);
-    else blake3_add(hash, bytes, 5);
+    uint8_t bytes[5] = {(uint8_t)(two + 1), (uint8_t)(count >> 24), (uint8_t)(count >> 16), (uint8_t)(count >> 8),
+                        (uint8_t)count};
+    if (count < 16) bytes[0] = (uint8_t)(few + count), dlt_blake3_add(hash, bytes, 1);
+    else if (count < 65536) bytes[2] = two, dlt_blake3_add(hash, bytes + 2, 3);
+    else dlt_blake3_add(hash, bytes, 5);
 }
 
 static void add_string(blake3 *hash, dlt_text text) {
     uint8_t bytes[3] = {0xDA, (uint8_t)(text.length >> 8), (uint8_t)text.length};
-    if (text.length < 32) bytes[2] = (uint8_t)(0xA0 + text.length), blake3_add(hash, bytes + 2, 1);
-    else if (text.length < 256) bytes[1] = 0xD9, blake3_add(hash, bytes + 1, 2);
-    else blake3_add(hash, bytes, 3); /* names have at most 1,024 bytes */
-    blake3_add(hash, text.text, text.length);
+    if (text.length < 32) bytes[2] = (uint8_t)(0xA0 + text.length), dlt_blake3_add(hash, bytes + 2, 1);
+    else if (text.length < 256) bytes[1] = 0xD9, dlt_blake3_add(hash, bytes + 1, 2);
+    else dlt_blake3_add(hash, bytes, 3); /* names have at most 1,024 bytes */
+    dlt_blake3_add(hash, text.text, text.length);
 }
 
 static void add_word(blake3 *hash, const char *word) { add_string(hash, (dlt_text){word, strlen(word)}); }
 
 static void add_integer(blake3 *hash, uint64_t value) {
     uint8_t bytes[5] = {0xCE, (uint8_t)(value >> 24), (uint8_t)(value >> 16), (uint8_t)(value >> 8), (uint8_t)value};
-    if (value < 0x80) blake3_add(hash, bytes + 4, 1);
-    else if (value < 0x100) bytes[3] = 0xCC, blake3_add(hash, bytes + 3, 2);
-    else if (value < 0x10000) bytes[2] = 0xCD, blake3_add(hash, bytes + 2, 3);
-    else blake3_add(hash, bytes, 5); /* seeds and slots are below 2^32 */
+    if (value < 0x80) dlt_blake3_add(hash, bytes + 4, 1);
+    else if (value < 0x100) bytes[3] = 0xCC, dlt_blake3_add(hash, bytes + 3, 2);
+    else if (value < 0x10000) bytes[2] = 0xCD, dlt_blake3_add(hash, bytes + 2, 3);
+    else dlt_blake3_add(hash, bytes, 5); /* seeds and slots are below 2^32 */
 }
 
-/* An entry as a map, without data; every term as {layout, seed}, with slots where it has them and the layout itself in the place of
- * its number, and index of rank written as fixed. */
+/* An entry as a map, without data; every term as {layout, seed}, with slots where it has them and the layout itself in
+ * the place of its number, and index of rank written as fixed. */
 static dlt_status add_entry(const dlt_file *file, blake3 *hash, const dlt_tensor *t, dlt_error *error) {
     cursor c = {t->raw, t->raw + t->raw_length, error, t->name};
     size_t keys;
@@ -2601,10 +2792,10 @@ static dlt_status add_entry(const dlt_file *file, blake3 *hash, const dlt_tensor
     add_count(hash, 0x80, 0xDE, keys - (size_t)t->has_data);
     const uint8_t *start = c.p, *end = t->term_count ? t->raw + t->terms_start : c.end;
     if (t->has_data) {
-        blake3_add(hash, start, (size_t)(t->raw + t->data_start - start));
+        dlt_blake3_add(hash, start, (size_t)(t->raw + t->data_start - start));
         start = t->raw + t->data_end;
     }
-    blake3_add(hash, start, (size_t)(end - start));
+    dlt_blake3_add(hash, start, (size_t)(end - start));
     if (t->term_count == 0) return DLT_OK;
     add_word(hash, "terms");
     add_count(hash, 0x90, 0xDC, t->term_count);
@@ -2615,12 +2806,12 @@ static dlt_status add_entry(const dlt_file *file, blake3 *hash, const dlt_tensor
         add_count(hash, 0x80, 0xDE, sparse ? 3 : 2);
         add_word(hash, "layout");
         if (term->layout.kind == DLT_NM && term->layout.index == DLT_RANK) {
-            blake3_add(hash, l->raw.p, l->index_value);
+            dlt_blake3_add(hash, l->raw.p, l->index_value);
             add_word(hash, "fixed");
             size_t after = l->index_value + 1 + strlen("rank");
-            blake3_add(hash, l->raw.p + after, l->raw.length - after);
+            dlt_blake3_add(hash, l->raw.p + after, l->raw.length - after);
         } else {
-            blake3_add(hash, l->raw.p, l->raw.length);
+            dlt_blake3_add(hash, l->raw.p, l->raw.length);
         }
         add_word(hash, "seed");
         add_integer(hash, term->seed);
@@ -2631,29 +2822,29 @@ static dlt_status add_entry(const dlt_file *file, blake3 *hash, const dlt_tensor
     return DLT_OK;
 }
 
-/* The content id: the canonical msgpack of a map with attachments (name to digest), metadata, removed, scaled, and tensors, whose
- * entries follow. */
+/* The content id: the canonical msgpack of a map with attachments (name to digest), metadata, removed, scaled, and
+ * tensors, whose entries follow. */
 static void start_content_id(const dlt_file *file, blake3 *hash) {
-    blake3_start(hash);
+    dlt_blake3_start(hash);
     add_count(hash, 0x80, 0xDE, file->scaled ? 5 : 4);
     add_word(hash, "attachments");
     add_count(hash, 0x80, 0xDE, file->about.attachments);
     for (size_t i = 0; i < file->about.attachments; i++) {
         static const uint8_t head[2] = {0xC4, 32};
         add_string(hash, file->attachments[i].name);
-        blake3_add(hash, head, 2);
-        blake3_add(hash, file->attachments[i].digest, 32);
+        dlt_blake3_add(hash, head, 2);
+        dlt_blake3_add(hash, file->attachments[i].digest, 32);
     }
     add_word(hash, "metadata");
-    blake3_add(hash, file->raw_metadata.p, file->raw_metadata.length);
+    dlt_blake3_add(hash, file->raw_metadata.p, file->raw_metadata.length);
     add_word(hash, "removed");
-    blake3_add(hash, file->raw_removed.p, file->raw_removed.length);
+    dlt_blake3_add(hash, file->raw_removed.p, file->raw_removed.length);
     if (file->scaled) {
         add_word(hash, "scaled");
         add_count(hash, 0x80, 0xDE, file->about.scaled);
         for (size_t i = 0; i < file->about.scaled; i++) {
             add_string(hash, file->scaled[i].name);
-            blake3_add(hash, file->scaled[i].raw.p, file->scaled[i].raw.length);
+            dlt_blake3_add(hash, file->scaled[i].raw.p, file->scaled[i].raw.length);
         }
     }
     add_word(hash, "tensors");
@@ -2662,7 +2853,10 @@ static void start_content_id(const dlt_file *file, blake3 *hash) {
 
 /* ---- Verifying (15) ---- */
 
-typedef struct { uint32_t section; uint64_t offset, length; } place;
+typedef struct {
+    uint32_t section;
+    uint64_t offset, length;
+} place;
 
 static int compare_places(const void *a, const void *b) {
     const place *x = a, *y = b;
@@ -2671,8 +2865,8 @@ static int compare_places(const void *a, const void *b) {
     return (x->length > y->length) - (x->length < y->length);
 }
 
-/* 5.4: a buffer starts at the next multiple of 256 after the end of the one before it, the first at 0; the bytes between MUST be zero;
- * the section ends with its last buffer and has at least one. */
+/* 5.4: a buffer starts at the next multiple of 256 after the end of the one before it, the first at 0; the bytes
+ * between MUST be zero; the section ends with its last buffer and has at least one. */
 static dlt_status check_places(dlt_file *file, place *places, size_t count, dlt_error *error) {
     size_t next = 0;
     if (count) qsort(places, count, sizeof *places, compare_places);
@@ -2681,21 +2875,27 @@ static dlt_status check_places(dlt_file *file, place *places, size_t count, dlt_
         size_t first = next;
         for (; next < count && places[next].section == i; next++) {
             uint64_t start = align(end, ALIGNMENT);
-            if (places[next].offset != start) return INVALID(error, "a buffer of section %zu is not where the next one belongs", i);
+            if (places[next].offset != start)
+                return INVALID(error, "a buffer of section %zu is not where the next one belongs", i);
             for (slice piece; end < start; end += piece.length) {
                 TRY(next_piece(file, (uint32_t)i, end, start - end, &piece, error));
-                if (!all_zero(piece.p, piece.length)) return INVALID(error, "the padding between buffers of section %zu is not zero", i);
+                if (!all_zero(piece.p, piece.length))
+                    return INVALID(error, "the padding between buffers of section %zu is not zero", i);
             }
             end = start + places[next].length;
         }
         if (next == first) return INVALID(error, "section %zu has no buffer", i);
-        if (end != file->sections[i].raw_length) return INVALID(error, "section %zu does not end with its last buffer", i);
+        if (end != file->sections[i].raw_length)
+            return INVALID(error, "section %zu does not end with its last buffer", i);
     }
     return DLT_OK;
 }
 
 /* The places of all buffers, as they are found. */
-typedef struct { place *list; size_t count, room; } all_places;
+typedef struct {
+    place *list;
+    size_t count, room;
+} all_places;
 
 static dlt_status add_place(all_places *all, const dlt_bytes *b, dlt_error *error) {
     if (all->count == all->room) {
@@ -2733,25 +2933,29 @@ dlt_status dlt_attachment(dlt_file *file, size_t number, void **data, uint64_t *
     if (number >= file->about.attachments) return fail(error, DLT_MISUSE, "there is no attachment %zu", number);
     const attachment *a = &file->attachments[number];
     uint8_t digest[32];
-    if (a->bytes.length > file->limits.max_memory) return fail(error, DLT_LIMIT, "%s has more than max_memory", show(a->name).text);
+    if (a->bytes.length > file->limits.max_memory)
+        return fail(error, DLT_LIMIT, "%s has more than max_memory", show(a->name).text);
     *length = a->bytes.length;
     *data = malloc((size_t)(a->bytes.length ? a->bytes.length : 1));
     if (*data == NULL) return no_memory(error);
     dlt_status status = copy_buffer(file, &a->bytes, *data, error);
-    if (status == DLT_OK) blake3_of(*data, (size_t)a->bytes.length, digest);
-    if (status == DLT_OK && memcmp(digest, a->digest, 32) != 0) status = INVALID(error, "the attachment %s has another digest", show(a->name).text);
+    if (status == DLT_OK) dlt_blake3_of(*data, (size_t)a->bytes.length, digest);
+    if (status == DLT_OK && memcmp(digest, a->digest, 32) != 0)
+        status = INVALID(error, "the attachment %s has another digest", show(a->name).text);
     if (status != DLT_OK) free(*data), *data = NULL;
     return status;
 }
 
-/* 7.7: `weights`, or `weights/COMPONENT`: a name without `/` that ends in `.safetensors` and has more before that; with COMPONENT and
+/* 7.7: `weights`, or `weights/COMPONENT`: a name without `/` that ends in `.safetensors` and has more before that; with
+ * COMPONENT and
  * `/` in front, it MUST be a path as an attachment's name is one. */
 static dlt_status check_weights(const dlt_file *file, dlt_error *error) {
     static const char key[] = "weights", ending[] = ".safetensors";
     size_t n = sizeof key - 1, e = sizeof ending - 1;
     for (size_t i = 0; i < file->about.metadata; i++) {
         const pair *p = &file->metadata[i];
-        if (p->key.length < n || memcmp(p->key.text, key, n) != 0 || (p->key.length > n && p->key.text[n] != '/')) continue;
+        if (p->key.length < n || memcmp(p->key.text, key, n) != 0 || (p->key.length > n && p->key.text[n] != '/'))
+            continue;
         dlt_text component = {p->key.text + n, p->key.length - n}; /* with its `/` in front */
         int good = p->value.length > e && memchr(p->value.text, '/', p->value.length) == NULL && is_path(p->value);
         if (good) good = memcmp(p->value.text + p->value.length - e, ending, e) == 0;
@@ -2776,9 +2980,9 @@ static dlt_status verify_tensor(dlt_file *file, const member *m, blake3 *content
 static dlt_status verify_attachment(dlt_file *file, const attachment *a, dlt_error *error) {
     blake3 hash;
     uint8_t digest[32];
-    blake3_start(&hash);
+    dlt_blake3_start(&hash);
     TRY(hash_buffer(file, &a->bytes, &hash, error));
-    blake3_end(&hash, digest);
+    dlt_blake3_end(&hash, digest);
     if (memcmp(digest, a->digest, 32) == 0) return DLT_OK;
     return INVALID(error, "the attachment %s has another digest", show(a->name).text);
 }
@@ -2793,19 +2997,21 @@ static dlt_status verify(dlt_file *file, dlt_error *error) {
     start_content_id(file, &content);
     for (size_t i = 0; i < file->about.tensors; i++) TRY(verify_tensor(file, &file->tensors[i], &content, error));
     for (size_t i = 0; i < file->about.attachments; i++) TRY(verify_attachment(file, &file->attachments[i], error));
-    blake3_end(&content, id);
-    return memcmp(id, file->about.content_id, 32) == 0 ? DLT_OK : INVALID(error, "the content id is not that of the content");
+    dlt_blake3_end(&content, id);
+    return memcmp(id, file->about.content_id, 32) == 0 ? DLT_OK
+                                                       : INVALID(error, "the content id is not that of the content");
 }
 
 dlt_status dlt_verify(dlt_file *file, dlt_error *error) {
-    /* The checksums of stored sections are taken while the digests are, and a wrong one is told before whatever else it caused. */
+    /* The checksums of stored sections are taken while the digests are, and a wrong one is told before whatever else it
+     * caused. */
     for (size_t i = 0; i < file->about.sections; i++) {
         section *s = &file->sections[i];
         if (s->codec == 1) {
             TRY(check_section(file, s, error));
         } else if (s->state == UNCHECKED) {
             TRY(check_outline(file, s, error));
-            xxh3_start(&s->run);
+            dlt_xxh3_start(&s->run);
             s->state = CHECKING;
         }
     }

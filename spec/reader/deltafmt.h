@@ -1,7 +1,7 @@
 /* deltafmt.h: reads delta files of version 1 (spec/deltafmt-v1.md), in C11 with libc alone.
  *
- * A file is mapped, checked, and handed out as pointers into the map. Every function that can fail returns a status, and writes
- * one line into `error`. An example:
+ * A file is mapped, checked, and handed out as pointers into the map. Every function that can fail returns a status,
+ * and writes one line into `error`. An example:
  *
  *     dlt_error error;
  *     dlt_file *file;
@@ -14,9 +14,9 @@
  *     }
  *     dlt_close(file);
  *
- * Threads: one dlt_file serves one thread at a time. Several files may be open at once. A file must not become shorter while it is
- * open: reading what is gone ends the process (SIGBUS). Compressed sections need the system's libzstd, which is loaded when the first
- * of them is read (dlopen); files of profile `hot` need it only for attachments.
+ * Threads: one dlt_file serves one thread at a time. Several files may be open at once. A file must not become shorter
+ * while it is open: reading what is gone ends the process (SIGBUS). Compressed sections need the system's libzstd,
+ * which is loaded when the first of them is read (dlopen); files of profile `hot` need it only for attachments.
  */
 #ifndef DELTAFMT_H
 #define DELTAFMT_H
@@ -45,8 +45,10 @@ typedef struct {
 
 /* What a file may cost. A member that is 0 means its default, which follows the file's size. */
 typedef struct {
-    uint64_t max_memory;   /* bytes at once for a buffer or a tensor of compressed sections: 128 MiB and 64 a byte of the file */
-    uint64_t max_elements; /* elements that are decoded, for `lowrank` once a vector, in all: 2^24 and 2^15 a byte of the file */
+    uint64_t max_memory; /* bytes at once for a buffer or a tensor of compressed sections: 128 MiB and 64 a byte of the
+                            file */
+    uint64_t max_elements; /* elements that are decoded, for `lowrank` once a vector, in all: 2^24 and 2^15 a byte of
+                              the file */
     uint64_t max_output;   /* bytes that the compressed sections decode to: 32 MiB and 256 a byte of the file */
 } dlt_limits;
 
@@ -54,8 +56,28 @@ enum { DLT_MAX_DIMENSIONS = 8, DLT_MAX_TERMS = 16, DLT_MAX_BUFFERS = 6 };
 
 /* Names as the specification spells them; dlt_dtype_name gives the text. */
 typedef enum {
-    DLT_BOOL, DLT_U8, DLT_I8, DLT_U16, DLT_I16, DLT_U32, DLT_I32, DLT_U64, DLT_I64, DLT_F4, DLT_F6_E2M3, DLT_F6_E3M2,
-    DLT_F8_E5M2, DLT_F8_E4M3, DLT_F8_E8M0, DLT_F8_E4M3FNUZ, DLT_F8_E5M2FNUZ, DLT_F16, DLT_BF16, DLT_F32, DLT_F64, DLT_C64,
+    DLT_BOOL,
+    DLT_U8,
+    DLT_I8,
+    DLT_U16,
+    DLT_I16,
+    DLT_U32,
+    DLT_I32,
+    DLT_U64,
+    DLT_I64,
+    DLT_F4,
+    DLT_F6_E2M3,
+    DLT_F6_E3M2,
+    DLT_F8_E5M2,
+    DLT_F8_E4M3,
+    DLT_F8_E8M0,
+    DLT_F8_E4M3FNUZ,
+    DLT_F8_E5M2FNUZ,
+    DLT_F16,
+    DLT_BF16,
+    DLT_F32,
+    DLT_F64,
+    DLT_C64,
     DLT_DTYPES
 } dlt_dtype;
 
@@ -87,9 +109,9 @@ typedef struct {
 /* Parameters of a term (7.3). A kind leaves what it has not at 0. */
 typedef struct {
     dlt_kind kind;
-    int coded;             /* lowrank, sparse: 1 if vectors or values are codes, 0 if they are values of `values` */
-    dlt_dtype values;      /* lowrank, sparse, without codes: BF16, F16 or F32 */
-    uint32_t bits;         /* k */
+    int coded;        /* lowrank, sparse: 1 if vectors or values are codes, 0 if they are values of `values` */
+    dlt_dtype values; /* lowrank, sparse, without codes: BF16, F16 or F32 */
+    uint32_t bits;    /* k */
     dlt_grid grid;
     dlt_dtype scale_dtype; /* BF16 or F32 */
     uint32_t scale_group;  /* 0: all */
@@ -189,29 +211,34 @@ dlt_status dlt_find(const dlt_file *file, const char *name, dlt_tensor *tensor, 
 dlt_status dlt_resolve(const dlt_file *file, const dlt_tensor *tensor, dlt_tensor *resolved, dlt_error *error);
 dlt_part dlt_part_at(const dlt_tensor *tensor, uint32_t number);
 
-/* Fill the pointers of a tensor's buffers. Checks the section (5.3) once a file, then what section 15 lists under reading a tensor.
- * Compressed buffers are decompressed into memory of the tensor's own: call dlt_unload. */
+/* Fill the pointers of a tensor's buffers. Checks the section (5.3) once a file, then what section 15 lists under
+ * reading a tensor. Compressed buffers are decompressed into memory of the tensor's own: call dlt_unload. */
 dlt_status dlt_load(dlt_file *file, dlt_tensor *tensor, dlt_error *error);
 void dlt_unload(dlt_tensor *tensor);
 const dlt_bytes *dlt_buffer(const dlt_term *term, const char *name); /* NULL: the term has none of that name */
 
-/* The delta of rows `start` to `start + count` of the shared rows of a loaded `add`: count * columns floats, added in the order of
- * the terms (10.1). A `lowrank` term decodes all of its v vectors in each call: ask for many rows at once. */
-dlt_status dlt_decode(dlt_file *file, const dlt_tensor *tensor, uint64_t start, uint64_t count, float *out, dlt_error *error);
+/* The delta of rows `start` to `start + count` of the shared rows of a loaded `add`: count * columns floats, added in
+ * the order of the terms (10.1). A `lowrank` term decodes all of its v vectors in each call: ask for many rows at once.
+ */
+dlt_status dlt_decode(dlt_file *file, const dlt_tensor *tensor, uint64_t start, uint64_t count, float *out,
+                      dlt_error *error);
 
-/* Rows of the fine-tuned tensor (10.2, 10.3): `base` holds the same rows of the base's tensor, `out` takes rows in the fine-tune's
- * dtype. Also rows that the base has not, for which `base` is not read, and tensors of action `same` and `replace`. */
-dlt_status dlt_apply(dlt_file *file, const dlt_tensor *tensor, uint64_t start, uint64_t count, const void *base, void *out,
-                     dlt_error *error);
+/* Rows of the fine-tuned tensor (10.2, 10.3): `base` holds the same rows of the base's tensor, `out` takes rows in the
+ * fine-tune's dtype. Also rows that the base has not, for which `base` is not read, and tensors of action `same` and
+ * `replace`. */
+dlt_status dlt_apply(dlt_file *file, const dlt_tensor *tensor, uint64_t start, uint64_t count, const void *base,
+                     void *out, dlt_error *error);
 
-/* Compare the base's tensor with the one that the delta was made for (7.5). `bytes`: the whole tensor, or its parts joined. */
+/* Compare the base's tensor with the one that the delta was made for (7.5). `bytes`: the whole tensor, or its parts
+ * joined. */
 dlt_status dlt_check_base(const dlt_tensor *tensor, const void *bytes, uint64_t length, dlt_error *error);
 /* The identity of a tensor (7.5). */
 void dlt_identity(dlt_dtype dtype, const dlt_shape *shape, const void *bytes, uint64_t length, uint8_t out[32]);
 
 dlt_status dlt_scaled_at(const dlt_file *file, size_t number, dlt_scaled *scaled, dlt_error *error);
 /* The BF16 values that 8-bit floats and their scales mean (7.8); `scales` is NULL if the description has none. */
-dlt_status dlt_scaled_values(const dlt_scaled *scaled, const void *codes, const void *scales, uint16_t *out, dlt_error *error);
+dlt_status dlt_scaled_values(const dlt_scaled *scaled, const void *codes, const void *scales, uint16_t *out,
+                             dlt_error *error);
 
 /* An attachment's bytes, checked against its digest; free(*data) afterwards. */
 dlt_status dlt_attachment(dlt_file *file, size_t number, void **data, uint64_t *length, dlt_error *error);

@@ -1,9 +1,13 @@
-/* A process that reads delta files for the differential test and the fuzzer, under sanitizers where it is built with them.
+/* A process that reads delta files for the differential test and the fuzzer, under sanitizers where it is built with
+ * them.
  *
- * Standard input: for each file its length, u64, and its bytes. Standard output: for each file the length of a report, u32, and the
- * report: status of opening, status of verifying, the message of the first that failed (u8 length, text), the content id (32 bytes),
- * the number of tensors (u32), and for each tensor the status of reading it and two digests: BLAKE3 of its delta, or of its data,
- * and of the fine-tuned bytes over a base made by `made_up`. A report of a tensor that is too large to decode has status 255.
+ * Standard input: for each file its length, u64, and its bytes. Standard output: for each file the length of a report,
+ * u32, and the report: status of opening, status of verifying, the message of the first that failed (u8 length, text),
+ * the content id (32 bytes), the number of tensors (u32), and for each tensor the status of reading it and two digests:
+ * BLAKE3 of its delta, or of its data, and of the fine-tuned bytes over a base made by `made_up`. A report of a tensor
+ * that is too large to decode has status 255.
+ *
+ * With the argument `deltas`, the deltas of a file that verifies follow, for test vectors (add_deltas).
  *
  * Compiled with -DDELTAFMT_LIBFUZZER, it is a libFuzzer harness in place of that.
  */
@@ -41,7 +45,8 @@ static int decode(dlt_file *file, dlt_tensor *t, uint8_t digests[64], dlt_error 
     uint64_t elements = t->shared_rows * t->columns, work = elements, all = t->rows * t->columns;
     for (uint32_t i = 0; i < t->term_count; i++) work += elements * t->terms[i].layout.rank;
     if (elements > MOST_ELEMENTS || all > MOST_ELEMENTS || work > MOST_WORK) return TOO_LARGE;
-    uint64_t size = dlt_dtype_bits(t->dtype) / 8, base_size = dlt_dtype_bits(t->base_dtype) / 8, first = t->shared_rows / 3;
+    uint64_t size = dlt_dtype_bits(t->dtype) / 8, base_size = dlt_dtype_bits(t->base_dtype) / 8,
+             first = t->shared_rows / 3;
     float *delta = need(4 * elements);
     uint8_t *base = need(base_size * all), *out = need(size * all);
     made_up(base, base_size * elements);
@@ -50,8 +55,8 @@ static int decode(dlt_file *file, dlt_tensor *t, uint8_t digests[64], dlt_error 
     if (!status) status = dlt_apply(file, t, 0, t->rows, base, out, error);
     if (!status) {
         one_nan(delta, elements);
-        blake3_of(delta, (size_t)(4 * elements), digests);
-        blake3_of(out, (size_t)(size * all), digests + 32);
+        dlt_blake3_of(delta, (size_t)(4 * elements), digests);
+        dlt_blake3_of(out, (size_t)(size * all), digests + 32);
     }
     free(delta);
     free(base);
@@ -68,12 +73,15 @@ static int read_tensor(dlt_file *file, size_t number, uint8_t digests[64]) {
     status = (int)dlt_load(file, &t, &error);
     if (status) return status;
     if (t.action == DLT_ADD) status = decode(file, &t, digests, &error);
-    if (t.action == DLT_REPLACE) blake3_of(t.data.data, (size_t)t.data.length, digests);
+    if (t.action == DLT_REPLACE) dlt_blake3_of(t.data.data, (size_t)t.data.length, digests);
     dlt_unload(&t);
     return status;
 }
 
-typedef struct { uint8_t *data; size_t length, room; } report;
+typedef struct {
+    uint8_t *data;
+    size_t length, room;
+} report;
 
 static void add(report *r, const void *data, size_t length) {
     if (r->length + length > r->room) {
@@ -130,14 +138,47 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t length) {
     return 0;
 }
 #else
-int main(void) {
+/* The delta of a tensor as a test vector has it (16): in the shape of the tensor, zero in rows that only the fine-tune
+ * has. */
+static void add_delta(dlt_file *file, size_t number, report *r) {
+    dlt_error error;
+    dlt_tensor t, target;
+    uint32_t name = 0;
+    if (dlt_tensor_at(file, number, &t, &error) || dlt_resolve(file, &t, &target, &error)) abort();
+    if (target.action != DLT_ADD) return add(r, &name, 4);
+    uint64_t elements = target.rows * target.columns;
+    float *delta = need(4 * elements);
+    memset(delta, 0, 4 * elements);
+    if (dlt_load(file, &target, &error) || dlt_decode(file, &target, 0, target.shared_rows, delta, &error)) abort();
+    name = (uint32_t)t.name.length;
+    add(r, &name, 4);
+    add(r, t.name.text, name);
+    add(r, &elements, 8);
+    add(r, delta, 4 * elements);
+    free(delta);
+    dlt_unload(&target);
+}
+
+/* Of a file that verifies: for each tensor the length of its name, u32 (0: no delta), name, elements (u64) and delta.
+ */
+static void add_deltas(const uint8_t *data, size_t length, report *r) {
+    dlt_error error;
+    dlt_file *file;
+    if (dlt_open_memory(data, length, NULL, &file, &error)) return;
+    for (size_t i = 0; i < dlt_about(file).tensors && dlt_verify(file, &error) == DLT_OK; i++) add_delta(file, i, r);
+    dlt_close(file);
+}
+
+int main(int count, char **arguments) {
     report r = {0};
     uint64_t length;
+    int deltas = count > 1 && strcmp(arguments[1], "deltas") == 0;
     while (fread(&length, sizeof length, 1, stdin) == 1) {
         uint8_t *data = need(length);
         if (fread(data, 1, (size_t)length, stdin) != length) return 1;
         r.length = 0;
         read_file(data, (size_t)length, &r);
+        if (deltas) add_deltas(data, (size_t)length, &r);
         uint32_t size = (uint32_t)r.length;
         fwrite(&size, sizeof size, 1, stdout);
         fwrite(r.data, 1, size, stdout);

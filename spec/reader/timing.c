@@ -1,5 +1,5 @@
-/* Times the reader for benchmarks/reader.py: timing FILE REPEATS prints one JSON object. Times are of the processor, the least of all
- * repeats, in seconds: on a busy machine a clock on the wall would measure the others. */
+/* Times the reader for benchmarks/reader.py: timing FILE REPEATS prints one JSON object. Times are of the processor,
+ * the least of all repeats, in seconds: on a busy machine a clock on the wall would measure the others. */
 #define _POSIX_C_SOURCE 200809L
 #include "blake3.h"
 #include "deltafmt.h"
@@ -47,14 +47,14 @@ int main(int count, char **arguments) {
             bytes = malloc((size_t)size);
             if (bytes == NULL || fread(bytes, 1, (size_t)size, stream) != size) return 5;
         }
-        start = now(), blake3_of(bytes, (size_t)size, digest), taken[HASH] = now() - start;
+        start = now(), dlt_blake3_of(bytes, (size_t)size, digest), taken[HASH] = now() - start;
         int fd = open(arguments[1], O_RDONLY);
         start = now();
         void *mapped = mmap(NULL, (size_t)size, PROT_READ, MAP_PRIVATE, fd, 0);
         if (mapped == MAP_FAILED) return 5;
-        blake3_of(mapped, (size_t)size, digest), taken[MAPPED] = now() - start;
+        dlt_blake3_of(mapped, (size_t)size, digest), taken[MAPPED] = now() - start;
         munmap(mapped, (size_t)size), close(fd);
-        start = now(), xxh3_128(bytes, (size_t)size, digest), taken[CHECKSUM] = now() - start;
+        start = now(), dlt_xxh3_128(bytes, (size_t)size, digest), taken[CHECKSUM] = now() - start;
         for (int i = 0; i < FIGURES; i++) least[i] = taken[i] < least[i] ? taken[i] : least[i];
     }
     printf("{\"bytes\": %llu", (unsigned long long)size);

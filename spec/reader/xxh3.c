@@ -1,4 +1,5 @@
-/* XXH3-64 and XXH3-128, seed 0, default secret; see xxh3.h. Names and steps are those of xxHash's description of XXH3. */
+/* XXH3-64 and XXH3-128, seed 0, default secret; see xxh3.h. Names and steps are those of xxHash's description of XXH3.
+ */
 #include "xxh3.h"
 
 #include <string.h>
@@ -24,19 +25,22 @@
 enum { SECRET_SIZE = 192, STRIPE = 64, STRIPES = (SECRET_SIZE - 64) / 8, BLOCK = STRIPE * STRIPES };
 
 static const uint8_t secret[SECRET_SIZE] = {
-    0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c, 0xde, 0xd4, 0x6d, 0xe9,
-    0x83, 0x90, 0x97, 0xdb, 0x72, 0x40, 0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f, 0xcb, 0x79, 0xe6, 0x4e, 0xcc, 0xc0, 0xe5, 0x78,
-    0x82, 0x5a, 0xd0, 0x7d, 0xcc, 0xff, 0x72, 0x21, 0xb8, 0x08, 0x46, 0x74, 0xf7, 0x43, 0x24, 0x8e, 0xe0, 0x35, 0x90, 0xe6,
-    0x81, 0x3a, 0x26, 0x4c, 0x3c, 0x28, 0x52, 0xbb, 0x91, 0xc3, 0x00, 0xcb, 0x88, 0xd0, 0x65, 0x8b, 0x1b, 0x53, 0x2e, 0xa3,
-    0x71, 0x64, 0x48, 0x97, 0xa2, 0x0d, 0xf9, 0x4e, 0x38, 0x19, 0xef, 0x46, 0xa9, 0xde, 0xac, 0xd8, 0xa8, 0xfa, 0x76, 0x3f,
-    0xe3, 0x9c, 0x34, 0x3f, 0xf9, 0xdc, 0xbb, 0xc7, 0xc7, 0x0b, 0x4f, 0x1d, 0x8a, 0x51, 0xe0, 0x4b, 0xcd, 0xb4, 0x59, 0x31,
-    0xc8, 0x9f, 0x7e, 0xc9, 0xd9, 0x78, 0x73, 0x64, 0xea, 0xc5, 0xac, 0x83, 0x34, 0xd3, 0xeb, 0xc3, 0xc5, 0x81, 0xa0, 0xff,
-    0xfa, 0x13, 0x63, 0xeb, 0x17, 0x0d, 0xdd, 0x51, 0xb7, 0xf0, 0xda, 0x49, 0xd3, 0x16, 0x55, 0x26, 0x29, 0xd4, 0x68, 0x9e,
-    0x2b, 0x16, 0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce, 0x45, 0xcb, 0x3a, 0x8f,
+    0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c, 0xde, 0xd4,
+    0x6d, 0xe9, 0x83, 0x90, 0x97, 0xdb, 0x72, 0x40, 0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f, 0xcb, 0x79, 0xe6, 0x4e,
+    0xcc, 0xc0, 0xe5, 0x78, 0x82, 0x5a, 0xd0, 0x7d, 0xcc, 0xff, 0x72, 0x21, 0xb8, 0x08, 0x46, 0x74, 0xf7, 0x43,
+    0x24, 0x8e, 0xe0, 0x35, 0x90, 0xe6, 0x81, 0x3a, 0x26, 0x4c, 0x3c, 0x28, 0x52, 0xbb, 0x91, 0xc3, 0x00, 0xcb,
+    0x88, 0xd0, 0x65, 0x8b, 0x1b, 0x53, 0x2e, 0xa3, 0x71, 0x64, 0x48, 0x97, 0xa2, 0x0d, 0xf9, 0x4e, 0x38, 0x19,
+    0xef, 0x46, 0xa9, 0xde, 0xac, 0xd8, 0xa8, 0xfa, 0x76, 0x3f, 0xe3, 0x9c, 0x34, 0x3f, 0xf9, 0xdc, 0xbb, 0xc7,
+    0xc7, 0x0b, 0x4f, 0x1d, 0x8a, 0x51, 0xe0, 0x4b, 0xcd, 0xb4, 0x59, 0x31, 0xc8, 0x9f, 0x7e, 0xc9, 0xd9, 0x78,
+    0x73, 0x64, 0xea, 0xc5, 0xac, 0x83, 0x34, 0xd3, 0xeb, 0xc3, 0xc5, 0x81, 0xa0, 0xff, 0xfa, 0x13, 0x63, 0xeb,
+    0x17, 0x0d, 0xdd, 0x51, 0xb7, 0xf0, 0xda, 0x49, 0xd3, 0x16, 0x55, 0x26, 0x29, 0xd4, 0x68, 0x9e, 0x2b, 0x16,
+    0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce, 0x45, 0xcb, 0x3a, 0x8f,
     0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e,
 };
 
-typedef struct { uint64_t low, high; } wide;
+typedef struct {
+    uint64_t low, high;
+} wide;
 
 static uint64_t read32(const uint8_t *p) {
     return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 | (uint64_t)p[3] << 24;
@@ -81,7 +85,7 @@ static uint64_t mix(const uint8_t *data, size_t offset) {
     return fold(read64(data) ^ read64(secret + offset), read64(data + 8) ^ read64(secret + offset + 8));
 }
 
-uint64_t xxh3_64_of_header(const uint8_t *data, size_t length) {
+uint64_t dlt_xxh3_64_of_header(const uint8_t *data, size_t length) {
     uint64_t sum = (uint64_t)length * PRIME64_1;
     for (size_t i = 0; i <= (length - 1) / 32; i++) {
         sum += mix(data + 16 * i, 32 * i);
@@ -101,7 +105,8 @@ static wide of_few_bytes(const uint8_t *data, size_t length) {
         combined |= (uint64_t)data[length >> 1] << 24;
         uint64_t swapped = swap32(combined);
         out.low = avalanche_xxh64((read32(secret) ^ read32(secret + 4)) ^ combined);
-        out.high = avalanche_xxh64((read32(secret + 8) ^ read32(secret + 12)) ^ ((swapped << 13 | swapped >> 19) & 0xFFFFFFFF));
+        out.high = avalanche_xxh64((read32(secret + 8) ^ read32(secret + 12)) ^
+                                   ((swapped << 13 | swapped >> 19) & 0xFFFFFFFF));
     } else if (length <= 8) {
         uint64_t value = read64(secret + 16) ^ read64(secret + 24) ^ (read32(data) | read32(data + length - 4) << 32);
         out = multiply(value, PRIME64_1 + ((uint64_t)length << 2));
@@ -133,7 +138,8 @@ static void mix_two(uint64_t sum[2], const uint8_t *one, const uint8_t *two, siz
 static wide of_some_bytes(const uint8_t *data, size_t length) {
     uint64_t sum[2] = {(uint64_t)length * PRIME64_1, 0};
     if (length <= 128) {
-        for (size_t i = (length - 1) / 32 + 1; i-- > 0;) mix_two(sum, data + 16 * i, data + length - 16 * i - 16, 32 * i);
+        for (size_t i = (length - 1) / 32 + 1; i-- > 0;)
+            mix_two(sum, data + 16 * i, data + length - 16 * i - 16, 32 * i);
     } else {
         for (size_t i = 0; i < 4; i++) mix_two(sum, data + 32 * i, data + 32 * i + 16, 32 * i);
         sum[0] = avalanche(sum[0]);
@@ -171,7 +177,8 @@ static void accumulate_blocks(uint64_t sum[8], const uint8_t *data, size_t block
 
 #if XXH3_X86
 /* The same with instructions of AVX2. */
-__attribute__((target("avx2"))) static void accumulate_blocks_avx2(uint64_t sum[8], const uint8_t *data, size_t blocks) {
+__attribute__((target("avx2"))) static void accumulate_blocks_avx2(uint64_t sum[8], const uint8_t *data,
+                                                                   size_t blocks) {
     __m256i acc[2], prime = _mm256_set1_epi32((int)PRIME32_1);
     memcpy(acc, sum, sizeof acc);
     for (size_t block = 0; block < blocks; block++, data += BLOCK) {
@@ -202,13 +209,14 @@ static uint64_t merge(const uint64_t sum[8], uint64_t start, size_t offset) {
     return avalanche(start);
 }
 
-void xxh3_start(xxh3_run *run) {
-    static const uint64_t start[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
+void dlt_xxh3_start(xxh3_run *run) {
+    static const uint64_t start[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3,
+                                      PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
     memcpy(run->sum, start, sizeof start);
     run->blocks = 0;
 }
 
-void xxh3_advance(xxh3_run *run, const uint8_t *data, size_t length, size_t position) {
+void dlt_xxh3_advance(xxh3_run *run, const uint8_t *data, size_t length, size_t position) {
     /* The last block, even a full one, is not scrambled: it waits for the end. */
     size_t most = length ? (length - 1) / BLOCK : 0, blocks = position / BLOCK < most ? position / BLOCK : most;
     if (blocks <= run->blocks) return;
@@ -223,7 +231,7 @@ void xxh3_advance(xxh3_run *run, const uint8_t *data, size_t length, size_t posi
 
 /* Inputs of 241 bytes and more. */
 static wide of_many_bytes(xxh3_run *run, const uint8_t *data, size_t length) {
-    xxh3_advance(run, data, length, length);
+    dlt_xxh3_advance(run, data, length, length);
     uint64_t *sum = run->sum;
     const uint8_t *last = data + BLOCK * run->blocks;
     size_t left = length - BLOCK * run->blocks;
@@ -234,16 +242,18 @@ static wide of_many_bytes(xxh3_run *run, const uint8_t *data, size_t length) {
     return out;
 }
 
-void xxh3_end(xxh3_run *run, const uint8_t *data, size_t length, uint8_t out[16]) {
-    wide hash = length <= 16 ? of_few_bytes(data, length) : length <= 240 ? of_some_bytes(data, length) : of_many_bytes(run, data, length);
+void dlt_xxh3_end(xxh3_run *run, const uint8_t *data, size_t length, uint8_t out[16]) {
+    wide hash = length <= 16    ? of_few_bytes(data, length)
+                : length <= 240 ? of_some_bytes(data, length)
+                                : of_many_bytes(run, data, length);
     for (int i = 0; i < 8; i++) {
         out[i] = (uint8_t)(hash.high >> (56 - 8 * i));
         out[8 + i] = (uint8_t)(hash.low >> (56 - 8 * i));
     }
 }
 
-void xxh3_128(const uint8_t *data, size_t length, uint8_t out[16]) {
+void dlt_xxh3_128(const uint8_t *data, size_t length, uint8_t out[16]) {
     xxh3_run run;
-    xxh3_start(&run);
-    xxh3_end(&run, data, length, out);
+    dlt_xxh3_start(&run);
+    dlt_xxh3_end(&run, data, length, out);
 }
