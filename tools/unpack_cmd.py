@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--code",
         choices=("write", "leave"),
-        help="if the delta holds Python code: write it too, or leave it out (default: refuse such a delta)",
+        help="write the delta's Python code, or leave it out (default: write it, but refuse names of modules)",
     )
     add_name_arguments(parser, "the delta", "BASE")
     add_limit_arguments(parser, computes=True)
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     files = f" and {bounded(result.files, 30)}" if result.files else ""
     console.say(f"{result.path}: {plural(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
     if result.code:
-        done = "written" if options.code == "write" else "left out"
+        done = "left out" if options.code == "leave" else "written"
         console.say(f"code, {done}: {bounded(result.code, 30)}")
     say_names(result.names)
     say_dequantized(result.dequantized)

@@ -2088,13 +2088,24 @@ static void positions_of(const index_reader *p, uint64_t q, uint64_t g, uint8_t 
  * this. */
 VECTORS static uint32_t wrong_positions(const uint32_t *tile, const stream *s, uint32_t keep, uint32_t m) {
     int32_t wrong[LANES] = {0}, before[LANES] = {0};
-    uint32_t now[LANES], lanes = 0;
-    for (uint64_t i = 0, within = 0; i < s->count; i++, within = within + 1 < keep ? within + 1 : 0) {
-        lane_fields(tile, s, i, now);
+    const unsigned w = s->plane_width[0];
+    const uint32_t mask = (UINT32_C(1) << w) - 1;
+    uint32_t lanes = 0, within = 0;
+    for (uint64_t i = 0; i < s->count; i++, within = within + 1 < keep ? within + 1 : 0) {
+        int32_t now[LANES];
+        if (s->planes == 1) {
+            const uint32_t *words = tile + LANES * (i / (32 / w));
+            const unsigned bit = (unsigned)(i % (32 / w) * w);
+            for (int k = 0; k < LANES; k++) now[k] = (int32_t)(words[k] >> bit & mask);
+        } else {
+            uint32_t fields[LANES];
+            lane_fields(tile, s, i, fields);
+            memcpy(now, fields, sizeof now);
+        }
+        if (within == 0) memset(before, 0xFF, sizeof before); /* -1, below every position */
         for (int k = 0; k < LANES; k++) {
-            int32_t last = within ? before[k] : -1;
-            wrong[k] |= ((int32_t)now[k] <= last) | ((int32_t)now[k] >= (int32_t)m);
-            before[k] = (int32_t)now[k];
+            wrong[k] |= (now[k] <= before[k]) | (now[k] >= (int32_t)m);
+            before[k] = now[k];
         }
     }
     for (int k = 0; k < LANES; k++) lanes |= (uint32_t)(wrong[k] & 1) << k;
