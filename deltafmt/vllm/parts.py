@@ -1,0 +1,28 @@
+"""What one delta changes in one layer of this process, ready to be put into a slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from deltafmt.kernels.operand import Operand
+
+
+@dataclass(slots=True, eq=False)
+class LayerParts:
+    """What a delta changes in a layer.
+
+    Attributes:
+        terms: packed terms by the layer's row at which they begin, as kernels read them.
+        decoded: the same as dense float32 matrices, where no kernel runs.
+        bias: what is added to the layer's bias, float32; its columns are the layer's rows.
+        values: whole values by the parameter's name, in the parameter's dtype: of norms.
+        experts: decoded matrices by expert and by ``w1``, ``w2`` or ``w3``.
+    """
+
+    terms: dict[int, tuple[Operand, ...]] = field(default_factory=dict)
+    decoded: dict[int, torch.Tensor] = field(default_factory=dict)
+    bias: torch.Tensor | None = None
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    experts: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
