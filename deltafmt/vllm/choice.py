@@ -7,7 +7,7 @@ sampled, or, for log-probabilities of a prompt, a run of tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 
 import torch
@@ -65,6 +65,7 @@ class Choice:
         lenient: True if a head may be called with rows that nobody has announced: those of a draft model.
         lost: the slots of deltas that were lost while requests for them were under way.
         end: the token that ends such a request's text; None if there is none.
+        announce: told the first token and the number of the tokens that a head is given for log-probabilities.
     """
 
     def __init__(self, slots: int, device: torch.device, longest: int) -> None:
@@ -74,6 +75,7 @@ class Choice:
         self.lenient = False
         self.lost: set[int] = set()
         self.end: int | None = None
+        self.announce: Callable[[int, int], None] | None = None
         self._of: dict[Rows, list[int]] = {Rows.TOKENS: [], Rows.LOGITS: []}
         self._segments: dict[tuple[Rows, int, int], Segments] = {}
         self._prompt = False
@@ -103,6 +105,11 @@ class Choice:
         finally:
             self._prompt = False
 
+    def note_logits(self, x: torch.Tensor) -> None:
+        """Note that a head is given rows, which may be tokens of a prompt."""
+        if self._prompt and self.announce is not None:
+            self.announce(_first(x), x.shape[0])
+
     def segments(self, rows: Rows, x: torch.Tensor, where: str) -> Segments | None:
         """Return the segments of the rows of a layer's input; None if all of them are the base's.
 
@@ -123,7 +130,7 @@ class Choice:
         slots = self._of[rows]
         if rows is Rows.LOGITS and self._prompt:
             slots = self._of[Rows.TOKENS]
-            first = x.storage_offset() // max(x.stride(0), 1)
+            first = _first(x)
             if first + count > len(slots):
                 raise _unannounced(where, count, len(slots))
         elif count < len(slots) or (rows is Rows.LOGITS and count != len(slots)):
@@ -145,6 +152,11 @@ class Choice:
         if count not in self._sized:
             self._sized[count] = StepSegments(self._fixed, count)
         return self._sized[count]
+
+
+def _first(x: torch.Tensor) -> int:
+    """Return the place of the first row of a slice of a tensor."""
+    return x.storage_offset() // max(x.stride(0), 1)
 
 
 def _unannounced(where: str, count: int, announced: int) -> UsageError:

@@ -6,7 +6,7 @@ bases, merged projections and layers that are cut over processes are served alik
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,12 @@ from deltafmt.errors import UsageError
 from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.products import embedding_, matmul_
 from deltafmt.kernels.record_memory import RecordMemory
+from deltafmt.kernels.registry import kernels_of
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime import operations
+from deltafmt.runtime.device_delta import DeviceTensor
+from deltafmt.terms.layout import TermLayout
 from deltafmt.vllm.choice import Choice, Rows
 from deltafmt.vllm.parts import LayerParts
 
@@ -43,8 +46,14 @@ class ServedLayer:
         self.ran = False
         self.slots: set[int] = set()
 
-    def put(self, slot: int, parts: LayerParts) -> None:
-        """Fill a slot with what a delta changes here."""
+    def put(self, slot: int, parts: LayerParts, tensors: Mapping[str, DeviceTensor]) -> None:
+        """Fill a slot with what a delta changes here.
+
+        Args:
+            slot: the slot.
+            parts: what the delta changes.
+            tensors: its tensors on the device, by the names that the parts say.
+        """
         raise NotImplementedError
 
     def clear(self, slot: int) -> None:
@@ -91,17 +100,20 @@ class MatrixLayer(ServedLayer):
         self.runs = sorted(runs)
         self.columns = columns
         self.table = OperandTable(choice.slots, [rows for _, rows in self.runs], columns, choice.device, memory)
+        # What a graph that is captured from now on launches.
+        self.prepared: set[tuple[int, TermLayout, int]] = set()
         self._parts: dict[int, LayerParts] = {}
         # The bias of every slot less the base's; captured graphs read it.
         self._biases: torch.Tensor | None = None
 
-    def put(self, slot: int, parts: LayerParts) -> None:
+    def put(self, slot: int, parts: LayerParts, tensors: Mapping[str, DeviceTensor]) -> None:
         """Fill a slot with what a delta changes here."""
         self.clear(slot)
-        if self.choice.device.type == "cuda":
-            terms: list[tuple[Operand, ...]] = [parts.terms.get(start, ()) for start, _ in self.runs]
-            self.table.put(slot, terms)
+        if parts.packed:
+            terms = {start: tensors[name].terms for start, name in parts.packed.items()}
+            self.table.put(slot, [terms.get(start, ()) for start, _ in self.runs])
             self.table.prepare()
+            self.prepared |= self.layouts(terms)
         self._parts[slot] = parts
         self.slots.add(slot)
 
@@ -110,9 +122,21 @@ class MatrixLayer(ServedLayer):
         if slot in self.slots:
             self.slots.discard(slot)
             del self._parts[slot]
-            if self.choice.device.type == "cuda":
+            if any(self.table.operands(slot)):
                 self.table.clear(slot)
                 self.table.prepare()
+
+    @staticmethod
+    def layouts(terms: Mapping[int, Sequence[Operand]]) -> set[tuple[int, TermLayout, int]]:
+        """Return what graphs launch for terms: where they begin, their layout, and how many of it came before."""
+        found: set[tuple[int, TermLayout, int]] = set()
+        for start, operands in terms.items():
+            seen: dict[TermLayout, int] = {}
+            for operand in operands:
+                layout = kernels_of(operand.layout).table_layout(operand.layout)
+                number = seen[layout] = seen.get(layout, -1) + 1
+                found.add((start, layout, number))
+        return found
 
 
 class LinearLayer(MatrixLayer):
@@ -127,15 +151,15 @@ class LinearLayer(MatrixLayer):
         self.rows = rows
         self.key = operations.new_key(self, self.choice.device)
 
-    def put(self, slot: int, parts: LayerParts) -> None:
+    def put(self, slot: int, parts: LayerParts, tensors: Mapping[str, DeviceTensor]) -> None:
         """Fill a slot with what a delta changes here."""
-        super().put(slot, parts)
+        super().put(slot, parts, tensors)
         if parts.bias is not None:
             if self._biases is None:
                 with torch.inference_mode(mode=False):
                     shape = (self.choice.slots + 1, len(parts.bias))
                     self._biases = torch.zeros(shape, device=self.choice.device)
-            self._biases[slot + 1] = parts.bias
+            self._biases[slot + 1] = parts.bias.to(self.choice.device)
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -145,6 +169,8 @@ class LinearLayer(MatrixLayer):
 
     def added(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return the base's output with the products of the deltas, added in place."""
+        if self.rows is Rows.LOGITS:
+            self.choice.note_logits(x)
         if self.idle():
             return y
         if torch.compiler.is_compiling():

@@ -57,7 +57,9 @@ class _Wanted:
     held: HeldTensor
 
 
-def load_delta(path: str, model: ServedModel, base: EngineBase | None, where: str = "") -> LoadedDelta:
+def load_delta(
+    path: str, model: ServedModel, base: EngineBase | None, where: str = "", *, starting: bool = False
+) -> LoadedDelta:
     """Read a delta file and make ready what each layer of this process needs of it.
 
     Args:
@@ -65,6 +67,7 @@ def load_delta(path: str, model: ServedModel, base: EngineBase | None, where: st
         model: the engine's model.
         base: the base's checkpoint; None if the engine's weights are random, and nothing is compared.
         where: the file's name for messages, if it is another than the path.
+        starting: True before the model has run, when nobody can tell what computes without deltas.
 
     Raises:
         StorageError, InvalidFileError: the file cannot be read, or breaks its format.
@@ -79,12 +82,14 @@ def load_delta(path: str, model: ServedModel, base: EngineBase | None, where: st
             metadata = opened.container
             if base is not None:
                 base.check(metadata, {entry.name: entry for entry in entries.values()}.values())
-            wanted = _wanted(entries, opened.container.removed, model)
+            wanted = _wanted(entries, opened.container.removed, model, starting=starting)
         tensors = _read(path, wanted)
         if tensors.content_id != content_id:
             raise UsageError("the file changed while it was read")
         check_terms(name, tensors)
-        return LoadedDelta(content_id, tensors.nbytes, tensors, _parts(wanted, tensors, model, base))
+        found = LoadedDelta(content_id, tensors.nbytes, tensors, _parts(wanted, tensors, model, base))
+        model.check(found.parts, tensors, starting=starting)
+        return found
     except DeltafmtError as error:
         if name in str(error):
             raise
@@ -100,7 +105,9 @@ def _read(path: str, wanted: list[_Wanted]) -> DeviceDelta:
     return load_held(path, held, torch.device("cpu"), threading.Event())
 
 
-def _wanted(entries: Mapping[str, TensorEntry], removed: Iterable[str], model: ServedModel) -> list[_Wanted]:
+def _wanted(
+    entries: Mapping[str, TensorEntry], removed: Iterable[str], model: ServedModel, *, starting: bool
+) -> list[_Wanted]:
     """Return the pieces that this process needs.
 
     Raises:
@@ -114,7 +121,7 @@ def _wanted(entries: Mapping[str, TensorEntry], removed: Iterable[str], model: S
             continue
         for place in _places_of(name, base_name, entries, model):
             served = model.layers[place.layer]
-            _check(name, entry, place, served, model)
+            _check(name, entry, place, served, model, starting=starting)
             whole = len(place.pieces) == 1
             for piece in place.pieces:
                 cut = _cut(entry, piece) if not whole or not _covers(entry, piece) else None
@@ -156,14 +163,14 @@ def _places_of(name: str, base_name: str, entries: Mapping[str, TensorEntry], mo
     return tuple(place for place in found if place.layer not in own)
 
 
-def _check(name: str, entry: TensorEntry, place: Place, served: Served, model: ServedModel) -> None:
+def _check(name: str, entry: TensorEntry, place: Place, served: Served, model: ServedModel, *, starting: bool) -> None:
     """Refuse what a layer cannot do for a request.
 
     Raises:
         UsageError: names the tensor.
     """
     reason = model.refusals.get(place.layer) or (served if isinstance(served, str) else "")
-    if not reason and not isinstance(served, str) and not served.ran:
+    if not reason and not isinstance(served, str) and not served.ran and not starting:
         reason = f"{place.layer} computed without the method that deltas are added in"
     expected = model.shapes.get(name) or model.shapes.get(_base_name(name, entry))
     if not reason and expected is not None and tuple(entry.shape) != expected:
@@ -199,12 +206,28 @@ def _parts(
             held = getattr(model.modules[one.place.layer], one.place.parameter)
             parts.values[one.place.parameter] = new_values(tensor, held.detach().cpu()).to(held.device)
         elif one.place.expert is not None:
-            parts.experts[one.place.expert, one.place.matrix] = _dense(one, tensor, dense, base)
+            key = one.place.expert, one.place.matrix
+            parts.experts[key] = _dense(one, tensor, dense, base) + _old(one.base_name, one.piece, base)
         elif tensor.terms and model.has_kernels:
-            parts.terms[one.piece.start] = tensor.terms
+            parts.packed[one.piece.start] = one.held.key
         else:
             parts.decoded[one.piece.start] = _dense(one, tensor, dense, base)
+    for name, places in model.places.found.items():
+        for place in places:
+            # Experts that the delta leaves as they are belong to the sum, too.
+            if place.expert is not None and place.layer in found:
+                experts = found[place.layer].experts
+                if (place.expert, place.matrix) not in experts:
+                    experts[place.expert, place.matrix] = _old(name, place.pieces[0], base)
     return found
+
+
+def _old(name: str, piece: Piece, base: EngineBase | None) -> torch.Tensor:
+    """Return a piece of a tensor of the base in float32."""
+    if base is None:
+        raise UsageError(f'tensor "{name}" is needed, and the engine\'s weights are random')
+    rows, columns = (slice(run.start, run.stop) for run in (piece.rows, piece.columns))
+    return base.values(name)[rows, columns].float()
 
 
 def _dense(one: _Wanted, tensor: DeviceTensor, kept: dict[str, torch.Tensor], base: EngineBase | None) -> torch.Tensor:
@@ -213,15 +236,9 @@ def _dense(one: _Wanted, tensor: DeviceTensor, kept: dict[str, torch.Tensor], ba
     if key not in kept:
         if tensor.terms:
             kept[key] = dense_delta(tensor)
-        elif base is None:
-            raise UsageError(f'tensor "{one.entry.name}" is stored whole, and the engine\'s weights are random')
         else:
             assert tensor.data is not None
-            old = base.values(one.base_name)
-            if one.held.cut is not None:
-                rows, columns = one.held.cut.rows, one.held.cut.columns
-                old = old[rows.start : rows.stop, columns.start : columns.stop]
-            kept[key] = tensor.data.float() - old.float()
+            kept[key] = tensor.data.float() - _old(one.base_name, one.piece, base)
     return kept[key]
 
 

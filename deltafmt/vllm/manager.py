@@ -16,6 +16,7 @@ import torch
 
 from deltafmt.errors import DeltafmtError, StorageError, UsageError
 from deltafmt.vllm import seam
+from deltafmt.vllm.arena import Arena
 from deltafmt.vllm.base import EngineBase, folder_of
 from deltafmt.vllm.choice import BASE, Choice
 from deltafmt.vllm.files import FileHandles
@@ -68,7 +69,20 @@ class DeltaModelManager:
         self.choice.lenient = config.speculative_config is not None
         self.choice.end = _end_of_text(config.model_config)
         self.served = ServedModel(self.model, shapes, self.choice, config)
+        self._reserve(Options.of(config))
         super()._create_lora_modules()  # type: ignore[misc]
+
+    def _reserve(self, options: Options) -> None:
+        """Take the memory of slots before the engine sizes its cache, and prepare tables for graphs."""
+        if not self.served.has_kernels or self.base is None:
+            return
+        paths = [delta_path(path) for path in options.prepare]
+        prepared = [load_delta(path, self.served, self.base, starting=True) for path in paths]
+        most = max((delta.nbytes for delta in prepared), default=self.base.checkpoint.nbytes // 8)
+        self.served.arena = Arena(self.choice.device, self.lora_slots, options.largest or most)
+        for delta in prepared:
+            self.served.put(0, delta.parts, delta.tensors)
+            self.served.clear(0)
 
     def _add_adapter(self, lora: Any) -> None:
         if isinstance(lora, DeltaAdapter):
@@ -85,7 +99,7 @@ class DeltaModelManager:
             if adapter.delta is None:
                 self.choice.lost.add(slot)
             else:
-                self.served.put(slot, adapter.delta.parts)
+                self.served.put(slot, adapter.delta.parts, adapter.delta.tensors)
         return activated
 
     def _deactivate_adapter(self, lora_id: int) -> None:

@@ -20,12 +20,14 @@ class Options:
 
     Attributes:
         open_files: the most delta files that a worker keeps open.
-        largest: the bytes of the largest delta on a GPU, of which there is room for ``max_loras``; 0 for no
-            reserve.
+        largest: the bytes of the largest delta on a GPU, of which there is room for ``max_loras``; 0 for
+            that of the deltas in ``prepare``, or an eighth of the base if there is none.
+        prepare: deltas whose layouts CUDA graphs are captured for; other deltas of the same layouts need not be named.
     """
 
     open_files: int = 256
     largest: int = 0
+    prepare: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Any) -> Options:
@@ -42,6 +44,11 @@ class Options:
                 continue
             if name not in known:
                 raise UsageError(f'deltafmt has no option "{name}" in vLLM; it has {", ".join(known)}')
+            if name == "prepare":
+                if not isinstance(value, list) or not all(isinstance(path, str) for path in value):
+                    raise UsageError(f'the option "prepare" of deltafmt is a list of paths, not {value!r}')
+                values[name] = tuple(value)
+                continue
             if type(value) is not int or value < 0:
                 raise UsageError(f'the option "{name}" of deltafmt is a number of at least 0, not {value!r}')
             values[name] = value

@@ -6,22 +6,20 @@ from dataclasses import dataclass, field
 
 import torch
 
-from deltafmt.kernels.operand import Operand
-
 
 @dataclass(slots=True, eq=False)
 class LayerParts:
     """What a delta changes in a layer.
 
     Attributes:
-        terms: packed terms by the layer's row at which they begin, as kernels read them.
-        decoded: the same as dense float32 matrices, where no kernel runs.
+        packed: by the layer's row at which they begin, the names of tensors whose packed terms kernels multiply with.
+        decoded: dense float32 matrices by the layer's row at which they begin, where no kernel runs.
         bias: what is added to the layer's bias, float32; its columns are the layer's rows.
         values: whole values by the parameter's name, in the parameter's dtype: of norms.
         experts: decoded matrices by expert and by ``w1``, ``w2`` or ``w3``.
     """
 
-    terms: dict[int, tuple[Operand, ...]] = field(default_factory=dict)
+    packed: dict[int, str] = field(default_factory=dict)
     decoded: dict[int, torch.Tensor] = field(default_factory=dict)
     bias: torch.Tensor | None = None
     values: dict[str, torch.Tensor] = field(default_factory=dict)

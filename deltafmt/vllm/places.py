@@ -89,13 +89,19 @@ class _Recorder:
         self._names = {id(probe): name for name, probe in probes.items()}
         self.given: list[_Given] = []
 
-    def __call__(self, parameter: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+    def __call__(self, param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
         base = loaded_weight._base  # noqa: SLF001 - torch has no other name for what a view is of
-        for tensor, exact in ((loaded_weight, True), (base, False)):
-            name = self._names.get(id(tensor))
-            if name is not None:
-                self.given.append(_Given(name, id(parameter), args, kwargs, exact))
-                break
+        name = self._names.get(id(loaded_weight))
+        if name is not None:
+            self.given.append(_Given(name, id(param), args, kwargs, exact=True))
+        elif base is not None and id(base) in self._names:
+            # A view of the whole tensor, in its order, is the tensor.
+            same = (loaded_weight.shape, loaded_weight.stride(), loaded_weight.storage_offset()) == (
+                base.shape,
+                base.stride(),
+                base.storage_offset(),
+            )
+            self.given.append(_Given(self._names[id(base)], id(param), args, kwargs, exact=same))
         return True  # some loaders of experts tell whether they took the tensor
 
 
@@ -287,6 +293,13 @@ def _merged(sizes: Sequence[int], shard: Any, cut: int, rank: int) -> _Runs | No
 def _expert(layer: Any, name: str, key: str, shape: Sequence[int], given: Any) -> Place | str:
     """Return the place of one matrix of one expert."""
     expert, matrix = given.kwargs.get("expert_id"), given.kwargs.get("shard_id")
-    if not isinstance(expert, int) or matrix not in ("w1", "w2", "w3") or len(shape) != 2:
+    if not isinstance(expert, int) or matrix not in ("w1", "w2", "w3") or len(shape) != 2 or "weight" not in key:
         return _unknown(layer)
-    return Place(name, key, (Piece(0, range(shape[0]), range(shape[1])),), expert, matrix)
+    parallel = layer.moe_config.moe_parallel_config
+    at = 1 if matrix == "w2" else 0
+    runs = [range(size) for size in shape]
+    if shape[at] % parallel.tp_size:
+        return _unknown(layer)
+    mine = shape[at] // parallel.tp_size
+    runs[at] = range(parallel.tp_rank * mine, (parallel.tp_rank + 1) * mine)
+    return Place(name, key, (Piece(0, runs[0], runs[1]),), expert, matrix)

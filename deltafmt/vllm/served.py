@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from deltafmt.errors import UsageError
 from deltafmt.kernels.devices import has_triton
 from deltafmt.kernels.record_memory import RecordMemory
+from deltafmt.kernels.registry import kernels_of
+from deltafmt.runtime.delta_store import copy_delta
+from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.vllm import seam
+from deltafmt.vllm.arena import Arena
 from deltafmt.vllm.choice import Choice, Rows
-from deltafmt.vllm.layers import EmbeddingLayer, LinearLayer, ServedLayer, serving_method
+from deltafmt.vllm.experts import ExpertsLayer, refusal
+from deltafmt.vllm.layers import EmbeddingLayer, LinearLayer, MatrixLayer, ServedLayer, serving_method
 from deltafmt.vllm.norms import NormLayer
 from deltafmt.vllm.parts import LayerParts
 from deltafmt.vllm.places import Place, Places, find_places
@@ -33,6 +40,15 @@ def _prefixes_of_text(model: Any) -> tuple[str, ...] | None:
     return (*(f"{prefix.rstrip('.')}." for prefix in found), "lm_head")
 
 
+_EAGER = "start the engine with --enforce-eager"
+
+
+def _captured_tokens(config: Any) -> int:
+    """Return the tokens of the largest CUDA graph that the engine captures."""
+    sizes = getattr(getattr(config, "compilation_config", None), "cudagraph_capture_sizes", None)
+    return 0 if config.model_config.enforce_eager else max(sizes or (0,))
+
+
 class ServedModel:
     """A model whose layers are prepared.
 
@@ -50,6 +66,9 @@ class ServedModel:
         refusals: why layers refuse deltas whatever these are, by the layer's name.
         shapes: of the base's tensors.
         has_kernels: True if kernels multiply with packed terms here.
+        arena: the memory of slots on a GPU; None if it is taken for each delta.
+        compiled: True if the engine compiles the model.
+        captured_tokens: the tokens of the largest CUDA graph; 0 if none is captured.
     """
 
     def __init__(self, model: Any, shapes: Mapping[str, tuple[int, ...]], choice: Choice, config: Any) -> None:
@@ -61,6 +80,9 @@ class ServedModel:
         self.heads: dict[str, tuple[Place, ...]] = {}
         self.refusals: dict[str, str] = {}
         self.layers: dict[str, Served] = {}
+        self.arena: Arena | None = None
+        self.compiled = bool(getattr(getattr(config, "compilation_config", None), "mode", 0))
+        self.captured_tokens = _captured_tokens(config) if self.has_kernels else 0
         self._memory = RecordMemory(choice.device)
         self._follow_ties()
         self._prepare()
@@ -105,13 +127,23 @@ class ServedModel:
                     self._prepare_vocabulary(name, layer, held)
                 elif isinstance(layer, seam.layer("LinearBase")):
                     self._prepare_linear(name, layer, held)
+                elif isinstance(layer, seam.layer("RoutedExperts")):
+                    reason = refusal(layer, self.choice.device)
+                    self.layers[name] = reason or ExpertsLayer(name, layer, self.choice)
                 elif isinstance(layer, (*norms, torch.nn.LayerNorm)):
-                    self.layers[name] = NormLayer(name, layer, self.choice)
+                    self.layers[name] = self._norm(name, layer)
                 else:
                     kind = type(layer).__name__
                     self.layers[name] = f"it belongs to a {kind}, to which deltas cannot be added"
                 known[""] = self.layers[name]
             self.layers[name] = known[""]
+
+    def _norm(self, name: str, layer: Any) -> Served:
+        compiled = self.compiled or self.captured_tokens > 0
+        served = NormLayer(name, layer, self.choice, compiled=compiled)
+        if compiled and not served.can_compile:
+            self.refusals[name] = f"the formula of a {type(layer).__name__} is not known to compiled code; {_EAGER}"
+        return served
 
     def _prepare_vocabulary(self, name: str, layer: Any, places: list[Place]) -> None:
         runs = sorted({(piece.start, len(piece.rows)) for place in places for piece in place.pieces})
@@ -178,12 +210,64 @@ class ServedModel:
         found |= self.refusals
         return [f"{name}: {reason}" for name, reason in sorted(found.items())]
 
-    def put(self, slot: int, parts: Mapping[str, LayerParts]) -> None:
-        """Fill a slot of every layer that a delta changes."""
+    def check(self, parts: Mapping[str, LayerParts], tensors: DeviceDelta, *, starting: bool) -> None:
+        """Refuse a delta that does not fit the memory or the graphs of this engine.
+
+        Args:
+            parts: what it changes.
+            tensors: its tensors in host memory.
+            starting: True before graphs are captured.
+
+        Raises:
+            UsageError: it is larger than a slot, or graphs that were captured do not launch its kernels.
+        """
+        if self.arena is not None and not starting:
+            self.arena.check("the delta", tensors.nbytes)
+        if not self.captured_tokens:
+            return
+        for name, one in parts.items():
+            served = self.layers[name]
+            if one.decoded or one.experts:
+                raise UsageError(f"{name} changes by a whole matrix, which CUDA graphs do not hold; {_EAGER}")
+            if not isinstance(served, MatrixLayer):
+                continue
+            terms = {start: tensors[tensor].terms for start, tensor in one.packed.items()}
+            for operand in itertools.chain.from_iterable(terms.values()):
+                most = kernels_of(operand.layout).most_tokens(operand.layout)
+                if most is not None and most < self.captured_tokens:
+                    raise UsageError(
+                        f"{name} changes by {operand.layout.kind} terms, whose kernels take {most} tokens where graphs "
+                        f"are captured for {self.captured_tokens}; {_EAGER}"
+                    )
+            if not starting and not served.layouts(terms) <= served.prepared:
+                raise UsageError(
+                    f"{name} changes in a layout that no graph was captured for; name a delta of this layout when the "
+                    f'engine starts, --additional-config \'{{"deltafmt": {{"prepare": ["a.deltafmt"]}}}}\', or {_EAGER}'
+                )
+
+    def put(self, slot: int, parts: Mapping[str, LayerParts], host: DeviceDelta) -> None:
+        """Fill a slot of every layer that a delta changes.
+
+        Args:
+            slot: the slot.
+            parts: what the delta changes.
+            host: its tensors in host memory.
+        """
+        tensors = host
+        if self.has_kernels:
+            arena = self.arena
+            tensors = copy_delta(
+                host,
+                lambda size: (
+                    torch.empty(size, dtype=torch.uint8, device=self.choice.device)
+                    if arena is None
+                    else arena.take(slot, size)
+                ),
+            )
         for name, one in parts.items():
             served = self.layers[name]
             assert not isinstance(served, str)
-            served.put(slot, one)
+            served.put(slot, one, tensors)
         self._memory.flush()
 
     def clear(self, slot: int) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from deltafmt.vllm import seam
+from deltafmt.vllm.choice import Choice
 from deltafmt.vllm.install import wrap
 from deltafmt.vllm.manager import managers
 from deltafmt.vllm.options import stamp
@@ -43,5 +46,33 @@ def _prompts(own: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
     manager = getattr(runner, "lora_manager", None)
     if manager is None:
         return own(runner, *args, **kwargs)
-    with manager._adapter_manager.choice.prompts():  # noqa: SLF001
+    models = manager._adapter_manager  # noqa: SLF001
+    choice: Choice = models.choice
+    with choice.prompts(), _prompt_rows(choice, models.punica_wrapper_mapping.values()):
         return own(runner, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _prompt_rows(choice: Choice, wrappers: Iterable[Any]) -> Iterator[None]:
+    """Tell vLLM's own products with LoRA factors, too, which tokens a head is given.
+
+    On the CPU they would take the rows that are sampled, fail where their number is another, and end the engine.
+    """
+    if choice.device.type != "cpu":
+        yield
+        return
+    held = [(wrapper, list(wrapper.indices_len), wrapper._sampler_indices) for wrapper in wrappers]  # noqa: SLF001
+
+    def announce(first: int, count: int) -> None:
+        for wrapper, lengths, _ in held:
+            wrapper._sampler_indices = wrapper._token_lora_indices[first:]  # noqa: SLF001
+            wrapper.indices_len[:] = [lengths[0], count, *lengths[2:]]
+
+    choice.announce = announce
+    try:
+        yield
+    finally:
+        choice.announce = None
+        for wrapper, lengths, indices in held:
+            wrapper.indices_len[:] = lengths
+            wrapper._sampler_indices = indices  # noqa: SLF001
