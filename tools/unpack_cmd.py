@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="accept a base whose bytes differ from those packed against; the output's metadata records it",
     )
+    parser.add_argument(
+        "--code",
+        choices=("write", "leave"),
+        help="write the delta's Python code, or leave it out (default: write it, but refuse names of modules)",
+    )
     add_name_arguments(parser, "the delta", "BASE")
     add_limit_arguments(parser, computes=True)
 
@@ -48,6 +53,7 @@ def run(options: argparse.Namespace) -> None:
             options.output,
             force=options.force,
             force_base=options.force_base,
+            code=options.code,
             **name_options(options),
             max_shard_bytes=limit,
             threads=options.threads,
@@ -64,6 +70,7 @@ def run(options: argparse.Namespace) -> None:
                 "tensors": result.tensors,
                 "bytes": result.nbytes,
                 "files": result.files,
+                "code": result.code,
                 "removed": result.removed,
                 "mismatched": result.mismatched,
                 "names": names_obj(result.names),
@@ -73,6 +80,9 @@ def run(options: argparse.Namespace) -> None:
         return
     files = f" and {bounded(result.files, 30)}" if result.files else ""
     console.say(f"{result.path}: {plural(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
+    if result.code:
+        done = "left out" if options.code == "leave" else "written"
+        console.say(f"code, {done}: {bounded(result.code, 30)}")
     say_names(result.names)
     say_dequantized(result.dequantized)
     if result.removed:

@@ -11,14 +11,17 @@ from typing import Any, Self
 
 from deltafmt.container import canonical
 from deltafmt.format import constants as c
-from deltafmt.format.checks import Where, fail
+from deltafmt.format.checks import Where, check_name, fail, is_name
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.file_names import first_collision
 from deltafmt.index.scaled import ScaledRef
 from deltafmt.index.sections import Attachment, BufferRef, Section
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.registry import parse_layout
 
 _TOP_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "sections", "tensors")
+# The key of a safetensors file's header that holds no tensor; behind a component's folder it would be that key, too.
+_NO_TENSOR = "__metadata__"
 _SCALED_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "scaled", "sections", "tensors")
 
 
@@ -77,11 +80,12 @@ class FileIndex:
         layouts = _parse_layouts(obj["layouts"], profile)
         sections = _parse_sections(obj["sections"], profile, index_offset)
         tensors = canonical.check_names(obj["tensors"], "tensors")
-        if len(tensors) > c.MAX_TENSORS:
-            fail("tensors", f"{len(tensors)} entries are more than {c.MAX_TENSORS}")
+        _check_tensor_names(tensors)
         removed = _parse_removed(obj["removed"], tensors)
         attachments = _parse_attachments(obj["attachments"])
         scaled = canonical.check_names(obj["scaled"], "scaled") if scales else {}
+        for name in scaled:
+            check_name(name, ('scaled["', name, '"]'))
         index = cls(profile, metadata, layouts, sections, tensors, removed, attachments, features, scaled)
         for name, attachment in index.attachments.items():
             index.check_ref(attachment.data, f'attachments["{name}"]', c.SECTION_KIND_ATTACHMENTS)
@@ -94,8 +98,6 @@ class FileIndex:
             InvalidFileError: the entry breaks the format.
         """
         where = ('tensors["', name, '"]')
-        if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
-            fail(where, f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
         entry = TensorEntry.from_obj(name, self._decode_entry(name), self.layouts)
         if entry.base is not None and entry.base.parts and not self.features & c.FEATURE_PARTS:
             fail((where, ".base.parts"), "the header does not have the feature of parts, bit 0")
@@ -121,8 +123,6 @@ class FileIndex:
             InvalidFileError: the description breaks the format.
         """
         where = f'scaled["{name}"]'
-        if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
-            fail(where, f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
         return ScaledRef.from_obj(_decoded(self.scaled[name], where), where)
 
     def _decode_entry(self, name: str) -> Any:
@@ -182,11 +182,20 @@ def _parse_sections(rows: Any, profile: str, index_offset: int) -> tuple[Section
     return sections
 
 
+def _check_tensor_names(names: Mapping[str, Any]) -> None:
+    """Refuse names that are too short or too long, and the one that means something else in a safetensors file."""
+    for name in names:
+        if not is_name(name):
+            fail(('tensors["', name, '"]'), f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
+        if name.endswith(_NO_TENSOR) and name.rpartition("/")[2] == _NO_TENSOR:
+            fail(('tensors["', name, '"]'), "a safetensors file keeps no tensor under this name")
+
+
 def _parse_removed(names: Any, tensors: Mapping[str, Any]) -> tuple[str, ...]:
     if type(names) is not list or not all(type(name) is str for name in names):
         fail("removed", "expected a list of names")
-    if not all(1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES for name in names):
-        fail("removed", f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
+    for name in names:
+        check_name(name, "removed")
     if names != sorted(set(names)) or any(name in tensors for name in names):
         fail("removed", "the names are not sorted and distinct from the tensors")
     return tuple(names)
@@ -195,8 +204,8 @@ def _parse_removed(names: Any, tensors: Mapping[str, Any]) -> tuple[str, ...]:
 def _parse_attachments(obj: Any) -> dict[str, Attachment]:
     names = canonical.check_names(obj, "attachments")
     attachments = {name: Attachment.from_obj(name, value) for name, value in names.items()}
-    for name in attachments:
-        parts = name.split("/")
-        if any("/".join(parts[:depth]) in attachments for depth in range(1, len(parts))):
-            fail(f'attachments["{name}"]', "another attachment stands in the place of its folder")
+    collision = first_collision(attachments)
+    if collision is not None:
+        name, other = collision
+        fail(f'attachments["{name}"]', f'"{other}" stands in the place of the file or of its folder')
     return attachments

@@ -14,6 +14,8 @@ HEADER_SIZE: Final = 64
 # Section 8: the trailer.
 TRAILER_MAGIC: Final = b"DLTEND\r\n"
 TRAILER_SIZE: Final = 128
+# What a reader of a remote file reads at once: the trailer, and the index of most files.
+TAIL_BYTES: Final = 256 * 1024
 
 # Section 4.4: incompatible features, a bit each.
 FEATURE_PARTS: Final = 1 << 0  # a base tensor is made of parts of base tensors (section 7.4)
@@ -34,6 +36,7 @@ CODEC_STORED: Final = 0
 CODEC_ZSTD: Final = 1
 CODECS: Final = (CODEC_STORED, CODEC_ZSTD)
 ZSTD_CHUNK: Final = 256 * 1024
+ZSTD_MAX_WINDOW: Final = 1 << 27
 ZSTD_MIN_FRAME: Final = 9  # bytes of the shortest frame: magic, a header with a size, one empty block
 
 PROFILES: Final = ("hot", "cold")
