@@ -90,7 +90,7 @@ class ExpertsLayer(ServedLayer):
     ) -> torch.Tensor:
         """Return the weighted sum of experts in float32: down(activation(gate x) up x)."""
         total = torch.zeros(len(x), len(matrices[0, "w2"]))
-        for expert in ids.unique().tolist():
+        for expert in sorted(set(ids.flatten().tolist())):
             rows, places = (ids == expert).nonzero(as_tuple=True)
             gate, up = (functional.linear(x[rows], matrices[expert, name]) for name in ("w1", "w3"))
             found = functional.linear(self._activation(gate) * up, matrices[expert, "w2"])
