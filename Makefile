@@ -29,7 +29,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM = 0.32.0
 VLLM_VERSIONS = 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 
-.PHONY: demo test reference lint fuzz sanitize docs package vllm vllm-names clean
+.PHONY: demo test reference lint fuzz faults costs sanitize docs package vllm vllm-names clean
 
 demo: $(VENV)/.models
 	$(BIN)/python examples/demo.py
@@ -46,8 +46,21 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy -p deltafmt
 	$(BIN)/lint-imports
 
+# The reader of delta files for a minute, and each of what else is read for FUZZ_OTHERS seconds; fuzz/README.md.
+FUZZ_READER ?= 60
+FUZZ_OTHERS ?= 15
 fuzz: $(VENV)/.dev
-	$(BIN)/python fuzz/fuzz_reader.py $$(mktemp -d) fuzz/corpus -max_total_time=60
+	$(BIN)/python fuzz/fuzz_reader.py $$(mktemp -d) fuzz/corpus -max_total_time=$(FUZZ_READER)
+	for target in safetensors weight-map adapter rules; do \
+		$(BIN)/python fuzz/fuzz_inputs.py $$target $$(mktemp -d) -max_total_time=$(FUZZ_OTHERS) || exit 1; done
+
+# Every call of the writers fails, disks are full, runs are killed, bits are flipped: some minutes; fuzz/README.md.
+faults: $(VENV)/.dev
+	$(BIN)/python fuzz/faults.py $(FAULTS)
+
+# What the files of strangers cost: memory and time of each command.
+costs: $(VENV)/.dev
+	$(BIN)/python fuzz/costs.py
 
 # The tests of the loops, under the compiler's sanitizers of addresses and of undefined behaviour.
 sanitize: $(VENV)/.dev
