@@ -127,6 +127,11 @@ class DeltaFile:
             raise UsageError(f'tensor "{name}" replaces the base\'s and has no delta')
         if entry.terms:
             self.check_work([entry], 0)
+        else:
+            size = self.container.size
+            self.container.limits.check_elements(
+                entry.rows * entry.columns, size, 0, f"{self.container.name}: the delta takes"
+            )
         out = np.zeros((entry.rows, entry.columns), np.float32)
         if entry.terms:
             decoder = RunDecoder(self, entry)

@@ -39,7 +39,7 @@ int find_driver(struct upload_calls *calls);
 /* Returns the address of cuLaunchKernel, or 0. */
 uint64_t find_launcher(void);
 
-enum { MAX_PARAMETERS = 128 };
+enum { MAX_PARAMETERS = 128, MAX_ADDRESSES = 64, JOB_FIELDS = 8 };
 
 /* Launches a kernel: grid, threads and bytes of shared memory in `sizes`, eight bytes a parameter. */
 int run_launch(uint64_t address, uint64_t function, const unsigned sizes[5], uint64_t stream, uint64_t *params,

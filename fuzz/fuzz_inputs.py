@@ -1,0 +1,53 @@
+"""Fuzz what is read beside delta files, see ``fuzz/inputs.py``: safetensors files, weight maps, adapters, rules.
+
+python fuzz/fuzz_inputs.py safetensors NEW_INPUTS -max_total_time=60
+"""
+
+from __future__ import annotations
+
+import atexit
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["deltafmt"]):
+    import inputs
+
+import mutate
+import numpy as np
+from budget import bounded_time, limit_memory
+
+
+def main() -> None:
+    """Run libFuzzer with the target that the first argument names."""
+    name, *rest = sys.argv[1:] or [""]
+    if name not in inputs.TARGETS:
+        raise SystemExit(f"the targets are {', '.join(inputs.TARGETS)}")
+    target = inputs.TARGETS[name]
+
+    def test_one_input(data: bytes) -> None:
+        with bounded_time():
+            target.read(data)
+
+    def mutated(data: bytes, size: int, seed: int) -> bytes:
+        changed = target.mutate(data, random.Random(seed), atheris.Mutate)
+        return changed if len(changed) <= size else atheris.Mutate(data, size)
+
+    seeds = Path(tempfile.mkdtemp())
+    for number, data in enumerate(target.seeds()):
+        (seeds / f"seed-{number}").write_bytes(data)
+        test_one_input(data)
+    np.seterr(all="ignore")  # weights may be any bits
+    limit_memory()
+    atexit.register(inputs.folder.remove)
+    if not any(argument.startswith("-max_len") for argument in rest):
+        rest.append(f"-max_len={mutate.MAX_LENGTH}")
+    atheris.Setup([sys.argv[0], *rest, str(seeds)], test_one_input, custom_mutator=mutated)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
