@@ -30,7 +30,7 @@ from deltafmt.index.file_names import is_source
 from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base
 from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.pipeline.read_as_values import Dequantized, dequantized
-from deltafmt.pipeline.verify import check_attachment, check_content_id, check_payload_digest
+from deltafmt.pipeline.verify import check_content_id, check_payload_digest
 from deltafmt.pipeline.workers import Progress, drain, in_order, thread_count
 from deltafmt.terms.buffers import raw_bytes
 from deltafmt.terms.floats import RAW_DTYPES
@@ -210,7 +210,6 @@ class _Unpacker:
         try:
             self._write(writer, not force_base, threads, progress)
             for name in self._result.files:
-                check_attachment(self._delta.container, name)
                 writer.add_file(name, self._delta.attachment(name))
             self._base.checkpoint.check_unchanged()
             writer.commit()
