@@ -22,7 +22,7 @@ REFERENCE_TESTS = $(wildcard $(addprefix tests/test_,budget.py calibrated_pack.p
 # Tests of the source distribution that are run from the unpacked archive.
 SDIST_TESTS = $(addprefix tests/test_,examples.py mapping.py packaging.py surface.py vectors.py)
 
-.PHONY: demo test reference lint fuzz faults costs sanitize docs package clean
+.PHONY: demo test reference lint vectors fuzz faults costs sanitize docs package clean
 
 demo: $(VENV)/.models
 	$(BIN)/python examples/demo.py
@@ -42,6 +42,12 @@ lint: $(VENV)/.dev
 # The reader of delta files for a minute, and each of what else is read for FUZZ_OTHERS seconds; fuzz/README.md.
 FUZZ_READER ?= 60
 FUZZ_OTHERS ?= 15
+# The test vectors of the specification are written anew; readers, right and wrong ones, are run against them.
+vectors: $(VENV)/.dev
+	$(BIN)/python spec/make_vectors.py
+	$(BIN)/pytest -q -n 0 --no-cov tests/test_vectors.py tests/test_rules.py
+	$(BIN)/python spec/mutants.py
+
 fuzz: $(VENV)/.dev
 	$(BIN)/python fuzz/fuzz_reader.py $$(mktemp -d) fuzz/corpus -max_total_time=$(FUZZ_READER)
 	for target in safetensors weight-map adapter rules; do \
