@@ -22,7 +22,7 @@ REFERENCE_TESTS = $(wildcard $(addprefix tests/test_,budget.py calibrated_pack.p
 # Tests of the source distribution that are run from the unpacked archive.
 SDIST_TESTS = $(addprefix tests/test_,examples.py mapping.py packaging.py surface.py vectors.py)
 
-.PHONY: demo test reference lint vectors fuzz faults costs sanitize docs package clean
+.PHONY: demo test reference lint vectors fuzz fuzz-reader faults costs reader sanitize docs package clean
 
 demo: $(VENV)/.models
 	$(BIN)/python examples/demo.py
@@ -60,6 +60,13 @@ faults: $(VENV)/.dev
 # What the files of strangers cost: memory and time of each command.
 costs: $(VENV)/.dev
 	$(BIN)/python fuzz/costs.py
+
+# The second reader, in C: its library and command end up in build/reader/, and it runs the vectors under the sanitizers.
+reader:
+	$(MAKE) -C spec/reader OUT="$(abspath build/reader)" PYTHON=$(PYTHON) all check
+
+fuzz-reader:
+	$(MAKE) -C spec/reader OUT="$(abspath build/reader)" PYTHON=$(PYTHON) fuzz
 
 # The tests of the loops, under the compiler's sanitizers of addresses and of undefined behaviour.
 sanitize: $(VENV)/.dev
