@@ -29,7 +29,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM = 0.32.0
 VLLM_VERSIONS = 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 
-.PHONY: demo test reference lint fuzz fuzz-reader faults costs reader sanitize docs package vllm vllm-names clean
+.PHONY: demo test reference lint vectors fuzz fuzz-reader faults costs reader sanitize docs package vllm vllm-names clean
 
 demo: $(VENV)/.models
 	$(BIN)/python examples/demo.py
@@ -49,6 +49,12 @@ lint: $(VENV)/.dev
 # The reader of delta files for a minute, and each of what else is read for FUZZ_OTHERS seconds; fuzz/README.md.
 FUZZ_READER ?= 60
 FUZZ_OTHERS ?= 15
+# The test vectors of the specification are written anew; readers, right and wrong ones, are run against them.
+vectors: $(VENV)/.dev
+	$(BIN)/python spec/make_vectors.py
+	$(BIN)/pytest -q -n 0 --no-cov tests/test_vectors.py tests/test_rules.py
+	$(BIN)/python spec/mutants.py
+
 fuzz: $(VENV)/.dev
 	$(BIN)/python fuzz/fuzz_reader.py $$(mktemp -d) fuzz/corpus -max_total_time=$(FUZZ_READER)
 	for target in safetensors weight-map adapter rules; do \
