@@ -62,7 +62,8 @@ fuzz: $(VENV)/.dev
 
 # Every call of the writers fails, disks are full, runs are killed, bits are flipped: some minutes; fuzz/README.md.
 faults: $(VENV)/.dev
-	$(BIN)/python fuzz/faults.py $(FAULTS)
+	$(MAKE) -C spec/reader OUT="$(abspath build/reader)" PYTHON=$(PYTHON) all
+	$(BIN)/python fuzz/faults.py --reader build/reader/deltafmt-c $(FAULTS)
 
 # What the files of strangers cost: memory and time of each command.
 costs: $(VENV)/.dev
