@@ -5,7 +5,7 @@ python fuzz/fuzz_inputs.py safetensors NEW_INPUTS -max_total_time=60
 
 from __future__ import annotations
 
-import atexit
+import os
 import random
 import sys
 import tempfile
@@ -36,17 +36,22 @@ def main() -> None:
         changed = target.mutate(data, random.Random(seed), atheris.Mutate)
         return changed if len(changed) <= size else atheris.Mutate(data, size)
 
-    seeds = Path(tempfile.mkdtemp())
-    for number, data in enumerate(target.seeds()):
-        (seeds / f"seed-{number}").write_bytes(data)
-        test_one_input(data)
-    np.seterr(all="ignore")  # weights may be any bits
-    limit_memory()
-    atexit.register(inputs.folder.remove)
-    if not any(argument.startswith("-max_len") for argument in rest):
-        rest.append(f"-max_len={mutate.MAX_LENGTH}")
-    atheris.Setup([sys.argv[0], *rest, str(seeds)], test_one_input, custom_mutator=mutated)
-    atheris.Fuzz()
+    with tempfile.TemporaryDirectory() as seeds:
+        for number, data in enumerate(target.seeds()):
+            (Path(seeds) / f"seed-{number}").write_bytes(data)
+            test_one_input(data)
+        if not any(argument.startswith("-max_len") for argument in rest):
+            rest.append(f"-max_len={mutate.MAX_LENGTH}")
+        # libFuzzer ends its process at once, so that another has to clean up.
+        child = os.fork()
+        if child == 0:
+            np.seterr(all="ignore")  # weights may be any bits
+            limit_memory()
+            atheris.Setup([sys.argv[0], *rest, seeds], test_one_input, custom_mutator=mutated)
+            atheris.Fuzz()
+        _, status = os.waitpid(child, 0)
+        inputs.folder.remove()
+    raise SystemExit(os.waitstatus_to_exitcode(status))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import shutil
 import struct
@@ -45,16 +44,14 @@ WORDS = (
 
 
 class Folder:
-    """A folder in memory, of this process alone."""
+    """The folder in which the inputs lie, in memory where it can be."""
 
     def __init__(self) -> None:
-        self._process = 0
-        self._path = Path()
+        self._path: Path | None = None
 
     def __call__(self) -> Path:
         """Return the folder, empty."""
-        if self._process != os.getpid():
-            self._process = os.getpid()
+        if self._path is None:
             self._path = Path(tempfile.mkdtemp(prefix="inputs-", dir=MEMORY if MEMORY.is_dir() else None))
         shutil.rmtree(self._path)
         self._path.mkdir()
@@ -62,8 +59,9 @@ class Folder:
 
     def remove(self) -> None:
         """Remove it."""
-        if self._process == os.getpid():
+        if self._path is not None:
             shutil.rmtree(self._path, ignore_errors=True)
+            self._path = None
 
 
 folder = Folder()

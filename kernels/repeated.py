@@ -224,7 +224,7 @@ class Repeated:
         """Launch everything on the current stream of a device, given the addresses of all but scratch memory."""
         native = core.native
         assert native is not None
-        held = ()
+        held: tuple[torch.Tensor, ...] = ()
         if self.scratch:
             held = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self.scratch)
             addresses += [tensor.data_ptr() for tensor in held]

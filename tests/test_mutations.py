@@ -5,6 +5,7 @@ import random
 import zlib
 from pathlib import Path
 
+import make_corpus
 import mutate
 import pytest
 import repair
@@ -73,3 +74,13 @@ def test_mutations_of_mutations_end(files):
         rng, at = random.Random(seed), seed % len(held)
         changed = mutate.mutate(held[at], rng) if seed % 3 else mutate.cross(held[at], rng.choice(held), rng)
         held[at] = changed if repair.split(changed) else held[at]
+
+
+def test_the_seed_inputs_can_be_made_anew(tmp_path, capsys):
+    """Their bytes follow the version; that they are made, verified, and as many, must hold always."""
+    make_corpus.main(tmp_path)
+    made, kept = ({path.name for path in folder.glob("*.deltafmt")} for folder in (tmp_path, ROOT / "fuzz" / "corpus"))
+    assert made == kept
+    assert capsys.readouterr().out.count("tensors") == len(made)
+    for name in kept:
+        deltafmt.verify(ROOT / "fuzz" / "corpus" / name)

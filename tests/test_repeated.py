@@ -161,7 +161,8 @@ def test_a_product_that_is_ready_takes_tensors_of_its_form(monkeypatch: pytest.M
     ready = Ready(made, product.outputs, product.x, product.segments, product.records)
     for x in (product.x, other.x):
         for outputs in (product.outputs, other.outputs):
-            assert ready.takes(x) and ready.run(outputs, x)
+            assert ready.takes(x)
+            assert ready.run(outputs, x)
             wanted = [x.data_ptr(), outputs[0].data_ptr(), *addresses(product)[2:]]  # the first tokens
             assert driver.seen[-1][2][:4] == wanted
     count = len(driver.seen)

@@ -67,7 +67,7 @@ def outside(first, stop, n, WIDTH: tl.constexpr):
     high = tl.minimum(tl.maximum(stop - n * PER_WORD, 0), PER_WORD) * WIDTH
     one = tl.full([], 1, tl.uint64)
     inside = (one << high.to(tl.uint64)) - (one << tl.minimum(low, high).to(tl.uint64))
-    return (~inside).to(tl.uint32)
+    return inside.to(tl.uint32) ^ 0xFFFFFFFF
 
 
 @triton.jit
