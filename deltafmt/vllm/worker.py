@@ -36,9 +36,12 @@ def _load(own: Any, runner: Any, model: Any, vllm_config: Any, *args: Any, **kwa
     # An engine that compiles runs the model once before it takes requests; the others may not.
     if runner.device.type == "cpu" and not vllm_config.compilation_config.mode:
         runner.model = wrapped
-        with torch.inference_mode():
-            hidden = runner._dummy_run(_TOKENS)[1]  # noqa: SLF001
-            wrapped.compute_logits(hidden)
+        try:
+            with torch.inference_mode():
+                hidden = runner._dummy_run(_TOKENS)[1]  # noqa: SLF001
+                wrapped.compute_logits(hidden)
+        except Exception as error:  # noqa: BLE001 - what has not run is refused when a delta changes it
+            _log.warning("the model could not be run at start-up to see what deltas can change: %s", error)
     return wrapped
 
 
