@@ -165,6 +165,12 @@ class RMSNorm(nn.Module):
 class GemmaRMSNorm(RMSNorm):
     """A norm whose weight is added to one."""
 
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        """Return the normalized rows, and the sum if a residual was given."""
+        given = x if residual is None else x + residual
+        found = given * torch.rsqrt(given.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * (1 + self.weight)
+        return found if residual is None else (found, given)
+
 
 class LayerNorm(nn.LayerNorm):
     """A norm with a bias."""

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
+
 from deltafmt.errors import InvalidFileError, StorageError, UsageError
 from deltafmt.vllm import check_names, seam
 from deltafmt.vllm.engine import Known
@@ -18,6 +20,7 @@ from deltafmt.vllm.files import FileHandles
 from deltafmt.vllm.names import is_delta
 from deltafmt.vllm.options import KEY, Options, stamp
 from deltafmt.vllm.resolver import find
+from deltafmt.vllm.worker import expanded
 
 
 @dataclass
@@ -147,6 +150,15 @@ def test_options_are_read_checked_and_stamped() -> None:
         Options.of(SimpleNamespace(additional_config={KEY: {"open_files": "3"}}))
     with pytest.raises(UsageError, match="an object of names and values"):
         Options.of(SimpleNamespace(additional_config={KEY: 1}))
+
+
+def test_rows_without_an_adapter_take_none_from_the_last_slot() -> None:
+    def own(inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, indices: torch.Tensor) -> None:
+        output += torch.einsum("bi,boi->bo", inputs, weights[indices])
+
+    weights, output = torch.ones(2, 3, 4), torch.zeros(3, 3)
+    expanded(own, torch.ones(3, 4), weights, output, torch.tensor([1, -1, 0]))
+    assert output.tolist() == [[4.0] * 3, [0.0] * 3, [4.0] * 3]
 
 
 def test_keys_of_the_prefix_cache_follow_the_content(delta: Path, tmp_path: Path) -> None:

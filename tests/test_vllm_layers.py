@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,16 +14,22 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import deltafmt
 from deltafmt import methods
 from deltafmt.errors import InvalidFileError, UsageError, WrongBaseError
+from deltafmt.kernels.segments import FixedSegments, Segments
+from deltafmt.vllm.arena import Arena
 from deltafmt.vllm.base import EngineBase
-from deltafmt.vllm.choice import BASE, Choice
+from deltafmt.vllm.choice import BASE, Choice, StepSegments
 from deltafmt.vllm.loading import load_delta
+from deltafmt.vllm.norms import NormLayer
+from deltafmt.vllm.parts import LayerParts
 from deltafmt.vllm.served import ServedModel
-from fake_vllm import Llama, classes, config
+from fake_vllm import GemmaRMSNorm, LayerNorm, Llama, RMSNorm, classes, config
 
 pytestmark = pytest.mark.usefixtures("classes")
 __all__ = ["classes"]
@@ -212,15 +219,9 @@ def test_a_wrong_base_and_a_layer_that_never_ran_are_refused(deltas: dict[str, P
         load_delta(str(deltas["deltadq"]), served, base)
 
 
-@pytest.mark.parametrize(
-    ("asked", "reason"),
-    [({"is_encoder_decoder": True}, "an encoder's rows are not those of the tokens")],
-)
-def test_models_whose_rows_are_no_tokens_are_refused(
-    deltas: dict[str, Path], nano: Path, asked: dict[str, bool], reason: str
-) -> None:
-    _, served = engine(nano / "base", **asked)
-    with pytest.raises(UsageError, match=reason):
+def test_models_whose_rows_are_no_tokens_are_refused(deltas: dict[str, Path], nano: Path) -> None:
+    _, served = engine(nano / "base", is_encoder_decoder=True)
+    with pytest.raises(UsageError, match="an encoder's rows are not those of the tokens"):
         load_delta(str(deltas["svd"]), served, EngineBase(nano / "base"))
 
 
@@ -250,3 +251,58 @@ def test_a_damaged_file_is_refused_when_it_is_loaded(deltas: dict[str, Path], na
     (tmp_path / "bad.deltafmt").write_bytes(data)
     with pytest.raises(InvalidFileError, match=r"bad\.deltafmt: section 0"):
         load_delta(str(tmp_path / "bad.deltafmt"), served, EngineBase(nano / "base"))
+
+
+@pytest.mark.parametrize("kind", ["RMSNorm", "GemmaRMSNorm", "LayerNorm"])
+def test_the_formula_of_compiled_code_is_that_of_the_layer(kind: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    layer = {"RMSNorm": RMSNorm, "GemmaRMSNorm": GemmaRMSNorm, "LayerNorm": LayerNorm}[kind](32)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(32, generator=generator)
+        parameter.requires_grad = False
+    values = {name: torch.randn(32, generator=generator) for name, _ in layer.named_parameters()}
+    x = torch.randn(5, 32, generator=generator)
+    choice = Choice(3, torch.device("cpu"), 16)
+    plain, again = (
+        NormLayer("n", copy.deepcopy(layer), choice),
+        NormLayer("n", copy.deepcopy(layer), choice, compiled=True),
+    )
+    for one in (plain, again):
+        one.put(1, LayerParts(values=values), {})
+    choice.show([BASE, 1, 2, 1, BASE], [])
+    expected, found = plain(x.clone()), again(x.clone())
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(found[[0, 2, 4]], layer(x.clone())[[0, 2, 4]])
+    assert not torch.allclose(found[1], layer(x.clone())[1])
+    if kind != "LayerNorm":
+        residual = torch.randn(5, 32, generator=generator)
+        both = [one(x.clone(), residual.clone()) for one in (plain, again)]
+        torch.testing.assert_close(both[1], both[0])
+    again.clear(1)
+    assert torch.equal(again(x.clone()), layer(x.clone()))
+
+
+@given(st.lists(st.integers(-1, 3), min_size=1, max_size=40), st.integers(0, 8), st.sampled_from([1, 4, 16]))
+def test_segments_of_a_graph_are_the_beginning_of_those_of_the_longest_step(
+    slots: list[int], padding: int, size: int
+) -> None:
+    whole = FixedSegments(64, 4, torch.device("cpu"))
+    whole.fill([*slots, *[BASE] * (64 - len(slots))])
+    count = len(slots) + padding
+    found = StepSegments(whole, count).tiles(size)
+    expected = Segments(torch.tensor([*slots, *[BASE] * padding], dtype=torch.int32), 4).tiles(size)
+    assert torch.equal(found.order, expected.order)
+    assert torch.equal(found.table, expected.table)
+
+
+def test_an_arena_has_a_block_for_each_slot_and_refuses_what_is_larger() -> None:
+    arena = Arena(torch.device("cpu"), 3, 1000)
+    blocks = [arena.take(slot, 500) for slot in range(3)]
+    for number, block in enumerate(blocks):
+        block.fill_(number + 1)
+    assert [int(block.min()) for block in blocks] == [1, 2, 3]
+    arena.check("x", arena.size)
+    with pytest.raises(
+        UsageError, match=r'x takes 769 bytes on the device where a slot has 768; .* \{"largest": 769\}'
+    ):
+        arena.check("x", 769)

@@ -71,8 +71,9 @@ class Known:
                 self._ready.clear()
             self._ready.add((lora_request.lora_int_id, path))
             if again and named in self._keys:
+                # Whatever the file is by now: nothing that was computed before is found under this.
                 self._loads += 1
-                self._keys[named] = f"deltafmt {self._ids.read(path)} {self._loads}"
+                self._keys[named] = f"deltafmt {path} {self._loads}"
 
     def _keep(self, keys: dict[tuple[str, str], str], named: tuple[str, str], found: str) -> None:
         if len(keys) >= MOST_KNOWN:

@@ -62,9 +62,9 @@ class ServedLayer:
 
     def idle(self) -> bool:
         """Return True if no row uses a delta now. Compiled code and graphs hold the operation for every step."""
-        self.ran = True
         if torch.compiler.is_compiling():
             return False
+        self.ran = True
         return not (self.choice.busy and (self.slots or self.choice.lost)) and not _capturing(self.choice.device)
 
 

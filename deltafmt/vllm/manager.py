@@ -60,16 +60,21 @@ class DeltaModelManager:
 
     def _create_lora_modules(self) -> None:
         config = self._config
-        self.base: EngineBase | None = None
-        if config.load_config.load_format != "dummy":
-            self.base = EngineBase(folder_of(config.model_config.model, config.model_config.revision))
-        shapes = {} if self.base is None else self.base.shapes()
+        options = Options.of(config)
         tokens = config.scheduler_config.max_num_batched_tokens
         self.choice = Choice(self.lora_slots, torch.device(self.device), tokens)
         self.choice.lenient = config.speculative_config is not None
         self.choice.end = _end_of_text(config.model_config)
-        self.served = ServedModel(self.model, shapes, self.choice, config)
-        self._reserve(Options.of(config))
+        self.base: EngineBase | None = None
+        self.refusal = ""
+        try:
+            self.base = _base_of(config)
+            self.served = ServedModel(self.model, self.base.shapes(), self.choice, config)
+        except Exception as error:  # noqa: BLE001 - an engine that serves adapters alone must start
+            self.base, self.refusal = None, str(error)
+            self.served = ServedModel(self.model, {}, self.choice, config)
+            _log.warning("no delta can be served by this engine: %s", error)
+        self._reserve(options)
         super()._create_lora_modules()  # type: ignore[misc]
 
     def _reserve(self, options: Options) -> None:
@@ -127,6 +132,17 @@ class DeltaModelManager:
             if number is not None and isinstance(adapters.get(number), DeltaAdapter)
         }
         self.choice.show(_slots(slots, mapping.index_mapping), _slots(slots, mapping.prompt_mapping))
+
+
+def _base_of(config: Any) -> EngineBase:
+    """Return the base's checkpoint.
+
+    Raises:
+        DeltafmtError: there is none, or it cannot be read.
+    """
+    if config.load_config.load_format == "dummy":
+        raise UsageError("its weights are random (--load-format dummy)")
+    return EngineBase(folder_of(config.model_config.model, config.model_config.revision))
 
 
 def _slots(slots: Mapping[int, int], numbers: Iterable[int]) -> list[int]:
@@ -190,9 +206,7 @@ class DeltaWorkerManager:
     def _load(self, lora_request: Any, path: str) -> LoadedDelta:
         manager = self._adapter_manager
         if manager.base is None:
-            raise UsageError(
-                f"{path}: the engine's weights are random (--load-format dummy), which no delta is made for"
-            )
+            raise UsageError(f"{path}: no delta can be served by this engine: {manager.refusal}")
 
         def load(source: str) -> LoadedDelta:
             return load_delta(source, manager.served, manager.base, path)

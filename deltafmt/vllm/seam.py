@@ -31,6 +31,8 @@ NAMES: Final[dict[str, tuple[str, ...]]] = {
         "LoRAModelManager.remove_all_adapters",
         "LRUCacheLoRAModelManager.activate_adapter",
     ),
+    "vllm.lora.ops.torch_ops.lora_ops": ("bgmv_expand", "bgmv_expand_slice"),
+    "vllm.lora.punica_wrapper.punica_cpu": ("bgmv_expand", "bgmv_expand_slice"),
     "vllm.lora.request": ("LoRARequest",),
     "vllm.lora.resolver": ("LoRAResolver", "LoRAResolverRegistry"),
     "vllm.lora.worker_manager": (

@@ -28,6 +28,26 @@ def install_worker() -> None:
     wrap(seam.name("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin"), "load_lora_model", _load)
     runner = seam.name("vllm.v1.worker.gpu_model_runner", "GPUModelRunner")
     wrap(runner, "_get_prompt_logprobs_dict", _prompts)
+    for module in ("vllm.lora.ops.torch_ops.lora_ops", "vllm.lora.punica_wrapper.punica_cpu"):
+        for name in ("bgmv_expand", "bgmv_expand_slice"):
+            wrap(importlib.import_module(module), name, expanded)
+
+
+def expanded(
+    own: Any,
+    inputs: torch.Tensor,
+    weights: torch.Tensor,
+    output: torch.Tensor,
+    indices: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Multiply with the second factors of adapters on the CPU; rows without an adapter, of index -1, add nothing.
+
+    vLLM takes -1 for the last slot, so rows of the base get the adapter that has it once all slots are taken.
+    """
+    kept = torch.where((indices >= 0)[:, None], inputs, torch.zeros((), dtype=inputs.dtype))
+    return own(kept, weights, output, indices, *args, **kwargs)
 
 
 def _load(own: Any, runner: Any, model: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -36,9 +56,12 @@ def _load(own: Any, runner: Any, model: Any, vllm_config: Any, *args: Any, **kwa
     # An engine that compiles runs the model once before it takes requests; the others may not.
     if runner.device.type == "cpu" and not vllm_config.compilation_config.mode:
         runner.model = wrapped
-        with torch.inference_mode():
-            hidden = runner._dummy_run(_TOKENS)[1]  # noqa: SLF001
-            wrapped.compute_logits(hidden)
+        try:
+            with torch.inference_mode():
+                hidden = runner._dummy_run(_TOKENS)[1]  # noqa: SLF001
+                wrapped.compute_logits(hidden)
+        except Exception as error:  # noqa: BLE001 - what has not run is refused when a delta changes it
+            _log.warning("the model could not be run at start-up to see what deltas can change: %s", error)
     return wrapped
 
 
