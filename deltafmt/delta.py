@@ -89,7 +89,8 @@ class DeltaFile:
         Returns:
             For ``add``: the buffers of the term by name, as :func:`deltafmt.terms.buffers.views` gives them, and
             ``new_rows`` as bytes if the tensor grew. With several terms the names are ``terms[0].codes`` and so on.
-            For ``replace``: ``data`` as bytes. For ``same``: nothing. For an alias: the buffers of its target.
+            For ``replace``: ``data`` as bytes. For ``exact``: ``exact``, the chunks as bytes.
+            For ``same``: nothing. For an alias: the buffers of its target.
         """
         entry = self.resolve(name)
         arrays: dict[str, NDArray[np.generic]] = {}
@@ -100,6 +101,8 @@ class DeltaFile:
         if entry.data is not None:
             data = np.frombuffer(self.container.buffer(entry.data), np.uint8)
             arrays["data" if entry.action == "replace" else "new_rows"] = data
+        if entry.exact is not None:
+            arrays["exact"] = np.frombuffer(self.container.buffer(entry.exact.data), np.uint8)
         return arrays
 
     def term_views(self, entry: TensorEntry, term: Term) -> dict[str, NDArray[np.generic]]:
@@ -115,12 +118,14 @@ class DeltaFile:
 
         Raises:
             KeyError: the file has no such tensor.
-            UsageError: the tensor's action is ``replace``: it has no delta.
+            UsageError: the tensor's action is ``replace`` or ``exact``: it has no delta.
             InvalidFileError: the tensor's buffers break the format, or decoding takes more than the file's limits.
         """
         entry = self.resolve(name)
         if entry.action == "replace":
             raise UsageError(f'tensor "{name}" replaces the base\'s and has no delta')
+        if entry.action == "exact":
+            raise UsageError(f'tensor "{name}" is exact and has no delta; unpack restores it from the base')
         if entry.terms:
             self.check_work([entry], 0)
         out = np.zeros((entry.rows, entry.columns), np.float32)

@@ -134,7 +134,7 @@ class CheckpointWriter:
         (self._partial / name).parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self._partial / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._files.append(descriptor)
-        _write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
         os.ftruncate(descriptor, start + position)
 
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
@@ -145,7 +145,7 @@ class CheckpointWriter:
         """
         file, start = self._places[name]
         try:
-            _write_at(self._files[file], data, start + offset)
+            write_at(self._files[file], data, start + offset)
         except OSError as error:
             raise storage_error("cannot write", self.path, error) from error
 
@@ -244,7 +244,8 @@ def check_output_folder(path: Path, *, force: bool) -> None:
             raise UsageError(f"{path} is not a checkpoint and is not replaced; remove it first")
 
 
-def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write bytes at an offset of a file, in as many calls as the system wants."""
     view = memoryview(data).cast("B")
     while len(view):
         written = os.pwrite(descriptor, view, offset)

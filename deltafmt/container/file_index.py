@@ -13,13 +13,18 @@ from deltafmt.container import canonical
 from deltafmt.format import constants as c
 from deltafmt.format.checks import Where, fail
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.exact import FileRef
 from deltafmt.index.scaled import ScaledRef
 from deltafmt.index.sections import Attachment, BufferRef, Section
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.registry import parse_layout
 
 _TOP_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "sections", "tensors")
-_SCALED_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "scaled", "sections", "tensors")
+# Keys that an index has only with a feature of the header.
+_FEATURE_KEYS = {
+    "files": (c.FEATURE_EXACT, "exact tensors and files, bit 3"),
+    "scaled": (c.FEATURE_SCALED, "scaled tensors, bit 2"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,7 @@ class FileIndex:
         attachments: the attached files by name.
         features: the header's incompatible features.
         scaled: how the base keeps tensors that are read as values, encoded, by name; :meth:`scaled_ref` decodes one.
+        files: the files that are restored byte for byte, by name.
     """
 
     profile: str
@@ -47,6 +53,7 @@ class FileIndex:
     attachments: Mapping[str, Attachment]
     features: int = 0
     scaled: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, FileRef] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, data: bytes, index_offset: int, features: int = 0, max_memory: int | None = None) -> Self:
@@ -62,12 +69,14 @@ class FileIndex:
             InvalidFileError: the index breaks the format; the message names the place.
         """
         obj = canonical.decode(data, "the index", max_memory)
-        scales = type(obj) is dict and "scaled" in obj
-        keys = _SCALED_KEYS if scales else _TOP_KEYS
+        optional = [key for key in _FEATURE_KEYS if type(obj) is dict and key in obj]
+        keys = tuple(sorted((*_TOP_KEYS, *optional)))
         if type(obj) is not dict or tuple(obj) != keys:
             fail("index", f"expected the keys {', '.join(keys)}")
-        if scales and not features & c.FEATURE_SCALED:
-            fail("scaled", "the header does not have the feature of scaled tensors, bit 2")
+        for key in optional:
+            feature, words = _FEATURE_KEYS[key]
+            if not features & feature:
+                fail(key, f"the header does not have the feature of {words}")
         profile = obj["profile"]
         if profile not in c.PROFILES:
             fail("profile", f"unknown profile {profile!r}")
@@ -81,10 +90,13 @@ class FileIndex:
             fail("tensors", f"{len(tensors)} entries are more than {c.MAX_TENSORS}")
         removed = _parse_removed(obj["removed"], tensors)
         attachments = _parse_attachments(obj["attachments"])
-        scaled = canonical.check_names(obj["scaled"], "scaled") if scales else {}
-        index = cls(profile, metadata, layouts, sections, tensors, removed, attachments, features, scaled)
+        scaled = canonical.check_names(obj["scaled"], "scaled") if "scaled" in obj else {}
+        files = _parse_files(obj["files"], attachments) if "files" in obj else {}
+        index = cls(profile, metadata, layouts, sections, tensors, removed, attachments, features, scaled, files)
         for name, attachment in index.attachments.items():
             index.check_ref(attachment.data, f'attachments["{name}"]', c.SECTION_KIND_ATTACHMENTS)
+        for name, file in index.files.items():
+            index.check_ref(file.head, f'files["{name}"]', c.SECTION_KIND_ATTACHMENTS)
         return index
 
     def entry(self, name: str) -> TensorEntry:
@@ -101,8 +113,13 @@ class FileIndex:
             fail((where, ".base.parts"), "the header does not have the feature of parts, bit 0")
         if entry.leading is not None and not self.features & c.FEATURE_LEADING:
             fail((where, ".leading"), "the header does not have the feature of leading dimensions, bit 1")
+        if entry.exact is not None and not self.features & c.FEATURE_EXACT:
+            fail((where, ".exact"), "the header does not have the feature of exact tensors and files, bit 3")
         refs = entry.refs()
         for buffer, ref in refs:
+            if buffer == "exact":
+                self.check_ref(ref, (where, ".", buffer), c.SECTION_KIND_EXACT)
+                continue
             if ref.section != refs[0][1].section:
                 fail(where, "the buffers lie in several sections")
             self.check_ref(ref, (where, ".", buffer), c.SECTION_KIND_TENSORS)
@@ -166,6 +183,7 @@ def _parse_sections(rows: Any, profile: str, index_offset: int) -> tuple[Section
     sections = tuple(Section.from_obj(row, f"sections[{i}]") for i, row in enumerate(rows))
     position = c.SECTION_ALIGNMENT
     raw_bytes = 0
+    behind = False
     for number, section in enumerate(sections):
         if section.offset != position:
             fail(f"sections[{number}].offset", f"{section.offset} where {position} is next")
@@ -173,6 +191,9 @@ def _parse_sections(rows: Any, profile: str, index_offset: int) -> tuple[Section
             fail(f"sections[{number}].length", f"{section.length} bytes run into the index")
         if profile == "hot" and section.kind == c.SECTION_KIND_TENSORS and section.codec != c.CODEC_STORED:
             fail(f"sections[{number}].codec", "a hot file stores its tensors as they are")
+        if behind and section.kind == c.SECTION_KIND_TENSORS:
+            fail(f"sections[{number}].kind", "a section of tensors lies behind one of exact tensors")
+        behind = behind or section.kind == c.SECTION_KIND_EXACT
         raw_bytes += section.raw_length
         if raw_bytes > c.MAX_RAW_BYTES:
             fail(f"sections[{number}].raw_length", f"the sections decode to more than {c.MAX_RAW_BYTES} bytes")
@@ -190,6 +211,20 @@ def _parse_removed(names: Any, tensors: Mapping[str, Any]) -> tuple[str, ...]:
     if names != sorted(set(names)) or any(name in tensors for name in names):
         fail("removed", "the names are not sorted and distinct from the tensors")
     return tuple(names)
+
+
+def _parse_files(obj: Any, attachments: Mapping[str, Attachment]) -> dict[str, FileRef]:
+    files = {name: FileRef.from_obj(name, value) for name, value in canonical.check_names(obj, "files").items()}
+    if not files:
+        fail("files", "expected at least one file")
+    for name in files:
+        parts = name.split("/")
+        folders = {"/".join(parts[:depth]) for depth in range(1, len(parts))}
+        if folders & (files.keys() | attachments.keys()) or any(other.startswith(f"{name}/") for other in attachments):
+            fail(f'files["{name}"]', "another file stands in the place of a folder")
+        if name in attachments:
+            fail(f'files["{name}"]', "an attachment has the same name")
+    return files
 
 
 def _parse_attachments(obj: Any) -> dict[str, Attachment]:

@@ -20,7 +20,9 @@ from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.sections import BufferRef
 from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base
+from deltafmt.pipeline.exact_tensors import ExactTensor
 from deltafmt.pipeline.read_as_values import Dequantized, dequantized
+from deltafmt.pipeline.restored_files import check_restored
 from deltafmt.pipeline.workers import thread_count
 from deltafmt.terms.buffers import raw_bytes
 
@@ -38,6 +40,8 @@ class VerifyResult:
         attached: names of the attached files.
         names: what differs between the names that the file records for its base and those of this base.
         dequantized: how many tensors of either side were 8-bit floats that were read as the values that they mean.
+        restored: names of the weight files and indexes that this base and the delta give byte for byte; none without
+            a base.
     """
 
     sections: int
@@ -48,6 +52,7 @@ class VerifyResult:
     attached: tuple[str, ...] = ()
     names: list[NameChange] = field(default_factory=list)
     dequantized: Dequantized = field(default_factory=Dequantized)
+    restored: tuple[str, ...] = ()
 
 
 def verify(
@@ -96,18 +101,20 @@ def verify(
         for name, attachment in container.attachments.items():
             if _digest_of(container.pieces(attachment.data)) != attachment.digest:
                 raise _named(container, InvalidFileError(f'attachments["{name}"]: the bytes have another digest'))
-        found = content_id(entries, container.removed, container.attachments, container.metadata, container.scaled())
+        about = container.removed, container.attachments, container.metadata, container.scaled(), container.files
+        found = content_id(entries, *about)
         if found != container.content_id:
             raise _named(container, InvalidFileError("the content id is not that of the content"))
-        checked, changes = None, []
+        checked, changes, restored = None, [], ()
         if base is not None:
             with open_base(base, container) as checkpoint:
                 tensors = BaseTensors(checkpoint, entries, container.metadata, renames)
                 checked, changes = check_base(tensors, entries, workers), tensors.changes
+                restored = check_restored(opened, tensors, entries, workers)
         WeightNames.from_metadata(container.metadata, container.name)
         rest = tuple(container.removed), tuple(container.attachments), changes
         said = dequantized(container.scaled(), container.metadata)
-        return VerifyResult(len(container.sections), len(entries), checked, found.hex(), *rest, said)
+        return VerifyResult(len(container.sections), len(entries), checked, found.hex(), *rest, said, restored)
 
 
 def _check_payload(delta: DeltaFile, entry: TensorEntry) -> None:
@@ -118,6 +125,8 @@ def _check_payload(delta: DeltaFile, entry: TensorEntry) -> None:
         except InvalidFileError as error:
             prefix = f"terms[{number}]: " if len(entry.terms) > 1 else ""
             raise InvalidFileError(f'{delta.container.name}: tensors["{entry.name}"]: {prefix}{error}') from error
+    if entry.exact is not None:
+        ExactTensor(delta, entry, None).check()
     if entry.digest is not None and payload_digest(delta, entry) != entry.digest:
         raise InvalidFileError(f'{delta.container.name}: tensors["{entry.name}"]: the payload has another digest')
 
@@ -148,12 +157,14 @@ def check_coverage(container: Container, entries: list[TensorEntry]) -> None:
             used[ref.section].append(ref)
     for attachment in container.attachments.values():
         used[attachment.data.section].append(attachment.data)
+    for file in container.files.values():
+        used[file.head.section].append(file.head)
     for number, refs in used.items():
         if not refs:
             raise InvalidFileError(f"section {number}: no buffer lies in it")
         position = 0
         for ref in sorted(refs, key=lambda ref: (ref.offset, ref.length)):
-            start = c.align(position, c.BUFFER_ALIGNMENT)
+            start = c.align(position, c.ALIGNMENTS[container.sections[number].kind])
             if ref.offset != start:
                 raise InvalidFileError(f"section {number}: a buffer starts at {ref.offset}, where {start} is next")
             padding = BufferRef(number, position, start - position)
