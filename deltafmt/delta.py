@@ -183,6 +183,24 @@ def codec_of(entry: TensorEntry, term: Term) -> AnyCodec:
     return term_codec(term.layout, entry.delta_rows, entry.columns, term.seed, term.slots)
 
 
+def refuse_exact(name: str, entries: Iterable[TensorEntry]) -> None:
+    """Refuse exact tensors, whose values only unpack restores, where a delta is needed.
+
+    Args:
+        name: of the file.
+        entries: the entries whose deltas are needed.
+
+    Raises:
+        UsageError: names the first exact tensor.
+    """
+    for entry in entries:
+        if entry.action == "exact":
+            raise UsageError(
+                f'{name}: tensor "{entry.name}" is exact, so there is no delta to work with; unpack the file, or pack '
+                "the fine-tune by another method"
+            )
+
+
 class RunDecoder:
     """Decode the terms of one tensor in runs of rows; runs may be decoded in any order and by several threads."""
 

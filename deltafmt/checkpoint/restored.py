@@ -108,6 +108,8 @@ class FolderRestorer(CheckpointWriter):
     def _place(self, name: str, head: bytes, left: dict[str, TensorSpec]) -> None:
         """Make a weight file of its final size, and find the places of its tensors."""
         where, folder = f'files["{name}"]', f"{name.rpartition('/')[0]}/" if "/" in name else ""
+        if int.from_bytes(head[:8], "little") != len(head) - 8:
+            raise InvalidFileError(f"{where}: the header is not valid: it has another length")
         try:
             names = [folder + key for key in json.loads(head[8:]) if key != "__metadata__"]
         except (ValueError, RecursionError, TypeError) as error:

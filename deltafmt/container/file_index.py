@@ -84,7 +84,7 @@ class FileIndex:
         if not all(type(value) is str for value in metadata.values()):
             fail("metadata", "a value is not a string")
         layouts = _parse_layouts(obj["layouts"], profile)
-        sections = _parse_sections(obj["sections"], profile, index_offset)
+        sections = _parse_sections(obj["sections"], profile, index_offset, features)
         tensors = canonical.check_names(obj["tensors"], "tensors")
         if len(tensors) > c.MAX_TENSORS:
             fail("tensors", f"{len(tensors)} entries are more than {c.MAX_TENSORS}")
@@ -177,7 +177,7 @@ def _parse_layouts(rows: Any, profile: str) -> tuple[TermLayout, ...]:
     return layouts
 
 
-def _parse_sections(rows: Any, profile: str, index_offset: int) -> tuple[Section, ...]:
+def _parse_sections(rows: Any, profile: str, index_offset: int, features: int) -> tuple[Section, ...]:
     if type(rows) is not list:
         fail("sections", "expected a list")
     sections = tuple(Section.from_obj(row, f"sections[{i}]") for i, row in enumerate(rows))
@@ -193,6 +193,8 @@ def _parse_sections(rows: Any, profile: str, index_offset: int) -> tuple[Section
             fail(f"sections[{number}].codec", "a hot file stores its tensors as they are")
         if behind and section.kind == c.SECTION_KIND_TENSORS:
             fail(f"sections[{number}].kind", "a section of tensors lies behind one of exact tensors")
+        if section.kind == c.SECTION_KIND_EXACT and not features & c.FEATURE_EXACT:
+            fail(f"sections[{number}].kind", f"the header does not have the feature of {_FEATURE_KEYS['files'][1]}")
         behind = behind or section.kind == c.SECTION_KIND_EXACT
         raw_bytes += section.raw_length
         if raw_bytes > c.MAX_RAW_BYTES:

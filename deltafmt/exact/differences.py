@@ -20,7 +20,8 @@ def ordered(units: Units, unit: Unit) -> Units:
     if not unit.is_float:
         return units
     sign = unit.dtype.type(1 << (8 * unit.width - 1))
-    return np.where(units & sign, ~units, units | sign)
+    integers: Units = np.where(units & sign, ~units, units | sign)
+    return integers
 
 
 def unordered(integers: Units, unit: Unit) -> Units:
@@ -28,25 +29,29 @@ def unordered(integers: Units, unit: Unit) -> Units:
     if not unit.is_float:
         return integers
     sign = unit.dtype.type(1 << (8 * unit.width - 1))
-    return np.where(integers & sign, integers ^ sign, ~integers)
+    units: Units = np.where(integers & sign, integers ^ sign, ~integers)
+    return units
 
 
 def zigzag(differences: Units, unit: Unit) -> Units:
     """Return 0, 1, 2, 3, ... for the differences 0, -1, 1, -2, ..., which are integers modulo the unit's bits."""
     one, top = unit.dtype.type(1), unit.dtype.type(8 * unit.width - 1)
-    return differences << one ^ (unit.dtype.type(0) - (differences >> top))
+    codes: Units = differences << one ^ (unit.dtype.type(0) - (differences >> top))
+    return codes
 
 
 def unzigzag(codes: Units, unit: Unit) -> Units:
     """Return the differences of zigzag codes."""
     one = unit.dtype.type(1)
-    return codes >> one ^ (unit.dtype.type(0) - (codes & one))
+    differences: Units = codes >> one ^ (unit.dtype.type(0) - (codes & one))
+    return differences
 
 
 def exponents(prediction: Units, unit: Unit) -> NDArray[np.uint16]:
     """Return the exponents of the units that are predicted: the keys by which differences are sorted."""
     mask = unit.dtype.type((1 << unit.bits) - 1)
-    return (prediction >> unit.dtype.type(unit.shift) & mask).astype(np.uint16)
+    keys: Units = prediction >> unit.dtype.type(unit.shift) & mask
+    return keys.astype(np.uint16)
 
 
 def _sorted_planes(native: Native, values: Units, prediction: Units, unit: Unit, key: Unit) -> tuple[Planes, Counts]:
