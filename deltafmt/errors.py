@@ -47,7 +47,9 @@ _KEPT_BEFORE, _KEPT_AFTER = 700, 250
 
 
 def shortened(message: str) -> str:
-    """Return a message of some hundred characters: of a longer one, its beginning and its end."""
+    """Return a message of one line and some hundred characters: of a longer one, its beginning and its end."""
+    if not message.isprintable():  # a name in a file can hold a line feed
+        message = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)
     if len(message) <= MAX_MESSAGE:
         return message
     left_out = len(message) - _KEPT_BEFORE - _KEPT_AFTER
@@ -61,7 +63,7 @@ class DeltafmtError(Exception):
         message: what is wrong, and where.
         remedy: the argument that would help, if there is one.
 
-    A message of more than 1,000 characters is cut in its middle.
+    A message of more than 1,000 characters is cut in its middle. What is not printable in it is escaped.
     """
 
     exit_code = 1

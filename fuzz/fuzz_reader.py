@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import random
 import resource
 import sys
 from pathlib import Path
@@ -140,8 +141,8 @@ def main() -> None:
     atheris.Setup(
         arguments,
         test_one_input,
-        custom_mutator=lambda data, size, seed: mutate.mutate(data, size, seed, atheris.Mutate),
-        custom_crossover=mutate.cross,
+        custom_mutator=lambda data, size, seed: mutate.mutate(data, random.Random(seed), size, atheris.Mutate),
+        custom_crossover=lambda data, other, size, seed: mutate.cross(data, other, random.Random(seed), size),
     )
     atheris.Fuzz()
 

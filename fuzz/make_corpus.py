@@ -127,7 +127,7 @@ def odd(rng: np.random.Generator) -> tuple[Tensors, Tensors]:
         "new": weights(rng, 3, 3),
         "reshaped": weights(rng, 6, 4),
         "scalar": weights(rng),
-        "tiny": ("F4", (5,), rng.bytes(3)),
+        "tiny": ("F4", (6,), rng.bytes(3)),
     }
 
 

@@ -16,6 +16,7 @@ import deltafmt
 from deltafmt.errors import UsageError
 from deltafmt.methods import DeltaDQ
 from deltafmt.runtime import operations
+from deltafmt.runtime.standing import Standing
 from deltafmt.transformers import attach, detach
 from tiny_models import Tiny, close, generate, ids, logits, made_once, shake
 
@@ -158,6 +159,31 @@ class Pair(torch.nn.Module):
         if self.way == "changed":
             x += 1
         return torch.cat([first, self.b(x + 1 if self.way == "other" else x)], -1)
+
+
+@pytest.mark.parametrize("how", ["compile", "torch.compile"])
+def test_a_compiled_layer_knows_the_rows_in_the_first_call(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """What a captured graph reads must be there before the graph, which owns what is made while it is captured."""
+    tokens = ids(4, 3)
+    want = expected(tiny, tokens)
+    model = attach(tiny.load(), tiny.deltas)
+    with model.delta("two"):
+        logits(model, tokens)  # looks for reads of weights, and runs as it is
+    layers = model.model.layers
+    if how == "compile":
+        layers[0].compile(backend="aot_eager")
+    else:
+        layers[0] = torch.compile(layers[0], backend="aot_eager")
+    begun = []
+    begin = Standing.begin
+    monkeypatch.setattr(Standing, "begin", lambda *given: (begun.append(given[1]), begin(*given)))
+    with model.delta("one"):
+        check(logits(model, tokens), want, "one")
+    assert len(begun) == 1
+    check(logits(model, tokens), want, None)
+    assert len(begun) == 2
 
 
 def test_siblings_are_given_the_same_input_or_compute_alone(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deltafmt
-from containers import FILE_NAMES, NAMES, index_of, sealed, write_container
+from containers import FILE_NAMES, NAMES, index_of, replacement, sealed, write_container
 from deltafmt.container import canonical, frame
 from deltafmt.container.reader import Container
 from deltafmt.container.writer import ContainerWriter
@@ -223,3 +223,27 @@ def test_an_unknown_compatible_feature_is_read() -> None:
     data = write_container({"a": b"abc"})
     header = frame.encode_header(1, 0, 1 << 63 | 1)
     assert Container(io.BytesIO(sealed(data, canonical.pack(index_of(data)), header))).keys() == ["a"]
+
+
+class CountedReads(io.BytesIO):
+    """A file object that counts its reads, as a remote one would make requests."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read, and count it."""
+        self.reads += 1
+        return super().read(size)
+
+
+@pytest.mark.parametrize(("tensors", "reads"), [(0, 2), (300, 2), (2500, 3)])
+def test_a_file_object_opens_with_two_reads(tensors: int, reads: int) -> None:
+    writer = ContainerWriter(sink := io.BytesIO())
+    writer.finish([replacement(writer, f"layers.{number}.weight", bytes([number % 256])) for number in range(tensors)])
+    file = CountedReads(sink.getvalue())
+    container = Container(file)
+    # The beginning, and the last 256 KiB; a longer index is read after that.
+    assert file.reads == reads
+    assert (container.index_length + c.TRAILER_SIZE > c.TAIL_BYTES) == (reads == 3)
+    assert [entry.name for entry in container.entries()] == container.keys()
+    assert len(container.keys()) == tensors

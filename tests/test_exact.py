@@ -1,4 +1,4 @@
-"""Chunks of exact tensors: every dtype and bit pattern round, bad chunks refused (spec, section 15)."""
+"""Chunks of exact tensors: every dtype and bit pattern round, bad chunks refused (spec, section 17)."""
 
 from __future__ import annotations
 

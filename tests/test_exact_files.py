@@ -1,4 +1,4 @@
-"""``--method exact``: the fine-tune's files come back byte for byte, and from no other base (spec, 7.9 and 15)."""
+"""``--method exact``: the fine-tune's files come back byte for byte, and from no other base (spec, 7.10 and 17)."""
 
 from __future__ import annotations
 
@@ -313,10 +313,10 @@ TWO = with_header(json.dumps({"x": {"dtype": "I16", "shape": [4], "data_offsets"
         (SPECS, HEAD + b" ", "not valid"),
         (SPECS, b"", "not valid"),
         (SPECS, with_header(b"[1]"), "not valid"),
-        ([], HEAD, "a tensor that the delta lacks"),
+        ([], HEAD, 'the delta lacks tensor "x"'),
         ([*SPECS, TensorSpec("y", "U8", (1,))], HEAD, 'tensor "y" lies in no weight file'),
         ([TensorSpec("x", "I16", (2, 2))], HEAD, "another dtype or shape"),
-        (SPECS, TWO, "lie outside the file"),
+        (SPECS, TWO, "lies at 8 to 16, where 0 is next"),
     ],
 )
 def test_heads_that_do_not_fit_the_tensors_are_refused(

@@ -308,6 +308,17 @@ def test_shapes_and_names_that_no_module_has(tmp_path: Path) -> None:
             deltafmt.export_lora(tmp_path / f"{number}.deltafmt", tmp_path / "out")
 
 
+def test_a_config_of_another_size_is_no_description_of_the_tensors(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    files = {"config.json": json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}).encode()}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    base = write_folder(tmp_path / "base", {name: normal(1, (16, 16))}, files=files)
+    finetuned = write_folder(tmp_path / "tuned", {name: normal(2, (16, 16))}, files=files)
+    deltafmt.pack(base, finetuned, tmp_path / "d.deltafmt", method=SVD(rank=2))
+    with pytest.raises(UsageError, match=r"shape \[16, 16\], and the config.json one of \[4096, 4096\]"):
+        deltafmt.export_lora(tmp_path / "d.deltafmt", tmp_path / "out", base=base)
+
+
 def test_a_parameter_that_is_no_weight_is_a_target_itself(tmp_path: Path) -> None:
     old, new = normal(1, (40, 24)), normal(2, (40, 24))
     base = write_folder(tmp_path / "base", {"mlp.up": old, "mlp.gate.weight": normal(3, (8, 24))})

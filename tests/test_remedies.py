@@ -57,12 +57,14 @@ def test_every_error_carries_its_remedy(kind: type[DeltafmtError]) -> None:
 
 
 def test_every_remedy_of_the_library_is_an_argument_and_has_a_sentence() -> None:
-    known = {*inspect.signature(deltafmt.pack).parameters, *inspect.signature(deltafmt.export_lora).parameters}
+    functions = (deltafmt.pack, deltafmt.unpack, deltafmt.export_lora)
+    known = {name for function in functions for name in inspect.signature(function).parameters}
     found = {ast.literal_eval(call.args[0]) for name, call in calls() if name == "Remedy"}
     assert found == {
         "allow_architecture",
         "base",
         "calibration",
+        "code",
         "exclude",
         "force",
         "limits",

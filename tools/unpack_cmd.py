@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="accept a base whose bytes differ from those packed against; the output's metadata records it",
     )
+    parser.add_argument(
+        "--code",
+        choices=("write", "leave"),
+        help="if the delta holds Python code: write it too, or leave it out (default: refuse such a delta)",
+    )
     add_name_arguments(parser, "the delta", "BASE")
     add_limit_arguments(parser, computes=True)
 
@@ -48,6 +53,7 @@ def run(options: argparse.Namespace) -> None:
             options.output,
             force=options.force,
             force_base=options.force_base,
+            code=options.code,
             **name_options(options),
             max_shard_bytes=limit,
             threads=options.threads,
@@ -65,6 +71,7 @@ def run(options: argparse.Namespace) -> None:
                 "bytes": result.nbytes,
                 "files": result.files,
                 "restored_files": result.restored,
+                "code": result.code,
                 "removed": result.removed,
                 "mismatched": result.mismatched,
                 "names": names_obj(result.names),
@@ -76,6 +83,9 @@ def run(options: argparse.Namespace) -> None:
     console.say(f"{result.path}: {plural(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
     if result.restored:
         console.say(f"restored byte for byte: {bounded(result.restored)}")
+    if result.code:
+        done = "written" if options.code == "write" else "left out"
+        console.say(f"code, {done}: {bounded(result.code, 30)}")
     say_names(result.names)
     say_dequantized(result.dequantized)
     if result.removed:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from deltafmt.checkpoint.weight_choice import read_json
-from deltafmt.index.sections import is_safe_path
+from deltafmt.index.file_names import is_safe_path
 
 PIPELINE_INDEX: Final = "model_index.json"  # diffusers
 MODULES_INDEX: Final = "modules.json"  # sentence-transformers

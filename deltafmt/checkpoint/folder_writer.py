@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from deltafmt.format import constants as c
 from deltafmt.output import OutputLock, storage_error, sync_folder
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+_PIECE = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ class CheckpointWriter:
             file, offset = self._places[spec.name]
             self._places[spec.name] = (file, start + offset)
         (self._partial / name).parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._partial / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = os.open(self._partial / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._files.append(descriptor)
         write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
         os.ftruncate(descriptor, start + position)
@@ -148,6 +150,19 @@ class CheckpointWriter:
             write_at(self._files[file], data, start + offset)
         except OSError as error:
             raise storage_error("cannot write", self.path, error) from error
+
+    def pieces(self, name: str, size: int) -> Iterator[bytes]:
+        """Give the bytes of a tensor of ``size`` bytes as they are written now.
+
+        Raises:
+            StorageError: reading failed.
+        """
+        file, start = self._places[name]
+        try:
+            for offset in range(0, size, _PIECE):
+                yield os.pread(self._files[file], min(_PIECE, size - offset), start + offset)
+        except OSError as error:
+            raise storage_error("cannot read", self.path, error) from error
 
     def add_file(self, name: str, data: bytes | memoryview) -> None:
         """Write a small file into the folder; the checkpoint's own files are never overwritten.

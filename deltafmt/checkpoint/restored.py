@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from blake3 import blake3
 
 from deltafmt.checkpoint.folder import Checkpoint, read_file
 from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec, write_at
-from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
 from deltafmt.errors import InvalidFileError
 from deltafmt.index.exact import is_index, is_restored
 
@@ -92,60 +91,72 @@ class FolderRestorer(CheckpointWriter):
         super().__init__(path, specs, force=force)
 
     def _make_shards(self, specs: list[TensorSpec], max_shard_bytes: int) -> None:  # noqa: ARG002
-        left = {spec.name: spec for spec in specs}
         try:
+            for name, places in check_heads(self._heads, specs).items():
+                self._place(name, places)
             for name, head in self._heads.items():
                 if is_index(name):
                     self.add_file(name, head)
-                else:
-                    self._place(name, head, left)
-            if left:
-                raise InvalidFileError(f'tensor "{next(iter(left))}" lies in no weight file')
         except BaseException:
             self.abandon()
             raise
 
-    def _place(self, name: str, head: bytes, left: dict[str, TensorSpec]) -> None:
-        """Make a weight file of its final size, and find the places of its tensors."""
-        where, folder = f'files["{name}"]', f"{name.rpartition('/')[0]}/" if "/" in name else ""
-        if int.from_bytes(head[:8], "little") != len(head) - 8:
-            raise InvalidFileError(f"{where}: the header is not valid: it has another length")
-        try:
-            names = [folder + key for key in json.loads(head[8:]) if key != "__metadata__"]
-        except (ValueError, RecursionError, TypeError) as error:
-            raise InvalidFileError(f"{where}: the header is not valid: {error}") from error
-        mine = [left.pop(each) for each in names if each in left]
-        if len(mine) != len(names):
-            raise InvalidFileError(f"{where}: it has a tensor that the delta lacks, or that another file has")
-        place = self._partial / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    def _place(self, name: str, places: Mapping[str, tuple[int, int]]) -> None:
+        """Make a weight file of its final size, and note the places of its tensors."""
+        head, path = self._heads[name], self._partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._files.append(descriptor)
         write_at(descriptor, head, 0)
-        os.ftruncate(descriptor, len(head) + sum(spec.nbytes for spec in mine))
-        try:
-            tensors = placed_tensors(place, folder)
-        except InvalidFileError as error:
-            raise InvalidFileError(f"{where}: {str(error).removeprefix(f'{place}: ')}") from error
-        for spec in mine:
-            tensor = tensors[spec.name]
-            if (tensor.dtype, tensor.shape) != (spec.dtype, spec.shape) or tensor.offset < len(head):
-                raise InvalidFileError(f'{where}: tensor "{spec.name}" has another dtype or shape')
-            self._places[spec.name] = (len(self._files) - 1, tensor.offset)
+        os.ftruncate(descriptor, len(head) + max((end for _, end in places.values()), default=0))
+        for tensor, (start, _) in places.items():
+            self._places[tensor] = (len(self._files) - 1, len(head) + start)
 
     def restored_digest(self, name: str) -> bytes:
         """Return the BLAKE3 of a file as it is now."""
         return file_digest(self._partial / name)
 
 
-def placed_tensors(path: Path, folder: str) -> dict[str, Tensor]:
-    """Return the tensors of a weight file by their names, with the folder in front.
+def check_heads(heads: Mapping[str, bytes], specs: Iterable[TensorSpec]) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return where each tensor lies behind the head of its weight file, as (start, end), by file and tensor.
+
+    Args:
+        heads: the bytes before the tensors of each weight file, and whole indexes, by their paths in the folder.
+        specs: every tensor.
 
     Raises:
-        InvalidFileError: the file's header is wrong.
+        InvalidFileError: a head is not valid, or the tensors in the files are not those.
     """
-    file = SafetensorsFile(path)
+    left = {spec.name: spec for spec in specs}
+    found = {}
+    for name, head in heads.items():
+        if not is_index(name):
+            found[name] = _read_head(f'files["{name}"]', name.rpartition("/")[0], head, left)
+    if left:
+        raise InvalidFileError(f'tensor "{next(iter(left))}" lies in no weight file')
+    return found
+
+
+def _read_head(where: str, folder: str, head: bytes, left: dict[str, TensorSpec]) -> dict[str, tuple[int, int]]:
+    """Return the places of a file's tensors in their order, and take their specs from those that are left."""
     try:
-        return {folder + name: tensor for name, tensor in file.tensors.items()}
-    finally:
-        file.close()
+        if int.from_bytes(head[:8], "little") != len(head) - 8:
+            raise ValueError("it has another length")
+        header = json.loads(head[8:])
+        header.pop("__metadata__", None)
+        rows = [(*each["data_offsets"], name, each["dtype"], tuple(each["shape"])) for name, each in header.items()]
+        rows.sort(key=lambda row: row[:2])
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise InvalidFileError(f"{where}: the header is not valid: {error}") from error
+    places, position = {}, 0
+    for start, end, name, dtype, shape in rows:
+        tensor = f"{folder}/{name}" if folder else name
+        if tensor not in left:
+            raise InvalidFileError(f'{where}: the delta lacks tensor "{tensor}", or another file has it')
+        spec = left.pop(tensor)
+        if (dtype, shape) != (spec.dtype, spec.shape):
+            raise InvalidFileError(f'{where}: tensor "{tensor}" has another dtype or shape')
+        if (start, end) != (position, position + spec.nbytes):
+            raise InvalidFileError(f'{where}: tensor "{tensor}" lies at {start} to {end}, where {position} is next')
+        places[tensor] = (position, position := end)
+    return places

@@ -227,6 +227,8 @@ class SafetensorsFile:
     def _tensor(self, name: str, info: Any, start: int) -> Tensor:
         if not _is_name(name):
             raise InvalidFileError(f"{self._where(name)}: a name is Unicode of 1 to {c.MAX_NAME_BYTES} bytes")
+        if name.rpartition("/")[2] == "__metadata__":
+            raise InvalidFileError(f"{self._where(name)}: a delta file has no tensor of this name")
         try:
             dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
@@ -241,6 +243,8 @@ class SafetensorsFile:
             raise InvalidFileError(
                 f"{self._where(name)}: bytes {begin} to {end} lie outside the file: it may be truncated"
             )
+        if c.element_count(shape) * c.DTYPE_BITS[dtype] % 8:
+            raise InvalidFileError(f"{self._where(name)}: {dtype} {list(shape)} does not take whole bytes")
         needed = c.byte_count(dtype, shape)
         if end - begin != needed:
             raise InvalidFileError(

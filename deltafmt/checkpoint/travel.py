@@ -22,7 +22,7 @@ from deltafmt.checkpoint.file_kinds import HEAD_BYTES, LFS_POINTER, WEIGHT_KINDS
 from deltafmt.checkpoint.weight_choice import ADAPTER_CONFIG, ADAPTER_STEM, UNREADABLE, read_json
 from deltafmt.checkpoint.weight_names import ENDING, bounded
 from deltafmt.errors import InvalidFileError, Remedy, UsageError
-from deltafmt.index.sections import is_safe_path, is_weight_file
+from deltafmt.index.file_names import ascii_lower, collisions, is_program, is_safe_path, is_weight_file
 from deltafmt.output import storage_error
 from deltafmt.regular_file import open_regular
 
@@ -173,6 +173,7 @@ def find_travelling(
                 found.files[path] = folder / path
     except OSError as error:
         raise storage_error("cannot read", error.filename or folder, error) from error
+    _leave_out_collisions(found)
     # A folder is not left out if a pattern takes a file of it.
     for name in [name for name in found.left_out if name.endswith("/")]:
         if any(path.startswith(name) for path in found.files):
@@ -180,6 +181,14 @@ def find_travelling(
     found.files = dict(sorted(found.files.items()))
     _check_patterns(folder, found, rules)
     return found
+
+
+def _leave_out_collisions(found: Travelling) -> None:
+    """Leave out files whose names are others' but for the case of letters; the name in lower case stays."""
+    names = sorted(found.files, key=lambda name: (name != ascii_lower(name), name))
+    for name, other in collisions(names).items():
+        del found.files[name]
+        found.left_out[name] = f"not every system can hold it beside {other}"
 
 
 def _walk(folder: Path, loader: LoaderFolders, rules: AttachRules) -> Iterator[tuple[str, bool]]:
@@ -268,8 +277,6 @@ class _Judge:
     def _unasked(self, path: str, place: Path, size: int) -> str:
         """Return why a file travels only when it is asked for."""
         name = path.rpartition("/")[2].lower()
-        if name == ADAPTER_CONFIG:
-            return "an adapter's; beside merged weights, a loader would apply the adapter again"
         if name.endswith(_CODE):
             return "" if path in self._code else "code"
         if "tfevents" in name or name.endswith(".log"):
@@ -294,6 +301,10 @@ def _never_by_name(name: str) -> str:
     """Return why a file cannot travel even if it is asked for, if its name in lower case tells."""
     if name.startswith(ADAPTER_STEM):
         return "an adapter's weights; merge them, or pack them with import-lora"
+    if name == ADAPTER_CONFIG:
+        return "an adapter's; beside merged weights, a loader would apply the adapter again"
+    if is_program(name):
+        return "a program, which a delta file cannot hold"
     if name.endswith(ENDING):
         return "weights that the model's loader does not read"
     if is_weight_file(name) or _MORE_WEIGHTS.search(name) or UNREADABLE.search(name):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final, Self
 
 from deltafmt.errors import InvalidFileError
-from deltafmt.index.sections import is_safe_path
+from deltafmt.index.file_names import is_safe_path
 
 ENDING: Final = ".safetensors"
 DEFAULT: Final = "model.safetensors"

@@ -11,7 +11,7 @@ import struct
 import zstandard
 
 from deltafmt.errors import InvalidFileError
-from deltafmt.format.constants import ZSTD_CHUNK
+from deltafmt.format.constants import ZSTD_CHUNK, ZSTD_MAX_WINDOW
 
 LEVEL = 9
 
@@ -102,6 +102,8 @@ class ChunkReader:
             raise InvalidFileError(f"{where}: not a zstd frame") from error
         if parameters.content_size != expected:
             raise InvalidFileError(f"{where}: the frame declares {parameters.content_size} bytes, not {expected}")
+        if parameters.window_size > ZSTD_MAX_WINDOW:
+            raise InvalidFileError(f"{where}: the frame has a window of {parameters.window_size:,} bytes")
         if parameters.dict_id or parameters.has_checksum:
             raise InvalidFileError(f"{where}: the frame uses a dictionary or a checksum")
         decoder = decompressor.decompressobj()

@@ -11,9 +11,10 @@ from typing import Any, Self
 
 from deltafmt.container import canonical
 from deltafmt.format import constants as c
-from deltafmt.format.checks import Where, fail
+from deltafmt.format.checks import Where, check_name, fail, is_name
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.exact import FileRef
+from deltafmt.index.file_names import first_collision
 from deltafmt.index.scaled import ScaledRef
 from deltafmt.index.sections import Attachment, BufferRef, Section
 from deltafmt.terms.layout import TermLayout
@@ -25,6 +26,8 @@ _FEATURE_KEYS = {
     "files": (c.FEATURE_EXACT, "exact tensors and files, bit 3"),
     "scaled": (c.FEATURE_SCALED, "scaled tensors, bit 2"),
 }
+# The key of a safetensors file's header that holds no tensor; behind a component's folder it would be that key, too.
+_NO_TENSOR = "__metadata__"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +89,12 @@ class FileIndex:
         layouts = _parse_layouts(obj["layouts"], profile)
         sections = _parse_sections(obj["sections"], profile, index_offset, features)
         tensors = canonical.check_names(obj["tensors"], "tensors")
-        if len(tensors) > c.MAX_TENSORS:
-            fail("tensors", f"{len(tensors)} entries are more than {c.MAX_TENSORS}")
+        _check_tensor_names(tensors)
         removed = _parse_removed(obj["removed"], tensors)
         attachments = _parse_attachments(obj["attachments"])
         scaled = canonical.check_names(obj["scaled"], "scaled") if "scaled" in obj else {}
+        for name in scaled:
+            check_name(name, ('scaled["', name, '"]'))
         files = _parse_files(obj["files"], attachments) if "files" in obj else {}
         index = cls(profile, metadata, layouts, sections, tensors, removed, attachments, features, scaled, files)
         for name, attachment in index.attachments.items():
@@ -106,8 +110,6 @@ class FileIndex:
             InvalidFileError: the entry breaks the format.
         """
         where = ('tensors["', name, '"]')
-        if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
-            fail(where, f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
         entry = TensorEntry.from_obj(name, self._decode_entry(name), self.layouts)
         if entry.base is not None and entry.base.parts and not self.features & c.FEATURE_PARTS:
             fail((where, ".base.parts"), "the header does not have the feature of parts, bit 0")
@@ -138,8 +140,6 @@ class FileIndex:
             InvalidFileError: the description breaks the format.
         """
         where = f'scaled["{name}"]'
-        if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
-            fail(where, f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
         return ScaledRef.from_obj(_decoded(self.scaled[name], where), where)
 
     def _decode_entry(self, name: str) -> Any:
@@ -205,11 +205,20 @@ def _parse_sections(rows: Any, profile: str, index_offset: int, features: int) -
     return sections
 
 
+def _check_tensor_names(names: Mapping[str, Any]) -> None:
+    """Refuse names that are too short or too long, and the one that means something else in a safetensors file."""
+    for name in names:
+        if not is_name(name):
+            fail(('tensors["', name, '"]'), f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
+        if name.endswith(_NO_TENSOR) and name.rpartition("/")[2] == _NO_TENSOR:
+            fail(('tensors["', name, '"]'), "a safetensors file keeps no tensor under this name")
+
+
 def _parse_removed(names: Any, tensors: Mapping[str, Any]) -> tuple[str, ...]:
     if type(names) is not list or not all(type(name) is str for name in names):
         fail("removed", "expected a list of names")
-    if not all(1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES for name in names):
-        fail("removed", f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
+    for name in names:
+        check_name(name, "removed")
     if names != sorted(set(names)) or any(name in tensors for name in names):
         fail("removed", "the names are not sorted and distinct from the tensors")
     return tuple(names)
@@ -219,21 +228,18 @@ def _parse_files(obj: Any, attachments: Mapping[str, Attachment]) -> dict[str, F
     files = {name: FileRef.from_obj(name, value) for name, value in canonical.check_names(obj, "files").items()}
     if not files:
         fail("files", "expected at least one file")
-    for name in files:
-        parts = name.split("/")
-        folders = {"/".join(parts[:depth]) for depth in range(1, len(parts))}
-        if folders & (files.keys() | attachments.keys()) or any(other.startswith(f"{name}/") for other in attachments):
-            fail(f'files["{name}"]', "another file stands in the place of a folder")
-        if name in attachments:
-            fail(f'files["{name}"]', "an attachment has the same name")
+    collision = first_collision((*attachments, *files))
+    if collision is not None:
+        name, other = collision
+        fail(f'files["{name}"]', f'"{other}" stands in the place of the file or of its folder')
     return files
 
 
 def _parse_attachments(obj: Any) -> dict[str, Attachment]:
     names = canonical.check_names(obj, "attachments")
     attachments = {name: Attachment.from_obj(name, value) for name, value in names.items()}
-    for name in attachments:
-        parts = name.split("/")
-        if any("/".join(parts[:depth]) in attachments for depth in range(1, len(parts))):
-            fail(f'attachments["{name}"]', "another attachment stands in the place of its folder")
+    collision = first_collision(attachments)
+    if collision is not None:
+        name, other = collision
+        fail(f'attachments["{name}"]', f'"{other}" stands in the place of the file or of its folder')
     return attachments

@@ -77,20 +77,29 @@ class Container:
 
     def _open(self, earlier: Container | None) -> None:
         source = self._source
-        header = bytes(source.read(0, min(c.HEADER_SIZE, source.size)))
+        # Two reads, of the beginning and of the end, are enough for most files; a remote file gives each in a request.
+        head = source.read(0, min(c.SECTION_ALIGNMENT, source.size))
+        header = bytes(head[: c.HEADER_SIZE])
         self.features = frame.check_header(header)
         if source.size < c.SECTION_ALIGNMENT + c.TRAILER_SIZE:
             raise InvalidFileError(f"the file ends too early, after {source.size} bytes")
-        trailer_bytes = bytes(source.read(source.size - c.TRAILER_SIZE, c.TRAILER_SIZE))
+        length = min(source.tail, source.size)
+        tail = source.read(source.size - length, length)
+        trailer_bytes = bytes(tail[-c.TRAILER_SIZE :])
         trailer = frame.decode_trailer(trailer_bytes, source.size)
-        index = bytes(source.read(trailer.index_offset, trailer.index_length))
+        behind = trailer.index_length + c.TRAILER_SIZE
+        if behind <= len(tail):
+            index = bytes(tail[len(tail) - behind : len(tail) - c.TRAILER_SIZE])
+        else:
+            index = bytes(source.read(trailer.index_offset, trailer.index_length))
         frame.check_seal(header, index, trailer_bytes, trailer)
         self.size = source.size
         self.index_offset = trailer.index_offset
         self.index_length = trailer.index_length
         self.content_id = trailer.content_id
         self.seal = trailer.digest
-        self._check_zeros(c.HEADER_SIZE, c.SECTION_ALIGNMENT, "after the header")
+        if bytes(head[c.HEADER_SIZE :]) != bytes(len(head) - c.HEADER_SIZE):
+            raise InvalidFileError("the padding after the header is not zero")
         if earlier is None or not self._adopt(earlier):
             self._index = FileIndex.parse(index, trailer.index_offset, self.features, self.limits.max_memory)
         raw_bytes = sum(section.raw_length for section in self.sections)
@@ -326,10 +335,6 @@ class Container:
             hasher.update(self._read(offset, length))
             self._source.release(offset, length)
         return hasher.digest()
-
-    def _check_zeros(self, start: int, stop: int, place: str) -> None:
-        if bytes(self._source.read(start, stop - start)) != bytes(stop - start):
-            raise InvalidFileError(f"the padding {place} is not zero")
 
     def close(self) -> None:
         """Close the file; views that are still in use stay valid."""

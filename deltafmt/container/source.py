@@ -9,6 +9,7 @@ import threading
 from typing import BinaryIO, Protocol
 
 from deltafmt.errors import InvalidFileError, StorageError
+from deltafmt.format import constants as c
 from deltafmt.output import storage_error
 from deltafmt.regular_file import open_regular
 
@@ -18,6 +19,7 @@ class Source(Protocol):
 
     size: int
     name: str
+    tail: int  # bytes of the end that are worth one read: more than a trailer where each read is a request
 
     def read(self, offset: int, length: int) -> memoryview:
         """Return exactly ``length`` bytes, read-only; the caller has checked the range against ``size``."""
@@ -37,6 +39,8 @@ class Source(Protocol):
 
 class MapSource:
     """A memory-mapped file: reads are views of the page cache."""
+
+    tail = c.TRAILER_SIZE
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fspath(path)
@@ -91,6 +95,8 @@ class MapSource:
 class FileSource:
     """An open file of a file system: each read makes a copy, and several threads may read at the same time."""
 
+    tail = c.TRAILER_SIZE
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fspath(path)
         try:
@@ -141,6 +147,8 @@ class FileSource:
 
 class StreamSource:
     """A binary file object with ``seek`` and ``read``, local or remote: each read makes a copy."""
+
+    tail = c.TAIL_BYTES
 
     def __init__(self, file: BinaryIO, name: str = "<stream>") -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""One chunk of an exact tensor: units to bytes, and back (spec/deltafmt-v1.md, section 15.4)."""
+"""One chunk of an exact tensor: units to bytes, and back (spec/deltafmt-v1.md, section 17.5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole exact tensor as one buffer: chunks, and the table behind them (spec/deltafmt-v1.md, section 15.3)."""
+"""A whole exact tensor as one buffer: chunks, and the table behind them (spec/deltafmt-v1.md, section 17.4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Differences of units, sorted by the exponent of what is predicted, as planes of bytes (spec, sections 15.3, 15.4).
+"""Differences of units, sorted by the exponent of what is predicted, as planes of bytes (spec, sections 17.3, 17.5).
 
 Compiled: ``kernels/cpu/loops/exact.c``.
 """

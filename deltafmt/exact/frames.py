@@ -1,4 +1,4 @@
-"""The zstd frames in which planes lie (spec/deltafmt-v1.md, sections 6.2 and 15.4).
+"""The zstd frames in which planes lie (spec/deltafmt-v1.md, sections 6.2 and 17.5).
 
 python-zstandard drops the bytes that follow a frame, so a frame's declared size is checked before it is decoded, and
 where it ends is found by following the lengths of its blocks (RFC 8878, section 3.1.1).

@@ -1,4 +1,4 @@
-"""What a decoder has in the place of an exact tensor's units: the base's, in the fine-tune's dtype (spec, 15.1)."""
+"""What a decoder has in the place of an exact tensor's units: the base's, in the fine-tune's dtype (spec, 17.1)."""
 
 from __future__ import annotations
 

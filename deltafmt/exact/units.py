@@ -1,4 +1,4 @@
-"""The units of exact tensors: how the bits of each dtype are ordered, and by what they are sorted (spec, 15.2)."""
+"""The units of exact tensors: how the bits of each dtype are ordered, and by what they are sorted (spec, 17.2)."""
 
 from __future__ import annotations
 

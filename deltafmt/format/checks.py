@@ -59,6 +59,28 @@ def check_shape(value: Any, where: Where) -> tuple[int, ...]:
     return shape
 
 
+def check_name(value: Any, where: Where) -> str:
+    """Return a value, after checking that it is a string of 1 to MAX_NAME_BYTES bytes."""
+    if type(value) is not str:
+        fail(where, f"{value!r} is not a name")
+    if not is_name(value):
+        fail(where, f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
+    return value
+
+
+def is_name(name: str) -> bool:
+    """Tell whether a string has the length of a name."""
+    # A character takes 4 bytes at most.
+    short = 0 < len(name) <= c.MAX_NAME_BYTES // 4
+    return short or 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES
+
+
+def check_whole(dtype: str, shape: tuple[int, ...], where: Where) -> None:
+    """Refuse a tensor whose elements, of fewer than 8 bits, do not fill its last byte."""
+    if c.element_count(shape) * c.DTYPE_BITS[dtype] % 8:
+        fail(where, f"{dtype} {list(shape)} does not take whole bytes")
+
+
 def check_dtype(value: Any, where: Where) -> str:
     """Return a value, after checking that it names a dtype of the format."""
     if type(value) is not str or value not in c.DTYPE_BITS:

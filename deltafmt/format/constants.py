@@ -14,12 +14,14 @@ HEADER_SIZE: Final = 64
 # Section 8: the trailer.
 TRAILER_MAGIC: Final = b"DLTEND\r\n"
 TRAILER_SIZE: Final = 128
+# What a reader of a remote file reads at once: the trailer, and the index of most files.
+TAIL_BYTES: Final = 256 * 1024
 
 # Section 4.4: incompatible features, a bit each.
 FEATURE_PARTS: Final = 1 << 0  # a base tensor is made of parts of base tensors (section 7.4)
 FEATURE_LEADING: Final = 1 << 1  # the rows of a delta are those of fewer dimensions than all but the last (section 7.4)
 FEATURE_SCALED: Final = 1 << 2  # a base tensor is kept as 8-bit floats with scales (section 7.8)
-FEATURE_EXACT: Final = 1 << 3  # tensors, or files, are restored bit for bit (sections 7.9 and 15)
+FEATURE_EXACT: Final = 1 << 3  # tensors, or files, are restored bit for bit (sections 7.10 and 17)
 KNOWN_FEATURES: Final = FEATURE_PARTS | FEATURE_LEADING | FEATURE_SCALED | FEATURE_EXACT
 
 # Section 5: sections and buffers.
@@ -36,9 +38,10 @@ CODEC_STORED: Final = 0
 CODEC_ZSTD: Final = 1
 CODECS: Final = (CODEC_STORED, CODEC_ZSTD)
 ZSTD_CHUNK: Final = 256 * 1024
+ZSTD_MAX_WINDOW: Final = 1 << 27
 ZSTD_MIN_FRAME: Final = 9  # bytes of the shortest frame: magic, a header with a size, one empty block
 
-# Section 5.4: the chunks of exact tensors are decoded before use, and need no alignment.
+# Section 5.7: the chunks of exact tensors are decoded before use, and need no alignment.
 ALIGNMENTS: Final = {
     SECTION_KIND_TENSORS: BUFFER_ALIGNMENT,
     SECTION_KIND_ATTACHMENTS: BUFFER_ALIGNMENT,

@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
-from deltafmt.format.checks import Where, check_bytes, check_dtype, check_fields, check_shape, check_uint, fail
+from deltafmt.format.checks import (
+    Where,
+    check_bytes,
+    check_dtype,
+    check_fields,
+    check_name,
+    check_shape,
+    check_uint,
+    check_whole,
+    fail,
+)
 from deltafmt.index.exact import ExactRef
 from deltafmt.index.sections import DIGEST_BYTES, BufferRef
 from deltafmt.terms.layout import TermLayout
@@ -56,6 +66,7 @@ class BaseRef:
             check_dtype(dtype, (where, ".dtype")),
             check_shape(shape, (where, ".shape")),
         )
+        check_whole(ref.dtype, ref.shape, where)
         return replace(ref, parts=_parse_parts(parts[0], (where, ".parts"), ref)) if parts else ref
 
     def to_obj(self) -> dict[str, Any]:
@@ -73,9 +84,9 @@ def _parse_parts(obj: Any, where: Where, ref: BaseRef) -> tuple[BasePart, ...]:
     for i, row in enumerate(obj):
         if type(row) is not list or len(row) != 3 or type(row[0]) is not str:
             fail((where, "[", i, "]"), "expected a name and two integers")
-        if not 1 <= len(row[0].encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
-            fail((where, "[", i, "]"), f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
+        check_name(row[0], (where, "[", i, "]"))
         start, count = (check_uint(value, (where, "[", i, "]"), c.MAX_ELEMENTS) for value in row[1:])
+        check_uint(start + count, (where, "[", i, "]"), c.MAX_ELEMENTS)
         parts.append(BasePart(row[0], start, count))
     needed = c.element_count(ref.shape)
     total = sum(part.elements for part in parts)
@@ -211,7 +222,9 @@ class TensorEntry:
             fail((where, ".action"), f"unknown action {action!r}")
         if action == "add":
             return _parse_add(name, obj, where, layouts)
-        return _PARSERS[action](name, obj, where)
+        entry = _PARSERS[action](name, obj, where)
+        check_whole(entry.dtype, entry.shape, (where, ".shape"))
+        return entry
 
     def to_obj(self) -> dict[str, Any]:
         """Return the index's form."""

@@ -1,4 +1,4 @@
-"""Exact tensors and weight files, as the index has them (spec/deltafmt-v1.md, sections 7.9 and 15)."""
+"""Exact tensors and weight files, as the index has them (spec/deltafmt-v1.md, sections 7.10 and 17)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from deltafmt.format.checks import Where, check_bytes, check_fields, check_uint, fail
 from deltafmt.format.constants import ALIGNMENTS, SECTION_KIND_EXACT
-from deltafmt.index.sections import DIGEST_BYTES, BufferRef, is_safe_path
+from deltafmt.index.file_names import is_safe_path
+from deltafmt.index.sections import DIGEST_BYTES, BufferRef
 
 MIN_CHUNK_UNITS: Final = 1 << 8
 MAX_CHUNK_UNITS: Final = 1 << 24

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from deltafmt.format import constants as c
-from deltafmt.format.checks import Where, check_bytes, check_dtype, check_fields, check_shape, fail
+from deltafmt.format.checks import Where, check_bytes, check_dtype, check_fields, check_name, check_shape, fail
 from deltafmt.index.sections import DIGEST_BYTES
 
 
@@ -50,8 +50,7 @@ class ScaledRef:
         scales = StoredRef(*_stored((digest, dtype, shape), (where, ".scales")))
         if scales.dtype not in c.SCALE_DTYPES:
             fail((where, ".scales"), f"dtype {scales.dtype} is not one of {', '.join(c.SCALE_DTYPES)}")
-        if type(name) is not str or not 1 <= len(name.encode("utf-8", "surrogatepass")) <= c.MAX_NAME_BYTES:
-            fail((where, ".scales.name"), f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
+        check_name(name, (where, ".scales.name"))
         needed = block_count(codes.shape, sizes)
         if c.element_count(scales.shape) != needed:
             fail((where, ".scales"), f"{c.element_count(scales.shape)} scales where the blocks need {needed}")

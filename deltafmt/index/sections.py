@@ -1,4 +1,4 @@
-"""Sections as the index lists them, references to buffers, attachments (spec/deltafmt-v1.md, sections 5 and 7.2)."""
+"""Sections as the index lists them, references to buffers, attachments (spec/deltafmt-v1.md, sections 5 and 7)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,10 @@ from typing import Any
 
 from deltafmt.format import constants as c
 from deltafmt.format.checks import Where, check_bytes, check_fields, check_uint, fail
+from deltafmt.index.file_names import is_program, is_safe_path, is_weight_file
 
 DIGEST_BYTES = 32
 CHECKSUM_BYTES = 16
-
-MAX_PART_BYTES = 255
-
-# Names that Windows takes for devices, also with an extension: "con.txt" is the console.
-DEVICES = frozenset(
-    ("CON", "PRN", "AUX", "NUL", *(f"{port}{digit}" for port in ("COM", "LPT") for digit in "123456789"))
-)
-
-# The endings of weight files and of their indexes.
-WEIGHT_ENDINGS = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".npz", ".npy"),
-    *(".pkl", ".pickle", ".tflite", ".ot", ".deltafmt", ".partial", ".safetensors.index.json", ".bin.index.json"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,32 +113,10 @@ class Attachment:
             fail(where, "not a plain relative path")
         if is_weight_file(name):
             fail(where, "a name for weights")
+        if is_program(name):
+            fail(where, "a name for a program, or for an adapter's configuration, which a loader would follow")
         return cls(BufferRef.from_obj(data, (where, ".data")), check_bytes(digest, (where, ".digest"), DIGEST_BYTES))
 
     def to_obj(self) -> dict[str, Any]:
         """Return the index's form."""
         return {"data": self.data.to_obj(), "digest": self.digest}
-
-
-def is_safe_path(name: str) -> bool:
-    """Tell whether ``name`` is a plain relative path on every system: joined to a folder, it stays inside."""
-    if len(name.encode("utf-8", "surrogatepass")) > c.MAX_NAME_BYTES:
-        return False
-    if any(ord(char) < 32 or 127 <= ord(char) < 160 or char in '\\:*?"<>|' or _is_surrogate(char) for char in name):
-        return False
-    return all(map(_is_safe_part, name.split("/")))
-
-
-def _is_safe_part(part: str) -> bool:
-    if not part or part.startswith(".") or part.endswith((" ", ".")) or len(part.encode()) > MAX_PART_BYTES:
-        return False
-    return part.split(".", maxsplit=1)[0].rstrip().upper() not in DEVICES
-
-
-def _is_surrogate(char: str) -> bool:
-    return 0xD800 <= ord(char) < 0xE000
-
-
-def is_weight_file(name: str) -> bool:
-    """Tell whether a file of this name would be taken for weights, or for an index of them."""
-    return name.endswith(WEIGHT_ENDINGS)

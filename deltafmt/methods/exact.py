@@ -1,4 +1,4 @@
-"""Exact: every bit of a tensor, coded relative to the base's (spec/deltafmt-v1.md, section 15).
+"""Exact: every bit of a tensor, coded relative to the base's (spec/deltafmt-v1.md, section 17).
 
 Differences of ordered integers are what Hershcovitch et al. ("ZipNN: Lossless Compression for AI Models", arXiv
 2411.05239) and others call deltas; that they are sorted by the base's exponent, which the reader has, is deltafmt's.

@@ -1,4 +1,4 @@
-"""Exact tensors of a checkpoint: packed chunk by chunk, and restored (spec/deltafmt-v1.md, section 15)."""
+"""Exact tensors of a checkpoint: packed chunk by chunk, and restored (spec/deltafmt-v1.md, section 17)."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from deltafmt.delta import DeltaFile, refuse_exact
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.format import constants as c
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
+from deltafmt.index.file_names import is_source
 from deltafmt.pipeline.bases import BaseTensors, open_base
 from deltafmt.pipeline.finetuned import finetuned_pieces, needs_base
 from deltafmt.pipeline.import_lora import METADATA_BASE, METADATA_TASK
@@ -249,7 +250,8 @@ class _Exporter:
             task=self._task,
             tied=self._plan.tied,
         )
-        files = [name for name in self._delta.container.attachments if name not in _NOT_FOR_ADAPTERS]
+        attached = [name for name in self._delta.container.attachments if not is_source(name)]
+        files = [name for name in attached if name not in _NOT_FOR_ADAPTERS]
         result.files = files
         config = self._config(base)
         if plan:

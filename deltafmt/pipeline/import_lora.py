@@ -32,6 +32,7 @@ from deltafmt.container.writer import ContainerWriter
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import BaseRef, TensorEntry
+from deltafmt.index.file_names import collisions
 from deltafmt.index.sections import Attachment
 from deltafmt.methods.base import Method
 from deltafmt.pipeline.entry_writer import EntryWriter, TermBytes, packed_bytes
@@ -331,6 +332,9 @@ class _Importer:
         left_out = {_CARD, CONFIG_FILE} | (_TOKENIZER if _TOKENIZER & own.keys() else set())
         files = {name: path for name, path in base.items() if name not in left_out} | own
         files |= {name: base[name] for name in _CONFIGS & base.keys()}
+        # Two names that differ in the case of letters are one file on some systems: the adapter's stays.
+        for name in collisions(sorted(files, key=lambda name: (name not in _CONFIGS, name not in own, name))):
+            del files[name]
         for name, path in sorted(files.items()):
             data = self._base.attachment(name) if path == base.get(name) else read_file(path)
             if name == "config.json" and self._plan.config:

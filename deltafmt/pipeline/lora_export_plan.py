@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,7 +154,11 @@ class ExportPlanner:
         """Return a parameter's factors, or None if it has to be stored whole."""
         layout, entry = self._layout, parts[0][1]
         where = f'{self._name}: tensor "{entry.name}"'
-        shape = layout.shapes.get(parameter) or _shape(layout.pieces[parameter], self._delta)
+        stored = _shape(layout.pieces[parameter], self._delta)
+        shape = layout.shapes.get(parameter) or stored
+        if math.prod(shape) != math.prod(stored):
+            text = f"{where} makes a parameter of shape {list(stored)}, and the config.json one of {list(shape)}"
+            raise UsageError(text, Remedy("base", None))
         dtype = stored_dtype([part for _, part in parts], self._dtype)
         kind = layout.kinds.get(module, OTHER) if layout.known else ""
         # Models read the weights of tables of positions without a call, where PEFT's factors have no part in it.

@@ -1,18 +1,18 @@
-"""The check of what a base and a delta file restore bit for bit: exact tensors, and whole weight files."""
+"""The check of what is restored bit for bit: exact tensors, and whole weight files (spec, sections 7.10 and 17.6)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from blake3 import blake3
 
 from deltafmt.checkpoint.fingerprint import hasher
+from deltafmt.checkpoint.folder_writer import TensorSpec
+from deltafmt.checkpoint.restored import check_heads
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError
 from deltafmt.index.entries import TensorEntry
-from deltafmt.index.exact import is_index
 from deltafmt.output import Bytes
 from deltafmt.pipeline.bases import BaseTensors
 from deltafmt.pipeline.exact_tensors import ExactTensor
@@ -43,8 +43,8 @@ def check_restored(
     pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-restore")
     check = _Check(delta, base, pool, threads)
     try:
-        for name, file in delta.container.files.items():
-            check.file(name, file.digest, bytes(delta.container.buffer(file.head)))
+        for name, (head, tensors) in read_files(delta, entries).items():
+            check.file(name, head, tensors)
         for entry in entries:
             if entry.exact is not None and entry.name not in check.tensors:
                 for _ in check.pieces(entry):
@@ -52,6 +52,23 @@ def check_restored(
     finally:
         drain(pool)
     return tuple(delta.container.files)
+
+
+def read_files(delta: DeltaFile, entries: Sequence[TensorEntry]) -> dict[str, tuple[bytes, list[str]]]:
+    """Return the head and the tensors, in order, of every file that a delta restores.
+
+    Raises:
+        InvalidFileError: a head is not valid, or the tensors in the files are not the delta's.
+    """
+    container = delta.container
+    if not container.files:
+        return {}
+    heads = {name: bytes(container.buffer(file.head)) for name, file in container.files.items()}
+    try:
+        places = check_heads(heads, [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in entries])
+    except InvalidFileError as error:
+        raise error.located(container.name) from error
+    return {name: (head, list(places.get(name, ()))) for name, head in heads.items()}
 
 
 class _Check:
@@ -68,18 +85,15 @@ class _Check:
         self._pool = pool
         self._ahead = _AHEAD * threads
 
-    def file(self, name: str, expected: bytes, head: bytes) -> None:
+    def file(self, name: str, head: bytes, tensors: Sequence[str]) -> None:
         """Digest a file as it would be restored."""
         digest = blake3(head)
-        where = f'{self._delta.container.name}: files["{name}"]'
-        for tensor in [] if is_index(name) else _order(head, where):
-            named = f"{name.rpartition('/')[0]}/{tensor}" if "/" in name else tensor
-            if named not in self._delta:
-                raise InvalidFileError(f'{where}: the delta has no tensor "{named}"')
-            for piece in self.pieces(self._delta.resolve(named)):
+        for tensor in tensors:
+            for piece in self.pieces(self._delta.resolve(tensor)):
                 digest.update(piece)
-        if digest.digest() != expected:
-            raise InvalidFileError(f"{where}: what is restored is not what was packed")
+        container = self._delta.container
+        if digest.digest() != container.files[name].digest:
+            raise InvalidFileError(f'{container.name}: files["{name}"]: what is restored is not what was packed')
 
     def pieces(self, entry: TensorEntry) -> Iterator[Bytes]:
         """Give the bytes of a tensor; the fingerprint of an exact one is compared at its end."""
@@ -112,14 +126,3 @@ class _Check:
 
 def _restored(exact: ExactTensor, number: int) -> Bytes:
     return raw_bytes(exact.restore(number)[1])
-
-
-def _order(head: bytes, where: str) -> list[str]:
-    """Return the names of a weight file's tensors in the order in which they lie in it."""
-    try:
-        header = json.loads(head[8:])
-        header.pop("__metadata__", None)
-        places = {name: tuple(info["data_offsets"]) for name, info in header.items()}
-        return sorted(places, key=places.__getitem__)
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
-        raise InvalidFileError(f"{where}: the header is not valid: {error}") from error

@@ -10,26 +10,36 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from deltafmt import core
+from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.checkpoint.folder import natural_key
 from deltafmt.checkpoint.folder_writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.checkpoint.name_changes import NameChange
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.restored import FolderRestorer
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.checkpoint.weight_names import WeightNames
+from deltafmt.checkpoint.weight_names import WeightNames, bounded
+from deltafmt.container.reader import Container
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
-from deltafmt.errors import InvalidFileError, WrongBaseError
+from deltafmt.errors import InvalidFileError, Remedy, UsageError, WrongBaseError
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import BaseRef, TensorEntry
+from deltafmt.index.exact import ExactRef
+from deltafmt.index.file_names import is_source
 from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base
 from deltafmt.pipeline.exact_tensors import ExactTensor
 from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.pipeline.read_as_values import Dequantized, dequantized
+from deltafmt.pipeline.verify import check_attachment, check_content_id, check_payload_digest
 from deltafmt.pipeline.workers import Progress, drain, in_order, thread_count
 from deltafmt.terms.buffers import raw_bytes
 from deltafmt.terms.floats import RAW_DTYPES
+
+WRITE: Final = "write"
+LEAVE: Final = "leave"
+CODE: Final = (WRITE, LEAVE)
 
 
 @dataclass(slots=True)
@@ -41,6 +51,7 @@ class UnpackResult:
         tensors: number of tensors written.
         nbytes: bytes of the tensors written.
         files: names of the attached files that were written.
+        code: names of the attached files of Python code, whether they were written or left out.
         removed: names of tensors that only the base has; the folder lacks them.
         mismatched: names of base tensors that differ from those packed against; only ``force_base`` allows any.
         names: what differs between the names that the file records for its base and those of this base.
@@ -52,6 +63,7 @@ class UnpackResult:
     tensors: int = 0
     nbytes: int = 0
     files: list[str] = field(default_factory=list)
+    code: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     names: list[NameChange] = field(default_factory=list)
@@ -66,6 +78,7 @@ def unpack(
     *,
     force: bool = False,
     force_base: bool = False,
+    code: str | None = None,
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
     max_shard_bytes: int | None = None,
@@ -82,6 +95,8 @@ def unpack(
         force: True to replace ``out`` if it is a checkpoint folder that exists.
         force_base: True to go on if the base's bytes differ from those packed against. The output's metadata then
             names the tensors that differ.
+        code: what is done with attached files of Python code: ``write`` writes them, ``leave`` leaves them out. Without
+            it, a delta that has any is refused: a Python that runs in the folder could take them for its own modules.
         rename: rules FROM=TO that say what a name that the file records is in this base. FROM is how the name begins,
             or a pattern with ``*``. Bases whose names differ in a known way are recognized without rules.
         strip_prefix: beginnings of names that do not count, on either side.
@@ -92,13 +107,14 @@ def unpack(
         progress: called with a tensor's name and bytes as each is done.
 
     Raises:
-        UsageError: the output exists or is an input.
+        UsageError: the output exists or is an input, or the delta holds code and ``code`` is not given.
         InvalidFileError: the delta, or the base, is not valid.
         WrongBaseError: names the first tensor of the base that differs.
         StorageError: reading or writing failed.
     """
     core.warn_if_missing()
     path = Path(out)
+    check_code_option(code)
     renames = Renames.parse(rename, strip_prefix)
     check_output_folder(path, force=force)
     refuse_input_folder(path, [base, delta])
@@ -113,8 +129,37 @@ def unpack(
         opened.check_work((opened.resolve(entry.name) for entry in entries), checkpoint.nbytes)
         result = UnpackResult(path, removed=list(opened.container.removed), names=found.changes)
         result.dequantized = dequantized(opened.container.scaled(), opened.metadata)
+        check_content_id(opened.container, entries)
+        result.files, result.code = chosen_files(opened.container, code), code_of(opened.container)
         unpacker = _Unpacker(opened, found, entries, result)
         return unpacker.run(force, force_base, max_shard_bytes, thread_count(threads), progress)
+
+
+def check_code_option(code: str | None) -> None:
+    """Refuse a value that says nothing.
+
+    Raises:
+        UsageError: names the value.
+    """
+    if code is not None and code not in CODE:
+        raise UsageError(f"code {code!r} is not one of {', '.join(CODE)}")
+
+
+def code_of(container: Container) -> list[str]:
+    """Return the names of the attached files of Python code."""
+    return [name for name in container.attachments if is_source(name)]
+
+
+def chosen_files(container: Container, code: str | None) -> list[str]:
+    """Return the names of the attached files that are written.
+
+    Raises:
+        UsageError: there is code among them, and ``code`` does not say what to do with it.
+    """
+    found = code_of(container)
+    if found and code is None:
+        raise UsageError(f"{container.name} holds code: {bounded(found, 3)}", Remedy("code"))
+    return [name for name in container.attachments if code == WRITE or name not in found]
 
 
 @dataclass(slots=True)
@@ -122,6 +167,7 @@ class _Pending:
     """The work on one tensor that has been submitted."""
 
     fingerprint: Future[bytes] | None = None
+    digest: Future[None] | None = None
     parts: list[Future[None]] = field(default_factory=list)
 
 
@@ -169,9 +215,9 @@ class _Unpacker:
             self._write(writer, not force_base, threads, progress)
             if isinstance(writer, FolderRestorer):
                 self._check_restored(writer)
-            for name in self._delta.container.attachments:
+            for name in self._result.files:
+                check_attachment(self._delta.container, name)
                 writer.add_file(name, self._delta.attachment(name))
-                self._result.files.append(name)
             self._base.checkpoint.check_unchanged()
             writer.commit()
         except BaseException:
@@ -204,8 +250,13 @@ class _Unpacker:
             ):
                 if pending.fingerprint is not None:
                     self._check_base(entry, entry.base, pending.fingerprint)
+                if pending.digest is not None:
+                    pending.digest.result()
                 for part in pending.parts:
                     part.result()
+                # The digests of files that are restored cover all of their tensors.
+                if entry.exact is not None and not isinstance(writer, FolderRestorer):
+                    self._check_exact(writer, entry, entry.exact)
                 self._delta.container.release(self._delta.resolve(entry.name))
                 self._result.tensors += 1
                 self._result.nbytes += entry.nbytes
@@ -213,6 +264,15 @@ class _Unpacker:
                     progress(entry.name, entry.nbytes)
         finally:
             drain(pool)
+
+    def _check_exact(self, writer: CheckpointWriter, entry: TensorEntry, exact: ExactRef) -> None:
+        """Compare what was written of an exact tensor with its digest."""
+        digest = hasher(entry.dtype, entry.shape)
+        for piece in writer.pieces(entry.name, entry.nbytes):
+            digest.update(piece)
+        if digest.digest() != exact.digest:
+            where = f'{self._delta.container.name}: tensors["{entry.name}"]'
+            raise InvalidFileError(f"{where}: what is restored is not what was packed")
 
     def _check_base(self, entry: TensorEntry, base: BaseRef | None, digest: Future[bytes]) -> None:
         if base is not None and digest.result() != base.digest:
@@ -226,6 +286,8 @@ class _Unpacker:
         source = self._delta.resolve(entry.name)
         # An alias is its target's base plus its target's terms.
         tensor = self._base.find(source)
+        if entry.digest is not None:
+            pending.digest = pool.submit(check_payload_digest, self._delta, entry)
         if tensor is not None:
             tensor.will_need()
             if check_base and entry.target is None:

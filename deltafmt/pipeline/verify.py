@@ -22,7 +22,7 @@ from deltafmt.index.sections import BufferRef
 from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base
 from deltafmt.pipeline.exact_tensors import ExactTensor
 from deltafmt.pipeline.read_as_values import Dequantized, dequantized
-from deltafmt.pipeline.restored_files import check_restored
+from deltafmt.pipeline.restored_files import check_restored, read_files
 from deltafmt.pipeline.workers import thread_count
 from deltafmt.terms.buffers import raw_bytes
 
@@ -98,13 +98,10 @@ def verify(
             container.release(entry)
             if progress:
                 progress(entry.name, entry.nbytes)
-        for name, attachment in container.attachments.items():
-            if _digest_of(container.pieces(attachment.data)) != attachment.digest:
-                raise _named(container, InvalidFileError(f'attachments["{name}"]: the bytes have another digest'))
-        about = container.removed, container.attachments, container.metadata, container.scaled(), container.files
-        found = content_id(entries, *about)
-        if found != container.content_id:
-            raise _named(container, InvalidFileError("the content id is not that of the content"))
+        for name in container.attachments:
+            check_attachment(container, name)
+        check_content_id(container, entries)
+        read_files(opened, entries)
         checked, changes, restored = None, [], ()
         if base is not None:
             with open_base(base, container) as checkpoint:
@@ -114,7 +111,8 @@ def verify(
         WeightNames.from_metadata(container.metadata, container.name)
         rest = tuple(container.removed), tuple(container.attachments), changes
         said = dequantized(container.scaled(), container.metadata)
-        return VerifyResult(len(container.sections), len(entries), checked, found.hex(), *rest, said, restored)
+        identity = container.content_id.hex()
+        return VerifyResult(len(container.sections), len(entries), checked, identity, *rest, said, restored)
 
 
 def _check_payload(delta: DeltaFile, entry: TensorEntry) -> None:
@@ -127,8 +125,42 @@ def _check_payload(delta: DeltaFile, entry: TensorEntry) -> None:
             raise InvalidFileError(f'{delta.container.name}: tensors["{entry.name}"]: {prefix}{error}') from error
     if entry.exact is not None:
         ExactTensor(delta, entry, None).check()
+    check_payload_digest(delta, entry)
+
+
+def check_payload_digest(delta: DeltaFile, entry: TensorEntry) -> None:
+    """Compare the digest of a tensor's payload with its entry, if it has a payload.
+
+    Raises:
+        InvalidFileError: the digest differs.
+    """
     if entry.digest is not None and payload_digest(delta, entry) != entry.digest:
         raise InvalidFileError(f'{delta.container.name}: tensors["{entry.name}"]: the payload has another digest')
+
+
+def check_attachment(container: Container, name: str) -> None:
+    """Compare the digest of an attached file with the index.
+
+    Raises:
+        InvalidFileError: the digest differs.
+    """
+    attachment = container.attachments[name]
+    if _digest_of(container.pieces(attachment.data)) != attachment.digest:
+        raise _named(container, InvalidFileError(f'attachments["{name}"]: the bytes have another digest'))
+
+
+def check_content_id(container: Container, entries: Iterable[TensorEntry]) -> None:
+    """Compute the content id anew from all entries, and compare it with the trailer's.
+
+    With it and the digests of what is used, the content id stands for what is used.
+
+    Raises:
+        InvalidFileError: it differs.
+    """
+    about = container.removed, container.attachments, container.metadata, container.scaled(), container.files
+    found = content_id(entries, *about)
+    if found != container.content_id:
+        raise _named(container, InvalidFileError("the content id is not that of the content"))
 
 
 def check_base(base: BaseTensors, entries: list[TensorEntry], threads: int) -> int:

@@ -69,6 +69,7 @@ class Calls:
         self._name = type(model).__name__
         self._server = server
         self._scope = server.scope
+        self._compiled = frames.CompiledParts(model)
         self._before: dict[str, object] = {}
         self._closed = False
         self._names: dict[tuple[int, str], tuple[str, ...]] = {}
@@ -196,7 +197,10 @@ class Calls:
             with frames.uncompiled():  # what is compiled cannot be followed
                 return plain(*args, **kwargs)
         if original is plain and not served.standing.used:
-            return original(*args, **kwargs)
+            if not self._compiled.found():
+                return original(*args, **kwargs)
+            served.standing.used = True
+            batch = batch_of(args, kwargs)
         if batch is None or not served.compiles(selection, batch[1]):
             with frames.uncompiled():
                 return plain(*args, **kwargs)

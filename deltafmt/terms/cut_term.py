@@ -1,4 +1,4 @@
-"""A cut of a term's matrix as a term of its own: some rows, and some columns of them (specification, 11.7 and others).
+"""A cut of a term's matrix as a term of its own: some rows, and some columns of them (specification, appendix A).
 
 Processes that share a model each hold some rows or some columns of its matrices. A cut has the values of the whole,
 bit for bit, in the form that kernels read.

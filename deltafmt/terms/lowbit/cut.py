@@ -1,4 +1,4 @@
-"""Cuts of ``lowbit`` terms (specification, section 12.4)."""
+"""Cuts of ``lowbit`` terms (specification, appendix A.2)."""
 
 from __future__ import annotations
 

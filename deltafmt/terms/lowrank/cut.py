@@ -1,4 +1,4 @@
-"""Cuts of ``lowrank`` terms (specification, section 13.4)."""
+"""Cuts of ``lowrank`` terms (specification, appendix A.3)."""
 
 from __future__ import annotations
 

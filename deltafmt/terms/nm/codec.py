@@ -43,7 +43,7 @@ class NMArrays(TermArrays):
 
 
 def run_rows(layout: NMLayout) -> int:
-    """Return the number of rows on whose multiples a run may start (section 11.7): those of a super-tile."""
+    """Return the number of rows on whose multiples a run may start (appendix A.1): those of a super-tile."""
     return TILE_ROWS * layout.share
 
 

@@ -1,4 +1,4 @@
-"""Cuts of ``nm`` terms (specification, section 11.7)."""
+"""Cuts of ``nm`` terms (specification, appendix A.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cuts of ``sparse`` terms (specification, section 14.5)."""
+"""Cuts of ``sparse`` terms (specification, appendix A.4)."""
 
 from __future__ import annotations
 

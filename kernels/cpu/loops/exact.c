@@ -1,5 +1,5 @@
 /* Exact tensors: zigzag differences of ordered integers, sorted by the exponent of what is predicted, in planes of
- * bytes (specification, sections 15.3 and 15.4). Reference: deltafmt/exact/differences.py.
+ * bytes (specification, sections 17.3 and 17.5). Reference: deltafmt/exact/differences.py.
  *
  * Only sorting goes unit by unit. The other steps are loops that the compiler turns into vector instructions: codes and
  * keys are computed for a run of units at a time, and planes are made of whole units that are sorted already. Signs are
@@ -10,10 +10,10 @@
  * side. A quarter has 4224 units (core.h), and not 4096: their arrays would evict one another from the cache. */
 enum { QUARTERS = 4, BLOCK_UNITS = EXACT_BLOCK, KEYS = (1 << MAX_KEY_BITS) + 72 };
 
-/* "o(u) is u with its sign bit set if that is 0, and otherwise u with every bit inverted." */
+/* "o(u) = u + 2^(n-1) if u < 2^(n-1); o(u) = 2^n - 1 - u otherwise." */
 #define ORDERED(T, TOP, u) ((T)((u) ^ (T)((T)(0 - (T)((u) >> (TOP))) | (T)((T)1 << (TOP)))))
 #define UNORDERED(T, TOP, o) ((T)((o) ^ (T)((T)((T)((o) >> (TOP)) - 1) | (T)((T)1 << (TOP)))))
-/* "z = 2 d mod 2^n, with every bit inverted if the highest bit of d is 1." */
+/* "z = 2 d if d < 2^(n-1); z = 2^(n+1) - 2 d - 1 otherwise." */
 #define ZIGZAG(T, TOP, d) ((T)((T)((d) << 1) ^ (T)(0 - (T)((d) >> (TOP)))))
 #define UNZIGZAG(T, z) ((T)((T)((z) >> 1) ^ (T)(0 - (T)((z)&1))))
 
