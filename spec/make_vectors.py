@@ -20,7 +20,7 @@ from vector_tools import VECTORS
 # Importing registers the generators; those of the kinds come first, because the others use their content.
 for _module in pkgutil.iter_modules(kind_vectors.__path__):
     importlib.import_module(f"kind_vectors.{_module.name}")
-for _name in ("bad_vectors", "good_vectors", "rule_vectors"):
+for _name in ("bad_vectors", "good_vectors", "rule_vectors", "exact_vectors", "exact_bad_vectors"):
     importlib.import_module(_name)
 
 FOLDER = Path(__file__).parent / "vectors"

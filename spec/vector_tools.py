@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import msgpack
@@ -62,8 +63,10 @@ def makes_positions(index: str) -> Callable[[MakePositions], MakePositions]:
     return register
 
 
-def vector(expect: str, comment: str, error: str = "") -> Callable[[Maker], Maker]:
-    """Register a generator; its name is the vector's."""
+def vector(
+    expect: str, comment: str, error: str = "", restored: Mapping[str, tuple[bytes, bytes]] = MappingProxyType({})
+) -> Callable[[Maker], Maker]:
+    """Register a generator; its name is the vector's. ``restored`` has the bytes of base and fine-tune by tensor."""
 
     def register(make: Maker) -> Maker:
         data = make()
@@ -77,6 +80,8 @@ def vector(expect: str, comment: str, error: str = "") -> Callable[[Maker], Make
                     if delta.resolve(name).action == "add":
                         digest = hashlib.sha256(delta.delta(name).tobytes()).hexdigest()
                         lines.append(f"delta.{name}: {digest}")
+        for name, (base, finetuned) in restored.items():
+            lines += [f"base.{name}: {base.hex()}", f"restored.{name}: {hashlib.sha256(finetuned).hexdigest()}"]
         head = "\n".join(lines) + "\n\n"
         VECTORS[make.__name__.replace("_", "-")] = head.encode() + zlib.compress(data, 9)
         return make

@@ -8,10 +8,13 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import deltafmt
 from deltafmt.errors import InvalidFileError, UnsupportedError
+from deltafmt.exact.coding import ExactDecoder
+from deltafmt.exact.prediction import converted, extended, units_at
 from deltafmt.pipeline.verify import verify
 
 SPEC = Path(__file__).resolve().parent.parent / "spec"
@@ -21,6 +24,24 @@ VECTORS = sorted((SPEC / "vectors").glob("*.vec"))
 def load(path: Path) -> tuple[dict[str, str], bytes]:
     head, _, body = path.read_bytes().partition(b"\n\n")
     return dict(line.split(": ", 1) for line in head.decode().splitlines()), zlib.decompress(body)
+
+
+def bases_of(expected: dict[str, str]) -> list[str]:
+    return [key.removeprefix("base.") for key in expected if key.startswith("base.")]
+
+
+def restored_digest(delta: deltafmt.DeltaFile, name: str, expected: dict[str, str]) -> str:
+    """Restore an exact tensor by the modules that know no checkpoint; return the SHA-256 of its bytes."""
+    entry = delta[name]
+    assert entry.exact is not None
+    decoder = ExactDecoder(delta.container.buffer(entry.exact.data), entry.dtype, entry.shape, entry.exact.chunk)
+    prediction = np.zeros(0, decoder.unit.dtype)
+    if entry.base is not None:
+        base = units_at(memoryview(bytes.fromhex(expected[f"base.{name}"])), entry.base.dtype)
+        prediction = converted(base, entry.base.dtype, entry.dtype)[: decoder.units]
+    prediction = extended(prediction, decoder.units)
+    chunks = [decoder.decode(number, prediction[slice(*decoder.span(number))]) for number in range(len(decoder))]
+    return hashlib.sha256(b"".join(chunk.tobytes() for chunk in chunks)).hexdigest()
 
 
 @pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
@@ -36,7 +57,9 @@ def test_vector(path: Path, tmp_path: Path) -> None:
                 for name in delta
                 if delta.resolve(name).action == "add"
             }
+            restored = {f"restored.{name}": restored_digest(delta, name, expected) for name in bases_of(expected)}
         assert found == {key: value for key, value in expected.items() if key.startswith("delta.")}
+        assert restored == {key: value for key, value in expected.items() if key.startswith("restored.")}
         return
     with pytest.raises(InvalidFileError) as caught:
         verify(file)

@@ -102,7 +102,8 @@ def verify(
             check_attachment(container, name)
         check_content_id(container, entries)
         read_files(opened, entries)
-        checked, changes, restored = None, [], ()
+        checked, changes = None, []
+        restored: tuple[str, ...] = ()
         if base is not None:
             with open_base(base, container) as checkpoint:
                 tensors = BaseTensors(checkpoint, entries, container.metadata, renames)
