@@ -5,7 +5,7 @@
 For each pair given, the table has the share of the fine-tune's bytes that an archive takes. The baselines are made
 here: ``zstd --patch-from`` if the program is there; the XOR, and the ordered difference, with the base, in planes of
 bytes, by zstd. ``--peers`` names a Python that has zipnn, which is then asked as well. Then a synthetic pair is packed,
-verified and unpacked in processes of their own. GB are 10**9 bytes of the fine-tune; a CPU second is one of all threads.
+verified and unpacked in processes of their own. GB are 10**9 bytes of the fine-tune; CPU seconds are of all threads.
 """
 
 from __future__ import annotations
