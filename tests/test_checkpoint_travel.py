@@ -169,6 +169,27 @@ def test_declared_code_travels(tmp_path: Path) -> None:
     assert packed(pair, tmp_path)[0] == {"config.json"}
 
 
+def test_code_is_written_unless_it_could_be_taken_for_a_module(tmp_path: Path, cli: Cli) -> None:
+    code = {"configuration_x.py": b"class C: ...\n", "json.py": b"import os\n", "numpy/random.py": b"x = 1\n"}
+    pair = with_files(tmp_path, code)
+    own = tmp_path / "own.deltafmt"
+    deltafmt.pack(pair.base, pair.finetuned, own, attach=["configuration_x.py"])
+    done = cli("unpack", pair.base, own, "-o", tmp_path / "a")
+    assert done.code == 0 and "code, written: configuration_x.py" in done.out  # noqa: PT018
+    assert (tmp_path / "a" / "configuration_x.py").read_bytes() == code["configuration_x.py"]
+    delta = tmp_path / "d.deltafmt"
+    deltafmt.pack(pair.base, pair.finetuned, delta, attach=list(code))
+    refusal = cli("unpack", pair.base, delta, "-o", tmp_path / "b")
+    assert refusal.code == 2
+    assert "modules that this Python has: json.py, numpy/random.py; --code write writes it all the same" in refusal.err
+    assert not (tmp_path / "b").exists()
+    assert deltafmt.unpack(pair.base, delta, tmp_path / "b", code="write").code == sorted(code)
+    assert all((tmp_path / "b" / name).read_bytes() == data for name, data in code.items())
+    assert deltafmt.unpack(pair.base, delta, tmp_path / "c", code="leave").files == ["config.json"]
+    with pytest.raises(UsageError, match="code 'all' is not one of write, leave"):
+        deltafmt.unpack(pair.base, delta, tmp_path / "e", code="all")
+
+
 @situation("`--attach` and `--no-attach`")
 def test_patterns_decide(tmp_path: Path, cli: Cli) -> None:
     files = {"train.py": b"x = 1\n", "big.txt": b"x" * 2_000_000, "assets/a.txt": b"a", "assets/b/c.txt": b"c"}

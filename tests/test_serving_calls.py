@@ -362,3 +362,22 @@ def test_two_uses_of_a_replaced_version_end_at_once(tiny: Tiny) -> None:
     assert torch.equal(logits(model, tokens, delta="a"), want)
     assert len(model.deltas._versions) == 1
     detach(model)
+
+
+def test_a_module_that_only_holds_what_others_use_is_not_warned_of(tmp_path: Path) -> None:
+    class Shared(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.used = torch.nn.Embedding(12, 8), torch.nn.Embedding(12, 8)
+            self.used.weight = self.shared.weight
+
+        def forward(self, tokens: Any) -> Any:
+            return self.used(tokens)
+
+    base, tuned = Shared(), Shared()
+    model = attach(base, {"a": packed(tmp_path, base, tuned, exclude=["*"])})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = model(torch.arange(4)[None], delta="a")
+    assert close(found, tuned(torch.arange(4)[None]))
+    assert model.deltas.unused() == []

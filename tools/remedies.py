@@ -11,7 +11,7 @@ _SENTENCES = {
     "allow_architecture": "--allow-architecture accepts them all the same",
     "base": "--base FOLDER names the base",
     "calibration": "--calibration FILE names a text for the fine-tune to read",
-    "code": "--code write restores it, --code leave restores the rest",
+    "code": "--code write writes it all the same, --code leave leaves code out",
     "exclude": "--exclude VALUE stores the tensor whole",
     "force": "--force replaces it",
     "limits": "--VALUE raises the limit",

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--code",
         choices=("write", "leave"),
-        help="if the delta holds Python code: write it too, or leave it out (default: refuse such a delta)",
+        help="write the delta's Python code, or leave it out (default: write it, but refuse names of modules)",
     )
     add_name_arguments(parser, "the delta", "BASE")
     add_limit_arguments(parser, computes=True)
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
     if result.restored:
         console.say(f"restored byte for byte: {bounded(result.restored)}")
     if result.code:
-        done = "written" if options.code == "write" else "left out"
+        done = "left out" if options.code == "leave" else "written"
         console.say(f"code, {done}: {bounded(result.code, 30)}")
     say_names(result.names)
     say_dequantized(result.dequantized)

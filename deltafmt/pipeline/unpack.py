@@ -6,9 +6,11 @@ The folder appears whole or not at all.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Final
 
@@ -96,7 +98,8 @@ def unpack(
         force_base: True to go on if the base's bytes differ from those packed against. The output's metadata then
             names the tensors that differ.
         code: what is done with attached files of Python code: ``write`` writes them, ``leave`` leaves them out. Without
-            it, a delta that has any is refused: a Python that runs in the folder could take them for its own modules.
+            it they are written, but a delta is refused if one has the name of a module that this Python has: a Python
+            that runs in the folder would take the file for it.
         rename: rules FROM=TO that say what a name that the file records is in this base. FROM is how the name begins,
             or a pattern with ``*``. Bases whose names differ in a known way are recognized without rules.
         strip_prefix: beginnings of names that do not count, on either side.
@@ -107,7 +110,7 @@ def unpack(
         progress: called with a tensor's name and bytes as each is done.
 
     Raises:
-        UsageError: the output exists or is an input, or the delta holds code and ``code`` is not given.
+        UsageError: the output exists or is an input, or the delta holds code that could be taken for a module.
         InvalidFileError: the delta, or the base, is not valid.
         WrongBaseError: names the first tensor of the base that differs.
         StorageError: reading or writing failed.
@@ -154,12 +157,21 @@ def chosen_files(container: Container, code: str | None) -> list[str]:
     """Return the names of the attached files that are written.
 
     Raises:
-        UsageError: there is code among them, and ``code`` does not say what to do with it.
+        UsageError: one could be taken for a module, and ``code`` does not say what to do with it.
     """
     found = code_of(container)
-    if found and code is None:
-        raise UsageError(f"{container.name} holds code: {bounded(found, 3)}", Remedy("code"))
-    return [name for name in container.attachments if code == WRITE or name not in found]
+    if code is None and (shadows := [name for name in found if _is_module(name)]):
+        text = f"{container.name} holds code with names of modules that this Python has: {bounded(shadows, 3)}"
+        raise UsageError(text, Remedy("code"))
+    return [name for name in container.attachments if code != LEAVE or name not in found]
+
+
+def _is_module(path: str) -> bool:
+    """Tell whether a file, or the folder at the top that holds it, has the name of a module outside of this folder."""
+    name = path.split("/", maxsplit=1)[0].partition(".")[0]
+    here = os.getcwd()
+    elsewhere = [folder for folder in sys.path if folder and os.path.abspath(folder) != here]
+    return name in sys.stdlib_module_names or PathFinder.find_spec(name, elsewhere) is not None
 
 
 @dataclass(slots=True)

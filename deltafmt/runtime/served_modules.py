@@ -130,8 +130,17 @@ class ServedModules:
             self._multiplying = tuple(id(site) for site in sites if isinstance(site, LinearSite))
 
     def unused(self) -> list[str]:
-        """Return the names of modules that deltas change but that have not run while such a delta was served."""
-        return [site.name for site in self._sites.values() if not site.ran]
+        """Return the names of modules that deltas change but that have not run while such a delta was served.
+
+        A module whose parameters all are those of others that have run is only their store, as is T5's ``shared``.
+        """
+        ran = {id(parameter) for site in self._sites.values() if site.ran for parameter in parameters_of(site)}
+        idle = [
+            (site.name, {id(parameter) for parameter in parameters_of(site)})
+            for site in self._sites.values()
+            if not site.ran
+        ]
+        return [name for name, held in idle if not held or not held <= ran]
 
     def sites(self) -> list[Site]:
         """Return the sites of all served modules."""
@@ -413,3 +422,8 @@ class _Hooks(Uncopied):
     def output(self, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Return the output with the deltas that are served now, within compiled code."""
         return self._served.compiled_output(self._site, given, output)
+
+
+def parameters_of(site: Site) -> list[nn.Parameter]:
+    """Return the parameters of a site's module itself."""
+    return list(site.module.parameters(recurse=False))
