@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltafmt.errors import InvalidFileError
@@ -40,6 +40,7 @@ def drawn_units(data: st.DataObject, unit: Unit, most: int = 3000) -> tuple[Unit
     return values, prediction
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_every_bit_pattern_comes_back_through_the_sorted_planes(name: str, data: st.DataObject) -> None:
@@ -74,6 +75,7 @@ def test_zigzag_is_small_for_small_differences_of_either_sign() -> None:
     assert np.array_equal(unzigzag(zigzag(differences, unit), unit), differences)
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_a_tensor_comes_back_whatever_its_dtype_and_chunks(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -96,6 +98,7 @@ def test_a_tensor_comes_back_whatever_its_dtype_and_chunks(data: st.DataObject) 
     assert np.array_equal(np.concatenate(restored), values)
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_every_form_decodes_to_the_same_units(data: st.DataObject) -> None:
     unit = unit_of(data.draw(st.sampled_from(DTYPES)))

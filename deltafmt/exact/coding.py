@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from deltafmt.errors import InvalidFileError
-from deltafmt.exact.chunk import FORMS, STORED, VALUES, check, decode, encode
+from deltafmt.exact.chunk import DIFFERENCES, FORMS, SORTED, STORED, VALUES, check, decode, encode
 from deltafmt.exact.units import Unit, Units, unit_count, unit_of
 
 # Units of a chunk, as a writer chooses them.
@@ -75,6 +75,19 @@ class ExactDecoder:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that restoring a chunk takes at most: its planes, its units and the prediction."""
+        return 3 * min(self.chunk_units, self.units) * self.unit.width
+
+    @property
+    def decoded(self) -> int:
+        """Bytes that checking all chunks makes, whatever the base; places are counted where there are few."""
+        spans = map(self.span, range(len(self)))
+        whole = (VALUES, DIFFERENCES, SORTED)
+        units = (end - first for (first, end), row in zip(spans, self._rows, strict=True) if row[2] in whole)
+        return sum(units) * self.unit.width
 
     def span(self, number: int) -> tuple[int, int]:
         """Return the first unit of a chunk, and the one behind its last."""

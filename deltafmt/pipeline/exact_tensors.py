@@ -77,6 +77,13 @@ class ExactTensor:
             self._decoder = ExactDecoder(buffer, entry.dtype, entry.shape, entry.exact.chunk)
         except InvalidFileError as error:
             raise self._located(error) from error
+        limits, size = delta.container.limits, delta.container.size
+        limits.check_memory(self._decoder.memory, size, f"{self._where}: a chunk takes")
+
+    @property
+    def decoded(self) -> int:
+        """Bytes that :meth:`check` makes."""
+        return self._decoder.decoded
 
     def __len__(self) -> int:
         return len(self._decoder)

@@ -93,6 +93,7 @@ def verify(
             check_coverage(container, entries)
         except InvalidFileError as error:
             raise _named(container, error) from error
+        _check_decoded(opened, entries)
         for entry in entries:
             _check_payload(opened, entry)
             container.release(entry)
@@ -114,6 +115,17 @@ def verify(
         said = dequantized(container.scaled(), container.metadata)
         identity = container.content_id.hex()
         return VerifyResult(len(container.sections), len(entries), checked, identity, *rest, said, restored)
+
+
+def _check_decoded(delta: DeltaFile, entries: Iterable[TensorEntry]) -> None:
+    """Refuse chunks of exact tensors that become many more bytes than the file has.
+
+    Raises:
+        InvalidFileError: names the limit.
+    """
+    container = delta.container
+    total = sum(ExactTensor(delta, entry, None).decoded for entry in entries if entry.exact is not None)
+    container.limits.check_output(total, container.size, 0, f"{container.name}: the chunks of exact tensors become")
 
 
 def _check_payload(delta: DeltaFile, entry: TensorEntry) -> None:
