@@ -81,7 +81,7 @@ def patched(base: Path, finetuned: Path) -> int | None:
         for side, path in (("base", base), ("finetuned", finetuned)):
             files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
             (Path(folder) / side).write_bytes(b"".join(file.read_bytes() for file in files))
-        command = ["zstd", "-19", "-T0", "-q", "-c", "--long=27", "--patch-from", "base", "finetuned"]
+        command = ["zstd", "-9", "--single-thread", "-q", "-c", "--long=27", "--patch-from", "base", "finetuned"]
         return len(subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, check=True).stdout)
 
 
@@ -120,7 +120,7 @@ def sizes_of(base: Path, finetuned: Path, python: str | None) -> list[Figure]:
         made |= zipnn_sizes(python, base, finetuned)
     patch = patched(base, finetuned)
     if patch is not None:
-        made["zstd -19 --patch-from"] = patch
+        made["zstd -9 --patch-from"] = patch
     label = f"{finetuned.parent.name}/{finetuned.stem}"
     return [Figure(f"{label}: {name}", 100 * size / whole, "%") for name, size in made.items()]
 

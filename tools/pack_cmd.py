@@ -45,7 +45,6 @@ DESCRIPTION = """\
 Pack the difference of two checkpoints into a delta file. For example:
 
   deltafmt pack base/ math/ -o math.deltafmt --target-ratio 16
-  deltafmt pack base/ math/ -o math.deltafmt --method deltadq:nm=2:16,bits=2
   deltafmt pack base/ math/ -o math.deltafmt --method exact
 """
 EPILOG = """\
@@ -57,8 +56,7 @@ stores the tensor as it is. The last rule that matches decides:
   --rule lm_head.weight whole
 
 Vectors, tensors that the base lacks or has in another shape, and dtypes other
-than BF16, F16 and F32 are stored whole. The method exact keeps every bit of every
-tensor, and of the files that hold them. An interrupted pack goes on if run again.
+than BF16, F16 and F32 are stored whole. An interrupted pack goes on if run again.
 """
 
 

@@ -37,6 +37,7 @@ class Exact(Method):
         "Stores the differences between the fine-tune's bits and the base's, sorted by the base's exponents and "
         "compressed. unpack restores the fine-tune's files byte for byte. A model cannot be served from such a file."
     )
+    paper: ClassVar[str] = "of this project"
     stores: ClassVar[str] = "no terms: exact tensors"
     example: ClassVar[str] = "exact:level=fast"
     exact: ClassVar[bool] = True
