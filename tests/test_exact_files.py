@@ -336,3 +336,24 @@ def test_real_archives_are_small(models: Path, tmp_path: Path) -> None:
         result = deltafmt.pack(models / base, models / finetuned, out, method=Exact(), force=True)
         assert result.size < most * result.finetuned_bytes
         assert deltafmt.verify(out, models / base).restored
+
+
+def test_an_interrupted_archive_goes_on(
+    pair: tuple[Path, Path], archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltafmt.container.writer.SECTION_TARGET", 1)
+    whole, resumed = tmp_path / "whole.deltafmt", tmp_path / "resumed.deltafmt"
+    deltafmt.pack(*pair, whole, method=Exact())
+    done: list[str] = []
+
+    def stop(name: str, _: int) -> None:
+        done.append(name)
+        if len(done) == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="goes on where it stopped"):
+        deltafmt.pack(*pair, resumed, method=Exact(), progress=stop)
+    assert deltafmt.pack(*pair, resumed, method=Exact()).resumed > 0
+    assert resumed.read_bytes() == whole.read_bytes()
+    deltafmt.unpack(pair[0], resumed, tmp_path / "out")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(pair[1])
