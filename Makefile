@@ -22,7 +22,7 @@ REFERENCE_TESTS = $(wildcard $(addprefix tests/test_,budget.py calibrated_pack.p
 # Tests of the source distribution that are run from the unpacked archive.
 SDIST_TESTS = $(addprefix tests/test_,examples.py mapping.py packaging.py surface.py vectors.py)
 
-.PHONY: demo test reference lint fuzz sanitize docs package clean
+.PHONY: demo test reference lint fuzz fuzz-reader faults costs reader sanitize docs package clean
 
 demo: $(VENV)/.models
 	$(BIN)/python examples/demo.py
@@ -39,8 +39,28 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy -p deltafmt
 	$(BIN)/lint-imports
 
+# The reader of delta files for a minute, and each of what else is read for FUZZ_OTHERS seconds; fuzz/README.md.
+FUZZ_READER ?= 60
+FUZZ_OTHERS ?= 15
 fuzz: $(VENV)/.dev
-	$(BIN)/python fuzz/fuzz_reader.py $$(mktemp -d) fuzz/corpus -max_total_time=60
+	$(BIN)/python fuzz/fuzz_reader.py $$(mktemp -d) fuzz/corpus -max_total_time=$(FUZZ_READER)
+	for target in safetensors weight-map adapter rules; do \
+		$(BIN)/python fuzz/fuzz_inputs.py $$target $$(mktemp -d) -max_total_time=$(FUZZ_OTHERS) || exit 1; done
+
+# Every call of the writers fails, disks are full, runs are killed, bits are flipped: some minutes; fuzz/README.md.
+faults: $(VENV)/.dev
+	$(BIN)/python fuzz/faults.py $(FAULTS)
+
+# What the files of strangers cost: memory and time of each command.
+costs: $(VENV)/.dev
+	$(BIN)/python fuzz/costs.py
+
+# The second reader, in C: its library and command end up in build/reader/, and it runs the vectors under the sanitizers.
+reader:
+	$(MAKE) -C spec/reader OUT="$(abspath build/reader)" PYTHON=$(PYTHON) all check
+
+fuzz-reader:
+	$(MAKE) -C spec/reader OUT="$(abspath build/reader)" PYTHON=$(PYTHON) fuzz
 
 # The tests of the loops, under the compiler's sanitizers of addresses and of undefined behaviour.
 sanitize: $(VENV)/.dev

@@ -16,13 +16,13 @@ REPEATS = 11
 
 
 def random_operand(layout: TermLayout, rows: int, columns: int, seed: int) -> Operand:
-    """Return an operand of random codes; a seeded one has this seed, a sparse one an entry in every eighth column."""
+    """Return an operand of random codes; a seeded one has this seed, a sparse one gaps of 6.5."""
     buffers = {}
     slots = sparse_slots(layout, rows, columns)
     for name, form in layout.buffers(rows, columns, slots).items():
         dtype = BUFFER_DTYPES[form.dtype]
         if name == "gaps":
-            buffers[name] = torch.full(form.shape, 0x77777777, dtype=dtype, device=DEVICE)
+            buffers[name] = random_gaps(layout, form.shape)
         elif name == "starts":
             buffers[name] = torch.arange(form.shape[0], dtype=dtype, device=DEVICE) * (slots // (form.shape[0] - 1))
         elif dtype == torch.int32:
@@ -33,8 +33,22 @@ def random_operand(layout: TermLayout, rows: int, columns: int, seed: int) -> Op
 
 
 def sparse_slots(layout: TermLayout, rows: int, columns: int) -> int:
-    """Return the slots of a sparse term that has an entry in one of eight columns, all at the same distance."""
+    """Return the slots of a sparse term that has an eighth as many entries as columns."""
     return -(-rows // 32) * columns // 8 if isinstance(layout, SparseLayout) else 0
+
+
+def random_gaps(layout: TermLayout, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return words of gaps from 0 to 13, so that neighbouring rows have their entries in different columns.
+
+    A term of an eighth as many slots as columns then stays within its row, all but surely.
+    """
+    assert isinstance(layout, SparseLayout)
+    if layout.gap_bits not in (4, 8):
+        raise ValueError(f"no random gaps of {layout.gap_bits} bits")
+    per_word = 32 // layout.gap_bits
+    places = torch.arange(0, 32, layout.gap_bits, device=DEVICE)
+    words = (torch.randint(0, 14, (*shape, per_word), device=DEVICE) << places).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
 def milliseconds(function: Callable[[], object], repeats: int = REPEATS) -> float:

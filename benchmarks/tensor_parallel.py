@@ -4,8 +4,8 @@
 
 A Llama of Llama-2-7B's shapes with random weights, one token a row, 16 rows. Deltas are 1:32 k=4 with masks shared by
 four rows, and random codes. The model is cut by transformers (``tp_plan="auto"``). Times are of whole calls of the
-model, the host included (eager), and of replays of one captured call (graph). Logits on several GPUs are compared with
-those on one.
+model, the host included (eager), and of replays of one captured call (graph); of these, it is also said which kernels
+take the time. Logits on several GPUs are compared with those on one.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ from deltafmt.container.writer import ContainerWriter
 from deltafmt.index.entries import BaseRef, TensorEntry, Term
 
 ROWS = 16
+# Words in the names of kernels, by what they do; all others are norms, attention, activations and the like.
+PARTS = {
+    "products": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
+    "sums over GPUs": ("nccl", "reduce_scatter", "all_reduce"),
+    "deltas": ("gather_kernel",),
+}
+OTHERS = "other kernels"
 TARGET = 1.8  # of the step with deltas, as a graph; what the base gets is the floor
 
 
@@ -80,6 +87,26 @@ def median_of(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(once(work) for _ in range(repeats))
 
 
+def parts_of(replay: Callable[[], object], repeats: int = 10) -> dict[str, float]:
+    """Return the milliseconds that kernels of each kind take in one replay of a graph, and how many kernels it has."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(repeats):
+            replay()
+        torch.cuda.synchronize()
+    times = {**dict.fromkeys(PARTS, 0.0), OTHERS: 0.0, "kernels": 0.0}
+    for event in found.events():
+        if event.device_type != DeviceType.CUDA:
+            continue
+        name = event.name.lower()
+        kind = next((kind for kind, words in PARTS.items() if any(word in name for word in words)), OTHERS)
+        times[kind] += event.time_range.elapsed_us() / 1000 / repeats
+        times["kernels"] += 1 / repeats
+    return times
+
+
 def measure(folder: Path, gpus: int, repeats: int) -> None:
     """Measure in one of ``gpus`` processes; the first one writes what it found."""
     from transformers.utils import logging
@@ -108,7 +135,9 @@ def measure(folder: Path, gpus: int, repeats: int) -> None:
         for kind, rows in (("base", None), ("deltas", names)):
             try:
                 with model.delta(rows):
-                    found[f"{kind}, graph"] = median_of(captured(step, "thread_local"), repeats)
+                    replay = captured(step, "thread_local")
+                    found[f"{kind}, graph"] = median_of(replay, repeats)
+                    found[f"parts of {kind}"] = parts_of(replay)
             except RuntimeError as error:
                 print(f"process {rank}: no graph of {kind}: {str(error).splitlines()[0]}", flush=True)
                 break
@@ -131,6 +160,12 @@ def compare(folder: Path, gpus: list[int]) -> list[Figure]:
     figures = []
     for count, run in runs.items():
         for name, value in run.items():
+            if name.startswith("parts"):
+                figures += [
+                    Figure(f"{name}, graph: {part}, {count} GPUs", time, "" if part == "kernels" else "ms")
+                    for part, time in value.items()
+                ]
+                continue
             if name.startswith("bytes"):
                 figures.append(Figure(f"{name} on a GPU, {count} GPUs", value / 2**20, "MiB"))
                 continue

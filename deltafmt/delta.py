@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from deltafmt.container.reader import Container
@@ -75,7 +76,10 @@ class DeltaFile:
 
     @property
     def content_id(self) -> str:
-        """The content id in hexadecimal; files with the same content have the same id, however they are stored."""
+        """The content id in hexadecimal, as the file claims it; :func:`deltafmt.verify` computes it.
+
+        Files with the same content have the same id, however they are stored.
+        """
         return self.container.content_id.hex()
 
     def resolve(self, name: str) -> TensorEntry:
@@ -128,6 +132,11 @@ class DeltaFile:
             raise UsageError(f'tensor "{name}" is exact and has no delta; unpack restores it from the base')
         if entry.terms:
             self.check_work([entry], 0)
+        else:
+            size = self.container.size
+            self.container.limits.check_elements(
+                entry.rows * entry.columns, size, 0, f"{self.container.name}: the delta takes"
+            )
         out = np.zeros((entry.rows, entry.columns), np.float32)
         if entry.terms:
             decoder = RunDecoder(self, entry)
@@ -158,12 +167,17 @@ class DeltaFile:
         limits.check_memory(widest, size, f"{self.container.name}: a run of rows takes")
 
     def attachment(self, name: str) -> bytes:
-        """Return the bytes of an attached file.
+        """Return the bytes of an attached file, after comparing their digest.
 
         Raises:
             KeyError: the file has no such attachment.
+            InvalidFileError: the bytes have another digest than the index says.
         """
-        return bytes(self.container.buffer(self.container.attachments[name].data))
+        attachment = self.container.attachments[name]
+        data = bytes(self.container.buffer(attachment.data))
+        if blake3(data).digest() != attachment.digest:
+            raise InvalidFileError(f'{self.container.name}: attachments["{name}"]: the bytes have another digest')
+        return data
 
     def close(self) -> None:
         """Close the file; views that are still in use stay valid."""

@@ -127,7 +127,7 @@ def odd(rng: np.random.Generator) -> tuple[Tensors, Tensors]:
         "new": weights(rng, 3, 3),
         "reshaped": weights(rng, 6, 4),
         "scalar": weights(rng),
-        "tiny": ("F4", (6,), rng.bytes(3)),
+        "waves": ("C64", (2,), rng.bytes(16)),
     }
 
 
@@ -242,7 +242,7 @@ def main(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             work = Path(temporary)
             sides = write_checkpoint(work / "base", base, {}), write_checkpoint(work / "finetuned", finetuned, files)
-            deltafmt.pack(*sides, out, method=method, profile=profile, force=True, threads=1)
+            deltafmt.pack(*sides, out, method=method, profile=profile, force=True, missing="removed", threads=1)
     (folder / "hot-sum.deltafmt").write_bytes(sum_of_terms(NM_TERMS))
     (folder / "hot-bands.deltafmt").write_bytes(sum_of_terms(BANDS))
     for path in sorted(folder.glob("*.deltafmt")):

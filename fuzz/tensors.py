@@ -52,13 +52,13 @@ def found_references(index: Any) -> Iterator[Any]:
 @functools.cache
 def known_layouts() -> list[dict[str, Any]]:
     """Return the layouts of the test vectors. Every kind has some, so a new kind is fuzzed once it has a vector."""
-    found = []
+    found: list[dict[str, Any]] = []
     for path in sorted(VECTORS.glob("*.vec")):
         head, _, body = path.read_bytes().partition(b"\n\n")
         if head.startswith(b"expect: ok"):
             parts = repair.split(zlib.decompress(body))
             assert parts is not None
-            found += parts.index["layouts"]
+            found += [layout for layout in parts.index["layouts"] if layout not in found]
     return found
 
 

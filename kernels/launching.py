@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
 from deltafmt.kernels.beside import may_launch
 from deltafmt.kernels.record import MAX_PARTS
 from deltafmt.kernels.registry import kernels_of
-from deltafmt.kernels.repeated import Repeated, can_repeat, form, recording
-from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.repeated import Ready, Repeated, can_repeat, form, recording
+from deltafmt.kernels.segments import Segments, is_captured
 from deltafmt.kernels.table import OperandTable
 
 
@@ -60,14 +60,93 @@ def repeat_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
     Returns:
         True if the whole product is made; False if nothing has been done.
     """
-    if segments.longest > table.fewest or not can_repeat(x.device):
-        return False
-    key = form(outputs, x, segments)
+    found = _repeated(outputs, x, table, segments)
+    if found is not None:
+        found.run(outputs, x, segments)
+    return found is not None
+
+
+def ready_product(
+    outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments
+) -> Ready | None:
+    """Return the launches of a product as :func:`repeat_products` makes it, for more products of the same tokens.
+
+    They hold for as long as the table's operands stay what they are.
+    """
+    # What is made while a graph is captured holds nothing before the graph is replayed.
+    if segments.fixed or is_captured(x):
+        return None
+    found = _repeated(outputs, x, table, segments)
+    return None if found is None else Ready(found, outputs, x, segments, table)
+
+
+def launch_fused(
+    outputs: Sequence[torch.Tensor], x: torch.Tensor, weights: Sequence[torch.Tensor], table: OperandTable, slot: int
+) -> bool:
+    """Launch base and one delta in one kernel, or repeat that, for one token.
+
+    Args:
+        outputs: for each part of the table, shape (1, rows); written.
+        x: shape (1, columns), contiguous, on the current device.
+        weights: of the base, for each part, contiguous.
+        table: the deltas.
+        slot: one that :func:`deltafmt.kernels.products.can_fuse` accepts.
+
+    Returns:
+        False if nothing is launched, because the kernel is still being compiled (:mod:`.beside`).
+    """
+    key = _fused_form(outputs, x, weights, table, slot)
     found = None if key is None else table.repeated(key)
-    if found is None:
+    if found is not None:
+        found.run([*outputs, *weights], x, None)
+        return True
+    operand = table.operands(slot)[0][0]
+    kernels = kernels_of(operand.layout)
+    layout = kernels.table_layout(operand.layout)
+    held = next(one for one in table.layout_tables(slice(0, len(table.parts))) if one.layout == layout)
+
+    def launch() -> None:
+        kernels.launch_fused(outputs, x, weights, held, slot)
+
+    if not may_launch(x.device, launch):
         return False
-    found.run(outputs, x, segments)
+    if key is None:
+        launch()
+        return True
+    with recording([*outputs, *weights], x, [held.records], None) as recorder:
+        launch()
+    if recorder.launches is not None:
+        table.keep_repeated(key, Repeated(recorder.launches, recorder.scratch))
     return True
+
+
+def ready_fused(
+    outputs: Sequence[torch.Tensor], x: torch.Tensor, weights: Sequence[torch.Tensor], table: OperandTable, slot: int
+) -> Ready | None:
+    """Return the launches of a product as :func:`launch_fused` makes it, for more products with the same delta.
+
+    Their outputs are followed by the weights. They hold for as long as the table's operands stay what they are.
+    """
+    key = None if is_captured(x) else _fused_form(outputs, x, weights, table, slot)
+    found = None if key is None else table.repeated(key)
+    return None if found is None else Ready(found, [*outputs, *weights], x, None, table)
+
+
+def _fused_form(
+    outputs: Sequence[torch.Tensor], x: torch.Tensor, weights: Sequence[torch.Tensor], table: OperandTable, slot: int
+) -> tuple[Hashable, ...] | None:
+    """Return everything that the launch of a fused product depends on: the kernel is that of the slot's layout."""
+    found = form([*outputs, *weights], x, None) if can_repeat(x.device) else None
+    return None if found is None else (slot, table.operands(slot)[0][0].layout, *found)
+
+
+def _repeated(
+    outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments
+) -> Repeated | None:
+    if segments.longest > table.fewest or not can_repeat(x.device):
+        return None
+    key = form(outputs, x, segments)
+    return None if key is None else table.repeated(key)
 
 
 def _launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:

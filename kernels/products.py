@@ -18,6 +18,7 @@ from deltafmt.kernels.beside import may_launch
 from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.record import MAX_PARTS
 from deltafmt.kernels.registry import kernels_of
+from deltafmt.kernels.repeated import Ready
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 
@@ -54,11 +55,41 @@ def repeated_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTa
 
     This is the quick way of a decoding step. Tensors may have more than two dimensions, and must then be contiguous.
     """
+    return _repeatable(outputs, x) and launching.repeat_products(outputs, x, table, segments)
+
+
+def ready(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> Ready | None:
+    """Return the product that was just made, ready to be made of other tensors of the same form and the same tokens.
+
+    It holds until the table's operands change; None if launches cannot be repeated.
+    """
+    return launching.ready_product(outputs, x, table, segments) if _repeatable(outputs, x) else None
+
+
+def ready_fused(
+    outputs: Sequence[torch.Tensor], x: torch.Tensor, weights: Sequence[torch.Tensor], table: OperandTable, slot: int
+) -> Ready | None:
+    """Return what :func:`fused_linear` has just made of one token, ready to be made of other tokens.
+
+    It writes to outputs of this form, which the weights follow in its arguments. It holds until the table's operands
+    change; None if launches cannot be repeated.
+
+    Args:
+        outputs: for each part of the table, shape (..., rows).
+        x: one token, shape (..., columns).
+        weights: of the base.
+        table: the deltas.
+        slot: the delta.
+    """
+    if x.numel() != x.shape[-1] or not _repeatable([*outputs, *weights], x):
+        return None
+    return launching.ready_fused(outputs, x, weights, table, slot)
+
+
+def _repeatable(outputs: Sequence[torch.Tensor], x: torch.Tensor) -> bool:
     if x.dtype != outputs[0].dtype or not x.is_cuda or torch.cuda.current_device() != x.device.index:
         return False
-    if not x.is_contiguous() or not all(output.is_contiguous() for output in outputs):
-        return False
-    return launching.repeat_products(outputs, x, table, segments)
+    return x.is_contiguous() and all(output.is_contiguous() for output in outputs)
 
 
 def embedding_(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, segments: Segments) -> None:
@@ -144,17 +175,7 @@ def fused_linear(
     with devices.on_device_of(x):
         if x.shape[0] == 1:
             outputs = tuple(x.new_empty(1, rows) for rows in table.parts)
-            layout = kernels.table_layout(operands[0].layout)
-            tables = table.layout_tables(slice(0, len(table.parts)))
-            held = next(one for one in tables if one.layout == layout)
-
-            def launch() -> None:
-                kernels.launch_fused(outputs, x, weights, held, slot)
-
-            if not may_launch(x.device, launch):
-                return None
-            launch()
-            return outputs
+            return outputs if launching.launch_fused(outputs, x, weights, table, slot) else None
 
         def note() -> None:
             for weight, operand in zip(weights, operands, strict=True):

@@ -5,7 +5,8 @@ hundreds of products whose launches differ in a few addresses only. The first la
 as the parameters that the driver gets; the next ones put their addresses into these and go to the driver, for 3 us.
 
 A recording holds for calls of equal shapes, strides, dtypes and alignments, on which Triton's choice of the compiled
-kernel depends. Where anything about a launch is not understood, it is left to Triton.
+kernel depends. Where anything about a launch is not understood, it is left to Triton. Where the tokens stay the same,
+too, a product is :class:`Ready`: nothing is looked up any more.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Recorder:
 
     known: set[int]
     places: dict[int, tuple[str, Any]]
-    segments: Segments
+    segments: Segments | None
     scratch: list[torch.Tensor] = field(default_factory=list)
     launches: list[Launch] | None = field(default_factory=list)
 
@@ -97,7 +98,7 @@ class Recorder:
         """Record a launch that Triton has just made."""
         if self.launches is None:
             return
-        for key, tiles in self.segments.known_tiles():
+        for key, tiles in [] if self.segments is None else self.segments.known_tiles():
             self.places[id(tiles.order)] = ("order", key)
             self.places[id(tiles.table)] = ("tiles", key)
         try:
@@ -172,53 +173,122 @@ def _parameter_count(compiled: Any) -> int:
 
 
 class Repeated:
-    """The launches of one product, repeated on other tensors."""
+    """The launches of one product, repeated on other tensors.
+
+    A launch is an array of numbers, as ``launch`` in ``kernels/cpu/module.c`` takes it. Its parameters get addresses in
+    this order: of ``x``, of each output, of ``order`` and ``table`` of each cut of the tokens, of each scratch tensor.
+
+    Args:
+        launches: what was recorded.
+        scratch: the tensors that only these launches use.
+    """
 
     def __init__(self, launches: Sequence[Launch], scratch: Sequence[torch.Tensor]) -> None:
-        self._launches = launches
-        self._scratch = [(tensor.shape, tensor.dtype, tensor.device) for tensor in scratch]
-        self._lock = threading.Lock()
+        places = [place for launch in launches for place in launch.places]
+        self.scratch = [(tensor.shape, tensor.dtype, tensor.device) for tensor in scratch]
+        self.outputs = max((place.key + 1 for place in places if place.source == "y"), default=0)
+        self._cuts = list(dict.fromkeys(place.key for place in places if place.source in ("order", "tiles")))
+        self.jobs = [self._job(launch) for launch in launches]
 
-    def run(self, outputs: Sequence[torch.Tensor], x: torch.Tensor, segments: Segments) -> None:
+    def _job(self, launch: Launch) -> NDArray[np.uint64]:
+        places = [number for place in launch.places for number in (place.index, self._number(place))]
+        fields = [_launcher(), launch.function, *launch.grid, launch.threads, launch.shared, len(launch.places)]
+        return np.array([*fields, *places, *launch.params.tolist()], np.uint64)
+
+    def _number(self, place: Place) -> int:
+        """Return which of the addresses a parameter gets."""
+        if place.source == "x":
+            return 0
+        if place.source == "y":
+            return 1 + int(place.key)
+        first = 1 + self.outputs
+        if place.source == "scratch":
+            return first + 2 * len(self._cuts) + int(place.key)
+        return first + 2 * self._cuts.index(place.key) + (place.source == "tiles")
+
+    def cut(self, segments: Segments | None) -> tuple[list[TokenTiles], list[int]]:
+        """Return the cuts of tokens that the launches read, and their addresses."""
+        if segments is None:
+            return [], []
+        tiles = [segments.tiles(*key) for key in self._cuts]
+        return tiles, [tensor.data_ptr() for one in tiles for tensor in (one.order, one.table)]
+
+    def run(self, outputs: Sequence[torch.Tensor], x: torch.Tensor, segments: Segments | None) -> None:
         """Launch everything on the current stream."""
+        tiles, addresses = self.cut(segments)
+        outputs = outputs[: self.outputs]
+        self.launch(x.device.index, [x.data_ptr(), *[output.data_ptr() for output in outputs], *addresses])
+        del tiles  # alive until everything is launched
+
+    def launch(self, device: int, addresses: list[int]) -> None:
+        """Launch everything on the current stream of a device, given the addresses of all but scratch memory."""
         native = core.native
         assert native is not None
-        scratch = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self._scratch]
+        held: tuple[torch.Tensor, ...] = ()
+        if self.scratch:
+            held = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self.scratch)
+            addresses += [tensor.data_ptr() for tensor in held]
         # As Triton does: the stream's handle alone takes a tenth of the time of the stream as an object.
-        stream = torch._C._cuda_getCurrentRawStream(x.device.index)  # noqa: SLF001
-        cut: dict[Any, TokenTiles] = {}  # alive until everything is launched
-        with self._lock:  # the parameters are filled in and handed over by one thread at a time
-            for launch in self._launches:
-                params = launch.params
-                for place in launch.places:
-                    params[place.index] = _address(place, outputs, x, segments, scratch, cut)
-                error = native.launch(
-                    *(_launcher(), launch.function, *launch.grid, launch.threads, launch.shared, stream, params)
-                )
-                if error:
-                    raise RuntimeError(f"the CUDA driver reports error {error} for a launch")
+        stream = torch._C._cuda_getCurrentRawStream(device)  # noqa: SLF001
+        for job in self.jobs:
+            error = native.launch(job, stream, *addresses)
+            if error:
+                raise RuntimeError(f"the CUDA driver reports error {error} for a launch")
+        del held
 
 
-def _address(
-    place: Place,
-    outputs: Sequence[torch.Tensor],
-    x: torch.Tensor,
-    segments: Segments,
-    scratch: list[torch.Tensor],
-    cut: dict[Any, TokenTiles],
-) -> int:
-    source = place.source
-    if source == "y":
-        tensor = outputs[place.key]
-    elif source == "x":
-        tensor = x
-    elif source == "scratch":
-        tensor = scratch[place.key]
-    else:
-        tiles = cut[place.key] = cut.get(place.key) or segments.tiles(*place.key)
-        tensor = tiles.order if source == "order" else tiles.table
-    address: int = tensor.data_ptr()
-    return address
+class Ready:
+    """The launches of one product whose tokens stay the same, for tensors of one form.
+
+    Args:
+        launches: the launches.
+        outputs: tensors of the outputs' form.
+        x: a tensor of the input's form.
+        segments: which token uses which delta, if the launches depend on it.
+        table: what the launches read, which is kept with them.
+    """
+
+    __slots__ = ("_addresses", "_device", "_form", "_kept", "_launch", "_outputs")
+
+    def __init__(
+        self,
+        launches: Repeated,
+        outputs: Sequence[torch.Tensor],
+        x: torch.Tensor,
+        segments: Segments | None,
+        table: object,
+    ) -> None:
+        tiles, self._addresses = launches.cut(segments)
+        self._kept = tiles, segments, table
+        self._launch = launches.launch
+        self._device = x.device.index
+        self._form = x.shape, x.dtype, x.stride()
+        self._outputs = [(output.shape, output.dtype, output.stride()) for output in outputs]
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Tell whether an input has the form."""
+        shape, dtype, stride = self._form
+        return x.shape == shape and x.dtype is dtype and x.stride() == stride
+
+    def run(self, outputs: Sequence[torch.Tensor], x: torch.Tensor) -> bool:
+        """Add the products, on the current stream; return False if a tensor has another form: nothing is done then.
+
+        Args:
+            outputs: of the products.
+            x: an input of the form.
+        """
+        address = unaligned = x.data_ptr()
+        addresses = [address]
+        for output, (shape, dtype, stride) in zip(outputs, self._outputs, strict=True):
+            if output.shape != shape or output.dtype is not dtype or output.stride() != stride:
+                return False
+            address = output.data_ptr()
+            unaligned |= address
+            addresses.append(address)
+        if unaligned % ALIGNMENT or torch._C._cuda_getDevice() != self._device:  # noqa: SLF001 - as above
+            return False
+        self._launch(self._device, addresses + self._addresses)
+        return True
 
 
 _state = threading.local()
@@ -226,7 +296,7 @@ _state = threading.local()
 
 @contextlib.contextmanager
 def recording(
-    outputs: Sequence[torch.Tensor], x: torch.Tensor, records: Sequence[torch.Tensor], segments: Segments
+    outputs: Sequence[torch.Tensor], x: torch.Tensor, records: Sequence[torch.Tensor], segments: Segments | None
 ) -> Iterator[Recorder]:
     """Record the launches that this thread makes through :func:`run` within the block."""
     places: dict[int, tuple[str, Any]] = {id(output): ("y", number) for number, output in enumerate(outputs)}
@@ -287,7 +357,7 @@ def can_repeat(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.cuda is not None and _launcher() != 0
 
 
-def form(outputs: Sequence[torch.Tensor], x: torch.Tensor, segments: Segments) -> tuple[Any, ...] | None:
+def form(outputs: Sequence[torch.Tensor], x: torch.Tensor, segments: Segments | None) -> tuple[Any, ...] | None:
     """Return everything about a product's tensors that its compiled kernels and their grids depend on.
 
     The outputs' shapes are the parts' of the operand table, of which a form is the key. Tensors that are not aligned as
@@ -298,4 +368,5 @@ def form(outputs: Sequence[torch.Tensor], x: torch.Tensor, segments: Segments) -
     for output in outputs:
         unaligned |= output.data_ptr() % ALIGNMENT
         strides.append(output.stride(-2))
-    return None if unaligned else (x.dtype, outputs[0].dtype, segments.form, *strides)
+    tokens = None if segments is None else segments.form
+    return None if unaligned else (x.dtype, outputs[0].dtype, tokens, *strides)

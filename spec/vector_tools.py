@@ -5,22 +5,20 @@ from __future__ import annotations
 import hashlib
 import io
 import zlib
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-import msgpack
 import numpy as np
-import xxhash
+from applied import SIZES, Stored, fine_tuned, meant
 from blake3 import blake3
+from draft import Draft, Edit
 from numpy.typing import NDArray
 
-from deltafmt.container import frame
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import DeltaFile
-from deltafmt.format import constants as c
 from deltafmt.index.entries import BaseRef, TensorEntry, Term
-from deltafmt.index.sections import Attachment
+from deltafmt.index.scaled import ScaledRef
 from deltafmt.terms.buffers import blank, raw_bytes
 from deltafmt.terms.codec import TermArrays
 from deltafmt.terms.codecs import fitted, term_codec
@@ -31,7 +29,8 @@ from deltafmt.terms.nm.layout import NMLayout
 
 VECTORS: dict[str, bytes] = {}
 
-Maker = Callable[[], bytes]
+Layout = TypeVar("Layout")
+Maker = Callable[[], "bytes | WithBase"]
 MakeArrays = Callable[..., TermArrays]
 MakePositions = Callable[[NMLayout, int, int, int], NDArray[np.uint8]]
 
@@ -63,30 +62,55 @@ def makes_positions(index: str) -> Callable[[MakePositions], MakePositions]:
     return register
 
 
-def vector(
-    expect: str, comment: str, error: str = "", restored: Mapping[str, tuple[bytes, bytes]] = MappingProxyType({})
-) -> Callable[[Maker], Maker]:
-    """Register a generator; its name is the vector's. ``restored`` has the bytes of base and fine-tune by tensor."""
+@dataclass(frozen=True)
+class WithBase:
+    """A file and the base that it is applied to: dtype, shape and bytes of each tensor by name."""
+
+    data: bytes
+    base: dict[str, Stored]
+    refused: bool = False
+
+
+def vector(expect: str, comment: str, error: str = "", name: str = "") -> Callable[[Maker], Maker]:
+    """Register a generator; its name is the vector's, unless a name is given.
+
+    Args:
+        expect: ``ok``, ``invalid`` or ``unsupported``.
+        comment: what the file is, in a few words.
+        error: words of this implementation's message.
+        name: the vector's name, for generators that are made in a loop.
+    """
 
     def register(make: Maker) -> Maker:
-        data = make()
-        lines = [f"expect: {expect}", f"comment: {comment}"]
-        if error:
-            lines.append(f"error: {error}")
-        if expect == "ok":
-            with DeltaFile(io.BytesIO(data)) as delta:
-                lines.append(f"content_id: {delta.content_id}")
-                for name in delta:
-                    if delta.resolve(name).action == "add":
-                        digest = hashlib.sha256(delta.delta(name).tobytes()).hexdigest()
-                        lines.append(f"delta.{name}: {digest}")
-        for name, (base, finetuned) in restored.items():
-            lines += [f"base.{name}: {base.hex()}", f"restored.{name}: {hashlib.sha256(finetuned).hexdigest()}"]
-        head = "\n".join(lines) + "\n\n"
-        VECTORS[make.__name__.replace("_", "-")] = head.encode() + zlib.compress(data, 9)
+        made = make()
+        found = name or make.__name__.replace("_", "-")
+        assert found not in VECTORS, f"two vectors are called {found}"
+        VECTORS[found] = encoded(made if isinstance(made, WithBase) else WithBase(made, {}), expect, comment, error)
         return make
 
     return register
+
+
+def encoded(made: WithBase, expect: str, comment: str, error: str) -> bytes:
+    """Return the bytes of a vector's file (specification, section 16)."""
+    lines = [f"expect: {expect}", f"comment: {comment}"]
+    if error:
+        lines.append(f"error: {error}")
+    if expect == "ok":
+        with DeltaFile(io.BytesIO(made.data)) as delta:
+            lines.append(f"content_id: {delta.content_id}")
+            deltas = {name: delta.delta(name) for name in delta if delta.resolve(name).action == "add"}
+            for name, matrix in deltas.items():
+                lines.append(f"delta.{name}: {hashlib.sha256(matrix.tobytes()).hexdigest()}")
+            for name, (dtype, shape, data) in made.base.items():
+                lines.append(f"base.{name}: {dtype} {','.join(map(str, shape))} {data.hex()}")
+            if made.refused:
+                lines.append("apply: refuse")
+            elif made.base:
+                for name, data in fine_tuned(delta, deltas, made.base).items():
+                    lines.append(f"tensor.{name}: {hashlib.sha256(data).hexdigest()}")
+    head = "\n".join(lines) + "\n\n"
+    return head.encode() + zlib.compress(made.data, 9)
 
 
 def fields(count: int, top: int, salt: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -146,13 +170,77 @@ def summed(*layouts: TermLayout, rows: int, columns: int) -> bytes:
     return out.getvalue()
 
 
-def one_attachment(name: str) -> bytes:
-    """Return a file with one attachment and no tensor."""
+def fingerprint(dtype: str, shape: tuple[int, ...], data: bytes) -> bytes:
+    """Return the identity of a base tensor (section 7.5)."""
+    head = f"deltafmt tensor v1\n{dtype}\n{','.join(map(str, shape))}\n"
+    return blake3(head.encode() + data).digest()
+
+
+def based(data: bytes, base: dict[str, Stored], *, refused: bool = False) -> WithBase:
+    """Return a file with a base: the digests of base tensors in its index become those of the base.
+
+    Args:
+        data: the file.
+        base: the base's tensors, those that it keeps as 8-bit floats and their scales included.
+        refused: True if the digests stay as they are, and whoever applies the file must refuse the base.
+    """
+    draft = Draft.of(data)
+    for name, described in draft.index.get("scaled", {}).items():
+        scales = described["scales"]
+        for ref, of in ((described["codes"], name), *(((scales, scales["name"]),) if scales else ())):
+            ref["digest"] = fingerprint(*base[of])
+    for name, entry in draft.index["tensors"].items():
+        if "base" in entry and not refused:
+            ref = entry["base"]
+            entry["base"]["digest"] = fingerprint(ref["dtype"], tuple(ref["shape"]), base_bytes(draft, name, ref, base))
+    return WithBase(draft.build(), base, refused)
+
+
+def base_bytes(draft: Draft, name: str, ref: Any, base: dict[str, Stored]) -> bytes:
+    """Return the bytes of a base tensor, made of its parts."""
+
+    def values(of: str) -> bytes:
+        described = draft.index.get("scaled", {}).get(of)
+        if described is None or base[of][0] == "BF16":
+            return base[of][2]
+        return meant(ScaledRef.from_obj(described, of), of, base)
+
+    if "parts" not in ref:
+        return values(name)
+    size = SIZES.get(ref["dtype"], 1)
+    return b"".join(values(of)[start * size :][: count * size] for of, start, count in ref["parts"])
+
+
+def unchecked(kind: type[Layout], *args: Any, **parameters: Any) -> Layout:
+    """Return a layout whose parameters may be outside the specification."""
+    check = kind.__dict__["__post_init__"]
+    kind.__post_init__ = lambda _: None  # type: ignore[attr-defined]
+    try:
+        return kind(*args, **parameters)
+    finally:
+        kind.__post_init__ = check  # type: ignore[attr-defined]
+
+
+def layout_is(data: bytes, **parameters: Any) -> bytes:
+    """Return a file whose first layout has other parameters, with the same buffers."""
+    return change(data, lambda index: index["layouts"][0].update(parameters))
+
+
+def stored(tensors: dict[str, bytes], profile: str = "hot") -> bytes:
+    """Return a file of tensors of bytes (U8, 1-d) that replace the base's, all in one section."""
     out = io.BytesIO()
-    writer = ContainerWriter(out)
-    ref = writer.add(b"x", c.SECTION_KIND_ATTACHMENTS)
-    writer.finish([], attachments={name: Attachment(ref, blake3(b"x").digest())})
+    writer = ContainerWriter(out, profile)
+    entries = [
+        TensorEntry(name, "replace", "U8", (len(data),), digest=blake3(data).digest(), data=writer.add(data))
+        for name, data in tensors.items()
+    ]
+    writer.finish(entries)
     return out.getvalue()
+
+
+def small() -> bytes:
+    """Return a small file with one BF16 tensor ``w`` of 4 rows and 8 columns: seeded 1:4, 4 bits."""
+    return one_tensor(NMLayout(1, 4, 4), 4, 8)
 
 
 def simple() -> bytes:
@@ -160,39 +248,16 @@ def simple() -> bytes:
     return one_tensor(NMLayout(2, 8, 4, share=4), 40, 50)
 
 
-def parts(data: bytes) -> tuple[bytes, Any]:
-    """Split a file into the bytes before the index, and the decoded index."""
-    offset = int.from_bytes(data[-c.TRAILER_SIZE :][:8], "little")
-    length = int.from_bytes(data[-c.TRAILER_SIZE :][8:16], "little")
-    index = msgpack.unpackb(data[offset : offset + length])
-    index["tensors"] = {name: msgpack.unpackb(entry) for name, entry in index["tensors"].items()}
-    return data[:offset], index
+def change(data: bytes, edit: Edit, header: bytes | None = None) -> bytes:
+    """Edit the decoded index; all that depends on it is computed anew."""
+    draft = Draft.of(data)
+    draft.header = header or draft.header
+    return draft.build(edit)
 
 
-def encode(index: Any) -> bytes:
-    """Encode an index that :func:`parts` has decoded; the keys keep their order."""
-    tensors = {name: msgpack.packb(entry) for name, entry in index["tensors"].items()}
-    return msgpack.packb({key: tensors if key == "tensors" else value for key, value in index.items()})
-
-
-def join(body: bytes, index: bytes, content_id: bytes) -> bytes:
-    """Return a file: a body, an index behind it, and the trailer that fits them."""
-    return body + index + frame.encode_trailer(body[: c.HEADER_SIZE], index, len(body), content_id)
-
-
-def change(data: bytes, edit: Callable[[Any], object]) -> bytes:
-    """Edit the decoded index and seal the file again."""
-    body, index = parts(data)
-    edit(index)
-    return join(body, encode(index), data[-104:-72])
-
-
-def change_buffer(data: bytes, buffer: str, position: int, value: int) -> bytes:
-    """Set a byte of a buffer of tensor ``w``; mend the section's checksum and the seal."""
-    body, index = parts(data)
-    section, offset, _ = index["tensors"]["w"]["terms"][0]["buffers"][buffer]
-    row = index["sections"][section]
-    patched = bytearray(body)
-    patched[row["offset"] + offset + position] = value
-    row["checksum"] = xxhash.xxh3_128_digest(bytes(patched[row["offset"] : row["offset"] + row["length"]]))
-    return join(bytes(patched), encode(index), data[-104:-72])
+def change_buffer(data: bytes, buffer: str, position: int, value: int, tensor: str = "w") -> bytes:
+    """Set a byte of a buffer of a tensor's first term; checksum, digests and seal follow."""
+    draft = Draft.of(data)
+    section, offset, _ = draft.index["tensors"][tensor]["terms"][0]["buffers"][buffer]
+    draft.raw[section][offset + position] = value
+    return draft.build()

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from deltafmt import core
-from deltafmt.terms.floats import Raw, widen
 
 # The processor levels that kernels/cpu/ has loops for, the best last.
 LEVELS = ("baseline", "x86-64-v3")
@@ -50,20 +47,3 @@ def running(name: str) -> Iterator[None]:
         yield
     finally:
         core.native.use(before)
-
-
-def assert_same_sums(found: Raw, expected: Raw, base_dtype: str, dtype: str, delta: NDArray[np.float32]) -> None:
-    """Compare what two implementations say that a base plus a delta is, bit by bit.
-
-    Converting a NaN from or to F16 keeps another payload on another processor, so there a NaN of the same sign does.
-    """
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-    differs = found != expected
-    if "F16" not in (base_dtype, dtype):
-        assert not differs.any()
-        return
-    assert not (differs & (delta == 0)).any() or base_dtype != dtype
-    one, other = (widen(raw, dtype)[differs] for raw in (found, expected))
-    assert np.isnan(one).all()
-    assert np.isnan(other).all()
-    assert np.array_equal(np.signbit(one), np.signbit(other))

@@ -136,6 +136,8 @@ def described(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     if kernel.__name__ == "lowbit_kernel":
         weights = arguments["WORDS"] * 32 * (32 // arguments["PLANE0"]) / (32 * arguments["num_warps"])
         found |= {"per_nonzero": round(loop / weights, 2)}
+    if kernel.__name__ == "sparse_kernel":
+        found |= {"per_nonzero": round(loop / 32, 2)}  # the slots of a step
     return found
 
 

@@ -16,6 +16,7 @@ import deltafmt
 from deltafmt.errors import UsageError
 from deltafmt.methods import RTN, DeltaDQ
 from deltafmt.transformers import attach, detach
+from played import play
 from tiny_models import Tiny, every, generate, ids, logits, made_once, make_tiny, shake
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -26,12 +27,16 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return made_once(request, tmp_path_factory)
 
 
+@pytest.mark.parametrize("planned", [False, True], ids=["decided", "planned"])
 @pytest.mark.parametrize("names", ["one", ["one", None, "two"]], ids=["same", "mixed"])
 @every(["llama", "qwen2"])
-def test_siblings_share_a_launch(tiny: Tiny, names: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_siblings_share_a_launch(tiny: Tiny, names: Any, planned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused and not, outputs are the same, bit for bit; the second forward needs fewer launches."""
     from deltafmt.kernels.products import matmul_
-    from deltafmt.runtime import siblings, sites
+    from deltafmt.runtime import shared_products, sites
+
+    if planned:
+        play(monkeypatch)
 
     launches: list[int] = []
 
@@ -40,7 +45,7 @@ def test_siblings_share_a_launch(tiny: Tiny, names: Any, monkeypatch: pytest.Mon
         matmul_(outputs, *arguments)
 
     monkeypatch.setattr(sites, "matmul_", counted)
-    monkeypatch.setattr(siblings, "matmul_", counted)
+    monkeypatch.setattr(shared_products, "matmul_", counted)
     tokens = ids(3, 5)
     apart = attach(tiny.load(), tiny.deltas, fuse=False)
     with apart.delta(names):
@@ -67,8 +72,11 @@ def test_siblings_share_a_launch(tiny: Tiny, names: Any, monkeypatch: pytest.Mon
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_siblings_that_are_called_otherwise(tiny: Tiny) -> None:
+@pytest.mark.parametrize("planned", [False, True], ids=["decided", "planned"])
+def test_siblings_that_are_called_otherwise(tiny: Tiny, planned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that gets another tensor than its siblings, or the same one after a change, computes for itself."""
+    if planned:
+        play(monkeypatch)
 
     class Block(torch.nn.Module):
         def __init__(self) -> None:

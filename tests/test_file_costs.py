@@ -5,82 +5,30 @@ from __future__ import annotations
 import contextlib
 import io
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import pytest
-from blake3 import blake3
+from hostile import HUGE, MIB, Writer
 
 import deltafmt
 from conftest import Cli, normal, refused, write_folder
 from containers import sealed, write_container
 from deltafmt.container.decoded_size import PER_BYTE, SLACK, WORST, decoded_size
 from deltafmt.container.reader import Container
-from deltafmt.container.writer import ContainerWriter
 from deltafmt.delta import RunDecoder, codec_of
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format.constants import MAX_TENSORS
 from deltafmt.format.limits import Limits
-from deltafmt.index.entries import BaseRef, TensorEntry, Term
 from deltafmt.terms import levels
 from deltafmt.terms.buffers import raw_bytes
 from deltafmt.terms.coding import Coding
-from deltafmt.terms.layout import TermLayout
-from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.nm.layout import NMLayout
-from deltafmt.terms.sparse.layout import SparseLayout
 
-MIB = 1 << 20
-SMALL_FILE = 64 << 10
 MOST_MEMORY = 256 * 10**6
-
-
-class Writer:
-    """Writes cold files of zeros, which are small whatever they claim to hold."""
-
-    def __init__(self) -> None:
-        self.sink = io.BytesIO()
-        self.writer = ContainerWriter(self.sink, "cold")
-        self.entries: list[TensorEntry] = []
-
-    def add(self, name: str, shape: tuple[int, int], layouts: Sequence[TermLayout]) -> None:
-        """Add a tensor that is the base's plus terms of zeros."""
-        rows, columns = shape
-        terms, digest = [], blake3()
-        for layout in layouts:
-            buffers = {}
-            for key, length in layout.buffer_lengths(rows, columns, 0).items():
-                data = bytes(length)
-                buffers[key] = self.writer.add(data)
-                digest.update(data)
-            terms.append(Term(self.writer.layout_number(layout), layout, 0, buffers))
-        base = BaseRef(bytes(32), "BF16", shape)
-        self._put(TensorEntry(name, "add", "BF16", shape, base, digest.digest(), None, tuple(terms)))
-
-    def replace(self, name: str, size: int) -> None:
-        """Add a tensor of zeros that is stored whole."""
-        ref = self.writer.add(bytes(size))
-        self._put(TensorEntry(name, "replace", "U8", (size,), digest=blake3(bytes(size)).digest(), data=ref))
-
-    def alias(self, name: str, target: str) -> None:
-        """Add another name of a tensor."""
-        entry = next(entry for entry in self.entries if entry.name == target)
-        self._put(TensorEntry(name, "alias", entry.dtype, entry.shape, target=target))
-
-    def _put(self, entry: TensorEntry) -> None:
-        self.entries.append(entry)
-        self.writer.boundary()
-
-    def write(self, path: Path, attachments: dict[str, bytes] | None = None) -> Path:
-        """Write the file, and check that it is small."""
-        attached = {name: self.writer.attach(data) for name, data in (attachments or {}).items()}
-        self.writer.finish(self.entries, attachments=attached)
-        path.write_bytes(self.sink.getvalue())
-        assert path.stat().st_size < SMALL_FILE
-        return path
 
 
 @contextlib.contextmanager
@@ -104,15 +52,6 @@ def no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunDecoder, "rows", fail)
     monkeypatch.setattr(RunDecoder, "add", fail)
     monkeypatch.setattr(levels, "add_outer", fail)
-
-
-HUGE: dict[str, tuple[tuple[int, int], list[TermLayout]]] = {
-    "empty sparse": ((2**24, 2**18), [SparseLayout("BF16", 16, 65536)]),
-    "one bit lowrank": ((2**24, 2**24), [LowRankLayout(1, Coding(1, "midrise"))]),
-    "16 terms": ((2**20, 2**20), [LowRankLayout(1, Coding(8 if n else 7, "midrise")) for n in range(2)] * 8),
-    "nm 1:128": ((32, 2**26), [NMLayout(1, 128, 1, "seeded", "midrise")]),
-    "lowbit": ((32, 2**22), [LowbitLayout(1, "midrise")]),
-}
 
 
 @pytest.mark.usefixtures("no_matrix")

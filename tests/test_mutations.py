@@ -2,27 +2,18 @@
 
 import io
 import random
-import sys
 import zlib
 from pathlib import Path
 
+import make_corpus
+import mutate
 import pytest
+import repair
 
 import deltafmt
 from deltafmt.errors import InvalidFileError
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def fuzz():
-    sys.path.insert(0, str(ROOT / "fuzz"))
-    try:
-        import mutate
-        import repair
-    finally:
-        sys.path.pop(0)
-    return mutate, repair
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +26,13 @@ def files():
     return found
 
 
-def test_a_file_that_is_taken_apart_and_mended_is_the_same_file(fuzz, files):
+def test_a_file_that_is_taken_apart_and_mended_is_the_same_file(files):
     """Checksums, digests, content id and seal are computed here without the reader's code, and must agree with it."""
-    _, repair = fuzz
     for name, data in files.items():
         assert repair.join(repair.split(data)) == data, name
 
 
-def test_a_seed_names_a_mutation(fuzz, files):
-    mutate, _ = fuzz
+def test_a_seed_names_a_mutation(files):
     data = files["hot-seeded.deltafmt"]
     first, again = ([mutate.mutate(data, random.Random(seed)) for seed in range(50)] for _ in range(2))
     assert first == again
@@ -53,8 +42,7 @@ def test_a_seed_names_a_mutation(fuzz, files):
     )
 
 
-def test_mutations_reach_every_part_of_the_reader(fuzz, files):
-    mutate, _ = fuzz
+def test_mutations_reach_every_part_of_the_reader(files):
     held = list(files.values())
     refused, good = set(), 0
     for seed in range(600):
@@ -68,8 +56,7 @@ def test_mutations_reach_every_part_of_the_reader(fuzz, files):
     assert refused.issuperset(places), refused
 
 
-def test_any_bytes_can_be_mutated_and_crossed(fuzz, files):
-    mutate, _ = fuzz
+def test_any_bytes_can_be_mutated_and_crossed(files):
     rng = random.Random(7)
     for data in (b"", b"\x89DLT\r\n\x1a\n", bytes(5000), rng.randbytes(6000)):
         assert isinstance(mutate.mutate(data, rng), bytes)
@@ -80,11 +67,20 @@ def test_any_bytes_can_be_mutated_and_crossed(fuzz, files):
     assert len(crossed) > 5
 
 
-def test_mutations_of_mutations_end(fuzz, files):
+def test_mutations_of_mutations_end(files):
     """A mutated file has indexes that are wrong in every way; mutating it again must not fail, and must end."""
-    mutate, repair = fuzz
     held = list(files.values())
     for seed in range(2000):
         rng, at = random.Random(seed), seed % len(held)
         changed = mutate.mutate(held[at], rng) if seed % 3 else mutate.cross(held[at], rng.choice(held), rng)
         held[at] = changed if repair.split(changed) else held[at]
+
+
+def test_the_seed_inputs_can_be_made_anew(tmp_path, capsys):
+    """Their bytes follow the version; that they are made, verified, and as many, must hold always."""
+    make_corpus.main(tmp_path)
+    made, kept = ({path.name for path in folder.glob("*.deltafmt")} for folder in (tmp_path, ROOT / "fuzz" / "corpus"))
+    assert made == kept
+    assert capsys.readouterr().out.count("tensors") == len(made)
+    for name in kept:
+        deltafmt.verify(ROOT / "fuzz" / "corpus" / name)

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from deltafmt import core
 from deltafmt.kernels import repeated
-from deltafmt.kernels.repeated import NotRepeatable, Recorder, Repeated, recording
+from deltafmt.kernels.repeated import NotRepeatable, Ready, Recorder, Repeated, recording
 from deltafmt.kernels.segments import Segments
 from implementations import needs_core
 
@@ -101,35 +101,106 @@ def test_more_parameters_than_are_known_are_left_to_triton() -> None:
         repeated._signature(kernel)
 
 
-@needs_core
-def test_what_the_driver_gets(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Any, ...]] = []
-    kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
+class Driver:
+    """Plays the driver's function that launches: it notes what it gets.
 
-    def launch(function: int, *rest: Any) -> int:
+    Attributes:
+        seen: the kernel, the sizes and the stream, and the parameters of each launch.
+        error: what it gives back.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
+        self.seen: list[tuple[int, tuple[int, ...], list[int]]] = []
+        self.error = 0
+        self._function = kind(self._launch)
+        monkeypatch.setattr(repeated, "_launcher", lambda: ctypes.cast(self._function, ctypes.c_void_p).value)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0x77, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)  # the index of the CPU
+
+    def _launch(self, function: int, *rest: Any) -> int:
         pointers = ctypes.cast(rest[8], ctypes.POINTER(ctypes.c_void_p))
         values = [ctypes.cast(pointers[i], ctypes.POINTER(ctypes.c_uint64))[0] for i in range(9)]
-        seen.append((function, rest[:8], values))
-        return 0 if len(seen) < 3 else 719
+        self.seen.append((function, rest[:8], values))
+        return self.error
 
-    driver = kind(launch)
-    monkeypatch.setattr(repeated, "_launcher", lambda: ctypes.cast(driver, ctypes.c_void_p).value)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0x77, raising=False)
+
+def addresses(product: Product) -> list[int]:
+    """Return what the first four parameters of a launch are."""
+    tiles = product.segments.tiles(2)
+    return [tensor.data_ptr() for tensor in (product.x, product.outputs[0], tiles.order, tiles.table)]
+
+
+@needs_core
+def test_what_the_driver_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch)
     first = recorded(Product(), compiled_kernel())
     assert first.launches is not None
     again = Repeated(first.launches, first.scratch)
     for _ in range(2):
         product = Product()
         again.run(product.outputs, product.x, product.segments)
-        function, sizes, values = seen[-1]
+        function, sizes, values = driver.seen[-1]
         assert function == 0x1234
         assert sizes == (7, 2, 1, 128, 1, 1, 1024, 0x77)
-        tiles = product.segments.tiles(2)
-        own = [tensor.data_ptr() for tensor in (product.x, product.outputs[0], tiles.order, tiles.table)]
-        assert values[:4] == own
+        assert values[:4] == addresses(product)
+        assert values[4:6] == [first.launches[0].params[4], 64]
         assert values[6] not in (0, first.scratch[0].data_ptr())
+    driver.error = 719
     with pytest.raises(RuntimeError, match="the CUDA driver reports error 719 for a launch"):
         again.run(product.outputs, product.x, product.segments)
+
+
+@needs_core
+def test_a_product_that_is_ready_takes_tensors_of_its_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch)
+    product, other = Product(), Product()
+    first = recorded(product, compiled_kernel())
+    assert first.launches is not None
+    made = Repeated(first.launches, first.scratch)
+    ready = Ready(made, product.outputs, product.x, product.segments, product.records)
+    for x in (product.x, other.x):
+        for outputs in (product.outputs, other.outputs):
+            assert ready.takes(x)
+            assert ready.run(outputs, x)
+            wanted = [x.data_ptr(), outputs[0].data_ptr(), *addresses(product)[2:]]  # the first tokens
+            assert driver.seen[-1][2][:4] == wanted
+    count = len(driver.seen)
+    for x in (other.x.half(), other.x[:5], torch.zeros(6, 128, dtype=torch.bfloat16)[:, :64], other.x[None]):
+        assert not ready.takes(x)
+    wide = torch.zeros(6, 64, dtype=torch.bfloat16)
+    unaligned = torch.zeros(6 * 32 + 1, dtype=torch.bfloat16)[1:].view(6, 32)
+    for output in (other.outputs[0].float(), other.outputs[0][:5], wide, wide[:, :32], unaligned):
+        assert not ready.run([output], other.x)
+    with pytest.raises(ValueError, match="zip"):
+        ready.run([*other.outputs, *other.outputs], other.x)
+    assert len(driver.seen) == count
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1)
+    assert not ready.run(other.outputs, other.x)
+
+
+@needs_core
+def test_a_job_is_checked_before_it_is_launched() -> None:
+    assert core.native is not None
+    fields = [1, 1, 1, 1, 1, 32, 0, 1]
+    good = np.array([*fields, 0, 0, 5], np.uint64)  # its one parameter gets the first address
+    wrong: list[tuple[Any, ...]] = [
+        (good[:8], 0, 7),
+        (good[:10], 0, 7),
+        (good, 0),
+        (good, 0, *[7] * 65),
+        (good.astype(np.int64), 0, 7),
+        (good[:, None], 0, 7),
+        (good, -1, 7),
+    ]
+    for place, value in ((0, 0), (1, 0), (2, 0), (5, 0), (6, 1 << 40), (7, 2), (7, 1 << 63), (8, 1), (9, 1)):
+        bad = good.copy()
+        bad[place] = value
+        wrong.append((bad, 0, 7))
+    wrong.append((np.array([*fields[:7], 0, *[1] * 129], np.uint64), 0))
+    for arguments in wrong:
+        with pytest.raises((ValueError, TypeError), match=r"^launch: "):
+            core.native.launch(*arguments)
 
 
 @needs_core
@@ -153,5 +224,3 @@ def test_a_form_is_all_that_a_kernel_depends_on() -> None:
 def test_without_a_driver_nothing_is_repeated() -> None:
     assert core.native is not None
     assert not repeated.can_repeat(torch.device("cpu"))
-    with pytest.raises(ValueError, match="out of range"):
-        core.native.launch(0, 1, 1, 1, 1, 32, 0, 0, np.zeros(1, np.uint64))

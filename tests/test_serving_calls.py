@@ -369,13 +369,15 @@ def test_a_module_that_only_holds_what_others_use_is_not_warned_of(tmp_path: Pat
         def __init__(self) -> None:
             super().__init__()
             self.shared, self.used = torch.nn.Embedding(12, 8), torch.nn.Embedding(12, 8)
-            self.used.weight = self.shared.weight
+            self.used.load_state_dict(self.shared.state_dict())
 
         def forward(self, tokens: Any) -> Any:
             return self.used(tokens)
 
     base, tuned = Shared(), Shared()
-    model = attach(base, {"a": packed(tmp_path, base, tuned, exclude=["*"])})
+    path = packed(tmp_path, base, tuned, exclude=["*"])
+    base.used.weight = base.shared.weight
+    model = attach(base, {"a": path})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = model(torch.arange(4)[None], delta="a")

@@ -41,7 +41,7 @@ def _print_tree(container: Container) -> None:
         f"{container.name}: {container.size:,} bytes, {container.profile}, "
         f"{summary.times(total / container.size)} than {total:,} bytes of tensors"
     )
-    console.say(f"content id {container.content_id.hex()}")
+    console.say(f"content id {container.content_id.hex()}, which verify checks")
     for key, value in container.metadata.items():
         console.say(f"{key}: {summary.spelled_out(value) if key == 'method' else value}")
     for text, action in (("same as the base", "same"), ("tied", "alias")):

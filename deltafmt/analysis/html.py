@@ -21,7 +21,7 @@ from deltafmt.analysis.tables import (
     tensor_table,
 )
 from deltafmt.errors import Remedy, UsageError
-from deltafmt.output import storage_error
+from deltafmt.output import OutputLock, storage_error, sync_folder
 
 _LIGHT = ["1f77b4", "d95f02", "1b9e77", "c2255c", "7048e8", "a07000", "0b7285", "868e96", "5c940d", "9c36b5"]
 _DARK = ["6db3f2", "ff9f57", "4fd3a8", "ff7aa2", "a99bff", "e0b83a", "53c7d9", "adb5bd", "a9d65c", "d98be8"]
@@ -60,13 +60,21 @@ def write(report: Report, path: str | os.PathLike[str], *, force: bool = False) 
     if not force and os.path.lexists(target):
         raise UsageError(f"{path} exists", Remedy("force"))
     # The page appears whole or not at all.
-    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    partial = target.parent / f".{target.name}.partial"
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, target)
+        lock = OutputLock(target.parent / f".{target.name}.partial.lock", target)
+        try:
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+            sync_folder(target.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+            lock.remove()
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise storage_error("cannot write", path, error) from error
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltafmt.checkpoint.components import loader_folders
+from deltafmt.checkpoint.exchange import exchange
 from deltafmt.checkpoint.folder import natural_key
 from deltafmt.checkpoint.weight_names import USUAL_NAMES, WeightNames, index_name, shard_name
 from deltafmt.errors import InvalidFileError, Remedy, StorageError, UsageError
@@ -203,7 +204,12 @@ class CheckpointWriter:
             raise storage_error("cannot write", self.path, error) from error
 
     def _replace(self) -> None:
-        """Rename the folder to the name of the old one, and remove the old one only after that."""
+        """Give the folder the name of the old one, and remove the old one only after that."""
+        if exchange(self._partial, self.path):
+            sync_folder(self.path.parent)
+            shutil.rmtree(self._partial, ignore_errors=True)
+            return
+        # For a moment no folder has the name; a run that is killed then leaves the old one beside it.
         old = self.path.parent / f".{self.path.name}.replaced"
         shutil.rmtree(old, ignore_errors=True)
         self.path.rename(old)

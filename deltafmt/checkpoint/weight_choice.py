@@ -30,6 +30,7 @@ from deltafmt.regular_file import read_regular
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_STEM: Final = "adapter_model"
+MAX_FILE_NAME: Final = 255  # bytes, of every file system in use
 _MAX_JSON_BYTES: Final = 64 * 1024 * 1024
 _INDEX_ENDING: Final = re.compile(r"\.safetensors(\.[^.]+)?\.index(\.[^.]+)?\.json")
 # Weights that cannot be read, by their endings in any case of letters.
@@ -253,9 +254,14 @@ def read_index(where: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidFileError(f"{where}: {instead_of_weights(data) or 'no valid weight_map'}") from error
     for file in set(wanted.values()):
-        if file != os.path.basename(file) or file in ("", ".", "..") or "\0" in file or not is_text(file):
+        if file != os.path.basename(file) or file in ("", ".", "..") or "\0" in file or not is_file_name(file):
             raise InvalidFileError(f"{where}: {file!r} is not a file beside the index")
     return wanted
+
+
+def is_file_name(name: str) -> bool:
+    """Tell whether a file can have this name: it is Unicode, and not longer than file systems allow."""
+    return is_text(name) and len(name.encode()) <= MAX_FILE_NAME
 
 
 def is_text(name: str) -> bool:

@@ -89,12 +89,13 @@ class FileIndex:
         layouts = _parse_layouts(obj["layouts"], profile)
         sections = _parse_sections(obj["sections"], profile, index_offset, features)
         tensors = canonical.check_names(obj["tensors"], "tensors")
-        _check_tensor_names(tensors)
+        _check_tensors(tensors)
         removed = _parse_removed(obj["removed"], tensors)
         attachments = _parse_attachments(obj["attachments"])
         scaled = canonical.check_names(obj["scaled"], "scaled") if "scaled" in obj else {}
-        for name in scaled:
-            check_name(name, ('scaled["', name, '"]'))
+        for name, encoded in scaled.items():
+            check_name(name, where := ('scaled["', name, '"]'))
+            _check_encoded(encoded, where)
         files = _parse_files(obj["files"], attachments) if "files" in obj else {}
         index = cls(profile, metadata, layouts, sections, tensors, removed, attachments, features, scaled, files)
         for name, attachment in index.attachments.items():
@@ -140,10 +141,10 @@ class FileIndex:
             InvalidFileError: the description breaks the format.
         """
         where = f'scaled["{name}"]'
-        return ScaledRef.from_obj(_decoded(self.scaled[name], where), where)
+        return ScaledRef.from_obj(canonical.decode(self.scaled[name], where), where)
 
     def _decode_entry(self, name: str) -> Any:
-        return _decoded(self.tensors[name], f'tensors["{name}"]')
+        return canonical.decode(self.tensors[name], f'tensors["{name}"]')
 
     def check_ref(self, ref: BufferRef, where: Where, section_kind: int) -> None:
         """Check that a buffer lies inside a section of the right section kind.
@@ -160,10 +161,9 @@ class FileIndex:
             fail(where, f"{ref.length} bytes at {ref.offset} leave section {ref.section}")
 
 
-def _decoded(data: Any, where: str) -> Any:
+def _check_encoded(data: Any, where: Where) -> None:
     if type(data) is not bytes:
         fail(where, "expected a byte string that holds an entry")
-    return canonical.decode(data, where)
 
 
 def _parse_layouts(rows: Any, profile: str) -> tuple[TermLayout, ...]:
@@ -205,9 +205,10 @@ def _parse_sections(rows: Any, profile: str, index_offset: int, features: int) -
     return sections
 
 
-def _check_tensor_names(names: Mapping[str, Any]) -> None:
-    """Refuse names that are too short or too long, and the one that means something else in a safetensors file."""
-    for name in names:
+def _check_tensors(names: Mapping[str, Any]) -> None:
+    """Refuse what is no encoded entry, names of no or too many bytes, and the name that safetensors files keep."""
+    for name, encoded in names.items():
+        _check_encoded(encoded, ('tensors["', name, '"]'))
         if not is_name(name):
             fail(('tensors["', name, '"]'), f"a name has 1 to {c.MAX_NAME_BYTES} bytes")
         if name.endswith(_NO_TENSOR) and name.rpartition("/")[2] == _NO_TENSOR:

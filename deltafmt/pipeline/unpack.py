@@ -34,7 +34,7 @@ from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base
 from deltafmt.pipeline.exact_tensors import ExactTensor
 from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.pipeline.read_as_values import Dequantized, dequantized
-from deltafmt.pipeline.verify import check_attachment, check_content_id, check_payload_digest
+from deltafmt.pipeline.verify import check_content_id, check_payload_digest
 from deltafmt.pipeline.workers import Progress, drain, in_order, thread_count
 from deltafmt.terms.buffers import raw_bytes
 from deltafmt.terms.floats import RAW_DTYPES
@@ -228,7 +228,6 @@ class _Unpacker:
             if isinstance(writer, FolderRestorer):
                 self._check_restored(writer)
             for name in self._result.files:
-                check_attachment(self._delta.container, name)
                 writer.add_file(name, self._delta.attachment(name))
             self._base.checkpoint.check_unchanged()
             writer.commit()

@@ -7,7 +7,7 @@ named here counts as the same for all rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ _BESIDE: Final = (
     *("encoder_hidden_states", "attention_mask", "decoder_attention_mask", "encoder_attention_mask", "position_ids"),
     *("token_type_ids", "decoder_position_ids", "pixel_mask", "labels", "bbox"),
 )
+_LEADING: Final = (*_MAIN, *_BESIDE)
 _GRIDS: Final = {"pixel_values": ("image_grid_thw", "image"), "pixel_values_videos": ("video_grid_thw", "video")}
 
 
@@ -61,6 +62,15 @@ def rows_of(given: Mapping[str, Any]) -> tuple[str, int] | None:
     return None
 
 
+def shapes_of(given: Mapping[str, Any]) -> tuple[Hashable, ...] | None:
+    """Return what :func:`rows_of` and :func:`inputs_of` follow from; None if it is more than shapes."""
+    if any(isinstance(given.get(name), list | tuple | Mapping) for name in _LEADING):
+        return None
+    if not _GRIDS.keys().isdisjoint(name for name, value in given.items() if value is not None):
+        return None
+    return tuple([(name, value.shape) for name, value in given.items() if isinstance(value, torch.Tensor)])
+
+
 def inputs_of(given: Mapping[str, Any], rows: int, main: str, config: Any, where: str) -> Iterator[Input]:
     """Yield the inputs whose first dimension is known.
 
@@ -80,7 +90,7 @@ def inputs_of(given: Mapping[str, Any], rows: int, main: str, config: Any, where
             owned = _images(given, name, given.get(grid), token, config, where)
             if owned is not None:
                 yield Input(name, given[name], owned, packed=isinstance(given.get(grid), torch.Tensor))
-    for name in dict.fromkeys((main, *_MAIN, *_BESIDE)):
+    for name in dict.fromkeys((main, *_LEADING)):
         if name in _GRIDS and name != main and _token(config, _GRIDS[name][1]) is not None:
             continue
         for tensor in _tensors(given.get(name)):

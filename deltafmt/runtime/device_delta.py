@@ -33,7 +33,7 @@ class DeviceDelta(Mapping[str, DeviceTensor]):
 
     Attributes:
         device: where the buffers lie.
-        content_id: of the file, in hexadecimal.
+        content_id: of the file, in hexadecimal, as the file claims it: a load compares checksums, and no digests.
         metadata: of the file.
         nbytes: bytes of the device allocation that holds every buffer.
         tensors: by name; made when they are first asked for, which can raise InvalidFileError.

@@ -82,6 +82,10 @@ class PackedSelection(Selection):
             lambda: Order(leading, dim, self._line, self.count, self.device, uniform=False),
         )
 
+    def steady(self, tensor: torch.Tensor) -> bool:
+        """Tell whether the order of every tensor of this shape is the same: strides may tell apart others."""
+        return tensor.dim() == 3 and tensor.shape[:2] == (1, self.tokens)
+
     def _dim(self, tensor: torch.Tensor) -> int | None:
         """Return the dimension of the tokens; None if it cannot be told."""
         shape = tensor.shape

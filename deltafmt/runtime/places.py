@@ -40,7 +40,7 @@ class Place:
     dims: int
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Form:
     """What is known about the calls of one form.
 

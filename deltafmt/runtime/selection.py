@@ -16,10 +16,10 @@ from typing import Any, TypeVar, cast
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.runtime.batch_inputs import inputs_of, rows_of
+from deltafmt.runtime.batch_inputs import Input, inputs_of, rows_of, shapes_of
 from deltafmt.runtime.orders import Order
 from deltafmt.runtime.places import Forms, form_of
-from deltafmt.runtime.walks import Walk
+from deltafmt.runtime.walks import Kept, Walk
 
 T = TypeVar("T")
 
@@ -35,11 +35,13 @@ class Waiting:
         given: the input.
         version: the input's version when the outputs were computed.
         outputs: the outputs by the site's id.
+        planned: True if they have all that the deltas change, and were computed as a plan says.
     """
 
     given: torch.Tensor
     version: int
     outputs: dict[int, torch.Tensor]
+    planned: bool = False
 
 
 class Selection:
@@ -65,6 +67,8 @@ class Selection:
         waiting: outputs that were computed ahead.
         multiplied: the ids of the sites whose output contains the deltas' products already.
         finished: the ids of the sites whose output contains all of the deltas already, for the modules' hooks.
+        plans: what groups of modules have decided in earlier calls whose rows stood in the same places; None outside of
+            calls, and in calls that are followed.
     """
 
     packed = False
@@ -91,6 +95,7 @@ class Selection:
         self.waiting: Waiting | None = None
         self.multiplied: set[int] = set()
         self.finished: set[int] = set()
+        self.plans: dict[object, Any] | None = None
         self._each = each
         self._names = len(slots)
         self._alone: dict[int, Selection] = {}
@@ -140,13 +145,22 @@ class Selection:
         self.check_rows(rows, where)
         if self.uniform:
             return None
-        inputs = list(inputs_of(given, rows, main, config, where))
-        named = torch.tensor(self.slots)
-        slots = [named.repeat_interleave(rows // len(self.slots))]
-        owned = tuple(one.rows for one in inputs if one.rows is not None and not one.packed)
-        slots += [slots[0][list(rows)] for rows in owned]
-        orders: dict[Hashable, Order] = self.memo(("orders", rows, owned), dict)
-        return Walk(forms, form_of(entry, given), slots, lambda: inputs, self.count, self.device, orders)
+
+        def inputs() -> list[Input]:
+            return list(inputs_of(given, rows, main, config, where))
+
+        def build() -> Kept:
+            owned = tuple(one.rows for one in inputs() if one.rows is not None and not one.packed)
+            return self.memo(("items", rows, owned), lambda: Kept(self._items(rows, owned)))
+
+        shapes = shapes_of(given)
+        kept = build() if shapes is None else self.memo(("shapes", shapes), build)
+        return Walk(forms, form_of(entry, given), inputs, self.count, self.device, kept)
+
+    def _items(self, rows: int, owned: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Return the slots of the items of each source; those of the first are the rows."""
+        slots = torch.tensor(self.slots).repeat_interleave(rows // len(self.slots))
+        return [slots, *[slots[list(one)] for one in owned]]
 
     def order(self, site: object, number: int, tensor: torch.Tensor, shape: Sequence[int], where: str) -> Order | None:
         """Return the order of the deltas in a tensor that a module is given; see :meth:`Walk.order`.
@@ -159,6 +173,10 @@ class Selection:
         if self.walk is None:
             raise outside_error(where)
         return self.walk.order(site, number, tensor, shape, where)
+
+    def steady(self, tensor: torch.Tensor) -> bool:  # noqa: ARG002 - of packed batches
+        """Tell whether the order of every tensor of this shape is the same, if the same module is given it."""
+        return True
 
     def whole(self, tokens: int) -> Order:
         """Return the order of tokens that all use the one slot."""
@@ -223,6 +241,8 @@ class Entry:
         if walk is not None:
             walk.__enter__()
         selection.walk, selection.entered, self._outer = walk, True, True
+        if not selection.mixes:
+            selection.plans = selection.memo("plans", dict) if walk is None else walk.plans
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -230,6 +250,7 @@ class Entry:
         """End the call."""
         if self._outer:
             walk, self._selection.walk, self._selection.entered = self._selection.walk, None, False
+            self._selection.plans = None
             if walk is not None:
                 walk.__exit__(kind, error, trace)
 

@@ -25,7 +25,8 @@ from deltafmt.runtime.experts import ExpertsSite
 from deltafmt.runtime.mixing import mixed_output
 from deltafmt.runtime.operations import new_key
 from deltafmt.runtime.selection import Selection
-from deltafmt.runtime.siblings import Active, SharedInput, Siblings, known_siblings, shareable
+from deltafmt.runtime.shared_products import Active, Siblings, shareable
+from deltafmt.runtime.siblings import SharedInput, known_siblings
 from deltafmt.runtime.sites import LinearSite, Site, TransposedSite, WeightSite, refuse_gradient
 from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite, adds_up
 from deltafmt.runtime.standing import Standing, refuse_mixes

@@ -6,6 +6,7 @@ This is the whole interface between the served modules and the question whose ro
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -22,47 +23,62 @@ from deltafmt.runtime.places import MERGED, MET, OUTPUT, Form, Forms, Place
 _KEPT = 64  # orders of a batch that are kept: a few for each length of a prompt
 
 
+class Kept:
+    """What calls of one batch have made, for the calls after them.
+
+    Attributes:
+        slots: for each source, the slot of each item; the first source is the rows of the batch.
+        orders: the orders of the deltas in tensors, by source, dimension and shape.
+        plans: for each form of a call, what groups of modules have decided (:mod:`deltafmt.runtime.shared_products`).
+    """
+
+    def __init__(self, slots: Sequence[torch.Tensor]) -> None:
+        self.slots = slots
+        self.orders: dict[Hashable, Order] = {}
+        self.plans: weakref.WeakKeyDictionary[Form, dict[object, Any]] = weakref.WeakKeyDictionary()
+
+
 class Walk:
     """A context manager: one call, from the model that is called first to its end.
 
     Args:
         forms: the forms of the model's calls.
         key: this call's form.
-        slots: for each source, the slot of each item; the first source is the rows of the batch.
-        inputs: the inputs whose items are known.
+        inputs: a function that returns the inputs whose items are known.
         count: the number of slots of the operand tables.
         device: the device of the deltas.
-        orders: orders that earlier calls of the same batch have made.
+        kept: the slots of the batch's items, and what earlier calls of the batch have made.
 
     Attributes:
         follower: the mode that follows the call; None if its form is known.
         slots: for each source, the slot of each item.
         rows: for each source, the row of each item; None for the rows of the batch themselves.
+        plans: what groups of modules have decided for calls of this form and batch; None while the call is followed.
     """
 
     def __init__(
         self,
         forms: Forms,
         key: Hashable,
-        slots: Sequence[torch.Tensor],
         inputs: Callable[[], Sequence[Input]],
         count: int,
         device: torch.device,
-        orders: dict[Hashable, Order],
+        kept: Kept,
     ) -> None:
         found = forms.find(key)
-        self.slots = slots
+        self.slots = kept.slots
         self.follower = Follower() if found is None else None  # type: ignore[no-untyped-call]
         self._form = Form() if found is None else found
         self._forms, self._key, self._inputs = forms, key, inputs
-        self._count, self._device, self._orders = count, device, orders
+        self._count, self._device, self._orders = count, device, kept.orders
+        self.plans = None if found is None else kept.plans.setdefault(found, {})
         self._leaf = False
         self.rows: list[torch.Tensor | None] = [None]
         self._merged: dict[int, int] = {}
 
     def of_leaf(self) -> Self:
         """Return the walk of a model that is itself a served module: its input's first dimension is the rows."""
-        self.follower, self._leaf = None, True
+        self.follower, self.plans, self._leaf = None, None, True
         return self
 
     def __enter__(self) -> Self:

@@ -17,6 +17,9 @@ RAW_DTYPES: dict[str, np.dtype[np.unsignedinteger]] = {
     "F32": np.dtype("<u4"),
 }
 
+# The bits of the NaN that a sum gives whose base is a number: of an infinite base and delta, or of a delta that is NaN.
+NANS: dict[str, int] = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}
+
 Raw = NDArray[np.unsignedinteger]
 Floats = NDArray[np.float32]
 
@@ -66,11 +69,39 @@ def _add(native: Native, base: Raw, base_dtype: str, delta: Floats, dtype: str) 
 
 @loop(_add)
 def add(base: Raw, base_dtype: str, delta: Floats, dtype: str) -> Raw:
-    """Return ``base + delta`` rounded to ``dtype``; where the delta is zero, the base itself."""
+    """Return ``base + delta`` rounded to ``dtype``; where the delta is zero, the base itself.
+
+    What a processor makes of a NaN differs between processors, so its bits are made here: those of the base's NaN,
+    quiet, or those of ``NANS`` where the base is a number.
+    """
     wide = widen(base, base_dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        total = narrow(wide + delta, dtype)
-    return np.where(delta == 0, base if base_dtype == dtype else narrow(wide, dtype), total)
+        total = wide + delta
+        rounded = np.where(np.isnan(total), NANS[dtype], narrow(total, dtype))
+        converted = base if base_dtype == dtype else narrow(wide, dtype)
+    rounded = np.where(np.isnan(wide), convert_nan(base, base_dtype, dtype), np.where(delta == 0, converted, rounded))
+    found = np.where(delta == 0, base, rounded) if base_dtype == dtype else rounded
+    return found.astype(RAW_DTYPES[dtype], copy=False)
+
+
+def convert_nan(raw: Raw, dtype: str, target: str) -> Raw:
+    """Return the bits of NaNs in another dtype: the sign, and the highest bits of the fraction, the first of them 1.
+
+    Args:
+        raw: a raw array; what it gives where an element is no NaN means nothing.
+        dtype, target: the dtypes of ``raw`` and of the result.
+    """
+    bits: NDArray[np.signedinteger] = raw.astype(np.int64)
+    if dtype == "F16":
+        bits = (bits & 0x8000) << 16 | (bits & 0x3FF) << 13
+    elif dtype == "BF16":
+        bits = bits << 16
+    bits = bits | NANS["F32"]
+    if target == "F16":
+        bits = bits >> 16 & 0x8000 | 0x7C00 | bits >> 13 & 0x3FF
+    elif target == "BF16":
+        bits = bits >> 16
+    return bits.astype(RAW_DTYPES[target])
 
 
 def bf16_up(values: Floats) -> NDArray[np.uint16]:

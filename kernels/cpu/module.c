@@ -21,17 +21,36 @@ static PyObject *launcher(PyObject *module, PyObject *ignored) {
     return PyLong_FromUnsignedLongLong(find_launcher());
 }
 
-/* Launches a kernel; returns the driver's error, 0 for none. A parameter has eight bytes, of which a kernel reads as
- * many as it has declared. */
+/* Launches a kernel; returns the driver's error, 0 for none. The job is the driver's function, the kernel, the grid in
+ * three dimensions, threads, bytes of shared memory and the number of places; then, for each place, the number of a
+ * parameter and that of the address that it gets; then the parameters. A parameter has eight bytes, of which a kernel
+ * reads as many as it has declared. The job is followed by the stream and the addresses. */
 static PyObject *launch(struct call *call) {
-    uint64_t address = number(call, 1, UINT64_MAX), function = number(call, 1, UINT64_MAX);
-    unsigned sizes[5]; /* the grid in three dimensions, threads, bytes of shared memory */
-    for (int i = 0; i < 5; i++) sizes[i] = (unsigned)number(call, i < 4 ? 1 : 0, INT32_MAX);
-    uint64_t stream = number(call, 0, UINT64_MAX);
-    const Py_buffer *params = array(call, "L", 1, 0);
-    require(call, extent(params, 0) <= MAX_PARAMETERS, "a kernel has at most 128 parameters");
+    const Py_buffer *job = array(call, "L", 1, 0);
+    uint64_t stream = number(call, 0, UINT64_MAX), addresses[MAX_ADDRESSES], params[MAX_PARAMETERS];
+    size_t given = 0;
+    while (!call->wrong && call->next < call->count && given < MAX_ADDRESSES)
+        addresses[given++] = number(call, 0, UINT64_MAX);
+    const uint64_t *fields = job->buf;
+    size_t length = extent(job, 0), places = length < JOB_FIELDS ? 0 : fields[7];
+    require(call, length > JOB_FIELDS && places <= (length - JOB_FIELDS) / 2, "a job has 8 fields, places and parameters");
+    size_t count = length - JOB_FIELDS - 2 * places;
+    require(call, count >= 1 && count <= MAX_PARAMETERS, "a kernel has 1 to 128 parameters");
+    if (call->wrong) return finish(call, nothing, 0);
+    require(call, fields[0] && fields[1], "no address is 0");
+    unsigned sizes[5];
+    for (int i = 0; i < 5; i++) {
+        require(call, fields[2 + i] >= (i < 4) && fields[2 + i] <= INT32_MAX, "sizes are positive");
+        sizes[i] = (unsigned)fields[2 + i];
+    }
+    memcpy(params, fields + JOB_FIELDS + 2 * places, count * sizeof *params);
+    for (size_t i = 0; i < places && !call->wrong; i++) {
+        const uint64_t *place = fields + JOB_FIELDS + 2 * i;
+        require(call, place[0] < count && place[1] < given, "a place is that of a parameter and of an address");
+        if (!call->wrong) params[place[0]] = addresses[place[1]];
+    }
     int error = 0;
-    RUN(call, error = run_launch(address, function, sizes, stream, params->buf, extent(params, 0)));
+    RUN(call, error = run_launch(fields[0], fields[1], sizes, stream, params, count));
     return finish(call, PyLong_FromLong, error);
 }
 
@@ -51,7 +70,7 @@ static PyObject *upload(struct call *call) {
     job.file = (int)number(call, 0, INT32_MAX);
     job.context = number(call, 0, UINT64_MAX);
     job.stream = number(call, 0, UINT64_MAX);
-    const Py_buffer *calls = array(call, "l", 1, 0), *stop = array(call, "l", 1, 1);
+    const Py_buffer *calls = array(call, "l", 1, 0), *stop = array(call, "l", 1, 1), *given = array(call, "l", 1, 1);
     job.pieces = pieces->buf;
     job.copies = copies->buf;
     job.paddings = paddings->buf;
@@ -64,7 +83,9 @@ static PyObject *upload(struct call *call) {
     require(call, extent(pieces, 1) == 6 && extent(copies, 1) == 3 && extent(paddings, 1) == 3, "rows have 6, 3, 3 columns");
     require(call, job.slot_count >= 1 && extent(events, 0) == job.slot_count, "every slot has an event");
     require(call, extent(calls, 0) == 5 && extent(stop, 0) == 1, "there are 5 addresses and one flag");
+    require(call, extent(given, 0) == job.step, "every thread has a place for what it has given");
     if (!call->wrong) {
+        job.given = (int64_t *)given->buf + job.first % job.step;
         memcpy(&job.calls, calls->buf, sizeof job.calls);
         require(call, job.calls.read && job.calls.bind && job.calls.copy && job.calls.record && job.calls.wait,
                 "no address is 0");

@@ -28,6 +28,7 @@ struct upload {
     uint64_t context, stream;
     struct upload_calls calls;
     const int64_t *stop; /* other than 0 once an error has come up elsewhere */
+    int64_t *given;      /* this thread's first piece that is not given to the stream yet */
     enum upload_outcome outcome;
     size_t piece;    /* the piece at which the outcome came */
     uint64_t detail; /* the row of the padding, or the driver's error */
@@ -39,7 +40,7 @@ int find_driver(struct upload_calls *calls);
 /* Returns the address of cuLaunchKernel, or 0. */
 uint64_t find_launcher(void);
 
-enum { MAX_PARAMETERS = 128 };
+enum { MAX_PARAMETERS = 128, MAX_ADDRESSES = 64, JOB_FIELDS = 8 };
 
 /* Launches a kernel: grid, threads and bytes of shared memory in `sizes`, eight bytes a parameter. */
 int run_launch(uint64_t address, uint64_t function, const unsigned sizes[5], uint64_t stream, uint64_t *params,

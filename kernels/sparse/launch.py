@@ -19,8 +19,6 @@ from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.sparse import kernel
 from deltafmt.terms.sparse.layout import SparseLayout
 
-SLOTS = 16
-
 
 def launch_products(
     outputs: Sequence[torch.Tensor],
@@ -43,6 +41,5 @@ def launch_products(
         **plane_arguments("GAP", layout.gap_bits),
         FILLER=layout.filler,
         **value_arguments(layout.values),
-        SLOTS=SLOTS,
         num_warps=1,
     )

@@ -40,11 +40,6 @@ def lowbit_k1_columns() -> bytes:
     return one_tensor(LowbitLayout(1, "midrise", axis="column"), 40, 50)
 
 
-@vector("invalid", "a lowbit layout of 9 bits", "bits k = 9")
-def lowbit_9_bits() -> bytes:
-    return change(one_tensor(LowbitLayout(8), 32, 32), lambda index: index["layouts"][0].update(bits=9))
-
-
 @vector("invalid", "a lowbit layout with scales of columns and a scale group", "scale group 0")
 def lowbit_column_groups() -> bytes:
     data = one_tensor(LowbitLayout(1, "midrise", axis="column"), 32, 32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from vector_tools import change, change_buffer, coded, fields, makes_arrays, one_tensor, vector
+from vector_tools import change_buffer, coded, fields, makes_arrays, one_tensor, vector
 
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import narrow
@@ -38,27 +38,6 @@ def lowrank_33_k2_cold() -> bytes:
 @vector("ok", "lowrank of 2 vectors of F16 values, as an adapter has them")
 def lowrank_2_f16() -> bytes:
     return one_tensor(LowRankLayout(2, "F16"), 33, 50)
-
-
-@vector("invalid", "a band of no vectors", "rank R = 0")
-def lowrank_of_rank_0() -> bytes:
-    return change(one_tensor(LowRankLayout(1, "BF16"), 32, 32), lambda index: index["layouts"][0].update(rank=0))
-
-
-@vector("invalid", "more vectors than the buffers hold", "where the shape needs")
-def lowrank_longer_than_buffers() -> bytes:
-    return change(one_tensor(LowRankLayout(1, "BF16"), 32, 32), lambda index: index["layouts"][0].update(rank=32))
-
-
-@vector("invalid", "more vectors than the matrix has columns", "rank R = 33 is more than a matrix of 40 x 32 has")
-def lowrank_above_columns() -> bytes:
-    return change(one_tensor(LowRankLayout(1, "BF16"), 40, 32), lambda index: index["layouts"][0].update(rank=33))
-
-
-@vector("invalid", "unused bits of a vector's last word are set", "unused bits of the u_codes")
-def lowrank_unused_bits() -> bytes:
-    data = one_tensor(LowRankLayout(2, Coding(4, "midrise")), 33, 32)
-    return change_buffer(data, "u_codes", 19, 0x10)
 
 
 @vector("invalid", "a value of a vector is infinite", "factor v is not finite")

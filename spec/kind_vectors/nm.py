@@ -90,11 +90,6 @@ def rank_31_66_cold() -> bytes:
     return one_tensor(NMLayout(31, 66, 2, "rank", grid="midrise"), 2, 140, "cold")
 
 
-@vector("invalid", "a scale is infinite", "negative or not finite")
-def infinite_scale() -> bytes:
-    return change_buffer(change_buffer(simple(), "scales", 0, 0x80), "scales", 1, 0x7F)
-
-
 @vector("invalid", "a field of 15 on a midtread grid of 4 bits", "the grid ends at 14")
 def field_beyond_grid() -> bytes:
     return change_buffer(simple(), "codes", 0, 0xFF)
@@ -134,11 +129,6 @@ def field_beyond_columns() -> bytes:
     with DeltaFile(io.BytesIO(data)) as delta:
         byte = delta.buffers("w")["codes"].view(np.uint8).reshape(-1)[position // 2]
     return change_buffer(data, "codes", position // 2, int(byte) | (1 << (4 * (position % 2))))
-
-
-@vector("invalid", "a scale is negative", "negative or not finite")
-def negative_scale() -> bytes:
-    return change_buffer(simple(), "scales", 1, 0xBF)
 
 
 @vector("invalid", "the positions of a group do not ascend", "not ascending")

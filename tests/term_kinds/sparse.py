@@ -54,5 +54,5 @@ CASES = KindCases(
         "BF16 gaps=8 span=4096": (SparseLayout("BF16", 8), 1000),
         "k=4 midtread gaps=5 span=4096": (SparseLayout(Coding(4, "midtread"), 5), 1000),
     },
-    limits={"BF16 gaps=8 span=4096": (88, None), "k=4 midtread gaps=5 span=4096": (88, None)},
+    limits={"BF16 gaps=8 span=4096": (72, 21), "k=4 midtread gaps=5 span=4096": (72, 24)},
 )

@@ -13,7 +13,7 @@ INLINE uint32_t bits_of(float value) {
     return bits;
 }
 
-enum { MAGNITUDE = 0x7FFFFFFF, INFINITE = 0x7F800000 };
+enum { MAGNITUDE = 0x7FFFFFFF, INFINITE = 0x7F800000, QUIET = 0x7FC00000 };
 
 /* A half's exponent counts from 15 and a float's from 127, so its bits, read as a float, are 2**112 times too small. */
 INLINE float widen_f16(uint16_t half) {
@@ -91,16 +91,41 @@ static int subtract(const void *finetuned, enum dtype a, const void *base, enum 
     return differences(finetuned, a, base, b, count, out) < INFINITE ? DONE : NOT_FINITE;
 }
 
+/* The bits of a NaN in another dtype: the sign, and the highest bits of the fraction, of which the first is 1. */
+INLINE uint32_t nan_of(uint32_t base, enum dtype b, enum dtype dtype) {
+    uint32_t bits = b == F16 ? (base & 0x8000) << 16 | INFINITE | (base & 0x3FF) << 13 : b == BF16 ? base << 16 : base;
+    bits |= QUIET;
+    return dtype == F16 ? (bits >> 16 & 0x8000) | 0x7C00 | (bits >> 13 & 0x3FF) : dtype == BF16 ? bits >> 16 : bits;
+}
+
 /* "A sum is rounded to the nearest; where the delta is zero, the base itself." */
 INLINE uint32_t sum_of(uint32_t base, enum dtype b, float delta, enum dtype dtype) {
     float wide = widen(base, b);
-    uint32_t rounded = narrow(delta == 0.0f ? wide : wide + delta, dtype);
+    float sum = delta == 0.0f ? wide : wide + delta;
+    uint32_t nan = nan_of(wide != wide ? base : b == F16 ? 0x7E00 : QUIET >> (b == BF16 ? 16 : 0), b, dtype);
+    uint32_t rounded = sum != sum ? nan : narrow(sum, dtype);
     return delta == 0.0f && b == dtype ? base : rounded;
 }
 
+/* A NaN is rare, and its bits take as long as all the rest: a run that has one is computed again. */
 INLINE void add_of(const void *restrict base, enum dtype b, const float *restrict delta, size_t count,
                    void *restrict out, enum dtype dtype) {
-    for (size_t i = 0; i < count; i++) store(out, dtype, i, sum_of(load(base, b, i), b, delta[i], dtype));
+    enum { RUN = 1024 };
+    for (size_t start = 0; start < count; start += RUN) {
+        size_t stop = count - start < RUN ? count : start + RUN;
+        int32_t nans = 0;
+        for (size_t i = start; i < stop; i++) {
+            uint32_t element = load(base, b, i);
+            float wide = widen(element, b), sum = wide + delta[i];
+            nans |= sum != sum;
+            if (b == dtype)
+                store(out, dtype, i, delta[i] == 0.0f ? element : narrow(sum, dtype));
+            else
+                store(out, dtype, i, narrow(delta[i] == 0.0f ? wide : sum, dtype));
+        }
+        if (nans)
+            for (size_t i = start; i < stop; i++) store(out, dtype, i, sum_of(load(base, b, i), b, delta[i], dtype));
+    }
 }
 
 static void add(const void *base, enum dtype b, const float *delta, size_t count, void *out, enum dtype dtype) {

@@ -1,0 +1,8 @@
+"""Small mistakes that a reader can make, other than to leave out a check, and a vector that catches each."""
+
+from __future__ import annotations
+
+from . import container, floats, kinds, positions, words
+from .wrong import WRONG, Wrong
+
+__all__ = ["WRONG", "Wrong", "container", "floats", "kinds", "positions", "words"]

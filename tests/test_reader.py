@@ -1,0 +1,195 @@
+"""The second reader, spec/reader: it runs all vectors under sanitizers, and agrees with the library on every file."""
+
+from __future__ import annotations
+
+import random
+import struct
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from blake3 import blake3
+
+import c_reader
+import deltafmt
+from both_readers import compare
+from conftest import Pair, normal, nudge, write_folder
+from deltafmt.methods import METHODS
+from test_every_kind import CASES, file_of, packed_codec
+
+ROOT = Path(__file__).resolve().parent.parent
+VECTORS = sorted((ROOT / "spec" / "vectors").glob("*.vec"))
+
+pytestmark = pytest.mark.skipif(c_reader.COMPILER is None, reason="there is no C compiler")
+
+
+def vector(path: Path) -> tuple[dict[str, str], bytes]:
+    head, _, body = path.read_bytes().partition(b"\n\n")
+    return dict(line.split(": ", 1) for line in head.decode().splitlines()), zlib.decompress(body)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[c_reader.Driver]:
+    program = c_reader.build(tmp_path_factory.mktemp("reader") / "driver", "driver.c")
+    running = c_reader.Driver(program)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return c_reader.build(tmp_path_factory.mktemp("reader") / "deltafmt-c", "deltafmt-c.c", options=("-O0",))
+
+
+def test_vectors(driver: c_reader.Driver) -> None:
+    """Every vector gives what its header says; the messages are the reader's own."""
+    wrong = []
+    for path in VECTORS:
+        expected, data = vector(path)
+        found = driver.read(data)
+        right = found.verified == expected["expect"] and "\n" not in found.message
+        right &= found.verified != "ok" or found.content_id.hex() == expected["content_id"]
+        right &= found.verified != "ok" or all(tensor.status == 0 for tensor in found.tensors)
+        if not right:
+            wrong.append((path.stem, expected["expect"], found.verified, found.message))
+    assert not wrong
+
+
+def test_both_readers_agree_on_vectors(driver: c_reader.Driver, tmp_path: Path) -> None:
+    found = {path.stem: compare(vector(path)[1], driver, tmp_path / "x.deltafmt").difference for path in VECTORS}
+    assert not {name: difference for name, difference in found.items() if difference}
+
+
+def test_both_readers_agree_on_every_kind(driver: c_reader.Driver, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    for kind, cases in CASES.items():
+        for layout in cases.samples:
+            for shape in ((70, 90), (1, 1), (33, 257)):
+                try:
+                    packed = packed_codec(rng, layout, *shape)
+                except ValueError:
+                    continue  # the sample does not fit the shape
+                data = file_of(*packed, "cold" if layout.cold_only else "hot")
+                found = compare(data, driver, tmp_path / "x.deltafmt")
+                assert (found.verified, found.difference) == ("ok", ""), (kind, layout, shape)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("pair")
+    a = {"w": normal(1, (75, 203)), "half": normal(2, (40, 64), "F16"), "grown": normal(3, (20, 64)), "norm": normal(4, (64,))}
+    b = {name: nudge(tensor, seed) for seed, (name, tensor) in enumerate(a.items(), 7)}
+    b["grown"] = normal(5, (23, 64))
+    return Pair(write_folder(folder / "base", a), write_folder(folder / "finetuned", b), a, b)
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.calibration != "required"])
+def test_both_readers_agree_on_every_method(method: str, pair: Pair, driver: c_reader.Driver, tmp_path: Path) -> None:
+    for profile in ("hot", "cold"):
+        packed = deltafmt.pack(
+            pair.base, pair.finetuned, tmp_path / f"{profile}.deltafmt", method=METHODS[method](), profile=profile
+        )
+        found = compare(packed.path.read_bytes(), driver, tmp_path / "x.deltafmt")
+        assert (found.verified, found.difference) == ("ok", "")
+
+
+def mutations(count: int, seed: int) -> Iterator[bytes]:
+    """Yield mutated files; ``fuzz/fuzz_both.py`` takes the same, and as many as one has time for."""
+    sys.path.insert(0, str(ROOT / "fuzz"))
+    try:
+        import mutate
+    finally:
+        sys.path.pop(0)
+    rng = random.Random(seed)
+    files = [path.read_bytes() for path in sorted((ROOT / "fuzz" / "corpus").glob("*.deltafmt"))]
+    files += [data for expected, data in map(vector, VECTORS) if expected["expect"] == "ok"]
+    for _ in range(count):
+        yield mutate.mutate(rng.choice(files), rng)
+
+
+def test_both_readers_agree_on_mutated_files(driver: c_reader.Driver, tmp_path: Path) -> None:
+    found = Counter()
+    for data in mutations(250, seed=1):
+        comparison = compare(data, driver, tmp_path / "x.deltafmt")
+        assert not comparison.difference
+        found[comparison.verified] += 1
+    assert min(found["ok"], found["invalid"], found["unsupported"]) > 0
+
+
+def test_every_flipped_bit_is_found(driver: c_reader.Driver) -> None:
+    """A sample of the bits; the file is read whole, so none may verify."""
+    data = (ROOT / "fuzz" / "corpus" / "cold-rank.deltafmt").read_bytes()
+    rng = random.Random(5)
+    for bit in rng.sample(range(8 * len(data)), 400):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        assert driver.read(bytes(flipped)).verified != "ok", bit
+
+
+def test_hashes_are_those_of_the_libraries(tmp_path: Path) -> None:
+    """BLAKE3 and XXH3 of inputs of many lengths, in one piece and in parts."""
+    program = c_reader.build(tmp_path / "hashes", "hashes.c", library=("blake3.c", "xxh3.c"), options=("-O0",))
+    rng = random.Random(1)
+    sizes = [*range(260), *(1024 * n + more for n in (1, 2, 3, 8, 16, 17, 64, 129, 300) for more in (-1, 0, 1))]
+    inputs = [rng.randbytes(size) for size in sizes]
+    sent = b"".join(struct.pack("<Q", len(data)) + data for data in inputs)
+    told = subprocess.run([program], input=sent, capture_output=True, check=True).stdout
+    for number, data in enumerate(inputs):
+        expected = blake3(data).digest() * 2 + xxhash.xxh3_128(data).digest() * 2
+        if 17 <= len(data) <= 128:
+            expected += xxhash.xxh3_64(data).digest()
+        else:
+            expected += bytes(8)
+        assert told[104 * number : 104 * number + 104] == expected, len(data)
+
+
+def run(command: Path, *arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([command, *arguments], capture_output=True, check=False)
+
+
+def test_the_command(command: Path, pair: Pair, tmp_path: Path) -> None:
+    file = tmp_path / "d.deltafmt"
+    deltafmt.pack(pair.base, pair.finetuned, file, method=METHODS["rtn"](4))
+    shown = run(command, "inspect", file).stdout.decode()
+    assert deltafmt.verify(file).content_id in shown
+    assert "w  add BF16 75x203  lowbit" in shown
+    assert b"file intact, 4 tensors" in run(command, "verify", file).stdout
+    with deltafmt.open(file) as delta:
+        assert run(command, "decode", file, "w").stdout == delta.delta("w").tobytes()
+    deltafmt.unpack(pair.base, file, tmp_path / "out")
+    for name in ("w", "half", "grown"):
+        (tmp_path / "base.raw").write_bytes(pair.a[name].data)
+        done = run(command, "decode", file, name, "--base", tmp_path / "base.raw")
+        assert done.stdout == deltafmt_tensor(tmp_path / "out", name)
+
+
+def deltafmt_tensor(folder: Path, name: str) -> bytes:
+    from conftest import read_folder
+
+    return read_folder(folder)[name].data
+
+
+def test_the_command_refuses_in_one_line(command: Path, pair: Pair, tmp_path: Path) -> None:
+    file = tmp_path / "d.deltafmt"
+    deltafmt.pack(pair.base, pair.finetuned, file)
+    (tmp_path / "bad").write_bytes(file.read_bytes()[:-1])
+    (tmp_path / "base.raw").write_bytes(pair.a["half"].data)
+    for arguments, code, words in (
+        (["verify", tmp_path / "bad"], 3, "truncated"),
+        (["verify", tmp_path / "absent"], 5, "No such file"),
+        (["verify", tmp_path], 5, "not a regular file"),
+        (["decode", file, "absent"], 2, "there is no tensor absent"),
+        (["decode", file, "w", "--base", tmp_path / "base.raw"], 4, "another one"),
+        (["decode", file, "w", "--base", tmp_path / "absent"], 5, "cannot be read"),
+        (["decode", file], 2, "usage"),
+    ):
+        done = run(command, *arguments)
+        assert done.returncode == code
+        assert words in done.stderr.decode()
+        assert done.stderr.count(b"\n") == (3 if "usage" in words else 1)
