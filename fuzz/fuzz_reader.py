@@ -68,7 +68,7 @@ def restore(exact: ExactTensor) -> None:
     """Check and restore an exact tensor as if its base were zeros, with numpy and with the compiled loops."""
     with contextlib.suppress(InvalidFileError):
         exact.check()
-    for number in range(len(exact) if exact.decoded <= MAX_ELEMENTS else 0):
+    for number in range(len(exact) if exact.decoded <= LARGEST_RESTORED else 0):
         found: list[object] = []
         for implementation in (contextlib.nullcontext, core.reference_only):
             with implementation():

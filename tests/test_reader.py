@@ -18,7 +18,7 @@ from blake3 import blake3
 
 import c_reader
 import deltafmt
-from both_readers import compare
+from both_readers import compare, is_beyond_c
 from conftest import Pair, normal, nudge, write_folder
 from deltafmt.methods import METHODS
 from test_every_kind import CASES, file_of, packed_codec
@@ -53,7 +53,9 @@ def test_vectors(driver: c_reader.Driver) -> None:
     for path in VECTORS:
         expected, data = vector(path)
         found = driver.read(data)
-        right = found.verified == expected["expect"] and "\n" not in found.message
+        right = (
+            found.verified == ("unsupported" if is_beyond_c(data) else expected["expect"]) and "\n" not in found.message
+        )
         right &= found.verified != "ok" or found.content_id.hex() == expected["content_id"]
         right &= found.verified != "ok" or all(tensor.status == 0 for tensor in found.tensors)
         if not right:
@@ -83,13 +85,20 @@ def test_both_readers_agree_on_every_kind(driver: c_reader.Driver, tmp_path: Pat
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
-    a = {"w": normal(1, (75, 203)), "half": normal(2, (40, 64), "F16"), "grown": normal(3, (20, 64)), "norm": normal(4, (64,))}
+    a = {
+        "w": normal(1, (75, 203)),
+        "half": normal(2, (40, 64), "F16"),
+        "grown": normal(3, (20, 64)),
+        "norm": normal(4, (64,)),
+    }
     b = {name: nudge(tensor, seed) for seed, (name, tensor) in enumerate(a.items(), 7)}
     b["grown"] = normal(5, (23, 64))
     return Pair(write_folder(folder / "base", a), write_folder(folder / "finetuned", b), a, b)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.calibration != "required"])
+@pytest.mark.parametrize(
+    "method", [name for name, method in METHODS.items() if method.calibration != "required" and not method.exact]
+)
 def test_both_readers_agree_on_every_method(method: str, pair: Pair, driver: c_reader.Driver, tmp_path: Path) -> None:
     for profile in ("hot", "cold"):
         packed = deltafmt.pack(
