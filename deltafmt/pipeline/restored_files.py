@@ -20,7 +20,7 @@ from deltafmt.pipeline.workers import drain
 from deltafmt.terms.buffers import raw_bytes
 
 # Chunks that are restored ahead of the one that is digested, for each worker thread.
-_AHEAD = 2
+_AHEAD = 1
 
 
 def check_restored(
