@@ -93,7 +93,8 @@ class DeltaFile:
         Returns:
             For ``add``: the buffers of the term by name, as :func:`deltafmt.terms.buffers.views` gives them, and
             ``new_rows`` as bytes if the tensor grew. With several terms the names are ``terms[0].codes`` and so on.
-            For ``replace``: ``data`` as bytes. For ``same``: nothing. For an alias: the buffers of its target.
+            For ``replace``: ``data`` as bytes. For ``exact``: ``exact``, the chunks as bytes.
+            For ``same``: nothing. For an alias: the buffers of its target.
         """
         entry = self.resolve(name)
         arrays: dict[str, NDArray[np.generic]] = {}
@@ -104,6 +105,8 @@ class DeltaFile:
         if entry.data is not None:
             data = np.frombuffer(self.container.buffer(entry.data), np.uint8)
             arrays["data" if entry.action == "replace" else "new_rows"] = data
+        if entry.exact is not None:
+            arrays["exact"] = np.frombuffer(self.container.buffer(entry.exact.data), np.uint8)
         return arrays
 
     def term_views(self, entry: TensorEntry, term: Term) -> dict[str, NDArray[np.generic]]:
@@ -119,12 +122,14 @@ class DeltaFile:
 
         Raises:
             KeyError: the file has no such tensor.
-            UsageError: the tensor's action is ``replace``: it has no delta.
+            UsageError: the tensor's action is ``replace`` or ``exact``: it has no delta.
             InvalidFileError: the tensor's buffers break the format, or decoding takes more than the file's limits.
         """
         entry = self.resolve(name)
         if entry.action == "replace":
             raise UsageError(f'tensor "{name}" replaces the base\'s and has no delta')
+        if entry.action == "exact":
+            raise UsageError(f'tensor "{name}" is exact and has no delta; unpack restores it from the base')
         if entry.terms:
             self.check_work([entry], 0)
         else:
@@ -190,6 +195,24 @@ class DeltaFile:
 def codec_of(entry: TensorEntry, term: Term) -> AnyCodec:
     """Return the codec of a tensor's term."""
     return term_codec(term.layout, entry.delta_rows, entry.columns, term.seed, term.slots)
+
+
+def refuse_exact(name: str, entries: Iterable[TensorEntry]) -> None:
+    """Refuse exact tensors, whose values only unpack restores, where a delta is needed.
+
+    Args:
+        name: of the file.
+        entries: the entries whose deltas are needed.
+
+    Raises:
+        UsageError: names the first exact tensor.
+    """
+    for entry in entries:
+        if entry.action == "exact":
+            raise UsageError(
+                f'{name}: tensor "{entry.name}" is exact, so there is no delta to work with; unpack the file, or pack '
+                "the fine-tune by another method"
+            )
 
 
 class RunDecoder:

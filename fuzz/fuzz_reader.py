@@ -25,6 +25,8 @@ with atheris.instrument_imports(include=["deltafmt"]):
     from deltafmt.format.limits import Limits
     from deltafmt.index.entries import TensorEntry
     from deltafmt.pipeline import summary
+    from deltafmt.pipeline.exact_tensors import ExactTensor
+    from deltafmt.pipeline.restored_files import read_files
     from deltafmt.pipeline.verify import check_coverage, payload_digest
 
 import mutate
@@ -54,10 +56,29 @@ def read_tensor(delta: DeltaFile, entry: TensorEntry) -> None:
     with contextlib.suppress(InvalidFileError):
         for array in delta.buffers(entry.name).values():
             array.sum()
-        if delta.resolve(entry.name).action != "replace":
+        if entry.exact is not None:
+            restore(ExactTensor(delta, entry, None))
+        elif delta.resolve(entry.name).action not in ("replace", "exact"):
             dense = delta.delta(entry.name)
             if dense.shape != entry.shape:
                 raise AssertionError(f"{entry.name}: shape {dense.shape} where {entry.shape} was promised")
+
+
+def restore(exact: ExactTensor) -> None:
+    """Check and restore an exact tensor as if its base were zeros, with numpy and with the compiled loops."""
+    with contextlib.suppress(InvalidFileError):
+        exact.check()
+    for number in range(len(exact) if exact.decoded <= LARGEST_RESTORED else 0):
+        found: list[object] = []
+        for implementation in (contextlib.nullcontext, core.reference_only):
+            with implementation():
+                try:
+                    offset, units = exact.restore(number)
+                    found.append((offset, units.tobytes()))
+                except InvalidFileError as error:
+                    found.append(str(error))
+        if found[0] != found[1]:
+            raise AssertionError(f"chunk {number}: the decoders differ: {found}")
 
 
 def verify(delta: DeltaFile, entries: list[TensorEntry]) -> None:
@@ -78,7 +99,8 @@ def verify(delta: DeltaFile, entries: list[TensorEntry]) -> None:
     for attachment in container.attachments.values():
         if blake3(container.buffer(attachment.data)).digest() != attachment.digest:
             raise InvalidFileError("another digest")
-    rest = container.removed, container.attachments, container.metadata, container.scaled()
+    read_files(delta, entries)
+    rest = container.removed, container.attachments, container.metadata, container.scaled(), container.files
     if content_id(entries, *rest) != container.content_id:
         raise InvalidFileError("another content id")
     tree = summary.cost_tree(container)

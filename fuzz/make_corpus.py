@@ -22,7 +22,7 @@ import deltafmt
 from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.index.entries import BaseRef, TensorEntry, Term
-from deltafmt.methods import DARE, RTN, BitDelta, DeltaDQ, Magnitude, Method
+from deltafmt.methods import DARE, RTN, BitDelta, DeltaDQ, Exact, Magnitude, Method
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.floats import narrow
@@ -162,6 +162,8 @@ RECIPES: dict[str, tuple[Pair, str, Method, dict[str, bytes]]] = {
     "hot-lowbit": (layer, "hot", RTN(3, "asymmetric", scale_group=16), {}),
     "hot-lowbit-column": (plain, "hot", BitDelta("column"), {}),
     "hot-sparse": (plain, "hot", DARE(0.9, 4), {}),
+    "hot-exact": (odd, "hot", Exact(), FILES),
+    "cold-exact": (layer, "cold", Exact("fast"), {}),
     "cold-sparse": (plain, "cold", Magnitude(0.05), {}),
 }
 

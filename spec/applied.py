@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from applied_exact import restored
 from numpy.typing import NDArray
 
 from deltafmt.delta import DeltaFile
@@ -30,6 +31,10 @@ def fine_tuned(delta: DeltaFile, deltas: Mapping[str, Any], base: Mapping[str, S
 
 
 def _tensor(delta: DeltaFile, entry: TensorEntry, deltas: Mapping[str, Any], base: Mapping[str, Stored]) -> bytes:
+    if entry.exact is not None:
+        known = None if entry.base is None else (entry.base.dtype, _of_base(delta, entry, entry.base, base))
+        buffer = bytes(delta.container.buffer(entry.exact.data))
+        return restored(buffer, entry.exact.chunk, entry.dtype, entry.nbytes, known)
     new = b"" if entry.data is None else bytes(delta.container.buffer(entry.data))
     if entry.base is None:
         return new

@@ -223,6 +223,8 @@ class Draft:
         """Return the content id (section 7.6) of what the index says."""
         index, said = self.index, {}
         said["attachments"] = {name: row.get("digest") for name, row in index.get("attachments", {}).items()}
+        if index.get("files"):
+            said["files"] = {name: row.get("digest") for name, row in index["files"].items()}
         said["metadata"], said["removed"] = index.get("metadata", {}), index.get("removed", [])
         if index.get("scaled"):
             said["scaled"] = {name: _decoded(entry) for name, entry in index["scaled"].items()}
@@ -231,6 +233,8 @@ class Draft:
 
     def _said(self, entry: Any) -> Any:
         entry = {key: value for key, value in entry.items() if key != "data"}
+        if isinstance(entry.get("exact"), dict):
+            entry["exact"] = {"digest": entry["exact"].get("digest")}
         if isinstance(entry.get("terms"), list):
             entry["terms"] = [self._term(term) for term in entry["terms"]]
             if not entry["terms"]:

@@ -14,6 +14,9 @@ SPECIFICATION = Path(__file__).parent / "deltafmt-v1.md"
 OF_PROGRAMS = {
     "5.4": ("one that verifies a file MUST",),
     "7.6": ("MUST compute it anew from the index", "MUST say that the content id was not checked"),
+    "7.10": ("Whoever restores files MUST compare their digests before the files appear",),
+    "17.1": ("Whoever restores a tensor MUST refuse a base that differs from the recorded one",),
+    "17.6": ("A verifier with the base MUST restore all chunks",),
     "7.9": ("so whoever writes attachments into a folder MUST NOT write a file",),
     "7.5": ("then the result MUST say so",),
     "11.4": ("The seed MUST NOT be chosen by the error that it gives",),

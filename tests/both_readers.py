@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from blake3 import blake3
 from numpy.typing import NDArray
 
@@ -18,6 +19,7 @@ import deltafmt
 from c_reader import TOO_LARGE, Driver, Report, Tensor
 from deltafmt.delta import DeltaFile, RunDecoder
 from deltafmt.errors import DeltafmtError, UnsupportedError
+from deltafmt.format.constants import FEATURE_EXACT, HEADER_MAGIC
 from deltafmt.pipeline.verify import verify
 
 LIMITS = deltafmt.Limits(max_output=1 << 24)
@@ -38,8 +40,18 @@ def status_of(error: DeltafmtError) -> str:
     return "limit" if "raises the limit" in str(error) else "invalid"
 
 
+def is_beyond_c(data: bytes) -> bool:
+    """Tell whether a file has exact tensors or files, feature bit 3, which spec/reader calls unsupported."""
+    head = data[:64]
+    if len(head) < 64 or head[:8] != HEADER_MAGIC or xxhash.xxh3_64_digest(head[:56])[::-1] != head[56:]:
+        return False
+    return head[8:12] == b"\1\0\0\0" and bool(head[16] & FEATURE_EXACT)
+
+
 def with_library(path: Path) -> tuple[Report, list[str]]:
     """Return the library's report on a file, and the names of its tensors."""
+    if is_beyond_c(path.read_bytes()):
+        return Report("unsupported", "unsupported", "exact tensors", b"", ()), []
     try:
         delta = deltafmt.open(path, limits=LIMITS)
     except DeltafmtError as error:

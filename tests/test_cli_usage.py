@@ -55,7 +55,7 @@ USAGE = {
     "threads of zero": (("--threads", "0"), "0"),
     "include matches nothing": (("--include", "*.mlp.*"), "pattern '*.mlp.*' matches no tensor"),
     "exclude matches nothing": (("--exclude", "lm_head"), "pattern 'lm_head' matches no tensor"),
-    "rule matches nothing": (("--rule", "nothing", "exact"), "pattern 'nothing' matches no tensor"),
+    "rule matches nothing": (("--rule", "nothing", "whole"), "pattern 'nothing' matches no tensor"),
     "pattern in another case": (("--include", "MODEL.*"), "pattern 'MODEL.*'"),
     "rule without value": (("--rule", "*", "bits"), "'bits'"),
     "rule with unknown key": (("--rule", "*", "bit=4"), "'bit'"),

@@ -200,7 +200,7 @@ def test_rules_choose_methods(tmp_path: Path, cli: Cli, small: Pair) -> None:
         "bitdelta",
         "--rule",
         "*.10.*",
-        "exact",
+        "whole",
     )
     assert cli("pack", small.base, small.finetuned, "-o", out, "--nm", "2:16", *rules).code == 0
     with deltafmt.open(out) as opened:

@@ -98,16 +98,16 @@ def read_method(options: argparse.Namespace) -> Method:
 
 
 def read_rule(text: str, method: Method) -> Method | None:
-    """Return the method of a rule, None for ``exact``.
+    """Return the method of a rule, None for ``whole``.
 
     Args:
-        text: ``exact``, the spelling of a method, or ``key=value,...`` for options of the command's method.
+        text: ``whole``, the spelling of a method, or ``key=value,...`` for options of the command's method.
         method: the command's method.
 
     Raises:
         UsageError: the text is none of these.
     """
-    return None if text == "exact" else read_spelling("rule", text, method)
+    return None if text == "whole" else read_spelling("rule", text, method)
 
 
 def read_spelling(what: str, text: str, like: Method | None = None) -> Method:

@@ -45,15 +45,15 @@ DESCRIPTION = """\
 Pack the difference of two checkpoints into a delta file. For example:
 
   deltafmt pack base/ math/ -o math.deltafmt --target-ratio 16
-  deltafmt pack base/ math/ -o math.deltafmt --method deltadq:nm=2:16,bits=2
+  deltafmt pack base/ math/ -o math.deltafmt --method exact
 """
 EPILOG = """\
 A PATTERN matches tensor names as a shell does. A rule's METHOD is a method,
-or only key=value,... to change options of the command's method, or exact. The
-last rule that matches decides:
+or only key=value,... to change options of the command's method, or whole, which
+stores the tensor as it is. The last rule that matches decides:
 
   --rule '*.mlp.*' nm=2:16,bits=2 --rule '*.attn.*' rtn:bits=3
-  --rule lm_head.weight exact
+  --rule lm_head.weight whole
 
 Vectors, tensors that the base lacks or has in another shape, and dtypes other
 than BF16, F16 and F32 are stored whole. An interrupted pack goes on if run again.
@@ -216,6 +216,7 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
                 "architecture": result.architecture or None,
                 "narrow": result.narrow,
                 "resumed_tensors": result.resumed,
+                "restored_files": result.restored,
                 **calibration_obj(result),
                 **({"plan": plan_obj(result.choice)} if result.choice else {}),
             }
@@ -241,8 +242,7 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
         console.say(left_out_line(result.removed))
     if result.taken:
         console.say(f"taken from the base: {plural(len(result.taken), 'tensor')}: {bounded(result.taken)}")
-    if result.attached:
-        console.say(f"attached: {bounded(result.attached, 30)}")
+    _say_files(result)
     if result.choice:
         say_chosen(result.choice)
     elif result.narrow:
@@ -256,6 +256,14 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
         console.say(line)
     if len(surprising) > MENTIONED:
         console.say(f"and {len(surprising) - MENTIONED:,} more matrices stored whole; inspect --tensors lists them")
+
+
+def _say_files(result: PackResult) -> None:
+    """Say which files travel."""
+    if result.restored:
+        console.say(f"restored byte for byte by unpack: {bounded(result.restored)}")
+    if result.attached:
+        console.say(f"attached: {bounded(result.attached, 30)}")
 
 
 def _remarks(result: PackResult) -> list[str]:
@@ -280,8 +288,10 @@ def _actions(result: PackResult) -> str:
         "same as the base": result.actions.get("same", 0),
         "tied to another": result.actions.get("alias", 0),
     }
-    compressed = f"{plural(result.actions.get('add', 0), 'tensor')} compressed"
-    return ", ".join([compressed, *(f"{number:,} {words}" for words, number in counts.items() if number)])
+    added, exact = result.actions.get("add", 0), result.actions.get("exact", 0)
+    first = [f"{plural(added, 'tensor')} compressed"] if added or not exact else []
+    first += [f"{plural(exact, 'tensor') if not first else f'{exact:,}'} exact"] if exact else []
+    return ", ".join([*first, *(f"{number:,} {words}" for words, number in counts.items() if number)])
 
 
 def _narrow(number: int, method: Method) -> str:

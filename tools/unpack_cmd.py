@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="the checkpoint folder to write")
     parser.add_argument(
         "--max-shard-size",
-        default="5GB",
         metavar="SIZE",
-        help="start another weight file when one has so many bytes of tensors (default 5GB)",
+        help="start another weight file when one has so many bytes of tensors (default: 5GB, or the files that were "
+        "packed where the delta restores them)",
     )
     parser.add_argument("--threads", type=int, metavar="T", help="number of threads (default: one for each processor)")
     parser.add_argument("--force", action="store_true", help="replace DIR if it is an earlier checkpoint")
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from deltafmt.pipeline.unpack import unpack
 
-    limit = parse_size(options.max_shard_size)
+    limit = None if options.max_shard_size is None else parse_size(options.max_shard_size)
     with console.progress_bar("unpacking", lambda: console.delta_bytes(options.delta), not options.json) as progress:
         result = unpack(
             options.base,
@@ -70,6 +70,7 @@ def run(options: argparse.Namespace) -> None:
                 "tensors": result.tensors,
                 "bytes": result.nbytes,
                 "files": result.files,
+                "restored_files": result.restored,
                 "code": result.code,
                 "removed": result.removed,
                 "mismatched": result.mismatched,
@@ -80,6 +81,8 @@ def run(options: argparse.Namespace) -> None:
         return
     files = f" and {bounded(result.files, 30)}" if result.files else ""
     console.say(f"{result.path}: {plural(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
+    if result.restored:
+        console.say(f"restored byte for byte: {bounded(result.restored)}")
     if result.code:
         done = "left out" if options.code == "leave" else "written"
         console.say(f"code, {done}: {bounded(result.code, 30)}")

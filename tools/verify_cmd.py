@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from deltafmt.checkpoint.weight_names import bounded
 from deltafmt.errors import EXIT_OK, DeltafmtError
 from deltafmt.pipeline.summary import left_out_line, plural
 from deltafmt.tools import console
@@ -68,6 +69,8 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
         )
     if not options.json:
         console.say(f"{file}: {describe(result)}")
+        if result.restored:
+            console.say(f"restored byte for byte with this base: {bounded(result.restored)}")
         say_names(result.names)
         say_dequantized(result.dequantized)
         if result.removed:
@@ -81,6 +84,7 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
         "content_id": result.content_id,
         "removed": list(result.removed),
         "attached": list(result.attached),
+        "restored_files": list(result.restored),
         "names": names_obj(result.names),
         "dequantized": result.dequantized.to_obj(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -54,6 +55,7 @@ class Checkpoint:
         dropped: the components that the user's patterns leave out.
         dequantized: how many of the tensors are 8-bit floats that are read as values.
         kept: names of tensors that are stored whole, because they are codes or belong to codes.
+        indexes: the paths of the indexes of shards that were read, in the folder.
         rewritten: the bytes of small files that travel in another form than they have in the folder.
 
     Raises:
@@ -79,6 +81,7 @@ class Checkpoint:
         self.dropped: list[str] = []
         self.dequantized: int = 0
         self.kept: frozenset[str] = frozenset()
+        self.indexes: list[str] = []
         self.rewritten: dict[str, bytes] = {}
         self._rules = rules
         self._lenient = lenient
@@ -141,6 +144,7 @@ class Checkpoint:
         self.names = WeightNames({component: choice.name for component, choice in chosen.items()})
         for component, choice in chosen.items():
             of_component = f"{component}/" if component else ""
+            self.indexes += [of_component + choice.index] if choice.index else []
             self._read |= {of_component + name for name in (*choice.files, choice.index) if name}
             indexes = [name for name in choice.unread if name.endswith(".json")]
             if choice.unread and (indexes or choice.index):
@@ -184,6 +188,11 @@ class Checkpoint:
             # Loaders read such tensors all the same, because they read whole shards.
             self.unlisted.update({name: tensor.file.path.name for name, tensor in found.items() if name not in wanted})
         return found
+
+    def weight_files(self) -> Iterator[tuple[str, SafetensorsFile]]:
+        """Give the weight files that were read, by their paths in the folder."""
+        for shard in self._shards:
+            yield str(shard.path.relative_to(self.path)) if self.path.is_dir() else shard.path.name, shard
 
     def decide_travelling(self) -> Travelling:
         """Decide which files beside the weights travel with a delta, and why others do not.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from deltafmt.format import constants as c
 from deltafmt.output import OutputLock, storage_error, sync_folder
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+_PIECE = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +135,9 @@ class CheckpointWriter:
             file, offset = self._places[spec.name]
             self._places[spec.name] = (file, start + offset)
         (self._partial / name).parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._partial / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = os.open(self._partial / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._files.append(descriptor)
-        _write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
         os.ftruncate(descriptor, start + position)
 
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
@@ -146,9 +148,22 @@ class CheckpointWriter:
         """
         file, start = self._places[name]
         try:
-            _write_at(self._files[file], data, start + offset)
+            write_at(self._files[file], data, start + offset)
         except OSError as error:
             raise storage_error("cannot write", self.path, error) from error
+
+    def pieces(self, name: str, size: int) -> Iterator[bytes]:
+        """Give the bytes of a tensor of ``size`` bytes as they are written now.
+
+        Raises:
+            StorageError: reading failed.
+        """
+        file, start = self._places[name]
+        try:
+            for offset in range(0, size, _PIECE):
+                yield os.pread(self._files[file], min(_PIECE, size - offset), start + offset)
+        except OSError as error:
+            raise storage_error("cannot read", self.path, error) from error
 
     def add_file(self, name: str, data: bytes | memoryview) -> None:
         """Write a small file into the folder; the checkpoint's own files are never overwritten.
@@ -250,7 +265,8 @@ def check_output_folder(path: Path, *, force: bool) -> None:
             raise UsageError(f"{path} is not a checkpoint and is not replaced; remove it first")
 
 
-def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write bytes at an offset of a file, in as many calls as the system wants."""
     view = memoryview(data).cast("B")
     while len(view):
         written = os.pwrite(descriptor, view, offset)

@@ -10,6 +10,7 @@ from blake3 import blake3
 
 from deltafmt.container import canonical
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.exact import FileRef
 from deltafmt.index.scaled import ScaledRef
 from deltafmt.index.sections import Attachment
 
@@ -20,6 +21,7 @@ def content_id(
     attachments: Mapping[str, Attachment],
     metadata: Mapping[str, str],
     scaled: Mapping[str, ScaledRef] | None = None,
+    files: Mapping[str, FileRef] | None = None,
 ) -> bytes:
     """Return the BLAKE3 of the semantic index.
 
@@ -28,6 +30,7 @@ def content_id(
     """
     index = {
         "attachments": {name: attachments[name].digest for name in sorted(attachments)},
+        **({"files": {name: files[name].digest for name in sorted(files)}} if files else {}),
         "metadata": {key: metadata[key] for key in sorted(metadata)},
         "removed": list(removed),
         **({"scaled": {name: scaled[name].to_obj() for name in sorted(scaled)}} if scaled else {}),
@@ -40,6 +43,8 @@ def semantic_entry(entry: TensorEntry) -> dict[str, Any]:
     """Return an entry as a plain object with its keys sorted, without the places of its bytes."""
     obj = entry.to_obj()
     obj.pop("data", None)
+    if entry.exact is not None:
+        obj["exact"] = {"digest": entry.exact.digest}
     if entry.terms:
         obj["terms"] = [{"layout": term.layout.plain().to_obj(), **term.numbers()} for term in entry.terms]
     return obj

@@ -13,6 +13,7 @@ from deltafmt.container import canonical
 from deltafmt.format import constants as c
 from deltafmt.format.checks import Where, check_name, fail, is_name
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.exact import FileRef
 from deltafmt.index.file_names import first_collision
 from deltafmt.index.scaled import ScaledRef
 from deltafmt.index.sections import Attachment, BufferRef, Section
@@ -20,9 +21,13 @@ from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.registry import parse_layout
 
 _TOP_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "sections", "tensors")
+# Keys that an index has only with a feature of the header.
+_FEATURE_KEYS = {
+    "files": (c.FEATURE_EXACT, "exact tensors and files, bit 3"),
+    "scaled": (c.FEATURE_SCALED, "scaled tensors, bit 2"),
+}
 # The key of a safetensors file's header that holds no tensor; behind a component's folder it would be that key, too.
 _NO_TENSOR = "__metadata__"
-_SCALED_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "scaled", "sections", "tensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,7 @@ class FileIndex:
         attachments: the attached files by name.
         features: the header's incompatible features.
         scaled: how the base keeps tensors that are read as values, encoded, by name; :meth:`scaled_ref` decodes one.
+        files: the files that are restored byte for byte, by name.
     """
 
     profile: str
@@ -50,6 +56,7 @@ class FileIndex:
     attachments: Mapping[str, Attachment]
     features: int = 0
     scaled: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, FileRef] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, data: bytes, index_offset: int, features: int = 0, max_memory: int | None = None) -> Self:
@@ -65,12 +72,14 @@ class FileIndex:
             InvalidFileError: the index breaks the format; the message names the place.
         """
         obj = canonical.decode(data, "the index", max_memory)
-        scales = type(obj) is dict and "scaled" in obj
-        keys = _SCALED_KEYS if scales else _TOP_KEYS
+        optional = [key for key in _FEATURE_KEYS if type(obj) is dict and key in obj]
+        keys = tuple(sorted((*_TOP_KEYS, *optional)))
         if type(obj) is not dict or tuple(obj) != keys:
             fail("index", f"expected the keys {', '.join(keys)}")
-        if scales and not features & c.FEATURE_SCALED:
-            fail("scaled", "the header does not have the feature of scaled tensors, bit 2")
+        for key in optional:
+            feature, words = _FEATURE_KEYS[key]
+            if not features & feature:
+                fail(key, f"the header does not have the feature of {words}")
         profile = obj["profile"]
         if profile not in c.PROFILES:
             fail("profile", f"unknown profile {profile!r}")
@@ -78,18 +87,21 @@ class FileIndex:
         if not all(type(value) is str for value in metadata.values()):
             fail("metadata", "a value is not a string")
         layouts = _parse_layouts(obj["layouts"], profile)
-        sections = _parse_sections(obj["sections"], profile, index_offset)
+        sections = _parse_sections(obj["sections"], profile, index_offset, features)
         tensors = canonical.check_names(obj["tensors"], "tensors")
         _check_tensors(tensors)
         removed = _parse_removed(obj["removed"], tensors)
         attachments = _parse_attachments(obj["attachments"])
-        scaled = canonical.check_names(obj["scaled"], "scaled") if scales else {}
+        scaled = canonical.check_names(obj["scaled"], "scaled") if "scaled" in obj else {}
         for name, encoded in scaled.items():
             check_name(name, where := ('scaled["', name, '"]'))
             _check_encoded(encoded, where)
-        index = cls(profile, metadata, layouts, sections, tensors, removed, attachments, features, scaled)
+        files = _parse_files(obj["files"], attachments) if "files" in obj else {}
+        index = cls(profile, metadata, layouts, sections, tensors, removed, attachments, features, scaled, files)
         for name, attachment in index.attachments.items():
             index.check_ref(attachment.data, f'attachments["{name}"]', c.SECTION_KIND_ATTACHMENTS)
+        for name, file in index.files.items():
+            index.check_ref(file.head, f'files["{name}"]', c.SECTION_KIND_ATTACHMENTS)
         return index
 
     def entry(self, name: str) -> TensorEntry:
@@ -104,8 +116,13 @@ class FileIndex:
             fail((where, ".base.parts"), "the header does not have the feature of parts, bit 0")
         if entry.leading is not None and not self.features & c.FEATURE_LEADING:
             fail((where, ".leading"), "the header does not have the feature of leading dimensions, bit 1")
+        if entry.exact is not None and not self.features & c.FEATURE_EXACT:
+            fail((where, ".exact"), "the header does not have the feature of exact tensors and files, bit 3")
         refs = entry.refs()
         for buffer, ref in refs:
+            if buffer == "exact":
+                self.check_ref(ref, (where, ".", buffer), c.SECTION_KIND_EXACT)
+                continue
             if ref.section != refs[0][1].section:
                 fail(where, "the buffers lie in several sections")
             self.check_ref(ref, (where, ".", buffer), c.SECTION_KIND_TENSORS)
@@ -160,12 +177,13 @@ def _parse_layouts(rows: Any, profile: str) -> tuple[TermLayout, ...]:
     return layouts
 
 
-def _parse_sections(rows: Any, profile: str, index_offset: int) -> tuple[Section, ...]:
+def _parse_sections(rows: Any, profile: str, index_offset: int, features: int) -> tuple[Section, ...]:
     if type(rows) is not list:
         fail("sections", "expected a list")
     sections = tuple(Section.from_obj(row, f"sections[{i}]") for i, row in enumerate(rows))
     position = c.SECTION_ALIGNMENT
     raw_bytes = 0
+    behind = False
     for number, section in enumerate(sections):
         if section.offset != position:
             fail(f"sections[{number}].offset", f"{section.offset} where {position} is next")
@@ -173,6 +191,11 @@ def _parse_sections(rows: Any, profile: str, index_offset: int) -> tuple[Section
             fail(f"sections[{number}].length", f"{section.length} bytes run into the index")
         if profile == "hot" and section.kind == c.SECTION_KIND_TENSORS and section.codec != c.CODEC_STORED:
             fail(f"sections[{number}].codec", "a hot file stores its tensors as they are")
+        if behind and section.kind == c.SECTION_KIND_TENSORS:
+            fail(f"sections[{number}].kind", "a section of tensors lies behind one of exact tensors")
+        if section.kind == c.SECTION_KIND_EXACT and not features & c.FEATURE_EXACT:
+            fail(f"sections[{number}].kind", f"the header does not have the feature of {_FEATURE_KEYS['files'][1]}")
+        behind = behind or section.kind == c.SECTION_KIND_EXACT
         raw_bytes += section.raw_length
         if raw_bytes > c.MAX_RAW_BYTES:
             fail(f"sections[{number}].raw_length", f"the sections decode to more than {c.MAX_RAW_BYTES} bytes")
@@ -200,6 +223,17 @@ def _parse_removed(names: Any, tensors: Mapping[str, Any]) -> tuple[str, ...]:
     if names != sorted(set(names)) or any(name in tensors for name in names):
         fail("removed", "the names are not sorted and distinct from the tensors")
     return tuple(names)
+
+
+def _parse_files(obj: Any, attachments: Mapping[str, Attachment]) -> dict[str, FileRef]:
+    files = {name: FileRef.from_obj(name, value) for name, value in canonical.check_names(obj, "files").items()}
+    if not files:
+        fail("files", "expected at least one file")
+    collision = first_collision((*attachments, *files))
+    if collision is not None:
+        name, other = collision
+        fail(f'files["{name}"]', f'"{other}" stands in the place of the file or of its folder')
+    return files
 
 
 def _parse_attachments(obj: Any) -> dict[str, Attachment]:

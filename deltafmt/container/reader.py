@@ -19,6 +19,7 @@ from deltafmt.errors import DeltafmtError, InvalidFileError
 from deltafmt.format import constants as c
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.exact import FileRef
 from deltafmt.index.scaled import ScaledRef
 from deltafmt.index.sections import Attachment, BufferRef, Section
 from deltafmt.terms.layout import TermLayout
@@ -141,6 +142,11 @@ class Container:
     def attachments(self) -> Mapping[str, Attachment]:
         """The attached files by name."""
         return self._index.attachments
+
+    @property
+    def files(self) -> Mapping[str, FileRef]:
+        """The files that are restored byte for byte, by name; empty for most delta files."""
+        return self._index.files
 
     def scaled(self) -> dict[str, ScaledRef]:
         """Return how the base keeps the tensors that are read as values, by name; empty for most files.

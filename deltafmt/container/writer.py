@@ -14,6 +14,7 @@ from deltafmt.container.content import content_id
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.exact import FileRef
 from deltafmt.index.scaled import ScaledRef
 from deltafmt.index.sections import Attachment, BufferRef, Section
 from deltafmt.output import Bytes
@@ -107,10 +108,10 @@ class ContainerWriter:
             self._close_section()
         parts = [pieces] if isinstance(pieces, bytes | bytearray | memoryview) else pieces
         if self._open is None:
-            stored = kind == c.SECTION_KIND_TENSORS and self.profile == "hot"
+            stored = kind == c.SECTION_KIND_EXACT or (kind == c.SECTION_KIND_TENSORS and self.profile == "hot")
             self._open = _OpenSection(kind, c.CODEC_STORED if stored else c.CODEC_ZSTD, self._position)
         section = self._open
-        self._raw(bytes(-section.raw_length % c.BUFFER_ALIGNMENT))
+        self._raw(bytes(-section.raw_length % c.ALIGNMENTS[kind]))
         start = section.raw_length
         for part in parts:
             self._raw(part)
@@ -135,12 +136,14 @@ class ContainerWriter:
         attachments: dict[str, Attachment] | None = None,
         metadata: dict[str, str] | None = None,
         scaled: Mapping[str, ScaledRef] | None = None,
+        files: Mapping[str, FileRef] | None = None,
     ) -> bytes:
         """Write the index and the trailer; return the content id."""
         self._close_section()
         entries = {entry.name: entry for entry in tensors}
         index: dict[str, Any] = {
             "attachments": {name: value.to_obj() for name, value in (attachments or {}).items()},
+            **({"files": {name: file.to_obj() for name, file in files.items()}} if files else {}),
             "layouts": [layout.to_obj() for layout in self._layouts],
             "metadata": metadata or {},
             "profile": self.profile,
@@ -155,7 +158,7 @@ class ContainerWriter:
                 f"{len(entries)} tensors give an index of {len(data)} bytes; "
                 f"the limits are {c.MAX_TENSORS} and {c.MAX_INDEX_BYTES}"
             )
-        identity = content_id(entries.values(), index["removed"], attachments or {}, index["metadata"], scaled)
+        identity = content_id(entries.values(), index["removed"], attachments or {}, index["metadata"], scaled, files)
         trailer = frame.encode_trailer(self._header, data, self._position, identity)
         self._put(data)
         self._put(trailer)

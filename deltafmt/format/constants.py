@@ -21,7 +21,8 @@ TAIL_BYTES: Final = 256 * 1024
 FEATURE_PARTS: Final = 1 << 0  # a base tensor is made of parts of base tensors (section 7.4)
 FEATURE_LEADING: Final = 1 << 1  # the rows of a delta are those of fewer dimensions than all but the last (section 7.4)
 FEATURE_SCALED: Final = 1 << 2  # a base tensor is kept as 8-bit floats with scales (section 7.8)
-KNOWN_FEATURES: Final = FEATURE_PARTS | FEATURE_LEADING | FEATURE_SCALED
+FEATURE_EXACT: Final = 1 << 3  # tensors, or files, are restored bit for bit (sections 7.10 and 17)
+KNOWN_FEATURES: Final = FEATURE_PARTS | FEATURE_LEADING | FEATURE_SCALED | FEATURE_EXACT
 
 # Section 5: sections and buffers.
 SECTION_ALIGNMENT: Final = 4096
@@ -30,7 +31,8 @@ BUFFER_ALIGNMENT: Final = 256
 # A section kind says what a section holds. It is not the kind of a term ("nm", "lowbit", ...).
 SECTION_KIND_TENSORS: Final = 1
 SECTION_KIND_ATTACHMENTS: Final = 2
-SECTION_KINDS: Final = (SECTION_KIND_TENSORS, SECTION_KIND_ATTACHMENTS)
+SECTION_KIND_EXACT: Final = 3
+SECTION_KINDS: Final = (SECTION_KIND_TENSORS, SECTION_KIND_ATTACHMENTS, SECTION_KIND_EXACT)
 
 CODEC_STORED: Final = 0
 CODEC_ZSTD: Final = 1
@@ -38,6 +40,13 @@ CODECS: Final = (CODEC_STORED, CODEC_ZSTD)
 ZSTD_CHUNK: Final = 256 * 1024
 ZSTD_MAX_WINDOW: Final = 1 << 27
 ZSTD_MIN_FRAME: Final = 9  # bytes of the shortest frame: magic, a header with a size, one empty block
+
+# Section 5.7: the chunks of exact tensors are decoded before use, and need no alignment.
+ALIGNMENTS: Final = {
+    SECTION_KIND_TENSORS: BUFFER_ALIGNMENT,
+    SECTION_KIND_ATTACHMENTS: BUFFER_ALIGNMENT,
+    SECTION_KIND_EXACT: 1,
+}
 
 PROFILES: Final = ("hot", "cold")
 

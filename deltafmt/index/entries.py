@@ -22,12 +22,13 @@ from deltafmt.format.checks import (
     check_whole,
     fail,
 )
+from deltafmt.index.exact import ExactRef
 from deltafmt.index.sections import DIGEST_BYTES, BufferRef
 from deltafmt.terms.layout import TermLayout
 
 MAX_TERMS = 16
 MAX_SLOTS = 2**48
-ACTIONS = ("same", "replace", "add", "alias")
+ACTIONS = ("same", "replace", "add", "alias", "exact")
 
 
 class BasePart(NamedTuple):
@@ -156,15 +157,16 @@ class TensorEntry:
 
     Attributes:
         name: the tensor's name.
-        action: ``same``, ``replace``, ``add`` or ``alias``.
+        action: ``same``, ``replace``, ``add``, ``alias`` or ``exact``.
         dtype, shape: the dtype and shape of the fine-tuned tensor.
-        base: the identity of the base tensor (``same`` and ``add``).
+        base: the identity of the base tensor (``same``, ``add``, and ``exact`` unless it has none).
         digest: the BLAKE3 of the payload (``replace`` and ``add``; spec section 7.6).
         data: the bytes of a ``replace``, or the new rows of an ``add`` that grew.
         terms: the terms of an ``add``, in the order in which they are summed.
         target: the name of the tensor that an ``alias`` repeats.
         leading: the number of leading dimensions whose product is the number of rows of an ``add``; all but the last
             if None. A convolution's kernel [O, I, h, w] has 1: O rows of I h w columns.
+        exact: where the chunks of an ``exact`` tensor lie.
     """
 
     name: str
@@ -177,6 +179,7 @@ class TensorEntry:
     terms: tuple[Term, ...] = ()
     target: str | None = None
     leading: int | None = None
+    exact: ExactRef | None = None
 
     @property
     def rows(self) -> int:
@@ -206,6 +209,8 @@ class TensorEntry:
             named += [(prefix + name, ref) for name, ref in term.buffers.items()]
         if self.data is not None:
             named.append(("data" if self.action == "replace" else "new_rows", self.data))
+        if self.exact is not None:
+            named.append(("exact", self.exact.data))
         return named
 
     @classmethod
@@ -231,6 +236,8 @@ class TensorEntry:
         if self.digest is not None:
             obj["digest"] = self.digest
         obj["dtype"] = self.dtype
+        if self.exact is not None:
+            obj["exact"] = self.exact.to_obj()
         if self.leading is not None:
             obj["leading"] = self.leading
         obj["shape"] = list(self.shape)
@@ -309,4 +316,21 @@ def _parse_alias(name: str, obj: Any, where: Where) -> TensorEntry:
     )
 
 
-_PARSERS = {"same": _parse_same, "replace": _parse_replace, "alias": _parse_alias}
+def _parse_exact(name: str, obj: Any, where: Where) -> TensorEntry:
+    has_base = type(obj) is dict and "base" in obj
+    keys = ("action", *(("base",) if has_base else ()), "dtype", "exact", "shape")
+    action, *base_obj, dtype_obj, exact, shape_obj = check_fields(obj, where, keys)
+    dtype, shape = check_dtype(dtype_obj, (where, ".dtype")), check_shape(shape_obj, (where, ".shape"))
+    base = BaseRef.from_obj(base_obj[0], (where, ".base")) if base_obj else None
+    if base is not None and not predicts(base.dtype, base.shape, dtype, shape):
+        fail((where, ".base"), f"{base.dtype} {list(base.shape)} predicts no {dtype} {list(shape)}")
+    return TensorEntry(name, action, dtype, shape, base, exact=ExactRef.from_obj(exact, (where, ".exact")))
+
+
+def predicts(base_dtype: str, base_shape: tuple[int, ...], dtype: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a base tensor may predict an exact one: as it is, or converted, with more or fewer rows."""
+    alike = base_dtype == dtype or (base_dtype in c.DELTA_DTYPES and dtype in c.DELTA_DTYPES)
+    return alike and len(base_shape) == len(shape) and base_shape[1:] == shape[1:] and 0 not in (*base_shape, *shape)
+
+
+_PARSERS = {"same": _parse_same, "replace": _parse_replace, "alias": _parse_alias, "exact": _parse_exact}

@@ -18,7 +18,7 @@ class Section:
     """One section of the file: a run of stored bytes that starts on a 4096-byte boundary.
 
     Attributes:
-        kind: the section kind, ``SECTION_KIND_TENSORS`` or ``SECTION_KIND_ATTACHMENTS``.
+        kind: the section kind, ``SECTION_KIND_TENSORS``, ``SECTION_KIND_ATTACHMENTS`` or ``SECTION_KIND_EXACT``.
         codec: ``CODEC_STORED`` or ``CODEC_ZSTD``.
         offset: the section's first byte in the file.
         length: the number of stored bytes.
@@ -50,6 +50,8 @@ class Section:
         if codec == c.CODEC_STORED and raw_length != length:
             fail((where, ".raw_length"), f"a stored section has equal lengths, not {length} and {raw_length}")
         if codec == c.CODEC_ZSTD:
+            if kind == c.SECTION_KIND_EXACT:
+                fail((where, ".codec"), "a section of exact tensors is stored as it is")
             chunks = -(-raw_length // c.ZSTD_CHUNK)
             if chunks * (4 + c.ZSTD_MIN_FRAME) > length:
                 fail((where, ".raw_length"), f"{length} bytes cannot hold the {chunks} frames of {raw_length} bytes")
@@ -76,7 +78,7 @@ class BufferRef:
     length: int
 
     @classmethod
-    def from_obj(cls, obj: Any, where: Where) -> BufferRef:
+    def from_obj(cls, obj: Any, where: Where, alignment: int = c.BUFFER_ALIGNMENT) -> BufferRef:
         """Return a reference, after checking it; the container checks that its section exists and is large enough."""
         if type(obj) is not list or len(obj) != 3:
             fail(where, "a buffer is a list of section, offset and length")
@@ -84,8 +86,8 @@ class BufferRef:
         check_uint(section, where)
         check_uint(offset, where)
         check_uint(length, where)
-        if offset % c.BUFFER_ALIGNMENT:
-            fail(where, f"offset {offset} is not a multiple of {c.BUFFER_ALIGNMENT}")
+        if offset % alignment:
+            fail(where, f"offset {offset} is not a multiple of {alignment}")
         return cls(section, offset, length)
 
     def to_obj(self) -> list[int]:

@@ -6,6 +6,7 @@
 ``DeltaCoMe``     singular vectors, the first at more bits than the later ones
 ``DeltaDQ``       group-wise balanced dropout with rescale, and k-bit quantization
 ``DeltaDQSQ``     the same, codes cut into parts with lists of their own
+``Exact``         every bit, for archives
 ``GPTQ``          every element to k bits, each error made up for by later columns
 ``Magnitude``     the largest elements, anywhere or N of every M columns
 ``Residual``      the first singular vectors, and dropout of what they leave
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from deltafmt.methods.deltacome import DeltaCoMe
     from deltafmt.methods.deltadq import DeltaDQ
     from deltafmt.methods.deltadq_sq import DeltaDQSQ
+    from deltafmt.methods.exact import Exact
     from deltafmt.methods.gptq import GPTQ
     from deltafmt.methods.magnitude import Magnitude
     from deltafmt.methods.residual import Residual
@@ -52,6 +54,7 @@ _CLASSES: Final[dict[str, tuple[str, str]]] = {
     "svd": ("SVD", "svd"),
     "gptq": ("GPTQ", "gptq"),
     "sparsegpt": ("SparseGPT", "sparsegpt"),
+    "exact": ("Exact", "exact"),
 }
 _HOMES: Final = {**dict(_CLASSES.values()), "Method": "base"}
 
@@ -114,6 +117,7 @@ __all__ = [
     "DeltaCoMe",
     "DeltaDQ",
     "DeltaDQSQ",
+    "Exact",
     "Magnitude",
     "Method",
     "Residual",

@@ -111,6 +111,7 @@ class Method(ABC):
         stores: the terms that a matrix becomes.
         example: a spelling of the method that shows its main options.
         at_random: True if most of its error is drawn at random, not decided by the weights.
+        exact: True if it keeps every bit, of tensors of any dtype and shape, and gives no terms.
         needs: conditions without which options have no effect, by the options' keys.
     """
 
@@ -123,6 +124,7 @@ class Method(ABC):
     stores: ClassVar[str] = ""
     example: ClassVar[str] = ""
     at_random: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
     needs: ClassVar[Needs] = MappingProxyType({})
 
     def __post_init__(self) -> None:

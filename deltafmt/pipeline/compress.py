@@ -17,9 +17,12 @@ from typing import Any, Generic, Protocol, Self, TypeVar, cast
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.delta import BATCH_ELEMENTS, row_ranges
 from deltafmt.errors import NonFiniteError, UsageError
+from deltafmt.exact.coding import EncodedChunk, assemble
 from deltafmt.index.entries import BaseRef
 from deltafmt.methods.base import DeltaRows, Method, PackedTerm
+from deltafmt.methods.exact import Exact
 from deltafmt.pipeline.entry_writer import TermBytes, base_ref, packed_bytes
+from deltafmt.pipeline.exact_tensors import ExactBytes, chunk_spans, pack_chunk
 from deltafmt.pipeline.job import PackJob
 from deltafmt.pipeline.plan import Plan, not_finite, shared_bytes, tensor_seed
 from deltafmt.pipeline.workers import drain, in_order
@@ -45,11 +48,13 @@ class Compressed:
         base: the identity of the base tensor, for a tensor that is the same or has terms; otherwise None.
         terms: the terms of the delta; empty for a tensor that is the same or is stored whole.
         notes: remarks of the method.
+        exact: the chunks of an exact tensor; None for others.
     """
 
     base: BaseRef | None = None
     terms: tuple[TermBytes, ...] = ()
     notes: tuple[str, ...] = ()
+    exact: ExactBytes | None = None
 
 
 Result = TypeVar("Result")
@@ -132,6 +137,29 @@ class _Work:
         return base_ref(base, digest, self.plan.tensor.name)
 
 
+@dataclass(slots=True)
+class _ExactWork:
+    """The work on one exact tensor: futures of its chunks and of its digests."""
+
+    plan: Plan
+    same: Handle[bool] | None
+    fingerprint: Handle[bytes] | None
+    digest: Handle[bytes]
+    chunks: list[Handle[EncodedChunk]]
+
+    def result(self) -> Compressed:
+        """Wait for the parts, and return what has become of the tensor."""
+        reference = None
+        if self.plan.base is not None and self.fingerprint is not None:
+            reference = base_ref(self.plan.base, self.fingerprint.result(), self.plan.tensor.name)
+        if self.same is not None and self.same.result():
+            for part in (self.digest, *self.chunks):
+                part.cancel()
+            return Compressed(reference)
+        pieces = assemble([chunk.result() for chunk in self.chunks])
+        return Compressed(reference, exact=ExactBytes(pieces, self.digest.result()))
+
+
 class Compressor:
     """Compress the tensors of a job in worker threads; a context manager that stops them at its end.
 
@@ -164,9 +192,11 @@ class Compressor:
         for plan, work in in_order(self._plans, self._submit, self._footprint):
             yield plan, work.result()
 
-    def _submit(self, plan: Plan) -> _Work:
+    def _submit(self, plan: Plan) -> _Work | _ExactWork:
         """Start the work on one tensor."""
         tensor, base, method = plan.tensor, plan.base, plan.method
+        if isinstance(method, Exact) and plan.alias is None:
+            return self._submit_exact(plan, method)
         work = _Work(plan, tensor_seed(self._job.seed, tensor.name))
         tensor.will_need()
         if plan.alias is not None or base is None:
@@ -185,6 +215,22 @@ class Compressor:
         for start, stop in row_ranges(0, plan.shared_rows, width, step, BATCH_ELEMENTS):
             work.parts.append(self._begin(small, _compress_rows, work, method, start, stop))
         return work
+
+    def _submit_exact(self, plan: Plan, method: Exact) -> _ExactWork:
+        """Start the work on one exact tensor."""
+        tensor, base = plan.tensor, plan.base
+        tensor.will_need()
+        small = max(tensor.nbytes, 0 if base is None else base.nbytes) <= SMALL_BYTES
+        return _ExactWork(
+            plan,
+            None if base is None else self._begin(small, tensor.equals, base),
+            None if base is None else self._begin(small, base.fingerprint),
+            self._begin(small, tensor.fingerprint),
+            [
+                self._begin(small, pack_chunk, tensor, base, first, end, method.level)
+                for first, end in chunk_spans(tensor.dtype, tensor.shape)
+            ],
+        )
 
     def _begin(self, small: bool, call: Callable[..., Result], *args: Any) -> Handle[Result]:
         """Hand a call to a worker thread, or keep it for later if the tensor is small."""

@@ -169,6 +169,12 @@ def _compare_rest(a: Container, b: Container) -> list[Change]:
             changes.append(Change(label, "only in A" if name in a.attachments else "only in B"))
         elif a.attachments[name].digest != b.attachments[name].digest:
             changes.append(Change(label, "changed", "content"))
+    for name in sorted(a.files.keys() | b.files.keys()):
+        label = f"restored file {name}"
+        if name not in a.files or name not in b.files:
+            changes.append(Change(label, "only in A" if name in a.files else "only in B"))
+        elif a.files[name].digest != b.files[name].digest:
+            changes.append(Change(label, "changed", "content"))
     for key in sorted(a.metadata.keys() | b.metadata.keys()):
         before, after = a.metadata.get(key), b.metadata.get(key)
         if before != after:
@@ -186,7 +192,7 @@ def _compare_entries(a: TensorEntry, b: TensorEntry) -> Change | None:
     before, after = describe_entry(a), describe_entry(b)
     if before != after:
         parts.append(f"{before} -> {after}")
-    elif left.get("digest") != right.get("digest"):
+    elif (left.get("digest"), left.get("exact")) != (right.get("digest"), right.get("exact")):
         parts.append("content")
     return Change(a.name, "changed", "; ".join(parts) or "seed")
 

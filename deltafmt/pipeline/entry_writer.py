@@ -14,8 +14,9 @@ from blake3 import blake3
 from deltafmt.checkpoint.folder_writer import TensorSpec
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.container.writer import ContainerWriter
-from deltafmt.format.constants import element_count
+from deltafmt.format.constants import SECTION_KIND_EXACT, element_count
 from deltafmt.index.entries import BasePart, BaseRef, TensorEntry, Term
+from deltafmt.index.exact import ExactRef
 from deltafmt.index.sections import BufferRef
 from deltafmt.output import Bytes
 from deltafmt.terms.buffers import Packed, raw_bytes
@@ -103,6 +104,19 @@ class EntryWriter:
         ref = self._write(data, payload)
         found = digest if payload is None else payload.digest()
         return TensorEntry(tensor.name, "replace", tensor.dtype, tensor.shape, digest=found, data=ref)
+
+    def exact(self, tensor: Header, base: BaseRef | None, chunk: int, data: Pieces, digest: bytes) -> TensorEntry:
+        """Write a tensor that is restored bit for bit.
+
+        Args:
+            tensor: its header.
+            base: the identity of its base, if it has one.
+            chunk: units of a chunk.
+            data: the chunks and their table.
+            digest: the fingerprint of the tensor.
+        """
+        ref = ExactRef(chunk, self._container.add(data, SECTION_KIND_EXACT), digest)
+        return TensorEntry(tensor.name, "exact", tensor.dtype, tensor.shape, base, exact=ref)
 
     def add(
         self,

@@ -20,7 +20,7 @@ from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec, chec
 from deltafmt.checkpoint.parameter_names import Piece
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.weight_names import WeightNames, bounded
-from deltafmt.delta import DeltaFile
+from deltafmt.delta import DeltaFile, refuse_exact
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.format import constants as c
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
@@ -139,6 +139,7 @@ def export_lora(
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(DeltaFile(delta, limits=limits))
         _check_one_model(opened)
+        refuse_exact(opened.container.name, opened.container.entries())
         named = opened.metadata.get(METADATA_BASE)
         config = _attached_config(opened)
         tensors = None

@@ -7,12 +7,14 @@ from typing import Any
 
 from deltafmt.checkpoint.folder_errors import is_adapter_file
 from deltafmt.checkpoint.name_changes import entry_changes
+from deltafmt.checkpoint.restored import read_heads
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.stream import StreamFile
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.exact import FileRef
 from deltafmt.output import storage_error
 from deltafmt.pipeline.compress import Compressed, Compressor
 from deltafmt.pipeline.entry_writer import EntryWriter
@@ -136,14 +138,27 @@ class _FileWriter:
             attachments=attachments,
             metadata=metadata,
             scaled=scaled,
+            files=self._files() if attach and job.restores else None,
         )
         self._report(identity)
+
+    def _files(self) -> dict[str, FileRef]:
+        """Write the heads of the fine-tune's weight files, and return the files' rows of the index."""
+        files = {}
+        for name, file in read_heads(self._job.finetuned).items():
+            head = self._container.add(file.head, c.SECTION_KIND_ATTACHMENTS)
+            files[name] = FileRef(file.digest(), head)
+        self._result.restored = list(files)
+        return files
 
     def _entry(self, plan: Plan, compressed: Compressed) -> TensorEntry:
         """Write one tensor's buffers and return its entry."""
         tensor, base = plan.tensor, compressed.base
         if plan.alias is not None:
             return self._writer.alias(tensor, plan.alias)
+        exact = compressed.exact
+        if exact is not None:
+            return self._writer.exact(tensor, base, exact.chunk, exact.pieces, exact.digest)
         if base is None:
             return self._writer.replace(tensor, tensor.pieces())
         if not compressed.terms:

@@ -17,7 +17,7 @@ from deltafmt.checkpoint.weight_names import METADATA_VARIANT
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
-from deltafmt.format.constants import FEATURE_LEADING, FEATURE_PARTS, FEATURE_SCALED, element_count
+from deltafmt.format.constants import FEATURE_EXACT, FEATURE_LEADING, FEATURE_PARTS, FEATURE_SCALED, element_count
 from deltafmt.index.entries import BasePart
 from deltafmt.pipeline.completeness import Completeness
 from deltafmt.pipeline.pairing import Pairing
@@ -59,6 +59,7 @@ class PackJob:
         base_name: the name of the base that the file records; empty for none.
         completeness: what the fine-tune lacks.
         moments: second moments of the matrices' inputs, if a calibration has gathered some.
+        restores: True if the fine-tune's weight files are restored byte for byte.
     """
 
     base: Checkpoint
@@ -71,6 +72,7 @@ class PackJob:
     base_name: str
     completeness: Completeness = field(default_factory=Completeness)
     moments: MomentFolder | None = None
+    restores: bool = False
 
     def digest(self) -> bytes:
         """Return a digest of the job: what an interrupted run has written is of use to a job of equal digest alone.
@@ -91,6 +93,8 @@ class PackJob:
         moved = [[name, [list(part) for part in made_of]] for name, made_of in self.moved()]
         if moved or self.pairing.architecture:
             parts["names"] = [moved, self.pairing.architecture]
+        if self.restores:
+            parts["restores"] = True
         if self.moments is not None:
             parts["calibration"] = self.moments.described
         if self.base.dequantized or self.finetuned.dequantized:
@@ -103,11 +107,13 @@ class PackJob:
 
     def features(self) -> int:
         """Return the incompatible features that the file's header names."""
-        leads = any(plan.tensor.leading is not None and plan.method is not None for plan in self.plans)
+        leads = any(plan.tensor.leading is not None and not plan.is_exact for plan in self.plans)
+        exact = any(plan.method is not None and plan.method.exact for plan in self.plans)
         return (
             (FEATURE_PARTS if any(self.moved()) else 0)
             | (FEATURE_LEADING if leads else 0)
             | (FEATURE_SCALED if self.scaled() else 0)
+            | (FEATURE_EXACT if exact else 0)
         )
 
     def scaled(self) -> dict[str, DequantizedTensor]:

@@ -9,18 +9,22 @@ from typing import BinaryIO
 
 from deltafmt import core
 from deltafmt.checkpoint.base_name import base_name as folder_name
+from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.restored import read_heads
 from deltafmt.container.partial import check_output_file
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.methods.base import Method
 from deltafmt.methods.deltadq import DeltaDQ
 from deltafmt.pipeline.calibrate import Calibration, calibrated_names, check_calibration
+from deltafmt.pipeline.completeness import REMOVED, Completeness
 from deltafmt.pipeline.file_writer import write_file
 from deltafmt.pipeline.job import Delivery, PackJob, check_options
 from deltafmt.pipeline.outputs import refuse_input_file
 from deltafmt.pipeline.pack_result import PackResult
 from deltafmt.pipeline.pairing import PairOptions
-from deltafmt.pipeline.plan import Rule
+from deltafmt.pipeline.plan import Plan, Rule
 from deltafmt.pipeline.prepare import open_pair, prepare
+from deltafmt.pipeline.quantized_pairs import EXACT
 from deltafmt.pipeline.target import target_bytes, target_metadata
 from deltafmt.pipeline.workers import Progress, thread_count
 
@@ -72,12 +76,13 @@ def pack(
         include: if given, only names that match one of these patterns are compressed.
         exclude: names that match one of these patterns are stored whole.
         missing: what is done with tensors that the fine-tune lacks and its model needs: ``same`` takes them from the
-            base, ``removed`` leaves them out. If not given, such a fine-tune is refused.
+            base, ``removed`` leaves them out. If not given, such a fine-tune is refused, unless the method is Exact.
         variant: read the weights of this variant, such as ``fp16`` in ``model.fp16.safetensors``.
         attach: patterns of paths of files beside the weights that travel although they would not by themselves.
         no_attach: patterns of paths of files that do not travel; they win over ``attach``.
         quantized: how weights are read that are 8-bit floats with scales: ``values``, as if not given, reads the
-            BF16 values that they mean; ``exact`` packs all bytes as they are stored, also those of other quantizers.
+            BF16 values that they mean; ``exact`` packs all bytes as they are stored, also those of other quantizers,
+            as if not given where the method is Exact.
         rename: rules FROM=TO that say what a name of the fine-tune is in the base. FROM is how the name begins, or a
             pattern with ``*``. Names that differ in a known way are matched without rules.
         strip_prefix: beginnings of names that do not count, on either side.
@@ -117,19 +122,25 @@ def pack(
     delivery = Delivery(place, force, thread_count(threads), progress)
     if calibration is not None and variant is not None:
         raise UsageError(f"variant {variant!r} and a calibration: a text is read with weights that have no variant")
+    default = method or DeltaDQ()
+    if default.exact:
+        # What is there is restored as it is, so nothing is missed.
+        quantized, missing = _exact_quantized(quantized), missing or REMOVED
     with open_pair(base, finetuned, variant, attach, no_attach, quantized) as (before, after):
         if calibration is not None and after.dequantized:
             raise UsageError(
                 f"{after.path} is FP8, and a calibration runs the fine-tune in BF16; save it dequantized, and pack that"
             )
         target = target_bytes(target_ratio, target_size, after.file_bytes)
-        default = method or DeltaDQ()
         description = default.describe() if target is None else target_metadata(target)
         only = default if target is None else None
         prepared = prepare(before, after, only, rules, include, exclude, missing, options)
         named = folder_name(before) if base_name is None else base_name
-        plans, pairing, lacks = prepared.plans, prepared.pairing, prepared.completeness
-        job = PackJob(before, after, plans, profile, seed, description, pairing, named, lacks)
+        plans, pairing, lacks = _in_order(prepared.plans), prepared.pairing, prepared.completeness
+        restores = default.exact and target is None and all(plan.is_exact for plan in plans)
+        if restores:
+            _check_restorable(after, lacks)
+        job = PackJob(before, after, plans, profile, seed, description, pairing, named, lacks, restores=restores)
         _check_hot(job)
         _check_output(job, delivery)
         if target is not None:
@@ -144,6 +155,37 @@ def pack(
 
         with calibrated(job, calibration, delivery) as ready:
             return write_file(ready, delivery)
+
+
+def _exact_quantized(quantized: str | None) -> str:
+    """Return how an exact pack reads codes: as the bytes that they are.
+
+    Raises:
+        UsageError: they are to be read as values.
+    """
+    if quantized not in (None, EXACT):
+        raise UsageError(f"quantized {quantized!r} and the method exact: values are not the bytes that are stored")
+    return EXACT
+
+
+def _in_order(plans: Sequence[Plan]) -> list[Plan]:
+    """Return plans in the order of the file: sections of exact tensors lie behind all others (section 5.7)."""
+    return sorted(plans, key=lambda plan: plan.method is not None and plan.method.exact and plan.alias is None)
+
+
+def _check_restorable(finetuned: Checkpoint, lacks: Completeness) -> None:
+    """Refuse a fine-tune whose files cannot be restored byte for byte, before any work is done.
+
+    Raises:
+        UsageError: tensors are to be taken from the base, which no file of the fine-tune has.
+        InvalidFileError: a file has bytes that belong to no tensor.
+    """
+    if lacks.taken:
+        raise UsageError(
+            f"missing 'same' and the method exact: \"{lacks.taken[0]}\" would be in no file of {finetuned.path}; "
+            "leave the files as they are with missing 'removed'"
+        )
+    read_heads(finetuned)
 
 
 def _check_hot(job: PackJob) -> None:

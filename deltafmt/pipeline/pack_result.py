@@ -43,6 +43,7 @@ class PackResult:
         dequantized: how many tensors of either side are 8-bit floats that were read as the values that they mean.
         notes: remarks of the method, by name of the tensor. Tensors that an interrupted run had packed have none.
         choice: what was chosen for the target, if there was one.
+        restored: names of the weight files and indexes that unpack restores byte for byte.
     """
 
     path: Path | None
@@ -70,6 +71,7 @@ class PackResult:
     dequantized: Dequantized = field(default_factory=Dequantized)
     notes: dict[str, str] = field(default_factory=dict)
     choice: Choice | None = None
+    restored: list[str] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:

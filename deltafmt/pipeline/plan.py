@@ -16,6 +16,7 @@ from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import NonFiniteError, Remedy, UsageError
 from deltafmt.format.constants import DELTA_DTYPES, METADATA_BASE
+from deltafmt.index.entries import predicts
 from deltafmt.methods.base import Method
 from deltafmt.pipeline.pairing import Pairing, pair_up
 from deltafmt.terms.layout import TermLayout
@@ -68,6 +69,11 @@ class Plan:
     def decided(self, method: Method | None, reason: str = "") -> Plan:
         """Return the plan with a method that is now chosen; None stores the tensor whole, for a reason."""
         return replace(self, method=method, reason=reason, undecided=False)
+
+    @property
+    def is_exact(self) -> bool:
+        """True if every bit of the tensor is kept, whether it is stored whole or relative to the base."""
+        return not self.undecided and (self.method is None or self.method.exact)
 
     @property
     def shared_rows(self) -> int:
@@ -134,6 +140,8 @@ def make_plan(
                 chosen, reason, undecided = ruled, "by rule" if ruled is None else "", False
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
             chosen, reason, undecided = None, "excluded", False
+        if chosen is not None and chosen.exact:
+            return Plan(tensor, _predicting(tensor, None if name in paired.unrelated else other), chosen)
         reason = reason or (CODES if name in finetuned.kept else "")
         reason = reason or (UNRELATED if name in paired.unrelated else why_exact(tensor, other, chosen))
         return Plan(tensor, other, None, reason) if reason else Plan(tensor, other, chosen, undecided=undecided)
@@ -141,10 +149,16 @@ def make_plan(
     plans = {name: decide(tensor) for name, tensor in finetuned.tensors.items()}
     for name, target in ties.items():
         # A tensor that the user wants whole is no alias of one that is compressed.
-        exact = plans[target].method is None and not plans[target].undecided
+        exact = plans[target].is_exact
         if exact or plans[name].reason not in CHOSEN:
             plans[name] = replace(plans[name].decided(None, "tied"), alias=target)
     return list(plans.values())
+
+
+def _predicting(tensor: Tensor, base: Tensor | None) -> Tensor | None:
+    """Return the base tensor if an exact tensor can be coded relative to it, or None."""
+    fits = base is not None and predicts(base.dtype, base.shape, tensor.dtype, tensor.shape)
+    return base if fits else None
 
 
 def leading_dimensions(shape: tuple[int, ...]) -> int | None:

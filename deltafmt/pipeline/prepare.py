@@ -93,7 +93,7 @@ def prepare(
         InvalidFileError: the fine-tune is not whole.
     """
     check_missing_option(missing)
-    whole = {name for name in finetuned.tensors if _is_chosen(name, rules, exclude)}
+    whole = {name for name in finetuned.tensors if _is_chosen(name, method, rules, exclude)}
     empty = _leave_out_empty(base, base.tensors, finetuned, whole, missing)
     if not finetuned.tensors and missing != SAME:
         raise InvalidFileError(f"{finetuned.path}: no tensor is left once those without elements are left out")
@@ -151,10 +151,13 @@ def _check_names(finetuned: Checkpoint, pairing: Pairing, found: Completeness) -
             )
 
 
-def _is_chosen(name: str, rules: Sequence[Rule], exclude: Sequence[str]) -> bool:
-    """Tell whether the user has a tensor stored whole."""
-    ruled = [method for pattern, method in rules if fnmatch.fnmatchcase(name, pattern)]
-    return (bool(ruled) and ruled[-1] is None) or any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+def _is_chosen(name: str, method: Method | None, rules: Sequence[Rule], exclude: Sequence[str]) -> bool:
+    """Tell whether the user has every bit of a tensor kept."""
+    ruled = [chosen for pattern, chosen in rules if fnmatch.fnmatchcase(name, pattern)]
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude) or (ruled and ruled[-1] is None):
+        return True
+    chosen = ruled[-1] if ruled else method
+    return chosen is not None and chosen.exact
 
 
 def _in_a_component(base: Checkpoint, finetuned: Checkpoint) -> str:

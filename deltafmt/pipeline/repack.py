@@ -18,6 +18,7 @@ from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.exact import FileRef
 from deltafmt.index.sections import Attachment
 from deltafmt.pipeline.entry_writer import EntryWriter, TermBytes
 from deltafmt.terms.buffers import raw_bytes
@@ -69,12 +70,18 @@ def repack(
             target = ContainerWriter(sink, profile, features=container.features)
             writer = EntryWriter(target)
             moved = []
-            for entry in sorted(container.entries(), key=lambda entry: natural_key(entry.name)):
+            # Sections of exact tensors lie behind all others.
+            order = sorted(container.entries(), key=lambda entry: (entry.action == "exact", natural_key(entry.name)))
+            for entry in order:
                 moved.append(_moved(opened, entry, writer, profile))
                 target.boundary()
             attachments = {
                 name: Attachment(target.add(container.buffer(old.data), c.SECTION_KIND_ATTACHMENTS), old.digest)
                 for name, old in container.attachments.items()
+            }
+            files = {
+                name: FileRef(old.digest, target.add(container.buffer(old.head), c.SECTION_KIND_ATTACHMENTS))
+                for name, old in container.files.items()
             }
             identity = target.finish(
                 moved,
@@ -82,6 +89,7 @@ def repack(
                 attachments=attachments,
                 metadata=dict(container.metadata),
                 scaled=container.scaled(),
+                files=files,
             )
             if identity != container.content_id:
                 raise InvalidFileError(f"{container.name}: the content id is not that of the content")
@@ -115,6 +123,9 @@ def _moved(delta: DeltaFile, entry: TensorEntry, writer: EntryWriter, profile: s
     """Write one tensor's buffers, with its indexes in the form that the profile uses, and return its entry."""
     if entry.target is not None:
         return writer.alias(entry, entry.target)
+    if entry.exact is not None:
+        old = entry.exact
+        return writer.exact(entry, entry.base, old.chunk, delta.container.buffer(old.data), old.digest)
     data = None if entry.data is None else delta.container.buffer(entry.data)
     if entry.base is None:
         assert data is not None

@@ -72,19 +72,22 @@ def cost_tree(container: Container) -> Node:
     groups: dict[str, dict[str, int]] = {}
     counts: dict[str, int] = {}
     for entry in container.entries():
-        group = groups.setdefault("tensors stored whole" if entry.action == "replace" else "deltas", {})
+        title = {"replace": "tensors stored whole", "exact": "exact tensors"}.get(entry.action, "deltas")
+        group = groups.setdefault(title, {})
         for term in entry.terms:
             for name, ref in term.buffers.items():
                 label = term.layout.counted_as[name]
                 group[label] = group.get(label, 0) + ref.length
         if entry.data is not None:
             group[WHOLE] = group.get(WHOLE, 0) + entry.data.length
+        if entry.exact is not None:
+            group["chunks"] = group.get("chunks", 0) + entry.exact.data.length
         counts[entry.action] = counts.get(entry.action, 0) + 1
     tensors = [section for section in container.sections if section.kind == c.SECTION_KIND_TENSORS]
     raw = sum(section.raw_length for section in tensors)
     stored = sum(section.length for section in tensors)
     nodes = []
-    for title, action in (("deltas", "add"), ("tensors stored whole", "replace")):
+    for title, action in (("deltas", "add"), ("exact tensors", "exact"), ("tensors stored whole", "replace")):
         parts = [Node(label, size) for label, size in groups.get(title, {}).items() if size]
         note = plural(counts.get(action, 0), "tensor")
         children = parts if action == "add" else []
@@ -94,7 +97,8 @@ def cost_tree(container: Container) -> Node:
     attached = [section for section in container.sections if section.kind == c.SECTION_KIND_ATTACHMENTS]
     if attached:
         names = ", ".join(container.attachments)
-        nodes.append(Node("attachments", sum(section.length for section in attached), names))
+        names += ", heads of weight files" if container.files else ""
+        nodes.append(Node("attachments", sum(section.length for section in attached), names.removeprefix(", ")))
     nodes.append(Node("index", container.index_length, plural(len(container.keys()), "tensor")))
     nodes.append(Node("header and trailer", c.HEADER_SIZE + c.TRAILER_SIZE))
     nodes.append(Node("alignment", container.size - sum(node.size for node in nodes)))
@@ -116,7 +120,8 @@ def describe_entry(entry: TensorEntry) -> str:
         terms = itertools.groupby(f"{term.layout.kind} {spelled_out(term.layout.describe())}" for term in entry.terms)
         counted = ((text, len(list(same))) for text, same in terms)
         return " + ".join(text if count == 1 else f"{count} of {text}" for text, count in counted) + grown
-    return {"same": "same as the base", "replace": WHOLE}[entry.action]
+    exact = "exact" if entry.base is not None else "exact, without the base"
+    return {"same": "same as the base", "replace": WHOLE, "exact": exact}[entry.action]
 
 
 def entry_obj(container: Container, entry: TensorEntry) -> dict[str, Any]:
@@ -136,6 +141,8 @@ def entry_obj(container: Container, entry: TensorEntry) -> dict[str, Any]:
         }
         if entry.base.parts:
             obj["base"]["parts"] = [part._asdict() for part in entry.base.parts]
+    if entry.exact is not None:
+        obj["digest"], obj["chunk"] = entry.exact.digest.hex(), entry.exact.chunk
     if entry.digest is not None:
         obj["digest"] = entry.digest.hex()
     if entry.target is not None:
@@ -170,6 +177,7 @@ def summary_obj(container: Container) -> dict[str, Any]:
         "tree": cost_tree(container).to_obj(),
         "sections": [{**section.to_obj(), "checksum": section.checksum.hex()} for section in container.sections],
         "attachments": {name: item.data.length for name, item in container.attachments.items()},
+        "restored_files": {name: file.digest.hex() for name, file in container.files.items()},
         "removed": list(container.removed),
         "names": [change.to_obj() for change in entry_changes(entries)],
         "dequantized": dequantized(container.scaled(), container.metadata).to_obj(),

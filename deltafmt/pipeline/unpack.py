@@ -15,19 +15,23 @@ from pathlib import Path
 from typing import Final
 
 from deltafmt import core
+from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.checkpoint.folder import natural_key
 from deltafmt.checkpoint.folder_writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
 from deltafmt.checkpoint.name_changes import NameChange
 from deltafmt.checkpoint.renames import Renames
+from deltafmt.checkpoint.restored import FolderRestorer
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.weight_names import WeightNames, bounded
 from deltafmt.container.reader import Container
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
-from deltafmt.errors import Remedy, UsageError
+from deltafmt.errors import InvalidFileError, Remedy, UsageError, WrongBaseError
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import BaseRef, TensorEntry
+from deltafmt.index.exact import ExactRef
 from deltafmt.index.file_names import is_source
 from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base
+from deltafmt.pipeline.exact_tensors import ExactTensor
 from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.pipeline.read_as_values import Dequantized, dequantized
 from deltafmt.pipeline.verify import check_content_id, check_payload_digest
@@ -54,6 +58,7 @@ class UnpackResult:
         mismatched: names of base tensors that differ from those packed against; only ``force_base`` allows any.
         names: what differs between the names that the file records for its base and those of this base.
         dequantized: how many tensors of either side were 8-bit floats that were read as the values that they mean.
+        restored: names of the weight files and indexes that are, byte for byte, those that were packed.
     """
 
     path: Path
@@ -65,6 +70,7 @@ class UnpackResult:
     mismatched: list[str] = field(default_factory=list)
     names: list[NameChange] = field(default_factory=list)
     dequantized: Dequantized = field(default_factory=Dequantized)
+    restored: list[str] = field(default_factory=list)
 
 
 def unpack(
@@ -77,7 +83,7 @@ def unpack(
     code: str | None = None,
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     threads: int | None = None,
     limits: Limits = DEFAULT_LIMITS,
     progress: Progress | None = None,
@@ -97,7 +103,8 @@ def unpack(
         rename: rules FROM=TO that say what a name that the file records is in this base. FROM is how the name begins,
             or a pattern with ``*``. Bases whose names differ in a known way are recognized without rules.
         strip_prefix: beginnings of names that do not count, on either side.
-        max_shard_bytes: bytes of tensors in one shard of the output.
+        max_shard_bytes: bytes of tensors in one shard of the output. If not given, files that the delta restores byte
+            for byte are restored, and a shard of other files has 5 GB.
         threads: worker threads; one for each processor if not given.
         limits: how much memory, work and output the file may ask for.
         progress: called with a tensor's name and bytes as each is done.
@@ -186,7 +193,7 @@ class _Unpacker:
         self._result = result
 
     def run(
-        self, force: bool, force_base: bool, max_shard_bytes: int, threads: int, progress: Progress | None
+        self, force: bool, force_base: bool, max_shard_bytes: int | None, threads: int, progress: Progress | None
     ) -> UnpackResult:
         """Write every tensor, then the attached files, and put the folder in its place."""
         prefix = "safetensors."
@@ -195,20 +202,31 @@ class _Unpacker:
         if force_base:
             compared = compare_bases(self._base, self._entries, threads)
             self._result.mismatched = [name for name, equal in compared if not equal]
+            exact = {entry.name for entry in self._entries if entry.exact is not None}
+            other = next((name for name in self._result.mismatched if name in exact), None)
+            if other is not None:
+                raise WrongBaseError(f'{self._base.differs(other)}; "{other}" is exact, and no other base restores it')
             if self._result.mismatched:
                 metadata["deltafmt.forced_base"] = ",".join(self._result.mismatched)[:4096]
         metadata["deltafmt.content_id"] = self._delta.content_id
         specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in self._entries]
-        writer = CheckpointWriter(
-            self._result.path,
-            specs,
-            metadata=metadata,
-            max_shard_bytes=max_shard_bytes,
-            names=WeightNames.from_metadata(own, self._delta.container.name),
-            force=force,
-        )
+        writer: CheckpointWriter
+        restores = self._delta.container.files and max_shard_bytes is None and not self._result.mismatched
+        if restores:
+            writer = self._restorer(specs, force)
+        else:
+            writer = CheckpointWriter(
+                self._result.path,
+                specs,
+                metadata=metadata,
+                max_shard_bytes=DEFAULT_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes,
+                names=WeightNames.from_metadata(own, self._delta.container.name),
+                force=force,
+            )
         try:
             self._write(writer, not force_base, threads, progress)
+            if isinstance(writer, FolderRestorer):
+                self._check_restored(writer)
             for name in self._result.files:
                 writer.add_file(name, self._delta.attachment(name))
             self._base.checkpoint.check_unchanged()
@@ -217,6 +235,23 @@ class _Unpacker:
             writer.abandon()
             raise
         return self._result
+
+    def _restorer(self, specs: list[TensorSpec], force: bool) -> FolderRestorer:
+        """Return the writer of the files that the delta restores byte for byte."""
+        container = self._delta.container
+        heads = {name: bytes(container.buffer(file.head)) for name, file in container.files.items()}
+        try:
+            return FolderRestorer(self._result.path, specs, heads, force=force)
+        except InvalidFileError as error:
+            raise error.located(container.name) from error
+
+    def _check_restored(self, writer: FolderRestorer) -> None:
+        """Compare every restored file with the one that was packed."""
+        container = self._delta.container
+        for name, file in container.files.items():
+            if writer.restored_digest(name) != file.digest:
+                raise InvalidFileError(f'{container.name}: files["{name}"]: what is restored is not what was packed')
+            self._result.restored.append(name)
 
     def _write(self, writer: CheckpointWriter, check_base: bool, threads: int, progress: Progress | None) -> None:
         pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-unpack")
@@ -230,6 +265,9 @@ class _Unpacker:
                     pending.digest.result()
                 for part in pending.parts:
                     part.result()
+                # The digests of files that are restored cover all of their tensors.
+                if entry.exact is not None and not isinstance(writer, FolderRestorer):
+                    self._check_exact(writer, entry, entry.exact)
                 self._delta.container.release(self._delta.resolve(entry.name))
                 self._result.tensors += 1
                 self._result.nbytes += entry.nbytes
@@ -237,6 +275,15 @@ class _Unpacker:
                     progress(entry.name, entry.nbytes)
         finally:
             drain(pool)
+
+    def _check_exact(self, writer: CheckpointWriter, entry: TensorEntry, exact: ExactRef) -> None:
+        """Compare what was written of an exact tensor with its digest."""
+        digest = hasher(entry.dtype, entry.shape)
+        for piece in writer.pieces(entry.name, entry.nbytes):
+            digest.update(piece)
+        if digest.digest() != exact.digest:
+            where = f'{self._delta.container.name}: tensors["{entry.name}"]'
+            raise InvalidFileError(f"{where}: what is restored is not what was packed")
 
     def _check_base(self, entry: TensorEntry, base: BaseRef | None, digest: Future[bytes]) -> None:
         if base is not None and digest.result() != base.digest:
@@ -256,7 +303,10 @@ class _Unpacker:
             tensor.will_need()
             if check_base and entry.target is None:
                 pending.fingerprint = pool.submit(tensor.fingerprint)
-        if source.terms and tensor is not None:
+        if source.exact is not None:
+            exact = ExactTensor(self._delta, source, tensor)
+            pending.parts += [pool.submit(_restore, writer, entry.name, exact, number) for number in range(len(exact))]
+        elif source.terms and tensor is not None:
             part = _Part(writer, entry.name, source, tensor, RunDecoder(self._delta, source))
             for start, stop in row_ranges(0, source.delta_rows, part.decoder.width, part.decoder.step, BATCH_ELEMENTS):
                 pending.parts.append(pool.submit(part.write, start, stop))
@@ -288,6 +338,12 @@ class _Part:
             for first, last in row_ranges(start, stop, self.decoder.width, self.decoder.step):
                 rows = self.decoder.add(first, last, base[first - start : last - start], self.tensor.dtype, dtype)
                 self.writer.write(self.name, first * row_bytes, raw_bytes(rows))
+
+
+def _restore(writer: CheckpointWriter, name: str, exact: ExactTensor, number: int) -> None:
+    """Write one chunk of an exact tensor."""
+    offset, units = exact.restore(number)
+    writer.write(name, offset, raw_bytes(units))
 
 
 def _copy(writer: CheckpointWriter, name: str, tensor: Tensor) -> None:

@@ -20,7 +20,9 @@ from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.sections import BufferRef
 from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base
+from deltafmt.pipeline.exact_tensors import ExactTensor
 from deltafmt.pipeline.read_as_values import Dequantized, dequantized
+from deltafmt.pipeline.restored_files import check_restored, read_files
 from deltafmt.pipeline.workers import thread_count
 from deltafmt.terms.buffers import raw_bytes
 
@@ -38,6 +40,8 @@ class VerifyResult:
         attached: names of the attached files.
         names: what differs between the names that the file records for its base and those of this base.
         dequantized: how many tensors of either side were 8-bit floats that were read as the values that they mean.
+        restored: names of the weight files and indexes that this base and the delta give byte for byte; none without
+            a base.
     """
 
     sections: int
@@ -48,6 +52,7 @@ class VerifyResult:
     attached: tuple[str, ...] = ()
     names: list[NameChange] = field(default_factory=list)
     dequantized: Dequantized = field(default_factory=Dequantized)
+    restored: tuple[str, ...] = ()
 
 
 def verify(
@@ -88,6 +93,7 @@ def verify(
             check_coverage(container, entries)
         except InvalidFileError as error:
             raise _named(container, error) from error
+        _check_decoded(opened, entries)
         for entry in entries:
             _check_payload(opened, entry)
             container.release(entry)
@@ -96,15 +102,30 @@ def verify(
         for name in container.attachments:
             check_attachment(container, name)
         check_content_id(container, entries)
+        read_files(opened, entries)
         checked, changes = None, []
+        restored: tuple[str, ...] = ()
         if base is not None:
             with open_base(base, container) as checkpoint:
                 tensors = BaseTensors(checkpoint, entries, container.metadata, renames)
                 checked, changes = check_base(tensors, entries, workers), tensors.changes
+                restored = check_restored(opened, tensors, entries, workers)
         WeightNames.from_metadata(container.metadata, container.name)
         rest = tuple(container.removed), tuple(container.attachments), changes
         said = dequantized(container.scaled(), container.metadata)
-        return VerifyResult(len(container.sections), len(entries), checked, container.content_id.hex(), *rest, said)
+        identity = container.content_id.hex()
+        return VerifyResult(len(container.sections), len(entries), checked, identity, *rest, said, restored)
+
+
+def _check_decoded(delta: DeltaFile, entries: Iterable[TensorEntry]) -> None:
+    """Refuse chunks of exact tensors that become many more bytes than the file has.
+
+    Raises:
+        InvalidFileError: names the limit.
+    """
+    container = delta.container
+    total = sum(ExactTensor(delta, entry, None).decoded for entry in entries if entry.exact is not None)
+    container.limits.check_output(total, container.size, 0, f"{container.name}: the chunks of exact tensors become")
 
 
 def _check_payload(delta: DeltaFile, entry: TensorEntry) -> None:
@@ -115,6 +136,8 @@ def _check_payload(delta: DeltaFile, entry: TensorEntry) -> None:
         except InvalidFileError as error:
             prefix = f"terms[{number}]: " if len(entry.terms) > 1 else ""
             raise InvalidFileError(f'{delta.container.name}: tensors["{entry.name}"]: {prefix}{error}') from error
+    if entry.exact is not None:
+        ExactTensor(delta, entry, None).check()
     check_payload_digest(delta, entry)
 
 
@@ -147,7 +170,8 @@ def check_content_id(container: Container, entries: Iterable[TensorEntry]) -> No
     Raises:
         InvalidFileError: it differs.
     """
-    found = content_id(entries, container.removed, container.attachments, container.metadata, container.scaled())
+    about = container.removed, container.attachments, container.metadata, container.scaled(), container.files
+    found = content_id(entries, *about)
     if found != container.content_id:
         raise _named(container, InvalidFileError("the content id is not that of the content"))
 
@@ -178,12 +202,14 @@ def check_coverage(container: Container, entries: list[TensorEntry]) -> None:
             used[ref.section].append(ref)
     for attachment in container.attachments.values():
         used[attachment.data.section].append(attachment.data)
+    for file in container.files.values():
+        used[file.head.section].append(file.head)
     for number, refs in used.items():
         if not refs:
             raise InvalidFileError(f"section {number}: no buffer lies in it")
         position = 0
         for ref in sorted(refs, key=lambda ref: (ref.offset, ref.length)):
-            start = c.align(position, c.BUFFER_ALIGNMENT)
+            start = c.align(position, c.ALIGNMENTS[container.sections[number].kind])
             if ref.offset != start:
                 raise InvalidFileError(f"section {number}: a buffer starts at {ref.offset}, where {start} is next")
             padding = BufferRef(number, position, start - position)

@@ -19,9 +19,9 @@ from typing import BinaryIO, cast
 import torch
 
 from deltafmt.container.reader import Container
-from deltafmt.delta import DeltaFile
+from deltafmt.delta import DeltaFile, refuse_exact
 from deltafmt.errors import InvalidFileError, UsageError
-from deltafmt.format.constants import BUFFER_ALIGNMENT, align
+from deltafmt.format.constants import BUFFER_ALIGNMENT, FEATURE_EXACT, align
 from deltafmt.kernels.kind import Conversion
 from deltafmt.kernels.registry import KERNELS
 from deltafmt.kernels.xxh3.digests import are_loaded, digests, load_soon, wait_loaded
@@ -171,6 +171,9 @@ def _select(container: Container, tensors: str | Sequence[str]) -> list[str]:
 
 
 def _place(container: Container, tensors: str | Sequence[str] | None) -> Placement:
+    if container.features & FEATURE_EXACT:
+        names = container.keys() if tensors is None else _select(container, tensors)
+        refuse_exact(container.name, map(container.entry, names))
     return Placement.whole(container) if tensors is None else Placement.some(container, _select(container, tensors))
 
 

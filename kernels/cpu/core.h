@@ -18,7 +18,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { TILE_ROWS = 32, WORD_BITS = 32, MAX_PLANES = 8 };
+enum { TILE_ROWS = 32, WORD_BITS = 32, MAX_PLANES = 8, MAX_KEY_BITS = 11, EXACT_BLOCK = 4 * 4224 };
 
 /* Dtypes of weights and scales. */
 enum dtype { BF16, F16, F32 };
@@ -84,6 +84,17 @@ struct sparse_tile {
     float *out; /* (lanes, columns), zeros */
 };
 
+/* A chunk of an exact tensor: units of `width` bytes, and the bits of the prediction that sort them. */
+struct exact {
+    const void *values, *prediction; /* (count,); no values in exact_join */
+    size_t count, width;
+    int is_float, shift, bits;
+    uint8_t *planes; /* (width, count) */
+    void *sorted;    /* scratch: two blocks of units */
+    uint32_t *table; /* scratch: a count for each bucket in each quarter of each block */
+    void *out;       /* (count,) in exact_join */
+};
+
 /* The loops of one processor level. Scratch memory comes from the caller: `row` bytes as module.c computes them. */
 struct loops {
     const char *level;
@@ -125,6 +136,9 @@ struct loops {
     int (*sparse_tile)(const struct sparse_tile *);
     int (*sparse_within)(const void *gaps, size_t gap_bytes, size_t slots, const int64_t *starts, const int64_t *widths,
                          size_t blocks, uint32_t filler);
+
+    void (*exact_split)(const struct exact *, uint64_t *counts);
+    void (*exact_join)(const struct exact *);
 };
 
 extern const struct loops loops_baseline;

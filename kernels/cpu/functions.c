@@ -415,3 +415,53 @@ PyObject *sparse_within(struct call *call) {
     RUN(call, ok = loops->sparse_within(gaps->buf, (size_t)gaps->itemsize, slots, at, widths->buf, blocks, filler));
     return finish(call, PyBool_FromLong, ok);
 }
+
+/* ---- Exact tensors ---- */
+
+/* The prediction, whether units are floats, and the bits that sort. */
+static struct exact exact_of(struct call *call, const void *values, size_t count, size_t width) {
+    const Py_buffer *prediction = array(call, "BHIL", 1, 0);
+    struct exact e = {values, prediction->buf, extent(prediction, 0), (size_t)prediction->itemsize, 0, 0, 0, NULL, NULL, NULL, NULL};
+    e.is_float = (int)number(call, 0, 1);
+    e.shift = (int)number(call, 0, 63);
+    e.bits = (int)number(call, 0, MAX_KEY_BITS);
+    if (call->wrong) return e;
+    if (values) require(call, e.count == count && e.width == width, "values are as many and as wide as predictions");
+    require(call, e.count <= INT32_MAX, "a chunk has fewer than 2**31 units");
+    require(call, (size_t)(e.shift + e.bits) <= 8 * e.width, "the bits that sort lie in a unit");
+    return e;
+}
+
+static void exact_scratch(struct call *call, struct exact *e) {
+    e->sorted = scratch_of(call, 2 * EXACT_BLOCK * e->width);
+    e->table = scratch_of(call, up(e->count, EXACT_BLOCK) * (4 * sizeof *e->table << e->bits));
+}
+
+PyObject *exact_split(struct call *call) {
+    const Py_buffer *values = array(call, "BHIL", 1, 0);
+    struct exact e = exact_of(call, values->buf, extent(values, 0), (size_t)values->itemsize);
+    const Py_buffer *planes = array(call, "B", 2, 1), *counts = array(call, "L", 1, 1);
+    require(call, extent(planes, 0) == e.width && extent(planes, 1) == e.count, "there is a plane for each byte");
+    require(call, extent(counts, 0) == (size_t)1 << e.bits, "there is a count for each key");
+    e.planes = planes->buf;
+    exact_scratch(call, &e);
+    RUN(call, loops->exact_split(&e, counts->buf));
+    free(e.sorted);
+    free(e.table);
+    return finish(call, nothing, 0);
+}
+
+PyObject *exact_join(struct call *call) {
+    const Py_buffer *planes = array(call, "B", 2, 0);
+    struct exact e = exact_of(call, NULL, 0, 0);
+    const Py_buffer *out = array(call, "BHIL", 1, 1);
+    require(call, extent(planes, 0) == e.width && extent(planes, 1) == e.count, "there is a plane for each byte");
+    require(call, extent(out, 0) == e.count && (size_t)out->itemsize == e.width, "the result is as wide and as long");
+    e.planes = planes->buf;
+    e.out = out->buf;
+    exact_scratch(call, &e);
+    RUN(call, loops->exact_join(&e));
+    free(e.sorted);
+    free(e.table);
+    return finish(call, nothing, 0);
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import entries, file, index, terms
+from . import entries, exact, file, index, terms
 from .rule import RULES, Rule
 
-__all__ = ["RULES", "Rule", "entries", "file", "index", "terms"]
+__all__ = ["RULES", "Rule", "entries", "exact", "file", "index", "terms"]

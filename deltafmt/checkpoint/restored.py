@@ -1,0 +1,167 @@
+"""Weight files that are restored byte for byte: what lies before their tensors, and where each tensor lies."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from deltafmt.checkpoint.folder import Checkpoint, read_file
+from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec, write_at
+from deltafmt.errors import InvalidFileError
+from deltafmt.index.exact import is_index, is_restored
+
+_PIECE = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class FileHead:
+    """A file of a checkpoint that can be restored.
+
+    Attributes:
+        path: the file.
+        head: of a weight file the bytes before its tensors, of an index the whole file.
+    """
+
+    path: Path
+    head: bytes
+
+    def digest(self) -> bytes:
+        """Return the BLAKE3 of the file."""
+        return file_digest(self.path)
+
+
+def file_digest(path: Path) -> bytes:
+    """Return the BLAKE3 of a file."""
+    digest = blake3(max_threads=blake3.AUTO)
+    # Read, not mapped: pages of a map would count as memory of this process.
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.digest()
+
+
+def read_heads(checkpoint: Checkpoint) -> dict[str, FileHead]:
+    """Return the weight files of a checkpoint and the indexes of its shards, by their paths in its folder.
+
+    Raises:
+        InvalidFileError: a file has bytes that belong to no tensor, so that its tensors do not give it.
+    """
+    found = {}
+    for name, shard in checkpoint.weight_files():
+        position = start = 8 + int.from_bytes(shard.view[:8], "little")
+        for tensor in sorted(shard.tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
+            if tensor.offset != position:
+                raise _not_covered(shard.path, position, tensor.offset)
+            position += tensor.nbytes
+        if position != shard.size:
+            raise _not_covered(shard.path, position, shard.size)
+        found[name] = FileHead(shard.path, bytes(shard.view[:start]))
+    for name in checkpoint.indexes:
+        found[name] = FileHead(checkpoint.path / name, read_file(checkpoint.path / name))
+    for name, file in found.items():
+        if not is_restored(name):
+            raise InvalidFileError(f"{file.path}: a weight file of this name cannot be restored; name it *.safetensors")
+    return found
+
+
+def _not_covered(path: Path, start: int, end: int) -> InvalidFileError:
+    return InvalidFileError(
+        f"{path}: bytes {start} to {end} belong to no tensor, so the file cannot be restored byte for byte; save it "
+        "again with safetensors"
+    )
+
+
+class FolderRestorer(CheckpointWriter):
+    """Write a checkpoint folder whose weight files are those that were packed.
+
+    Args:
+        path: the folder to make.
+        specs: every tensor that will be written.
+        heads: the bytes before the tensors of each weight file, and whole indexes, by their paths in the folder.
+        force: replace ``path`` if it is a folder that exists.
+
+    Raises:
+        UsageError: the output exists.
+        InvalidFileError: the heads do not fit the tensors.
+        StorageError: the parent folder is missing, or writing failed.
+    """
+
+    def __init__(self, path: Path, specs: list[TensorSpec], heads: Mapping[str, bytes], *, force: bool = False) -> None:
+        self._heads = heads
+        super().__init__(path, specs, force=force)
+
+    def _make_shards(self, specs: list[TensorSpec], max_shard_bytes: int) -> None:  # noqa: ARG002
+        try:
+            for name, places in check_heads(self._heads, specs).items():
+                self._place(name, places)
+            for name, head in self._heads.items():
+                if is_index(name):
+                    self.add_file(name, head)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _place(self, name: str, places: Mapping[str, tuple[int, int]]) -> None:
+        """Make a weight file of its final size, and note the places of its tensors."""
+        head, path = self._heads[name], self._partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._files.append(descriptor)
+        write_at(descriptor, head, 0)
+        os.ftruncate(descriptor, len(head) + max((end for _, end in places.values()), default=0))
+        for tensor, (start, _) in places.items():
+            self._places[tensor] = (len(self._files) - 1, len(head) + start)
+
+    def restored_digest(self, name: str) -> bytes:
+        """Return the BLAKE3 of a file as it is now."""
+        return file_digest(self._partial / name)
+
+
+def check_heads(heads: Mapping[str, bytes], specs: Iterable[TensorSpec]) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return where each tensor lies behind the head of its weight file, as (start, end), by file and tensor.
+
+    Args:
+        heads: the bytes before the tensors of each weight file, and whole indexes, by their paths in the folder.
+        specs: every tensor.
+
+    Raises:
+        InvalidFileError: a head is not valid, or the tensors in the files are not those.
+    """
+    left = {spec.name: spec for spec in specs}
+    found = {}
+    for name, head in heads.items():
+        if not is_index(name):
+            found[name] = _read_head(f'files["{name}"]', name.rpartition("/")[0], head, left)
+    if left:
+        raise InvalidFileError(f'tensor "{next(iter(left))}" lies in no weight file')
+    return found
+
+
+def _read_head(where: str, folder: str, head: bytes, left: dict[str, TensorSpec]) -> dict[str, tuple[int, int]]:
+    """Return the places of a file's tensors in their order, and take their specs from those that are left."""
+    try:
+        if int.from_bytes(head[:8], "little") != len(head) - 8:
+            raise ValueError("it has another length")
+        header = json.loads(head[8:])
+        header.pop("__metadata__", None)
+        rows = [(*each["data_offsets"], name, each["dtype"], tuple(each["shape"])) for name, each in header.items()]
+        rows.sort(key=lambda row: row[:2])
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise InvalidFileError(f"{where}: the header is not valid: {error}") from error
+    places, position = {}, 0
+    for start, end, name, dtype, shape in rows:
+        tensor = f"{folder}/{name}" if folder else name
+        if tensor not in left:
+            raise InvalidFileError(f'{where}: the delta lacks tensor "{tensor}", or another file has it')
+        spec = left.pop(tensor)
+        if (dtype, shape) != (spec.dtype, spec.shape):
+            raise InvalidFileError(f'{where}: tensor "{tensor}" has another dtype or shape')
+        if (start, end) != (position, position + spec.nbytes):
+            raise InvalidFileError(f'{where}: tensor "{tensor}" lies at {start} to {end}, where {position} is next')
+        places[tensor] = (position, position := end)
+    return places

@@ -1,0 +1,223 @@
+"""One chunk of an exact tensor: units to bytes, and back (spec/deltafmt-v1.md, section 17.5)."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltafmt.errors import InvalidFileError
+from deltafmt.exact.differences import Counts, Planes, joined, planes_of, sorted_planes, units_of
+from deltafmt.exact.frames import compress, decompress
+from deltafmt.exact.units import Unit, Units
+from deltafmt.output import Bytes
+
+# The forms of a chunk.
+SAME: Final = 0  # the prediction itself
+STORED: Final = 1  # the units as they are
+VALUES: Final = 2  # planes of the units
+DIFFERENCES: Final = 3  # planes of the zigzag differences
+SORTED: Final = 4  # the same, sorted by the prediction's exponent
+SPARSE: Final = 5  # the places of the units that differ, and their differences, sorted
+FORMS: Final = (SAME, STORED, VALUES, DIFFERENCES, SORTED, SPARSE)
+
+LEVELS: Final = ("default", "fast")
+
+# A gap byte that stands for no unit: so many units are passed over.
+_FILLER: Final = 255
+
+# Blocks of a frame end where an exponent does, unless the block would be shorter than this.
+_LEAST_BLOCK: Final = 4096
+
+# Bytes of the numbers of a sparse chunk: places, gaps, and stored bytes of the gaps.
+_SPARSE_HEAD: Final = 12
+
+# At most this share of the units may differ for places to be written down.
+_SPARSE_SHARE: Final = 0.125
+
+# Units that are looked at to choose a form, and the bits a byte from which zstd is not tried.
+_SAMPLE: Final = 8192
+_RANDOM_BITS: Final = 7.9
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """An encoded chunk: its form and its bytes."""
+
+    form: int
+    data: bytes
+
+
+def encode(values: Units, prediction: Units, unit: Unit, level: str = "default") -> Chunk:
+    """Return a chunk in the form that is smallest, as far as samples tell.
+
+    Args:
+        values: the units, at least one.
+        prediction: what the decoder has in their place, as many.
+        unit: their unit.
+        level: ``default``, or ``fast`` to leave differences unsorted.
+    """
+    differs = values != prediction
+    changed = int(np.count_nonzero(differs))
+    if not changed:
+        return Chunk(SAME, b"")
+    stored = Chunk(STORED, values.tobytes())
+    found = [stored]
+    if changed <= _SPARSE_SHARE * values.size:
+        found.append(_sparse(values, prediction, differs, unit))
+    if not _is_unrelated(values, prediction, unit):
+        key = unit if level == "default" else Unit(unit.width)
+        form = SORTED if key.is_float else DIFFERENCES
+        planes, counts = sorted_planes(values, prediction, unit, key)
+        found.append(Chunk(form, _write_planes(planes, _ends(counts) if form == SORTED else ())))
+    else:
+        found.append(Chunk(VALUES, _write_planes(planes_of(values, unit))))
+    return min(found, key=lambda chunk: len(chunk.data))
+
+
+def decode(form: int, data: Bytes, prediction: Units, unit: Unit) -> Units:
+    """Return the units of a chunk.
+
+    Args:
+        form, data: the chunk.
+        prediction: what the encoder had as the prediction; its size is that of the chunk.
+        unit: the unit.
+
+    Raises:
+        InvalidFileError: the bytes break the format.
+    """
+    count, view = prediction.size, memoryview(data).cast("B")
+    if form == SAME:
+        _expect(len(view), 0)
+        return prediction
+    if form == STORED:
+        _expect(len(view), count * unit.width)
+        return np.frombuffer(view, unit.dtype)
+    if form == SPARSE:
+        places, planes = _read_sparse(view, count, unit)
+        units = prediction.copy()
+        units[places] = joined(planes, prediction[places], unit, unit)
+        return units
+    planes = _read_planes(view, count, unit.width)
+    if form == VALUES:
+        return units_of(planes, unit)
+    return joined(planes, prediction, unit, unit if form == SORTED else Unit(unit.width))
+
+
+def check(form: int, data: Bytes, count: int, unit: Unit) -> None:
+    """Check whatever can be known of a chunk without the prediction.
+
+    Raises:
+        InvalidFileError: the bytes break the format.
+    """
+    view = memoryview(data).cast("B")
+    if form == SAME:
+        _expect(len(view), 0)
+    elif form == STORED:
+        _expect(len(view), count * unit.width)
+    elif form == SPARSE:
+        _read_sparse(view, count, unit)
+    else:
+        _read_planes(view, count, unit.width)
+
+
+def _expect(found: int, needed: int) -> None:
+    if found != needed:
+        raise InvalidFileError(f"{found} bytes where {needed} are needed")
+
+
+def _ends(counts: Counts) -> list[int]:
+    """Return where blocks end: at the ends of exponents, none closer than the least block."""
+    ends = [0]
+    for end in np.cumsum(counts).tolist():
+        if end - ends[-1] >= _LEAST_BLOCK:
+            ends.append(end)
+    return ends
+
+
+def _is_unrelated(values: Units, prediction: Units, unit: Unit) -> bool:
+    """Tell whether the planes of some units promise to be smaller than those of their differences."""
+    step = max(values.size // _SAMPLE, 1)
+    mine, theirs = values[::step], np.ascontiguousarray(prediction[::step])
+    planes, _ = sorted_planes(np.ascontiguousarray(mine), theirs, unit, Unit(unit.width))
+    return sum(map(_bits, planes_of(np.ascontiguousarray(mine), unit))) < sum(map(_bits, planes))
+
+
+def _bits(plane: NDArray[np.uint8]) -> float:
+    """Return the entropy of some bytes, in bits a byte."""
+    counts = np.bincount(plane)
+    share = counts[counts > 0] / plane.size
+    return float(-(share * np.log2(share)).sum())
+
+
+def _write_planes(planes: Planes, ends: list[int] | tuple[()] = ()) -> bytes:
+    """Return the lengths of planes, and the planes: nothing for zeros, a frame, or the bytes where no frame is less."""
+    parts = []
+    for plane in planes:
+        if not plane.any():
+            parts.append(b"")
+            continue
+        is_random = plane.size >= _SAMPLE and _bits(plane[:: plane.size // _SAMPLE]) > _RANDOM_BITS
+        frame = b"" if is_random else compress(plane.data, ends)
+        parts.append(frame if 0 < len(frame) < plane.size else plane.tobytes())
+    return struct.pack(f"<{len(parts)}I", *map(len, parts)) + b"".join(parts)
+
+
+def _read_planes(view: memoryview, count: int, width: int) -> Planes:
+    """Return planes of ``count`` bytes."""
+    head = 4 * width
+    if len(view) < head:
+        raise InvalidFileError(f"{len(view)} bytes cannot hold the lengths of {width} planes")
+    lengths = struct.unpack(f"<{width}I", view[:head])
+    _expect(len(view), head + sum(lengths))
+    planes = np.empty((width, count), np.uint8)
+    position = head
+    for plane, length in zip(planes, lengths, strict=True):
+        plane[:] = _read_plane(view[position : position + length], count)
+        position += length
+    return planes
+
+
+def _read_plane(stored: memoryview, count: int) -> NDArray[np.uint8] | int:
+    if not len(stored):
+        return 0
+    if len(stored) > count:
+        raise InvalidFileError(f"a plane of {count} bytes takes {len(stored)}")
+    plane = np.frombuffer(stored if len(stored) == count else decompress(stored, count), np.uint8)
+    if not plane.any():
+        raise InvalidFileError("a plane of zeros is stored")
+    return plane
+
+
+def _sparse(values: Units, prediction: Units, differs: NDArray[np.bool_], unit: Unit) -> Chunk:
+    """Return the places of the units that differ, as gaps, and their differences, sorted."""
+    places = np.flatnonzero(differs)
+    planes, counts = sorted_planes(values[places], prediction[places], unit, unit)
+    gaps = np.diff(places, prepend=-1) - 1
+    ends = np.cumsum(gaps // _FILLER + 1)
+    stream = np.full(int(ends[-1]), _FILLER, np.uint8)
+    stream[ends - 1] = gaps % _FILLER
+    head = struct.pack("<II", places.size, stream.size)
+    return Chunk(SPARSE, head + _write_planes(stream[None]) + _write_planes(planes, _ends(counts)))
+
+
+def _read_sparse(view: memoryview, count: int, unit: Unit) -> tuple[NDArray[np.int64], Planes]:
+    """Return the places of the units that differ, ascending, and the planes of their differences."""
+    if len(view) < _SPARSE_HEAD:
+        raise InvalidFileError(f"{len(view)} bytes cannot hold the numbers of a sparse chunk")
+    changed, length, stored = struct.unpack("<III", view[:_SPARSE_HEAD])
+    if not 1 <= changed <= count or not changed <= length <= changed + count // _FILLER:
+        raise InvalidFileError(f"{changed} places in {length} gaps, of {count} units")
+    end = _SPARSE_HEAD + stored
+    gaps = _read_planes(view[_SPARSE_HEAD - 4 : end], length, 1)[0]
+    is_place = gaps != _FILLER
+    places = np.cumsum(gaps + is_place.astype(np.int64))[is_place] - 1
+    if places.size != changed or not is_place[-1] or int(places[-1]) >= count:
+        raise InvalidFileError(f"the gaps do not give {changed} places among {count} units")
+    planes = _read_planes(view[end:], changed, unit.width)
+    if not planes.any(axis=0).all():
+        raise InvalidFileError("a place has no difference")
+    return places, planes

@@ -1,0 +1,128 @@
+"""The check of what is restored bit for bit: exact tensors, and whole weight files (spec, sections 7.10 and 17.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from blake3 import blake3
+
+from deltafmt.checkpoint.fingerprint import hasher
+from deltafmt.checkpoint.folder_writer import TensorSpec
+from deltafmt.checkpoint.restored import check_heads
+from deltafmt.delta import DeltaFile
+from deltafmt.errors import InvalidFileError
+from deltafmt.index.entries import TensorEntry
+from deltafmt.output import Bytes
+from deltafmt.pipeline.bases import BaseTensors
+from deltafmt.pipeline.exact_tensors import ExactTensor
+from deltafmt.pipeline.workers import drain
+from deltafmt.terms.buffers import raw_bytes
+
+# Chunks that are restored ahead of the one that is digested, for each worker thread.
+_AHEAD = 1
+
+
+def check_restored(
+    delta: DeltaFile, base: BaseTensors, entries: Sequence[TensorEntry], threads: int
+) -> tuple[str, ...]:
+    """Restore every exact tensor and every file of a delta in memory, piece by piece, and compare their digests.
+
+    Args:
+        delta: the delta file.
+        base: its base, whose tensors are known to be those that were packed against.
+        entries: the delta's entries.
+        threads: worker threads.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        InvalidFileError: names the tensor, or the file, that is not what was packed.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-restore")
+    check = _Check(delta, base, pool, threads)
+    try:
+        for name, (head, tensors) in read_files(delta, entries).items():
+            check.file(name, head, tensors)
+        for entry in entries:
+            if entry.exact is not None and entry.name not in check.tensors:
+                for _ in check.pieces(entry):
+                    pass
+    finally:
+        drain(pool)
+    return tuple(delta.container.files)
+
+
+def read_files(delta: DeltaFile, entries: Sequence[TensorEntry]) -> dict[str, tuple[bytes, list[str]]]:
+    """Return the head and the tensors, in order, of every file that a delta restores.
+
+    Raises:
+        InvalidFileError: a head is not valid, or the tensors in the files are not the delta's.
+    """
+    container = delta.container
+    if not container.files:
+        return {}
+    heads = {name: bytes(container.buffer(file.head)) for name, file in container.files.items()}
+    try:
+        places = check_heads(heads, [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in entries])
+    except InvalidFileError as error:
+        raise error.located(container.name) from error
+    return {name: (head, list(places.get(name, ()))) for name, head in heads.items()}
+
+
+class _Check:
+    """One run of the check.
+
+    Attributes:
+        tensors: the names of the exact tensors that were found right.
+    """
+
+    def __init__(self, delta: DeltaFile, base: BaseTensors, pool: ThreadPoolExecutor, threads: int) -> None:
+        self.tensors: set[str] = set()
+        self._delta = delta
+        self._base = base
+        self._pool = pool
+        self._ahead = _AHEAD * threads
+
+    def file(self, name: str, head: bytes, tensors: Sequence[str]) -> None:
+        """Digest a file as it would be restored."""
+        digest = blake3(head)
+        for tensor in tensors:
+            for piece in self.pieces(self._delta.resolve(tensor)):
+                digest.update(piece)
+        container = self._delta.container
+        if digest.digest() != container.files[name].digest:
+            raise InvalidFileError(f'{container.name}: files["{name}"]: what is restored is not what was packed')
+
+    def pieces(self, entry: TensorEntry) -> Iterator[Bytes]:
+        """Give the bytes of a tensor; the fingerprint of an exact one is compared at its end."""
+        base = self._base.find(entry)
+        if entry.exact is None:
+            if base is not None:
+                yield from base.pieces()
+            elif entry.data is not None:
+                yield from self._delta.container.pieces(entry.data)
+            return
+        digest = hasher(entry.dtype, entry.shape)
+        for piece in self._chunks(ExactTensor(self._delta, entry, base)):
+            digest.update(piece)
+            yield piece
+        if digest.digest() != entry.exact.digest:
+            where = f'{self._delta.container.name}: tensors["{entry.name}"]'
+            raise InvalidFileError(f"{where}: what is restored is not what was packed")
+        self.tensors.add(entry.name)
+
+    def _chunks(self, exact: ExactTensor) -> Iterator[Bytes]:
+        """Give the bytes of an exact tensor; some chunks are restored ahead."""
+        waiting: list[Future[Bytes]] = []
+        for number in range(len(exact)):
+            waiting.append(self._pool.submit(_restored, exact, number))
+            if len(waiting) > self._ahead:
+                yield waiting.pop(0).result()
+        for chunk in waiting:
+            yield chunk.result()
+
+
+def _restored(exact: ExactTensor, number: int) -> Bytes:
+    return raw_bytes(exact.restore(number)[1])
