@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import container, floats, kinds, positions, words
+from . import file, floats, index, kinds, positions, sparse, words
 from .wrong import WRONG, Wrong
 
-__all__ = ["WRONG", "Wrong", "container", "floats", "kinds", "positions", "words"]
+__all__ = ["WRONG", "Wrong", "file", "floats", "index", "kinds", "positions", "sparse", "words"]
