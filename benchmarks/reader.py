@@ -1,4 +1,6 @@
-"""How quickly the second reader, spec/reader, opens and verifies: python benchmarks/reader.py
+"""Measure how quickly the second reader, spec/reader, opens and verifies files.
+
+    python benchmarks/reader.py
 
 Files of 1,000 small tensors and of a few large ones are packed and handed to ``spec/reader/timing.c``. Times are of the
 processor. Verifying is compared with BLAKE3 over the same file, mapped anew, which is the least that a verifier does.

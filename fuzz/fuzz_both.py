@@ -21,9 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "fuzz")]
 
-import c_reader
 import mutate
 import numpy as np
+
+import c_reader
 from both_readers import compare
 
 
@@ -51,8 +52,8 @@ def main() -> int:
     found: Counter[str] = Counter()
     differences = 0
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
-        flags = ("-O2",) if options.fast else c_reader.SANITIZERS
-        driver = c_reader.Driver(c_reader.build(Path(scratch) / "driver", "driver.c", options=flags))
+        (program,) = c_reader.build(Path(scratch), "driver" if options.fast else "checked/driver")
+        driver = c_reader.Driver(program)
         end = time.monotonic() + options.seconds
         while time.monotonic() < end:
             data = mutate.mutate(rng.choice(files), rng)
@@ -72,8 +73,10 @@ def main() -> int:
                 print(f"{path}: {difference}", flush=True)
         driver.close()
     counts = ", ".join(f"{count:,} {word}" for word, count in found.most_common())
-    print(f"seed {options.seed}: both readers agreed on {sum(found.values()) - differences:,} of {sum(found.values()):,} "
-          f"inputs ({counts})")
+    print(
+        f"seed {options.seed}: both readers agreed on {sum(found.values()) - differences:,} of {sum(found.values()):,} "
+        f"inputs ({counts})"
+    )
     return 1 if differences else 0
 
 

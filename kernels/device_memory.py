@@ -58,12 +58,17 @@ class PlacedBuffers(Mapping[str, torch.Tensor]):
         memory: the allocation.
         forms: the buffers' forms by name.
         offsets: where each begins, in bytes; each lies within the allocation as a whole.
+
+    Attributes:
+        forms: the buffers' forms by name.
+        record: the operand's record (:mod:`deltafmt.kernels.record`), once it is known.
     """
 
-    __slots__ = ("_made", "_memory", "_offsets", "forms")
+    __slots__ = ("_made", "_memory", "_offsets", "forms", "record")
 
     def __init__(self, memory: DeviceMemory, forms: Mapping[str, BufferForm], offsets: Mapping[str, int]) -> None:
         self.forms = forms
+        self.record: list[int] | None = None
         self._memory = memory
         self._offsets = offsets
         self._made: dict[str, torch.Tensor] = {}

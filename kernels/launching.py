@@ -44,7 +44,7 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
     with recording(outputs, x, table.records(), segments) as recorder:
         _launch_products(outputs, x, table, segments)
     if recorder.launches is not None:
-        table.keep_repeated(key, Repeated(recorder.launches, recorder.scratch))
+        table.keep_repeated(key, Repeated(recorder.launches, recorder.scratch, len(outputs)))
     return True
 
 
@@ -116,7 +116,7 @@ def launch_fused(
     with recording([*outputs, *weights], x, [held.records], None) as recorder:
         launch()
     if recorder.launches is not None:
-        table.keep_repeated(key, Repeated(recorder.launches, recorder.scratch))
+        table.keep_repeated(key, Repeated(recorder.launches, recorder.scratch, len(outputs) + len(weights)))
     return True
 
 

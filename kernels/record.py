@@ -52,7 +52,10 @@ class Record:
 
     def values(self, known: Mapping[str, int]) -> list[int]:
         """Return the fields' values, given the addresses of the buffers and the numbers of an operand."""
-        return [next((known[name] for name in names if name in known), 0) for names in self._sources]
+        return [
+            known.get(names[0], 0) if len(names) == 1 else next((known[name] for name in names if name in known), 0)
+            for names in self._sources
+        ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

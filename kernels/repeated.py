@@ -181,12 +181,13 @@ class Repeated:
     Args:
         launches: what was recorded.
         scratch: the tensors that only these launches use.
+        outputs: the number of outputs.
     """
 
-    def __init__(self, launches: Sequence[Launch], scratch: Sequence[torch.Tensor]) -> None:
+    def __init__(self, launches: Sequence[Launch], scratch: Sequence[torch.Tensor], outputs: int) -> None:
         places = [place for launch in launches for place in launch.places]
         self.scratch = [(tensor.shape, tensor.dtype, tensor.device) for tensor in scratch]
-        self.outputs = max((place.key + 1 for place in places if place.source == "y"), default=0)
+        self._outputs = outputs
         self._cuts = list(dict.fromkeys(place.key for place in places if place.source in ("order", "tiles")))
         self.jobs = [self._job(launch) for launch in launches]
 
@@ -201,7 +202,7 @@ class Repeated:
             return 0
         if place.source == "y":
             return 1 + int(place.key)
-        first = 1 + self.outputs
+        first = 1 + self._outputs
         if place.source == "scratch":
             return first + 2 * len(self._cuts) + int(place.key)
         return first + 2 * self._cuts.index(place.key) + (place.source == "tiles")
@@ -216,7 +217,6 @@ class Repeated:
     def run(self, outputs: Sequence[torch.Tensor], x: torch.Tensor, segments: Segments | None) -> None:
         """Launch everything on the current stream."""
         tiles, addresses = self.cut(segments)
-        outputs = outputs[: self.outputs]
         self.launch(x.device.index, [x.data_ptr(), *[output.data_ptr() for output in outputs], *addresses])
         del tiles  # alive until everything is launched
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from deltafmt.errors import UsageError
+from deltafmt.kernels.device_memory import PlacedBuffers
 from deltafmt.kernels.kind import AnyKernels
 from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.record import MAX_PARTS, LayoutTable
@@ -56,6 +57,8 @@ class OperandTable:
 
     Attributes:
         fewest: the most tokens of a slot for which the kernels multiply every operand.
+        used: True once somebody has read the records.
+        added: the number of layouts that came after that; no graph that was captured before launches for them.
     """
 
     def __init__(
@@ -75,6 +78,8 @@ class OperandTable:
         self._tables: dict[_Key, Records] = {}
         self._bounded: list[BoundedOperand] = []
         self.fewest: float = math.inf
+        self.used = False
+        self.added = 0
         self._changed: set[int] = set()
         self._written = 0
         self._repeated: dict[Hashable, Repeated] = {}
@@ -101,7 +106,9 @@ class OperandTable:
             raise UsageError(f"slot {slot} is not one of the table's {self.slots}")
         if len(parts) != len(self.parts):
             raise UsageError(f"{len(parts)} parts where the table has {len(self.parts)}")
-        for rows, terms in zip(self.parts, parts, strict=True):
+        held = tuple(map(tuple, parts))
+        bounded = []
+        for part, (rows, terms) in enumerate(zip(self.parts, held, strict=True)):
             for operand in terms:
                 # A delta has fewer rows than its part where the fine-tune has more rows than the base.
                 if operand.rows > rows or operand.columns != self.columns:
@@ -109,18 +116,16 @@ class OperandTable:
                     raise UsageError(f"a delta of {found} does not fit a part of {rows}x{self.columns}")
                 if operand.device != self.device:
                     raise UsageError(f"an operand on {operand.device} does not fit a table on {self.device}")
-        bounded = [
-            BoundedOperand(slot, part, operand, most)
-            for part, terms in enumerate(parts)
-            for operand in terms
-            if (most := kernels_of(operand.layout).most_tokens(operand.layout)) is not None
-        ]
+                most = kernels_of(operand.layout).most_tokens(operand.layout)
+                if most is not None:
+                    bounded.append(BoundedOperand(slot, part, operand, most))
         # Under the lock, so that a thread which is building the records now does not take them for complete.
         with self._lock:
-            self._held[slot] = tuple(tuple(terms) for terms in parts)
-            # Another list: a thread may be going through the old one.
-            self._bounded = [one for one in self._bounded if one.slot != slot] + bounded
-            self.fewest = min((one.most for one in self._bounded), default=math.inf)
+            self._held[slot] = held
+            if bounded or self._bounded:
+                # Another list: a thread may be going through the old one.
+                self._bounded = [one for one in self._bounded if one.slot != slot] + bounded
+                self.fewest = min((one.most for one in self._bounded), default=math.inf)
             self._changed.add(slot)
 
     def clear(self, slot: int) -> None:
@@ -144,7 +149,7 @@ class OperandTable:
         """
         first, stop, _ = parts.indices(len(self.parts))
         with self._lock:
-            self._update()
+            self._read()
             return [
                 LayoutTable(layout, self.columns, records.tensor)
                 for (layout, _, at, _), records in self._tables.items()
@@ -154,13 +159,13 @@ class OperandTable:
     def records(self) -> list[torch.Tensor]:
         """Return the records of all layouts and parts, which stay where they are for as long as the table lives."""
         with self._lock:
-            self._update()
+            self._read()
             return [records.tensor for records in self._tables.values()]
 
     def repeated(self, key: Hashable) -> Repeated | None:
         """Return the launches that were kept for calls of a form; the records they read are then up to date."""
         with self._lock:
-            self._update()
+            self._read()
             return self._repeated.get(key)
 
     def keep_repeated(self, key: Hashable, launches: Repeated) -> None:
@@ -176,7 +181,9 @@ class OperandTable:
             if self._changed:
                 self._write()
 
-    def _update(self) -> None:
+    def _read(self) -> None:
+        """Bring the records up to date, because somebody is going to read them."""
+        self.used = True
         if self._changed:
             self._write()
         if self._written > self.memory.flushed:  # another thread may have prepared the table
@@ -186,7 +193,8 @@ class OperandTable:
         """Write the records of the slots that have changed."""
         with self.memory.lock:
             for records in self._tables.values():
-                records.host[list(self._changed)] = 0
+                for slot in self._changed:
+                    records.host[slot] = 0
                 records.changed()
             for slot in self._changed:
                 self._write_slot(slot)
@@ -195,18 +203,34 @@ class OperandTable:
 
     def _write_slot(self, slot: int) -> None:
         for part, terms in enumerate(self._held[slot]):
-            seen: dict[TermLayout, int] = {}
+            first = part // MAX_PARTS * MAX_PARTS
+            width = min(len(self.parts) - first, MAX_PARTS)
+            seen: list[TermLayout] = []
             for operand in terms:
                 kernels = kernels_of(operand.layout)
                 layout = kernels.table_layout(operand.layout)
-                number = seen[layout] = seen.get(layout, -1) + 1
-                first = part // MAX_PARTS * MAX_PARTS
-                width = min(len(self.parts) - first, MAX_PARTS)
-                key = (layout, number, first, width)
-                if key not in self._tables:
-                    self._tables[key] = self.memory.take((self.slots, width, len(kernels.record)))
+                key = (layout, seen.count(layout), first, width)
+                seen.append(layout)
+                records = self._tables.get(key)
+                if records is None:
+                    records = self._tables[key] = self.memory.take((self.slots, width, len(kernels.record)))
                     self._repeated.clear()  # the layout is not among their launches
-                self._tables[key].host[slot, part - first] = _record(kernels, operand)
+                    self.added += self.used
+                records.host[slot, part - first] = record_of(operand)
+
+
+def record_of(operand: Operand) -> list[int]:
+    """Return an operand's record; that of buffers in one allocation is kept with them.
+
+    Raises:
+        UsageError: kernels cannot read the operand.
+    """
+    buffers, kernels = operand.buffers, kernels_of(operand.layout)
+    if not isinstance(buffers, PlacedBuffers):
+        return _record(kernels, operand)
+    if buffers.record is None:
+        buffers.record = _record(kernels, operand)
+    return buffers.record
 
 
 def _record(kernels: AnyKernels, operand: Operand) -> list[int]:

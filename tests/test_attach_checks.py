@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -24,7 +24,9 @@ from deltafmt.kernels.operand import BUFFER_DTYPES, Operand, buffer_forms
 from deltafmt.methods import SVD, DeltaDQ, Magnitude
 from deltafmt.runtime import checks
 from deltafmt.runtime.checks import check_terms
+from deltafmt.runtime.delta_store import read_attached
 from deltafmt.runtime.device_delta import DeviceTensor
+from deltafmt.runtime.held import Attached
 from deltafmt.terms import words
 from deltafmt.terms.buffers import blank, views
 from deltafmt.terms.codec import TermCodec
@@ -180,3 +182,13 @@ def test_a_delta_that_means_nothing_is_not_served(tiny: Tiny, tmp_path: Path, fa
         # Others go on.
         with model.delta("good"):
             assert close(logits(model, tokens), expected)
+
+
+def test_a_file_that_claims_the_content_id_of_another_is_another_delta(packed: Path, tmp_path: Path) -> None:
+    # Requests of one delta share keys and values that it computed.
+    forged = tmp_path / "forged.deltafmt"
+    forged.write_bytes(edited(packed.read_bytes(), lambda index: index["metadata"].update(zzz="another")))
+    files = [read_attached(str(path)) for path in (packed, packed, forged)]
+    assert len({file.content_id for file in files}) == 1
+    first, same, other = (Attached("a", file, cast("Any", None)).identity for file in files)
+    assert first == same != other

@@ -27,17 +27,15 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return made_once(request, tmp_path_factory)
 
 
-@pytest.mark.parametrize("planned", [False, True], ids=["decided", "planned"])
+@pytest.mark.parametrize("routine", [False, True], ids=["decided", "routine"])
 @pytest.mark.parametrize("names", ["one", ["one", None, "two"]], ids=["same", "mixed"])
 @every(["llama", "qwen2"])
-def test_siblings_share_a_launch(tiny: Tiny, names: Any, planned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_siblings_share_a_launch(tiny: Tiny, names: Any, routine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused and not, outputs are the same, bit for bit; the second forward needs fewer launches."""
     from deltafmt.kernels.products import matmul_
     from deltafmt.runtime import shared_products, sites
 
-    if planned:
-        play(monkeypatch)
-
+    played = play(monkeypatch) if routine else None
     launches: list[int] = []
 
     def counted(outputs: Any, *arguments: Any) -> None:
@@ -63,6 +61,8 @@ def test_siblings_share_a_launch(tiny: Tiny, names: Any, planned: bool, monkeypa
             # Of seven products in each of the two layers, q, k and v are one, gate and up another.
             assert launches.count(3) == launches.count(2) == 4
             assert len(launches) == 2 * (len(alone) - 2 * 3)
+        if turn and played is not None:
+            assert played.made
     assert torch.equal(logits(model, tokens), before)
     model.deltas.remove("two")
     with model.delta("one"):
@@ -72,10 +72,10 @@ def test_siblings_share_a_launch(tiny: Tiny, names: Any, planned: bool, monkeypa
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-@pytest.mark.parametrize("planned", [False, True], ids=["decided", "planned"])
-def test_siblings_that_are_called_otherwise(tiny: Tiny, planned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("routine", [False, True], ids=["decided", "routine"])
+def test_siblings_that_are_called_otherwise(tiny: Tiny, routine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that gets another tensor than its siblings, or the same one after a change, computes for itself."""
-    if planned:
+    if routine:
         play(monkeypatch)
 
     class Block(torch.nn.Module):

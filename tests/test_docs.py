@@ -74,6 +74,20 @@ def test_the_staircase_is_the_one_that_is_checked() -> None:
     assert drawn == next(rule["layers"] for rule in rules if rule["type"] == "layers")
 
 
+OF_VLLM = {
+    "--additional-config",
+    "--enable-lora",
+    "--enforce-eager",
+    "--load-format",
+    "--lora-modules",
+    "--lora-target-modules",
+    "--max-cpu-loras",
+    "--max-lora-rank",
+    "--max-loras",
+    "--model",
+}
+
+
 def known_options() -> set[str]:
     found = {"--help", "--version", "--verbose"}
     for command in site_hooks.commands():
@@ -85,7 +99,7 @@ def known_options() -> set[str]:
     for benchmark in (ROOT / "benchmarks").glob("*.py"):
         found.update(re.findall(r'"(--[a-z][a-z-]*)"', benchmark.read_text("utf-8")))
     found.update(("--finetuned", "--eval"))  # accuracy.py makes them from a list of names
-    return found
+    return found | OF_VLLM
 
 
 @every_page

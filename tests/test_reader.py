@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from blake3 import blake3
 import c_reader
 import deltafmt
 from both_readers import compare
-from conftest import Pair, normal, nudge, write_folder
+from conftest import Pair, normal, nudge, read_folder, write_folder
 from deltafmt.methods import METHODS
 from test_every_kind import CASES, file_of, packed_codec
 
@@ -34,31 +36,41 @@ def vector(path: Path) -> tuple[dict[str, str], bytes]:
     return dict(line.split(": ", 1) for line in head.decode().splitlines()), zlib.decompress(body)
 
 
+NAMES = ("driver", "apply", "check", "hashes", "hashes-1", "hashes-2", "deltafmt-c")
+
+
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[c_reader.Driver]:
-    program = c_reader.build(tmp_path_factory.mktemp("reader") / "driver", "driver.c")
-    running = c_reader.Driver(program)
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the reader's programs, built under the sanitizers."""
+    out = tmp_path_factory.mktemp("reader")
+    c_reader.build(out, *(f"checked/{name}" for name in NAMES))
+    return out / "checked"
+
+
+@pytest.fixture(scope="module")
+def driver(programs: Path) -> Iterator[c_reader.Driver]:
+    running = c_reader.Driver(programs / "driver")
     yield running
     running.close()
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return c_reader.build(tmp_path_factory.mktemp("reader") / "deltafmt-c", "deltafmt-c.c", options=("-O0",))
+def command(programs: Path) -> Path:
+    return programs / "deltafmt-c"
 
 
-def test_vectors(driver: c_reader.Driver) -> None:
-    """Every vector gives what its header says; the messages are the reader's own."""
-    wrong = []
-    for path in VECTORS:
-        expected, data = vector(path)
-        found = driver.read(data)
-        right = found.verified == expected["expect"] and "\n" not in found.message
-        right &= found.verified != "ok" or found.content_id.hex() == expected["content_id"]
-        right &= found.verified != "ok" or all(tensor.status == 0 for tensor in found.tensors)
-        if not right:
-            wrong.append((path.stem, expected["expect"], found.verified, found.message))
-    assert not wrong
+def run_vectors(*arguments: str | Path) -> None:
+    script = ROOT / "spec" / "reader" / "run_vectors.py"
+    done = subprocess.run([sys.executable, script, *arguments], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_vectors(programs: Path, tmp_path: Path) -> None:
+    """Every vector gives what its header says, and the interface refuses what its header says."""
+    run_vectors(programs, ROOT / "spec" / "vectors")
+    run_vectors("--unpack", tmp_path, ROOT / "spec" / "vectors")
+    done = subprocess.run([programs / "check", tmp_path], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_both_readers_agree_on_vectors(driver: c_reader.Driver, tmp_path: Path) -> None:
@@ -83,7 +95,12 @@ def test_both_readers_agree_on_every_kind(driver: c_reader.Driver, tmp_path: Pat
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
-    a = {"w": normal(1, (75, 203)), "half": normal(2, (40, 64), "F16"), "grown": normal(3, (20, 64)), "norm": normal(4, (64,))}
+    a = {
+        "w": normal(1, (75, 203)),
+        "half": normal(2, (40, 64), "F16"),
+        "grown": normal(3, (20, 64)),
+        "norm": normal(4, (64,)),
+    }
     b = {name: nudge(tensor, seed) for seed, (name, tensor) in enumerate(a.items(), 7)}
     b["grown"] = normal(5, (23, 64))
     return Pair(write_folder(folder / "base", a), write_folder(folder / "finetuned", b), a, b)
@@ -132,14 +149,14 @@ def test_every_flipped_bit_is_found(driver: c_reader.Driver) -> None:
         assert driver.read(bytes(flipped)).verified != "ok", bit
 
 
-def test_hashes_are_those_of_the_libraries(tmp_path: Path) -> None:
-    """BLAKE3 and XXH3 of inputs of many lengths, in one piece and in parts."""
-    program = c_reader.build(tmp_path / "hashes", "hashes.c", library=("blake3.c", "xxh3.c"), options=("-O0",))
+@pytest.mark.parametrize("name", ["hashes", "hashes-1", "hashes-2"])
+def test_hashes_are_those_of_the_libraries(name: str, programs: Path) -> None:
+    """BLAKE3 and XXH3 of many lengths, in one piece and in parts: with AVX2, with other vectors, with none."""
     rng = random.Random(1)
     sizes = [*range(260), *(1024 * n + more for n in (1, 2, 3, 8, 16, 17, 64, 129, 300) for more in (-1, 0, 1))]
     inputs = [rng.randbytes(size) for size in sizes]
     sent = b"".join(struct.pack("<Q", len(data)) + data for data in inputs)
-    told = subprocess.run([program], input=sent, capture_output=True, check=True).stdout
+    told = subprocess.run([programs / name], input=sent, capture_output=True, check=True).stdout
     for number, data in enumerate(inputs):
         expected = blake3(data).digest() * 2 + xxhash.xxh3_128(data).digest() * 2
         if 17 <= len(data) <= 128:
@@ -166,13 +183,7 @@ def test_the_command(command: Path, pair: Pair, tmp_path: Path) -> None:
     for name in ("w", "half", "grown"):
         (tmp_path / "base.raw").write_bytes(pair.a[name].data)
         done = run(command, "decode", file, name, "--base", tmp_path / "base.raw")
-        assert done.stdout == deltafmt_tensor(tmp_path / "out", name)
-
-
-def deltafmt_tensor(folder: Path, name: str) -> bytes:
-    from conftest import read_folder
-
-    return read_folder(folder)[name].data
+        assert done.stdout == read_folder(tmp_path / "out")[name].data
 
 
 def test_the_command_refuses_in_one_line(command: Path, pair: Pair, tmp_path: Path) -> None:
@@ -193,3 +204,34 @@ def test_the_command_refuses_in_one_line(command: Path, pair: Pair, tmp_path: Pa
         assert done.returncode == code
         assert words in done.stderr.decode()
         assert done.stderr.count(b"\n") == (3 if "usage" in words else 1)
+
+
+def test_the_example_service(programs: Path, pair: Pair, tmp_path: Path) -> None:
+    """docs/examples: a service in C gives tensors to a program in Python over a local socket."""
+    examples = ROOT / "docs" / "examples"
+    flags = ["-std=c11", "-O0", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined", f"-I{c_reader.READER}"]
+    objects = [programs / f"{name}.o" for name in ("deltafmt", "blake3", "xxh3")]
+    service = tmp_path / "serve_tensors"
+    assert c_reader.COMPILER is not None
+    command = [c_reader.COMPILER, *flags, "-o", service, examples / "serve_tensors.c", *objects]
+    subprocess.run([*command, "-lpthread", "-ldl", "-lm"], check=True)
+    file = tmp_path / "d.deltafmt"
+    deltafmt.pack(pair.base, pair.finetuned, file, method=METHODS["rtn"](4))
+    socket = Path(tempfile.mkdtemp()) / "socket"  # the path of a socket must be short
+    with subprocess.Popen([service, file, socket], stdout=subprocess.PIPE, text=True) as running:
+        try:
+            assert running.stdout is not None
+            assert running.stdout.readline() == "serving 4 tensors\n"
+            sys.path.insert(0, str(examples))
+            try:
+                from ask_tensor import ask
+            finally:
+                sys.path.pop(0)
+            with deltafmt.open(file) as delta:
+                assert ask(str(socket), "w") == ("F32", [75, 203], delta.delta("w").tobytes())
+            assert ask(str(socket), "norm") == ("BF16", [1, 64], pair.b["norm"].data)
+            with pytest.raises(LookupError, match="there is no tensor absent"):
+                ask(str(socket), "absent")
+        finally:
+            running.terminate()
+            shutil.rmtree(socket.parent)

@@ -136,7 +136,7 @@ def test_what_the_driver_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(monkeypatch)
     first = recorded(Product(), compiled_kernel())
     assert first.launches is not None
-    again = Repeated(first.launches, first.scratch)
+    again = Repeated(first.launches, first.scratch, 1)
     for _ in range(2):
         product = Product()
         again.run(product.outputs, product.x, product.segments)
@@ -157,7 +157,7 @@ def test_a_product_that_is_ready_takes_tensors_of_its_form(monkeypatch: pytest.M
     product, other = Product(), Product()
     first = recorded(product, compiled_kernel())
     assert first.launches is not None
-    made = Repeated(first.launches, first.scratch)
+    made = Repeated(first.launches, first.scratch, 1)
     ready = Ready(made, product.outputs, product.x, product.segments, product.records)
     for x in (product.x, other.x):
         for outputs in (product.outputs, other.outputs):
@@ -172,6 +172,11 @@ def test_a_product_that_is_ready_takes_tensors_of_its_form(monkeypatch: pytest.M
     unaligned = torch.zeros(6 * 32 + 1, dtype=torch.bfloat16)[1:].view(6, 32)
     for output in (other.outputs[0].float(), other.outputs[0][:5], wide, wide[:, :32], unaligned):
         assert not ready.run([output], other.x)
+    both = Ready(
+        Repeated(first.launches, first.scratch, 2), [product.outputs[0], wide], product.x, product.segments, None
+    )
+    assert both.run([other.outputs[0], wide], other.x)  # of two outputs, the launches take the first
+    assert driver.seen.pop()[2][:4] == [other.x.data_ptr(), other.outputs[0].data_ptr(), *addresses(product)[2:]]
     with pytest.raises(ValueError, match="zip"):
         ready.run([*other.outputs, *other.outputs], other.x)
     assert len(driver.seen) == count

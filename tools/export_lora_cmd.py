@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task-type", metavar="NAME", help="PEFT's task type (default: that of the imported adapter, or CAUSAL_LM)"
     )
+    parser.add_argument(
+        "--for",
+        dest="reader",
+        choices=("vllm",),
+        help="write an adapter that vLLM loads: no module is stored whole; norms and biases are left out and named",
+    )
     parser.add_argument("--plan", action="store_true", help="say what would be written, and its size; write nothing")
     parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
     add_name_arguments(parser, "the delta", "BASE")
@@ -50,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
         dtype=options.dtype and options.dtype.upper(),
         task_type=options.task_type,
         **name_options(options),
+        reader=options.reader,
         force=options.force,
         plan=options.plan,
         limits=limits_of(options),
@@ -72,6 +79,8 @@ def run(options: argparse.Namespace) -> None:
                 "files": result.files,
                 "warnings": result.warnings,
                 "tied_embedding": result.tied or None,
+                "left_out": result.left_out,
+                "max_lora_rank": result.max_lora_rank,
             }
         )
         return
@@ -82,3 +91,13 @@ def run(options: argparse.Namespace) -> None:
     console.say(f"{result.nbytes:,} bytes of tensors{whole}{', if it is written' if options.plan else ''}")
     if result.tied:
         console.say(f"{result.tied} changes, and the base ties it to its head: both are stored whole")
+    if result.left_out:
+        console.say(f"left out, as vLLM loads no vectors: {', '.join(map(_cost, result.left_out.items()))}")
+    if result.max_lora_rank:
+        console.say(f"vLLM loads it with --enable-lora --max-lora-rank {result.max_lora_rank}")
+
+
+def _cost(left_out: tuple[str, float | None]) -> str:
+    """Return a vector that is left out, with how far it moved."""
+    name, share = left_out
+    return name if share is None else f"{name} (moved by {share:.2%})"

@@ -30,6 +30,7 @@ from deltafmt.pipeline.finetuned import finetuned_pieces, needs_base
 from deltafmt.pipeline.import_lora import METADATA_BASE, METADATA_TASK
 from deltafmt.pipeline.lora_entries import EntriesInBase
 from deltafmt.pipeline.lora_export_plan import ExportPlan, ExportPlanner
+from deltafmt.pipeline.lora_for_vllm import VLLM, check_rank, costs, max_lora_rank
 from deltafmt.pipeline.lora_modules import LoraModule
 from deltafmt.pipeline.lora_peft import also_selected, default_task, rank_patterns
 from deltafmt.pipeline.model_layout import ModelLayout, model_layout
@@ -61,6 +62,9 @@ class ExportResult:
         warnings: what the user has to know.
         tied: the module of a changed embedding that the base ties to others; empty if there is none. It is stored
             whole, and so are those that it is tied to.
+        left_out: of an adapter for vLLM, the norms and biases that change and are not in it, with the share of the
+            base's values that the change amounts to (by their norms); None for each if no base is given.
+        max_lora_rank: of an adapter for vLLM, the option with which it is loaded.
     """
 
     path: Path
@@ -74,6 +78,8 @@ class ExportResult:
     task: str | None = None
     warnings: list[str] = field(default_factory=list)
     tied: str = ""
+    left_out: dict[str, float | None] = field(default_factory=dict)
+    max_lora_rank: int | None = None
 
 
 def export_lora(
@@ -85,6 +91,7 @@ def export_lora(
     task_type: str | None = None,
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
+    reader: str | None = None,
     force: bool = False,
     plan: bool = False,
     limits: Limits = DEFAULT_LIMITS,
@@ -108,6 +115,8 @@ def export_lora(
         rename: rules FROM=TO that say what a name that the file records is in this base. FROM is how the name begins,
             or a pattern with ``*``. Bases whose names differ in a known way are recognized without rules.
         strip_prefix: beginnings of names that do not count, on either side.
+        reader: ``vllm`` for an adapter that vLLM loads: it stores no module whole, norms and biases are left out, and
+            a head that is tied to the embedding has factors of its own. If not given, the adapter is for PEFT.
         force: True to replace ``out`` if it is a folder that exists.
         plan: True to find out what would be written, and to write nothing.
         limits: how much memory, work and output the file may ask for.
@@ -121,6 +130,8 @@ def export_lora(
     """
     if dtype is not None and dtype not in c.DELTA_DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(c.DELTA_DTYPES)}")
+    if reader not in (None, VLLM):
+        raise UsageError(f"reader {reader!r} is not {VLLM}")
     path, renames = Path(out), Renames.parse(rename, strip_prefix)
     if not plan:
         check_output_folder(path, force=force)
@@ -141,10 +152,15 @@ def export_lora(
         entries = EntriesInBase(opened, tensors)
         layout = model_layout(config, _shapes(checkpoint, entries))
         task = task_type or opened.metadata.get(METADATA_TASK) or default_task(layout)
-        planned = ExportPlanner(entries, layout, config, task, dtype).plan()
+        planned = ExportPlanner(entries, layout, config, task, dtype, factors_only=reader == VLLM).plan()
         base_bytes = 0 if checkpoint is None else checkpoint.nbytes
         exporter = _Exporter(entries, layout, planned, task, base_bytes)
+        if reader == VLLM:
+            check_rank(entries.name, exporter.rank)
         result = exporter.run(path, named, force=force, plan=plan)
+        if reader == VLLM:
+            result.max_lora_rank = max_lora_rank(result.rank)
+            result.left_out = costs(planned.left_out, entries, checkpoint)
         if not layout.known and config.get("architectures"):
             result.warnings.append(
                 "transformers, which knows the names of the base's model, is missing or does not know the model: names "
@@ -230,6 +246,11 @@ class _Exporter:
         end = "" if module.embedding else ".weight"
         return TensorSpec(f"{start}A{end}", module.dtype, of_a), TensorSpec(f"{start}B{end}", module.dtype, of_b)
 
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(self._ranks.values())
+
     def run(self, path: Path, base: str | None, *, force: bool, plan: bool) -> ExportResult:
         """Write every tensor, the configuration and the attached files, and put the folder in its place."""
         modules = self._plan.modules
@@ -242,7 +263,7 @@ class _Exporter:
             path,
             nbytes,
             factors,
-            max(self._ranks.values()),
+            self.rank,
             len(modules),
             [module.parameter for module in modules if module.own],
             self._plan.saved,

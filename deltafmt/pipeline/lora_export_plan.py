@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deltafmt.checkpoint.adapter import is_conv1d, is_embedding, may_be_conv1d
@@ -30,6 +30,7 @@ class ExportPlan:
         biases: the biases that are stored by themselves.
         tied: the module of an embedding that the base ties to others, if it changes; it is then stored whole, as they.
         tying: True if PEFT is told to keep the embedding and the head tied (``ensure_weight_tying``).
+        left_out: the vectors that change and that an adapter for vLLM cannot hold: norms and biases.
     """
 
     modules: list[LoraModule] = field(default_factory=list)
@@ -38,6 +39,7 @@ class ExportPlan:
     biases: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
     tied: str = ""
     tying: bool = False
+    left_out: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
 
 
 class ExportPlanner:
@@ -49,11 +51,21 @@ class ExportPlanner:
         config: the base's configuration; empty if it is not known.
         task: PEFT's name of the task.
         dtype: the dtype of the factors, or None for that in which they are stored.
+        factors_only: True to store no module whole, as vLLM needs it: vectors are left out, and a head that the base
+            ties to an embedding gets factors of its own.
     """
 
     def __init__(
-        self, delta: EntriesInBase, layout: ModelLayout, config: Mapping[str, Any], task: str | None, dtype: str | None
+        self,
+        delta: EntriesInBase,
+        layout: ModelLayout,
+        config: Mapping[str, Any],
+        task: str | None,
+        dtype: str | None,
+        *,
+        factors_only: bool = False,
     ) -> None:
+        self._factors_only = factors_only
         self._delta = delta
         self._layout = layout
         self._config = config
@@ -86,8 +98,11 @@ class ExportPlanner:
         changed = self._changed()
         for parameter, entries in changed.items():
             self._sort(parameter, entries)
-        self._heed_ties(changed)
-        self._close()
+        if self._factors_only:
+            self._give_heads_factors(changed)
+        else:
+            self._heed_ties(changed)
+            self._close()
         if not self._factors:
             stored = f", of those that PEFT does not store whole ({', '.join(self._saved)})" if self._saved else ""
             raise UsageError(f"{self._name}: no tensor has a low-rank delta{stored[:200]}")
@@ -126,14 +141,44 @@ class ExportPlanner:
                 "place for it; use unpack"
             )
         if not all(_is_low_rank(entry) for entry in entries):
-            if not self._is_bias(parameter, module):
+            if self._factors_only:
+                self._leave_out(parameter, entries)
+            elif not self._is_bias(parameter, module):
                 self._saved[module] = None
             return
         found = self._module(parameter, module, parts)
+        if self._factors_only and (found is None or found.own):
+            raise self._no_factors(parameter)
         if found is None:
             self._saved[module] = None
         else:
             self._factors[parameter] = found
+
+    def _leave_out(self, parameter: str, entries: list[TensorEntry]) -> None:
+        """Leave a vector out of an adapter that stores nothing whole.
+
+        Raises:
+            UsageError: it is a matrix.
+        """
+        if any(len(entry.shape) != 1 for entry in entries):
+            raise self._no_factors(parameter)
+        self._plan.left_out[parameter] = self._layout.pieces[parameter]
+
+    def _no_factors(self, parameter: str) -> UsageError:
+        return UsageError(
+            f'{self._name}: "{parameter}" changes by no factors of its module, and vLLM loads nothing else from an '
+            "adapter; serve the delta itself, which its plugin for vLLM does"
+        )
+
+    def _give_heads_factors(self, changed: Mapping[str, object]) -> None:
+        """Write out the factors of heads that the base ties to an embedding: vLLM adapts each by its own."""
+        for parameter, module in list(self._factors.items()):
+            for name in self._group(parameter):
+                if name == parameter or name in changed:
+                    continue
+                if not (name in self._layout.borrowed or self._is_copy(name)) or not module.embedding:
+                    raise self._no_factors(name)
+                self._factors[name] = replace(module, parameter=name, embedding=False)
 
     def _check_terms(self, entry: TensorEntry) -> None:
         where = f'{self._name}: tensor "{entry.name}"'

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from deltafmt.errors import DeltafmtError, NoRoomError, UsageError
+from deltafmt.errors import NoRoomError, UsageError
 from deltafmt.runtime import following
 from deltafmt.runtime.binding import Rename
 from deltafmt.runtime.calls import Calls
@@ -322,20 +322,8 @@ class Deltas:
                 self._follow_locked()
 
     def _follow_locked(self) -> None:
-        self._examiner.forget()
-        try:
-            self._watch.refuse_moved()
-            found = {
-                key: self._examiner.examine(self._store.files[key], version.name)
-                for key, version in self._versions.items()
-            }
-            for one in found.values():
-                self._watch.refuse_lost(one.binding, one.unchecked)
-        except DeltafmtError as error:
-            raise type(error)(
-                f"the model has changed since deltas were attached: {error}; undo the change, or detach the deltas and "
-                "attach them to the model as it is now"
-            ) from error
+        files = {key: (self._store.files[key], version.name) for key, version in self._versions.items()}
+        found = self._examiner.examine_again(files, self._watch)
         for key, one in found.items():
             version = self._versions[key]
             version.found = one

@@ -62,6 +62,7 @@ class BoundModule:
     cuts: dict[str, Cut] = field(default_factory=dict)
     summed_bias: torch.Tensor | None = None
     bias_elsewhere: bool = False
+    _held: dict[str, tuple[str, HeldTensor]] | None = None
 
     @property
     def serving(self) -> nn.Module:
@@ -69,13 +70,17 @@ class BoundModule:
         return self.module if self.local is None else self.local
 
     def held(self) -> dict[str, tuple[str, HeldTensor]]:
-        """Return for each parameter the name that its tensor has on the device, and the cut that is there."""
-        found = {}
-        for key, tensor in self.tensors.items():
-            if not (key == "bias" and self.bias_elsewhere):
-                part = HeldTensor(tensor, self.cuts.get(key))
-                found[key] = (part.key, part)
-        return found
+        """Return for each parameter the name that its tensor has on the device, and the cut that is there.
+
+        It is worked out once, when all of that is known.
+        """
+        if self._held is None:
+            self._held = {}
+            for key, tensor in self.tensors.items():
+                if not (key == "bias" and self.bias_elsewhere):
+                    part = HeldTensor(tensor, self.cuts.get(key))
+                    self._held[key] = (part.key, part)
+        return self._held
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from deltafmt.errors import InvalidFileError
+from deltafmt.kernels.device_memory import PlacedBuffers
 from deltafmt.kernels.nm.index import positions
-from deltafmt.kernels.operand import Operand
+from deltafmt.kernels.operand import Operand, buffer_forms
 from deltafmt.kernels.packed_words import fields
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.terms.nm.layout import NMLayout
@@ -35,6 +36,7 @@ STARTS = "the starts of the blocks do not ascend"
 BEYOND = "an entry lies beyond its block"
 ABSENT = "a row that does not exist has an entry"
 
+FLOATS = frozenset(("BF16", "F16", "F32"))
 # Of each dtype: the integers of its bits, and its infinity. As integers, numbers from 0 to infinity ascend.
 _BITS = {
     torch.bfloat16: (torch.int16, 0x7F80),
@@ -85,10 +87,8 @@ def _check_numbers(operands: Mapping[tuple[str, int], Operand]) -> Iterator[_Fou
     """Check all scales and values: the buffers of one dtype together."""
     groups: dict[tuple[str, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
     for (name, _), operand in operands.items():
-        for buffer, tensor in operand.buffers.items():
-            problem = _rule(buffer, tensor)
-            if problem is not None and tensor.numel():
-                groups.setdefault((problem, tensor.dtype), []).append((name, tensor.reshape(-1)))
+        for problem, tensor in numbers_of(operand):
+            groups.setdefault((problem, tensor.dtype), []).append((name, tensor.reshape(-1)))
     for (problem, _), members in groups.items():
         joined: list[tuple[str, torch.Tensor]] = []
         size = 0
@@ -113,9 +113,16 @@ def _of_joined(members: Sequence[tuple[str, torch.Tensor]], problem: str) -> _Fo
     return _Found(_is_wrong(whole, problem), problem, tuple(name for name, _ in members))
 
 
-def _rule(buffer: str, tensor: torch.Tensor) -> str | None:
-    """Return the rule that a buffer's numbers have to keep; packed words and bytes have none."""
-    return None if tensor.dtype not in _BITS else SCALE if buffer.endswith("scales") else VALUE
+def numbers_of(operand: Operand) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the buffers of scales and of values, with the rules that they have to keep; words and bytes have none."""
+    held = operand.buffers
+    if isinstance(held, PlacedBuffers):
+        forms = held.forms
+    else:
+        forms = buffer_forms(operand.layout, operand.rows, operand.columns, operand.slots)
+    for buffer, form in forms.items():
+        if form.dtype in FLOATS and form.nbytes:
+            yield SCALE if buffer.endswith("scales") else VALUE, held[buffer]
 
 
 def _is_wrong(flat: torch.Tensor, problem: str) -> torch.Tensor:
@@ -130,8 +137,8 @@ def _is_wrong(flat: torch.Tensor, problem: str) -> torch.Tensor:
 def _first(operands: Mapping[tuple[str, int], Operand], found: _Found) -> str:
     """Return the first of several tensors that breaks a rule."""
     for (name, _), operand in operands.items():
-        for buffer, tensor in operand.buffers.items():
-            is_one = name in found.tensors and tensor.numel() and _rule(buffer, tensor) == found.problem
+        for problem, tensor in numbers_of(operand):
+            is_one = name in found.tensors and problem == found.problem
             if is_one and bool(_is_wrong(tensor.reshape(-1), found.problem)):
                 return name
     return found.tensors[0]

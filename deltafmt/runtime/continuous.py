@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
-import torch
 from torch import nn
 
 from deltafmt.errors import DeltafmtError, UsageError
@@ -22,8 +21,8 @@ from deltafmt.runtime.intake import Intake, Request, Requests, Source, check_row
 from deltafmt.runtime.packed import PackedSelection
 from deltafmt.runtime.reads import Reads
 from deltafmt.runtime.rows import Row, read_names
-from deltafmt.runtime.scope import Scope
-from deltafmt.runtime.selection import Selection, rows_error
+from deltafmt.runtime.scope import Bound, Scope
+from deltafmt.runtime.selection import rows_error
 from deltafmt.runtime.shared_prefixes import SharedPrefixes
 from deltafmt.runtime.walks import mixed_error
 from deltafmt.runtime.wrapping import wrap_method
@@ -83,7 +82,7 @@ class Continuous:
         if requests is None:
             self._local.plain = True
             try:
-                with bound(self._scope, None):
+                with Bound(self._scope, None, gradients=False):
                     return original(*args, **kwargs)
             finally:
                 self._local.plain = False
@@ -277,7 +276,7 @@ class Manager:
         original(outputs)
 
     def _plain_step(self, original: Callable[..., Any], model: nn.Module) -> None:
-        with bound(self._scope, None):
+        with Bound(self._scope, None, gradients=False):
             original(model)
 
     def _step(self, processor: Any, original: Callable[..., Any], model: nn.Module) -> None:
@@ -303,7 +302,7 @@ class Manager:
         if any(hold is not None and hold.serves for hold in holds):
             self._server.check_model(closely=sum(lengths) > len(lengths))
         selection = self._selections.of(holds, lengths, self._scope.epoch)
-        with bound(self._scope, selection), contextlib.ExitStack() as stack:
+        with Bound(self._scope, None, selection, gradients=False), contextlib.ExitStack() as stack:
             if isinstance(selection, PackedSelection) and processor.model_runner.supports_logits_to_keep(model):
                 stack.enter_context(self._head(model, selection, batch, holds))
             original(model)
@@ -357,21 +356,6 @@ class Manager:
                 f'request "{request_id}" was not added by add_request, so nothing says which delta it uses'
             )
         return request
-
-
-@contextlib.contextmanager
-def bound(scope: Scope, selection: Selection | None) -> Iterator[None]:
-    """Bind the calls of a model in this thread to a selection; None is the base."""
-    call = scope.call
-    before = call.bound, call.selection, call.block
-    call.bound, call.selection, call.block = True, selection, None
-    scope.begin_call()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        scope.end_call()
-        call.bound, call.selection, call.block = before
 
 
 def _prompt(ids: Sequence[int], request: MakeRequest) -> Prompt:

@@ -9,6 +9,8 @@ import torch
 from deltafmt.index.entries import TensorEntry
 from deltafmt.kernels.device_memory import DeviceMemory, PlacedBuffers
 from deltafmt.kernels.operand import Operand
+from deltafmt.kernels.table import record_of
+from deltafmt.runtime.checks import numbers_of
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.placement import Placement
 
@@ -36,9 +38,17 @@ class DeviceTensors(Mapping[str, DeviceTensor]):
         return DeviceTensors(self._placement, memory)
 
     def make_all(self) -> None:
-        """Make every tensor now, for example while its bytes are on their way."""
+        """Make now what will be asked for of every tensor, for example while its bytes are on their way.
+
+        These are the records of operand tables on a GPU, and the buffers that :mod:`deltafmt.runtime.checks` looks at.
+        """
+        on_gpu = self._memory.device.type == "cuda"
         for name in self._placement.names:
-            self[name]
+            for operand in self[name].terms:
+                if on_gpu:
+                    record_of(operand)
+                for _ in numbers_of(operand):
+                    pass
 
     def __getitem__(self, name: str) -> DeviceTensor:
         found = self._made.get(name)

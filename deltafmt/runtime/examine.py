@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.errors import DeltafmtError, UsageError, WrongBaseError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.bases import named_base
 from deltafmt.runtime.base_check import BaseCheck
 from deltafmt.runtime.binding import Binding, BoundModule, Rename, Role, bind, weight_shape
+from deltafmt.runtime.changes import Watch
 from deltafmt.runtime.cuts import HeldTensor
 from deltafmt.runtime.delta_store import AttachedFile
 from deltafmt.runtime.experts import refuse_experts
@@ -128,11 +129,32 @@ class Examiner:
                 refuse_experts(bound.name, bound.module, changed)
             elif bound.role is Role.OTHER:
                 refuse_other(bound.name, bound.module, changed)
+        for bound in binding.modules:
+            bound.held()  # now, and not when the first request waits
         return found
 
-    def forget(self) -> None:
-        """Compare every parameter anew at the next examination."""
+    def examine_again(self, files: Mapping[str, tuple[AttachedFile, str]], watch: Watch) -> dict[str, Examined]:
+        """Examine deltas for the model as it is now, after it has changed.
+
+        Args:
+            files: each delta's file and its name for messages, by what tells it from others.
+            watch: what the model was like.
+
+        Raises:
+            UsageError, WrongBaseError: the model is no longer the base of a delta, or that cannot be told.
+        """
         self._check.forget()
+        try:
+            watch.refuse_moved()
+            found = {key: self.examine(file, name) for key, (file, name) in files.items()}
+            for one in found.values():
+                watch.refuse_lost(one.binding, one.unchecked)
+        except DeltafmtError as error:
+            raise type(error)(
+                f"the model has changed since deltas were attached: {error}; undo the change, or detach the deltas and "
+                "attach them to the model as it is now"
+            ) from error
+        return found
 
     def close(self) -> None:
         """Give modules that are cut over processes their own forward back."""

@@ -17,7 +17,9 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltafmt.runtime import follow_rules as rules
+from deltafmt.runtime.follow_moves import pointwise
+from deltafmt.runtime.follow_rules import RULES
+from deltafmt.runtime.follow_seen import NO_ROWS, Rule, Seen, name_of, tensors_in
 from deltafmt.runtime.owners import LOST, Found, Owners, joined
 
 _NAME: Final = "_deltafmt_owners"
@@ -79,21 +81,21 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = rules.name_of(func)
-        rule = rules.RULES.get(name)
+        name = name_of(func)
+        rule = RULES.get(name)
         if rule is None and torch.Tag.pointwise in func.tags:
-            rule = rules.pointwise
-        given = [self.owners(tensor) for tensor in rules.tensors_in((args, kwargs))]
-        if rule is None and any(given) and name not in rules.NO_ROWS and func._can_decompose():  # noqa: SLF001
+            rule = pointwise
+        given = [self.owners(tensor) for tensor in tensors_in((args, kwargs))]
+        if rule is None and any(given) and name not in NO_ROWS and func._can_decompose():  # noqa: SLF001
             with self:
                 return func.decompose(*args, **kwargs)
         output = func(*args, **kwargs)
-        changed = rules.tensors_in(output)
+        changed = tensors_in(output)
         if not any(found is not None for found in given):
             for tensor in changed:
                 self.mark(tensor, None)
             return output
-        if name in rules.NO_ROWS:
+        if name in NO_ROWS:
             found: Any = None
         elif rule is None:
             found = LOST
@@ -108,16 +110,16 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
             setattr(changed[0], _VIEWED, (self, args[0], name, args[1] if len(args) > 1 else 0, args[2:]))
         return output
 
-    def _ruled(self, rule: rules.Rule, func: Any, args: Any, kwargs: Any, changed: list[torch.Tensor]) -> Any:
+    def _ruled(self, rule: Rule, func: Any, args: Any, kwargs: Any, changed: list[torch.Tensor]) -> Any:
         """Return what a rule says of an operation; of values per delta, what it says of all of them alike."""
-        tensors = [*rules.tensors_in((args, kwargs)), *changed]
+        tensors = [*tensors_in((args, kwargs)), *changed]
         count = max((len(each) for tensor in tensors if (each := _each(tensor)) is not None), default=0)
         if not count:
-            return rule(rules.Seen(self.owners, func, args, kwargs, changed))
+            return rule(Seen(self.owners, func, args, kwargs, changed))
         told: list[Any] = []
         for number in range(count):
             one = pytree.tree_map_only(torch.Tensor, lambda tensor: self._one(tensor, number), (args, kwargs, changed))  # noqa: B023
-            told.append(rule(rules.Seen(self.owners, func, *one)))
+            told.append(rule(Seen(self.owners, func, *one)))
         first = told[0]
         if isinstance(first, tuple):
             return tuple(_alike(found) for found in zip(*told, strict=True))

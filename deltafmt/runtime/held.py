@@ -38,6 +38,11 @@ class Attached:
     found: Examined
     key: str = ""
 
+    @property
+    def identity(self) -> bytes:
+        """The seal of the version's file, which was computed when it was opened; a content id is only a claim."""
+        return self.file.opened.container.seal
+
 
 class Pool:
     """What all holds of a model share: the deltas on the device, and the count of the holds.
@@ -134,7 +139,7 @@ class Held:
 
     Attributes:
         pool: what all holds share.
-        identity: the content id and weight of each delta, row by row.
+        identity: the file and weight of each delta, row by row: what other deltas computed is none of theirs.
         keys: the version of each delta, row by row.
         text: the names as a message gives them.
         serves: True if a row has a delta.
@@ -152,7 +157,7 @@ class Held:
         self.text = str(rows)
         self.serves = any(row.terms for row in rows.rows)
         self.identity: Hashable = tuple(
-            tuple((attached[n].file.content_id, weight) for n, weight in row.terms) for row in rows.rows
+            tuple((attached[n].identity, weight) for n, weight in row.terms) for row in rows.rows
         )
         self.keys: object = tuple(tuple((attached[n].key, weight) for n, weight in row.terms) for row in rows.rows)
         self.pool = pool

@@ -19,30 +19,16 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextvars import ContextVar
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, Protocol, Self
 
 import torch
 
 from deltafmt.errors import UsageError
+from deltafmt.runtime.callers import Mark, consumer_of, frames_of, is_stream, mark_of, owner_of
 from deltafmt.runtime.selection import Selection
-
-_GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-# A generator that contextlib has made into a context manager is suspended while the body of its ``with`` runs.
-_CONTEXT_MANAGERS = frozenset(
-    kind.__dict__[method].__code__
-    for kind, method in (
-        (contextlib._GeneratorContextManager, "__enter__"),  # noqa: SLF001 - it has no public name
-        (contextlib._AsyncGeneratorContextManager, "__aenter__"),  # noqa: SLF001
-        (contextlib._BaseExitStack, "enter_context"),  # noqa: SLF001
-    )
-)
-
-_COMPREHENSIONS = frozenset(("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>"))
-
-Mark = tuple[int, CodeType]
 
 
 class Hold(Protocol):
@@ -125,11 +111,11 @@ class Block:
         """Open the block for the code that follows."""
         self.open()
         frame = sys._getframe(1)  # noqa: SLF001 - the way to know whose block this is
-        owner = _owner(frame)
-        self.generator = next((one for one in _frames(owner) if _is_stream(one)), None)
+        entering = owner_of(frame)
+        self.generator = next((one for one in frames_of(entering) if is_stream(one)), None)
         if self.generator is not None:
-            self.driver = _consumer(self.generator)
-        elif not owner.f_code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE):
+            self.driver = consumer_of(self.generator)
+        elif not entering.f_code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE):
             # A coroutine or a generator may pause here, and whoever runs then would find gradients switched off.
             self.switches_gradients = True
             self._gradients = torch.no_grad()
@@ -274,10 +260,10 @@ class Scope:
         links, adopted = chain.get(), work.adopted
         if not (self._open or links or adopted):
             return None
-        frames = list(_frames(sys._getframe(1))) if self._streams else []  # noqa: SLF001
+        frames = list(frames_of(sys._getframe(1))) if self._streams else []  # noqa: SLF001
         for frame in frames:
             if found := self._streams.get(frame):
-                found[-1].driver = _consumer(frame)
+                found[-1].driver = consumer_of(frame)
                 return found[-1]
         for block, follows in reversed(links):
             if block.scope is self and (not work.shared if follows else block.generator is None or block in adopted):
@@ -337,7 +323,7 @@ class Scope:
             block.forget_selections()
 
     def _refuse_others(self, frames: list[FrameType]) -> None:
-        marks = {_mark(frame) for frame in frames}
+        marks = {mark_of(frame) for frame in frames}
         for block in self.open_blocks():
             hold = block._hold  # noqa: SLF001 - it may end at any time
             if hold is None or not hold.serves or (block.generator is not None and block.driver in marks):
@@ -350,27 +336,38 @@ class Scope:
 
 
 class Bound:
-    """A context manager: one call of a model, bound to a block or to the base."""
+    """A context manager: one call of a model, bound to a block, to a selection or to the base.
 
-    __slots__ = ("_before", "_block", "_call", "_extra", "_gradients", "_scope", "selection")
+    Args:
+        scope: the blocks of the model.
+        block: the block that the call belongs to, if there is one.
+        selection: what the call serves without a block; None for the base.
+        gradients: leave gradients as they are without a block; otherwise they are off.
+    """
 
-    def __init__(self, scope: Scope, block: Block | None) -> None:
+    __slots__ = ("_before", "_block", "_call", "_extra", "_gradients", "_keeps", "_scope", "selection")
+
+    def __init__(
+        self, scope: Scope, block: Block | None, selection: Selection | None = None, *, gradients: bool = True
+    ) -> None:
         self._scope = scope
         self._call = scope.call
         self._block = block
+        self._keeps = gradients
         self._extra: Hold | None = None
         self._gradients: contextlib.AbstractContextManager[None] | None = None
         self._before = (False, None, None)
-        self.selection: Selection | None = None
+        self.selection = selection
 
     def __enter__(self) -> Self:
         """Bind the call."""
-        call, block = self._call, self._block
+        call, block, keeps = self._call, self._block, self._keeps
         if block is not None:
             self.selection, self._extra = block.begin()
-            if not block.switches_gradients or self._extra is not None:
-                self._gradients = torch.no_grad()
-                self._gradients.__enter__()
+            keeps = block.switches_gradients and self._extra is None
+        if not keeps:
+            self._gradients = torch.no_grad()
+            self._gradients.__enter__()
         self._before = call.bound, call.selection, call.block  # type: ignore[assignment]
         call.bound, call.selection, call.block = True, self.selection, block
         self._scope.begin_call()
@@ -385,38 +382,3 @@ class Bound:
             self._gradients.__exit__(None, None, None)
         if self._extra is not None:
             self._extra.release()
-
-
-def _frames(frame: FrameType | None) -> Iterable[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _mark(frame: FrameType) -> Mark:
-    """Return what tells a frame from others without keeping its variables alive."""
-    return id(frame), frame.f_code
-
-
-def _consumer(generator: FrameType) -> Mark | None:
-    """Return the mark of the function that runs a generator, be it from within a comprehension."""
-    frame = generator.f_back
-    while frame is not None and frame.f_code.co_name in _COMPREHENSIONS:
-        frame = frame.f_back
-    return None if frame is None else _mark(frame)
-
-
-def _is_stream(frame: FrameType) -> bool:
-    """Tell whether a frame is a generator that pauses for its consumer, not one that is a context manager."""
-    back = frame.f_back
-    return bool(frame.f_code.co_flags & _GENERATORS) and not (back is not None and back.f_code in _CONTEXT_MANAGERS)
-
-
-def _owner(frame: FrameType) -> FrameType:
-    """Return the frame whose ``with`` statement enters a block, behind context managers of contextlib."""
-    found = frame
-    while found.f_back is not None and (
-        (found.f_code.co_flags & _GENERATORS and not _is_stream(found)) or found.f_code in _CONTEXT_MANAGERS
-    ):
-        found = found.f_back
-    return found

@@ -35,13 +35,13 @@ class Waiting:
         given: the input.
         version: the input's version when the outputs were computed.
         outputs: the outputs by the site's id.
-        planned: True if they have all that the deltas change, and were computed as a plan says.
+        complete: True if they have all that the deltas change.
     """
 
     given: torch.Tensor
     version: int
     outputs: dict[int, torch.Tensor]
-    planned: bool = False
+    complete: bool = False
 
 
 class Selection:
@@ -67,8 +67,8 @@ class Selection:
         waiting: outputs that were computed ahead.
         multiplied: the ids of the sites whose output contains the deltas' products already.
         finished: the ids of the sites whose output contains all of the deltas already, for the modules' hooks.
-        plans: what groups of modules have decided in earlier calls whose rows stood in the same places; None outside of
-            calls, and in calls that are followed.
+        routines: what groups of modules have decided in earlier calls whose rows stood in the same places; None outside
+            of calls, and in calls that are followed.
     """
 
     packed = False
@@ -95,7 +95,7 @@ class Selection:
         self.waiting: Waiting | None = None
         self.multiplied: set[int] = set()
         self.finished: set[int] = set()
-        self.plans: dict[object, Any] | None = None
+        self.routines: dict[object, Any] | None = None
         self._each = each
         self._names = len(slots)
         self._alone: dict[int, Selection] = {}
@@ -242,7 +242,7 @@ class Entry:
             walk.__enter__()
         selection.walk, selection.entered, self._outer = walk, True, True
         if not selection.mixes:
-            selection.plans = selection.memo("plans", dict) if walk is None else walk.plans
+            selection.routines = selection.memo("routines", dict) if walk is None else walk.routines
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -250,7 +250,7 @@ class Entry:
         """End the call."""
         if self._outer:
             walk, self._selection.walk, self._selection.entered = self._selection.walk, None, False
-            self._selection.plans = None
+            self._selection.routines = None
             if walk is not None:
                 walk.__exit__(kind, error, trace)
 

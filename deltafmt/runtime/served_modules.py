@@ -18,19 +18,19 @@ from torch.utils.hooks import RemovableHandle
 from deltafmt.errors import UsageError
 from deltafmt.kernels.record_memory import RecordMemory
 from deltafmt.runtime import frames, operations
-from deltafmt.runtime.binding import Binding, BoundModule, Role, weight_shape
+from deltafmt.runtime.binding import Binding, BoundModule
 from deltafmt.runtime.cuts import settled
 from deltafmt.runtime.device_delta import DeviceDelta
-from deltafmt.runtime.experts import ExpertsSite
 from deltafmt.runtime.mixing import mixed_output
 from deltafmt.runtime.operations import new_key
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.shared_products import Active, Siblings, shareable
 from deltafmt.runtime.siblings import SharedInput, known_siblings
-from deltafmt.runtime.sites import LinearSite, Site, TransposedSite, WeightSite, refuse_gradient
-from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite, adds_up
+from deltafmt.runtime.site_choice import site_of
+from deltafmt.runtime.sites import LinearSite, Site, WeightSite, refuse_gradient
+from deltafmt.runtime.sites_other import EmbeddingSite
 from deltafmt.runtime.standing import Standing, refuse_mixes
-from deltafmt.runtime.substituted import SubstitutedSite, Wrapped, WrappedSite
+from deltafmt.runtime.substituted import Wrapped, WrappedSite
 from deltafmt.runtime.uncopied import Uncopied
 
 # More slots mean other tables, for which a model is compiled anew.
@@ -69,7 +69,8 @@ class ServedModules:
         self._held: dict[str, tuple[DeviceDelta, Binding]] = {}
         self._free: list[int] = []
         self._fresh = False
-        self._layouts = 0
+        self._added = 0
+        self._compiled = False
         self._fewest: float = math.inf
         self._growing: frozenset[int] = frozenset()
         self._wrapped = False
@@ -83,7 +84,8 @@ class ServedModules:
             selection: what the call serves; None for the base.
             rows: of the batch.
         """
-        if not self._fresh:
+        if not (self._fresh and self._compiled):
+            self._compiled = True
             self._refresh()
         self.standing.begin(selection, rows, self.count)
 
@@ -115,16 +117,19 @@ class ServedModules:
             self._fresh = True
             groups, sites = set(self._groups.values()), list(self._sites.values())
             weights = [site for site in sites if isinstance(site, WeightSite)]
-            tables = [*(group.table for group in groups), *(site.table.operands for site in weights)]
-            layouts = 0
+            own = [site.table.operands for site in weights]
             if self._device.type == "cuda":  # without kernels, nothing reads the records
-                for table in tables:
-                    table.prepare()
+                for group in groups:
+                    group.table.prepare()
+                for site, table in zip(weights, own, strict=True):
+                    # By itself, a module of a group hardly ever runs. In compiled code it must not take memory then.
+                    if table.used or self._compiled or id(site) not in self._groups:
+                        table.prepare()
                 self._memory.flush()
-                layouts = sum(len(table.records()) for table in tables)
-            if layouts > self._layouts:
+            added = sum(table.added for table in (*own, *(group.table for group in groups)))
+            if added > self._added:
                 frames.forget()  # a graph that was captured before does not launch for the new layout
-            self._layouts = layouts
+            self._added = added
             self._fewest = min((group.table.fewest for group in groups), default=math.inf)
             self._growing = frozenset(slot for site in weights for slot in site.growing())
             self._wrapped = any(isinstance(site, WrappedSite) for site in sites)
@@ -169,7 +174,7 @@ class ServedModules:
             made = []
             for bound in modules:
                 if id(bound.serving) not in self._sites:
-                    site = _make_site(bound, self._device, self._memory)
+                    site = site_of(bound, self._device, self._memory)
                     site.grow(self.count)
                     self._sites[id(bound.serving)] = site
                     self._hook(site)
@@ -234,12 +239,13 @@ class ServedModules:
 
     def _fill(self, slot: int, delta: DeviceDelta, binding: Binding) -> None:
         for bound in binding.modules:
-            if id(bound.serving) in self._sites:
-                tensors = {key: delta[name] for key, (name, _) in bound.held().items() if name in delta}
-                self._sites[id(bound.serving)].put(slot, tensors)
-        for group in set(self._groups.values()):
+            site = self._sites.get(id(bound.serving))
+            if site is not None:
+                site.put(slot, {key: delta[name] for key, (name, _) in bound.held().items() if name in delta})
+        groups = set(self._groups.values())
+        for group in groups:
             group.refresh(slot)
-        self._settle(set(self._groups.values()))
+        self._settle(groups)
         self._fresh = False
 
     def release(self, name: str) -> None:
@@ -379,23 +385,6 @@ class ServedModules:
                     self._make_group(ended)
                     frames.forget()
                     self._refresh()
-
-
-def _make_site(bound: BoundModule, device: torch.device, memory: RecordMemory) -> Site:
-    if bound.role is Role.EXPERTS:
-        return ExpertsSite(bound.name, bound.module, device)
-    shape = weight_shape(bound.serving, bound.role)
-    if shape is None:
-        made = OtherSite if adds_up(bound.module) else SubstitutedSite
-        return made(bound.name, bound.module, device)
-    rows, columns = shape
-    if bound.role is Role.TRANSPOSED:
-        return TransposedSite(bound.name, bound.module, device, columns, rows, memory)
-    if bound.role is Role.EMBEDDING:
-        return EmbeddingSite(bound.name, bound.module, device, rows, columns, memory)
-    site = LinearSite(bound.name, bound.serving, device, rows, columns, memory)
-    site.whole, site.summed_bias = bound.module, bound.summed_bias
-    return site
 
 
 class _Hooks(Uncopied):

@@ -67,7 +67,7 @@ class SharedPrefixes:
         if hold is not None and hold.serves:
             identity = hold.identity
         elif merged is not None:
-            identity = "merged", self._server.known(merged).file.content_id
+            identity = "merged", self._server.known(merged).identity
         if identity is None or not tokens:
             return tokens
         salt = self._salts.setdefault((identity, tokens[0]), _FIRST_SALT + len(self._salts))

@@ -4,9 +4,9 @@ The first of them computes the base's outputs of all siblings, one launch adds t
 until their modules are called. If all tokens use one delta and the base's weights are plain, base and delta are one
 product. On a GPU, a module without siblings is a group of its own, for the sake of that product.
 
-What was decided for an input is kept with the places of the rows, as a *plan*: in the next steps a group takes the
-base's outputs and launches, and decides nothing. A plan holds for the same deltas, the same rows and inputs of the same
-form, until a slot of the group changes.
+What was decided for an input is kept with the places of the rows, as a *routine*: in the next steps a group takes the
+base's outputs and launches, and decides nothing. A routine holds for the same deltas, the same rows and inputs of the
+same form, until a slot of the group changes.
 
 If a sibling is called with another tensor, or with the same tensor after a change, it computes its output by itself.
 Torch does not count the changes of tensors that are made under ``torch.inference_mode``; nothing is shared there.
@@ -41,11 +41,11 @@ After = Callable[[LinearSite, Any, Any, Any], Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Plan:
+class _Routine:
     """How a group's product is made of inputs of one form.
 
     Attributes:
-        version: of the group when the plan was made.
+        version: of the group when the routine was made.
         product: the launches.
         segments: which token uses which delta; None if base and delta are one product.
     """
@@ -98,7 +98,6 @@ class Siblings:
 
     Attributes:
         members: the modules' forwards.
-        table: the operands of all modules.
         key: stands for the group in compiled code.
         plain: the modules' own forwards.
     """
@@ -114,7 +113,7 @@ class Siblings:
         self._slots: set[int] = set()
         self._alone = len(sites) == 1
         self._version = 0
-        self.table = self._new_table(slots)
+        self._table = None if self._alone else self._new_table(slots)
         self._forwards: dict[int, tuple[Callable[..., Any], bool]] = {}
         for site in sites:
             for slot in site.table.slots:
@@ -129,19 +128,27 @@ class Siblings:
         operands = self.sites[0].table.operands
         return OperandTable(slots, rows, operands.columns, operands.device, operands.memory)
 
+    @property
+    def table(self) -> OperandTable:
+        """The operands of all modules; a single module's own table."""
+        return self.sites[0].table.operands if self._table is None else self._table
+
     def refresh(self, slot: int) -> None:
         """Copy a slot from the modules' own tables, or clear it if none of them has it."""
         if any(slot in site.table.slots for site in self.sites):
-            self.table.put(slot, [site.table.operands.operands(slot)[0] for site in self.sites])
+            if self._table is not None:
+                self._table.put(slot, [site.table.operands.operands(slot)[0] for site in self.sites])
             self._slots.add(slot)
         elif slot in self._slots:
-            self.table.clear(slot)
+            if self._table is not None:
+                self._table.clear(slot)
             self._slots.discard(slot)
         self._version += 1
 
     def grow(self, slots: int) -> None:
         """Make the table larger, for ``slots`` slots."""
-        self.table = self.table.grown(slots)
+        if self._table is not None:
+            self._table = self._table.grown(slots)
         self._version += 1
 
     def dissolve(self) -> None:
@@ -160,8 +167,8 @@ class Siblings:
             return member.plain(*args, **kwargs)
         site, output = member.site, None
         shared = shareable(args, kwargs, alone=self._alone)
-        if shared and selection.plans is not None:
-            output = self._planned(member, args[0], selection, selection.plans)
+        if shared and selection.routines is not None:
+            output = self._by_routine(member, args[0], selection, selection.routines)
             if output is not None:
                 return _served(site, selection, output)
         if selection.walk is not None:
@@ -187,28 +194,28 @@ class Siblings:
             selection.finished.add(id(site))
         return output if found is None else found
 
-    def _planned(
-        self, member: _Member, given: torch.Tensor, selection: Selection, plans: dict[object, Any]
+    def _by_routine(
+        self, member: _Member, given: torch.Tensor, selection: Selection, routines: dict[object, Any]
     ) -> torch.Tensor | None:
-        """Return a module's output, if a plan says how; the outputs of the others wait for their calls."""
+        """Return a module's output, if a routine says how; the outputs of the others wait for their calls."""
         waiting = selection.waiting
-        if waiting is not None and waiting.planned and waiting.given is given:
+        if waiting is not None and waiting.complete and waiting.given is given:
             output = self._take(member.site, given, selection)
             if output is not None:
                 return output
-        plan: _Plan | None = plans.get(self) if member.number == 0 else None
-        if plan is None or plan.version != self._version or not plan.product.takes(given):
+        routine: _Routine | None = routines.get(self) if member.number == 0 else None
+        if routine is None or routine.version != self._version or not routine.product.takes(given):
             return None
-        if plan.segments is None:
+        if routine.segments is None:
             weights = self._plain_weights(given)
             outputs = [given.new_empty(*given.shape[:-1], site.rows) for site in self.sites]
-            if weights is None or not plan.product.run([*outputs, *weights], given):
+            if weights is None or not routine.product.run([*outputs, *weights], given):
                 return None
         else:
             outputs = [forward(given) for forward in self.plain]
-            if not plan.product.run(outputs, given):
-                outputs = self._multiply(outputs, given, plan.segments)
-        self._keep(given, selection, outputs, planned=True)
+            if not routine.product.run(outputs, given):
+                outputs = self._multiply(outputs, given, routine.segments)
+        self._keep(given, selection, outputs, complete=True)
         return outputs[0]
 
     def traced(self, number: int, args: Any, kwargs: Any) -> Any:
@@ -257,17 +264,17 @@ class Siblings:
         version, order = self._version, self.sites[0].order(selection, given, given.shape[:-1])
         weights = self._fusable(given, selection)
         outputs = None if weights is None else self._compute_fused(given, selection, weights)
-        plans = selection.plans if selection.steady(given) else None
+        routines = selection.routines if selection.steady(given) else None
         if weights is not None and outputs is not None:
             (slot,) = selection.used
-            self._plan(plans, version, ready_fused(outputs, given, weights, self.table, slot), None)
+            self._keep_routine(routines, version, ready_fused(outputs, given, weights, self.table, slot), None)
         elif outputs is None:
             outputs = [forward(given) for forward in self.plain]
             segments = order.segments()
             outputs = self._multiply(outputs, given, segments)
             if weights is None:
-                self._plan(plans, version, ready(outputs, given, self.table, segments), segments)
-        self._keep(given, selection, outputs, planned=False)
+                self._keep_routine(routines, version, ready(outputs, given, self.table, segments), segments)
+        self._keep(given, selection, outputs, complete=False)
         return outputs[0]
 
     def _multiply(self, outputs: list[torch.Tensor], given: torch.Tensor, segments: Segments) -> list[torch.Tensor]:
@@ -279,16 +286,16 @@ class Siblings:
         matmul_(flat, x, self.table, segments)
         return [output.view(*given.shape[:-1], -1) for output in flat]
 
-    def _plan(
-        self, plans: dict[object, Any] | None, version: int, product: Ready | None, segments: Segments | None
+    def _keep_routine(
+        self, routines: dict[object, Any] | None, version: int, product: Ready | None, segments: Segments | None
     ) -> None:
         """Keep how a product was made, for the next input of the same form."""
-        if plans is not None and product is not None and all(site.multiplies_only for site in self.sites):
-            plans[self] = _Plan(version, product, segments)
+        if routines is not None and product is not None and all(site.multiplies_only for site in self.sites):
+            routines[self] = _Routine(version, product, segments)
 
-    def _keep(self, given: torch.Tensor, selection: Selection, outputs: list[torch.Tensor], *, planned: bool) -> None:
+    def _keep(self, given: torch.Tensor, selection: Selection, outputs: list[torch.Tensor], *, complete: bool) -> None:
         others = dict(zip(self._numbers[1:], outputs[1:], strict=True))
-        selection.waiting = Waiting(given, version_of(given), others, planned) if others else None
+        selection.waiting = Waiting(given, version_of(given), others, complete) if others else None
 
     def _fusable(self, given: torch.Tensor, selection: Selection) -> list[torch.Tensor] | None:
         """Return the modules' weights if base and delta can be one product; otherwise None.

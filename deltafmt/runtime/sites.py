@@ -270,7 +270,7 @@ class LinearSite(WeightSite):
 
     def growing(self) -> set[int]:
         """Return the slots that give the module another number of rows."""
-        return super().growing() | self._totals.keys()
+        return super().growing() | self._totals.keys() if self._totals or self._new_rows else set()
 
     @property
     def multiplies_only(self) -> bool:

@@ -29,13 +29,14 @@ class Kept:
     Attributes:
         slots: for each source, the slot of each item; the first source is the rows of the batch.
         orders: the orders of the deltas in tensors, by source, dimension and shape.
-        plans: for each form of a call, what groups of modules have decided (:mod:`deltafmt.runtime.shared_products`).
+        routines: for each form of a call, what groups of modules have decided
+            (:mod:`deltafmt.runtime.shared_products`).
     """
 
     def __init__(self, slots: Sequence[torch.Tensor]) -> None:
         self.slots = slots
         self.orders: dict[Hashable, Order] = {}
-        self.plans: weakref.WeakKeyDictionary[Form, dict[object, Any]] = weakref.WeakKeyDictionary()
+        self.routines: weakref.WeakKeyDictionary[Form, dict[object, Any]] = weakref.WeakKeyDictionary()
 
 
 class Walk:
@@ -53,7 +54,7 @@ class Walk:
         follower: the mode that follows the call; None if its form is known.
         slots: for each source, the slot of each item.
         rows: for each source, the row of each item; None for the rows of the batch themselves.
-        plans: what groups of modules have decided for calls of this form and batch; None while the call is followed.
+        routines: what groups of modules have decided for calls of this form and batch; None while the call is followed.
     """
 
     def __init__(
@@ -71,14 +72,14 @@ class Walk:
         self._form = Form() if found is None else found
         self._forms, self._key, self._inputs = forms, key, inputs
         self._count, self._device, self._orders = count, device, kept.orders
-        self.plans = None if found is None else kept.plans.setdefault(found, {})
+        self.routines = None if found is None else kept.routines.setdefault(found, {})
         self._leaf = False
         self.rows: list[torch.Tensor | None] = [None]
         self._merged: dict[int, int] = {}
 
     def of_leaf(self) -> Self:
         """Return the walk of a model that is itself a served module: its input's first dimension is the rows."""
-        self.follower, self.plans, self._leaf = None, None, True
+        self.follower, self.routines, self._leaf = None, None, True
         return self
 
     def __enter__(self) -> Self:

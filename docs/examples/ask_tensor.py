@@ -1,6 +1,6 @@
 """Ask serve_tensors.c for a tensor, with Python's standard library alone.
 
-    python docs/examples/ask_tensor.py SOCKET NAME
+python docs/examples/ask_tensor.py SOCKET NAME
 """
 
 from __future__ import annotations

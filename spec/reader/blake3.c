@@ -74,7 +74,10 @@ static void compress_each(const uint8_t *data, size_t count, size_t blocks, uint
     }
 }
 
-#if defined(__GNUC__) && defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#ifndef DELTAFMT_PORTABLE
+#define DELTAFMT_PORTABLE 0 /* 1 leaves AVX2 out, 2 all vectors: for tests */
+#endif
+#if DELTAFMT_PORTABLE < 2 && defined(__GNUC__) && defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define WIDE 1
 typedef uint32_t vec __attribute__((vector_size(4 * LANES)));
 #if defined(__clang__)
@@ -112,7 +115,7 @@ typedef uint32_t vec __attribute__((vector_size(4 * LANES)));
 
 typedef void wide_function(const uint8_t *, size_t, uint64_t, int, uint32_t, uint32_t, uint32_t, uint32_t (*)[8]);
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && DELTAFMT_PORTABLE == 0
 #define WIDE_NAME wide_avx2
 #define WIDE_TARGET __attribute__((target("avx2")))
 #include "blake3_wide.h"

@@ -1605,7 +1605,9 @@ dlt_status dlt_validate(const dlt_file *file, dlt_error *error) {
 
 /* Loops over words, compiled also for processors with AVX2 where the system can choose between two compilations of a
  * function. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(VECTORS)
+/* the build says */
+#elif defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define VECTORS __attribute__((target_clones("avx2", "default")))
 #else
 #define VECTORS

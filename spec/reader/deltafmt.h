@@ -229,8 +229,8 @@ dlt_status dlt_decode(dlt_file *file, const dlt_tensor *tensor, uint64_t start, 
 dlt_status dlt_apply(dlt_file *file, const dlt_tensor *tensor, uint64_t start, uint64_t count, const void *base,
                      void *out, dlt_error *error);
 
-/* Compare the base's tensor with the one that the delta was made for (7.5). `bytes`: the whole tensor, or its parts
- * joined. */
+/* Compare the base's tensor, whose dtype and shape the caller has compared, with the one that the delta was made for
+ * (7.5). `bytes`: the whole tensor, or its parts joined. */
 dlt_status dlt_check_base(const dlt_tensor *tensor, const void *bytes, uint64_t length, dlt_error *error);
 /* The identity of a tensor (7.5). */
 void dlt_identity(dlt_dtype dtype, const dlt_shape *shape, const void *bytes, uint64_t length, uint8_t out[32]);

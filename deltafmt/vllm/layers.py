@@ -1,0 +1,303 @@
+"""Layers of vLLM with the parts of every delta that concern them: linear layers, heads and embeddings.
+
+A layer's ``quant_method`` computes its product. It gets a subclass that adds the deltas behind that, so quantized
+bases, merged projections and layers that are cut over processes are served alike, and LoRA adapters add theirs later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from deltafmt.errors import UsageError
+from deltafmt.kernels.operand import Operand
+from deltafmt.kernels.products import embedding_, matmul_
+from deltafmt.kernels.record_memory import RecordMemory
+from deltafmt.kernels.registry import kernels_of
+from deltafmt.kernels.segments import Segments
+from deltafmt.kernels.table import OperandTable
+from deltafmt.runtime import operations
+from deltafmt.runtime.device_delta import DeviceTensor
+from deltafmt.terms.layout import TermLayout
+from deltafmt.vllm.choice import Choice, Rows
+from deltafmt.vllm.parts import LayerParts
+
+
+class ServedLayer:
+    """A layer that deltas are added to.
+
+    Args:
+        name: its name in the model.
+        layer: the layer.
+        choice: whose rows a step has.
+
+    Attributes:
+        ran: True once it has computed something, so that its deltas would have been added.
+        slots: the slots whose deltas change it.
+    """
+
+    def __init__(self, name: str, layer: Any, choice: Choice) -> None:
+        self.name = name
+        self.layer = layer
+        self.choice = choice
+        self.ran = False
+        self.slots: set[int] = set()
+
+    def put(self, slot: int, parts: LayerParts, tensors: Mapping[str, DeviceTensor]) -> None:
+        """Fill a slot with what a delta changes here.
+
+        Args:
+            slot: the slot.
+            parts: what the delta changes.
+            tensors: its tensors on the device, by the names that the parts say.
+        """
+        raise NotImplementedError
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        raise NotImplementedError
+
+    def idle(self) -> bool:
+        """Return True if no row uses a delta now. Compiled code and graphs hold the operation for every step."""
+        if torch.compiler.is_compiling():
+            return False
+        self.ran = True
+        return not (self.choice.busy and (self.slots or self.choice.lost)) and not _capturing(self.choice.device)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class MatrixLayer(ServedLayer):
+    """A layer with a matrix: what linear layers, heads and embeddings have in common.
+
+    On a GPU, kernels multiply with the packed terms. Elsewhere each matrix was decoded once, when its delta was
+    loaded (:mod:`deltafmt.vllm.parts`).
+
+    Args:
+        name: its name in the model.
+        layer: the layer.
+        choice: whose rows a step has.
+        runs: where each part of the layer's rows begins, and its number of rows.
+        columns: of the matrix.
+        memory: the memory of the operands' records.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: Any,
+        choice: Choice,
+        runs: Sequence[tuple[int, int]],
+        columns: int,
+        memory: RecordMemory,
+    ) -> None:
+        super().__init__(name, layer, choice)
+        self.runs = sorted(runs)
+        self.columns = columns
+        self.table = OperandTable(choice.slots, [rows for _, rows in self.runs], columns, choice.device, memory)
+        # What a graph that is captured from now on launches.
+        self.prepared: set[tuple[int, TermLayout, int]] = set()
+        self._parts: dict[int, LayerParts] = {}
+        # The bias of every slot less the base's; captured graphs read it.
+        self._biases: torch.Tensor | None = None
+
+    def put(self, slot: int, parts: LayerParts, tensors: Mapping[str, DeviceTensor]) -> None:
+        """Fill a slot with what a delta changes here."""
+        self.clear(slot)
+        if parts.packed:
+            terms = {start: tensors[name].terms for start, name in parts.packed.items()}
+            self.table.put(slot, [terms.get(start, ()) for start, _ in self.runs])
+            self.table.prepare()
+            self.prepared |= self.layouts(terms)
+        self._parts[slot] = parts
+        self.slots.add(slot)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        if slot in self.slots:
+            self.slots.discard(slot)
+            del self._parts[slot]
+            if any(self.table.operands(slot)):
+                self.table.clear(slot)
+                self.table.prepare()
+
+    @staticmethod
+    def layouts(terms: Mapping[int, Sequence[Operand]]) -> set[tuple[int, TermLayout, int]]:
+        """Return what graphs launch for terms: where they begin, their layout, and how many of it came before."""
+        found: set[tuple[int, TermLayout, int]] = set()
+        for start, operands in terms.items():
+            seen: dict[TermLayout, int] = {}
+            for operand in operands:
+                layout = kernels_of(operand.layout).table_layout(operand.layout)
+                number = seen[layout] = seen.get(layout, -1) + 1
+                found.add((start, layout, number))
+        return found
+
+
+class LinearLayer(MatrixLayer):
+    """A linear layer, or a head.
+
+    Args:
+        rows: what the rows of its input are.
+    """
+
+    def __init__(self, *args: Any, rows: Rows = Rows.TOKENS) -> None:
+        super().__init__(*args)
+        self.rows = rows
+        self.key = operations.new_key(self, self.choice.device)
+
+    def put(self, slot: int, parts: LayerParts, tensors: Mapping[str, DeviceTensor]) -> None:
+        """Fill a slot with what a delta changes here."""
+        super().put(slot, parts, tensors)
+        if parts.bias is not None:
+            if self._biases is None:
+                with torch.inference_mode(mode=False):
+                    shape = (self.choice.slots + 1, len(parts.bias))
+                    self._biases = torch.zeros(shape, device=self.choice.device)
+            self._biases[slot + 1] = parts.bias.to(self.choice.device)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        super().clear(slot)
+        if self._biases is not None:
+            self._biases[slot + 1] = 0
+
+    def added(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return the base's output with the products of the deltas, added in place."""
+        if self.rows is Rows.LOGITS:
+            self.choice.note_logits(x)
+        if self.idle():
+            return y
+        if torch.compiler.is_compiling():
+            operations.multiply_([y], x, self.key)
+        else:
+            self.multiply([y], x)
+        return y
+
+    def multiply(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> None:
+        """Add the products with the deltas of the step's rows, in place; what the custom operation does.
+
+        Raises:
+            UsageError: nobody knows whose rows these are.
+        """
+        self.ran = True
+        y = outputs[0].view(-1, outputs[0].shape[-1])
+        x = given.reshape(-1, given.shape[-1])
+        segments = self.choice.segments(self.rows, x, self.name)
+        if segments is None:
+            return
+        if x.is_cuda:
+            matmul_([y[:, start : start + rows] for start, rows in self.runs], x, self.table, segments)
+        if not segments.fixed:
+            self._decoded(y, x, segments)
+        if self._biases is not None:
+            difference = self._biases[segments.slots.long() + 1]
+            y[:, : difference.shape[1]] += difference.to(y.dtype)
+        if self.rows is Rows.LOGITS and self.choice.lost:
+            self._end_lost(y, segments)
+
+    def _end_lost(self, y: torch.Tensor, segments: Segments) -> None:
+        """Leave requests whose delta was lost nothing but the end of their text."""
+        shard = self.layer.shard_indices
+        at = (self.choice.end or 0) - shard.org_vocab_start_index
+        for slot in self.choice.lost & set(segments.lengths()):
+            tokens = segments.members(slot)
+            y[tokens] = torch.finfo(y.dtype).min
+            if 0 <= at < shard.org_vocab_end_index - shard.org_vocab_start_index:
+                y[tokens, at] = 0
+
+    def _decoded(self, y: torch.Tensor, x: torch.Tensor, segments: Segments) -> None:
+        """Add products with dense matrices; a delta that has some is not loaded where graphs are captured."""
+        for slot in segments.lengths():
+            parts = self._parts.get(slot)
+            if parts is None or not parts.decoded:
+                continue
+            tokens = segments.members(slot)
+            mine = x[tokens].float()
+            for start, matrix in parts.decoded.items():
+                columns = slice(start, start + len(matrix))
+                y[tokens, columns] = (y[tokens, columns].float() + functional.linear(mine, matrix)).to(y.dtype)
+
+
+class EmbeddingLayer(MatrixLayer):
+    """An embedding, whose rows the tokens' ids choose."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.key = operations.new_key(self, self.choice.device)
+
+    def added(self, y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Return the base's rows with those of the deltas, added in place."""
+        if self.idle():
+            return y
+        if torch.compiler.is_compiling():
+            operations.multiply_([y], ids, self.key)
+        else:
+            self.multiply([y], ids)
+        return y
+
+    def multiply(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> None:
+        """Add the rows of the deltas of the step's tokens, in place; what the custom operation does.
+
+        Raises:
+            UsageError: nobody knows whose tokens these are.
+        """
+        self.ran = True
+        y = outputs[0].view(-1, outputs[0].shape[-1])
+        ids = given.reshape(-1)
+        segments = self.choice.segments(Rows.TOKENS, ids, self.name)
+        if segments is None:
+            return
+        if ids.is_cuda:
+            embedding_(y, ids, self.table, segments)
+        if segments.fixed:
+            return
+        for slot in segments.lengths():
+            parts = self._parts.get(slot)
+            if parts is None:
+                continue
+            tokens = segments.members(slot)
+            for matrix in parts.decoded.values():
+                y[tokens] = (y[tokens].float() + matrix[ids[tokens]]).to(y.dtype)
+
+
+def serving_method(layer: Any, linear: LinearLayer | None, embedding: EmbeddingLayer | None) -> None:
+    """Give a layer a method that adds deltas behind what its own computes.
+
+    Args:
+        layer: the layer.
+        linear: adds to what the layer multiplies, if deltas can change that.
+        embedding: adds to what the layer looks up, if deltas can change that.
+
+    Raises:
+        UsageError: the layer has no method.
+    """
+    method = layer.quant_method
+    if method is None:
+        raise UsageError(f"a {type(layer).__name__} has no method that deltas could be added to")
+    kind = type(method)
+
+    class Serving(kind):  # type: ignore[misc, valid-type]
+        """The layer's method, with deltas."""
+
+        def apply(self, layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+            """Multiply, and add the deltas' products."""
+            y = super().apply(layer, x, *args, **kwargs)
+            return y if linear is None else linear.added(y, x)
+
+        def embedding(self, layer: Any, input_: Any) -> Any:
+            """Look rows up, and add the deltas' rows."""
+            y = super().embedding(layer, input_)
+            return y if embedding is None else embedding.added(y, input_)
+
+    Serving.__name__ = Serving.__qualname__ = kind.__name__
+    made = Serving.__new__(Serving)
+    made.__dict__ = method.__dict__
+    layer.quant_method = made
+    if hasattr(layer, "use_fused_embedding"):
+        layer.use_fused_embedding = False  # it looks rows up without the method

@@ -1,0 +1,255 @@
+"""From a delta file to what each layer of this process needs of it. Everything that can fail is done here.
+
+An error in a step of the engine ends the engine, so nothing is left to a step: the file is read whole, its checksums
+are compared, its terms are checked (specification, section 15), every tensor finds its place or is refused, and the
+base is compared.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from deltafmt.delta import DeltaFile
+from deltafmt.errors import DeltafmtError, UsageError
+from deltafmt.index.entries import TensorEntry
+from deltafmt.runtime.checks import check_terms
+from deltafmt.runtime.cut_loading import load_held
+from deltafmt.runtime.cuts import Cut, HeldTensor
+from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
+from deltafmt.runtime.dtypes import TORCH_DTYPES
+from deltafmt.runtime.upload import load
+from deltafmt.runtime.values import dense_delta, new_values
+from deltafmt.vllm.base import EngineBase
+from deltafmt.vllm.parts import LayerParts
+from deltafmt.vllm.places import Piece, Place, Places
+from deltafmt.vllm.served import Served, ServedModel
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedDelta:
+    """A delta in host memory.
+
+    Attributes:
+        content_id: of the file, in hexadecimal.
+        nbytes: bytes of host memory.
+        tensors: its tensors; parts of layers are views of them.
+        parts: what it changes, by the layer's name.
+    """
+
+    content_id: str
+    nbytes: int
+    tensors: DeviceDelta
+    parts: dict[str, LayerParts]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A piece of a tensor that a layer of this process needs."""
+
+    entry: TensorEntry
+    base_name: str
+    place: Place
+    piece: Piece
+    held: HeldTensor
+
+
+def load_delta(
+    path: str, model: ServedModel, base: EngineBase | None, where: str = "", *, starting: bool = False
+) -> LoadedDelta:
+    """Read a delta file and make ready what each layer of this process needs of it.
+
+    Args:
+        path: the file.
+        model: the engine's model.
+        base: the base's checkpoint; None if the engine's weights are random, and nothing is compared.
+        where: the file's name for messages, if it is another than the path.
+        starting: True before the model has run, when nobody can tell what computes without deltas.
+
+    Raises:
+        StorageError, InvalidFileError: the file cannot be read, or breaks its format.
+        WrongBaseError: it was made for another base.
+        UsageError: it changes something that the engine cannot change for a request; names the tensor.
+    """
+    name = where or path
+    try:
+        with DeltaFile(path) as opened:
+            entries = {tensor: opened.resolve(tensor) for tensor in opened}
+            content_id = opened.content_id
+            metadata = opened.container
+            if base is not None:
+                base.check(metadata, {entry.name: entry for entry in entries.values()}.values())
+            wanted = _wanted(entries, opened.container.removed, model, starting=starting)
+        tensors = _read(path, wanted)
+        if tensors.content_id != content_id:
+            raise UsageError("the file changed while it was read")
+        check_terms(name, tensors)
+        found = LoadedDelta(content_id, tensors.nbytes, tensors, _parts(wanted, tensors, model, base))
+        model.check(found.parts, tensors, starting=starting)
+        return found
+    except DeltafmtError as error:
+        if name in str(error):
+            raise
+        if where and path in str(error):
+            raise type(error)(str(error).replace(path, where)) from error
+        raise error.located(name) from error
+
+
+def _read(path: str, wanted: list[_Wanted]) -> DeviceDelta:
+    held = {one.held.key: one.held for one in wanted}
+    if all(one.cut is None for one in held.values()):
+        return load(path, "cpu", tensors=list(held) or None)
+    return load_held(path, held, torch.device("cpu"), threading.Event())
+
+
+def _wanted(
+    entries: Mapping[str, TensorEntry], removed: Iterable[str], model: ServedModel, *, starting: bool
+) -> list[_Wanted]:
+    """Return the pieces that this process needs.
+
+    Raises:
+        UsageError: a tensor cannot be served; names it.
+    """
+    places = model.places
+    wanted: list[_Wanted] = []
+    for name, entry in entries.items():
+        base_name = _base_name(name, entry)
+        if entry.action == "same" or _is_repeated(name, entry, entries, places):
+            continue
+        for place in _places_of(name, base_name, entries, model):
+            served = model.layers[place.layer]
+            _check(name, entry, place, served, model, starting=starting)
+            whole = len(place.pieces) == 1
+            for piece in place.pieces:
+                cut = _cut(entry, piece) if not whole or not _covers(entry, piece) else None
+                wanted.append(_Wanted(entry, base_name, place, piece, HeldTensor(name, cut)))
+    for name in removed:
+        if name in places.found and not any(entry.name == name for entry in entries.values()):
+            if model.follows(name):
+                continue
+            raise UsageError(f'the fine-tune has no tensor "{name}", and the engine computes with it for every request')
+    return wanted
+
+
+def _is_repeated(name: str, entry: TensorEntry, entries: Mapping[str, TensorEntry], places: Places) -> bool:
+    """Tell whether a tensor repeats another one that is in the file and reaches the same layers."""
+    return entry.name != name and entry.name in entries and name not in places.found
+
+
+def _base_name(name: str, entry: TensorEntry) -> str:
+    """Return what a tensor is called in the base."""
+    if entry.base is not None and len(entry.base.parts) == 1:
+        return entry.base.parts[0].name
+    return name
+
+
+def _places_of(name: str, base_name: str, entries: Mapping[str, TensorEntry], model: ServedModel) -> tuple[Place, ...]:
+    """Return the places of a tensor that a delta changes.
+
+    Raises:
+        UsageError: it has none.
+    """
+    found = model.places.found.get(base_name) or model.places.found.get(name)
+    if found is None:
+        found = model.heads.get(name)
+    if found is None:
+        reason = model.places.reasons.get(base_name, "the engine's model has no such tensor")
+        raise UsageError(f'tensor "{name}" changes, which the engine cannot do for a request: {reason}')
+    # A head that has a tensor of its own in the file does not follow the embedding that the base ties it to.
+    own = {place.layer for other in entries if other != name for place in model.heads.get(other, ())}
+    return tuple(place for place in found if place.layer not in own)
+
+
+def _check(name: str, entry: TensorEntry, place: Place, served: Served, model: ServedModel, *, starting: bool) -> None:
+    """Refuse what a layer cannot do for a request.
+
+    Raises:
+        UsageError: names the tensor.
+    """
+    reason = model.refusals.get(place.layer) or (served if isinstance(served, str) else "")
+    if not reason and not isinstance(served, str) and not served.ran and not starting:
+        reason = f"{place.layer} computed without the method that deltas are added in"
+    expected = model.shapes.get(name) or model.shapes.get(_base_name(name, entry))
+    if not reason and expected is not None and tuple(entry.shape) != expected:
+        grown = "the vocabulary of a request is the base's; " if len(entry.shape) == 2 else ""
+        reason = f"{grown}it has the shape {list(entry.shape)} where the engine's has {list(expected)}"
+    if not reason and entry.dtype not in TORCH_DTYPES:
+        reason = f"torch has no numbers of {entry.dtype}"
+    if reason:
+        raise UsageError(f'tensor "{name}" changes, which the engine cannot do for a request: {reason}')
+
+
+def _covers(entry: TensorEntry, piece: Piece) -> bool:
+    if len(entry.shape) == 1:
+        return piece.rows == range(entry.shape[0])
+    return piece.rows == range(entry.rows) and piece.columns == range(entry.columns)
+
+
+def _cut(entry: TensorEntry, piece: Piece) -> Cut:
+    return Cut((piece.rows,) if len(entry.shape) == 1 else (piece.rows, piece.columns))
+
+
+def _parts(
+    wanted: list[_Wanted], tensors: DeviceDelta, model: ServedModel, base: EngineBase | None
+) -> dict[str, LayerParts]:
+    found: dict[str, LayerParts] = {}
+    dense: dict[str, torch.Tensor] = {}
+    for one in wanted:
+        parts = found.setdefault(one.place.layer, LayerParts())
+        tensor = tensors[one.held.key]
+        if one.place.parameter == "bias" and model.is_matrix(one.place.layer):
+            _add_bias(parts, one, tensor, model)
+        elif model.is_norm(one.place.layer):
+            held = getattr(model.modules[one.place.layer], one.place.parameter)
+            parts.values[one.place.parameter] = new_values(tensor, held.detach().cpu()).to(held.device)
+        elif one.place.expert is not None:
+            key = one.place.expert, one.place.matrix
+            parts.experts[key] = _dense(one, tensor, dense, base) + _old(one.base_name, one.piece, base)
+        elif tensor.terms and model.has_kernels:
+            parts.packed[one.piece.start] = one.held.key
+        else:
+            parts.decoded[one.piece.start] = _dense(one, tensor, dense, base)
+    for name, places in model.places.found.items():
+        for place in places:
+            # Experts that the delta leaves as they are belong to the sum, too.
+            if place.expert is not None and place.layer in found:
+                experts = found[place.layer].experts
+                if (place.expert, place.matrix) not in experts:
+                    experts[place.expert, place.matrix] = _old(name, place.pieces[0], base)
+    return found
+
+
+def _old(name: str, piece: Piece, base: EngineBase | None) -> torch.Tensor:
+    """Return a piece of a tensor of the base in float32."""
+    if base is None:
+        raise UsageError(f'tensor "{name}" is needed, and the engine\'s weights are random')
+    rows, columns = (slice(run.start, run.stop) for run in (piece.rows, piece.columns))
+    return base.values(name)[rows, columns].float()
+
+
+def _dense(one: _Wanted, tensor: DeviceTensor, kept: dict[str, torch.Tensor], base: EngineBase | None) -> torch.Tensor:
+    """Return a piece's dense delta in float32; an embedding and a head that are tied share one."""
+    key = one.held.key
+    if key not in kept:
+        if tensor.terms:
+            kept[key] = dense_delta(tensor)
+        else:
+            assert tensor.data is not None
+            kept[key] = tensor.data.float() - _old(one.base_name, one.piece, base)
+    return kept[key]
+
+
+def _add_bias(parts: LayerParts, one: _Wanted, tensor: DeviceTensor, model: ServedModel) -> None:
+    """Add what a delta changes of a layer's bias."""
+    layer = model.modules[one.place.layer]
+    held: torch.Tensor = layer.bias.detach()
+    if model.adds_no_bias(one.place.layer):
+        return  # the sum over processes has the bias of the first one
+    rows = slice(one.piece.start, one.piece.start + len(one.piece.rows))
+    old = held[rows].cpu()
+    if parts.bias is None:
+        parts.bias = torch.zeros(len(held))
+    parts.bias[rows] = new_values(tensor, old).float() - old.float()

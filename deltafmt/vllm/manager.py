@@ -1,0 +1,226 @@
+"""The managers of adapters in a worker of vLLM, with deltas beside LoRA adapters.
+
+A delta is an adapter without factors. vLLM decides when it is loaded, which slot it has and when it leaves, as for
+every adapter; these classes fill and empty the slots. They stand in front of vLLM's own classes, which they extend.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from deltafmt.errors import DeltafmtError, StorageError, UsageError
+from deltafmt.vllm import seam
+from deltafmt.vllm.arena import Arena
+from deltafmt.vllm.base import EngineBase, folder_of
+from deltafmt.vllm.choice import BASE, Choice
+from deltafmt.vllm.files import FileHandles
+from deltafmt.vllm.loading import LoadedDelta, load_delta
+from deltafmt.vllm.names import delta_path, is_delta
+from deltafmt.vllm.options import Options
+from deltafmt.vllm.served import ServedModel
+
+_log = logging.getLogger("deltafmt")
+
+
+class DeltaAdapter:
+    """An adapter without factors, whose changes are those of a delta.
+
+    Attributes:
+        delta: the delta; None if it was lost while requests for it were under way.
+    """
+
+    delta: LoadedDelta | None
+
+    @classmethod
+    def of(cls, number: int, delta: LoadedDelta | None) -> Any:
+        """Return the adapter of a number."""
+        made: Any = cls(number, 1, {})  # type: ignore[call-arg]
+        made.delta = delta
+        return made
+
+
+class DeltaModelManager:
+    """Fills and empties slots of a model's layers, as vLLM gives and takes them."""
+
+    model: Any
+    device: Any
+    lora_slots: int
+    lora_index_to_id: list[int | None]
+    _registered_adapters: Any
+
+    def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
+        self._config = vllm_config
+        super().__init__(*args, vllm_config=vllm_config, **kwargs)  # type: ignore[call-arg]
+
+    def _create_lora_modules(self) -> None:
+        config = self._config
+        options = Options.of(config)
+        tokens = config.scheduler_config.max_num_batched_tokens
+        self.choice = Choice(self.lora_slots, torch.device(self.device), tokens)
+        self.choice.lenient = config.speculative_config is not None
+        self.choice.end = _end_of_text(config.model_config)
+        self.base: EngineBase | None = None
+        self.refusal = ""
+        try:
+            self.base = _base_of(config)
+            self.served = ServedModel(self.model, self.base.shapes(), self.choice, config)
+        except Exception as error:  # noqa: BLE001 - an engine that serves adapters alone must start
+            self.base, self.refusal = None, str(error)
+            self.served = ServedModel(self.model, {}, self.choice, config)
+            _log.warning("no delta can be served by this engine: %s", error)
+        self._reserve(options)
+        super()._create_lora_modules()  # type: ignore[misc]
+
+    def _reserve(self, options: Options) -> None:
+        """Take the memory of slots before the engine sizes its cache, and prepare tables for graphs."""
+        if not self.served.has_kernels or self.base is None:
+            return
+        paths = [delta_path(path) for path in options.prepare]
+        prepared = [load_delta(path, self.served, self.base, starting=True) for path in paths]
+        most = max((delta.nbytes for delta in prepared), default=self.base.checkpoint.nbytes // 8)
+        self.served.arena = Arena(self.choice.device, self.lora_slots, options.largest or most)
+        for delta in prepared:
+            self.served.put(0, delta.parts, delta.tensors)
+            self.served.clear(0)
+
+    def _add_adapter(self, lora: Any) -> None:
+        if isinstance(lora, DeltaAdapter):
+            self._registered_adapters[lora.id] = lora  # type: ignore[attr-defined]
+        else:
+            super()._add_adapter(lora)  # type: ignore[misc]
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        """Give an adapter a slot, and fill the slot if it is a delta."""
+        activated = bool(super().activate_adapter(lora_id))  # type: ignore[misc]
+        adapter = self._registered_adapters.cache[lora_id]
+        if activated and isinstance(adapter, DeltaAdapter):
+            slot = self.lora_index_to_id.index(lora_id)
+            if adapter.delta is None:
+                self.choice.lost.add(slot)
+            else:
+                self.served.put(slot, adapter.delta.parts, adapter.delta.tensors)
+        return activated
+
+    def _deactivate_adapter(self, lora_id: int) -> None:
+        if lora_id in self.lora_index_to_id:
+            self._empty(self.lora_index_to_id.index(lora_id))
+        super()._deactivate_adapter(lora_id)  # type: ignore[misc]
+
+    def _empty(self, slot: int) -> None:
+        self.choice.lost.discard(slot)
+        self.served.clear(slot)
+
+    def remove_all_adapters(self) -> None:
+        """Empty all slots."""
+        for slot in range(self.lora_slots):
+            self._empty(slot)
+        self.choice.show((), ())
+        super().remove_all_adapters()  # type: ignore[misc]
+
+    def _set_adapter_mapping(self, mapping: Any) -> None:
+        super()._set_adapter_mapping(mapping)  # type: ignore[misc]
+        adapters: Mapping[int, Any] = self._registered_adapters.cache
+        slots = {
+            number: slot
+            for slot, number in enumerate(self.lora_index_to_id)
+            if number is not None and isinstance(adapters.get(number), DeltaAdapter)
+        }
+        self.choice.show(_slots(slots, mapping.index_mapping), _slots(slots, mapping.prompt_mapping))
+
+
+def _base_of(config: Any) -> EngineBase:
+    """Return the base's checkpoint.
+
+    Raises:
+        DeltafmtError: there is none, or it cannot be read.
+    """
+    if config.load_config.load_format == "dummy":
+        raise UsageError("its weights are random (--load-format dummy)")
+    return EngineBase(folder_of(config.model_config.model, config.model_config.revision))
+
+
+def _slots(slots: Mapping[int, int], numbers: Iterable[int]) -> list[int]:
+    """Return the slot of each row's delta, given the number of its adapter."""
+    return [slots.get(number, BASE) for number in numbers] if slots else [BASE for _ in numbers]
+
+
+def _end_of_text(model_config: Any) -> int | None:
+    """Return the number of the token that ends a text, if the model's configuration says it."""
+    found = getattr(model_config.hf_text_config, "eos_token_id", None)
+    return found[0] if isinstance(found, list) and found else found if isinstance(found, int) else None
+
+
+class DeltaWorkerManager:
+    """Loads deltas when vLLM asks for an adapter whose path is that of a delta."""
+
+    _manager_cls: ClassVar[Any] = None
+    _adapter_cls: ClassVar[Any] = None
+    _adapter_manager: Any
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
+        self._files = FileHandles(Options.of(vllm_config).open_files)
+        self._stepping = False
+
+    def _apply_adapters(self, lora_requests: Any) -> None:
+        # What a step asks for was loaded before, when its request came.
+        self._stepping = True
+        try:
+            super()._apply_adapters(lora_requests)  # type: ignore[misc]
+        finally:
+            self._stepping = False
+
+    def add_adapter(self, lora_request: Any) -> bool:
+        """Load an adapter and give it a slot, or note that it was used."""
+        if self._stepping and lora_request.load_inplace and is_delta(lora_request.lora_path):
+            # vLLM repeats the wish with every request; it was granted when the adapter was loaded.
+            lora_request = copy.copy(lora_request)
+            lora_request.load_inplace = False
+        return bool(super().add_adapter(lora_request))  # type: ignore[misc]
+
+    def _load_adapter(self, lora_request: Any) -> Any:
+        if not is_delta(lora_request.lora_path):
+            return super()._load_adapter(lora_request)  # type: ignore[misc]
+        path = delta_path(lora_request.lora_path)
+        try:
+            delta = self._load(lora_request, path)
+        except (DeltafmtError, OSError, MemoryError) as error:
+            if self._stepping and self._adapter_manager.choice.end is not None:
+                # An error here would end the engine. Whoever asked for the delta gets no more text.
+                _log.error('delta "%s" is lost, its requests end: %s', lora_request.lora_name, error)
+                return self._adapter_cls.of(lora_request.lora_int_id, None)
+            if isinstance(error, StorageError) and not os.path.exists(path):
+                missing = seam.name("vllm.exceptions", "LoRAAdapterNotFoundError")
+                raise missing(lora_request.lora_name, lora_request.lora_path) from None
+            # An error of ours may not travel between processes; its sentence does.
+            raise ValueError(str(error)) from None
+        _log.info('delta "%s" loaded: %s, content id %s', lora_request.lora_name, path, delta.content_id[:16])
+        return self._adapter_cls.of(lora_request.lora_int_id, delta)
+
+    def _load(self, lora_request: Any, path: str) -> LoadedDelta:
+        manager = self._adapter_manager
+        if manager.base is None:
+            raise UsageError(f"{path}: no delta can be served by this engine: {manager.refusal}")
+
+        def load(source: str) -> LoadedDelta:
+            return load_delta(source, manager.served, manager.base, path)
+
+        return self._files.load(lora_request.lora_int_id, path, load, again=bool(lora_request.load_inplace))
+
+
+def managers() -> Any:
+    """Return the class of a worker's manager, made of ours and of vLLM's."""
+    adapter = seam.name("vllm.lora.lora_model", "LoRAModel")
+    model = seam.name("vllm.lora.model_manager", "LRUCacheLoRAModelManager")
+    worker = seam.name("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager")
+    classes = {
+        "_adapter_cls": type("DeltaAdapter", (DeltaAdapter, adapter), {}),
+        "_manager_cls": type("DeltaModelManager", (DeltaModelManager, model), {}),
+    }
+    return type("DeltaWorkerManager", (DeltaWorkerManager, worker), classes)

@@ -1,0 +1,101 @@
+"""What the plugin puts into a worker of vLLM: its managers of adapters, and the rows of log-probabilities."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from deltafmt.vllm import seam
+from deltafmt.vllm.choice import Choice
+from deltafmt.vllm.install import wrap
+from deltafmt.vllm.manager import managers
+from deltafmt.vllm.options import stamp
+
+_log = logging.getLogger("deltafmt")
+# Tokens of the call that finds out which layers compute with the methods that deltas are added in.
+_TOKENS = 8
+
+
+def install_worker() -> None:
+    """Replace the class of managers, and announce what rows the head is given for log-probabilities of prompts."""
+    mixin = importlib.import_module("vllm.v1.worker.lora_model_runner_mixin")
+    mixin.LRUCacheWorkerLoRAManager = managers()  # type: ignore[attr-defined]
+    wrap(seam.name("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin"), "load_lora_model", _load)
+    runner = seam.name("vllm.v1.worker.gpu_model_runner", "GPUModelRunner")
+    wrap(runner, "_get_prompt_logprobs_dict", _prompts)
+    for module in ("vllm.lora.ops.torch_ops.lora_ops", "vllm.lora.punica_wrapper.punica_cpu"):
+        for name in ("bgmv_expand", "bgmv_expand_slice"):
+            wrap(importlib.import_module(module), name, expanded)
+
+
+def expanded(
+    own: Any,
+    inputs: torch.Tensor,
+    weights: torch.Tensor,
+    output: torch.Tensor,
+    indices: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Multiply with the second factors of adapters on the CPU; rows without an adapter, of index -1, add nothing.
+
+    vLLM takes -1 for the last slot, so rows of the base get the adapter that has it once all slots are taken.
+    """
+    kept = torch.where((indices >= 0)[:, None], inputs, torch.zeros((), dtype=inputs.dtype))
+    return own(kept, weights, output, indices, *args, **kwargs)
+
+
+def _load(own: Any, runner: Any, model: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+    stamp(vllm_config)
+    wrapped = own(runner, model, vllm_config, *args, **kwargs)
+    # An engine that compiles runs the model once before it takes requests; the others may not.
+    if runner.device.type == "cpu" and not vllm_config.compilation_config.mode:
+        runner.model = wrapped
+        try:
+            with torch.inference_mode():
+                hidden = runner._dummy_run(_TOKENS)[1]  # noqa: SLF001
+                wrapped.compute_logits(hidden)
+        except Exception as error:  # noqa: BLE001 - what has not run is refused when a delta changes it
+            _log.warning("the model could not be run at start-up to see what deltas can change: %s", error)
+    return wrapped
+
+
+def _prompts(own: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    manager = getattr(runner, "lora_manager", None)
+    if manager is None:
+        return own(runner, *args, **kwargs)
+    models = manager._adapter_manager  # noqa: SLF001
+    choice: Choice = models.choice
+    with choice.prompts(), _prompt_rows(choice, models.punica_wrapper_mapping.values()):
+        return own(runner, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _prompt_rows(choice: Choice, wrappers: Iterable[Any]) -> Iterator[None]:
+    """Tell vLLM's own products with LoRA factors, too, which tokens a head is given.
+
+    On the CPU they would take the rows that are sampled, fail where their number is another, and end the engine.
+    """
+    if choice.device.type != "cpu":
+        yield
+        return
+    held = [(wrapper, list(wrapper.indices_len), wrapper._sampler_indices) for wrapper in wrappers]  # noqa: SLF001
+
+    def announce(first: int, count: int) -> None:
+        for wrapper, lengths, _ in held:
+            wrapper._sampler_indices = wrapper._token_lora_indices[first:]  # noqa: SLF001
+            wrapper.indices_len[:] = [lengths[0], count, *lengths[2:]]
+
+    choice.announce = announce
+    try:
+        yield
+    finally:
+        choice.announce = None
+        for wrapper, lengths, indices in held:
+            wrapper.indices_len[:] = lengths
+            wrapper._sampler_indices = indices  # noqa: SLF001

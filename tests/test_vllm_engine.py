@@ -1,0 +1,247 @@
+"""Deltas in an engine of vLLM on the CPU: in one batch with the base and an adapter, evicted, replaced and refused.
+
+``make vllm`` runs these in an environment that has vLLM. One engine of two slots serves all tests.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed; make vllm runs these tests", allow_module_level=True)
+
+import torch
+
+import deltafmt
+from deltafmt import methods
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+METHODS = {
+    "deltadq": methods.DeltaDQ(n=2, m=2, bits=4),
+    "residual": methods.Residual(),
+    "svd": methods.SVD(rank=16),
+    "dare": methods.DARE(),
+    "bitdelta": methods.BitDelta(),
+}
+PROMPTS, TOKENS = 8, 48
+Text = list[int]
+
+
+class Engine:
+    """An engine, with deltas by name."""
+
+    def __init__(self, nano: Path, folder: Path) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from tokenizers import Tokenizer
+        from vllm import LLM
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()
+        self.folder = folder
+        self.nano = nano
+        self.paths: dict[str, Path] = {}
+        self._numbers: dict[str, int] = {}
+        for name, method in METHODS.items():
+            self.paths[name] = folder / f"{name}.deltafmt"
+            deltafmt.pack(nano / "base", nano / "math", self.paths[name], method=method)
+        deltafmt.export_lora(self.paths["svd"], folder / "lora", base=nano / "base", reader="vllm")
+        self.paths["lora"] = folder / "lora"
+        tokenizer = Tokenizer.from_file(str(nano / "tokenizer.json"))
+        rows = (nano / "eval.jsonl").read_text().splitlines()[:PROMPTS]
+        self.prompts = [[0, *tokenizer.encode(json.loads(row)["question"]).ids] for row in rows]
+        self.llm: Any = LLM(
+            str(nano / "base"),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            enforce_eager=True,
+            enable_lora=True,
+            max_loras=6,
+            max_cpu_loras=6,
+            max_lora_rank=16,
+            max_model_len=256,
+            max_num_seqs=64,
+            max_num_batched_tokens=2048,
+            block_size=32,
+            kv_cache_memory_bytes=1 << 28,
+        )
+        worker = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        self.manager: Any = worker.model_runner.lora_manager._adapter_manager
+
+    def request(self, name: str | None, path: Path | None = None) -> Any:
+        """Return vLLM's request for a name."""
+        from vllm.lora.request import LoRARequest
+
+        if name is None:
+            return None
+        number = self._numbers.setdefault(name, len(self._numbers) + 1)
+        return LoRARequest(name, number, str(path or self.paths[name]))
+
+    def generate(self, prompts: Sequence[Text], requests: Sequence[Any], **options: Any) -> list[Any]:
+        """Return the outputs, one a prompt."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0, max_tokens=TOKENS, stop_token_ids=[1], detokenize=False, logprobs=1, **options
+        )
+        given = [{"prompt_token_ids": prompt} for prompt in prompts]
+        found: list[Any] = self.llm.generate(given, params, lora_request=list(requests), use_tqdm=False)
+        return found
+
+    def texts(self, name: str | None, path: Path | None = None) -> list[Text]:
+        """Return the tokens of all prompts with one name."""
+        outputs = self.generate(self.prompts, [self.request(name, path)] * len(self.prompts))
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def engine(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    made = Engine(nano, tmp_path_factory.mktemp("engine"))
+    yield made
+    del made.llm, made.manager
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def mixed(engine: Engine) -> dict[str | None, list[Text]]:
+    """The tokens of the base and all deltas, in one batch."""
+    names = [None, *METHODS]
+    prompts = [prompt for prompt in engine.prompts for _ in names]
+    outputs = engine.generate(prompts, [engine.request(name) for name in names] * len(engine.prompts))
+    texts = [list(output.outputs[0].token_ids) for output in outputs]
+    return {name: texts[place :: len(names)] for place, name in enumerate(names)}
+
+
+def test_every_layer_is_reached(engine: Engine) -> None:
+    assert engine.manager.served.unused() == []
+    assert not engine.manager.served.places.reasons
+
+
+def test_a_mixed_batch_gives_the_tokens_of_attach(engine: Engine, mixed: dict[str | None, list[Text]]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(engine.nano / "base", dtype=torch.float32).eval()
+    model = deltafmt.transformers.attach(model, {name: engine.paths[name] for name in METHODS})
+    names = [None, *METHODS]
+    prompts = [(prompt, name) for prompt in engine.prompts for name in names]
+    width = max(len(prompt) for prompt, _ in prompts)
+    ids = torch.tensor([[2] * (width - len(prompt)) + prompt for prompt, _ in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in prompts])
+    with torch.no_grad():
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            delta=[name for _, name in prompts],
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+    expected = [text[: text.index(1) + 1] if 1 in text else text for text in found[:, width:].tolist()]
+    for place, name in enumerate(names):
+        assert mixed[name] == expected[place :: len(names)], name
+    assert len({json.dumps(texts) for texts in mixed.values()}) > 3
+
+
+def test_an_adapter_serves_beside_deltas_as_it_does_alone(engine: Engine, mixed: dict[str | None, list[Text]]) -> None:
+    names = ["lora", "deltadq", None]
+    prompts = [prompt for prompt in engine.prompts for _ in names]
+    alone = engine.texts("lora")
+    outputs = engine.generate(prompts, [engine.request(name) for name in names] * len(engine.prompts))
+    texts = [list(output.outputs[0].token_ids) for output in outputs]
+    assert texts[0::3] == alone
+    assert texts[1::3] == mixed["deltadq"]
+    assert texts[2::3] == mixed[None]
+    assert alone not in (mixed[None], mixed["svd"])
+
+
+def test_log_probabilities_of_prompts_are_those_of_each_requests_delta(engine: Engine) -> None:
+    def scores(output: Any) -> list[float]:
+        return [max(one.logprob for one in each.values()) for each in output.prompt_logprobs[1:]]
+
+    names = [None, "deltadq", "svd"]
+    prompts = engine.prompts[:3]
+    requests = [engine.request(name) for name in names]
+    together = engine.generate(prompts, requests, prompt_logprobs=0)
+    for place, request in enumerate(requests):
+        (alone,) = engine.generate([prompts[place]], [request], prompt_logprobs=0)
+        torch.testing.assert_close(
+            torch.tensor(scores(together[place])), torch.tensor(scores(alone)), rtol=1e-4, atol=1e-4
+        )
+    (base,) = engine.generate([prompts[1]], [None], prompt_logprobs=0)
+    assert max(abs(one - other) for one, other in zip(scores(together[1]), scores(base), strict=True)) > 0.01
+
+
+def test_a_delta_whose_file_is_gone_comes_back_after_it_was_evicted(
+    engine: Engine, mixed: dict[str | None, list[Text]], tmp_path: Path
+) -> None:
+    path = tmp_path / "gone.deltafmt"
+    shutil.copy(engine.paths["residual"], path)
+    assert engine.texts("gone", path) == mixed["residual"]
+    path.unlink()
+    for name in METHODS:
+        assert engine.texts(name) == mixed[name]
+    for number in range(3):  # more names than host memory holds
+        shutil.copy(engine.paths["svd"], tmp_path / f"{number}.deltafmt")
+        assert engine.texts(f"more{number}", tmp_path / f"{number}.deltafmt") == mixed["svd"]
+    assert engine.texts("gone", path) == mixed["residual"]
+
+
+def test_a_delta_that_was_overwritten_in_its_place_ends_its_requests_and_nothing_else(
+    engine: Engine, mixed: dict[str | None, list[Text]], tmp_path: Path
+) -> None:
+    path = tmp_path / "cut.deltafmt"
+    shutil.copy(engine.paths["dare"], path)
+    assert engine.texts("cut", path) == mixed["dare"]
+    os.truncate(path, 1000)
+    for number in range(7):
+        shutil.copy(engine.paths["svd"], tmp_path / f"{number}.deltafmt")
+        engine.texts(f"other{number}", tmp_path / f"{number}.deltafmt")
+    requests = [engine.request("cut", path), engine.request("deltadq"), None]
+    outputs = engine.generate(engine.prompts[:1] * 3, requests)
+    texts = [list(output.outputs[0].token_ids) for output in outputs]
+    assert texts == [[1], mixed["deltadq"][0], mixed[None][0]]
+
+
+@pytest.mark.parametrize("kind", ["missing", "short", "text", "base"])
+def test_what_cannot_be_loaded_is_refused_and_the_engine_goes_on(
+    engine: Engine, mixed: dict[str | None, list[Text]], tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / f"{kind}.deltafmt"
+    if kind == "short":
+        path.write_bytes(engine.paths["svd"].read_bytes()[:5000])
+    elif kind == "text":
+        path.write_text("no delta")
+    elif kind == "base":
+        deltafmt.pack(engine.nano / "math", engine.nano / "base", path)
+    message = {"missing": "No adapter found", "short": "truncated", "text": "not a deltafmt", "base": "wrong base"}
+    with pytest.raises(Exception, match=message[kind]):
+        engine.texts(kind, path)
+    assert engine.texts("deltadq") == mixed["deltadq"]
+
+
+def test_two_names_of_one_delta_share_the_prefix_cache_and_two_deltas_never_do(
+    engine: Engine, mixed: dict[str | None, list[Text]], tmp_path: Path
+) -> None:
+    prompt = [*engine.prompts[0], *engine.prompts[1], *engine.prompts[2]]
+    copy = tmp_path / "copy.deltafmt"
+    shutil.copy(engine.paths["bitdelta"], copy)
+
+    def cached(name: str | None, path: Path | None = None) -> int:
+        (output,) = engine.generate([prompt], [engine.request(name, path)])
+        return int(output.num_cached_tokens)
+
+    assert cached("bitdelta") == 0
+    assert cached("bitdelta") > 0
+    assert cached("copied", copy) > 0
+    assert cached("residual") == 0
+    assert cached(None) == 0

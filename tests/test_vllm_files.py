@@ -1,0 +1,183 @@
+"""Files of a worker's deltas, names of a resolver, versions and options of the plugin for vLLM."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+
+from deltafmt.errors import InvalidFileError, StorageError, UsageError
+from deltafmt.vllm import check_names, seam
+from deltafmt.vllm.engine import Known
+from deltafmt.vllm.files import FileHandles
+from deltafmt.vllm.names import is_delta
+from deltafmt.vllm.options import KEY, Options, stamp
+from deltafmt.vllm.resolver import find
+from deltafmt.vllm.worker import expanded
+
+
+@dataclass
+class Text:
+    """What a file holds."""
+
+    content_id: str
+
+
+def read(path: str) -> Text:
+    return Text(Path(path).read_text())
+
+
+def test_a_file_that_was_deleted_or_replaced_is_still_the_one_that_was_loaded(tmp_path: Path) -> None:
+    files = FileHandles(4)
+    path = tmp_path / "a"
+    path.write_text("first")
+    assert files.load(1, str(path), read).content_id == "first"
+    path.unlink()
+    assert files.load(1, str(path), read).content_id == "first"
+    path.write_text("second")
+    assert files.load(1, str(path), read).content_id == "first"
+    assert files.load(1, str(path), read, again=True).content_id == "second"
+    assert files.load(2, str(path), read).content_id == "second"
+    path.write_text("changed in its place")
+    with pytest.raises(StorageError, match=r"a changed since it was loaded: content id changed in its p, not second"):
+        files.load(1, str(path), read)
+    files.close()
+    assert files.count == 0
+
+
+def test_only_so_many_files_stay_open(tmp_path: Path) -> None:
+    files = FileHandles(2)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(5):
+        (tmp_path / str(number)).write_text(str(number))
+        files.load(number, str(tmp_path / str(number)), read)
+    assert files.count == 2
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+    (tmp_path / "0").write_text("other")  # closed before: what its path leads to is compared
+    with pytest.raises(StorageError, match="changed since it was loaded"):
+        files.load(0, str(tmp_path / "0"), read)
+    files.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.deltafmt"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(StorageError, match=r"x\.deltafmt"):
+        FileHandles(2).load(1, str(path), read)
+
+
+def test_a_file_that_cannot_be_loaded_is_closed(tmp_path: Path) -> None:
+    def fail(path: str) -> Text:
+        raise InvalidFileError(path)
+
+    (tmp_path / "a").write_text("a")
+    before = len(os.listdir("/proc/self/fd"))
+    files = FileHandles(2)
+    with pytest.raises(InvalidFileError):
+        files.load(1, str(tmp_path / "a"), fail)
+    assert (files.count, len(os.listdir("/proc/self/fd"))) == (0, before)
+
+
+def test_a_resolver_finds_names_and_never_leaves_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "deltas"
+    (folder / "team").mkdir(parents=True)
+    (folder / "hub").mkdir()
+    for path in (folder / "math.deltafmt", folder / "team/code.deltafmt", folder / "hub/any.deltafmt"):
+        path.write_text("x")
+    (tmp_path / "secret.deltafmt").write_text("x")
+    (folder / "link.deltafmt").symlink_to(tmp_path / "secret.deltafmt")
+    (folder / "two").mkdir()
+    for name in ("a", "b"):
+        (folder / "two" / f"{name}.deltafmt").write_text("x")
+    root = folder.resolve()
+    assert find(str(folder), "math") == str(root / "math.deltafmt")
+    assert find(str(folder), "team/code") == str(root / "team/code.deltafmt")
+    assert find(str(folder), "hub") == str(root / "hub/any.deltafmt")
+    for name in ("nothing", "two", "../secret", str(tmp_path / "secret"), "link", "", ".", "a\0b"):
+        assert find(str(folder), name) is None, name
+
+
+def test_versions_outside_the_range_are_refused_with_the_range() -> None:
+    assert seam.refusal("0.32.0") == ""
+    assert seam.refusal("0.27.1+cpu") == ""
+    for version in ("0.26.0", "0.33.0", "1.0.0", "main", None):
+        assert "0.27 to 0.32" in seam.refusal(version)
+
+
+def test_names_are_looked_for_in_sources_without_running_them(tmp_path: Path) -> None:
+    for module, names in seam.NAMES.items():
+        path = tmp_path / f"{module.replace('.', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        owners: dict[str, list[str]] = {}
+        for name in names:
+            owner, _, method = name.partition(".")
+            owners.setdefault(owner, []).extend([method] if method else [])
+        lines = ["raise SystemExit"]
+        for owner, methods in owners.items():
+            lines += [f"class {owner}:", "    pass", *(f"    def {method}(self): ..." for method in methods)]
+        path.write_text("\n".join(lines) + "\n")
+    assert check_names.missing(check_names.reader(tmp_path)) == []
+    module = tmp_path / "vllm/lora/worker_manager.py"
+    module.write_text(module.read_text().replace("_load_adapter", "_load"))
+    (tmp_path / "vllm/exceptions.py").unlink()
+    lacks = ["vllm.exceptions: the module", "vllm.lora.worker_manager: WorkerLoRAManager._load_adapter"]
+    assert check_names.missing(check_names.reader(tmp_path)) == lacks
+    assert check_names.main([str(tmp_path)]) == 1
+
+
+def test_options_are_read_checked_and_stamped() -> None:
+    config = SimpleNamespace(additional_config={KEY: {"open_files": 3}})
+    assert Options.of(config) == Options(open_files=3)
+    stamp(config)
+    assert config.additional_config[KEY]["plugin"]
+    assert Options.of(config) == Options(open_files=3)
+    assert Options.of(SimpleNamespace()) == Options()
+    with pytest.raises(UsageError, match='no option "opens" in vLLM; it has open_files'):
+        Options.of(SimpleNamespace(additional_config={KEY: {"opens": 3}}))
+    with pytest.raises(UsageError, match=r'"open_files" of deltafmt is a number of at least 0, not \'3\''):
+        Options.of(SimpleNamespace(additional_config={KEY: {"open_files": "3"}}))
+    with pytest.raises(UsageError, match="an object of names and values"):
+        Options.of(SimpleNamespace(additional_config={KEY: 1}))
+
+
+def test_rows_without_an_adapter_take_none_from_the_last_slot() -> None:
+    def own(inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, indices: torch.Tensor) -> None:
+        output += torch.einsum("bi,boi->bo", inputs, weights[indices])
+
+    weights, output = torch.ones(2, 3, 4), torch.zeros(3, 3)
+    expanded(own, torch.ones(3, 4), weights, output, torch.tensor([1, -1, 0]))
+    assert output.tolist() == [[4.0] * 3, [0.0] * 3, [4.0] * 3]
+
+
+def test_keys_of_the_prefix_cache_follow_the_content(delta: Path, tmp_path: Path) -> None:
+    known = Known()
+
+    def request(name: str, path: Path, number: int = 1) -> SimpleNamespace:
+        return SimpleNamespace(lora_name=name, lora_path=str(path), lora_int_id=number)
+
+    copy = tmp_path / "copy.deltafmt"
+    copy.write_bytes(delta.read_bytes())
+    first = request("a", copy)
+    assert known.key(first) == known.key(request("b", delta, 2))  # the same content by another name
+    assert not known.is_ready(first)
+    known.note_loaded(first, again=False)
+    assert known.is_ready(first)
+    before = known.key(first)
+    known.note_loaded(first, again=True)
+    assert known.key(first) not in (before, known.key(request("b", delta, 2)))
+    missing = request("c", tmp_path / "missing.deltafmt", 3)
+    assert known.key(missing) != known.key(missing)
+    assert is_delta("x.deltafmt")
+    assert not is_delta("x")
