@@ -201,6 +201,9 @@ rule(
     Patch("container.file_index", "if ref.offset + ref.length > section", "if ref.offset + ref.length >= section"),
 )
 
+rule("7.2", "array of layouts (7.3)", "layouts-map", Skip("container.file_index:_parse_layouts", "expected a list"))
+rule("7.2", "array of `{checksum", "sections-map", Skip("container.file_index:_parse_sections", "expected a list"))
+rule("7.2", "map from name to byte string", others="tensors-array", reason="an array has no names")
 rule("7.2", "each at most once", "layout-twice", Skip("container.file_index", "a layout stands in the table twice"))
 rule(
     "7.2",
