@@ -21,6 +21,7 @@ from deltafmt.methods import RTN
 from deltafmt.runtime.packed import select
 from deltafmt.runtime.places import Forms
 from deltafmt.transformers import attach, detach
+from strategies import examples
 from tiny_models import CAUSAL, Tiny, every, generate, ids, made_once, new_model, shake
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -352,6 +353,7 @@ def test_what_is_refused(tiny: Tiny) -> None:
 TERMS = st.sampled_from([(), ((0, 1.0),), ((1, 1.0),), ((0, 0.5), (2, 0.5)), ((2, 2.0),)])
 
 
+@examples(60)
 @given(requests=st.lists(st.tuples(TERMS, st.integers(1, 5)), min_size=1, max_size=8), each=st.integers(1, 3))
 def test_a_packed_selection_is_the_selection_of_its_tokens(requests: Any, each: int) -> None:
     """The reference names a slot for every token."""

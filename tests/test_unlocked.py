@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,18 +115,9 @@ def play(patch: pytest.MonkeyPatch) -> Driver:
 
 
 def moved(
-    path: Path,
-    threads: int,
-    pinned_bytes: int = MIB,
-    *,
-    verify: bool = True,
-    arrived: Callable[[Any, int], None] | None = None,
-    cancel: threading.Event | None = None,
+    path: Path, threads: int, pinned_bytes: int = MIB, *, verify: bool = True, cancel: threading.Event | None = None
 ) -> tuple[Any, Any, Container]:
-    """Upload a whole file; return the memory, where things lie in it, and the file.
-
-    ``arrived`` gets the pieces' contents so far, as pairs of what is there and what is to be there, and their number.
-    """
+    """Upload a whole file; return the memory, where things lie in it, and the file."""
     with Container(path, mmap=False) as container:
         placement = upload._place(container, None).layout.upload
         memory, scratch = (
@@ -134,20 +125,7 @@ def moved(
         )
         ring = pinned.Ring(torch.device("cpu"), pinned_bytes, MIB)
         pieces = cut(container.sections, placement, ring.buffer_bytes)
-        data = path.read_bytes()
-
-        def look(count: int) -> None:
-            assert arrived is not None
-            copies = [(piece.offset + copy.source, copy) for piece in pieces[:count] for copy in piece.copies]
-            found = [memory.numpy()[copy.target :][: copy.length].tobytes() for _, copy in copies]
-            arrived(list(zip(found, [data[at : at + copy.length] for at, copy in copies], strict=True)), count)
-
-        made = unlocked.UnlockedUpload(
-            *(container, pieces, ring, memory, scratch, Stream()),
-            verify=verify,
-            arrived=None if arrived is None else look,
-            cancel=cancel,
-        )
+        made = unlocked.UnlockedUpload(container, pieces, ring, memory, scratch, Stream(), verify=verify, cancel=cancel)
         made.run(threads)
     return memory, placement, container
 
@@ -249,35 +227,6 @@ def test_a_read_that_fails_once_is_made_good(driver: Driver, tmp_path: Path) -> 
         section = container.sections[number]
         start = placement.whole(number, section)
         assert memory.numpy()[start : start + section.length].tobytes() == data[section.offset :][: section.length]
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_waiting_thread_learns_what_is_given(
-    threads: int, driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "d.deltafmt"
-    path.write_bytes(hot_file(12))
-    counts: list[int] = []
-    looked = threading.Event()
-
-    def arrived(contents: list[tuple[bytes, bytes]], count: int) -> None:
-        assert all(found == wanted for found, wanted in contents)
-        counts.append(count)
-        looked.set()
-
-    def record(handle: int, *_: int) -> int:
-        looked.wait(0.2)  # one look at least between two pieces of a thread, if the machine is not too busy
-        looked.clear()
-        driver.recorded.append(handle)
-        return 0
-
-    slow = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)(record)
-    calls = driver.calls()._replace(record=address_of(slow))
-    monkeypatch.setattr(unlocked, "driver_calls", lambda: calls)
-    moved(path, threads, 4 * MIB, arrived=arrived)
-    assert counts == sorted(counts)
-    assert counts[-1] <= len(driver.recorded)
-    assert len(set(counts)) > 1
 
 
 def test_an_error_of_the_driver(driver: Driver, tmp_path: Path) -> None:

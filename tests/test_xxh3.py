@@ -25,12 +25,11 @@ Digests = Callable[[torch.Tensor, Sections], list[bytes]]
 
 
 def by_kernel(memory: torch.Tensor, sections: Sections) -> list[bytes]:
-    # In batches that share the memory of their sums; the last one first.
-    cut = list(device_digests.batches(sections, 60_000))
-    hashing = device_digests.Hashing(memory, cut)
-    for number in reversed(range(len(cut))):
-        hashing.launch(number)
-    return hashing.found()
+    from deltafmt.kernels.xxh3 import kernel as triton
+
+    starts, lengths = np.array(sections, np.int64).T
+    found = triton.accumulators(memory.view(torch.int64), starts // 8, lengths)
+    return algorithm.merged(found.cpu().numpy().view(np.uint64), lengths.astype(np.uint64))
 
 
 def by_reference(memory: torch.Tensor, sections: Sections) -> list[bytes]:
@@ -105,9 +104,10 @@ def test_batches_and_large_sections(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(lengths=st.lists(st.integers(241, 1200), max_size=12))
 def test_batches_hold_every_section_once(lengths: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_digests, "BATCH_BYTES", 1000)
         patch.setattr(device_digests, "MAX_BATCH", 3)
         sections = [(8 * i, length) for i, length in enumerate(lengths)]
-        batches = list(device_digests.batches(sections, 1000))
+        batches = list(device_digests.batches(sections))
     assert [section for batch in batches for section in batch] == sections
     assert all(len(batch) == 1 or sum(length for _, length in batch) <= 1000 for batch in batches)
     assert all(1 <= len(batch) <= 3 for batch in batches)

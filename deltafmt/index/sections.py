@@ -52,6 +52,8 @@ class Section:
         if codec == c.CODEC_ZSTD:
             if kind == c.SECTION_KIND_EXACT:
                 fail((where, ".codec"), "a section of exact tensors is stored as it is")
+            if not raw_length and length:
+                fail((where, ".length"), f"a section of no raw bytes stores none, not {length}")
             chunks = -(-raw_length // c.ZSTD_CHUNK)
             if chunks * (4 + c.ZSTD_MIN_FRAME) > length:
                 fail((where, ".raw_length"), f"{length} bytes cannot hold the {chunks} frames of {raw_length} bytes")

@@ -24,8 +24,6 @@ from deltafmt.runtime.pinned import Ring, start_threads
 from deltafmt.runtime.upload_pieces import Piece
 
 CANCEL_SECONDS = 0.005
-# How often a caller learns what has been given to the stream.
-ARRIVAL_SECONDS = 0.0005
 
 # How a thread's share of an upload ends (kernels/cpu/upload.h).
 DONE, STOPPED, NOT_READ, PADDING, DRIVER = range(5)
@@ -82,8 +80,6 @@ class UnlockedUpload:
         memory, scratch: uint8 tensors that it goes to.
         stream: that the copies are given to.
         verify: check the padding.
-        arrived: called again and again by the thread that waits, with a number: so many pieces, counted from the first,
-            are given to the stream.
         cancel: when set, the upload stops.
     """
 
@@ -97,11 +93,9 @@ class UnlockedUpload:
         stream: torch.cuda.Stream,
         *,
         verify: bool,
-        arrived: Callable[[int], None] | None = None,
         cancel: threading.Event | None,
     ) -> None:
         self._container = container
-        self._arrived = arrived
         self._ring = ring
         self._stream = stream.cuda_stream
         stream.query()  # this thread has the device's context from here on
@@ -129,13 +123,12 @@ class UnlockedUpload:
             CancelledError: ``cancel`` was set.
         """
         count = min(threads, len(self._pieces), len(self._ring.buffers))
-        given = np.arange(count, dtype=np.int64)  # each thread's first piece that is not given yet
         futures: list[Future[None]] = []
         try:
-            futures = start_threads(lambda number: self._work(number, given), count)
+            futures = start_threads(lambda number: self._work(number, count), count)
             if meanwhile is not None:
                 meanwhile()
-            self._wait(futures, given)
+            self._wait(futures)
         finally:
             # Also when interrupted: nobody writes to the buffers any more.
             if not all(future.done() for future in futures):
@@ -146,20 +139,17 @@ class UnlockedUpload:
             raise errors[0]
 
     def forget(self) -> None:
-        """Let go of the memory, of which only addresses are held here."""
-        self._arrived = None
+        """Let go of the memory: only addresses of it are held."""
 
-    def _wait(self, futures: list[Future[None]], given: NDArray[np.int64]) -> None:
-        timeout = ARRIVAL_SECONDS if self._arrived is not None else None if self._cancel is None else CANCEL_SECONDS
+    def _wait(self, futures: list[Future[None]]) -> None:
+        timeout = None if self._cancel is None else CANCEL_SECONDS
         while wait(futures, timeout).not_done:
             if self._cancel is not None and self._cancel.is_set():
                 raise CancelledError(f"{self._container.name}: loading was cancelled")
-            if self._arrived is not None:
-                self._arrived(int(given.min()))
 
-    def _work(self, number: int, given: NDArray[np.int64]) -> None:
-        """Move every piece whose number is ``number`` modulo the number of threads, through every such slot."""
-        ring, native, count = self._ring, core.native, len(given)
+    def _work(self, number: int, count: int) -> None:
+        """Move every piece whose number is ``number`` modulo ``count``, through every slot of the same kind."""
+        ring, native = self._ring, core.native
         assert native is not None
         numbers = range(number, len(ring.buffers) // count * count, count)
         slots = np.array([slot * ring.buffer_bytes for slot in numbers], np.int64)
@@ -170,7 +160,7 @@ class UnlockedUpload:
             while True:
                 outcome, place, detail = native.upload(
                     *(self._pieces, self._copies, self._paddings, place, count, is_read, memory, slots, events),
-                    *(self._container.fileno(), self._context, self._stream, self._calls, self._stop, given),
+                    *(self._container.fileno(), self._context, self._stream, self._calls, self._stop),
                 )
                 if outcome in (DONE, STOPPED):
                     return

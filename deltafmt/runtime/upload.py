@@ -24,9 +24,8 @@ from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format.constants import BUFFER_ALIGNMENT, FEATURE_EXACT, align
 from deltafmt.kernels.kind import Conversion
 from deltafmt.kernels.registry import KERNELS
-from deltafmt.kernels.xxh3.digests import are_loaded, load_soon, wait_loaded
+from deltafmt.kernels.xxh3.digests import are_loaded, digests, load_soon, wait_loaded
 from deltafmt.kernels.xxh3.digests import can_run as has_checksums
-from deltafmt.runtime.arriving import ArrivingSections
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.device_views import DeviceTensors
 from deltafmt.runtime.pinned import MAX_THREADS, give_ring, start_threads, take_ring
@@ -37,7 +36,7 @@ from deltafmt.runtime.unlocked import can_run as can_unlock
 from deltafmt.runtime.upload_plan import UploadPlan
 
 PINNED_BYTES = 64 * 1024 * 1024
-# Threads without the interpreter's lock, measured on 16 cores: 14 threads reach 0.87 of a pinned copy, 12 reach 0.80, 8
+# Threads without the interpreter's lock, measured on 16 cores: 14 threads reach 0.87 of a pinned copy, 12 reach 0.81, 8
 # reach 0.50, and 16 no more than 14. Each thread has two buffers and reads into one while the other is copied. Larger
 # ones leave the CPU's cache (4 MiB: 0.53); smaller ones make too many copies, of which each costs 2 us (1 MiB: 0.81).
 BUFFER_BYTES = 2 * 1024 * 1024
@@ -208,31 +207,22 @@ def _fill(
             )
             found = DeviceTensors(placed, memory)
             pieces = placed.layout.pieces(container, ring.buffer_bytes)
-            arriving = ArrivingSections(container, memory, later, pieces) if later else None
             upload: Upload | UnlockedUpload
             if unlocked and lane is not None:
-                upload = UnlockedUpload(
-                    *(container, pieces, ring, memory, scratch, lane),
-                    verify=verify,
-                    arrived=None if arriving is None else arriving.arrived,
-                    cancel=cancel,
-                )
+                upload = UnlockedUpload(container, pieces, ring, memory, scratch, lane, verify=verify, cancel=cancel)
             else:
                 upload = Upload(
                     container, pieces, ring, memory, scratch, lane, verify=verify, later=later, cancel=cancel
                 )
             try:
                 upload.run(threads, found.make_all if placed.known else None)
-                if arriving is not None:
-                    arriving.check()
+                _check(container, memory, later)
                 _convert(container, plan, memory, scratch)
             except BaseException:
                 if lane is not None:
                     lane.synchronize()
                 # Somebody may keep the error, and with it the frames of its traceback: they must not hold the memory.
                 upload.forget()
-                if arriving is not None:
-                    arriving.forget()
                 del memory, scratch, found
                 raise
     finally:
@@ -259,6 +249,12 @@ def _checked_there(container: Container, plan: UploadPlan) -> dict[int, int]:
         if offset is not None:
             found[number] = offset
     return found
+
+
+def _check(container: Container, memory: torch.Tensor, offsets: dict[int, int]) -> None:
+    found = digests(memory, [(offset, container.sections[number].length) for number, offset in offsets.items()])
+    for number, digest in zip(offsets, found, strict=True):
+        container.check_checksum(number, digest)
 
 
 def _upload_stream(device: torch.device) -> torch.cuda.Stream:

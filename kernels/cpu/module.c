@@ -70,7 +70,7 @@ static PyObject *upload(struct call *call) {
     job.file = (int)number(call, 0, INT32_MAX);
     job.context = number(call, 0, UINT64_MAX);
     job.stream = number(call, 0, UINT64_MAX);
-    const Py_buffer *calls = array(call, "l", 1, 0), *stop = array(call, "l", 1, 1), *given = array(call, "l", 1, 1);
+    const Py_buffer *calls = array(call, "l", 1, 0), *stop = array(call, "l", 1, 1);
     job.pieces = pieces->buf;
     job.copies = copies->buf;
     job.paddings = paddings->buf;
@@ -83,9 +83,7 @@ static PyObject *upload(struct call *call) {
     require(call, extent(pieces, 1) == 6 && extent(copies, 1) == 3 && extent(paddings, 1) == 3, "rows have 6, 3, 3 columns");
     require(call, job.slot_count >= 1 && extent(events, 0) == job.slot_count, "every slot has an event");
     require(call, extent(calls, 0) == 5 && extent(stop, 0) == 1, "there are 5 addresses and one flag");
-    require(call, extent(given, 0) == job.step, "every thread has a place for what it has given");
     if (!call->wrong) {
-        job.given = (int64_t *)given->buf + job.first % job.step;
         memcpy(&job.calls, calls->buf, sizeof job.calls);
         require(call, job.calls.read && job.calls.bind && job.calls.copy && job.calls.record && job.calls.wait,
                 "no address is 0");

@@ -135,7 +135,6 @@ void run_upload(struct upload *job) {
             DRIVER_CALL(copy((uint64_t)part[1], slot + part[0], (size_t)part[2], stream));
         }
         DRIVER_CALL(record(event, stream));
-        __atomic_store_n(job->given, (int64_t)(p + job->step), __ATOMIC_RELEASE);
     }
     job->piece = job->first;
     ENDS(UPLOAD_DONE, 0);

@@ -28,7 +28,6 @@ struct upload {
     uint64_t context, stream;
     struct upload_calls calls;
     const int64_t *stop; /* other than 0 once an error has come up elsewhere */
-    int64_t *given;      /* this thread's first piece that is not given to the stream yet */
     enum upload_outcome outcome;
     size_t piece;    /* the piece at which the outcome came */
     uint64_t detail; /* the row of the padding, or the driver's error */

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from deltafmt.errors import UsageError
 from deltafmt.kernels import devices
 from deltafmt.kernels.xxh3 import algorithm
 
-# The most bytes, and the most sections, of a batch. The sums of the largest batch take a sixteenth as many bytes.
+# The most bytes, and the most sections, of a batch. The sums of a batch take a sixteenth as many bytes.
 BATCH_BYTES = 1 << 30
 MAX_BATCH = 1 << 15
 
@@ -63,46 +62,6 @@ def _load(device: torch.device) -> None:
     _loaded[device].set()
 
 
-class Hashing:
-    """The XXH3-128 (seed 0) of parts of a tensor on a GPU, batch after batch, each as soon as its bytes have arrived.
-
-    All memory that the kernels need is taken, and filled in, when this is made. Batches share the memory of their sums:
-    they are launched on one stream.
-
-    Args:
-        memory: uint8, 1-d, contiguous, its length a multiple of 8.
-        batches: for each batch offset, a multiple of 8, and length of each section in bytes, more than 240.
-    """
-
-    def __init__(self, memory: torch.Tensor, batches: Sequence[Sequence[tuple[int, int]]]) -> None:
-        from deltafmt.kernels.xxh3 import kernel
-
-        self._words = memory.view(torch.int64)
-        self._lengths = [np.array([length for _, length in batch], np.int64) for batch in batches]
-        self._rows = [kernel.sums_rows(lengths) for lengths in self._lengths]
-        starts = [np.array([offset // 8 for offset, _ in batch], np.int64) for batch in batches]
-        tables = [kernel.section_table(*each) for each in zip(starts, self._lengths, strict=True)]
-        ends = np.cumsum([0, *map(len, tables)]).tolist()
-        self._places = [slice(*both) for both in pairwise(ends)]
-        self._table = torch.from_numpy(np.concatenate([np.empty((0, 4), np.int64), *tables])).to(memory.device)
-        most = max((int(rows.sum()) for rows in self._rows), default=0)
-        self._sums = torch.empty(most, algorithm.LANES, dtype=torch.int64, device=memory.device)
-        self._out = torch.empty(ends[-1], algorithm.LANES, dtype=torch.int64, device=memory.device)
-
-    def launch(self, number: int) -> None:
-        """Launch the kernels of a batch on the current stream."""
-        from deltafmt.kernels.xxh3 import kernel
-
-        place, most = self._places[number], int(self._rows[number].max())
-        with devices.on_device_of(self._words):
-            kernel.launch(self._words, self._table[place], self._sums, self._out[place], most)
-
-    def found(self) -> list[bytes]:
-        """Wait for the current stream; return the digests of all batches, most significant byte first."""
-        lengths = np.concatenate([np.empty(0, np.int64), *self._lengths])
-        return algorithm.merged(self._out.cpu().numpy().view(np.uint64), lengths.astype(np.uint64))
-
-
 def digests(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[bytes]:
     """Return the XXH3-128 (seed 0) of parts of a tensor, most significant byte first.
 
@@ -122,34 +81,34 @@ def digests(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[b
         if offset % 8 or not 0 <= offset <= offset + length <= memory.numel():
             raise UsageError(f"{length} bytes at {offset} of {memory.numel()} are not a section")
     with_kernels = can_run(memory.device)
-    by_kernel = [section for section in sections if with_kernels and not is_short(section[1])]
-    found: dict[tuple[int, int], bytes] = {}
-    if by_kernel:
-        in_batches = list(batches(by_kernel, BATCH_BYTES))
-        hashing = Hashing(memory, in_batches)
-        for number in range(len(in_batches)):
-            hashing.launch(number)
-        found = dict(zip(by_kernel, hashing.found(), strict=True))
-    return [found[section] if section in found else on_host(memory, *section) for section in sections]
+    # Short inputs have algorithms of their own, and take the host no time.
+    by_kernel = [section for section in sections if with_kernels and section[1] > algorithm.SHORT_BYTES]
+    found = dict(zip(by_kernel, _by_kernel(memory, by_kernel), strict=True)) if by_kernel else {}
+    for offset, length in sections:
+        if (offset, length) not in found:
+            host = memory[offset : offset + length].cpu().numpy()
+            found[offset, length] = xxhash.xxh3_128_digest(host.data)
+    return [found[section] for section in sections]
 
 
-def is_short(length: int) -> bool:
-    """Tell whether a section is so short that another algorithm hashes it, on the host, where it takes no time."""
-    return length <= algorithm.SHORT_BYTES
+def _by_kernel(memory: torch.Tensor, sections: Sequence[tuple[int, int]]) -> list[bytes]:
+    from deltafmt.kernels.xxh3 import kernel
+
+    found = []
+    with torch.cuda.device(memory.device):
+        for batch in batches(sections):
+            starts, lengths = np.array(batch, np.int64).T
+            sums = kernel.accumulators(memory.view(torch.int64), starts // 8, lengths)
+            found += algorithm.merged(sums.cpu().numpy().view(np.uint64), lengths.astype(np.uint64))
+    return found
 
 
-def on_host(memory: torch.Tensor, offset: int, length: int) -> bytes:
-    """Return the digest of a section that is brought to the host."""
-    host = memory[offset : offset + length].cpu().numpy()
-    return xxhash.xxh3_128_digest(host.data)
-
-
-def batches(sections: Sequence[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield runs of at most ``MAX_BATCH`` sections and ``most`` bytes; a larger section is a run of its own."""
+def batches(sections: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Yield runs of at most ``MAX_BATCH`` sections and ``BATCH_BYTES``; a larger section is a run of its own."""
     batch: list[tuple[int, int]] = []
     nbytes = 0
     for offset, length in sections:
-        if batch and (nbytes + length > most or len(batch) == MAX_BATCH):
+        if batch and (nbytes + length > BATCH_BYTES or len(batch) == MAX_BATCH):
             yield batch
             batch, nbytes = [], 0
         batch.append((offset, length))

@@ -27,12 +27,12 @@ UNROLL = 64
 @triton.jit
 def _sums_kernel(
     p_data,  # int64, holds the sections
-    p_sections,  # int64, (sections, 4): first word, bytes, first row of the sums, 0
+    p_sections,  # int64, (sections, 3): first word, bytes, first row of the sums
     p_secret,  # int64, (16, 8): the secret of each stripe of a block
     p_sums,  # int64, (blocks of all sections, 8): what a block adds
     BLOCKS: tl.constexpr,
 ):
-    p_section = p_sections + tl.program_id(1) * 4
+    p_section = p_sections + tl.program_id(1) * 3
     # The last stripe is not one of those that come first, even where it ends a block.
     stripes = (tl.load(p_section + 1) - 1) // 64
     first = tl.program_id(0).to(tl.int64) * BLOCKS
@@ -63,13 +63,13 @@ def _scrambled(accumulators, secret, prime):
 @triton.jit
 def _chain_kernel(
     p_data,  # int64, holds the sections
-    p_sections,  # int64, (sections, 4): first word, bytes, first row of the sums, 0
+    p_sections,  # int64, (sections, 3): first word, bytes, first row of the sums
     p_constants,  # int64, (4, 8): the accumulators' start, the scramble's and the last stripe's secret, the prime
     p_sums,  # int64, (blocks of all sections, 8)
     p_out,  # int64, (sections, 8): accumulators
     UNROLL: tl.constexpr,
 ):
-    p_section = p_sections + tl.program_id(0) * 4
+    p_section = p_sections + tl.program_id(0) * 3
     length = tl.load(p_section + 1)
     o_lane = tl.arange(0, 8)
     accumulators = tl.load(p_constants + o_lane)
@@ -112,39 +112,26 @@ def _constants(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows).view(np.int64)).to(device)
 
 
-def sums_rows(lengths: np.ndarray) -> np.ndarray:
-    """Return the rows of sums that sections of these lengths need, int64."""
-    rows: np.ndarray = (lengths - 1) // algorithm.BLOCK_BYTES + 1
-    return rows
-
-
-def section_table(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return what the kernels read of each section; any run of its rows is aligned as the compiled kernels expect.
+def accumulators(words: torch.Tensor, starts: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+    """Return the accumulators behind the last stripe of each section, on the current stream of a GPU.
 
     Args:
+        words: int64, 1-d, holds the sections.
         starts: int64, the first word of each section.
         lengths: int64, bytes of each, more than 240.
 
     Returns:
-        int64, shape (sections, 4): first word, bytes, first row of the sums, 0.
-    """
-    rows = sums_rows(lengths)
-    return np.stack([starts, lengths, np.cumsum(rows) - rows, np.zeros_like(rows)], 1).astype(np.int64)
-
-
-def launch(words: torch.Tensor, table: torch.Tensor, sums: torch.Tensor, out: torch.Tensor, most: int) -> None:
-    """Write the accumulators behind the last stripe of each section, on the current stream of a GPU.
-
-    Args:
-        words: int64, 1-d, holds the sections.
-        table: of the sections, as :func:`section_table` makes it, on the device.
-        sums: int64, shape (rows of all sections, 8): memory for what blocks add.
-        out: int64 with the bits of uint64, shape (sections, 8): takes the accumulators.
-        most: the rows of the longest section.
+        int64 with the bits of uint64, shape (sections, 8).
     """
     device = words.device
-    common = {"p_data": words, "p_sections": table, "p_sums": sums}
-    grid = triton.cdiv(most, BLOCKS), len(table)
+    rows = (lengths - 1) // algorithm.BLOCK_BYTES + 1
+    table = np.stack([starts, lengths, np.cumsum(rows) - rows], 1).astype(np.int64)
+    sections = torch.from_numpy(table).to(device)
+    sums = torch.empty(int(rows.sum()), algorithm.LANES, dtype=torch.int64, device=device)
+    out = torch.empty(len(table), algorithm.LANES, dtype=torch.int64, device=device)
+    grid = triton.cdiv(int(rows.max()), BLOCKS), len(table)
+    common = {"p_data": words, "p_sections": sections, "p_sums": sums}
     run(_sums_kernel, grid, **common, p_secret=_secret(device), BLOCKS=BLOCKS, num_warps=4)
     chain = {**common, "p_constants": _constants(device), "p_out": out}
     run(_chain_kernel, (len(table),), **chain, UNROLL=UNROLL, num_warps=1)
+    return out

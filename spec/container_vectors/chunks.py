@@ -6,6 +6,8 @@ import zstandard
 from draft import CHUNK, Draft, frames
 from vector_tools import stored, vector
 
+from container_vectors.sections import empty_sections
+
 PAYLOAD = bytes(range(200))
 
 
@@ -148,3 +150,11 @@ def zstd_skippable() -> bytes:
 @vector("invalid", "a frame of no content follows a chunk's frame, and the table counts both", "does not end where")
 def zstd_two_frames() -> bytes:
     return cold(raw_block() + one_frame(b""))
+
+
+@vector("invalid", "an attached file of no bytes, compressed, in a section of three bytes", "stores none, not 3")
+def zstd_bytes_of_nothing() -> bytes:
+    draft = Draft.of(empty_sections())
+    draft.index["sections"][1]["codec"] = 1
+    draft.stored[1] = bytes(3)
+    return draft.build()

@@ -83,6 +83,26 @@ def layout_shared() -> bytes:
     return summed(NMLayout(1, 4, 4), NMLayout(1, 4, 4), rows=4, columns=8)
 
 
+@vector("invalid", "the layouts are a map without keys", "expected a list")
+def layouts_map() -> bytes:
+    return change(stored({"a": b"x"}), lambda index: index.update(layouts={}))
+
+
+@vector("invalid", "the sections are a map without keys, in a file that has none", "expected a list")
+def sections_map() -> bytes:
+    out = io.BytesIO()
+    ContainerWriter(out).finish([])
+    return Draft.of(out.getvalue()).build(lambda index: index.update(sections={}))
+
+
+@vector("invalid", "the tensors are an array without members", "map")
+def tensors_array() -> bytes:
+    out = io.BytesIO()
+    ContainerWriter(out).finish([])
+    draft = Draft.of(out.getvalue())
+    return draft.build(late=lambda index: index.update(tensors=[]))
+
+
 @vector("invalid", "a layout of a kind that version 1 does not know", "unknown layout 'ternary'")
 def unknown_layout() -> bytes:
     return change(small(), lambda index: index["layouts"][0].update(kind="ternary"))

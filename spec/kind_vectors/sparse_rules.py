@@ -188,6 +188,14 @@ def sparse_second_beyond_columns() -> bytes:
     return slots_of({(0, 0): 7, (0, 1): 0}, [0, 2], *SMALL)
 
 
+@vector(
+    "invalid", "the gaps of a row lead beyond the last column, in the second block, which is short", "beyond its block"
+)
+def sparse_beyond_columns_of_last_block() -> bytes:
+    # Columns 256 to 259; three fillers pass 45 columns.
+    return slots_of({(0, 0): 0, (1, 1): 4}, [0, 1, 2], 4, 260)
+
+
 @vector("invalid", "a row that does not exist has an entry", "a row that does not exist has an entry")
 def sparse_entry_of_no_row() -> bytes:
     return slots_of({(0, 0): 0, (4, 0): 0}, [0, 1], *SMALL)

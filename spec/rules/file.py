@@ -231,6 +231,12 @@ rule(
     others="zstd-no-frame zstd-chunks-swapped zstd-skippable",
     reason="without frames in their order there is nothing to read",
 )
+rule(
+    "6.1",
+    "A section of no raw bytes stores none",
+    others="zstd-bytes-of-nothing",
+    reason="the bytes are no chunk table, and whoever reads the section refuses them",
+)
 rule("6.2", "Each MUST declare its content size", "zstd-without-size", DECLARES)
 rule(
     "6.2",

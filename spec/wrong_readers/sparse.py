@@ -113,6 +113,12 @@ patched(
         "passed[:, first] + widths[used] + 1).any()",
     ),
     (
+        "the last block has its columns twice",
+        "sparse-beyond-columns-of-last-block",
+        "rest = columns - (blocks - 1) * layout.span",
+        "rest = 2 * (columns - (blocks - 1) * layout.span)",
+    ),
+    (
         "an entry may not lie in the last column",
         "sparse-bf16-bitmap",
         "passed[:, first] + widths[used]).any()",
