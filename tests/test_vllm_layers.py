@@ -244,6 +244,13 @@ def test_a_grown_vocabulary_a_new_tensor_and_a_missing_one_are_refused_by_name(n
             load_delta(str(tmp_path / f"{name}.deltafmt"), served, base)
 
 
+def test_an_exact_delta_is_refused(nano: Path, tmp_path: Path) -> None:
+    _, served = engine(nano / "base")
+    deltafmt.pack(nano / "base", nano / "math", tmp_path / "e.deltafmt", method=deltafmt.methods.parse("exact"))
+    with pytest.raises(UsageError, match="exact"):
+        load_delta(str(tmp_path / "e.deltafmt"), served, EngineBase(nano / "base"))
+
+
 def test_a_damaged_file_is_refused_when_it_is_loaded(deltas: dict[str, Path], nano: Path, tmp_path: Path) -> None:
     _, served = engine(nano / "base")
     data = bytearray(deltas["svd"].read_bytes())
