@@ -246,6 +246,9 @@ def content_identity(index: Any) -> bytes:
     try:
         said = {
             "attachments": {name: entry["digest"] for name, entry in index["attachments"].items()},
+            **(
+                {"files": {name: file["digest"] for name, file in index["files"].items()}} if index.get("files") else {}
+            ),
             "metadata": index["metadata"],
             "removed": index["removed"],
             **({"scaled": index["scaled"]} if index.get("scaled") else {}),
@@ -259,6 +262,8 @@ def content_identity(index: Any) -> bytes:
 def semantic_entry(entry: dict[str, Any], layouts: list[Any]) -> dict[str, Any]:
     """Return an entry without the places of its bytes."""
     said = {key: value for key, value in entry.items() if key != "data"}
+    if "exact" in said:
+        said["exact"] = {"digest": said["exact"]["digest"]}
     if "terms" in said:
         said["terms"] = [
             {**term, "layout": plain_layout(layouts[term["layout"]]), "buffers": None} for term in said["terms"]

@@ -38,11 +38,13 @@ def references(index: Any) -> list[list[int]]:
 
 def found_references(index: Any) -> Iterator[Any]:
     """Give whatever stands where references stand."""
-    for key in ("tensors", "attachments"):
+    for key in ("tensors", "attachments", "files"):
         entries = index.get(key) if isinstance(index, dict) else None
         for entry in entries.values() if isinstance(entries, dict) else ():
             if isinstance(entry, dict):
-                yield entry.get("data")
+                yield entry.get("data") or entry.get("head")
+                exact = entry.get("exact")
+                yield exact.get("data") if isinstance(exact, dict) else None
                 terms = entry.get("terms")
                 for term in terms if isinstance(terms, list) else ():
                     buffers = term.get("buffers") if isinstance(term, dict) else None
