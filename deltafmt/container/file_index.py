@@ -22,10 +22,7 @@ from deltafmt.terms.registry import parse_layout
 
 _TOP_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "sections", "tensors")
 # Keys that an index has only with a feature of the header.
-_FEATURE_KEYS = {
-    "files": (c.FEATURE_EXACT, "exact tensors and files, bit 3"),
-    "scaled": (c.FEATURE_SCALED, "scaled tensors, bit 2"),
-}
+_FEATURE_KEYS = ("files", "scaled")
 # The key of a safetensors file's header that holds no tensor; behind a component's folder it would be that key, too.
 _NO_TENSOR = "__metadata__"
 
@@ -76,10 +73,10 @@ class FileIndex:
         keys = tuple(sorted((*_TOP_KEYS, *optional)))
         if type(obj) is not dict or tuple(obj) != keys:
             fail("index", f"expected the keys {', '.join(keys)}")
-        for key in optional:
-            feature, words = _FEATURE_KEYS[key]
-            if not features & feature:
-                fail(key, f"the header does not have the feature of {words}")
+        if "files" in optional and not features & c.FEATURE_EXACT:
+            fail("files", "the header does not have the feature of exact tensors and files, bit 3")
+        if "scaled" in optional and not features & c.FEATURE_SCALED:
+            fail("scaled", "the header does not have the feature of scaled tensors, bit 2")
         profile = obj["profile"]
         if profile not in c.PROFILES:
             fail("profile", f"unknown profile {profile!r}")
@@ -194,7 +191,7 @@ def _parse_sections(rows: Any, profile: str, index_offset: int, features: int) -
         if behind and section.kind == c.SECTION_KIND_TENSORS:
             fail(f"sections[{number}].kind", "a section of tensors lies behind one of exact tensors")
         if section.kind == c.SECTION_KIND_EXACT and not features & c.FEATURE_EXACT:
-            fail(f"sections[{number}].kind", f"the header does not have the feature of {_FEATURE_KEYS['files'][1]}")
+            fail(f"sections[{number}].kind", "a section of exact tensors needs feature bit 3")
         behind = behind or section.kind == c.SECTION_KIND_EXACT
         raw_bytes += section.raw_length
         if raw_bytes > c.MAX_RAW_BYTES:
@@ -232,7 +229,7 @@ def _parse_files(obj: Any, attachments: Mapping[str, Attachment]) -> dict[str, F
     collision = first_collision((*attachments, *files))
     if collision is not None:
         name, other = collision
-        fail(f'files["{name}"]', f'"{other}" stands in the place of the file or of its folder')
+        fail(f'files["{name}"]', f'"{other}" stands in the place of this file or of its folder')
     return files
 
 

@@ -111,7 +111,7 @@ class ContainerWriter:
             stored = kind == c.SECTION_KIND_EXACT or (kind == c.SECTION_KIND_TENSORS and self.profile == "hot")
             self._open = _OpenSection(kind, c.CODEC_STORED if stored else c.CODEC_ZSTD, self._position)
         section = self._open
-        self._raw(bytes(-section.raw_length % c.ALIGNMENTS[kind]))
+        self._raw(bytes(-section.raw_length % c.buffer_alignment(kind)))
         start = section.raw_length
         for part in parts:
             self._raw(part)

@@ -41,13 +41,6 @@ ZSTD_CHUNK: Final = 256 * 1024
 ZSTD_MAX_WINDOW: Final = 1 << 27
 ZSTD_MIN_FRAME: Final = 9  # bytes of the shortest frame: magic, a header with a size, one empty block
 
-# Section 5.7: the chunks of exact tensors are decoded before use, and need no alignment.
-ALIGNMENTS: Final = {
-    SECTION_KIND_TENSORS: BUFFER_ALIGNMENT,
-    SECTION_KIND_ATTACHMENTS: BUFFER_ALIGNMENT,
-    SECTION_KIND_EXACT: 1,
-}
-
 PROFILES: Final = ("hot", "cold")
 
 # The key of a file's metadata that names the base, for messages.
@@ -94,6 +87,11 @@ DELTA_DTYPES: Final = ("BF16", "F16", "F32")
 # F8_E8M0: some savers have no other dtype for it.
 CODE_DTYPES: Final = ("F8_E4M3", "F8_E5M2")
 SCALE_DTYPES: Final = ("BF16", "F16", "F32", "F8_E8M0", "U8")
+
+
+def buffer_alignment(kind: int) -> int:
+    """Return the alignment of buffers in a section of a kind; exact tensors are decoded, and need none (5.7)."""
+    return 1 if kind == SECTION_KIND_EXACT else BUFFER_ALIGNMENT
 
 
 def align(offset: int, alignment: int) -> int:

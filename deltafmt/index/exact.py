@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from deltafmt.format.checks import Where, check_bytes, check_fields, check_uint, fail
-from deltafmt.format.constants import ALIGNMENTS, SECTION_KIND_EXACT
+from deltafmt.format.constants import SECTION_KIND_EXACT, buffer_alignment
 from deltafmt.index.file_names import is_safe_path
 from deltafmt.index.sections import DIGEST_BYTES, BufferRef
 
@@ -43,7 +43,7 @@ class ExactRef:
         if chunk < MIN_CHUNK_UNITS or chunk & (chunk - 1):
             fail((where, ".chunk"), f"{chunk} is not a power of two from {MIN_CHUNK_UNITS} to {MAX_CHUNK_UNITS}")
         check_bytes(digest, (where, ".digest"), DIGEST_BYTES)
-        alignment = ALIGNMENTS[SECTION_KIND_EXACT]
+        alignment = buffer_alignment(SECTION_KIND_EXACT)
         return cls(chunk, BufferRef.from_obj(data, (where, ".data"), alignment), digest)
 
     def to_obj(self) -> dict[str, Any]:

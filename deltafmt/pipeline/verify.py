@@ -209,7 +209,7 @@ def check_coverage(container: Container, entries: list[TensorEntry]) -> None:
             raise InvalidFileError(f"section {number}: no buffer lies in it")
         position = 0
         for ref in sorted(refs, key=lambda ref: (ref.offset, ref.length)):
-            start = c.align(position, c.ALIGNMENTS[container.sections[number].kind])
+            start = c.align(position, c.buffer_alignment(container.sections[number].kind))
             if ref.offset != start:
                 raise InvalidFileError(f"section {number}: a buffer starts at {ref.offset}, where {start} is next")
             padding = BufferRef(number, position, start - position)

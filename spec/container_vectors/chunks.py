@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zstandard
-from container_vectors.sections import empty_sections
 from draft import CHUNK, Draft, frames
 from vector_tools import stored, vector
+
+from container_vectors.sections import empty_sections
 
 PAYLOAD = bytes(range(200))
 

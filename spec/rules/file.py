@@ -163,7 +163,7 @@ rule(
     "empty-last-buffer buffers-empty",
     Patch(
         "pipeline.verify",
-        "start = c.align(position, c.BUFFER_ALIGNMENT)",
+        "start = c.align(position, c.buffer_alignment(container.sections[number].kind))",
         "start = c.align(position, c.BUFFER_ALIGNMENT if ref.length else 1)",
     ),
     others="empty-buffer-unaligned",
