@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ pytest.importorskip("torch")
 import torch
 
 from deltafmt.errors import InvalidFileError, StorageError, UsageError
-from deltafmt.vllm import check_names, seam
+from deltafmt.vllm import check_names, seam, worker
 from deltafmt.vllm.engine import Known
 from deltafmt.vllm.files import FileHandles
 from deltafmt.vllm.names import is_delta
@@ -181,3 +182,22 @@ def test_keys_of_the_prefix_cache_follow_the_content(delta: Path, tmp_path: Path
     assert known.key(missing) != known.key(missing)
     assert is_delta("x.deltafmt")
     assert not is_delta("x")
+
+
+def test_another_model_runner_serves_no_deltas(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Runner:
+        device = torch.device("meta")
+
+    models = SimpleNamespace(base="a base", refusal="")
+
+    def own(runner: Any, model: Any, _config: Any) -> Any:
+        runner.lora_manager = SimpleNamespace(_adapter_manager=models)
+        return model
+
+    monkeypatch.setattr(seam, "name", lambda *_: Runner)
+    config = SimpleNamespace(additional_config={}, compilation_config=SimpleNamespace(mode=3))
+    assert worker._load(own, Runner(), "a model", config) == "a model"
+    assert (models.base, models.refusal) == ("a base", "")
+    assert worker._load(own, SimpleNamespace(), "a model", config) == "a model"
+    assert models.base is None
+    assert models.refusal.endswith("set VLLM_USE_V2_MODEL_RUNNER=0")

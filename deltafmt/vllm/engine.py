@@ -89,6 +89,7 @@ def install_engine() -> None:
     core = seam.name("vllm.v1.engine.core", "EngineCore")
     wrap(core, "add_lora", _add_lora)
     wrap(core, "add_request", _add_request)
+    wrap(seam.name("vllm.v1.engine.llm_engine", "LLMEngine"), "add_request", _add_here)
     wrap(importlib.import_module("vllm.v1.core.kv_cache_utils"), "_gen_lora_extra_hash_keys", _keys)
 
 
@@ -119,3 +120,16 @@ def _add_request(own: Any, core: Any, request: Any, *args: Any, **kwargs: Any) -
             core._send_error_outputs_to_client([request.request_id], request.client_index)  # noqa: SLF001
             return None
     return own(core, request, *args, **kwargs)
+
+
+def _add_here(own: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    """Add a request to an engine of this process; one that the core refuses is not waited for."""
+    outputs = engine.output_processor
+    before = len(outputs.request_states)
+    try:
+        return own(engine, *args, **kwargs)
+    except Exception:
+        refused = list(outputs.request_states)[before:]
+        if refused:
+            engine.engine_core.abort_requests(outputs.abort_requests(refused, internal=True))
+        raise

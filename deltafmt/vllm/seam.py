@@ -60,6 +60,8 @@ NAMES: Final[dict[str, tuple[str, ...]]] = {
         "EngineCoreProc._handle_client_request",
         "EngineCoreProc._send_error_outputs_to_client",
     ),
+    "vllm.v1.engine.llm_engine": ("LLMEngine", "LLMEngine.add_request"),
+    "vllm.v1.engine.output_processor": ("OutputProcessor.abort_requests",),
     "vllm.v1.worker.gpu.sample.prompt_logprob": (
         "PromptLogprobsWorker",
         "PromptLogprobsWorker.compute_prompt_logprobs",

@@ -53,6 +53,11 @@ def expanded(
 def _load(own: Any, runner: Any, model: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
     stamp(vllm_config)
     wrapped = own(runner, model, vllm_config, *args, **kwargs)
+    if not isinstance(runner, seam.name("vllm.v1.worker.gpu_model_runner", "GPUModelRunner")):
+        # Its log-probabilities of prompts go another way, where the head's rows would be taken for other requests'.
+        models = runner.lora_manager._adapter_manager  # noqa: SLF001
+        models.base, models.refusal = None, "it runs vLLM's model runner V2; set VLLM_USE_V2_MODEL_RUNNER=0"
+        return wrapped
     # An engine that compiles runs the model once before it takes requests; the others may not.
     if runner.device.type == "cpu" and not vllm_config.compilation_config.mode:
         runner.model = wrapped
