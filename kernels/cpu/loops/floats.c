@@ -102,7 +102,7 @@ INLINE uint32_t nan_of(uint32_t base, enum dtype b, enum dtype dtype) {
 INLINE uint32_t sum_of(uint32_t base, enum dtype b, float delta, enum dtype dtype) {
     float wide = widen(base, b);
     float sum = delta == 0.0f ? wide : wide + delta;
-    uint32_t nan = nan_of(wide != wide ? base : b == F16 ? 0x7E00 : QUIET >> (b == BF16 ? 16 : 0), b, dtype);
+    uint32_t nan = nan_of(wide != wide ? base : b == F16 ? 0x7E00u : (uint32_t)QUIET >> (b == BF16 ? 16 : 0), b, dtype);
     uint32_t rounded = sum != sum ? nan : narrow(sum, dtype);
     return delta == 0.0f && b == dtype ? base : rounded;
 }
