@@ -139,7 +139,7 @@ def _sealed(content: bytes, header: bytes, index: bytes | None = None, content_i
     [
         ({"version": 2}, ("version 2", "reads 1")),
         ({"version": 2**32 - 1}, ("version 4294967295",)),
-        ({"incompatible": 8}, ("incompatible", "bit 3")),
+        ({"incompatible": 16}, ("incompatible", "bit 4")),
         ({"incompatible": 1 << 63 | 1 << 5}, ("bit 5, 63",)),
         ({"version": 0}, ("version 0",)),
     ],

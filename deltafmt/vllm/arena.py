@@ -34,7 +34,7 @@ class Arena:
         if nbytes > self.size:
             raise UsageError(
                 f"{name} takes {nbytes} bytes on the device where a slot has {self.size}; start the engine with "
-                f'--additional-config \'{{"deltafmt": {{"largest": {nbytes}}}}}\''
+                f'the additional config {{"deltafmt": {{"largest": {nbytes}}}}}'
             )
 
     def take(self, slot: int, nbytes: int) -> torch.Tensor:

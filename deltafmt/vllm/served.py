@@ -242,7 +242,7 @@ class ServedModel:
             if not starting and not served.layouts(terms) <= served.prepared:
                 raise UsageError(
                     f"{name} changes in a layout that no graph was captured for; name a delta of this layout when the "
-                    f'engine starts, --additional-config \'{{"deltafmt": {{"prepare": ["a.deltafmt"]}}}}\', or {_EAGER}'
+                    f'engine starts, in additional config {{"deltafmt": {{"prepare": ["a.deltafmt"]}}}}, or {_EAGER}'
                 )
 
     def put(self, slot: int, parts: Mapping[str, LayerParts], host: DeviceDelta) -> None:
