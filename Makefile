@@ -56,9 +56,9 @@ vectors: $(VENV)/.dev
 	$(BIN)/python spec/mutants.py
 
 fuzz: $(VENV)/.dev
-	$(BIN)/python fuzz/fuzz_reader.py $$(mktemp -d) fuzz/corpus -max_total_time=$(FUZZ_READER)
+	$(BIN)/python fuzz/fuzz_reader.py $$(mktemp -d) fuzz/corpus -max_total_time=$(FUZZ_READER) $(FUZZ_OPTIONS)
 	for target in safetensors weight-map adapter rules; do \
-		$(BIN)/python fuzz/fuzz_inputs.py $$target $$(mktemp -d) -max_total_time=$(FUZZ_OTHERS) || exit 1; done
+		$(BIN)/python fuzz/fuzz_inputs.py $$target $$(mktemp -d) -max_total_time=$(FUZZ_OTHERS) $(FUZZ_OPTIONS) || exit 1; done
 
 # Every call of the writers fails, disks are full, runs are killed, bits are flipped: some minutes; fuzz/README.md.
 faults: $(VENV)/.dev

@@ -270,10 +270,11 @@ def refit(parts: Parts, rng: random.Random) -> bool:
 def lay_out(parts: Parts, number: int, lengths: dict[int, int]) -> bool:
     """Lay the buffers of a section one behind the other, some of them with other lengths (by the references' ids)."""
     raw = parts.raw(number)
-    if raw is None or sum(lengths.values()) > LARGEST_BUFFERS:
+    refs = [ref for ref in references(parts.index) if ref[0] == number]
+    # An earlier mutation may have left any number as a length.
+    if raw is None or sum(lengths.get(id(ref), ref[2]) for ref in refs) > LARGEST_BUFFERS:
         return False
     held = bytearray()
-    refs = [ref for ref in references(parts.index) if ref[0] == number]
     for ref in sorted(refs, key=lambda ref: ref[1:]):
         length = lengths.get(id(ref), ref[2])
         data = raw[ref[1] : ref[1] + min(ref[2], length)].ljust(length, b"\0")
