@@ -46,15 +46,15 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy -p deltafmt
 	$(BIN)/lint-imports
 
-# The reader of delta files for a minute, and each of what else is read for FUZZ_OTHERS seconds; fuzz/README.md.
-FUZZ_READER ?= 60
-FUZZ_OTHERS ?= 15
 # The test vectors of the specification are written anew; readers, right and wrong ones, are run against them.
 vectors: $(VENV)/.dev
 	$(BIN)/python spec/make_vectors.py
 	$(BIN)/pytest -q -n 0 --no-cov tests/test_vectors.py tests/test_rules.py
 	$(BIN)/python spec/mutants.py
 
+# The reader of delta files for a minute, and each of what else is read for FUZZ_OTHERS seconds; fuzz/README.md.
+FUZZ_READER ?= 60
+FUZZ_OTHERS ?= 15
 fuzz: $(VENV)/.dev
 	$(BIN)/python fuzz/fuzz_reader.py $$(mktemp -d) fuzz/corpus -max_total_time=$(FUZZ_READER) $(FUZZ_OPTIONS)
 	for target in safetensors weight-map adapter rules; do \

@@ -104,7 +104,9 @@ def work(trial: dict[str, Any], faults: Any, folder: Path) -> int:
     found = [faults.faults_name(number).decode() for number in range(faults.faults_calls())]
     faults.faults_arm(b"/", 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    (folder / "calls").write_text(json.dumps(found))
+    # Whole or not at all: a signal may end this process while it writes.
+    (folder / "calls.new").write_text(json.dumps(found))
+    (folder / "calls.new").rename(folder / "calls")
     return code
 
 

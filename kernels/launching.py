@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import contextlib
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 
@@ -41,10 +42,8 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
     if key is None:
         _launch_products(outputs, x, table, segments)
         return True
-    with recording(outputs, x, table.records(), segments) as recorder:
+    with _kept(table, key, outputs, x, table.records(), segments):
         _launch_products(outputs, x, table, segments)
-    if recorder.launches is not None:
-        table.keep_repeated(key, Repeated(recorder.launches, recorder.scratch, len(outputs)))
     return True
 
 
@@ -113,10 +112,8 @@ def launch_fused(
     if key is None:
         launch()
         return True
-    with recording([*outputs, *weights], x, [held.records], None) as recorder:
+    with _kept(table, key, [*outputs, *weights], x, [held.records], None):
         launch()
-    if recorder.launches is not None:
-        table.keep_repeated(key, Repeated(recorder.launches, recorder.scratch, len(outputs) + len(weights)))
     return True
 
 
@@ -138,6 +135,22 @@ def _fused_form(
     """Return everything that the launch of a fused product depends on: the kernel is that of the slot's layout."""
     found = form([*outputs, *weights], x, None) if can_repeat(x.device) else None
     return None if found is None else (slot, table.operands(slot)[0][0].layout, *found)
+
+
+@contextlib.contextmanager
+def _kept(
+    table: OperandTable,
+    key: tuple[Hashable, ...],
+    outputs: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    records: Sequence[torch.Tensor],
+    segments: Segments | None,
+) -> Iterator[None]:
+    """Keep the launches of a block in the table, to be repeated, if they can be."""
+    with recording(outputs, x, records, segments) as recorder:
+        yield
+    if recorder.launches is not None:
+        table.keep_repeated(key, Repeated(recorder.launches, recorder.scratch, len(outputs)))
 
 
 def _repeated(

@@ -13,9 +13,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.terms.floats import Floats
+from deltafmt.terms.floats import NANS, Floats
 
-_NAN: Final = np.uint16(0x7FC0)
+_NAN: Final = np.uint16(NANS["BF16"])
 
 
 @functools.cache

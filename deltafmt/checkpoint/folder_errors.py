@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from deltafmt.checkpoint.components import LoaderFolders
-from deltafmt.checkpoint.weight_choice import ADAPTER_CONFIG, ADAPTER_STEM, UNREADABLE, file_names
+from deltafmt.checkpoint.weight_choice import ADAPTER_STEM, UNREADABLE, file_names
 from deltafmt.checkpoint.weight_names import ENDING, bounded
 from deltafmt.errors import DeltafmtError, InvalidFileError
+from deltafmt.index.file_names import ADAPTER_CONFIG
 
 IS_ADAPTER = "this is an adapter, not a model; import-lora makes a delta file of it"
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from deltafmt.checkpoint.components import loader_folders
 from deltafmt.checkpoint.exchange import exchange
 from deltafmt.checkpoint.folder import natural_key
+from deltafmt.checkpoint.safetensors_file import STEP
 from deltafmt.checkpoint.weight_names import USUAL_NAMES, WeightNames, index_name, shard_name
 from deltafmt.errors import InvalidFileError, Remedy, StorageError, UsageError
 from deltafmt.format import constants as c
 from deltafmt.output import OutputLock, storage_error, sync_folder
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_PIECE = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +134,16 @@ class CheckpointWriter:
         for spec in ordered:
             file, offset = self._places[spec.name]
             self._places[spec.name] = (file, start + offset)
-        (self._partial / name).parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._partial / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._make_file(name, len(text).to_bytes(8, "little") + text, start + position)
+
+    def _make_file(self, name: str, head: bytes, size: int) -> None:
+        """Make a weight file of its final size, which begins with a head."""
+        path = self._partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._files.append(descriptor)
-        write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
-        os.ftruncate(descriptor, start + position)
+        _write_at(descriptor, head, 0)
+        os.ftruncate(descriptor, size)
 
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
         """Write some bytes of a tensor at an offset in it; several threads may call this at the same time.
@@ -148,7 +153,7 @@ class CheckpointWriter:
         """
         file, start = self._places[name]
         try:
-            write_at(self._files[file], data, start + offset)
+            _write_at(self._files[file], data, start + offset)
         except OSError as error:
             raise storage_error("cannot write", self.path, error) from error
 
@@ -160,8 +165,8 @@ class CheckpointWriter:
         """
         file, start = self._places[name]
         try:
-            for offset in range(0, size, _PIECE):
-                yield os.pread(self._files[file], min(_PIECE, size - offset), start + offset)
+            for offset in range(0, size, STEP):
+                yield os.pread(self._files[file], min(STEP, size - offset), start + offset)
         except OSError as error:
             raise storage_error("cannot read", self.path, error) from error
 
@@ -265,8 +270,7 @@ def check_output_folder(path: Path, *, force: bool) -> None:
             raise UsageError(f"{path} is not a checkpoint and is not replaced; remove it first")
 
 
-def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write bytes at an offset of a file, in as many calls as the system wants."""
+def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data).cast("B")
     while len(view):
         written = os.pwrite(descriptor, view, offset)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,10 @@ from pathlib import Path
 from blake3 import blake3
 
 from deltafmt.checkpoint.folder import Checkpoint, read_file
-from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec, write_at
+from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec
+from deltafmt.checkpoint.safetensors_file import STEP
 from deltafmt.errors import InvalidFileError
 from deltafmt.index.exact import is_index, is_restored
-
-_PIECE = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,7 @@ def file_digest(path: Path) -> bytes:
     digest = blake3(max_threads=blake3.AUTO)
     # Read, not mapped: pages of a map would count as memory of this process.
     with open(path, "rb", buffering=0) as file:
-        while piece := file.read(_PIECE):
+        while piece := file.read(STEP):
             digest.update(piece)
     return digest.digest()
 
@@ -107,15 +105,11 @@ class FolderRestorer(CheckpointWriter):
             raise
 
     def _place(self, name: str, places: Mapping[str, tuple[int, int]]) -> None:
-        """Make a weight file of its final size, and note the places of its tensors."""
-        head, path = self._heads[name], self._partial / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        self._files.append(descriptor)
-        write_at(descriptor, head, 0)
-        os.ftruncate(descriptor, len(head) + max((end for _, end in places.values()), default=0))
+        """Make a weight file, and note the places of its tensors."""
+        head = self._heads[name]
         for tensor, (start, _) in places.items():
-            self._places[tensor] = (len(self._files) - 1, len(head) + start)
+            self._places[tensor] = (len(self._files), len(head) + start)
+        self._make_file(name, head, len(head) + max((end for _, end in places.values()), default=0))
 
     def restored_digest(self, name: str) -> bytes:
         """Return the BLAKE3 of a file as it is now."""

@@ -243,7 +243,7 @@ class SafetensorsFile:
             raise InvalidFileError(
                 f"{self._where(name)}: bytes {begin} to {end} lie outside the file: it may be truncated"
             )
-        if c.element_count(shape) * c.DTYPE_BITS[dtype] % 8:
+        if not c.is_whole(dtype, shape):
             raise InvalidFileError(f"{self._where(name)}: {dtype} {list(shape)} does not take whole bytes")
         needed = c.byte_count(dtype, shape)
         if end - begin != needed:

@@ -19,10 +19,10 @@ from typing import Final
 from deltafmt.checkpoint import secret_files
 from deltafmt.checkpoint.components import LoaderFolders
 from deltafmt.checkpoint.file_kinds import HEAD_BYTES, LFS_POINTER, WEIGHT_KINDS, is_torch_archive, kind_of
-from deltafmt.checkpoint.weight_choice import ADAPTER_CONFIG, ADAPTER_STEM, UNREADABLE, read_json
+from deltafmt.checkpoint.weight_choice import ADAPTER_STEM, UNREADABLE, read_json
 from deltafmt.checkpoint.weight_names import ENDING, bounded
 from deltafmt.errors import InvalidFileError, Remedy, UsageError
-from deltafmt.index.file_names import ascii_lower, collisions, is_program, is_safe_path, is_weight_file
+from deltafmt.index.file_names import ADAPTER_CONFIG, ascii_lower, collisions, is_program, is_safe_path, is_weight_file
 from deltafmt.output import storage_error
 from deltafmt.regular_file import open_regular
 

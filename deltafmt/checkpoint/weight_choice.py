@@ -25,12 +25,11 @@ from deltafmt.checkpoint.weight_names import (
     with_variant,
 )
 from deltafmt.errors import InvalidFileError, StorageError
+from deltafmt.index.file_names import MAX_PART_BYTES
 from deltafmt.output import storage_error
 from deltafmt.regular_file import read_regular
 
-ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_STEM: Final = "adapter_model"
-MAX_FILE_NAME: Final = 255  # bytes, of every file system in use
 _MAX_JSON_BYTES: Final = 64 * 1024 * 1024
 _INDEX_ENDING: Final = re.compile(r"\.safetensors(\.[^.]+)?\.index(\.[^.]+)?\.json")
 # Weights that cannot be read, by their endings in any case of letters.
@@ -261,7 +260,7 @@ def read_index(where: Path) -> dict[str, str]:
 
 def is_file_name(name: str) -> bool:
     """Tell whether a file can have this name: it is Unicode, and not longer than file systems allow."""
-    return is_text(name) and len(name.encode()) <= MAX_FILE_NAME
+    return is_text(name) and len(name.encode()) <= MAX_PART_BYTES
 
 
 def is_text(name: str) -> bool:

@@ -11,7 +11,8 @@ import struct
 import zstandard
 
 from deltafmt.errors import InvalidFileError
-from deltafmt.format.constants import ZSTD_CHUNK, ZSTD_MAX_WINDOW
+from deltafmt.format.constants import ZSTD_CHUNK
+from deltafmt.format.zstd_frame import check_frame
 
 LEVEL = 9
 
@@ -97,15 +98,9 @@ class ChunkReader:
         frame = self._stored[self._starts[number] : self._starts[number + 1]]
         expected = min(ZSTD_CHUNK, self._raw_length - number * ZSTD_CHUNK)
         try:
-            parameters = zstandard.get_frame_parameters(frame)
-        except zstandard.ZstdError as error:
-            raise InvalidFileError(f"{where}: not a zstd frame") from error
-        if parameters.content_size != expected:
-            raise InvalidFileError(f"{where}: the frame declares {parameters.content_size} bytes, not {expected}")
-        if parameters.window_size > ZSTD_MAX_WINDOW:
-            raise InvalidFileError(f"{where}: the frame has a window of {parameters.window_size:,} bytes")
-        if parameters.dict_id or parameters.has_checksum:
-            raise InvalidFileError(f"{where}: the frame uses a dictionary or a checksum")
+            check_frame(frame, expected)
+        except InvalidFileError as error:
+            raise error.located(where) from error
         decoder = decompressor.decompressobj()
         try:
             chunk = decoder.decompress(frame)

@@ -13,12 +13,10 @@ from typing import Final
 import zstandard
 
 from deltafmt.errors import InvalidFileError
+from deltafmt.format.zstd_frame import check_frame
 from deltafmt.output import Bytes
 
 LEVEL: Final = 1
-
-# The largest window that a frame may ask for.
-MAX_WINDOW: Final = 1 << 27
 
 # zstd has statistics for a block of at most so many bytes.
 BLOCK_BYTES: Final = 128 * 1024
@@ -56,14 +54,8 @@ def decompress(frame: Bytes, size: int) -> bytes:
     Raises:
         InvalidFileError: the bytes are not one frame of that size as the specification allows it.
     """
+    check_frame(frame, size)
     try:
-        parameters = zstandard.get_frame_parameters(frame)
-        if parameters.content_size != size:
-            raise InvalidFileError(f"a frame declares {parameters.content_size} bytes, not {size}")
-        if parameters.dict_id or parameters.has_checksum:
-            raise InvalidFileError("a frame uses a dictionary or a checksum")
-        if parameters.window_size > MAX_WINDOW:
-            raise InvalidFileError(f"a frame has a window of {parameters.window_size} bytes")
         if _end(memoryview(frame).cast("B")) != len(frame):
             raise InvalidFileError("a frame does not end where its plane ends")
         if not hasattr(_local, "decompressor"):

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import numpy as np
 
 from deltafmt.exact.units import Units, unit_of
-from deltafmt.terms.floats import RAW_DTYPES, narrow, widen
-
-# The one NaN that a converted NaN becomes: payloads of converted NaNs differ from processor to processor.
-_NAN: Final = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}
+from deltafmt.terms.floats import NANS, RAW_DTYPES, narrow, widen
 
 
 def units_at(view: memoryview, dtype: str) -> Units:
@@ -31,7 +26,8 @@ def converted(base: Units, base_dtype: str, dtype: str) -> Units:
     values = widen(base, base_dtype)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         units = narrow(values, dtype)
-    return np.where(np.isnan(values), RAW_DTYPES[dtype].type(_NAN[dtype]), units)
+    # Payloads of converted NaNs differ from processor to processor.
+    return np.where(np.isnan(values), RAW_DTYPES[dtype].type(NANS[dtype]), units)
 
 
 def extended(units: Units, count: int) -> Units:

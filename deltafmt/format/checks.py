@@ -77,7 +77,7 @@ def is_name(name: str) -> bool:
 
 def check_whole(dtype: str, shape: tuple[int, ...], where: Where) -> None:
     """Refuse a tensor whose elements, of fewer than 8 bits, do not fill its last byte."""
-    if c.element_count(shape) * c.DTYPE_BITS[dtype] % 8:
+    if not c.is_whole(dtype, shape):
         fail(where, f"{dtype} {list(shape)} does not take whole bytes")
 
 

@@ -89,6 +89,11 @@ CODE_DTYPES: Final = ("F8_E4M3", "F8_E5M2")
 SCALE_DTYPES: Final = ("BF16", "F16", "F32", "F8_E8M0", "U8")
 
 
+def is_whole(dtype: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a tensor takes whole bytes: elements of fewer than 8 bits may not fill the last one."""
+    return element_count(shape) * DTYPE_BITS[dtype] % 8 == 0
+
+
 def buffer_alignment(kind: int) -> int:
     """Return the alignment of buffers in a section of a kind; exact tensors are decoded, and need none (5.7)."""
     return 1 if kind == SECTION_KIND_EXACT else BUFFER_ALIGNMENT

@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.errors import UsageError
+from deltafmt.exact.chunk import LEVELS
 from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.declare import Option, option
 from deltafmt.terms.codec import TermArrays
 from deltafmt.terms.layout import TermLayout
-
-LEVELS = ("default", "fast")
 
 
 @dataclass(frozen=True)

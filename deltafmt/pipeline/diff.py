@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from deltafmt.errors import StorageError, UsageError
 from deltafmt.format.constants import DELTA_DTYPES
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
+from deltafmt.index.exact import FileRef
+from deltafmt.index.sections import Attachment
 from deltafmt.pipeline.outputs import is_delta_file
 from deltafmt.pipeline.quantized_pairs import EXACT, check_quantized_option
 from deltafmt.pipeline.summary import describe_entry
@@ -161,26 +163,27 @@ def _collect(a: dict[str, Any], b: dict[str, Any], compare: Any) -> DiffResult:
 
 
 def _compare_rest(a: Container, b: Container) -> list[Change]:
-    """Compare the attachments, the metadata and the names of removed tensors of two delta files."""
-    changes = []
-    for name in sorted(a.attachments.keys() | b.attachments.keys()):
-        label = f"attachment {name}"
-        if name not in a.attachments or name not in b.attachments:
-            changes.append(Change(label, "only in A" if name in a.attachments else "only in B"))
-        elif a.attachments[name].digest != b.attachments[name].digest:
-            changes.append(Change(label, "changed", "content"))
-    for name in sorted(a.files.keys() | b.files.keys()):
-        label = f"restored file {name}"
-        if name not in a.files or name not in b.files:
-            changes.append(Change(label, "only in A" if name in a.files else "only in B"))
-        elif a.files[name].digest != b.files[name].digest:
-            changes.append(Change(label, "changed", "content"))
+    """Compare the files, the metadata and the names of removed tensors of two delta files."""
+    changes = _compare_files("attachment", a.attachments, b.attachments)
+    changes += _compare_files("restored file", a.files, b.files)
     for key in sorted(a.metadata.keys() | b.metadata.keys()):
         before, after = a.metadata.get(key), b.metadata.get(key)
         if before != after:
             changes.append(Change(f"metadata {key}", "changed", f"{before} -> {after}"))
     if a.removed != b.removed:
         changes.append(Change("tensors that only the base has", "changed"))
+    return changes
+
+
+def _compare_files(
+    label: str, a: Mapping[str, Attachment | FileRef], b: Mapping[str, Attachment | FileRef]
+) -> list[Change]:
+    changes = []
+    for name in sorted(a.keys() | b.keys()):
+        if name not in a or name not in b:
+            changes.append(Change(f"{label} {name}", "only in A" if name in a else "only in B"))
+        elif a[name].digest != b[name].digest:
+            changes.append(Change(f"{label} {name}", "changed", "content"))
     return changes
 
 

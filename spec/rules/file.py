@@ -222,7 +222,7 @@ rule(
     Skip("container.file_index", "a hot file stores its tensors as they are"),
 )
 
-DECLARES = Skip("container.chunks", "the frame declares")
+DECLARES = Skip("format.zstd_frame", "the frame declares")
 rule(
     "6.1",
     "The raw bytes are cut into chunks of 262,144 bytes",
@@ -242,14 +242,14 @@ rule(
     "6.2",
     "a window above 2^27 bytes",
     "zstd-largest-window",
-    Patch("container.chunks", "parameters.window_size > ZSTD_MAX_WINDOW", "parameters.window_size >= ZSTD_MAX_WINDOW"),
+    Patch("format.zstd_frame", "parameters.window_size > ZSTD_MAX_WINDOW", "parameters.window_size >= ZSTD_MAX_WINDOW"),
 )
 rule(
     "6.2",
     "a dictionary ID other than 0",
     "zstd-no-dictionary",
     Patch(
-        "container.chunks",
+        "format.zstd_frame",
         "if parameters.dict_id or parameters.has_checksum:",
         "if frame[4] & 3 or parameters.has_checksum:",
     ),
@@ -271,10 +271,13 @@ rule(
     "6.2",
     "or ask for a window above 2^27 bytes",
     "zstd-window",
-    Skip("container.chunks", "the frame has a window of"),
+    Skip("format.zstd_frame", "the frame has a window of"),
 )
 rule(
-    "6.2", "announce a checksum", "zstd-checksum", Skip("container.chunks", "the frame uses a dictionary or a checksum")
+    "6.2",
+    "announce a checksum",
+    "zstd-checksum",
+    Skip("format.zstd_frame", "the frame uses a dictionary or a checksum"),
 )
 rule(
     "6.2",

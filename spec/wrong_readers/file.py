@@ -200,6 +200,9 @@ patched(
     ),
     ("a range stays in its first chunk", "zstd-chunks", "position += len(part)", "position = length"),
     ("what follows a frame is ignored", "zstd-something-follows", " or decoder.unused_data", ""),
+)
+patched(
+    "format.zstd_frame",
     (
         "a dictionary ID is refused whatever it is",
         "zstd-no-dictionary",
