@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 from typing import Any
@@ -274,11 +275,19 @@ def test_copies_and_pickles_are_refused(model: Any, part: Any) -> None:
 def test_the_watch_ends_with_the_deltas(tiny: Tiny) -> None:
     from torch.nn.modules import module as torch_module
 
-    registries = (
-        torch_module._global_module_registration_hooks,
-        torch_module._global_parameter_registration_hooks,
-    )
-    before = [len(one) for one in registries]
+    from deltafmt.runtime.changes import _watches
+
+    def hooks() -> list[list[int]]:
+        return [
+            list(torch_module._global_module_registration_hooks),
+            list(torch_module._global_parameter_registration_hooks),
+        ]
+
+    detach(attach(tiny.load(), tiny.deltas))
+    gc.collect()
+    before, living = hooks(), len(_watches.living())
     model = attach(tiny.load(), tiny.deltas)
+    assert len(_watches.living()) == living + 1
     detach(model)
-    assert [len(one) for one in registries] == before
+    assert len(_watches.living()) == living
+    assert hooks() == before  # compiled code of another model is guarded by them

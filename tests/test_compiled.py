@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import deltafmt
 from deltafmt.errors import UsageError
 from deltafmt.methods import DeltaDQ
-from deltafmt.runtime import operations
+from deltafmt.runtime import frames, operations
 from deltafmt.runtime.standing import Standing
 from deltafmt.transformers import attach, detach
 from tiny_models import Tiny, close, generate, ids, logits, made_once, shake
@@ -219,3 +219,18 @@ def test_a_gradient_is_refused_as_without_a_compiler(tiny: Tiny) -> None:
     place = model.model.rotary_emb(x, ids(1, 3))
     with model.delta("one"), torch.enable_grad(), pytest.raises(UsageError, match="would compute a gradient"):
         model.model.layers[0](x, position_embeddings=place)
+
+
+def test_calls_that_overlap_leave_the_compiler_as_it_was() -> None:
+    """The first calls of two threads end in the order in which they began."""
+    from torch._dynamo import eval_frame
+
+    before = eval_frame._stance
+    one, two = frames.uncompiled(), frames.uncompiled()
+    for step in (one.__enter__, two.__enter__):
+        step()
+        assert eval_frame._stance.stance == "force_eager"
+    one.__exit__(None, None, None)
+    assert eval_frame._stance.stance == "force_eager"
+    two.__exit__(None, None, None)
+    assert eval_frame._stance == before

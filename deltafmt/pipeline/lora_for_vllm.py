@@ -17,7 +17,7 @@ from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
 from deltafmt.pipeline.finetuned import finetuned_pieces, needs_base
 from deltafmt.pipeline.lora_entries import EntriesInBase
-from deltafmt.terms.floats import widen
+from deltafmt.terms.floats import RAW_DTYPES, widen
 
 VLLM: Final = "vllm"
 # What --max-lora-rank can be.
@@ -72,4 +72,4 @@ def costs(
 
 
 def _values(data: bytes, dtype: str) -> NDArray[np.float32]:
-    return widen(np.frombuffer(data, np.uint32 if dtype == "F32" else np.uint16), dtype)
+    return widen(np.frombuffer(data, RAW_DTYPES[dtype]), dtype)

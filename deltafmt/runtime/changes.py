@@ -7,6 +7,7 @@ in the parameters themselves, which are looked at when a block is first used and
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
-from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError
 from deltafmt.runtime.binding import Binding, held_tensor, place_of
@@ -60,22 +60,13 @@ class Watch:
         self._by_tensor: dict[str, Seen] = {}
         self._modules: set[int] = set()
         self._noted = self._converted = False
-        self._handles: list[RemovableHandle] = []
-        mine = weakref.ref(self)
-
-        def registered(module: nn.Module, _name: str, _value: Any) -> None:
-            watch = mine()
-            if watch is not None and id(module) in watch._modules:  # noqa: SLF001 - of this class
-                watch._noted = True  # noqa: SLF001
-
-        for register in (
-            torch_module.register_module_module_registration_hook,
-            torch_module.register_module_parameter_registration_hook,
-        ):
-            handle = register(registered)
-            self._handles.append(handle)
-            weakref.finalize(self, handle.remove)
+        _watches.add(self)
         self._wrap_conversion()
+
+    def registered(self, module: nn.Module) -> None:
+        """Note that a module was given another module or parameter."""
+        if id(module) in self._modules:
+            self._noted = True
 
     def _wrap_conversion(self) -> None:
         """Note ``model.to``, ``half``, ``cuda`` and the like, which all come down to ``_apply``."""
@@ -181,6 +172,48 @@ class Watch:
 
     def close(self) -> None:
         """Stop watching."""
-        for handle in self._handles:
-            handle.remove()
+        _watches.remove(self)
         self._model.__dict__.pop("_apply", None)
+
+
+class _Watches:
+    """The watches of the process, behind one hook of torch that stays.
+
+    A hook for each watch would end when the watch does, in the middle of what another thread does with torch's table of
+    hooks: it compiles a model, whose guards name the entries, or it registers a module.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: tuple[weakref.ref[Watch], ...] = ()
+        self._hooked = False
+
+    def add(self, watch: Watch) -> None:
+        """Tell a watch what is registered, for as long as it lives."""
+        with self._lock:
+            if not self._hooked:
+                self._hooked = True
+                for register in (
+                    torch_module.register_module_module_registration_hook,
+                    torch_module.register_module_parameter_registration_hook,
+                ):
+                    register(_registered)
+            self._held = (*(held for held in self._held if held() is not None), weakref.ref(watch))
+
+    def remove(self, watch: Watch) -> None:
+        """Tell a watch nothing any more."""
+        with self._lock:
+            self._held = tuple(held for held in self._held if held() not in (None, watch))
+
+    def living(self) -> list[Watch]:
+        """Return those that still watch."""
+        return [watch for held in self._held if (watch := held()) is not None]
+
+
+_watches = _Watches()
+
+
+def _registered(module: nn.Module, _name: str, _value: object) -> None:
+    if not torch.compiler.is_compiling():
+        for watch in _watches.living():
+            watch.registered(module)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from deltafmt.errors import InvalidFileError
+from deltafmt.format.constants import DELTA_DTYPES
 from deltafmt.kernels.device_memory import PlacedBuffers
 from deltafmt.kernels.nm.index import positions
 from deltafmt.kernels.operand import Operand, buffer_forms
@@ -36,7 +37,6 @@ STARTS = "the starts of the blocks do not ascend"
 BEYOND = "an entry lies beyond its block"
 ABSENT = "a row that does not exist has an entry"
 
-FLOATS = frozenset(("BF16", "F16", "F32"))
 # Of each dtype: the integers of its bits, and its infinity. As integers, numbers from 0 to infinity ascend.
 _BITS = {
     torch.bfloat16: (torch.int16, 0x7F80),
@@ -121,7 +121,7 @@ def numbers_of(operand: Operand) -> Iterator[tuple[str, torch.Tensor]]:
     else:
         forms = buffer_forms(operand.layout, operand.rows, operand.columns, operand.slots)
     for buffer, form in forms.items():
-        if form.dtype in FLOATS and form.nbytes:
+        if form.dtype in DELTA_DTYPES and form.nbytes:
             yield SCALE if buffer.endswith("scales") else VALUE, held[buffer]
 
 

@@ -7,7 +7,8 @@ model's own forward is run with the compiler that was on, if any.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -72,9 +73,39 @@ def untraced(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         resume(compiler)
 
 
+class _Uncompiled:
+    """The stance of torch's compiler while calls run uncompiled.
+
+    A stance holds for the whole process: the first of calls that overlap takes it, and the last gives the one before
+    back. Each putting back what it found would leave the compiler off when they end in the order in which they began.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._stance: Any = None
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        with self._lock:
+            if not self._calls:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                if not self._calls:
+                    self._stance.__exit__(None, None, None)
+
+
+_uncompiled = _Uncompiled()
+
+
 def uncompiled() -> contextlib.AbstractContextManager[object]:
-    """Run what is compiled in a model as it was written."""
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+    """Run what is compiled in a model as it was written; so do other threads for as long."""
+    return _uncompiled.call()
 
 
 class CompiledParts:

@@ -17,12 +17,12 @@ from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError
 from deltafmt.kernels.record_memory import RecordMemory
-from deltafmt.runtime import frames, operations
+from deltafmt.runtime import frames
 from deltafmt.runtime.binding import Binding, BoundModule
 from deltafmt.runtime.cuts import settled
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.mixing import mixed_output
-from deltafmt.runtime.operations import new_key
+from deltafmt.runtime.module_hooks import ModuleHooks
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.shared_products import Active, Siblings, shareable
 from deltafmt.runtime.siblings import SharedInput, known_siblings
@@ -31,7 +31,6 @@ from deltafmt.runtime.sites import LinearSite, Site, WeightSite, refuse_gradient
 from deltafmt.runtime.sites_other import EmbeddingSite
 from deltafmt.runtime.standing import Standing, refuse_mixes
 from deltafmt.runtime.substituted import Wrapped, WrappedSite
-from deltafmt.runtime.uncopied import Uncopied
 
 # More slots mean other tables, for which a model is compiled anew.
 _FIRST_SLOTS, _MORE_SLOTS = 64, 4
@@ -286,7 +285,7 @@ class ServedModules:
         frames.forget()  # the tables are elsewhere
 
     def _hook(self, site: Site) -> None:
-        hooks = _Hooks(self, site)
+        hooks = ModuleHooks(self, site)
         handles = self._hooks[id(site)] = []
         if isinstance(site, WrappedSite):
             handles.append(Wrapped(site, self._active))
@@ -385,33 +384,6 @@ class ServedModules:
                     self._make_group(ended)
                     frames.forget()
                     self._refresh()
-
-
-class _Hooks(Uncopied):
-    """The hooks of one module. A copy of the module would have them too, and compute with this one's weights."""
-
-    def __init__(self, served: ServedModules, site: Site) -> None:
-        self._served = served
-        self._site = site
-        self.key = new_key(self, served.standing.device)
-
-    def before(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Run before the module's forward."""
-        if torch.compiler.is_compiling():
-            return None  # the ids of new rows, which would be changed here, are not served by compiled code
-        return self._served.before(self._site, args, kwargs)
-
-    def after(self, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Run after the module's forward."""
-        if torch.compiler.is_compiling():
-            if kwargs or len(args) != 1 or not isinstance(output, torch.Tensor) or torch.is_grad_enabled():
-                return frames.untraced(self._served.after, (self._site, args, kwargs, output), {})
-            return operations.output(args[0], output, self.key)
-        return self._served.after(self._site, args, kwargs, output)
-
-    def output(self, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Return the output with the deltas that are served now, within compiled code."""
-        return self._served.compiled_output(self._site, given, output)
 
 
 def parameters_of(site: Site) -> list[nn.Parameter]:

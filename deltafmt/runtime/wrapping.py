@@ -1,4 +1,4 @@
-"""Methods of objects of transformers that calls reach through a method of ours."""
+"""Methods of other libraries that calls reach through a method of ours."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from typing import Any
 
 
 def wrap_method(owner: Any, name: str, method: Callable[..., Any]) -> None:
-    """Let calls of a method go to another one, which is given the first."""
+    """Let calls of a method, or of a function of a module, go to another one: ``method(original, *args, **kwargs)``.
+
+    Args:
+        owner: an object, a class or a module.
+        name: of its method or function.
+        method: the other one.
+    """
     original = getattr(owner, name)
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return method(original, *args, **kwargs)
 
-    owner.__dict__[name] = wrapped
+    setattr(owner, name, wrapped)

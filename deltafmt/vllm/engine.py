@@ -12,8 +12,8 @@ import threading
 from typing import Any, Final
 
 from deltafmt.errors import DeltafmtError
+from deltafmt.runtime.wrapping import wrap_method
 from deltafmt.vllm import seam
-from deltafmt.vllm.install import wrap
 from deltafmt.vllm.names import ContentIds, delta_path, is_delta
 
 _log = logging.getLogger("deltafmt")
@@ -87,10 +87,10 @@ _known = Known()
 def install_engine() -> None:
     """Put checks before the scheduler, and content ids into the keys of the prefix cache."""
     core = seam.name("vllm.v1.engine.core", "EngineCore")
-    wrap(core, "add_lora", _add_lora)
-    wrap(core, "add_request", _add_request)
-    wrap(seam.name("vllm.v1.engine.llm_engine", "LLMEngine"), "add_request", _add_here)
-    wrap(importlib.import_module("vllm.v1.core.kv_cache_utils"), "_gen_lora_extra_hash_keys", _keys)
+    wrap_method(core, "add_lora", _add_lora)
+    wrap_method(core, "add_request", _add_request)
+    wrap_method(seam.name("vllm.v1.engine.llm_engine", "LLMEngine"), "add_request", _add_here)
+    wrap_method(importlib.import_module("vllm.v1.core.kv_cache_utils"), "_gen_lora_extra_hash_keys", _keys)
 
 
 def _keys(own: Any, request: Any) -> Any:

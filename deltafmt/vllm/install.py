@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from typing import Any
 
 from deltafmt.vllm import seam
 
@@ -28,14 +26,3 @@ def install() -> None:
     install_worker()
     install_engine()
     install_resolver()
-
-
-def wrap(owner: Any, name: str, around: Any) -> None:
-    """Put a function around a method or a function: ``around(own, *args, **kwargs)``."""
-    own = getattr(owner, name)
-
-    @functools.wraps(own)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return around(own, *args, **kwargs)
-
-    setattr(owner, name, wrapped)

@@ -6,6 +6,7 @@ bases, merged projections and layers that are cut over processes are served alik
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from deltafmt.vllm.choice import Choice, Rows
 from deltafmt.vllm.parts import LayerParts
 
 
-class ServedLayer:
+class ServedLayer(ABC):
     """A layer that deltas are added to.
 
     Args:
@@ -46,6 +47,7 @@ class ServedLayer:
         self.ran = False
         self.slots: set[int] = set()
 
+    @abstractmethod
     def put(self, slot: int, parts: LayerParts, tensors: Mapping[str, DeviceTensor]) -> None:
         """Fill a slot with what a delta changes here.
 
@@ -54,11 +56,10 @@ class ServedLayer:
             parts: what the delta changes.
             tensors: its tensors on the device, by the names that the parts say.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def clear(self, slot: int) -> None:
         """Empty a slot."""
-        raise NotImplementedError
 
     def idle(self) -> bool:
         """Return True if no row uses a delta now. Compiled code and graphs hold the operation for every step."""

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from deltafmt.runtime.wrapping import wrap_method
 from deltafmt.vllm import seam
 from deltafmt.vllm.choice import Choice
-from deltafmt.vllm.install import wrap
 from deltafmt.vllm.manager import managers
 from deltafmt.vllm.options import stamp
 
@@ -25,12 +25,12 @@ def install_worker() -> None:
     """Replace the class of managers, and announce what rows the head is given for log-probabilities of prompts."""
     mixin = importlib.import_module("vllm.v1.worker.lora_model_runner_mixin")
     mixin.LRUCacheWorkerLoRAManager = managers()  # type: ignore[attr-defined]
-    wrap(seam.name("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin"), "load_lora_model", _load)
+    wrap_method(seam.name("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin"), "load_lora_model", _load)
     runner = seam.name("vllm.v1.worker.gpu_model_runner", "GPUModelRunner")
-    wrap(runner, "_get_prompt_logprobs_dict", _prompts)
+    wrap_method(runner, "_get_prompt_logprobs_dict", _prompts)
     for module in ("vllm.lora.ops.torch_ops.lora_ops", "vllm.lora.punica_wrapper.punica_cpu"):
         for name in ("bgmv_expand", "bgmv_expand_slice"):
-            wrap(importlib.import_module(module), name, expanded)
+            wrap_method(importlib.import_module(module), name, expanded)
 
 
 def expanded(
