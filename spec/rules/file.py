@@ -342,5 +342,5 @@ rule(
     "8",
     "a verifier MUST recompute it",
     "wrong-content-id wrong-content-id-last-byte",
-    Skip("pipeline.verify", "the content id is not that of the content"),
+    Skip("pipeline.digests", "the content id is not that of the content"),
 )

@@ -291,7 +291,7 @@ rule(
     "7.6",
     "The `digest` of an entry is the BLAKE3 of its payload",
     "payload-digest payload-digest-last-byte payload-digest-replace payload-digest-of-terms",
-    Skip("pipeline.verify", "the payload has another digest"),
+    Skip("pipeline.digests", "the payload has another digest"),
 )
 rule(
     "7.6",
@@ -314,7 +314,7 @@ rule(
     "those of a term in the order of their names",
     "lowbit-k3-zero-points",
     Patch(
-        "pipeline.verify",
+        "pipeline.digests",
         "in delta.term_views(entry, term).items():",
         "in reversed(delta.term_views(entry, term).items()):",
     ),
