@@ -111,6 +111,7 @@ for _bit, _name, _words in (
     (0, "parts", "MUST be set if an entry's `base` has `parts`"),
     (1, "leading", "MUST be set if an entry has `leading`"),
     (2, "scaled", "MUST be set if the index has `scaled`"),
+    (5, "parent", "MUST be set if the index has `parent`"),
 ):
     _skip = Skip("container.file_index", f"bit {_bit}")
     rule(
