@@ -383,3 +383,21 @@ def test_a_module_that_only_holds_what_others_use_is_not_warned_of(tmp_path: Pat
         found = model(torch.arange(4)[None], delta="a")
     assert close(found, tuned(torch.arange(4)[None]))
     assert model.deltas.unused() == []
+
+
+def test_calls_that_are_recorded_are_refused(tiny: Tiny) -> None:
+    """What is recorded would serve the same rows in every later call."""
+    model, tokens = attach(tiny.load().requires_grad_(requires_grad=False), tiny.deltas), ids(2, 4)
+    record = {
+        "export": lambda: torch.export.export(model, (tokens,), {"use_cache": False}, strict=False),
+        "jit.trace": lambda: torch.jit.trace(lambda rows: model(rows, use_cache=False).logits, tokens),
+        "func": lambda: torch.vmap(lambda rows: model(rows, use_cache=False).logits)(tokens[:, None]),
+    }
+    for way, call in record.items():
+        with torch.no_grad(), model.delta("one"), pytest.raises(UsageError, match=f"recorded by torch.{way}; unpack"):
+            call()
+    with pytest.raises(UsageError, match=r"recorded by torch\.export"):
+        record["export"]()
+    want = logits(tiny.load(), tokens)
+    with torch.no_grad():
+        assert close(record["jit.trace"]()(tokens), want)

@@ -150,6 +150,7 @@ class Calls:
             return self._run(name, original, args, kwargs, batch_of(args, kwargs))
 
         def once(block: Block | None) -> Any:
+            frames.refuse_recording(block is not None)
             batch = None
             if block is not None or self._server.served.standing.used or frames.plain(original) is not original:
                 batch = batch_of(args, kwargs)
