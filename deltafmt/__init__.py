@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from deltafmt.delta import DeltaFile
     from deltafmt.delta import DeltaFile as open  # noqa: A004, N813 - as safetensors and gzip name theirs
     from deltafmt.format.limits import Limits
+    from deltafmt.pipeline.apply import apply
     from deltafmt.pipeline.budget import plan_for_target
     from deltafmt.pipeline.calibrate import Calibration
     from deltafmt.pipeline.diff import diff
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from deltafmt.pipeline.import_lora import import_lora
     from deltafmt.pipeline.pack import pack
     from deltafmt.pipeline.repack import repack
+    from deltafmt.pipeline.squash import squash
     from deltafmt.pipeline.unpack import unpack
     from deltafmt.pipeline.verify import verify
     from deltafmt.torch import warmup
@@ -48,6 +50,7 @@ __all__ = [
     "Limits",
     "__version__",
     "analyze",
+    "apply",
     "diff",
     "errors",
     "export_lora",
@@ -57,6 +60,7 @@ __all__ = [
     "pack",
     "plan_for_target",
     "repack",
+    "squash",
     "torch",
     "transformers",
     "unpack",
@@ -69,6 +73,7 @@ _HOMES = {
     "DeltaFile": ("deltafmt.delta", "DeltaFile"),
     "Limits": ("deltafmt.format.limits", "Limits"),
     "analyze": ("deltafmt.analysis.analyze", "analyze"),
+    "apply": ("deltafmt.pipeline.apply", "apply"),
     "diff": ("deltafmt.pipeline.diff", "diff"),
     "errors": ("deltafmt.errors", None),
     "export_lora": ("deltafmt.pipeline.export_lora", "export_lora"),
@@ -78,6 +83,7 @@ _HOMES = {
     "pack": ("deltafmt.pipeline.pack", "pack"),
     "plan_for_target": ("deltafmt.pipeline.budget", "plan_for_target"),
     "repack": ("deltafmt.pipeline.repack", "repack"),
+    "squash": ("deltafmt.pipeline.squash", "squash"),
     "torch": ("deltafmt.torch", None),
     "transformers": ("deltafmt.transformers", None),
     "unpack": ("deltafmt.pipeline.unpack", "unpack"),

@@ -139,6 +139,7 @@ class _FileWriter:
             metadata=metadata,
             scaled=scaled,
             files=self._files() if attach and job.restores else None,
+            parent=job.parent,
         )
         self._report(identity)
 
