@@ -49,7 +49,7 @@ def mapped(file: Path) -> State:
     return {name: part.view(SHAPES[name]) for name, part in zip(sizes, parts, strict=True)}
 
 
-def follow(folder: Path, work: Path) -> None:
+def follow(folder: Path, work: Path, *, once: bool = False) -> None:
     """Follow the folder, as a process of its own does, and save every version."""
     make = HostChange.make
 
@@ -66,17 +66,26 @@ def follow(folder: Path, work: Path) -> None:
         replies = messages.follow(subscriber)
         if replies and replies[-1].error is None:
             subscriber.save(saved)
+        if once:
+            return
         time.sleep(PAUSE)
 
 
-def killed_after(seconds: float, work: Callable[[], None]) -> None:
-    """Run work in a process, and kill it."""
+def forked(work: Callable[[], None]) -> int:
+    """Run work in a process, and return its number."""
     child = os.fork()
     if child == 0:
         try:
             work()
+            os._exit(0)
         finally:
             os._exit(1)
+    return child
+
+
+def killed_after(seconds: float, work: Callable[[], None]) -> None:
+    """Run work in a process, and kill it."""
+    child = forked(work)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -115,11 +124,16 @@ def run(kills: int, seed: int, place: Path) -> Counter[str]:
     (place / "live").write_bytes(bytes(2 * size))
     folder, publisher = Folder(messages), Publisher(anchor_every=7, ahead=1 << 30, threads=1)
     seen: Counter[str] = Counter()
+    # The first follower comes to its end, and says how long one takes on this machine.
+    folder.send(publisher.publish(state_of(1)))
+    start = time.monotonic()
+    os.waitpid(forked(lambda: follow(messages, place, once=True)), 0)
+    usual = time.monotonic() - start
     for _ in range(kills):
         for _ in range(chance.randint(1, 3)):
             folder.send(publisher.publish(state_of(publisher.version + 1)))
         folder.prune()
-        killed_after(chance.uniform(0, 0.12), lambda: follow(messages, place))
+        killed_after(chance.uniform(0, 2.5 * usual), lambda: follow(messages, place))
         seen[check(place, folder, publisher)] += 1
         folder.collect(publisher)
     live = mapped(place / "live")
