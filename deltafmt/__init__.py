@@ -12,10 +12,13 @@
     delta = deltafmt.torch.load("math.deltafmt", device="cuda")
     model = deltafmt.transformers.attach(model, {"math": "math.deltafmt", "code": "code.deltafmt"})
 
+    publisher = deltafmt.sync.Publisher()          # sends what training changes, subscribers follow
+
 ``deltafmt.__all__`` is the whole public surface. The names of other modules may change in any release.
 
-Importing this package imports nothing else; every name is loaded when it is first used. ``deltafmt.torch`` and
-``deltafmt.transformers`` need an optional package: without it, they raise an ``ImportError`` that names the extra.
+Importing this package imports nothing else; every name is loaded when it is first used. ``deltafmt.sync``,
+``deltafmt.torch`` and ``deltafmt.transformers`` need an optional package: without it, they raise an ``ImportError``
+that names the extra.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from deltafmt._version import __version__
 
 if TYPE_CHECKING:
-    from deltafmt import errors, methods, torch, transformers
+    from deltafmt import errors, methods, sync, torch, transformers
     from deltafmt.analysis.analyze import analyze
     from deltafmt.delta import DeltaFile
     from deltafmt.delta import DeltaFile as open  # noqa: A004, N813 - as safetensors and gzip name theirs
@@ -61,6 +64,7 @@ __all__ = [
     "plan_for_target",
     "repack",
     "squash",
+    "sync",
     "torch",
     "transformers",
     "unpack",
@@ -84,6 +88,7 @@ _HOMES = {
     "plan_for_target": ("deltafmt.pipeline.budget", "plan_for_target"),
     "repack": ("deltafmt.pipeline.repack", "repack"),
     "squash": ("deltafmt.pipeline.squash", "squash"),
+    "sync": ("deltafmt.sync", None),
     "torch": ("deltafmt.torch", None),
     "transformers": ("deltafmt.transformers", None),
     "unpack": ("deltafmt.pipeline.unpack", "unpack"),
