@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from deltafmt.pipeline.export_lora import export_lora
     from deltafmt.pipeline.import_lora import import_lora
     from deltafmt.pipeline.pack import pack
+    from deltafmt.pipeline.pack_many import pack_many
     from deltafmt.pipeline.repack import repack
     from deltafmt.pipeline.unpack import unpack
     from deltafmt.pipeline.verify import verify
@@ -55,6 +56,7 @@ __all__ = [
     "methods",
     "open",
     "pack",
+    "pack_many",
     "plan_for_target",
     "repack",
     "torch",
@@ -76,6 +78,7 @@ _HOMES = {
     "methods": ("deltafmt.methods", None),
     "open": ("deltafmt.delta", "DeltaFile"),
     "pack": ("deltafmt.pipeline.pack", "pack"),
+    "pack_many": ("deltafmt.pipeline.pack_many", "pack_many"),
     "plan_for_target": ("deltafmt.pipeline.budget", "plan_for_target"),
     "repack": ("deltafmt.pipeline.repack", "repack"),
     "torch": ("deltafmt.torch", None),

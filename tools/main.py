@@ -175,6 +175,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
         return None
     options: argparse.Namespace
     options, unknown = build_parser(command).parse_known_args(arguments)
+    if unknown and options.command in WITH_RARE_OPTIONS and not any(word.startswith("-") for word in unknown):
+        # argparse does not give optional places to words that stand behind an option.
+        _module(options.command).take_words(options, unknown)
+        unknown = []
     if unknown:
         raise _unknown(unknown[0], options.command, arguments)
     return options

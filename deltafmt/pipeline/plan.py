@@ -76,6 +76,11 @@ class Plan:
         return not self.undecided and (self.method is None or self.method.exact)
 
     @property
+    def in_exact_sections(self) -> bool:
+        """True if the tensor's bytes lie in the sections of exact tensors."""
+        return self.method is not None and self.method.exact and self.alias is None
+
+    @property
     def shared_rows(self) -> int:
         """Rows that the tensor and its base both have; 0 without a base."""
         return min(self.tensor.rows, 0 if self.base is None else self.base.rows)
