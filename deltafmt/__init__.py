@@ -28,6 +28,7 @@ from deltafmt._version import __version__
 if TYPE_CHECKING:
     from deltafmt import errors, methods, torch, transformers
     from deltafmt.analysis.analyze import analyze
+    from deltafmt.analysis.dedup import dedup
     from deltafmt.delta import DeltaFile
     from deltafmt.delta import DeltaFile as open  # noqa: A004, N813 - as safetensors and gzip name theirs
     from deltafmt.format.limits import Limits
@@ -49,6 +50,7 @@ __all__ = [
     "Limits",
     "__version__",
     "analyze",
+    "dedup",
     "diff",
     "errors",
     "export_lora",
@@ -71,6 +73,7 @@ _HOMES = {
     "DeltaFile": ("deltafmt.delta", "DeltaFile"),
     "Limits": ("deltafmt.format.limits", "Limits"),
     "analyze": ("deltafmt.analysis.analyze", "analyze"),
+    "dedup": ("deltafmt.analysis.dedup", "dedup"),
     "diff": ("deltafmt.pipeline.diff", "diff"),
     "errors": ("deltafmt.errors", None),
     "export_lora": ("deltafmt.pipeline.export_lora", "export_lora"),

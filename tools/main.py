@@ -35,6 +35,7 @@ COMMANDS = {
     "import-lora": "turn a LoRA adapter into a delta file",
     "export-lora": "turn a delta file of low-rank terms into a LoRA adapter",
     "warmup": "compile the kernels that serving some delta files needs, before a request needs them",
+    "dedup": "show what several checkpoints have in common, and what keeping one as a base would save",
     "analyze": "show what a fine-tune's delta looks like, and what compressing it loses",
 }
 
@@ -42,7 +43,7 @@ COMMANDS = {
 WITH_RARE_OPTIONS = ("pack",)
 
 # The commands that compress or decompress.
-COMPUTING = ("pack", "unpack", "verify", "import-lora", "export-lora", "analyze")
+COMPUTING = ("pack", "unpack", "verify", "import-lora", "export-lora", "dedup", "analyze")
 
 # What argparse says, and the same in this project's words.
 _PLAIN = (

@@ -12,7 +12,7 @@ from typing import Final
 
 from deltafmt.analysis.base_choice import choose_bases
 from deltafmt.analysis.copies import EqualFiles, EqualTensors, TensorDigests, equal_files
-from deltafmt.analysis.savings import Saving, estimate
+from deltafmt.analysis.savings import HELPS, Saving, estimate
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import DeltafmtError, InvalidFileError, StorageError, UsageError, WrongBaseError
 from deltafmt.methods.exact import Exact
@@ -36,7 +36,7 @@ class FineTune:
     """A checkpoint that a base would make smaller.
 
     Attributes:
-        name: the name that its delta file would have, unlike those of the others.
+        name: the name that its delta file would have, unlike those of the base's other fine-tunes.
         path: the checkpoint.
         saving: what the base saves.
     """
@@ -162,7 +162,6 @@ class _Comparison:
         self._digests = digests
         self._pool = pool
         self._steps = steps
-        self._names = unlike_names([checkpoint.path for checkpoint in checkpoints])
 
     def choose(self) -> dict[int, list[int]]:
         """Return the fine-tunes of each base that is worth keeping, by the checkpoints' numbers.
@@ -185,6 +184,10 @@ class _Comparison:
     def _first_look(self, base: int, other: int) -> Saving | None:
         """Estimate what a base saves from few windows; None if the two do not belong together."""
         before, after = self._checkpoints[base], self._checkpoints[other]
+        # Whether names belong together is asked only of pairs whose shapes may: the answer can take seconds.
+        shapes = {tensor.shape for tensor in before.tensors.values()}
+        if sum(each.nbytes for each in after.tensors.values() if each.shape in shapes) < HELPS * after.nbytes:
+            return None
         try:
             pairing = pair_up(before, after, PairOptions())
         except (WrongBaseError, UsageError):
@@ -228,7 +231,8 @@ class _Comparison:
             seed=0,
         )
         found = []
-        for done, other in enumerate(members, 1):
+        names = unlike_names([self._checkpoints[other].path for other in members])
+        for done, (other, name) in enumerate(zip(members, names, strict=True), 1):
             path = self._checkpoints[other].path
             with contextlib.suppress(WrongBaseError, InvalidFileError, UsageError):
                 with options.open(self._checkpoints[base].path, path) as (before, after):
@@ -236,8 +240,8 @@ class _Comparison:
                     same = self._same(plans, base, other)
                     saving = estimate(plans, same, after.file_bytes, WINDOWS, self._pool)
                 if saving.helps:
-                    found.append(FineTune(self._names[other], path, saving))
-            self._steps(f"estimating what {self._names[base]} saves", done, len(members))
+                    found.append(FineTune(name, path, saving))
+            self._steps("estimating what a base saves", done, len(members))
         return Proposal(self._checkpoints[base].path, tuple(found))
 
 
