@@ -31,6 +31,7 @@ from deltafmt._version import __version__
 if TYPE_CHECKING:
     from deltafmt import errors, methods, sync, torch, transformers
     from deltafmt.analysis.analyze import analyze
+    from deltafmt.analysis.dedup import dedup
     from deltafmt.delta import DeltaFile
     from deltafmt.delta import DeltaFile as open  # noqa: A004, N813 - as safetensors and gzip name theirs
     from deltafmt.format.limits import Limits
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from deltafmt.pipeline.export_lora import export_lora
     from deltafmt.pipeline.import_lora import import_lora
     from deltafmt.pipeline.pack import pack
+    from deltafmt.pipeline.pack_many import pack_many
     from deltafmt.pipeline.repack import repack
     from deltafmt.pipeline.squash import squash
     from deltafmt.pipeline.unpack import unpack
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "analyze",
     "apply",
+    "dedup",
     "diff",
     "errors",
     "export_lora",
@@ -61,6 +64,7 @@ __all__ = [
     "methods",
     "open",
     "pack",
+    "pack_many",
     "plan_for_target",
     "repack",
     "squash",
@@ -78,6 +82,7 @@ _HOMES = {
     "Limits": ("deltafmt.format.limits", "Limits"),
     "analyze": ("deltafmt.analysis.analyze", "analyze"),
     "apply": ("deltafmt.pipeline.apply", "apply"),
+    "dedup": ("deltafmt.analysis.dedup", "dedup"),
     "diff": ("deltafmt.pipeline.diff", "diff"),
     "errors": ("deltafmt.errors", None),
     "export_lora": ("deltafmt.pipeline.export_lora", "export_lora"),
@@ -85,6 +90,7 @@ _HOMES = {
     "methods": ("deltafmt.methods", None),
     "open": ("deltafmt.delta", "DeltaFile"),
     "pack": ("deltafmt.pipeline.pack", "pack"),
+    "pack_many": ("deltafmt.pipeline.pack_many", "pack_many"),
     "plan_for_target": ("deltafmt.pipeline.budget", "plan_for_target"),
     "repack": ("deltafmt.pipeline.repack", "repack"),
     "squash": ("deltafmt.pipeline.squash", "squash"),
