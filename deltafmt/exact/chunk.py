@@ -107,6 +107,30 @@ def decode(form: int, data: Bytes, prediction: Units, unit: Unit) -> Units:
     return joined(planes, prediction, unit, unit if form == SORTED else Unit(unit.width))
 
 
+def parts(form: int, data: Bytes, count: int, unit: Unit) -> tuple[NDArray[np.int64] | None, Planes]:
+    """Return the places and the planes of a chunk, for a decoder elsewhere.
+
+    Args:
+        form, data: the chunk; not of the form SAME.
+        count: its units.
+        unit: the unit.
+
+    Returns:
+        The places that the planes are for, ascending, or None for all places; and the planes: of units if the form is
+        STORED or VALUES, otherwise of zigzag differences.
+
+    Raises:
+        InvalidFileError: the bytes break the format.
+    """
+    view = memoryview(data).cast("B")
+    if form == STORED:
+        _expect(len(view), count * unit.width)
+        return None, planes_of(np.frombuffer(view, unit.dtype), unit)
+    if form == SPARSE:
+        return _read_sparse(view, count, unit)
+    return None, _read_planes(view, count, unit.width)
+
+
 def check(form: int, data: Bytes, count: int, unit: Unit) -> None:
     """Check whatever can be known of a chunk without the prediction.
 
