@@ -31,16 +31,20 @@ from deltafmt._version import __version__
 if TYPE_CHECKING:
     from deltafmt import errors, methods, sync, torch, transformers
     from deltafmt.analysis.analyze import analyze
+    from deltafmt.analysis.dedup import dedup
     from deltafmt.delta import DeltaFile
     from deltafmt.delta import DeltaFile as open  # noqa: A004, N813 - as safetensors and gzip name theirs
     from deltafmt.format.limits import Limits
+    from deltafmt.pipeline.apply import apply
     from deltafmt.pipeline.budget import plan_for_target
     from deltafmt.pipeline.calibrate import Calibration
     from deltafmt.pipeline.diff import diff
     from deltafmt.pipeline.export_lora import export_lora
     from deltafmt.pipeline.import_lora import import_lora
     from deltafmt.pipeline.pack import pack
+    from deltafmt.pipeline.pack_many import pack_many
     from deltafmt.pipeline.repack import repack
+    from deltafmt.pipeline.squash import squash
     from deltafmt.pipeline.unpack import unpack
     from deltafmt.pipeline.verify import verify
     from deltafmt.torch import warmup
@@ -51,6 +55,8 @@ __all__ = [
     "Limits",
     "__version__",
     "analyze",
+    "apply",
+    "dedup",
     "diff",
     "errors",
     "export_lora",
@@ -58,8 +64,10 @@ __all__ = [
     "methods",
     "open",
     "pack",
+    "pack_many",
     "plan_for_target",
     "repack",
+    "squash",
     "sync",
     "torch",
     "transformers",
@@ -73,6 +81,8 @@ _HOMES = {
     "DeltaFile": ("deltafmt.delta", "DeltaFile"),
     "Limits": ("deltafmt.format.limits", "Limits"),
     "analyze": ("deltafmt.analysis.analyze", "analyze"),
+    "apply": ("deltafmt.pipeline.apply", "apply"),
+    "dedup": ("deltafmt.analysis.dedup", "dedup"),
     "diff": ("deltafmt.pipeline.diff", "diff"),
     "errors": ("deltafmt.errors", None),
     "export_lora": ("deltafmt.pipeline.export_lora", "export_lora"),
@@ -80,8 +90,10 @@ _HOMES = {
     "methods": ("deltafmt.methods", None),
     "open": ("deltafmt.delta", "DeltaFile"),
     "pack": ("deltafmt.pipeline.pack", "pack"),
+    "pack_many": ("deltafmt.pipeline.pack_many", "pack_many"),
     "plan_for_target": ("deltafmt.pipeline.budget", "plan_for_target"),
     "repack": ("deltafmt.pipeline.repack", "repack"),
+    "squash": ("deltafmt.pipeline.squash", "squash"),
     "sync": ("deltafmt.sync", None),
     "torch": ("deltafmt.torch", None),
     "transformers": ("deltafmt.transformers", None),
