@@ -627,3 +627,23 @@ def test_the_device_path_follows_as_the_host_does(monkeypatch: pytest.MonkeyPatc
         parent = states_module.KeptState(deltafmt.sync.live.live_tensors(state), "default", 1).digest()
         with pytest.raises(InvalidFileError, match=rf'tensors\["w"\]: chunk 0: {line}'):
             Subscriber(state).apply(hostile(chunk, state, parent))
+
+
+def test_patches_are_a_chain_that_other_commands_apply(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    states = [model(), stepped(model(), 1), stepped(model(), 2)]
+    (tmp_path / "base").mkdir()
+    safetensors.save_file(states[0], tmp_path / "base" / "model.safetensors")
+    publisher, files = Publisher(base=states[0]), []
+    for state in states[1:]:
+        message = publisher.publish(state)
+        files.append(tmp_path / f"{message.version}.deltafmt")
+        files[-1].write_bytes(message.data)
+        assert message.content_id == deltafmt.verify(files[-1]).content_id
+    deltafmt.apply(tmp_path / "base", files, tmp_path / "applied")
+    deltafmt.squash(files, tmp_path / "both.deltafmt", base=tmp_path / "base")
+    deltafmt.unpack(tmp_path / "base", tmp_path / "both.deltafmt", tmp_path / "unpacked")
+    for folder in ("applied", "unpacked"):
+        assert equal(safetensors.load_file(tmp_path / folder / "model.safetensors"), states[2])
+    with pytest.raises(WrongBaseError, match=r"a link is missing|was made on what"):
+        deltafmt.apply(tmp_path / "base", files[1:], tmp_path / "wrong")
