@@ -140,8 +140,8 @@ def test_the_base_is_read_once(folders: tuple[Path, dict[str, Path]], tmp_path: 
     for method in (Exact(), RTN(4)):
         with counted(base) as read:
             deltafmt.pack_many(base, names, tmp_path / str(method.exact), method=method, threads=2)
-        # Of the fine-tune with other names, some first rows are compared to find what belongs together.
-        assert size <= sum(read) < size + 1000
+        # Of the fine-tune with other names, 24 rows of a matrix are compared to find what belongs together.
+        assert size <= sum(read) < 1.5 * size
     same = {name: path for name, path in names.items() if name != "moved"}
     with counted(base) as read:
         deltafmt.pack_many(base, same, tmp_path / "same", method=Exact(), threads=2)

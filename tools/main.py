@@ -28,6 +28,8 @@ COMMANDS = {
     "pack": "pack the difference of two checkpoints into a delta file",
     "methods": "list the compression methods of pack, or explain one with its options",
     "unpack": "apply a delta to its base and write a loadable checkpoint folder",
+    "apply": "apply a chain of deltas to a model, into a new folder or in place",
+    "squash": "make one delta file of a chain",
     "inspect": "show what is in a delta file and what it costs, without reading its sections",
     "verify": "check a delta file completely, and a base against it",
     "repack": "rewrite a delta file for serving (hot) or for archives (cold), without loss",
@@ -43,7 +45,7 @@ COMMANDS = {
 WITH_RARE_OPTIONS = ("pack",)
 
 # The commands that compress or decompress.
-COMPUTING = ("pack", "unpack", "verify", "import-lora", "export-lora", "dedup", "analyze")
+COMPUTING = ("pack", "unpack", "apply", "squash", "verify", "import-lora", "export-lora", "dedup", "analyze")
 
 # What argparse says, and the same in this project's words.
 _PLAIN = (

@@ -89,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_name_arguments(parser, "the fine-tune")
     add_architecture_argument(parser)
     parser.add_argument("--base-name", metavar="NAME", help="how the delta names its base")
+    parser.add_argument("--parent", metavar="DELTA", help="the delta that gives BASE; OUT is the next link of a chain")
     parser.add_argument(
         "--missing",
         metavar="HOW",
@@ -172,6 +173,8 @@ def run(options: argparse.Namespace) -> int:
         return console.checkpoint_bytes(options.finetuned)
 
     if options.plan:
+        if options.parent:
+            raise UsageError("--plan and --parent do not go together: a plan is the same with a parent")
         from deltafmt.pipeline.budget import plan_for_target
 
         if calibration:
@@ -188,6 +191,7 @@ def run(options: argparse.Namespace) -> int:
             sys.stdout.buffer if to_stdout else options.output,
             method=None if target else method,
             **shared,
+            parent=options.parent,
             calibration=calibration,
             force=options.force,
             progress=progress,

@@ -158,6 +158,7 @@ class FileWriter:
             metadata=metadata,
             scaled=scaled,
             files=self._files() if attach and job.restores else None,
+            parent=job.parent,
         )
         self._report(identity)
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from deltafmt import core
+from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container.partial import check_output_file
-from deltafmt.errors import Remedy, UsageError
+from deltafmt.delta import DeltaFile
+from deltafmt.errors import Remedy, UsageError, WrongBaseError
 from deltafmt.methods.base import Method
 from deltafmt.pipeline.calibrate import Calibration, calibrated_names, check_calibration
+from deltafmt.pipeline.digests import check_content_id
 from deltafmt.pipeline.file_writer import write_file
+from deltafmt.pipeline.gives import difference_from_result
 from deltafmt.pipeline.job import Delivery, PackJob
 from deltafmt.pipeline.outputs import refuse_input_file
 from deltafmt.pipeline.pack_options import PackOptions
@@ -43,6 +48,7 @@ def pack(
     strip_prefix: Sequence[str] = (),
     allow_architecture: bool = False,
     base_name: str | None = None,
+    parent: str | os.PathLike[str] | None = None,
     calibration: Calibration | None = None,
     profile: str = "hot",
     seed: int = 0,
@@ -82,6 +88,8 @@ def pack(
         allow_architecture: True to pack two types of model whose tensors are the same.
         base_name: the name of the base that the file records, for messages. If not given, the name that the base's
             configuration has for the hub, or else the name of its folder. An empty text records none.
+        parent: a delta file whose result is ``base``. The file that is made is the next link of a chain
+            (:func:`deltafmt.apply`), and names it by its content id.
         calibration: a text for the fine-tune to read. The methods gptq and sparsegpt need one; others can use one.
         profile: ``hot`` or ``cold``.
         seed: the file's seed, 64 bits. Every tensor's own seed is derived from it and the tensor's name.
@@ -99,7 +107,7 @@ def pack(
         NonFiniteError: a delta has NaN or infinity and its tensor is to be compressed.
         InvalidFileError: an input is not a valid checkpoint, the fine-tune is not whole, or a link leaves its folder.
         WrongBaseError: base and fine-tune are of different architecture, or their names do not say what belongs
-            together.
+            together; or the base is not what the parent gives.
         StorageError: reading or writing failed.
     """
     core.warn_if_missing()
@@ -138,6 +146,8 @@ def pack(
         target = target_bytes(target_ratio, target_size, after.file_bytes)
         job = options.job(before, after, target)
         check_output(job, delivery)
+        if parent is not None:
+            job = replace(job, parent=_parent_id(parent, base, delivery))
         if target is not None:
             from deltafmt.pipeline.budget import default_candidates
             from deltafmt.pipeline.targeted import pack_for_target
@@ -150,6 +160,28 @@ def pack(
 
         with calibrated(job, calibration, delivery) as ready:
             return write_file(ready, delivery)
+
+
+def _parent_id(parent: str | os.PathLike[str], base: str | os.PathLike[str], delivery: Delivery) -> bytes:
+    """Return the content id of the delta file that gives the base.
+
+    Raises:
+        UsageError: the output is that file.
+        WrongBaseError: it gives another base.
+    """
+    path = delivery.path
+    if path is not None and path.exists() and os.path.samefile(path, parent):
+        raise UsageError(f"the output {path} is itself an input")
+    with DeltaFile(parent) as opened, Checkpoint(base, lenient=True) as checkpoint:
+        container = opened.container
+        check_content_id(container, container.entries())
+        found = difference_from_result(checkpoint, opened, delivery.threads)
+        if found:
+            raise WrongBaseError(
+                f"{base} is not what {container.name} gives: {found}; apply {container.name} first, and pack against "
+                "the folder that it gives"
+            )
+        return container.content_id
 
 
 def check_output(job: PackJob, delivery: Delivery) -> None:
