@@ -6,6 +6,7 @@ import argparse
 
 from deltafmt.checkpoint.name_changes import entry_changes
 from deltafmt.container.reader import Container
+from deltafmt.container.served import served_part
 from deltafmt.pipeline import summary
 from deltafmt.pipeline.read_as_values import dequantized
 from deltafmt.pipeline.summary import plural
@@ -42,6 +43,9 @@ def _print_tree(container: Container) -> None:
         f"{summary.times(total / container.size)} than {total:,} bytes of tensors"
     )
     console.say(f"content id {container.content_id.hex()}, which verify checks")
+    served = served_part(container, entries)
+    if served is not None:
+        console.say(summary.served_line(served))
     for key, value in container.metadata.items():
         console.say(f"{key}: {summary.spelled_out(value) if key == 'method' else value}")
     for text, action in (("same as the base", "same"), ("tied", "alias")):

@@ -116,6 +116,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random positions (default 0)")
     parser.add_argument("--threads", type=int, metavar="T", help="worker threads (default: one for each processor)")
     add_method_argument(parser)
+    parser.add_argument(
+        "--exact", action="store_true", help="serve the delta, and restore every byte from exact parts behind it"
+    )
     add_target_arguments(parser)
     add_calibration_arguments(parser)
 
@@ -157,6 +160,7 @@ def run(options: argparse.Namespace) -> None:
         "no_attach": options.no_attach,
         "profile": options.profile,
         "seed": options.seed,
+        "exact": options.exact,
         "threads": options.threads,
     }
 
@@ -172,7 +176,9 @@ def run(options: argparse.Namespace) -> None:
             choice = plan_for_target(options.base, options.finetuned, **shared, progress=progress)
         show(choice, as_json=options.json)
         return
-    passes = 1 + bool(target) + bool(calibration) + bool(target and calibration and calibration.sequential)
+    passes = (
+        1 + options.exact + bool(target) + bool(calibration) + bool(target and calibration and calibration.sequential)
+    )
     with console.progress_bar("packing", lambda: passes * total(), not options.json) as progress:
         result = pack(
             options.base,
@@ -217,6 +223,7 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
                 "narrow": result.narrow,
                 "resumed_tensors": result.resumed,
                 "restored_files": result.restored,
+                "served": {"bytes": result.served, "content_id": result.served_id} if result.served else None,
                 **calibration_obj(result),
                 **({"plan": plan_obj(result.choice)} if result.choice else {}),
             }
@@ -260,6 +267,9 @@ def _report(options: argparse.Namespace, result: PackResult, method: Method) -> 
 
 def _say_files(result: PackResult) -> None:
     """Say which files travel."""
+    if result.served:
+        smaller = times(result.finetuned_bytes / result.served)
+        console.say(f"served from its first {result.served:,} bytes, {smaller}; content id {result.served_id}")
     if result.restored:
         console.say(f"restored byte for byte by unpack: {bounded(result.restored)}")
     if result.attached:

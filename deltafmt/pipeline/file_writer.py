@@ -10,14 +10,17 @@ from deltafmt.checkpoint.name_changes import entry_changes
 from deltafmt.checkpoint.restored import read_heads
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.stream import StreamFile
-from deltafmt.container.writer import ContainerWriter
+from deltafmt.container.writer import About, ContainerWriter
+from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
-from deltafmt.index.exact import FileRef
+from deltafmt.index.exact import ExactRef, FileRef
+from deltafmt.index.sections import BufferRef
 from deltafmt.output import storage_error
 from deltafmt.pipeline.compress import Compressed, Compressor
 from deltafmt.pipeline.entry_writer import EntryWriter
+from deltafmt.pipeline.exact_packing import exact_parts
 from deltafmt.pipeline.job import Delivery, PackJob
 from deltafmt.pipeline.outputs import kept_if_interrupted
 from deltafmt.pipeline.pack_result import PackResult
@@ -59,11 +62,11 @@ def write_file(job: PackJob, delivery: Delivery, most: int | None = None) -> Pac
         remarks=job.remarks(),
     )
     with kept_if_interrupted(sink.keep, sink.abandon):
-        _FileWriter(job, sink, result).run(delivery.threads, delivery.progress)
+        _FileWriter(job, sink, result).run(delivery.threads, delivery.progress, most=most)
         for source in (job.base, finetuned):
             source.check_unchanged()
         _check_adapter(job, result)
-        if most is not None and result.size > most:
+        if most is not None and result.target_size > most:
             if path is None:
                 raise UsageError(f"the output has {result.size:,} bytes, and the target was {most:,}")
             sink.abandon()
@@ -110,6 +113,7 @@ class _FileWriter:
         self._result = result
         self._container = ContainerWriter(sink, job.profile, sink.sections, job.features())
         self._writer = EntryWriter(self._container)
+        self._recorded = len(sink.sections)
         layouts = tuple(sink.layouts)
         for layout in layouts:
             self._container.layout_number(layout)
@@ -117,8 +121,12 @@ class _FileWriter:
         self._unrecorded: dict[str, Any] = {}
         result.resumed = len(self._entries)
 
-    def run(self, threads: int, progress: Progress | None, *, attach: bool = True) -> None:
-        """Pack every tensor, then the attachments if they are wanted, then finish the file."""
+    def run(self, threads: int, progress: Progress | None, *, attach: bool = True, most: int | None = None) -> None:
+        """Pack every tensor, then the attachments if they are wanted, then finish the file.
+
+        Of a progressive file, all of this is the served part, and exact parts follow unless it has more than ``most``
+        bytes.
+        """
         job, container = self._job, self._container
         todo = [plan for plan in job.plans if plan.tensor.name not in self._entries]
         with Compressor(job, todo, threads) as compressor:
@@ -131,16 +139,42 @@ class _FileWriter:
         files = job.finetuned.files if attach else {}
         scaled, metadata = scaled_refs(job.scaled(), threads), job.metadata()
         self._result.dequantized = dequantized(scaled, metadata)
-        attachments = {name: container.attach(job.finetuned.attachment(name)) for name in files}
-        identity = container.finish(
-            self._entries.values(),
-            removed=self._result.removed,
-            attachments=attachments,
-            metadata=metadata,
-            scaled=scaled,
-            files=self._files() if attach and job.restores else None,
-        )
-        self._report(identity)
+        about = About(removed=self._result.removed, metadata=metadata, scaled=scaled)
+        if job.progressive and attach and isinstance(self._sink, PartialFile):
+            self._serve(self._sink, about)
+            if most is not None and self._result.served > most:
+                return
+            self._add_exact_parts(self._sink, threads, progress)
+        else:
+            about["attachments"] = {name: container.attach(job.finetuned.attachment(name)) for name in files}
+        about["files"] = self._files() if attach and job.restores else None
+        self._report(container.finish(self._entries.values(), **about))
+
+    def _serve(self, sink: PartialFile, about: About) -> None:
+        """End the served part, unless an interrupted run has done so; note it, and complete what the index says."""
+        container, result = self._container, self._result
+        if container.sections and container.sections[-1].kind == c.SECTION_KIND_SERVED:
+            with DeltaFile(sink.partial) as served:
+                about["attachments"] = served.container.attachments
+                identity = served.container.content_id
+        else:
+            finetuned = self._job.finetuned
+            about["attachments"] = {name: container.attach(finetuned.attachment(name)) for name in finetuned.files}
+            identity = container.serve(self._entries.values(), **about)
+            self._record()
+        last = container.sections[-1]
+        result.served, result.served_id = last.offset + last.length, identity.hex()
+
+    def _add_exact_parts(self, sink: PartialFile, threads: int, progress: Progress | None) -> None:
+        """Write the exact part of every tensor with terms; the terms are read from the served part."""
+        plans = [plan for plan in self._job.plans if self._entries[plan.tensor.name].terms]
+        with DeltaFile(sink.partial) as served:
+            for entry, exact in exact_parts(served, plans, threads):
+                ref = ExactRef(exact.chunk, BufferRef(0, 0, 0), exact.digest, exact.factors)
+                self._entries[entry.name] = self._writer.with_exact(entry, ref, exact.pieces)
+                self._container.boundary()
+                if progress:
+                    progress(entry.name, entry.nbytes)
 
     def _files(self) -> dict[str, FileRef]:
         """Write the heads of the fine-tune's weight files, and return the files' rows of the index."""
@@ -172,8 +206,13 @@ class _FileWriter:
         self._entries[entry.name] = entry
         self._unrecorded[entry.name] = entry.to_obj()
         if self._container.boundary():
-            self._sink.record(self._container.sections[-1], self._container.layouts, self._unrecorded)
-            self._unrecorded = {}
+            self._record()
+
+    def _record(self) -> None:
+        """Record the sections that are complete, and the entries of their tensors."""
+        container = self._container
+        self._sink.record(container.sections[self._recorded :], container.layouts, self._unrecorded)
+        self._unrecorded, self._recorded = {}, len(container.sections)
 
     def _report(self, identity: bytes) -> None:
         """Fill in what is known once the file is complete."""

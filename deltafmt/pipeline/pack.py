@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,6 +54,7 @@ def pack(
     calibration: Calibration | None = None,
     profile: str = "hot",
     seed: int = 0,
+    exact: bool = False,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -92,6 +94,9 @@ def pack(
         calibration: a text for the fine-tune to read. The methods gptq and sparsegpt need one; others can use one.
         profile: ``hot`` or ``cold``.
         seed: the file's seed, 64 bits. Every tensor's own seed is derived from it and the tensor's name.
+        exact: True for a progressive file: what is served comes first, as it is without ``exact``, and is a delta
+            file by itself. Behind it lie exact parts, with which ``unpack`` restores the fine-tune's files byte for
+            byte. A target is one for what is served.
         force: True to replace ``out`` if it exists.
         threads: worker threads; one for each processor if not given. The bytes do not depend on their number.
         progress: called with a tensor's name and bytes as each is done. With a target, it is also called as each is
@@ -137,10 +142,13 @@ def pack(
         prepared = prepare(before, after, only, rules, include, exclude, missing, options)
         named = folder_name(before) if base_name is None else base_name
         plans, pairing, lacks = _in_order(prepared.plans), prepared.pairing, prepared.completeness
-        restores = default.exact and target is None and all(plan.is_exact for plan in plans)
+        restores = exact or (default.exact and target is None and all(plan.is_exact for plan in plans))
+        if exact:
+            _check_progressive(after, plans, delivery)
         if restores:
             _check_restorable(after, lacks)
-        job = PackJob(before, after, plans, profile, seed, description, pairing, named, lacks, restores=restores)
+        job = PackJob(before, after, plans, profile, seed, description, pairing, named, lacks)
+        job = replace(job, restores=restores, progressive=exact)
         _check_hot(job)
         _check_output(job, delivery)
         if target is not None:
@@ -166,6 +174,25 @@ def _exact_quantized(quantized: str | None) -> str:
     if quantized not in (None, EXACT):
         raise UsageError(f"quantized {quantized!r} and the method exact: values are not the bytes that are stored")
     return EXACT
+
+
+def _check_progressive(finetuned: Checkpoint, plans: Sequence[Plan], delivery: Delivery) -> None:
+    """Refuse a progressive file that cannot be, before any work is done.
+
+    Raises:
+        UsageError: a tensor is exact by itself, the fine-tune is read as values, or the output cannot be read back.
+    """
+    archived = next((plan for plan in plans if plan.method is not None and plan.method.exact), None)
+    if archived is not None:
+        raise UsageError(
+            f"exact parts go behind what is served, and the method exact leaves nothing of "
+            f'"{archived.tensor.name}" to serve; choose another method for it, or leave exact parts out'
+        )
+    if finetuned.dequantized:
+        text = f"{finetuned.path} is FP8 and is read as values, from which its files cannot be restored byte for byte"
+        raise UsageError(text, Remedy("quantized", EXACT))
+    if delivery.path is None:
+        raise UsageError("exact parts are made from what is in the file already, which a stream does not give back")
 
 
 def _in_order(plans: Sequence[Plan]) -> list[Plan]:
