@@ -46,6 +46,8 @@ def _print_tree(container: Container) -> None:
     served = served_part(container, entries)
     if served is not None:
         console.say(summary.served_line(served))
+    if container.parent is not None:
+        console.say(f"parent: {container.parent.hex()}, whose result is the base")
     for key, value in container.metadata.items():
         console.say(f"{key}: {summary.spelled_out(value) if key == 'method' else value}")
     for text, action in (("same as the base", "same"), ("tied", "alias")):

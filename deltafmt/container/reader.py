@@ -150,6 +150,11 @@ class Container:
         return self._index.files
 
     @property
+    def parent(self) -> bytes | None:
+        """The content id of the delta file whose result is this file's base; None for most delta files."""
+        return self._index.parent
+
+    @property
     def served(self) -> int | None:
         """The number of the section that ends the served part of a progressive file; None in other files."""
         return self._index.served

@@ -43,7 +43,8 @@ def served_part(container: Container, entries: Iterable[TensorEntry]) -> ServedP
         return None
     section = container.sections[container.served]
     about = container.removed, container.attachments, container.metadata, container.scaled()
-    return ServedPart(section.offset + section.length, content_id(map(without_exact, entries), *about))
+    parts = map(without_exact, entries)
+    return ServedPart(section.offset + section.length, content_id(parts, *about, parent=container.parent))
 
 
 def without_exact(entry: TensorEntry) -> TensorEntry:

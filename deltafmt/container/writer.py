@@ -31,13 +31,14 @@ class Sink(Protocol):
 
 
 class About(TypedDict, total=False):
-    """What an index says beside its tensors: names of removed tensors, attachments, metadata, scaled tensors, files."""
+    """What an index says beside its tensors; :class:`deltafmt.container.file_index.FileIndex` says what each is."""
 
     removed: Iterable[str]
     attachments: Mapping[str, Attachment] | None
     metadata: Mapping[str, str] | None
     scaled: Mapping[str, ScaledRef] | None
     files: Mapping[str, FileRef] | None
+    parent: bytes | None
 
 
 class _OpenSection:
@@ -168,6 +169,7 @@ class ContainerWriter:
         metadata: Mapping[str, str] | None = None,
         scaled: Mapping[str, ScaledRef] | None = None,
         files: Mapping[str, FileRef] | None = None,
+        parent: bytes | None = None,
     ) -> tuple[bytes, bytes, bytes]:
         """Close the last section; return the index, the trailer and the content id."""
         self._close_section()
@@ -178,6 +180,7 @@ class ContainerWriter:
             **({"files": {name: file.to_obj() for name, file in files.items()}} if files else {}),
             "layouts": [layout.to_obj() for layout in self._layouts],
             "metadata": dict(metadata or {}),
+            **({"parent": parent} if parent is not None else {}),
             "profile": self.profile,
             "removed": sorted(removed),
             **({"scaled": {name: canonical.encode(ref.to_obj()) for name, ref in scaled.items()}} if scaled else {}),
@@ -190,7 +193,8 @@ class ContainerWriter:
                 f"{len(entries)} tensors give an index of {len(data)} bytes; "
                 f"the limits are {c.MAX_TENSORS} and {c.MAX_INDEX_BYTES}"
             )
-        identity = content_id(entries.values(), index["removed"], attachments or {}, index["metadata"], scaled, files)
+        about = index["removed"], attachments or {}, index["metadata"], scaled, files, parent
+        identity = content_id(entries.values(), *about)
         trailer = frame.encode_trailer(self._header, data, self._position, identity)
         return data, trailer, identity
 

@@ -23,7 +23,8 @@ FEATURE_LEADING: Final = 1 << 1  # the rows of a delta are those of fewer dimens
 FEATURE_SCALED: Final = 1 << 2  # a base tensor is kept as 8-bit floats with scales (section 7.8)
 FEATURE_EXACT: Final = 1 << 3  # tensors, or files, are restored bit for bit (sections 7.10 and 17)
 FEATURE_PROGRESSIVE: Final = 1 << 4  # a served part, and exact parts behind it (section 17.7)
-KNOWN_FEATURES: Final = FEATURE_PARTS | FEATURE_LEADING | FEATURE_SCALED | FEATURE_EXACT | FEATURE_PROGRESSIVE
+FEATURE_PARENT: Final = 1 << 5  # the base is what another delta file gives (section 18)
+KNOWN_FEATURES: Final = (1 << 6) - 1
 
 # Section 5: sections and buffers.
 SECTION_ALIGNMENT: Final = 4096

@@ -20,6 +20,7 @@ from deltafmt.format import constants as c
 from deltafmt.format.constants import (
     FEATURE_EXACT,
     FEATURE_LEADING,
+    FEATURE_PARENT,
     FEATURE_PARTS,
     FEATURE_PROGRESSIVE,
     FEATURE_SCALED,
@@ -68,6 +69,7 @@ class PackJob:
         moments: second moments of the matrices' inputs, if a calibration has gathered some.
         restores: True if the fine-tune's weight files are restored byte for byte.
         progressive: True if exact parts follow what is served.
+        parent: the content id of the delta that gives the base; None for most.
     """
 
     base: Checkpoint
@@ -82,6 +84,7 @@ class PackJob:
     moments: MomentFolder | None = None
     restores: bool = False
     progressive: bool = False
+    parent: bytes | None = None
 
     def digest(self) -> bytes:
         """Return a digest of the job: what an interrupted run has written is of use to a job of equal digest alone.
@@ -106,6 +109,8 @@ class PackJob:
             parts["restores"] = True
         if self.progressive:
             parts["progressive"] = True
+        if self.parent is not None:
+            parts["parent"] = self.parent
         if self.moments is not None:
             parts["calibration"] = self.moments.described
         if self.base.dequantized or self.finetuned.dequantized:
@@ -126,6 +131,7 @@ class PackJob:
             | (FEATURE_SCALED if self.scaled() else 0)
             | (FEATURE_EXACT if exact or self.progressive else 0)
             | (FEATURE_PROGRESSIVE if self.progressive else 0)
+            | (FEATURE_PARENT if self.parent is not None else 0)
         )
 
     def scaled(self) -> dict[str, DequantizedTensor]:

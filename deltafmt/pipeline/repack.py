@@ -22,8 +22,9 @@ from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.exact import FileRef
 from deltafmt.index.sections import Attachment
+from deltafmt.pipeline.digests import check_content_id
 from deltafmt.pipeline.entry_writer import EntryWriter, TermBytes
-from deltafmt.pipeline.verify import check_content_id, check_served_part
+from deltafmt.pipeline.verify import check_served_part
 from deltafmt.terms.buffers import raw_bytes
 
 # What can be dropped from a file.
@@ -137,26 +138,26 @@ class _Mover:
         """
         source, target = self._source, self._target
         # Sections of exact tensors lie behind all others.
-        moved = {}
+        written = {}
         for entry in sorted(self._entries, key=lambda entry: entry.action == "exact"):
-            moved[entry.name] = _moved(self._delta, entry, self._writer, target.profile)
+            written[entry.name] = moved(self._delta, entry, self._writer, target.profile)
             target.boundary()
-        about = About(removed=source.removed, metadata=source.metadata, scaled=source.scaled())
+        about = About(removed=source.removed, metadata=source.metadata, scaled=source.scaled(), parent=source.parent)
         about["attachments"] = self._attachments()
         if self._drop:
-            return target.finish(moved.values(), **about)
+            return target.finish(written.values(), **about)
         if source.served is not None:
-            target.serve(moved.values(), **about)
+            target.serve(written.values(), **about)
             for entry in self._entries:
                 if entry.terms and entry.exact is not None:
                     data = source.buffer(entry.exact.data)
-                    moved[entry.name] = self._writer.with_exact(moved[entry.name], entry.exact, data)
+                    written[entry.name] = self._writer.with_exact(written[entry.name], entry.exact, data)
                     target.boundary()
         about["files"] = {
             name: FileRef(old.digest, target.add(source.buffer(old.head), c.SECTION_KIND_ATTACHMENTS))
             for name, old in source.files.items()
         }
-        identity = target.finish(moved.values(), **about)
+        identity = target.finish(written.values(), **about)
         if identity != source.content_id:
             raise InvalidFileError(f"{source.name}: the content id is not that of the content")
         return identity
@@ -188,7 +189,7 @@ def check_converted(delta: DeltaFile, profile: str) -> None:
     container.limits.check_output(total, container.size, 0, f"{container.name}: the terms take")
 
 
-def _moved(delta: DeltaFile, entry: TensorEntry, writer: EntryWriter, profile: str) -> TensorEntry:
+def moved(delta: DeltaFile, entry: TensorEntry, writer: EntryWriter, profile: str) -> TensorEntry:
     """Write one tensor's buffers, with its indexes in the form that the profile uses, and return its entry."""
     if entry.target is not None:
         return writer.alias(entry, entry.target)

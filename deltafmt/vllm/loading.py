@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deltafmt.delta import DeltaFile, refuse_exact
+from deltafmt.delta import DeltaFile, refuse_child, refuse_exact
 from deltafmt.errors import DeltafmtError, UsageError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.runtime.checks import check_terms
@@ -78,6 +78,7 @@ def load_delta(
     try:
         with DeltaFile(path) as opened:
             entries = {tensor: opened.resolve(tensor) for tensor in opened}
+            refuse_child(opened.container)
             refuse_exact(name, entries.values())
             content_id = opened.content_id
             metadata = opened.container
