@@ -347,3 +347,37 @@ def test_a_file_object_takes_no_exact_parts(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, *small_tensors())
     with pytest.raises(UsageError, match="a stream does not give back"):
         deltafmt.pack(pair.base, pair.finetuned, io.BytesIO(), exact=True)
+
+
+def test_links_of_a_chain_may_be_progressive(tmp_path: Path) -> None:
+    a, b = small_tensors()
+    versions = [a, b, {name: nudge(tensor, 5) if len(tensor.shape) == 2 else tensor for name, tensor in b.items()}]
+    folders = [write_folder(tmp_path / f"v{number}", tensors) for number, tensors in enumerate(versions)]
+    links = [tmp_path / "1.deltafmt", tmp_path / "2.deltafmt"]
+    deltafmt.pack(folders[0], folders[1], links[0], exact=True)
+    result = deltafmt.pack(folders[1], folders[2], links[1], exact=True, parent=links[0])
+    deltafmt.apply(folders[0], links, tmp_path / "applied")
+    found, expected = read_folder(tmp_path / "applied"), read_folder(folders[2])
+    assert {name: tensor.data for name, tensor in found.items()} == {n: t.data for n, t in expected.items()}
+    cut = links[1].read_bytes()[: result.served]
+    assert deltafmt.verify(io.BytesIO(cut)).content_id == result.served_id
+    with pytest.raises(UsageError, match="differences are sorted by the values of the base") as caught:
+        deltafmt.squash(links, tmp_path / "no")
+    assert caught.value.remedy is not None
+    squashed = deltafmt.squash(links, tmp_path / "one.deltafmt", base=folders[0])
+    assert squashed.restored
+    deltafmt.unpack(folders[0], tmp_path / "one.deltafmt", tmp_path / "out")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(folders[2])
+
+
+def test_many_progressive_files_are_those_of_single_packs(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, *small_tensors())
+    second = write_folder(
+        tmp_path / "second",
+        {name: nudge(tensor, 8) if tensor.dtype == "BF16" else tensor for name, tensor in pair.b.items()},
+    )
+    sources = {"one": pair.finetuned, "two": second}
+    assert not deltafmt.pack_many(pair.base, sources, tmp_path / "all", exact=True).failed
+    for name, source in sources.items():
+        deltafmt.pack(pair.base, source, tmp_path / name, exact=True)
+        assert (tmp_path / "all" / f"{name}.deltafmt").read_bytes() == (tmp_path / name).read_bytes()
