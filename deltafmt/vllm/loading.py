@@ -7,6 +7,7 @@ base is compared.
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def load_delta(
     """
     name = where or path
     try:
-        with DeltaFile(path) as opened:
+        with DeltaFile(path, mmap=False) as opened:  # a mapped file that is cut short would end the engine
             entries = {tensor: opened.resolve(tensor) for tensor in opened}
             refuse_exact(name, entries.values())
             content_id = opened.content_id
@@ -103,7 +104,10 @@ def _read(path: str, wanted: list[_Wanted]) -> DeviceDelta:
     held = {one.held.key: one.held for one in wanted}
     if all(one.cut is None for one in held.values()):
         return load(path, "cpu", tensors=list(held) or None)
-    return load_held(path, held, torch.device("cpu"), threading.Event())
+    # What is checked and what is cut must be the same bytes, whoever writes to the file meanwhile.
+    with open(path, "rb") as file:
+        whole = io.BytesIO(file.read())
+    return load_held(path, held, torch.device("cpu"), threading.Event(), source=whole)
 
 
 def _wanted(

@@ -178,16 +178,24 @@ class DeltaWorkerManager:
 
     def add_adapter(self, lora_request: Any) -> bool:
         """Load an adapter and give it a slot, or note that it was used."""
-        if self._stepping and lora_request.load_inplace and is_delta(lora_request.lora_path):
+        if is_delta(lora_request.lora_path) and self._stepping and lora_request.load_inplace:
             # vLLM repeats the wish with every request; it was granted when the adapter was loaded.
             lora_request = copy.copy(lora_request)
             lora_request.load_inplace = False
+        elif is_delta(lora_request.lora_path) and not self._stepping and not lora_request.load_inplace:
+            try:
+                self._files.check(lora_request.lora_int_id, delta_path(lora_request.lora_path))
+            except UsageError as error:
+                raise ValueError(str(error)) from None
         return bool(super().add_adapter(lora_request))  # type: ignore[misc]
 
     def _load_adapter(self, lora_request: Any) -> Any:
         if not is_delta(lora_request.lora_path):
             return super()._load_adapter(lora_request)  # type: ignore[misc]
         path = delta_path(lora_request.lora_path)
+        if self._stepping:
+            # Another path may have been loaded in the place of the one that this request came with.
+            path = self._files.path(lora_request.lora_int_id, path)
         try:
             delta = self._load(lora_request, path)
         except (DeltafmtError, OSError, MemoryError) as error:
