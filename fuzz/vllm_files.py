@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from deltafmt.methods import DARE, SVD, BitDelta, DeltaDQ, Residual
 
 NANO = Path(__file__).resolve().parent.parent / "examples" / "nano"
 METHODS = {"deltadq": DeltaDQ(2, 2, 4), "residual": Residual(), "svd": SVD(rank=16), "dare": DARE(), "bit": BitDelta()}
+KINDS = ("delete", "replace", "cut", "flip", "overwrite", "kill", "load", "load", "refuse")
 NAMES, PROMPTS, TOKENS, END = 8, 4, 40, 1
 Texts = list[list[int]]
 
@@ -105,11 +106,19 @@ class Mischief:
         folder: the folder of all files.
         variants: delta files by name; copies of them are served.
         choose: random choices.
-        load: loads a path in the place of a name; returns the status of HTTP.
+        load: loads a path by a name, perhaps in its place; returns the status of HTTP.
+        kinds: what happens; all of ``KINDS`` if not given.
     """
 
-    def __init__(self, folder: Path, variants: dict[str, Path], choose: random.Random, load: Any) -> None:
-        self.folder, self.variants, self.choose, self.load = folder, variants, choose, load
+    def __init__(
+        self,
+        folder: Path,
+        variants: dict[str, Path],
+        choose: random.Random,
+        load: Callable[..., int],
+        kinds: Sequence[str] = KINDS,
+    ) -> None:
+        self.folder, self.variants, self.choose, self.load, self.kinds = folder, variants, choose, load, kinds
         self.names: dict[str, Name] = {}
         self.done: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -126,7 +135,7 @@ class Mischief:
 
     def step(self) -> None:
         """Do one thing to one file."""
-        kind = self.choose.choice(["delete", "replace", "cut", "flip", "overwrite", "kill", "load", "load", "refuse"])
+        kind = self.choose.choice(self.kinds)
         name = self.choose.choice(list(self.names))
         getattr(self, f"_{kind}")(name, self.names[name])
         self.done[kind] += 1

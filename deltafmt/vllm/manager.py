@@ -7,6 +7,7 @@ every adapter; these classes fill and empty the slots. They stand in front of vL
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -124,7 +125,6 @@ class DeltaModelManager:
         super().remove_all_adapters()  # type: ignore[misc]
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
-        super()._set_adapter_mapping(mapping)  # type: ignore[misc]
         adapters: Mapping[int, Any] = self._registered_adapters.cache
         slots = {
             number: slot
@@ -132,6 +132,14 @@ class DeltaModelManager:
             if number is not None and isinstance(adapters.get(number), DeltaAdapter)
         }
         self.choice.show(_slots(slots, mapping.index_mapping), _slots(slots, mapping.prompt_mapping))
+        if slots:
+            # To vLLM's own products with factors, rows of deltas are rows of the base.
+            tokens, logits = (
+                tuple(0 if number in slots else number for number in numbers)
+                for numbers in (mapping.index_mapping, mapping.prompt_mapping)
+            )
+            mapping = dataclasses.replace(mapping, index_mapping=tokens, prompt_mapping=logits)
+        super()._set_adapter_mapping(mapping)  # type: ignore[misc]
 
 
 def _base_of(config: Any) -> EngineBase:
