@@ -64,6 +64,7 @@ fuzz: $(VENV)/.dev
 faults: $(VENV)/.dev
 	$(MAKE) -C spec/reader OUT="$(abspath build/reader)" PYTHON=$(PYTHON) all
 	$(BIN)/python fuzz/faults.py --reader build/reader/deltafmt-c $(FAULTS)
+	$(BIN)/python fuzz/sync_kills.py
 
 # What the files of strangers cost: memory and time of each command.
 costs: $(VENV)/.dev

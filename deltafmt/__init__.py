@@ -12,10 +12,13 @@
     delta = deltafmt.torch.load("math.deltafmt", device="cuda")
     model = deltafmt.transformers.attach(model, {"math": "math.deltafmt", "code": "code.deltafmt"})
 
+    publisher = deltafmt.sync.Publisher()          # sends what training changes, subscribers follow
+
 ``deltafmt.__all__`` is the whole public surface. The names of other modules may change in any release.
 
-Importing this package imports nothing else; every name is loaded when it is first used. ``deltafmt.torch`` and
-``deltafmt.transformers`` need an optional package: without it, they raise an ``ImportError`` that names the extra.
+Importing this package imports nothing else; every name is loaded when it is first used. ``deltafmt.sync``,
+``deltafmt.torch`` and ``deltafmt.transformers`` need an optional package: without it, they raise an ``ImportError``
+that names the extra.
 """
 
 from __future__ import annotations
@@ -26,18 +29,22 @@ from typing import TYPE_CHECKING, Any
 from deltafmt._version import __version__
 
 if TYPE_CHECKING:
-    from deltafmt import errors, methods, torch, transformers
+    from deltafmt import errors, methods, sync, torch, transformers
     from deltafmt.analysis.analyze import analyze
+    from deltafmt.analysis.dedup import dedup
     from deltafmt.delta import DeltaFile
     from deltafmt.delta import DeltaFile as open  # noqa: A004, N813 - as safetensors and gzip name theirs
     from deltafmt.format.limits import Limits
+    from deltafmt.pipeline.apply import apply
     from deltafmt.pipeline.budget import plan_for_target
     from deltafmt.pipeline.calibrate import Calibration
     from deltafmt.pipeline.diff import diff
     from deltafmt.pipeline.export_lora import export_lora
     from deltafmt.pipeline.import_lora import import_lora
     from deltafmt.pipeline.pack import pack
+    from deltafmt.pipeline.pack_many import pack_many
     from deltafmt.pipeline.repack import repack
+    from deltafmt.pipeline.squash import squash
     from deltafmt.pipeline.unpack import unpack
     from deltafmt.pipeline.verify import verify
     from deltafmt.torch import warmup
@@ -48,6 +55,8 @@ __all__ = [
     "Limits",
     "__version__",
     "analyze",
+    "apply",
+    "dedup",
     "diff",
     "errors",
     "export_lora",
@@ -55,8 +64,11 @@ __all__ = [
     "methods",
     "open",
     "pack",
+    "pack_many",
     "plan_for_target",
     "repack",
+    "squash",
+    "sync",
     "torch",
     "transformers",
     "unpack",
@@ -69,6 +81,8 @@ _HOMES = {
     "DeltaFile": ("deltafmt.delta", "DeltaFile"),
     "Limits": ("deltafmt.format.limits", "Limits"),
     "analyze": ("deltafmt.analysis.analyze", "analyze"),
+    "apply": ("deltafmt.pipeline.apply", "apply"),
+    "dedup": ("deltafmt.analysis.dedup", "dedup"),
     "diff": ("deltafmt.pipeline.diff", "diff"),
     "errors": ("deltafmt.errors", None),
     "export_lora": ("deltafmt.pipeline.export_lora", "export_lora"),
@@ -76,8 +90,11 @@ _HOMES = {
     "methods": ("deltafmt.methods", None),
     "open": ("deltafmt.delta", "DeltaFile"),
     "pack": ("deltafmt.pipeline.pack", "pack"),
+    "pack_many": ("deltafmt.pipeline.pack_many", "pack_many"),
     "plan_for_target": ("deltafmt.pipeline.budget", "plan_for_target"),
     "repack": ("deltafmt.pipeline.repack", "repack"),
+    "squash": ("deltafmt.pipeline.squash", "squash"),
+    "sync": ("deltafmt.sync", None),
     "torch": ("deltafmt.torch", None),
     "transformers": ("deltafmt.transformers", None),
     "unpack": ("deltafmt.pipeline.unpack", "unpack"),

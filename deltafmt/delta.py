@@ -215,6 +215,22 @@ def refuse_exact(name: str, entries: Iterable[TensorEntry]) -> None:
             )
 
 
+def refuse_child(container: Container) -> None:
+    """Refuse a delta that was made on what another delta gives, where its terms would be added to a base.
+
+    Args:
+        container: the delta file.
+
+    Raises:
+        UsageError: the delta has a parent.
+    """
+    if container.parent is not None:
+        raise UsageError(
+            f"{container.name} was made on what the delta {container.parent.hex()[:16]} gives, and not on a base; "
+            "squash makes one delta of both"
+        )
+
+
 class RunDecoder:
     """Decode the terms of one tensor in runs of rows; runs may be decoded in any order and by several threads."""
 

@@ -6,7 +6,8 @@
     ├── UsageError              2   an argument or a combination of arguments is wrong
     │   ├── MissingExtraError   2   an optional package is missing; names the extra that brings it
     │   ├── NonFiniteError      2   a delta holds NaN or infinity and is not stored whole
-    │   └── NoRoomError         2   the deltas in use leave no room on the device for another
+    │   ├── NoRoomError         2   the deltas in use leave no room on the device for another
+    │   └── BehindError         2   a subscriber of weights could not follow, or has not answered
     ├── InvalidFileError        3   a file breaks its format: what, and where
     │   └── UnsupportedError    3   a valid file that needs a newer reader, or is of a kind that is not read
     ├── WrongBaseError          4   the base differs from the one that was packed against
@@ -93,6 +94,10 @@ class NonFiniteError(UsageError):
 
 class NoRoomError(UsageError):
     """The deltas in use leave no room on the device for another; there may be room once they are given back."""
+
+
+class BehindError(UsageError):
+    """A subscriber of weights could not follow, or has not answered; publishing goes on once it has."""
 
 
 class InvalidFileError(DeltafmtError, ValueError):

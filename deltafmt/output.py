@@ -57,6 +57,17 @@ class OutputLock:
                 self.file.close()
                 raise
 
+    def note(self, data: bytes) -> None:
+        """Write a note into the lock file, in the place of an earlier one, and sync it to disk.
+
+        Raises:
+            OSError: writing failed.
+        """
+        self.file.truncate(0)
+        self.file.write(data)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
     def remove(self) -> None:
         """Remove the lock file and release the lock."""
         self.path.unlink(missing_ok=True)

@@ -25,9 +25,10 @@ with atheris.instrument_imports(include=["deltafmt"]):
     from deltafmt.format.limits import Limits
     from deltafmt.index.entries import TensorEntry
     from deltafmt.pipeline import summary
+    from deltafmt.pipeline.digests import payload_digest
     from deltafmt.pipeline.exact_tensors import ExactTensor
     from deltafmt.pipeline.restored_files import read_files
-    from deltafmt.pipeline.verify import check_coverage, payload_digest
+    from deltafmt.pipeline.verify import check_coverage
 
 import mutate
 import numpy as np
@@ -101,8 +102,8 @@ def verify(delta: DeltaFile, entries: list[TensorEntry]) -> None:
         if blake3(container.buffer(attachment.data)).digest() != attachment.digest:
             raise InvalidFileError("another digest")
     read_files(delta, entries)
-    rest = container.removed, container.attachments, container.metadata, container.scaled(), container.files
-    if content_id(entries, *rest) != container.content_id:
+    rest = container.removed, container.attachments, container.metadata, container.scaled()
+    if content_id(entries, *rest, container.files, container.parent) != container.content_id:
         raise InvalidFileError("another content id")
     tree = summary.cost_tree(container)
     negative = [node.label for node in tree.children if node.size < 0 and node.label != "zstd saves"]

@@ -250,6 +250,7 @@ def content_identity(index: Any) -> bytes:
                 {"files": {name: file["digest"] for name, file in index["files"].items()}} if index.get("files") else {}
             ),
             "metadata": index["metadata"],
+            **({"parent": index["parent"]} if "parent" in index else {}),
             "removed": index["removed"],
             **({"scaled": index["scaled"]} if index.get("scaled") else {}),
             "tensors": {name: semantic_entry(entry, index["layouts"]) for name, entry in index["tensors"].items()},

@@ -226,6 +226,8 @@ class Draft:
         if index.get("files"):
             said["files"] = {name: row.get("digest") for name, row in index["files"].items()}
         said["metadata"], said["removed"] = index.get("metadata", {}), index.get("removed", [])
+        if "parent" in index:
+            said["parent"] = index["parent"]
         if index.get("scaled"):
             said["scaled"] = {name: _decoded(entry) for name, entry in index["scaled"].items()}
         said["tensors"] = {name: self._said(_decoded(entry)) for name, entry in index["tensors"].items()}

@@ -19,6 +19,11 @@ OF_PROGRAMS = {
     "17.6": ("A verifier with the base MUST restore all chunks",),
     "7.9": ("so whoever writes attachments into a folder MUST NOT write a file",),
     "7.5": ("then the result MUST say so",),
+    "18": (
+        "MUST compute the content id of every link anew",
+        "MUST refuse a chain in which they differ",
+        "MUST refuse a file with a parent unless",
+    ),
     "11.4": ("The seed MUST NOT be chosen by the error that it gives",),
 }
 

@@ -91,7 +91,12 @@ def _applied(vector: Vector) -> str | None:
         paths[1].write_bytes(vector.data)
         refused = vector.keys.get("apply") == "refuse"
         try:
-            deltafmt.unpack(*paths, threads=1)
+            with DeltaFile(paths[1]) as delta:
+                links = delta.container.parent is not None
+            if links:
+                deltafmt.apply(paths[0], [paths[1]], paths[2], threads=1)
+            else:
+                deltafmt.unpack(*paths, threads=1)
         except (WrongBaseError, InvalidFileError) as error:
             return None if refused else f"unpacking: {error}"
         if refused:

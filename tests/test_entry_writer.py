@@ -15,9 +15,9 @@ from deltafmt.container.writer import ContainerWriter
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.methods import RTN, BitDelta, DeltaDQ, Method, Residual
 from deltafmt.pipeline import sizes
+from deltafmt.pipeline.digests import payload_digest
 from deltafmt.pipeline.entry_writer import EntryWriter, packed_bytes
 from deltafmt.pipeline.plan import make_plan
-from deltafmt.pipeline.verify import payload_digest
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.codecs import term_codec
 from pairs import pair_of

@@ -383,3 +383,47 @@ def test_a_module_that_only_holds_what_others_use_is_not_warned_of(tmp_path: Pat
         found = model(torch.arange(4)[None], delta="a")
     assert close(found, tuned(torch.arange(4)[None]))
     assert model.deltas.unused() == []
+
+
+def test_calls_that_are_recorded_are_refused(tiny: Tiny) -> None:
+    """What is recorded would serve the same rows in every later call."""
+    model, tokens = attach(tiny.load().requires_grad_(requires_grad=False), tiny.deltas), ids(2, 4)
+    record = {
+        "export": lambda: torch.export.export(model, (tokens,), {"use_cache": False}, strict=False),
+        "jit.trace": lambda: torch.jit.trace(lambda rows: model(rows, use_cache=False).logits, tokens),
+        "func": lambda: torch.vmap(lambda rows: model(rows, use_cache=False).logits)(tokens[:, None]),
+    }
+    for way, call in record.items():
+        with torch.no_grad(), model.delta("one"), pytest.raises(UsageError, match=f"recorded by torch.{way}; unpack"):
+            call()
+    with pytest.raises(UsageError, match=r"recorded by torch\.export"):
+        record["export"]()
+    want = logits(tiny.load(), tokens)
+    with torch.no_grad():
+        assert close(record["jit.trace"]()(tokens), want)
+
+
+def test_embeddings_that_the_caller_looks_up(tiny: Tiny) -> None:
+    """Soft prompts and images are put between rows of the embedding, which the caller asks for before the call."""
+    model, tokens, names = attach(tiny.load(), tiny.deltas), ids(3, 5), ["one", None, "two"]
+    embedding = model.get_input_embeddings()
+
+    def continued(model: Any, rows: Any) -> Any:
+        given = model.get_input_embeddings()(rows).detach()
+        return model.generate(
+            inputs_embeds=given, attention_mask=torch.ones_like(rows), max_new_tokens=5, pad_token_id=0
+        )
+
+    with model.delta(names):
+        found = continued(model, tokens)
+        with pytest.raises(UsageError, match="given 2 rows and 3 names"):
+            embedding(tokens[:2])
+        with pytest.raises(UsageError, match="embed_tokens is called outside of its model"):
+            embedding(tokens[:, 0])  # three ids may be three rows, or one row's tokens
+        assert torch.equal(continued(model, tokens), found)
+    for row, name in enumerate(names):
+        want = continued(tiny.load(tiny.unpacked[name] if name else None), tokens[row : row + 1])
+        assert torch.equal(found[row : row + 1], want)
+    detach(model)
+    assert not embedding._forward_pre_hooks
+    assert not embedding._forward_hooks

@@ -128,3 +128,18 @@ def count_bar(title: str, wanted: bool) -> Iterator[Callable[[int, int], None] |
     with Progress(title, *columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def stage_bar(wanted: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Give a function that shows what is done, and how much of how much; None if standard error is not a terminal."""
+    if not wanted or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda what, done, total: bar.update(task, description=clean(what), completed=done, total=total)

@@ -42,6 +42,8 @@ def _print_tree(container: Container) -> None:
         f"{summary.times(total / container.size)} than {total:,} bytes of tensors"
     )
     console.say(f"content id {container.content_id.hex()}, which verify checks")
+    if container.parent is not None:
+        console.say(f"parent: {container.parent.hex()}, whose result is the base")
     for key, value in container.metadata.items():
         console.say(f"{key}: {summary.spelled_out(value) if key == 'method' else value}")
     for text, action in (("same as the base", "same"), ("tied", "alias")):

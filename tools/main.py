@@ -28,6 +28,8 @@ COMMANDS = {
     "pack": "pack the difference of two checkpoints into a delta file",
     "methods": "list the compression methods of pack, or explain one with its options",
     "unpack": "apply a delta to its base and write a loadable checkpoint folder",
+    "apply": "apply a chain of deltas to a model, into a new folder or in place",
+    "squash": "make one delta file of a chain",
     "inspect": "show what is in a delta file and what it costs, without reading its sections",
     "verify": "check a delta file completely, and a base against it",
     "repack": "rewrite a delta file for serving (hot) or for archives (cold), without loss",
@@ -35,6 +37,7 @@ COMMANDS = {
     "import-lora": "turn a LoRA adapter into a delta file",
     "export-lora": "turn a delta file of low-rank terms into a LoRA adapter",
     "warmup": "compile the kernels that serving some delta files needs, before a request needs them",
+    "dedup": "show what several checkpoints have in common, and what keeping one as a base would save",
     "analyze": "show what a fine-tune's delta looks like, and what compressing it loses",
 }
 
@@ -42,7 +45,7 @@ COMMANDS = {
 WITH_RARE_OPTIONS = ("pack",)
 
 # The commands that compress or decompress.
-COMPUTING = ("pack", "unpack", "verify", "import-lora", "export-lora", "analyze")
+COMPUTING = ("pack", "unpack", "apply", "squash", "verify", "import-lora", "export-lora", "dedup", "analyze")
 
 # What argparse says, and the same in this project's words.
 _PLAIN = (
@@ -175,6 +178,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
         return None
     options: argparse.Namespace
     options, unknown = build_parser(command).parse_known_args(arguments)
+    if unknown and options.command in WITH_RARE_OPTIONS and not any(word.startswith("-") for word in unknown):
+        # argparse does not give optional places to words that stand behind an option.
+        _module(options.command).take_words(options, unknown)
+        unknown = []
     if unknown:
         raise _unknown(unknown[0], options.command, arguments)
     return options

@@ -8,16 +8,9 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
-from deltafmt.checkpoint.weight_names import bounded
-from deltafmt.errors import UsageError
-from deltafmt.pipeline.summary import left_out_line, plural, times
+from deltafmt.errors import EXIT_OK, UsageError
 from deltafmt.tools import console
-from deltafmt.tools.calibration_options import (
-    add_calibration_arguments,
-    calibration_obj,
-    read_calibration,
-    say_calibration,
-)
+from deltafmt.tools.calibration_options import add_calibration_arguments, read_calibration
 from deltafmt.tools.method_arguments import (
     add_method_argument,
     add_method_flags,
@@ -25,27 +18,25 @@ from deltafmt.tools.method_arguments import (
     read_method,
     read_rule,
 )
-from deltafmt.tools.name_arguments import (
-    add_architecture_argument,
-    add_name_arguments,
-    name_options,
-    names_obj,
-    say_names,
-)
-from deltafmt.tools.quantized_arguments import say_dequantized
-from deltafmt.tools.targets import add_target_arguments, plan_obj, read_target, say_chosen, show
+from deltafmt.tools.name_arguments import add_architecture_argument, add_name_arguments, name_options
+from deltafmt.tools.pack_many import refuse_options, run_many
+from deltafmt.tools.pack_report import report
+from deltafmt.tools.targets import add_target_arguments, read_target, show
 
 if TYPE_CHECKING:
     from deltafmt.methods import Method
-    from deltafmt.pipeline.pack_result import PackResult
 
-MENTIONED = 10
-USAGE = "deltafmt pack BASE FINETUNED -o OUT [options]"
+USAGE = """deltafmt pack BASE FINETUNED -o OUT [options]
+       deltafmt pack --many BASE FINETUNED... -o FOLDER [options]"""
 DESCRIPTION = """\
 Pack the difference of two checkpoints into a delta file. For example:
 
   deltafmt pack base/ math/ -o math.deltafmt --target-ratio 16
   deltafmt pack base/ math/ -o math.deltafmt --method exact
+  deltafmt pack --many base/ math/ code/ chat=runs/7/final -o deltas/
+
+With --many, FINETUNED... are all fine-tunes of one base, which is read once. Each
+becomes FOLDER/NAME.deltafmt. NAME is the name of its folder, or what stands before =.
 """
 EPILOG = """\
 A PATTERN matches tensor names as a shell does. A rule's METHOD is a method,
@@ -76,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.description, parser.epilog = USAGE, DESCRIPTION, EPILOG
     parser.add_argument("base", metavar="BASE", nargs="?", help="checkpoint folder or .safetensors file")
     parser.add_argument("finetuned", metavar="FINETUNED", nargs="?", help="checkpoint folder or .safetensors file")
+    parser.add_argument("more", metavar="FINETUNED", nargs="*", help="more of them, with --many")
+    parser.add_argument("--many", action="store_true", help="pack every FINETUNED into a file of its own")
     parser.add_argument("-o", "--output", metavar="OUT", help="the delta file to write; - for standard output")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--profile", default="hot", metavar="NAME", help="hot (default) for serving, cold for archives")
@@ -96,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_name_arguments(parser, "the fine-tune")
     add_architecture_argument(parser)
     parser.add_argument("--base-name", metavar="NAME", help="how the delta names its base")
+    parser.add_argument("--parent", metavar="DELTA", help="the delta that gives BASE; OUT is the next link of a chain")
     parser.add_argument(
         "--missing",
         metavar="HOW",
@@ -125,12 +119,24 @@ def add_rare_arguments(parser: argparse.ArgumentParser) -> None:
     add_method_flags(parser)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run the command."""
+def take_words(options: argparse.Namespace, words: list[str]) -> None:
+    """Give words that stand behind an option the places that are left."""
+    words = [word for word in (options.base, options.finetuned, *options.more) if word is not None] + words
+    options.base, options.finetuned, *options.more = [*words, None, None][: max(len(words), 2)]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
     output = "" if options.plan else options.output
     for name, value in (("BASE", options.base), ("FINETUNED", options.finetuned), ("-o OUT", output)):
         if value is None:
             raise UsageError(f"{name} is missing (see deltafmt pack --help)")
+    if options.more and not options.many:
+        raise UsageError(
+            f"one argument too many: {options.more[0]!r}; --many packs several fine-tunes (see deltafmt pack --help)"
+        )
+    if options.many:
+        refuse_options(options)
     from deltafmt.pipeline.pack import pack
 
     target = read_target(options, given_arguments(options))
@@ -143,7 +149,6 @@ def run(options: argparse.Namespace) -> None:
     if to_stdout and options.json:
         raise UsageError("--json and -o - both need standard output")
     shared = {
-        **target,
         "rules": rules,
         "include": options.include,
         "exclude": options.exclude,
@@ -160,10 +165,16 @@ def run(options: argparse.Namespace) -> None:
         "threads": options.threads,
     }
 
+    if options.many:
+        return run_many(options, method, {**shared, "force": options.force})
+    shared |= target
+
     def total() -> int:
         return console.checkpoint_bytes(options.finetuned)
 
     if options.plan:
+        if options.parent:
+            raise UsageError("--plan and --parent do not go together: a plan is the same with a parent")
         from deltafmt.pipeline.budget import plan_for_target
 
         if calibration:
@@ -171,7 +182,7 @@ def run(options: argparse.Namespace) -> None:
         with console.progress_bar("measuring", total, not options.json) as progress:
             choice = plan_for_target(options.base, options.finetuned, **shared, progress=progress)
         show(choice, as_json=options.json)
-        return
+        return EXIT_OK
     passes = 1 + bool(target) + bool(calibration) + bool(target and calibration and calibration.sequential)
     with console.progress_bar("packing", lambda: passes * total(), not options.json) as progress:
         result = pack(
@@ -180,128 +191,10 @@ def run(options: argparse.Namespace) -> None:
             sys.stdout.buffer if to_stdout else options.output,
             method=None if target else method,
             **shared,
+            parent=options.parent,
             calibration=calibration,
             force=options.force,
             progress=progress,
         )
-    _report(options, result, method)
-
-
-def _report(options: argparse.Namespace, result: PackResult, method: Method) -> None:
-    console.warn_left_out(result.left_out)
-    for line in _remarks(result):
-        console.warn(line)
-    if options.json:
-        console.say_json(
-            {
-                "ok": True,
-                "file": str(result.path),
-                "bytes": result.size,
-                "finetuned_bytes": result.finetuned_bytes,
-                "ratio": round(result.ratio, 4),
-                "content_id": result.content_id,
-                "actions": result.actions,
-                "kept_exactly": result.kept,
-                "in_base_only": len(result.removed),
-                "removed": result.removed,
-                "taken_from_base": result.taken,
-                "not_in_index": result.unlisted,
-                "attached": result.attached,
-                "left_out": result.left_out,
-                "remarks": result.remarks,
-                "base_name": result.base_name or None,
-                "names": names_obj(result.names),
-                "dequantized": result.dequantized.to_obj(),
-                "unmatched": {"finetuned": result.unmatched, "base": result.unmatched_base},
-                "architecture": result.architecture or None,
-                "narrow": result.narrow,
-                "resumed_tensors": result.resumed,
-                "restored_files": result.restored,
-                **calibration_obj(result),
-                **({"plan": plan_obj(result.choice)} if result.choice else {}),
-            }
-        )
-        return
-    if result.path is None:
-        return
-    resumed = f" (went on after {plural(result.resumed, 'tensor')})" if result.resumed else ""
-    smaller = f"{times(result.ratio)} than {options.finetuned}"
-    console.say(f"{result.path}: {result.size:,} bytes, {smaller}{resumed}")
-    console.say(_actions(result))
-    say_names(result.names)
-    say_dequantized(result.dequantized, ask=True)
-    if result.unmatched:
-        console.say(
-            f"warning: {plural(len(result.unmatched), 'tensor')} of the fine-tune's layers and "
-            f'{len(result.unmatched_base):,} of the base\'s have no counterpart, such as "{result.unmatched[0]}" and '
-            f'"{result.unmatched_base[0]}"; --rename FROM=TO says what belongs together'
-        )
-    if result.architecture:
-        console.say(f"the types of the models differ: {result.architecture}")
-    if result.removed:
-        console.say(left_out_line(result.removed))
-    if result.taken:
-        console.say(f"taken from the base: {plural(len(result.taken), 'tensor')}: {bounded(result.taken)}")
-    _say_files(result)
-    if result.choice:
-        say_chosen(result.choice)
-    elif result.narrow:
-        console.say(_narrow(result.narrow, method))
-    say_calibration(result, MENTIONED)
-    from deltafmt.pipeline.plan import CHOSEN
-
-    # Whoever asked for a tensor to be stored whole knows it; other reasons may surprise.
-    surprising = [f"stored whole: {name} ({reason})" for name, reason in result.kept.items() if reason not in CHOSEN]
-    for line in surprising[:MENTIONED]:
-        console.say(line)
-    if len(surprising) > MENTIONED:
-        console.say(f"and {len(surprising) - MENTIONED:,} more matrices stored whole; inspect --tensors lists them")
-
-
-def _say_files(result: PackResult) -> None:
-    """Say which files travel."""
-    if result.restored:
-        console.say(f"restored byte for byte by unpack: {bounded(result.restored)}")
-    if result.attached:
-        console.say(f"attached: {bounded(result.attached, 30)}")
-
-
-def _remarks(result: PackResult) -> list[str]:
-    """Return the remarks about the inputs, and which tensors the index does not name."""
-    found = list(result.remarks)
-    if result.unlisted:
-        shards = ", ".join(dict.fromkeys(result.unlisted.values()))
-        found.append(
-            f"{plural(len(result.unlisted), 'tensor')} of {shards} that the index does not name, packed all the same "
-            f"as loaders read them: {bounded(result.unlisted)}"
-        )
-    return found
-
-
-def _actions(result: PackResult) -> str:
-    """Return how many tensors were stored how, such as ``57 tensors compressed, 17 small ones stored whole``."""
-    large = len(result.kept)
-    small = result.actions.get("replace", 0) - large
-    counts = {
-        f"small {'one' if small == 1 else 'ones'} stored whole": small,
-        f"{'matrix' if large == 1 else 'matrices'} stored whole": large,
-        "same as the base": result.actions.get("same", 0),
-        "tied to another": result.actions.get("alias", 0),
-    }
-    added, exact = result.actions.get("add", 0), result.actions.get("exact", 0)
-    first = [f"{plural(added, 'tensor')} compressed"] if added or not exact else []
-    first += [f"{plural(exact, 'tensor') if not first else f'{exact:,}'} exact"] if exact else []
-    return ", ".join([*first, *(f"{number:,} {words}" for words, number in counts.items() if number)])
-
-
-def _narrow(number: int, method: Method) -> str:
-    """Return the warning about matrices of so few columns that dropping most of a row does not average out."""
-    from deltafmt.methods.declare import options_of
-
-    verb = "matrix is" if number == 1 else "matrices are"
-    nm = options_of(type(method)).get("nm")
-    kept, mended = ("", "") if nm is None else (f" with {nm.write(nm.of(method))}", "--nm 2:2, or ")
-    return (
-        f"warning: {number:,} {verb} 256 columns wide or less;{kept} the restored model will probably not work. "
-        f"Use {mended}--target-ratio R"
-    )
+    report(result, method, options.finetuned, as_json=options.json)
+    return EXIT_OK

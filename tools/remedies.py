@@ -13,6 +13,7 @@ _SENTENCES = {
     "calibration": "--calibration FILE names a text for the fine-tune to read",
     "code": "--code write writes it all the same, --code leave leaves code out",
     "exclude": "--exclude VALUE stores the tensor whole",
+    "finetuned": "NAME=VALUE gives it another name",
     "force": "--force replaces it",
     "limits": "--VALUE raises the limit",
     "missing": "--missing same takes from the base what is lacking, --missing removed leaves it out",

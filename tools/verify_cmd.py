@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from deltafmt.checkpoint.weight_names import bounded
+from deltafmt.container.reader import Container
 from deltafmt.errors import EXIT_OK, DeltafmtError
 from deltafmt.pipeline.summary import left_out_line, plural
 from deltafmt.tools import console
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from deltafmt.pipeline.verify import VerifyResult
 
 EPILOG = """\
+A delta with a parent among the files before it is checked against what these give on BASE.
+
 Every file is checked, also after one that is damaged. The exit code is that of the first file that fails: 3 if the file
 is not valid, 4 if the base is not its base, 5 if it cannot be read.
 """
@@ -35,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     options.limits = limits_of(options)
+    before = links_before(options.delta) if options.base and len(options.delta) > 1 else {}
     if len(options.delta) == 1:
-        found = _check(options.delta[0], options)
+        found = _check(options.delta[0], [], options)
         if options.json:
             console.say_json(found)
         return EXIT_OK
@@ -44,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     results = []
     for file in options.delta:
         try:
-            results.append(_check(file, options))
+            results.append(_check(file, before.get(file, []), options))
         except DeltafmtError as error:
             code = code or error.exit_code
             console.warn(str(error))
@@ -54,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     return code
 
 
-def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
+def _check(file: str, before: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Check one file and return its object for JSON; without ``--json``, say that it is intact."""
     from deltafmt.pipeline.verify import verify
 
@@ -62,13 +68,14 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
         result = verify(
             file,
             options.base,
+            before=before,
             **name_options(options),
             threads=options.threads,
             limits=options.limits,
             progress=progress,
         )
     if not options.json:
-        console.say(f"{file}: {describe(result)}")
+        console.say(f"{file}: {describe(result, before)}")
         if result.restored:
             console.say(f"restored byte for byte with this base: {bounded(result.restored)}")
         say_names(result.names)
@@ -81,6 +88,7 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
         "sections": result.sections,
         "tensors": result.tensors,
         "base_tensors": result.base_tensors,
+        "before": before,
         "content_id": result.content_id,
         "removed": list(result.removed),
         "attached": list(result.attached),
@@ -90,11 +98,26 @@ def _check(file: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def describe(result: VerifyResult) -> str:
+def links_before(files: Sequence[str]) -> dict[str, list[str]]:
+    """Return the files of a chain that come before each file, where they are given before it; files that fail, none."""
+    known: dict[bytes, str] = {}
+    found: dict[str, list[str]] = {}
+    for file in files:
+        # What is wrong with a file is said when it is checked.
+        with contextlib.suppress(DeltafmtError), Container(file) as container:
+            parent = known.get(container.parent or b"")
+            if parent is not None:
+                found[file] = [*found.get(parent, []), parent]
+            known[container.content_id] = file
+    return found
+
+
+def describe(result: VerifyResult, before: Sequence[str] = ()) -> str:
     """Return in words that a file is intact, and whether the base was compared with it."""
     intact = f"file intact, {plural(result.tensors, 'tensor')} in {plural(result.sections, 'section')}"
     if result.base_tensors is None:
         return intact
     if result.base_tensors == 0:
         return f"{intact}; it holds every tensor whole, so any base fits"
-    return f"{intact}; made for this base ({plural(result.base_tensors, 'tensor')} compared)"
+    of_what = f"what {before[-1]} gives on this base" if before else "this base"
+    return f"{intact}; made for {of_what} ({plural(result.base_tensors, 'tensor')} compared)"

@@ -116,7 +116,7 @@ def _check_base(base: Checkpoint, path: str | os.PathLike[str], report: Report, 
     with DeltaFile(path) as opened:
         entries = [entry for entry in opened.container.entries() if entry.name in analyzed]
         try:
-            check_base(BaseTensors(base, entries, opened.metadata, renames), entries, thread_count(None))
+            check_base(BaseTensors(base, entries, opened.container, renames), entries, thread_count(None))
         except WrongBaseError as error:
             raise error.located(str(path)) from error
 

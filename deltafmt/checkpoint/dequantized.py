@@ -77,6 +77,12 @@ class DequantizedTensor(PagedTensor):
         """Ask the system to read the codes ahead. An error is ignored."""
         self._codes().will_need()
 
+    def forget(self) -> None:
+        """Give back the memory of what was computed for the codes and their scales."""
+        for part in (self.codes, self.scales):
+            if part is not None:
+                part.forget()
+
     @contextlib.contextmanager
     def pages(self, start: int, length: int) -> Iterator[memoryview]:
         """Give some bytes of the values, computed now."""

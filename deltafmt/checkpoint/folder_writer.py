@@ -12,6 +12,7 @@ from pathlib import Path
 from deltafmt.checkpoint.components import loader_folders
 from deltafmt.checkpoint.exchange import exchange
 from deltafmt.checkpoint.folder import natural_key
+from deltafmt.checkpoint.in_place import WHOLE, PatchedFolder, lock_of, partial_of, replaced_of
 from deltafmt.checkpoint.safetensors_file import STEP
 from deltafmt.checkpoint.weight_names import USUAL_NAMES, WeightNames, index_name, shard_name
 from deltafmt.errors import InvalidFileError, Remedy, StorageError, UsageError
@@ -47,6 +48,11 @@ class CheckpointWriter:
         max_shard_bytes: the bytes of tensors in a shard; a larger tensor has a shard of its own.
         names: the names of the weight files; the tensors of a component have its folder in front of their names.
         force: replace ``path`` if it is a folder that exists.
+        patched: the folder that ``path`` is, whose other files stay.
+
+    Attributes:
+        path: the folder to make.
+        weights: the paths in it of the weight files.
 
     Raises:
         UsageError: the output exists.
@@ -62,29 +68,37 @@ class CheckpointWriter:
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         names: WeightNames = USUAL_NAMES,
         force: bool = False,
+        patched: PatchedFolder | None = None,
     ) -> None:
         self.path = path
+        self.weights: list[str] = []
         self._names = names
         self._force = force
-        check_output_folder(path, force=force)
-        self._partial = path.parent / f".{path.name}.partial"
+        self._patched = patched
+        self._check_output()
+        self._partial = partial_of(path)
         self._files: list[int] = []
         self._places: dict[str, tuple[int, int]] = {}
         self._metadata = {**(metadata or {}), "format": "pt"}
         try:
-            self._lock = OutputLock(path.parent / f".{path.name}.partial.lock", path)
+            self._lock = OutputLock(lock_of(path), path)
         except OSError as error:
             if isinstance(error, StorageError):
                 raise
             raise storage_error("cannot write", path, error) from error
         try:
-            check_output_folder(path, force=force)  # again: another process may have finished meanwhile
+            self._check_output()  # again: another process may have finished meanwhile
+            self._lock.file.truncate(0)
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir()
             self._make_shards(specs, max_shard_bytes)
         except OSError as error:
             self.abandon()
             raise storage_error("cannot write", path, error) from error
+
+    def _check_output(self) -> None:
+        if self._patched is None:
+            check_output_folder(self.path, force=self._force)
 
     def _make_shards(self, specs: list[TensorSpec], max_shard_bytes: int) -> None:
         components: dict[str, list[TensorSpec]] = {}
@@ -142,6 +156,7 @@ class CheckpointWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._files.append(descriptor)
+        self.weights.append(name)
         _write_at(descriptor, head, 0)
         os.ftruncate(descriptor, size)
 
@@ -189,6 +204,22 @@ class CheckpointWriter:
         except OSError as error:
             raise storage_error("cannot write", self.path, error) from error
 
+    def keep_others(self) -> Path | None:
+        """Bring the other files of a folder that is patched to the new ones; return where all lie until ``commit``.
+
+        Raises:
+            StorageError: linking or copying failed, or the folder changed meanwhile.
+        """
+        if self._patched is None:
+            return None
+        try:
+            self._patched.fill(self._partial)
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise storage_error("cannot write", self.path, error) from error
+        return self._partial
+
     def commit(self) -> None:
         """Sync all files to disk and rename the folder to its final name."""
         try:
@@ -198,7 +229,10 @@ class CheckpointWriter:
                 os.close(descriptor)
             for folder, _, _ in os.walk(self._partial):
                 sync_folder(Path(folder))
-            if self._force and self.path.exists():
+            if self._patched is not None:
+                self._patched.check()
+                self._replace()
+            elif self._force and self.path.exists():
                 self._replace()
             else:
                 self._partial.rename(self.path)
@@ -206,6 +240,8 @@ class CheckpointWriter:
             self._lock.remove()
         except OSError as error:
             self.abandon()
+            if isinstance(error, StorageError):
+                raise
             raise storage_error("cannot write", self.path, error) from error
 
     def _replace(self) -> None:
@@ -214,9 +250,11 @@ class CheckpointWriter:
             sync_folder(self.path.parent)
             shutil.rmtree(self._partial, ignore_errors=True)
             return
-        # For a moment no folder has the name; a run that is killed then leaves the old one beside it.
-        old = self.path.parent / f".{self.path.name}.replaced"
+        # For a moment no folder has the name. The lock file says that the new one is whole, so that the next run can
+        # finish what a run that is killed then has left.
+        old = replaced_of(self.path)
         shutil.rmtree(old, ignore_errors=True)
+        self._lock.note(WHOLE)
         self.path.rename(old)
         try:
             self._partial.rename(self.path)

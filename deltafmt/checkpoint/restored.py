@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from deltafmt.checkpoint.folder import Checkpoint, read_file
 from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec
+from deltafmt.checkpoint.in_place import PatchedFolder
 from deltafmt.checkpoint.safetensors_file import STEP
 from deltafmt.errors import InvalidFileError
 from deltafmt.index.exact import is_index, is_restored
@@ -82,6 +83,7 @@ class FolderRestorer(CheckpointWriter):
         specs: every tensor that will be written.
         heads: the bytes before the tensors of each weight file, and whole indexes, by their paths in the folder.
         force: replace ``path`` if it is a folder that exists.
+        patched: the folder that ``path`` is, whose other files stay.
 
     Raises:
         UsageError: the output exists.
@@ -89,9 +91,17 @@ class FolderRestorer(CheckpointWriter):
         StorageError: the parent folder is missing, or writing failed.
     """
 
-    def __init__(self, path: Path, specs: list[TensorSpec], heads: Mapping[str, bytes], *, force: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        specs: list[TensorSpec],
+        heads: Mapping[str, bytes],
+        *,
+        force: bool = False,
+        patched: PatchedFolder | None = None,
+    ) -> None:
         self._heads = heads
-        super().__init__(path, specs, force=force)
+        super().__init__(path, specs, force=force, patched=patched)
 
     def _make_shards(self, specs: list[TensorSpec], max_shard_bytes: int) -> None:  # noqa: ARG002
         try:

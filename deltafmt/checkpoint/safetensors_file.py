@@ -75,6 +75,9 @@ class Tensor:
         """Ask the system to read the tensor ahead. An error is ignored."""
         self.file.will_need(self.offset, self.nbytes)
 
+    def forget(self) -> None:
+        """Give back the memory of what was computed for this tensor; of one that lies in its file, that is nothing."""
+
     @contextlib.contextmanager
     def pages(self, start: int, length: int) -> Iterator[memoryview]:
         """Give a view of some bytes. At the end their pages leave this process's memory, but not the page cache."""

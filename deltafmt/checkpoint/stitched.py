@@ -48,6 +48,11 @@ class StitchedTensor(PagedTensor):
             if type(run.tensor) is Tensor:
                 run.tensor.file.will_need(run.tensor.offset + run.start * size, run.count * size)
 
+    def forget(self) -> None:
+        """Give back the memory of what was computed for the tensors that this one is made of."""
+        for run in self.runs:
+            run.tensor.forget()
+
     @contextlib.contextmanager
     def pages(self, start: int, length: int) -> Iterator[memoryview]:
         """Give a view of some bytes: of the file if they lie in one run, otherwise of a copy of them alone."""

@@ -22,6 +22,7 @@ def content_id(
     metadata: Mapping[str, str],
     scaled: Mapping[str, ScaledRef] | None = None,
     files: Mapping[str, FileRef] | None = None,
+    parent: bytes | None = None,
 ) -> bytes:
     """Return the BLAKE3 of the semantic index.
 
@@ -32,6 +33,7 @@ def content_id(
         "attachments": {name: attachments[name].digest for name in sorted(attachments)},
         **({"files": {name: files[name].digest for name in sorted(files)}} if files else {}),
         "metadata": {key: metadata[key] for key in sorted(metadata)},
+        **({"parent": parent} if parent is not None else {}),
         "removed": list(removed),
         **({"scaled": {name: scaled[name].to_obj() for name in sorted(scaled)}} if scaled else {}),
         "tensors": {entry.name: semantic_entry(entry) for entry in sorted(entries, key=attrgetter("name"))},

@@ -11,18 +11,18 @@ from typing import Any, Self
 
 from deltafmt.container import canonical
 from deltafmt.format import constants as c
-from deltafmt.format.checks import Where, check_name, fail, is_name
+from deltafmt.format.checks import Where, check_bytes, check_name, fail, is_name
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.exact import FileRef
 from deltafmt.index.file_names import first_collision
 from deltafmt.index.scaled import ScaledRef
-from deltafmt.index.sections import Attachment, BufferRef, Section
+from deltafmt.index.sections import DIGEST_BYTES, Attachment, BufferRef, Section
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.registry import parse_layout
 
 _TOP_KEYS = ("attachments", "layouts", "metadata", "profile", "removed", "sections", "tensors")
 # Keys that an index has only with a feature of the header.
-_FEATURE_KEYS = ("files", "scaled")
+_FEATURE_KEYS = ("files", "parent", "scaled")
 # The key of a safetensors file's header that holds no tensor; behind a component's folder it would be that key, too.
 _NO_TENSOR = "__metadata__"
 
@@ -42,6 +42,7 @@ class FileIndex:
         features: the header's incompatible features.
         scaled: how the base keeps tensors that are read as values, encoded, by name; :meth:`scaled_ref` decodes one.
         files: the files that are restored byte for byte, by name.
+        parent: the content id of the delta file whose result is the base; None for most files.
     """
 
     profile: str
@@ -54,6 +55,7 @@ class FileIndex:
     features: int = 0
     scaled: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, FileRef] = field(default_factory=dict)
+    parent: bytes | None = None
 
     @classmethod
     def parse(cls, data: bytes, index_offset: int, features: int = 0, max_memory: int | None = None) -> Self:
@@ -75,6 +77,8 @@ class FileIndex:
             fail("index", f"expected the keys {', '.join(keys)}")
         if "files" in optional and not features & c.FEATURE_EXACT:
             fail("files", "the header does not have the feature of exact tensors and files, bit 3")
+        if "parent" in optional and not features & c.FEATURE_PARENT:
+            fail("parent", "the header does not have the feature of parents, bit 5")
         if "scaled" in optional and not features & c.FEATURE_SCALED:
             fail("scaled", "the header does not have the feature of scaled tensors, bit 2")
         profile = obj["profile"]
@@ -94,7 +98,9 @@ class FileIndex:
             check_name(name, where := ('scaled["', name, '"]'))
             _check_encoded(encoded, where)
         files = _parse_files(obj["files"], attachments) if "files" in obj else {}
-        index = cls(profile, metadata, layouts, sections, tensors, removed, attachments, features, scaled, files)
+        parent = check_bytes(obj["parent"], "parent", DIGEST_BYTES) if "parent" in obj else None
+        rest = attachments, features, scaled, files, parent
+        index = cls(profile, metadata, layouts, sections, tensors, removed, *rest)
         for name, attachment in index.attachments.items():
             index.check_ref(attachment.data, f'attachments["{name}"]', c.SECTION_KIND_ATTACHMENTS)
         for name, file in index.files.items():

@@ -148,6 +148,11 @@ class Container:
         """The files that are restored byte for byte, by name; empty for most delta files."""
         return self._index.files
 
+    @property
+    def parent(self) -> bytes | None:
+        """The content id of the delta file whose result is this file's base; None for most delta files."""
+        return self._index.parent
+
     def scaled(self) -> dict[str, ScaledRef]:
         """Return how the base keeps the tensors that are read as values, by name; empty for most files.
 

@@ -137,6 +137,7 @@ class ContainerWriter:
         metadata: dict[str, str] | None = None,
         scaled: Mapping[str, ScaledRef] | None = None,
         files: Mapping[str, FileRef] | None = None,
+        parent: bytes | None = None,
     ) -> bytes:
         """Write the index and the trailer; return the content id."""
         self._close_section()
@@ -146,6 +147,7 @@ class ContainerWriter:
             **({"files": {name: file.to_obj() for name, file in files.items()}} if files else {}),
             "layouts": [layout.to_obj() for layout in self._layouts],
             "metadata": metadata or {},
+            **({"parent": parent} if parent is not None else {}),
             "profile": self.profile,
             "removed": sorted(removed),
             **({"scaled": {name: canonical.encode(ref.to_obj()) for name, ref in scaled.items()}} if scaled else {}),
@@ -158,7 +160,8 @@ class ContainerWriter:
                 f"{len(entries)} tensors give an index of {len(data)} bytes; "
                 f"the limits are {c.MAX_TENSORS} and {c.MAX_INDEX_BYTES}"
             )
-        identity = content_id(entries.values(), index["removed"], attachments or {}, index["metadata"], scaled, files)
+        about = index["removed"], attachments or {}, index["metadata"], scaled, files, parent
+        identity = content_id(entries.values(), *about)
         trailer = frame.encode_trailer(self._header, data, self._position, identity)
         self._put(data)
         self._put(trailer)

@@ -22,7 +22,8 @@ FEATURE_PARTS: Final = 1 << 0  # a base tensor is made of parts of base tensors 
 FEATURE_LEADING: Final = 1 << 1  # the rows of a delta are those of fewer dimensions than all but the last (section 7.4)
 FEATURE_SCALED: Final = 1 << 2  # a base tensor is kept as 8-bit floats with scales (section 7.8)
 FEATURE_EXACT: Final = 1 << 3  # tensors, or files, are restored bit for bit (sections 7.10 and 17)
-KNOWN_FEATURES: Final = FEATURE_PARTS | FEATURE_LEADING | FEATURE_SCALED | FEATURE_EXACT
+FEATURE_PARENT: Final = 1 << 5  # the base is what another delta file gives (section 18)
+KNOWN_FEATURES: Final = FEATURE_PARTS | FEATURE_LEADING | FEATURE_SCALED | FEATURE_EXACT | FEATURE_PARENT
 
 # Section 5: sections and buffers.
 SECTION_ALIGNMENT: Final = 4096

@@ -185,6 +185,7 @@ class Alternatives:
             profile=self._job.profile,
             seed=self._job.seed,
             scaled=self._scaled,
+            parent=self._job.parent,
         )
 
     def _choice(self, numbers: Sequence[int], target: int) -> Choice:

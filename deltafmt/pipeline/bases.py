@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 from deltafmt.checkpoint.correspondence import correspond
 from deltafmt.checkpoint.folder import Checkpoint
@@ -28,6 +30,28 @@ from deltafmt.errors import Remedy, WrongBaseError
 from deltafmt.format.constants import METADATA_BASE
 from deltafmt.index.entries import BasePart, BaseRef, TensorEntry
 from deltafmt.pipeline.workers import drain
+
+
+class BaseSource(Protocol):
+    """What a delta is applied to: an open checkpoint, or what the delta before it gives."""
+
+    @property
+    def path(self) -> Path | str:
+        """What messages call it."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Its tensors by name."""
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+
+    def config(self) -> dict[str, Any]:
+        """Return the model's configuration, or an empty map."""
+
+    def check_unchanged(self) -> None:
+        """Check that no file was replaced or written to since it was opened."""
 
 
 def open_base(path: str | os.PathLike[str], container: Container) -> Checkpoint:
@@ -53,7 +77,7 @@ class BaseTensors:
     Args:
         checkpoint: the base.
         entries: the entries of a delta file.
-        metadata: the file's metadata, which may name the base.
+        container: the file, which may name the base, or the delta that gives it.
         renames: what the names that the file records are in this base.
 
     Attributes:
@@ -66,13 +90,13 @@ class BaseTensors:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: BaseSource,
         entries: Iterable[TensorEntry],
-        metadata: Mapping[str, str],
+        container: Container,
         renames: Renames | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        self._named = named_base(metadata)
+        self._named = named_base(container)
         needed = {entry.name: (entry, entry.base) for entry in entries if entry.base is not None}
         rules = renames or Renames()
         tensors = {short: checkpoint.tensors[name] for short, name in rules.stripped(checkpoint.tensors).items()}
@@ -138,10 +162,17 @@ class BaseTensors:
         )
 
 
-def named_base(metadata: Mapping[str, str]) -> str:
-    """Return the end of a message about a wrong base: how a delta file names its base, if it does."""
-    name = metadata.get(METADATA_BASE)
+def named_base(container: Container) -> str:
+    """Return the end of a message about a wrong base: what a delta file says of its base, if it does."""
+    name, parent = container.metadata.get(METADATA_BASE), container.parent
+    if parent is not None:
+        return f"; {container.name} was made on what the delta {short_id(parent)} gives, which comes before it"
     return f'; the delta names its base "{name}"' if name else ""
+
+
+def short_id(content_id: bytes) -> str:
+    """Return the beginning of a content id, as messages have it."""
+    return content_id.hex()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +208,7 @@ def _recorded(tensors: Mapping[str, Tensor], name: str, base: BaseRef, rules: Re
     return stitch_parts(name, base.dtype, base.shape, parts, tensors)
 
 
-def _tied(checkpoint: Checkpoint, want: _Needed) -> Tensor | None:
+def _tied(checkpoint: BaseSource, want: _Needed) -> Tensor | None:
     """Return the embedding of a base that ties its head to it, where the base packed against had both, or None.
 
     Its fingerprint tells, so no other tensor is taken for it.
@@ -202,8 +233,14 @@ def compare_bases(base: BaseTensors, entries: Iterable[TensorEntry], threads: in
     pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-base")
     try:
         needed = [(entry, tensor) for entry in entries if (tensor := base.find(entry)) is not None]
-        digests = pool.map(Tensor.fingerprint, [tensor for _, tensor in needed])
+        digests = pool.map(_fingerprint, [tensor for _, tensor in needed])
         for (entry, _), digest in zip(needed, digests, strict=True):
             yield entry.name, entry.base is not None and digest == entry.base.digest
     finally:
         drain(pool)
+
+
+def _fingerprint(tensor: Tensor) -> bytes:
+    digest = tensor.fingerprint()
+    tensor.forget()
+    return digest

@@ -11,8 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.delta import BATCH_ELEMENTS, row_ranges
@@ -25,7 +24,7 @@ from deltafmt.pipeline.entry_writer import TermBytes, base_ref, packed_bytes
 from deltafmt.pipeline.exact_tensors import ExactBytes, chunk_spans, pack_chunk
 from deltafmt.pipeline.job import PackJob
 from deltafmt.pipeline.plan import Plan, not_finite, shared_bytes, tensor_seed
-from deltafmt.pipeline.workers import drain, in_order
+from deltafmt.pipeline.workers import in_order
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.codecs import fitted, term_codec
 from deltafmt.terms.layout import TermLayout
@@ -95,6 +94,13 @@ class Later(Generic[Result]):
         return True
 
 
+class TensorWork(Protocol):
+    """The work on one tensor that is under way."""
+
+    def result(self) -> Compressed:
+        """Wait for the work, and return what has become of the tensor, or raise its error."""
+
+
 @dataclass(slots=True)
 class _Work:
     """The work on one tensor: futures of its parts, and the terms that the parts fill."""
@@ -161,39 +167,29 @@ class _ExactWork:
 
 
 class Compressor:
-    """Compress the tensors of a job in worker threads; a context manager that stops them at its end.
+    """Compress the tensors of a job in worker threads.
 
     Args:
         job: what is packed.
-        plans: those of the job's plans that are still to be packed, in order.
-        threads: worker threads.
+        pool: the worker threads, which several jobs may share.
     """
 
-    def __init__(self, job: PackJob, plans: Sequence[Plan], threads: int) -> None:
+    def __init__(self, job: PackJob, pool: ThreadPoolExecutor) -> None:
         self._job = job
-        self._plans = plans
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-pack")
+        self._pool = pool
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        drain(self._pool)
-
-    def results(self) -> Iterator[tuple[Plan, Compressed]]:
-        """Give every plan with what has become of its tensor, in order.
+    def results(self, plans: Sequence[Plan]) -> Iterator[tuple[Plan, Compressed]]:
+        """Give plans of the job with what has become of their tensors, in order.
 
         Raises:
             NonFiniteError: a delta has NaN or infinity; names the tensor.
             UsageError: a method cannot have a tensor; names the tensor.
         """
-        for plan, work in in_order(self._plans, self._submit, self._footprint):
+        for plan, work in in_order(plans, self.submit, self.footprint):
             yield plan, work.result()
 
-    def _submit(self, plan: Plan) -> _Work | _ExactWork:
-        """Start the work on one tensor."""
+    def submit(self, plan: Plan) -> TensorWork:
+        """Start the work on one tensor; its result may raise what :meth:`results` raises."""
         tensor, base, method = plan.tensor, plan.base, plan.method
         if isinstance(method, Exact) and plan.alias is None:
             return self._submit_exact(plan, method)
@@ -236,7 +232,7 @@ class Compressor:
         """Hand a call to a worker thread, or keep it for later if the tensor is small."""
         return Later(call, args) if small else self._pool.submit(call, *args)
 
-    def _footprint(self, plan: Plan) -> int:
+    def footprint(self, plan: Plan) -> int:
         """Return the bytes of memory that a tensor counts for while work on it is under way."""
         if plan.method is None or not plan.method.whole:
             return plan.tensor.nbytes

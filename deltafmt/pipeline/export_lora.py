@@ -20,7 +20,7 @@ from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec, chec
 from deltafmt.checkpoint.parameter_names import Piece
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.weight_names import WeightNames, bounded
-from deltafmt.delta import DeltaFile, refuse_exact
+from deltafmt.delta import DeltaFile, refuse_child, refuse_exact
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.format import constants as c
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
@@ -139,6 +139,7 @@ def export_lora(
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(DeltaFile(delta, limits=limits))
         _check_one_model(opened)
+        refuse_child(opened.container)
         refuse_exact(opened.container.name, opened.container.entries())
         named = opened.metadata.get(METADATA_BASE)
         config = _attached_config(opened)
@@ -146,7 +147,7 @@ def export_lora(
         checkpoint = None if base is None else stack.enter_context(open_base(base, opened.container))
         if checkpoint is not None:
             listed = list(opened.container.entries())
-            tensors = BaseTensors(checkpoint, listed, opened.metadata, renames)
+            tensors = BaseTensors(checkpoint, listed, opened.container, renames)
             check_base(tensors, listed, thread_count(None))
             # PEFT loads the base, so what it ties counts, not what the fine-tune ties.
             named, config = str(checkpoint.path), checkpoint.config() or config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from deltafmt.checkpoint.folder_errors import is_adapter_file
 from deltafmt.checkpoint.name_changes import entry_changes
@@ -24,7 +24,7 @@ from deltafmt.pipeline.pack_result import PackResult
 from deltafmt.pipeline.plan import NO_SMALLER, Plan
 from deltafmt.pipeline.quantized_pairs import scaled_refs
 from deltafmt.pipeline.read_as_values import dequantized
-from deltafmt.pipeline.workers import Progress
+from deltafmt.pipeline.workers import Progress, worker_pool
 
 # With so many columns or fewer, keeping under half of a row at random is likely to cost accuracy (docs/benchmarks.md).
 NARROW_COLUMNS = 256
@@ -42,29 +42,13 @@ def write_file(job: PackJob, delivery: Delivery, most: int | None = None) -> Pac
         UsageError: a stream has already taken more than ``most`` bytes.
         KeyboardInterrupt: says whether the next run can go on.
     """
-    finetuned, path = job.finetuned, delivery.path
-    sink: PartialFile | StreamFile
-    if isinstance(delivery.out, Path):
-        sink = PartialFile(delivery.out, job.digest(), force=delivery.force, features=job.features())
-    else:
-        sink = StreamFile(delivery.out)
-    result = PackResult(
-        path,
-        finetuned_bytes=finetuned.file_bytes,
-        removed=job.removed(),
-        taken=list(job.completeness.taken),
-        unlisted=dict(finetuned.unlisted),
-        attached=list(finetuned.files),
-        left_out=dict(finetuned.left_out),
-        remarks=job.remarks(),
-    )
+    writer = FileWriter.open(job, delivery)
+    sink, result = writer.sink, writer.result
     with kept_if_interrupted(sink.keep, sink.abandon):
-        _FileWriter(job, sink, result).run(delivery.threads, delivery.progress)
-        for source in (job.base, finetuned):
-            source.check_unchanged()
-        _check_adapter(job, result)
+        writer.run(delivery.threads, delivery.progress)
+        writer.check_sources()
         if most is not None and result.size > most:
-            if path is None:
+            if delivery.path is None:
                 raise UsageError(f"the output has {result.size:,} bytes, and the target was {most:,}")
             sink.abandon()
         else:
@@ -95,19 +79,25 @@ def write_tensors(job: PackJob, path: Path, threads: int) -> None:
     try:
         with open(path, "wb") as file:
             sink = StreamFile(file)
-            _FileWriter(job, sink, PackResult(path)).run(threads, None, attach=False)
+            FileWriter(job, sink, PackResult(path)).run(threads, None, attach=False)
             sink.commit()
     except OSError as error:
         raise storage_error("cannot write", path, error) from error
 
 
-class _FileWriter:
-    """One run of writing a file."""
+class FileWriter:
+    """One run of writing a file: :meth:`take` every tensor that is still to be packed, then :meth:`finish`.
+
+    Attributes:
+        sink: takes the bytes. Whoever made the writer keeps, abandons or commits it.
+        result: what the run reports.
+        todo: the plans of the tensors that no earlier run has packed, in the order of the file.
+    """
 
     def __init__(self, job: PackJob, sink: PartialFile | StreamFile, result: PackResult) -> None:
+        self.sink = sink
+        self.result = result
         self._job = job
-        self._sink = sink
-        self._result = result
         self._container = ContainerWriter(sink, job.profile, sink.sections, job.features())
         self._writer = EntryWriter(self._container)
         layouts = tuple(sink.layouts)
@@ -116,31 +106,72 @@ class _FileWriter:
         self._entries = {name: TensorEntry.from_obj(name, obj, layouts) for name, obj in sink.entries.items()}
         self._unrecorded: dict[str, Any] = {}
         result.resumed = len(self._entries)
+        self.todo = [plan for plan in job.plans if plan.tensor.name not in self._entries]
+
+    @classmethod
+    def open(cls, job: PackJob, delivery: Delivery) -> Self:
+        """Begin a job's file, or go on with what an interrupted run of the same job has written."""
+        finetuned, path = job.finetuned, delivery.path
+        sink: PartialFile | StreamFile
+        if isinstance(delivery.out, Path):
+            sink = PartialFile(delivery.out, job.digest(), force=delivery.force, features=job.features())
+        else:
+            sink = StreamFile(delivery.out)
+        result = PackResult(
+            path,
+            finetuned_bytes=finetuned.file_bytes,
+            removed=job.removed(),
+            taken=list(job.completeness.taken),
+            unlisted=dict(finetuned.unlisted),
+            attached=list(finetuned.files),
+            left_out=dict(finetuned.left_out),
+            remarks=job.remarks(),
+        )
+        return cls(job, sink, result)
 
     def run(self, threads: int, progress: Progress | None, *, attach: bool = True) -> None:
         """Pack every tensor, then the attachments if they are wanted, then finish the file."""
-        job, container = self._job, self._container
-        todo = [plan for plan in job.plans if plan.tensor.name not in self._entries]
-        with Compressor(job, todo, threads) as compressor:
-            for plan, compressed in compressor.results():
-                self._add(self._entry(plan, compressed))
-                if compressed.notes:
-                    self._result.notes[plan.tensor.name] = "; ".join(compressed.notes)
+        with worker_pool(threads, "pack") as pool:
+            for plan, compressed in Compressor(self._job, pool).results(self.todo):
+                self.take(plan, compressed)
                 if progress:
                     progress(plan.tensor.name, plan.tensor.nbytes)
+        self.finish(threads, attach=attach)
+
+    def take(self, plan: Plan, compressed: Compressed) -> None:
+        """Write one tensor; they come in the order of ``todo``."""
+        self._add(self._entry(plan, compressed))
+        if compressed.notes:
+            self.result.notes[plan.tensor.name] = "; ".join(compressed.notes)
+
+    def finish(self, threads: int, *, attach: bool = True) -> None:
+        """Write what follows the tensors: the attachments if they are wanted, and the index."""
+        job, container = self._job, self._container
         files = job.finetuned.files if attach else {}
         scaled, metadata = scaled_refs(job.scaled(), threads), job.metadata()
-        self._result.dequantized = dequantized(scaled, metadata)
+        self.result.dequantized = dequantized(scaled, metadata)
         attachments = {name: container.attach(job.finetuned.attachment(name)) for name in files}
         identity = container.finish(
             self._entries.values(),
-            removed=self._result.removed,
+            removed=self.result.removed,
             attachments=attachments,
             metadata=metadata,
             scaled=scaled,
             files=self._files() if attach and job.restores else None,
+            parent=job.parent,
         )
         self._report(identity)
+
+    def check_sources(self) -> None:
+        """Check that the sources are what they were, and that nothing of the fine-tune is lost.
+
+        Raises:
+            StorageError: a weight file has changed.
+            InvalidFileError: an adapter beside the fine-tune's weights is not merged.
+        """
+        for source in (self._job.base, self._job.finetuned):
+            source.check_unchanged()
+        _check_adapter(self._job, self.result)
 
     def _files(self) -> dict[str, FileRef]:
         """Write the heads of the fine-tune's weight files, and return the files' rows of the index."""
@@ -148,7 +179,7 @@ class _FileWriter:
         for name, file in read_heads(self._job.finetuned).items():
             head = self._container.add(file.head, c.SECTION_KIND_ATTACHMENTS)
             files[name] = FileRef(file.digest(), head)
-        self._result.restored = list(files)
+        self.result.restored = list(files)
         return files
 
     def _entry(self, plan: Plan, compressed: Compressed) -> TensorEntry:
@@ -172,12 +203,12 @@ class _FileWriter:
         self._entries[entry.name] = entry
         self._unrecorded[entry.name] = entry.to_obj()
         if self._container.boundary():
-            self._sink.record(self._container.sections[-1], self._container.layouts, self._unrecorded)
+            self.sink.record(self._container.sections[-1], self._container.layouts, self._unrecorded)
             self._unrecorded = {}
 
     def _report(self, identity: bytes) -> None:
         """Fill in what is known once the file is complete."""
-        result, moments = self._result, self._job.moments
+        result, moments = self.result, self._job.moments
         for plan in self._job.plans:
             entry = self._entries[plan.tensor.name]
             result.actions[entry.action] = result.actions.get(entry.action, 0) + 1

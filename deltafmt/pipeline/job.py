@@ -17,7 +17,14 @@ from deltafmt.checkpoint.weight_names import METADATA_VARIANT
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
-from deltafmt.format.constants import FEATURE_EXACT, FEATURE_LEADING, FEATURE_PARTS, FEATURE_SCALED, element_count
+from deltafmt.format.constants import (
+    FEATURE_EXACT,
+    FEATURE_LEADING,
+    FEATURE_PARENT,
+    FEATURE_PARTS,
+    FEATURE_SCALED,
+    element_count,
+)
 from deltafmt.index.entries import BasePart
 from deltafmt.pipeline.completeness import Completeness
 from deltafmt.pipeline.pairing import Pairing
@@ -60,6 +67,7 @@ class PackJob:
         completeness: what the fine-tune lacks.
         moments: second moments of the matrices' inputs, if a calibration has gathered some.
         restores: True if the fine-tune's weight files are restored byte for byte.
+        parent: the content id of the delta that gives the base; None for most.
     """
 
     base: Checkpoint
@@ -73,6 +81,7 @@ class PackJob:
     completeness: Completeness = field(default_factory=Completeness)
     moments: MomentFolder | None = None
     restores: bool = False
+    parent: bytes | None = None
 
     def digest(self) -> bytes:
         """Return a digest of the job: what an interrupted run has written is of use to a job of equal digest alone.
@@ -95,6 +104,8 @@ class PackJob:
             parts["names"] = [moved, self.pairing.architecture]
         if self.restores:
             parts["restores"] = True
+        if self.parent is not None:
+            parts["parent"] = self.parent
         if self.moments is not None:
             parts["calibration"] = self.moments.described
         if self.base.dequantized or self.finetuned.dequantized:
@@ -114,6 +125,7 @@ class PackJob:
             | (FEATURE_LEADING if leads else 0)
             | (FEATURE_SCALED if self.scaled() else 0)
             | (FEATURE_EXACT if exact else 0)
+            | (FEATURE_PARENT if self.parent is not None else 0)
         )
 
     def scaled(self) -> dict[str, DequantizedTensor]:

@@ -6,10 +6,14 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import UsageError
 from deltafmt.regular_file import open_regular
+
+# The end of the message about an interrupt that lost nothing.
+GOES_ON: Final = "; the same command goes on where it stopped"
 
 
 def is_delta_file(path: Path) -> bool:
@@ -62,8 +66,7 @@ def kept_if_interrupted(keep: Callable[[], bool], drop: Callable[[], None]) -> I
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        kept = "; the same command goes on where it stopped" if keep() else ""
-        raise KeyboardInterrupt(f"interrupted{kept}") from interrupt
+        raise KeyboardInterrupt(f"interrupted{GOES_ON if keep() else ''}") from interrupt
     except BaseException:
         drop()
         raise

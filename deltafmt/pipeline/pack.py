@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from deltafmt import core
-from deltafmt.checkpoint.base_name import base_name as folder_name
 from deltafmt.checkpoint.folder import Checkpoint
-from deltafmt.checkpoint.restored import read_heads
 from deltafmt.container.partial import check_output_file
-from deltafmt.errors import Remedy, UsageError
+from deltafmt.delta import DeltaFile
+from deltafmt.errors import Remedy, UsageError, WrongBaseError
 from deltafmt.methods.base import Method
-from deltafmt.methods.deltadq import DeltaDQ
 from deltafmt.pipeline.calibrate import Calibration, calibrated_names, check_calibration
-from deltafmt.pipeline.completeness import REMOVED, Completeness
+from deltafmt.pipeline.digests import check_content_id
 from deltafmt.pipeline.file_writer import write_file
-from deltafmt.pipeline.job import Delivery, PackJob, check_options
+from deltafmt.pipeline.gives import difference_from_result
+from deltafmt.pipeline.job import Delivery, PackJob
 from deltafmt.pipeline.outputs import refuse_input_file
+from deltafmt.pipeline.pack_options import PackOptions
 from deltafmt.pipeline.pack_result import PackResult
-from deltafmt.pipeline.pairing import PairOptions
-from deltafmt.pipeline.plan import Plan, Rule
-from deltafmt.pipeline.prepare import open_pair, prepare
-from deltafmt.pipeline.quantized_pairs import EXACT
-from deltafmt.pipeline.target import target_bytes, target_metadata
+from deltafmt.pipeline.plan import Rule
+from deltafmt.pipeline.target import target_bytes
 from deltafmt.pipeline.workers import Progress, thread_count
 
 
@@ -50,6 +48,7 @@ def pack(
     strip_prefix: Sequence[str] = (),
     allow_architecture: bool = False,
     base_name: str | None = None,
+    parent: str | os.PathLike[str] | None = None,
     calibration: Calibration | None = None,
     profile: str = "hot",
     seed: int = 0,
@@ -89,6 +88,8 @@ def pack(
         allow_architecture: True to pack two types of model whose tensors are the same.
         base_name: the name of the base that the file records, for messages. If not given, the name that the base's
             configuration has for the hub, or else the name of its folder. An empty text records none.
+        parent: a delta file whose result is ``base``. The file that is made is the next link of a chain
+            (:func:`deltafmt.apply`), and names it by its content id.
         calibration: a text for the fine-tune to read. The methods gptq and sparsegpt need one; others can use one.
         profile: ``hot`` or ``cold``.
         seed: the file's seed, 64 bits. Every tensor's own seed is derived from it and the tensor's name.
@@ -106,7 +107,7 @@ def pack(
         NonFiniteError: a delta has NaN or infinity and its tensor is to be compressed.
         InvalidFileError: an input is not a valid checkpoint, the fine-tune is not whole, or a link leaves its folder.
         WrongBaseError: base and fine-tune are of different architecture, or their names do not say what belongs
-            together.
+            together; or the base is not what the parent gives.
         StorageError: reading or writing failed.
     """
     core.warn_if_missing()
@@ -116,40 +117,44 @@ def pack(
     if candidates and not targeted:
         raise UsageError("candidates are given, and no target to choose them for")
     check_calibration(candidates, calibration)
-    check_options(profile, seed)
-    options = PairOptions.parse(rename, strip_prefix, allow_architecture)
+    options = PackOptions.read(
+        method=method,
+        rules=rules,
+        include=include,
+        exclude=exclude,
+        missing=missing,
+        variant=variant,
+        attach=attach,
+        no_attach=no_attach,
+        quantized=quantized,
+        rename=rename,
+        strip_prefix=strip_prefix,
+        allow_architecture=allow_architecture,
+        base_name=base_name,
+        profile=profile,
+        seed=seed,
+    )
     place = Path(out) if isinstance(out, str | os.PathLike) else out
     delivery = Delivery(place, force, thread_count(threads), progress)
     if calibration is not None and variant is not None:
         raise UsageError(f"variant {variant!r} and a calibration: a text is read with weights that have no variant")
-    default = method or DeltaDQ()
-    if default.exact:
-        # What is there is restored as it is, so nothing is missed.
-        quantized, missing = _exact_quantized(quantized), missing or REMOVED
-    with open_pair(base, finetuned, variant, attach, no_attach, quantized) as (before, after):
+    with options.open(base, finetuned) as (before, after):
         if calibration is not None and after.dequantized:
             raise UsageError(
                 f"{after.path} is FP8, and a calibration runs the fine-tune in BF16; save it dequantized, and pack that"
             )
         target = target_bytes(target_ratio, target_size, after.file_bytes)
-        description = default.describe() if target is None else target_metadata(target)
-        only = default if target is None else None
-        prepared = prepare(before, after, only, rules, include, exclude, missing, options)
-        named = folder_name(before) if base_name is None else base_name
-        plans, pairing, lacks = _in_order(prepared.plans), prepared.pairing, prepared.completeness
-        restores = default.exact and target is None and all(plan.is_exact for plan in plans)
-        if restores:
-            _check_restorable(after, lacks)
-        job = PackJob(before, after, plans, profile, seed, description, pairing, named, lacks, restores=restores)
-        _check_hot(job)
-        _check_output(job, delivery)
+        job = options.job(before, after, target)
+        check_output(job, delivery)
+        if parent is not None:
+            job = replace(job, parent=_parent_id(parent, base, delivery))
         if target is not None:
             from deltafmt.pipeline.budget import default_candidates
             from deltafmt.pipeline.targeted import pack_for_target
 
             return pack_for_target(job, target, candidates or default_candidates(), calibration, delivery)
         if calibration is None:
-            calibrated_names(plans, None)
+            calibrated_names(job.plans, None)
             return write_file(job, delivery)
         from deltafmt.pipeline.first_pass import calibrated
 
@@ -157,49 +162,29 @@ def pack(
             return write_file(ready, delivery)
 
 
-def _exact_quantized(quantized: str | None) -> str:
-    """Return how an exact pack reads codes: as the bytes that they are.
+def _parent_id(parent: str | os.PathLike[str], base: str | os.PathLike[str], delivery: Delivery) -> bytes:
+    """Return the content id of the delta file that gives the base.
 
     Raises:
-        UsageError: they are to be read as values.
+        UsageError: the output is that file.
+        WrongBaseError: it gives another base.
     """
-    if quantized not in (None, EXACT):
-        raise UsageError(f"quantized {quantized!r} and the method exact: values are not the bytes that are stored")
-    return EXACT
+    path = delivery.path
+    if path is not None and path.exists() and os.path.samefile(path, parent):
+        raise UsageError(f"the output {path} is itself an input")
+    with DeltaFile(parent) as opened, Checkpoint(base, lenient=True) as checkpoint:
+        container = opened.container
+        check_content_id(container, container.entries())
+        found = difference_from_result(checkpoint, opened, delivery.threads)
+        if found:
+            raise WrongBaseError(
+                f"{base} is not what {container.name} gives: {found}; apply {container.name} first, and pack against "
+                "the folder that it gives"
+            )
+        return container.content_id
 
 
-def _in_order(plans: Sequence[Plan]) -> list[Plan]:
-    """Return plans in the order of the file: sections of exact tensors lie behind all others (section 5.7)."""
-    return sorted(plans, key=lambda plan: plan.method is not None and plan.method.exact and plan.alias is None)
-
-
-def _check_restorable(finetuned: Checkpoint, lacks: Completeness) -> None:
-    """Refuse a fine-tune whose files cannot be restored byte for byte, before any work is done.
-
-    Raises:
-        UsageError: tensors are to be taken from the base, which no file of the fine-tune has.
-        InvalidFileError: a file has bytes that belong to no tensor.
-    """
-    if lacks.taken:
-        raise UsageError(
-            f"missing 'same' and the method exact: \"{lacks.taken[0]}\" would be in no file of {finetuned.path}; "
-            "leave the files as they are with missing 'removed'"
-        )
-    read_heads(finetuned)
-
-
-def _check_hot(job: PackJob) -> None:
-    """Refuse a hot file with an index that kernels cannot read.
-
-    Raises:
-        UsageError: a method has a rank index.
-    """
-    if job.profile == "hot" and any(layout.cold_only for plan in job.plans for layout in plan.layouts()):
-        text = "a hot file cannot have a rank index, because kernels read the file as it lies"
-        raise UsageError(text, Remedy("profile", "cold"))
-
-
-def _check_output(job: PackJob, delivery: Delivery) -> None:
+def check_output(job: PackJob, delivery: Delivery) -> None:
     """Refuse an output that cannot be made, before any work is done.
 
     Raises:

@@ -156,7 +156,7 @@ def _unrelated(finetuned: Checkpoint, found: Correspondence) -> set[str]:
             kinds.setdefault(numberless(name), []).append(name)
     dropped: set[str] = set()
     for names in kinds.values():
-        tried = {names[0], names[len(names) // 2], names[-1]}
+        tried = dict.fromkeys((names[0], names[len(names) // 2], names[-1]))
         if all(unrelated(finetuned.tensors[name], found.tensors[name]) for name in tried):
             dropped.update(names)
     return dropped

@@ -76,6 +76,11 @@ class Plan:
         return not self.undecided and (self.method is None or self.method.exact)
 
     @property
+    def in_exact_sections(self) -> bool:
+        """True if the tensor's bytes lie in the sections of exact tensors."""
+        return self.method is not None and self.method.exact and self.alias is None
+
+    @property
     def shared_rows(self) -> int:
         """Rows that the tensor and its base both have; 0 without a base."""
         return min(self.tensor.rows, 0 if self.base is None else self.base.rows)
@@ -141,7 +146,7 @@ def make_plan(
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
             chosen, reason, undecided = None, "excluded", False
         if chosen is not None and chosen.exact:
-            return Plan(tensor, _predicting(tensor, None if name in paired.unrelated else other), chosen)
+            return Plan(tensor, predicting(tensor, None if name in paired.unrelated else other), chosen)
         reason = reason or (CODES if name in finetuned.kept else "")
         reason = reason or (UNRELATED if name in paired.unrelated else why_exact(tensor, other, chosen))
         return Plan(tensor, other, None, reason) if reason else Plan(tensor, other, chosen, undecided=undecided)
@@ -155,7 +160,7 @@ def make_plan(
     return list(plans.values())
 
 
-def _predicting(tensor: Tensor, base: Tensor | None) -> Tensor | None:
+def predicting(tensor: Tensor, base: Tensor | None) -> Tensor | None:
     """Return the base tensor if an exact tensor can be coded relative to it, or None."""
     fits = base is not None and predicts(base.dtype, base.shape, tensor.dtype, tensor.shape)
     return base if fits else None

@@ -69,11 +69,11 @@ def repack(
         try:
             target = ContainerWriter(sink, profile, features=container.features)
             writer = EntryWriter(target)
-            moved = []
+            entries = []
             # Sections of exact tensors lie behind all others.
             order = sorted(container.entries(), key=lambda entry: (entry.action == "exact", natural_key(entry.name)))
             for entry in order:
-                moved.append(_moved(opened, entry, writer, profile))
+                entries.append(moved(opened, entry, writer, profile))
                 target.boundary()
             attachments = {
                 name: Attachment(target.add(container.buffer(old.data), c.SECTION_KIND_ATTACHMENTS), old.digest)
@@ -84,12 +84,13 @@ def repack(
                 for name, old in container.files.items()
             }
             identity = target.finish(
-                moved,
+                entries,
                 removed=container.removed,
                 attachments=attachments,
                 metadata=dict(container.metadata),
                 scaled=container.scaled(),
                 files=files,
+                parent=container.parent,
             )
             if identity != container.content_id:
                 raise InvalidFileError(f"{container.name}: the content id is not that of the content")
@@ -119,7 +120,7 @@ def check_converted(delta: DeltaFile, profile: str) -> None:
     container.limits.check_output(total, container.size, 0, f"{container.name}: the terms take")
 
 
-def _moved(delta: DeltaFile, entry: TensorEntry, writer: EntryWriter, profile: str) -> TensorEntry:
+def moved(delta: DeltaFile, entry: TensorEntry, writer: EntryWriter, profile: str) -> TensorEntry:
     """Write one tensor's buffers, with its indexes in the form that the profile uses, and return its entry."""
     if entry.target is not None:
         return writer.alias(entry, entry.target)

@@ -10,7 +10,8 @@ from blake3 import blake3
 from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.checkpoint.folder_writer import TensorSpec
 from deltafmt.checkpoint.restored import check_heads
-from deltafmt.delta import DeltaFile
+from deltafmt.checkpoint.safetensors_file import Tensor
+from deltafmt.delta import DeltaFile, RunDecoder
 from deltafmt.errors import InvalidFileError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.output import Bytes
@@ -99,15 +100,21 @@ class _Check:
         """Give the bytes of a tensor; the fingerprint of an exact one is compared at its end."""
         base = self._base.find(entry)
         if entry.exact is None:
-            if base is not None:
+            if entry.terms and base is not None:
+                yield from _summed(self._delta, entry, base)
+            elif base is not None:
                 yield from base.pieces()
-            elif entry.data is not None:
+            if entry.data is not None:
                 yield from self._delta.container.pieces(entry.data)
+            if base is not None:
+                base.forget()
             return
         digest = hasher(entry.dtype, entry.shape)
         for piece in self._chunks(ExactTensor(self._delta, entry, base)):
             digest.update(piece)
             yield piece
+        if base is not None:
+            base.forget()
         if digest.digest() != entry.exact.digest:
             where = f'{self._delta.container.name}: tensors["{entry.name}"]'
             raise InvalidFileError(f"{where}: what is restored is not what was packed")
@@ -122,6 +129,14 @@ class _Check:
                 yield waiting.pop(0).result()
         for chunk in waiting:
             yield chunk.result()
+
+
+def _summed(delta: DeltaFile, entry: TensorEntry, base: Tensor) -> Iterator[Bytes]:
+    """Give the bytes of the rows of a tensor that is its base plus terms."""
+    decoder = RunDecoder(delta, entry)
+    for start, stop in decoder.ranges():
+        with base.row_range(start, stop) as rows:
+            yield raw_bytes(decoder.add(start, stop, rows, base.dtype, entry.dtype))
 
 
 def _restored(exact: ExactTensor, number: int) -> Bytes:

@@ -41,6 +41,7 @@ def file_size(
     profile: str,
     seed: int,
     scaled: Mapping[str, ScaledRef] | None = None,
+    parent: bytes | None = None,
 ) -> int:
     """Return the bytes of the file that plans give.
 
@@ -53,6 +54,7 @@ def file_size(
         profile: ``hot``, or ``cold`` for an upper bound.
         seed: the file's seed.
         scaled: what the file says of base tensors that are read as values.
+        parent: the content id of the delta that gives the base, if one does.
 
     Raises:
         UsageError: the size of a term depends on the data.
@@ -64,7 +66,9 @@ def file_size(
         entries.append(_entry(writer, plan, seed, same=plan.tensor.name in unchanged))
         container.boundary()
     attachments = {name: container.attach(data) for name, data in files.items()}
-    container.finish(entries, removed=removed, attachments=attachments, metadata=dict(metadata), scaled=scaled)
+    container.finish(
+        entries, removed=removed, attachments=attachments, metadata=dict(metadata), scaled=scaled, parent=parent
+    )
     if profile == "hot":
         return container.position
     stored = [section for section in container.sections if section.codec == c.CODEC_STORED]

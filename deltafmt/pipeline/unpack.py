@@ -5,43 +5,37 @@ The folder appears whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Final
 
 from deltafmt import core
 from deltafmt.checkpoint.fingerprint import hasher
-from deltafmt.checkpoint.folder import natural_key
+from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.folder_writer import DEFAULT_SHARD_BYTES, CheckpointWriter, TensorSpec, check_output_folder
+from deltafmt.checkpoint.in_place import PatchedFolder
 from deltafmt.checkpoint.name_changes import NameChange
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.restored import FolderRestorer
 from deltafmt.checkpoint.safetensors_file import Tensor
-from deltafmt.checkpoint.weight_names import WeightNames, bounded
-from deltafmt.container.reader import Container
+from deltafmt.checkpoint.weight_names import WeightNames
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
-from deltafmt.errors import InvalidFileError, Remedy, UsageError, WrongBaseError
+from deltafmt.errors import InvalidFileError, UsageError, WrongBaseError
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.index.exact import ExactRef
-from deltafmt.index.file_names import is_source
-from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base
+from deltafmt.pipeline.attached_code import check_code_option, chosen_files, code_of
+from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base, short_id
+from deltafmt.pipeline.digests import check_content_id, check_payload_digest
 from deltafmt.pipeline.exact_tensors import ExactTensor
 from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.pipeline.read_as_values import Dequantized, dequantized
-from deltafmt.pipeline.verify import check_content_id, check_payload_digest
 from deltafmt.pipeline.workers import Progress, drain, in_order, thread_count
 from deltafmt.terms.buffers import raw_bytes
 from deltafmt.terms.floats import RAW_DTYPES
-
-WRITE: Final = "write"
-LEAVE: Final = "leave"
-CODE: Final = (WRITE, LEAVE)
 
 
 @dataclass(slots=True)
@@ -121,10 +115,17 @@ def unpack(
     renames = Renames.parse(rename, strip_prefix)
     check_output_folder(path, force=force)
     refuse_input_folder(path, [base, delta])
-    with DeltaFile(delta, limits=limits) as opened, open_base(base, opened.container) as checkpoint:
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(DeltaFile(delta, limits=limits))
+        if opened.container.parent is not None:
+            raise UsageError(
+                f"{opened.container.name} was made on what the delta {short_id(opened.container.parent)} gives; apply "
+                "writes what a chain of deltas gives"
+            )
+        checkpoint = stack.enter_context(open_base(base, opened.container))
         entries = sorted(opened.container.entries(), key=lambda entry: natural_key(entry.name))
         # ``force_base`` allows other bytes, but no other dtypes and shapes.
-        found = BaseTensors(checkpoint, entries, opened.metadata, renames)
+        found = BaseTensors(checkpoint, entries, opened.container, renames)
         total = sum(entry.nbytes for entry in entries)
         limits.check_output(
             total, opened.container.size, checkpoint.nbytes, f"{opened.container.name}: unpacking gives"
@@ -134,44 +135,10 @@ def unpack(
         result.dequantized = dequantized(opened.container.scaled(), opened.metadata)
         check_content_id(opened.container, entries)
         result.files, result.code = chosen_files(opened.container, code), code_of(opened.container)
-        unpacker = _Unpacker(opened, found, entries, result)
-        return unpacker.run(force, force_base, max_shard_bytes, thread_count(threads), progress)
-
-
-def check_code_option(code: str | None) -> None:
-    """Refuse a value that says nothing.
-
-    Raises:
-        UsageError: names the value.
-    """
-    if code is not None and code not in CODE:
-        raise UsageError(f"code {code!r} is not one of {', '.join(CODE)}")
-
-
-def code_of(container: Container) -> list[str]:
-    """Return the names of the attached files of Python code."""
-    return [name for name in container.attachments if is_source(name)]
-
-
-def chosen_files(container: Container, code: str | None) -> list[str]:
-    """Return the names of the attached files that are written.
-
-    Raises:
-        UsageError: one could be taken for a module, and ``code`` does not say what to do with it.
-    """
-    found = code_of(container)
-    if code is None and (shadows := [name for name in found if _is_module(name)]):
-        text = f"{container.name} holds code with names of modules that this Python has: {bounded(shadows, 3)}"
-        raise UsageError(text, Remedy("code"))
-    return [name for name in container.attachments if code != LEAVE or name not in found]
-
-
-def _is_module(path: str) -> bool:
-    """Tell whether a file, or the folder at the top that holds it, has the name of a module outside of this folder."""
-    name = path.split("/", maxsplit=1)[0].partition(".")[0]
-    here = os.getcwd()
-    elsewhere = [folder for folder in sys.path if folder and os.path.abspath(folder) != here]
-    return name in sys.stdlib_module_names or PathFinder.find_spec(name, elsewhere) is not None
+        unpacker = Unpacker(
+            opened, found, entries, result, force=force, threads=thread_count(threads), progress=progress
+        )
+        return unpacker.run(force_base=force_base, max_shard_bytes=max_shard_bytes)
 
 
 @dataclass(slots=True)
@@ -183,24 +150,37 @@ class _Pending:
     parts: list[Future[None]] = field(default_factory=list)
 
 
-class _Unpacker:
-    """One run of unpack."""
+class Unpacker:
+    """One run of unpack, or of the last link of a chain."""
 
-    def __init__(self, delta: DeltaFile, base: BaseTensors, entries: list[TensorEntry], result: UnpackResult) -> None:
+    def __init__(
+        self,
+        delta: DeltaFile,
+        base: BaseTensors,
+        entries: list[TensorEntry],
+        result: UnpackResult,
+        *,
+        force: bool = False,
+        patched: PatchedFolder | None = None,
+        threads: int = 1,
+        progress: Progress | None = None,
+    ) -> None:
         self._delta = delta
         self._base = base
         self._entries = entries
         self._result = result
+        self._force = force
+        self._patched = patched
+        self._threads = threads
+        self._progress = progress
 
-    def run(
-        self, force: bool, force_base: bool, max_shard_bytes: int | None, threads: int, progress: Progress | None
-    ) -> UnpackResult:
+    def run(self, *, force_base: bool = False, max_shard_bytes: int | None = None) -> UnpackResult:
         """Write every tensor, then the attached files, and put the folder in its place."""
         prefix = "safetensors."
         own = self._delta.metadata
         metadata = {key.removeprefix(prefix): value for key, value in own.items() if key.startswith(prefix)}
         if force_base:
-            compared = compare_bases(self._base, self._entries, threads)
+            compared = compare_bases(self._base, self._entries, self._threads)
             self._result.mismatched = [name for name, equal in compared if not equal]
             exact = {entry.name for entry in self._entries if entry.exact is not None}
             other = next((name for name in self._result.mismatched if name in exact), None)
@@ -213,7 +193,7 @@ class _Unpacker:
         writer: CheckpointWriter
         restores = self._delta.container.files and max_shard_bytes is None and not self._result.mismatched
         if restores:
-            writer = self._restorer(specs, force)
+            writer = self._restorer(specs)
         else:
             writer = CheckpointWriter(
                 self._result.path,
@@ -221,27 +201,31 @@ class _Unpacker:
                 metadata=metadata,
                 max_shard_bytes=DEFAULT_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes,
                 names=WeightNames.from_metadata(own, self._delta.container.name),
-                force=force,
+                force=self._force,
+                patched=self._patched,
             )
         try:
-            self._write(writer, not force_base, threads, progress)
+            self._write(writer, not force_base)
             if isinstance(writer, FolderRestorer):
                 self._check_restored(writer)
             for name in self._result.files:
                 writer.add_file(name, self._delta.attachment(name))
             self._base.checkpoint.check_unchanged()
+            beside = writer.keep_others()
+            if beside is not None:
+                _check_read(self._result.path, beside, writer.weights)
             writer.commit()
         except BaseException:
             writer.abandon()
             raise
         return self._result
 
-    def _restorer(self, specs: list[TensorSpec], force: bool) -> FolderRestorer:
+    def _restorer(self, specs: list[TensorSpec]) -> FolderRestorer:
         """Return the writer of the files that the delta restores byte for byte."""
         container = self._delta.container
         heads = {name: bytes(container.buffer(file.head)) for name, file in container.files.items()}
         try:
-            return FolderRestorer(self._result.path, specs, heads, force=force)
+            return FolderRestorer(self._result.path, specs, heads, force=self._force, patched=self._patched)
         except InvalidFileError as error:
             raise error.located(container.name) from error
 
@@ -253,8 +237,8 @@ class _Unpacker:
                 raise InvalidFileError(f'{container.name}: files["{name}"]: what is restored is not what was packed')
             self._result.restored.append(name)
 
-    def _write(self, writer: CheckpointWriter, check_base: bool, threads: int, progress: Progress | None) -> None:
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-unpack")
+    def _write(self, writer: CheckpointWriter, check_base: bool) -> None:
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="deltafmt-unpack")
         try:
             for entry, pending in in_order(
                 self._entries, lambda entry: self._submit(pool, writer, entry, check_base), lambda entry: entry.nbytes
@@ -268,11 +252,15 @@ class _Unpacker:
                 # The digests of files that are restored cover all of their tensors.
                 if entry.exact is not None and not isinstance(writer, FolderRestorer):
                     self._check_exact(writer, entry, entry.exact)
-                self._delta.container.release(self._delta.resolve(entry.name))
+                source = self._delta.resolve(entry.name)
+                base = self._base.find(source)
+                if base is not None:
+                    base.forget()
+                self._delta.container.release(source)
                 self._result.tensors += 1
                 self._result.nbytes += entry.nbytes
-                if progress:
-                    progress(entry.name, entry.nbytes)
+                if self._progress:
+                    self._progress(entry.name, entry.nbytes)
         finally:
             drain(pool)
 
@@ -338,6 +326,22 @@ class _Part:
             for first, last in row_ranges(start, stop, self.decoder.width, self.decoder.step):
                 rows = self.decoder.add(first, last, base[first - start : last - start], self.tensor.dtype, dtype)
                 self.writer.write(self.name, first * row_bytes, raw_bytes(rows))
+
+
+def _check_read(path: Path, made: Path, weights: Sequence[str]) -> None:
+    """Refuse to patch a folder whose loader would read other weights than those that were written.
+
+    Raises:
+        UsageError: names the other weights.
+    """
+    with Checkpoint(made, lenient=True) as checkpoint:
+        read = {name for name, _ in checkpoint.weight_files()}
+    other = next(iter(sorted(read ^ set(weights))), None)
+    if other is not None:
+        raise UsageError(
+            f"{path} holds other weights beside those that are patched: a loader would not agree on {other}; write a "
+            "new folder"
+        )
 
 
 def _restore(writer: CheckpointWriter, name: str, exact: ExactTensor, number: int) -> None:

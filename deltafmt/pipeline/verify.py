@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-
-from blake3 import blake3
 
 from deltafmt.checkpoint.name_changes import NameChange
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.weight_names import WeightNames
-from deltafmt.container.content import content_id
 from deltafmt.container.reader import Container
 from deltafmt.delta import DeltaFile, codec_of
-from deltafmt.errors import InvalidFileError
+from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.sections import BufferRef
 from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base
+from deltafmt.pipeline.chain import check_links, open_chain, open_links
+from deltafmt.pipeline.digests import check_content_id, check_payload_digest, digest_of
 from deltafmt.pipeline.exact_tensors import ExactTensor
 from deltafmt.pipeline.read_as_values import Dequantized, dequantized
 from deltafmt.pipeline.restored_files import check_restored, read_files
 from deltafmt.pipeline.workers import thread_count
-from deltafmt.terms.buffers import raw_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +58,7 @@ def verify(
     delta: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
     *,
+    before: Sequence[str | os.PathLike[str]] = (),
     rename: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
     threads: int | None = None,
@@ -70,6 +70,8 @@ def verify(
     Args:
         delta: the delta file.
         base: the checkpoint whose tensors are compared with the fingerprints in the file, if given.
+        before: the delta files of a chain that come before the delta, in their order; ``base`` is then the base of the
+            first one. Of each, what the next one needs is checked.
         rename: rules FROM=TO that say what a name that the file records is in this base. FROM is how the name begins,
             or a pattern with ``*``. Bases whose names differ in a known way are recognized without rules.
         strip_prefix: beginnings of names that do not count, on either side.
@@ -78,12 +80,14 @@ def verify(
         progress: called with a tensor's name and bytes as each is done.
 
     Raises:
-        UsageError: the number of threads is below 1.
+        UsageError: the number of threads is below 1, or there are deltas before this one and no base.
         InvalidFileError: the file is not valid; names the first fault and its place.
         WrongBaseError: names the first tensor of the base that differs.
         StorageError: reading failed.
     """
     workers, renames = thread_count(threads), Renames.parse(rename, strip_prefix)
+    if before and base is None:
+        raise UsageError("there are deltas before this one, and no base for the first of them")
     with DeltaFile(delta, limits=limits) as opened:
         container = opened.container
         try:
@@ -103,18 +107,36 @@ def verify(
             check_attachment(container, name)
         check_content_id(container, entries)
         read_files(opened, entries)
-        checked, changes = None, []
+        checked, changes = None, list[NameChange]()
         restored: tuple[str, ...] = ()
         if base is not None:
-            with open_base(base, container) as checkpoint:
-                tensors = BaseTensors(checkpoint, entries, container.metadata, renames)
-                checked, changes = check_base(tensors, entries, workers), tensors.changes
+            with _open_base(base, before, opened, entries, renames) as (tensors, changes):
+                checked = check_base(tensors, entries, workers)
                 restored = check_restored(opened, tensors, entries, workers)
         WeightNames.from_metadata(container.metadata, container.name)
         rest = tuple(container.removed), tuple(container.attachments), changes
         said = dequantized(container.scaled(), container.metadata)
         identity = container.content_id.hex()
         return VerifyResult(len(container.sections), len(entries), checked, identity, *rest, said, restored)
+
+
+@contextlib.contextmanager
+def _open_base(
+    base: str | os.PathLike[str],
+    before: Sequence[str | os.PathLike[str]],
+    delta: DeltaFile,
+    entries: list[TensorEntry],
+    renames: Renames,
+) -> Iterator[tuple[BaseTensors, list[NameChange]]]:
+    """Open what a delta is applied to; give its tensors, and what differs in the names of the chain's base."""
+    if not before:
+        with open_base(base, delta.container) as checkpoint:
+            tensors = BaseTensors(checkpoint, entries, delta.container, renames)
+            yield tensors, tensors.changes
+        return
+    with open_links(before, delta.container.limits) as links, open_chain(base, [*links, delta], renames) as chain:
+        check_links([*links, delta])
+        yield chain.bases[-1], chain.bases[0].changes
 
 
 def _check_decoded(delta: DeltaFile, entries: Iterable[TensorEntry]) -> None:
@@ -141,16 +163,6 @@ def _check_payload(delta: DeltaFile, entry: TensorEntry) -> None:
     check_payload_digest(delta, entry)
 
 
-def check_payload_digest(delta: DeltaFile, entry: TensorEntry) -> None:
-    """Compare the digest of a tensor's payload with its entry, if it has a payload.
-
-    Raises:
-        InvalidFileError: the digest differs.
-    """
-    if entry.digest is not None and payload_digest(delta, entry) != entry.digest:
-        raise InvalidFileError(f'{delta.container.name}: tensors["{entry.name}"]: the payload has another digest')
-
-
 def check_attachment(container: Container, name: str) -> None:
     """Compare the digest of an attached file with the index.
 
@@ -158,22 +170,8 @@ def check_attachment(container: Container, name: str) -> None:
         InvalidFileError: the digest differs.
     """
     attachment = container.attachments[name]
-    if _digest_of(container.pieces(attachment.data)) != attachment.digest:
+    if digest_of(container.pieces(attachment.data)) != attachment.digest:
         raise _named(container, InvalidFileError(f'attachments["{name}"]: the bytes have another digest'))
-
-
-def check_content_id(container: Container, entries: Iterable[TensorEntry]) -> None:
-    """Compute the content id anew from all entries, and compare it with the trailer's.
-
-    With it and the digests of what is used, the content id stands for what is used.
-
-    Raises:
-        InvalidFileError: it differs.
-    """
-    about = container.removed, container.attachments, container.metadata, container.scaled(), container.files
-    found = content_id(entries, *about)
-    if found != container.content_id:
-        raise _named(container, InvalidFileError("the content id is not that of the content"))
 
 
 def check_base(base: BaseTensors, entries: list[TensorEntry], threads: int) -> int:
@@ -218,29 +216,6 @@ def check_coverage(container: Container, entries: list[TensorEntry]) -> None:
             position = ref.offset + ref.length
         if position != container.sections[number].raw_length:
             raise InvalidFileError(f"section {number}: no buffer holds the bytes from {position} on")
-
-
-def payload_digest(delta: DeltaFile, entry: TensorEntry) -> bytes:
-    """Return the BLAKE3 of a tensor's payload: its buffers in order, with a ``rank`` index in its ``fixed`` form."""
-    digest = blake3()
-    for term in entry.terms:
-        codec = codec_of(entry, term)
-        limits, size = delta.container.limits, delta.container.size
-        limits.check_memory(codec.piece_bytes, size, f'{delta.container.name}: an index of "{entry.name}" takes')
-        for name, array in delta.term_views(entry, term).items():
-            for piece in codec.digested_pieces(name, array):
-                digest.update(raw_bytes(piece))
-    if entry.data is not None:
-        for data in delta.container.pieces(entry.data):
-            digest.update(data)
-    return digest.digest()
-
-
-def _digest_of(pieces: Iterable[memoryview]) -> bytes:
-    digest = blake3()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.digest()
 
 
 def _named(container: Container, error: InvalidFileError) -> InvalidFileError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +55,16 @@ def in_order(
         waiting.append((item, submit(item)))
         held += size(item)
     yield from waiting
+
+
+@contextlib.contextmanager
+def worker_pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """Give so many worker threads, and stop them at the end."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=f"deltafmt-{name}")
+    try:
+        yield pool
+    finally:
+        drain(pool)
 
 
 def drain(pool: ThreadPoolExecutor) -> None:

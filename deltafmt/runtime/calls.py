@@ -22,7 +22,7 @@ from deltafmt.runtime.batch_inputs import named
 from deltafmt.runtime.continuous import UNNAMED, Continuous
 from deltafmt.runtime.continuous import Server as ContinuousServer
 from deltafmt.runtime.held import Held
-from deltafmt.runtime.model_batch import batch_of, models_in
+from deltafmt.runtime.model_batch import batch_of, embedding_of, models_in
 from deltafmt.runtime.per_delta import group_of, merge
 from deltafmt.runtime.places import Forms
 from deltafmt.runtime.rows import Names
@@ -84,6 +84,10 @@ class Calls:
                 if module is not model:
                     self._parts.append((module, module.__dict__.get("forward", UNNAMED)))
                     module.forward = _Part(self, module)
+            embedding = embedding_of(model)
+            if embedding is not None:
+                self._hooks.append(embedding.register_forward_pre_hook(self._enter_embedding, with_kwargs=True))
+                self._hooks.append(embedding.register_forward_hook(self._leave_embedding, always_call=True))
         else:  # the model is itself a served module, whose hooks run outside of its forward
             self._hooks.append(model.register_forward_pre_hook(self._enter_leaf, with_kwargs=True))
         continuous = Continuous(self._name, server, lambda: self._closed)
@@ -150,6 +154,7 @@ class Calls:
             return self._run(name, original, args, kwargs, batch_of(args, kwargs))
 
         def once(block: Block | None) -> Any:
+            frames.refuse_recording(block is not None)
             batch = None
             if block is not None or self._server.served.standing.used or frames.plain(original) is not original:
                 batch = batch_of(args, kwargs)
@@ -244,6 +249,22 @@ class Calls:
             given = {str(number): value for number, value in enumerate((*args, *kwargs.values()))}
             walk = selection.begin(self._server.forms, "leaf", given, None, type(module).__name__)
             selection.walk = None if walk is None else walk.of_leaf()
+
+    def _enter_embedding(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note the rows of the ids that the caller looks up, for a call with ``inputs_embeds``."""
+        if torch.compiler.is_compiling():
+            return
+        selection = self._scope.active()
+        ids = (*args, *kwargs.values())[0]
+        if selection is not None and not selection.entered and ids.dim() == 2:
+            self._enter_leaf(module, args, kwargs)
+
+    def _leave_embedding(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        selection = self._scope.active()
+        if selection is not None and not selection.entered:
+            selection.walk = None
 
     def _generate(self, original: Callable[..., Any], delta: Any, args: Any, kwargs: Any) -> Any:
         if self._scope.call.bound and delta is UNNAMED:

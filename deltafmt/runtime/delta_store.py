@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from deltafmt.delta import DeltaFile, refuse_exact
+from deltafmt.delta import DeltaFile, refuse_child, refuse_exact
 from deltafmt.errors import StorageError, UsageError
 from deltafmt.format.constants import BUFFER_ALIGNMENT, align
 from deltafmt.index.entries import TensorEntry
@@ -70,6 +70,7 @@ def read_attached(path: str) -> AttachedFile:
     """
     with DeltaFile(path) as delta:
         entries = {name: delta.resolve(name) for name in delta}
+        refuse_child(delta.container)
         refuse_exact(delta.container.name, entries.values())
         return AttachedFile(path, delta.content_id, delta, entries, tuple(delta.container.removed))
 

@@ -102,7 +102,7 @@ class Examiner:
         """
         refuse_offloaded(self._model)
         refuse_parallel(self._model)
-        named = named_base(source.opened.metadata)
+        named = named_base(source.opened.container)
         try:
             binding = bind(self._model, source.entries, source.removed, self._ignore, self._rename)
         except WrongBaseError as error:

@@ -73,6 +73,26 @@ def untraced(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         resume(compiler)
 
 
+def refuse_recording(serves: bool) -> None:
+    """Refuse a call whose steps are recorded for later calls, which would choose no deltas.
+
+    Args:
+        serves: deltas are served in this call.
+
+    Raises:
+        UsageError: ``torch.export``, ``torch.jit.trace`` or a transform of ``torch.func`` records the call.
+    """
+    if torch.compiler.is_exporting():
+        way = "torch.export"
+    elif serves and torch._C._is_tracing():  # noqa: SLF001 - torch.jit does not export its own
+        way = "torch.jit.trace"
+    elif serves and torch._C._functorch.maybe_current_level() is not None:  # noqa: SLF001
+        way = "torch.func"
+    else:
+        return
+    raise UsageError(f"a model with deltas cannot be recorded by {way}; unpack the delta, and record the fine-tune")
+
+
 class _Uncompiled:
     """The stance of torch's compiler while calls run uncompiled.
 

@@ -94,6 +94,15 @@ def models_in(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def embedding_of(model: nn.Module) -> nn.Embedding | None:
+    """Return the embedding that gives a model its ``inputs_embeds``; None if it has none."""
+    try:
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Embedding) and found is not model else None
+
+
 def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the numbers of rows and tokens in the batch that a model is called with; None if it has no batch."""
     ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")

@@ -19,7 +19,7 @@ from typing import BinaryIO, cast
 import torch
 
 from deltafmt.container.reader import Container
-from deltafmt.delta import DeltaFile, refuse_exact
+from deltafmt.delta import DeltaFile, refuse_child, refuse_exact
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format.constants import BUFFER_ALIGNMENT, FEATURE_EXACT, align
 from deltafmt.kernels.kind import Conversion
@@ -171,6 +171,7 @@ def _select(container: Container, tensors: str | Sequence[str]) -> list[str]:
 
 
 def _place(container: Container, tensors: str | Sequence[str] | None) -> Placement:
+    refuse_child(container)
     if container.features & FEATURE_EXACT:
         names = container.keys() if tensors is None else _select(container, tensors)
         refuse_exact(container.name, map(container.entry, names))

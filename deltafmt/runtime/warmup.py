@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from deltafmt.delta import DeltaFile, refuse_exact
+from deltafmt.delta import DeltaFile, refuse_child, refuse_exact
 from deltafmt.errors import UsageError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.kernels import devices
@@ -194,6 +194,7 @@ def entries_of(paths: Iterable[str | os.PathLike[str]]) -> list[list[TensorEntry
     for path in paths:
         with DeltaFile(path) as file:
             found.append([file.resolve(name) for name in file])
+            refuse_child(file.container)
             refuse_exact(file.container.name, found[-1])
     return found
 

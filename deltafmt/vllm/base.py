@@ -45,7 +45,7 @@ class EngineBase:
         wanted = list(entries)
         plain = not container.scaled() and METADATA_VARIANT not in container.metadata
         checkpoint = self.checkpoint if plain else open_base(self.folder, container)
-        base = BaseTensors(checkpoint, wanted, container.metadata)
+        base = BaseTensors(checkpoint, wanted, container)
         for entry in wanted:
             tensor = base.find(entry)
             if tensor is None or entry.base is None:

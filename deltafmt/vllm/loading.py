@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import torch
 
-from deltafmt.delta import DeltaFile, refuse_exact
+from deltafmt.delta import DeltaFile, refuse_child, refuse_exact
 from deltafmt.errors import DeltafmtError, UsageError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.output import storage_error
@@ -103,6 +103,7 @@ def load_delta(
         source = None if model.has_kernels else _Whole(path)
         with DeltaFile(source or path, mmap=False) as opened:
             entries = {tensor: opened.resolve(tensor) for tensor in opened}
+            refuse_child(opened.container)
             refuse_exact(name, entries.values())
             content_id = opened.content_id
             metadata = opened.container

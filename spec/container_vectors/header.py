@@ -65,9 +65,9 @@ def version_0() -> bytes:
     return with_header(header(version=0))
 
 
-@vector("unsupported", "incompatible feature bit 5 is set", "bit 5")
+@vector("unsupported", "incompatible feature bit 9 is set", "bit 9")
 def incompatible_bit() -> bytes:
-    return with_header(header(incompatible=1 << 5))
+    return with_header(header(incompatible=1 << 9))
 
 
 @vector("unsupported", "the highest incompatible feature bit is set", "bit 63")
@@ -104,7 +104,7 @@ def header_reserved_last() -> bytes:
 for _name, _what, _head in (
     ("of-another-size", "has a header of 128 bytes", header(version=2, size=128)),
     ("with-reserved", "uses reserved bytes", header(version=2, reserved=b"\1" + bytes(23))),
-    ("with-bits", "has incompatible bit 5", header(version=2, incompatible=32)),
+    ("with-bits", "has incompatible bit 9", header(version=2, incompatible=1 << 9)),
 ):
     _comment = f"the file asks for a reader of version 2, and {_what}"
     vector("unsupported", _comment, "version 2", f"newer-version-{_name}")(lambda head=_head: with_header(head))  # type: ignore[misc]
@@ -115,6 +115,6 @@ def incompatible_bit_with_reserved() -> bytes:
     return with_header(header(incompatible=1 << 63, reserved=b"\1" + bytes(23)))
 
 
-@vector("invalid", "the file asks for version 0, and incompatible bit 5 is set", "version 0")
+@vector("invalid", "the file asks for version 0, and incompatible bit 9 is set", "version 0")
 def version_0_with_bits() -> bytes:
-    return with_header(header(version=0, incompatible=32))
+    return with_header(header(version=0, incompatible=1 << 9))

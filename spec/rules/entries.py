@@ -176,6 +176,12 @@ DIFFERS = Patch("pipeline.unpack", "if base is not None and digest.result() != b
 COMPARE = "Whoever applies a delta MUST compare the digest and MUST refuse a base that differs"
 rule("7.5", COMPARE, "wrong-base wrong-base-same", DIFFERS)
 rule(
+    "18",
+    "MUST compare the digests of every base (7.5) that it uses",
+    "parent-of-another-base",
+    DIFFERS,
+)
+rule(
     "7.5",
     COMPARE,
     "wrong-base-shape wrong-base-dtype",

@@ -111,6 +111,7 @@ for _bit, _name, _words in (
     (0, "parts", "MUST be set if an entry's `base` has `parts`"),
     (1, "leading", "MUST be set if an entry has `leading`"),
     (2, "scaled", "MUST be set if the index has `scaled`"),
+    (5, "parent", "MUST be set if the index has `parent`"),
 ):
     _skip = Skip("container.file_index", f"bit {_bit}")
     rule(
@@ -342,5 +343,5 @@ rule(
     "8",
     "a verifier MUST recompute it",
     "wrong-content-id wrong-content-id-last-byte",
-    Skip("pipeline.verify", "the content id is not that of the content"),
+    Skip("pipeline.digests", "the content id is not that of the content"),
 )

@@ -232,6 +232,12 @@ rule(
 rule("7.2", "only with the feature of 4.4", "scaled-without-feature", Skip("container.file_index", "bit 2"))
 rule(
     "7.2",
+    "only with the feature of 4.4: bytes 32",
+    "parent-short parent-text",
+    Patch("container.file_index", 'check_bytes(obj["parent"], "parent", DIGEST_BYTES)', 'obj["parent"]'),
+)
+rule(
+    "7.2",
     "array of `{checksum: bytes 16",
     others="checksum-short",
     reason="a checksum of fewer bytes is not the section's",
@@ -291,7 +297,13 @@ rule(
     "7.6",
     "The `digest` of an entry is the BLAKE3 of its payload",
     "payload-digest payload-digest-last-byte payload-digest-replace payload-digest-of-terms",
-    Skip("pipeline.verify", "the payload has another digest"),
+    Skip("pipeline.digests", "the payload has another digest"),
+)
+rule(
+    "7.6",
+    "`files` (name to digest), `parent` and",
+    "parent parent-not-in-content-id",
+    Patch("container.content", '**({"parent": parent} if parent is not None else {}),', ""),
 )
 rule(
     "7.6",
@@ -314,7 +326,7 @@ rule(
     "those of a term in the order of their names",
     "lowbit-k3-zero-points",
     Patch(
-        "pipeline.verify",
+        "pipeline.digests",
         "in delta.term_views(entry, term).items():",
         "in reversed(delta.term_views(entry, term).items()):",
     ),

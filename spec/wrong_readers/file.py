@@ -79,7 +79,7 @@ patched(
     ),
     ("the seal is compared in its first 16 bytes", "seal", ") != trailer.digest:", ")[:16] != trailer.digest[:16]:"),
 )
-wrong("feature bit 5 is taken for known", "incompatible-bit", Constant("format.constants.KNOWN_FEATURES", 7 | 32))
+wrong("feature bit 9 is taken for known", "incompatible-bit", Constant("format.constants.KNOWN_FEATURES", 7 | 1 << 9))
 wrong(
     "feature bit 63 is taken for known", "incompatible-bit-63", Constant("format.constants.KNOWN_FEATURES", 7 | 1 << 63)
 )

@@ -312,6 +312,9 @@ patched(
         "if position != container.sections[number].raw_length:",
         "if False:",
     ),
+)
+patched(
+    "pipeline.digests",
     (
         "new rows come first in a digest",
         "buffers-empty",

@@ -1,0 +1,164 @@
+"""What a caller of ``pack`` or ``pack_many`` chose, and the job that it gives for one fine-tune."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from deltafmt.checkpoint.base_name import base_name as folder_name
+from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.restored import read_heads
+from deltafmt.errors import Remedy, UsageError
+from deltafmt.methods.base import Method
+from deltafmt.methods.deltadq import DeltaDQ
+from deltafmt.pipeline.completeness import REMOVED, Completeness
+from deltafmt.pipeline.job import PackJob, check_options
+from deltafmt.pipeline.pairing import PairOptions
+from deltafmt.pipeline.plan import Plan, Rule
+from deltafmt.pipeline.prepare import open_pair, prepare
+from deltafmt.pipeline.quantized_pairs import EXACT
+from deltafmt.pipeline.target import target_metadata
+
+
+@dataclass(frozen=True, slots=True)
+class PackOptions:
+    """The arguments of :func:`deltafmt.pack` that decide the bytes of a file, apart from targets and calibrations."""
+
+    method: Method
+    rules: Sequence[Rule]
+    include: Sequence[str]
+    exclude: Sequence[str]
+    missing: str | None
+    variant: str | None
+    attach: Sequence[str]
+    no_attach: Sequence[str]
+    quantized: str | None
+    pair: PairOptions
+    base_name: str | None
+    profile: str
+    seed: int
+
+    @classmethod
+    def read(
+        cls,
+        *,
+        method: Method | None,
+        rules: Sequence[Rule],
+        include: Sequence[str],
+        exclude: Sequence[str],
+        missing: str | None,
+        variant: str | None,
+        attach: Sequence[str],
+        no_attach: Sequence[str],
+        quantized: str | None,
+        rename: Sequence[str],
+        strip_prefix: Sequence[str],
+        allow_architecture: bool,
+        base_name: str | None,
+        profile: str,
+        seed: int,
+    ) -> Self:
+        """Return the options that arguments give.
+
+        Raises:
+            UsageError: a value is none that a file can have, or does not go with the method.
+        """
+        check_options(profile, seed)
+        pair = PairOptions.parse(rename, strip_prefix, allow_architecture)
+        method = method or DeltaDQ()
+        if method.exact:
+            # What is there is restored as it is, so nothing is missed.
+            quantized, missing = _exact_quantized(quantized), missing or REMOVED
+        return cls(
+            method,
+            rules,
+            include,
+            exclude,
+            missing,
+            variant,
+            attach,
+            no_attach,
+            quantized,
+            pair,
+            base_name,
+            profile,
+            seed,
+        )
+
+    @contextlib.contextmanager
+    def open(
+        self, base: str | os.PathLike[str], finetuned: str | os.PathLike[str]
+    ) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+        """Open a pair, as :func:`deltafmt.pipeline.prepare.open_pair` does."""
+        with open_pair(base, finetuned, self.variant, self.attach, self.no_attach, self.quantized) as pair:
+            yield pair
+
+    def job(self, before: Checkpoint, after: Checkpoint, target: int | None = None) -> PackJob:
+        """Return what is packed of an open pair.
+
+        Args:
+            before, after: base and fine-tune.
+            target: the bytes that the file may have; the methods are then chosen later. None uses the method.
+
+        Raises:
+            UsageError, InvalidFileError, WrongBaseError: as :func:`deltafmt.pack` raises them.
+        """
+        default = self.method
+        description = default.describe() if target is None else target_metadata(target)
+        only = default if target is None else None
+        prepared = prepare(before, after, only, self.rules, self.include, self.exclude, self.missing, self.pair)
+        named = folder_name(before) if self.base_name is None else self.base_name
+        plans, pairing, lacks = _in_order(prepared.plans), prepared.pairing, prepared.completeness
+        restores = default.exact and target is None and all(plan.is_exact for plan in plans)
+        if restores:
+            _check_restorable(after, lacks)
+        job = PackJob(
+            before, after, plans, self.profile, self.seed, description, pairing, named, lacks, restores=restores
+        )
+        _check_hot(job)
+        return job
+
+
+def _exact_quantized(quantized: str | None) -> str:
+    """Return how an exact pack reads codes: as the bytes that they are.
+
+    Raises:
+        UsageError: they are to be read as values.
+    """
+    if quantized not in (None, EXACT):
+        raise UsageError(f"quantized {quantized!r} and the method exact: values are not the bytes that are stored")
+    return EXACT
+
+
+def _in_order(plans: Sequence[Plan]) -> list[Plan]:
+    """Return plans in the order of the file: sections of exact tensors lie behind all others (section 5.7)."""
+    return sorted(plans, key=lambda plan: plan.in_exact_sections)
+
+
+def _check_restorable(finetuned: Checkpoint, lacks: Completeness) -> None:
+    """Refuse a fine-tune whose files cannot be restored byte for byte, before any work is done.
+
+    Raises:
+        UsageError: tensors are to be taken from the base, which no file of the fine-tune has.
+        InvalidFileError: a file has bytes that belong to no tensor.
+    """
+    if lacks.taken:
+        raise UsageError(
+            f"missing 'same' and the method exact: \"{lacks.taken[0]}\" would be in no file of {finetuned.path}; "
+            "leave the files as they are with missing 'removed'"
+        )
+    read_heads(finetuned)
+
+
+def _check_hot(job: PackJob) -> None:
+    """Refuse a hot file with an index that kernels cannot read.
+
+    Raises:
+        UsageError: a method has a rank index.
+    """
+    if job.profile == "hot" and any(layout.cold_only for plan in job.plans for layout in plan.layouts()):
+        text = "a hot file cannot have a rank index, because kernels read the file as it lies"
+        raise UsageError(text, Remedy("profile", "cold"))

@@ -1,0 +1,133 @@
+"""Live tensors of a model by name: which share memory, what their bytes are, and how their elements are changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deltafmt.errors import InvalidFileError, UsageError
+from deltafmt.exact.units import Unit, unit_of
+from deltafmt.format.checks import check_shape, is_name
+from deltafmt.format.constants import DTYPE_BITS
+from deltafmt.runtime.dtypes import TORCH_DTYPES
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class LiveTensor:
+    """A tensor of a state dict, without its gradient.
+
+    Attributes:
+        name: its name.
+        dtype: its dtype, by the name that safetensors has for it.
+        shape: its sizes.
+        tensor: the tensor itself.
+        tied: the names that stand for the same memory, and come behind this one.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    tensor: torch.Tensor
+    tied: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.tensor.numel() * self.tensor.element_size()
+
+    @property
+    def unit(self) -> Unit:
+        """What the tensor is cut into (spec section 17.2)."""
+        return unit_of(self.dtype)
+
+    @property
+    def is_direct(self) -> bool:
+        """True if the tensor's bytes lie in C order in host memory."""
+        return self.tensor.device.type == "cpu" and self.tensor.is_contiguous()
+
+    def flat(self) -> torch.Tensor:
+        """Return the tensor's bytes, uint8, 1-d, on its device: a view if they lie in C order, otherwise a copy."""
+        whole = self.tensor.contiguous().reshape(-1)
+        return whole.view(torch.uint8) if whole.numel() else torch.empty(0, dtype=torch.uint8, device=whole.device)
+
+    def units(self) -> NDArray[np.unsignedinteger]:
+        """Return the tensor's units in host memory: a view if the tensor is direct, otherwise a copy."""
+        data: NDArray[np.uint8] = self.flat().cpu().numpy()
+        return data.view(self.unit.dtype)
+
+
+def live_tensors(state: Mapping[str, torch.Tensor], what: str = "the state") -> dict[str, LiveTensor]:
+    """Return the tensors of a state dict by name, in the order of their names, each memory once.
+
+    Args:
+        state: tensors by name: a state dict, or named parameters.
+        what: the name of the state in messages.
+
+    Raises:
+        UsageError: a value is no plain tensor, or two tensors share a part of their memory only.
+    """
+    found: dict[str, LiveTensor] = {}
+    places: dict[tuple[object, ...], LiveTensor] = {}
+    for name in sorted(state):
+        live = _checked(name, state[name], what)
+        first = places.setdefault(_place(live), live) if live.nbytes else live
+        if first is live:
+            found[name] = live
+        else:
+            first.tied.append(name)
+    if not found:
+        raise UsageError(f"{what} has no tensors")
+    _refuse_overlaps(found.values(), what)
+    return found
+
+
+def _checked(name: object, value: object, what: str) -> LiveTensor:
+    where = f"{what}: tensor {name!r}"
+    if not isinstance(name, str) or not is_name(name) or name.rpartition("/")[2] == "__metadata__":
+        raise UsageError(f"{where} has a name that no file can hold")
+    if not isinstance(value, torch.Tensor):
+        raise UsageError(f"{where} is no tensor but {type(value).__name__}; leave it out of the state")
+    tensor = value.detach()
+    if type(tensor) is not torch.Tensor:
+        raise UsageError(f"{where} is a {type(tensor).__name__}; give plain tensors, such as those of full_tensor()")
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_conj() or tensor.is_neg():
+        raise UsageError(f"{where} has no bytes of its own: it is sparse, on no device, or a view of other values")
+    dtype = _NAMES.get(tensor.dtype)
+    if dtype is None or DTYPE_BITS[dtype] % 8:
+        raise UsageError(f"{where} has the dtype {tensor.dtype}, which no file can hold")
+    try:
+        shape = check_shape(list(tensor.shape), where)
+    except InvalidFileError as error:
+        raise UsageError(str(error)) from error
+    return LiveTensor(name, dtype, shape, tensor)
+
+
+def _place(live: LiveTensor) -> tuple[object, ...]:
+    tensor = live.tensor
+    return tensor.device, tensor.data_ptr(), tensor.dtype, live.shape, tensor.stride()
+
+
+def _refuse_overlaps(tensors: Iterable[LiveTensor], what: str) -> None:
+    """Refuse tensors whose memory is not apart and not the same: writing one could change the other."""
+    spans: dict[torch.device, list[tuple[int, int, str]]] = {}
+    for live in tensors:
+        if not live.nbytes:
+            continue
+        tensor, strides = live.tensor, live.tensor.stride()
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(live.shape, strides, strict=True))
+        if elements < tensor.numel():
+            raise UsageError(f'{what}: elements of tensor "{live.name}" share memory; give a copy of it')
+        start = tensor.data_ptr()
+        spans.setdefault(tensor.device, []).append((start, start + elements * tensor.element_size(), live.name))
+    for device in spans.values():
+        end, before = 0, ""
+        for start, stop, name in sorted(device):
+            if start < end:
+                raise UsageError(f'{what}: tensors "{before}" and "{name}" share a part of their memory; give copies')
+            end, before = stop, name

@@ -1,0 +1,205 @@
+"""The sender: turns successive states of a model into patches and anchors, and waits for whoever cannot follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from deltafmt.errors import BehindError, UsageError
+from deltafmt.exact.chunk import LEVELS
+from deltafmt.output import Bytes
+from deltafmt.pipeline.workers import thread_count
+from deltafmt.sync.live import live_tensors
+from deltafmt.sync.message import MAX_VERSION, Message, Reply, as_reply
+from deltafmt.sync.states import KeptState
+
+# Versions whose digests are remembered, to be compared with those of replies.
+_REMEMBERED = 1000
+
+
+@dataclass(slots=True)
+class _Follower:
+    """A subscriber as the publisher knows it: the last version that it has, its digest, and why it has no later one."""
+
+    version: int
+    state: str | None = None
+    error: str | None = None
+
+
+class Publisher:
+    """Turn the states of a model that is being trained into messages, each a delta file.
+
+    The first message is an anchor, which gives a whole state; the next ones are patches, which say what has changed.
+    The publisher keeps a copy of the last state in host memory. It is not meant for several threads.
+
+    Args:
+        anchor_every: at every so manieth version the message is an anchor; None for the first version only.
+        ahead: how many versions a subscriber may be behind when the next one is made.
+        subscribers: names of subscribers that must follow from the start; others are known from their first reply.
+        base: the state that all subscribers have already, such as the checkpoint that training starts from. The first
+            message is then a patch.
+        version: the version of ``base``; without ``base``, the first version is the next one.
+        level: ``default``, or ``fast`` for larger messages in less time.
+        threads: worker threads; one for each processor if None.
+
+    Raises:
+        UsageError: an argument is out of range, or ``base`` is no state.
+
+    Example::
+
+        publisher = Publisher(anchor_every=100)
+        message = publisher.publish(model.state_dict())
+        send(message.data)
+        answer = publisher.receive(reply)      # what the subscriber sent back
+        if answer is not None:                 # it could not follow: this anchor helps
+            send(answer.data)
+    """
+
+    def __init__(
+        self,
+        *,
+        anchor_every: int | None = 100,
+        ahead: int = 0,
+        subscribers: Iterable[str] = (),
+        base: Mapping[str, torch.Tensor] | None = None,
+        version: int = 0,
+        level: str = "default",
+        threads: int | None = None,
+    ) -> None:
+        if anchor_every is not None and anchor_every < 1:
+            raise UsageError(f"an anchor at every {anchor_every} versions is not possible; give 1 or more, or None")
+        if ahead < 0 or not 0 <= version < MAX_VERSION:
+            raise UsageError(f"ahead {ahead} and version {version} must be 0 or more, and version below {MAX_VERSION}")
+        if level not in LEVELS:
+            raise UsageError(f"level {level!r} is not one of {', '.join(LEVELS)}")
+        self.version = version
+        self._anchor_every, self._ahead = anchor_every, ahead
+        self._level, self._threads = level, thread_count(threads)
+        self._start = version
+        self._followers = {name: _Follower(version) for name in subscribers}
+        self._kept: KeptState | None = None
+        self._digests: dict[int, str] = {}
+        self._anchored = version
+        self._anchor: Message | None = None
+        self._anchor_bytes: int | None = None
+        if base is not None:
+            self._kept = KeptState(live_tensors(base, "the base"), level, self._threads)
+            self._remember(self._kept.digest())
+
+    def publish(self, state: Mapping[str, torch.Tensor]) -> Message:
+        """Return the message that gives the next version.
+
+        It is an anchor if it is the first, if it is the turn of one, if tensors have come, gone or changed their shape
+        since the last version, or if a patch would be no smaller. The state may lie on any device. It must not change
+        during the call; if it does, subscribers get what was read.
+
+        Args:
+            state: tensors by name, such as ``model.state_dict()``.
+
+        Raises:
+            BehindError: a subscriber could not follow, or has not answered. Nothing was made.
+            UsageError: the state holds something other than plain tensors.
+        """
+        self._check_followers()
+        live = live_tensors(state)
+        version, kept = self.version + 1, self._kept
+        if version > MAX_VERSION:
+            raise UsageError(f"there is no version after {MAX_VERSION}")
+        # If anything fails from here on, the copy may be half new, and the next message is an anchor.
+        self._kept = self._anchor = None
+        turn = self._anchor_every is not None and version - self._anchored >= self._anchor_every
+        if kept is None or not kept.fits(live):
+            kept = KeptState(live, self._level, self._threads)
+            message = kept.anchor(version)
+        elif turn:
+            kept.take(live)
+            message = kept.anchor(version)
+        else:
+            message = kept.patch(live, version)
+            limit = kept.nbytes if self._anchor_bytes is None else self._anchor_bytes
+            if len(message.data) >= limit:
+                message = kept.anchor(version)
+        self._kept, self.version = kept, version
+        self._remember(message.state)
+        if message.kind == "anchor":
+            self._anchored, self._anchor, self._anchor_bytes = version, message, len(message.data)
+        return message
+
+    def anchor(self) -> Message:
+        """Return the last version as an anchor, for a subscriber that comes late or could not follow.
+
+        Raises:
+            UsageError: there is no version yet.
+        """
+        if self._kept is None:
+            raise UsageError("there is no version yet, or the last publish failed; publish a state first")
+        if self._anchor is None:
+            self._anchor = self._kept.anchor(self.version)
+        return self._anchor
+
+    def receive(self, reply: Reply | Bytes) -> Message | None:
+        """Take the reply of a subscriber, and return the anchor that it needs; None if it needs nothing.
+
+        Args:
+            reply: a reply, or its bytes.
+
+        Raises:
+            InvalidFileError: the bytes are no reply.
+        """
+        reply = as_reply(reply)
+        version = self._start if reply.version is None else reply.version
+        if self._kept is None:
+            # A publisher that was started anew counts on from where the one before it came to.
+            self.version = max(self.version, version)
+            return None
+        follower = _Follower(version, reply.state, self._fault(reply))
+        self._followers[reply.subscriber] = follower
+        if follower.error is None and reply.version is not None:
+            return None
+        if version > self.version:
+            self.version, self._anchor = version + 1, None
+            self._remember(self._kept.digest())
+        return self.anchor()
+
+    def drop(self, subscriber: str) -> None:
+        """Forget a subscriber, which will not come back.
+
+        Raises:
+            UsageError: there is none of this name.
+        """
+        if self._followers.pop(subscriber, None) is None:
+            raise UsageError(f"there is no subscriber {subscriber!r}")
+
+    def behind(self) -> dict[str, str]:
+        """Return the subscribers for whom :meth:`publish` waits, and why."""
+        found = {}
+        last = self._digests.get(self.version)
+        for name, follower in self._followers.items():
+            if follower.error is not None:
+                found[name] = follower.error
+            elif last not in (None, follower.state) and follower.version < self.version - self._ahead:
+                found[name] = f"it has version {follower.version}, and the last is version {self.version}"
+        return found
+
+    def _check_followers(self) -> None:
+        for name, why in self.behind().items():
+            raise BehindError(f"subscriber {name!r} cannot follow: {why}; send it what receive or anchor gives")
+
+    def _fault(self, reply: Reply) -> str | None:
+        """Return what is wrong with a subscriber's state."""
+        if reply.error is not None:
+            return reply.error
+        if reply.version is None:
+            return None
+        if reply.version > self.version:
+            return f"it has version {reply.version}, which this publisher has not made"
+        if self._digests.get(reply.version, reply.state) != reply.state:
+            return f"its version {reply.version} is not the one that was published"
+        return None
+
+    def _remember(self, digest: str) -> None:
+        self._digests[self.version] = digest
+        for old in sorted(self._digests)[:-_REMEMBERED]:
+            del self._digests[old]

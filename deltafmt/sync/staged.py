@@ -1,0 +1,106 @@
+"""Changes that are known before anything is touched, and are then made to all live tensors, or to none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deltafmt.exact.units import Units
+from deltafmt.sync.live import LiveTensor
+
+# Integers of each width, as which torch copies elements whatever they mean.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Up to this share of the units, the places of those that change are kept, and not all units.
+_FEW = 0.125
+
+
+class Change(Protocol):
+    """A change of some units of a live tensor."""
+
+    def make(self) -> None:
+        """Write the new units. What was there before can be written back from then on."""
+
+    def undo(self) -> None:
+        """Write back what was there before, whether or not all of the new units were written."""
+
+
+class HostChange:
+    """A change of a run of units in host memory.
+
+    Args:
+        target: the run, a view of the live tensor.
+        new: the new units; kept if many differ.
+    """
+
+    def __init__(self, target: Units, new: Units) -> None:
+        self._target = target
+        places = np.flatnonzero(target != new)
+        self.count = places.size
+        self._places: NDArray[np.int64] | None = None
+        self._old: Units | None = None
+        if places.size <= _FEW * new.size:
+            self._places, self._new = places, new[places]
+        else:
+            self._new = new
+
+    def make(self) -> None:
+        """Write the new units."""
+        if self._places is None:
+            self._old = self._target.copy()
+            self._target[:] = self._new
+        else:
+            self._old = self._target[self._places]
+            self._target[self._places] = self._new
+
+    def undo(self) -> None:
+        """Write the old units back."""
+        if self._old is None:
+            return
+        if self._places is None:
+            self._target[:] = self._old
+        else:
+            self._target[self._places] = self._old
+
+
+class WholeChange:
+    """A change of all elements of a tensor whose bytes do not lie in C order in host memory.
+
+    Args:
+        live: the tensor.
+        new: all of its units.
+    """
+
+    def __init__(self, live: LiveTensor, new: Units) -> None:
+        integers = _INTEGERS[live.tensor.element_size()]
+        self._target = live.tensor.view(integers)
+        self._new = torch.from_numpy(new.view(np.uint8)).view(integers).reshape(live.shape).to(self._target.device)
+        self._old: torch.Tensor | None = None
+
+    def make(self) -> None:
+        """Write the new elements."""
+        self._old = self._target.clone()
+        self._target.copy_(self._new)
+
+    def undo(self) -> None:
+        """Write the old elements back."""
+        if self._old is not None:
+            self._target.copy_(self._old)
+
+
+def make_all(changes: Sequence[Change]) -> None:
+    """Make all changes; if one fails, or the call is interrupted, undo them and raise what happened."""
+    with torch.inference_mode():
+        done = 0
+        try:
+            for change in changes:
+                done += 1
+                change.make()
+        except BaseException:
+            for change in changes[:done]:
+                change.undo()
+            raise

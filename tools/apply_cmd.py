@@ -1,0 +1,104 @@
+"""``deltafmt apply``: a model and a chain of delta files to a checkpoint folder, new or in place."""
+
+from __future__ import annotations
+
+import argparse
+
+from deltafmt.checkpoint.weight_names import bounded
+from deltafmt.errors import UsageError
+from deltafmt.pipeline.summary import left_out_line, plural
+from deltafmt.tools import console
+from deltafmt.tools.limit_arguments import add_limit_arguments, limits_of
+from deltafmt.tools.name_arguments import add_name_arguments, name_options, names_obj, say_names
+from deltafmt.tools.quantized_arguments import say_dequantized
+
+USAGE = "deltafmt apply MODEL DELTA [DELTA ...] (-o DIR | --in-place) [options]\n       deltafmt apply MODEL --recover"
+EPILOG = """\
+Each DELTA was made on what the one before it gives (pack --parent). Deltas at the beginning that MODEL has in it
+already are skipped. In place, MODEL is the old state or the new one, whenever the command ends.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.usage, parser.epilog = USAGE, EPILOG
+    parser.add_argument("model", metavar="MODEL", help="what the first delta was made on: a checkpoint folder")
+    parser.add_argument("delta", metavar="DELTA", nargs="*", help="the delta files, in their order")
+    parser.add_argument("-o", "--output", metavar="DIR", help="the checkpoint folder to write")
+    parser.add_argument("--in-place", action="store_true", help="replace the weights in MODEL; its other files stay")
+    parser.add_argument(
+        "--recover", action="store_true", help="finish, or clear away, what a killed run has left beside MODEL"
+    )
+    parser.add_argument("--threads", type=int, metavar="T", help="number of threads (default: one for each processor)")
+    parser.add_argument("--force", action="store_true", help="replace DIR if it is an earlier checkpoint")
+    parser.add_argument(
+        "--code",
+        choices=("write", "leave"),
+        help="write the last delta's Python code, or leave it out (default: write it, but refuse names of modules)",
+    )
+    add_name_arguments(parser, "the first delta", "MODEL")
+    add_limit_arguments(parser, computes=True)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    from deltafmt.pipeline.apply import apply
+
+    if options.force and options.output is None:
+        raise UsageError("--force replaces the folder behind -o, and there is none")
+
+    def total() -> int:
+        return console.delta_bytes(options.delta[-1]) if options.delta else 0
+
+    with console.progress_bar("applying", total, not options.json) as progress:
+        result = apply(
+            options.model,
+            options.delta,
+            options.output,
+            in_place=options.in_place,
+            recover=options.recover,
+            force=options.force,
+            code=options.code,
+            **name_options(options),
+            threads=options.threads,
+            limits=limits_of(options),
+            progress=progress,
+        )
+    if options.json:
+        console.say_json(
+            {
+                "ok": True,
+                "folder": str(result.path),
+                "applied": result.applied,
+                "skipped": result.skipped,
+                "recovered": result.recovered,
+                "tensors": result.tensors,
+                "bytes": result.nbytes,
+                "files": result.files,
+                "restored_files": result.restored,
+                "code": result.code,
+                "removed": result.removed,
+                "names": names_obj(result.names),
+                "dequantized": result.dequantized.to_obj(),
+            }
+        )
+        return
+    if result.recovered:
+        console.say(f"{result.path}: a run that was killed is finished")
+    elif options.recover:
+        console.say(f"{result.path}: nothing was left to finish")
+    if result.skipped:
+        console.say(f"applied already: {bounded(result.skipped)}")
+    if not result.applied:
+        return
+    files = f" and {bounded(result.files, 30)}" if result.files else ""
+    console.say(f"{result.path}: {plural(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
+    if result.restored:
+        console.say(f"restored byte for byte: {bounded(result.restored)}")
+    if result.code:
+        done = "left out" if options.code == "leave" else "written"
+        console.say(f"code, {done}: {bounded(result.code, 30)}")
+    say_names(result.names)
+    say_dequantized(result.dequantized)
+    if result.removed:
+        console.say(left_out_line(result.removed))
