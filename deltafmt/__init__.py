@@ -28,6 +28,7 @@ from deltafmt._version import __version__
 if TYPE_CHECKING:
     from deltafmt import errors, methods, torch, transformers
     from deltafmt.analysis.analyze import analyze
+    from deltafmt.analysis.evaluation.evaluate import evaluate
     from deltafmt.delta import DeltaFile
     from deltafmt.delta import DeltaFile as open  # noqa: A004, N813 - as safetensors and gzip name theirs
     from deltafmt.format.limits import Limits
@@ -50,6 +51,7 @@ __all__ = [
     "analyze",
     "diff",
     "errors",
+    "evaluate",
     "export_lora",
     "import_lora",
     "methods",
@@ -71,6 +73,7 @@ _HOMES = {
     "analyze": ("deltafmt.analysis.analyze", "analyze"),
     "diff": ("deltafmt.pipeline.diff", "diff"),
     "errors": ("deltafmt.errors", None),
+    "evaluate": ("deltafmt.analysis.evaluation.evaluate", "evaluate"),
     "export_lora": ("deltafmt.pipeline.export_lora", "export_lora"),
     "import_lora": ("deltafmt.pipeline.import_lora", "import_lora"),
     "methods": ("deltafmt.methods", None),

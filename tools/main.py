@@ -36,6 +36,7 @@ COMMANDS = {
     "export-lora": "turn a delta file of low-rank terms into a LoRA adapter",
     "warmup": "compile the kernels that serving some delta files needs, before a request needs them",
     "analyze": "show what a fine-tune's delta looks like, and what compressing it loses",
+    "evaluate": "compare what deltas and the fine-tune predict of a text",
 }
 
 # The commands whose module has ``add_rare_arguments``.
