@@ -235,6 +235,18 @@ def band(rng: np.random.Generator, layout: LowRankLayout, rows: int, columns: in
     return LowRankArrays(*sides)
 
 
+def write_link(out: Path) -> None:
+    """Write the second link of a chain, which names its parent."""
+    base, finetuned = layer(np.random.default_rng(98))
+    later = {name: moved(np.random.default_rng(97), tensor) for name, tensor in finetuned.items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        versions = [write_checkpoint(work / str(i), each, {}) for i, each in enumerate((base, finetuned, later))]
+        parent = work / "parent.deltafmt"
+        deltafmt.pack(*versions[:2], parent, method=Exact(), missing="removed", threads=1)
+        deltafmt.pack(*versions[1:], out, method=DeltaDQ(1, 4, 2), parent=parent, force=True, threads=1)
+
+
 def main(folder: Path) -> None:
     """Write every seed input."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -246,6 +258,7 @@ def main(folder: Path) -> None:
             sides = write_checkpoint(work / "base", base, {}), write_checkpoint(work / "finetuned", finetuned, files)
             options = {"exact": name.endswith("progressive"), "force": True, "missing": "removed", "threads": 1}
             deltafmt.pack(*sides, out, method=method, profile=profile, **options)
+    write_link(folder / "hot-parent.deltafmt")
     (folder / "hot-sum.deltafmt").write_bytes(sum_of_terms(NM_TERMS))
     (folder / "hot-bands.deltafmt").write_bytes(sum_of_terms(BANDS))
     for path in sorted(folder.glob("*.deltafmt")):

@@ -144,8 +144,13 @@ def run(options: argparse.Namespace) -> int:
 
     target = read_target(options, given_arguments(options))
     method = read_method(options)
-    calibration = read_calibration(options)
     rules: list[tuple[str, Method | None]] = [(pattern, read_rule(text, method)) for pattern, text in options.rule]
+    reading = [
+        each for each in (method, *(ruled for _, ruled in rules)) if each is not None and each.calibration != "none"
+    ]
+    if options.calibration is not None and not target and not reading:
+        raise UsageError(f"method {method.name} reads no calibration text, so {options.calibration} has no effect")
+    calibration = read_calibration(options)
     to_stdout = options.output == "-"
     if to_stdout and sys.stdout.isatty():
         raise UsageError("a delta file is not written to a terminal; name a file after -o, or pipe the output on")

@@ -18,6 +18,7 @@ from deltafmt.exact.differences import (
     marked_planes,
     marked_units,
     planes_of,
+    ranks_of,
     sorted_planes,
     units_of,
 )
@@ -78,6 +79,8 @@ def encode(values: Units, prediction: Units, unit: Unit, level: str = "default",
     stored = Chunk(STORED, values.tobytes())
     found = [stored]
     if changed <= _SPARSE_SHARE * values.size:
+        if marks is None and unit.is_float and level == "default":
+            return min(stored, _few(values, prediction, differs, unit), key=lambda chunk: len(chunk.data))
         found.append(_sparse(values, prediction, differs, unit, marks))
     if not _is_unrelated(values, prediction, unit):
         key = unit if level == "default" else Unit(unit.width)
@@ -119,6 +122,30 @@ def decode(form: int, data: Bytes, prediction: Units, unit: Unit, marks: Marks |
     if form == SORTED:
         return marked_units(planes, prediction, unit, unit, marks)
     return joined(planes, prediction, unit, Unit(unit.width))
+
+
+def parts(form: int, data: Bytes, count: int, unit: Unit) -> tuple[NDArray[np.int64] | None, Planes]:
+    """Return the places and the planes of a chunk, for a decoder elsewhere.
+
+    Args:
+        form, data: the chunk; not of the form SAME.
+        count: its units.
+        unit: the unit.
+
+    Returns:
+        The places that the planes are for, ascending, or None for all places; and the planes: of units if the form is
+        STORED or VALUES, otherwise of zigzag differences.
+
+    Raises:
+        InvalidFileError: the bytes break the format.
+    """
+    view = memoryview(data).cast("B")
+    if form == STORED:
+        _expect(len(view), count * unit.width)
+        return None, planes_of(np.frombuffer(view, unit.dtype), unit)
+    if form == SPARSE:
+        return _read_sparse(view, count, unit)
+    return None, _read_planes(view, count, unit.width)
 
 
 def check(form: int, data: Bytes, count: int, unit: Unit) -> None:
@@ -204,6 +231,24 @@ def _read_plane(stored: memoryview, count: int) -> NDArray[np.uint8] | int:
     if not plane.any():
         raise InvalidFileError("a plane of zeros is stored")
     return plane
+
+
+def _few(values: Units, prediction: Units, differs: NDArray[np.bool_], unit: Unit) -> Chunk:
+    """Return a chunk of which few units differ, as sorted planes or by their places: what promises to be smaller."""
+    places = np.flatnonzero(differs)
+    ranks, counts = ranks_of(places, prediction, unit)
+    order = np.argsort(ranks)
+    if _gap_bits(places) < _gap_bits(ranks[order]):
+        return _sparse(values, prediction, differs, unit)
+    # The planes of sorted_planes: zeros, but for the units that differ.
+    planes = np.zeros((unit.width, values.size), np.uint8)
+    planes[:, ranks] = sorted_planes(values[places], prediction[places], unit, Unit(unit.width))[0]
+    return Chunk(SORTED, _write_planes(planes, _ends(counts)))
+
+
+def _gap_bits(places: NDArray[np.int64]) -> float:
+    """Return the entropy of gaps between places, in bits a gap; those above 255 count as such."""
+    return _bits(np.minimum(np.diff(places, prepend=-1) - 1, _FILLER).astype(np.uint8))
 
 
 def _sparse(

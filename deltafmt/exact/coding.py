@@ -117,6 +117,11 @@ class ExactDecoder:
             raise InvalidFileError(f"chunk {number}: what it restores is not what was packed")
         return units
 
+    def stored(self, number: int) -> tuple[int, int, memoryview]:
+        """Return the checksum of what a chunk restores, the chunk's form and its bytes."""
+        checksum, _, form = self._rows[number]
+        return checksum, form, self._data(number)
+
     def check(self, number: int) -> None:
         """Check what can be known of a chunk without the base.
 

@@ -1,6 +1,6 @@
 """Differences of units, sorted by the exponent of what is predicted, as planes of bytes (spec, sections 17.3, 17.5).
 
-Compiled: ``kernels/cpu/loops/exact.c``.
+Compiled: ``kernels/cpu/loops/exact.c`` and ``ranks.c``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from deltafmt.exact.units import Unit, Units
 
 Planes = NDArray[np.uint8]
 Counts = NDArray[np.uint64]
+Places = NDArray[np.int64]
 Marks = NDArray[np.bool_]
 
 
@@ -94,6 +95,30 @@ def joined(planes: Planes, prediction: Units, unit: Unit, key: Unit) -> Units:
     codes[np.argsort(exponents(prediction, key), kind="stable")] = units_of(planes, unit)
     with np.errstate(over="ignore"):
         return unordered(ordered(prediction, unit) + unzigzag(codes, unit), unit)
+
+
+def _ranks_of(native: Native, places: Places, prediction: Units, key: Unit) -> tuple[Places, Counts]:
+    ranks, counts = np.empty(places.size, np.int64), np.empty(1 << key.bits, np.uint64)
+    native.exact_ranks(prediction, 0, key.shift, key.bits, places, counts, ranks)
+    return ranks, counts
+
+
+@loop(_ranks_of)
+def ranks_of(places: Places, prediction: Units, key: Unit) -> tuple[Places, Counts]:
+    """Return where some units stand when all are stably sorted by the prediction's exponent.
+
+    Args:
+        places: the numbers of these units, ascending.
+        prediction: of all units.
+        key: the unit whose exponent sorts.
+
+    Returns:
+        A rank for each place, and how many units have each exponent.
+    """
+    keys = exponents(prediction, key)
+    ranks = np.empty(prediction.size, np.int64)
+    ranks[np.argsort(keys, kind="stable")] = np.arange(prediction.size)
+    return ranks[places], np.bincount(keys, minlength=1 << key.bits).astype(np.uint64)
 
 
 def marked_planes(

@@ -213,7 +213,7 @@ class Unpacker:
             self._base.checkpoint.check_unchanged()
             beside = writer.keep_others()
             if beside is not None:
-                _check_read(self._result.path, beside, writer.weights)
+                check_read(self._result.path, beside, writer.weights)
             writer.commit()
         except BaseException:
             writer.abandon()
@@ -328,7 +328,7 @@ class _Part:
                 self.writer.write(self.name, first * row_bytes, raw_bytes(rows))
 
 
-def _check_read(path: Path, made: Path, weights: Sequence[str]) -> None:
+def check_read(path: Path, made: Path, weights: Sequence[str]) -> None:
     """Refuse to patch a folder whose loader would read other weights than those that were written.
 
     Raises:
