@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from blake3 import blake3
 from numpy.typing import NDArray
 
@@ -21,7 +22,7 @@ from deltafmt.delta import DeltaFile, RunDecoder
 from deltafmt.errors import DeltafmtError, InvalidFileError, UnsupportedError
 from deltafmt.exact.coding import ExactDecoder
 from deltafmt.exact.prediction import converted, extended, units_at
-from deltafmt.format.constants import byte_count, element_count
+from deltafmt.format.constants import FEATURE_PROGRESSIVE, HEADER_MAGIC, byte_count, element_count
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.verify import verify
 
@@ -43,8 +44,18 @@ def status_of(error: DeltafmtError) -> str:
     return "limit" if "raises the limit" in str(error) else "invalid"
 
 
+def is_beyond_c(data: bytes) -> bool:
+    """Tell whether a file is progressive, bit 4, which spec/reader calls unsupported."""
+    head = data[:64]
+    if len(head) < 64 or head[:8] != HEADER_MAGIC or xxhash.xxh3_64_digest(head[:56])[::-1] != head[56:]:
+        return False
+    return head[8:12] == b"\1\0\0\0" and bool(head[16] & FEATURE_PROGRESSIVE)
+
+
 def with_library(path: Path) -> tuple[Report, list[str]]:
     """Return the library's report on a file, and the names of its tensors."""
+    if is_beyond_c(path.read_bytes()):
+        return Report("unsupported", "unsupported", "a progressive file", b"", ()), []
     try:
         delta = deltafmt.open(path, limits=LIMITS)
     except DeltafmtError as error:

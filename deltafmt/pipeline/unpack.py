@@ -300,7 +300,7 @@ class Unpacker:
                 pending.parts.append(pool.submit(part.write, start, stop))
         elif tensor is not None:
             pending.parts.append(pool.submit(_copy, writer, entry.name, tensor))
-        if source.data is not None:
+        if source.data is not None and source.exact is None:
             offset = source.nbytes - source.data.length
             for piece in self._delta.container.pieces(source.data):
                 pending.parts.append(pool.submit(writer.write, entry.name, offset, piece))
