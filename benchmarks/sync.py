@@ -5,8 +5,8 @@
 ``MODELS`` holds ``wordmath/``, a Llama of 14.6 million parameters. It is trained on its word problems, in float32 by
 AdamW, and each step is published in bfloat16. The other encodings are made here as their projects describe them, and
 have what they need to be applied, without names and checksums. For the speeds, every tensor is repeated so many times,
-because those of larger models are larger. GB are 10**9 bytes of parameters. A changed element is one whose bfloat16 bits
-have changed.
+because those of larger models are larger. GB are 10**9 bytes of parameters. A changed element is one whose bfloat16
+bits have changed.
 """
 
 from __future__ import annotations
