@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 from deltafmt.errors import InvalidFileError
 from deltafmt.exact.differences import (
     Counts,
+    Marks,
     Planes,
     joined,
+    marked_planes,
+    marked_units,
     planes_of,
     ranks_of,
     sorted_planes,
@@ -59,7 +62,7 @@ class Chunk:
     data: bytes
 
 
-def encode(values: Units, prediction: Units, unit: Unit, level: str = "default") -> Chunk:
+def encode(values: Units, prediction: Units, unit: Unit, level: str = "default", marks: Marks | None = None) -> Chunk:
     """Return a chunk in the form that is smallest, as far as samples tell.
 
     Args:
@@ -67,34 +70,36 @@ def encode(values: Units, prediction: Units, unit: Unit, level: str = "default")
         prediction: what the decoder has in their place, as many.
         unit: their unit.
         level: ``default``, or ``fast`` to leave differences unsorted.
+        marks: which units are sorted behind the others; None if there are no marks.
     """
     differs = values != prediction
     changed = int(np.count_nonzero(differs))
     if not changed:
         return Chunk(SAME, b"")
-    if changed <= _SPARSE_SHARE * values.size and unit.is_float and level == "default":
+    if changed <= _SPARSE_SHARE * values.size and unit.is_float and level == "default" and marks is None:
         few = _few(values, prediction, differs, unit)
         return few if len(few.data) < values.nbytes else Chunk(STORED, values.tobytes())
     found = [Chunk(STORED, values.tobytes())]
     if changed <= _SPARSE_SHARE * values.size:
-        found.append(_sparse(values, prediction, differs, unit))
+        found.append(_sparse(values, prediction, differs, unit, marks))
     if not _is_unrelated(values, prediction, unit):
         key = unit if level == "default" else Unit(unit.width)
         form = SORTED if key.is_float else DIFFERENCES
-        planes, counts = sorted_planes(values, prediction, unit, key)
+        planes, counts = marked_planes(values, prediction, unit, key, marks if form == SORTED else None)
         found.append(Chunk(form, _write_planes(planes, _ends(counts) if form == SORTED else ())))
     else:
         found.append(Chunk(VALUES, _write_planes(planes_of(values, unit))))
     return min(found, key=lambda chunk: len(chunk.data))
 
 
-def decode(form: int, data: Bytes, prediction: Units, unit: Unit) -> Units:
+def decode(form: int, data: Bytes, prediction: Units, unit: Unit, marks: Marks | None = None) -> Units:
     """Return the units of a chunk.
 
     Args:
         form, data: the chunk.
         prediction: what the encoder had as the prediction; its size is that of the chunk.
         unit: the unit.
+        marks: which units are sorted behind the others; None if there are no marks.
 
     Raises:
         InvalidFileError: the bytes break the format.
@@ -109,12 +114,14 @@ def decode(form: int, data: Bytes, prediction: Units, unit: Unit) -> Units:
     if form == SPARSE:
         places, planes = _read_sparse(view, count, unit)
         units = prediction.copy()
-        units[places] = joined(planes, prediction[places], unit, unit)
+        units[places] = marked_units(planes, prediction[places], unit, unit, None if marks is None else marks[places])
         return units
     planes = _read_planes(view, count, unit.width)
     if form == VALUES:
         return units_of(planes, unit)
-    return joined(planes, prediction, unit, unit if form == SORTED else Unit(unit.width))
+    if form == SORTED:
+        return marked_units(planes, prediction, unit, unit, marks)
+    return joined(planes, prediction, unit, Unit(unit.width))
 
 
 def parts(form: int, data: Bytes, count: int, unit: Unit) -> tuple[NDArray[np.int64] | None, Planes]:
@@ -243,10 +250,13 @@ def _gap_bits(places: NDArray[np.int64]) -> float:
     return _bits(np.minimum(places[1:] - places[:-1], _FILLER).astype(np.uint8)) if places.size > 1 else 0.0
 
 
-def _sparse(values: Units, prediction: Units, differs: NDArray[np.bool_], unit: Unit) -> Chunk:
+def _sparse(
+    values: Units, prediction: Units, differs: NDArray[np.bool_], unit: Unit, marks: Marks | None = None
+) -> Chunk:
     """Return the places of the units that differ, as gaps, and their differences, sorted."""
     places = np.flatnonzero(differs)
-    planes, counts = sorted_planes(values[places], prediction[places], unit, unit)
+    of_places = None if marks is None else marks[places]
+    planes, counts = marked_planes(values[places], prediction[places], unit, unit, of_places)
     gaps = np.diff(places, prepend=-1) - 1
     ends = np.cumsum(gaps // _FILLER + 1)
     stream = np.full(int(ends[-1]), _FILLER, np.uint8)
