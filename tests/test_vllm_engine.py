@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib.util
 import json
 import os
+import random
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; make vllm runs these tests", allow_module_level=True)
 
 import torch
+import vllm_files
 
 import deltafmt
 from deltafmt import methods
@@ -210,6 +213,73 @@ def test_a_delta_that_was_overwritten_in_its_place_ends_its_requests_and_nothing
     outputs = engine.generate(engine.prompts[:1] * 3, requests)
     texts = [list(output.outputs[0].token_ids) for output in outputs]
     assert texts == [[1], mixed["deltadq"][0], mixed[None][0]]
+
+
+def test_another_delta_at_a_path_never_finds_the_blocks_of_the_one_before(
+    engine: Engine, mixed: dict[str | None, list[Text]], tmp_path: Path
+) -> None:
+    path = tmp_path / "moved.deltafmt"
+    for place, name in enumerate(["deltadq", "svd", "deltadq"]):
+        shutil.copy(engine.paths[name], tmp_path / "new.deltafmt")
+        (tmp_path / "new.deltafmt").replace(path)
+        assert engine.texts(f"moved{place}", path) == mixed[name]
+    with pytest.raises(Exception, match="a number of its own"):
+        engine.texts("moved0", engine.paths["dare"])
+    assert engine.texts("moved0", path) == mixed["deltadq"]
+
+
+def test_a_load_in_place_takes_the_name_and_one_that_fails_leaves_it(
+    engine: Engine, mixed: dict[str | None, list[Text]], tmp_path: Path
+) -> None:
+    path = tmp_path / "place.deltafmt"
+    shutil.copy(engine.paths["residual"], path)
+    request = engine.request("place", path)
+    assert engine.texts("place", path) == mixed["residual"]
+    request.load_inplace = True
+    path.unlink()
+    path.write_bytes(engine.paths["svd"].read_bytes()[:4000])
+    with pytest.raises(Exception, match="ends too early"):
+        engine.llm.llm_engine.add_lora(request)
+    for name in METHODS:
+        engine.texts(name)
+    for number in range(2):  # more names than host memory holds
+        shutil.copy(engine.paths["svd"], tmp_path / f"{number}.deltafmt")
+        engine.texts(f"beside{number}", tmp_path / f"{number}.deltafmt")
+    assert engine.texts("place", path) == mixed["residual"]
+    shutil.copy(engine.paths["bitdelta"], path)
+    engine.llm.llm_engine.add_lora(request)
+    assert engine.texts("place", path) == mixed["bitdelta"]
+
+
+def test_files_that_change_at_random_never_give_a_wrong_token(
+    engine: Engine, mixed: dict[str | None, list[Text]], tmp_path: Path
+) -> None:
+    """``fuzz/vllm_files.py`` does this for minutes, over HTTP and while requests are under way."""
+
+    def load(name: str, path: Path, *, in_place: bool) -> int:
+        request = copy.copy(engine.request(name, path))
+        request.load_inplace = in_place
+        try:
+            return 200 if engine.llm.llm_engine.add_lora(request) else 0
+        except Exception:  # noqa: BLE001 - a server answers so, too
+            return 500
+
+    kinds = ("delete", "replace", "cut", "flip", "overwrite", "load", "refuse")
+    variants = {name: engine.paths[name] for name in METHODS}
+    mischief = vllm_files.Mischief(tmp_path, variants, random.Random(0), load, kinds)
+    mischief.start()
+    names = list(mischief.names.values())
+    for _ in range(12):
+        for _ in range(4):
+            mischief.step()
+        requests = [engine.request(one.path.stem, one.path) for one in names[:4]]
+        outputs = engine.generate(engine.prompts[:4], requests)
+        for place, (one, output) in enumerate(zip(names, outputs, strict=False)):
+            text = list(output.outputs[0].token_ids)
+            assert vllm_files.accepted(text, mixed[one.variant][place], changed=one.changed)
+        names = [*names[3:], *names[:3]]
+    assert mischief.wrong == []
+    assert {*mischief.done} == {*kinds}
 
 
 @pytest.mark.parametrize("kind", ["missing", "short", "text", "base"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +14,9 @@ pytest.importorskip("torch")
 
 import torch
 
+import deltafmt
 from deltafmt.errors import InvalidFileError, StorageError, UsageError
-from deltafmt.vllm import check_names, seam, worker
+from deltafmt.vllm import check_names, engine, seam, worker
 from deltafmt.vllm.engine import Known
 from deltafmt.vllm.files import FileHandles
 from deltafmt.vllm.names import is_delta
@@ -49,6 +50,8 @@ def test_a_file_that_was_deleted_or_replaced_is_still_the_one_that_was_loaded(tm
     path.write_text("changed in its place")
     with pytest.raises(StorageError, match=r"a changed since it was loaded: content id changed in its p, not second"):
         files.load(1, str(path), read)
+    with pytest.raises(UsageError, match=r"adapter 1 is .*a; give .*b a number of its own, or load it in place"):
+        files.load(1, str(tmp_path / "b"), read)
     files.close()
     assert files.count == 0
 
@@ -77,6 +80,23 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
         os.mkfifo(path)
     with pytest.raises(StorageError, match=r"x\.deltafmt"):
         FileHandles(2).load(1, str(path), read)
+
+
+def test_a_file_that_cannot_be_loaded_in_place_leaves_the_one_before(tmp_path: Path) -> None:
+    files = FileHandles(2)
+    path = tmp_path / "a"
+    path.write_text("first")
+    files.load(1, str(path), read)
+    path.unlink()
+    with pytest.raises(StorageError):
+        files.load(1, str(path), read, again=True)
+    path.write_text("second")
+    assert files.load(1, str(path), read).content_id == "first"
+    (tmp_path / "b").write_text("third")
+    assert files.load(1, str(tmp_path / "b"), read, again=True).content_id == "third"
+    assert files.path(1, "given") == str(tmp_path / "b")
+    assert files.path(2, "given") == "given"
+    files.close()
 
 
 def test_a_file_that_cannot_be_loaded_is_closed(tmp_path: Path) -> None:
@@ -162,24 +182,108 @@ def test_rows_without_an_adapter_take_none_from_the_last_slot() -> None:
     assert output.tolist() == [[4.0] * 3, [0.0] * 3, [4.0] * 3]
 
 
+def asked(name: str, path: Path, number: int) -> SimpleNamespace:
+    return SimpleNamespace(lora_name=name, lora_path=str(path), lora_int_id=number, load_inplace=False)
+
+
 def test_keys_of_the_prefix_cache_follow_the_content(delta: Path, tmp_path: Path) -> None:
     known = Known()
-
-    def request(name: str, path: Path, number: int = 1) -> SimpleNamespace:
-        return SimpleNamespace(lora_name=name, lora_path=str(path), lora_int_id=number)
-
     copy = tmp_path / "copy.deltafmt"
     copy.write_bytes(delta.read_bytes())
-    first = request("a", copy)
-    assert known.key(first) == known.key(request("b", delta, 2))  # the same content by another name
+    first = asked("a", copy, 1)
+    assert known.key(first) == known.key(asked("b", delta, 2))  # the same content by another name
     assert not known.is_ready(first)
     known.note_loaded(first, again=False)
     assert known.is_ready(first)
     before = known.key(first)
+    copy.write_bytes(b"another file")
+    assert known.key(first) == before  # of what was loaded
+    known.renew(first)
     known.note_loaded(first, again=True)
-    assert known.key(first) not in (before, known.key(request("b", delta, 2)))
-    missing = request("c", tmp_path / "missing.deltafmt", 3)
-    assert known.key(missing) != known.key(missing)
+    assert known.key(first) not in (before, known.key(asked("b", delta, 2)))
+    missing = asked("c", tmp_path / "missing.deltafmt", 3)
+    alone = known.key(missing)
+    known.note_failed(missing)
+    assert known.key(missing) != alone
+    replaced = asked("d", tmp_path / "replaced.deltafmt", 4)
+    replaced.lora_path = str(delta)
+    before = known.key(replaced)
+    replaced.lora_path = str(copy)
+    known.note_loaded(replaced, again=False)  # the path led elsewhere when the delta was loaded
+    assert known.key(replaced) != before
+
+
+@dataclass
+class Asked:
+    """A request as vLLM's engine sees it; its hash is what the name of each of its blocks is made of."""
+
+    lora_request: Any
+    request_id: str = "r"
+    block_hashes: list[str] = field(default_factory=list)
+
+    def update_block_hashes(self) -> None:
+        """Name one more block."""
+        self.block_hashes += engine._keys(lambda _: ["an adapter of vLLM"], self)
+
+
+@pytest.fixture(scope="module")
+def other_delta(tmp_path_factory: pytest.TempPathFactory, small: Any) -> Path:
+    path = tmp_path_factory.mktemp("other") / "other.deltafmt"
+    deltafmt.pack(small.finetuned, small.base, path)
+    return path
+
+
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(engine, "_known", Known())
+    executor = SimpleNamespace(add_lora=lambda _: True)
+    return SimpleNamespace(model_executor=executor, scheduler=SimpleNamespace(requests={}))
+
+
+def test_blocks_of_requests_are_named_anew_when_another_delta_takes_their_number(
+    delta: Path, other_delta: Path, tmp_path: Path, core: Any
+) -> None:
+    path = tmp_path / "x.deltafmt"
+    path.write_bytes(delta.read_bytes())
+    added = []
+    request = Asked(asked("x", path, 1))
+    request.update_block_hashes()
+    first = list(request.block_hashes)
+    engine._add_request(lambda _core, request: added.append(request), core, request)
+    assert (added, request.block_hashes) == ([request], first)
+    core.scheduler.requests["r"] = request
+    waiting = Asked(asked("x", path, 1))  # has come, and was not added yet
+    waiting.update_block_hashes()
+    path.write_bytes(other_delta.read_bytes())
+    wish = asked("x", path, 1)
+    wish.load_inplace = True
+    engine._add_lora(lambda _core, _wish: True, core, wish)
+    engine._add_request(lambda _core, request: added.append(request), core, waiting)
+    assert waiting.block_hashes == request.block_hashes
+    assert request.block_hashes != first
+    # Loaded by another number, the new content has blocks of its own, and the old content has the old ones.
+    for number, source in ((2, other_delta), (3, delta)):
+        fresh = Asked(asked("y", source, number))
+        fresh.update_block_hashes()
+        engine._add_request(lambda _core, request: added.append(request), core, fresh)
+        assert (fresh.block_hashes == first) is (source is delta)
+        assert fresh.block_hashes != request.block_hashes
+
+
+def test_a_file_that_is_replaced_between_a_request_and_its_load_lends_its_blocks_to_nobody(
+    delta: Path, other_delta: Path, tmp_path: Path, core: Any
+) -> None:
+    path = tmp_path / "x.deltafmt"
+    path.write_bytes(delta.read_bytes())
+    request = Asked(asked("x", path, 1))
+    request.update_block_hashes()
+    first = list(request.block_hashes)
+    path.write_bytes(other_delta.read_bytes())
+    engine._add_request(lambda *_: None, core, request)
+    assert request.block_hashes != first
+
+
+def test_names_of_deltas() -> None:
     assert is_delta("x.deltafmt")
     assert not is_delta("x")
 

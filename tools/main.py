@@ -40,6 +40,7 @@ COMMANDS = {
     "warmup": "compile the kernels that serving some delta files needs, before a request needs them",
     "dedup": "show what several checkpoints have in common, and what keeping one as a base would save",
     "analyze": "show what a fine-tune's delta looks like, and what compressing it loses",
+    "evaluate": "compare what deltas and the fine-tune predict of a text",
 }
 
 # The commands whose module has ``add_rare_arguments``.

@@ -110,6 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random positions (default 0)")
     parser.add_argument("--threads", type=int, metavar="T", help="worker threads (default: one for each processor)")
     add_method_argument(parser)
+    parser.add_argument(
+        "--exact", action="store_true", help="serve the delta, and restore every byte from exact parts behind it"
+    )
     add_target_arguments(parser)
     add_calibration_arguments(parser)
 
@@ -171,7 +174,7 @@ def run(options: argparse.Namespace) -> int:
     }
 
     if options.many:
-        return run_many(options, method, {**shared, "force": options.force})
+        return run_many(options, method, {**shared, "exact": options.exact, "force": options.force})
     shared |= target
 
     def total() -> int:
@@ -180,6 +183,8 @@ def run(options: argparse.Namespace) -> int:
     if options.plan:
         if options.parent:
             raise UsageError("--plan and --parent do not go together: a plan is the same with a parent")
+        if options.exact:
+            raise UsageError("--plan and --exact do not go together: a plan is the same with exact parts")
         from deltafmt.pipeline.budget import plan_for_target
 
         if calibration:
@@ -188,7 +193,8 @@ def run(options: argparse.Namespace) -> int:
             choice = plan_for_target(options.base, options.finetuned, **shared, progress=progress)
         show(choice, as_json=options.json)
         return EXIT_OK
-    passes = 1 + bool(target) + bool(calibration) + bool(target and calibration and calibration.sequential)
+    twice = target and calibration and calibration.sequential
+    passes = 1 + options.exact + bool(target) + bool(calibration) + bool(twice)
     with console.progress_bar("packing", lambda: passes * total(), not options.json) as progress:
         result = pack(
             options.base,
@@ -197,6 +203,7 @@ def run(options: argparse.Namespace) -> int:
             method=None if target else method,
             **shared,
             parent=options.parent,
+            exact=options.exact,
             calibration=calibration,
             force=options.force,
             progress=progress,

@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -42,7 +43,14 @@ def held_bytes(entry: TensorEntry, held: HeldTensor) -> int:
     return total
 
 
-def load_held(path: str, held: Mapping[str, HeldTensor], device: torch.device, cancel: threading.Event) -> DeviceDelta:
+def load_held(
+    path: str,
+    held: Mapping[str, HeldTensor],
+    device: torch.device,
+    cancel: threading.Event,
+    *,
+    source: BinaryIO | None = None,
+) -> DeviceDelta:
     """Load cuts of tensors to a device.
 
     Args:
@@ -50,12 +58,13 @@ def load_held(path: str, held: Mapping[str, HeldTensor], device: torch.device, c
         held: what to load, by the name that each has in the result.
         device: where it goes.
         cancel: ends the loading.
+        source: the file's bytes, if they are not to be read from the path.
 
     Raises:
         StorageError, InvalidFileError: the file cannot be read.
         CancelledError: ``cancel`` was set.
     """
-    with DeltaFile(path) as delta:
+    with DeltaFile(path if source is None else source) as delta:
         made = {}
         for name, one in held.items():
             if cancel.is_set():

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import logging
 import threading
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any
 
 from deltafmt.errors import DeltafmtError
 from deltafmt.runtime.wrapping import wrap_method
@@ -18,67 +19,69 @@ from deltafmt.vllm.names import ContentIds, delta_path, is_delta
 
 _log = logging.getLogger("deltafmt")
 
-# Adapters that are remembered; one that is forgotten is only loaded once more.
-MOST_KNOWN: Final = 100_000
-
 
 class Known:
-    """The deltas that an engine has loaded, and what the keys of the prefix cache say of them.
+    """The deltas that an engine has loaded, by the numbers of their adapters, and their keys in the prefix cache.
 
-    A delta that is loaded again under its name gets a new key: requests that were under way have begun with the old
-    one.
+    The key of a delta is its content id. One that was loaded in the place of another gets a key that nothing shares,
+    because requests that are under way have begun with the other; and so does one whose file was replaced while it was
+    loaded.
     """
 
     def __init__(self) -> None:
         self._ids = ContentIds()
-        self._keys: dict[tuple[str, str], str] = {}
-        self._ready: set[tuple[int, str]] = set()
+        self._keys: dict[int, str] = {}
+        self._paths: dict[int, str] = {}
         self._loads = 0
         self._lock = threading.Lock()
 
     def key(self, lora_request: Any) -> str:
         """Return what tells a delta's blocks from all others; asked by the thread that takes requests in."""
-        path = delta_path(lora_request.lora_path)
-        named = lora_request.lora_name, path
         with self._lock:
-            found = self._keys.get(named)
-            if found is None:
-                try:
-                    found = f"deltafmt {self._ids.read(path)}"
-                except DeltafmtError:
-                    # Whoever loads it says what is wrong; nothing shares its blocks.
-                    self._loads += 1
-                    return f"deltafmt {path} {self._loads}"
-                self._keep(self._keys, named, found)
-            return found
+            number = lora_request.lora_int_id
+            if number not in self._keys:
+                # Whoever loads a file that cannot be read says what is wrong; nothing shares its blocks.
+                self._keys[number] = self._read(lora_request) or self._own(lora_request)
+            return self._keys[number]
 
     def is_ready(self, lora_request: Any) -> bool:
         """Tell whether a delta was loaded as this adapter before."""
         with self._lock:
-            return (lora_request.lora_int_id, delta_path(lora_request.lora_path)) in self._ready
+            return self._paths.get(lora_request.lora_int_id) == delta_path(lora_request.lora_path)
+
+    def renew(self, lora_request: Any) -> None:
+        """Give a delta a key that nothing shares, before another one is loaded in its place."""
+        with self._lock:
+            self._keys[lora_request.lora_int_id] = self._own(lora_request)
 
     def note_loaded(self, lora_request: Any, *, again: bool) -> None:
-        """Note that a delta was loaded.
+        """Note that a delta was loaded, for which :meth:`key` or :meth:`renew` was called before.
 
         Args:
             lora_request: the adapter.
             again: True if it was loaded in the place of the one before.
         """
-        path = delta_path(lora_request.lora_path)
-        named = lora_request.lora_name, path
         with self._lock:
-            if len(self._ready) >= MOST_KNOWN:
-                self._ready.clear()
-            self._ready.add((lora_request.lora_int_id, path))
-            if again and named in self._keys:
-                # Whatever the file is by now: nothing that was computed before is found under this.
-                self._loads += 1
-                self._keys[named] = f"deltafmt {path} {self._loads}"
+            number = lora_request.lora_int_id
+            self._paths[number] = delta_path(lora_request.lora_path)
+            if not again and self._keys.get(number) != self._read(lora_request):
+                self._keys[number] = self._own(lora_request)
 
-    def _keep(self, keys: dict[tuple[str, str], str], named: tuple[str, str], found: str) -> None:
-        if len(keys) >= MOST_KNOWN:
-            keys.pop(next(iter(keys)))
-        keys[named] = found
+    def note_failed(self, lora_request: Any) -> None:
+        """Note that a delta could not be loaded; the next try reads its file anew."""
+        with self._lock:
+            if lora_request.lora_int_id not in self._paths:
+                self._keys.pop(lora_request.lora_int_id, None)
+
+    def _read(self, lora_request: Any) -> str | None:
+        try:
+            return f"deltafmt {self._ids.read(delta_path(lora_request.lora_path))}"
+        except DeltafmtError:
+            return None
+
+    def _own(self, lora_request: Any) -> str:
+        self._loads += 1
+        return f"deltafmt {lora_request.lora_path} {self._loads}"
 
 
 _known = Known()
@@ -97,28 +100,64 @@ def _keys(own: Any, request: Any) -> Any:
     lora_request = request.lora_request
     if lora_request is None or not is_delta(lora_request.lora_path):
         return own(request)
-    return [_known.key(lora_request)]
+    request.deltafmt_key = _known.key(lora_request)
+    return [request.deltafmt_key]
+
+
+def _name_anew(request: Any) -> None:
+    """Make the names of a request's blocks again if another delta has its adapter's number now.
+
+    They were made when the request came. The other delta's blocks must not be found by them.
+    """
+    if getattr(request, "deltafmt_key", None) not in (None, _known.key(request.lora_request)):
+        request.block_hashes = []
+        request.update_block_hashes()
+
+
+def _load(load: Callable[[Any], Any], lora_request: Any, *, again: bool) -> Any:
+    """Load a delta, and note it.
+
+    Raises:
+        Exception: what loading it raised.
+    """
+    if again:
+        _known.renew(lora_request)
+    else:
+        _known.key(lora_request)
+    try:
+        found = load(lora_request)
+    except Exception:
+        _known.note_failed(lora_request)
+        raise
+    _known.note_loaded(lora_request, again=again)
+    return found
 
 
 def _add_lora(own: Any, core: Any, lora_request: Any) -> Any:
-    found = own(core, lora_request)
-    if is_delta(lora_request.lora_path):
-        _known.note_loaded(lora_request, again=bool(lora_request.load_inplace))
+    again = bool(lora_request.load_inplace)
+    if not is_delta(lora_request.lora_path) or (_known.is_ready(lora_request) and not again):
+        return own(core, lora_request)
+    found = _load(lambda given: own(core, given), lora_request, again=again)
+    for request in core.scheduler.requests.values():
+        if request.lora_request is not None and request.lora_request.lora_int_id == lora_request.lora_int_id:
+            _name_anew(request)
     return found
 
 
 def _add_request(own: Any, core: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     lora_request = request.lora_request
-    if lora_request is not None and is_delta(lora_request.lora_path) and not _known.is_ready(lora_request):
-        try:
-            core.model_executor.add_lora(lora_request)
-            _known.note_loaded(lora_request, again=False)
-        except Exception as error:
-            if not isinstance(core, seam.name("vllm.v1.engine.core", "EngineCoreProc")):
-                raise
-            _log.error('request %s for delta "%s" is refused: %s', request.request_id, lora_request.lora_name, error)
-            core._send_error_outputs_to_client([request.request_id], request.client_index)  # noqa: SLF001
-            return None
+    if lora_request is None or not is_delta(lora_request.lora_path):
+        return own(core, request, *args, **kwargs)
+    try:
+        if not _known.is_ready(lora_request):
+            _load(core.model_executor.add_lora, lora_request, again=False)
+    except Exception as error:
+        if not isinstance(core, seam.name("vllm.v1.engine.core", "EngineCoreProc")):
+            raise
+        _log.error('request %s for delta "%s" is refused: %s', request.request_id, lora_request.lora_name, error)
+        core._send_error_outputs_to_client([request.request_id], request.client_index)  # noqa: SLF001
+        return None
+    _name_anew(request)
     return own(core, request, *args, **kwargs)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from deltafmt.errors import StorageError
+from deltafmt.errors import StorageError, UsageError
 from deltafmt.output import storage_error
 
 
@@ -66,15 +66,16 @@ class FileHandles:
             number: the adapter's number.
             path: the file.
             load: loads from a path, which is that of the open file.
-            again: True to load what the path leads to now, although the adapter was loaded before.
+            again: True to load what the path leads to now, although the adapter was loaded before. If that fails, the
+                adapter stays what it was.
 
         Raises:
             StorageError: there is no such file, or it is no longer the one that was loaded as this adapter.
+            UsageError: another path was loaded as this adapter.
         """
-        known = self._known.get(number)
-        if known is not None and (again or known.path != path):
-            self.forget(number)
-            known = None
+        known = None if again else self._known.get(number)
+        if known is not None:
+            self.check(number, path)
         handle = known.handle if known is not None else None
         opened = handle is None
         if handle is None:
@@ -90,10 +91,27 @@ class FileHandles:
             if opened:
                 os.close(handle)
             raise
+        if opened:
+            self.forget(number)
         self._known[number] = _Known(path, found.content_id, handle)
         self._known.move_to_end(number)
         self._close_some()
         return found
+
+    def path(self, number: int, given: str) -> str:
+        """Return the path that was loaded as an adapter; the given one if none was."""
+        known = self._known.get(number)
+        return given if known is None else known.path
+
+    def check(self, number: int, path: str) -> None:
+        """Refuse an adapter's number for a second path: the engine takes it for the first delta.
+
+        Raises:
+            UsageError: another path was loaded as this adapter.
+        """
+        first = self.path(number, path)
+        if first != path:
+            raise UsageError(f"adapter {number} is {first}; give {path} a number of its own, or load it in place")
 
     def forget(self, number: int) -> None:
         """Close the file of an adapter."""

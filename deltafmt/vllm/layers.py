@@ -214,11 +214,11 @@ class LinearLayer(MatrixLayer):
 
     def _decoded(self, y: torch.Tensor, x: torch.Tensor, segments: Segments) -> None:
         """Add products with dense matrices; a delta that has some is not loaded where graphs are captured."""
-        for slot in segments.lengths():
+        for slot, count in segments.lengths().items():
             parts = self._parts.get(slot)
             if parts is None or not parts.decoded:
                 continue
-            tokens = segments.members(slot)
+            tokens = slice(None) if count == len(x) else segments.members(slot)
             mine = x[tokens].float()
             for start, matrix in parts.decoded.items():
                 columns = slice(start, start + len(matrix))

@@ -7,22 +7,26 @@ base is compared.
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from deltafmt.delta import DeltaFile, refuse_child, refuse_exact
 from deltafmt.errors import DeltafmtError, UsageError
 from deltafmt.index.entries import TensorEntry
+from deltafmt.output import storage_error
 from deltafmt.runtime.checks import check_terms
 from deltafmt.runtime.cut_loading import load_held
 from deltafmt.runtime.cuts import Cut, HeldTensor
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
 from deltafmt.runtime.dtypes import TORCH_DTYPES
 from deltafmt.runtime.upload import load
-from deltafmt.runtime.values import dense_delta, new_values
+from deltafmt.runtime.values import new_values
 from deltafmt.vllm.base import EngineBase
 from deltafmt.vllm.parts import LayerParts
 from deltafmt.vllm.places import Piece, Place, Places
@@ -57,6 +61,24 @@ class _Wanted:
     held: HeldTensor
 
 
+class _Whole(io.BytesIO):
+    """A file that was read into memory, under its name.
+
+    Args:
+        path: the file.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            super().__init__(Path(path).read_bytes())
+        except OSError as error:
+            raise storage_error("cannot read", path, error) from error
+        self.name = path
+
+
 def load_delta(
     path: str, model: ServedModel, base: EngineBase | None, where: str = "", *, starting: bool = False
 ) -> LoadedDelta:
@@ -76,7 +98,10 @@ def load_delta(
     """
     name = where or path
     try:
-        with DeltaFile(path) as opened:
+        # What is checked and what is decoded must be the same bytes, whoever writes to the file meanwhile; and a mapped
+        # file that is cut short would end the engine. For kernels, loading copies while it checks.
+        source = None if model.has_kernels else _Whole(path)
+        with DeltaFile(source or path, mmap=False) as opened:
             entries = {tensor: opened.resolve(tensor) for tensor in opened}
             refuse_child(opened.container)
             refuse_exact(name, entries.values())
@@ -85,11 +110,12 @@ def load_delta(
             if base is not None:
                 base.check(metadata, {entry.name: entry for entry in entries.values()}.values())
             wanted = _wanted(entries, opened.container.removed, model, starting=starting)
-        tensors = _read(path, wanted)
-        if tensors.content_id != content_id:
-            raise UsageError("the file changed while it was read")
-        check_terms(name, tensors)
-        found = LoadedDelta(content_id, tensors.nbytes, tensors, _parts(wanted, tensors, model, base))
+            tensors = _read(path, wanted, source)
+            if tensors.content_id != content_id:
+                raise UsageError("the file changed while it was read")
+            check_terms(name, tensors)
+            parts = _parts(wanted, tensors, model, base, opened)
+        found = LoadedDelta(content_id, tensors.nbytes, tensors, parts)
         model.check(found.parts, tensors, starting=starting)
         return found
     except DeltafmtError as error:
@@ -100,11 +126,11 @@ def load_delta(
         raise error.located(name) from error
 
 
-def _read(path: str, wanted: list[_Wanted]) -> DeviceDelta:
+def _read(path: str, wanted: list[_Wanted], source: BinaryIO | None) -> DeviceDelta:
     held = {one.held.key: one.held for one in wanted}
     if all(one.cut is None for one in held.values()):
-        return load(path, "cpu", tensors=list(held) or None)
-    return load_held(path, held, torch.device("cpu"), threading.Event())
+        return load(source or path, "cpu", tensors=list(held) or None)
+    return load_held(path, held, torch.device("cpu"), threading.Event(), source=source)
 
 
 def _wanted(
@@ -195,10 +221,23 @@ def _cut(entry: TensorEntry, piece: Piece) -> Cut:
 
 
 def _parts(
-    wanted: list[_Wanted], tensors: DeviceDelta, model: ServedModel, base: EngineBase | None
+    wanted: list[_Wanted], tensors: DeviceDelta, model: ServedModel, base: EngineBase | None, opened: DeltaFile
 ) -> dict[str, LayerParts]:
     found: dict[str, LayerParts] = {}
-    dense: dict[str, torch.Tensor] = {}
+    decoded: dict[str, torch.Tensor] = {}
+
+    def dense(one: _Wanted) -> torch.Tensor:
+        """Return a piece's dense delta in float32; an embedding and a head that are tied share one."""
+        rows, columns = (slice(run.start, run.stop) for run in (one.piece.rows, one.piece.columns))
+        name = one.entry.name
+        if not one.entry.terms:
+            data = tensors[one.held.key].data
+            assert data is not None
+            return data.float() - _old(one.base_name, one.piece, base)
+        if name not in decoded:
+            decoded[name] = torch.from_numpy(opened.delta(name))
+        return decoded[name][rows, columns]
+
     for one in wanted:
         parts = found.setdefault(one.place.layer, LayerParts())
         tensor = tensors[one.held.key]
@@ -209,11 +248,11 @@ def _parts(
             parts.values[one.place.parameter] = new_values(tensor, held.detach().cpu()).to(held.device)
         elif one.place.expert is not None:
             key = one.place.expert, one.place.matrix
-            parts.experts[key] = _dense(one, tensor, dense, base) + _old(one.base_name, one.piece, base)
+            parts.experts[key] = dense(one) + _old(one.base_name, one.piece, base)
         elif tensor.terms and model.has_kernels:
             parts.packed[one.piece.start] = one.held.key
         else:
-            parts.decoded[one.piece.start] = _dense(one, tensor, dense, base)
+            parts.decoded[one.piece.start] = dense(one)
     for name, places in model.places.found.items():
         for place in places:
             # Experts that the delta leaves as they are belong to the sum, too.
@@ -230,18 +269,6 @@ def _old(name: str, piece: Piece, base: EngineBase | None) -> torch.Tensor:
         raise UsageError(f'tensor "{name}" is needed, and the engine\'s weights are random')
     rows, columns = (slice(run.start, run.stop) for run in (piece.rows, piece.columns))
     return base.values(name)[rows, columns].float()
-
-
-def _dense(one: _Wanted, tensor: DeviceTensor, kept: dict[str, torch.Tensor], base: EngineBase | None) -> torch.Tensor:
-    """Return a piece's dense delta in float32; an embedding and a head that are tied share one."""
-    key = one.held.key
-    if key not in kept:
-        if tensor.terms:
-            kept[key] = dense_delta(tensor)
-        else:
-            assert tensor.data is not None
-            kept[key] = tensor.data.float() - _old(one.base_name, one.piece, base)
-    return kept[key]
 
 
 def _add_bias(parts: LayerParts, one: _Wanted, tensor: DeviceTensor, model: ServedModel) -> None:

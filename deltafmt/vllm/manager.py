@@ -7,6 +7,7 @@ every adapter; these classes fill and empty the slots. They stand in front of vL
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -124,7 +125,6 @@ class DeltaModelManager:
         super().remove_all_adapters()  # type: ignore[misc]
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
-        super()._set_adapter_mapping(mapping)  # type: ignore[misc]
         adapters: Mapping[int, Any] = self._registered_adapters.cache
         slots = {
             number: slot
@@ -132,6 +132,14 @@ class DeltaModelManager:
             if number is not None and isinstance(adapters.get(number), DeltaAdapter)
         }
         self.choice.show(_slots(slots, mapping.index_mapping), _slots(slots, mapping.prompt_mapping))
+        if slots:
+            # To vLLM's own products with factors, rows of deltas are rows of the base.
+            tokens, logits = (
+                tuple(0 if number in slots else number for number in numbers)
+                for numbers in (mapping.index_mapping, mapping.prompt_mapping)
+            )
+            mapping = dataclasses.replace(mapping, index_mapping=tokens, prompt_mapping=logits)
+        super()._set_adapter_mapping(mapping)  # type: ignore[misc]
 
 
 def _base_of(config: Any) -> EngineBase:
@@ -178,16 +186,24 @@ class DeltaWorkerManager:
 
     def add_adapter(self, lora_request: Any) -> bool:
         """Load an adapter and give it a slot, or note that it was used."""
-        if self._stepping and lora_request.load_inplace and is_delta(lora_request.lora_path):
+        if is_delta(lora_request.lora_path) and self._stepping and lora_request.load_inplace:
             # vLLM repeats the wish with every request; it was granted when the adapter was loaded.
             lora_request = copy.copy(lora_request)
             lora_request.load_inplace = False
+        elif is_delta(lora_request.lora_path) and not self._stepping and not lora_request.load_inplace:
+            try:
+                self._files.check(lora_request.lora_int_id, delta_path(lora_request.lora_path))
+            except UsageError as error:
+                raise ValueError(str(error)) from None
         return bool(super().add_adapter(lora_request))  # type: ignore[misc]
 
     def _load_adapter(self, lora_request: Any) -> Any:
         if not is_delta(lora_request.lora_path):
             return super()._load_adapter(lora_request)  # type: ignore[misc]
         path = delta_path(lora_request.lora_path)
+        if self._stepping:
+            # Another path may have been loaded in the place of the one that this request came with.
+            path = self._files.path(lora_request.lora_int_id, path)
         try:
             delta = self._load(lora_request, path)
         except (DeltafmtError, OSError, MemoryError) as error:

@@ -1,7 +1,8 @@
 """Norms of vLLM with the weights of every delta: small vectors that fine-tunes store whole.
 
 A norm works on each row for itself. So the rows of a delta are normalized once more with the delta's weights, and
-take the place of the base's. Rows of the base keep every bit.
+take the place of the base's. Rows of the base keep every bit. A table that positions choose rows of (``nn.Embedding``,
+as in OPT) is served in the same way, where nothing is compiled.
 
 Where the host knows the rows, the layer itself normalizes them again, with other weights. Compiled code and CUDA
 graphs cannot choose rows: there all rows are normalized again, each with the weights of its slot, by the formula of
@@ -53,7 +54,7 @@ FORMULAS: dict[str, Formula] = {"RMSNorm": rms_norm, "GemmaRMSNorm": gemma_rms_n
 
 
 class NormLayer(ServedLayer):
-    """A norm, whose weight and bias deltas replace.
+    """A norm or a table of positions, whose weight and bias deltas replace.
 
     Args:
         name: its name in the model.
@@ -70,7 +71,8 @@ class NormLayer(ServedLayer):
         self._formula = FORMULAS.get(type(layer).__name__)
         # The values of every slot, those of the base first; and which slots have values.
         self._tables: dict[str, torch.Tensor] = {}
-        if compiled:
+        self._compiled = compiled
+        if compiled and self.can_compile:
             with torch.inference_mode(mode=False):
                 for key, value in layer.named_parameters(recurse=False):
                     self._tables[key] = value.detach()[None].repeat(choice.slots + 1, 1)
@@ -108,7 +110,7 @@ class NormLayer(ServedLayer):
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """Normalize each row with the weights of its delta; the layer's forward."""
         args = (x,) if residual is None else (x, residual)
-        if self.idle():
+        if self.idle() or (self._compiled and not self._tables):
             return self._forward(*args, **kwargs)
         if self._tables:
             # The layer may write to what it is given.

@@ -207,8 +207,10 @@ def place(layer: Any, name: str, key: str, shape: Sequence[int], given: Any) -> 
         return _unknown(layer)
     else:
         held = getattr(layer, key)
-        whole = tuple(held.shape) == tuple(shape) and len(shape) == 1
-        pieces = (Piece(0, range(shape[0]), range(0)),) if whole else _unknown(layer)
+        # A vector, or a table that positions choose rows of.
+        whole = tuple(held.shape) == tuple(shape) and len(shape) == (2 if isinstance(layer, nn.Embedding) else 1)
+        columns = range(shape[1]) if len(shape) > 1 else range(0)
+        pieces = (Piece(0, range(shape[0]), columns),) if whole else _unknown(layer)
     return pieces if isinstance(pieces, str) else Place(name, key, pieces)
 
 

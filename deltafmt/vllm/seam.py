@@ -62,6 +62,7 @@ NAMES: Final[dict[str, tuple[str, ...]]] = {
     ),
     "vllm.v1.engine.llm_engine": ("LLMEngine", "LLMEngine.add_request"),
     "vllm.v1.engine.output_processor": ("OutputProcessor.abort_requests",),
+    "vllm.v1.request": ("Request.update_block_hashes",),
     "vllm.v1.worker.gpu.sample.prompt_logprob": (
         "PromptLogprobsWorker",
         "PromptLogprobsWorker.compute_prompt_logprobs",

@@ -130,7 +130,7 @@ class ServedModel:
                 elif isinstance(layer, seam.layer("RoutedExperts")):
                     reason = refusal(layer, self.choice.device)
                     self.layers[name] = reason or ExpertsLayer(name, layer, self.choice)
-                elif isinstance(layer, (*norms, torch.nn.LayerNorm)):
+                elif isinstance(layer, (*norms, torch.nn.LayerNorm, torch.nn.Embedding)):
                     self.layers[name] = self._norm(name, layer)
                 else:
                     kind = type(layer).__name__
@@ -191,7 +191,7 @@ class ServedModel:
         return isinstance(self.layers[layer], LinearLayer | EmbeddingLayer)
 
     def is_norm(self, layer: str) -> bool:
-        """Tell whether a layer is a norm."""
+        """Tell whether a layer is a norm, or a table of positions: it computes once more, with other values."""
         return isinstance(self.layers[layer], NormLayer)
 
     def adds_no_bias(self, layer: str) -> bool:

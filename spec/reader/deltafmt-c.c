@@ -68,6 +68,11 @@ static int inspect(const char *path, dlt_file *file, dlt_error *error) {
            about.cold ? "cold" : "hot", about.tensors, about.sections);
     print_hex(about.content_id, 32);
     putchar('\n');
+    if (about.parent) {
+        printf("parent ");
+        print_hex(about.parent, 32);
+        putchar('\n');
+    }
     for (size_t i = 0; i < about.metadata; i++) {
         dlt_text value, key = dlt_metadata_key(file, i, &value);
         print_text(key);
