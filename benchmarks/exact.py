@@ -1,17 +1,19 @@
 """Archives that keep every bit: their sizes beside those of peers, and the speed of packing and unpacking them.
 
-    python benchmarks/exact.py [BASE FINETUNED ...] [--gib 1] [--peers PYTHON]
+    python benchmarks/exact.py [BASE FINETUNED ...] [--bf16] [--gib 1] [--peers PYTHON]
 
 For each pair given, the table has the share of the fine-tune's bytes that an archive takes. The baselines are made
-here: ``zstd --patch-from`` if the program is there; the XOR, and the ordered difference, with the base, in planes of
-bytes, by zstd. ``--peers`` names a Python that has zipnn, which is then asked as well. Then a synthetic pair is packed,
-verified and unpacked in processes of their own. GB are 10**9 bytes of the fine-tune; CPU seconds are of all threads.
+here: ``zstd --patch-from`` and ``xdelta3`` if the programs are there; the XOR, and the ordered difference, with the
+base, in planes of bytes, by zstd. ``--peers`` names a Python that has zipnn or z4ai, which are then asked as well;
+``--bf16`` also measures each pair of F32 rounded to BF16. Then a synthetic pair is packed, verified and unpacked in
+processes of their own. GB are 10**9 bytes of the fine-tune; CPU seconds are of all threads.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import resource
 import shutil
 import subprocess
@@ -32,16 +34,32 @@ from deltafmt.exact.units import Unit, Units, unit_of
 from deltafmt.index.entries import predicts
 from deltafmt.methods import Exact
 from deltafmt.pipeline.exact_tensors import chunk_spans, predicted
+from deltafmt.terms.floats import narrow
 
 GIB = 1 << 30
 
-# Asks zipnn for the size of a file: the text of a small program for another Python.
-ZIPNN = """
-import sys, zipnn
-data = open(sys.argv[1], "rb").read()
-print(len(zipnn.ZipNN(bytearray_dtype=sys.argv[2]).compress(data)))
-"""
-ZIPNN_DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
+# Ask a peer for a size: the text of a small program for another Python, whose arguments are the file of the values,
+# that of the prediction, and the dtype. Each says nothing if the package is not there.
+PEERS = {
+    "zipnn": """
+import zipnn
+from pathlib import Path
+values, prediction = (bytearray(Path(name).read_bytes()) for name in sys.argv[1:3])
+dtype = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}[sys.argv[3]]
+print("zipnn", len(zipnn.ZipNN(bytearray_dtype=dtype).compress(bytes(values))), sep="\t")
+xor = (int.from_bytes(values, "little") ^ int.from_bytes(prediction, "little")).to_bytes(len(values), "little")
+print("zipnn of the XOR with the base", len(zipnn.ZipNN(bytearray_dtype=dtype).compress(xor)), sep="\t")
+""",
+    "z4ai": """
+import z4ai
+from pathlib import Path
+values, prediction = (Path(name).read_bytes() for name in sys.argv[1:3])
+dtype = {"BF16": "bf16", "F32": "fp32", "F16": "fp16"}[sys.argv[3]]
+print("z4ai, relative to the base", len(z4ai.compress_delta(values, prediction, dtype=dtype)), sep="\t")
+print("z4ai", len(z4ai.compress(values, dtype=dtype)), sep="\t")
+""",
+}
+FOUND = "import importlib.util, sys\nif importlib.util.find_spec({name!r}) is None: sys.exit()\n"
 
 
 def chunks_of(base: Checkpoint, finetuned: Checkpoint) -> Iterator[tuple[Unit, Units, Units]]:
@@ -73,40 +91,76 @@ def baselines(base: Path, finetuned: Path) -> dict[str, int]:
     return sizes
 
 
-def patched(base: Path, finetuned: Path) -> int | None:
-    """Return the bytes of ``zstd --patch-from`` of the weight files joined; None without the program."""
-    if shutil.which("zstd") is None:
-        return None
+def programs(base: Path, finetuned: Path) -> dict[str, int]:
+    """Return what programs for patches make of the weight files joined; those that are not there are left out."""
+    commands = {
+        "zstd -9 --patch-from": "zstd -9 --single-thread -q -c --long=27 --patch-from base finetuned",
+        "xdelta3 -9": "xdelta3 -9 -e -c -B 1073741824 -s base finetuned",
+    }
+    sizes = {}
     with tempfile.TemporaryDirectory() as folder:
         for side, path in (("base", base), ("finetuned", finetuned)):
             files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
             (Path(folder) / side).write_bytes(b"".join(file.read_bytes() for file in files))
-        command = ["zstd", "-9", "--single-thread", "-q", "-c", "--long=27", "--patch-from", "base", "finetuned"]
-        return len(subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, check=True).stdout)
+        for name, command in commands.items():
+            words = command.split()
+            if shutil.which(words[0]) is not None:
+                sizes[name] = len(subprocess.run(words, cwd=folder, stdout=subprocess.PIPE, check=True).stdout)
+    return sizes
 
 
-def zipnn_sizes(python: str, base: Path, finetuned: Path) -> dict[str, int]:
-    """Return the bytes of zipnn of the fine-tune, and of its XOR with the base."""
-    found = {}
+def peers(python: str, base: Path, finetuned: Path) -> dict[str, int]:
+    """Return what packages of another Python make of the fine-tune's values."""
+    sizes = {}
     with (
         tempfile.TemporaryDirectory() as folder,
         Checkpoint(base, lenient=True) as before,
         Checkpoint(finetuned) as after,
     ):
-        dtype = ZIPNN_DTYPES[next(iter(after.tensors.values())).dtype]
+        dtype = next(iter(after.tensors.values())).dtype
         made = list(chunks_of(before, after))
-        for name, parts in (
-            ("zipnn", [values for _, values, _ in made]),
-            ("zipnn of the XOR", [values ^ prediction for _, values, prediction in made]),
-        ):
-            file = Path(folder) / "data"
-            file.write_bytes(b"".join(part.tobytes() for part in parts))
-            done = subprocess.run([python, "-c", ZIPNN, file, dtype], stdout=subprocess.PIPE, text=True, check=True)
-            found[name] = int(done.stdout.split()[-1])
-    return found
+        files = {"values": [values for _, values, _ in made], "prediction": [prediction for _, _, prediction in made]}
+        for name, parts in files.items():
+            (Path(folder) / name).write_bytes(b"".join(part.tobytes() for part in parts))
+        for name, program in PEERS.items():
+            command = [python, "-c", FOUND.format(name=name) + program, *files, dtype]
+            done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+            for line in done.stdout.splitlines():
+                found, tab, size = line.partition("\t")
+                if tab:
+                    sizes[found] = int(size)
+    return sizes
 
 
-def sizes_of(base: Path, finetuned: Path, python: str | None) -> list[Figure]:
+def dtype_of(path: Path) -> str:
+    """Return the dtype of a checkpoint's first tensor."""
+    with Checkpoint(path, lenient=True) as checkpoint:
+        return next(iter(checkpoint.tensors.values())).dtype
+
+
+def rounded(path: Path, out: Path) -> Path:
+    """Write a checkpoint's tensors of F32 as BF16, in one file; return it."""
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    with Checkpoint(path, lenient=True) as checkpoint:
+        for name, tensor in checkpoint.tensors.items():
+            data = b"".join(map(bytes, tensor.pieces()))
+            if tensor.dtype == "F32":
+                data = narrow(np.frombuffer(data, np.float32), "BF16").tobytes()
+            tensors[name] = ("BF16" if tensor.dtype == "F32" else tensor.dtype, tensor.shape, data)
+    header, end = {}, 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end := end + len(data)]}
+    text = json.dumps(header).encode()
+    out.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in tensors.values()))
+    return out
+
+
+# At most so many percent of a pair's bytes, by the end of its label; and so much of what the best peer takes.
+TARGETS = {"wordmath/math": 45.0, "rxnfp/bert_ft_10k_25s": 71.6, "rxnfp/bert_ft_10k_25s as BF16": 44.3}
+AGAINST = {"BF16": 0.90, "F32": 0.95}
+
+
+def sizes_of(base: Path, finetuned: Path, python: str | None, label: str) -> list[Figure]:
     """Return the sizes of one pair, in percent of the fine-tune's weight files."""
     with tempfile.TemporaryDirectory() as folder:
         made = {}
@@ -115,14 +169,19 @@ def sizes_of(base: Path, finetuned: Path, python: str | None) -> list[Figure]:
             deltafmt.verify(Path(folder) / "archive", base)
             made[f"deltafmt, level {method.level}, the whole file"] = result.size
         whole = result.finetuned_bytes
-    made |= baselines(base, finetuned)
+    own = len(made)
+    made |= baselines(base, finetuned) | programs(base, finetuned)
     if python:
-        made |= zipnn_sizes(python, base, finetuned)
-    patch = patched(base, finetuned)
-    if patch is not None:
-        made["zstd -9 --patch-from"] = patch
-    label = f"{finetuned.parent.name}/{finetuned.stem}"
-    return [Figure(f"{label}: {name}", 100 * size / whole, "%") for name, size in made.items()]
+        made |= peers(python, base, finetuned)
+    figures = [
+        Figure(f"{label}: {name}", 100 * size / whole, "%", None if number else TARGETS.get(label), at_most=True)
+        for number, (name, size) in enumerate(made.items())
+    ]
+    # The ordered difference is this project's own, without the sorting.
+    others = {name: size for name, size in list(made.items())[own:] if not name.startswith("ordered")}
+    best = min(others, key=lambda name: others[name])
+    share = next(iter(made.values())) / others[best]
+    return [*figures, Figure(f"{label}: beside {best}", share, "", AGAINST.get(dtype_of(finetuned)), at_most=True)]
 
 
 def timed(*arguments: str | Path) -> tuple[Child, float]:
@@ -183,13 +242,19 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=1, help="GiB a side of the synthetic pair; 0 for none")
     parser.add_argument("--folder", type=Path, help="where the synthetic pair is kept (default: a temporary folder)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each command, of which the fastest counts")
-    parser.add_argument("--peers", metavar="PYTHON", help="a Python that has zipnn")
+    parser.add_argument("--bf16", action="store_true", help="also measure each pair rounded to BF16")
+    parser.add_argument("--peers", metavar="PYTHON", help="a Python that has zipnn or z4ai")
     options = parser.parse_args()
     if len(options.pairs) % 2:
         parser.error("a base and a fine-tune for each pair")
     figures = []
     for base, finetuned in zip(options.pairs[::2], options.pairs[1::2], strict=True):
-        figures += sizes_of(base, finetuned, options.peers)
+        label = f"{finetuned.parent.name}/{finetuned.stem}"
+        figures += sizes_of(base, finetuned, options.peers, label)
+        if options.bf16 and dtype_of(finetuned) == "F32":
+            with tempfile.TemporaryDirectory() as folder:
+                pair = (rounded(path, Path(folder) / f"{path.stem}.safetensors") for path in (base, finetuned))
+                figures += sizes_of(*pair, options.peers, f"{label} as BF16")
     if options.gib:
         with tempfile.TemporaryDirectory() as folder:
             figures += speeds(options.gib, options.folder or Path(folder), options.repeats)

@@ -292,6 +292,33 @@ class RunDecoder:
         except InvalidFileError as error:
             raise self._located(error, start, stop) from error
 
+    def matrices(self, start: int, stop: int) -> list[NDArray[np.float32]]:
+        """Return rows ``start`` to ``stop`` of each term's matrix.
+
+        Raises:
+            InvalidFileError: the buffers break the format.
+        """
+        try:
+            return [codec.decode(packed, start, stop) for codec, packed in self._terms]
+        except InvalidFileError as error:
+            raise self._located(error, start, stop) from error
+
+    def marked(self, start: int, stop: int, columns: int) -> NDArray[np.bool_]:
+        """Return which elements of rows ``start`` to ``stop`` are marked (spec, section 17.8).
+
+        Raises:
+            InvalidFileError: the buffers break the format.
+        """
+        marks = np.zeros((stop - start, columns), np.bool_)
+        for codec, arrays in self._terms:
+            try:
+                entries = codec.marked(arrays, start, stop)
+            except InvalidFileError as error:
+                raise self._located(error, start, stop) from error
+            if entries is not None:
+                marks |= entries
+        return marks
+
     def _located(self, error: InvalidFileError, start: int, stop: int) -> InvalidFileError:
         return InvalidFileError(f"{self._where}, rows {start} to {stop}: {error}")
 

@@ -13,7 +13,7 @@ from blake3 import blake3
 from make_corpus import Tensors, moved, weights, write_checkpoint
 
 import deltafmt
-from deltafmt.methods import RTN, SVD
+from deltafmt.methods import RTN, SVD, Exact
 
 FILES = {
     "config.json": b'{"model_type": "toy", "hidden_size": 64}',
@@ -33,23 +33,25 @@ class Case:
         arguments: of the command line; ``{inputs}`` and ``{out}`` stand for folders.
         output: the name of what it writes in ``{out}``.
         old: makes another output of the same kind under a path, which ``--force`` replaces.
+        stands: True if the output always stands there before, and is changed in place without ``--force``.
     """
 
     name: str
     arguments: tuple[str, ...]
     output: str
     old: Callable[[Path, Path], None]
+    stands: bool = False
 
     def spelled(self, inputs: Path, out: Path, *, force: bool) -> list[str]:
         """Return the arguments with the folders in them."""
         words = [word.format(inputs=inputs, out=out) for word in self.arguments]
-        return [*words, "--force"] if force else words
+        return [*words, "--force"] if force and not self.stands else words
 
     def prepare(self, inputs: Path, out: Path, *, force: bool) -> None:
-        """Empty the output's folder; with ``force``, an older output lies there."""
+        """Empty the output's folder; with ``force``, or for what is changed in place, an older output lies there."""
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        if force:
+        if force or self.stands:
             self.old(inputs, out / self.output)
 
 
@@ -74,9 +76,19 @@ def old_adapter(inputs: Path, path: Path) -> None:
     (path / "README.md").write_text("an older adapter\n")
 
 
-def case(name: str, words: str, output: str, old: Callable[[Path, Path], None] = old_file) -> Case:
+def old_model(inputs: Path, path: Path) -> None:
+    """Make the model that a chain is applied to, with files beside it that stay."""
+    shutil.copytree(inputs / "base", path)
+    (path / "config.json").write_text("{}\n")
+    (path / "runs").mkdir()
+    (path / "runs" / "log.txt").write_text("an older run\n")
+
+
+def case(
+    name: str, words: str, output: str, old: Callable[[Path, Path], None] = old_file, *, stands: bool = False
+) -> Case:
     """Return a case; the command's words are separated by spaces."""
-    return Case(name, tuple(words.split()), output, old)
+    return Case(name, tuple(words.split()), output, old, stands)
 
 
 CASES = (
@@ -102,6 +114,24 @@ CASES = (
         "m",
         old_checkpoint,
     ),
+    case(
+        "apply",
+        "apply {inputs}/base {inputs}/one.deltafmt {inputs}/two.deltafmt -o {out}/m --threads 1",
+        "m",
+        old_checkpoint,
+    ),
+    case(
+        "apply in place",
+        "apply {out}/m {inputs}/one.deltafmt {inputs}/two.deltafmt --in-place --threads 1",
+        "m",
+        old_model,
+        stands=True,
+    ),
+    case(
+        "squash",
+        "squash {inputs}/one.deltafmt {inputs}/two.deltafmt -o {out}/d.deltafmt --base {inputs}/base --threads 1",
+        "d.deltafmt",
+    ),
     case("export-lora", "export-lora {inputs}/lora.deltafmt -o {out}/a --base {inputs}/base", "a", old_adapter),
     case("analyze", "analyze {inputs}/base {inputs}/finetuned --html {out}/r.html", "r.html", old_page),
 )
@@ -124,6 +154,9 @@ def make_inputs(folder: Path) -> None:
     deltafmt.pack(*sides, folder / "hot.deltafmt", threads=1)
     deltafmt.pack(*sides, folder / "cold.deltafmt", method=RTN(4), profile="cold", threads=1)
     deltafmt.pack(*sides, folder / "old.deltafmt", method=RTN(2), threads=1)
+    later = write_checkpoint(folder / "later", {name: moved(rng, tensor) for name, tensor in finetuned.items()}, FILES)
+    deltafmt.pack(*sides, folder / "one.deltafmt", method=Exact(), threads=1)
+    deltafmt.pack(sides[1], later, folder / "two.deltafmt", method=Exact(), parent=folder / "one.deltafmt", threads=1)
     low = write_checkpoint(folder / "low", low_rank(rng, base), {})
     deltafmt.pack(sides[0], low, folder / "lora.deltafmt", method=SVD(4), threads=1)
     deltafmt.export_lora(folder / "lora.deltafmt", folder / "adapter", base=sides[0])

@@ -34,7 +34,7 @@ from deltafmt.terms.nm import hashing
 from deltafmt.terms.nm.layout import NMLayout
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
-LARGEST = 20_000
+LARGEST = 28_000
 
 
 def weights(rng: np.random.Generator, *shape: int, dtype: str = "BF16", size: float = 0.02) -> Any:
@@ -165,6 +165,8 @@ RECIPES: dict[str, tuple[Pair, str, Method, dict[str, bytes]]] = {
     "hot-exact": (odd, "hot", Exact(), FILES),
     "cold-exact": (layer, "cold", Exact("fast"), {}),
     "cold-sparse": (plain, "cold", Magnitude(0.05), {}),
+    "hot-progressive": (grown, "hot", DeltaDQ(4, 8, 5, share=2, scale_group=3), FILES),
+    "cold-progressive": (plain, "cold", DARE(0.7, 4), {}),
 }
 
 
@@ -233,6 +235,18 @@ def band(rng: np.random.Generator, layout: LowRankLayout, rows: int, columns: in
     return LowRankArrays(*sides)
 
 
+def write_link(out: Path) -> None:
+    """Write the second link of a chain, which names its parent."""
+    base, finetuned = layer(np.random.default_rng(98))
+    later = {name: moved(np.random.default_rng(97), tensor) for name, tensor in finetuned.items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        versions = [write_checkpoint(work / str(i), each, {}) for i, each in enumerate((base, finetuned, later))]
+        parent = work / "parent.deltafmt"
+        deltafmt.pack(*versions[:2], parent, method=Exact(), missing="removed", threads=1)
+        deltafmt.pack(*versions[1:], out, method=DeltaDQ(1, 4, 2), parent=parent, force=True, threads=1)
+
+
 def main(folder: Path) -> None:
     """Write every seed input."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,7 +256,9 @@ def main(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             work = Path(temporary)
             sides = write_checkpoint(work / "base", base, {}), write_checkpoint(work / "finetuned", finetuned, files)
-            deltafmt.pack(*sides, out, method=method, profile=profile, force=True, missing="removed", threads=1)
+            options = {"exact": name.endswith("progressive"), "force": True, "missing": "removed", "threads": 1}
+            deltafmt.pack(*sides, out, method=method, profile=profile, **options)
+    write_link(folder / "hot-parent.deltafmt")
     (folder / "hot-sum.deltafmt").write_bytes(sum_of_terms(NM_TERMS))
     (folder / "hot-bands.deltafmt").write_bytes(sum_of_terms(BANDS))
     for path in sorted(folder.glob("*.deltafmt")):

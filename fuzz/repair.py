@@ -167,8 +167,35 @@ def join(
     if digests:
         mend_digests(parts)
         identity = content_identity(parts.index)
+    if places and digests:
+        body = mended_end(parts, body)
     encoded = encode_index(parts.index)
     return None if encoded is None else seal(bytes(body), encoded, identity, **(trailer or {}))
+
+
+def mended_end(parts: Parts, body: bytearray) -> bytearray:
+    """Return header and sections with the end of the served part that the index asks for (section 17.7)."""
+    try:
+        rows = parts.index["sections"]
+        number = [row["kind"] for row in rows].index(c.SECTION_KIND_SERVED)
+        served = {key: value for key, value in parts.index.items() if key != "files"}
+        served["sections"] = rows[:number]
+        served["tensors"] = {
+            name: {key: value for key, value in entry.items() if key != "exact"}
+            for name, entry in served["tensors"].items()
+        }
+        start, encoded = rows[number]["offset"], encode_index(served)
+        if encoded is None:
+            return body
+        parts.sections[number] = bytearray(seal(bytes(body[:start]), encoded, content_identity(served))[start:])
+    except SHAPE_ERRORS:
+        return body
+    body = body[:start]
+    for behind in range(number, len(parts.sections)):
+        mend_place(parts, behind, len(body))
+        body += parts.sections[behind]
+        body += bytes(-len(body) % c.SECTION_ALIGNMENT)
+    return body
 
 
 def mend_place(parts: Parts, number: int, offset: int) -> None:

@@ -5,16 +5,19 @@ The vectors' fine-tuned bytes come from here, not from the package, which is com
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from applied_exact import restored
+from applied_exact import predicted_by, restored, width_of
 from numpy.typing import NDArray
 
-from deltafmt.delta import DeltaFile
-from deltafmt.index.entries import BaseRef, TensorEntry
+from deltafmt.delta import DeltaFile, RunDecoder, codec_of
+from deltafmt.index.entries import BaseRef, TensorEntry, Term
 from deltafmt.index.scaled import ScaledRef
+from deltafmt.terms.nm import codec as nm
+from deltafmt.terms.nm.codec import NMCodec
+from deltafmt.terms.sparse.codec import SparseCodec
 
 # Dtype, shape and bytes.
 Stored = tuple[str, tuple[int, ...], bytes]
@@ -34,7 +37,10 @@ def _tensor(delta: DeltaFile, entry: TensorEntry, deltas: Mapping[str, Any], bas
     if entry.exact is not None:
         known = None if entry.base is None else (entry.base.dtype, _of_base(delta, entry, entry.base, base))
         buffer = bytes(delta.container.buffer(entry.exact.data))
-        return restored(buffer, entry.exact.chunk, entry.dtype, entry.nbytes, known)
+        if entry.terms and known is not None:
+            predicted, marks = part_of(delta, entry, known[1], entry.exact.factors)
+            return restored(buffer, entry.exact.chunk, entry.dtype, predicted, marks)
+        return restored(buffer, entry.exact.chunk, entry.dtype, predicted_by(entry.dtype, entry.nbytes, known))
     new = b"" if entry.data is None else bytes(delta.container.buffer(entry.data))
     if entry.base is None:
         return new
@@ -44,6 +50,43 @@ def _tensor(delta: DeltaFile, entry: TensorEntry, deltas: Mapping[str, Any], bas
     shared, columns = entry.delta_rows, entry.columns
     change = np.asarray(deltas[entry.name]).reshape(-1)[: shared * columns]
     return added(of_base, entry.base.dtype, change, entry.dtype) + new
+
+
+def part_of(delta: DeltaFile, entry: TensorEntry, base: bytes, factors: Sequence[int]) -> tuple[list[int], list[bool]]:
+    """Return the prediction of a tensor with an exact part, and which of its units are marked (section 17.8)."""
+    assert entry.base is not None
+    rows, columns = entry.delta_rows, entry.columns
+    change, marks = np.zeros((rows, columns), np.float32), np.zeros((rows, columns), bool)
+    matrices = RunDecoder(delta, entry).matrices(0, rows)
+    for number, (bits, matrix, term) in enumerate(zip(factors, matrices, entry.terms, strict=True)):
+        # "each element t of a term's matrix is replaced by float32(c * t)"
+        product = matrix * np.array([bits], "<u4").view("<f4")
+        change = change + product if number else product
+        # "A unit is marked if a term of kind nm or sparse has an entry at its place, whatever its value."
+        for row, column in entries_of(delta, entry, term):
+            marks[row, column] = True
+    predicted = added(base, entry.base.dtype, change.reshape(-1), entry.dtype)
+    # "The prediction of the units of all other rows is `data`." "Units of `data` are not marked."
+    predicted += b"" if entry.data is None else bytes(delta.container.buffer(entry.data))
+    width = width_of(entry.dtype)
+    units = [int.from_bytes(predicted[at : at + width], "little") for at in range(0, len(predicted), width)]
+    marked = [bool(mark) for mark in marks.reshape(-1)]
+    return units, marked + [False] * (len(units) - len(marked))
+
+
+def entries_of(delta: DeltaFile, entry: TensorEntry, term: Term) -> Iterator[tuple[int, int]]:
+    """Give row and column of every entry of a term of kind ``nm`` or ``sparse``."""
+    codec, packed, rows, columns = codec_of(entry, term), delta.term_views(entry, term), entry.delta_rows, entry.columns
+    if isinstance(codec, SparseCodec):
+        for tile in range(-(-rows // 32)):
+            lanes, places, _ = codec.entries(packed, tile)
+            yield from ((tile * 32 + int(lane), int(place)) for lane, place in zip(lanes, places, strict=True))
+    if isinstance(codec, NMCodec):
+        found = nm.decode(codec.layout, packed, term.seed, 0, rows, columns).positions
+        for row in range(rows):
+            for group, positions in enumerate(found[row // codec.layout.share]):
+                columns_of = (group * codec.layout.m + int(position) for position in positions)
+                yield from ((row, column) for column in columns_of if column < columns)
 
 
 def _of_base(delta: DeltaFile, entry: TensorEntry, ref: BaseRef, base: Mapping[str, Stored]) -> bytes:

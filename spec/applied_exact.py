@@ -21,26 +21,45 @@ WIDTHS = {"U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
 NAN = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}
 
 
-def restored(buffer: bytes, chunk: int, dtype: str, size: int, base: tuple[str, bytes] | None) -> bytes:
-    """Return the bytes of an exact tensor.
+def predicted_by(dtype: str, size: int, base: tuple[str, bytes] | None) -> list[int]:
+    """Return the prediction of an exact tensor (17.1).
+
+    Args:
+        dtype: its dtype.
+        size: its bytes.
+        base: dtype and bytes of its base.
+    """
+    width = width_of(dtype)
+    count = size // width
+    predicted = [] if base is None else prediction(*base, dtype, width)[:count]
+    return predicted + [0] * (count - len(predicted))
+
+
+def width_of(dtype: str) -> int:
+    """Return the bytes of a unit."""
+    return FLOATS[dtype][0] if dtype in FLOATS else WIDTHS.get(dtype, 1)
+
+
+def restored(buffer: bytes, chunk: int, dtype: str, predicted: list[int], marks: list[bool] | None = None) -> bytes:
+    """Return the bytes of an exact tensor, or of one with an exact part.
 
     Args:
         buffer: its buffer.
         chunk: units of a chunk.
         dtype: its dtype.
-        size: its bytes.
-        base: dtype and bytes of its base.
+        predicted: the prediction of its units.
+        marks: which of them are marked; none if not given.
     """
-    width = FLOATS[dtype][0] if dtype in FLOATS else WIDTHS.get(dtype, 1)
-    count = size // width
-    predicted = [] if base is None else prediction(*base, dtype, width)[:count]
-    predicted += [0] * (count - len(predicted))
+    width, count = width_of(dtype), len(predicted)
+    # "First the units that are not marked, in ascending order of their keys, and then those that are marked": as if
+    # the mark were the highest bit of the key.
+    marked = [False] * count if marks is None else marks
     chunks = -(-count // chunk)
     table = struct.iter_unpack("<QII", buffer[len(buffer) - 16 * chunks :])
     out, position = b"", 0
     for number, (_, length, form) in enumerate(table):
-        part = predicted[number * chunk :][:chunk]
-        units = units_of(form, buffer[position : position + length], part, dtype, width)
+        here = slice(number * chunk, (number + 1) * chunk)
+        units = units_of(form, buffer[position : position + length], predicted[here], marked[here], dtype, width)
         out += b"".join(unit.to_bytes(width, "little") for unit in units)
         position += length
     return out
@@ -64,7 +83,7 @@ def prediction(base_dtype: str, data: bytes, dtype: str, width: int) -> list[int
     return [NAN[dtype] if nan else int(unit) for nan, unit in zip(np.isnan(wide), found, strict=True)]
 
 
-def units_of(form: int, data: bytes, predicted: list[int], dtype: str, width: int) -> list[int]:
+def units_of(form: int, data: bytes, predicted: list[int], marks: list[bool], dtype: str, width: int) -> list[int]:
     """Return the units of a chunk (17.5)."""
     if form == 0:
         return predicted
@@ -81,19 +100,20 @@ def units_of(form: int, data: bytes, predicted: list[int], dtype: str, width: in
             after += min(gap + 1, 255)
         units = list(predicted)
         codes = planes(data[12 + length :], number, width)
-        for place, unit in zip(places, unsorted(codes, [predicted[at] for at in places], dtype, width), strict=True):
+        known, marked = ([of[at] for at in places] for of in (predicted, marks))
+        for place, unit in zip(places, unsorted(codes, known, marked, dtype, width), strict=True):
             units[place] = unit
         return units
     codes = planes(data, len(predicted), width)
     if form == 4:
-        return unsorted(codes, predicted, dtype, width)
+        return unsorted(codes, predicted, marks, dtype, width)
     return [moved(code, unit, dtype, width) for code, unit in zip(codes, predicted, strict=True)]
 
 
-def unsorted(codes: list[int], predicted: list[int], dtype: str, width: int) -> list[int]:
-    """Return units whose differences are in the order of the keys of what is predicted."""
+def unsorted(codes: list[int], predicted: list[int], marks: list[bool], dtype: str, width: int) -> list[int]:
+    """Return units whose differences are in the order of the keys of what is predicted, marked ones last."""
     _, low, bits = FLOATS.get(dtype, (width, 0, 0))
-    order = sorted(range(len(predicted)), key=lambda at: (predicted[at] >> low) % (1 << bits))
+    order = sorted(range(len(predicted)), key=lambda at: (marks[at], (predicted[at] >> low) % (1 << bits)))
     units = [0] * len(predicted)
     for code, at in zip(codes, order, strict=True):
         units[at] = moved(code, predicted[at], dtype, width)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -115,6 +115,7 @@ class Draft:
         stored: stored bytes of some sections, in the place of those that their raw bytes give.
         padding: bytes behind the header (0) or behind a section (its number and 1), in the place of zeros.
         spell: spells a packed entry or description in another way, by its place, such as ("tensors", "w").
+        serves: False if the end of a served part (section 17.7) stays as it is, whatever the index says.
     """
 
     header: bytes
@@ -123,6 +124,7 @@ class Draft:
     stored: dict[int, bytes] = field(default_factory=dict)
     padding: dict[int, bytes] = field(default_factory=dict)
     spell: dict[Place, Spelling] = field(default_factory=dict)
+    serves: bool = True
 
     @classmethod
     def of(cls, data: bytes) -> Draft:
@@ -191,12 +193,27 @@ class Draft:
         for name, row in self.index.get("attachments", {}).items():
             if "digest" in row and attached.get(name, row["digest"]) == row["digest"]:
                 row["digest"] = blake3(self._bytes(row["data"])).digest()
+        if self.serves and any(row.get("kind") == 4 for row in self.index.get("sections", [])):
+            self._serve()
+            body = self.body()
         identity = self.content_id() if content_id is None else content_id
         if late is not None:
             late(self.index)
         found = encode(self.index, self.spell)
         found = found if spell is None else spell(found)
         return body + found + trailer(self.header, found, len(body), identity)
+
+    def _serve(self) -> None:
+        """Make the end of the served part anew (section 17.7); the index says all of it."""
+        number = [row["kind"] for row in self.index["sections"]].index(4)
+        kept = {key: value for key, value in self.index.items() if key != "files"}
+        tensors = {
+            name: {key: value for key, value in entry.items() if key != "exact"}
+            for name, entry in self.index["tensors"].items()
+        }
+        served = replace(self, index={**kept, "sections": self.index["sections"][:number], "tensors": tensors})
+        index, offset = encode(served.index, self.spell), self.index["sections"][number]["offset"]
+        self.raw[number] = bytearray(index + trailer(self.header, index, offset, served.content_id()))
 
     def payload(self, entry: Any) -> bytes:
         """Return the digest of an entry's payload (section 7.6), also where buffers are not as they should be."""

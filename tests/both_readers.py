@@ -19,7 +19,7 @@ import deltafmt
 from c_reader import TOO_LARGE, Driver, Report, Tensor
 from deltafmt.delta import DeltaFile, RunDecoder
 from deltafmt.errors import DeltafmtError, UnsupportedError
-from deltafmt.format.constants import FEATURE_EXACT, HEADER_MAGIC
+from deltafmt.format.constants import FEATURE_EXACT, FEATURE_PROGRESSIVE, HEADER_MAGIC
 from deltafmt.pipeline.verify import verify
 
 LIMITS = deltafmt.Limits(max_output=1 << 24)
@@ -41,11 +41,11 @@ def status_of(error: DeltafmtError) -> str:
 
 
 def is_beyond_c(data: bytes) -> bool:
-    """Tell whether a file has exact tensors or files, feature bit 3, which spec/reader calls unsupported."""
+    """Tell whether a file has exact tensors or is progressive, bits 3 and 4, which spec/reader calls unsupported."""
     head = data[:64]
     if len(head) < 64 or head[:8] != HEADER_MAGIC or xxhash.xxh3_64_digest(head[:56])[::-1] != head[56:]:
         return False
-    return head[8:12] == b"\1\0\0\0" and bool(head[16] & FEATURE_EXACT)
+    return head[8:12] == b"\1\0\0\0" and bool(head[16] & (FEATURE_EXACT | FEATURE_PROGRESSIVE))
 
 
 def with_library(path: Path) -> tuple[Report, list[str]]:

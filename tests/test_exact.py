@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from deltafmt.errors import InvalidFileError
 from deltafmt.exact import chunk as chunks
 from deltafmt.exact.coding import ExactDecoder, assemble, encode_chunk
-from deltafmt.exact.differences import joined, ordered, sorted_planes, unordered, unzigzag, zigzag
+from deltafmt.exact.differences import (
+    exponents,
+    joined,
+    ordered,
+    ranks_of,
+    sorted_planes,
+    unordered,
+    unzigzag,
+    zigzag,
+)
 from deltafmt.exact.frames import compress, decompress
 from deltafmt.exact.units import Unit, Units, unit_count, unit_of
 from deltafmt.format.constants import DTYPE_BITS
@@ -54,6 +63,32 @@ def test_every_bit_pattern_comes_back_through_the_sorted_planes(name: str, data:
         assert np.array_equal(found, planes)
         assert np.array_equal(numbers, counts)
         assert np.array_equal(joined(planes, prediction, unit, key), values)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_ranks_say_where_units_stand_when_all_are_sorted(name: str, data: st.DataObject) -> None:
+    unit = unit_of(data.draw(st.sampled_from(DTYPES)))
+    values, prediction = drawn_units(data, unit, 5000)
+    places = np.flatnonzero(values != prediction)
+    planes, counts = sorted_planes.reference(values, prediction, unit, unit)
+    with running(name):
+        ranks, found = ranks_of(places, prediction, unit)
+    assert np.array_equal(found, counts)
+    assert np.array_equal(np.sort(ranks), np.flatnonzero(planes.any(axis=0)))
+    assert np.array_equal(np.argsort(exponents(prediction, unit), kind="stable")[ranks], places)
+
+
+def test_few_differences_are_coded_as_all_are() -> None:
+    rng, unit, count = np.random.default_rng(2), unit_of("BF16"), 1 << 16
+    prediction = (rng.normal(0, 0.02, count).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    values = prediction + (prediction >> 7 & 255 < 114)  # elements near zero have moved
+    made = chunks.encode(values, prediction, unit)
+    planes, counts = sorted_planes(values, prediction, unit, unit)
+    assert 0 < np.count_nonzero(values != prediction) < count // 8
+    assert made == chunks.Chunk(chunks.SORTED, chunks._write_planes(planes, chunks._ends(counts)))
+    assert len(made.data) < len(chunks._sparse(values, prediction, values != prediction, unit).data)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,31 @@ def test_what_cannot_be_restored_is_refused(tmp_path: Path, cli: Cli) -> None:
     assert deltafmt.pack(base, lacks, tmp_path / "d", method=Exact()).removed == ["model.embed.weight"]
     deltafmt.unpack(base, tmp_path / "d", tmp_path / "out")
     assert folder_bytes(tmp_path / "out") == folder_bytes(lacks)
+
+
+def test_an_archive_is_never_written_onto_an_input(tmp_path: Path, cli: Cli) -> None:
+    pair = write_pair(tmp_path, *small_tensors())
+    before = folder_bytes(tmp_path)
+    (tmp_path / "link").symlink_to(pair.finetuned / "config.json")
+    os.link(pair.base / "model.safetensors", tmp_path / "hard")
+    exact = ("pack", pair.base, pair.finetuned, "--method", "exact", "--force", "-o")
+    for out in (
+        pair.finetuned / "model.safetensors",
+        pair.base / "model.safetensors",
+        pair.finetuned / "config.json",
+        pair.finetuned,
+        tmp_path / "link",
+        tmp_path / "hard",
+    ):
+        refused(cli(*exact, out), 2, f"the output {out} is itself an input")
+    (tmp_path / "hard").unlink()
+    (tmp_path / "link").unlink()
+    assert folder_bytes(tmp_path) == before
+    # A delta file beside the weights is not a part of the checkpoint.
+    assert cli(*exact, pair.finetuned / "own.deltafmt").code == 0
+    assert cli(*exact, pair.finetuned / "own.deltafmt").code == 0
+    (pair.finetuned / "own.deltafmt").unlink()
+    assert folder_bytes(tmp_path) == before
 
 
 def test_commands_say_what_is_exact(pair: tuple[Path, Path], archive: Path, tmp_path: Path, cli: Cli) -> None:

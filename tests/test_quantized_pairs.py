@@ -211,6 +211,19 @@ def test_exactly_the_stored_bytes(tmp_path: Path, sides: tuple[Side, Side]) -> N
         deltafmt.pack(before.folder, finetuned, tmp_path / "e.deltafmt", quantized="codes")
 
 
+def test_a_progressive_file(tmp_path: Path, sides: tuple[Side, Side], cli: Cli) -> None:
+    before, after = sides
+    for number, (finetuned, quantized) in enumerate(((after.plain, None), (after.folder, "exact"))):
+        out = tmp_path / f"{number}.deltafmt"
+        deltafmt.pack(before.folder, finetuned, out, exact=True, quantized=quantized)
+        restored = deltafmt.unpack(before.folder, out, tmp_path / f"{number}").restored
+        assert restored == ["model.safetensors"]
+        assert bytes_of(tmp_path / f"{number}") == bytes_of(finetuned)
+        assert deltafmt.verify(out, before.folder).restored
+    found = cli("pack", before.folder, after.folder, "-o", tmp_path / "d", "--exact")
+    refused(found, 2, "is read as values, from which its files cannot be restored", "--quantized exact")
+
+
 @situation("8-bit floats without scales anywhere: a checkpoint that was cast")
 def test_floats_that_were_cast(tmp_path: Path) -> None:
     a = llama(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import random
 import shutil
 import struct
@@ -237,3 +239,35 @@ def test_the_example_service(programs: Path, pair: Pair, tmp_path: Path) -> None
         finally:
             running.terminate()
             shutil.rmtree(socket.parent)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "no command; there are inspect, verify and decode"),
+        (("show", "FILE"), "there are the commands inspect, verify and decode, and not show"),
+        (("inspect",), "FILE is missing"),
+        (("inspect", "FILE", "x"), "one argument too many: x"),
+        (("verify",), "FILE is missing"),
+        (("decode", "FILE"), "TENSOR is missing"),
+        (("decode", "FILE", "w", "x"), "one argument too many: x"),
+        (("decode", "FILE", "w", "--base"), "--base needs a file with the raw bytes of the base's tensor"),
+        (("decode", "FILE", "w", "--base", "RAW", "x"), "one argument too many: x"),
+    ],
+)
+def test_wrong_arguments_of_the_command_get_one_line(command: Path, words: tuple[str, ...], said: str) -> None:
+    done = subprocess.run([command, *words], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"deltafmt-c: {said} (see deltafmt-c --help)\n"
+
+
+def test_the_command_explains_itself_and_spares_a_terminal(command: Path) -> None:
+    done = subprocess.run([command, "--help"], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: deltafmt-c inspect FILE\n")
+    terminal, inside = pty.openpty()
+    done = subprocess.run([command, "decode", "FILE", "w"], check=False, stdout=inside, stderr=subprocess.PIPE)
+    os.close(inside)
+    os.close(terminal)
+    assert done.returncode == 2
+    assert done.stderr == b"deltafmt-c: a tensor is not written to a terminal; add > OUT (see deltafmt-c --help)\n"

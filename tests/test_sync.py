@@ -19,14 +19,15 @@ import deltafmt
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.errors import BehindError, DeltafmtError, InvalidFileError, StorageError, UsageError, WrongBaseError
 from deltafmt.exact import chunk as chunks
-from deltafmt.exact.coding import EncodedChunk, assemble, encode_chunk
+from deltafmt.exact.coding import EncodedChunk, ExactDecoder, assemble, encode_chunk
 from deltafmt.format.constants import FEATURE_EXACT
 from deltafmt.pipeline.entry_writer import EntryWriter
 from deltafmt.runtime.dtypes import TORCH_DTYPES
-from deltafmt.sync import Folder, Message, Publisher, Reply, Subscriber, read_message, write_message
+from deltafmt.sync import Folder, Message, Publisher, Reply, Subscriber, on_device, read_message, write_message
 from deltafmt.sync import states as states_module
 from deltafmt.sync.message import open_message
 from deltafmt.sync.staged import HostChange
+from test_exact import drawn_units
 
 State = dict[str, torch.Tensor]
 
@@ -578,3 +579,71 @@ def test_arguments_out_of_range_are_refused() -> None:
             Publisher(**options)
     with pytest.raises(UsageError, match="there is no version yet"):
         Publisher().anchor()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_a_device_decodes_what_the_host_decodes(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from([name for name in sorted(TORCH_DTYPES) if name != "BOOL"]))
+    unit = states_module.unit_of(name)
+    if unit.width == 8:
+        return
+    values, prediction = drawn_units(data, unit, 1500)
+    if (TORCH_DTYPES[name].itemsize * values.size) % unit.width or name == "C64":
+        return
+    level = data.draw(st.sampled_from(chunks.LEVELS))
+    shape, size = (values.size,), 512
+    spans = [(at, at + size) for at in range(0, values.size, size)]
+    made = [encode_chunk(values[a:b], prediction[a:b], unit, level) for a, b in spans]
+    decoder = ExactDecoder(memoryview(b"".join(assemble(made))), name, shape, size)
+    tensor = torch.from_numpy(prediction.view(np.uint8).copy()).view(TORCH_DTYPES[name])
+    (live,) = deltafmt.sync.live.live_tensors({"w": tensor}).values()
+    change = on_device.change_of(decoder, live, has_base=True)
+    assert (change is None) == np.array_equal(values, prediction)
+    assert bits(tensor) == prediction.tobytes()  # nothing was touched
+    if change is not None:
+        change.make()
+        assert bits(tensor) == values.tobytes()
+        change.undo()
+        assert bits(tensor) == prediction.tobytes()
+        tensor.view(torch.uint8)[0] ^= 1
+        if decoder.stored(0)[1] in (chunks.STORED, chunks.VALUES):
+            return  # such a chunk needs no prediction
+        with pytest.raises(InvalidFileError, match="what it restores is not what was packed"):
+            on_device.change_of(decoder, live, has_base=True)
+
+
+def test_the_device_path_follows_as_the_host_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_device, "runs_on", lambda live: live.unit.width < 8)
+    states = [model(), stepped(model(), 1), stepped(model(), 2, 0.9), stepped(model(), 3, 0)]
+    live = {name: torch.zeros_like(tensor) for name, tensor in model().items()}
+    live["head.weight"] = torch.zeros(200, 64).t()
+    followed(states, live)
+    for chunk, line in (
+        (chunks.Chunk(chunks.SAME, b"x"), "1 bytes where 0 are needed"),
+        (chunks.Chunk(chunks.STORED, b"x"), "1 bytes where 200 are needed"),
+    ):
+        state = {"w": torch.randn(100).bfloat16()}
+        parent = states_module.KeptState(deltafmt.sync.live.live_tensors(state), "default", 1).digest()
+        with pytest.raises(InvalidFileError, match=rf'tensors\["w"\]: chunk 0: {line}'):
+            Subscriber(state).apply(hostile(chunk, state, parent))
+
+
+def test_patches_are_a_chain_that_other_commands_apply(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    states = [model(), stepped(model(), 1), stepped(model(), 2)]
+    (tmp_path / "base").mkdir()
+    safetensors.save_file(states[0], tmp_path / "base" / "model.safetensors")
+    publisher, files = Publisher(base=states[0]), []
+    for state in states[1:]:
+        message = publisher.publish(state)
+        files.append(tmp_path / f"{message.version}.deltafmt")
+        files[-1].write_bytes(message.data)
+        assert message.content_id == deltafmt.verify(files[-1]).content_id
+    deltafmt.apply(tmp_path / "base", files, tmp_path / "applied")
+    deltafmt.squash(files, tmp_path / "both.deltafmt", base=tmp_path / "base")
+    deltafmt.unpack(tmp_path / "base", tmp_path / "both.deltafmt", tmp_path / "unpacked")
+    for folder in ("applied", "unpacked"):
+        assert equal(safetensors.load_file(tmp_path / folder / "model.safetensors"), states[2])
+    with pytest.raises(WrongBaseError, match=r"a link is missing|was made on what"):
+        deltafmt.apply(tmp_path / "base", files[1:], tmp_path / "wrong")

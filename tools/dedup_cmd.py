@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltafmt.errors import EXIT_OK, UsageError
+from deltafmt.errors import EXIT_OK
 from deltafmt.pipeline.summary import plural
 from deltafmt.tools import console
 from deltafmt.tools.remedies import message_of
@@ -46,8 +46,6 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit code, which is that of the first checkpoint that cannot be read."""
     from deltafmt.analysis.dedup import dedup
 
-    if any(not word for word in options.folders):
-        raise UsageError("FOLDER is empty (see deltafmt dedup --help)")
     with console.stage_bar(not options.json) as progress:
         result = dedup(options.folders, base=options.base, threads=options.threads, progress=progress)
     for path, error in result.failed.items():

@@ -6,6 +6,7 @@ import argparse
 
 from deltafmt.checkpoint.name_changes import entry_changes
 from deltafmt.container.reader import Container
+from deltafmt.container.served import served_part
 from deltafmt.pipeline import summary
 from deltafmt.pipeline.read_as_values import dequantized
 from deltafmt.pipeline.summary import plural
@@ -42,6 +43,9 @@ def _print_tree(container: Container) -> None:
         f"{summary.times(total / container.size)} than {total:,} bytes of tensors"
     )
     console.say(f"content id {container.content_id.hex()}, which verify checks")
+    served = served_part(container, entries)
+    if served is not None:
+        console.say(summary.served_line(served))
     if container.parent is not None:
         console.say(f"parent: {container.parent.hex()}, whose result is the base")
     for key, value in container.metadata.items():

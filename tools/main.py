@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import itertools
 import os
 import platform
 import re
@@ -52,6 +53,7 @@ _PLAIN = (
     (r"the following arguments are required: ([^,]+)", r"\1 is missing"),
     (r"the following arguments are required: (.+)", r"\1 are missing"),
     (r"argument (\S+): invalid int value: (.+)", r"\1 \2 is not a whole number"),
+    (r"argument (\S+): invalid choice: (.+) \(choose from (.+)\)", r"\1 \2 is not one of \3"),
     (r"argument (\S+): expected one argument", r"\1 needs a value"),
     (r"argument (\S+): expected (\d+) arguments", r"\1 needs \2 values"),
 )
@@ -62,7 +64,10 @@ def plain(message: str) -> str:
     for pattern, words in _PLAIN:
         found = re.fullmatch(pattern, message)
         if found:
-            return found.expand(words).replace("-o/--output", "-o")
+            said = found.expand(words).replace("-o/--output", "-o")
+            # Some versions of argparse put choices into quotes.
+            before, choices, after = said.partition(" is not one of ")
+            return before + choices + after.replace("'", "")
     return message
 
 
@@ -176,6 +181,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
     if "--version" in before:
         _say_version(verbose="--verbose" in arguments)
         return None
+    for before_it, word in itertools.pairwise(arguments):
+        # A path of no characters would be the current folder.
+        if not word and (before_it in ("-o", "--output") or not before_it.startswith("-")):
+            what = "-o" if before_it.startswith("-") else "an argument"
+            raise UsageError(f"{what} is empty, as from a variable that is not set (see deltafmt {command} --help)")
     options: argparse.Namespace
     options, unknown = build_parser(command).parse_known_args(arguments)
     if unknown and options.command in WITH_RARE_OPTIONS and not any(word.startswith("-") for word in unknown):

@@ -110,6 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random positions (default 0)")
     parser.add_argument("--threads", type=int, metavar="T", help="worker threads (default: one for each processor)")
     add_method_argument(parser)
+    parser.add_argument(
+        "--exact", action="store_true", help="serve the delta, and restore every byte from exact parts behind it"
+    )
     add_target_arguments(parser)
     add_calibration_arguments(parser)
 
@@ -141,8 +144,13 @@ def run(options: argparse.Namespace) -> int:
 
     target = read_target(options, given_arguments(options))
     method = read_method(options)
-    calibration = read_calibration(options)
     rules: list[tuple[str, Method | None]] = [(pattern, read_rule(text, method)) for pattern, text in options.rule]
+    reading = [
+        each for each in (method, *(ruled for _, ruled in rules)) if each is not None and each.calibration != "none"
+    ]
+    if options.calibration is not None and not target and not reading:
+        raise UsageError(f"method {method.name} reads no calibration text, so {options.calibration} has no effect")
+    calibration = read_calibration(options)
     to_stdout = options.output == "-"
     if to_stdout and sys.stdout.isatty():
         raise UsageError("a delta file is not written to a terminal; name a file after -o, or pipe the output on")
@@ -166,7 +174,7 @@ def run(options: argparse.Namespace) -> int:
     }
 
     if options.many:
-        return run_many(options, method, {**shared, "force": options.force})
+        return run_many(options, method, {**shared, "exact": options.exact, "force": options.force})
     shared |= target
 
     def total() -> int:
@@ -175,6 +183,8 @@ def run(options: argparse.Namespace) -> int:
     if options.plan:
         if options.parent:
             raise UsageError("--plan and --parent do not go together: a plan is the same with a parent")
+        if options.exact:
+            raise UsageError("--plan and --exact do not go together: a plan is the same with exact parts")
         from deltafmt.pipeline.budget import plan_for_target
 
         if calibration:
@@ -183,7 +193,8 @@ def run(options: argparse.Namespace) -> int:
             choice = plan_for_target(options.base, options.finetuned, **shared, progress=progress)
         show(choice, as_json=options.json)
         return EXIT_OK
-    passes = 1 + bool(target) + bool(calibration) + bool(target and calibration and calibration.sequential)
+    twice = target and calibration and calibration.sequential
+    passes = 1 + options.exact + bool(target) + bool(calibration) + bool(twice)
     with console.progress_bar("packing", lambda: passes * total(), not options.json) as progress:
         result = pack(
             options.base,
@@ -192,6 +203,7 @@ def run(options: argparse.Namespace) -> int:
             method=None if target else method,
             **shared,
             parent=options.parent,
+            exact=options.exact,
             calibration=calibration,
             force=options.force,
             progress=progress,

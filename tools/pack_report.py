@@ -44,6 +44,7 @@ def result_obj(result: PackResult) -> dict[str, Any]:
         "narrow": result.narrow,
         "resumed_tensors": result.resumed,
         "restored_files": result.restored,
+        "served": {"bytes": result.served, "content_id": result.served_id} if result.served else None,
         **calibration_obj(result),
         **({"plan": plan_obj(result.choice)} if result.choice else {}),
     }
@@ -95,6 +96,9 @@ def report(result: PackResult, method: Method, finetuned: str, *, as_json: bool)
 
 def _say_files(result: PackResult) -> None:
     """Say which files travel."""
+    if result.served:
+        smaller = times(result.finetuned_bytes / result.served)
+        console.say(f"served from its first {result.served:,} bytes, {smaller}; content id {result.served_id}")
     if result.restored:
         console.say(f"restored byte for byte by unpack: {bounded(result.restored)}")
     if result.attached:

@@ -1,4 +1,4 @@
-"""``deltafmt repack``: a delta file rewritten for serving (hot) or for archives (cold)."""
+"""``deltafmt repack``: a delta file rewritten for serving (hot) or for archives (cold), or without exact parts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the delta file to write")
     parser.add_argument(
         "--profile",
-        required=True,
         metavar="NAME",
         help="hot: stored as it is uploaded, for serving; cold: compressed, for archives",
+    )
+    parser.add_argument(
+        "--drop", metavar="exact", help="leave the exact parts of a progressive file out: what is left is served"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     add_limit_arguments(parser)
@@ -27,7 +29,12 @@ def run(options: argparse.Namespace) -> None:
     from deltafmt.pipeline.repack import repack
 
     result = repack(
-        options.delta, options.output, profile=options.profile, force=options.force, limits=limits_of(options)
+        options.delta,
+        options.output,
+        profile=options.profile,
+        drop=options.drop,
+        force=options.force,
+        limits=limits_of(options),
     )
     if options.json:
         console.say_json(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from deltafmt.checkpoint.weight_names import bounded
+from deltafmt.errors import UsageError
 from deltafmt.pipeline.summary import left_out_line, plural
 from deltafmt.tools import console
 from deltafmt.tools.byte_sizes import parse_size
@@ -43,8 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
+    from deltafmt.pipeline.outputs import is_delta_file
     from deltafmt.pipeline.unpack import unpack
 
+    if Path(options.delta).is_dir() and Path(options.base).is_file() and is_delta_file(Path(options.base)):
+        raise UsageError(f"{options.base} is a delta file and {options.delta} a folder; BASE stands before DELTA")
     limit = None if options.max_shard_size is None else parse_size(options.max_shard_size)
     with console.progress_bar("unpacking", lambda: console.delta_bytes(options.delta), not options.json) as progress:
         result = unpack(

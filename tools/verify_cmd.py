@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deltafmt.checkpoint.weight_names import bounded
 from deltafmt.container.reader import Container
 from deltafmt.errors import EXIT_OK, DeltafmtError
-from deltafmt.pipeline.summary import left_out_line, plural
+from deltafmt.pipeline.summary import left_out_line, plural, served_line, served_obj
 from deltafmt.tools import console
 from deltafmt.tools.limit_arguments import add_limit_arguments, limits_of
 from deltafmt.tools.name_arguments import add_name_arguments, name_options, names_obj, say_names
@@ -78,6 +78,8 @@ def _check(file: str, before: list[str], options: argparse.Namespace) -> dict[st
         console.say(f"{file}: {describe(result, before)}")
         if result.restored:
             console.say(f"restored byte for byte with this base: {bounded(result.restored)}")
+        if result.served is not None:
+            console.say(served_line(result.served))
         say_names(result.names)
         say_dequantized(result.dequantized)
         if result.removed:
@@ -93,6 +95,7 @@ def _check(file: str, before: list[str], options: argparse.Namespace) -> dict[st
         "removed": list(result.removed),
         "attached": list(result.attached),
         "restored_files": list(result.restored),
+        "served": served_obj(result.served),
         "names": names_obj(result.names),
         "dequantized": result.dequantized.to_obj(),
     }

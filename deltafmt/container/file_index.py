@@ -42,6 +42,7 @@ class FileIndex:
         features: the header's incompatible features.
         scaled: how the base keeps tensors that are read as values, encoded, by name; :meth:`scaled_ref` decodes one.
         files: the files that are restored byte for byte, by name.
+        served: the number of the section that ends the served part of a progressive file; None in other files.
         parent: the content id of the delta file whose result is the base; None for most files.
     """
 
@@ -55,6 +56,7 @@ class FileIndex:
     features: int = 0
     scaled: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, FileRef] = field(default_factory=dict)
+    served: int | None = None
     parent: bytes | None = None
 
     @classmethod
@@ -98,11 +100,14 @@ class FileIndex:
             check_name(name, where := ('scaled["', name, '"]'))
             _check_encoded(encoded, where)
         files = _parse_files(obj["files"], attachments) if "files" in obj else {}
+        served = next((i for i, section in enumerate(sections) if section.kind == c.SECTION_KIND_SERVED), None)
         parent = check_bytes(obj["parent"], "parent", DIGEST_BYTES) if "parent" in obj else None
-        rest = attachments, features, scaled, files, parent
+        rest = attachments, features, scaled, files, served, parent
         index = cls(profile, metadata, layouts, sections, tensors, removed, *rest)
         for name, attachment in index.attachments.items():
             index.check_ref(attachment.data, f'attachments["{name}"]', c.SECTION_KIND_ATTACHMENTS)
+            if served is not None and attachment.data.section > served:
+                fail(f'attachments["{name}"]', "it lies behind the served part")
         for name, file in index.files.items():
             index.check_ref(file.head, f'files["{name}"]', c.SECTION_KIND_ATTACHMENTS)
         return index
@@ -119,8 +124,8 @@ class FileIndex:
             fail((where, ".base.parts"), "the header does not have the feature of parts, bit 0")
         if entry.leading is not None and not self.features & c.FEATURE_LEADING:
             fail((where, ".leading"), "the header does not have the feature of leading dimensions, bit 1")
-        if entry.exact is not None and not self.features & c.FEATURE_EXACT:
-            fail((where, ".exact"), "the header does not have the feature of exact tensors and files, bit 3")
+        if entry.exact is not None:
+            self._check_exact(entry, (where, ".exact"))
         refs = entry.refs()
         for buffer, ref in refs:
             if buffer == "exact":
@@ -136,6 +141,15 @@ class FileIndex:
             if [target.get("dtype"), target.get("shape")] != [entry.dtype, list(entry.shape)]:
                 fail((where, ".target"), f"{entry.target!r} has another dtype or shape")
         return entry
+
+    def _check_exact(self, entry: TensorEntry, where: Where) -> None:
+        """Check that exact tensors stand in archives, and exact parts in progressive files."""
+        if not self.features & c.FEATURE_EXACT:
+            fail(where, "the header does not have the feature of exact tensors and files, bit 3")
+        if entry.terms and self.served is None:
+            fail(where, "a tensor has an exact part, and the file has no served part")
+        if not entry.terms and self.served is not None:
+            fail(where, "a file with a served part has an exact tensor, which nobody can serve")
 
     def scaled_ref(self, name: str) -> ScaledRef:
         """Decode and check how the base keeps a tensor that is read as values.
@@ -186,7 +200,7 @@ def _parse_sections(rows: Any, profile: str, index_offset: int, features: int) -
     sections = tuple(Section.from_obj(row, f"sections[{i}]") for i, row in enumerate(rows))
     position = c.SECTION_ALIGNMENT
     raw_bytes = 0
-    behind = False
+    behind: set[int] = set()
     for number, section in enumerate(sections):
         if section.offset != position:
             fail(f"sections[{number}].offset", f"{section.offset} where {position} is next")
@@ -194,11 +208,17 @@ def _parse_sections(rows: Any, profile: str, index_offset: int, features: int) -
             fail(f"sections[{number}].length", f"{section.length} bytes run into the index")
         if profile == "hot" and section.kind == c.SECTION_KIND_TENSORS and section.codec != c.CODEC_STORED:
             fail(f"sections[{number}].codec", "a hot file stores its tensors as they are")
-        if behind and section.kind == c.SECTION_KIND_TENSORS:
+        if section.kind == c.SECTION_KIND_TENSORS and c.SECTION_KIND_EXACT in behind:
             fail(f"sections[{number}].kind", "a section of tensors lies behind one of exact tensors")
+        if section.kind == c.SECTION_KIND_TENSORS and c.SECTION_KIND_SERVED in behind:
+            fail(f"sections[{number}].kind", "a section of tensors lies behind the served part")
         if section.kind == c.SECTION_KIND_EXACT and not features & c.FEATURE_EXACT:
             fail(f"sections[{number}].kind", "a section of exact tensors needs feature bit 3")
-        behind = behind or section.kind == c.SECTION_KIND_EXACT
+        if section.kind == c.SECTION_KIND_SERVED and not features & c.FEATURE_PROGRESSIVE:
+            fail(f"sections[{number}].kind", "a served part needs feature bit 4")
+        if section.kind == c.SECTION_KIND_SERVED and behind & {c.SECTION_KIND_EXACT, c.SECTION_KIND_SERVED}:
+            fail(f"sections[{number}].kind", "a served part ends behind another one, or behind exact tensors")
+        behind.add(section.kind)
         raw_bytes += section.raw_length
         if raw_bytes > c.MAX_RAW_BYTES:
             fail(f"sections[{number}].raw_length", f"the sections decode to more than {c.MAX_RAW_BYTES} bytes")

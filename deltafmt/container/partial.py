@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +39,7 @@ class PartialFile:
         features: the incompatible features of the file's header.
 
     Attributes:
+        partial: where the bytes go until :meth:`commit`.
         sections, layouts, entries: the sections, layouts and entries that an earlier run has completed; the entries
             are plain objects, by tensor name.
 
@@ -54,14 +55,14 @@ class PartialFile:
         self.layouts: list[TermLayout] = []
         self.entries: dict[str, Any] = {}
         self._header = frame.encode_header(incompatible=features)
-        self._partial = path.parent / f".{path.name}.partial"
+        self.partial = path.parent / f".{path.name}.partial"
         with self._storage_errors():
             # The journal is the lock: it is opened first and removed last.
             self._lock = OutputLock(path.parent / f".{path.name}.partial.journal", path)
             self._journal: BinaryIO = self._lock.file
             try:
                 check_output_file(path, force=force)  # again: another process may have finished meanwhile
-                descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+                descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             except BaseException:
                 self._lock.keep()
                 raise
@@ -88,7 +89,7 @@ class PartialFile:
             kept = end
         if self.sections:
             last = self.sections[-1]
-            position = c.align(last.offset + last.length, c.SECTION_ALIGNMENT)
+            position = last.offset + last.length
         self._journal.truncate(kept)
         self._file.truncate(position)
         self._file.seek(position)
@@ -112,7 +113,7 @@ class PartialFile:
 
     def _take(self, record: dict[str, Any]) -> bool:
         try:
-            section = Section.from_obj(record["section"], "section")
+            sections = [Section.from_obj(section, "section") for section in record["sections"]]
             layouts = [parse_layout(layout, "layout") for layout in record["layouts"]]
             entries = dict(record["entries"])
         except (InvalidFileError, KeyError, TypeError, ValueError):
@@ -121,6 +122,15 @@ class PartialFile:
         head = self._header.ljust(c.SECTION_ALIGNMENT, b"\0")
         if not self.sections and self._file.read(c.SECTION_ALIGNMENT) != head:
             return False
+        if not all(map(self._is_there, sections)):
+            return False
+        self.sections += sections
+        self.layouts = layouts
+        self.entries.update(entries)
+        return True
+
+    def _is_there(self, section: Section) -> bool:
+        """Tell whether a section, and the padding behind it, lie in the file as they were written."""
         self._file.seek(section.offset)
         hasher = xxhash.xxh3_128()
         missing = section.length
@@ -132,12 +142,7 @@ class PartialFile:
             missing -= len(data)
         end = section.offset + section.length
         padding = c.align(end, c.SECTION_ALIGNMENT) - end
-        if hasher.digest() != section.checksum or self._file.read(padding) != bytes(padding):
-            return False
-        self.sections.append(section)
-        self.layouts = layouts
-        self.entries.update(entries)
-        return True
+        return hasher.digest() == section.checksum and not any(self._file.read(padding))
 
     def write(self, data: Bytes) -> None:
         """Write bytes behind those that were written before.
@@ -150,18 +155,18 @@ class PartialFile:
         except OSError as error:
             raise storage_error("cannot write", self.path, error) from error
 
-    def record(self, section: Section, layouts: list[TermLayout], entries: dict[str, Any]) -> None:
-        """Note in the journal that a section is complete, and the entries of the tensors that it completes."""
+    def record(self, sections: Sequence[Section], layouts: list[TermLayout], entries: dict[str, Any]) -> None:
+        """Note in the journal that sections are complete, and the entries of the tensors that they complete."""
         with self._storage_errors():
             self._file.flush()
             self._append(
                 {
                     "entries": {name: entries[name] for name in sorted(entries)},
                     "layouts": [layout.to_obj() for layout in layouts],
-                    "section": section.to_obj(),
+                    "sections": [section.to_obj() for section in sections],
                 }
             )
-            self.sections.append(section)
+            self.sections += sections
 
     def _append(self, record: dict[str, Any]) -> None:
         data = canonical.encode_ordered(record)
@@ -174,7 +179,7 @@ class PartialFile:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._partial, self.path)
+            os.replace(self.partial, self.path)
             sync_folder(self.path.parent)
         self._lock.remove()
 
@@ -192,7 +197,7 @@ class PartialFile:
         """Remove the partial file and the journal."""
         with contextlib.suppress(OSError):
             self._file.close()
-        self._partial.unlink(missing_ok=True)
+        self.partial.unlink(missing_ok=True)
         self._lock.remove()
 
     @contextlib.contextmanager

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import xxhash
 
-from deltafmt.container import frame
+from deltafmt.container import canonical, frame
 from deltafmt.container.file_index import FileIndex
 from deltafmt.container.source import Source, open_source
 from deltafmt.errors import DeltafmtError, InvalidFileError
@@ -81,6 +81,7 @@ class Container:
         head = source.read(0, min(c.SECTION_ALIGNMENT, source.size))
         header = bytes(head[: c.HEADER_SIZE])
         self.features = frame.check_header(header)
+        self.header = header
         if source.size < c.SECTION_ALIGNMENT + c.TRAILER_SIZE:
             raise InvalidFileError(f"the file ends too early, after {source.size} bytes")
         length = min(source.tail, source.size)
@@ -152,6 +153,25 @@ class Container:
     def parent(self) -> bytes | None:
         """The content id of the delta file whose result is this file's base; None for most delta files."""
         return self._index.parent
+
+    @property
+    def served(self) -> int | None:
+        """The number of the section that ends the served part of a progressive file; None in other files."""
+        return self._index.served
+
+    def index_obj(self) -> Any:
+        """Return the index as the file has it, decoded; entries and descriptions are byte strings."""
+        return canonical.decode(bytes(self._read(self.index_offset, self.index_length)), "the index")
+
+    def section_bytes(self, number: int) -> bytes:
+        """Return the stored bytes of a section, after checking them.
+
+        Raises:
+            InvalidFileError: the section is damaged.
+        """
+        self.touch(number)
+        section = self.sections[number]
+        return bytes(self._read(section.offset, section.length))
 
     def scaled(self) -> dict[str, ScaledRef]:
         """Return how the base keeps the tensors that are read as values, by name; empty for most files.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any, BinaryIO, cast
 
 from deltafmt.errors import StorageError
@@ -40,7 +41,7 @@ class StreamFile:
         except OSError as error:
             raise storage_error("cannot write", "the output", error) from error
 
-    def record(self, section: Section, layouts: list[TermLayout], entries: dict[str, Any]) -> None:
+    def record(self, sections: Sequence[Section], layouts: list[TermLayout], entries: dict[str, Any]) -> None:
         """Do nothing: a write to a stream cannot be resumed."""
 
     def commit(self) -> None:

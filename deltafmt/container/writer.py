@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 import xxhash
 from blake3 import blake3
@@ -28,6 +28,17 @@ class Sink(Protocol):
 
     def write(self, data: Bytes, /) -> object:
         """Take all of ``data``."""
+
+
+class About(TypedDict, total=False):
+    """What an index says beside its tensors; :class:`deltafmt.container.file_index.FileIndex` says what each is."""
+
+    removed: Iterable[str]
+    attachments: Mapping[str, Attachment] | None
+    metadata: Mapping[str, str] | None
+    scaled: Mapping[str, ScaledRef] | None
+    files: Mapping[str, FileRef] | None
+    parent: bytes | None
 
 
 class _OpenSection:
@@ -77,7 +88,7 @@ class ContainerWriter:
         self._open: _OpenSection | None = None
         if self._sections:
             last = self._sections[-1]
-            self._position = c.align(last.offset + last.length, c.SECTION_ALIGNMENT)
+            self._position = last.offset + last.length
         else:
             self._position = 0
             self._put(self._header)
@@ -108,6 +119,7 @@ class ContainerWriter:
             self._close_section()
         parts = [pieces] if isinstance(pieces, bytes | bytearray | memoryview) else pieces
         if self._open is None:
+            self._pad(c.SECTION_ALIGNMENT)
             stored = kind == c.SECTION_KIND_EXACT or (kind == c.SECTION_KIND_TENSORS and self.profile == "hot")
             self._open = _OpenSection(kind, c.CODEC_STORED if stored else c.CODEC_ZSTD, self._position)
         section = self._open
@@ -128,25 +140,46 @@ class ContainerWriter:
         self._close_section()
         return True
 
-    def finish(
+    def serve(self, tensors: Iterable[TensorEntry], **about: Unpack[About]) -> bytes:
+        """End the served part of a progressive file (spec, section 17.7); return its content id.
+
+        What was written so far, with the index and the trailer that are written now, is a delta file by itself. Exact
+        parts follow. :meth:`finish` then takes the same arguments, entries with exact parts, and files.
+        """
+        index, trailer, identity = self._ending(tensors, **about)
+        self._open = _OpenSection(c.SECTION_KIND_SERVED, c.CODEC_STORED, self._position)
+        self._raw(index)
+        self._raw(trailer)
+        self._close_section()
+        return identity
+
+    def finish(self, tensors: Iterable[TensorEntry], **about: Unpack[About]) -> bytes:
+        """Write the index and the trailer; return the content id."""
+        index, trailer, identity = self._ending(tensors, **about)
+        self._put(index)
+        self._put(trailer)
+        return identity
+
+    def _ending(
         self,
         tensors: Iterable[TensorEntry],
         *,
         removed: Iterable[str] = (),
-        attachments: dict[str, Attachment] | None = None,
-        metadata: dict[str, str] | None = None,
+        attachments: Mapping[str, Attachment] | None = None,
+        metadata: Mapping[str, str] | None = None,
         scaled: Mapping[str, ScaledRef] | None = None,
         files: Mapping[str, FileRef] | None = None,
         parent: bytes | None = None,
-    ) -> bytes:
-        """Write the index and the trailer; return the content id."""
+    ) -> tuple[bytes, bytes, bytes]:
+        """Close the last section; return the index, the trailer and the content id."""
         self._close_section()
+        self._pad(c.SECTION_ALIGNMENT)
         entries = {entry.name: entry for entry in tensors}
         index: dict[str, Any] = {
             "attachments": {name: value.to_obj() for name, value in (attachments or {}).items()},
             **({"files": {name: file.to_obj() for name, file in files.items()}} if files else {}),
             "layouts": [layout.to_obj() for layout in self._layouts],
-            "metadata": metadata or {},
+            "metadata": dict(metadata or {}),
             **({"parent": parent} if parent is not None else {}),
             "profile": self.profile,
             "removed": sorted(removed),
@@ -163,9 +196,7 @@ class ContainerWriter:
         about = index["removed"], attachments or {}, index["metadata"], scaled, files, parent
         identity = content_id(entries.values(), *about)
         trailer = frame.encode_trailer(self._header, data, self._position, identity)
-        self._put(data)
-        self._put(trailer)
-        return identity
+        return data, trailer, identity
 
     def _raw(self, data: Bytes) -> None:
         if self._open is not None and len(data):
@@ -186,7 +217,8 @@ class ContainerWriter:
                 self._stored(section, stored)
         self._sections.append(section.record())
         self._open = None
-        self._pad(c.SECTION_ALIGNMENT)
+        if section.kind != c.SECTION_KIND_SERVED:  # which ends a file that can be opened as it is
+            self._pad(c.SECTION_ALIGNMENT)
 
     def _put(self, data: Bytes) -> None:
         self._sink.write(data)

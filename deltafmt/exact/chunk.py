@@ -10,7 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.errors import InvalidFileError
-from deltafmt.exact.differences import Counts, Planes, joined, planes_of, sorted_planes, units_of
+from deltafmt.exact.differences import (
+    Counts,
+    Marks,
+    Planes,
+    joined,
+    marked_planes,
+    marked_units,
+    planes_of,
+    ranks_of,
+    sorted_planes,
+    units_of,
+)
 from deltafmt.exact.frames import compress, decompress
 from deltafmt.exact.units import Unit, Units
 from deltafmt.output import Bytes
@@ -51,7 +62,7 @@ class Chunk:
     data: bytes
 
 
-def encode(values: Units, prediction: Units, unit: Unit, level: str = "default") -> Chunk:
+def encode(values: Units, prediction: Units, unit: Unit, level: str = "default", marks: Marks | None = None) -> Chunk:
     """Return a chunk in the form that is smallest, as far as samples tell.
 
     Args:
@@ -59,6 +70,7 @@ def encode(values: Units, prediction: Units, unit: Unit, level: str = "default")
         prediction: what the decoder has in their place, as many.
         unit: their unit.
         level: ``default``, or ``fast`` to leave differences unsorted.
+        marks: which units are sorted behind the others; None if there are no marks.
     """
     differs = values != prediction
     changed = int(np.count_nonzero(differs))
@@ -67,24 +79,27 @@ def encode(values: Units, prediction: Units, unit: Unit, level: str = "default")
     stored = Chunk(STORED, values.tobytes())
     found = [stored]
     if changed <= _SPARSE_SHARE * values.size:
-        found.append(_sparse(values, prediction, differs, unit))
+        if marks is None and unit.is_float and level == "default":
+            return min(stored, _few(values, prediction, differs, unit), key=lambda chunk: len(chunk.data))
+        found.append(_sparse(values, prediction, differs, unit, marks))
     if not _is_unrelated(values, prediction, unit):
         key = unit if level == "default" else Unit(unit.width)
         form = SORTED if key.is_float else DIFFERENCES
-        planes, counts = sorted_planes(values, prediction, unit, key)
+        planes, counts = marked_planes(values, prediction, unit, key, marks if form == SORTED else None)
         found.append(Chunk(form, _write_planes(planes, _ends(counts) if form == SORTED else ())))
     else:
         found.append(Chunk(VALUES, _write_planes(planes_of(values, unit))))
     return min(found, key=lambda chunk: len(chunk.data))
 
 
-def decode(form: int, data: Bytes, prediction: Units, unit: Unit) -> Units:
+def decode(form: int, data: Bytes, prediction: Units, unit: Unit, marks: Marks | None = None) -> Units:
     """Return the units of a chunk.
 
     Args:
         form, data: the chunk.
         prediction: what the encoder had as the prediction; its size is that of the chunk.
         unit: the unit.
+        marks: which units are sorted behind the others; None if there are no marks.
 
     Raises:
         InvalidFileError: the bytes break the format.
@@ -99,12 +114,38 @@ def decode(form: int, data: Bytes, prediction: Units, unit: Unit) -> Units:
     if form == SPARSE:
         places, planes = _read_sparse(view, count, unit)
         units = prediction.copy()
-        units[places] = joined(planes, prediction[places], unit, unit)
+        units[places] = marked_units(planes, prediction[places], unit, unit, None if marks is None else marks[places])
         return units
     planes = _read_planes(view, count, unit.width)
     if form == VALUES:
         return units_of(planes, unit)
-    return joined(planes, prediction, unit, unit if form == SORTED else Unit(unit.width))
+    if form == SORTED:
+        return marked_units(planes, prediction, unit, unit, marks)
+    return joined(planes, prediction, unit, Unit(unit.width))
+
+
+def parts(form: int, data: Bytes, count: int, unit: Unit) -> tuple[NDArray[np.int64] | None, Planes]:
+    """Return the places and the planes of a chunk, for a decoder elsewhere.
+
+    Args:
+        form, data: the chunk; not of the form SAME.
+        count: its units.
+        unit: the unit.
+
+    Returns:
+        The places that the planes are for, ascending, or None for all places; and the planes: of units if the form is
+        STORED or VALUES, otherwise of zigzag differences.
+
+    Raises:
+        InvalidFileError: the bytes break the format.
+    """
+    view = memoryview(data).cast("B")
+    if form == STORED:
+        _expect(len(view), count * unit.width)
+        return None, planes_of(np.frombuffer(view, unit.dtype), unit)
+    if form == SPARSE:
+        return _read_sparse(view, count, unit)
+    return None, _read_planes(view, count, unit.width)
 
 
 def check(form: int, data: Bytes, count: int, unit: Unit) -> None:
@@ -192,10 +233,31 @@ def _read_plane(stored: memoryview, count: int) -> NDArray[np.uint8] | int:
     return plane
 
 
-def _sparse(values: Units, prediction: Units, differs: NDArray[np.bool_], unit: Unit) -> Chunk:
+def _few(values: Units, prediction: Units, differs: NDArray[np.bool_], unit: Unit) -> Chunk:
+    """Return a chunk of which few units differ, as sorted planes or by their places: what promises to be smaller."""
+    places = np.flatnonzero(differs)
+    ranks, counts = ranks_of(places, prediction, unit)
+    order = np.argsort(ranks)
+    if _gap_bits(places) < _gap_bits(ranks[order]):
+        return _sparse(values, prediction, differs, unit)
+    # The planes of sorted_planes: zeros, but for the units that differ.
+    planes = np.zeros((unit.width, values.size), np.uint8)
+    planes[:, ranks] = sorted_planes(values[places], prediction[places], unit, Unit(unit.width))[0]
+    return Chunk(SORTED, _write_planes(planes, _ends(counts)))
+
+
+def _gap_bits(places: NDArray[np.int64]) -> float:
+    """Return the entropy of gaps between places, in bits a gap; those above 255 count as such."""
+    return _bits(np.minimum(np.diff(places, prepend=-1) - 1, _FILLER).astype(np.uint8))
+
+
+def _sparse(
+    values: Units, prediction: Units, differs: NDArray[np.bool_], unit: Unit, marks: Marks | None = None
+) -> Chunk:
     """Return the places of the units that differ, as gaps, and their differences, sorted."""
     places = np.flatnonzero(differs)
-    planes, counts = sorted_planes(values[places], prediction[places], unit, unit)
+    of_places = None if marks is None else marks[places]
+    planes, counts = marked_planes(values[places], prediction[places], unit, unit, of_places)
     gaps = np.diff(places, prepend=-1) - 1
     ends = np.cumsum(gaps // _FILLER + 1)
     stream = np.full(int(ends[-1]), _FILLER, np.uint8)

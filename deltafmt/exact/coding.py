@@ -12,6 +12,7 @@ import xxhash
 
 from deltafmt.errors import InvalidFileError
 from deltafmt.exact.chunk import DIFFERENCES, FORMS, SORTED, STORED, VALUES, check, decode, encode
+from deltafmt.exact.differences import Marks
 from deltafmt.exact.units import Unit, Units, unit_count, unit_of
 
 # Units of a chunk, as a writer chooses them.
@@ -28,9 +29,11 @@ class EncodedChunk:
     row: bytes
 
 
-def encode_chunk(values: Units, prediction: Units, unit: Unit, level: str = "default") -> EncodedChunk:
+def encode_chunk(
+    values: Units, prediction: Units, unit: Unit, level: str = "default", marks: Marks | None = None
+) -> EncodedChunk:
     """Return one chunk, as :func:`deltafmt.exact.chunk.encode` gives it, with its row of the table."""
-    chunk = encode(values, prediction, unit, level)
+    chunk = encode(values, prediction, unit, level, marks)
     return EncodedChunk(chunk.data, _ROW.pack(_checksum(values), len(chunk.data), chunk.form))
 
 
@@ -94,24 +97,30 @@ class ExactDecoder:
         first = number * self.chunk_units
         return first, min(first + self.chunk_units, self.units)
 
-    def decode(self, number: int, prediction: Units) -> Units:
+    def decode(self, number: int, prediction: Units, marks: Marks | None = None) -> Units:
         """Return the units of a chunk, whose checksum is then right.
 
         Args:
             number: the chunk's number.
             prediction: the prediction of these units.
+            marks: which of them are marked; None if there are no marks.
 
         Raises:
             InvalidFileError: the chunk breaks the format, or the prediction is not the one that it was made with.
         """
         checksum, _, form = self._rows[number]
         try:
-            units = decode(form, self._data(number), prediction, self.unit)
+            units = decode(form, self._data(number), prediction, self.unit, marks)
         except InvalidFileError as error:
             raise error.located(f"chunk {number}") from error
         if _checksum(units) != checksum:
             raise InvalidFileError(f"chunk {number}: what it restores is not what was packed")
         return units
+
+    def stored(self, number: int) -> tuple[int, int, memoryview]:
+        """Return the checksum of what a chunk restores, the chunk's form and its bytes."""
+        checksum, _, form = self._rows[number]
+        return checksum, form, self._data(number)
 
     def check(self, number: int) -> None:
         """Check what can be known of a chunk without the base.

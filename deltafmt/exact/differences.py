@@ -1,6 +1,6 @@
 """Differences of units, sorted by the exponent of what is predicted, as planes of bytes (spec, sections 17.3, 17.5).
 
-Compiled: ``kernels/cpu/loops/exact.c``.
+Compiled: ``kernels/cpu/loops/exact.c`` and ``ranks.c``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from deltafmt.exact.units import Unit, Units
 
 Planes = NDArray[np.uint8]
 Counts = NDArray[np.uint64]
+Places = NDArray[np.int64]
+Marks = NDArray[np.bool_]
 
 
 def ordered(units: Units, unit: Unit) -> Units:
@@ -93,6 +95,59 @@ def joined(planes: Planes, prediction: Units, unit: Unit, key: Unit) -> Units:
     codes[np.argsort(exponents(prediction, key), kind="stable")] = units_of(planes, unit)
     with np.errstate(over="ignore"):
         return unordered(ordered(prediction, unit) + unzigzag(codes, unit), unit)
+
+
+def _ranks_of(native: Native, places: Places, prediction: Units, key: Unit) -> tuple[Places, Counts]:
+    ranks, counts = np.empty(places.size, np.int64), np.empty(1 << key.bits, np.uint64)
+    native.exact_ranks(prediction, 0, key.shift, key.bits, places, counts, ranks)
+    return ranks, counts
+
+
+@loop(_ranks_of)
+def ranks_of(places: Places, prediction: Units, key: Unit) -> tuple[Places, Counts]:
+    """Return where some units stand when all are stably sorted by the prediction's exponent.
+
+    Args:
+        places: the numbers of these units, ascending.
+        prediction: of all units.
+        key: the unit whose exponent sorts.
+
+    Returns:
+        A rank for each place, and how many units have each exponent.
+    """
+    keys = exponents(prediction, key)
+    ranks = np.empty(prediction.size, np.int64)
+    ranks[np.argsort(keys, kind="stable")] = np.arange(prediction.size)
+    return ranks[places], np.bincount(keys, minlength=1 << key.bits).astype(np.uint64)
+
+
+def marked_planes(
+    values: Units, prediction: Units, unit: Unit, key: Unit, marks: Marks | None
+) -> tuple[Planes, Counts]:
+    """Return what :func:`sorted_planes` does, with the units that are marked behind all others (section 17.8).
+
+    Args:
+        values, prediction, unit, key: as there.
+        marks: which units are marked; None if there are no marks.
+
+    Returns:
+        The planes, and how many units have each exponent: first of those that are not marked.
+    """
+    if marks is None:
+        return sorted_planes(values, prediction, unit, key)
+    halves = [sorted_planes(values[half], prediction[half], unit, key) for half in (~marks, marks)]
+    return np.concatenate([planes for planes, _ in halves], axis=1), np.concatenate([counts for _, counts in halves])
+
+
+def marked_units(planes: Planes, prediction: Units, unit: Unit, key: Unit, marks: Marks | None) -> Units:
+    """Return the units whose planes :func:`marked_planes` gives."""
+    if marks is None:
+        return joined(planes, prediction, unit, key)
+    units = np.empty(prediction.size, unit.dtype)
+    first = prediction.size - int(np.count_nonzero(marks))
+    for half, part in ((~marks, planes[:, :first]), (marks, planes[:, first:])):
+        units[half] = joined(np.ascontiguousarray(part), prediction[half], unit, key)
+    return units
 
 
 def planes_of(units: Units, unit: Unit) -> Planes:

@@ -22,8 +22,9 @@ FEATURE_PARTS: Final = 1 << 0  # a base tensor is made of parts of base tensors 
 FEATURE_LEADING: Final = 1 << 1  # the rows of a delta are those of fewer dimensions than all but the last (section 7.4)
 FEATURE_SCALED: Final = 1 << 2  # a base tensor is kept as 8-bit floats with scales (section 7.8)
 FEATURE_EXACT: Final = 1 << 3  # tensors, or files, are restored bit for bit (sections 7.10 and 17)
+FEATURE_PROGRESSIVE: Final = 1 << 4  # a served part, and exact parts behind it (section 17.7)
 FEATURE_PARENT: Final = 1 << 5  # the base is what another delta file gives (section 18)
-KNOWN_FEATURES: Final = FEATURE_PARTS | FEATURE_LEADING | FEATURE_SCALED | FEATURE_EXACT | FEATURE_PARENT
+KNOWN_FEATURES: Final = (1 << 6) - 1
 
 # Section 5: sections and buffers.
 SECTION_ALIGNMENT: Final = 4096
@@ -33,7 +34,13 @@ BUFFER_ALIGNMENT: Final = 256
 SECTION_KIND_TENSORS: Final = 1
 SECTION_KIND_ATTACHMENTS: Final = 2
 SECTION_KIND_EXACT: Final = 3
-SECTION_KINDS: Final = (SECTION_KIND_TENSORS, SECTION_KIND_ATTACHMENTS, SECTION_KIND_EXACT)
+SECTION_KIND_SERVED: Final = 4
+SECTION_KINDS: Final = (
+    SECTION_KIND_TENSORS,
+    SECTION_KIND_ATTACHMENTS,
+    SECTION_KIND_EXACT,
+    SECTION_KIND_SERVED,
+)
 
 CODEC_STORED: Final = 0
 CODEC_ZSTD: Final = 1

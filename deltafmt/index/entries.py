@@ -166,7 +166,7 @@ class TensorEntry:
         target: the name of the tensor that an ``alias`` repeats.
         leading: the number of leading dimensions whose product is the number of rows of an ``add``; all but the last
             if None. A convolution's kernel [O, I, h, w] has 1: O rows of I h w columns.
-        exact: where the chunks of an ``exact`` tensor lie.
+        exact: where the chunks of an ``exact`` tensor lie, or those of an ``add`` that has an exact part.
     """
 
     name: str
@@ -274,7 +274,9 @@ def _parse_replace(name: str, obj: Any, where: Where) -> TensorEntry:
 def _parse_add(name: str, obj: Any, where: Where, layouts: tuple[TermLayout, ...]) -> TensorEntry:
     grown = type(obj) is dict and "data" in obj
     leads = type(obj) is dict and "leading" in obj
-    optional = (*(("data",) if grown else ()), *(("leading",) if leads else ()))
+    kept = type(obj) is dict and "exact" in obj
+    given = ("data", grown), ("exact", kept), ("leading", leads)
+    optional = [key for key, found in given if found]
     keys = tuple(sorted(("action", "base", "digest", "dtype", "shape", "terms", *optional)))
     values = dict(zip(keys, check_fields(obj, where, keys), strict=True))
     base = BaseRef.from_obj(values["base"], (where, ".base"))
@@ -304,7 +306,8 @@ def _parse_add(name: str, obj: Any, where: Where, layouts: tuple[TermLayout, ...
     terms = tuple(
         Term.from_obj(term, (where, ".terms[", i, "]"), layouts, shared, columns) for i, term in enumerate(terms_obj)
     )
-    return TensorEntry(name, "add", dtype, shape, base, digest, data, terms, leading=leading)
+    exact = ExactRef.from_obj(values["exact"], (where, ".exact"), len(terms)) if kept else None
+    return TensorEntry(name, "add", dtype, shape, base, digest, data, terms, leading=leading, exact=exact)
 
 
 def _parse_alias(name: str, obj: Any, where: Where) -> TensorEntry:

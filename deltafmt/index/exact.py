@@ -14,6 +14,9 @@ from deltafmt.index.sections import DIGEST_BYTES, BufferRef
 MIN_CHUNK_UNITS: Final = 1 << 8
 MAX_CHUNK_UNITS: Final = 1 << 24
 
+# The exponent of a float32; one of ones is that of an infinity or a NaN.
+_EXPONENT: Final = 0x7F800000
+
 # A weight file, and an index of weight files, whose names may say a variant.
 _WEIGHTS: Final = re.compile(r"(.*/)?[^/]+\.safetensors")
 _INDEX: Final = re.compile(r"(.*/)?[^/]+\.safetensors(\.[^/.]+)?\.index(\.[^/.]+)?\.json")
@@ -27,28 +30,44 @@ class ExactRef:
         chunk: units of a chunk, a power of two.
         data: the buffer.
         digest: the fingerprint (section 7.5) of the fine-tuned tensor.
+        factors: of the exact part of an ``add``, the bits of a float32 for each term: what the term is multiplied
+            with to predict the tensor (section 17.8).
     """
 
     chunk: int
     data: BufferRef
     digest: bytes
+    factors: tuple[int, ...] = ()
 
     KEYS = ("chunk", "data", "digest")
 
     @classmethod
-    def from_obj(cls, obj: Any, where: Where) -> ExactRef:
-        """Return a reference, after checking it."""
-        chunk, data, digest = check_fields(obj, where, cls.KEYS)
+    def from_obj(cls, obj: Any, where: Where, terms: int = 0) -> ExactRef:
+        """Return a reference, after checking it; ``terms`` is the number of the entry's terms."""
+        keys = (*cls.KEYS, "factors") if terms else cls.KEYS
+        chunk, data, digest, *rest = check_fields(obj, where, keys)
         check_uint(chunk, (where, ".chunk"), MAX_CHUNK_UNITS)
         if chunk < MIN_CHUNK_UNITS or chunk & (chunk - 1):
             fail((where, ".chunk"), f"{chunk} is not a power of two from {MIN_CHUNK_UNITS} to {MAX_CHUNK_UNITS}")
         check_bytes(digest, (where, ".digest"), DIGEST_BYTES)
         alignment = buffer_alignment(SECTION_KIND_EXACT)
-        return cls(chunk, BufferRef.from_obj(data, (where, ".data"), alignment), digest)
+        factors = _parse_factors(rest[0], (where, ".factors"), terms) if rest else ()
+        return cls(chunk, BufferRef.from_obj(data, (where, ".data"), alignment), digest, factors)
 
     def to_obj(self) -> dict[str, Any]:
         """Return the index's form."""
-        return {"chunk": self.chunk, "data": self.data.to_obj(), "digest": self.digest}
+        factors = {"factors": list(self.factors)} if self.factors else {}
+        return {"chunk": self.chunk, "data": self.data.to_obj(), "digest": self.digest, **factors}
+
+
+def _parse_factors(obj: Any, where: Where, terms: int) -> tuple[int, ...]:
+    if type(obj) is not list or len(obj) != terms:
+        fail(where, f"expected a list of {terms}, a factor for each term")
+    for i, bits in enumerate(obj):
+        check_uint(bits, (where, "[", i, "]"), 2**32 - 1)
+        if bits & _EXPONENT == _EXPONENT:
+            fail((where, "[", i, "]"), f"{bits:#x} is no finite float32")
+    return tuple(obj)
 
 
 @dataclass(frozen=True, slots=True)

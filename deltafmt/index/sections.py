@@ -18,7 +18,7 @@ class Section:
     """One section of the file: a run of stored bytes that starts on a 4096-byte boundary.
 
     Attributes:
-        kind: the section kind, ``SECTION_KIND_TENSORS``, ``SECTION_KIND_ATTACHMENTS`` or ``SECTION_KIND_EXACT``.
+        kind: one of :data:`deltafmt.format.constants.SECTION_KINDS`.
         codec: ``CODEC_STORED`` or ``CODEC_ZSTD``.
         offset: the section's first byte in the file.
         length: the number of stored bytes.
@@ -52,6 +52,8 @@ class Section:
         if codec == c.CODEC_ZSTD:
             if kind == c.SECTION_KIND_EXACT:
                 fail((where, ".codec"), "a section of exact tensors is stored as it is")
+            if kind == c.SECTION_KIND_SERVED:
+                fail((where, ".codec"), "the index and trailer of a served part are stored as they are")
             if not raw_length and length:
                 fail((where, ".length"), f"a section of no raw bytes stores none, not {length}")
             chunks = -(-raw_length // c.ZSTD_CHUNK)

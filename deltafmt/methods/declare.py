@@ -78,7 +78,7 @@ class Option:
     @property
     def is_switch(self) -> bool:
         """True if the option is on or off."""
-        return not self.metavar
+        return self.type == "bool"
 
     @property
     def possible(self) -> str:

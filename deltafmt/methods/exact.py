@@ -28,7 +28,7 @@ class Exact(Method):
         level: ``default``, or ``fast`` for larger files in less time.
     """
 
-    level: str = option("default", Option("fast makes larger files in less time", choices=LEVELS))
+    level: str = option("default", Option("fast makes larger files in less time", metavar="LEVEL", choices=LEVELS))
 
     name: ClassVar[str] = "exact"
     summary: ClassVar[str] = "every bit, coded relative to the base: for archives, not for serving"

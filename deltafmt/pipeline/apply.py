@@ -13,7 +13,7 @@ from pathlib import Path
 from deltafmt import core
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.folder_writer import check_output_folder
-from deltafmt.checkpoint.in_place import PatchedFolder, lock_of, needs_recovery
+from deltafmt.checkpoint.in_place import PatchedFolder, lock_of, needs_recovery, partial_of, replaced_of
 from deltafmt.checkpoint.in_place import recover as recover_folder
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.weight_names import METADATA_VARIANT
@@ -161,6 +161,11 @@ def _recover(path: Path) -> bool:
         except BaseException:
             lock.keep()
             raise
+        if not path.exists():
+            lock.keep()
+            beside = [found.name for found in (replaced_of(path), partial_of(path)) if found.exists()]
+            text = f"; beside it lie {' and '.join(beside)}, of which neither is known to be whole" if beside else ""
+            raise StorageError(f"no such folder: {path}{text}")
         lock.remove()
     except OSError as error:
         if isinstance(error, StorageError):

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from blake3 import blake3
 
@@ -117,6 +117,16 @@ class EntryWriter:
         """
         ref = ExactRef(chunk, self._container.add(data, SECTION_KIND_EXACT), digest)
         return TensorEntry(tensor.name, "exact", tensor.dtype, tensor.shape, base, exact=ref)
+
+    def with_exact(self, entry: TensorEntry, exact: ExactRef, data: Pieces) -> TensorEntry:
+        """Write the exact part of a tensor that has terms.
+
+        Args:
+            entry: the tensor's entry in the served part.
+            exact: what the index says of the exact part; its buffer is taken anew.
+            data: the chunks and their table.
+        """
+        return replace(entry, exact=replace(exact, data=self._container.add(data, SECTION_KIND_EXACT)))
 
     def add(
         self,

@@ -10,9 +10,11 @@ from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError
 from deltafmt.exact.coding import CHUNK_UNITS, EncodedChunk, ExactDecoder, encode_chunk
+from deltafmt.exact.differences import Marks
 from deltafmt.exact.prediction import converted, extended, units_at
 from deltafmt.exact.units import Units, unit_count, unit_of
 from deltafmt.index.entries import TensorEntry
+from deltafmt.pipeline.exact_parts import ExactPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +25,13 @@ class ExactBytes:
         pieces: the buffer.
         digest: the fingerprint of the tensor.
         chunk: units of a chunk.
+        factors: of an exact part, the bits of a float32 for each term.
     """
 
     pieces: list[bytes]
     digest: bytes
     chunk: int = CHUNK_UNITS
+    factors: tuple[int, ...] = ()
 
 
 @contextlib.contextmanager
@@ -72,6 +76,9 @@ class ExactTensor:
         self._where = f'{delta.container.name}: tensors["{entry.name}"]'
         self._dtype = entry.dtype
         self._base = base
+        self._part = None
+        if entry.terms and base is not None:
+            self._part = ExactPart(delta, entry, base, entry.exact.factors)
         try:
             buffer = delta.container.buffer(entry.exact.data)
             self._decoder = ExactDecoder(buffer, entry.dtype, entry.shape, entry.exact.chunk)
@@ -95,13 +102,22 @@ class ExactTensor:
             InvalidFileError: the chunk breaks the format, or was made for another base.
         """
         first, end = self._decoder.span(number)
-        with predicted(self._base, self._dtype, first, end) as prediction:
+        with self._predicted(first, end) as (prediction, marks):
             try:
-                units = self._decoder.decode(number, prediction)
+                units = self._decoder.decode(number, prediction, marks)
             except InvalidFileError as error:
                 raise self._located(error) from error
             # A chunk that is the prediction itself lies in pages that are given back here.
             return first * self._decoder.unit.width, units.copy() if units is prediction else units
+
+    @contextlib.contextmanager
+    def _predicted(self, first: int, end: int) -> Iterator[tuple[Units, Marks | None]]:
+        """Give the prediction of some units, and which of them are marked."""
+        if self._part is not None:
+            yield self._part.predicted(first, end)
+            return
+        with predicted(self._base, self._dtype, first, end) as prediction:
+            yield prediction, None
 
     def check(self) -> None:
         """Check what can be known without the base.

@@ -10,14 +10,17 @@ from deltafmt.checkpoint.name_changes import entry_changes
 from deltafmt.checkpoint.restored import read_heads
 from deltafmt.container.partial import PartialFile
 from deltafmt.container.stream import StreamFile
-from deltafmt.container.writer import ContainerWriter
+from deltafmt.container.writer import About, ContainerWriter
+from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
-from deltafmt.index.exact import FileRef
+from deltafmt.index.exact import ExactRef, FileRef
+from deltafmt.index.sections import BufferRef
 from deltafmt.output import storage_error
 from deltafmt.pipeline.compress import Compressed, Compressor
 from deltafmt.pipeline.entry_writer import EntryWriter
+from deltafmt.pipeline.exact_packing import exact_parts
 from deltafmt.pipeline.job import Delivery, PackJob
 from deltafmt.pipeline.outputs import kept_if_interrupted
 from deltafmt.pipeline.pack_result import PackResult
@@ -45,9 +48,9 @@ def write_file(job: PackJob, delivery: Delivery, most: int | None = None) -> Pac
     writer = FileWriter.open(job, delivery)
     sink, result = writer.sink, writer.result
     with kept_if_interrupted(sink.keep, sink.abandon):
-        writer.run(delivery.threads, delivery.progress)
+        writer.run(delivery.threads, delivery.progress, most=most)
         writer.check_sources()
-        if most is not None and result.size > most:
+        if most is not None and result.target_size > most:
             if delivery.path is None:
                 raise UsageError(f"the output has {result.size:,} bytes, and the target was {most:,}")
             sink.abandon()
@@ -100,6 +103,7 @@ class FileWriter:
         self._job = job
         self._container = ContainerWriter(sink, job.profile, sink.sections, job.features())
         self._writer = EntryWriter(self._container)
+        self._recorded = len(sink.sections)
         layouts = tuple(sink.layouts)
         for layout in layouts:
             self._container.layout_number(layout)
@@ -129,14 +133,14 @@ class FileWriter:
         )
         return cls(job, sink, result)
 
-    def run(self, threads: int, progress: Progress | None, *, attach: bool = True) -> None:
-        """Pack every tensor, then the attachments if they are wanted, then finish the file."""
+    def run(self, threads: int, progress: Progress | None, *, attach: bool = True, most: int | None = None) -> None:
+        """Pack every tensor, then :meth:`finish`."""
         with worker_pool(threads, "pack") as pool:
             for plan, compressed in Compressor(self._job, pool).results(self.todo):
                 self.take(plan, compressed)
                 if progress:
                     progress(plan.tensor.name, plan.tensor.nbytes)
-        self.finish(threads, attach=attach)
+        self.finish(threads, progress, attach=attach, most=most)
 
     def take(self, plan: Plan, compressed: Compressed) -> None:
         """Write one tensor; they come in the order of ``todo``."""
@@ -144,23 +148,53 @@ class FileWriter:
         if compressed.notes:
             self.result.notes[plan.tensor.name] = "; ".join(compressed.notes)
 
-    def finish(self, threads: int, *, attach: bool = True) -> None:
-        """Write what follows the tensors: the attachments if they are wanted, and the index."""
+    def finish(
+        self, threads: int, progress: Progress | None = None, *, attach: bool = True, most: int | None = None
+    ) -> None:
+        """Write what follows the tensors: the attachments if they are wanted, and the index.
+
+        Of a progressive file, this ends the served part. Exact parts follow, unless it has more than ``most`` bytes.
+        """
         job, container = self._job, self._container
         files = job.finetuned.files if attach else {}
         scaled, metadata = scaled_refs(job.scaled(), threads), job.metadata()
         self.result.dequantized = dequantized(scaled, metadata)
-        attachments = {name: container.attach(job.finetuned.attachment(name)) for name in files}
-        identity = container.finish(
-            self._entries.values(),
-            removed=self.result.removed,
-            attachments=attachments,
-            metadata=metadata,
-            scaled=scaled,
-            files=self._files() if attach and job.restores else None,
-            parent=job.parent,
-        )
-        self._report(identity)
+        about = About(removed=self.result.removed, metadata=metadata, scaled=scaled, parent=job.parent)
+        if job.progressive and attach and isinstance(self.sink, PartialFile):
+            self._serve(self.sink, about)
+            if most is not None and self.result.served > most:
+                return
+            self._add_exact_parts(self.sink, threads, progress)
+        else:
+            about["attachments"] = {name: container.attach(job.finetuned.attachment(name)) for name in files}
+        about["files"] = self._files() if attach and job.restores else None
+        self._report(container.finish(self._entries.values(), **about))
+
+    def _serve(self, sink: PartialFile, about: About) -> None:
+        """End the served part, unless an interrupted run has done so; note it, and complete what the index says."""
+        container, result = self._container, self.result
+        if container.sections and container.sections[-1].kind == c.SECTION_KIND_SERVED:
+            with DeltaFile(sink.partial) as served:
+                about["attachments"] = served.container.attachments
+                identity = served.container.content_id
+        else:
+            finetuned = self._job.finetuned
+            about["attachments"] = {name: container.attach(finetuned.attachment(name)) for name in finetuned.files}
+            identity = container.serve(self._entries.values(), **about)
+            self._record()
+        last = container.sections[-1]
+        result.served, result.served_id = last.offset + last.length, identity.hex()
+
+    def _add_exact_parts(self, sink: PartialFile, threads: int, progress: Progress | None) -> None:
+        """Write the exact part of every tensor with terms; the terms are read from the served part."""
+        plans = [plan for plan in self._job.plans if self._entries[plan.tensor.name].terms]
+        with DeltaFile(sink.partial) as served:
+            for entry, exact in exact_parts(served, plans, threads):
+                ref = ExactRef(exact.chunk, BufferRef(0, 0, 0), exact.digest, exact.factors)
+                self._entries[entry.name] = self._writer.with_exact(entry, ref, exact.pieces)
+                self._container.boundary()
+                if progress:
+                    progress(entry.name, entry.nbytes)
 
     def check_sources(self) -> None:
         """Check that the sources are what they were, and that nothing of the fine-tune is lost.
@@ -203,8 +237,13 @@ class FileWriter:
         self._entries[entry.name] = entry
         self._unrecorded[entry.name] = entry.to_obj()
         if self._container.boundary():
-            self.sink.record(self._container.sections[-1], self._container.layouts, self._unrecorded)
-            self._unrecorded = {}
+            self._record()
+
+    def _record(self) -> None:
+        """Record the sections that are complete, and the entries of their tensors."""
+        container = self._container
+        self.sink.record(container.sections[self._recorded :], container.layouts, self._unrecorded)
+        self._unrecorded, self._recorded = {}, len(container.sections)
 
     def _report(self, identity: bytes) -> None:
         """Fill in what is known once the file is complete."""

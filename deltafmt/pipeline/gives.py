@@ -35,7 +35,7 @@ def difference_from_result(checkpoint: Checkpoint, delta: DeltaFile, threads: in
     more = next((name for name in checkpoint.tensors if name not in delta), None)
     if more is not None:
         return f'it has a tensor "{more}"'
-    lossy = next((entry.name for entry in entries if entry.action == "add"), None)
+    lossy = next((entry.name for entry in entries if entry.action == "add" and entry.exact is None), None)
     if lossy is not None and not _says(checkpoint, delta.content_id):
         return f'"{lossy}" is lossy, and no metadata of the weight files says that this delta gave them'
     pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-gives")

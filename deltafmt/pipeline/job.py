@@ -22,6 +22,7 @@ from deltafmt.format.constants import (
     FEATURE_LEADING,
     FEATURE_PARENT,
     FEATURE_PARTS,
+    FEATURE_PROGRESSIVE,
     FEATURE_SCALED,
     element_count,
 )
@@ -67,6 +68,7 @@ class PackJob:
         completeness: what the fine-tune lacks.
         moments: second moments of the matrices' inputs, if a calibration has gathered some.
         restores: True if the fine-tune's weight files are restored byte for byte.
+        progressive: True if exact parts follow what is served.
         parent: the content id of the delta that gives the base; None for most.
     """
 
@@ -81,6 +83,7 @@ class PackJob:
     completeness: Completeness = field(default_factory=Completeness)
     moments: MomentFolder | None = None
     restores: bool = False
+    progressive: bool = False
     parent: bytes | None = None
 
     def digest(self) -> bytes:
@@ -104,6 +107,8 @@ class PackJob:
             parts["names"] = [moved, self.pairing.architecture]
         if self.restores:
             parts["restores"] = True
+        if self.progressive:
+            parts["progressive"] = True
         if self.parent is not None:
             parts["parent"] = self.parent
         if self.moments is not None:
@@ -124,7 +129,8 @@ class PackJob:
             (FEATURE_PARTS if any(self.moved()) else 0)
             | (FEATURE_LEADING if leads else 0)
             | (FEATURE_SCALED if self.scaled() else 0)
-            | (FEATURE_EXACT if exact else 0)
+            | (FEATURE_EXACT if exact or self.progressive else 0)
+            | (FEATURE_PROGRESSIVE if self.progressive else 0)
             | (FEATURE_PARENT if self.parent is not None else 0)
         )
 

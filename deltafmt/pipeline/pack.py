@@ -52,6 +52,7 @@ def pack(
     calibration: Calibration | None = None,
     profile: str = "hot",
     seed: int = 0,
+    exact: bool = False,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -93,6 +94,9 @@ def pack(
         calibration: a text for the fine-tune to read. The methods gptq and sparsegpt need one; others can use one.
         profile: ``hot`` or ``cold``.
         seed: the file's seed, 64 bits. Every tensor's own seed is derived from it and the tensor's name.
+        exact: True for a progressive file: what is served comes first, as it is without ``exact``, and is a delta
+            file by itself. Behind it lie exact parts, with which ``unpack`` restores the fine-tune's files byte for
+            byte. A target is one for what is served.
         force: True to replace ``out`` if it exists.
         threads: worker threads; one for each processor if not given. The bytes do not depend on their number.
         progress: called with a tensor's name and bytes as each is done. With a target, it is also called as each is
@@ -133,8 +137,11 @@ def pack(
         base_name=base_name,
         profile=profile,
         seed=seed,
+        exact=exact,
     )
     place = Path(out) if isinstance(out, str | os.PathLike) else out
+    if exact and not isinstance(place, Path):
+        raise UsageError("exact parts are made from what is in the file already, which a stream does not give back")
     delivery = Delivery(place, force, thread_count(threads), progress)
     if calibration is not None and variant is not None:
         raise UsageError(f"variant {variant!r} and a calibration: a text is read with weights that have no variant")

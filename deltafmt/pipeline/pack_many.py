@@ -85,6 +85,7 @@ def pack_many(
     base_name: str | None = None,
     profile: str = "hot",
     seed: int = 0,
+    exact: bool = False,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -101,7 +102,7 @@ def pack_many(
             ``.deltafmt``; in a list, each has the name of its folder, or of its file without ``.safetensors``.
         out: the folder for the delta files; it is made if it is missing.
         method, rules, include, exclude, missing, variant, attach, no_attach, quantized, rename, strip_prefix,
-            allow_architecture, base_name, profile, seed: as :func:`deltafmt.pack` takes them, for all fine-tunes.
+            allow_architecture, base_name, profile, seed, exact: as :func:`deltafmt.pack` takes them, for all of them.
         force: True to replace delta files that exist. Those that an earlier run of ``pack_many`` has finished, and
             that would be the same, stay either way.
         threads: worker threads; one for each processor if not given.
@@ -135,6 +136,7 @@ def pack_many(
         base_name=base_name,
         profile=profile,
         seed=seed,
+        exact=exact,
     )
     for each in (options.method, *(chosen for _, chosen in rules if chosen is not None)):
         if each.calibration == "required":

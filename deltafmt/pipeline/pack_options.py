@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from deltafmt.checkpoint.base_name import base_name as folder_name
@@ -40,6 +40,7 @@ class PackOptions:
     base_name: str | None
     profile: str
     seed: int
+    exact: bool = False
 
     @classmethod
     def read(
@@ -60,6 +61,7 @@ class PackOptions:
         base_name: str | None,
         profile: str,
         seed: int,
+        exact: bool = False,
     ) -> Self:
         """Return the options that arguments give.
 
@@ -86,6 +88,7 @@ class PackOptions:
             base_name,
             profile,
             seed,
+            exact,
         )
 
     @contextlib.contextmanager
@@ -112,12 +115,13 @@ class PackOptions:
         prepared = prepare(before, after, only, self.rules, self.include, self.exclude, self.missing, self.pair)
         named = folder_name(before) if self.base_name is None else self.base_name
         plans, pairing, lacks = _in_order(prepared.plans), prepared.pairing, prepared.completeness
-        restores = default.exact and target is None and all(plan.is_exact for plan in plans)
+        restores = self.exact or (default.exact and target is None and all(plan.is_exact for plan in plans))
+        if self.exact:
+            _check_progressive(after, plans)
         if restores:
             _check_restorable(after, lacks)
-        job = PackJob(
-            before, after, plans, self.profile, self.seed, description, pairing, named, lacks, restores=restores
-        )
+        job = PackJob(before, after, plans, self.profile, self.seed, description, pairing, named, lacks)
+        job = replace(job, restores=restores, progressive=self.exact)
         _check_hot(job)
         return job
 
@@ -131,6 +135,23 @@ def _exact_quantized(quantized: str | None) -> str:
     if quantized not in (None, EXACT):
         raise UsageError(f"quantized {quantized!r} and the method exact: values are not the bytes that are stored")
     return EXACT
+
+
+def _check_progressive(finetuned: Checkpoint, plans: Sequence[Plan]) -> None:
+    """Refuse a progressive file that cannot be, before any work is done.
+
+    Raises:
+        UsageError: a tensor is exact by itself, or the fine-tune is read as values.
+    """
+    archived = next((plan for plan in plans if plan.method is not None and plan.method.exact), None)
+    if archived is not None:
+        raise UsageError(
+            f"exact parts go behind what is served, and the method exact leaves nothing of "
+            f'"{archived.tensor.name}" to serve; choose another method for it, or leave exact parts out'
+        )
+    if finetuned.dequantized:
+        text = f"{finetuned.path} is FP8 and is read as values, from which its files cannot be restored byte for byte"
+        raise UsageError(text, Remedy("quantized", EXACT))
 
 
 def _in_order(plans: Sequence[Plan]) -> list[Plan]:
@@ -147,8 +168,8 @@ def _check_restorable(finetuned: Checkpoint, lacks: Completeness) -> None:
     """
     if lacks.taken:
         raise UsageError(
-            f"missing 'same' and the method exact: \"{lacks.taken[0]}\" would be in no file of {finetuned.path}; "
-            "leave the files as they are with missing 'removed'"
+            f"missing 'same', and every byte is to be kept: \"{lacks.taken[0]}\" would be in no file of "
+            f"{finetuned.path}; leave the files as they are with missing 'removed'"
         )
     read_heads(finetuned)
 

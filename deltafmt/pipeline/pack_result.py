@@ -44,6 +44,8 @@ class PackResult:
         notes: remarks of the method, by name of the tensor. Tensors that an interrupted run had packed have none.
         choice: what was chosen for the target, if there was one.
         restored: names of the weight files and indexes that unpack restores byte for byte.
+        served: bytes of the served part of a progressive file; otherwise 0.
+        served_id: the content id of the served part, hexadecimal; otherwise empty.
     """
 
     path: Path | None
@@ -72,6 +74,13 @@ class PackResult:
     notes: dict[str, str] = field(default_factory=dict)
     choice: Choice | None = None
     restored: list[str] = field(default_factory=list)
+    served: int = 0
+    served_id: str = ""
+
+    @property
+    def target_size(self) -> int:
+        """The bytes that a target counts: those of the file, or of its served part."""
+        return self.served or self.size
 
     @property
     def ratio(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from deltafmt.checkpoint.name_changes import entry_changes
 from deltafmt.checkpoint.weight_names import bounded
 from deltafmt.container.reader import Container
+from deltafmt.container.served import ServedPart, served_part
 from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.read_as_values import dequantized
@@ -81,13 +83,23 @@ def cost_tree(container: Container) -> Node:
         if entry.data is not None:
             group[WHOLE] = group.get(WHOLE, 0) + entry.data.length
         if entry.exact is not None:
-            group["chunks"] = group.get("chunks", 0) + entry.exact.data.length
+            # An exact part of a tensor with terms is counted apart from them.
+            title = "exact parts" if entry.terms else title
+            chunks = groups.setdefault(title, {})
+            chunks["chunks"] = chunks.get("chunks", 0) + entry.exact.data.length
+        if entry.exact is not None and entry.terms:
+            counts[title] = counts.get(title, 0) + 1
         counts[entry.action] = counts.get(entry.action, 0) + 1
     tensors = [section for section in container.sections if section.kind == c.SECTION_KIND_TENSORS]
     raw = sum(section.raw_length for section in tensors)
     stored = sum(section.length for section in tensors)
     nodes = []
-    for title, action in (("deltas", "add"), ("exact tensors", "exact"), ("tensors stored whole", "replace")):
+    for title, action in (
+        ("deltas", "add"),
+        ("exact tensors", "exact"),
+        ("exact parts", "exact parts"),
+        ("tensors stored whole", "replace"),
+    ):
         parts = [Node(label, size) for label, size in groups.get(title, {}).items() if size]
         note = plural(counts.get(action, 0), "tensor")
         children = parts if action == "add" else []
@@ -99,6 +111,8 @@ def cost_tree(container: Container) -> Node:
         names = ", ".join(container.attachments)
         names += ", heads of weight files" if container.files else ""
         nodes.append(Node("attachments", sum(section.length for section in attached), names.removeprefix(", ")))
+    if container.served is not None:
+        nodes.append(Node("end of the served part", container.sections[container.served].length))
     nodes.append(Node("index", container.index_length, plural(len(container.keys()), "tensor")))
     nodes.append(Node("header and trailer", c.HEADER_SIZE + c.TRAILER_SIZE))
     nodes.append(Node("alignment", container.size - sum(node.size for node in nodes)))
@@ -119,7 +133,8 @@ def describe_entry(entry: TensorEntry) -> str:
         grown = f" + {entry.rows - entry.delta_rows} new rows" if entry.data is not None else ""
         terms = itertools.groupby(f"{term.layout.kind} {spelled_out(term.layout.describe())}" for term in entry.terms)
         counted = ((text, len(list(same))) for text, same in terms)
-        return " + ".join(text if count == 1 else f"{count} of {text}" for text, count in counted) + grown
+        exact = ", and exact" if entry.exact is not None else ""
+        return " + ".join(text if count == 1 else f"{count} of {text}" for text, count in counted) + grown + exact
     exact = "exact" if entry.base is not None else "exact, without the base"
     return {"same": "same as the base", "replace": WHOLE, "exact": exact}[entry.action]
 
@@ -142,7 +157,12 @@ def entry_obj(container: Container, entry: TensorEntry) -> dict[str, Any]:
         if entry.base.parts:
             obj["base"]["parts"] = [part._asdict() for part in entry.base.parts]
     if entry.exact is not None:
-        obj["digest"], obj["chunk"] = entry.exact.digest.hex(), entry.exact.chunk
+        obj["exact_digest" if entry.terms else "digest"] = entry.exact.digest.hex()
+        obj["chunk"] = entry.exact.chunk
+        if entry.terms:
+            obj["factors"] = list(
+                struct.unpack(f"<{len(entry.terms)}f", struct.pack(f"<{len(entry.terms)}I", *entry.exact.factors))
+            )
     if entry.digest is not None:
         obj["digest"] = entry.digest.hex()
     if entry.target is not None:
@@ -159,6 +179,16 @@ def entry_obj(container: Container, entry: TensorEntry) -> dict[str, Any]:
     if buffers:
         obj["buffers"] = buffers
     return obj
+
+
+def served_obj(served: ServedPart | None) -> dict[str, Any] | None:
+    """Return the served part of a progressive file as a plain object; None for other files."""
+    return None if served is None else {"bytes": served.length, "content_id": served.content_id.hex()}
+
+
+def served_line(served: ServedPart) -> str:
+    """Return the line about the served part of a progressive file."""
+    return f"served from its first {served.length:,} bytes, content id {served.content_id.hex()}"
 
 
 def summary_obj(container: Container) -> dict[str, Any]:
@@ -179,6 +209,7 @@ def summary_obj(container: Container) -> dict[str, Any]:
         "sections": [{**section.to_obj(), "checksum": section.checksum.hex()} for section in container.sections],
         "attachments": {name: item.data.length for name, item in container.attachments.items()},
         "restored_files": {name: file.digest.hex() for name, file in container.files.items()},
+        "served": served_obj(served_part(container, entries)),
         "removed": list(container.removed),
         "names": [change.to_obj() for change in entry_changes(entries)],
         "dequantized": dequantized(container.scaled(), container.metadata).to_obj(),

@@ -47,6 +47,6 @@ def pack_for_target(
             else:
                 result = write_file(replace(measured, plans=choice.plans), delivery, target)
             result.choice = choice
-            if result.size <= target:
+            if result.target_size <= target:
                 return result
-            limit -= result.size - target  # the size was predicted wrongly: plan for less
+            limit -= result.target_size - target  # the size was predicted wrongly: plan for less

@@ -117,9 +117,10 @@ def is_copied(deltas: Sequence[DeltaFile], name: str, trail: Trail) -> bool:
     """
     changes = trail.changes
     if len(changes) <= 1:
-        return True
+        # An exact part needs a served part before it, which a chain has not.
+        return not any(step.entry.terms and step.entry.exact is not None for step in changes)
     last, other = changes[-1], changes[-2]
-    if last.entry.action == "add":
+    if last.entry.action == "add" and last.entry.exact is None:
         raise UsageError(
             f'tensor "{name}" has terms in {deltas[last.link].container.name} on top of a change in '
             f"{deltas[other.link].container.name}: each rounds by itself, so no sum of terms gives both; {WAY_OUT}"
@@ -130,8 +131,10 @@ def is_copied(deltas: Sequence[DeltaFile], name: str, trail: Trail) -> bool:
 def base_is_needed(deltas: Sequence[DeltaFile], name: str, trail: Trail) -> UsageError:
     """Return the error for a tensor that is made exact anew, where no base is given."""
     first, last = trail.changes[0], trail.changes[-1]
+    where = f"changes in {deltas[first.link].container.name} and in {deltas[last.link].container.name}"
+    if first is last:
+        where = f"has terms and an exact part in {deltas[last.link].container.name}"
     return UsageError(
-        f'tensor "{name}" changes in {deltas[first.link].container.name} and in {deltas[last.link].container.name}, '
-        "and differences are sorted by the values of the base",
+        f'tensor "{name}" {where}, and differences are sorted by the values of the base',
         Remedy("base", None),
     )

@@ -213,7 +213,7 @@ class Unpacker:
             self._base.checkpoint.check_unchanged()
             beside = writer.keep_others()
             if beside is not None:
-                _check_read(self._result.path, beside, writer.weights)
+                check_read(self._result.path, beside, writer.weights)
             writer.commit()
         except BaseException:
             writer.abandon()
@@ -300,7 +300,7 @@ class Unpacker:
                 pending.parts.append(pool.submit(part.write, start, stop))
         elif tensor is not None:
             pending.parts.append(pool.submit(_copy, writer, entry.name, tensor))
-        if source.data is not None:
+        if source.data is not None and source.exact is None:
             offset = source.nbytes - source.data.length
             for piece in self._delta.container.pieces(source.data):
                 pending.parts.append(pool.submit(writer.write, entry.name, offset, piece))
@@ -328,7 +328,7 @@ class _Part:
                 self.writer.write(self.name, first * row_bytes, raw_bytes(rows))
 
 
-def _check_read(path: Path, made: Path, weights: Sequence[str]) -> None:
+def check_read(path: Path, made: Path, weights: Sequence[str]) -> None:
     """Refuse to patch a folder whose loader would read other weights than those that were written.
 
     Raises:

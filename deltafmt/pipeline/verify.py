@@ -11,6 +11,7 @@ from deltafmt.checkpoint.name_changes import NameChange
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.weight_names import WeightNames
 from deltafmt.container.reader import Container
+from deltafmt.container.served import ServedPart, check_served, served_part
 from deltafmt.delta import DeltaFile, codec_of
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
@@ -41,6 +42,7 @@ class VerifyResult:
         dequantized: how many tensors of either side were 8-bit floats that were read as the values that they mean.
         restored: names of the weight files and indexes that this base and the delta give byte for byte; none without
             a base.
+        served: the served part of a progressive file; None for other files.
     """
 
     sections: int
@@ -52,6 +54,7 @@ class VerifyResult:
     names: list[NameChange] = field(default_factory=list)
     dequantized: Dequantized = field(default_factory=Dequantized)
     restored: tuple[str, ...] = ()
+    served: ServedPart | None = None
 
 
 def verify(
@@ -106,6 +109,7 @@ def verify(
         for name in container.attachments:
             check_attachment(container, name)
         check_content_id(container, entries)
+        check_served_part(container, entries)
         read_files(opened, entries)
         checked, changes = None, list[NameChange]()
         restored: tuple[str, ...] = ()
@@ -117,7 +121,8 @@ def verify(
         rest = tuple(container.removed), tuple(container.attachments), changes
         said = dequantized(container.scaled(), container.metadata)
         identity = container.content_id.hex()
-        return VerifyResult(len(container.sections), len(entries), checked, identity, *rest, said, restored)
+        served = served_part(container, entries)
+        return VerifyResult(len(container.sections), len(entries), checked, identity, *rest, said, restored, served)
 
 
 @contextlib.contextmanager
@@ -174,6 +179,18 @@ def check_attachment(container: Container, name: str) -> None:
         raise _named(container, InvalidFileError(f'attachments["{name}"]: the bytes have another digest'))
 
 
+def check_served_part(container: Container, entries: Iterable[TensorEntry]) -> None:
+    """Check that the beginning of a progressive file is the served part that the file's index describes.
+
+    Raises:
+        InvalidFileError: it is another one.
+    """
+    try:
+        check_served(container, entries)
+    except InvalidFileError as error:
+        raise _named(container, error) from error
+
+
 def check_base(base: BaseTensors, entries: list[TensorEntry], threads: int) -> int:
     """Compare a base with the fingerprints in the entries; return the number of tensors compared.
 
@@ -203,6 +220,8 @@ def check_coverage(container: Container, entries: list[TensorEntry]) -> None:
     for file in container.files.values():
         used[file.head.section].append(file.head)
     for number, refs in used.items():
+        if number == container.served:
+            continue
         if not refs:
             raise InvalidFileError(f"section {number}: no buffer lies in it")
         position = 0

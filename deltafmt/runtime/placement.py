@@ -181,7 +181,8 @@ def _targets(container: Container, names: Iterable[str]) -> dict[str, TensorEntr
 
 def _layout_of(container: Container, names: Sequence[str], entries: Iterable[TensorEntry]) -> Any:
     """Return everything that the plan and the places of some tensors follow from; no seed and no digest is among it."""
-    sections = tuple((one.kind, one.codec, one.offset, one.length, one.raw_length) for one in container.sections)
+    served = container.sections[: container.served]  # exact parts behind them are never loaded
+    sections = tuple((one.kind, one.codec, one.offset, one.length, one.raw_length) for one in served)
     tensors = tuple(
         (
             entry.name,

@@ -15,6 +15,9 @@ from deltafmt.format.checks import check_shape, is_name
 from deltafmt.format.constants import DTYPE_BITS
 from deltafmt.runtime.dtypes import TORCH_DTYPES
 
+# Integers of each width, as which torch copies elements whatever they mean.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 

@@ -45,12 +45,14 @@ class Message:
         state: the digest of that state, in hexadecimal.
         parent: the digest of the state that it is applied to; None for an anchor.
         data: the bytes, a delta file.
+        content_id: of the file, in hexadecimal; that of a patch's parent is in its index (spec section 18).
     """
 
     version: int
     state: str
     parent: str | None
     data: bytes
+    content_id: str = ""
 
     @property
     def kind(self) -> str:

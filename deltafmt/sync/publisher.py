@@ -81,6 +81,7 @@ class Publisher:
         self._followers = {name: _Follower(version) for name in subscribers}
         self._kept: KeptState | None = None
         self._digests: dict[int, str] = {}
+        self._before: str | None = None
         self._anchored = version
         self._anchor: Message | None = None
         self._anchor_bytes: int | None = None
@@ -117,11 +118,11 @@ class Publisher:
             kept.take(live)
             message = kept.anchor(version)
         else:
-            message = kept.patch(live, version)
+            message = kept.patch(live, version, self._before)
             limit = kept.nbytes if self._anchor_bytes is None else self._anchor_bytes
             if len(message.data) >= limit:
                 message = kept.anchor(version)
-        self._kept, self.version = kept, version
+        self._kept, self.version, self._before = kept, version, message.content_id
         self._remember(message.state)
         if message.kind == "anchor":
             self._anchored, self._anchor, self._anchor_bytes = version, message, len(message.data)
@@ -161,6 +162,7 @@ class Publisher:
         if version > self.version:
             self.version, self._anchor = version + 1, None
             self._remember(self._kept.digest())
+            self._before = self.anchor().content_id
         return self.anchor()
 
     def drop(self, subscriber: str) -> None:

@@ -10,10 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from deltafmt.exact.units import Units
-from deltafmt.sync.live import LiveTensor
-
-# Integers of each width, as which torch copies elements whatever they mean.
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from deltafmt.sync.live import INTEGERS, LiveTensor
 
 # Up to this share of the units, the places of those that change are kept, and not all units.
 _FEW = 0.125
@@ -67,18 +64,45 @@ class HostChange:
             self._target[self._places] = self._old
 
 
+class PlacesChange:
+    """A change of some units of a tensor whose bytes lie in C order on a device.
+
+    Args:
+        target: all units of the live tensor, as integers.
+        places: those that change.
+        new: their new values.
+    """
+
+    MOST = _FEW
+
+    def __init__(self, target: torch.Tensor, places: torch.Tensor, new: torch.Tensor) -> None:
+        self._target, self._places, self._new = target, places, new
+        self._old: torch.Tensor | None = None
+
+    def make(self) -> None:
+        """Write the new units."""
+        self._old = self._target[self._places]
+        self._target[self._places] = self._new
+
+    def undo(self) -> None:
+        """Write the old units back."""
+        if self._old is not None:
+            self._target[self._places] = self._old
+
+
 class WholeChange:
-    """A change of all elements of a tensor whose bytes do not lie in C order in host memory.
+    """A change of all elements of a tensor whose bytes do not lie in C order, or of which many change.
 
     Args:
         live: the tensor.
         new: all of its units.
     """
 
-    def __init__(self, live: LiveTensor, new: Units) -> None:
-        integers = _INTEGERS[live.tensor.element_size()]
+    def __init__(self, live: LiveTensor, new: Units | torch.Tensor) -> None:
+        integers = INTEGERS[live.tensor.element_size()]
+        whole = new if isinstance(new, torch.Tensor) else torch.from_numpy(new.view(np.uint8))
         self._target = live.tensor.view(integers)
-        self._new = torch.from_numpy(new.view(np.uint8)).view(integers).reshape(live.shape).to(self._target.device)
+        self._new = whole.view(integers).reshape(live.shape).to(self._target.device)
         self._old: torch.Tensor | None = None
 
     def make(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +15,7 @@ from deltafmt.checkpoint.folder_writer import TensorSpec
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.exact.coding import CHUNK_UNITS, EncodedChunk, assemble, encode_chunk
 from deltafmt.exact.units import Units, unit_of
-from deltafmt.format.constants import FEATURE_EXACT
+from deltafmt.format.constants import FEATURE_EXACT, FEATURE_PARENT
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.pipeline.entry_writer import EntryWriter
 from deltafmt.pipeline.workers import drain, in_order
@@ -82,10 +82,15 @@ class KeptState:
             kept.units[:] = live[name].units()
             kept.fingerprint = _fingerprint(kept.spec, kept.units)
 
-    def patch(self, live: Mapping[str, LiveTensor], version: int) -> Message:
+    def patch(self, live: Mapping[str, LiveTensor], version: int, before: str | None) -> Message:
         """Take a new state that fits, and return the patch that leads to it.
 
         If this fails, the copy is of no use: a part of it is new.
+
+        Args:
+            live: the new state.
+            version: its version.
+            before: the content id of the message before, in hexadecimal; None if there is none.
         """
         parent = self.digest()
 
@@ -95,7 +100,7 @@ class KeptState:
             units = live[spec.name].units()
             return _Work(kept, base, self._submit(pool, kept, partial(self._advance, units)))
 
-        return self._message(encode, version, parent)
+        return self._message(encode, version, parent, before)
 
     def anchor(self, version: int) -> Message:
         """Return the anchor that gives this state."""
@@ -124,10 +129,14 @@ class KeptState:
         return encode_chunk(values, np.zeros_like(values), unit_of(kept.spec.dtype), self._level)
 
     def _message(
-        self, encode: Callable[[KeptTensor, ThreadPoolExecutor], _Work], version: int, parent: str | None
+        self,
+        encode: Callable[[KeptTensor, ThreadPoolExecutor], _Work],
+        version: int,
+        parent: str | None,
+        before: str | None = None,
     ) -> Message:
         file = io.BytesIO()
-        container = ContainerWriter(file, features=FEATURE_EXACT)
+        container = ContainerWriter(file, features=FEATURE_EXACT | (FEATURE_PARENT if before else 0))
         writer = EntryWriter(container)
         entries: list[TensorEntry] = []
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="deltafmt-sync")
@@ -148,8 +157,9 @@ class KeptState:
         finally:
             drain(pool)
         message = Message(version, self.digest(), parent, b"")
-        container.finish(entries, metadata=message.metadata)
-        return Message(version, message.state, parent, file.getvalue())
+        link = bytes.fromhex(before) if before else None
+        identity = container.finish(entries, metadata=message.metadata, parent=link)
+        return replace(message, data=file.getvalue(), content_id=identity.hex())
 
 
 def _kept(live: LiveTensor) -> KeptTensor:

@@ -18,6 +18,7 @@ from deltafmt.exact.units import Units
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.workers import drain, thread_count
+from deltafmt.sync import on_device
 from deltafmt.sync.live import LiveTensor, live_tensors
 from deltafmt.sync.message import Heading, Message, Reply, Source, open_message, state_digest
 from deltafmt.sync.staged import Change, HostChange, WholeChange, make_all
@@ -181,12 +182,12 @@ class Subscriber:
         """Return the changes that a message makes, all of which were checked."""
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="deltafmt-sync")
         try:
-            work = [(live, list(self._submit(pool, delta, entry, live))) for entry, live in targets]
+            work = [(live, self._submit(pool, delta, entry, live)) for entry, live in targets]
             changes: list[Change] = []
             for live, futures in work:
                 parts = [future.result() for future in futures]
-                if live.is_direct:
-                    changes += (change for change in parts if isinstance(change, HostChange) and change.count)
+                if live.is_direct or on_device.runs_on(live):
+                    changes += (change for change in parts if not isinstance(change, np.ndarray | None))
                 elif parts:
                     new = np.concatenate([part for part in parts if isinstance(part, np.ndarray)])
                     if not np.array_equal(new, live.units()):
@@ -197,23 +198,33 @@ class Subscriber:
 
     def _submit(
         self, pool: ThreadPoolExecutor, delta: DeltaFile, entry: TensorEntry, live: LiveTensor
-    ) -> Iterator[Future[HostChange | Units]]:
-        """Let workers decode the chunks of a tensor."""
+    ) -> list[Future[Change | Units | None]]:
+        """Let workers decode a tensor: changes, or the units of each chunk where they lie in another order."""
         assert entry.exact is not None
-        where = f'{delta.container.name}: tensors["{entry.name}"]'
+        where, has_base = f'{delta.container.name}: tensors["{entry.name}"]', entry.base is not None
         with _located(where):
             decoder = ExactDecoder(delta.container.buffer(entry.exact.data), live.dtype, live.shape, entry.exact.chunk)
         self._limits.check_memory(decoder.memory, delta.container.size, f"{where}: a chunk takes")
+
+        def whole() -> Change | None:
+            with _located(where), torch.inference_mode():
+                return on_device.change_of(decoder, live, has_base=has_base)
+
+        if on_device.runs_on(live):
+            return [pool.submit(whole)]
         units = live.units()
 
-        def job(number: int) -> HostChange | Units:
+        def chunk(number: int) -> HostChange | Units | None:
             first, end = decoder.span(number)
             here = units[first:end]
             with _located(where):
-                new = decoder.decode(number, here if entry.base is not None else np.zeros_like(here))
-            return HostChange(here, new) if live.is_direct else new
+                new = decoder.decode(number, here if has_base else np.zeros_like(here))
+            if not live.is_direct:
+                return new
+            change = HostChange(here, new)
+            return change if change.count else None
 
-        return (pool.submit(job, number) for number in range(len(decoder)))
+        return [pool.submit(chunk, number) for number in range(len(decoder))]
 
 
 def _check_state(delta: DeltaFile, heading: Heading) -> None:

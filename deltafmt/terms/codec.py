@@ -77,6 +77,16 @@ class TermCodec(ABC, Generic[LayoutT, ArraysT]):
             InvalidFileError: the buffers break the format.
         """
 
+    def marked(self, packed: Packed, start: int, stop: int) -> NDArray[np.bool_] | None:  # noqa: ARG002
+        """Return where the term has entries in rows ``start`` to ``stop``; None if its kind has a value everywhere.
+
+        Exact parts are sorted by it (section 17.8).
+
+        Raises:
+            InvalidFileError: the buffers break the format.
+        """
+        return None
+
     @abstractmethod
     def check(self, packed: Packed) -> None:
         """Check that the term's buffers are the canonical packing of what they mean, as a verifier must (section 15).

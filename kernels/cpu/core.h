@@ -139,6 +139,7 @@ struct loops {
 
     void (*exact_split)(const struct exact *, uint64_t *counts);
     void (*exact_join)(const struct exact *);
+    void (*exact_ranks)(const struct exact *, const int64_t *places, size_t number, uint64_t *counts, int64_t *ranks);
 };
 
 extern const struct loops loops_baseline;

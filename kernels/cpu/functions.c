@@ -465,3 +465,15 @@ PyObject *exact_join(struct call *call) {
     free(e.table);
     return finish(call, nothing, 0);
 }
+
+PyObject *exact_ranks(struct call *call) {
+    struct exact e = exact_of(call, NULL, 0, 0);
+    const Py_buffer *places = array(call, "l", 1, 0), *counts = array(call, "L", 1, 1), *ranks = array(call, "l", 1, 1);
+    const int64_t *at = places->buf;
+    require(call, extent(counts, 0) == (size_t)1 << e.bits, "there is a count for each key");
+    require(call, extent(places, 0) == extent(ranks, 0), "there is a rank for each place");
+    for (size_t i = 0; !call->wrong && i < extent(places, 0); i++)
+        require(call, at[i] > (i ? at[i - 1] : -1) && (uint64_t)at[i] < e.count, "places ascend among the units");
+    RUN(call, loops->exact_ranks(&e, at, extent(places, 0), counts->buf, ranks->buf));
+    return finish(call, nothing, 0);
+}

@@ -16,7 +16,7 @@ from vector_tools import Stored, WithBase, vector
 from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.exact import chunk as chunks
-from deltafmt.exact.differences import Planes, planes_of, sorted_planes
+from deltafmt.exact.differences import Marks, Planes, marked_planes, planes_of, sorted_planes
 from deltafmt.exact.prediction import converted, extended
 from deltafmt.exact.units import Unit, Units, unit_count, unit_of
 from deltafmt.format.constants import DTYPE_BITS, FEATURE_EXACT, SECTION_KIND_ATTACHMENTS, SECTION_KIND_EXACT
@@ -54,24 +54,25 @@ def planes_bytes(planes: Planes) -> bytes:
     return chunks._write_planes(planes)
 
 
-def in_form(form: int, values: Units, prediction: Units, unit: Unit) -> bytes:
+def in_form(form: int, values: Units, prediction: Units, unit: Unit, marks: Marks | None = None) -> bytes:
     """Return a chunk in a form, whatever form is the smallest."""
     if form == chunks.STORED:
         return values.tobytes()
     if form == chunks.VALUES:
         return planes_bytes(planes_of(values, unit))
     if form == chunks.SPARSE:
-        return chunks._sparse(values, prediction, values != prediction, unit).data
-    key = unit if form == chunks.SORTED else Unit(unit.width)
-    return b"" if form == chunks.SAME else planes_bytes(sorted_planes(values, prediction, unit, key)[0])
+        return chunks._sparse(values, prediction, values != prediction, unit, marks).data
+    if form == chunks.SORTED:
+        return planes_bytes(marked_planes(values, prediction, unit, unit, marks)[0])
+    return b"" if form == chunks.SAME else planes_bytes(sorted_planes(values, prediction, unit, Unit(unit.width))[0])
 
 
-def buffer_of(form: int, values: Units, prediction: Units, unit: Unit) -> bytes:
+def buffer_of(form: int, values: Units, prediction: Units, unit: Unit, marks: Marks | None = None) -> bytes:
     """Return the buffer of a tensor whose chunks all have one form."""
     data, rows = b"", b""
     for first in range(0, values.size, CHUNK):
         part = slice(first, first + CHUNK)
-        made = in_form(form, values[part], prediction[part], unit)
+        made = in_form(form, values[part], prediction[part], unit, None if marks is None else marks[part])
         data += made
         rows += struct.pack("<QII", xxhash.xxh3_64_intdigest(values[part].tobytes()), len(made), form)
     return data + rows
@@ -87,9 +88,9 @@ def digest_of(dtype: str, shape: tuple[int, ...], data: bytes) -> bytes:
 class Made:
     """Tensors that are written: their entries, and their base."""
 
-    def __init__(self) -> None:
+    def __init__(self, features: int = FEATURE_EXACT) -> None:
         self.out = io.BytesIO()
-        self.writer = ContainerWriter(self.out, features=FEATURE_EXACT)
+        self.writer = ContainerWriter(self.out, features=features)
         self.entries: list[TensorEntry] = []
         self.base: dict[str, Stored] = {}
 

@@ -156,7 +156,7 @@ def flipped_attachment() -> bytes:
 
 @vector("invalid", "a section of a kind that version 1 does not know", "unknown section kind")
 def section_kind() -> bytes:
-    return change(small(), lambda index: index["sections"][0].update(kind=4))
+    return change(small(), lambda index: index["sections"][0].update(kind=5))
 
 
 @vector("invalid", "a section of a codec that version 1 does not know", "unknown codec")

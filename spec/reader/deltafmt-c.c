@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static const char usage[] = "usage: deltafmt-c inspect FILE\n"
                             "       deltafmt-c verify FILE...\n"
@@ -67,6 +68,11 @@ static int inspect(const char *path, dlt_file *file, dlt_error *error) {
            about.cold ? "cold" : "hot", about.tensors, about.sections);
     print_hex(about.content_id, 32);
     putchar('\n');
+    if (about.parent) {
+        printf("parent ");
+        print_hex(about.parent, 32);
+        putchar('\n');
+    }
     for (size_t i = 0; i < about.metadata; i++) {
         dlt_text value, key = dlt_metadata_key(file, i, &value);
         print_text(key);
@@ -160,12 +166,28 @@ static int decode(const char *path, dlt_file *file, const char *name, const char
     return status == DLT_OK ? 0 : complain(path, error);
 }
 
+/* Say what is wrong with the arguments. */
+static int misused(const char *what, const char *word) {
+    fprintf(stderr, "deltafmt-c: %s%s (see deltafmt-c --help)\n", what, word);
+    return 2;
+}
+
 int main(int count, char **arguments) {
     const char *command = count > 1 ? arguments[1] : "";
-    int inspects = strcmp(command, "inspect") == 0 && count == 3,
-        verifies = strcmp(command, "verify") == 0 && count > 2;
-    int decodes = strcmp(command, "decode") == 0 && (count == 4 || (count == 6 && strcmp(arguments[4], "--base") == 0));
-    if (!inspects && !verifies && !decodes) return fputs(usage, stderr), 2;
+    int inspects = strcmp(command, "inspect") == 0, verifies = strcmp(command, "verify") == 0,
+        decodes = strcmp(command, "decode") == 0;
+    if (strcmp(command, "--help") == 0 || strcmp(command, "-h") == 0) return fputs(usage, stdout), 0;
+    if (count == 1) return misused("no command; there are inspect, verify and decode", "");
+    if (!inspects && !verifies && !decodes)
+        return misused("there are the commands inspect, verify and decode, and not ", command);
+    if (count == 2) return misused("FILE is missing", "");
+    if (inspects && count > 3) return misused("one argument too many: ", arguments[3]);
+    if (decodes && count == 3) return misused("TENSOR is missing", "");
+    if (decodes && count > 4 && strcmp(arguments[4], "--base") != 0)
+        return misused("one argument too many: ", arguments[4]);
+    if (decodes && count == 5) return misused("--base needs a file with the raw bytes of the base's tensor", "");
+    if (decodes && count > 6) return misused("one argument too many: ", arguments[6]);
+    if (decodes && isatty(STDOUT_FILENO)) return misused("a tensor is not written to a terminal; add > OUT", "");
     int code = 0, last = verifies ? count : 3;
     for (int i = 2; i < last; i++) {
         dlt_error error;

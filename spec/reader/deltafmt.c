@@ -46,7 +46,7 @@ enum {
 };
 #define MAX_ELEMENTS (UINT64_C(1) << 48)
 #define MAX_RAW (UINT64_C(1) << 40)
-enum { FEATURE_PARTS = 1, FEATURE_LEADING = 2, FEATURE_SCALED = 4, FEATURES = 7 };
+enum { FEATURE_PARTS = 1, FEATURE_LEADING = 2, FEATURE_SCALED = 4, FEATURE_PARENT = 32, FEATURES = 7 | 32 };
 enum { OF_TENSORS = 1, OF_ATTACHMENTS = 2 };
 
 #define TRY(call)                              \
@@ -326,6 +326,11 @@ static dlt_status other_key(cursor *c, const char *key) {
              memcmp((c)->p + 1, key, sizeof(key) - 1) == 0                                  \
          ? ((c)->p += sizeof(key), DLT_OK)                                                  \
          : other_key(c, key))
+
+/* Whether a key that a map need not have comes next; it is read then. */
+#define is_key(c, key)                                                                     \
+    ((size_t)((c)->end - (c)->p) >= sizeof(key) && *(c)->p == (0xA0 | (sizeof(key) - 1)) && \
+     memcmp((c)->p + 1, key, sizeof(key) - 1) == 0 && ((c)->p += sizeof(key), 1))
 
 static dlt_status expect_map(cursor *c, size_t count) {
     size_t found;
@@ -1349,8 +1354,8 @@ static dlt_status read_sections(dlt_file *file, cursor *c, uint64_t index_offset
     return DLT_OK;
 }
 
-/* Keys in order: attachments, layouts, metadata, profile, removed, scaled (only with its feature), sections, tensors.
- */
+/* Keys in order: attachments, layouts, metadata, parent, profile, removed, scaled, sections, tensors; parent and scaled
+ * only with their features. */
 static dlt_status read_index(dlt_file *file, uint64_t index_offset, dlt_error *error) {
     cursor at = {file->index.p, file->index.p + file->index.length, error, {"the index", 9}}, *c = &at;
     cursor buffers;
@@ -1358,25 +1363,34 @@ static dlt_status read_index(dlt_file *file, uint64_t index_offset, dlt_error *e
     unsigned cold;
     size_t count;
     TRY(read_map(c, &count));
-    if (count != 7 && count != 8) return bad(c, "the index lacks a key, or has one too many");
+    if (count < 7) return bad(c, "the index lacks a key");
+    count -= 7; /* those that it need not have */
     TRY(expect_key(c, "attachments"));
     TRY(read_attachments(file, c, &buffers));
     TRY(expect_key(c, "layouts"));
     TRY(read_layouts(file, c));
     TRY(expect_key(c, "metadata"));
     TRY(read_metadata(file, c));
+    if (count && is_key(c, "parent")) {
+        count--;
+        /* 4.4: bit 5 MUST be set if the index has parent. */
+        if (!(file->about.incompatible & FEATURE_PARENT))
+            return bad(c, "the index has a parent, and feature bit 5 is not set");
+        TRY(read_digest(c, 32, &file->about.parent));
+    }
     TRY(expect_key(c, "profile"));
     TRY(read_word(c, "profile", profiles, 2, &cold));
     file->about.cold = (int)cold;
     TRY(expect_key(c, "removed"));
     TRY(read_removed(file, c));
-    if (count == 8) {
-        TRY(expect_key(c, "scaled"));
+    if (count && is_key(c, "scaled")) {
+        count--;
         /* 4.4: bit 2 MUST be set if the index has scaled. */
         if (!(file->about.incompatible & FEATURE_SCALED))
             return bad(c, "the index has scaled, and feature bit 2 is not set");
         TRY(read_members(c, "scaled tensors", &file->scaled, &file->about.scaled));
     }
+    if (count) return bad(c, "the index has a key too many");
     TRY(expect_key(c, "sections"));
     TRY(read_sections(file, c, index_offset));
     TRY(expect_key(c, "tensors"));
@@ -2839,7 +2853,7 @@ static dlt_status add_entry(const dlt_file *file, blake3 *hash, const dlt_tensor
  * tensors, whose entries follow. */
 static void start_content_id(const dlt_file *file, blake3 *hash) {
     dlt_blake3_start(hash);
-    add_count(hash, 0x80, 0xDE, file->scaled ? 5 : 4);
+    add_count(hash, 0x80, 0xDE, 4 + (file->scaled != NULL) + (file->about.parent != NULL));
     add_word(hash, "attachments");
     add_count(hash, 0x80, 0xDE, file->about.attachments);
     for (size_t i = 0; i < file->about.attachments; i++) {
@@ -2850,6 +2864,12 @@ static void start_content_id(const dlt_file *file, blake3 *hash) {
     }
     add_word(hash, "metadata");
     dlt_blake3_add(hash, file->raw_metadata.p, file->raw_metadata.length);
+    if (file->about.parent) {
+        static const uint8_t head[2] = {0xC4, 32};
+        add_word(hash, "parent");
+        dlt_blake3_add(hash, head, 2);
+        dlt_blake3_add(hash, file->about.parent, 32);
+    }
     add_word(hash, "removed");
     dlt_blake3_add(hash, file->raw_removed.p, file->raw_removed.length);
     if (file->scaled) {

@@ -184,6 +184,8 @@ typedef struct {
     uint64_t size;
     int cold;
     const uint8_t *content_id; /* 32 bytes, as the file says; dlt_verify recomputes it */
+    const uint8_t *parent; /* NULL, or 32 bytes: the content id of the file whose result is the base (18). Whoever adds
+                              this file's terms to a model compares the base's tensors first: dlt_check_base */
     size_t tensors, attachments, removed, scaled, metadata, layouts, sections;
     uint64_t incompatible, compatible; /* feature bits */
 } dlt_info;

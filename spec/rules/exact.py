@@ -133,3 +133,71 @@ rule(
     reason="the places then lie behind the chunk",
 )
 rule("17.5", "No z at a place may be 0", "exact-place-same", Skip(CHUNK, "a place has no difference"))
+rule(
+    "4.4",
+    "MUST be set if a section has kind 4 (5.1)",
+    "progressive-without-feature",
+    Skip(INDEX, "a served part needs feature bit 4"),
+    others="progressive-without-feature-3",
+    reason="sections of kind 3 and entries ask for bit 3",
+)
+rule(
+    "5.8",
+    "It MUST have codec 0",
+    others="progressive-end-compressed",
+    reason="its bytes are then those of frames, not of an index",
+)
+rule(
+    "5.8",
+    "MUST lie behind all sections of kind 1",
+    "progressive-tensors-behind",
+    Skip(INDEX, "a section of tensors lies behind the served part"),
+)
+ENDS = Skip(INDEX, "a served part ends behind another one, or behind exact tensors")
+rule("5.8", "A file has at most one section of kind 4", others="progressive-twice", reason="the first one decides")
+rule(
+    "5.8",
+    "MUST lie before all sections of kind 3",
+    others="progressive-exact-before",
+    reason="the served part then has a section of kind 3, in which no buffer lies",
+)
+SERVED = Skip("container.served", "it does not end the served part of this file")
+rule(
+    "17.7",
+    "They MUST be those of the served part",
+    "progressive-other-content-id progressive-other-index progressive-short-end",
+    SERVED,
+)
+rule("17.7", "A verifier MUST compare the section's bytes", "progressive-other-content-id", SERVED)
+rule(
+    "17.7",
+    "every attachment MUST lie in a section before this one",
+    "progressive-attachment-behind",
+    Skip(INDEX, "it lies behind the served part"),
+)
+rule(
+    "17.7",
+    "no entry may have the action `exact`",
+    "progressive-exact-tensor",
+    Skip(INDEX, "a file with a served part has an exact tensor, which nobody can serve"),
+)
+rule(
+    "17.7",
+    "An `add` MUST NOT have `exact` in a file that is not progressive",
+    "progressive-no-served-part",
+    Skip(INDEX, "a tensor has an exact part, and the file has no served part"),
+)
+rule(
+    "17.8",
+    "the bits of a float32 c, which MUST be finite",
+    "progressive-factor-nan progressive-factor-infinite",
+    Skip("index.exact", "is no finite float32"),
+    others="progressive-factor-of-33-bits",
+    reason="every integer of the index is checked so",
+)
+rule(
+    "17.8",
+    "`factors` is an array with a u32 for each term",
+    others="progressive-without-factors progressive-factors-too-many",
+    reason="a term without a factor has no prediction",
+)

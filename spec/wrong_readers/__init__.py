@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import file, floats, index, kinds, positions, sparse, words
+from . import file, floats, index, kinds, positions, progressive, sparse, words
 from .wrong import WRONG, Wrong
 
-__all__ = ["WRONG", "Wrong", "file", "floats", "index", "kinds", "positions", "sparse", "words"]
+__all__ = ["WRONG", "Wrong", "file", "floats", "index", "kinds", "positions", "progressive", "sparse", "words"]

@@ -222,6 +222,17 @@ class NMCodec(TermCodec[NMLayout, NMArrays]):
             check(self.layout, run, arrays, columns)
         return dense(self.layout, arrays, columns)
 
+    def marked(self, packed: Packed, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return where the term has entries, also those whose value is zero."""
+        rows, columns = stop - start, self.shape[1]
+        run = slice_run(packed, self.layout.share, start, stop)
+        positions, _ = _kept_and_scales(self.layout, run, self.seed, start, rows, columns)
+        # The lowest code has a value that is not zero in every grid.
+        lowest = np.zeros((rows, self.layout.kept(columns)), np.uint8)
+        ones = np.ones((rows, self.layout.scales_per_row(columns)), np.float32)
+        found: NDArray[np.bool_] = dense(self.layout, NMArrays(positions, lowest, ones), columns) != 0
+        return found
+
     def check(self, packed: Packed) -> None:
         """Check the whole term; see :meth:`deltafmt.terms.codec.TermCodec.check`."""
         layout, (rows, columns) = self.layout, self.shape

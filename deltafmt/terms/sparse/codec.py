@@ -64,6 +64,16 @@ class SparseCodec(TermCodec[SparseLayout, SparseArrays]):
             self._decode_tile(packed, tile, of_blocks, run, check_form=check_form)
         return out
 
+    def marked(self, packed: Packed, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return where the term has entries, also those whose value is zero."""
+        found = np.zeros((stop - start, self.shape[1]), np.bool_)
+        for tile in range(start // TILE_ROWS, tiles(stop)):
+            lane, column, _ = self.entries(packed, tile)
+            row = lane + tile * TILE_ROWS - start
+            inside = row < stop - start
+            found[row[inside], column[inside]] = True
+        return found
+
     def check(self, packed: Packed) -> None:
         """Check the whole term; see :meth:`deltafmt.terms.codec.TermCodec.check`."""
         layout, coding = self.layout, self.layout.values

@@ -10,9 +10,10 @@
 #include "lowrank.c"
 #include "sparse.c"
 #include "exact.c"
+#include "ranks.c"
 
 const struct loops LOOPS = {
     LEVEL,      subtract, add,      seeded,    uniform,    draw,      positions_ok,  rank,         unrank,     pack_words,
     unpack_words, gather, quantize, scatter,   nm_pack,    nm_unpack, dequantize,    add_outer,    sparse_needed,
-    sparse_place, sparse_tile, sparse_within, exact_split, exact_join,
+    sparse_place, sparse_tile, sparse_within, exact_split, exact_join, exact_ranks,
 };
