@@ -94,6 +94,7 @@ docs: $(VENV)/.docs
 
 vllm: $(VLLM_VENV)/.vllm
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest $(PYTEST_ARGS) tests/test_vllm_engine.py
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest $(PYTEST_ARGS) tests/test_vllm_families.py
 
 vllm-names: $(VENV)/.base
 	rm -rf build/vllm && mkdir -p build/vllm

@@ -84,7 +84,8 @@ class Engine:
         }
 
 
-@serve.deployment
+# It computes nothing, so every processor is left to an engine.
+@serve.deployment(ray_actor_options={"num_cpus": 0})
 class Front:
     """The part that speaks HTTP: it says to Ray Serve which name each request needs.
 
