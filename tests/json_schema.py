@@ -8,8 +8,8 @@ from typing import Any
 
 TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "null": type(None)}
 KEYWORDS = {
-    "$defs", "$ref", "$schema", "additionalProperties", "const", "description", "enum", "items", "maxItems", "minItems", "minimum",
-    "pattern", "properties", "required", "title", "type",
+    "$defs", "$ref", "$schema", "additionalProperties", "const", "description", "enum", "items", "maxItems", "minItems",
+    "minimum", "pattern", "properties", "required", "title", "type",
 }  # fmt: skip
 
 
