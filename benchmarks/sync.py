@@ -4,8 +4,9 @@
 
 ``MODELS`` holds ``wordmath/``, a Llama of 14.6 million parameters. It is trained on its word problems, in float32 by
 AdamW, and each step is published in bfloat16. The other encodings are made here as their projects describe them, and
-have what they need to be applied, without names and checksums. For the speeds, so many copies of the parameters are
-published together. GB are 10**9 bytes of parameters. A changed element is one whose bfloat16 bits have changed.
+have what they need to be applied, without names and checksums. For the speeds, every tensor is repeated so many times,
+because those of larger models are larger. GB are 10**9 bytes of parameters. A changed element is one whose bfloat16
+bits have changed.
 """
 
 from __future__ import annotations
@@ -140,9 +141,8 @@ def sizes(states: list[State]) -> list[Figure]:
 
 def speeds(states: list[State], copies: int, threads: int) -> list[Figure]:
     """Return the speeds of making patches and of applying them."""
-    many = [{f"{copy}.{name}": t for copy in range(copies) for name, t in state.items()} for state in states]
-    # Tensors of their own: ties would be coded once.
-    many = [{name: tensor.clone() for name, tensor in state.items()} for state in many]
+    # Tensors of the size that larger models have.
+    many = [{name: torch.cat([tensor] * copies) for name, tensor in state.items()} for state in states]
     size = sum(tensor.nbytes for tensor in many[0].values())
     publisher = Publisher(base=many[0], anchor_every=None, threads=threads)
     subscriber = Subscriber({name: tensor.clone() for name, tensor in many[0].items()}, threads=threads)

@@ -33,10 +33,16 @@ def llama_specs(nbytes: int, hidden: int = 4096, inner: int = 11008, vocabulary:
     return specs
 
 
-def write_pair(folder: Path, specs: list[TensorSpec], seed: int = 0) -> tuple[Path, Path]:
-    """Write ``base`` and ``finetuned`` below a folder, unless they are there; return their paths."""
+def write_pair(
+    folder: Path, specs: list[TensorSpec], seed: int = 0, change_seed: int | None = None
+) -> tuple[Path, Path]:
+    """Write ``base`` and ``finetuned`` below a folder, unless they are there; return their paths.
+
+    Pairs of one ``seed`` have the same base. With a ``change_seed``, the fine-tune is another one of it.
+    """
     rng = np.random.default_rng(seed)
     block = rng.standard_normal(BLOCK, np.float32) * np.float32(0.02)
+    rng = rng if change_seed is None else np.random.default_rng(change_seed)
     change = rng.standard_normal(BLOCK, np.float32) * np.float32(0.001)
     sides = {"base": narrow(block, "BF16"), "finetuned": narrow(block + change, "BF16")}
     paths = []

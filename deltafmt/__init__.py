@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from deltafmt import errors, methods, sync, torch, transformers
     from deltafmt.analysis.analyze import analyze
     from deltafmt.analysis.dedup import dedup
+    from deltafmt.analysis.evaluation.evaluate import evaluate
     from deltafmt.delta import DeltaFile
     from deltafmt.delta import DeltaFile as open  # noqa: A004, N813 - as safetensors and gzip name theirs
     from deltafmt.format.limits import Limits
@@ -59,6 +60,7 @@ __all__ = [
     "dedup",
     "diff",
     "errors",
+    "evaluate",
     "export_lora",
     "import_lora",
     "methods",
@@ -85,6 +87,7 @@ _HOMES = {
     "dedup": ("deltafmt.analysis.dedup", "dedup"),
     "diff": ("deltafmt.pipeline.diff", "diff"),
     "errors": ("deltafmt.errors", None),
+    "evaluate": ("deltafmt.analysis.evaluation.evaluate", "evaluate"),
     "export_lora": ("deltafmt.pipeline.export_lora", "export_lora"),
     "import_lora": ("deltafmt.pipeline.import_lora", "import_lora"),
     "methods": ("deltafmt.methods", None),

@@ -17,9 +17,13 @@ from numpy.typing import NDArray
 
 import deltafmt
 from c_reader import TOO_LARGE, Driver, Report, Tensor
+from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.delta import DeltaFile, RunDecoder
-from deltafmt.errors import DeltafmtError, UnsupportedError
-from deltafmt.format.constants import FEATURE_EXACT, FEATURE_PROGRESSIVE, HEADER_MAGIC
+from deltafmt.errors import DeltafmtError, InvalidFileError, UnsupportedError
+from deltafmt.exact.coding import ExactDecoder
+from deltafmt.exact.prediction import converted, extended, units_at
+from deltafmt.format.constants import FEATURE_PROGRESSIVE, HEADER_MAGIC, byte_count, element_count
+from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.verify import verify
 
 LIMITS = deltafmt.Limits(max_output=1 << 24)
@@ -41,17 +45,17 @@ def status_of(error: DeltafmtError) -> str:
 
 
 def is_beyond_c(data: bytes) -> bool:
-    """Tell whether a file has exact tensors or is progressive, bits 3 and 4, which spec/reader calls unsupported."""
+    """Tell whether a file is progressive, bit 4, which spec/reader calls unsupported."""
     head = data[:64]
     if len(head) < 64 or head[:8] != HEADER_MAGIC or xxhash.xxh3_64_digest(head[:56])[::-1] != head[56:]:
         return False
-    return head[8:12] == b"\1\0\0\0" and bool(head[16] & (FEATURE_EXACT | FEATURE_PROGRESSIVE))
+    return head[8:12] == b"\1\0\0\0" and bool(head[16] & FEATURE_PROGRESSIVE)
 
 
 def with_library(path: Path) -> tuple[Report, list[str]]:
     """Return the library's report on a file, and the names of its tensors."""
     if is_beyond_c(path.read_bytes()):
-        return Report("unsupported", "unsupported", "exact tensors", b"", ()), []
+        return Report("unsupported", "unsupported", "a progressive file", b"", ()), []
     try:
         delta = deltafmt.open(path, limits=LIMITS)
     except DeltafmtError as error:
@@ -76,6 +80,8 @@ def tensor_of(delta: DeltaFile, name: str) -> Tensor:
         if entry.action == "replace":
             (data,) = delta.buffers(name).values()
             return Tensor(0, blake3(np.ascontiguousarray(data).tobytes()).digest(), NOTHING)
+        if entry.exact is not None:
+            return restored(delta, entry)
         if entry.action != "add":
             return Tensor(0, NOTHING, NOTHING)
         shared = entry.delta_rows * entry.columns
@@ -104,6 +110,30 @@ def decoded(delta: DeltaFile, name: str) -> Tensor:
     if entry.data is not None:
         tuned.append(np.ascontiguousarray(delta.container.buffer(entry.data)).tobytes())
     return Tensor(0, blake3(b"".join(change)).digest(), blake3(b"".join(tuned)).digest())
+
+
+def restored(delta: DeltaFile, entry: TensorEntry) -> Tensor:
+    """Restore an exact tensor over a made-up base; of one that is refused for it, the second digest is zeros."""
+    assert entry.exact is not None
+    base = entry.base
+    if max(element_count(entry.shape), element_count(base.shape) if base else 0) > MOST_ELEMENTS:
+        return Tensor(TOO_LARGE, NOTHING, NOTHING)
+    buffer = delta.container.buffer(entry.exact.data)
+    stored = blake3(buffer).digest()
+    decoder = ExactDecoder(buffer, entry.dtype, entry.shape, entry.exact.chunk)
+    given = units_at(made_up(byte_count(base.dtype, base.shape)).data, base.dtype) if base else None
+    digest, out = hasher(entry.dtype, entry.shape), b""
+    try:
+        for number in range(len(decoder)):
+            first, end = decoder.span(number)
+            known = units_at(memoryview(b""), entry.dtype)
+            if given is not None and base is not None:
+                known = converted(given[first:end], base.dtype, entry.dtype)
+            out += decoder.decode(number, extended(known, end - first)).tobytes()
+    except InvalidFileError:
+        return Tensor(0, stored, NOTHING)
+    digest.update(out)
+    return Tensor(0, stored, blake3(out).digest() if digest.digest() == entry.exact.digest else NOTHING)
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,7 @@ def test_json_of_errors(tmp_path: Path, cli: Cli, command: str) -> None:
         "import-lora": (missing, missing, "-o", "x"),
         "export-lora": (missing, "-o", "x"),
         "analyze": (missing, missing),
+        "evaluate": (missing, missing, missing, "--text", missing),
     }.get(command, (missing,))
     result = cli(command, *arguments, "--json")
     assert result.code == 5

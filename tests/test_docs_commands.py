@@ -9,7 +9,7 @@ import console_blocks
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS_TRANSFORMERS = ("benchmarks/solve.py", "docs/examples/agreement.py")
+NEEDS_TRANSFORMERS = ("benchmarks/solve.py", "deltafmt evaluate")
 
 
 @pytest.mark.parametrize("page", console_blocks.pages(), ids=lambda page: str(page.relative_to(ROOT)))

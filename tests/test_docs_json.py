@@ -74,6 +74,8 @@ def show(cli: Cli, folder: Path, make_tied_pair: tuple[Path, Path]) -> Callable[
         "BASE": NANO / "base",
         "MATH": NANO / "math",
         "OTHER": NANO / "math" / "model.safetensors",
+        "TEXT": NANO / "eval.jsonl",
+        "TOKENIZER": NANO / "tokenizer.json",
         "OUT": folder / "out.deltafmt",
         "SMALL": make_tied_pair[0],
         "LARGE": make_tied_pair[1],

@@ -280,6 +280,7 @@ def test_what_does_not_fit_is_refused(folders: tuple[Path, dict[str, Path]], tmp
     refused(cli(*many, one, "-o", "-"), 2, "standard output takes one; name a folder after -o")
     for option, value in (("--target-ratio", "5"), ("--calibration", "text"), ("--candidate", "rtn")):
         refused(cli(*many, one, "-o", out, option, value), 2, f"--many and {option}: that takes a run for each")
+    refused(cli(*many, one, "-o", out, "--parent", "x"), 2, "--many and --parent: a chain has one link after another")
     refused(cli("pack", base, one, two, "-o", out), 2, f"one argument too many: '{two}'; --many packs several")
     refused(cli("pack", "--many", base, "-o", out), 2, "FINETUNED is missing")
     file = tmp_path / "file"

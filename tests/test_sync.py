@@ -439,6 +439,30 @@ def test_a_failed_publish_is_followed_by_an_anchor(monkeypatch: pytest.MonkeyPat
     assert equal(live, new)
 
 
+def test_a_state_that_changes_meanwhile_is_sent_as_it_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    state, publisher, live = model(), Publisher(), copied(model())
+    subscriber = Subscriber(live, "one")
+    publisher.receive(subscriber.receive(publisher.publish(state).data))
+    encode = states_module.encode_chunk
+
+    def changing(*args: object) -> EncodedChunk:
+        state["head.weight"] += 1  # another thread goes on training
+        return encode(*args)
+
+    monkeypatch.setattr(states_module, "encode_chunk", changing)
+    message = publisher.publish(state)
+    monkeypatch.undo()
+    assert subscriber.receive(message.data).error is None
+    anchor = publisher.anchor()
+    assert anchor.state == message.state
+    again = {name: torch.zeros_like(tensor) for name, tensor in live.items()}
+    Subscriber(again).apply(anchor.data)
+    assert equal(again, live)
+    publisher.receive(subscriber.reply())
+    assert publisher.receive(subscriber.receive(publisher.publish(state).data)) is None
+    assert equal(live, state)
+
+
 def test_patches_that_do_not_pay_become_anchors() -> None:
     rng = np.random.default_rng(0)
 

@@ -62,13 +62,13 @@ def test_base_and_delta_the_other_way_round(delta: Path, small: Pair, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (("pack", "", "FT", "-o", "OUT"), "an argument"),
-        (("pack", "BASE", "", "-o", "OUT"), "an argument"),
+        (("pack", "", "FT", "-o", "OUT"), "BASE"),
+        (("pack", "BASE", "", "-o", "OUT"), "FINETUNED"),
         (("pack", "BASE", "FT", "-o", ""), "-o"),
         (("pack", "--many", "BASE", "FT", "-o", ""), "-o"),
-        (("unpack", "BASE", "", "-o", "OUT"), "an argument"),
-        (("verify", ""), "an argument"),
-        (("dedup", "BASE", ""), "an argument"),
+        (("unpack", "BASE", "", "-o", "OUT"), "DELTA"),
+        (("verify", ""), "DELTA"),
+        (("dedup", "BASE", ""), "FOLDER"),
     ],
 )
 def test_an_empty_path_is_not_the_current_folder(words: tuple[str, ...], what: str, small: Pair, cli: Cli) -> None:

@@ -26,7 +26,8 @@ by side. For each --method, the pair is packed into a temporary file. Without
 
 The figures describe a delta; they do not rank methods by accuracy. Methods that
 keep random elements lose 300% and more of the squares of a delta and still work,
-because such errors average out over a row. Unpack and test a model to compare.
+because such errors average out over a row. deltafmt evaluate compares deltas by
+what the models that they give predict of a text.
 
 Singular values are exact for matrices whose smaller side is at most 1024, and
 estimated by a randomized projection beyond. Products and histograms look at up

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import gc
 import importlib
-import itertools
 import os
 import platform
 import re
@@ -40,6 +39,17 @@ COMMANDS = {
     "warmup": "compile the kernels that serving some delta files needs, before a request needs them",
     "dedup": "show what several checkpoints have in common, and what keeping one as a base would save",
     "analyze": "show what a fine-tune's delta looks like, and what compressing it loses",
+    "evaluate": "compare what deltas and the fine-tune predict of a text",
+}
+
+# The options that are paths, and what the help calls them.
+PATHS = {
+    "base": "BASE",
+    "finetuned": "FINETUNED",
+    "more": "FINETUNED",
+    "delta": "DELTA",
+    "folders": "FOLDER",
+    "output": "-o",
 }
 
 # The commands whose module has ``add_rare_arguments``.
@@ -181,11 +191,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
     if "--version" in before:
         _say_version(verbose="--verbose" in arguments)
         return None
-    for before_it, word in itertools.pairwise(arguments):
-        # A path of no characters would be the current folder.
-        if not word and (before_it in ("-o", "--output") or not before_it.startswith("-")):
-            what = "-o" if before_it.startswith("-") else "an argument"
-            raise UsageError(f"{what} is empty, as from a variable that is not set (see deltafmt {command} --help)")
     options: argparse.Namespace
     options, unknown = build_parser(command).parse_known_args(arguments)
     if unknown and options.command in WITH_RARE_OPTIONS and not any(word.startswith("-") for word in unknown):
@@ -194,6 +199,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
         unknown = []
     if unknown:
         raise _unknown(unknown[0], options.command, arguments)
+    for name, said in PATHS.items():
+        given = getattr(options, name, None)
+        if given == "" or (isinstance(given, list) and "" in given):
+            # A path of no characters would be the current folder.
+            raise UsageError(f"{said} is empty, as from a variable that is not set (see deltafmt {command} --help)")
     return options
 
 

@@ -34,9 +34,6 @@ Pack the difference of two checkpoints into a delta file. For example:
   deltafmt pack base/ math/ -o math.deltafmt --target-ratio 16
   deltafmt pack base/ math/ -o math.deltafmt --method exact
   deltafmt pack --many base/ math/ code/ chat=runs/7/final -o deltas/
-
-With --many, FINETUNED... are all fine-tunes of one base, which is read once. Each
-becomes FOLDER/NAME.deltafmt. NAME is the name of its folder, or what stands before =.
 """
 EPILOG = """\
 A PATTERN matches tensor names as a shell does. A rule's METHOD is a method,
@@ -67,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.description, parser.epilog = USAGE, DESCRIPTION, EPILOG
     parser.add_argument("base", metavar="BASE", nargs="?", help="checkpoint folder or .safetensors file")
     parser.add_argument("finetuned", metavar="FINETUNED", nargs="?", help="checkpoint folder or .safetensors file")
-    parser.add_argument("more", metavar="FINETUNED", nargs="*", help="more of them, with --many")
-    parser.add_argument("--many", action="store_true", help="pack every FINETUNED into a file of its own")
+    parser.add_argument("more", metavar="FINETUNED", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--many", action="store_true", help="each into FOLDER/NAME.deltafmt; NAME=PATH names one")
     parser.add_argument("-o", "--output", metavar="OUT", help="the delta file to write; - for standard output")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--profile", default="hot", metavar="NAME", help="hot (default) for serving, cold for archives")
@@ -89,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_name_arguments(parser, "the fine-tune")
     add_architecture_argument(parser)
     parser.add_argument("--base-name", metavar="NAME", help="how the delta names its base")
-    parser.add_argument("--parent", metavar="DELTA", help="the delta that gives BASE; OUT is the next link of a chain")
+    parser.add_argument("--parent", metavar="DELTA", help="the delta that gives BASE, of which OUT is the next")
     parser.add_argument(
         "--missing",
         metavar="HOW",
@@ -110,9 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random positions (default 0)")
     parser.add_argument("--threads", type=int, metavar="T", help="worker threads (default: one for each processor)")
     add_method_argument(parser)
-    parser.add_argument(
-        "--exact", action="store_true", help="serve the delta, and restore every byte from exact parts behind it"
-    )
+    parser.add_argument("--exact", action="store_true", help="add exact parts, which restore every byte")
     add_target_arguments(parser)
     add_calibration_arguments(parser)
 

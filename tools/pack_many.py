@@ -60,6 +60,8 @@ def refuse_options(options: argparse.Namespace) -> None:
     Raises:
         UsageError: names the option.
     """
+    if options.parent:
+        raise UsageError("--many and --parent: a chain has one link after another; pack them one by one without --many")
     for name in ("target-ratio", "target-size", "plan", "candidate", "calibration"):
         if getattr(options, name.replace("-", "_")):
             raise UsageError(

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from deltafmt.analysis import intermediate_results, svg
 from deltafmt.analysis.approximation import ratio
+from deltafmt.analysis.page import page, save, section
 from deltafmt.analysis.quantized import MAX_ROWS, REACH, edges
 from deltafmt.analysis.report import Group, Report
 from deltafmt.analysis.tables import (
-    Table,
     by_depth,
     comparison_table,
     delta_table,
@@ -20,33 +20,6 @@ from deltafmt.analysis.tables import (
     product_table,
     tensor_table,
 )
-from deltafmt.errors import Remedy, UsageError
-from deltafmt.output import OutputLock, storage_error, sync_folder
-
-_LIGHT = ["1f77b4", "d95f02", "1b9e77", "c2255c", "7048e8", "a07000", "0b7285", "868e96", "5c940d", "9c36b5"]
-_DARK = ["6db3f2", "ff9f57", "4fd3a8", "ff7aa2", "a99bff", "e0b83a", "53c7d9", "adb5bd", "a9d65c", "d98be8"]
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5c6370; --line: #d9dde3; --page: #ffffff; LIGHT }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --soft: #9aa2ad; --line: #363b43; --page: #16181c; DARK }
-}
-body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: var(--ink); background: var(--page);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
-p { max-width: 46rem; } .note { color: var(--soft); }
-svg { width: 100%; height: auto; max-width: 52rem; display: block; margin: 1rem 0; }
-svg text { fill: var(--ink); font: 11px system-ui, sans-serif; }
-svg .title { font-size: 13px; font-weight: 600; } svg .label, svg .tick { text-anchor: middle; }
-svg .tick { fill: var(--soft); } svg .tick.y { text-anchor: end; }
-svg .grid { stroke: var(--line); stroke-width: 1; } svg .axis { stroke: var(--soft); fill: none; }
-svg .line { fill: none; stroke-width: 1.8; } svg .dashed { stroke-dasharray: 5 3; }
-svg .median { stroke: var(--page); stroke-width: 2; } svg circle, svg rect { stroke: none; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
-COLORS"""
 
 
 def write(report: Report, path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -56,26 +29,7 @@ def write(report: Report, path: str | os.PathLike[str], *, force: bool = False) 
         UsageError: the file exists, and ``force`` is not given.
         StorageError: the file cannot be written.
     """
-    text, target = render(report), Path(path)
-    if not force and os.path.lexists(target):
-        raise UsageError(f"{path} exists", Remedy("force"))
-    # The page appears whole or not at all.
-    partial = target.parent / f".{target.name}.partial"
-    try:
-        lock = OutputLock(target.parent / f".{target.name}.partial.lock", target)
-        try:
-            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-            sync_folder(target.parent)
-        finally:
-            partial.unlink(missing_ok=True)
-            lock.remove()
-    except OSError as error:
-        raise storage_error("cannot write", path, error) from error
+    save(render(report), path, force=force)
 
 
 def render(report: Report) -> str:
@@ -83,40 +37,22 @@ def render(report: Report) -> str:
     title = f"Delta of {_base_name(report.finetuned)} against {_base_name(report.base)}"
     skipped = "".join(f"<li>{svg.text(name)}: {svg.text(reason)}</li>" for name, reason in report.skipped.items())
     parts = [
-        f"<h1>{svg.text(title)}</h1>",
-        f'<p class="note">{svg.text(_opening(report))}</p>',
-        _section(delta_table(report), [_norms(report), _energies(report)]),
-        _section(product_table(report), [_products(report, key) for key in ("variance", "range")]),
+        section(delta_table(report), [_norms(report), _energies(report)]),
+        section(product_table(report), [_products(report, key) for key in ("variance", "range")]),
         _histogram(report),
-        *(_section(loss_table(report, i), _losses(report, i)) for i in range(len(report.candidates))),
-        _section(comparison_table(report), [_comparison(report)]) if len(report.candidates) > 1 else "",
-        _section(depth_table(report), []),
-        f"<details><summary>Every tensor</summary>{_section(tensor_table(report), [])}</details>",
+        *(section(loss_table(report, i), _losses(report, i)) for i in range(len(report.candidates))),
+        section(comparison_table(report), [_comparison(report)]) if len(report.candidates) > 1 else "",
+        section(depth_table(report), []),
+        f"<details><summary>Every tensor</summary>{section(tensor_table(report), [])}</details>",
         f"<details><summary>Left out</summary><ul>{skipped}</ul></details>" if skipped else "",
     ]
-    head = f'<meta charset="utf-8"><title>{svg.text(title)}</title>'
-    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    body = "\n".join(part for part in parts if part)
-    head += f"<style>{_style()}</style>"
-    return f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n</body>\n</html>\n'
+    return page(title, _opening(report), parts)
 
 
 def _opening(report: Report) -> str:
     return (
         f"{len(report.matrices)} matrices and {len(report.tensors) - len(report.matrices)} other tensors. "
         f"Base: {report.base}. Fine-tune: {report.finetuned}. Inputs: {report.inputs}."
-    )
-
-
-def _section(table: Table, charts: list[str]) -> str:
-    if len(table.rows) < 2:
-        return ""
-    head = "".join(f"<th>{svg.text(cell)}</th>" for cell in table.rows[0])
-    rows = "".join("<tr>" + "".join(f"<td>{svg.text(cell)}</td>" for cell in row) + "</tr>\n" for row in table.rows[1:])
-    drawn = "\n".join(charts)
-    return (
-        f'<h2>{svg.text(table.title)}</h2>\n<p class="note">{svg.text(table.note)}</p>\n{drawn}\n'
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>'
     )
 
 
@@ -218,15 +154,6 @@ def _histogram(report: Report) -> str:
         f"for each row; up to {MAX_ROWS} rows of every matrix."
     )
     return f'<h2>Quantization</h2>\n<p class="note">{svg.text(note)}</p>\n{chart}'
-
-
-def _style() -> str:
-    light, dark = (" ".join(f"--c{i}: #{color};" for i, color in enumerate(colors)) for colors in (_LIGHT, _DARK))
-    rules = "".join(
-        f"svg .line.c{i} {{ stroke: var(--c{i}); }} svg circle.c{i}, svg rect.c{i} {{ fill: var(--c{i}); }}\n"
-        for i in range(svg.COLORS)
-    )
-    return STYLE.replace("LIGHT", light).replace("DARK", dark).replace("COLORS", rules)
 
 
 def _base_name(path: str) -> str:

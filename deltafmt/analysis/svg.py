@@ -106,7 +106,12 @@ def line_chart(
 
 
 def range_chart(
-    title: str, y: Axis, categories: Sequence[str], groups: Sequence[tuple[str, Sequence[Sequence[float]]]]
+    title: str,
+    y: Axis,
+    categories: Sequence[str],
+    groups: Sequence[tuple[str, Sequence[Sequence[float]]]],
+    *,
+    label: str = "kind of layer",
 ) -> str:
     """Return a chart of five quantiles (5, 25, 50, 75, 95%) for every category and group: whiskers, box and median.
 
@@ -115,8 +120,9 @@ def range_chart(
         y: the vertical axis.
         categories: the labels along the horizontal axis.
         groups: the name of each group, and five ascending numbers for each category.
+        label: the label of the horizontal axis.
     """
-    x = Axis("kind of layer", 0.0, float(max(len(categories), 1)))
+    x = Axis(label, 0.0, float(max(len(categories), 1)))
     across, up = _scales(x, y)
     parts = _frame(title, x, y, across, up, ())
     room = (across(1) - across(0)) / (len(groups) + 1)

@@ -13,7 +13,7 @@ from deltafmt.pipeline.summary import times
 SHOWN_RANKS = (1, 8, 64)
 NORMAL = (
     "More than 100% is normal where elements are kept at random (deltadq, residual, dare): such errors average out "
-    "over a row, so the figures do not rank methods by accuracy."
+    "over a row, so the figures do not rank methods by accuracy; deltafmt evaluate compares them on a text."
 )
 
 

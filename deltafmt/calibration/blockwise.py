@@ -20,6 +20,8 @@ from deltafmt.calibration.tokens import Tokens
 
 Forward = Callable[..., Any]
 
+_HOST = torch.device("cpu")
+
 
 class UnchainedError(Exception):
     """A model's blocks cannot be run one after the other; the message says why."""
@@ -112,8 +114,11 @@ class Chain:
         """Run a block, which is on the device, and return the hidden states that leave it."""
         return _states(_call(self.blocks[number].__call__, states, call, self.device))
 
-    def finish(self, tokens: Tokens, states: torch.Tensor) -> None:
-        """Run the modules behind the blocks on hidden states that leave the last block."""
+    def finish(self, tokens: Tokens, states: torch.Tensor) -> Any:
+        """Run the modules behind the blocks on hidden states that leave the last block; return what the model returns.
+
+        The modules outside the blocks are on the device of the states.
+        """
 
         def stub(number: int, _forward: Forward) -> Forward:
             def passed(*args: Any, **kwargs: Any) -> Any:
@@ -123,25 +128,26 @@ class Chain:
             return passed
 
         with _replaced(self.blocks, stub):
-            self._run(tokens)
+            return self._run(tokens, states.device)
 
-    def _run(self, tokens: Tokens) -> None:
+    def _run(self, tokens: Tokens, device: torch.device = _HOST) -> Any:
         with contextlib.suppress(Stop):
-            run_model(self.model, tokens, torch.device("cpu"))
+            return run_model(self.model, tokens, device)
+        return None
 
     def _result(self, number: int, states: torch.Tensor) -> Any:
         extras = self.extras[number]
         return states if extras < 0 else (states, *[None] * extras)
 
 
-def run_model(model: nn.Module, tokens: Tokens, device: torch.device) -> None:
-    """Run a batch of sequences without padding through a model."""
+def run_model(model: nn.Module, tokens: Tokens, device: torch.device) -> Any:
+    """Run a batch of sequences without padding through a model, and return what it returns."""
     ids = torch.from_numpy(tokens).to(device)
     inputs = {"input_ids": ids}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
     with torch.no_grad():
-        model(**inputs)
+        return model(**inputs)
 
 
 @contextlib.contextmanager
@@ -152,6 +158,27 @@ def placed(block: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         block.to("cpu")
+
+
+@contextlib.contextmanager
+def outside_placed(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Move the parameters and buffers outside the blocks to a device, and back to the host at the end."""
+    if device == _HOST:
+        yield
+        return
+    inside = {id(module) for block in blocks for module in block.modules()}
+    outside = [module for module in model.modules() if id(module) not in inside]
+
+    def move(to: torch.device) -> None:
+        for module in outside:
+            # Module.to would move the modules inside of it, too.
+            module._apply(lambda tensor: tensor.to(to), recurse=False)  # type: ignore[no-untyped-call]  # noqa: SLF001
+
+    move(device)
+    try:
+        yield
+    finally:
+        move(_HOST)
 
 
 @contextlib.contextmanager

@@ -13,12 +13,13 @@ from deltafmt.errors import StorageError, UsageError
 from deltafmt.extras import need
 
 
-def load_model(folder: Path, dtype: torch.dtype | None) -> Any:
+def load_model(folder: Path, dtype: torch.dtype | None, what: str = "calibration") -> Any:
     """Load a model to the host; its configuration names the class.
 
     Args:
         folder: a checkpoint folder.
         dtype: the dtype of the weights; None for the dtype that the configuration names.
+        what: what needs the model, for messages.
 
     Raises:
         StorageError: the folder does not exist.
@@ -26,8 +27,8 @@ def load_model(folder: Path, dtype: torch.dtype | None) -> Any:
         UsageError: transformers cannot load the folder, or the folder lacks a weight.
     """
     if not folder.is_dir():
-        raise StorageError(f"no such folder: {folder}; calibration needs a checkpoint's folder")
-    need("calibration", "torch", "transformers", extra="transformers")
+        raise StorageError(f"no such folder: {folder}; {what} needs a checkpoint's folder")
+    need(what, "torch", "transformers", extra="transformers")
     import transformers
 
     logging: Any = transformers.utils.logging

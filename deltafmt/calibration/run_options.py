@@ -34,7 +34,20 @@ class RunOptions:
         Raises:
             UsageError: torch does not find that GPU.
         """
-        found = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"calibration device '{found}': torch finds {torch.cuda.device_count()} GPUs")
-        return found
+        return find_device(self.device, "calibration")
+
+
+def find_device(name: torch.device | str | None, what: str) -> torch.device:
+    """Return a device by its name; without a name, a GPU if there is one.
+
+    Args:
+        name: the device.
+        what: what runs on it, for the message.
+
+    Raises:
+        UsageError: torch does not find that GPU.
+    """
+    found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"{what} device '{found}': torch finds {torch.cuda.device_count()} GPUs")
+    return found

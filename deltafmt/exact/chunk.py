@@ -76,11 +76,11 @@ def encode(values: Units, prediction: Units, unit: Unit, level: str = "default",
     changed = int(np.count_nonzero(differs))
     if not changed:
         return Chunk(SAME, b"")
-    stored = Chunk(STORED, values.tobytes())
-    found = [stored]
+    if changed <= _SPARSE_SHARE * values.size and unit.is_float and level == "default" and marks is None:
+        few = _few(values, prediction, differs, unit)
+        return few if len(few.data) < values.nbytes else Chunk(STORED, values.tobytes())
+    found = [Chunk(STORED, values.tobytes())]
     if changed <= _SPARSE_SHARE * values.size:
-        if marks is None and unit.is_float and level == "default":
-            return min(stored, _few(values, prediction, differs, unit), key=lambda chunk: len(chunk.data))
         found.append(_sparse(values, prediction, differs, unit, marks))
     if not _is_unrelated(values, prediction, unit):
         key = unit if level == "default" else Unit(unit.width)
@@ -237,8 +237,7 @@ def _few(values: Units, prediction: Units, differs: NDArray[np.bool_], unit: Uni
     """Return a chunk of which few units differ, as sorted planes or by their places: what promises to be smaller."""
     places = np.flatnonzero(differs)
     ranks, counts = ranks_of(places, prediction, unit)
-    order = np.argsort(ranks)
-    if _gap_bits(places) < _gap_bits(ranks[order]):
+    if _gap_bits(places) < _gap_bits(np.sort(ranks)):
         return _sparse(values, prediction, differs, unit)
     # The planes of sorted_planes: zeros, but for the units that differ.
     planes = np.zeros((unit.width, values.size), np.uint8)
@@ -248,7 +247,7 @@ def _few(values: Units, prediction: Units, differs: NDArray[np.bool_], unit: Uni
 
 def _gap_bits(places: NDArray[np.int64]) -> float:
     """Return the entropy of gaps between places, in bits a gap; those above 255 count as such."""
-    return _bits(np.minimum(np.diff(places, prepend=-1) - 1, _FILLER).astype(np.uint8))
+    return _bits(np.minimum(places[1:] - places[:-1], _FILLER).astype(np.uint8)) if places.size > 1 else 0.0
 
 
 def _sparse(

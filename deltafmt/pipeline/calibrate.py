@@ -9,6 +9,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from deltafmt.calibration.devices import check_device
 from deltafmt.calibration.tokens import LENGTH, TOKENS
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.methods.base import Method
@@ -50,9 +51,7 @@ class Calibration:
             raise UsageError(f"{self.tokens} calibration tokens are fewer than one")
         if self.length < 2:
             raise UsageError(f"a calibration length of {self.length} tokens is less than two")
-        kind, colon, number = (self.device or "cpu").partition(":")
-        if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not number.isdecimal())):
-            raise UsageError(f"calibration device {self.device!r} is not cpu, cuda or cuda:N")
+        check_device(self.device, "calibration")
 
     def digest(self) -> str:
         """Return the BLAKE3 of the text, hexadecimal.

@@ -14,6 +14,7 @@ from deltafmt.container.writer import About, ContainerWriter
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
+from deltafmt.format.limits import Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.exact import ExactRef, FileRef
 from deltafmt.index.sections import BufferRef
@@ -31,6 +32,9 @@ from deltafmt.pipeline.workers import Progress, worker_pool
 
 # With so many columns or fewer, keeping under half of a row at random is likely to cost accuracy (docs/benchmarks.md).
 NARROW_COLUMNS = 256
+
+# A served part that is read back asks for what its own pack has taken.
+UNLIMITED = Limits(2**62, 2**62, 2**62)
 
 
 def write_file(job: PackJob, delivery: Delivery, most: int | None = None) -> PackResult:
@@ -174,7 +178,7 @@ class FileWriter:
         """End the served part, unless an interrupted run has done so; note it, and complete what the index says."""
         container, result = self._container, self.result
         if container.sections and container.sections[-1].kind == c.SECTION_KIND_SERVED:
-            with DeltaFile(sink.partial) as served:
+            with DeltaFile(sink.partial, limits=UNLIMITED) as served:
                 about["attachments"] = served.container.attachments
                 identity = served.container.content_id
         else:
@@ -188,7 +192,7 @@ class FileWriter:
     def _add_exact_parts(self, sink: PartialFile, threads: int, progress: Progress | None) -> None:
         """Write the exact part of every tensor with terms; the terms are read from the served part."""
         plans = [plan for plan in self._job.plans if self._entries[plan.tensor.name].terms]
-        with DeltaFile(sink.partial) as served:
+        with DeltaFile(sink.partial, limits=UNLIMITED) as served:
             for entry, exact in exact_parts(served, plans, threads):
                 ref = ExactRef(exact.chunk, BufferRef(0, 0, 0), exact.digest, exact.factors)
                 self._entries[entry.name] = self._writer.with_exact(entry, ref, exact.pieces)

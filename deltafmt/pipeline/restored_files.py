@@ -39,8 +39,11 @@ def check_restored(
         The names of the files.
 
     Raises:
-        InvalidFileError: names the tensor, or the file, that is not what was packed.
+        InvalidFileError: names the tensor, or the file, that is not what was packed; or the terms of exact parts take
+            more than the file's limits.
     """
+    parts = (entry for entry in entries if entry.exact is not None and entry.terms)
+    delta.check_work(parts, base.checkpoint.nbytes)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-restore")
     check = _Check(delta, base, pool, threads)
     try:

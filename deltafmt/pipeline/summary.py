@@ -199,7 +199,7 @@ def summary_obj(container: Container) -> dict[str, Any]:
         "file": container.name,
         "bytes": container.size,
         "content_id": container.content_id.hex(),
-        "parent": None if container.parent is None else container.parent.hex(),
+        **({} if container.parent is None else {"parent": container.parent.hex()}),
         "profile": container.profile,
         "metadata": dict(container.metadata),
         "finetuned_bytes": total,

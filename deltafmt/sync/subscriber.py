@@ -163,7 +163,7 @@ class Subscriber:
                     f'{where}: tensor "{name}" is {entry.dtype} {list(entry.shape)} in the message, and {live.dtype} '
                     f"{list(live.shape)} in the model"
                 )
-            if entry.exact is None:
+            if entry.action != "exact" or entry.exact is None:
                 raise InvalidFileError(f'{where}: tensor "{name}" is not exact, as those of a message are')
             if entry.base is not None and (
                 heading.parent is None or (entry.base.dtype, entry.base.shape) != (entry.dtype, entry.shape)

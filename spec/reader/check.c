@@ -171,6 +171,38 @@ static void check_scaled(void) {
     dlt_close(file);
 }
 
+/* Exact tensors are restored as a whole, from their base; files have heads. */
+static void check_exact(void) {
+    dlt_error error;
+    dlt_tensor t;
+    uint8_t bytes[4096] = {0};
+    dlt_file *file = opened("exact-forms.deltafmt", NULL, DLT_OK, NULL);
+    EXPECT(dlt_find(file, "form0", &t, &error) == DLT_OK && t.action == DLT_EXACT && t.has_base && t.chunk == 256);
+    EXPECT(strcmp(dlt_action_name(t.action), "exact") == 0);
+    EXPECT(dlt_apply(file, &t, 0, t.rows, bytes, bytes, &error) == DLT_MISUSE); /* dlt_load comes first */
+    EXPECT(dlt_load(file, &t, &error) == DLT_OK && t.exact.data != NULL);
+    EXPECT(dlt_apply(file, &t, 0, t.rows, NULL, bytes, &error) == DLT_MISUSE);
+    EXPECT(dlt_apply(file, &t, t.rows, 0, bytes, bytes, &error) == DLT_MISUSE);
+    EXPECT(dlt_decode(file, &t, 0, 1, (float *)(void *)bytes, &error) == DLT_MISUSE);
+    EXPECT(dlt_apply(file, &t, 0, t.rows, bytes, bytes, &error) == DLT_INVALID); /* another base */
+    EXPECT(dlt_about(file).parent == NULL);
+    dlt_unload(&t);
+    dlt_close(file);
+    file = opened("restored-files.deltafmt", NULL, DLT_OK, NULL);
+    const uint8_t *digest = NULL;
+    void *head;
+    uint64_t length;
+    EXPECT(dlt_about(file).files > 0 && dlt_restored_name(file, 0, &digest).length > 0 && digest != NULL);
+    EXPECT(dlt_restored_name(file, 99, &digest).text == NULL);
+    EXPECT(dlt_head(file, 0, &head, &length, &error) == DLT_OK && length > 0);
+    free(head);
+    EXPECT(dlt_head(file, 99, &head, &length, &error) == DLT_MISUSE);
+    dlt_close(file);
+    file = opened("parent.deltafmt", NULL, DLT_OK, NULL);
+    EXPECT(dlt_about(file).parent != NULL && dlt_about(file).parent[31] == 31);
+    dlt_close(file);
+}
+
 int main(int count, char **arguments) {
     if (count != 2) return fprintf(stderr, "usage: check FOLDER\n"), 2;
     folder = arguments[1];
@@ -178,6 +210,7 @@ int main(int count, char **arguments) {
     check_names();
     check_decoding();
     check_scaled();
+    check_exact();
     printf(failures ? "%d expectations failed\n" : "the interface is as described\n", failures);
     return failures ? 1 : 0;
 }

@@ -46,7 +46,7 @@ static void print_shape(const dlt_shape *shape) {
 }
 
 static void print_tensor(const dlt_tensor *t) {
-    uint64_t bytes = t->has_data ? t->data.length : 0;
+    uint64_t bytes = t->has_data ? t->data.length : t->action == DLT_EXACT ? t->exact.length : 0;
     print_text(t->name);
     printf("  %s %s ", dlt_action_name(t->action), dlt_dtype_name(t->dtype));
     print_shape(&t->shape);
@@ -89,6 +89,10 @@ static int inspect(const char *path, dlt_file *file, dlt_error *error) {
         print_text(dlt_attachment_name(file, i));
         printf("  attached\n");
     }
+    for (size_t i = 0; i < about.files; i++) {
+        print_text(dlt_restored_name(file, i, NULL));
+        printf("  restored byte for byte\n");
+    }
     for (size_t i = 0; i < about.removed; i++) {
         print_text(dlt_removed(file, i));
         printf("  removed\n");
@@ -124,11 +128,11 @@ static void *read_all(const char *path, uint64_t *length) {
 
 /* Write the rows of a tensor, some at a time. */
 static dlt_status write_rows(dlt_file *file, const dlt_tensor *t, const char *base, dlt_error *error) {
-    int whole = base != NULL || t->action == DLT_REPLACE;
+    int exact = t->action == DLT_EXACT, whole = base != NULL || t->action == DLT_REPLACE || exact;
     uint64_t rows = whole ? t->rows : t->shared_rows, row = t->columns * (whole ? dlt_dtype_bits(t->dtype) : 32);
     uint64_t base_row = t->columns * dlt_dtype_bits(t->has_base ? t->base_dtype : t->dtype);
-    /* Rows of packed elements may end within a byte: then all rows at once. */
-    uint64_t step = row % 8 || row == 0 ? rows : 1 + (UINT64_C(1) << 25) / row;
+    /* Rows of packed elements may end within a byte: then all rows at once. Exact tensors are restored as a whole. */
+    uint64_t step = row % 8 || row == 0 || exact ? rows : 1 + (UINT64_C(1) << 25) / row;
     char *out = malloc((size_t)(((step < rows ? step : rows) * row + 7) / 8 + 1));
     dlt_status status = DLT_OK;
     if (out == NULL) return error->status = DLT_SYSTEM, strcpy(error->message, "no memory"), DLT_SYSTEM;

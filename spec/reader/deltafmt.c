@@ -46,8 +46,8 @@ enum {
 };
 #define MAX_ELEMENTS (UINT64_C(1) << 48)
 #define MAX_RAW (UINT64_C(1) << 40)
-enum { FEATURE_PARTS = 1, FEATURE_LEADING = 2, FEATURE_SCALED = 4, FEATURE_PARENT = 32, FEATURES = 7 | 32 };
-enum { OF_TENSORS = 1, OF_ATTACHMENTS = 2 };
+enum { FEATURE_PARTS = 1, FEATURE_LEADING = 2, FEATURE_SCALED = 4, FEATURE_EXACT = 8, FEATURE_PARENT = 32, FEATURES = 15 | 32 };
+enum { OF_TENSORS = 1, OF_ATTACHMENTS = 2, OF_EXACT = 3 };
 
 #define TRY(call)                              \
     do {                                       \
@@ -101,7 +101,7 @@ struct dlt_file {
     dlt_info about;
     slice index, raw_metadata, raw_removed;
     member *tensors, *scaled;
-    attachment *attachments;
+    attachment *attachments, *files; /* files: their bytes are their heads */
     layout_entry *layouts;
     section *sections;
     pair *metadata;
@@ -368,7 +368,7 @@ static const char *const DTYPES[DLT_DTYPES] = {
 };
 static const uint8_t DTYPE_BITS[DLT_DTYPES] = {8, 8, 8, 16, 16, 32, 32, 64, 64, 4,  6,
                                                6, 8, 8, 8,  8,  8,  16, 16, 32, 64, 64};
-static const char *const ACTIONS[4] = {"same", "replace", "add", "alias"};
+static const char *const ACTIONS[5] = {"same", "replace", "add", "alias", "exact"};
 static const char *const KINDS[4] = {"nm", "lowbit", "lowrank", "sparse"};
 static const char *const GRIDS[3] = {"midtread", "midrise", "asymmetric"};
 static const char *const INDEXES[3] = {"seeded", "fixed", "rank"};
@@ -704,7 +704,8 @@ static dlt_status read_buffer(const dlt_file *file, cursor *c, uint32_t kind, co
     if (number >= file->about.sections) return bad(c, "a buffer lies in a section that does not exist");
     const section *s = &file->sections[number];
     if (s->kind != kind) return bad(c, "a buffer lies in a section of another kind");
-    if (out->offset % ALIGNMENT) return bad(c, "a buffer's offset is no multiple of 256");
+    /* 5.7: in sections of kind 3 a buffer starts where the one before it ends. */
+    if (kind != OF_EXACT && out->offset % ALIGNMENT) return bad(c, "a buffer's offset is no multiple of 256");
     if (out->offset > s->raw_length || out->length > s->raw_length - out->offset)
         return bad(c, "a buffer leaves its section");
     out->name = name;
@@ -887,7 +888,7 @@ static dlt_status check_alias(const dlt_file *file, const cursor *c, const dlt_t
         unsigned action;
         TRY(read_map(&at, &count));
         TRY(expect_key(&at, "action"));
-        TRY(read_word(&at, "action", ACTIONS, 4, &action));
+        TRY(read_word(&at, "action", ACTIONS, 5, &action));
         if (action == DLT_ALIAS) return bad(c, "an alias of an alias");
         TRY(read_entry(file, target, &whole, c->error));
         target->known = malloc(sizeof *target->known);
@@ -898,8 +899,37 @@ static dlt_status check_alias(const dlt_file *file, const cursor *c, const dlt_t
     return bad(c, "an alias has another dtype or shape than its target");
 }
 
+/* exact is {chunk, data: buffer, digest: bytes 32}: a power of two from 2^8 to 2^24; a buffer in a section of kind 3
+ * (17.1). */
+static dlt_status read_exact(const dlt_file *file, cursor *c, dlt_tensor *t) {
+    uint64_t chunk;
+    /* 4.4: bit 3 MUST be set if an entry has exact. */
+    if (!(file->about.incompatible & FEATURE_EXACT)) return bad(c, "an exact tensor, and feature bit 3 is not set");
+    TRY(expect_map(c, 3));
+    TRY(expect_key(c, "chunk"));
+    TRY(read_integer(c, "the units of a chunk", 1 << 8, 1 << 24, &chunk));
+    if (chunk & (chunk - 1)) return bad(c, "the units of a chunk are no power of two");
+    t->chunk = (uint32_t)chunk;
+    TRY(expect_key(c, "data"));
+    TRY(read_buffer(file, c, OF_EXACT, "exact", &t->exact));
+    TRY(expect_key(c, "digest"));
+    return read_digest(c, 32, &t->digest);
+}
+
+/* 17.1: with base, the two shapes MUST have the same length, MUST agree except for the first dimension, and no size may
+ * be 0. The dtypes MUST be equal, or both of BF16, F16 and F32. */
+static dlt_status check_prediction(const cursor *c, const dlt_tensor *t) {
+    const uint32_t deltas = BIT(DLT_BF16) | BIT(DLT_F16) | BIT(DLT_F32);
+    const dlt_shape *a = &t->shape, *b = &t->base_shape;
+    int good = t->dtype == t->base_dtype || (BIT(t->dtype) & deltas && BIT(t->base_dtype) & deltas);
+    good &= a->count == b->count;
+    for (uint32_t i = 0; i < a->count && good; i++)
+        good = a->sizes[i] && b->sizes[i] && (i == 0 || a->sizes[i] == b->sizes[i]);
+    return good ? DLT_OK : bad(c, "the base of an exact tensor does not predict it");
+}
+
 /* An entry is a map with action, dtype and shape, and further keys by its action. Keys in order: action, base, data,
- * digest, dtype, leading, shape, target, terms. */
+ * digest, dtype, exact, leading, shape, target, terms. */
 static dlt_status read_entry(const dlt_file *file, const member *m, dlt_tensor *t, dlt_error *error) {
     cursor at = {m->raw.p, m->raw.p + m->raw.length, error, m->name}, *c = &at;
     size_t count, terms;
@@ -910,18 +940,19 @@ static dlt_status read_entry(const dlt_file *file, const member *m, dlt_tensor *
     t->has_base = t->has_data = t->loaded = 0;
     t->part_count = t->term_count = t->memory_count = 0;
     t->raw_parts = t->digest = t->base_digest = NULL;
-    t->data_start = t->data_end = t->terms_start = 0;
+    t->data_start = t->data_end = t->terms_start = t->exact_start = t->exact_end = 0;
     t->target = (dlt_text){0};
     TRY(read_map(c, &count));
     TRY(expect_key(c, "action"));
-    TRY(read_word(c, "action", ACTIONS, 4, &action));
+    TRY(read_word(c, "action", ACTIONS, 5, &action));
     t->action = (dlt_action)action;
     size_t needed = action == DLT_REPLACE ? 5 : action == DLT_ADD ? 6 : 4, left = count - needed;
-    if (count < needed || left > (action == DLT_ADD ? 2u : 0u))
+    if (count < needed || left > (action == DLT_ADD ? 2u : action == DLT_EXACT ? 1u : 0u))
         return bad(c, "an entry lacks a key, or has one too many");
-    if (action == DLT_SAME || action == DLT_ADD) {
+    if (action == DLT_SAME || action == DLT_ADD || (action == DLT_EXACT && left)) {
         TRY(expect_key(c, "base"));
         TRY(read_base(file, c, t));
+        if (action == DLT_EXACT) left--;
     }
     cursor ahead = *c;
     dlt_text key;
@@ -941,6 +972,12 @@ static dlt_status read_entry(const dlt_file *file, const member *m, dlt_tensor *
     }
     TRY(expect_key(c, "dtype"));
     TRY(read_dtype(c, "dtype", ANY_DTYPE, &t->dtype));
+    if (action == DLT_EXACT) {
+        TRY(expect_key(c, "exact"));
+        t->exact_start = (size_t)(c->p - m->raw.p);
+        TRY(read_exact(file, c, t));
+        t->exact_end = (size_t)(c->p - m->raw.p);
+    }
     if (left) {
         TRY(expect_key(c, "leading"));
         TRY(read_integer(c, "leading", 1, DLT_MAX_DIMENSIONS, &leading));
@@ -961,6 +998,9 @@ static dlt_status read_entry(const dlt_file *file, const member *m, dlt_tensor *
         break;
     case DLT_REPLACE:
         if (t->data.length != bytes) return bad(c, "the buffer data has another length than the shape needs");
+        break;
+    case DLT_EXACT:
+        if (t->has_base) TRY(check_prediction(c, t));
         break;
     case DLT_ALIAS:
         TRY(expect_key(c, "target"));
@@ -1146,28 +1186,74 @@ static int is_refused_name(dlt_text name) {
     return part.length == sizeof adapter - 1 && ends_as(part, adapter);
 }
 
+/* ---- Names of files that are restored (7.10) ---- */
+
+/* Take an ending off a text, if there is something before it. */
+static int without(dlt_text *text, const char *ending) {
+    size_t n = strlen(ending);
+    if (text->length <= n || memcmp(text->text + text->length - n, ending, n) != 0) return 0;
+    text->length -= n;
+    return 1;
+}
+
+/* Take a full stop and a VARIANT off, which is not empty and has no full stop. */
+static int without_variant(dlt_text *text) {
+    size_t n = text->length;
+    while (n > 0 && text->text[n - 1] != '.') n--;
+    if (n <= 1 || n == text->length) return 0;
+    text->length = n - 1;
+    return 1;
+}
+
+static dlt_text last_part(dlt_text name) {
+    dlt_text part = name;
+    for (size_t at = 0; at <= name.length;) part = next_part(name, &at);
+    return part;
+}
+
+/* X.safetensors.index.json, also with .VARIANT behind .safetensors or behind .index. */
+static int is_weight_index(dlt_text name) {
+    dlt_text part = last_part(name);
+    if (!without(&part, ".json")) return 0;
+    for (int behind = 0; behind < 2; behind++) {
+        dlt_text rest = part;
+        if ((behind && !without_variant(&rest)) || !without(&rest, ".index")) continue;
+        dlt_text plain = rest;
+        if (without(&plain, ".safetensors") || (without_variant(&rest) && without(&rest, ".safetensors"))) return 1;
+    }
+    return 0;
+}
+
+static int is_weight_name(dlt_text name) {
+    dlt_text part = last_part(name);
+    return without(&part, ".safetensors") || is_weight_index(name);
+}
+
 static int compare_names(const void *a, const void *b) {
     return compare_texts(*(const dlt_text *)a, *(const dlt_text *)b);
 }
 
-/* No two names are equal in lower case, and none is, in lower case, the folder of another. */
+/* No two names are equal in lower case, and none is, in lower case, the folder of another: of attachments, and of files
+ * that are restored (7.10). */
 static dlt_status check_folders(const dlt_file *file, cursor *c) {
-    size_t count = file->about.attachments, bytes = 0;
-    for (size_t i = 0; i < count; i++) bytes += file->attachments[i].name.length;
+    size_t attached = file->about.attachments, count = attached + file->about.files, bytes = 0;
+    for (size_t i = 0; i < count; i++)
+        bytes += (i < attached ? &file->attachments[i] : &file->files[i - attached])->name.length;
     dlt_text *names = malloc((count + 1) * sizeof *names);
     char *text = malloc(bytes + 1);
     dlt_status status = names && text ? DLT_OK : no_memory(c->error);
     for (size_t i = 0, at = 0; i < count && status == DLT_OK; i++) {
-        names[i] = (dlt_text){text + at, file->attachments[i].name.length};
-        for (size_t j = 0; j < names[i].length; j++) text[at++] = lower(file->attachments[i].name.text[j]);
+        dlt_text name = (i < attached ? &file->attachments[i] : &file->files[i - attached])->name;
+        names[i] = (dlt_text){text + at, name.length};
+        for (size_t j = 0; j < names[i].length; j++) text[at++] = lower(name.text[j]);
     }
     if (status == DLT_OK) qsort(names, count, sizeof *names, compare_names);
     for (size_t i = 0; i < count && status == DLT_OK; i++) {
-        if (i > 0 && same_text(names[i - 1], names[i])) status = bad(c, "two attachments differ in case alone");
+        if (i > 0 && same_text(names[i - 1], names[i])) status = bad(c, "two files differ in case alone, or have one name");
         for (size_t j = 0; j < names[i].length && status == DLT_OK; j++) {
             dlt_text folder = {names[i].text, j};
             if (names[i].text[j] == '/' && bsearch(&folder, names, count, sizeof *names, compare_names)) {
-                status = bad(c, "an attachment is the folder of another");
+                status = bad(c, "a file is the folder of another");
             }
         }
     }
@@ -1207,7 +1293,46 @@ static dlt_status read_attachments(dlt_file *file, cursor *c, cursor *buffers) {
         TRY(read_digest(c, 32, &a->digest));
         file->about.attachments++;
     }
-    return check_folders(file, c);
+    return DLT_OK;
+}
+
+/* files: map from name to {digest: bytes 32, head: buffer}, at least one; only with the feature of 4.4. */
+static dlt_status read_files(dlt_file *file, cursor *c, cursor *buffers) {
+    size_t count, three;
+    uint64_t ignored;
+    if (!(file->about.incompatible & FEATURE_EXACT)) return bad(c, "the index has files, and feature bit 3 is not set");
+    TRY(read_map(c, &count));
+    if (count == 0) return bad(c, "the index has files, and names none");
+    MAKE(file->files, count, c->error);
+    *buffers = *c;
+    for (size_t i = 0; i < count; i++) {
+        attachment *a = &file->files[i];
+        TRY(read_name(c, &a->name));
+        TRY(in_order(c, i ? a[-1].name : (dlt_text){0}, a->name, "files"));
+        if (!is_path(a->name) || !is_weight_name(a->name))
+            return INVALID(c->error, "%s is no path of a weight file, or of an index", show(a->name).text);
+        TRY(expect_map(c, 2));
+        TRY(expect_key(c, "digest"));
+        TRY(read_digest(c, 32, &a->digest));
+        TRY(expect_key(c, "head"));
+        TRY(read_array(c, &three));
+        for (size_t j = 0; j < three; j++) TRY(read_integer(c, "a number of a buffer", 0, UINT64_MAX, &ignored));
+        file->about.files++;
+    }
+    return DLT_OK;
+}
+
+static dlt_status read_heads(dlt_file *file, cursor *c) {
+    for (size_t i = 0; i < file->about.files; i++) {
+        attachment *a = &file->files[i];
+        TRY(read_name(c, &a->name));
+        TRY(expect_map(c, 2));
+        TRY(expect_key(c, "digest"));
+        TRY(read_digest(c, 32, &a->digest));
+        TRY(expect_key(c, "head"));
+        TRY(read_buffer(file, c, OF_ATTACHMENTS, "head", &a->bytes));
+    }
+    return DLT_OK;
 }
 
 static dlt_status read_attachment_buffers(dlt_file *file, cursor *c) {
@@ -1305,6 +1430,7 @@ static dlt_status read_members(cursor *c, const char *what, member **members, si
 static dlt_status read_sections(dlt_file *file, cursor *c, uint64_t index_offset) {
     size_t count;
     uint64_t codec, kind, next = PAGE, raw = 0, decoded = 0;
+    int behind = 0;
     TRY(read_array(c, &count));
     MAKE(file->sections, count, c->error);
     for (size_t i = 0; i < count; i++) {
@@ -1315,7 +1441,7 @@ static dlt_status read_sections(dlt_file *file, cursor *c, uint64_t index_offset
         TRY(expect_key(c, "codec"));
         TRY(read_integer(c, "a section's codec", 0, 1, &codec));
         TRY(expect_key(c, "kind"));
-        TRY(read_integer(c, "a section's kind", OF_TENSORS, OF_ATTACHMENTS, &kind));
+        TRY(read_integer(c, "a section's kind", OF_TENSORS, OF_EXACT, &kind));
         TRY(expect_key(c, "length"));
         TRY(read_integer(c, "a section's length", 0, file->size, &s->length));
         TRY(expect_key(c, "offset"));
@@ -1343,6 +1469,12 @@ static dlt_status read_sections(dlt_file *file, cursor *c, uint64_t index_offset
         /* In a file of profile hot, sections of kind 1 MUST have codec 0. */
         if (!file->about.cold && codec == 1 && kind == OF_TENSORS)
             return INVALID(c->error, "a hot file has a compressed section of tensors");
+        /* 4.4: bit 3 MUST be set if a section has kind 3. 5.7: it MUST have codec 0, and MUST lie behind all of kind 1. */
+        if (kind == OF_EXACT && !(file->about.incompatible & FEATURE_EXACT))
+            return bad(c, "a section holds exact tensors, and feature bit 3 is not set");
+        if (kind == OF_EXACT && codec == 1) return bad(c, "a section of exact tensors is compressed");
+        if (kind == OF_TENSORS && behind) return bad(c, "a section of tensors lies behind one of exact tensors");
+        behind |= kind == OF_EXACT;
         file->about.sections++;
     }
     /* The index starts where the next section would. */
@@ -1354,11 +1486,11 @@ static dlt_status read_sections(dlt_file *file, cursor *c, uint64_t index_offset
     return DLT_OK;
 }
 
-/* Keys in order: attachments, layouts, metadata, parent, profile, removed, scaled, sections, tensors; parent and scaled
- * only with their features. */
+/* Keys in order: attachments, files, layouts, metadata, parent, profile, removed, scaled, sections, tensors; files,
+ * parent and scaled only with their features. */
 static dlt_status read_index(dlt_file *file, uint64_t index_offset, dlt_error *error) {
     cursor at = {file->index.p, file->index.p + file->index.length, error, {"the index", 9}}, *c = &at;
-    cursor buffers;
+    cursor buffers, heads = {0};
     static const char *const profiles[2] = {"hot", "cold"};
     unsigned cold;
     size_t count;
@@ -1367,6 +1499,11 @@ static dlt_status read_index(dlt_file *file, uint64_t index_offset, dlt_error *e
     count -= 7; /* those that it need not have */
     TRY(expect_key(c, "attachments"));
     TRY(read_attachments(file, c, &buffers));
+    if (count && is_key(c, "files")) {
+        count--;
+        TRY(read_files(file, c, &heads));
+    }
+    TRY(check_folders(file, c));
     TRY(expect_key(c, "layouts"));
     TRY(read_layouts(file, c));
     TRY(expect_key(c, "metadata"));
@@ -1408,7 +1545,8 @@ static dlt_status read_index(dlt_file *file, uint64_t index_offset, dlt_error *e
         if (find_tensor(file, file->removed[i]))
             return INVALID(error, "%s is a tensor and removed", show(file->removed[i]).text);
     }
-    return read_attachment_buffers(file, &buffers);
+    TRY(read_attachment_buffers(file, &buffers));
+    return read_heads(file, &heads);
 }
 
 /* ---- Opening: header (4), trailer (8) ---- */
@@ -1426,7 +1564,7 @@ static dlt_status check_header(dlt_file *file, dlt_error *error) {
     if (file->size < HEADER) return INVALID(error, "the file is truncated");
     /* 4.2: check the checksum, then refuse a reader version above its own and any incompatible bit that it does not
      * know. */
-    if (read64(h + 56) != dlt_xxh3_64_of_header(h, 56)) return INVALID(error, "the header's checksum does not match");
+    if (read64(h + 56) != dlt_xxh3_64(h, 56)) return INVALID(error, "the header's checksum does not match");
     uint32_t version = read32(h + 8);
     uint64_t unknown = read64(h + 16) & ~(uint64_t)FEATURES;
     if (version == 0) return INVALID(error, "the file has version 0");
@@ -1502,6 +1640,7 @@ void dlt_close(dlt_file *file) {
     free(file->tensors);
     free(file->scaled);
     free(file->attachments);
+    free(file->files);
     free(file->layouts);
     free(file->metadata);
     free(file->removed);
@@ -2336,6 +2475,8 @@ static dlt_status check_term(const dlt_tensor *t, const dlt_term *term, purpose 
     }
 }
 
+static dlt_status check_table(const dlt_file *file, const dlt_tensor *t, dlt_error *error);
+
 static dlt_status load(dlt_file *file, dlt_tensor *t, purpose why, dlt_error *error) {
     uint64_t total = 0;
     if (t->loaded) return DLT_OK;
@@ -2343,6 +2484,10 @@ static dlt_status load(dlt_file *file, dlt_tensor *t, purpose why, dlt_error *er
         for (uint32_t j = 0; j < t->terms[i].buffer_count; j++)
             TRY(load_buffer(file, t, &t->terms[i].buffers[j], &total, error));
         TRY(check_term(t, &t->terms[i], why, error));
+    }
+    if (t->action == DLT_EXACT) {
+        TRY(load_buffer(file, t, &t->exact, &total, error));
+        TRY(check_table(file, t, error));
     }
     /* A verifier hashes `data` piece by piece and needs it nowhere else. */
     if (t->has_data && why == TO_READ) TRY(load_buffer(file, t, &t->data, &total, error));
@@ -2627,6 +2772,314 @@ static dlt_status apply_shared(dlt_file *file, const dlt_tensor *t, uint64_t sta
     return status;
 }
 
+/* ---- Exact tensors (17) ---- */
+
+/* 17.2: units of w bytes, n = 8w bits; of floats the lowest bit s and the number e of the bits of the exponent. C64 has
+ * two units an element; dtypes whose elements have fewer than 8 bits have units of a byte. */
+typedef struct {
+    unsigned width, shift, bits;
+} unit;
+
+static unit unit_of(dlt_dtype dtype) {
+    switch (dtype) {
+    case DLT_F8_E4M3:
+    case DLT_F8_E4M3FNUZ: return (unit){1, 3, 4};
+    case DLT_F8_E5M2:
+    case DLT_F8_E5M2FNUZ: return (unit){1, 2, 5};
+    case DLT_F16: return (unit){2, 10, 5};
+    case DLT_BF16: return (unit){2, 7, 8};
+    case DLT_F32:
+    case DLT_C64: return (unit){4, 23, 8};
+    case DLT_F64: return (unit){8, 52, 11};
+    default: return (unit){DTYPE_BITS[dtype] % 8 ? 1 : DTYPE_BITS[dtype] / 8, 0, 0};
+    }
+}
+
+static uint64_t units_of(dlt_dtype dtype, uint64_t elements) {
+    return elements * DTYPE_BITS[dtype] / 8 / unit_of(dtype).width;
+}
+
+static uint64_t get_unit(const uint8_t *data, unsigned width, uint64_t i) {
+    uint64_t value = 0;
+    memcpy(&value, data + width * i, width);
+    return value;
+}
+
+/* The key of a predicted unit p is floor(p / 2^s) mod 2^e: its exponent, or 0. */
+static uint64_t key_of(uint64_t p, unit u) { return p >> u.shift & ((UINT64_C(1) << u.bits) - 1); }
+
+/* 17.3: o(u) = u + 2^(n-1) if u < 2^(n-1), o(u) = 2^n - 1 - u otherwise; of units that are no floats o(u) = u. */
+static uint64_t order_of(uint64_t value, unit u, uint64_t most) {
+    if (!u.bits) return value;
+    uint64_t half = most / 2 + 1;
+    return value < half ? value + half : most - value;
+}
+
+static uint64_t of_order(uint64_t order, unit u, uint64_t most) {
+    if (!u.bits) return order;
+    uint64_t half = most / 2 + 1;
+    return order >= half ? order - half : most - order;
+}
+
+/* z = 2 d if d < 2^(n-1); z = 2^(n+1) - 2 d - 1 otherwise; d = o(u) - o(p); all modulo 2^n. */
+static uint64_t moved_by(uint64_t p, uint64_t z, unit u) {
+    uint64_t most = u.width == 8 ? UINT64_MAX : (UINT64_C(1) << 8 * u.width) - 1;
+    uint64_t d = z & 1 ? UINT64_MAX - z / 2 : z / 2;
+    return of_order((order_of(p, u, most) + d) & most, u, most);
+}
+
+enum { SAME_UNITS, STORED_UNITS, VALUES, DIFFERENCES, SORTED, SPARSE_UNITS, FORMS };
+
+/* A chunk of a loaded exact tensor. */
+typedef struct {
+    uint64_t first, count; /* its units */
+    const uint8_t *data;
+    uint64_t length, checksum;
+    uint32_t form;
+} chunk;
+
+static dlt_status bad_chunk(const dlt_tensor *t, uint64_t number, const char *what, dlt_error *error) {
+    return INVALID(error, "%s: chunk %llu: %s", show(t->name).text, (unsigned long long)number, what);
+}
+
+static uint64_t chunks_of(const dlt_tensor *t) { return ceil_div(units_of(t->dtype, t->elements), t->chunk); }
+
+/* 17.4: the chunks' bytes, one after the other, and then a table with 16 bytes a chunk: checksum, u64; length, u32;
+ * form, u32. The lengths MUST sum to the length of the buffer less the table. */
+static dlt_status check_table(const dlt_file *file, const dlt_tensor *t, dlt_error *error) {
+    uint64_t chunks = chunks_of(t), units = units_of(t->dtype, t->elements), sum = 0;
+    const uint8_t *data = t->exact.data;
+    if (t->exact.length / 16 < chunks)
+        return INVALID(error, "%s: its buffer cannot hold a table of its chunks", show(t->name).text);
+    const uint8_t *table = data + (t->exact.length - 16 * chunks);
+    for (uint64_t i = 0; i < chunks; i++) {
+        sum += read32(table + 16 * i + 8);
+        if (read32(table + 16 * i + 12) >= FORMS) return bad_chunk(t, i, "an unknown form", error);
+    }
+    if (sum != t->exact.length - 16 * chunks)
+        return INVALID(error, "%s: its chunks do not take the bytes before the table", show(t->name).text);
+    if (3 * least(t->chunk, units) * unit_of(t->dtype).width > file->limits.max_memory)
+        return fail(error, DLT_LIMIT, "%s: a chunk takes more than max_memory", show(t->name).text);
+    return DLT_OK;
+}
+
+/* Chunk `number`, where the bytes of those before it take `*at`, which becomes where the next one starts. */
+static chunk chunk_at(const dlt_tensor *t, uint64_t number, uint64_t *at) {
+    uint64_t chunks = chunks_of(t), units = units_of(t->dtype, t->elements), first = number * t->chunk;
+    const uint8_t *data = t->exact.data, *row = data + (t->exact.length - 16 * chunks) + 16 * number;
+    chunk c = {first, least(t->chunk, units - first), data + *at, read32(row + 8), read64(row), read32(row + 12)};
+    *at += c.length;
+    return c;
+}
+
+/* 17.5: a plane of zeros MUST have length 0. One of length c is stored as it is. Any other has a length below c, and is
+ * one zstd frame that keeps the rules of 6.2. */
+static dlt_status read_plane(const uint8_t *data, uint64_t length, uint64_t count, uint8_t *out, dlt_error *error) {
+    if (length == 0) return memset(out, 0, (size_t)count), DLT_OK;
+    if (length > count) return INVALID(error, "a plane is longer than its content");
+    if (length == count) {
+        memcpy(out, data, (size_t)count);
+    } else {
+        TRY(need_zstd(error));
+        TRY(check_frame(data, length, count, error));
+        if (zstd.frame_size(data, (size_t)length) != length)
+            return INVALID(error, "a zstd frame does not end where its plane ends");
+        size_t got = zstd.decompress(out, (size_t)count, data, (size_t)length);
+        if (zstd.is_error(got) || got != count) return INVALID(error, "a zstd frame does not give its plane");
+    }
+    return all_zero(out, count) ? INVALID(error, "a plane of zeros is stored") : DLT_OK;
+}
+
+/* Planes of c integers of w bytes: w lengths, u32, and then w planes, of which plane 0 has the lowest bytes. */
+static dlt_status read_planes(const uint8_t *data, uint64_t length, uint64_t count, unsigned width, uint8_t *out,
+                              dlt_error *error) {
+    uint64_t at = 4 * width, sum = at;
+    if (length < at) return INVALID(error, "its bytes cannot hold the lengths of its planes");
+    for (unsigned j = 0; j < width; j++) sum += read32(data + 4 * j);
+    if (sum != length) return INVALID(error, "its planes do not take its bytes");
+    for (unsigned j = 0; j < width; j++) {
+        uint64_t size = read32(data + 4 * j);
+        TRY(read_plane(data + at, size, count, out + j * count, error));
+        at += size;
+    }
+    return DLT_OK;
+}
+
+static uint64_t joined(const uint8_t *planes, unsigned width, uint64_t count, uint64_t i) {
+    uint64_t value = 0;
+    for (unsigned j = 0; j < width; j++) value |= (uint64_t)planes[j * count + i] << 8 * j;
+    return value;
+}
+
+/* Places: m, g and l, u32; l bytes are the one plane, of g gaps. There MUST be m places, all inside the chunk; the last
+ * gap MUST NOT be 255; g MUST be at most m + floor(c / 255). `places` and `gaps` have room for as many as there may be. */
+static dlt_status read_places(const chunk *c, uint32_t *places, uint64_t *count, uint64_t *used, dlt_error *error) {
+    if (c->length < 12) return INVALID(error, "its bytes cannot hold the numbers of its places");
+    uint64_t m = read32(c->data), g = read32(c->data + 4), l = read32(c->data + 8), next = 0, found = 0;
+    if (m < 1 || m > c->count || g < m || g > m + c->count / 255) return INVALID(error, "it has too many places or gaps");
+    if (l > c->length - 12) return INVALID(error, "its gaps do not end inside of it");
+    uint8_t *gaps = malloc((size_t)g);
+    if (gaps == NULL) return no_memory(error);
+    dlt_status status = read_plane(c->data + 12, l, g, gaps, error);
+    int ends = status == DLT_OK && gaps[g - 1] != 255;
+    for (uint64_t i = 0; i < g && status == DLT_OK; i++) {
+        /* gap < 255: the unit at next + gap differs; next = next + gap + 1; gap = 255: next = next + 255 */
+        next += gaps[i];
+        if (gaps[i] == 255) continue;
+        if (found == m || next >= c->count) ends = 0;
+        else places[found] = (uint32_t)next;
+        found++, next++;
+    }
+    free(gaps);
+    TRY(status);
+    if (!ends || found != m) return INVALID(error, "its gaps do not give its places");
+    *count = m, *used = 12 + l;
+    return DLT_OK;
+}
+
+/* What a chunk needs while it is decoded. */
+typedef struct {
+    uint8_t *planes;
+    uint32_t *places;
+} chunk_memory;
+
+static dlt_status need_chunk_memory(const dlt_tensor *t, chunk_memory *memory, dlt_error *error) {
+    size_t units = (size_t)least(t->chunk, units_of(t->dtype, t->elements)) + 1;
+    memory->planes = malloc(units * unit_of(t->dtype).width);
+    memory->places = malloc(units * sizeof *memory->places);
+    return memory->planes && memory->places ? DLT_OK : no_memory(error);
+}
+
+static void free_chunk_memory(chunk_memory *memory) {
+    free(memory->planes);
+    free(memory->places);
+}
+
+/* Read whatever a chunk's bytes say without the prediction: its planes, and its places. */
+static dlt_status read_chunk_bytes(const chunk *c, unit u, chunk_memory *memory, uint64_t *places, dlt_error *error) {
+    uint64_t used = 0;
+    *places = c->count;
+    if (c->form == SAME_UNITS) return c->length ? INVALID(error, "it is the prediction, and has bytes") : DLT_OK;
+    if (c->form == STORED_UNITS)
+        return c->length == c->count * u.width ? DLT_OK : INVALID(error, "it is stored, and has another length");
+    if (c->form == SPARSE_UNITS) TRY(read_places(c, memory->places, places, &used, error));
+    TRY(read_planes(c->data + used, c->length - used, *places, u.width, memory->planes, error));
+    /* No z at a place may be 0. */
+    for (uint64_t i = 0; c->form == SPARSE_UNITS && i < *places; i++) {
+        if (joined(memory->planes, u.width, *places, i) == 0) return INVALID(error, "a place has no difference");
+    }
+    return DLT_OK;
+}
+
+/* Put the units that the planes give in the place of the predicted ones. Sorted: the z are in ascending order of the
+ * keys of their predicted units; those of equal keys keep their order. */
+static void join_units(const chunk *c, unit u, const chunk_memory *memory, uint64_t places, uint8_t *units) {
+    uint64_t starts[1 << 11] = {0}, sum = 0;
+    int sorted = c->form == SORTED || c->form == SPARSE_UNITS, sparse = c->form == SPARSE_UNITS;
+    for (uint64_t i = 0; sorted && i < places; i++)
+        starts[key_of(get_unit(units, u.width, sparse ? memory->places[i] : i), u)]++;
+    for (size_t key = 0; sorted && key < sizeof starts / sizeof *starts; key++) {
+        uint64_t here = starts[key];
+        starts[key] = sum, sum += here;
+    }
+    for (uint64_t i = 0; i < places; i++) {
+        uint64_t at = sparse ? memory->places[i] : i, p = get_unit(units, u.width, at);
+        uint64_t z = joined(memory->planes, u.width, places, sorted ? starts[key_of(p, u)]++ : i);
+        uint64_t value = c->form == VALUES ? z : moved_by(p, z, u);
+        memcpy(units + u.width * at, &value, u.width);
+    }
+}
+
+/* Restore a chunk; `units` holds the prediction, and then the units. Whoever restores one MUST compare the checksum. */
+static dlt_status restore_chunk(const dlt_tensor *t, const chunk *c, chunk_memory *memory, uint8_t *units,
+                                dlt_error *error) {
+    unit u = unit_of(t->dtype);
+    uint64_t places, number = c->first / t->chunk;
+    dlt_error why;
+    dlt_status status = read_chunk_bytes(c, u, memory, &places, &why);
+    if (status != DLT_OK)
+        return status == DLT_INVALID ? bad_chunk(t, number, why.message, error) : (*error = why, status);
+    if (c->form == STORED_UNITS) memcpy(units, c->data, (size_t)c->length);
+    else if (c->form != SAME_UNITS) join_units(c, u, memory, places, units);
+    if (dlt_xxh3_64(units, (size_t)(c->count * u.width)) != c->checksum)
+        return bad_chunk(t, number, "what it restores is not what was packed", error);
+    return DLT_OK;
+}
+
+/* 17.6: a verifier without the base checks all of 17.4 and 17.5, and the checksums of chunks of forms 1 and 2. */
+static dlt_status check_chunks(const dlt_tensor *t, dlt_error *error) {
+    chunk_memory memory = {0};
+    unit u = unit_of(t->dtype);
+    uint64_t at = 0, chunks = chunks_of(t), places;
+    dlt_status status = need_chunk_memory(t, &memory, error);
+    uint8_t *units = malloc((size_t)(least(t->chunk, units_of(t->dtype, t->elements)) + 1) * u.width);
+    if (status == DLT_OK && units == NULL) status = no_memory(error);
+    for (uint64_t i = 0; i < chunks && status == DLT_OK; i++) {
+        chunk c = chunk_at(t, i, &at);
+        dlt_error why;
+        if (c.form == STORED_UNITS || c.form == VALUES) {
+            memset(units, 0, (size_t)(c.count * u.width));
+            status = restore_chunk(t, &c, &memory, units, error);
+        } else if ((status = read_chunk_bytes(&c, u, &memory, &places, &why)) != DLT_OK) {
+            if (status == DLT_INVALID) status = bad_chunk(t, i, why.message, error);
+            else *error = why;
+        }
+    }
+    free(units);
+    free_chunk_memory(&memory);
+    return status;
+}
+
+/* 17.1: units that the base has too, counted in C order, are the base's. If the base's dtype is another one, the value
+ * is widened to float32 and rounded, and a NaN becomes 0x7FC0 (BF16), 0x7E00 (F16) or 0x7FC00000 (F32). All others are 0,
+ * and all are without base. */
+static void predict(const dlt_tensor *t, const chunk *c, const uint8_t *base, uint8_t *units) {
+    static const uint32_t nans[3] = {0x7E00, 0x7FC0, UINT32_C(0x7FC00000)};
+    unsigned width = unit_of(t->dtype).width;
+    uint64_t known = 0, elements = 1;
+    for (uint32_t i = 0; t->has_base && i < t->base_shape.count; i++) elements *= t->base_shape.sizes[i];
+    if (t->has_base) known = units_of(t->base_dtype, elements);
+    known = known > c->first ? least(known - c->first, c->count) : 0;
+    memset(units + known * width, 0, (size_t)((c->count - known) * width));
+    if (t->has_base && t->dtype == t->base_dtype) {
+        memcpy(units, base + c->first * width, (size_t)(known * width));
+        return;
+    }
+    for (uint64_t i = 0; i < known; i++) {
+        float value = widen(base, t->base_dtype, c->first + i);
+        uint32_t bits = is_nan(bits_of(value))  ? nans[t->dtype - DLT_F16]
+                        : t->dtype == DLT_F32   ? bits_of(value)
+                        : t->dtype == DLT_BF16  ? narrow_bf16(value)
+                                                : narrow_f16(value);
+        memcpy(units + width * i, &bits, width);
+    }
+}
+
+/* All of an exact tensor. 17.1: its digest is the identity of the fine-tuned tensor. */
+static dlt_status apply_exact(const dlt_tensor *t, uint64_t start, uint64_t count, const uint8_t *base, uint8_t *out,
+                              dlt_error *error) {
+    if (start != 0 || count != t->rows)
+        return fail(error, DLT_MISUSE, "%s: an exact tensor is restored as a whole", show(t->name).text);
+    if (t->has_base && base == NULL)
+        return fail(error, DLT_MISUSE, "%s: an exact tensor is restored from its base", show(t->name).text);
+    chunk_memory memory = {0};
+    unsigned width = unit_of(t->dtype).width;
+    uint64_t at = 0, chunks = chunks_of(t);
+    uint8_t digest[32];
+    dlt_status status = need_chunk_memory(t, &memory, error);
+    for (uint64_t i = 0; i < chunks && status == DLT_OK; i++) {
+        chunk c = chunk_at(t, i, &at);
+        predict(t, &c, base, out + c.first * width);
+        status = restore_chunk(t, &c, &memory, out + c.first * width, error);
+    }
+    free_chunk_memory(&memory);
+    TRY(status);
+    dlt_identity(t->dtype, &t->shape, out, units_of(t->dtype, t->elements) * width, digest);
+    return memcmp(digest, t->digest, 32) == 0
+               ? DLT_OK
+               : INVALID(error, "%s: what is restored is not what was packed", show(t->name).text);
+}
+
 dlt_status dlt_apply(dlt_file *file, const dlt_tensor *t, uint64_t start, uint64_t count, const void *base, void *out,
                      dlt_error *error) {
     TRY(check_rows(t, start, count, t->rows, error));
@@ -2634,6 +3087,7 @@ dlt_status dlt_apply(dlt_file *file, const dlt_tensor *t, uint64_t start, uint64
         return fail(error, DLT_MISUSE, "%s: %s", show(t->name).text,
                     t->loaded ? "an alias: resolve it first" : "dlt_load comes first");
     }
+    if (t->action == DLT_EXACT) return apply_exact(t, start, count, base, out, error);
     uint64_t bits = t->columns * DTYPE_BITS[t->dtype];
     if (bits % 8 && count != t->rows)
         return fail(error, DLT_MISUSE, "%s: its rows are no whole bytes", show(t->name).text);
@@ -2818,6 +3272,15 @@ static dlt_status add_entry(const dlt_file *file, blake3 *hash, const dlt_tensor
     TRY(read_map(&c, &keys));
     add_count(hash, 0x80, 0xDE, keys - (size_t)t->has_data);
     const uint8_t *start = c.p, *end = t->term_count ? t->raw + t->terms_start : c.end;
+    if (t->action == DLT_EXACT) { /* exact as {digest} */
+        static const uint8_t head[2] = {0xC4, 32};
+        dlt_blake3_add(hash, start, (size_t)(t->raw + t->exact_start - start));
+        add_count(hash, 0x80, 0xDE, 1);
+        add_word(hash, "digest");
+        dlt_blake3_add(hash, head, 2);
+        dlt_blake3_add(hash, t->digest, 32);
+        start = t->raw + t->exact_end;
+    }
     if (t->has_data) {
         dlt_blake3_add(hash, start, (size_t)(t->raw + t->data_start - start));
         start = t->raw + t->data_end;
@@ -2853,7 +3316,7 @@ static dlt_status add_entry(const dlt_file *file, blake3 *hash, const dlt_tensor
  * tensors, whose entries follow. */
 static void start_content_id(const dlt_file *file, blake3 *hash) {
     dlt_blake3_start(hash);
-    add_count(hash, 0x80, 0xDE, 4 + (file->scaled != NULL) + (file->about.parent != NULL));
+    add_count(hash, 0x80, 0xDE, 4 + (file->files != NULL) + (file->scaled != NULL) + (file->about.parent != NULL));
     add_word(hash, "attachments");
     add_count(hash, 0x80, 0xDE, file->about.attachments);
     for (size_t i = 0; i < file->about.attachments; i++) {
@@ -2861,6 +3324,16 @@ static void start_content_id(const dlt_file *file, blake3 *hash) {
         add_string(hash, file->attachments[i].name);
         dlt_blake3_add(hash, head, 2);
         dlt_blake3_add(hash, file->attachments[i].digest, 32);
+    }
+    if (file->files) {
+        add_word(hash, "files");
+        add_count(hash, 0x80, 0xDE, file->about.files);
+        for (size_t i = 0; i < file->about.files; i++) {
+            static const uint8_t head[2] = {0xC4, 32};
+            add_string(hash, file->files[i].name);
+            dlt_blake3_add(hash, head, 2);
+            dlt_blake3_add(hash, file->files[i].digest, 32);
+        }
     }
     add_word(hash, "metadata");
     dlt_blake3_add(hash, file->raw_metadata.p, file->raw_metadata.length);
@@ -2907,7 +3380,7 @@ static dlt_status check_places(dlt_file *file, place *places, size_t count, dlt_
         uint64_t end = 0;
         size_t first = next;
         for (; next < count && places[next].section == i; next++) {
-            uint64_t start = align(end, ALIGNMENT);
+            uint64_t start = file->sections[i].kind == OF_EXACT ? end : align(end, ALIGNMENT);
             if (places[next].offset != start)
                 return INVALID(error, "a buffer of section %zu is not where the next one belongs", i);
             for (slice piece; end < start; end += piece.length) {
@@ -2950,7 +3423,9 @@ static dlt_status add_places(dlt_file *file, all_places *all, dlt_error *error) 
             for (uint32_t k = 0; k < t.terms[j].buffer_count; k++) TRY(add_place(all, &t.terms[j].buffers[k], error));
         }
         if (t.has_data) TRY(add_place(all, &t.data, error));
+        if (t.action == DLT_EXACT) TRY(add_place(all, &t.exact, error));
     }
+    for (size_t i = 0; i < file->about.files; i++) TRY(add_place(all, &file->files[i].bytes, error));
     for (size_t i = 0; i < file->about.attachments; i++) TRY(add_place(all, &file->attachments[i].bytes, error));
     return check_places(file, all->list, all->count, error);
 }
@@ -2979,6 +3454,259 @@ dlt_status dlt_attachment(dlt_file *file, size_t number, void **data, uint64_t *
     return status;
 }
 
+/* ---- Files that are restored (7.10) ---- */
+
+/* A safetensors header is JSON. The parser reads what such a header has, in any spelling of JSON. */
+typedef struct {
+    const uint8_t *p, *end;
+    char *texts; /* where strings are decoded to: no string is longer than it is spelled */
+} json;
+
+static int json_next(json *j, char c) { /* whether `c` comes next; it is read then */
+    while (j->p < j->end && (*j->p == ' ' || *j->p == '\t' || *j->p == '\n' || *j->p == '\r')) j->p++;
+    return j->p < j->end && *j->p == (uint8_t)c ? (j->p++, 1) : 0;
+}
+
+static int json_hex(json *j, uint32_t *out) {
+    *out = 0;
+    for (int i = 0; i < 4; i++) {
+        if (j->p == j->end) return 0;
+        unsigned c = *j->p++, digit = c - '0';
+        if (c >= 'a' && c <= 'f') digit = c - 'a' + 10;
+        else if (c >= 'A' && c <= 'F') digit = c - 'A' + 10;
+        else if (digit > 9) return 0;
+        *out = *out << 4 | digit;
+    }
+    return 1;
+}
+
+static int json_string(json *j, dlt_text *out) {
+    static const char escapes[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
+    char *start = j->texts;
+    if (!json_next(j, '"')) return 0;
+    for (;;) {
+        if (j->p == j->end || *j->p < 0x20) return 0;
+        unsigned c = *j->p++;
+        if (c == '"') break;
+        if (c != '\\') {
+            *j->texts++ = (char)c;
+            continue;
+        }
+        if (j->p == j->end) return 0;
+        c = *j->p++;
+        const char *found = c ? strchr(escapes, (int)c) : NULL;
+        uint32_t point, low;
+        if (found) *j->texts++ = meant[found - escapes];
+        else if (c != 'u' || !json_hex(j, &point)) return 0;
+        else {
+            if (point >= 0xD800 && point < 0xDC00) { /* the other half of a pair follows */
+                if (j->end - j->p < 6 || *j->p++ != '\\' || *j->p++ != 'u' || !json_hex(j, &low)) return 0;
+                if (low < 0xDC00 || low > 0xDFFF) return 0;
+                point = 0x10000 + ((point - 0xD800) << 10) + (low - 0xDC00);
+            } else if (point >= 0xDC00 && point < 0xE000) {
+                return 0;
+            }
+            if (point < 0x80) {
+                *j->texts++ = (char)point;
+            } else {
+                int more = point < 0x800 ? 1 : point < 0x10000 ? 2 : 3;
+                *j->texts++ = (char)((0xF0E0C0 >> 8 * (more - 1) & 0xFF) | point >> 6 * more);
+                while (more-- > 0) *j->texts++ = (char)(0x80 | (point >> 6 * more & 0x3F));
+            }
+        }
+    }
+    *out = (dlt_text){start, (size_t)(j->texts - start)};
+    return 1;
+}
+
+static int json_number(json *j, uint64_t *out) {
+    int digits = 0;
+    *out = 0;
+    (void)json_next(j, '\0'); /* the space before it */
+    for (; j->p < j->end && *j->p >= '0' && *j->p <= '9'; digits++) {
+        if (*out > (UINT64_MAX - 9) / 10 || (digits == 1 && *out == 0)) return 0;
+        *out = *out * 10 + (uint64_t)(*j->p++ - '0');
+    }
+    return digits > 0;
+}
+
+static int json_numbers(json *j, uint64_t *out, uint32_t most, uint32_t *count) {
+    *count = 0;
+    if (!json_next(j, '[')) return 0;
+    if (json_next(j, ']')) return 1;
+    do {
+        if (*count == most || !json_number(j, &out[(*count)++])) return 0;
+    } while (json_next(j, ','));
+    return json_next(j, ']');
+}
+
+/* The map of texts that __metadata__ is. */
+static int json_metadata(json *j) {
+    dlt_text text;
+    if (!json_next(j, '{')) return 0;
+    if (json_next(j, '}')) return 1;
+    do {
+        if (!json_string(j, &text) || !json_next(j, ':') || !json_string(j, &text)) return 0;
+    } while (json_next(j, ','));
+    return json_next(j, '}');
+}
+
+/* A tensor as a header has it. */
+typedef struct {
+    dlt_text name, dtype;
+    uint64_t sizes[DLT_MAX_DIMENSIONS], places[2];
+    uint32_t dimensions;
+} row;
+
+static int json_row(json *j, row *r) {
+    int seen = 0;
+    if (!json_next(j, '{')) return 0;
+    do {
+        dlt_text key;
+        uint32_t two;
+        if (!json_string(j, &key) || !json_next(j, ':')) return 0;
+        if (is(key, "dtype") && !(seen & 1)) {
+            if (!json_string(j, &r->dtype)) return 0;
+            seen |= 1;
+        } else if (is(key, "shape") && !(seen & 2)) {
+            if (!json_numbers(j, r->sizes, DLT_MAX_DIMENSIONS, &r->dimensions)) return 0;
+            seen |= 2;
+        } else if (is(key, "data_offsets") && !(seen & 4)) {
+            if (!json_numbers(j, r->places, 2, &two) || two != 2) return 0;
+            seen |= 4;
+        } else {
+            return 0;
+        }
+    } while (json_next(j, ','));
+    return json_next(j, '}') && seen == 7;
+}
+
+static int compare_rows(const void *a, const void *b) {
+    const row *x = a, *y = b;
+    for (int i = 0; i < 2; i++) {
+        if (x->places[i] != y->places[i]) return x->places[i] < y->places[i] ? -1 : 1;
+    }
+    return compare_texts(x->name, y->name);
+}
+
+/* Read the rows of a header into `rows`, which has room for as many as its bytes can hold. */
+static int json_header(json *j, row *rows, size_t *count) {
+    *count = 0;
+    if (!json_next(j, '{')) return 0;
+    if (!json_next(j, '}')) {
+        do {
+            row *r = &rows[*count];
+            if (!json_string(j, &r->name) || !json_next(j, ':')) return 0;
+            if (is(r->name, "__metadata__")) {
+                if (!json_metadata(j)) return 0;
+            } else if (json_row(j, r)) {
+                ++*count;
+            } else {
+                return 0;
+            }
+        } while (json_next(j, ','));
+        if (!json_next(j, '}')) return 0;
+    }
+    (void)json_next(j, '\0');
+    return j->p == j->end;
+}
+
+/* A tensor that the header calls NAME, in a file of the folder FOLDER, is the tensor FOLDER/NAME. */
+static member *named_in(const dlt_file *file, dlt_text path, dlt_text name) {
+    char whole[2 * MAX_NAME + 1];
+    size_t folder = path.length;
+    while (folder > 0 && path.text[folder - 1] != '/') folder--; /* with its `/` */
+    if (name.length > MAX_NAME) return NULL;
+    memcpy(whole, path.text, folder);
+    memcpy(whole + folder, name.text, name.length);
+    return find_tensor(file, (dlt_text){whole, folder + name.length});
+}
+
+/* The header's tensors MUST cover the bytes behind the head exactly, and MUST have the dtypes and shapes of their
+ * entries. Every tensor MUST lie in exactly one of the files: `seen` has a byte for each. */
+static dlt_status check_rows_of(const dlt_file *file, dlt_text path, const row *rows, size_t count, uint8_t *seen,
+                                dlt_error *error) {
+    uint64_t position = 0;
+    for (size_t i = 0; i < count; i++) {
+        const row *r = &rows[i];
+        member *m = named_in(file, path, r->name);
+        dlt_tensor t;
+        if (m == NULL || seen[m - file->tensors]++)
+            return INVALID(error, "%s has a tensor that is not in the file, or lies in another", show(path).text);
+        TRY(read_entry(file, m, &t, error));
+        if (!is(r->dtype, DTYPES[t.dtype]) || r->dimensions != t.shape.count ||
+            memcmp(r->sizes, t.shape.sizes, r->dimensions * sizeof r->sizes[0]) != 0)
+            return INVALID(error, "%s has another dtype or shape for %s", show(path).text, show(m->name).text);
+        uint64_t end = position + t.elements * DTYPE_BITS[t.dtype] / 8;
+        if (r->places[0] != position || r->places[1] != end)
+            return INVALID(error, "the tensors of %s do not cover its bytes", show(path).text);
+        position = end;
+    }
+    return DLT_OK;
+}
+
+/* A weight file begins with its head: a u64, which is the length of the rest of the head, and a safetensors header. */
+static dlt_status check_head(dlt_file *file, const attachment *a, uint8_t *seen, dlt_error *error) {
+    uint64_t length = a->bytes.length;
+    if (length > file->limits.max_memory)
+        return fail(error, DLT_LIMIT, "the head of %s has more than max_memory", show(a->name).text);
+    uint8_t *head = malloc((size_t)length + 1);
+    char *texts = malloc((size_t)length + 1);
+    /* `"":{"dtype":"","shape":[],"data_offsets":[0,0]}` and a comma: no tensor takes less. */
+    row *rows = malloc((size_t)(length / 40 + 2) * sizeof *rows);
+    size_t count = 0;
+    dlt_status status = head && texts && rows ? copy_buffer(file, &a->bytes, head, error) : no_memory(error);
+    if (status == DLT_OK) {
+        json j = {head + 8, head + length, texts};
+        cursor text = {head, head + length, error, a->name};
+        if (length < 8 || read64(head) != length - 8 ||
+            check_utf8(&text, head + 8, (size_t)length - 8) != DLT_OK || !json_header(&j, rows, &count))
+            status = INVALID(error, "the head of %s is none of a weight file", show(a->name).text);
+    }
+    if (status == DLT_OK) {
+        qsort(rows, count, sizeof *rows, compare_rows);
+        status = check_rows_of(file, a->name, rows, count, seen, error);
+    }
+    free(head);
+    free(texts);
+    free(rows);
+    return status;
+}
+
+static dlt_status check_files(dlt_file *file, dlt_error *error) {
+    if (file->about.files == 0) return DLT_OK;
+    uint8_t *seen = calloc(file->about.tensors + 1, 1);
+    dlt_status status = seen ? DLT_OK : no_memory(error);
+    for (size_t i = 0; i < file->about.files && status == DLT_OK; i++) {
+        if (!is_weight_index(file->files[i].name)) status = check_head(file, &file->files[i], seen, error);
+    }
+    for (size_t i = 0; i < file->about.tensors && status == DLT_OK; i++) {
+        if (!seen[i])
+            status = INVALID(error, "the tensor %s lies in no weight file", show(file->tensors[i].name).text);
+    }
+    free(seen);
+    return status;
+}
+
+dlt_text dlt_restored_name(const dlt_file *file, size_t number, const uint8_t **digest) {
+    if (number >= file->about.files) return (dlt_text){0};
+    if (digest) *digest = file->files[number].digest;
+    return file->files[number].name;
+}
+
+dlt_status dlt_head(dlt_file *file, size_t number, void **data, uint64_t *length, dlt_error *error) {
+    if (number >= file->about.files) return fail(error, DLT_MISUSE, "there is no restored file %zu", number);
+    const attachment *a = &file->files[number];
+    if (a->bytes.length > file->limits.max_memory)
+        return fail(error, DLT_LIMIT, "the head of %s has more than max_memory", show(a->name).text);
+    *length = a->bytes.length;
+    *data = malloc((size_t)(a->bytes.length ? a->bytes.length : 1));
+    if (*data == NULL) return no_memory(error);
+    dlt_status status = copy_buffer(file, &a->bytes, *data, error);
+    if (status != DLT_OK) free(*data), *data = NULL;
+    return status;
+}
+
 /* 7.7: `weights`, or `weights/COMPONENT`: a name without `/` that ends in `.safetensors` and has more before that; with
  * COMPONENT and
  * `/` in front, it MUST be a path as an attachment's name is one. */
@@ -2998,6 +3726,27 @@ static dlt_status check_weights(const dlt_file *file, dlt_error *error) {
     return DLT_OK;
 }
 
+/* The bytes that chunks become, whatever the base; places are counted where there are few. */
+static dlt_status check_decoded(dlt_file *file, dlt_error *error) {
+    uint64_t decoded = 0;
+    for (size_t i = 0; i < file->about.tensors; i++) {
+        dlt_tensor t;
+        TRY(read_entry(file, &file->tensors[i], &t, error));
+        if (t.action != DLT_EXACT) continue;
+        TRY(load(file, &t, TO_VERIFY, error));
+        uint64_t at = 0, chunks = chunks_of(&t);
+        for (uint64_t k = 0; k < chunks; k++) {
+            chunk c = chunk_at(&t, k, &at);
+            if (c.form == VALUES || c.form == DIFFERENCES || c.form == SORTED)
+                decoded += c.count * unit_of(t.dtype).width;
+        }
+        if (decoded > file->limits.max_output)
+            return fail(error, DLT_LIMIT, "the chunks of exact tensors become more than max_output, %llu bytes",
+                        (unsigned long long)file->limits.max_output);
+    }
+    return DLT_OK;
+}
+
 static dlt_status verify_tensor(dlt_file *file, const member *m, blake3 *content, dlt_error *error) {
     dlt_tensor t;
     TRY(read_entry(file, m, &t, error));
@@ -3005,7 +3754,7 @@ static dlt_status verify_tensor(dlt_file *file, const member *m, blake3 *content
     TRY(add_entry(file, content, &t, error));
     if (t.digest == NULL) return DLT_OK;
     dlt_status status = load(file, &t, TO_VERIFY, error);
-    if (status == DLT_OK) status = check_payload(file, &t, error);
+    if (status == DLT_OK) status = t.action == DLT_EXACT ? check_chunks(&t, error) : check_payload(file, &t, error);
     dlt_unload(&t);
     return status;
 }
@@ -3027,6 +3776,8 @@ static dlt_status verify(dlt_file *file, dlt_error *error) {
     TRY(check_coverage(file, error));
     for (size_t i = 0; i < file->about.scaled; i++) TRY(dlt_scaled_at(file, i, &scaled, error));
     TRY(check_weights(file, error));
+    if (file->about.incompatible & FEATURE_EXACT) TRY(check_decoded(file, error));
+    TRY(check_files(file, error));
     start_content_id(file, &content);
     for (size_t i = 0; i < file->about.tensors; i++) TRY(verify_tensor(file, &file->tensors[i], &content, error));
     for (size_t i = 0; i < file->about.attachments; i++) TRY(verify_attachment(file, &file->attachments[i], error));

@@ -81,7 +81,7 @@ typedef enum {
     DLT_DTYPES
 } dlt_dtype;
 
-typedef enum { DLT_SAME, DLT_REPLACE, DLT_ADD, DLT_ALIAS } dlt_action;
+typedef enum { DLT_SAME, DLT_REPLACE, DLT_ADD, DLT_ALIAS, DLT_EXACT } dlt_action;
 typedef enum { DLT_NM, DLT_LOWBIT, DLT_LOWRANK, DLT_SPARSE } dlt_kind;
 typedef enum { DLT_MIDTREAD, DLT_MIDRISE, DLT_ASYMMETRIC } dlt_grid;
 typedef enum { DLT_SEEDED, DLT_FIXED, DLT_RANK } dlt_index;
@@ -97,7 +97,8 @@ typedef struct {
     uint64_t sizes[DLT_MAX_DIMENSIONS];
 } dlt_shape;
 
-/* A run of raw bytes. `data` is NULL until dlt_load; it is a multiple of 256 from the start of its section. */
+/* A run of raw bytes. `data` is NULL until dlt_load; it is a multiple of 256 from the start of its section, unless it is
+ * that of an exact tensor. */
 typedef struct {
     const char *name;
     const void *data;
@@ -140,12 +141,12 @@ typedef struct {
     dlt_dtype dtype;
     dlt_shape shape;
     uint64_t elements;
-    int has_base; /* same, add */
+    int has_base; /* same, add; exact, if there is one */
     dlt_dtype base_dtype;
     dlt_shape base_shape;
     const uint8_t *base_digest; /* 32 bytes */
     uint32_t part_count;        /* 0: the base's tensor of the same name; otherwise dlt_part gives the parts */
-    const uint8_t *digest;      /* 32 bytes; replace, add */
+    const uint8_t *digest;      /* 32 bytes; replace, add: of the payload; exact: the identity of the tensor (7.5) */
     dlt_text target;            /* alias */
     uint64_t rows, columns;     /* of the fine-tuned tensor as a matrix */
     uint64_t shared_rows;       /* add: rows that base and fine-tune both have, which the terms cover */
@@ -153,9 +154,11 @@ typedef struct {
     dlt_term terms[DLT_MAX_TERMS];
     int has_data;
     dlt_bytes data; /* replace: all bytes; add: those of the rows that the base has not */
+    uint32_t chunk; /* exact: units of a chunk (17.1) */
+    dlt_bytes exact; /* exact: the chunks and their table (17.4) */
     /* Private. */
     const uint8_t *raw, *raw_parts;
-    size_t raw_length, data_start, data_end, terms_start;
+    size_t raw_length, data_start, data_end, terms_start, exact_start, exact_end;
     void *memory[DLT_MAX_TERMS * DLT_MAX_BUFFERS + 1];
     uint32_t memory_count;
     int loaded;
@@ -186,7 +189,7 @@ typedef struct {
     const uint8_t *content_id; /* 32 bytes, as the file says; dlt_verify recomputes it */
     const uint8_t *parent; /* NULL, or 32 bytes: the content id of the file whose result is the base (18). Whoever adds
                               this file's terms to a model compares the base's tensors first: dlt_check_base */
-    size_t tensors, attachments, removed, scaled, metadata, layouts, sections;
+    size_t tensors, attachments, files, removed, scaled, metadata, layouts, sections;
     uint64_t incompatible, compatible; /* feature bits */
 } dlt_info;
 
@@ -205,6 +208,7 @@ dlt_info dlt_about(const dlt_file *file);
 dlt_text dlt_metadata_key(const dlt_file *file, size_t number, dlt_text *value);
 dlt_text dlt_removed(const dlt_file *file, size_t number);
 dlt_text dlt_attachment_name(const dlt_file *file, size_t number);
+dlt_text dlt_restored_name(const dlt_file *file, size_t number, const uint8_t **digest); /* a weight file or index (7.10) */
 
 /* The tensors, in the order of their names. */
 dlt_status dlt_tensor_at(const dlt_file *file, size_t number, dlt_tensor *tensor, dlt_error *error);
@@ -227,7 +231,8 @@ dlt_status dlt_decode(dlt_file *file, const dlt_tensor *tensor, uint64_t start, 
 
 /* Rows of the fine-tuned tensor (10.2, 10.3): `base` holds the same rows of the base's tensor, `out` takes rows in the
  * fine-tune's dtype. Also rows that the base has not, for which `base` is not read, and tensors of action `same` and
- * `replace`. */
+ * `replace`. An `exact` tensor is restored as a whole: `base` is all of the base's tensor, which the caller MUST have
+ * checked, and `out` takes all bytes. They are compared with the tensor's digest. */
 dlt_status dlt_apply(dlt_file *file, const dlt_tensor *tensor, uint64_t start, uint64_t count, const void *base,
                      void *out, dlt_error *error);
 
@@ -241,6 +246,10 @@ dlt_status dlt_scaled_at(const dlt_file *file, size_t number, dlt_scaled *scaled
 /* The BF16 values that 8-bit floats and their scales mean (7.8); `scales` is NULL if the description has none. */
 dlt_status dlt_scaled_values(const dlt_scaled *scaled, const void *codes, const void *scales, uint16_t *out,
                              dlt_error *error);
+
+/* The head of a file that is restored (7.10): the bytes before its tensors, or the whole of an index. Whoever writes the
+ * file MUST compare its digest. free(*data) afterwards. */
+dlt_status dlt_head(dlt_file *file, size_t number, void **data, uint64_t *length, dlt_error *error);
 
 /* An attachment's bytes, checked against its digest; free(*data) afterwards. */
 dlt_status dlt_attachment(dlt_file *file, size_t number, void **data, uint64_t *length, dlt_error *error);

@@ -64,6 +64,22 @@ static int decode(dlt_file *file, dlt_tensor *t, uint8_t digests[64], dlt_error 
     return (int)status;
 }
 
+/* Restore an exact tensor over a base; of one that is refused for this base, the digest is zeros. */
+static int restore(dlt_file *file, dlt_tensor *t, uint8_t digests[64], dlt_error *error) {
+    uint64_t elements = 1, bytes = t->elements * dlt_dtype_bits(t->dtype) / 8;
+    for (uint32_t i = 0; t->has_base && i < t->base_shape.count; i++) elements *= t->base_shape.sizes[i];
+    if (elements > MOST_ELEMENTS || t->elements > MOST_ELEMENTS) return TOO_LARGE;
+    uint64_t base_bytes = t->has_base ? elements * dlt_dtype_bits(t->base_dtype) / 8 : 0;
+    uint8_t *base = need(base_bytes), *out = need(bytes);
+    made_up(base, base_bytes);
+    dlt_blake3_of(t->exact.data, (size_t)t->exact.length, digests);
+    dlt_status status = dlt_apply(file, t, 0, t->rows, base, out, error);
+    if (!status) dlt_blake3_of(out, (size_t)bytes, digests + 32);
+    free(base);
+    free(out);
+    return status == DLT_INVALID ? DLT_OK : (int)status;
+}
+
 static int read_tensor(dlt_file *file, size_t number, uint8_t digests[64]) {
     dlt_error error;
     dlt_tensor t;
@@ -73,6 +89,7 @@ static int read_tensor(dlt_file *file, size_t number, uint8_t digests[64]) {
     status = (int)dlt_load(file, &t, &error);
     if (status) return status;
     if (t.action == DLT_ADD) status = decode(file, &t, digests, &error);
+    if (t.action == DLT_EXACT) status = restore(file, &t, digests, &error);
     if (t.action == DLT_REPLACE) dlt_blake3_of(t.data.data, (size_t)t.data.length, digests);
     dlt_unload(&t);
     return status;
@@ -118,6 +135,11 @@ static void read_file(const uint8_t *data, size_t length, report *r) {
         void *bytes;
         uint64_t size;
         if (!dlt_attachment(file, i, &bytes, &size, &error)) free(bytes);
+    }
+    for (size_t i = 0; i < about.files; i++) {
+        void *bytes;
+        uint64_t size;
+        if (!dlt_head(file, i, &bytes, &size, &error)) free(bytes);
     }
     for (size_t i = 0; i < about.scaled; i++) {
         dlt_scaled scaled;

@@ -100,7 +100,7 @@ static void mend_ends(uint8_t *data, size_t size) {
     uint8_t *trailer = data + size - TRAILER;
     put64(trailer + 8, length);
     put64(trailer + 16, size);
-    put64(data + 56, dlt_xxh3_64_of_header(data, 56));
+    put64(data + 56, dlt_xxh3_64(data, 56));
     blake3 hash;
     dlt_blake3_start(&hash);
     dlt_blake3_add(&hash, data, HEADER);

@@ -86,15 +86,6 @@ static uint64_t mix(const uint8_t *data, size_t offset) {
     return fold(read64(data) ^ read64(secret + offset), read64(data + 8) ^ read64(secret + offset + 8));
 }
 
-uint64_t dlt_xxh3_64_of_header(const uint8_t *data, size_t length) {
-    uint64_t sum = (uint64_t)length * PRIME64_1;
-    for (size_t i = 0; i <= (length - 1) / 32; i++) {
-        sum += mix(data + 16 * i, 32 * i);
-        sum += mix(data + length - 16 * i - 16, 32 * i + 16);
-    }
-    return avalanche(sum);
-}
-
 /* Inputs of 0 to 16 bytes. */
 static wide of_few_bytes(const uint8_t *data, size_t length) {
     wide out;
@@ -257,4 +248,42 @@ void dlt_xxh3_128(const uint8_t *data, size_t length, uint8_t out[16]) {
     xxh3_run run;
     dlt_xxh3_start(&run);
     dlt_xxh3_end(&run, data, length, out);
+}
+
+/* Inputs of up to 240 bytes; longer ones have the lower half of XXH3-128. */
+static uint64_t few_bytes_64(const uint8_t *data, size_t length) {
+    if (length == 0) return avalanche_xxh64(read64(secret + 56) ^ read64(secret + 64));
+    if (length < 4) return of_few_bytes(data, length).low;
+    if (length <= 8) {
+        uint64_t x = (read64(secret + 8) ^ read64(secret + 16)) ^ (read32(data + length - 4) | read32(data) << 32);
+        x ^= (x << 49 | x >> 15) ^ (x << 24 | x >> 40);
+        x *= PRIME_MX2;
+        x ^= (x >> 35) + length;
+        x *= PRIME_MX2;
+        return x ^ x >> 28;
+    }
+    if (length <= 16) {
+        uint64_t low = read64(secret + 24) ^ read64(secret + 32) ^ read64(data);
+        uint64_t high = read64(secret + 40) ^ read64(secret + 48) ^ read64(data + length - 8);
+        return avalanche((uint64_t)length + swap64(low) + high + fold(low, high));
+    }
+    uint64_t sum = (uint64_t)length * PRIME64_1;
+    if (length <= 128) {
+        for (size_t i = 0; i <= (length - 1) / 32; i++) {
+            sum += mix(data + 16 * i, 32 * i);
+            sum += mix(data + length - 16 * i - 16, 32 * i + 16);
+        }
+        return avalanche(sum);
+    }
+    for (size_t i = 0; i < 8; i++) sum += mix(data + 16 * i, 16 * i);
+    sum = avalanche(sum);
+    for (size_t i = 8; i < length / 16; i++) sum += mix(data + 16 * i, 16 * (i - 8) + 3);
+    return avalanche(sum + mix(data + length - 16, 136 - 17));
+}
+
+uint64_t dlt_xxh3_64(const uint8_t *data, size_t length) {
+    xxh3_run run;
+    if (length <= 240) return few_bytes_64(data, length);
+    dlt_xxh3_start(&run);
+    return of_many_bytes(&run, data, length).low;
 }

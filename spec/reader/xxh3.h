@@ -6,8 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* XXH3-64 of 17 to 128 bytes. A delta file's header is the only use: 56 bytes. */
-uint64_t dlt_xxh3_64_of_header(const uint8_t *data, size_t length);
+/* XXH3-64 of any bytes: of a delta file's header, and of a chunk of an exact tensor. */
+uint64_t dlt_xxh3_64(const uint8_t *data, size_t length);
 
 /* XXH3-128 of any bytes, in its canonical form: 16 bytes, the most significant first. */
 void dlt_xxh3_128(const uint8_t *data, size_t length, uint8_t out[16]);
