@@ -25,7 +25,7 @@ METHODS: dict[str, Method] = {
     "deltadq 2:2": DeltaDQ(2, 2, 4),
     "deltadq 4:16": DeltaDQ(4, 16, 4),
     "residual": Residual(),
-    "svd": SVD(rank=16),
+    "svd": SVD(bits_per_weight=2.0),
     "dare": DARE(),
     "bitdelta": BitDelta(),
 }
