@@ -182,6 +182,18 @@ def test_rows_without_an_adapter_take_none_from_the_last_slot() -> None:
     assert output.tolist() == [[4.0] * 3, [0.0] * 3, [4.0] * 3]
 
 
+def test_a_step_without_adapters_multiplies_with_none() -> None:
+    def own(_wrapper: Any, y: list[int]) -> None:
+        y.append(1)
+
+    y: list[int] = []
+    worker._products(own, SimpleNamespace(deltafmt_idle=True), y)
+    assert y == []
+    worker._products(own, SimpleNamespace(deltafmt_idle=False), y)
+    worker._products(own, SimpleNamespace(), y)
+    assert y == [1, 1]
+
+
 def asked(name: str, path: Path, number: int) -> SimpleNamespace:
     return SimpleNamespace(lora_name=name, lora_path=str(path), lora_int_id=number, load_inplace=False)
 

@@ -53,6 +53,7 @@ class DeltaModelManager:
     device: Any
     lora_slots: int
     lora_index_to_id: list[int | None]
+    punica_wrapper_mapping: Mapping[str, Any]
     _registered_adapters: Any
 
     def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
@@ -140,6 +141,9 @@ class DeltaModelManager:
             )
             mapping = dataclasses.replace(mapping, index_mapping=tokens, prompt_mapping=logits)
         super()._set_adapter_mapping(mapping)  # type: ignore[misc]
+        if len(self.punica_wrapper_mapping) == 1:
+            (wrapper,) = self.punica_wrapper_mapping.values()
+            wrapper.deltafmt_idle = not any(mapping.index_mapping) and not any(mapping.prompt_mapping)
 
 
 def _base_of(config: Any) -> EngineBase:

@@ -32,7 +32,14 @@ NAMES: Final[dict[str, tuple[str, ...]]] = {
         "LRUCacheLoRAModelManager.activate_adapter",
     ),
     "vllm.lora.ops.torch_ops.lora_ops": ("bgmv_expand", "bgmv_expand_slice"),
-    "vllm.lora.punica_wrapper.punica_cpu": ("bgmv_expand", "bgmv_expand_slice"),
+    "vllm.lora.punica_wrapper.punica_cpu": (
+        "PunicaWrapperCPU",
+        "PunicaWrapperCPU.add_lora_embedding",
+        "PunicaWrapperCPU.add_lora_linear",
+        "PunicaWrapperCPU.add_lora_logits",
+        "bgmv_expand",
+        "bgmv_expand_slice",
+    ),
     "vllm.lora.request": ("LoRARequest",),
     "vllm.lora.resolver": ("LoRAResolver", "LoRAResolverRegistry"),
     "vllm.lora.worker_manager": (

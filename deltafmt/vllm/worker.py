@@ -28,6 +28,9 @@ def install_worker() -> None:
     wrap_method(seam.name("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin"), "load_lora_model", _load)
     runner = seam.name("vllm.v1.worker.gpu_model_runner", "GPUModelRunner")
     wrap_method(runner, "_get_prompt_logprobs_dict", _prompts)
+    wrapper = seam.name("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU")
+    for name in ("add_lora_embedding", "add_lora_linear", "add_lora_logits"):
+        wrap_method(wrapper, name, _products)
     for module in ("vllm.lora.ops.torch_ops.lora_ops", "vllm.lora.punica_wrapper.punica_cpu"):
         for name in ("bgmv_expand", "bgmv_expand_slice"):
             wrap_method(importlib.import_module(module), name, expanded)
@@ -48,6 +51,15 @@ def expanded(
     """
     kept = torch.where((indices >= 0)[:, None], inputs, torch.zeros((), dtype=inputs.dtype))
     return own(kept, weights, output, indices, *args, **kwargs)
+
+
+def _products(own: Any, wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    """Multiply with factors of adapters on the CPU; nothing is computed in a step without adapters.
+
+    vLLM multiplies there for every row. The rows of the base would pay for that, and for :func:`expanded`, too.
+    """
+    idle = getattr(wrapper, "deltafmt_idle", False) and not torch.compiler.is_compiling()
+    return None if idle else own(wrapper, *args, **kwargs)
 
 
 def _load(own: Any, runner: Any, model: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
