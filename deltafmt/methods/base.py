@@ -27,6 +27,7 @@ from deltafmt.terms.floats import Raw, subtract
 from deltafmt.terms.layout import TermLayout
 
 if TYPE_CHECKING:
+    from deltafmt.methods.expected import Expected, Sampled
     from deltafmt.methods.measured import Heads
 
 
@@ -155,6 +156,11 @@ class Method(ABC):
         return False
 
     @property
+    def by_rows(self) -> bool:
+        """True if what it loses of a matrix can be told from some of the rows, packed as a matrix of their own."""
+        return not self.whole
+
+    @property
     def fixed_rank(self) -> bool:
         """True if :meth:`layouts` gives the layouts of every delta of that shape."""
         return True
@@ -202,6 +208,15 @@ class Method(ABC):
         for start, stop in row_ranges(rows.first, rows.first + rows.shape[0], width, step):
             for term, arrays in zip(terms, self.compress(rows.run(start, stop), seed), strict=True):
                 term.codec.encode(arrays, term.packed, start)
+
+    def expected(self, sample: Sampled, seed: int) -> Expected | None:  # noqa: ARG002
+        """Return what the method is expected to make of a delta, without packing it; None if nobody has a formula.
+
+        Args:
+            sample: the delta.
+            seed: the tensor's seed, 32 bits.
+        """
+        return None
 
     def approximate(self, rows: DeltaRows, seed: int, heads: Heads) -> NDArray[np.float32]:  # noqa: ARG002
         """Return the delta that a reader would decode after this method, to measure its loss.

@@ -93,6 +93,11 @@ class BitDelta(Method):
         """Return the layout of its one term."""
         return (self.layout,)
 
+    @property
+    def by_rows(self) -> bool:
+        """True: mean magnitudes of some rows are those of all rows, about."""
+        return True
+
     def describe(self) -> str:
         """Return the method and its options in one line."""
         rule = "" if self.scale == MEAN else f" {self.scale}"

@@ -32,9 +32,11 @@ from deltafmt.methods.common import (
     PositionOptions,
 )
 from deltafmt.methods.declare import Needs, option
+from deltafmt.methods.expected import Expected, Kept, Sampled, dropped, kept_of, spread
+from deltafmt.methods.grids import Grid, Quantized
 from deltafmt.methods.pack_kept import pack_kept
 from deltafmt.methods.quantize import default_grid, default_rule, quantize
-from deltafmt.methods.sampling import uniform
+from deltafmt.methods.sampling import gather, uniform
 from deltafmt.terms.nm.codec import NMArrays, slice_run
 from deltafmt.terms.nm.hashing import seeded
 from deltafmt.terms.nm.layout import NMLayout
@@ -138,6 +140,25 @@ class DeltaDQ(DropoutOptions, Method):
         positions = self.draw(rows, seed)
         kept = rows.gather(positions, self.m, self.share, self.factor)
         return (self.quantize(positions, kept),)
+
+    def rounded(
+        self, delta: NDArray[np.float32], rows: DeltaRows, seed: int, beside: NDArray[np.float32] | None
+    ) -> Kept:
+        """Return what rounding makes of the entries that dropout keeps of some rows of a delta."""
+        positions = self.draw(rows, seed)
+        kept = gather(delta, positions, self.m, self.share, self.factor)
+        other = None if beside is None else gather(beside, positions, self.m, self.share, np.float32(1))
+        grid = Grid(self.bits, self.layout.grid, self.scale_rule, self.scale_group, self.scale_dtype)
+        codes, scales = quantize(kept, grid.bits, grid.kind, grid.rule, grid.group, grid.scale_dtype)
+        return kept_of(kept, Quantized(grid, codes, scales).dense(), other)
+
+    def expected(self, sample: Sampled, seed: int) -> Expected:
+        """Return what is expected of dropout: a formula in norms, and the rounding of some rows."""
+        some = sample.some_delta
+        kept = self.rounded(some, sample.some, seed, sample.some_common)
+        share, squares, more = dropped(self.n, self.m, float(self.factor), kept, sample.squares)
+        varied = spread(some, self.n, self.m, self.share, float(self.factor) * kept.along) / sample.share
+        return Expected(share * sample.rest - more, squares - (2 * share - 1) * sample.common - 2 * more, varied)
 
     def pack(self, rows: DeltaRows, seed: int, terms: Sequence[PackedTerm]) -> None:
         """Do what :meth:`compress` does, and pack the result, in one pass over the rows."""

@@ -23,6 +23,9 @@ Floats = NDArray[np.float32]
 EXACT_SIZE = 768
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
+# Of a sketch, whose vectors are only measured.
+SKETCH_OVERSAMPLING = 8
+SKETCH_ITERATIONS = 2
 # Singular values below this share of the largest are rounding of float32.
 NULL = 1e-7
 
@@ -85,6 +88,23 @@ def factorize(delta: Floats, rank: int, *, hessian: NDArray[np.floating] | None 
     return _with_signs(left, values, right)
 
 
+def sketched(delta: Floats, rank: int) -> LowRank:
+    """Return the first singular vectors as :func:`factorize` does, from a quick sketch where the matrix is not small.
+
+    The energy in the vectors is a little less than the best. Where a few vectors out of many are wanted to foretell
+    what a method will lose, that does not matter.
+
+    Args:
+        delta: float32, finite, shape (rows, columns).
+        rank: number of vectors of the result.
+    """
+    least = min(delta.shape)
+    rank = min(rank, least)
+    if 4 * (rank + SKETCH_OVERSAMPLING) > least:
+        return _with_signs(*_exact(delta, rank))
+    return _with_signs(*_randomized(delta, rank, SKETCH_OVERSAMPLING, SKETCH_ITERATIONS))
+
+
 def rank_for_energy(values: NDArray[np.floating], share: float) -> int:
     """Return the smallest rank whose squared singular values make up a share of the energy.
 
@@ -105,10 +125,14 @@ def _decompose(matrix: Floats, rank: int) -> tuple[Floats, Floats, Floats]:
     least = min(matrix.shape)
     if least <= EXACT_SIZE or 4 * (rank + OVERSAMPLING) > least:
         return _exact(matrix, rank)
+    return _randomized(matrix, rank, OVERSAMPLING, POWER_ITERATIONS)
+
+
+def _randomized(matrix: Floats, rank: int, oversampling: int, iterations: int) -> tuple[Floats, Floats, Floats]:
     rng = np.random.default_rng(matrix.shape)
-    basis = matrix @ rng.standard_normal((matrix.shape[1], rank + OVERSAMPLING), np.float32)
+    basis = matrix @ rng.standard_normal((matrix.shape[1], rank + oversampling), np.float32)
     basis = np.linalg.qr(basis)[0]
-    for _ in range(POWER_ITERATIONS):
+    for _ in range(iterations):
         basis = np.linalg.qr(matrix.T @ basis)[0]
         basis = np.linalg.qr(matrix @ basis)[0]
     inner, values, right = np.linalg.svd(basis.T @ matrix, full_matrices=False)

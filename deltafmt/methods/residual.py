@@ -22,6 +22,7 @@ from deltafmt.methods.common import BITS, DROPPED, NM, RANK, SCALE_GROUP
 from deltafmt.methods.declare import Needs, option, values_of
 from deltafmt.methods.decoded import decoded
 from deltafmt.methods.deltadq import DeltaDQ, DropoutOptions
+from deltafmt.methods.expected import Expected, Sampled, dropped, spread
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.grids import Floats, Grid
 from deltafmt.methods.measured import Heads
@@ -121,6 +122,27 @@ class Residual(DropoutOptions, HeadOptions, Method):
         positions = dropout.draw(rows, seed)
         kept = gather(rest, positions, self.m, self.share, dropout.factor)
         return dropout.quantize(positions, kept)
+
+    def expected(self, sample: Sampled, seed: int) -> Expected:
+        """Return what is expected of the head, whose vectors are known, and of dropout of the rest R = D - H.
+
+        <Q, D'> = <H, D'> + <Q_R, R> + <Q_R, H - C>, and |Q - C|^2 = |H - C|^2 + 2 <Q_R, H - C> + |Q_R|^2.
+        """
+        head, dropout = sample.head(self.head_grid), self.dropout
+        along, squares, common = head.products(self.rank)
+        numbers = sample.numbers
+        dense = head.left[numbers, : self.rank] @ head.right[: self.rank]
+        some = sample.some_delta - dense
+        counted = dense if sample.some_common is None else dense - sample.some_common
+        kept = dropout.rounded(some, sample.some, seed, counted)
+        rest = max(sample.squares - 2 * along + squares, 0.0)
+        share, noisy, more = dropped(self.n, self.m, float(dropout.factor), kept, rest)
+        mine = along - common  # <H, D'>
+        beside = squares - 2 * common + sample.common  # |H - C|^2
+        between = along - squares - sample.common + common  # <H - C, R>
+        varied = spread(some, self.n, self.m, self.share, float(dropout.factor) * kept.along) / sample.share
+        both = beside + 2 * (share * between + more) + noisy
+        return Expected(mine + share * (sample.rest - mine) + more, both, varied)
 
     def approximate(self, rows: DeltaRows, seed: int, heads: Heads) -> Floats:
         """Return the delta that a reader would decode, with a head that methods share."""

@@ -22,7 +22,7 @@ from deltafmt.methods.base import Method
 from deltafmt.pipeline.allocate import Alternative, allocate, total_size
 from deltafmt.pipeline.choice import Choice, Chosen
 from deltafmt.pipeline.job import PackJob
-from deltafmt.pipeline.losses import measure
+from deltafmt.pipeline.losses import foretell, measure
 from deltafmt.pipeline.plan import Plan, not_finite, shared_bytes, tensor_seed
 from deltafmt.pipeline.sizes import file_size, plan_layouts, tensor_size
 from deltafmt.pipeline.summary import times
@@ -234,6 +234,8 @@ def _losses(
     common: int,
 ) -> list[float]:
     try:
+        if hessian is None:
+            return foretell(plan, methods, seed, common)
         return measure(plan, methods, seed, hessian, common)
     except NonFiniteError as error:
         raise not_finite(plan.tensor.name, "the delta has NaN or infinity") from error

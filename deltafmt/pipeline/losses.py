@@ -1,4 +1,4 @@
-"""How much each candidate would lose of a tensor, measured on the tensor itself before anything is packed.
+"""How much each candidate would lose of a tensor, foretold or measured on the tensor before anything is packed.
 
 The squared error of weights does not tell what a model loses: random dropout at 1:8 errs by seven times the delta and
 costs little, the singular vectors of half of a delta's energy err by half and cost most of it. The part of a delta D
@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.methods.base import DeltaRows, Method
+from deltafmt.methods.expected import LEAST_REST, Sampled
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.measured import Heads
 from deltafmt.pipeline.plan import Plan
@@ -43,8 +44,6 @@ RANDOM_NOISE = 0.01
 OTHER_NOISE = 0.05
 # Noise at the outputs for true inputs is relatively smaller, and weighs so many times more.
 OF_INPUTS = 6
-# Strongest directions are the delta itself, and are not left out, where less than this share of its energy remains.
-LEAST_REST = 0.02
 
 
 def sample_runs(rows: int, columns: int) -> list[tuple[int, int]]:
@@ -81,12 +80,22 @@ class Loss:
         delta: the matrix, float32, shape (rows, columns).
         hessian: second moments of its inputs, shape (columns, columns).
         common: number of strongest singular directions that are left out of the delta and of approximations.
+        shared: these directions, if they are known.
     """
 
-    def __init__(self, delta: Floats, hessian: NDArray[np.floating] | None = None, common: int = 0) -> None:
+    def __init__(
+        self,
+        delta: Floats,
+        hessian: NDArray[np.floating] | None = None,
+        common: int = 0,
+        shared: Floats | None = None,
+    ) -> None:
         squares = _dot(delta, delta)
         self._common = np.zeros((1, 1), np.float32)
-        if common:
+        if shared is not None:
+            self._common, delta = shared, delta - shared
+            squares = _dot(delta, delta)
+        elif common:
             shared = factorize(delta, common).dense()
             rest = delta - shared
             if _dot(rest, rest) >= LEAST_REST * squares:
@@ -115,6 +124,43 @@ class Loss:
 
 def _dot(a: Floats, b: Floats) -> float:
     return float(np.vdot(a, b))
+
+
+def foretell(plan: Plan, methods: Sequence[Method | None], seed: int, common: int = 0) -> list[float]:
+    """Return what each method is expected to lose of a tensor: about what :func:`measure` finds, but quickly.
+
+    Dropout has a closed form (docs/expected-errors.md). Of methods that decide row by row, some rows are measured. What
+    is left is measured as :func:`measure` does it.
+
+    Args:
+        plan: names the tensor and its base.
+        methods: methods to try; None stores the tensor whole.
+        seed: the tensor's seed.
+        common: number of singular directions that are left out.
+
+    Raises:
+        NonFiniteError: the delta has NaN or infinity.
+    """
+    sample = Sampled(read_sample(plan), max((method.head_rank for method in methods if method), default=0), common)
+    some = sample.some_delta
+    some_loss = Loss(some, shared=sample.some_common)
+    whole: tuple[Loss, Heads] | None = None
+    found = []
+    for method in methods:
+        if method is None or not sample.squares:
+            found.append(0.0)
+            continue
+        weight = RANDOM_NOISE if method.at_random else OTHER_NOISE
+        expected = method.expected(sample, seed)
+        if expected is not None:
+            found.append(expected.loss(sample.rest, weight))
+        elif method.by_rows:
+            found.append(some_loss.of(method.approximate(sample.some, seed, Heads(some, 0)), weight))
+        else:
+            if whole is None:
+                whole = Loss(sample.delta, None, common), Heads(sample.delta, method.head_rank)
+            found.append(whole[0].of(method.approximate(sample.rows, seed, whole[1]), weight))
+    return found
 
 
 def measure(
