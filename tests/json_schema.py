@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float)}
+TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "null": type(None)}
 KEYWORDS = {
-    "$defs", "$ref", "$schema", "additionalProperties", "const", "description", "enum", "items", "maxItems", "minimum",
-    "pattern", "properties", "required", "title", "type",
+    "$defs", "$ref", "$schema", "additionalProperties", "const", "description", "enum", "items", "maxItems", "minItems",
+    "minimum", "pattern", "properties", "required", "title", "type",
 }  # fmt: skip
 
 
@@ -31,8 +31,10 @@ def faults(value: Any, schema: Any, root: Any = None, at: str = "", *, closed: b
         yield f"{at}: {value!r} is not {schema['const']!r}"
     if "enum" in schema and value not in schema["enum"]:
         yield f"{at}: {value!r} is none of {schema['enum']}"
-    if "type" in schema and (not isinstance(value, TYPES[schema["type"]]) or isinstance(value, bool)):
-        yield f"{at}: {value!r} is no {schema['type']}"
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if kinds and (isinstance(value, bool) or not any(isinstance(value, TYPES[kind]) for kind in kinds)):
+        yield f"{at}: {value!r} is no {' or '.join(kinds)}"
         return
     if isinstance(value, list | dict):
         yield from member_faults(value, schema, root, at, closed)
@@ -46,6 +48,8 @@ def member_faults(value: Any, schema: Any, root: Any, at: str, closed: bool) -> 
     """Give what is wrong with the members of a list or a map."""
     if isinstance(value, list):
         if len(value) > schema.get("maxItems", len(value)):
+            yield f"{at}: {len(value)} items"
+        if len(value) < schema.get("minItems", 0):
             yield f"{at}: {len(value)} items"
         for number, item in enumerate(value):
             yield from faults(item, schema.get("items", {}), root, f"{at}[{number}]", closed=closed)

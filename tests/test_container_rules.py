@@ -170,7 +170,7 @@ def put(*path: Any) -> Callable[[Any], object]:
         (put("sections", []), "sections: they end at 4096"),
         (put("sections", 0, "offset", 8192), r"sections\[0\].offset: 8192 where 4096 is next"),
         (put("sections", 0, "codec", 2), r"sections\[0\].codec: unknown codec 2"),
-        (put("sections", 0, "kind", 4), r"sections\[0\].kind: unknown section kind 4"),
+        (put("sections", 0, "kind", 5), r"sections\[0\].kind: unknown section kind 5"),
         (put("sections", 0, "kind", True), r"sections\[0\].kind: unknown section kind True"),
         (put("sections", 0, "length", 2**62), r"equal lengths"),
         (put("sections", 0, "length", -1), r"sections\[0\].length: -1 is not an integer"),
