@@ -201,8 +201,8 @@ def test_rows_that_nobody_announced_are_refused(deltas: dict[str, Path], nano: P
     with pytest.raises(UsageError, match=r"down_proj was given 2 rows where the engine announced 3"):
         layer.quant_method.apply(layer, torch.randn(2, 384))
     padded = layer.quant_method.apply(layer, torch.ones(5, 384))
-    assert torch.equal(padded[3], padded[4])
-    assert not torch.equal(padded[2], padded[3])
+    torch.testing.assert_close(padded[3], padded[4])  # not of the same bits where two threads share the rows
+    assert not torch.allclose(padded[2], padded[3])
 
 
 def test_a_wrong_base_and_a_layer_that_never_ran_are_refused(deltas: dict[str, Path], nano: Path) -> None:

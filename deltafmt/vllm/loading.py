@@ -110,7 +110,7 @@ def load_delta(
             if base is not None:
                 base.check(metadata, {entry.name: entry for entry in entries.values()}.values())
             wanted = _wanted(entries, opened.container.removed, model, starting=starting)
-            tensors = _read(path, wanted, source)
+            tensors = _read(path, wanted, source, opened)
             if tensors.content_id != content_id:
                 raise UsageError("the file changed while it was read")
             check_terms(name, tensors)
@@ -126,10 +126,10 @@ def load_delta(
         raise error.located(name) from error
 
 
-def _read(path: str, wanted: list[_Wanted], source: BinaryIO | None) -> DeviceDelta:
+def _read(path: str, wanted: list[_Wanted], source: BinaryIO | None, opened: DeltaFile) -> DeviceDelta:
     held = {one.held.key: one.held for one in wanted}
     if all(one.cut is None for one in held.values()):
-        return load(source or path, "cpu", tensors=list(held) or None)
+        return load(source or path, "cpu", tensors=list(held) or None, known=opened)
     return load_held(path, held, torch.device("cpu"), threading.Event(), source=source)
 
 
