@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from deltafmt.errors import UsageError
-from deltafmt.pipeline.summary import plural, times
+from deltafmt.pipeline.summary import WHOLE, plural, times
 from deltafmt.tools import console
 from deltafmt.tools.byte_sizes import parse_size
 from deltafmt.tools.method_arguments import read_spelling
@@ -86,7 +86,7 @@ def method_name(chosen: Chosen) -> str:
         return f"alias of {plan.alias}"
     if plan.method is not None and chosen.size:
         return plan.method.spelling()
-    return "exact" if chosen.size else "same as the base"
+    return WHOLE if chosen.size else "same as the base"
 
 
 def plan_obj(choice: Choice) -> dict[str, Any]:
