@@ -150,7 +150,7 @@ def test_the_command(home: Path, tmp_path: Path, cli: Cli) -> None:
         (("--method", "gptq"), 2, ("method gptq needs", "; --calibration FILE")),
         (("--rule", "*.mlp.*", "sparsegpt"), 2, ("method sparsegpt needs", "; --calibration FILE")),
         (("--target-ratio", "4", "--candidate", "gptq"), 2, ("method gptq needs", "; --calibration FILE")),
-        (("--method", "rtn", *text), 2, ("no tensor's method reads a calibration text",)),
+        (("--method", "rtn", *text), 2, ("method rtn reads no calibration text",)),
         (("--method", "gptq", "--calibration-length", "9"), 2, ("--calibration-length needs --calibration",)),
         (("--method", "gptq", *short), 2, ("tokens where at least 48 are needed", "down_proj")),
         (("--method", "gptq", *text, "--calibration-tokens", "0"), 2, ("0 calibration tokens",)),

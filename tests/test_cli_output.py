@@ -159,6 +159,8 @@ def test_json_of_errors(tmp_path: Path, cli: Cli, command: str) -> None:
         "export-lora": (missing, "-o", "x"),
         "analyze": (missing, missing),
         "evaluate": (missing, missing, missing, "--text", missing),
+        "apply": (missing, missing, "-o", "x"),
+        "squash": (missing, missing, "-o", "x"),
     }.get(command, (missing,))
     result = cli(command, *arguments, "--json")
     assert result.code == 5

@@ -30,7 +30,7 @@ def write_some(sink: PartialFile, names: str) -> tuple[ContainerWriter, list[Ten
     for name in names:
         entries.append(replacement(writer, name, name.encode() * 4500))
         writer._close_section()
-        sink.record(writer.sections[-1], [LAYOUT], {name: entries[-1].to_obj()})
+        sink.record([writer.sections[-1]], [LAYOUT], {name: entries[-1].to_obj()})
     return writer, entries
 
 
@@ -123,9 +123,9 @@ def record(obj: Any) -> bytes:
         b"\xff" * 40,
         record(b"\xc1"),
         record([1]),
-        record({"job": b"job"}) + record({"section": {}}),
-        record({"job": b"job"}) + record({"section": None, "layouts": [], "entries": {}}),
-        record({"job": b"job"}) + record({"entries": {}, "layouts": [3], "section": {}}),
+        record({"job": b"job"}) + record({"sections": [{}]}),
+        record({"job": b"job"}) + record({"sections": None, "layouts": [], "entries": {}}),
+        record({"job": b"job"}) + record({"entries": {}, "layouts": [3], "sections": []}),
         record({"job": b"job"})[:-1],
     ],
 )

@@ -57,7 +57,7 @@ def test_every_error_carries_its_remedy(kind: type[DeltafmtError]) -> None:
 
 
 def test_every_remedy_of_the_library_is_an_argument_and_has_a_sentence() -> None:
-    functions = (deltafmt.pack, deltafmt.unpack, deltafmt.export_lora)
+    functions = (deltafmt.pack, deltafmt.pack_many, deltafmt.unpack, deltafmt.export_lora)
     known = {name for function in functions for name in inspect.signature(function).parameters}
     found = {ast.literal_eval(call.args[0]) for name, call in calls() if name == "Remedy"}
     assert found == {
@@ -66,6 +66,7 @@ def test_every_remedy_of_the_library_is_an_argument_and_has_a_sentence() -> None
         "calibration",
         "code",
         "exclude",
+        "finetuned",
         "force",
         "limits",
         "missing",
@@ -77,7 +78,7 @@ def test_every_remedy_of_the_library_is_an_argument_and_has_a_sentence() -> None
     }
     assert found <= known
     for option in found:
-        assert re.match(r"--?[a-z]", sentence(Remedy(option, "x")))
+        assert re.match(r"--?[a-z]|NAME=", sentence(Remedy(option, "x")))
 
 
 def test_no_error_of_the_library_names_an_option_of_the_command_line() -> None:

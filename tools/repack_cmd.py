@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from deltafmt.errors import UsageError
 from deltafmt.tools import console
 from deltafmt.tools.limit_arguments import add_limit_arguments, limits_of
 
@@ -28,6 +29,8 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from deltafmt.pipeline.repack import repack
 
+    if options.profile is None and options.drop is None:
+        raise UsageError("nothing to do: give --profile hot, --profile cold or --drop exact")
     result = repack(
         options.delta,
         options.output,
