@@ -238,7 +238,7 @@ def test_what_cannot_be_is_refused_in_a_line(tmp_path: Path, cli: Cli) -> None:
     refused(cli(*repack, "--drop", "exact"), 2, "has no exact parts to drop")
     refused(cli("repack", tmp_path / "archive", "-o", tmp_path / "d", "--drop", "exact"), 2, "it is an archive")
     refused(cli(*repack, "--drop", "terms"), 2, "drop 'terms' is not exact")
-    refused(cli(*repack), 2, "nothing to do: give a profile, hot or cold, or drop exact")
+    refused(cli(*repack), 2, "nothing to do: give --profile hot, --profile cold or --drop exact")
     assert not (tmp_path / "d").exists()
 
 
