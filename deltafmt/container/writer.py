@@ -13,6 +13,7 @@ from deltafmt.container.chunks import ChunkCompressor
 from deltafmt.container.content import content_id
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
+from deltafmt.format.choices import check_choice
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.exact import FileRef
 from deltafmt.index.scaled import ScaledRef
@@ -78,8 +79,7 @@ class ContainerWriter:
     """
 
     def __init__(self, sink: Sink, profile: str = "hot", sections: Iterable[Section] = (), features: int = 0) -> None:
-        if profile not in c.PROFILES:
-            raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
+        check_choice("profile", profile, c.PROFILES)
         self.profile = profile
         self._sink = sink
         self._header = frame.encode_header(incompatible=features)

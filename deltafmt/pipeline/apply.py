@@ -19,9 +19,10 @@ from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.weight_names import METADATA_VARIANT
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import StorageError, UsageError, WrongBaseError
+from deltafmt.format.choices import check_choice
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.output import OutputLock, storage_error
-from deltafmt.pipeline.attached_code import check_code_option, chosen_files, code_of
+from deltafmt.pipeline.attached_code import CODE, chosen_files, code_of
 from deltafmt.pipeline.chain import Chain, open_chain, open_links
 from deltafmt.pipeline.gives import difference_from_result
 from deltafmt.pipeline.outputs import refuse_input_folder
@@ -89,7 +90,8 @@ def apply(
     """
     core.warn_if_missing()
     place = _place(model, deltas, out, in_place, recover)
-    check_code_option(code)
+    if code is not None:
+        check_choice("code", code, CODE)
     result = ApplyResult(place, recovered=_recover(place) if out is None else False)
     if recover:
         return result

@@ -17,16 +17,6 @@ LEAVE: Final = "leave"
 CODE: Final = (WRITE, LEAVE)
 
 
-def check_code_option(code: str | None) -> None:
-    """Refuse a value that says nothing.
-
-    Raises:
-        UsageError: names the value.
-    """
-    if code is not None and code not in CODE:
-        raise UsageError(f"code {code!r} is not one of {', '.join(CODE)}")
-
-
 def code_of(container: Container) -> list[str]:
     """Return the names of the attached files of Python code."""
     return [name for name in container.attachments if is_source(name)]

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from deltafmt.checkpoint.base_name import base_name as folder_name
 from deltafmt.errors import UsageError
 from deltafmt.methods import RTN, BitDelta, DeltaDQ, Method, Residual
 from deltafmt.pipeline.alternatives import Alternatives, Hessians
 from deltafmt.pipeline.choice import Choice
-from deltafmt.pipeline.job import PackJob, check_options
-from deltafmt.pipeline.pairing import PairOptions
+from deltafmt.pipeline.pack_options import PackOptions
 from deltafmt.pipeline.plan import Rule
-from deltafmt.pipeline.prepare import open_pair, prepare
-from deltafmt.pipeline.target import target_bytes, target_metadata
+from deltafmt.pipeline.target import target_bytes
 from deltafmt.pipeline.workers import Progress, thread_count
 
 
@@ -90,16 +87,28 @@ def plan_for_target(
         NonFiniteError: a delta has NaN or infinity.
         InvalidFileError, WrongBaseError, StorageError: as ``pack`` raises them.
     """
-    check_options(profile, seed)
-    options = PairOptions.parse(rename, strip_prefix, allow_architecture)
-    with open_pair(base, finetuned, variant, attach, no_attach, quantized) as (before, after):
+    options = PackOptions.read(
+        method=None,
+        rules=rules,
+        include=include,
+        exclude=exclude,
+        missing=missing,
+        variant=variant,
+        attach=attach,
+        no_attach=no_attach,
+        quantized=quantized,
+        rename=rename,
+        strip_prefix=strip_prefix,
+        allow_architecture=allow_architecture,
+        base_name=base_name,
+        profile=profile,
+        seed=seed,
+        exact=False,
+    )
+    with options.open(base, finetuned) as (before, after):
         target = target_bytes(target_ratio, target_size, after.file_bytes)
         if target is None:
             raise UsageError("a plan needs a target ratio or a target size")
-        ready = prepare(before, after, None, rules, include, exclude, missing, options)
-        named = folder_name(before) if base_name is None else base_name
-        description = target_metadata(target)
-        job = PackJob(before, after, ready.plans, profile, seed, description, ready.pairing, named, ready.completeness)
-        alternatives = Alternatives(job, candidates or default_candidates())
+        alternatives = Alternatives(options.job(before, after, target), candidates or default_candidates())
         alternatives.measure(thread_count(threads), progress, hessians)
         return alternatives.choose(target)

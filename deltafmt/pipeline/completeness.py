@@ -16,7 +16,7 @@ from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.quantizers import parts_of_codes, quantizer_of
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.weight_names import bounded
-from deltafmt.errors import InvalidFileError, Remedy, UsageError
+from deltafmt.errors import InvalidFileError, Remedy
 from deltafmt.format.constants import DELTA_DTYPES, element_count
 from deltafmt.pipeline.pairing import Pairing
 
@@ -62,16 +62,6 @@ class Completeness:
     empty: list[str] = field(default_factory=list)
     spared: list[str] = field(default_factory=list)
     taken: list[str] = field(default_factory=list)
-
-
-def check_missing_option(missing: str | None) -> None:
-    """Refuse a value that says nothing.
-
-    Raises:
-        UsageError: names the value.
-    """
-    if missing is not None and missing not in MISSING:
-        raise UsageError(f"missing {missing!r} is not one of {', '.join(MISSING)}")
 
 
 def find_empty(bases: Bases, finetuned: Checkpoint, whole: Collection[str]) -> list[str]:

@@ -22,13 +22,14 @@ from deltafmt.container.content import semantic_entry
 from deltafmt.container.reader import Container
 from deltafmt.delta import DeltaFile, row_ranges
 from deltafmt.errors import StorageError, UsageError
+from deltafmt.format.choices import check_choice
 from deltafmt.format.constants import DELTA_DTYPES
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.exact import FileRef
 from deltafmt.index.sections import Attachment
 from deltafmt.pipeline.outputs import is_delta_file
-from deltafmt.pipeline.quantized_pairs import EXACT, check_quantized_option
+from deltafmt.pipeline.quantized_pairs import EXACT, QUANTIZED
 from deltafmt.pipeline.summary import describe_entry
 from deltafmt.terms import floats
 
@@ -111,7 +112,8 @@ def diff(
     if are_deltas[0] != are_deltas[1]:
         one, other = (a, b) if are_deltas[0] else (b, a)
         raise UsageError(f"{one} is a delta file and {other} is not; diff compares two delta files or two checkpoints")
-    check_quantized_option(quantized)
+    if quantized is not None:
+        check_choice("quantized", quantized, QUANTIZED)
     if are_deltas[0] and (variant is not None or quantized is not None):
         raise UsageError("a variant and what is quantized are for two checkpoints, and these are delta files")
     if are_deltas[0] and renames:

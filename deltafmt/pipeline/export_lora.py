@@ -23,6 +23,7 @@ from deltafmt.checkpoint.weight_names import WeightNames, bounded
 from deltafmt.delta import DeltaFile, refuse_child, refuse_exact
 from deltafmt.errors import Remedy, UsageError
 from deltafmt.format import constants as c
+from deltafmt.format.choices import check_choice
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.file_names import is_source
 from deltafmt.pipeline.bases import BaseTensors, open_base
@@ -128,8 +129,8 @@ def export_lora(
         WrongBaseError: the base lacks a tensor, or has other bytes than those packed against.
         StorageError: reading or writing failed.
     """
-    if dtype is not None and dtype not in c.DELTA_DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(c.DELTA_DTYPES)}")
+    if dtype is not None:
+        check_choice("dtype", dtype, c.DELTA_DTYPES)
     if reader not in (None, VLLM):
         raise UsageError(f"reader {reader!r} is not {VLLM}")
     path, renames = Path(out), Renames.parse(rename, strip_prefix)

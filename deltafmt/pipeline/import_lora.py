@@ -31,6 +31,7 @@ from deltafmt.container.partial import PartialFile
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
+from deltafmt.format.choices import check_choice
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.index.file_names import collisions
 from deltafmt.index.sections import Attachment
@@ -155,8 +156,7 @@ def import_lora(
         WrongBaseError: the base lacks a tensor of the adapter, or has it in another shape.
         StorageError: reading or writing failed.
     """
-    if profile not in c.PROFILES:
-        raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
+    check_choice("profile", profile, c.PROFILES)
     path, renames = Path(out), Renames.parse(rename, strip_prefix)
     with Checkpoint(base, variant=variant, lenient=True) as checkpoint, Adapter(adapter) as opened:
         read_as_values(checkpoint, exact=False)

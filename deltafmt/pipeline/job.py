@@ -17,6 +17,7 @@ from deltafmt.checkpoint.weight_names import METADATA_VARIANT
 from deltafmt.container import canonical
 from deltafmt.errors import UsageError
 from deltafmt.format import constants as c
+from deltafmt.format.choices import check_choice
 from deltafmt.format.constants import (
     FEATURE_EXACT,
     FEATURE_LEADING,
@@ -49,8 +50,7 @@ def check_options(profile: str, seed: int) -> None:
     """
     if not 0 <= seed < 2**64:
         raise UsageError(f"seed {seed} is outside 0 to 2**64 - 1")
-    if profile not in c.PROFILES:
-        raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
+    check_choice("profile", profile, c.PROFILES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -91,13 +91,11 @@ class PackOptions:
             exact,
         )
 
-    @contextlib.contextmanager
     def open(
         self, base: str | os.PathLike[str], finetuned: str | os.PathLike[str]
-    ) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+    ) -> AbstractContextManager[tuple[Checkpoint, Checkpoint]]:
         """Open a pair, as :func:`deltafmt.pipeline.prepare.open_pair` does."""
-        with open_pair(base, finetuned, self.variant, self.attach, self.no_attach, self.quantized) as pair:
-            yield pair
+        return open_pair(base, finetuned, self.variant, self.attach, self.no_attach, self.quantized)
 
     def job(self, before: Checkpoint, after: Checkpoint, target: int | None = None) -> PackJob:
         """Return what is packed of an open pair.

@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.travel import AttachRules
 from deltafmt.errors import InvalidFileError, UsageError, WrongBaseError
+from deltafmt.format.choices import check_choice
 from deltafmt.methods.base import Method
 from deltafmt.pipeline.completeness import (
+    MISSING,
     SAME,
     Bases,
     Completeness,
     check_flattened,
     check_layers,
-    check_missing_option,
     check_partial,
     find_empty,
     find_lacking,
@@ -92,7 +93,8 @@ def prepare(
             names.
         InvalidFileError: the fine-tune is not whole.
     """
-    check_missing_option(missing)
+    if missing is not None:
+        check_choice("missing", missing, MISSING)
     whole = {name for name in finetuned.tensors if _is_chosen(name, method, rules, exclude)}
     empty = _leave_out_empty(base, base.tensors, finetuned, whole, missing)
     if not finetuned.tensors and missing != SAME:

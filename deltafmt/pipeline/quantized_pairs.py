@@ -15,22 +15,12 @@ from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.fp8 import read_as_values
 from deltafmt.checkpoint.plain_config import leave_out_quantization
 from deltafmt.checkpoint.quantizers import parts_of_codes
-from deltafmt.errors import UsageError
+from deltafmt.format.choices import check_choice
 from deltafmt.index.scaled import ScaledRef
 
 VALUES: Final = "values"
 EXACT: Final = "exact"
 QUANTIZED: Final = (VALUES, EXACT)
-
-
-def check_quantized_option(quantized: str | None) -> None:
-    """Refuse a value that says nothing.
-
-    Raises:
-        UsageError: names the value.
-    """
-    if quantized is not None and quantized not in QUANTIZED:
-        raise UsageError(f"quantized {quantized!r} is not one of {', '.join(QUANTIZED)}")
 
 
 def read_pair(base: Checkpoint, finetuned: Checkpoint, quantized: str | None) -> None:
@@ -39,7 +29,8 @@ def read_pair(base: Checkpoint, finetuned: Checkpoint, quantized: str | None) ->
     Raises:
         UnsupportedError, InvalidFileError: as :func:`deltafmt.checkpoint.fp8.read_as_values` raises them.
     """
-    check_quantized_option(quantized)
+    if quantized is not None:
+        check_choice("quantized", quantized, QUANTIZED)
     if quantized == EXACT:
         finetuned.kept = parts_of_codes(finetuned)
         return

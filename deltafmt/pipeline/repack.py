@@ -18,6 +18,7 @@ from deltafmt.container.writer import About, ContainerWriter
 from deltafmt.delta import DeltaFile, codec_of
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
+from deltafmt.format.choices import check_choice
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.exact import FileRef
@@ -68,8 +69,8 @@ def repack(
     """
     if profile is None and drop is None:
         raise UsageError("nothing to do: give a profile, hot or cold, or drop exact")
-    if profile is not None and profile not in c.PROFILES:
-        raise UsageError(f"profile {profile!r} is not one of {', '.join(c.PROFILES)}")
+    if profile is not None:
+        check_choice("profile", profile, c.PROFILES)
     if drop is not None and drop != EXACT:
         raise UsageError(f"drop {drop!r} is not {EXACT}")
     path = Path(out)

@@ -24,10 +24,11 @@ from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.weight_names import WeightNames
 from deltafmt.delta import BATCH_ELEMENTS, DeltaFile, RunDecoder, row_ranges
 from deltafmt.errors import InvalidFileError, UsageError, WrongBaseError
+from deltafmt.format.choices import check_choice
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.index.exact import ExactRef
-from deltafmt.pipeline.attached_code import check_code_option, chosen_files, code_of
+from deltafmt.pipeline.attached_code import CODE, chosen_files, code_of
 from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base, short_id
 from deltafmt.pipeline.digests import check_content_id, check_payload_digest
 from deltafmt.pipeline.exact_tensors import ExactTensor
@@ -111,7 +112,8 @@ def unpack(
     """
     core.warn_if_missing()
     path = Path(out)
-    check_code_option(code)
+    if code is not None:
+        check_choice("code", code, CODE)
     renames = Renames.parse(rename, strip_prefix)
     check_output_folder(path, force=force)
     refuse_input_folder(path, [base, delta])

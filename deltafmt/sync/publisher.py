@@ -9,6 +9,7 @@ import torch
 
 from deltafmt.errors import BehindError, UsageError
 from deltafmt.exact.chunk import LEVELS
+from deltafmt.format.choices import check_choice
 from deltafmt.output import Bytes
 from deltafmt.pipeline.workers import thread_count
 from deltafmt.sync.live import live_tensors
@@ -72,8 +73,7 @@ class Publisher:
             raise UsageError(f"an anchor at every {anchor_every} versions is not possible; give 1 or more, or None")
         if ahead < 0 or not 0 <= version < MAX_VERSION:
             raise UsageError(f"ahead {ahead} and version {version} must be 0 or more, and version below {MAX_VERSION}")
-        if level not in LEVELS:
-            raise UsageError(f"level {level!r} is not one of {', '.join(LEVELS)}")
+        check_choice("level", level, LEVELS)
         self.version = version
         self._anchor_every, self._ahead = anchor_every, ahead
         self._level, self._threads = level, thread_count(threads)

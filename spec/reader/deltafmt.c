@@ -3312,28 +3312,26 @@ static dlt_status add_entry(const dlt_file *file, blake3 *hash, const dlt_tensor
     return DLT_OK;
 }
 
+static void add_digests(blake3 *hash, const attachment *all, size_t count) {
+    static const uint8_t head[2] = {0xC4, 32};
+    add_count(hash, 0x80, 0xDE, count);
+    for (size_t i = 0; i < count; i++) {
+        add_string(hash, all[i].name);
+        dlt_blake3_add(hash, head, 2);
+        dlt_blake3_add(hash, all[i].digest, 32);
+    }
+}
+
 /* The content id: the canonical msgpack of a map with attachments (name to digest), metadata, removed, scaled, and
  * tensors, whose entries follow. */
 static void start_content_id(const dlt_file *file, blake3 *hash) {
     dlt_blake3_start(hash);
     add_count(hash, 0x80, 0xDE, 4 + (file->files != NULL) + (file->scaled != NULL) + (file->about.parent != NULL));
     add_word(hash, "attachments");
-    add_count(hash, 0x80, 0xDE, file->about.attachments);
-    for (size_t i = 0; i < file->about.attachments; i++) {
-        static const uint8_t head[2] = {0xC4, 32};
-        add_string(hash, file->attachments[i].name);
-        dlt_blake3_add(hash, head, 2);
-        dlt_blake3_add(hash, file->attachments[i].digest, 32);
-    }
+    add_digests(hash, file->attachments, file->about.attachments);
     if (file->files) {
         add_word(hash, "files");
-        add_count(hash, 0x80, 0xDE, file->about.files);
-        for (size_t i = 0; i < file->about.files; i++) {
-            static const uint8_t head[2] = {0xC4, 32};
-            add_string(hash, file->files[i].name);
-            dlt_blake3_add(hash, head, 2);
-            dlt_blake3_add(hash, file->files[i].digest, 32);
-        }
+        add_digests(hash, file->files, file->about.files);
     }
     add_word(hash, "metadata");
     dlt_blake3_add(hash, file->raw_metadata.p, file->raw_metadata.length);
