@@ -88,7 +88,7 @@ def test_few_differences_are_coded_as_all_are() -> None:
     planes, counts = sorted_planes(values, prediction, unit, unit)
     assert 0 < np.count_nonzero(values != prediction) < count // 8
     assert made == chunks.Chunk(chunks.SORTED, chunks._write_planes(planes, chunks._ends(counts)))
-    assert len(made.data) < len(chunks._sparse(values, prediction, values != prediction, unit).data)
+    assert len(made.data) < len(chunks._sparse(values, prediction, np.flatnonzero(values != prediction), unit).data)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -146,7 +146,7 @@ def test_every_form_decodes_to_the_same_units(data: st.DataObject) -> None:
         chunks.SORTED: chunks._write_planes(sorted_planes(values, prediction, unit, sorts)[0]),
     }
     if (values != prediction).any():
-        forms[chunks.SPARSE] = chunks._sparse(values, prediction, values != prediction, unit).data
+        forms[chunks.SPARSE] = chunks._sparse(values, prediction, np.flatnonzero(values != prediction), unit).data
     for form, stored in forms.items():
         chunks.check(form, stored, values.size, unit)
         assert np.array_equal(chunks.decode(form, stored, prediction, unit), values), form
@@ -179,7 +179,7 @@ def test_a_sparse_chunk_reaches_over_long_gaps() -> None:
     for places in ([0], [count - 1], [254, 255 + 255, 1020], [255], [0, 256], list(range(300))):
         values = prediction.copy()
         values[places] = 7
-        chunk = chunks._sparse(values, prediction, values != prediction, unit)
+        chunk = chunks._sparse(values, prediction, np.flatnonzero(values != prediction), unit)
         assert len(chunk.data) < 1000
         assert np.array_equal(chunks.decode(chunk.form, chunk.data, prediction, unit), values)
 

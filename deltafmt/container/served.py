@@ -52,8 +52,8 @@ def without_exact(entry: TensorEntry) -> TensorEntry:
     return entry if entry.exact is None else replace(entry, exact=None)
 
 
-def check_served(container: Container, entries: Iterable[TensorEntry]) -> None:
-    """Check that the beginning of a progressive file is the served part that the file's index describes.
+def check_served(container: Container, entries: Iterable[TensorEntry]) -> ServedPart | None:
+    """Return the served part of a progressive file, after checking that it is the one that the index describes.
 
     Args:
         container: the file.
@@ -65,7 +65,7 @@ def check_served(container: Container, entries: Iterable[TensorEntry]) -> None:
     number, found = container.served, list(entries)
     served = served_part(container, found)
     if served is None or number is None:
-        return
+        return None
     obj: dict[str, Any] = dict(container.index_obj())
     obj.pop("files", None)
     obj["sections"] = obj["sections"][:number]
@@ -78,3 +78,4 @@ def check_served(container: Container, entries: Iterable[TensorEntry]) -> None:
     ending = index + frame.encode_trailer(container.header, index, section.offset, served.content_id)
     if container.section_bytes(number) != ending:
         raise InvalidFileError(f"section {number}: it does not end the served part of this file")
+    return served

@@ -77,11 +77,11 @@ def encode(values: Units, prediction: Units, unit: Unit, level: str = "default",
     if not changed:
         return Chunk(SAME, b"")
     if changed <= _SPARSE_SHARE * values.size and unit.is_float and level == "default" and marks is None:
-        few = _few(values, prediction, differs, unit)
+        few = _few(values, prediction, np.flatnonzero(differs), unit)
         return few if len(few.data) < values.nbytes else Chunk(STORED, values.tobytes())
     found = [Chunk(STORED, values.tobytes())]
     if changed <= _SPARSE_SHARE * values.size:
-        found.append(_sparse(values, prediction, differs, unit, marks))
+        found.append(_sparse(values, prediction, np.flatnonzero(differs), unit, marks))
     if not _is_unrelated(values, prediction, unit):
         key = unit if level == "default" else Unit(unit.width)
         form = SORTED if key.is_float else DIFFERENCES
@@ -233,12 +233,11 @@ def _read_plane(stored: memoryview, count: int) -> NDArray[np.uint8] | int:
     return plane
 
 
-def _few(values: Units, prediction: Units, differs: NDArray[np.bool_], unit: Unit) -> Chunk:
+def _few(values: Units, prediction: Units, places: NDArray[np.int64], unit: Unit) -> Chunk:
     """Return a chunk of which few units differ, as sorted planes or by their places: what promises to be smaller."""
-    places = np.flatnonzero(differs)
     ranks, counts = ranks_of(places, prediction, unit)
     if _gap_bits(places) < _gap_bits(np.sort(ranks)):
-        return _sparse(values, prediction, differs, unit)
+        return _sparse(values, prediction, places, unit)
     # The planes of sorted_planes: zeros, but for the units that differ.
     planes = np.zeros((unit.width, values.size), np.uint8)
     planes[:, ranks] = sorted_planes(values[places], prediction[places], unit, Unit(unit.width))[0]
@@ -251,10 +250,9 @@ def _gap_bits(places: NDArray[np.int64]) -> float:
 
 
 def _sparse(
-    values: Units, prediction: Units, differs: NDArray[np.bool_], unit: Unit, marks: Marks | None = None
+    values: Units, prediction: Units, places: NDArray[np.int64], unit: Unit, marks: Marks | None = None
 ) -> Chunk:
     """Return the places of the units that differ, as gaps, and their differences, sorted."""
-    places = np.flatnonzero(differs)
     of_places = None if marks is None else marks[places]
     planes, counts = marked_planes(values[places], prediction[places], unit, unit, of_places)
     gaps = np.diff(places, prepend=-1) - 1

@@ -74,15 +74,15 @@ def kept_of(kept: Floats, rounded: Floats, beside: Floats | None = None) -> Kept
     """
     outside = np.isnan(kept)
     y, q = (np.where(outside, np.float32(0), each).reshape(-1) for each in (kept, rounded))
-    squares = _dot(y, y)
+    squares = dot(y, y)
     if not squares:
         return Kept(1.0, 1.0)
-    along = _dot(q, y) / squares
+    along = dot(q, y) / squares
     other = 0.0
     if beside is not None:
         b = np.where(outside, np.float32(0), beside).reshape(-1)
-        other = (_dot(q, b) - along * _dot(y, b)) / squares
-    return Kept(along, _dot(q, q) / squares, other)
+        other = (dot(q, b) - along * dot(y, b)) / squares
+    return Kept(along, dot(q, q) / squares, other)
 
 
 class Head:
@@ -139,7 +139,7 @@ class Sampled:
         self.numbers = some_rows(*rows.shape)
         self.some = replace(rows, finetuned=rows.finetuned[self.numbers], base=rows.base[self.numbers])
         self.some_delta = self.some.dense()
-        self.squares = _dot(self.delta, self.delta)
+        self.squares = dot(self.delta, self.delta)
         self._most = max(most, common)
         self._factors: LowRank | None = None
         self._heads: dict[Grid, Head] = {}
@@ -228,5 +228,6 @@ def spread(delta: Floats, n: int, m: int, share: int, factor: float) -> float:
     return factor**2 * n * (m - n) / (m * (m - 1)) * max(total, 0.0)
 
 
-def _dot(a: Floats, b: Floats) -> float:
+def dot(a: Floats, b: Floats) -> float:
+    """Return the inner product of two matrices."""
     return float(np.vdot(a, b))

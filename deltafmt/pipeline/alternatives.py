@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,7 +26,7 @@ from deltafmt.pipeline.losses import foretell, measure
 from deltafmt.pipeline.plan import Plan, not_finite, shared_bytes, tensor_seed
 from deltafmt.pipeline.sizes import file_size, plan_layouts, tensor_size
 from deltafmt.pipeline.summary import times
-from deltafmt.pipeline.workers import Progress, drain, in_order
+from deltafmt.pipeline.workers import Progress, in_order, worker_pool
 
 # Attempts to use up the bytes that a plan leaves. Tensors share sections and alignment, so their sizes do not add up.
 ROUNDS = 8
@@ -95,19 +95,18 @@ class Alternatives:
         Raises:
             NonFiniteError: a delta has NaN or infinity.
         """
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-measure")
+        with worker_pool(threads, "measure") as pool:
 
-        def submit(item: _Item) -> Future[list[float]]:
-            plan = self._plans[item.number]
-            hessian = hessians.get(plan.tensor.name) if hessians else None
-            common = COMMON_DIRECTIONS if plan.tensor.rows == self._vocabulary else 0
-            seed = tensor_seed(self._job.seed, plan.tensor.name)
-            return pool.submit(_losses, plan, item.methods, seed, hessian, common)
+            def submit(item: _Item) -> Future[list[float]]:
+                plan = self._plans[item.number]
+                hessian = hessians.get(plan.tensor.name) if hessians else None
+                common = COMMON_DIRECTIONS if plan.tensor.rows == self._vocabulary else 0
+                seed = tensor_seed(self._job.seed, plan.tensor.name)
+                return pool.submit(_losses, plan, item.methods, seed, hessian, common)
 
-        def footprint(item: _Item) -> int:
-            return 4 * self._plans[item.number].tensor.nbytes
+            def footprint(item: _Item) -> int:
+                return 4 * self._plans[item.number].tensor.nbytes
 
-        try:
             for item, losses in in_order(self._items, submit, footprint):
                 plan = self._plans[item.number]
                 weight = VOCABULARY_WEIGHT if plan.tensor.rows == self._vocabulary else 1.0
@@ -117,8 +116,6 @@ class Alternatives:
                 ]
                 if progress:
                     progress(plan.tensor.name, plan.tensor.nbytes)
-        finally:
-            drain(pool)
 
     def choose(self, target: int, limit: int | None = None) -> Choice:
         """Return the plan with the least predicted loss for a target.

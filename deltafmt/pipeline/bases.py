@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +28,7 @@ from deltafmt.container.reader import Container
 from deltafmt.errors import Remedy, WrongBaseError
 from deltafmt.format.constants import METADATA_BASE
 from deltafmt.index.entries import BasePart, BaseRef, TensorEntry
-from deltafmt.pipeline.workers import drain
+from deltafmt.pipeline.workers import worker_pool
 
 
 class BaseSource(Protocol):
@@ -230,14 +229,11 @@ def compare_bases(base: BaseTensors, entries: Iterable[TensorEntry], threads: in
         entries: the entries of a delta file.
         threads: worker threads for the fingerprints.
     """
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-base")
-    try:
+    with worker_pool(threads, "base") as pool:
         needed = [(entry, tensor) for entry in entries if (tensor := base.find(entry)) is not None]
         digests = pool.map(_fingerprint, [tensor for _, tensor in needed])
         for (entry, _), digest in zip(needed, digests, strict=True):
             yield entry.name, entry.base is not None and digest == entry.base.digest
-    finally:
-        drain(pool)
 
 
 def _fingerprint(tensor: Tensor) -> bytes:

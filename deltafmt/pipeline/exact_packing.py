@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from deltafmt.checkpoint.safetensors_file import Tensor
@@ -15,7 +15,7 @@ from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.exact_parts import ExactPart, chunk_units, measured_factors
 from deltafmt.pipeline.exact_tensors import ExactBytes, chunk_spans
 from deltafmt.pipeline.plan import Plan
-from deltafmt.pipeline.workers import drain, in_order
+from deltafmt.pipeline.workers import in_order, worker_pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,27 +50,24 @@ def exact_parts(served: DeltaFile, plans: Sequence[Plan], threads: int) -> Itera
         plans: the plans of tensors that have terms there; plans know the checkpoints' tensors.
         threads: worker threads.
     """
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-exact")
+    with worker_pool(threads, "exact") as pool:
 
-    def submit(plan: Plan) -> _Work:
-        tensor, base = plan.tensor, plan.base
-        assert base is not None
-        entry = served[tensor.name]
-        tensor.will_need()
-        base.will_need()
-        chunk = chunk_units(served, entry)
-        # Chunks wait for the part. It was submitted before them, so a thread is at work on it by then.
-        part = pool.submit(_part, served, entry, tensor, base)
-        spans = chunk_spans(tensor.dtype, tensor.shape, chunk)
-        chunks = [pool.submit(_encoded, tensor, part, first, end) for first, end in spans]
-        return _Work(entry, chunk, pool.submit(tensor.fingerprint), part, chunks)
+        def submit(plan: Plan) -> _Work:
+            tensor, base = plan.tensor, plan.base
+            assert base is not None
+            entry = served[tensor.name]
+            tensor.will_need()
+            base.will_need()
+            chunk = chunk_units(served, entry)
+            # Chunks wait for the part. It was submitted before them, so a thread is at work on it by then.
+            part = pool.submit(_part, served, entry, tensor, base)
+            spans = chunk_spans(tensor.dtype, tensor.shape, chunk)
+            chunks = [pool.submit(_encoded, tensor, part, first, end) for first, end in spans]
+            return _Work(entry, chunk, pool.submit(tensor.fingerprint), part, chunks)
 
-    try:
         for _, work in in_order(plans, submit, lambda plan: plan.tensor.nbytes):
             yield work.entry, work.result()
             served.container.release(work.entry)
-    finally:
-        drain(pool)
 
 
 def _part(served: DeltaFile, entry: TensorEntry, tensor: Tensor, base: Tensor) -> tuple[ExactPart, tuple[int, ...]]:

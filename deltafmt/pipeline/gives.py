@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 from blake3 import blake3
 
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.delta import DeltaFile
 from deltafmt.index.entries import TensorEntry
-from deltafmt.pipeline.workers import drain
+from deltafmt.pipeline.workers import worker_pool
 
 
 def difference_from_result(checkpoint: Checkpoint, delta: DeltaFile, threads: int) -> str:
@@ -38,14 +36,11 @@ def difference_from_result(checkpoint: Checkpoint, delta: DeltaFile, threads: in
     lossy = next((entry.name for entry in entries if entry.action == "add" and entry.exact is None), None)
     if lossy is not None and not _says(checkpoint, delta.content_id):
         return f'"{lossy}" is lossy, and no metadata of the weight files says that this delta gave them'
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-gives")
-    try:
+    with worker_pool(threads, "gives") as pool:
         equal = pool.map(lambda entry: _is_result(checkpoint.tensors[entry.name], entry, checkpoint), entries)
         for entry, same in zip(entries, equal, strict=True):
             if not same:
                 return f'tensor "{entry.name}" differs'
-    finally:
-        drain(pool)
     return ""
 
 

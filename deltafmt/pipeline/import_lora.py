@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -46,7 +45,7 @@ from deltafmt.pipeline.lora_ties import TIES, without_ties
 from deltafmt.pipeline.outputs import refuse_input_file
 from deltafmt.pipeline.quantized_pairs import scaled_refs
 from deltafmt.pipeline.read_as_values import Dequantized
-from deltafmt.pipeline.workers import Progress, drain, thread_count
+from deltafmt.pipeline.workers import Progress, thread_count, worker_pool
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.lowrank.codec import LowRankCodec
 from deltafmt.terms.lowrank.layout import LowRankLayout
@@ -212,8 +211,7 @@ class _Importer:
     def run(self, threads: int, progress: Progress | None) -> None:
         """Write every tensor, then the attachments, then finish the file."""
         base, plan, result = self._base.tensors, self._plan, self._result
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-import")
-        try:
+        with worker_pool(threads, "import") as pool:
             needed = [name for name in base if self._needs_digest(name)]
             digests = zip(needed, pool.map(lambda name: base[name].fingerprint(), needed), strict=True)
             entries = []
@@ -226,8 +224,6 @@ class _Importer:
                 self._container.boundary()
                 if progress and name in base:
                     progress(name, base[name].nbytes)
-        finally:
-            drain(pool)
         result.same = sum(entry.action == "same" for entry in entries)
         result.replaced = [entry.name for entry in entries if entry.action == "replace"]
         values = {name: tensor for name, tensor in base.items() if isinstance(tensor, DequantizedTensor)}

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.methods.base import DeltaRows, Method
-from deltafmt.methods.expected import LEAST_REST, Sampled
+from deltafmt.methods.expected import LEAST_REST, Sampled, dot
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.measured import Heads
 from deltafmt.pipeline.plan import Plan
@@ -90,23 +90,23 @@ class Loss:
         common: int = 0,
         shared: Floats | None = None,
     ) -> None:
-        squares = _dot(delta, delta)
+        squares = dot(delta, delta)
         self._common = np.zeros((1, 1), np.float32)
         if shared is not None:
             self._common, delta = shared, delta - shared
-            squares = _dot(delta, delta)
+            squares = dot(delta, delta)
         elif common:
             shared = factorize(delta, common).dense()
             rest = delta - shared
-            if _dot(rest, rest) >= LEAST_REST * squares:
-                self._common, delta, squares = shared, rest, _dot(rest, rest)
+            if dot(rest, rest) >= LEAST_REST * squares:
+                self._common, delta, squares = shared, rest, dot(rest, rest)
         self._delta, self._squares = delta, squares
         self._inputs: Floats | None = None
         if hessian is not None:
             values, vectors = np.linalg.eigh(hessian.astype(np.float64))
             self._inputs = (vectors * np.sqrt(np.maximum(values, 0))).astype(np.float32)
         outputs = self._outputs(delta)
-        self._energy = _dot(outputs, outputs)
+        self._energy = dot(outputs, outputs)
         self._factor = 1 if hessian is None else OF_INPUTS
 
     def _outputs(self, matrix: Floats) -> Floats:
@@ -117,13 +117,9 @@ class Loss:
         if not self._energy:
             return 0.0
         approximation = approximation - self._common
-        kept = _dot(approximation, self._delta) / self._squares
+        kept = dot(approximation, self._delta) / self._squares
         noise = self._outputs(approximation - np.float32(kept) * self._delta)
-        return (1 - kept) ** 2 + self._factor * weight * _dot(noise, noise) / self._energy
-
-
-def _dot(a: Floats, b: Floats) -> float:
-    return float(np.vdot(a, b))
+        return (1 - kept) ** 2 + self._factor * weight * dot(noise, noise) / self._energy
 
 
 def foretell(plan: Plan, methods: Sequence[Method | None], seed: int, common: int = 0) -> list[float]:

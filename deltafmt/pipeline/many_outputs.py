@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from deltafmt.container import canonical
 from deltafmt.errors import Remedy, StorageError, UsageError
-from deltafmt.output import storage_error
+from deltafmt.output import storage_error, write_durably
 from deltafmt.pipeline.job import PackJob
 
 ENDING: Final = ".deltafmt"
@@ -126,14 +126,8 @@ class Finished:
         self._rows[path.name] = {"job": _job_digest(job), "file": _state(path), "content_id": content_id}
         # What somebody has removed since is not finished any more.
         self._rows = {name: row for name, row in sorted(self._rows.items()) if (path.parent / name).exists()}
-        partial = self._path.with_name(f"{RECORD}.{os.getpid()}.partial")
-        try:
-            partial.write_text(json.dumps({"schema": _SCHEMA, "files": self._rows}, indent=1) + "\n", "utf-8")
-            os.replace(partial, self._path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise storage_error("cannot write", self._path, error) from error
+        text = json.dumps({"schema": _SCHEMA, "files": self._rows}, indent=1) + "\n"
+        write_durably(self._path, text.encode(), sync=False)
 
 
 def _state(path: Path) -> list[int] | None:

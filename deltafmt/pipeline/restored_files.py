@@ -17,7 +17,7 @@ from deltafmt.index.entries import TensorEntry
 from deltafmt.output import Bytes
 from deltafmt.pipeline.bases import BaseTensors
 from deltafmt.pipeline.exact_tensors import ExactTensor
-from deltafmt.pipeline.workers import drain
+from deltafmt.pipeline.workers import worker_pool
 from deltafmt.terms.buffers import raw_bytes
 
 # Chunks that are restored ahead of the one that is digested, for each worker thread.
@@ -44,17 +44,14 @@ def check_restored(
     """
     parts = (entry for entry in entries if entry.exact is not None and entry.terms)
     delta.check_work(parts, base.checkpoint.nbytes)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="deltafmt-restore")
-    check = _Check(delta, base, pool, threads)
-    try:
+    with worker_pool(threads, "restore") as pool:
+        check = _Check(delta, base, pool, threads)
         for name, (head, tensors) in read_files(delta, entries).items():
             check.file(name, head, tensors)
         for entry in entries:
             if entry.exact is not None and entry.name not in check.tensors:
                 for _ in check.pieces(entry):
                     pass
-    finally:
-        drain(pool)
     return tuple(delta.container.files)
 
 

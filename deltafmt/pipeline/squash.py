@@ -33,7 +33,7 @@ from deltafmt.pipeline.entry_writer import EntryWriter
 from deltafmt.pipeline.exact_tensors import chunk_spans, pack_chunk
 from deltafmt.pipeline.repack import check_converted, moved
 from deltafmt.pipeline.trails import Trail, base_is_needed, is_copied, trail_of
-from deltafmt.pipeline.workers import Progress, drain, thread_count
+from deltafmt.pipeline.workers import Progress, thread_count, worker_pool
 
 
 @dataclass(slots=True)
@@ -133,43 +133,41 @@ class _Squash:
         first, last, result = self._links[0].container, self._links[-1].container, self._result
         scaled = self._scaled()
         sink = PartialFile(result.path, None, force=force, features=self._features(scaled))
-        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="deltafmt-squash")
-        try:
-            target = ContainerWriter(sink, last.profile, features=self._features(scaled))
-            writer = EntryWriter(target)
-            # Sections of exact tensors lie behind all others.
-            order = sorted(last.entries(), key=lambda entry: (self._is_exact(entry), natural_key(entry.name)))
-            entries = []
-            for entry in order:
-                entries.append(self._written(entry, writer, pool))
-                target.boundary()
-                if self._progress:
-                    self._progress(entry.name, entry.nbytes)
-            attachments = {
-                name: Attachment(target.add(last.buffer(old.data), c.SECTION_KIND_ATTACHMENTS), old.digest)
-                for name, old in last.attachments.items()
-            }
-            files = {
-                name: FileRef(old.digest, target.add(last.buffer(old.head), c.SECTION_KIND_ATTACHMENTS))
-                for name, old in last.files.items()
-            }
-            identity = target.finish(
-                entries,
-                removed=self._removed(entries),
-                attachments=attachments,
-                metadata=self._metadata(),
-                scaled=scaled,
-                files=files,
-                parent=first.parent,
-            )
-            if self._chain is not None:
-                self._chain.model.check_unchanged()
-            sink.commit()
-        except BaseException:
-            sink.abandon()
-            raise
-        finally:
-            drain(pool)
+        with worker_pool(self._threads, "squash") as pool:
+            try:
+                target = ContainerWriter(sink, last.profile, features=self._features(scaled))
+                writer = EntryWriter(target)
+                # Sections of exact tensors lie behind all others.
+                order = sorted(last.entries(), key=lambda entry: (self._is_exact(entry), natural_key(entry.name)))
+                entries = []
+                for entry in order:
+                    entries.append(self._written(entry, writer, pool))
+                    target.boundary()
+                    if self._progress:
+                        self._progress(entry.name, entry.nbytes)
+                attachments = {
+                    name: Attachment(target.add(last.buffer(old.data), c.SECTION_KIND_ATTACHMENTS), old.digest)
+                    for name, old in last.attachments.items()
+                }
+                files = {
+                    name: FileRef(old.digest, target.add(last.buffer(old.head), c.SECTION_KIND_ATTACHMENTS))
+                    for name, old in last.files.items()
+                }
+                identity = target.finish(
+                    entries,
+                    removed=self._removed(entries),
+                    attachments=attachments,
+                    metadata=self._metadata(),
+                    scaled=scaled,
+                    files=files,
+                    parent=first.parent,
+                )
+                if self._chain is not None:
+                    self._chain.model.check_unchanged()
+                sink.commit()
+            except BaseException:
+                sink.abandon()
+                raise
         result.size, result.content_id = result.path.stat().st_size, identity.hex()
         result.parent = "" if first.parent is None else first.parent.hex()
         return result

@@ -34,7 +34,7 @@ from deltafmt.pipeline.digests import check_content_id, check_payload_digest
 from deltafmt.pipeline.exact_tensors import ExactTensor
 from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.pipeline.read_as_values import Dequantized, dequantized
-from deltafmt.pipeline.workers import Progress, drain, in_order, thread_count
+from deltafmt.pipeline.workers import Progress, in_order, thread_count, worker_pool
 from deltafmt.terms.buffers import raw_bytes
 from deltafmt.terms.floats import RAW_DTYPES
 
@@ -240,8 +240,7 @@ class Unpacker:
             self._result.restored.append(name)
 
     def _write(self, writer: CheckpointWriter, check_base: bool) -> None:
-        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="deltafmt-unpack")
-        try:
+        with worker_pool(self._threads, "unpack") as pool:
             for entry, pending in in_order(
                 self._entries, lambda entry: self._submit(pool, writer, entry, check_base), lambda entry: entry.nbytes
             ):
@@ -263,8 +262,6 @@ class Unpacker:
                 self._result.nbytes += entry.nbytes
                 if self._progress:
                     self._progress(entry.name, entry.nbytes)
-        finally:
-            drain(pool)
 
     def _check_exact(self, writer: CheckpointWriter, entry: TensorEntry, exact: ExactRef) -> None:
         """Compare what was written of an exact tensor with its digest."""

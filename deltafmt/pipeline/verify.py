@@ -11,7 +11,7 @@ from deltafmt.checkpoint.name_changes import NameChange
 from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.weight_names import WeightNames
 from deltafmt.container.reader import Container
-from deltafmt.container.served import ServedPart, check_served, served_part
+from deltafmt.container.served import ServedPart, check_served
 from deltafmt.delta import DeltaFile, codec_of
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format import constants as c
@@ -109,7 +109,7 @@ def verify(
         for name in container.attachments:
             check_attachment(container, name)
         check_content_id(container, entries)
-        check_served_part(container, entries)
+        served = check_served_part(container, entries)
         read_files(opened, entries)
         checked, changes = None, list[NameChange]()
         restored: tuple[str, ...] = ()
@@ -121,7 +121,6 @@ def verify(
         rest = tuple(container.removed), tuple(container.attachments), changes
         said = dequantized(container.scaled(), container.metadata)
         identity = container.content_id.hex()
-        served = served_part(container, entries)
         return VerifyResult(len(container.sections), len(entries), checked, identity, *rest, said, restored, served)
 
 
@@ -179,14 +178,14 @@ def check_attachment(container: Container, name: str) -> None:
         raise _named(container, InvalidFileError(f'attachments["{name}"]: the bytes have another digest'))
 
 
-def check_served_part(container: Container, entries: Iterable[TensorEntry]) -> None:
-    """Check that the beginning of a progressive file is the served part that the file's index describes.
+def check_served_part(container: Container, entries: Iterable[TensorEntry]) -> ServedPart | None:
+    """Return the served part, after checking that the beginning of a progressive file is the one of the file's index.
 
     Raises:
         InvalidFileError: it is another one.
     """
     try:
-        check_served(container, entries)
+        return check_served(container, entries)
     except InvalidFileError as error:
         raise _named(container, error) from error
 

@@ -59,14 +59,9 @@ def in_order(
 
 @contextlib.contextmanager
 def worker_pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
-    """Give so many worker threads, and stop them at the end."""
+    """Give so many worker threads. At the end, work that has not begun is cancelled, and the rest waited for."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix=f"deltafmt-{name}")
     try:
         yield pool
     finally:
-        drain(pool)
-
-
-def drain(pool: ThreadPoolExecutor) -> None:
-    """Stop a pool: cancel the work that has not begun, and wait for the work that has."""
-    pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=True, cancel_futures=True)

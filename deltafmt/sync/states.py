@@ -18,7 +18,8 @@ from deltafmt.exact.units import Units, unit_of
 from deltafmt.format.constants import FEATURE_EXACT, FEATURE_PARENT
 from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.pipeline.entry_writer import EntryWriter
-from deltafmt.pipeline.workers import drain, in_order
+from deltafmt.pipeline.exact_tensors import chunk_spans
+from deltafmt.pipeline.workers import in_order, worker_pool
 from deltafmt.sync.live import LiveTensor
 from deltafmt.sync.message import Message, state_digest
 
@@ -113,8 +114,7 @@ class KeptState:
     def _submit(
         self, pool: ThreadPoolExecutor, kept: KeptTensor, job: Callable[[KeptTensor, int, int], EncodedChunk]
     ) -> list[Future[EncodedChunk]]:
-        spans = range(0, kept.units.size, CHUNK_UNITS)
-        return [pool.submit(job, kept, first, min(first + CHUNK_UNITS, kept.units.size)) for first in spans]
+        return [pool.submit(job, kept, first, end) for first, end in chunk_spans(kept.spec.dtype, kept.spec.shape)]
 
     def _advance(self, units: Units, kept: KeptTensor, first: int, end: int) -> EncodedChunk:
         """Encode a chunk of a new state, and keep it. What is encoded is a copy, which nobody can change meanwhile."""
@@ -139,8 +139,7 @@ class KeptState:
         container = ContainerWriter(file, features=FEATURE_EXACT | (FEATURE_PARENT if before else 0))
         writer = EntryWriter(container)
         entries: list[TensorEntry] = []
-        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="deltafmt-sync")
-        try:
+        with worker_pool(self._threads, "sync") as pool:
             for kept, work in in_order(
                 self.tensors.values(), lambda kept: encode(kept, pool), lambda kept: kept.spec.nbytes
             ):
@@ -154,8 +153,6 @@ class KeptState:
                     for name in kept.tied
                 )
                 container.boundary()
-        finally:
-            drain(pool)
         message = Message(version, self.digest(), parent, b"")
         link = bytes.fromhex(before) if before else None
         identity = container.finish(entries, metadata=message.metadata, parent=link)

@@ -8,8 +8,7 @@ from typing import Any, Protocol
 
 from deltafmt.errors import StorageError
 from deltafmt.extras import need
-from deltafmt.output import storage_error
-from deltafmt.sync.writing import write_durably
+from deltafmt.output import storage_error, write_durably
 
 
 class Store(Protocol):

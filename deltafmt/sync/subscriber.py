@@ -17,13 +17,13 @@ from deltafmt.exact.coding import ExactDecoder
 from deltafmt.exact.units import Units
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
-from deltafmt.pipeline.workers import drain, thread_count
+from deltafmt.output import write_durably
+from deltafmt.pipeline.workers import thread_count, worker_pool
 from deltafmt.sync import on_device
 from deltafmt.sync.live import LiveTensor, live_tensors
 from deltafmt.sync.message import Heading, Message, Reply, Source, open_message, state_digest
 from deltafmt.sync.staged import Change, HostChange, WholeChange, make_all
 from deltafmt.sync.states import KeptState, fingerprints
-from deltafmt.sync.writing import write_durably
 
 
 class Subscriber:
@@ -180,8 +180,7 @@ class Subscriber:
 
     def _staged(self, delta: DeltaFile, targets: Sequence[tuple[TensorEntry, LiveTensor]]) -> list[Change]:
         """Return the changes that a message makes, all of which were checked."""
-        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="deltafmt-sync")
-        try:
+        with worker_pool(self._threads, "sync") as pool:
             work = [(live, self._submit(pool, delta, entry, live)) for entry, live in targets]
             changes: list[Change] = []
             for live, futures in work:
@@ -193,8 +192,6 @@ class Subscriber:
                     if not np.array_equal(new, live.units()):
                         changes.append(WholeChange(live, new))
             return changes
-        finally:
-            drain(pool)
 
     def _submit(
         self, pool: ThreadPoolExecutor, delta: DeltaFile, entry: TensorEntry, live: LiveTensor

@@ -220,24 +220,39 @@ def _cut(entry: TensorEntry, piece: Piece) -> Cut:
     return Cut((piece.rows,) if len(entry.shape) == 1 else (piece.rows, piece.columns))
 
 
+class _Dense:
+    """The dense deltas of pieces, in float32. An embedding and a head that are tied share one."""
+
+    def __init__(self, tensors: DeviceDelta, base: EngineBase | None, opened: DeltaFile) -> None:
+        self._tensors, self._base, self._opened = tensors, base, opened
+        self._decoded: dict[str, torch.Tensor] = {}
+        self._pieces: dict[tuple[str, str, range, range], torch.Tensor] = {}
+
+    def of(self, one: _Wanted) -> torch.Tensor:
+        """Return the delta of a piece."""
+        key = one.entry.name, one.base_name, one.piece.rows, one.piece.columns
+        if key not in self._pieces:
+            self._pieces[key] = self._made(one)
+        return self._pieces[key]
+
+    def _made(self, one: _Wanted) -> torch.Tensor:
+        name, rows, columns = one.entry.name, one.piece.rows, one.piece.columns
+        if not one.entry.terms:
+            data = self._tensors[one.held.key].data
+            assert data is not None
+            return data.float() - _old(one.base_name, one.piece, self._base)
+        if name not in self._decoded:
+            self._decoded[name] = torch.from_numpy(self._opened.delta(name))
+        whole = self._decoded[name]
+        part = whole[rows.start : rows.stop, columns.start : columns.stop]
+        return part if part.shape == whole.shape else part.clone()  # a view would keep all of it
+
+
 def _parts(
     wanted: list[_Wanted], tensors: DeviceDelta, model: ServedModel, base: EngineBase | None, opened: DeltaFile
 ) -> dict[str, LayerParts]:
     found: dict[str, LayerParts] = {}
-    decoded: dict[str, torch.Tensor] = {}
-
-    def dense(one: _Wanted) -> torch.Tensor:
-        """Return a piece's dense delta in float32; an embedding and a head that are tied share one."""
-        rows, columns = (slice(run.start, run.stop) for run in (one.piece.rows, one.piece.columns))
-        name = one.entry.name
-        if not one.entry.terms:
-            data = tensors[one.held.key].data
-            assert data is not None
-            return data.float() - _old(one.base_name, one.piece, base)
-        if name not in decoded:
-            decoded[name] = torch.from_numpy(opened.delta(name))
-        return decoded[name][rows, columns]
-
+    dense = _Dense(tensors, base, opened)
     for one in wanted:
         parts = found.setdefault(one.place.layer, LayerParts())
         tensor = tensors[one.held.key]
@@ -248,11 +263,11 @@ def _parts(
             parts.values[one.place.parameter] = new_values(tensor, held.detach().cpu()).to(held.device)
         elif one.place.expert is not None:
             key = one.place.expert, one.place.matrix
-            parts.experts[key] = dense(one) + _old(one.base_name, one.piece, base)
+            parts.experts[key] = dense.of(one) + _old(one.base_name, one.piece, base)
         elif tensor.terms and model.has_kernels:
             parts.packed[one.piece.start] = one.held.key
         else:
-            parts.decoded[one.piece.start] = dense(one)
+            parts.decoded[one.piece.start] = dense.of(one)
     for name, places in model.places.found.items():
         for place in places:
             # Experts that the delta leaves as they are belong to the sum, too.

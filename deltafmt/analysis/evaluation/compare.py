@@ -56,7 +56,8 @@ def compared(reader: Reader, reference: Reader, spans: Sequence[Span], batches: 
             # The prediction of a token is made after the token before it.
             made = slice(span.first - 1, span.stop - 1)
             targets = torch.from_numpy(span.tokens[span.first : span.stop]).to(found.device)
-            theirs, mine = (each[row, made].log_softmax(-1) for each in (wanted, found))
+            theirs = wanted[row, made].log_softmax(-1)
+            mine = theirs if found is wanted else found[row, made].log_softmax(-1)
             likelihoods[number] = _numbers(mine.gather(-1, targets[:, None])[:, 0])
             agreed[number] = (mine.argmax(-1) == theirs.argmax(-1)).cpu().numpy()
             if mine.shape == theirs.shape:
