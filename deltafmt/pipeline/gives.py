@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from blake3 import blake3
-
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.delta import DeltaFile
 from deltafmt.index.entries import TensorEntry
+from deltafmt.pipeline.digests import digest_of
 from deltafmt.pipeline.workers import worker_pool
 
 
@@ -55,10 +54,7 @@ def _is_result(tensor: Tensor, entry: TensorEntry, checkpoint: Checkpoint) -> bo
     if entry.target is not None:
         return tensor.equals(checkpoint.tensors[entry.target])
     if entry.action == "replace":
-        digest = blake3()
-        for piece in tensor.pieces():
-            digest.update(piece)
-        return digest.digest() == entry.digest
+        return digest_of(tensor.pieces()) == entry.digest
     if entry.exact is not None:
         return tensor.fingerprint() == entry.exact.digest
     if entry.action == "same" and entry.base is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 from deltafmt.checkpoint.base_name import base_name as folder_name
@@ -118,8 +118,8 @@ class PackOptions:
             _check_progressive(after, plans)
         if restores:
             _check_restorable(after, lacks)
-        job = PackJob(before, after, plans, self.profile, self.seed, description, pairing, named, lacks)
-        job = replace(job, restores=restores, progressive=self.exact)
+        described = self.profile, self.seed, description, pairing, named, lacks
+        job = PackJob(before, after, plans, *described, restores=restores, progressive=self.exact)
         _check_hot(job)
         return job
 

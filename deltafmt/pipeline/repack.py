@@ -144,7 +144,7 @@ class _Mover:
             written[entry.name] = moved(self._delta, entry, self._writer, target.profile)
             target.boundary()
         about = About(removed=source.removed, metadata=source.metadata, scaled=source.scaled(), parent=source.parent)
-        about["attachments"] = self._attachments()
+        about["attachments"] = copied_attachments(source, target)
         if self._drop:
             return target.finish(written.values(), **about)
         if source.served is not None:
@@ -154,21 +154,27 @@ class _Mover:
                     data = source.buffer(entry.exact.data)
                     written[entry.name] = self._writer.with_exact(written[entry.name], entry.exact, data)
                     target.boundary()
-        about["files"] = {
-            name: FileRef(old.digest, target.add(source.buffer(old.head), c.SECTION_KIND_ATTACHMENTS))
-            for name, old in source.files.items()
-        }
+        about["files"] = copied_files(source, target)
         identity = target.finish(written.values(), **about)
         if identity != source.content_id:
             raise InvalidFileError(f"{source.name}: the content id is not that of the content")
         return identity
 
-    def _attachments(self) -> dict[str, Attachment]:
-        """Write the attached files."""
-        return {
-            name: Attachment(self._target.add(self._source.buffer(old.data), c.SECTION_KIND_ATTACHMENTS), old.digest)
-            for name, old in self._source.attachments.items()
-        }
+
+def copied_attachments(source: Container, target: ContainerWriter) -> dict[str, Attachment]:
+    """Write the attached files of a delta file into another one."""
+    return {
+        name: Attachment(target.add(source.buffer(old.data), c.SECTION_KIND_ATTACHMENTS), old.digest)
+        for name, old in source.attachments.items()
+    }
+
+
+def copied_files(source: Container, target: ContainerWriter) -> dict[str, FileRef]:
+    """Write the heads of the restored files of a delta file into another one."""
+    return {
+        name: FileRef(old.digest, target.add(source.buffer(old.head), c.SECTION_KIND_ATTACHMENTS))
+        for name, old in source.files.items()
+    }
 
 
 def check_converted(delta: DeltaFile, profile: str) -> None:

@@ -25,13 +25,11 @@ from deltafmt.exact.coding import CHUNK_UNITS, assemble
 from deltafmt.format import constants as c
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import BaseRef, TensorEntry, predicts
-from deltafmt.index.exact import FileRef
 from deltafmt.index.scaled import ScaledRef
-from deltafmt.index.sections import Attachment
 from deltafmt.pipeline.chain import Chain, LinkState, open_chain, open_links
 from deltafmt.pipeline.entry_writer import EntryWriter
 from deltafmt.pipeline.exact_tensors import chunk_spans, pack_chunk
-from deltafmt.pipeline.repack import check_converted, moved
+from deltafmt.pipeline.repack import check_converted, copied_attachments, copied_files, moved
 from deltafmt.pipeline.trails import Trail, base_is_needed, is_copied, trail_of
 from deltafmt.pipeline.workers import Progress, thread_count, worker_pool
 
@@ -125,6 +123,7 @@ class _Squash:
         self._state: LinkState | None = None if chain is None else chain.result()
         self._result = result
         self._restored = frozenset(result.restored)
+        self._used = {source for name, trail in trails.items() for source in _sources(name, trail.base)}
         self._threads = threads
         self._progress = progress
 
@@ -132,7 +131,7 @@ class _Squash:
         """Write the file."""
         first, last, result = self._links[0].container, self._links[-1].container, self._result
         scaled = self._scaled()
-        sink = PartialFile(result.path, None, force=force, features=self._features(scaled))
+        sink = PartialFile(result.path, None, force=force)
         with worker_pool(self._threads, "squash") as pool:
             try:
                 target = ContainerWriter(sink, last.profile, features=self._features(scaled))
@@ -145,14 +144,7 @@ class _Squash:
                     target.boundary()
                     if self._progress:
                         self._progress(entry.name, entry.nbytes)
-                attachments = {
-                    name: Attachment(target.add(last.buffer(old.data), c.SECTION_KIND_ATTACHMENTS), old.digest)
-                    for name, old in last.attachments.items()
-                }
-                files = {
-                    name: FileRef(old.digest, target.add(last.buffer(old.head), c.SECTION_KIND_ATTACHMENTS))
-                    for name, old in last.files.items()
-                }
+                attachments, files = copied_attachments(last, target), copied_files(last, target)
                 identity = target.finish(
                     entries,
                     removed=self._removed(entries),
@@ -237,27 +229,18 @@ class _Squash:
             | (c.FEATURE_PARENT if first.parent is not None else 0)
         )
 
-    def _sources(self, name: str, trail: Trail) -> list[str]:
-        """Return the names of the base's tensors that a tensor is made from."""
-        if trail.base is None:
-            return []
-        return [part.name for part in trail.base.parts] or [name]
-
     def _scaled(self) -> dict[str, ScaledRef]:
         """Return how the base of the chain keeps the tensors that are read as values."""
         told = self._links[0].container.scaled()
-        used = {source for name, trail in self._trails.items() for source in self._sources(name, trail)}
-        return {name: ref for name, ref in told.items() if name in used}
+        return {name: ref for name, ref in told.items() if name in self._used}
 
     def _removed(self, entries: Sequence[TensorEntry]) -> list[str]:
         """Return the names of the tensors that the base of the chain has and the last link does not give."""
         first = self._links[0].container
         has = set(first.removed)
         for entry in first.entries():
-            if entry.base is not None:
-                has.update([part.name for part in entry.base.parts] or [entry.name])
-        used = {source for name, trail in self._trails.items() for source in self._sources(name, trail)}
-        return sorted(has - used - {entry.name for entry in entries})
+            has.update(_sources(entry.name, entry.base))
+        return sorted(has - self._used - {entry.name for entry in entries})
 
     def _metadata(self) -> dict[str, str]:
         """Return the last link's metadata, with what the first one says of its base."""
@@ -265,3 +248,8 @@ class _Squash:
         of_base = (c.METADATA_BASE, METADATA_VARIANT)
         found = {key: value for key, value in last.items() if key not in of_base}
         return found | {key: first[key] for key in of_base if key in first}
+
+
+def _sources(name: str, base: BaseRef | None) -> list[str]:
+    """Return the names of the base's tensors that a tensor is made from."""
+    return [] if base is None else [part.name for part in base.parts] or [name]

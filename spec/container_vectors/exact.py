@@ -61,7 +61,7 @@ def in_form(form: int, values: Units, prediction: Units, unit: Unit, marks: Mark
     if form == chunks.VALUES:
         return planes_bytes(planes_of(values, unit))
     if form == chunks.SPARSE:
-        return chunks._sparse(values, prediction, values != prediction, unit, marks).data
+        return chunks._sparse(values, prediction, np.flatnonzero(values != prediction), unit, marks).data
     if form == chunks.SORTED:
         return planes_bytes(marked_planes(values, prediction, unit, unit, marks)[0])
     return b"" if form == chunks.SAME else planes_bytes(sorted_planes(values, prediction, unit, Unit(unit.width))[0])
