@@ -21,9 +21,9 @@ import deltafmt
 from conftest import NANO, Cli
 from deltafmt.analysis.evaluation import page, readers, tables
 from deltafmt.analysis.evaluation.figures import Evaluation, ModelFigures, followed, lost_of
-from deltafmt.analysis.evaluation.texts import PROMPT, Span, batched, prompts, spans
+from deltafmt.analysis.evaluation.texts import PROMPT, Span, prompts, spans
 from deltafmt.calibration.text import Document
-from deltafmt.calibration.tokens import Encoder
+from deltafmt.calibration.tokens import Encoder, batched
 from deltafmt.errors import NonFiniteError, UsageError
 from deltafmt.methods import DeltaDQ
 from tiny_models import KINDS, Tiny, every, made_once, new_model, shake, transformers

@@ -134,17 +134,37 @@ def cut(documents: Iterable[Document], encoder: Encoder, length: int, limit: int
     return found
 
 
-def batches(sequences: Sequence[Tokens], tokens: int) -> list[Tokens]:
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences of the same length, which need no padding.
+
+    Attributes:
+        tokens: the token numbers, shape (sequences, tokens).
+        numbers: the numbers of the sequences in the list that was batched.
+    """
+
+    tokens: Tokens
+    numbers: tuple[int, ...]
+
+
+def batched(sequences: Sequence[Tokens], tokens: int) -> list[Batch]:
     """Group sequences of equal length into batches of about ``tokens`` tokens, the longest sequences first."""
-    by_length: dict[int, list[Tokens]] = {}
-    for sequence in sequences:
-        by_length.setdefault(sequence.size, []).append(sequence)
+    by_length: dict[int, list[int]] = {}
+    for number, sequence in enumerate(sequences):
+        by_length.setdefault(sequence.size, []).append(number)
     found = []
     for length in sorted(by_length, reverse=True):
         alike = by_length[length]
         rows = max(tokens // length, 1)
-        found += [np.stack(alike[start : start + rows]) for start in range(0, len(alike), rows)]
+        for start in range(0, len(alike), rows):
+            part = alike[start : start + rows]
+            found.append(Batch(np.stack([sequences[number] for number in part]), tuple(part)))
     return found
+
+
+def batches(sequences: Sequence[Tokens], tokens: int) -> list[Tokens]:
+    """Return the tokens of the batches that :func:`batched` makes."""
+    return [batch.tokens for batch in batched(sequences, tokens)]
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from deltafmt.analysis.evaluation.readers import Reader
-from deltafmt.analysis.evaluation.texts import Batch, Span
+from deltafmt.analysis.evaluation.texts import Span
+from deltafmt.calibration.tokens import Batch
 
 Doubles = NDArray[np.float64]
 
@@ -51,7 +52,7 @@ def compared(reader: Reader, reference: Reader, spans: Sequence[Span], batches: 
     for place, batch in enumerate(batches):
         wanted = reference.logits(place)
         found = wanted if reader is reference else reader.logits(place)
-        for row, number in enumerate(batch.spans):
+        for row, number in enumerate(batch.numbers):
             span = spans[number]
             # The prediction of a token is made after the token before it.
             made = slice(span.first - 1, span.stop - 1)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from deltafmt.analysis.evaluation.readers import Reader, Tick
-from deltafmt.analysis.evaluation.texts import Span, batched
-from deltafmt.calibration.tokens import Tokens
+from deltafmt.analysis.evaluation.texts import Span
+from deltafmt.calibration.tokens import Tokens, batched
 
 
 def continued(
@@ -40,7 +40,7 @@ def continued(
         still = []
         for place, batch in enumerate(batches):
             chosen = reader.logits(place)[:, -1].argmax(-1).tolist()
-            for row, token in zip(batch.spans, chosen, strict=True):
+            for row, token in zip(batch.numbers, chosen, strict=True):
                 number = running[row]
                 found[number] = np.append(found[number], token)
                 if token not in ends:

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from deltafmt.analysis.evaluation.texts import Batch
 from deltafmt.calibration.blockwise import (
     Call,
     Chain,
@@ -27,7 +26,7 @@ from deltafmt.calibration.blockwise import (
 )
 from deltafmt.calibration.hidden import HiddenStates
 from deltafmt.calibration.modules import find_blocks
-from deltafmt.calibration.tokens import Tokens
+from deltafmt.calibration.tokens import Batch, Tokens
 from deltafmt.errors import NonFiniteError, UsageError
 
 HOST = torch.device("cpu")

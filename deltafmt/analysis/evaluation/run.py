@@ -17,11 +17,11 @@ from deltafmt.analysis.evaluation.compare import compared
 from deltafmt.analysis.evaluation.figures import QUANTILES, Evaluation, ModelFigures, followed, lost_of
 from deltafmt.analysis.evaluation.greedy import continued
 from deltafmt.analysis.evaluation.readers import Reader, reader_of
-from deltafmt.analysis.evaluation.texts import PROMPT, Span, batched, prompts, spans
+from deltafmt.analysis.evaluation.texts import PROMPT, Span, prompts, spans
 from deltafmt.calibration.load_model import load_model
 from deltafmt.calibration.run_options import find_device
 from deltafmt.calibration.text import Document
-from deltafmt.calibration.tokens import TOKENIZER_FILES, Encoder, load_encoder
+from deltafmt.calibration.tokens import TOKENIZER_FILES, Encoder, batched, load_encoder
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import UsageError
 from deltafmt.output import storage_error

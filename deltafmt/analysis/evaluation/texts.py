@@ -71,31 +71,3 @@ def prompts(found: Sequence[Span], count: int, longest: int) -> list[Tokens]:
     if count >= len(possible):
         return possible
     return [possible[i * len(possible) // count] for i in range(count)]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Spans of the same length, which need no padding.
-
-    Attributes:
-        tokens: the token numbers, shape (spans, tokens).
-        spans: the numbers of the spans in the list that was batched.
-    """
-
-    tokens: Tokens
-    spans: tuple[int, ...]
-
-
-def batched(sequences: Sequence[Tokens], tokens: int) -> list[Batch]:
-    """Group sequences of equal length into batches of about ``tokens`` tokens, the longest sequences first."""
-    by_length: dict[int, list[int]] = {}
-    for number, sequence in enumerate(sequences):
-        by_length.setdefault(sequence.size, []).append(number)
-    found = []
-    for length in sorted(by_length, reverse=True):
-        alike = by_length[length]
-        rows = max(tokens // length, 1)
-        for start in range(0, len(alike), rows):
-            part = alike[start : start + rows]
-            found.append(Batch(np.stack([sequences[number] for number in part]), tuple(part)))
-    return found

@@ -1,0 +1,254 @@
+"""Weight sync: publisher and subscriber talk, through folders and streams, and neither runs ahead of the other."""
+
+from __future__ import annotations
+
+import io
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+
+from deltafmt.errors import BehindError, InvalidFileError, StorageError, UsageError, WrongBaseError
+from deltafmt.sync import Folder, Publisher, Reply, Subscriber, read_message, write_message
+from deltafmt.sync import states as states_module
+from sync_states import State, copied, equal, model, stepped
+
+
+def test_a_failed_apply_stops_the_sender() -> None:
+    """Errors of the receiver were swallowed while the sender went on (slime 2104)."""
+    states = [model()]
+    for seed in range(1, 4):
+        states.append(stepped(states[-1], seed))
+    publisher, live = Publisher(ahead=5), copied(model())
+    subscriber = Subscriber(live, "worker-3")
+    assert publisher.receive(subscriber.receive(publisher.publish(states[0]).data)) is None
+    damaged = bytearray(publisher.publish(states[1]).data)
+    damaged[4096] ^= 1
+    reply = Reply.from_bytes(subscriber.receive(damaged).to_bytes())
+    assert reply.version == 1
+    assert "is damaged" in str(reply.error)
+    assert equal(live, states[0])
+    anchor = publisher.receive(reply)
+    with pytest.raises(
+        BehindError, match=r"^subscriber 'worker-3' cannot follow: .* is damaged.*; send it what receive"
+    ):
+        publisher.publish(states[2])
+    assert publisher.version == 2
+    assert anchor is not None
+    assert anchor.kind == "anchor"
+    assert publisher.receive(subscriber.receive(anchor.data).to_bytes()) is None
+    assert equal(live, states[1])
+    assert publisher.receive(subscriber.receive(publisher.publish(states[2]).data)) is None
+    assert equal(live, states[2])
+
+
+def test_a_silent_subscriber_stops_the_sender_until_it_is_dropped() -> None:
+    publisher = Publisher(ahead=1, subscribers=["a", "b"])
+    subscribers = {name: Subscriber(copied(model()), name) for name in "ab"}
+    for seed in range(2):
+        message = publisher.publish(stepped(model(), seed))
+        publisher.receive(subscribers["a"].receive(message.data))
+    assert publisher.behind() == {"b": "it has version 0, and the last is version 2"}
+    with pytest.raises(BehindError, match="'b' cannot follow: it has version 0, and the last is version 2"):
+        publisher.publish(model())
+    publisher.drop("b")
+    assert publisher.publish(model()).version == 3
+    with pytest.raises(UsageError, match="there is no subscriber 'b'"):
+        publisher.drop("b")
+
+
+def test_a_pruned_chain_is_not_replayed_on_another_version() -> None:
+    """Patches whose first links had been pruned were applied to version 0 (SkyRL 1902)."""
+    states = [model()]
+    for seed in range(1, 5):
+        states.append(stepped(states[-1], seed))
+    publisher = Publisher(base=states[0])
+    messages = [publisher.publish(state) for state in states[1:]]
+    assert {message.kind for message in messages} == {"patch"}
+    for start in (1, 2, 3):
+        live = copied(states[0])
+        subscriber = Subscriber(live, "one")
+        with pytest.raises(WrongBaseError, match=f"version {start + 1} is a patch, and the tensors are not the state"):
+            subscriber.apply(messages[start].data)
+        assert equal(live, states[0])
+    for message in messages:  # the whole chain leads there
+        subscriber.apply(message.data)
+    assert equal(live, states[-1])
+
+
+def test_a_missing_version_is_a_gap() -> None:
+    states = [model(), stepped(model(), 1), stepped(model(), 2)]
+    publisher, live = Publisher(), copied(model(9))
+    messages = [publisher.publish(state) for state in states]
+    subscriber = Subscriber(live, "one")
+    subscriber.apply(messages[0].data)
+    reply = subscriber.receive(messages[2].data)
+    line = "version 3 was made on another state than version 1, which is here; a version is missing"
+    assert line in str(reply.error)
+    assert equal(live, states[0])
+    anchor = publisher.receive(reply)
+    assert anchor is not None
+    assert subscriber.apply(anchor.data) == 3
+    assert equal(live, states[2])
+    assert subscriber.apply(anchor.data) == 3  # once more: nothing to do
+    with pytest.raises(UsageError, match="it gives version 2, and version 3 is here"):
+        subscriber.apply(messages[1].data)
+
+
+def test_a_failed_publish_is_followed_by_an_anchor(monkeypatch: pytest.MonkeyPatch) -> None:
+    publisher, live = Publisher(), copied(model())
+    subscriber = Subscriber(live, "one")
+    publisher.receive(subscriber.receive(publisher.publish(model()).data))
+
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    new = stepped(model(), 1)
+    monkeypatch.setattr(states_module, "assemble", fail)
+    with pytest.raises(MemoryError):
+        publisher.publish(new)
+    with pytest.raises(UsageError, match="the last publish failed"):
+        publisher.anchor()
+    monkeypatch.undo()
+    message = publisher.publish(new)
+    assert (message.kind, message.version) == ("anchor", 2)
+    assert subscriber.receive(message.data).error is None
+    assert equal(live, new)
+
+
+def test_patches_that_do_not_pay_become_anchors() -> None:
+    rng = np.random.default_rng(0)
+
+    def noise() -> State:
+        return {"w": torch.from_numpy(rng.integers(0, 256, 40000, np.uint8)).view(torch.bfloat16)}
+
+    publisher = Publisher(anchor_every=None)
+    first = noise()
+    assert publisher.publish(first).kind == "anchor"
+    assert publisher.publish(first).kind == "patch"
+    assert publisher.publish(noise()).kind == "anchor"
+
+
+def test_a_publisher_that_was_started_anew_counts_on() -> None:
+    live = copied(model())
+    subscriber = Subscriber(live, "one")
+    old = Publisher()
+    for seed in range(4):
+        old.receive(subscriber.receive(old.publish(stepped(model(), seed)).data))
+    publisher, state = Publisher(), stepped(model(), 8)
+    reply = subscriber.receive(publisher.publish(state).data)
+    assert "it gives version 1, and version 4 is here" in str(reply.error)
+    anchor = publisher.receive(reply)
+    assert anchor is not None
+    assert subscriber.apply(anchor.data) == 5
+    assert equal(live, state)
+    assert publisher.receive(subscriber.reply()) is None
+    assert publisher.publish(state).version == 6
+    fresh = Publisher()
+    assert fresh.receive(subscriber.reply()) is None
+    assert fresh.publish(state).version == 6
+
+
+def test_a_subscriber_says_if_it_has_another_state_of_that_version() -> None:
+    publisher = Publisher()
+    publisher.publish(model())
+    anchor = publisher.receive(Reply("one", 1, "a" * 64))
+    assert anchor is not None
+    assert publisher.behind() == {"one": "its version 1 is not the one that was published"}
+
+
+def test_what_is_saved_is_applied_at_the_next_start(tmp_path: Path) -> None:
+    live, publisher = copied(model()), Publisher()
+    subscriber = Subscriber(live, "one")
+    with pytest.raises(UsageError, match="there is no version to be saved"):
+        subscriber.save(tmp_path / "state.deltafmt")
+    publisher.receive(subscriber.receive(publisher.publish(stepped(model(), 1)).data))
+    subscriber.save(tmp_path / "state.deltafmt")
+    again = {name: torch.zeros_like(tensor) for name, tensor in live.items()}
+    restarted = Subscriber(again, "one")
+    assert restarted.apply(tmp_path / "state.deltafmt") == 1
+    assert equal(again, live)
+    assert restarted.apply(publisher.publish(stepped(model(), 2)).data) == 2  # it goes on with patches
+    again["head.weight"][0, 0] += 1
+    with pytest.raises(UsageError, match="the tensors are not version 2 any more"):
+        restarted.save(tmp_path / "state.deltafmt")
+    with pytest.raises(StorageError, match="cannot write"):
+        subscriber.save(tmp_path / "nowhere" / "state.deltafmt")
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_a_folder_leads_everybody_to_the_newest_version(place: str, tmp_path: Path) -> None:
+    if place == "memory":
+        pytest.importorskip("fsspec")
+    folder = Folder(tmp_path / "run" if place == "local" else f"memory://{tmp_path.name}/run")
+    publisher, states, lives = Publisher(anchor_every=3, ahead=20), [model()], [copied(model()) for _ in range(3)]
+    early, late, lost = (Subscriber(live, f"s{number}") for number, live in enumerate(lives))
+    for seed in range(1, 9):
+        states.append(stepped(states[-1], seed))
+        folder.send(publisher.publish(states[-1]))
+        folder.follow(early)
+        if seed < 3:
+            folder.follow(lost)
+        assert folder.collect(publisher) == {}
+    assert equal(lives[0], states[-1])
+    folder.prune()
+    assert folder.versions() == [(4, "anchor"), (5, "patch"), (6, "patch"), (7, "anchor"), (8, "patch")]
+    assert [reply.version for reply in folder.follow(late)] == [7, 8]  # the newest anchor, and what comes behind it
+    assert [reply.version for reply in folder.follow(lost)] == [7, 8]  # 3 is gone
+    assert folder.follow(lost) == []
+    assert all(equal(live, states[-1]) for live in lives)
+    assert folder.collect(publisher) == {}
+
+
+def test_a_folder_answers_a_subscriber_that_cannot_follow(tmp_path: Path) -> None:
+    folder, live = Folder(tmp_path), copied(model())
+    publisher, subscriber = Publisher(), Subscriber(live, "one")
+    folder.send(publisher.publish(model()))
+    folder.follow(subscriber)
+    assert folder.collect(publisher) == {}
+    new = stepped(model(), 1)
+    folder.send(publisher.publish(new))
+    patch = tmp_path / "000000000002.patch.deltafmt"
+    patch.write_bytes(patch.read_bytes()[:-1])
+    (reply,) = folder.follow(subscriber)
+    assert reply.error
+    assert equal(live, model())
+    assert list(folder.collect(publisher)) == ["one"]
+    with pytest.raises(BehindError, match="cannot follow"):
+        publisher.publish(new)
+    assert [reply.error is None for reply in folder.follow(subscriber)] == [False, True]
+    assert folder.collect(publisher) == {}
+    assert equal(live, new)
+    with pytest.raises(UsageError, match="a name in a folder"):
+        folder.follow(Subscriber(live, "../x"))
+
+
+def test_a_socket_carries_messages_and_replies() -> None:
+    one, other = socket.socketpair()
+    live, publisher = copied(model()), Publisher()
+    subscriber, state = Subscriber(live, "one"), stepped(model(), 1)
+    with one, other, one.makefile("rwb") as here, other.makefile("rwb") as there:
+        write_message(here, publisher.publish(state).data)
+        data = read_message(there)
+        assert data is not None
+        write_message(there, subscriber.receive(data).to_bytes())
+        reply = read_message(here)
+        assert reply is not None
+        assert publisher.receive(reply) is None
+    assert equal(live, state)
+
+
+def test_a_stream_that_ends_early_is_no_message() -> None:
+    write_message(file := io.BytesIO(), b"abc")
+    whole = file.getvalue()
+    assert read_message(io.BytesIO(whole)) == b"abc"
+    assert read_message(io.BytesIO()) is None
+    for data in (whole[:5], whole[:-1], b"\xff" * 8):
+        with pytest.raises(InvalidFileError, match="the stream ends inside of a message"):
+            read_message(io.BytesIO(data))
+    with pytest.raises(InvalidFileError, match="a message of 3 bytes is longer than 2"):
+        read_message(io.BytesIO(whole), max_bytes=2)
