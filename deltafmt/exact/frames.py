@@ -1,13 +1,13 @@
 """The zstd frames in which planes lie (spec/deltafmt-v1.md, sections 6.2 and 17.5).
 
-python-zstandard drops the bytes that follow a frame, so a frame's declared size is checked before it is decoded, and
-where it ends is found by following the lengths of its blocks (RFC 8878, section 3.1.1).
+A frame's declared size is checked before it is decoded. If it cannot be decoded, following the lengths of its blocks
+(RFC 8878, section 3.1.1) tells whether it ends in another place than its bytes.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Final
 
 import zstandard
@@ -24,7 +24,7 @@ BLOCK_BYTES: Final = 128 * 1024
 _local = threading.local()
 
 
-def compress(data: memoryview, ends: Iterable[int] = (), level: int = LEVEL) -> bytes:
+def compress(data: memoryview, ends: Sequence[int] = (), level: int = LEVEL) -> bytes:
     """Return one frame.
 
     Args:
@@ -35,6 +35,8 @@ def compress(data: memoryview, ends: Iterable[int] = (), level: int = LEVEL) -> 
     compressors: dict[int, zstandard.ZstdCompressor] = _local.__dict__.setdefault("compressors", {})
     if level not in compressors:
         compressors[level] = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False)
+    if not ends:
+        return compressors[level].compress(data)
     frame = compressors[level].compressobj(size=len(data))
     parts, start = [], 0
     for end in ends:
@@ -56,12 +58,12 @@ def decompress(frame: Bytes, size: int) -> bytes:
     """
     check_frame(frame, size)
     try:
-        if _end(memoryview(frame).cast("B")) != len(frame):
-            raise InvalidFileError("a frame does not end where its plane ends")
         if not hasattr(_local, "decompressor"):
             _local.decompressor = zstandard.ZstdDecompressor()
-        content: bytes = _local.decompressor.decompress(frame)
+        content: bytes = _local.decompressor.decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
+        if _end(memoryview(frame).cast("B")) != len(frame):
+            raise InvalidFileError("a frame does not end where its plane ends") from error
         raise InvalidFileError(f"not a zstd frame: {str(error).splitlines()[0]}") from error
     if len(content) != size:
         raise InvalidFileError(f"a frame has {len(content)} bytes, not {size}")
