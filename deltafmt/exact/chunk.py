@@ -153,9 +153,8 @@ def changes(
         return None, units if units.flags.aligned else units.copy()
     if form == SPARSE:
         places, differences = _read_sparse(view, count, unit)
-        return places, joined(
-            differences, prediction.take(places), unit, unit, None if marks is None else marks[places]
-        )
+        of_places = None if marks is None else marks[places]
+        return places, joined(differences, prediction.take(places), unit, unit, of_places)
     planes = _read_planes(view, count, unit.width)
     if form == VALUES:
         return None, units_of(_whole(planes, count), unit)

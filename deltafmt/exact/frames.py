@@ -1,7 +1,7 @@
 """The zstd frames in which planes lie (spec/deltafmt-v1.md, sections 6.2 and 17.5).
 
-A frame's declared size is checked before it is decoded. If it cannot be decoded, following the lengths of its blocks
-(RFC 8878, section 3.1.1) tells whether it ends in another place than its bytes.
+python-zstandard drops the bytes that follow a frame, so a frame's declared size is checked before it is decoded, and
+where it ends is found by following the lengths of its blocks (RFC 8878, section 3.1.1).
 """
 
 from __future__ import annotations
@@ -16,28 +16,35 @@ from deltafmt.errors import InvalidFileError
 from deltafmt.format.zstd_frame import check_frame
 from deltafmt.output import Bytes
 
-LEVEL: Final = 1
-
-# zstd has statistics for a block of at most so many bytes.
-BLOCK_BYTES: Final = 128 * 1024
+# Planes have statistics worth coding, but hardly anything that repeats, unless it is long. zstd shall therefore find
+# few matches: it looks for seven bytes, and remembers the last place of 64 of them.
+PARAMETERS: Final = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_FAST,
+    min_match=7,
+    hash_log=6,
+    chain_log=6,
+    search_log=1,
+    window_log=17,
+    write_content_size=True,
+    write_checksum=False,
+)
 
 _local = threading.local()
 
 
-def compress(data: memoryview, ends: Sequence[int] = (), level: int = LEVEL) -> bytes:
+def compress(data: memoryview, ends: Sequence[int] = ()) -> bytes:
     """Return one frame.
 
     Args:
         data: its content, at least a byte.
         ends: where the statistics of the content change, ascending; a block of the frame ends at each.
-        level: the level of zstd.
     """
-    compressors: dict[int, zstandard.ZstdCompressor] = _local.__dict__.setdefault("compressors", {})
-    if level not in compressors:
-        compressors[level] = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False)
+    if not hasattr(_local, "compressor"):
+        _local.compressor = zstandard.ZstdCompressor(compression_params=PARAMETERS)
+    compressor: zstandard.ZstdCompressor = _local.compressor
     if not ends:
-        return compressors[level].compress(data)
-    frame = compressors[level].compressobj(size=len(data))
+        return compressor.compress(data)
+    frame = compressor.compressobj(size=len(data))
     parts, start = [], 0
     for end in ends:
         if start < end < len(data):
@@ -58,12 +65,12 @@ def decompress(frame: Bytes, size: int) -> bytes:
     """
     check_frame(frame, size)
     try:
+        if _end(memoryview(frame).cast("B")) != len(frame):
+            raise InvalidFileError("a frame does not end where its plane ends")
         if not hasattr(_local, "decompressor"):
             _local.decompressor = zstandard.ZstdDecompressor()
-        content: bytes = _local.decompressor.decompress(frame, allow_extra_data=False)
+        content: bytes = _local.decompressor.decompress(frame)
     except zstandard.ZstdError as error:
-        if _end(memoryview(frame).cast("B")) != len(frame):
-            raise InvalidFileError("a frame does not end where its plane ends") from error
         raise InvalidFileError(f"not a zstd frame: {str(error).splitlines()[0]}") from error
     if len(content) != size:
         raise InvalidFileError(f"a frame has {len(content)} bytes, not {size}")
