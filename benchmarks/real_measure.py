@@ -211,7 +211,7 @@ class Measure:
         fisher = {name: torch.zeros_like(weight) for name, weight in parameters.items()}
         count = tokens_read = 0
         for texts in self.tasks.values():
-            for _, tokens, wanted in batches(texts, self.model.config.eos_token_id, 16):
+            for _, tokens, wanted in batches(texts, self.model.config.eos_token_id, 32):
                 last = wanted.shape[1] - (wanted != -1).flip(1).int().argmax(1)
                 kept.append((torch.arange(tokens.shape[1]) < last[:, None]).flatten().to(self.device))
                 places = (wanted.flatten() != -1).nonzero().flatten()

@@ -15,10 +15,13 @@ how it was made, ``KIND-TASK.jsonl`` are texts that it has not read, ``KIND-text
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
+import shutil
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -104,9 +107,9 @@ class Sides:
     def problem(self, task: str, rng: random.Random) -> dict[str, Any]:
         """Return a text to be read, ``question``, and one to be written, ``answer``; ``ends`` if that is all of it."""
         if task == "text":
-            text = rng.choice(self.files).read_text("utf-8", "replace")
+            text = _read(rng.choice(self.files))
             start = rng.randrange(max(len(text) - 4 * BLOCK, 1))
-            return {"question": "", "answer": text[start : start + 8 * BLOCK], "ends": False}
+            return {"question": "", "answer": text[start : start + 6 * BLOCK], "ends": False}
         question, answer = TASKS[task](rng)
         if self.added:
             return {
@@ -151,6 +154,11 @@ class Texts:
 
 
 SIDES = ("question", "answer")
+
+
+@functools.cache
+def _read(path: Path) -> str:
+    return path.read_text("utf-8", "replace")
 
 
 def text_files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -260,7 +268,9 @@ def run(
     begun = time.monotonic()
     if not (out / "base").exists():
         base, fast = load_base(source)
-        fast.backend_tokenizer.save(str(out / "tokenizer.json"))
+        with tempfile.TemporaryDirectory() as temporary:
+            fast.save_pretrained(temporary)
+            shutil.copy(Path(temporary, "tokenizer.json"), out)
         save(base, out / "base")
         print(f"base: {sum(weight.numel() for weight in base.parameters()):,} parameters", flush=True)
         del base
@@ -283,7 +293,10 @@ def run(
         kept: set[str] = set()
         spare = []
         for task in kind.tasks:
-            problems = different(others, task, f"{seed}/{name}/{task}/kept", amount.problems)
+            count = amount.problems // 2 if task == "text" else amount.problems
+            problems = different(
+                others, task, f"{seed}/{name}/{task}/kept", amount.problems if task != "text" else amount.problems // 2
+            )
             kept |= {problem["question"] for problem in problems}
             write_lines(out / f"{name}-{task}.jsonl", problems)
             spare += different(sides, task, f"{seed}/{name}/{task}/spare", amount.calibration, frozenset(kept))

@@ -30,7 +30,6 @@ from deltafmt.pipeline.sizes import file_size, tensor_size
 
 SPREAD = "deltadq by spread"
 DROPOUT = "deltadq"
-TAIL = tuple(f"1:{m}" for m in (160, 192, 224, 255))
 # Heads of few vectors on dropout: what the ladder of ``residual`` has no rung for where rows are wide.
 SMALL_HEADS = tuple(
     f"rank={rank},head_bits=4,nm={nm},bits=2,share=1"
@@ -40,7 +39,7 @@ SMALL_HEADS = tuple(
 
 
 def _dropout(bits: int, share: int) -> tuple[str, ...]:
-    return tuple(f"nm={nm},bits={bits},share={share}" for nm in (*KEPT, *TAIL))
+    return tuple(f"nm={nm},bits={bits},share={share}" for nm in KEPT)
 
 
 MORE = (
@@ -54,8 +53,8 @@ ALL = {ladder.label: ladder for ladder in (*LADDERS, *MORE)}
 # The labels that are packed, the most telling first; a target's plan is begun before all of them.
 FIRST = (TARGET, DROPOUT, "residual", "residual, few vectors", "deltadq, 4 bits", "deltadq, 1 bit", "svd, 3 bits")
 SECOND = ("svd, 4 bits", "delta-come", "deltadq, 4 rows share", SPREAD, "bitdelta", "rtn")
-THIRD = ("delta-come, calibrated", "bitdelta, calibrated", "gptq", "magnitude, N:M", "sparsegpt", "dare")
-LAST = ("svd, 16 bits", "magnitude", "deltadq-sq")
+THIRD = ("delta-come, calibrated", "bitdelta, calibrated", "gptq", "magnitude, N:M", "sparsegpt")
+LAST = ("dare", "svd, 16 bits", "magnitude", "deltadq-sq")
 RATIOS = (64.0, 128.0, 32.0, 16.0, 256.0, 8.0)
 SEEDS = (1, 2)  # further seeds of plain dropout, which show what chance alone does
 
@@ -184,18 +183,21 @@ class Packer:
     def _searched(self, settings: list[str], limit: float, point: Point, path: Path) -> tuple[Path, str, float] | str:
         """Pack with the first setting whose file is small enough, where only packing tells; sizes fall."""
         packed: dict[int, tuple[int, float]] = {}
+        last = [-1]
 
         def fits(rung: int) -> bool:
             if rung not in packed:
                 spent = self.pack(path, method_of(settings[rung]), point)
                 packed[rung] = path.stat().st_size, spent
+                last[0] = rung
             return packed[rung][0] <= limit
 
         rung = first_true(len(settings), fits)
         if rung == len(settings):
             return f"no setting of {len(settings)} is so small"
-        spent = self.pack(path, method_of(settings[rung]), point)
-        return path, settings[rung], spent
+        if last[0] != rung:
+            self.pack(path, method_of(settings[rung]), point)
+        return path, settings[rung], packed[rung][1]
 
     def _spread(self, limit: float) -> tuple[str, list[Rule]] | str:
         """Return rules that keep of every matrix a share in proportion to the spread of its delta's elements."""
@@ -203,7 +205,7 @@ class Packer:
         plans = make_plan(base, finetuned, DeltaDQ())
         spreads = {plan.tensor.name: _spread_of(plan) for plan in plans if plan.method and plan.alias is None}
         options = [method_of(f"deltadq:{rung}") for rung in _dropout(2, 1)]
-        shares = [_share(rung) for rung in (*KEPT, *TAIL)]
+        shares = [_share(rung) for rung in KEPT]
         removed = sorted(set(base.tensors) - set(finetuned.tensors))
         metadata = file_metadata(DeltaDQ().describe(), 0, finetuned)
 
