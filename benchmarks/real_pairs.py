@@ -294,9 +294,7 @@ def run(
         spare = []
         for task in kind.tasks:
             count = amount.problems // 2 if task == "text" else amount.problems
-            problems = different(
-                others, task, f"{seed}/{name}/{task}/kept", amount.problems if task != "text" else amount.problems // 2
-            )
+            problems = different(others, task, f"{seed}/{name}/{task}/kept", count)
             kept |= {problem["question"] for problem in problems}
             write_lines(out / f"{name}-{task}.jsonl", problems)
             spare += different(sides, task, f"{seed}/{name}/{task}/spare", amount.calibration, frozenset(kept))
