@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.kernels.devices import has_triton
+from deltafmt.kernels.devices import usable_on
 from deltafmt.kernels.record_memory import RecordMemory
 from deltafmt.kernels.registry import kernels_of
 from deltafmt.runtime.delta_store import copy_delta
@@ -74,7 +74,7 @@ class ServedModel:
     def __init__(self, model: Any, shapes: Mapping[str, tuple[int, ...]], choice: Choice, config: Any) -> None:
         self.choice = choice
         self.shapes = dict(shapes)
-        self.has_kernels = choice.device.type == "cuda" and has_triton()
+        self.has_kernels = usable_on(choice.device)
         self.modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
         self.places: Places = find_places(model, shapes)
         self.heads: dict[str, tuple[Place, ...]] = {}
@@ -239,6 +239,11 @@ class ServedModel:
                         f"{name} changes by {operand.layout.kind} terms, whose kernels take {most} tokens where graphs "
                         f"are captured for {self.captured_tokens}; {_EAGER}"
                     )
+                if isinstance(served, EmbeddingLayer) and not kernels_of(operand.layout).embeds:
+                    raise UsageError(
+                        f"{name} changes by {operand.layout.kind} terms, of which no kernel looks rows up in a graph; "
+                        f"{_EAGER}"
+                    )
             if not starting and not served.layouts(terms) <= served.prepared:
                 raise UsageError(
                     f"{name} changes in a layout that no graph was captured for; name a delta of this layout when the "
@@ -268,11 +273,30 @@ class ServedModel:
             served = self.layers[name]
             assert not isinstance(served, str)
             served.put(slot, one, tensors)
-        self._memory.flush()
+        self._bring()
 
     def clear(self, slot: int) -> None:
         """Empty a slot of every layer."""
         for served in self.layers.values():
             if not isinstance(served, str):
                 served.clear(slot)
+        self._bring()
+
+    def _bring(self) -> None:
+        """Bring changed records to the device, behind the steps that are under way: these read what is there."""
+        if self.choice.device.type == "cuda":
+            torch.cuda.current_stream(self.choice.device).synchronize()
         self._memory.flush()
+
+    def warm(self, sizes: Iterable[int], dtype: torch.dtype) -> None:
+        """Launch what graphs are going to hold, for rows of the base: no kernel is compiled while one is captured.
+
+        Args:
+            sizes: the tokens of each graph.
+            dtype: that the model computes in.
+        """
+        layers = {id(one): one for one in self.layers.values() if isinstance(one, MatrixLayer) and one.prepared}
+        with self.choice.warming(), torch.inference_mode():
+            for size in sorted(set(sizes)):
+                for served in layers.values():
+                    served.warm(size, dtype)
