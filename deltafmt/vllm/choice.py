@@ -77,7 +77,7 @@ class Choice:
         self.end: int | None = None
         self.announce: Callable[[int, int], None] | None = None
         self._of: dict[Rows, list[int]] = {Rows.TOKENS: [], Rows.LOGITS: []}
-        self._segments: dict[tuple[Rows, int, int], Segments] = {}
+        self._segments: dict[tuple[Rows, bool, int, int], Segments] = {}
         self._prompt = self._warming = False
         self._fixed: FixedSegments | None = None
         self._sized: dict[int, StepSegments] = {}
@@ -149,7 +149,7 @@ class Choice:
             if self.lenient and rows is Rows.LOGITS:
                 return None
             raise _unannounced(where, count, len(slots))
-        key = rows, first, count
+        key = rows, self._prompt, first, count
         found = self._segments.get(key)
         if found is None:
             mine = slots[first : first + count]
