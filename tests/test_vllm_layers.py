@@ -144,7 +144,7 @@ def test_embeddings_and_heads_that_are_tied_both_change(deltas: dict[str, Path],
 def test_an_embedding_that_a_model_takes_for_its_head_multiplies_with_the_delta(
     deltas: dict[str, Path], nano: Path
 ) -> None:
-    model, served = engine(nano / "base")
+    _, served = engine(nano / "base")
     head, embedding = served.modules["lm_head"], served.modules["model.embed_tokens"]
     fill(served, 1, deltas["all"], EngineBase(nano / "base"))
     served.choice.show([1, BASE], [1, BASE])
