@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,23 +121,60 @@ def convert(
         target = _target(to, path, patch)
         _check_options(target, patch is None, parent, encoding, checksum, tensors_only=tensors_only)
         _check_output(place, target, (source, base), force=force)
-        changes, told = _open_changes(path, patch, base, target, limits, stack, tensors_only=tensors_only)
+        if target == DELTAFMT:
+            assert patch is not None
+            return _to_delta(patch, place, base, parent, version, base_version, force, workers, progress)
+        changes, told = stack.enter_context(_changes(path, patch, base, target, limits, tensors_only=tensors_only))
         refuse_input_file(place, (changes.base,))
         versions = chosen_versions(version, base_version, told, place, target)
-        result = ConvertResult(place, DELTAFMT if patch is None else patch.format, target)
-        result.version, result.base_version = versions.version, versions.base
-        if target == DELTAFMT:
-            link = None if parent is None else _parent_id(parent, base, place, path, told, workers)
-            about = metadata_of(result.source, versions)
-            made = write_delta(changes, place, about, link, force=force, threads=workers, progress=progress)
-            result.tensors, result.content_id = made.tensors, made.content_id
-            result.restored, result.attached = made.restored, made.attached
-            result.parent = "" if link is None else link.hex()
-        else:
-            writer = _writer(place, target, versions, encoding, checksum, changes.base, force=force)
-            result.tensors = write_changes(changes, writer, workers, progress)
-    result.size = sum(each.stat().st_size for each in ([place] if place.is_file() else place.iterdir()))
-    return result
+        writer = _writer(place, target, versions, encoding, checksum, changes.base, force=force)
+        count = write_changes(changes, writer, workers, progress)
+    kind = DELTAFMT if patch is None else patch.format
+    size = sum(each.stat().st_size for each in ([place] if place.is_file() else place.iterdir()))
+    return ConvertResult(place, kind, target, versions.version, versions.base, count, size)
+
+
+def convert_patch(
+    patch: Patch,
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    parent: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    threads: int | None = None,
+) -> ConvertResult:
+    """Make a delta file of a patch that is open, as :func:`convert` does.
+
+    Raises:
+        UsageError, InvalidFileError, WrongBaseError, StorageError: as :func:`convert` raises them.
+    """
+    core.warn_if_missing()
+    place, workers = Path(out), thread_count(threads)
+    _check_output(place, DELTAFMT, (base,), force=force)
+    return _to_delta(patch, place, base, parent, None, None, force, workers, None)
+
+
+@contextlib.contextmanager
+def opened_changes(
+    source: str | os.PathLike[str], base: str | os.PathLike[str], target: str, limits: Limits
+) -> Iterator[Changes]:
+    """Open a delta file or a patch on its base, and give the tensors that change, without files beside them.
+
+    Args:
+        source: the delta file or the patch.
+        base: the checkpoint that it was made on.
+        target: what they are for, in messages.
+        limits: how much a delta file may ask for.
+
+    Raises:
+        UsageError, InvalidFileError, WrongBaseError, StorageError: as :func:`convert` raises them.
+    """
+    path = Path(source)
+    patch = open_patch(path)
+    with contextlib.ExitStack() as stack:
+        if patch is not None:
+            stack.callback(patch.close)
+        yield stack.enter_context(_changes(path, patch, base, target, limits, tensors_only=True))[0]
 
 
 def open_patch(path: Path) -> Patch | None:
@@ -205,9 +243,7 @@ def _check_options(
         check_choice(name, value, known)
 
 
-def _check_output(
-    place: Path, target: str, sources: tuple[str | os.PathLike[str], str | os.PathLike[str]], *, force: bool
-) -> None:
+def _check_output(place: Path, target: str, sources: Sequence[str | os.PathLike[str]], *, force: bool) -> None:
     """Refuse an output that cannot be made, before any work is done.
 
     Raises:
@@ -221,25 +257,50 @@ def _check_output(
         check_output_file(place, force=force)
 
 
-def _open_changes(
+@contextlib.contextmanager
+def _changes(
     path: Path,
     patch: Patch | None,
     base: str | os.PathLike[str],
     target: str,
     limits: Limits,
-    stack: contextlib.ExitStack,
     *,
     tensors_only: bool,
-) -> tuple[Changes, Versions]:
-    """Open a source on its base, and return what it changes and the versions that it says."""
+) -> Iterator[tuple[Changes, Versions]]:
+    """Open a source on its base, and give what it changes and the versions that it says."""
     if patch is None:
-        links = stack.enter_context(open_links([path], limits))
-        chain = stack.enter_context(open_chain(base, links))
-        return DeltaChanges(chain, target, tensors_only=tensors_only), versions_of(links[0].metadata)
-    checkpoint = stack.enter_context(Checkpoint(base))
-    check_base_version(path, patch.versions, applied_version(checkpoint.path), f"the checkpoint {base}")
-    patch.check(checkpoint.tensors, checkpoint.path)
-    return PatchChanges(checkpoint, patch), patch.versions
+        with open_links([path], limits) as links, open_chain(base, links) as chain:
+            yield DeltaChanges(chain, target, tensors_only=tensors_only), versions_of(links[0].metadata)
+        return
+    with Checkpoint(base) as checkpoint:
+        check_base_version(path, patch.versions, applied_version(checkpoint.path), f"the checkpoint {base}")
+        patch.check(checkpoint.tensors, checkpoint.path)
+        yield PatchChanges(checkpoint, patch), patch.versions
+
+
+def _to_delta(
+    patch: Patch,
+    place: Path,
+    base: str | os.PathLike[str],
+    parent: str | os.PathLike[str] | None,
+    version: str | None,
+    base_version: str | None,
+    force: bool,
+    threads: int,
+    progress: Progress | None,
+) -> ConvertResult:
+    """Make a delta file of a patch."""
+    with _changes(patch.path, patch, base, DELTAFMT, DEFAULT_LIMITS, tensors_only=False) as (changes, told):
+        refuse_input_file(place, (changes.base,))
+        versions = chosen_versions(version, base_version, told, place, DELTAFMT)
+        link = None if parent is None else _parent_id(parent, base, place, patch.path, told, threads)
+        about = metadata_of(patch.format, versions)
+        made = write_delta(changes, place, about, link, force=force, threads=threads, progress=progress)
+    result = ConvertResult(place, patch.format, DELTAFMT, versions.version, versions.base, made.tensors)
+    result.size, result.content_id = place.stat().st_size, made.content_id
+    result.restored, result.attached = made.restored, made.attached
+    result.parent = "" if link is None else link.hex()
+    return result
 
 
 def _parent_id(
