@@ -135,10 +135,10 @@ def forgotten() -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_of_a_family_takes_deltas(family: str, tmp_path: Path, forgotten: Any) -> None:
-    if family == "mixtral" and importlib.util.find_spec("triton") is None:
-        pytest.skip("vLLM on the CPU runs mixtures beside LoRA with Triton alone")
     make(family, tmp_path)
-    llm = engine(tmp_path / "base")
+    # Without Triton, adapters of experts cannot be served, and vLLM need not prepare for them.
+    more = {"lora_target_modules": ["o_proj"]} if family == "mixtral" else {}
+    llm = engine(tmp_path / "base", **more)
     assert manager_of(llm).served.unused() == []
     assert not manager_of(llm).served.places.reasons
     generator = torch.Generator().manual_seed(1)
