@@ -73,21 +73,20 @@ def engine(model: Path, **more: Any) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
-    return LLM(
-        str(model),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        enforce_eager=True,
-        enable_lora=True,
-        max_loras=2,
-        max_lora_rank=8,
-        max_model_len=96,
-        max_num_seqs=32,
-        max_num_batched_tokens=512,
-        block_size=32,
-        kv_cache_memory_bytes=1 << 26,
-        **more,
-    )
+    settings: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "enable_lora": True,
+        "max_loras": 2,
+        "max_lora_rank": 8,
+        "max_model_len": 96,
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 512,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 1 << 26,
+    }
+    return LLM(str(model), **settings | more)
 
 
 def manager_of(llm: Any) -> Any:
