@@ -10,7 +10,7 @@
     continued pretraining on source text: that of Python's own library unless a folder is given
 
 Every fine-tune lies in ``DIR/KIND`` (weights and configuration), with what measures it beside it: ``KIND.json`` says
-how it was made, ``KIND-TASK.jsonl`` are texts that it has not read, ``KIND-text.jsonl`` are others for calibration.
+how it was made, ``KIND-TASK.jsonl`` are texts that it has not read, ``KIND-calibration.jsonl`` are others for calibration.
 """
 
 from __future__ import annotations
@@ -298,7 +298,9 @@ def run(
             kept |= {problem["question"] for problem in problems}
             write_lines(out / f"{name}-{task}.jsonl", problems)
             spare += different(sides, task, f"{seed}/{name}/{task}/spare", amount.calibration, frozenset(kept))
-        write_lines(out / f"{name}-text.jsonl", [{"text": "".join(line[side] for side in SIDES)} for line in spare])
+        write_lines(
+            out / f"{name}-calibration.jsonl", [{"text": "".join(line[side] for side in SIDES)} for line in spare]
+        )
         small = Kind(
             kind.rate, amount.steps or kind.steps, amount.batch or kind.batch, kind.decay, kind.tasks, kind.added
         )
