@@ -10,7 +10,7 @@
     continued pretraining on source text: that of Python's own library unless a folder is given
 
 Every fine-tune lies in ``DIR/KIND`` (weights and configuration), with what measures it beside it: ``KIND.json`` says
-how it was made, ``KIND-TASK.jsonl`` are texts that it has not read, ``KIND-calibration.jsonl`` are others for calibration.
+how it was made, ``KIND-TASK.jsonl`` are texts that it has not read, ``KIND-calibration.jsonl`` others.
 """
 
 from __future__ import annotations
