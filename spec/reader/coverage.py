@@ -2,8 +2,8 @@
 
     python coverage.py FOLDER PORTABLE...
 
-FOLDER holds programs that were compiled with ``--coverage`` and have run; each PORTABLE a ``hashes`` whose hashes use fewer
-instructions of the processor. A line counts as reached if it was in one of them.
+FOLDER holds programs that were compiled with ``--coverage`` and have run; each PORTABLE a ``hashes`` whose hashes use
+fewer instructions of the processor. A line counts as reached if it was in one of them.
 """
 
 from __future__ import annotations
