@@ -250,29 +250,6 @@ def test_what_cannot_be_restored_is_refused(tmp_path: Path, cli: Cli) -> None:
     assert folder_bytes(tmp_path / "out") == folder_bytes(lacks)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        (b'"shape":', b'"extra":1,"shape":', "expected the keys dtype, shape and data_offsets"),
-        (b"{", b'{"__metadata__":{"a":1},', "not a map from string to string"),
-    ],
-)
-def test_a_header_that_a_reader_would_refuse_is_not_packed(
-    old: bytes, new: bytes, words: str, tmp_path: Path, cli: Cli
-) -> None:
-    """Whatever `pack` takes, `verify` and `unpack` take."""
-    a, b = small_tensors()
-    base, finetuned = write_folder(tmp_path / "base", a), write_folder(tmp_path / "finetuned", b)
-    content = safetensors_bytes(b)
-    length = int.from_bytes(content[:8], "little")
-    header = content[8 : 8 + length].replace(old, new, 1)
-    path = finetuned / "model.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
-    for method in (("--method", "exact"), ("--exact",)):
-        refused(cli("pack", base, finetuned, "-o", tmp_path / "d", *method), 3, words, "save it again with safetensors")
-    assert cli("pack", base, finetuned, "-o", tmp_path / "d").code == 0
-
-
 def test_an_archive_is_never_written_onto_an_input(tmp_path: Path, cli: Cli) -> None:
     pair = write_pair(tmp_path, *small_tensors())
     before = folder_bytes(tmp_path)

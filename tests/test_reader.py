@@ -253,7 +253,7 @@ def test_the_command_refuses_in_one_line(command: Path, pair: Pair, tmp_path: Pa
     for arguments, code, words in (
         (["verify", tmp_path / "bad"], 3, "truncated"),
         (["verify", tmp_path / "absent"], 5, "No such file"),
-        (["verify", tmp_path], 5, "not a regular file"),
+        (["verify", tmp_path], 3, "it is a folder, not a delta file"),
         (["decode", file, "absent"], 2, "there is no tensor absent"),
         (["decode", file, "w", "--base", tmp_path / "base.raw"], 4, "another one"),
         (["decode", file, "w", "--base", tmp_path / "absent"], 5, "cannot be read"),

@@ -38,7 +38,8 @@ static void check_opening(void) {
     dlt_error error;
     dlt_file *file;
     opened("absent", NULL, DLT_SYSTEM, "No such file");
-    opened(".", NULL, DLT_SYSTEM, "not a regular file");
+    opened(".", NULL, DLT_INVALID, "a folder");
+    opened("../../../../../../../../../../dev/null", NULL, DLT_SYSTEM, "not a regular file");
     opened("empty-file.deltafmt", NULL, DLT_INVALID, "empty");
     opened("lowrank-33-k2-cold.deltafmt", &small, DLT_LIMIT, "max_output");
     EXPECT(dlt_open_memory((uint8_t *)bytes + 1, 8, NULL, &file, &error) == DLT_MISUSE && file == NULL);

@@ -1751,7 +1751,8 @@ dlt_status dlt_open(const char *path, const dlt_limits *limits, dlt_file **out, 
     }
     void *data = NULL;
     dlt_status status = DLT_OK;
-    if (!S_ISREG(about.st_mode)) status = fail(error, DLT_SYSTEM, "not a regular file");
+    if (S_ISDIR(about.st_mode)) status = INVALID(error, "it is a folder, not a delta file");
+    else if (!S_ISREG(about.st_mode)) status = fail(error, DLT_SYSTEM, "not a regular file");
     else if (about.st_size == 0) status = INVALID(error, "the file is empty");
     else if ((data = mmap(NULL, (size_t)about.st_size, PROT_READ, MAP_PRIVATE, fd, 0)) == MAP_FAILED) {
         status = fail(error, DLT_SYSTEM, "%s", strerror(errno));
