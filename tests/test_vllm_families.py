@@ -46,12 +46,14 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**HEADS, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": lambda: transformers.Qwen3Config(**HEADS, tie_word_embeddings=False),
+    "gemma2": lambda: transformers.Gemma2Config(**GEMMA),
     "gemma3": lambda: transformers.Gemma3TextConfig(**GEMMA),
     "phi3": lambda: transformers.Phi3Config(**SIZES),
     "opt": lambda: transformers.OPTConfig(**OPT, vocab_size=200, max_position_embeddings=128, word_embed_proj_dim=64),
     "mixtral": lambda: transformers.MixtralConfig(**MOE),
 }
-LENGTHS = (3, 7, 12, 20, 5)
+# The first prompt has as many log-probabilities as the step has rows that are sampled, two for each prompt.
+LENGTHS = (11, 7, 12, 20, 3)
 TOKENS = 6
 
 

@@ -80,7 +80,7 @@ class DeltaModelManager:
         super()._create_lora_modules()  # type: ignore[misc]
 
     def _reserve(self, options: Options) -> None:
-        """Take the memory of slots before the engine sizes its cache, and prepare tables for graphs."""
+        """Take the memory of slots before the engine sizes its cache, and prepare tables and kernels for graphs."""
         if not self.served.has_kernels or self.base is None:
             return
         paths = [delta_path(path) for path in options.prepare]
@@ -90,6 +90,8 @@ class DeltaModelManager:
         for delta in prepared:
             self.served.put(0, delta.parts, delta.tensors)
             self.served.clear(0)
+        if self.served.captured_tokens:
+            self.served.warm(self._config.compilation_config.cudagraph_capture_sizes, self._config.model_config.dtype)
 
     def _add_adapter(self, lora: Any) -> None:
         if isinstance(lora, DeltaAdapter):
