@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hostile
 import pytest
 import repair
 import tensors
 from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import deltafmt
 from conftest import Cli, Pair, normal, nudge, refused, safetensors_bytes, small_tensors, write_folder
+from deltafmt.delta import codec_of, rows_for_chunks
 from deltafmt.errors import InvalidFileError
 from deltafmt.format import constants as c
+from deltafmt.index.entries import BaseRef, TensorEntry, Term
+from deltafmt.index.exact import ExactRef
+from deltafmt.index.sections import BufferRef
 from deltafmt.methods import RTN
+from deltafmt.terms.nm.layout import NMLayout
 
 
 @pytest.mark.parametrize(
@@ -78,6 +86,46 @@ def test_a_file_is_restored_from_terms_alone(pair: Pair, tmp_path: Path) -> None
     with pytest.raises(InvalidFileError, match="what is restored is not what was packed"):
         deltafmt.unpack(pair.base, made, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@given(
+    rows=st.integers(1, 300),
+    new=st.integers(0, 40),
+    columns=st.integers(1, 70),
+    share=st.sampled_from([1, 2, 8]),
+    chunk=st.sampled_from([256, 512, 1 << 20]),
+)
+@settings(max_examples=60, deadline=None)
+def test_rows_are_counted_as_they_are_decoded(rows: int, new: int, columns: int, share: int, chunk: int) -> None:
+    """A chunk is predicted from whole runs of rows; a file of small chunks and long runs decodes them many times."""
+    layout = NMLayout(1, 4, 1, "seeded", "midrise", share=share)
+    base = BaseRef(bytes(32), "BF16", (rows, columns))
+    units = (rows + new) * columns
+    exact = ExactRef(chunk, BufferRef(0, 0, 16 * -(-units // chunk)), bytes(32), (0,))
+    entry = TensorEntry(
+        "w", "add", "BF16", (rows + new, columns), base, bytes(32), None, (Term(0, layout, 1, {}),), exact=exact
+    )
+    step = codec_of(entry, entry.terms[0]).run_rows
+    decoded = 0
+    for first in range(0, rows * columns, chunk):
+        end = min(first + chunk, rows * columns)
+        start, stop = first // columns // step * step, -(-end // columns // step) * step
+        decoded += min(stop, rows) - start
+    assert rows_for_chunks(entry, exact, step) == decoded >= rows
+
+
+def test_small_chunks_are_refused_before_their_terms_are_decoded(tmp_path: Path) -> None:
+    """A file of 47 KB that took a minute: 2,048 chunks of half a row, each predicted from 256 rows of 16 terms."""
+    base, digest = hostile.make_base(tmp_path)
+    made = hostile.FILES["16 terms, small chunks"](tmp_path / "d.deltafmt", digest)
+    assert deltafmt.verify(made).base_tensors is None
+    with pytest.raises(InvalidFileError, match="max_elements"):
+        deltafmt.verify(made, base)
+    with pytest.raises(InvalidFileError, match="max_elements"):
+        deltafmt.unpack(base, made, tmp_path / "out")
+    with pytest.raises(InvalidFileError, match="max_elements"):
+        deltafmt.apply(base, [made], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_file_takes_is_counted_before_it_is_restored(pair: Pair, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def check_restored(
     inside = [delta.resolve(name) for _, tensors in files.values() for name in tensors]
     known = {entry.name for entry in inside}
     alone = [entry for entry in entries if entry.exact is not None and entry.name not in known]
-    delta.check_work((entry for entry in (*inside, *alone) if entry.terms), base.checkpoint.nbytes)
+    delta.check_work((entry for entry in (*inside, *alone) if entry.terms), base.checkpoint.nbytes, restores=True)
     with worker_pool(threads, "restore") as pool:
         check = _Check(delta, base, pool, threads)
         for name, (head, tensors) in files.items():
