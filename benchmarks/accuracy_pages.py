@@ -19,6 +19,8 @@ from accuracy import markdown, read_records
 from curves import chart
 from real_points import ALL, DROPOUT, SPREAD, TARGET
 
+from deltafmt.analysis import svg
+
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = "accuracy.md"
 ORDER = (TARGET, DROPOUT, "deltadq, 1 bit", "deltadq, 4 bits", "deltadq, 4 rows share", SPREAD, *ALL)
@@ -175,8 +177,9 @@ def drawn(pair: Record, kind: str) -> str:
             value = gain_kept(pair, point["tasks"]) if is_text(pair) else mean_of(point["tasks"], "solves")
             lines.setdefault(point["label"], []).append((point["size"] / 1024, min(max(value, 0.0), 1.0)))
     what = "gain in log-likelihood kept" if is_text(pair) else "problems solved, mean of the tasks"
-    curves = [(label, sorted(values)) for label, values in lines.items() if len(values) > 1]
-    return chart(f"{kind}: over the size of the delta file", "delta file, KiB", what, curves[:10])
+    curves = [(label, sorted(values)) for label, values in lines.items()]
+    curves.sort(key=lambda curve: len(curve[1]) == 1)  # single dots come last
+    return chart(f"{kind}: over the size of the delta file", "delta file, KiB", what, curves[: svg.COLORS])
 
 
 def replaced(page: str, mark: str, text: str) -> str:
