@@ -14,6 +14,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,17 +28,29 @@ from deltafmt.methods.base import Method
 from deltafmt.vllm.loading import load_delta
 from deltafmt.vllm.manager import DeltaAdapter, DeltaModelManager
 from fake_vllm import Llama
+from fake_vllm import config as fake_config
 
 # What a row of logits may differ by, as a share of its length: float32 sums are taken in another order.
 BOUND = 1e-3
 
 
+class Kind(Enum):
+    """What the rows are of."""
+
+    LANGUAGE = 1
+    TOWER = 2
+
+
 @dataclass
-class _Rows:
-    """What vLLM says of a step: the number of the adapter of each token, and of each row of logits; 0 for none."""
+class Rows:
+    """What vLLM says of a step: the number of the adapter of each token, and of each row of logits; 0 for none.
+
+    Its type is another where the rows are those of an image.
+    """
 
     index_mapping: tuple[int, ...]
     prompt_mapping: tuple[int, ...]
+    type: Kind = Kind.LANGUAGE
 
 
 class _Registered(dict[int, Any]):
@@ -169,6 +182,7 @@ class Steps:
         sizes: the tokens of the graphs; none to capture none.
         prepare: the names of the deltas whose layouts graphs are captured for.
         largest: bytes of a slot's block in the arena; 0 for those of the largest delta that is prepared.
+        model: options of the model's configuration.
     """
 
     def __init__(
@@ -181,19 +195,19 @@ class Steps:
         sizes: Sequence[int] = (),
         prepare: Sequence[str] = (),
         largest: int = 0,
+        **model: Any,
     ) -> None:
         self.folder, self.device = folder, device
         options = {"prepare": [str(folder / f"{name}.deltafmt") for name in prepare], "largest": largest}
         config = SimpleNamespace(
-            model_config=SimpleNamespace(
-                is_encoder_decoder=False,
-                use_mla=False,
+            model_config=fake_config(
                 enforce_eager=not sizes,
                 model=str(folder / "base"),
                 revision=None,
                 dtype=torch.float32,
                 hf_text_config=SimpleNamespace(eos_token_id=1),
-            ),
+                **model,
+            ).model_config,
             compilation_config=SimpleNamespace(mode=0, cudagraph_capture_sizes=list(sizes)),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=longest),
             load_config=SimpleNamespace(load_format="auto"),
@@ -241,7 +255,7 @@ class Steps:
 
     def _announce(self, names: Sequence[str | None], rows: Sequence[int]) -> None:
         numbers = tuple(0 if name is None else self._numbers[name] for name in names)
-        self.manager._set_adapter_mapping(_Rows(numbers, tuple(numbers[row] for row in rows)))
+        self.manager._set_adapter_mapping(Rows(numbers, tuple(numbers[row] for row in rows)))
 
     def start(
         self,

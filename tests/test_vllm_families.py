@@ -73,21 +73,20 @@ def engine(model: Path, **more: Any) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
-    return LLM(
-        str(model),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        enforce_eager=True,
-        enable_lora=True,
-        max_loras=2,
-        max_lora_rank=8,
-        max_model_len=96,
-        max_num_seqs=32,
-        max_num_batched_tokens=512,
-        block_size=32,
-        kv_cache_memory_bytes=1 << 26,
-        **more,
-    )
+    settings: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "enable_lora": True,
+        "max_loras": 2,
+        "max_lora_rank": 8,
+        "max_model_len": 96,
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 512,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 1 << 26,
+    }
+    return LLM(str(model), **settings | more)
 
 
 def manager_of(llm: Any) -> Any:
@@ -135,10 +134,10 @@ def forgotten() -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_of_a_family_takes_deltas(family: str, tmp_path: Path, forgotten: Any) -> None:
-    if family == "mixtral" and importlib.util.find_spec("triton") is None:
-        pytest.skip("vLLM on the CPU runs mixtures beside LoRA with Triton alone")
     make(family, tmp_path)
-    llm = engine(tmp_path / "base")
+    # Without Triton, adapters of experts cannot be served, and vLLM need not prepare for them.
+    more = {"lora_target_modules": ["o_proj"]} if family == "mixtral" else {}
+    llm = engine(tmp_path / "base", **more)
     assert manager_of(llm).served.unused() == []
     assert not manager_of(llm).served.places.reasons
     generator = torch.Generator().manual_seed(1)

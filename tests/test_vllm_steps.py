@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,8 @@ import torch
 from deltafmt import methods
 from deltafmt.errors import UsageError
 from deltafmt.vllm import served
-from engine_steps import BOUND, Played, Steps, make
-from fake_vllm import classes
+from engine_steps import BOUND, Kind, Played, Rows, Steps, make
+from fake_vllm import Llama, classes
 
 pytestmark = pytest.mark.usefixtures("classes")
 __all__ = ["classes"]
@@ -58,3 +59,44 @@ def test_a_delta_that_is_larger_than_a_slot_of_the_arena_is_refused(
     steps = Steps(folder, CPU, slots=2, longest=16, largest=100_000)
     with pytest.raises(UsageError, match="bytes on the device where a slot has"):
         steps.load("other")
+
+
+def test_rows_of_images_leave_the_choice_of_tokens_as_it_was(folder: Path) -> None:
+    steps = Steps(folder, CPU, slots=2, longest=16)
+    played = Played(steps, ["one"], seed=1)
+    steps.load("one")
+    steps.manager.activate_adapter(1)
+    given = Rows((1, 0, 1), (1,), Kind.TOWER)
+    kept = steps.manager._set_adapter_mapping
+
+    def first_the_image(mapping: Any) -> None:
+        kept(mapping)
+        kept(given)
+
+    steps.manager._set_adapter_mapping = first_the_image
+    ids, names, rows = [3, 4, 5, 6], [None, "one", "one", None], [0, 1, 2, 3]
+    played.compare(ids, names, rows, steps.start(ids, names, rows)[1])
+    assert played.wrong == []
+
+
+def test_the_embedding_of_a_model_that_reads_images_is_run_at_the_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def embed(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        embedding = model.model.embed_tokens
+        ran.append(int(ids.sum()))
+        return embedding.quant_method.embedding(embedding, ids)
+
+    ran: list[int] = []
+    monkeypatch.setattr(Llama, "supports_multimodal", True, raising=False)
+    monkeypatch.setattr(Llama, "embed_input_ids", embed, raising=False)
+    steps = Steps(folder, CPU, slots=2, longest=16)
+    assert ran == [0]
+    assert steps.manager.served.unused() == []
+
+
+def test_an_embedding_is_refused_where_prompts_may_be_embeddings(folder: Path) -> None:
+    steps = Steps(folder, CPU, slots=2, longest=16, enable_prompt_embeds=True)
+    with pytest.raises(UsageError, match="prompts may be embeddings"):
+        steps.load("one")
+    steps.load("signs")  # changes no embedding

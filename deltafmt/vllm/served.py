@@ -217,6 +217,8 @@ class ServedModel:
                 self.refusals[name] = "an encoder's rows are not those of the tokens"
             elif of_text is not None and not name.startswith(of_text):
                 self.refusals[name] = "it is a part of the model that reads images or sound"
+            elif config.model_config.enable_prompt_embeds and isinstance(served, EmbeddingLayer):
+                self.refusals[name] = "prompts may be embeddings (--enable-prompt-embeds), of which no token is known"
             elif config.model_config.use_mla and name.endswith("kv_b_proj"):
                 self.refusals[name] = "latent attention takes the weight without computing the layer"
 
