@@ -76,6 +76,11 @@ def old_adapter(inputs: Path, path: Path) -> None:
     (path / "README.md").write_text("an older adapter\n")
 
 
+def old_version(inputs: Path, path: Path) -> None:
+    """Make an older version folder."""
+    shutil.copytree(inputs / "version", path)
+
+
 def old_model(inputs: Path, path: Path) -> None:
     """Make the model that a chain is applied to, with files beside it that stay."""
     shutil.copytree(inputs / "base", path)
@@ -132,6 +137,23 @@ CASES = (
         "squash {inputs}/one.deltafmt {inputs}/two.deltafmt -o {out}/d.deltafmt --base {inputs}/base --threads 1",
         "d.deltafmt",
     ),
+    case(
+        "convert to a version folder",
+        "convert {inputs}/low.deltafmt -o {out}/v --base {inputs}/base --threads 1 "
+        "--to version-folder --model-version 2",
+        "v",
+        old_version,
+    ),
+    case(
+        "convert to a sparse file",
+        "convert {inputs}/low.deltafmt -o {out}/p.safetensors --base {inputs}/base --to trl --threads 1",
+        "p.safetensors",
+    ),
+    case(
+        "convert to a delta file",
+        "convert {inputs}/version -o {out}/d.deltafmt --base {inputs}/base --threads 1",
+        "d.deltafmt",
+    ),
     case("export-lora", "export-lora {inputs}/lora.deltafmt -o {out}/a --base {inputs}/base", "a", old_adapter),
     case("analyze", "analyze {inputs}/base {inputs}/finetuned --html {out}/r.html", "r.html", old_page),
 )
@@ -159,6 +181,8 @@ def make_inputs(folder: Path) -> None:
     deltafmt.pack(sides[1], later, folder / "two.deltafmt", method=Exact(), parent=folder / "one.deltafmt", threads=1)
     low = write_checkpoint(folder / "low", low_rank(rng, base), {})
     deltafmt.pack(sides[0], low, folder / "lora.deltafmt", method=SVD(4), threads=1)
+    deltafmt.pack(sides[0], low, folder / "low.deltafmt", method=Exact(), threads=1)
+    deltafmt.convert(folder / "low.deltafmt", folder / "version", sides[0], "version-folder", version="1", threads=1)
     deltafmt.export_lora(folder / "lora.deltafmt", folder / "adapter", base=sides[0])
 
 

@@ -141,6 +141,40 @@ def test_embeddings_and_heads_that_are_tied_both_change(deltas: dict[str, Path],
     assert torch.equal(logits[0], (x @ old.T)[0])
 
 
+def test_an_embedding_that_a_model_takes_for_its_head_multiplies_with_the_delta(
+    deltas: dict[str, Path], nano: Path
+) -> None:
+    _, served = engine(nano / "base")
+    head, embedding = served.modules["lm_head"], served.modules["model.embed_tokens"]
+    fill(served, 1, deltas["all"], EngineBase(nano / "base"))
+    served.choice.show([1, BASE], [1, BASE])
+    x = torch.randn(2, 128)
+    found = embedding.quant_method.apply(embedding, x)
+    assert torch.equal(found, head.quant_method.apply(head, x))
+    assert not torch.allclose(found[0], x[0] @ embedding.weight.T)
+    served.clear(1)
+    assert torch.equal(embedding.quant_method.apply(embedding, x), x @ embedding.weight.T)
+
+
+def test_an_embedding_is_refused_where_logits_are_computed_past_every_head(
+    deltas: dict[str, Path], nano: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Llama, "compute_logits", lambda _, x: x, raising=False)
+    model, served = engine(nano / "base")
+    base = EngineBase(nano / "base")
+    for name, layer in served.layers.items():
+        layer.ran = "head" not in name
+    served.layers["lm_head"].ran = True  # some head
+    assert served.unused() == []
+    model.compute_logits(torch.zeros(1))
+    load_delta(str(deltas["all"]), served, base)
+    served.layers["lm_head"].ran = False
+    reason = "it computed without the method that deltas are added in"
+    assert served.unused() == [f"lm_head: {reason}", f"model.embed_tokens as the head: {reason}"]
+    with pytest.raises(UsageError, match="without the method that deltas are added in"):
+        load_delta(str(deltas["all"]), served, base)
+
+
 def test_log_probabilities_of_prompts_take_the_rows_of_tokens(deltas: dict[str, Path], nano: Path) -> None:
     _, served = engine(nano / "base")
     fill(served, 1, deltas["all"], EngineBase(nano / "base"))
@@ -153,6 +187,12 @@ def test_log_probabilities_of_prompts_take_the_rows_of_tokens(deltas: dict[str, 
     with served.choice.prompts():
         found = head.quant_method.apply(head, hidden[1:4])
     torch.testing.assert_close(found, wanted[1:4])
+    # As many rows as are sampled, from the first on, are tokens of a prompt none the less.
+    sampled = head.quant_method.apply(head, hidden[:2])
+    with served.choice.prompts():
+        found = head.quant_method.apply(head, hidden[:2])
+    torch.testing.assert_close(found, wanted[:2])
+    assert not torch.allclose(sampled[1], found[1])
     with pytest.raises(UsageError, match="lm_head was given 3 rows where the engine announced 2"):
         head.quant_method.apply(head, hidden[1:4])
 

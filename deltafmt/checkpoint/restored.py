@@ -12,9 +12,11 @@ from blake3 import blake3
 from deltafmt.checkpoint.folder import Checkpoint, read_file
 from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec
 from deltafmt.checkpoint.in_place import PatchedFolder
-from deltafmt.checkpoint.safetensors_file import STEP
 from deltafmt.errors import InvalidFileError
 from deltafmt.index.exact import is_index, is_restored
+
+# Bytes of a file that are read at once for its digest.
+_DIGEST_STEP = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,11 @@ class FileHead:
 def file_digest(path: Path) -> bytes:
     """Return the BLAKE3 of a file."""
     digest = blake3(max_threads=blake3.AUTO)
-    # Read, not mapped: pages of a map would count as memory of this process.
+    # Read, not mapped: pages of a map would count as memory of this process. One buffer stays in the cache.
+    buffer = memoryview(bytearray(_DIGEST_STEP))
     with open(path, "rb", buffering=0) as file:
-        while piece := file.read(STEP):
-            digest.update(piece)
+        while length := file.readinto(buffer):
+            digest.update(buffer[:length])
     return digest.digest()
 
 
