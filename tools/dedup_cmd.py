@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,8 +39,6 @@ every byte was coded.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    # As in pack: threads of a linear algebra library would wait for those that code the windows.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     parser.epilog = EPILOG
     parser.add_argument("folders", metavar="FOLDER", nargs="+", help="a checkpoint, or a folder of checkpoints")
     parser.add_argument("--base", metavar="BASE", help="take this checkpoint as the base, and look for no other")
