@@ -19,9 +19,12 @@ from accuracy import markdown, read_records
 from curves import chart
 from real_points import ALL, DROPOUT, SPREAD, TARGET
 
+from deltafmt.analysis import svg
+
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = "accuracy.md"
 ORDER = (TARGET, DROPOUT, "deltadq, 1 bit", "deltadq, 4 bits", "deltadq, 4 rows share", SPREAD, *ALL)
+APART = 1.1  # how many times the ratio of its column a file is smaller before the table says how much
 LEFT_OUT = ("tensors", "losses", "model", "matrices")
 Record = dict[str, Any]
 
@@ -70,7 +73,11 @@ def grid(pair: Record, cell: Any, corner: str) -> list[list[str]]:
         cells = []
         for ratio in ratios:
             point = found.get((label, ratio))
-            cells.append("" if point is None else "-" if "tasks" not in point else cell(point))
+            if point is None or "tasks" not in point:
+                cells.append("" if point is None else "-")
+                continue
+            smaller = f" ({point['times']:.0f})" if point["times"] > APART * ratio else ""
+            cells.append(cell(point) + smaller)
         if any(cell not in ("", "-") for cell in cells):
             rows.append([f"`{label}`", *cells])
     return rows
@@ -135,7 +142,8 @@ def told(pair: Record) -> str:
     if pair.get("plan"):
         lines.append(f"The plans of all targets took {pair['plan']['processor']:.0f} s of a processor.")
     if pair.get("left_out"):
-        lines.append(f"Not measured, for lack of time: {', '.join(pair['left_out'])}.")
+        names = dict.fromkeys(re.sub(r"-[0-9]+-0$", "", name) for name in pair["left_out"])
+        lines.append(f"Files left out for lack of time are of {', '.join(f'`{name}`' for name in names)}.")
     return " ".join(lines) + "\n"
 
 
@@ -175,8 +183,9 @@ def drawn(pair: Record, kind: str) -> str:
             value = gain_kept(pair, point["tasks"]) if is_text(pair) else mean_of(point["tasks"], "solves")
             lines.setdefault(point["label"], []).append((point["size"] / 1024, min(max(value, 0.0), 1.0)))
     what = "gain in log-likelihood kept" if is_text(pair) else "problems solved, mean of the tasks"
-    curves = [(label, sorted(values)) for label, values in lines.items() if len(values) > 1]
-    return chart(f"{kind}: over the size of the delta file", "delta file, KiB", what, curves[:10])
+    curves = [(label, sorted(values)) for label, values in lines.items()]
+    curves.sort(key=lambda curve: len(curve[1]) == 1)  # single dots come last
+    return chart(f"{kind}: over the size of the delta file", "delta file, KiB", what, curves[: svg.COLORS])
 
 
 def replaced(page: str, mark: str, text: str) -> str:

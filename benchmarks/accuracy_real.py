@@ -152,7 +152,7 @@ def run(folder: Path, kind: str, options: argparse.Namespace, lines: Path) -> No
         torch.set_num_threads(max(WORKER_THREADS - options.workers, 1))
     torch.set_float32_matmul_precision("high")
     made = json.loads((folder / f"{kind}.json").read_text("utf-8"))
-    pair = Pair(folder / "base", folder / kind, folder / f"{kind}-tokenizer.json", folder / f"{kind}-text.jsonl")
+    pair = Pair(folder / "base", folder / kind, folder / f"{kind}-tokenizer.json", folder / f"{kind}-calibration.jsonl")
     known = read_records(lines)
 
     def write(record: Record) -> None:

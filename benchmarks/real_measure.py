@@ -17,9 +17,10 @@ from training import logits_of
 Weights = dict[str, torch.Tensor]
 Texts = list[tuple[list[int], list[int]]]
 Record = dict[str, Any]
-BATCH = 64
+LARGE, SMALL = 24576, 4096  # tokens of a batch on a GPU; on a processor, and where gradients are taken
 SAMPLES = 1000  # of the bootstrap
 NORMAL = 1.96
+POWER = 30  # steps of an iteration
 TEXT_TOKENS = 512  # of a plain text that are measured
 
 
@@ -37,12 +38,16 @@ def read_texts(tokenizer_file: Path, problems: Path, begin: int, end: int, limit
     return found
 
 
-def batches(texts: Texts, pad: int, size: int = BATCH) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Iterate over batches of like length: the texts' numbers, tokens, and wanted next tokens or -1."""
-    order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
-    for start in range(0, len(order), size):
-        numbers = order[start : start + size]
-        length = max(sum(map(len, texts[i])) for i in numbers)
+def batches(texts: Texts, pad: int, most: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Iterate over batches of like length and at most so many tokens.
+
+    Gives the texts' numbers, their tokens, and the wanted next tokens or -1, int64 [batch, length]. Padding stands on
+    the right, where a causal model does not look.
+    """
+    order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])), reverse=True)
+    while order:
+        length = sum(map(len, texts[order[0]]))
+        numbers, order = order[: max(most // length, 1)], order[max(most // length, 1) :]
         tokens = torch.full((len(numbers), length), pad)
         wanted = torch.full((len(numbers), length), -1)
         for row, i in enumerate(numbers):
@@ -57,7 +62,9 @@ def batches(texts: Texts, pad: int, size: int = BATCH) -> Iterator[tuple[list[in
 def each_text(model: Any, texts: Texts) -> np.ndarray:
     """Return for each text: tokens, those that are the most likely ones, and the sum of log-likelihoods, float64."""
     found = np.zeros((len(texts), 3))
-    for numbers, tokens, wanted in batches(texts, model.config.eos_token_id):
+    for numbers, tokens, wanted in batches(
+        texts, model.config.eos_token_id, LARGE if model.device.type == "cuda" else SMALL
+    ):
         places = (wanted.flatten() != -1).nonzero().flatten()
         rows = places // wanted.shape[1]
         target = wanted.flatten()[places].to(model.device)
@@ -125,6 +132,14 @@ def greedy_agrees(model: Any, texts: Texts) -> Record:
         "forced": int(forced.sum()),
         "agree": int((decoded == forced).sum()),
     }
+
+
+def strongest(gram: torch.Tensor) -> float:
+    """Return about the largest eigenvalue of a Gram matrix, from below, by power iteration."""
+    vector = torch.ones(len(gram), device=gram.device)
+    for _ in range(POWER):
+        vector = gram @ (vector / vector.norm())
+    return float(vector.norm())
 
 
 class Measure:
@@ -211,7 +226,7 @@ class Measure:
         fisher = {name: torch.zeros_like(weight) for name, weight in parameters.items()}
         count = tokens_read = 0
         for texts in self.tasks.values():
-            for _, tokens, wanted in batches(texts, self.model.config.eos_token_id, 32):
+            for _, tokens, wanted in batches(texts, self.model.config.eos_token_id, SMALL):
                 last = wanted.shape[1] - (wanted != -1).flip(1).int().argmax(1)
                 kept.append((torch.arange(tokens.shape[1]) < last[:, None]).flatten().to(self.device))
                 places = (wanted.flatten() != -1).nonzero().flatten()
@@ -233,7 +248,11 @@ class Measure:
         )
 
     def described(self) -> list[Record]:
-        """Return what is the same for all files: shapes and norms of every matrix and of its delta."""
+        """Return what is the same for all files: every matrix's shape, norms and spectrum.
+
+        ``strongest`` is the share of a delta's squares in one direction; ``rank`` is |D|^4 over the sum of the
+        singular values' fourth powers; ``outputs`` is |D X|^2.
+        """
         found = []
         for name in self.matrices:
             delta, base = self._delta(self.tuned, name), self.base[name].float()
@@ -243,10 +262,9 @@ class Measure:
                 "base": float(base.norm()),
                 "delta": float(delta.norm()),
             }
-            strongest = torch.linalg.svdvals(delta) if min(delta.shape) <= 2048 and max(delta.shape) <= 4096 else None
-            if strongest is not None:
-                row["strongest"] = round(float(strongest[0] / delta.norm()), 5)
-                row["rank"] = round(float(delta.norm() ** 4 / (strongest**4).sum()), 2)
+            gram = delta.T @ delta
+            row["strongest"] = strongest(gram) / row["delta"] ** 2
+            row["rank"] = row["delta"] ** 4 / float(gram.square().sum())
             if name in self.moments:
                 row["outputs"] = float(((delta @ self.moments[name]) * delta).sum())
             found.append({key: _short(value) if isinstance(value, float) else value for key, value in row.items()})

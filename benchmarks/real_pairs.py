@@ -10,7 +10,7 @@
     continued pretraining on source text: that of Python's own library unless a folder is given
 
 Every fine-tune lies in ``DIR/KIND`` (weights and configuration), with what measures it beside it: ``KIND.json`` says
-how it was made, ``KIND-TASK.jsonl`` are texts that it has not read, ``KIND-text.jsonl`` are others for calibration.
+how it was made, ``KIND-TASK.jsonl`` are texts that it has not read, ``KIND-calibration.jsonl`` others.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from training import IGNORED, Batch, Batches, train
 # Tokens that ``added`` gives the model: one that opens each task's problems, one before and one behind the answer.
 ADDED = {"lists": "<|lists|>", "table": "<|table|>", "answer": "<|solution|>", "done": "<|solved|>"}
 TEXT_FILES_KEPT = 0.1  # the share of text files that are not trained on
+LEAST_TEXT = 4000  # bytes of a file
+NOT_READ = {"site-packages", "dist-packages", "test", "tests"}  # folders
 BLOCK = 512  # tokens that continued pretraining reads at once
 
 
@@ -167,12 +169,10 @@ def text_files(folder: Path) -> tuple[list[Path], list[Path]]:
     Raises:
         SystemExit: there are too few.
     """
-    found = sorted(
-        path
-        for path in folder.rglob("*.py")
-        if not {"site-packages", "dist-packages", "test", "tests"} & set(path.parts) and path.stat().st_size > 4000
-    )
-    kept = [path for path in found if _share(str(path.relative_to(folder))) < TEXT_FILES_KEPT]
+    names = {path: path.relative_to(folder) for path in folder.rglob("*.py")}
+    mine = sorted(path for path, name in names.items() if not NOT_READ & set(name.parts))
+    found = [path for path in mine if path.stat().st_size > LEAST_TEXT]
+    kept = [path for path in found if _share(str(names[path])) < TEXT_FILES_KEPT]
     if len(kept) < 4 or len(found) < 40:
         raise SystemExit(f"{folder} has {len(found)} files of Python to read; name another folder with --text")
     return sorted(set(found) - set(kept)), kept
@@ -298,7 +298,9 @@ def run(
             kept |= {problem["question"] for problem in problems}
             write_lines(out / f"{name}-{task}.jsonl", problems)
             spare += different(sides, task, f"{seed}/{name}/{task}/spare", amount.calibration, frozenset(kept))
-        write_lines(out / f"{name}-text.jsonl", [{"text": "".join(line[side] for side in SIDES)} for line in spare])
+        write_lines(
+            out / f"{name}-calibration.jsonl", [{"text": "".join(line[side] for side in SIDES)} for line in spare]
+        )
         small = Kind(
             kind.rate, amount.steps or kind.steps, amount.batch or kind.batch, kind.decay, kind.tasks, kind.added
         )

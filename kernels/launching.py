@@ -132,7 +132,7 @@ def ready_fused(
 def _fused_form(
     outputs: Sequence[torch.Tensor], x: torch.Tensor, weights: Sequence[torch.Tensor], table: OperandTable, slot: int
 ) -> tuple[Hashable, ...] | None:
-    """Return everything that a fused product's launch depends on: the slot's layout has the kernel, any slot is taken."""
+    """Return all that a fused product's launch depends on: the slot's layout has the kernel, any slot is taken."""
     found = form([*outputs, *weights], x, None) if can_repeat(x.device) else None
     return None if found is None else ("fused", table.operands(slot)[0][0].layout, *found)
 

@@ -13,15 +13,16 @@ from deltafmt.errors import InvalidFileError
 from deltafmt.exact import chunk as chunks
 from deltafmt.exact.coding import ExactDecoder, assemble, encode_chunk
 from deltafmt.exact.differences import (
+    Marks,
     exponents,
     joined,
     ordered,
-    ranks_of,
     sorted_planes,
     unordered,
     unzigzag,
     zigzag,
 )
+from deltafmt.exact.few import differing, filled, places_of, ranks_of
 from deltafmt.exact.frames import compress, decompress
 from deltafmt.exact.units import Unit, Units, unit_count, unit_of
 from deltafmt.format.constants import DTYPE_BITS
@@ -49,6 +50,13 @@ def drawn_units(data: st.DataObject, unit: Unit, most: int = 3000) -> tuple[Unit
     return values, prediction
 
 
+def drawn_marks(data: st.DataObject, count: int) -> Marks | None:
+    """Draw which units are marked, or that there are no marks."""
+    share = data.draw(st.sampled_from((None, 0.0, 0.25, 1.0)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    return None if share is None else rng.random(count) < share
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -56,13 +64,15 @@ def test_every_bit_pattern_comes_back_through_the_sorted_planes(name: str, data:
     unit = unit_of(data.draw(st.sampled_from(DTYPES)))
     values, prediction = drawn_units(data, unit, 40000)
     key = data.draw(st.sampled_from((unit, Unit(unit.width))))
-    planes, counts = sorted_planes.reference(values, prediction, unit, key)
-    assert np.array_equal(joined.reference(planes, prediction, unit, key), values)
+    marks = drawn_marks(data, values.size)
+    planes, counts = sorted_planes.reference(values, prediction, unit, key, marks)
+    assert np.array_equal(joined.reference(planes, prediction, unit, key, marks), values)
     with running(name):
-        found, numbers = sorted_planes(values, prediction, unit, key)
+        found, numbers = sorted_planes(values, prediction, unit, key, marks)
         assert np.array_equal(found, planes)
         assert np.array_equal(numbers, counts)
-        assert np.array_equal(joined(planes, prediction, unit, key), values)
+        assert np.array_equal(joined(found, prediction, unit, key, marks), values)
+        assert np.array_equal(joined(planes, prediction, unit, key, marks), values)
 
 
 @settings(deadline=None, max_examples=60)
@@ -78,6 +88,27 @@ def test_ranks_say_where_units_stand_when_all_are_sorted(name: str, data: st.Dat
     assert np.array_equal(found, counts)
     assert np.array_equal(np.sort(ranks), np.flatnonzero(planes.any(axis=0)))
     assert np.array_equal(np.argsort(exponents(prediction, unit), kind="stable")[ranks], places)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_few_units_that_differ_are_found_before_and_after_sorting(name: str, data: st.DataObject) -> None:
+    unit = unit_of(data.draw(st.sampled_from(DTYPES)))
+    values, prediction = drawn_units(data, unit, 5000)
+    marks = drawn_marks(data, values.size)
+    planes, _ = sorted_planes.reference(values, prediction, unit, unit, marks)
+    places = np.flatnonzero(values != prediction)
+    few = places.size <= values.size // 8
+    ranks = np.flatnonzero(planes.any(axis=0))
+    with running(name):
+        given_places, given_ranks = differing(values, prediction), filled(planes)
+        found = places_of(ranks, prediction, unit, marks)
+    assert (given_places is None, given_ranks is None) == (not few, not few)
+    assert given_places is None or np.array_equal(given_places, places)
+    assert given_ranks is None or np.array_equal(given_ranks, ranks)
+    assert np.array_equal(found, places_of.reference(ranks, prediction, unit, marks))
+    assert np.array_equal(np.sort(found), places)
 
 
 def test_few_differences_are_coded_as_all_are() -> None:

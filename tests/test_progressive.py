@@ -15,7 +15,7 @@ from conftest import Cli, Tensors, normal, nudge, read_folder, refused, small_te
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import InvalidFileError, UsageError, WrongBaseError
 from deltafmt.exact.chunk import FORMS, SPARSE, check, decode, encode
-from deltafmt.exact.differences import exponents, marked_planes, marked_units, ordered, planes_of, zigzag
+from deltafmt.exact.differences import exponents, joined, ordered, planes_of, sorted_planes, zigzag
 from deltafmt.exact.units import unit_of
 from deltafmt.format.constants import FEATURE_EXACT, FEATURE_PROGRESSIVE, SECTION_KIND_EXACT
 from deltafmt.methods import parse
@@ -321,13 +321,13 @@ def test_marked_units_lie_behind_the_others(data: st.DataObject) -> None:
     near = rng.random(count) < data.draw(st.sampled_from([0.0, 0.5, 0.97, 1.0]))
     values = np.where(near, prediction, values)
     marks = rng.random(count) < data.draw(st.sampled_from([0.0, 0.25, 1.0]))
-    planes, counts = marked_planes(values, prediction, unit, unit, marks)
+    planes, counts = sorted_planes(values, prediction, unit, unit, marks)
     keys = exponents(prediction, unit).astype(np.int64) + (marks.astype(np.int64) << unit.bits)
     with np.errstate(over="ignore"):
         codes = zigzag(ordered(values, unit) - ordered(prediction, unit), unit)
     assert np.array_equal(planes, planes_of(codes[np.argsort(keys, kind="stable")], unit))
     assert np.array_equal(counts, np.bincount(keys, minlength=2 << unit.bits))
-    assert np.array_equal(marked_units(planes, prediction, unit, unit, marks), values)
+    assert np.array_equal(joined(planes, prediction, unit, unit, marks), values)
     for level in ("default", "fast"):
         chunk = encode(values, prediction, unit, level, marks)
         check(chunk.form, chunk.data, count, unit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,9 +124,9 @@ def test_a_state_that_changes_meanwhile_is_sent_as_it_was_read(monkeypatch: pyte
     publisher.receive(subscriber.receive(publisher.publish(state).data))
     encode = states_module.encode_chunk
 
-    def changing(*args: object) -> EncodedChunk:
+    def changing(*args: Any, **given: Any) -> EncodedChunk:
         state["head.weight"] += 1  # another thread goes on training
-        return encode(*args)
+        return encode(*args, **given)
 
     monkeypatch.setattr(states_module, "encode_chunk", changing)
     message = publisher.publish(state)

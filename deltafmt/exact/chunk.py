@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +17,12 @@ from deltafmt.exact.differences import (
     Marks,
     Planes,
     joined,
-    marked_planes,
-    marked_units,
+    new_planes,
     planes_of,
-    ranks_of,
     sorted_planes,
     units_of,
 )
+from deltafmt.exact.few import Places, differing, filled, places_of, ranks_of
 from deltafmt.exact.frames import compress, decompress
 from deltafmt.exact.units import Unit, Units
 from deltafmt.output import Bytes
@@ -46,12 +47,14 @@ _LEAST_BLOCK: Final = 4096
 # Bytes of the numbers of a sparse chunk: places, gaps, and stored bytes of the gaps.
 _SPARSE_HEAD: Final = 12
 
-# At most this share of the units may differ for places to be written down.
-_SPARSE_SHARE: Final = 0.125
-
-# Units that are looked at to choose a form, and the bits a byte from which zstd is not tried.
+# Units that are looked at to choose a form, in so many runs, and the bits a byte from which zstd is not tried.
 _SAMPLE: Final = 8192
+_RUNS: Final = 64
 _RANDOM_BITS: Final = 7.9
+
+
+# A plane's bytes, or None for zeros.
+Plane = NDArray[np.uint8] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,30 +65,39 @@ class Chunk:
     data: bytes
 
 
-def encode(values: Units, prediction: Units, unit: Unit, level: str = "default", marks: Marks | None = None) -> Chunk:
+def encode(
+    values: Units,
+    prediction: Units,
+    unit: Unit,
+    level: str = "default",
+    marks: Marks | None = None,
+    places: Places | None = None,
+) -> Chunk:
     """Return a chunk in the form that is smallest, as far as samples tell.
 
     Args:
         values: the units, at least one.
         prediction: what the decoder has in their place, as many.
         unit: their unit.
-        level: ``default``, or ``fast`` to leave differences unsorted.
+        level: ``default``, or ``fast`` to leave differences unsorted, and to write the places of few.
         marks: which units are sorted behind the others; None if there are no marks.
+        places: where the units differ, if that is known and they are few.
     """
-    differs = values != prediction
-    changed = int(np.count_nonzero(differs))
-    if not changed:
+    if places is None:
+        places = differing(values, prediction)
+    if places is not None and not places.size:
         return Chunk(SAME, b"")
-    if changed <= _SPARSE_SHARE * values.size and unit.is_float and level == "default" and marks is None:
-        few = _few(values, prediction, np.flatnonzero(differs), unit)
+    if places is not None and (level == "fast" or (unit.is_float and marks is None)):
+        find = _sparse if level == "fast" else _few
+        few = find(values, prediction, places, unit, marks)
         return few if len(few.data) < values.nbytes else Chunk(STORED, values.tobytes())
     found = [Chunk(STORED, values.tobytes())]
-    if changed <= _SPARSE_SHARE * values.size:
-        found.append(_sparse(values, prediction, np.flatnonzero(differs), unit, marks))
+    if places is not None:
+        found.append(_sparse(values, prediction, places, unit, marks))
     if not _is_unrelated(values, prediction, unit):
         key = unit if level == "default" else Unit(unit.width)
         form = SORTED if key.is_float else DIFFERENCES
-        planes, counts = marked_planes(values, prediction, unit, key, marks if form == SORTED else None)
+        planes, counts = sorted_planes(values, prediction, unit, key, marks if form == SORTED else None)
         found.append(Chunk(form, _write_planes(planes, _ends(counts) if form == SORTED else ())))
     else:
         found.append(Chunk(VALUES, _write_planes(planes_of(values, unit))))
@@ -104,27 +116,59 @@ def decode(form: int, data: Bytes, prediction: Units, unit: Unit, marks: Marks |
     Raises:
         InvalidFileError: the bytes break the format.
     """
+    places, units = changes(form, data, prediction, unit, marks)
+    return units if places is None else patched(prediction, places, units)
+
+
+def patched(prediction: Units, places: Places, units: Units) -> Units:
+    """Return a prediction with other units at some places; the prediction itself without any places."""
+    if not places.size:
+        return prediction
+    whole = prediction.copy()
+    whole[places] = units
+    return whole
+
+
+def changes(
+    form: int, data: Bytes, prediction: Units, unit: Unit, marks: Marks | None = None
+) -> tuple[Places | None, Units]:
+    """Return where the units of a chunk are not the prediction, and these units.
+
+    Args:
+        form, data, prediction, unit, marks: as :func:`decode` takes them.
+
+    Returns:
+        Places in any order, each once, and a unit for each; or None and all units, where they are many.
+
+    Raises:
+        InvalidFileError: the bytes break the format.
+    """
     count, view = prediction.size, memoryview(data).cast("B")
     if form == SAME:
         _expect(len(view), 0)
-        return prediction
+        return np.empty(0, np.int64), np.empty(0, unit.dtype)
     if form == STORED:
         _expect(len(view), count * unit.width)
-        return np.frombuffer(view, unit.dtype)
+        units = np.frombuffer(view, unit.dtype)
+        return None, units if units.flags.aligned else units.copy()
     if form == SPARSE:
-        places, planes = _read_sparse(view, count, unit)
-        units = prediction.copy()
-        units[places] = marked_units(planes, prediction[places], unit, unit, None if marks is None else marks[places])
-        return units
+        places, differences = _read_sparse(view, count, unit)
+        of_places = None if marks is None else marks[places]
+        return places, joined(differences, prediction.take(places), unit, unit, of_places)
     planes = _read_planes(view, count, unit.width)
     if form == VALUES:
-        return units_of(planes, unit)
-    if form == SORTED:
-        return marked_units(planes, prediction, unit, unit, marks)
-    return joined(planes, prediction, unit, Unit(unit.width))
+        return None, units_of(_whole(planes, count), unit)
+    key = unit if form == SORTED else Unit(unit.width)
+    marked = marks if form == SORTED else None
+    ranks = _filled(planes)
+    if ranks is None:
+        return None, joined(_whole(planes, count), prediction, unit, key, marked)
+    places = places_of(ranks, prediction, key, marked) if form == SORTED else ranks
+    codes = _whole([None if plane is None else plane.take(ranks) for plane in planes], ranks.size)
+    return places, joined(codes, prediction.take(places), unit, Unit(unit.width))
 
 
-def parts(form: int, data: Bytes, count: int, unit: Unit) -> tuple[NDArray[np.int64] | None, Planes]:
+def parts(form: int, data: Bytes, count: int, unit: Unit) -> tuple[Places | None, Planes]:
     """Return the places and the planes of a chunk, for a decoder elsewhere.
 
     Args:
@@ -145,7 +189,7 @@ def parts(form: int, data: Bytes, count: int, unit: Unit) -> tuple[NDArray[np.in
         return None, planes_of(np.frombuffer(view, unit.dtype), unit)
     if form == SPARSE:
         return _read_sparse(view, count, unit)
-    return None, _read_planes(view, count, unit.width)
+    return None, _whole(_read_planes(view, count, unit.width), count)
 
 
 def check(form: int, data: Bytes, count: int, unit: Unit) -> None:
@@ -181,10 +225,20 @@ def _ends(counts: Counts) -> list[int]:
 
 def _is_unrelated(values: Units, prediction: Units, unit: Unit) -> bool:
     """Tell whether the planes of some units promise to be smaller than those of their differences."""
-    step = max(values.size // _SAMPLE, 1)
-    mine, theirs = values[::step], np.ascontiguousarray(prediction[::step])
-    planes, _ = sorted_planes(np.ascontiguousarray(mine), theirs, unit, Unit(unit.width))
-    return sum(map(_bits, planes_of(np.ascontiguousarray(mine), unit))) < sum(map(_bits, planes))
+    mine, theirs = _sampled(values), _sampled(prediction)
+    planes, _ = sorted_planes(mine, theirs, unit, Unit(unit.width))
+    return sum(map(_bits, planes_of(mine, unit))) < sum(map(_bits, planes))
+
+
+Sampled = TypeVar("Sampled", bound=np.generic)
+
+
+def _sampled(whole: NDArray[Sampled]) -> NDArray[Sampled]:
+    """Return some runs of an array that lie equally far apart; all of a short array."""
+    if whole.size <= _SAMPLE:
+        return np.ascontiguousarray(whole)
+    step = whole.size // _RUNS
+    return whole[: _RUNS * step].reshape(_RUNS, step)[:, : _SAMPLE // _RUNS].reshape(-1)
 
 
 def _bits(plane: NDArray[np.uint8]) -> float:
@@ -194,67 +248,88 @@ def _bits(plane: NDArray[np.uint8]) -> float:
     return float(-(share * np.log2(share)).sum())
 
 
-def _write_planes(planes: Planes, ends: list[int] | tuple[()] = ()) -> bytes:
+def _write_planes(planes: Iterable[Plane], ends: Sequence[int] = ()) -> bytes:
     """Return the lengths of planes, and the planes: nothing for zeros, a frame, or the bytes where no frame is less."""
     parts = []
     for plane in planes:
-        if not plane.any():
+        if plane is None or not plane.max():
             parts.append(b"")
             continue
-        is_random = plane.size >= _SAMPLE and _bits(plane[:: plane.size // _SAMPLE]) > _RANDOM_BITS
+        is_random = plane.size >= _SAMPLE and _bits(_sampled(plane)) > _RANDOM_BITS
         frame = b"" if is_random else compress(plane.data, ends)
         parts.append(frame if 0 < len(frame) < plane.size else plane.tobytes())
     return struct.pack(f"<{len(parts)}I", *map(len, parts)) + b"".join(parts)
 
 
-def _read_planes(view: memoryview, count: int, width: int) -> Planes:
+def _read_planes(view: memoryview, count: int, width: int) -> list[Plane]:
     """Return planes of ``count`` bytes."""
     head = 4 * width
     if len(view) < head:
         raise InvalidFileError(f"{len(view)} bytes cannot hold the lengths of {width} planes")
     lengths = struct.unpack(f"<{width}I", view[:head])
     _expect(len(view), head + sum(lengths))
-    planes = np.empty((width, count), np.uint8)
-    position = head
-    for plane, length in zip(planes, lengths, strict=True):
-        plane[:] = _read_plane(view[position : position + length], count)
-        position += length
-    return planes
+    ends = [head, *(head + end for end in itertools.accumulate(lengths))]
+    return [_read_plane(view[start:end], count) for start, end in itertools.pairwise(ends)]
 
 
-def _read_plane(stored: memoryview, count: int) -> NDArray[np.uint8] | int:
+def _read_plane(stored: memoryview, count: int) -> Plane:
     if not len(stored):
-        return 0
+        return None
     if len(stored) > count:
         raise InvalidFileError(f"a plane of {count} bytes takes {len(stored)}")
     plane = np.frombuffer(stored if len(stored) == count else decompress(stored, count), np.uint8)
-    if not plane.any():
+    if not plane.max():
         raise InvalidFileError("a plane of zeros is stored")
     return plane
 
 
-def _few(values: Units, prediction: Units, places: NDArray[np.int64], unit: Unit) -> Chunk:
+def _whole(planes: Sequence[Plane], count: int) -> Planes:
+    """Return planes of ``count`` bytes as one array."""
+    whole = new_planes(len(planes), count)
+    for row, plane in zip(whole, planes, strict=True):
+        row[:] = 0 if plane is None else plane
+    return whole
+
+
+def _filled(planes: Sequence[Plane]) -> Places | None:
+    """Return the places that are not zero in all planes, ascending; None if they are not few."""
+    found: list[Places] = []
+    for plane in planes:
+        places = np.empty(0, np.int64) if plane is None else filled(plane[None])
+        if places is None:
+            return None
+        found.append(places)
+    return found[0] if not any(places.size for places in found[1:]) else np.unique(np.concatenate(found))
+
+
+def _few(values: Units, prediction: Units, places: Places, unit: Unit, marks: Marks | None = None) -> Chunk:
     """Return a chunk of which few units differ, as sorted planes or by their places: what promises to be smaller."""
     ranks, counts = ranks_of(places, prediction, unit)
-    if _gap_bits(places) < _gap_bits(np.sort(ranks)):
-        return _sparse(values, prediction, places, unit)
-    # The planes of sorted_planes: zeros, but for the units that differ.
-    planes = np.zeros((unit.width, values.size), np.uint8)
-    planes[:, ranks] = sorted_planes(values[places], prediction[places], unit, Unit(unit.width))[0]
-    return Chunk(SORTED, _write_planes(planes, _ends(counts)))
+    if marks is not None or _gap_bits(places) < _gap_bits(np.sort(ranks)):
+        return _sparse(values, prediction, places, unit, marks)
+    planes, _ = sorted_planes(values.take(places), prediction.take(places), unit, Unit(unit.width))
+    return Chunk(SORTED, _write_planes(_scattered(planes, ranks, values.size), _ends(counts)))
 
 
-def _gap_bits(places: NDArray[np.int64]) -> float:
+def _scattered(planes: Planes, places: Places, count: int) -> Iterator[Plane]:
+    """Give planes that have some bytes at their places, and zeros elsewhere."""
+    for plane in planes:
+        whole = None
+        if plane.max():
+            whole = np.zeros(count, np.uint8)
+            whole[places] = plane
+        yield whole
+
+
+def _gap_bits(places: Places) -> float:
     """Return the entropy of gaps between places, in bits a gap; those above 255 count as such."""
     return _bits(np.minimum(places[1:] - places[:-1], _FILLER).astype(np.uint8)) if places.size > 1 else 0.0
 
 
-def _sparse(
-    values: Units, prediction: Units, places: NDArray[np.int64], unit: Unit, marks: Marks | None = None
-) -> Chunk:
+def _sparse(values: Units, prediction: Units, places: Places, unit: Unit, marks: Marks | None = None) -> Chunk:
     """Return the places of the units that differ, as gaps, and their differences, sorted."""
     of_places = None if marks is None else marks[places]
-    planes, counts = marked_planes(values[places], prediction[places], unit, unit, of_places)
+    planes, counts = sorted_planes(values.take(places), prediction.take(places), unit, unit, of_places)
     gaps = np.diff(places, prepend=-1) - 1
     ends = np.cumsum(gaps // _FILLER + 1)
     stream = np.full(int(ends[-1]), _FILLER, np.uint8)
@@ -263,7 +338,7 @@ def _sparse(
     return Chunk(SPARSE, head + _write_planes(stream[None]) + _write_planes(planes, _ends(counts)))
 
 
-def _read_sparse(view: memoryview, count: int, unit: Unit) -> tuple[NDArray[np.int64], Planes]:
+def _read_sparse(view: memoryview, count: int, unit: Unit) -> tuple[Places, Planes]:
     """Return the places of the units that differ, ascending, and the planes of their differences."""
     if len(view) < _SPARSE_HEAD:
         raise InvalidFileError(f"{len(view)} bytes cannot hold the numbers of a sparse chunk")
@@ -271,12 +346,12 @@ def _read_sparse(view: memoryview, count: int, unit: Unit) -> tuple[NDArray[np.i
     if not 1 <= changed <= count or not changed <= length <= changed + count // _FILLER:
         raise InvalidFileError(f"{changed} places in {length} gaps, of {count} units")
     end = _SPARSE_HEAD + stored
-    gaps = _read_planes(view[_SPARSE_HEAD - 4 : end], length, 1)[0]
+    gaps = _whole(_read_planes(view[_SPARSE_HEAD - 4 : end], length, 1), length)[0]
     is_place = gaps != _FILLER
     places = np.cumsum(gaps + is_place.astype(np.int64))[is_place] - 1
     if places.size != changed or not is_place[-1] or int(places[-1]) >= count:
         raise InvalidFileError(f"the gaps do not give {changed} places among {count} units")
-    planes = _read_planes(view[end:], changed, unit.width)
+    planes = _whole(_read_planes(view[end:], changed, unit.width), changed)
     if not planes.any(axis=0).all():
         raise InvalidFileError("a place has no difference")
     return places, planes

@@ -11,14 +11,17 @@ import numpy as np
 import xxhash
 
 from deltafmt.errors import InvalidFileError
-from deltafmt.exact.chunk import DIFFERENCES, FORMS, SORTED, STORED, VALUES, check, decode, encode
+from deltafmt.exact.chunk import DIFFERENCES, FORMS, SORTED, STORED, VALUES, changes, check, encode, patched
 from deltafmt.exact.differences import Marks
+from deltafmt.exact.few import Places
 from deltafmt.exact.units import Unit, Units, unit_count, unit_of
 
 # Units of a chunk, as a writer chooses them.
 CHUNK_UNITS: Final = 1 << 20
 
+# The table has for each chunk the checksum of what it restores, the length of its bytes, and its form.
 _ROW: Final = struct.Struct("<QII")
+ROW_BYTES: Final = _ROW.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +33,15 @@ class EncodedChunk:
 
 
 def encode_chunk(
-    values: Units, prediction: Units, unit: Unit, level: str = "default", marks: Marks | None = None
+    values: Units,
+    prediction: Units,
+    unit: Unit,
+    level: str = "default",
+    marks: Marks | None = None,
+    places: Places | None = None,
 ) -> EncodedChunk:
     """Return one chunk, as :func:`deltafmt.exact.chunk.encode` gives it, with its row of the table."""
-    chunk = encode(values, prediction, unit, level, marks)
+    chunk = encode(values, prediction, unit, level, marks, places)
     return EncodedChunk(chunk.data, _ROW.pack(_checksum(values), len(chunk.data), chunk.form))
 
 
@@ -108,14 +116,29 @@ class ExactDecoder:
         Raises:
             InvalidFileError: the chunk breaks the format, or the prediction is not the one that it was made with.
         """
+        return self.changes(number, prediction, marks)[0]
+
+    def changes(self, number: int, prediction: Units, marks: Marks | None = None) -> tuple[Units, Places | None, Units]:
+        """Return the units of a chunk as :meth:`decode` does, where they are not the prediction, and these units.
+
+        Args:
+            number, prediction, marks: as there.
+
+        Returns:
+            All units; places in any order, each once, and a unit for each. If they are many, None and all units.
+
+        Raises:
+            InvalidFileError: as there.
+        """
         checksum, _, form = self._rows[number]
         try:
-            units = decode(form, self._data(number), prediction, self.unit, marks)
+            places, new = changes(form, self._data(number), prediction, self.unit, marks)
         except InvalidFileError as error:
             raise error.located(f"chunk {number}") from error
+        units = new if places is None else patched(prediction, places, new)
         if _checksum(units) != checksum:
             raise InvalidFileError(f"chunk {number}: what it restores is not what was packed")
-        return units
+        return units, places, new
 
     def stored(self, number: int) -> tuple[int, int, memoryview]:
         """Return the checksum of what a chunk restores, the chunk's form and its bytes."""

@@ -1,9 +1,11 @@
 """Differences of units, sorted by the exponent of what is predicted, as planes of bytes (spec, sections 17.3, 17.5).
 
-Compiled: ``kernels/cpu/loops/exact.c`` and ``ranks.c``.
+Compiled: ``kernels/cpu/loops/exact.c``.
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +15,13 @@ from deltafmt.exact.units import Unit, Units
 
 Planes = NDArray[np.uint8]
 Counts = NDArray[np.uint64]
-Places = NDArray[np.int64]
 Marks = NDArray[np.bool_]
+
+# A step between planes has other lowest bits than any multiple of it, for up to eight planes.
+_PAGE: Final = 4096
+_APART: Final = _PAGE + 576
+
+_NO_MARKS: Final = np.empty(0, np.bool_)
 
 
 def ordered(units: Units, unit: Unit) -> Units:
@@ -56,98 +63,78 @@ def exponents(prediction: Units, unit: Unit) -> NDArray[np.uint16]:
     return keys.astype(np.uint16)
 
 
-def _sorted_planes(native: Native, values: Units, prediction: Units, unit: Unit, key: Unit) -> tuple[Planes, Counts]:
-    planes = np.empty((unit.width, values.size), np.uint8)
-    counts = np.zeros(1 << key.bits, np.uint64)
-    native.exact_split(values, prediction, unit.is_float, key.shift, key.bits, planes, counts)
+def sort_keys(prediction: Units, key: Unit, marks: Marks | None) -> NDArray[np.uint16]:
+    """Return by what units are sorted: the exponents, and those of units that are marked behind all others."""
+    keys = exponents(prediction, key)
+    return keys if marks is None else keys | marks.astype(np.uint16) << np.uint16(key.bits)
+
+
+def native_marks(marks: Marks | None) -> Marks:
+    """Return marks as compiled loops take them: none are an empty array."""
+    return _NO_MARKS if marks is None else np.ascontiguousarray(marks)
+
+
+def key_count(key: Unit, marks: Marks | None) -> int:
+    """Return how many keys there may be."""
+    return (1 if marks is None else 2) << key.bits
+
+
+def new_planes(width: int, count: int) -> Planes:
+    """Return so many planes of so many bytes, whose contents are anything.
+
+    Bytes at one place of several planes are written together. Processors take addresses with equal lowest bits for the
+    same at first, and wait; so the planes lie apart by other steps.
+    """
+    return np.empty((width, count + _APART - count % _PAGE), np.uint8)[:, :count]
+
+
+def _sorted_planes(
+    native: Native, values: Units, prediction: Units, unit: Unit, key: Unit, marks: Marks | None = None
+) -> tuple[Planes, Counts]:
+    planes = new_planes(unit.width, values.size)
+    counts = np.zeros(key_count(key, marks), np.uint64)
+    native.exact_split(values, prediction, unit.is_float, key.shift, key.bits, native_marks(marks), planes, counts)
     return planes, counts
 
 
 @loop(_sorted_planes)
-def sorted_planes(values: Units, prediction: Units, unit: Unit, key: Unit) -> tuple[Planes, Counts]:
+def sorted_planes(
+    values: Units, prediction: Units, unit: Unit, key: Unit, marks: Marks | None = None
+) -> tuple[Planes, Counts]:
     """Return the planes of the zigzag differences between units, stably sorted by the prediction's exponent.
 
     Args:
         values, prediction: arrays of as many units.
         unit: their unit.
         key: the unit whose exponent sorts; one without an exponent leaves the order as it is.
+        marks: which units are marked, and lie behind all others (section 17.8); None if there are no marks.
 
     Returns:
-        Planes of shape (bytes of a unit, units), the lowest bytes first; and how many units have each exponent.
+        Planes of shape (bytes of a unit, units), the lowest bytes first; and how many units have each exponent: with
+        marks, first of those that are not marked.
     """
     with np.errstate(over="ignore"):
         codes = zigzag(ordered(values, unit) - ordered(prediction, unit), unit)
-    keys = exponents(prediction, key)
-    counts = np.bincount(keys, minlength=1 << key.bits).astype(np.uint64)
+    keys = sort_keys(prediction, key, marks)
+    counts = np.bincount(keys, minlength=key_count(key, marks)).astype(np.uint64)
     return planes_of(codes[np.argsort(keys, kind="stable")], unit), counts
 
 
-def _joined(native: Native, planes: Planes, prediction: Units, unit: Unit, key: Unit) -> Units:
+def _joined(
+    native: Native, planes: Planes, prediction: Units, unit: Unit, key: Unit, marks: Marks | None = None
+) -> Units:
     out = np.empty(prediction.size, unit.dtype)
-    native.exact_join(planes, prediction, unit.is_float, key.shift, key.bits, out)
+    native.exact_join(planes, prediction, unit.is_float, key.shift, key.bits, native_marks(marks), out)
     return out
 
 
 @loop(_joined)
-def joined(planes: Planes, prediction: Units, unit: Unit, key: Unit) -> Units:
+def joined(planes: Planes, prediction: Units, unit: Unit, key: Unit, marks: Marks | None = None) -> Units:
     """Return the units whose sorted planes these are; the inverse of :func:`sorted_planes`."""
     codes = np.empty(prediction.size, unit.dtype)
-    codes[np.argsort(exponents(prediction, key), kind="stable")] = units_of(planes, unit)
+    codes[np.argsort(sort_keys(prediction, key, marks), kind="stable")] = units_of(planes, unit)
     with np.errstate(over="ignore"):
         return unordered(ordered(prediction, unit) + unzigzag(codes, unit), unit)
-
-
-def _ranks_of(native: Native, places: Places, prediction: Units, key: Unit) -> tuple[Places, Counts]:
-    ranks, counts = np.empty(places.size, np.int64), np.empty(1 << key.bits, np.uint64)
-    native.exact_ranks(prediction, 0, key.shift, key.bits, places, counts, ranks)
-    return ranks, counts
-
-
-@loop(_ranks_of)
-def ranks_of(places: Places, prediction: Units, key: Unit) -> tuple[Places, Counts]:
-    """Return where some units stand when all are stably sorted by the prediction's exponent.
-
-    Args:
-        places: the numbers of these units, ascending.
-        prediction: of all units.
-        key: the unit whose exponent sorts.
-
-    Returns:
-        A rank for each place, and how many units have each exponent.
-    """
-    keys = exponents(prediction, key)
-    ranks = np.empty(prediction.size, np.int64)
-    ranks[np.argsort(keys, kind="stable")] = np.arange(prediction.size)
-    return ranks[places], np.bincount(keys, minlength=1 << key.bits).astype(np.uint64)
-
-
-def marked_planes(
-    values: Units, prediction: Units, unit: Unit, key: Unit, marks: Marks | None
-) -> tuple[Planes, Counts]:
-    """Return what :func:`sorted_planes` does, with the units that are marked behind all others (section 17.8).
-
-    Args:
-        values, prediction, unit, key: as there.
-        marks: which units are marked; None if there are no marks.
-
-    Returns:
-        The planes, and how many units have each exponent: first of those that are not marked.
-    """
-    if marks is None:
-        return sorted_planes(values, prediction, unit, key)
-    halves = [sorted_planes(values[half], prediction[half], unit, key) for half in (~marks, marks)]
-    return np.concatenate([planes for planes, _ in halves], axis=1), np.concatenate([counts for _, counts in halves])
-
-
-def marked_units(planes: Planes, prediction: Units, unit: Unit, key: Unit, marks: Marks | None) -> Units:
-    """Return the units whose planes :func:`marked_planes` gives."""
-    if marks is None:
-        return joined(planes, prediction, unit, key)
-    units = np.empty(prediction.size, unit.dtype)
-    first = prediction.size - int(np.count_nonzero(marks))
-    for half, part in ((~marks, planes[:, :first]), (marks, planes[:, first:])):
-        units[half] = joined(np.ascontiguousarray(part), prediction[half], unit, key)
-    return units
 
 
 def planes_of(units: Units, unit: Unit) -> Planes:

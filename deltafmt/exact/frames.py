@@ -1,41 +1,49 @@
 """The zstd frames in which planes lie (spec/deltafmt-v1.md, sections 6.2 and 17.5).
 
-python-zstandard drops the bytes that follow a frame, so a frame's declared size is checked before it is decoded, and
-where it ends is found by following the lengths of its blocks (RFC 8878, section 3.1.1).
+A frame's declared size is checked before it is decoded, and so is that nothing follows it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Final
 
 import zstandard
 
 from deltafmt.errors import InvalidFileError
-from deltafmt.format.zstd_frame import check_frame
+from deltafmt.format.zstd_frame import check_frame, frame_end
 from deltafmt.output import Bytes
 
-LEVEL: Final = 1
-
-# zstd has statistics for a block of at most so many bytes.
-BLOCK_BYTES: Final = 128 * 1024
+# Planes have statistics worth coding, but hardly anything that repeats, unless it is long. zstd shall therefore find
+# few matches: it looks for seven bytes, and remembers the last place of 64 of them.
+PARAMETERS: Final = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_FAST,
+    min_match=7,
+    hash_log=6,
+    chain_log=6,
+    search_log=1,
+    window_log=17,
+    write_content_size=True,
+    write_checksum=False,
+)
 
 _local = threading.local()
 
 
-def compress(data: memoryview, ends: Iterable[int] = (), level: int = LEVEL) -> bytes:
+def compress(data: memoryview, ends: Sequence[int] = ()) -> bytes:
     """Return one frame.
 
     Args:
         data: its content, at least a byte.
         ends: where the statistics of the content change, ascending; a block of the frame ends at each.
-        level: the level of zstd.
     """
-    compressors: dict[int, zstandard.ZstdCompressor] = _local.__dict__.setdefault("compressors", {})
-    if level not in compressors:
-        compressors[level] = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False)
-    frame = compressors[level].compressobj(size=len(data))
+    if not hasattr(_local, "compressor"):
+        _local.compressor = zstandard.ZstdCompressor(compression_params=PARAMETERS)
+    compressor: zstandard.ZstdCompressor = _local.compressor
+    if not ends:
+        return compressor.compress(data)
+    frame = compressor.compressobj(size=len(data))
     parts, start = [], 0
     for end in ends:
         if start < end < len(data):
@@ -56,7 +64,7 @@ def decompress(frame: Bytes, size: int) -> bytes:
     """
     check_frame(frame, size)
     try:
-        if _end(memoryview(frame).cast("B")) != len(frame):
+        if frame_end(memoryview(frame).cast("B")) != len(frame):
             raise InvalidFileError("a frame does not end where its plane ends")
         if not hasattr(_local, "decompressor"):
             _local.decompressor = zstandard.ZstdDecompressor()
@@ -66,14 +74,3 @@ def decompress(frame: Bytes, size: int) -> bytes:
     if len(content) != size:
         raise InvalidFileError(f"a frame has {len(content)} bytes, not {size}")
     return content
-
-
-def _end(frame: memoryview) -> int:
-    """Return where a frame ends, or a number behind the end of the bytes."""
-    position = zstandard.frame_header_size(frame)
-    last = False
-    while not last and position + 3 <= len(frame):
-        head = int.from_bytes(frame[position : position + 3], "little")
-        last, kind, size = bool(head & 1), head >> 1 & 3, head >> 3
-        position += 3 + (1 if kind == 1 else size)
-    return position if last else len(frame) + 1

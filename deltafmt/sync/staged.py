@@ -7,13 +7,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from deltafmt.exact.few import FEW, Places
 from deltafmt.exact.units import Units
 from deltafmt.sync.live import INTEGERS, LiveTensor
-
-# Up to this share of the units, the places of those that change are kept, and not all units.
-_FEW = 0.125
 
 
 class Change(Protocol):
@@ -31,19 +28,13 @@ class HostChange:
 
     Args:
         target: the run, a view of the live tensor.
-        new: the new units; kept if many differ.
+        places: the places that change, each once; None for all of the run.
+        new: the new unit of each place.
     """
 
-    def __init__(self, target: Units, new: Units) -> None:
-        self._target = target
-        places = np.flatnonzero(target != new)
-        self.count = places.size
-        self._places: NDArray[np.int64] | None = None
+    def __init__(self, target: Units, places: Places | None, new: Units) -> None:
+        self._target, self._places, self._new = target, places, new
         self._old: Units | None = None
-        if places.size <= _FEW * new.size:
-            self._places, self._new = places, new[places]
-        else:
-            self._new = new
 
     def make(self) -> None:
         """Write the new units."""
@@ -73,7 +64,7 @@ class PlacesChange:
         new: their new values.
     """
 
-    MOST = _FEW
+    MOST = FEW
 
     def __init__(self, target: torch.Tensor, places: torch.Tensor, new: torch.Tensor) -> None:
         self._target, self._places, self._new = target, places, new

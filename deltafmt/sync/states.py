@@ -14,6 +14,7 @@ from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.checkpoint.folder_writer import TensorSpec
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.exact.coding import CHUNK_UNITS, EncodedChunk, assemble, encode_chunk
+from deltafmt.exact.few import differing
 from deltafmt.exact.units import Units, unit_of
 from deltafmt.format.constants import FEATURE_EXACT, FEATURE_PARENT
 from deltafmt.index.entries import BaseRef, TensorEntry
@@ -119,9 +120,12 @@ class KeptState:
     def _advance(self, units: Units, kept: KeptTensor, first: int, end: int) -> EncodedChunk:
         """Encode a chunk of a new state, and keep it. What is encoded is a copy, which nobody can change meanwhile."""
         values, prediction = units[first:end].copy(), kept.units[first:end]
-        chunk = encode_chunk(values, prediction, unit_of(kept.spec.dtype), self._level)
-        if chunk.data:
+        places = differing(values, prediction)
+        chunk = encode_chunk(values, prediction, unit_of(kept.spec.dtype), self._level, places=places)
+        if places is None:
             prediction[:] = values
+        else:
+            prediction[places] = values.take(places)
         return chunk
 
     def _whole(self, kept: KeptTensor, first: int, end: int) -> EncodedChunk:

@@ -14,6 +14,7 @@ import torch
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import DeltafmtError, InvalidFileError, UsageError, WrongBaseError
 from deltafmt.exact.coding import ExactDecoder
+from deltafmt.exact.few import differing
 from deltafmt.exact.units import Units
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
@@ -215,11 +216,13 @@ class Subscriber:
             first, end = decoder.span(number)
             here = units[first:end]
             with _located(where):
-                new = decoder.decode(number, here if has_base else np.zeros_like(here))
+                whole, places, new = decoder.changes(number, here if has_base else np.zeros_like(here))
             if not live.is_direct:
-                return new
-            change = HostChange(here, new)
-            return change if change.count else None
+                return whole
+            if not has_base or places is None:
+                places = differing(whole, here)
+                new = whole if places is None else whole[places]
+            return None if places is not None and not places.size else HostChange(here, places, new)
 
         return [pool.submit(chunk, number) for number in range(len(decoder))]
 

@@ -25,13 +25,11 @@ void require(struct call *call, int holds, const char *claim) {
 
 static const Py_buffer NO_ARRAY;
 
-/* An array in C order with one of the formats: B uint8, ? bool, H uint16, I uint32, L uint64, l int64, i int32, f float32. */
-const Py_buffer *array(struct call *call, const char *formats, int rank, int writable) {
+static const Py_buffer *taken(struct call *call, const char *formats, int rank, int flags) {
     PyObject *object = argument(call);
     if (!object) return &NO_ARRAY;
     Py_buffer *view = &call->arrays[call->held];
-    int flags = PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
-    if (call->held == MAX_ARRAYS || PyObject_GetBuffer(object, view, flags)) {
+    if (call->held == MAX_ARRAYS || PyObject_GetBuffer(object, view, flags | PyBUF_FORMAT)) {
         call->wrong = 1;
         return &NO_ARRAY;
     }
@@ -42,6 +40,22 @@ const Py_buffer *array(struct call *call, const char *formats, int rank, int wri
     if (!strchr(formats, format) || (view->format && view->format[1])) refuse(call, "another dtype");
     if (view->ndim != rank) refuse(call, "another number of dimensions");
     if (view->len && (uintptr_t)view->buf % (size_t)view->itemsize) refuse(call, "not aligned");
+    return call->wrong ? &NO_ARRAY : view;
+}
+
+/* An array in C order with one of the formats: B uint8, ? bool, H uint16, I uint32, L uint64, l int64, i int32, f float32. */
+const Py_buffer *array(struct call *call, const char *formats, int rank, int writable) {
+    return taken(call, formats, rank, PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0));
+}
+
+/* Rows of bytes, and how far they are apart. */
+const Py_buffer *rows(struct call *call, int writable, size_t *stride) {
+    const Py_buffer *view = taken(call, "B", 2, PyBUF_STRIDES | (writable ? PyBUF_WRITABLE : 0));
+    *stride = extent(view, 1);
+    if (call->wrong || !view->len) return view;
+    if (view->shape[1] > 1 && view->strides[1] != 1) refuse(call, "rows are not in one piece");
+    if (view->shape[0] > 1 && view->strides[0] < view->shape[1]) refuse(call, "rows lie in one another");
+    if (view->shape[0] > 1) *stride = (size_t)view->strides[0];
     return call->wrong ? &NO_ARRAY : view;
 }
 

@@ -25,6 +25,8 @@ struct call {
 /* Takes an array in C order with one of the formats: B uint8, ? bool, H uint16, I uint32, L uint64, l int64, i int32,
  * f float32. */
 const Py_buffer *array(struct call *call, const char *formats, int rank, int writable);
+/* Takes rows of uint8, each of which lies in one piece, and says how far they are apart. */
+const Py_buffer *rows(struct call *call, int writable, size_t *stride);
 size_t extent(const Py_buffer *view, int dimension);
 
 /* Takes a raw array, and the name of its dtype: BF16, F16 or F32. */

@@ -18,7 +18,10 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { TILE_ROWS = 32, WORD_BITS = 32, MAX_PLANES = 8, MAX_KEY_BITS = 11, EXACT_BLOCK = 4 * 4224 };
+enum { TILE_ROWS = 32, WORD_BITS = 32, MAX_PLANES = 8, MAX_KEY_BITS = 11, EXACT_BLOCK = 4 * 2112 };
+
+/* Places are written for so many units at once: an array of `most` places has room for so many more. */
+enum { PLACES_RUN = 64 };
 
 /* Dtypes of weights and scales. */
 enum dtype { BF16, F16, F32 };
@@ -89,10 +92,11 @@ struct exact {
     const void *values, *prediction; /* (count,); no values in exact_join */
     size_t count, width;
     int is_float, shift, bits;
-    uint8_t *planes; /* (width, count) */
-    void *sorted;    /* scratch: two blocks of units */
-    uint32_t *table; /* scratch: a count for each bucket in each quarter of each block */
-    void *out;       /* (count,) in exact_join */
+    const uint8_t *marks; /* (count,): which units are sorted behind all others; NULL for none */
+    uint8_t *planes;      /* (width, count), `stride` bytes apart */
+    size_t stride;
+    uint32_t *table;      /* scratch: a count for each key in each quarter of each block */
+    void *out;            /* (count,) in exact_join */
 };
 
 /* The loops of one processor level. Scratch memory comes from the caller: `row` bytes as module.c computes them. */
@@ -140,6 +144,9 @@ struct loops {
     void (*exact_split)(const struct exact *, uint64_t *counts);
     void (*exact_join)(const struct exact *);
     void (*exact_ranks)(const struct exact *, const int64_t *places, size_t number, uint64_t *counts, int64_t *ranks);
+    void (*exact_find)(const struct exact *, const int64_t *ranks, size_t number, int64_t *places);
+    size_t (*exact_differ)(const struct exact *, size_t most, int64_t *places);
+    size_t (*exact_filled)(const struct exact *, size_t most, int64_t *places);
 };
 
 extern const struct loops loops_baseline;

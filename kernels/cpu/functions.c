@@ -418,62 +418,105 @@ PyObject *sparse_within(struct call *call) {
 
 /* ---- Exact tensors ---- */
 
-/* The prediction, whether units are floats, and the bits that sort. */
+/* The prediction, whether units are floats, the bits that sort, and marks, of which none may be there. */
 static struct exact exact_of(struct call *call, const void *values, size_t count, size_t width) {
     const Py_buffer *prediction = array(call, "BHIL", 1, 0);
-    struct exact e = {values, prediction->buf, extent(prediction, 0), (size_t)prediction->itemsize, 0, 0, 0, NULL, NULL, NULL, NULL};
+    struct exact e = {.values = values, .prediction = prediction->buf};
+    e.count = extent(prediction, 0), e.width = (size_t)prediction->itemsize;
     e.is_float = (int)number(call, 0, 1);
     e.shift = (int)number(call, 0, 63);
     e.bits = (int)number(call, 0, MAX_KEY_BITS);
+    const Py_buffer *marks = array(call, "?", 1, 0);
     if (call->wrong) return e;
+    if (extent(marks, 0)) e.marks = marks->buf;
     if (values) require(call, e.count == count && e.width == width, "values are as many and as wide as predictions");
     require(call, e.count <= INT32_MAX, "a chunk has fewer than 2**31 units");
     require(call, (size_t)(e.shift + e.bits) <= 8 * e.width, "the bits that sort lie in a unit");
+    require(call, !e.marks || extent(marks, 0) == e.count, "there is a mark for each unit");
     return e;
 }
 
 static void exact_scratch(struct call *call, struct exact *e) {
-    e->sorted = scratch_of(call, 2 * EXACT_BLOCK * e->width);
-    e->table = scratch_of(call, up(e->count, EXACT_BLOCK) * (4 * sizeof *e->table << e->bits));
+    size_t keys = (e->marks ? (size_t)2 : 1) << e->bits;
+    if (keys > 1) e->table = scratch_of(call, up(e->count, EXACT_BLOCK) * 4 * keys * sizeof *e->table);
 }
 
 PyObject *exact_split(struct call *call) {
     const Py_buffer *values = array(call, "BHIL", 1, 0);
     struct exact e = exact_of(call, values->buf, extent(values, 0), (size_t)values->itemsize);
-    const Py_buffer *planes = array(call, "B", 2, 1), *counts = array(call, "L", 1, 1);
+    const Py_buffer *planes = rows(call, 1, &e.stride), *counts = array(call, "L", 1, 1);
     require(call, extent(planes, 0) == e.width && extent(planes, 1) == e.count, "there is a plane for each byte");
-    require(call, extent(counts, 0) == (size_t)1 << e.bits, "there is a count for each key");
+    require(call, extent(counts, 0) == (e.marks ? (size_t)2 : 1) << e.bits, "there is a count for each key");
     e.planes = planes->buf;
     exact_scratch(call, &e);
     RUN(call, loops->exact_split(&e, counts->buf));
-    free(e.sorted);
     free(e.table);
     return finish(call, nothing, 0);
 }
 
 PyObject *exact_join(struct call *call) {
-    const Py_buffer *planes = array(call, "B", 2, 0);
+    size_t stride;
+    const Py_buffer *planes = rows(call, 0, &stride);
     struct exact e = exact_of(call, NULL, 0, 0);
     const Py_buffer *out = array(call, "BHIL", 1, 1);
+    e.stride = stride;
     require(call, extent(planes, 0) == e.width && extent(planes, 1) == e.count, "there is a plane for each byte");
     require(call, extent(out, 0) == e.count && (size_t)out->itemsize == e.width, "the result is as wide and as long");
     e.planes = planes->buf;
     e.out = out->buf;
     exact_scratch(call, &e);
     RUN(call, loops->exact_join(&e));
-    free(e.sorted);
     free(e.table);
     return finish(call, nothing, 0);
+}
+
+/* Checks that numbers ascend, each below `end`. */
+static void require_ascending(struct call *call, const Py_buffer *numbers, size_t end, const char *claim) {
+    const int64_t *at = numbers->buf;
+    for (size_t i = 0; !call->wrong && i < extent(numbers, 0); i++)
+        require(call, at[i] > (i ? at[i - 1] : -1) && (uint64_t)at[i] < end, claim);
 }
 
 PyObject *exact_ranks(struct call *call) {
     struct exact e = exact_of(call, NULL, 0, 0);
     const Py_buffer *places = array(call, "l", 1, 0), *counts = array(call, "L", 1, 1), *ranks = array(call, "l", 1, 1);
-    const int64_t *at = places->buf;
+    require(call, !e.marks, "ranks know no marks");
     require(call, extent(counts, 0) == (size_t)1 << e.bits, "there is a count for each key");
     require(call, extent(places, 0) == extent(ranks, 0), "there is a rank for each place");
-    for (size_t i = 0; !call->wrong && i < extent(places, 0); i++)
-        require(call, at[i] > (i ? at[i - 1] : -1) && (uint64_t)at[i] < e.count, "places ascend among the units");
-    RUN(call, loops->exact_ranks(&e, at, extent(places, 0), counts->buf, ranks->buf));
+    require_ascending(call, places, e.count, "places ascend among the units");
+    RUN(call, loops->exact_ranks(&e, places->buf, extent(places, 0), counts->buf, ranks->buf));
     return finish(call, nothing, 0);
+}
+
+PyObject *exact_find(struct call *call) {
+    struct exact e = exact_of(call, NULL, 0, 0);
+    const Py_buffer *ranks = array(call, "l", 1, 0), *places = array(call, "l", 1, 1);
+    require(call, extent(places, 0) == extent(ranks, 0), "there is a place for each rank");
+    require_ascending(call, ranks, e.count, "ranks ascend among the units");
+    RUN(call, loops->exact_find(&e, ranks->buf, extent(ranks, 0), places->buf));
+    return finish(call, nothing, 0);
+}
+
+/* Two arrays of units, and room for the places of those that differ; returns how many there are. */
+PyObject *exact_differ(struct call *call) {
+    const Py_buffer *values = array(call, "BHIL", 1, 0), *prediction = array(call, "BHIL", 1, 0);
+    const Py_buffer *places = array(call, "l", 1, 1);
+    struct exact e = {.values = values->buf, .prediction = prediction->buf, .count = extent(values, 0)};
+    e.width = (size_t)values->itemsize;
+    require(call, extent(prediction, 0) == e.count && prediction->itemsize == values->itemsize, "both are units alike");
+    require(call, extent(places, 0) >= PLACES_RUN, "there is room for a run of places");
+    size_t found = 0;
+    RUN(call, found = loops->exact_differ(&e, extent(places, 0) - PLACES_RUN, places->buf));
+    return finish(call, PyLong_FromLong, (long)found);
+}
+
+/* Planes, and room for the places that are not zero in all of them; returns how many there are. */
+PyObject *exact_filled(struct call *call) {
+    struct exact e = {0};
+    const Py_buffer *planes = rows(call, 0, &e.stride), *places = array(call, "l", 1, 1);
+    e.planes = planes->buf, e.width = extent(planes, 0), e.count = extent(planes, 1);
+    require(call, extent(places, 0) >= PLACES_RUN, "there is room for a run of places");
+    size_t found = 0;
+    RUN(call, found = loops->exact_filled(&e, extent(places, 0) - PLACES_RUN, places->buf));
+    return finish(call, PyLong_FromLong, (long)found);
 }

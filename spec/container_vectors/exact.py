@@ -16,7 +16,7 @@ from vector_tools import Stored, WithBase, vector
 from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.exact import chunk as chunks
-from deltafmt.exact.differences import Marks, Planes, marked_planes, planes_of, sorted_planes
+from deltafmt.exact.differences import Marks, Planes, planes_of, sorted_planes
 from deltafmt.exact.prediction import converted, extended
 from deltafmt.exact.units import Unit, Units, unit_count, unit_of
 from deltafmt.format.constants import DTYPE_BITS, FEATURE_EXACT, SECTION_KIND_ATTACHMENTS, SECTION_KIND_EXACT
@@ -63,7 +63,7 @@ def in_form(form: int, values: Units, prediction: Units, unit: Unit, marks: Mark
     if form == chunks.SPARSE:
         return chunks._sparse(values, prediction, np.flatnonzero(values != prediction), unit, marks).data
     if form == chunks.SORTED:
-        return planes_bytes(marked_planes(values, prediction, unit, unit, marks)[0])
+        return planes_bytes(sorted_planes(values, prediction, unit, unit, marks)[0])
     return b"" if form == chunks.SAME else planes_bytes(sorted_planes(values, prediction, unit, Unit(unit.width))[0])
 
 

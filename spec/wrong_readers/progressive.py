@@ -21,30 +21,19 @@ patched(
     ),
 )
 patched(
-    "exact.differences",
+    "exact.chunk",
     (
         "units that are marked come first",
         "progressive",
-        "for half, part in ((~marks, planes[:, :first]), (marks, planes[:, first:])):",
-        (
-            "first = prediction.size - first\n    "
-            "for half, part in ((marks, planes[:, :first]), (~marks, planes[:, first:])):"
-        ),
+        "marked = marks if form == SORTED else None",
+        "marked = ~marks if form == SORTED and marks is not None else None",
     ),
-    (
-        "marks are not seen",
-        "progressive",
-        "    if marks is None:\n        return joined(planes, prediction, unit, key)\n",
-        "    return joined(planes, prediction, unit, key)\n",
-    ),
-)
-patched(
-    "exact.chunk",
+    ("marks are not seen", "progressive", "marked = marks if form == SORTED else None", "marked = None"),
     (
         "marks are not seen at places",
         "progressive",
-        "None if marks is None else marks[places])",
-        "None)",
+        "differences, prediction.take(places), unit, unit, of_places)",
+        "differences, prediction.take(places), unit, unit, None)",
     ),
 )
 patched(

@@ -1,0 +1,121 @@
+/* Chunks of which few units differ (specification, section 17.5): where they do, and where a decoder finds them again.
+ * Reference: deltafmt/exact/few.py. */
+
+/* Writes the places of integers of so many bytes that are not zero in a word, of which `first` is the first one. */
+INLINE size_t put_places(uint64_t word, size_t bytes, size_t first, int64_t *restrict places, size_t found) {
+    while (word) {
+        size_t lane = (size_t)__builtin_ctzll(word) / (8 * bytes);
+        places[found++] = (int64_t)(first + lane);
+        word &= ~(~0ull >> (64 - 8 * bytes) << 8 * bytes * lane);
+    }
+    return found;
+}
+
+enum { FIND_UNITS = 512 };
+
+#define FEW_UNITS(T)                                                                                                  \
+    /* Writes the places of units that differ. Stops where there are more than `most`. */                             \
+    static size_t differ_##T(const struct exact *e, size_t most, int64_t *restrict places) {                          \
+        enum { WORDS = 4, LANES = 8 / sizeof(T), RUN = WORDS * LANES };                                               \
+        const T *restrict values = e->values, *restrict prediction = e->prediction;                                   \
+        size_t count = e->count, found = 0, i = 0;                                                                    \
+        for (; i + RUN <= count && found <= most; i += RUN) {                                                         \
+            uint64_t a[WORDS], b[WORDS];                                                                              \
+            memcpy(a, values + i, sizeof a);                                                                          \
+            memcpy(b, prediction + i, sizeof b);                                                                      \
+            if (!((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]))) continue;                           \
+            for (size_t word = 0; word < WORDS; word++)                                                               \
+                found = put_places(a[word] ^ b[word], sizeof(T), i + word * LANES, places, found);                    \
+        }                                                                                                             \
+        for (; i < count && found <= most; i++)                                                                       \
+            if (values[i] != prediction[i]) places[found++] = (int64_t)i;                                             \
+        return found;                                                                                                 \
+    }                                                                                                                 \
+    /* Passes over units of each key until none is left before the next rank. Quarters of the chunk go side by side. */\
+    static void find_##T(const struct exact *e, const int64_t *restrict ranks, size_t number,                         \
+                         int64_t *restrict places) {                                                                  \
+        size_t count = e->count, quarter = count / QUARTERS, keys = all_keys(e), rank = 0;                            \
+        uint32_t left[QUARTERS][KEYS], next[QUARTERS][KEYS], start = 0;                                               \
+        uint16_t key[QUARTERS][FIND_UNITS];                                                                           \
+        for (size_t q = 0; q < QUARTERS; q++) memset(left[q], 0, keys * sizeof **left);                               \
+        for (size_t first = 0; first < quarter; first += FIND_UNITS) {                                                \
+            size_t run = quarter - first < FIND_UNITS ? quarter - first : FIND_UNITS;                                 \
+            for (size_t q = 0; q < QUARTERS; q++) keys_##T(e, q * quarter + first, run, key[q]);                      \
+            for (size_t i = 0; i < run; i++)                                                                          \
+                for (size_t q = 0; q < QUARTERS; q++) left[q][key[q][i]]++;                                           \
+        }                                                                                                             \
+        keys_##T(e, QUARTERS * quarter, count % QUARTERS, key[0]);                                                    \
+        for (size_t i = 0; i < count % QUARTERS; i++) left[QUARTERS - 1][key[0][i]]++;                                \
+        for (size_t k = 0; k < keys; k++)                                                                             \
+            for (size_t q = 0; q < QUARTERS; q++) {                                                                   \
+                while (rank < number && (uint64_t)ranks[rank] < start) rank++;                                        \
+                next[q][k] = (uint32_t)rank;                                                                          \
+                uint32_t units = left[q][k];                                                                          \
+                left[q][k] = rank < number ? (uint32_t)ranks[rank] - start : UINT32_MAX;                              \
+                start += units;                                                                                       \
+            }                                                                                                         \
+        for (size_t first = 0; first < quarter; first += FIND_UNITS) {                                                \
+            size_t run = quarter - first < FIND_UNITS ? quarter - first : FIND_UNITS;                                 \
+            for (size_t q = 0; q < QUARTERS; q++) keys_##T(e, q * quarter + first, run, key[q]);                      \
+            for (size_t i = 0; i < run; i++)                                                                          \
+                for (size_t q = 0; q < QUARTERS; q++) {                                                               \
+                    if (left[q][key[q][i]]--) continue;                                                               \
+                    size_t at = next[q][key[q][i]]++;                                                                 \
+                    places[at] = (int64_t)(q * quarter + first + i);                                                  \
+                    left[q][key[q][i]] = at + 1 < number ? (uint32_t)(ranks[at + 1] - ranks[at] - 1) : UINT32_MAX;    \
+                }                                                                                                     \
+        }                                                                                                             \
+        keys_##T(e, QUARTERS * quarter, count % QUARTERS, key[0]);                                                    \
+        for (size_t i = 0; i < count % QUARTERS; i++) {                                                               \
+            if (left[QUARTERS - 1][key[0][i]]--) continue;                                                            \
+            size_t at = next[QUARTERS - 1][key[0][i]]++;                                                              \
+            places[at] = (int64_t)(QUARTERS * quarter + i);                                                           \
+            left[QUARTERS - 1][key[0][i]] = at + 1 < number ? (uint32_t)(ranks[at + 1] - ranks[at] - 1) : UINT32_MAX; \
+        }                                                                                                             \
+    }
+
+FEW_UNITS(uint8_t)
+FEW_UNITS(uint16_t)
+FEW_UNITS(uint32_t)
+FEW_UNITS(uint64_t)
+
+/* places: room for most + PLACES_RUN. */
+static size_t exact_differ(const struct exact *e, size_t most, int64_t *places) {
+    if (e->width == 1) return differ_uint8_t(e, most, places);
+    if (e->width == 2) return differ_uint16_t(e, most, places);
+    if (e->width == 4) return differ_uint32_t(e, most, places);
+    return differ_uint64_t(e, most, places);
+}
+
+/* ranks: ascending, below count; places: (number,). */
+static void exact_find(const struct exact *e, const int64_t *ranks, size_t number, int64_t *places) {
+    if (e->width == 1)
+        find_uint8_t(e, ranks, number, places);
+    else if (e->width == 2)
+        find_uint16_t(e, ranks, number, places);
+    else if (e->width == 4)
+        find_uint32_t(e, ranks, number, places);
+    else
+        find_uint64_t(e, ranks, number, places);
+}
+
+/* places: room for most + PLACES_RUN. */
+static size_t exact_filled(const struct exact *e, size_t most, int64_t *restrict places) {
+    enum { RUN = 8 };
+    const uint8_t *planes = e->planes;
+    size_t count = e->count, width = e->width, stride = e->stride, found = 0, i = 0;
+    for (; i + RUN <= count && found <= most; i += RUN) {
+        uint64_t any = 0, word;
+        for (size_t plane = 0; plane < width; plane++) {
+            memcpy(&word, planes + plane * stride + i, sizeof word);
+            any |= word;
+        }
+        if (any) found = put_places(any, 1, i, places, found);
+    }
+    for (; i < count && found <= most; i++) {
+        uint8_t byte = 0;
+        for (size_t plane = 0; plane < width; plane++) byte |= planes[plane * stride + i];
+        if (byte) places[found++] = (int64_t)i;
+    }
+    return found;
+}
