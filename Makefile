@@ -57,7 +57,7 @@ FUZZ_READER ?= 60
 FUZZ_OTHERS ?= 15
 fuzz: $(VENV)/.dev
 	$(BIN)/python fuzz/fuzz_reader.py $$(mktemp -d) fuzz/corpus -max_total_time=$(FUZZ_READER) $(FUZZ_OPTIONS)
-	for target in safetensors weight-map adapter rules; do \
+	for target in safetensors weight-map adapter patch rules; do \
 		$(BIN)/python fuzz/fuzz_inputs.py $$target $$(mktemp -d) -max_total_time=$(FUZZ_OTHERS) $(FUZZ_OPTIONS) || exit 1; done
 
 # Every call of the writers fails, disks are full, runs are killed, bits are flipped: some minutes; fuzz/README.md.

@@ -1,11 +1,15 @@
 """Train a small base model on generated texts, and full-parameter fine-tunes of it that each solve a task.
 
     python benchmarks/train_pair.py --out DIR [--device cuda] [--seed 0] [--small]
+    python benchmarks/train_pair.py --from MODEL --out DIR [--kinds small large continued added] [--minutes M]
 
 writes ``DIR/base``, ``DIR/lists`` and ``DIR/table`` (folders that transformers loads, bf16), ``DIR/tokenizer.json``,
 ``DIR/eval-lists.jsonl`` and ``DIR/eval-table.jsonl``, whose problems none of them has trained on. Then, for example,
 
     python benchmarks/solve.py DIR/lists DIR/tokenizer.json DIR/eval-lists.jsonl
+
+``--from`` makes fine-tunes of a real model instead, a folder of transformers or a GGUF file; ``real_pairs.py`` says
+which, and ``accuracy_real.py`` measures what methods keep of them.
 
 A model whose folder is there already is kept, so that a run that was cut off goes on with the next one. The same seed,
 device and steps give the same weights, unless ``--minutes`` cuts the training short. Needs torch and transformers.
@@ -19,8 +23,7 @@ import math
 import os
 import random
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +32,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torc
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import real_pairs
 import torch
 from pair_texts import TASKS, plain_text, word_tokenizer
 from solve import BOS, EOS, PAD, accuracy_of, load, read_problems
-
-Batch = tuple[torch.Tensor, torch.Tensor]
-IGNORED = -100  # the target that cross entropy skips
+from training import IGNORED, Batch, Batches, train
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +70,6 @@ class Size:
 
 FULL = Size(384, 1024, 8, 6, 3, 256, 160, 4000, 4000, 1e-3, 3e-4, 250, 1000)
 SMALL = Size(128, 256, 2, 4, 2, 32, 96, 120, 60, 3e-3, 1e-3, 30, 50)
-ENOUGH = 0.995  # a fine-tune that solves this share twice in a row is done
-WARM_UP = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Batches(torch.utils.data.Dataset[Batch]):
-    """The batches of one training; each follows from the seed and its number alone, whichever process makes it."""
-
-    seed: str
-    steps: int
-    make: Callable[[random.Random], Batch]
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> Batch:
-        return self.make(random.Random(f"{self.seed}/{step}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,62 +117,6 @@ class Problems:
             tokens[row, :end] = torch.tensor((question + answer)[:-1])
             wanted[row, len(question) - 1 : end] = torch.tensor(answer)
         return tokens, wanted
-
-
-def train(
-    model: Any,
-    batches: Batches,
-    rate: float,
-    minutes: float,
-    check: int = 0,
-    measure: Callable[[], float] | None = None,
-) -> None:
-    """Train all of a model's weights: AdamW, warm-up, then a cosine down to a tenth of the rate.
-
-    Args:
-        model: a causal language model in float32; computes in bfloat16 on a GPU.
-        batches: what it reads.
-        rate: the highest learning rate.
-        minutes: the schedule ends after this time, if it has not ended by its steps.
-        check: steps between two calls of ``measure``.
-        measure: the share of problems solved; twice in a row at least ENOUGH ends the training.
-    """
-    device = model.device
-    on_gpu = device.type == "cuda"
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    rest = [weight for weight in model.parameters() if weight.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.0 if measure else 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=on_gpu)
-    workers = min(8, len(os.sched_getaffinity(0)) - 1) if on_gpu else 0
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=on_gpu)
-    start = time.perf_counter()
-    last = 0.0
-    for step, (tokens, wanted) in enumerate(loader):
-        done = max(step / batches.steps, (time.perf_counter() - start) / (60 * minutes))
-        if done >= 1:
-            print(f"  stopped after {minutes:.1f} minutes")
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min((step + 1) / WARM_UP, 0.55 + 0.45 * math.cos(math.pi * done))
-        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            logits = model(input_ids=tokens.to(device, non_blocking=True), use_cache=False).logits
-        targets = wanted.to(device, non_blocking=True).flatten()
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORED)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % (check or 250) and step + 1 < batches.steps:
-            continue
-        said = f"  step {step + 1:5} of {batches.steps}, {time.perf_counter() - start:4.0f} s, loss {loss.item():.4f}"
-        if measure is None:
-            print(said, flush=True)
-            continue
-        share = measure()
-        print(f"{said}, solves {share:.3f}", flush=True)
-        if min(share, last) >= ENOUGH:
-            break
-        last = share
 
 
 def new_model(size: Size, vocabulary: int) -> Any:
@@ -255,7 +184,13 @@ def run(out: Path, size: Size, tasks: Sequence[str], device: torch.device, seed:
         torch.manual_seed(seed)
         model = new_model(size, tokenizer.get_vocab_size()).to(device)
         print(f"base: {sum(weight.numel() for weight in model.parameters()):,} parameters", flush=True)
-        train(model, Batches(f"{seed}/base", size.base_steps, Blocks(tokenizer, size)), size.base_rate, 2 * share)
+        train(
+            model,
+            Batches(f"{seed}/base", size.base_steps, Blocks(tokenizer, size)),
+            size.base_rate,
+            2 * share,
+            decay=0.1,
+        )
         save(model, tokenizer, out / "base")
     for task in tasks:
         kept = write_problems(task, f"{seed}/{task}/kept", size.problems, out / f"eval-{task}.jsonl")
@@ -298,7 +233,18 @@ def main() -> None:
     parser.add_argument(
         "--small", action="store_true", help="a tiny model that learns little, within a minute on a CPU"
     )
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="MODEL", help="fine-tune this model, or a GGUF file"
+    )
+    parser.add_argument("--kinds", nargs="+", choices=list(real_pairs.KINDS), help="fine-tunes of MODEL (all)")
+    parser.add_argument("--text", type=Path, metavar="FOLDER", help="Python sources to read (Python's own library)")
     options = parser.parse_args()
+    if options.source is None and (options.kinds or options.text):
+        parser.error("--kinds and --text go with --from")
+    if options.source and (options.steps or options.tasks != list(TASKS)):
+        parser.error(
+            "--steps and --tasks are of a base trained from nothing; with --from, give --tune-steps and --kinds"
+        )
     size = SMALL if options.small else FULL
     given = {"base_steps": options.steps, "tune_steps": options.tune_steps}
     size = replace(size, **{name: steps for name, steps in given.items() if steps is not None})
@@ -306,6 +252,13 @@ def main() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high")
+    if options.source:
+        few = {"problems": SMALL.problems, "calibration": 8, "steps": 4, "batch": 4} if options.small else {}
+        amount = real_pairs.Amount(minutes=options.minutes, **few)
+        amount = replace(amount, steps=options.tune_steps or amount.steps)
+        kinds = options.kinds or list(real_pairs.KINDS)
+        real_pairs.run(options.source, options.out, kinds, device, options.seed, amount, options.text)
+        return
     good = run(options.out, size, options.tasks, device, options.seed, options.minutes)
     if not good and not options.small:
         sys.exit("not good enough for a benchmark: train longer (--steps, --tune-steps)")

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from deltafmt.pipeline.apply import apply
     from deltafmt.pipeline.budget import plan_for_target
     from deltafmt.pipeline.calibrate import Calibration
+    from deltafmt.pipeline.convert import convert
     from deltafmt.pipeline.diff import diff
     from deltafmt.pipeline.export_lora import export_lora
     from deltafmt.pipeline.import_lora import import_lora
@@ -57,6 +58,7 @@ __all__ = [
     "__version__",
     "analyze",
     "apply",
+    "convert",
     "dedup",
     "diff",
     "errors",
@@ -84,6 +86,7 @@ _HOMES = {
     "Limits": ("deltafmt.format.limits", "Limits"),
     "analyze": ("deltafmt.analysis.analyze", "analyze"),
     "apply": ("deltafmt.pipeline.apply", "apply"),
+    "convert": ("deltafmt.pipeline.convert", "convert"),
     "dedup": ("deltafmt.analysis.dedup", "dedup"),
     "diff": ("deltafmt.pipeline.diff", "diff"),
     "errors": ("deltafmt.errors", None),

@@ -76,6 +76,11 @@ def old_adapter(inputs: Path, path: Path) -> None:
     (path / "README.md").write_text("an older adapter\n")
 
 
+def old_version(inputs: Path, path: Path) -> None:
+    """Make an older version folder."""
+    shutil.copytree(inputs / "version", path)
+
+
 def old_model(inputs: Path, path: Path) -> None:
     """Make the model that a chain is applied to, with files beside it that stay."""
     shutil.copytree(inputs / "base", path)
@@ -104,6 +109,12 @@ CASES = (
         "--candidate rtn:bits=4 --candidate rtn:bits=8",
         "d.deltafmt",
     ),
+    case(
+        "pack a link, progressive",
+        "pack {inputs}/finetuned {inputs}/later -o {out}/d.deltafmt --exact --parent {inputs}/one.deltafmt --threads 1",
+        "d.deltafmt",
+    ),
+    case("repack a served part", "repack {inputs}/progressive.deltafmt -o {out}/d.deltafmt --drop exact", "d.deltafmt"),
     case("repack cold", "repack {inputs}/hot.deltafmt -o {out}/d.deltafmt --profile cold", "d.deltafmt"),
     case("repack hot", "repack {inputs}/cold.deltafmt -o {out}/d.deltafmt --profile hot", "d.deltafmt"),
     case("import-lora", "import-lora {inputs}/base {inputs}/adapter -o {out}/d.deltafmt --threads 1", "d.deltafmt"),
@@ -114,6 +125,7 @@ CASES = (
         "m",
         old_checkpoint,
     ),
+    case("restore", "unpack {inputs}/base {inputs}/progressive.deltafmt -o {out}/m --threads 1", "m", old_checkpoint),
     case(
         "apply",
         "apply {inputs}/base {inputs}/one.deltafmt {inputs}/two.deltafmt -o {out}/m --threads 1",
@@ -130,6 +142,23 @@ CASES = (
     case(
         "squash",
         "squash {inputs}/one.deltafmt {inputs}/two.deltafmt -o {out}/d.deltafmt --base {inputs}/base --threads 1",
+        "d.deltafmt",
+    ),
+    case(
+        "convert to a version folder",
+        "convert {inputs}/low.deltafmt -o {out}/v --base {inputs}/base --threads 1 "
+        "--to version-folder --model-version 2",
+        "v",
+        old_version,
+    ),
+    case(
+        "convert to a sparse file",
+        "convert {inputs}/low.deltafmt -o {out}/p.safetensors --base {inputs}/base --to trl --threads 1",
+        "p.safetensors",
+    ),
+    case(
+        "convert to a delta file",
+        "convert {inputs}/version -o {out}/d.deltafmt --base {inputs}/base --threads 1",
         "d.deltafmt",
     ),
     case("export-lora", "export-lora {inputs}/lora.deltafmt -o {out}/a --base {inputs}/base", "a", old_adapter),
@@ -155,10 +184,13 @@ def make_inputs(folder: Path) -> None:
     deltafmt.pack(*sides, folder / "cold.deltafmt", method=RTN(4), profile="cold", threads=1)
     deltafmt.pack(*sides, folder / "old.deltafmt", method=RTN(2), threads=1)
     later = write_checkpoint(folder / "later", {name: moved(rng, tensor) for name, tensor in finetuned.items()}, FILES)
+    deltafmt.pack(*sides, folder / "progressive.deltafmt", exact=True, threads=1)
     deltafmt.pack(*sides, folder / "one.deltafmt", method=Exact(), threads=1)
     deltafmt.pack(sides[1], later, folder / "two.deltafmt", method=Exact(), parent=folder / "one.deltafmt", threads=1)
     low = write_checkpoint(folder / "low", low_rank(rng, base), {})
     deltafmt.pack(sides[0], low, folder / "lora.deltafmt", method=SVD(4), threads=1)
+    deltafmt.pack(sides[0], low, folder / "low.deltafmt", method=Exact(), threads=1)
+    deltafmt.convert(folder / "low.deltafmt", folder / "version", sides[0], "version-folder", version="1", threads=1)
     deltafmt.export_lora(folder / "lora.deltafmt", folder / "adapter", base=sides[0])
 
 

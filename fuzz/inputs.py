@@ -1,4 +1,4 @@
-"""What is read beside delta files: safetensors files, weight maps, adapters, and rules in words.
+"""What is read beside delta files: safetensors files, weight maps, adapters, patches, and rules in words.
 
 Each target has a function that reads an input in every way, seeds, and a mutation that knows its form. Only errors of
 deltafmt may leave the functions. ``fuzz/fuzz_inputs.py`` runs them under atheris, and the tests a short while without.
@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import safetensors
+import xxhash
+import zstandard
 from make_corpus import weights
 from mutate import Plain, mutate_node, nodes
 
@@ -34,12 +36,14 @@ from deltafmt.methods.spelling import spelling
 MEMORY = Path("/dev/shm")
 NAMES = ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight", "a.b", "w")
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+PATCH_SHARD = "model-00000-of-00001.safetensors"
 WORDS = (
     *NAMES, *SHARDS, *DTYPE_BITS, "../w.safetensors", "/etc/passwd", "a/b", "\0", "\ud800", "", "x" * 2000, "dtype",
     "__metadata__", "shape", "data_offsets", "LORA", "lora_A", "q", "all-linear", ".*", "(a+)+$", "^(a|a)*$", "[",
     "\\1", "a{9999}", "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight",
     "base_model.model.q.lora_magnitude_vector", "base_model.model.q.base_layer.weight",
-    "base_model.model.q.token_adapter.trainable_tokens_delta",
+    "base_model.model.q.token_adapter.trainable_tokens_delta", PATCH_SHARD, "xor", "overwrite", "zstd", "adler32",
+    "delta_encoding", "q.weight.indices", "q.weight.values", "sparse", "True", "1",
 )  # fmt: skip
 
 
@@ -125,6 +129,25 @@ def read_adapter(data: bytes) -> None:
     deltafmt.verify(place / "d.deltafmt", place / "base.safetensors", threads=1)
 
 
+def read_patch(data: bytes) -> None:
+    """Convert a patch of another program: the length of an index, the index, a shard; or 0, and a sparse file."""
+    place = folder()
+    (length,) = struct.unpack("<I", data[:4].ljust(4, b"\0"))
+    source = place / "v" if length else place / "p.safetensors"
+    if length:
+        source.mkdir()
+        (source / "model.safetensors.index.json").write_bytes(data[4 : 4 + length])
+    (source / PATCH_SHARD if length else source).write_bytes(data[4 + length :])
+    (place / "base.safetensors").write_bytes(base_file())
+    try:
+        deltafmt.convert(source, place / "d.deltafmt", place / "base.safetensors", threads=1)
+    except (InvalidFileError, StorageError, WrongBaseError):
+        if {path.name for path in place.iterdir()} != {"base.safetensors", source.name}:
+            raise AssertionError("a refused patch left a file") from None
+        return
+    deltafmt.verify(place / "d.deltafmt", place / "base.safetensors", threads=1)
+
+
 def read_rules(data: bytes) -> None:
     """Read lines as spellings of methods and as renames; a method that is read is written and read again."""
     for line in data.decode("utf-8", "surrogateescape").split("\n"):
@@ -153,9 +176,9 @@ def rng_of(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def safetensors_bytes(tensors: dict[str, Any]) -> bytes:
+def safetensors_bytes(tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> bytes:
     """Return a safetensors file."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
     body = b""
     for name, (dtype, shape, data) in tensors.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [len(body), len(body) + len(data)]}
@@ -306,6 +329,30 @@ def adapter_seeds() -> list[bytes]:
     return found
 
 
+def patch_seeds() -> list[bytes]:
+    """Return version folders of both encodings, and a sparse file, that change the base of the adapters."""
+    _, _, old = weights(rng_of(2), 12, 10)
+    places = np.array([3, 50, 119], "<u4")
+    new = np.frombuffer(old, np.uint16).copy()
+    new[places] ^= 1
+    difference = (np.frombuffer(old, np.uint8) ^ new.view(np.uint8)).tobytes()
+    overwrite = b"\x03\0\0\0" + (2 * places).tobytes() + new.view(np.uint8)[2 * places].tobytes()
+    found = []
+    for encoding, raw in (("xor", difference), ("overwrite", overwrite)):
+        frame = zstandard.ZstdCompressor(level=1).compress(raw)
+        metadata = {"version": "1", "base_version": "0", "delta_encoding": encoding, "compression_format": "zstd"}
+        index = {"metadata": metadata | {"checksum_format": "xxh3-128"}, "weight_map": {"q.weight": PATCH_SHARD}}
+        sums = {"q.weight": xxhash.xxh3_128_hexdigest(new.tobytes())}
+        text = json.dumps(index).encode()
+        shard = safetensors_bytes({"q.weight": ("U8", (len(frame),), frame)}, sums)
+        found.append(struct.pack("<I", len(text)) + text + shard)
+    values = {
+        "q.weight.indices": ("I32", (3,), places.tobytes()),
+        "q.weight.values": ("BF16", (3,), new[places].tobytes()),
+    }
+    return [*found, bytes(4) + safetensors_bytes(values, {"sparse": "True", "changed_params": '["q.weight"]'})]
+
+
 def rule_seeds() -> list[bytes]:
     """Return spellings and renames."""
     lines = [spelling(kind()) for kind in METHODS.values()]
@@ -325,5 +372,6 @@ TARGETS = {
     "safetensors": Target(read_safetensors, safetensors_seeds, mutate_safetensors),
     "weight-map": Target(read_weight_map, weight_map_seeds, mutate_json),
     "adapter": Target(read_adapter, adapter_seeds, mutate_adapter),
+    "patch": Target(read_patch, patch_seeds, mutate_adapter),
     "rules": Target(read_rules, rule_seeds, mutate_lines),
 }

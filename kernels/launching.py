@@ -97,7 +97,7 @@ def launch_fused(
     key = _fused_form(outputs, x, weights, table, slot)
     found = None if key is None else table.repeated(key)
     if found is not None:
-        found.run([*outputs, *weights], x, None)
+        found.run([*outputs, *weights], x, None, [slot])
         return True
     operand = table.operands(slot)[0][0]
     kernels = kernels_of(operand.layout)
@@ -112,7 +112,7 @@ def launch_fused(
     if key is None:
         launch()
         return True
-    with _kept(table, key, [*outputs, *weights], x, [held.records], None):
+    with _kept(table, key, [*outputs, *weights], x, [held.records], None, ["slot"]):
         launch()
     return True
 
@@ -126,15 +126,15 @@ def ready_fused(
     """
     key = None if is_captured(x) else _fused_form(outputs, x, weights, table, slot)
     found = None if key is None else table.repeated(key)
-    return None if found is None else Ready(found, [*outputs, *weights], x, None, table)
+    return None if found is None else Ready(found, [*outputs, *weights], x, None, table, [slot])
 
 
 def _fused_form(
     outputs: Sequence[torch.Tensor], x: torch.Tensor, weights: Sequence[torch.Tensor], table: OperandTable, slot: int
 ) -> tuple[Hashable, ...] | None:
-    """Return everything that the launch of a fused product depends on: the kernel is that of the slot's layout."""
+    """Return all that a fused product's launch depends on: the slot's layout has the kernel, any slot is taken."""
     found = form([*outputs, *weights], x, None) if can_repeat(x.device) else None
-    return None if found is None else (slot, table.operands(slot)[0][0].layout, *found)
+    return None if found is None else ("fused", table.operands(slot)[0][0].layout, *found)
 
 
 @contextlib.contextmanager
@@ -145,12 +145,14 @@ def _kept(
     x: torch.Tensor,
     records: Sequence[torch.Tensor],
     segments: Segments | None,
+    numbers: Sequence[str] = (),
 ) -> Iterator[None]:
     """Keep the launches of a block in the table, to be repeated, if they can be."""
-    with recording(outputs, x, records, segments) as recorder:
+    with recording(outputs, x, records, segments, numbers) as recorder:
         yield
     if recorder.launches is not None:
-        table.keep_repeated(key, Repeated(recorder.launches, recorder.scratch, len(outputs)))
+        made = Repeated(recorder.launches, recorder.scratch, len(outputs), len(numbers))
+        table.keep_repeated(key, made)
 
 
 def _repeated(

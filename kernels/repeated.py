@@ -48,8 +48,8 @@ class Place:
 
     Attributes:
         index: the parameter's place.
-        source: ``x``, ``y``, ``order``, ``tiles`` or ``scratch``.
-        key: which output, which tiles or which scratch tensor.
+        source: ``x``, ``y``, ``number``, ``order``, ``tiles`` or ``scratch``.
+        key: which output, which number, which tiles or which scratch tensor.
     """
 
     index: int
@@ -84,6 +84,7 @@ class Recorder:
     Attributes:
         known: the tensors that stay, by id.
         places: source and key of the tensors that differ from call to call, by id.
+        numbers: the names of the numbers that differ from call to call; Triton compiles no other code for them.
         scratch: the tensors that only these launches use, which every call makes anew.
         launches: what has been recorded; None once something could not be.
     """
@@ -91,6 +92,7 @@ class Recorder:
     known: set[int]
     places: dict[int, tuple[str, Any]]
     segments: Segments | None
+    numbers: Sequence[str] = ()
     scratch: list[torch.Tensor] = field(default_factory=list)
     launches: list[Launch] | None = field(default_factory=list)
 
@@ -120,6 +122,8 @@ class Recorder:
                     raise NotRepeatable
                 params.append(value.data_ptr())
             elif kind in _INTEGERS and isinstance(value, int):
+                if name in self.numbers:
+                    places.append(Place(len(params), "number", self.numbers.index(name)))
                 params.append(int(value) & _WORD)
             else:
                 raise NotRepeatable
@@ -176,18 +180,23 @@ class Repeated:
     """The launches of one product, repeated on other tensors.
 
     A launch is an array of numbers, as ``launch`` in ``kernels/cpu/module.c`` takes it. Its parameters get addresses in
-    this order: of ``x``, of each output, of ``order`` and ``table`` of each cut of the tokens, of each scratch tensor.
+    this order: of ``x``, of each output, the numbers, of ``order`` and ``table`` of each cut of the tokens, of each
+    scratch tensor.
 
     Args:
         launches: what was recorded.
         scratch: the tensors that only these launches use.
         outputs: the number of outputs.
+        numbers: how many numbers differ from call to call.
     """
 
-    def __init__(self, launches: Sequence[Launch], scratch: Sequence[torch.Tensor], outputs: int) -> None:
+    def __init__(
+        self, launches: Sequence[Launch], scratch: Sequence[torch.Tensor], outputs: int, numbers: int = 0
+    ) -> None:
         places = [place for launch in launches for place in launch.places]
         self.scratch = [(tensor.shape, tensor.dtype, tensor.device) for tensor in scratch]
         self._outputs = outputs
+        self._numbers = numbers
         self._cuts = list(dict.fromkeys(place.key for place in places if place.source in ("order", "tiles")))
         self.jobs = [self._job(launch) for launch in launches]
 
@@ -203,6 +212,9 @@ class Repeated:
         if place.source == "y":
             return 1 + int(place.key)
         first = 1 + self._outputs
+        if place.source == "number":
+            return first + int(place.key)
+        first += self._numbers
         if place.source == "scratch":
             return first + 2 * len(self._cuts) + int(place.key)
         return first + 2 * self._cuts.index(place.key) + (place.source == "tiles")
@@ -214,10 +226,12 @@ class Repeated:
         tiles = [segments.tiles(*key) for key in self._cuts]
         return tiles, [tensor.data_ptr() for one in tiles for tensor in (one.order, one.table)]
 
-    def run(self, outputs: Sequence[torch.Tensor], x: torch.Tensor, segments: Segments | None) -> None:
+    def run(
+        self, outputs: Sequence[torch.Tensor], x: torch.Tensor, segments: Segments | None, numbers: Sequence[int] = ()
+    ) -> None:
         """Launch everything on the current stream."""
         tiles, addresses = self.cut(segments)
-        self.launch(x.device.index, [x.data_ptr(), *[output.data_ptr() for output in outputs], *addresses])
+        self.launch(x.device.index, [x.data_ptr(), *[output.data_ptr() for output in outputs], *numbers, *addresses])
         del tiles  # alive until everything is launched
 
     def launch(self, device: int, addresses: list[int]) -> None:
@@ -246,6 +260,7 @@ class Ready:
         x: a tensor of the input's form.
         segments: which token uses which delta, if the launches depend on it.
         table: what the launches read, which is kept with them.
+        numbers: those that the launches take.
     """
 
     __slots__ = ("_addresses", "_device", "_form", "_kept", "_launch", "_outputs")
@@ -257,8 +272,10 @@ class Ready:
         x: torch.Tensor,
         segments: Segments | None,
         table: object,
+        numbers: Sequence[int] = (),
     ) -> None:
-        tiles, self._addresses = launches.cut(segments)
+        tiles, addresses = launches.cut(segments)
+        self._addresses = [*numbers, *addresses]
         self._kept = tiles, segments, table
         self._launch = launches.launch
         self._device = x.device.index
@@ -296,12 +313,22 @@ _state = threading.local()
 
 @contextlib.contextmanager
 def recording(
-    outputs: Sequence[torch.Tensor], x: torch.Tensor, records: Sequence[torch.Tensor], segments: Segments | None
+    outputs: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    records: Sequence[torch.Tensor],
+    segments: Segments | None,
+    numbers: Sequence[str] = (),
 ) -> Iterator[Recorder]:
-    """Record the launches that this thread makes through :func:`run` within the block."""
+    """Record the launches that this thread makes through :func:`run` within the block.
+
+    Args:
+        outputs, x, segments: of the product; they differ from call to call.
+        records: the tensors that stay.
+        numbers: the names of the kernels' numbers that differ from call to call, of which Triton knows nothing.
+    """
     places: dict[int, tuple[str, Any]] = {id(output): ("y", number) for number, output in enumerate(outputs)}
     places[id(x)] = ("x", None)
-    recorder = _state.recorder = Recorder({id(tensor) for tensor in records}, places, segments)
+    recorder = _state.recorder = Recorder({id(tensor) for tensor in records}, places, segments, numbers)
     try:
         yield recorder
     finally:

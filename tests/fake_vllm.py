@@ -256,8 +256,9 @@ def classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seam, "layer", CLASSES.__getitem__)
 
 
+_MODEL = {"is_encoder_decoder": False, "use_mla": False, "enable_prompt_embeds": False, "enforce_eager": True}
+
+
 def config(**model: Any) -> SimpleNamespace:
     """Return what the plugin reads of an engine's configuration."""
-    return SimpleNamespace(
-        model_config=SimpleNamespace(**{"is_encoder_decoder": False, "use_mla": False, "enforce_eager": True} | model)
-    )
+    return SimpleNamespace(model_config=SimpleNamespace(**_MODEL | model))

@@ -201,7 +201,7 @@ def test_the_tables(cli: Cli, small: Pair, delta: Path) -> None:
     result = cli("analyze", small.base, small.finetuned, "--delta", delta)
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
-    titles = ("The delta", "Balanced Intermediate Results", f"What {delta}", "By depth")
+    titles = ("The delta", "Balanced Intermediate Results", f"What {delta}", "By depth", "What to try first")
     assert [line.partition(" (")[0] for line in lines if line.startswith(titles)] == list(titles)
     assert f"({delta.stat().st_size:,} bytes, " in result.out
     header = next(i for i, line in enumerate(lines) if line.startswith("kind of layer"))
@@ -251,7 +251,7 @@ def test_the_page(tmp_path: Path, cli: Cli, small: Pair) -> None:
     page = read_page(out)
     tags = [tag for tag, _ in page.elements]
     assert tags.count("svg") == 7
-    assert tags.count("table") == 5
+    assert tags.count("table") == 6
     assert not {"script", "link", "img", "iframe"} & set(tags)
     content = out.read_text("utf-8")
     assert "http" not in content

@@ -161,6 +161,7 @@ def test_json_of_errors(tmp_path: Path, cli: Cli, command: str) -> None:
         "evaluate": (missing, missing, missing, "--text", missing),
         "apply": (missing, missing, "-o", "x"),
         "squash": (missing, missing, "-o", "x"),
+        "convert": (missing, "-o", "x", "--base", missing),
     }.get(command, (missing,))
     result = cli(command, *arguments, "--json")
     assert result.code == 5

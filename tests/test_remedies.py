@@ -57,14 +57,16 @@ def test_every_error_carries_its_remedy(kind: type[DeltafmtError]) -> None:
 
 
 def test_every_remedy_of_the_library_is_an_argument_and_has_a_sentence() -> None:
-    functions = (deltafmt.pack, deltafmt.pack_many, deltafmt.unpack, deltafmt.export_lora)
+    functions = (deltafmt.pack, deltafmt.pack_many, deltafmt.unpack, deltafmt.export_lora, deltafmt.convert)
     known = {name for function in functions for name in inspect.signature(function).parameters}
     found = {ast.literal_eval(call.args[0]) for name, call in calls() if name == "Remedy"}
     assert found == {
         "allow_architecture",
         "base",
+        "base_version",
         "calibration",
         "code",
+        "encoding",
         "exclude",
         "finetuned",
         "force",
@@ -75,6 +77,9 @@ def test_every_remedy_of_the_library_is_an_argument_and_has_a_sentence() -> None
         "profile",
         "quantized",
         "rename",
+        "tensors_only",
+        "to",
+        "version",
     }
     assert found <= known
     for option in found:

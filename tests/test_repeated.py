@@ -185,6 +185,25 @@ def test_a_product_that_is_ready_takes_tensors_of_its_form(monkeypatch: pytest.M
 
 
 @needs_core
+def test_numbers_that_differ_from_call_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch)
+    product = Product()
+    with recording(product.outputs, product.x, [product.records], product.segments, ["columns"]) as recorder:
+        z = repeated.scratch(3, 5, device=torch.device("cpu"))
+        repeated.run({(7, 2): lambda **_: compiled_kernel()}, (7, 2), **product.arguments(z))
+    assert recorder.launches is not None
+    again = Repeated(recorder.launches, recorder.scratch, 1, 1)
+    for number in (3, 0, 1 << 20):
+        again.run(product.outputs, product.x, product.segments, [number])
+        made = Ready(again, product.outputs, product.x, product.segments, None, [number + 1])
+        assert made.run(product.outputs, product.x)
+        for wanted, (_, _, values) in zip((number, number + 1), driver.seen[-2:], strict=True):
+            assert values[:4] == addresses(product)
+            assert values[4:6] == [product.records.data_ptr(), wanted]
+            assert values[6] != 0
+
+
+@needs_core
 def test_a_job_is_checked_before_it_is_launched() -> None:
     assert core.native is not None
     fields = [1, 1, 1, 1, 1, 32, 0, 1]

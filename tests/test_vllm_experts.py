@@ -17,9 +17,10 @@ from torch.nn import functional
 
 import deltafmt
 from deltafmt.methods import DeltaDQ
+from deltafmt.vllm import seam
 from deltafmt.vllm.base import EngineBase
 from deltafmt.vllm.choice import BASE, Choice
-from deltafmt.vllm.experts import refusal
+from deltafmt.vllm.experts import backend, refusal
 from deltafmt.vllm.loading import load_delta
 from deltafmt.vllm.served import ServedModel
 from fake_vllm import RoutedExperts, classes, config
@@ -138,3 +139,15 @@ def test_experts_that_cannot_be_computed_once_more_are_refused(name: str, value:
     assert "on the CPU alone" in refusal(layer, torch.device("cuda"))
     setattr(layer, name, value)
     assert reason in refusal(layer, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("has_triton", "lora", "asked"), [(False, True, False), (True, True, True), (False, False, False)]
+)
+def test_kernels_of_experts_are_those_without_lora_where_there_is_no_triton(
+    has_triton: bool, lora: bool, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seam, "name", lambda *_: has_triton)
+    given = SimpleNamespace(is_lora_enabled=lora)
+    assert backend(lambda config: config.is_lora_enabled, given) is asked
+    assert given.is_lora_enabled is lora

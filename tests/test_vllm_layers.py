@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import deltafmt
 from deltafmt import methods
 from deltafmt.errors import InvalidFileError, UsageError, WrongBaseError
+from deltafmt.kernels.device_memory import DeviceMemory
 from deltafmt.kernels.segments import FixedSegments, Segments
 from deltafmt.vllm.arena import Arena
 from deltafmt.vllm.base import EngineBase
@@ -141,6 +142,40 @@ def test_embeddings_and_heads_that_are_tied_both_change(deltas: dict[str, Path],
     assert torch.equal(logits[0], (x @ old.T)[0])
 
 
+def test_an_embedding_that_a_model_takes_for_its_head_multiplies_with_the_delta(
+    deltas: dict[str, Path], nano: Path
+) -> None:
+    _, served = engine(nano / "base")
+    head, embedding = served.modules["lm_head"], served.modules["model.embed_tokens"]
+    fill(served, 1, deltas["all"], EngineBase(nano / "base"))
+    served.choice.show([1, BASE], [1, BASE])
+    x = torch.randn(2, 128)
+    found = embedding.quant_method.apply(embedding, x)
+    assert torch.equal(found, head.quant_method.apply(head, x))
+    assert not torch.allclose(found[0], x[0] @ embedding.weight.T)
+    served.clear(1)
+    assert torch.equal(embedding.quant_method.apply(embedding, x), x @ embedding.weight.T)
+
+
+def test_an_embedding_is_refused_where_logits_are_computed_past_every_head(
+    deltas: dict[str, Path], nano: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Llama, "compute_logits", lambda _, x: x, raising=False)
+    model, served = engine(nano / "base")
+    base = EngineBase(nano / "base")
+    for name, layer in served.layers.items():
+        layer.ran = "head" not in name
+    served.layers["lm_head"].ran = True  # some head
+    assert served.unused() == []
+    model.compute_logits(torch.zeros(1))
+    load_delta(str(deltas["all"]), served, base)
+    served.layers["lm_head"].ran = False
+    reason = "it computed without the method that deltas are added in"
+    assert served.unused() == [f"lm_head: {reason}", f"model.embed_tokens as the head: {reason}"]
+    with pytest.raises(UsageError, match="without the method that deltas are added in"):
+        load_delta(str(deltas["all"]), served, base)
+
+
 def test_log_probabilities_of_prompts_take_the_rows_of_tokens(deltas: dict[str, Path], nano: Path) -> None:
     _, served = engine(nano / "base")
     fill(served, 1, deltas["all"], EngineBase(nano / "base"))
@@ -153,6 +188,12 @@ def test_log_probabilities_of_prompts_take_the_rows_of_tokens(deltas: dict[str, 
     with served.choice.prompts():
         found = head.quant_method.apply(head, hidden[1:4])
     torch.testing.assert_close(found, wanted[1:4])
+    # As many rows as are sampled, from the first on, are tokens of a prompt none the less.
+    sampled = head.quant_method.apply(head, hidden[:2])
+    with served.choice.prompts():
+        found = head.quant_method.apply(head, hidden[:2])
+    torch.testing.assert_close(found, wanted[:2])
+    assert not torch.allclose(sampled[1], found[1])
     with pytest.raises(UsageError, match="lm_head was given 3 rows where the engine announced 2"):
         head.quant_method.apply(head, hidden[1:4])
 
@@ -300,6 +341,16 @@ def test_segments_of_a_graph_are_the_beginning_of_those_of_the_longest_step(
     expected = Segments(torch.tensor([*slots, *[BASE] * padding], dtype=torch.int32), 4).tiles(size)
     assert torch.equal(found.order, expected.order)
     assert torch.equal(found.table, expected.table)
+
+
+def test_buffers_in_a_block_of_an_arena_are_those_of_the_block() -> None:
+    block = Arena(torch.device("cpu"), 3, 1024).take(2, 512)
+    block.copy_(torch.arange(512) % 251)
+    memory = DeviceMemory(block)
+    for dtype in (torch.uint8, torch.int32, torch.bfloat16):
+        found = memory.view(dtype, (2, 3), 256)
+        assert found.data_ptr() == block.data_ptr() + 256
+        assert torch.equal(found.view(torch.uint8).flatten(), block[256 : 256 + 6 * dtype.itemsize])
 
 
 def test_an_arena_has_a_block_for_each_slot_and_refuses_what_is_larger() -> None:

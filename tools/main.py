@@ -30,6 +30,7 @@ COMMANDS = {
     "unpack": "apply a delta to its base and write a loadable checkpoint folder",
     "apply": "apply a chain of deltas to a model, into a new folder or in place",
     "squash": "make one delta file of a chain",
+    "convert": "turn a patch of another program into a delta file, or a delta file into a patch",
     "inspect": "show what is in a delta file and what it costs, without reading its sections",
     "verify": "check a delta file completely, and a base against it",
     "repack": "rewrite a delta file for serving (hot) or for archives (cold), without loss",
@@ -45,6 +46,7 @@ COMMANDS = {
 # The options that are paths, and what the help calls them.
 PATHS = {
     "base": "BASE",
+    "input": "IN",
     "finetuned": "FINETUNED",
     "more": "FINETUNED",
     "delta": "DELTA",
@@ -56,7 +58,7 @@ PATHS = {
 WITH_RARE_OPTIONS = ("pack",)
 
 # The commands that compress or decompress.
-COMPUTING = ("pack", "unpack", "apply", "squash", "verify", "import-lora", "export-lora", "dedup", "analyze")
+COMPUTING = ("pack", "unpack", "apply", "squash", "convert", "verify", "import-lora", "export-lora", "dedup", "analyze")
 
 # What argparse says, and the same in this project's words.
 _PLAIN = (

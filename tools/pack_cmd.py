@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 from typing import TYPE_CHECKING
@@ -57,9 +56,6 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    # Packing has a thread for each processor. Threads of the linear algebra library beside them wait for one another in
-    # busy loops: low-rank methods then take up to twenty times as long. It reads this when numpy is first imported.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     parser.formatter_class = Formatter
     parser.usage, parser.description, parser.epilog = USAGE, DESCRIPTION, EPILOG
     parser.add_argument("base", metavar="BASE", nargs="?", help="checkpoint folder or .safetensors file")

@@ -9,9 +9,11 @@ from deltafmt.errors import DeltafmtError, Remedy
 # By the keyword argument that a remedy names; VALUE stands for the remedy's value.
 _SENTENCES = {
     "allow_architecture": "--allow-architecture accepts them all the same",
+    "base_version": "--base-version V says which",
     "base": "--base FOLDER names the base",
     "calibration": "--calibration FILE names a text for the fine-tune to read",
     "code": "--code write writes it all the same, --code leave leaves code out",
+    "encoding": "--encoding VALUE can",
     "exclude": "--exclude VALUE stores the tensor whole",
     "finetuned": "NAME=VALUE gives it another name",
     "force": "--force replaces it",
@@ -21,6 +23,9 @@ _SENTENCES = {
     "out": "-o - writes to standard output",
     "profile": "--profile VALUE allows it",
     "quantized": "--quantized VALUE takes the stored bytes as they are",
+    "tensors_only": "--tensors-only leaves such files out",
+    "to": "--to version-folder or --to trl names one",
+    "version": "--model-version V says which",
     "rename": "--rename 'FROM=TO' or --strip-prefix PREFIX says what belongs together",
 }
 

@@ -18,6 +18,7 @@ from deltafmt.analysis.tables import (
     depth_table,
     loss_table,
     product_table,
+    recommendation_table,
     tensor_table,
 )
 
@@ -43,6 +44,7 @@ def render(report: Report) -> str:
         *(section(loss_table(report, i), _losses(report, i)) for i in range(len(report.candidates))),
         section(comparison_table(report), [_comparison(report)]) if len(report.candidates) > 1 else "",
         section(depth_table(report), []),
+        section(recommendation_table(report), []),
         f"<details><summary>Every tensor</summary>{section(tensor_table(report), [])}</details>",
         f"<details><summary>Left out</summary><ul>{skipped}</ul></details>" if skipped else "",
     ]

@@ -13,6 +13,7 @@ from deltafmt.analysis.intermediate_results import Products
 from deltafmt.analysis.norms import Norms, relative
 from deltafmt.analysis.pairs import TensorPair
 from deltafmt.analysis.quantized import Histogram
+from deltafmt.analysis.recommendation import Recommendation, recommend
 from deltafmt.analysis.spectrum import Spectrum
 from deltafmt.checkpoint.name_changes import NameChange
 
@@ -165,6 +166,16 @@ class Report:
         """The numbers of the layers that hold matrices, ascending."""
         return sorted({one.pair.depth for one in self.matrices if one.pair.depth is not None})
 
+    @property
+    def everything(self) -> Group:
+        """All matrices together."""
+        return Group("all", self.matrices)
+
+    @property
+    def recommendation(self) -> Recommendation | None:
+        """What to try first; None if no matrix was analyzed."""
+        return recommend(self)
+
     def by_kind(self) -> list[Group]:
         """Return the matrices grouped by kind of layer, in the order in which kinds first appear."""
         return _groups((one.pair.kind, one) for one in self.matrices)
@@ -204,6 +215,7 @@ class Report:
             "kinds": [group.to_obj() for group in self.by_kind()],
             "depths": [group.to_obj() for group in self.by_depth()],
             "histogram": {"n": n, "m": m, "bits": bits, **self.histogram.to_obj()},
+            "recommendation": (found := self.recommendation) and found.to_obj(),
             "tensors": [one.to_obj() for one in self.tensors],
             "skipped": self.skipped,
             "names": [change.to_obj() for change in self.names],

@@ -16,6 +16,14 @@ NORMAL = (
     "over a row, so the figures do not rank methods by accuracy; deltafmt evaluate compares them on a text."
 )
 
+KINDS = {
+    "same": "nothing has changed",
+    "narrow": "narrow rows, in which the errors of random dropout do not average out",
+    "small": "a small delta, as an ordinary fine-tune has",
+    "middle": "a delta of middle size",
+    "large": "a large delta, which breaks many settings",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -25,16 +33,18 @@ class Table:
         title: the table's title.
         note: a sentence or two that explain how to read the table.
         rows: the cells; the first row has the columns' names, the first column the rows' names.
+        words: how many columns have words, the first ones; all others have figures.
     """
 
     title: str
     note: str
     rows: list[list[str]]
+    words: int = 1
 
     @property
     def right(self) -> tuple[bool, ...]:
         """For each column, True if it is aligned to the right."""
-        return (False, *(True for _ in self.rows[0][1:]))
+        return tuple(column >= self.words for column in range(len(self.rows[0])))
 
 
 def figure(value: float | None) -> str:
@@ -54,8 +64,27 @@ def percent(value: float | None) -> str:
 def tables(report: Report) -> list[Table]:
     """Return the tables of a report that have rows. A single candidate is shown at length; several are compared."""
     losses = comparison_table(report) if len(report.candidates) > 1 else loss_table(report, 0)
-    found = [delta_table(report), product_table(report), losses, depth_table(report)]
+    found = [delta_table(report), product_table(report), losses, depth_table(report), recommendation_table(report)]
     return [table for table in found if len(table.rows) > 1]
+
+
+def recommendation_table(report: Report) -> Table:
+    """Return what to try first, and why; without rows where nothing was analyzed."""
+    rows = [["options of pack", "on deltas like this", "times smaller"]]
+    found = report.recommendation
+    if found is None:
+        return Table("What to try first", "", rows)
+    rows += [[setting.options, setting.found, setting.times] for setting in found.settings]
+    norm = "unknown" if found.relative_norm is None else percent(found.relative_norm)
+    energy = (
+        "" if found.energy is None else f", and 8 singular values hold {percent(found.energy)} of a delta's squares"
+    )
+    note = (
+        f"The norm of all deltas is {norm} of the base's, half of their elements are in rows of {found.columns:,} "
+        f"columns or fewer{energy}: {KINDS[found.kind]}. What worked on such deltas may not be enough for this one: "
+        "deltafmt evaluate compares files by what the restored models predict of your text."
+    )
+    return Table("What to try first", note, rows, words=2)
 
 
 def delta_table(report: Report) -> Table:

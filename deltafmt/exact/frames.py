@@ -1,7 +1,6 @@
 """The zstd frames in which planes lie (spec/deltafmt-v1.md, sections 6.2 and 17.5).
 
-python-zstandard drops the bytes that follow a frame, so a frame's declared size is checked before it is decoded, and
-where it ends is found by following the lengths of its blocks (RFC 8878, section 3.1.1).
+A frame's declared size is checked before it is decoded, and so is that nothing follows it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Final
 import zstandard
 
 from deltafmt.errors import InvalidFileError
-from deltafmt.format.zstd_frame import check_frame
+from deltafmt.format.zstd_frame import check_frame, frame_end
 from deltafmt.output import Bytes
 
 # Planes have statistics worth coding, but hardly anything that repeats, unless it is long. zstd shall therefore find
@@ -65,7 +64,7 @@ def decompress(frame: Bytes, size: int) -> bytes:
     """
     check_frame(frame, size)
     try:
-        if _end(memoryview(frame).cast("B")) != len(frame):
+        if frame_end(memoryview(frame).cast("B")) != len(frame):
             raise InvalidFileError("a frame does not end where its plane ends")
         if not hasattr(_local, "decompressor"):
             _local.decompressor = zstandard.ZstdDecompressor()
@@ -75,14 +74,3 @@ def decompress(frame: Bytes, size: int) -> bytes:
     if len(content) != size:
         raise InvalidFileError(f"a frame has {len(content)} bytes, not {size}")
     return content
-
-
-def _end(frame: memoryview) -> int:
-    """Return where a frame ends, or a number behind the end of the bytes."""
-    position = zstandard.frame_header_size(frame)
-    last = False
-    while not last and position + 3 <= len(frame):
-        head = int.from_bytes(frame[position : position + 3], "little")
-        last, kind, size = bool(head & 1), head >> 1 & 3, head >> 3
-        position += 3 + (1 if kind == 1 else size)
-    return position if last else len(frame) + 1

@@ -1,4 +1,4 @@
-"""What a zstd frame of a delta file may say of itself (spec/deltafmt-v1.md, section 6.2)."""
+"""What a zstd frame of a delta file may say of itself (spec/deltafmt-v1.md, section 6.2), and where a frame ends."""
 
 from __future__ import annotations
 
@@ -28,3 +28,26 @@ def check_frame(frame: bytes | bytearray | memoryview, size: int) -> None:
         raise InvalidFileError(f"the frame has a window of {parameters.window_size:,} bytes")
     if parameters.dict_id or parameters.has_checksum:
         raise InvalidFileError("the frame uses a dictionary or a checksum")
+
+
+def frame_end(frame: memoryview) -> int:
+    """Return where a frame ends, or a number behind the end of the bytes.
+
+    python-zstandard drops the bytes that follow a frame. So the lengths of its blocks are followed (RFC 8878, section
+    3.1.1).
+
+    Args:
+        frame: bytes that begin with a frame's header.
+
+    Raises:
+        zstandard.ZstdError: they do not.
+    """
+    position = zstandard.frame_header_size(frame)
+    last = False
+    while not last and position + 3 <= len(frame):
+        head = int.from_bytes(frame[position : position + 3], "little")
+        last, kind, size = bool(head & 1), head >> 1 & 3, head >> 3
+        position += 3 + (1 if kind == 1 else size)
+    if last and zstandard.get_frame_parameters(frame).has_checksum:
+        position += 4
+    return position if last else len(frame) + 1

@@ -28,6 +28,7 @@ from deltafmt.terms.layout import TermLayout
 
 if TYPE_CHECKING:
     from deltafmt.methods.expected import Expected, Sampled
+    from deltafmt.methods.grids import Grid
     from deltafmt.methods.measured import Heads
 
 
@@ -170,6 +171,11 @@ class Method(ABC):
         """The number of singular vectors that :meth:`approximate` takes from the heads that methods share."""
         return 0
 
+    @property
+    def head_grid(self) -> Grid | None:
+        """The grid of these vectors' codes; None without them."""
+        return None
+
     @abstractmethod
     def layouts(self, rows: int, columns: int) -> tuple[TermLayout, ...]:
         """Return the layouts of the terms that a matrix of this shape becomes, in the order of their sum.
@@ -209,13 +215,12 @@ class Method(ABC):
             for term, arrays in zip(terms, self.compress(rows.run(start, stop), seed), strict=True):
                 term.codec.encode(arrays, term.packed, start)
 
-    def expected(self, sample: Sampled, seed: int) -> Expected | None:  # noqa: ARG002
-        """Return what the method is expected to make of a delta, without packing it; None if nobody has a formula.
+    def expected(self, sample: Sampled) -> Expected | None:  # noqa: ARG002
+        """Return what the method is expected to make of a delta, without packing it; None if nobody has a formula."""
+        return None
 
-        Args:
-            sample: the delta.
-            seed: the tensor's seed, 32 bits.
-        """
+    def with_gain(self, gain: float) -> Method | None:  # noqa: ARG002
+        """Return the method with another gain of its codes; None if it has none, or the user has chosen it."""
         return None
 
     def approximate(self, rows: DeltaRows, seed: int, heads: Heads) -> NDArray[np.float32]:  # noqa: ARG002

@@ -70,6 +70,14 @@ VALUE_DTYPE = Option(
     "dtype of values that are stored as they are", "DTYPE", choices=("BF16", "F16", "F32"), noun="value dtype"
 )
 RESCALE = Option("multiply what is kept by M/N, so that products keep their expected size")
+GAIN = Option(
+    "multiply all scales: above 1 makes up for what few levels shorten, below 1 spares noise where little is kept",
+    "G",
+    "a number above 0 and up to 8",
+    otherwise="1; a target chooses it",
+    right=lambda gain: 0 < gain <= 8,
+    wrong="is not a number above 0 and up to 8",
+)
 DAMPING = Option(
     "what is added to the second moments of the inputs, as a share of their mean",
     "SHARE",

@@ -11,8 +11,9 @@ grid and the least-squares scale help below 4 bits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from deltafmt.methods.base import DeltaRows, Method, PackedTerm
 from deltafmt.methods.common import (
     BITS,
     DROPPED,
+    GAIN,
     GRID,
     RESCALE,
     SCALE_GROUP,
@@ -32,11 +34,11 @@ from deltafmt.methods.common import (
     PositionOptions,
 )
 from deltafmt.methods.declare import Needs, option
-from deltafmt.methods.expected import Expected, Kept, Sampled, dropped, kept_of, spread
-from deltafmt.methods.grids import Grid, Quantized
+from deltafmt.methods.expected import Expected, Sampled, dropped
+from deltafmt.methods.grids import Grid
 from deltafmt.methods.pack_kept import pack_kept
 from deltafmt.methods.quantize import default_grid, default_rule, quantize
-from deltafmt.methods.sampling import gather, uniform
+from deltafmt.methods.sampling import uniform
 from deltafmt.terms.nm.codec import NMArrays, slice_run
 from deltafmt.terms.nm.hashing import seeded
 from deltafmt.terms.nm.layout import NMLayout
@@ -56,6 +58,8 @@ class DropoutOptions(CodeOptions, PositionOptions, BitsOption, KeptOptions):
         scale_group: kept entries that share a scale; 0 for one scale a row.
         scale_dtype: ``BF16`` or ``F32``.
         rescale: multiply kept entries by M / N (section 3.4, step 2).
+        gain: multiply them by this as well. Codes stay the same, and scales are so many times longer. None is 1 in a
+            pack, and the gain of least expected loss where a target chooses.
     """
 
     bits: int = option(4, BITS, values="1 to 6, or 8")
@@ -64,6 +68,7 @@ class DropoutOptions(CodeOptions, PositionOptions, BitsOption, KeptOptions):
     )
     scale_group: int = option(0, SCALE_GROUP, help="consecutive kept entries that share a scale; 0 for one scale a row")
     rescale: bool = option(True, RESCALE)
+    gain: float | None = option(None, GAIN)
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class DeltaDQ(DropoutOptions, Method):
         """The scale rule in force."""
         return self.scale or default_rule(self.bits)
 
-    @property
+    @functools.cached_property
     def layout(self) -> NMLayout:
         """The layout of the term."""
         return NMLayout(
@@ -116,7 +121,8 @@ class DeltaDQ(DropoutOptions, Method):
     def describe(self) -> str:
         """Return the method and its options in one line."""
         text = f"deltadq {self.layout.describe()} {self.scale_rule}"
-        return text if self.rescale else f"{text} unrescaled"
+        text = text if self.rescale else f"{text} unrescaled"
+        return text if self.gain is None else f"{text} gain={self.gain:g}"
 
     def draw(self, rows: DeltaRows, seed: int) -> NDArray[np.uint8]:
         """Return the positions that are kept of a run of rows, shape (mask rows, groups, N)."""
@@ -128,7 +134,7 @@ class DeltaDQ(DropoutOptions, Method):
     @property
     def factor(self) -> np.float32:
         """The factor that kept entries are multiplied by."""
-        return np.float32(self.m / self.n if self.rescale else 1)
+        return np.float32((self.m / self.n if self.rescale else 1) * (self.gain or 1))
 
     def quantize(self, positions: NDArray[np.uint8], kept: NDArray[np.float32]) -> NMArrays:
         """Return the arrays of kept entries; NaN marks an entry beyond the last column."""
@@ -141,24 +147,23 @@ class DeltaDQ(DropoutOptions, Method):
         kept = rows.gather(positions, self.m, self.share, self.factor)
         return (self.quantize(positions, kept),)
 
-    def rounded(
-        self, delta: NDArray[np.float32], rows: DeltaRows, seed: int, beside: NDArray[np.float32] | None
-    ) -> Kept:
-        """Return what rounding makes of the entries that dropout keeps of some rows of a delta."""
-        positions = self.draw(rows, seed)
-        kept = gather(delta, positions, self.m, self.share, self.factor)
-        other = None if beside is None else gather(beside, positions, self.m, self.share, np.float32(1))
-        grid = Grid(self.bits, self.layout.grid, self.scale_rule, self.scale_group, self.scale_dtype)
-        codes, scales = quantize(kept, grid.bits, grid.kind, grid.rule, grid.group, grid.scale_dtype)
-        return kept_of(kept, Quantized(grid, codes, scales).dense(), other)
+    @functools.cached_property
+    def code_grid(self) -> Grid:
+        """The grid of the codes and the rule of their scales."""
+        return Grid(self.bits, self.layout.grid, self.scale_rule, self.scale_group, self.scale_dtype)
 
-    def expected(self, sample: Sampled, seed: int) -> Expected:
+    def expected(self, sample: Sampled) -> Expected:
         """Return what is expected of dropout: a formula in norms, and the rounding of some rows."""
-        some = sample.some_delta
-        kept = self.rounded(some, sample.some, seed, sample.some_common)
-        share, squares, more = dropped(self.n, self.m, float(self.factor), kept, sample.squares)
-        varied = spread(some, self.n, self.m, self.share, float(self.factor) * kept.along) / sample.share
+        remainder = sample.whole()
+        kept = remainder.rounded(self.n, self.m, self.code_grid)
+        factor = float(self.factor)
+        share, squares, more = dropped(self.n, self.m, factor, kept, sample.squares)
+        varied = sample.variance(remainder, self.n, self.m, self.share, factor * kept.along)
         return Expected(share * sample.rest - more, squares - (2 * share - 1) * sample.common - 2 * more, varied)
+
+    def with_gain(self, gain: float) -> DeltaDQ | None:
+        """Return the method with a gain; None if it has one."""
+        return _with_gain(self, gain) if self.gain is None else None
 
     def pack(self, rows: DeltaRows, seed: int, terms: Sequence[PackedTerm]) -> None:
         """Do what :meth:`compress` does, and pack the result, in one pass over the rows."""
@@ -168,3 +173,8 @@ class DeltaDQ(DropoutOptions, Method):
             run = rows.run(start, stop)
             packed = slice_run(term.packed, self.share, start, stop)
             pack_kept(run, self.draw(run, seed), self.layout, self.scale_rule, self.factor, packed)
+
+
+@functools.lru_cache(4096)
+def _with_gain(method: DeltaDQ, gain: float) -> DeltaDQ:
+    return replace(method, gain=gain)

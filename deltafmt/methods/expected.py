@@ -1,4 +1,4 @@
-"""What a method is expected to keep of a delta, from norms of the whole and the rounding errors of some of its rows.
+"""What a method is expected to keep of a delta, from norms of some rows and the rounding errors of fewer.
 
 Dropout keeps N of every M columns at random and multiplies them by c. Of what is kept, rounding returns Q = q(c D).
 ``docs/expected-errors.md`` derives the formulas.
@@ -6,6 +6,8 @@ Dropout keeps N of every M columns at random and multiplies them by c. Of what i
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,11 +15,17 @@ from numpy.typing import NDArray
 
 from deltafmt.methods.bands import quantize_bands
 from deltafmt.methods.base import DeltaRows
-from deltafmt.methods.factorization import LowRank, sketched
-from deltafmt.methods.grids import Floats, Grid
+from deltafmt.methods.factorization import LowRank
+from deltafmt.methods.grids import Floats, Grid, Quantized
+from deltafmt.methods.quantize import quantize
+from deltafmt.terms.floats import widen
 
-# Elements of the rows whose rounding is measured, and consecutive rows among them: rows that share positions stay so.
+# Elements of the rows whose norms and products are taken, and of those whose rounding is measured.
+SAMPLED_ELEMENTS = 1 << 19
 ROUNDED_ELEMENTS = 1 << 16
+# Kept entries that tell what rounding makes of all.
+ROUNDED_ENTRIES = 1 << 14
+# Consecutive rows among them: rows that share positions stay so.
 RUN = 16
 # Strongest directions are the delta itself, and are not left out, where less than this share of its energy remains.
 LEAST_REST = 0.02
@@ -28,35 +36,26 @@ class Expected:
     """What an approximation Q is expected to be, beside the delta D' that counts.
 
     Attributes:
-        along: <Q, D'>, over the whole matrix.
+        along: <Q, D'>.
         squares: |Q - C|^2, for the directions C that are left out of D and Q.
         spread: the variance of <Q, D'>.
+
+    Each is a number, or an array of the numbers of many approximations.
     """
 
-    along: float
-    squares: float
-    spread: float = 0.0
-
-    def loss(self, squares: float, weight: float) -> float:
-        """Return the expected loss (1 - kept)^2 + w |noise|^2 / |D'|^2, with kept = <Q, D'> / |D'|^2.
-
-        Args:
-            squares: |D'|^2.
-            weight: w.
-        """
-        kept, spread = self.along / squares, self.spread / squares**2
-        noise = max(self.squares / squares - kept**2 - spread, 0.0)
-        return (1 - kept) ** 2 + spread + weight * noise
+    along: float | NDArray[np.float64]
+    squares: float | NDArray[np.float64]
+    spread: float | NDArray[np.float64] = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What rounding makes of kept entries y = c d, in shares of their sum of squares.
+    """What rounding makes of kept entries d, in shares of their sum of squares. A factor of them does not matter to it.
 
     Attributes:
-        along: sum of q y over the sum of y^2; 1 without rounding.
-        squares: sum of q^2 over the sum of y^2.
-        beside: sum of (q - along y) b over the sum of y^2, for the entries b of another matrix: large entries of it may
+        along: sum of q d over the sum of d^2; 1 without rounding.
+        squares: sum of q^2 over the sum of d^2.
+        beside: sum of (q - along d) b over the sum of d^2, for the entries b of another matrix: large entries of it may
             stand where rounding clips.
     """
 
@@ -66,23 +65,18 @@ class Kept:
 
 
 def kept_of(kept: Floats, rounded: Floats, beside: Floats | None = None) -> Kept:
-    """Return what rounding makes of kept entries; NaN marks an entry beyond the last column.
+    """Return what rounding makes of kept entries.
 
     Args:
-        kept, rounded: y and q, of one shape.
+        kept, rounded: d and q, of one shape.
         beside: the entries of another matrix at the same places.
     """
-    outside = np.isnan(kept)
-    y, q = (np.where(outside, np.float32(0), each).reshape(-1) for each in (kept, rounded))
-    squares = dot(y, y)
+    squares = dot(kept, kept)
     if not squares:
         return Kept(1.0, 1.0)
-    along = dot(q, y) / squares
-    other = 0.0
-    if beside is not None:
-        b = np.where(outside, np.float32(0), beside).reshape(-1)
-        other = (dot(q, b) - along * dot(y, b)) / squares
-    return Kept(along, dot(q, q) / squares, other)
+    along = dot(rounded, kept) / squares
+    other = 0.0 if beside is None else (dot(rounded, beside) - along * dot(kept, beside)) / squares
+    return Kept(along, dot(rounded, rounded) / squares, other)
 
 
 class Head:
@@ -112,20 +106,62 @@ class Head:
         return float(self._along[last]), float(self._squares[last]), float(self._common[last])
 
 
+class Remainder:
+    """What is dropped of the rows whose rounding is measured: the delta itself, or what a head leaves of it.
+
+    Args:
+        delta: these rows.
+        beside: the entries of the other matrix at the same places, or None.
+        order: for each row, a random order of its columns, as places in the flat matrix.
+    """
+
+    def __init__(self, delta: Floats, beside: Floats | None, order: NDArray[np.intp]) -> None:
+        self._delta = delta
+        self._drawn = np.take(delta, order)
+        self._beside = None if beside is None else np.take(beside, order)
+        self._found: dict[tuple[int, Grid], Kept] = {}
+        self._squares: dict[int, NDArray[np.float64]] = {}
+        self._spreads: dict[tuple[int, int], float] = {}
+
+    def rounded(self, n: int, m: int, grid: Grid) -> Kept:
+        """Return what rounding makes of the entries that dropout keeps.
+
+        Which columns are kept does not matter to it, only how many: N/M of a row, the first in a random order.
+        """
+        count = max(round(self._drawn.shape[1] * n / m), 1)
+        if (count, grid) not in self._found:
+            step = max(len(self._drawn) * count // ROUNDED_ENTRIES, 1)
+            kept = np.ascontiguousarray(self._drawn[::step, :count])
+            beside = None if self._beside is None else np.ascontiguousarray(self._beside[::step, :count])
+            codes, scales = quantize(kept, grid.bits, grid.kind, grid.rule, grid.group, grid.scale_dtype)
+            self._found[count, grid] = kept_of(kept, Quantized(grid, codes, scales).dense(), beside)
+        return self._found[count, grid]
+
+    def spread(self, n: int, m: int, share: int) -> float:
+        """Return the variance of <Q, D> under dropout that keeps entries as they are: see :func:`spread`."""
+        if (m, share) not in self._spreads:
+            if share not in self._squares:
+                self._squares[share] = shared_squares(self._delta, share)
+            self._spreads[m, share] = within_groups(self._squares[share], m)
+        return _drawn_variance(n, m) * self._spreads[m, share]
+
+
 class Sampled:
     """A delta as far as it is looked at to foretell losses.
 
     Args:
         rows: the rows that are looked at, as a matrix.
-        most: the highest rank of a head that will be asked for.
+        share: the share of the delta's rows that these are.
+        vectors: the first right singular vectors of the whole delta, shape (vectors, columns), as many as are needed.
+        ranks: the highest rank of the heads on each grid that will be asked for.
         common: the number of strongest singular directions that are left out.
 
     Attributes:
-        rows: as given.
-        delta: these rows, dense.
-        numbers: the numbers of some of the rows, evenly spaced, whose rounding is measured.
-        some, some_delta: these rows, and dense.
-        squares: |D|^2.
+        delta: the rows, dense.
+        some: some of the rows, evenly spaced, whose rounding is measured.
+        some_delta: these, dense.
+        squares: |D|^2 of the rows.
+        strength: |D|^2 / |W|^2 of the rows, for the base's W.
         common: |C|^2, for the directions C that are left out; 0 for none.
         some_common: C of the rows whose rounding is measured; None for none.
 
@@ -133,59 +169,89 @@ class Sampled:
         NonFiniteError: the delta has NaN or infinity.
     """
 
-    def __init__(self, rows: DeltaRows, most: int, common: int) -> None:
-        self.rows = rows
+    def __init__(self, rows: DeltaRows, share: float, vectors: Floats, ranks: Mapping[Grid, int], common: int) -> None:
         self.delta = rows.dense()
-        self.numbers = some_rows(*rows.shape)
-        self.some = replace(rows, finetuned=rows.finetuned[self.numbers], base=rows.base[self.numbers])
-        self.some_delta = self.some.dense()
         self.squares = dot(self.delta, self.delta)
-        self._most = max(most, common)
-        self._factors: LowRank | None = None
+        self.strength = strength_of(self.squares, widen(rows.base, rows.base_dtype))
+        self._numbers = some_rows(*rows.shape, ROUNDED_ELEMENTS)
+        self.some = replace(rows, finetuned=rows.finetuned[self._numbers], base=rows.base[self._numbers])
+        self.some_delta = self.delta[self._numbers]
+        # Of a variance: from the measured rows to all rows, beside the square of an energy that goes the other way.
+        self._times = share * len(self.delta) / max(len(self._numbers), 1)
+        self._ranks = dict(ranks)
+        self._factors = along_vectors(self.delta, vectors)
         self._heads: dict[Grid, Head] = {}
+        self._remainders: dict[tuple[Grid, int] | None, Remainder] = {}
+        self._order = column_orders(*self.some_delta.shape)
         self._left_out: LowRank | None = None
         self.common = 0.0
         self.some_common: Floats | None = None
         if common and self.squares:
-            shared = self.factors.head(common)
+            shared = self._factors.head(common)
             energy = float(np.square(shared.values, dtype=np.float64).sum())
             if self.squares - energy >= LEAST_REST * self.squares:
                 self._left_out, self.common = shared, energy
-                self.some_common = LowRank(shared.left[self.numbers], shared.values, shared.right).dense()
-
-    @property
-    def factors(self) -> LowRank:
-        """The first singular vectors."""
-        if self._factors is None:
-            self._factors = sketched(self.delta, self._most)
-        return self._factors
+                self.some_common = LowRank(shared.left[self._numbers], shared.values, shared.right).dense()
 
     @property
     def rest(self) -> float:
         """|D'|^2, for D' = D - C."""
         return self.squares - self.common
 
-    @property
-    def share(self) -> float:
-        """The share of the rows whose rounding is measured."""
-        return len(self.numbers) / max(len(self.delta), 1)
-
     def head(self, grid: Grid) -> Head:
-        """Return the head on a grid."""
+        """Return the head on a grid, of the highest rank that is asked for."""
         if grid not in self._heads:
-            self._heads[grid] = Head(self.delta, self.factors, grid, self._left_out)
+            self._heads[grid] = Head(self.delta, self._factors.head(self._ranks[grid]), grid, self._left_out)
         return self._heads[grid]
 
+    def whole(self) -> Remainder:
+        """Return what is dropped without a head."""
+        if None not in self._remainders:
+            self._remainders[None] = Remainder(self.some_delta, self.some_common, self._order)
+        return self._remainders[None]
 
-def some_rows(rows: int, columns: int) -> NDArray[np.intp]:
-    """Return the numbers of evenly spaced runs of rows with about ROUNDED_ELEMENTS elements: all of a small matrix."""
+    def remainder(self, grid: Grid, rank: int) -> Remainder:
+        """Return what is dropped behind a head."""
+        if (grid, rank) not in self._remainders:
+            head = self.head(grid)
+            dense = head.left[self._numbers, :rank] @ head.right[:rank]
+            beside = dense if self.some_common is None else dense - self.some_common
+            self._remainders[grid, rank] = Remainder(self.some_delta - dense, beside, self._order)
+        return self._remainders[grid, rank]
+
+    def variance(self, remainder: Remainder, n: int, m: int, share: int, factor: float) -> float:
+        """Return the variance of <Q, D> beside :attr:`squares`: both as if the whole delta had the rows' energy."""
+        return factor**2 * remainder.spread(n, m, share) * self._times
+
+
+def some_rows(rows: int, columns: int, elements: int) -> NDArray[np.intp]:
+    """Return the numbers of evenly spaced runs of rows with about so many elements: all rows of a small matrix."""
     runs = -(-rows // RUN)
-    wanted = max(ROUNDED_ELEMENTS // (columns * RUN), 1)
+    wanted = max(elements // (columns * RUN), 1)
     if wanted >= runs:
         return np.arange(rows)
     starts = (2 * np.arange(wanted) + 1) * runs // (2 * wanted) * RUN
     numbers = (starts[:, None] + np.arange(RUN)).reshape(-1)
     return numbers[numbers < rows]
+
+
+@functools.lru_cache(64)
+def column_orders(rows: int, columns: int) -> NDArray[np.intp]:
+    """Return an order of the columns for each row, as places in the flat matrix: one at random, begun at random."""
+    rng = np.random.default_rng((rows, columns))
+    order, first = rng.permutation(columns), rng.integers(columns, size=rows)
+    places: NDArray[np.intp] = (
+        order[(first[:, None] + np.arange(columns)) % columns] + np.arange(rows)[:, None] * columns
+    )
+    return places
+
+
+def along_vectors(delta: Floats, vectors: Floats) -> LowRank:
+    """Return the projection of rows on orthonormal right vectors, shape (vectors, columns), as factors."""
+    along: Floats = delta @ vectors.T
+    values: Floats = np.linalg.norm(along, axis=0).astype(np.float32)
+    left = (along / np.where(values > 0, values, np.float32(1))).astype(np.float32)
+    return LowRank(left, values, vectors)
 
 
 def dropped(n: int, m: int, factor: float, kept: Kept, squares: float) -> tuple[float, float, float]:
@@ -197,12 +263,11 @@ def dropped(n: int, m: int, factor: float, kept: Kept, squares: float) -> tuple[
     Args:
         n, m: N and M.
         factor: c.
-        kept: g and h.
+        kept: g, h, and what lies beside.
         squares: |D|^2.
     """
-    chance = n / m
-    energy = factor**2 * chance * squares
-    return factor * chance * kept.along, kept.squares * energy, kept.beside * energy
+    chance = factor * n / m
+    return chance * kept.along, factor * chance * kept.squares * squares, chance * kept.beside * squares
 
 
 def spread(delta: Floats, n: int, m: int, share: int, factor: float) -> float:
@@ -218,14 +283,28 @@ def spread(delta: Floats, n: int, m: int, share: int, factor: float) -> float:
         share: v, rows that share positions.
         factor: c.
     """
-    if n == m:
-        return 0.0
-    rows, columns = delta.shape
-    padded = np.zeros((-(-rows // share) * share, -(-columns // m) * m))
-    padded[:rows, :columns] = np.square(delta, dtype=np.float64)
-    x = padded.reshape(-1, share, padded.shape[1]).sum(axis=1).reshape(-1, m)
-    total = float(np.square(x).sum() - np.square(x.sum(axis=1)).sum() / m)
-    return factor**2 * n * (m - n) / (m * (m - 1)) * max(total, 0.0)
+    return factor**2 * _drawn_variance(n, m) * within_groups(shared_squares(delta, share), m)
+
+
+def shared_squares(delta: Floats, share: int) -> NDArray[np.float64]:
+    """Return the sums of squares of each column over the rows that share positions, shape (mask rows, columns)."""
+    squares = np.square(delta, dtype=np.float64)
+    return squares if share == 1 else np.add.reduceat(squares, np.arange(0, len(delta), share))
+
+
+def within_groups(x: NDArray[np.float64], m: int) -> float:
+    """Return the sum over groups of M columns, the last padded with zeros, of sum x_j^2 - (sum x_j)^2 / M."""
+    sums = np.add.reduceat(x, np.arange(0, x.shape[1], m), axis=1)
+    return max(float(np.vdot(x, x) - np.vdot(sums, sums) / m), 0.0)
+
+
+def _drawn_variance(n: int, m: int) -> float:
+    return n * (m - n) / (m * (m - 1)) if n < m else 0.0
+
+
+def strength_of(squares: float, base: Floats) -> float:
+    """Return the strength of a delta of so many squares: |D|^2 / |W|^2, or 1 if that is less."""
+    return min(squares / max(dot(base, base), squares, float(np.finfo(np.float32).tiny)), 1.0)
 
 
 def dot(a: Floats, b: Floats) -> float:

@@ -9,6 +9,8 @@ rank-r approximation of W L, times the inverse of L, minimizes trace((W - Q) H (
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +25,12 @@ Floats = NDArray[np.float32]
 EXACT_SIZE = 768
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
-# Of a sketch, whose vectors are only measured.
+# Of a sketch, whose vectors are only measured: vectors beyond the rank, and rows or columns up to which there is none.
 SKETCH_OVERSAMPLING = 8
-SKETCH_ITERATIONS = 2
+SKETCHED_SIDE = 256
 # Singular values below this share of the largest are rounding of float32.
 NULL = 1e-7
+SMALL = np.finfo(np.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,21 +91,53 @@ def factorize(delta: Floats, rank: int, *, hessian: NDArray[np.floating] | None 
     return _with_signs(left, values, right)
 
 
-def sketched(delta: Floats, rank: int) -> LowRank:
-    """Return the first singular vectors as :func:`factorize` does, from a quick sketch where the matrix is not small.
+def right_vectors(blocks: Iterable[Floats], rows: int, columns: int, rank: int) -> Floats:
+    """Return about the first right singular vectors of a matrix, shape (rank, columns), from one pass over its rows.
 
-    The energy in the vectors is a little less than the best. Where a few vectors out of many are wanted to foretell
-    what a method will lose, that does not matter.
+    The moments G = D^T D of the columns are multiplied with few random vectors, and G is approximated from the products
+    (Nystroem; Tropp, Yurtsever, Udell, Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from
+    streaming data", algorithm 3). The vectors have a little less of the energy than the best. Where they foretell what
+    a method will lose, that does not matter. Matrices of few rows or columns are decomposed exactly.
 
     Args:
-        delta: float32, finite, shape (rows, columns).
-        rank: number of vectors of the result.
+        blocks: consecutive rows of the matrix, float32, finite, shape (any, columns).
+        rows, columns: of the matrix.
+        rank: number of vectors of the result, or as many as the matrix has rows and columns if that is less.
+
+    Returns:
+        Orthonormal rows, but for zeros in the place of vectors whose singular values are 0.
     """
-    least = min(delta.shape)
-    rank = min(rank, least)
-    if 4 * (rank + SKETCH_OVERSAMPLING) > least:
-        return _with_signs(*_exact(delta, rank))
-    return _with_signs(*_randomized(delta, rank, SKETCH_OVERSAMPLING, SKETCH_ITERATIONS))
+    rank = min(rank, rows, columns)
+    if not rank:
+        return np.zeros((0, columns), np.float32)
+    if rows <= SKETCHED_SIDE:
+        return np.ascontiguousarray(_exact(np.concatenate(list(blocks)), rank)[2])
+    count = rank + SKETCH_OVERSAMPLING
+    if columns <= max(SKETCHED_SIDE, 4 * count):
+        moments = np.zeros((columns, columns))
+        for block in blocks:
+            moments += block.T @ block
+        return np.ascontiguousarray(np.linalg.eigh(moments)[1][:, ::-1][:, :rank].T, np.float32)
+    test = _test_vectors(columns, count)
+    narrow = test.astype(np.float32)
+    products = np.zeros((columns, count))
+    for block in blocks:
+        products += block.T @ (block @ narrow)
+    # A little of the identity keeps the small matrix positive definite in float32.
+    products += NULL * max(float(np.linalg.norm(products)), float(SMALL)) * narrow
+    inner = test.T @ products
+    values, vectors = np.linalg.eigh((inner + inner.T) / 2)
+    half = products @ (vectors / np.sqrt(np.maximum(values, max(NULL * values[-1] / 100, SMALL))))
+    order = np.linalg.eigh(half.T @ half)[1][:, ::-1]
+    found = np.linalg.qr((half @ order).astype(np.float32))[0].T[:rank]
+    return np.ascontiguousarray(found)
+
+
+@functools.lru_cache(16)
+def _test_vectors(columns: int, count: int) -> NDArray[np.float64]:
+    """Return random orthonormal vectors, shape (columns, count)."""
+    found: NDArray[np.float64] = np.linalg.qr(np.random.default_rng(columns).standard_normal((columns, count)))[0]
+    return found
 
 
 def rank_for_energy(values: NDArray[np.floating], share: float) -> int:
@@ -125,14 +160,10 @@ def _decompose(matrix: Floats, rank: int) -> tuple[Floats, Floats, Floats]:
     least = min(matrix.shape)
     if least <= EXACT_SIZE or 4 * (rank + OVERSAMPLING) > least:
         return _exact(matrix, rank)
-    return _randomized(matrix, rank, OVERSAMPLING, POWER_ITERATIONS)
-
-
-def _randomized(matrix: Floats, rank: int, oversampling: int, iterations: int) -> tuple[Floats, Floats, Floats]:
     rng = np.random.default_rng(matrix.shape)
-    basis = matrix @ rng.standard_normal((matrix.shape[1], rank + oversampling), np.float32)
+    basis = matrix @ rng.standard_normal((matrix.shape[1], rank + OVERSAMPLING), np.float32)
     basis = np.linalg.qr(basis)[0]
-    for _ in range(iterations):
+    for _ in range(POWER_ITERATIONS):
         basis = np.linalg.qr(matrix.T @ basis)[0]
         basis = np.linalg.qr(matrix @ basis)[0]
     inner, values, right = np.linalg.svd(basis.T @ matrix, full_matrices=False)

@@ -128,6 +128,10 @@ class Steps:
 
     def spread(self, columns: int, grid: Grid) -> tuple[Floats, Fields | None]:
         """Return scale and zero point of every element, shape (rows, columns)."""
+        if self.scales.shape[1] == 1:
+            shape = len(self.scales), columns
+            zeros = None if self.zeros is None else np.broadcast_to(self.zeros, shape)
+            return np.broadcast_to(self.scales, shape), zeros
         at = np.arange(columns) // grid.size(columns)
         return self.scales[:, at], None if self.zeros is None else self.zeros[:, at]
 

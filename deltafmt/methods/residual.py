@@ -10,7 +10,8 @@ library.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from deltafmt.methods.common import BITS, DROPPED, NM, RANK, SCALE_GROUP
 from deltafmt.methods.declare import Needs, option, values_of
 from deltafmt.methods.decoded import decoded
 from deltafmt.methods.deltadq import DeltaDQ, DropoutOptions
-from deltafmt.methods.expected import Expected, Sampled, dropped, spread
+from deltafmt.methods.expected import Expected, Sampled, dropped
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.grids import Floats, Grid
 from deltafmt.methods.measured import Heads
@@ -89,10 +90,9 @@ class Residual(DropoutOptions, HeadOptions, Method):
     @property
     def head_grid(self) -> Grid:
         """The grid of the head's codes and the rule of its scales."""
-        kind, rule = default_grid(self.head_bits), default_rule(self.head_bits)
-        return Grid(self.head_bits, kind, rule, self.head_scale_group, self.scale_dtype)
+        return _head_grid(self.head_bits, self.head_scale_group, self.scale_dtype)
 
-    @property
+    @functools.cached_property
     def dropout(self) -> DeltaDQ:
         """The method of the second term."""
         return DeltaDQ(**values_of(DropoutOptions, self))
@@ -123,32 +123,44 @@ class Residual(DropoutOptions, HeadOptions, Method):
         kept = gather(rest, positions, self.m, self.share, dropout.factor)
         return dropout.quantize(positions, kept)
 
-    def expected(self, sample: Sampled, seed: int) -> Expected:
+    def expected(self, sample: Sampled) -> Expected:
         """Return what is expected of the head, whose vectors are known, and of dropout of the rest R = D - H.
 
         <Q, D'> = <H, D'> + <Q_R, R> + <Q_R, H - C>, and |Q - C|^2 = |H - C|^2 + 2 <Q_R, H - C> + |Q_R|^2.
         """
-        head, dropout = sample.head(self.head_grid), self.dropout
-        along, squares, common = head.products(self.rank)
-        numbers = sample.numbers
-        dense = head.left[numbers, : self.rank] @ head.right[: self.rank]
-        some = sample.some_delta - dense
-        counted = dense if sample.some_common is None else dense - sample.some_common
-        kept = dropout.rounded(some, sample.some, seed, counted)
+        grid, dropout = self.head_grid, self.dropout
+        along, squares, common = sample.head(grid).products(self.rank)
+        remainder = sample.remainder(grid, self.rank)
+        kept = remainder.rounded(self.n, self.m, dropout.code_grid)
+        factor = float(dropout.factor)
         rest = max(sample.squares - 2 * along + squares, 0.0)
-        share, noisy, more = dropped(self.n, self.m, float(dropout.factor), kept, rest)
+        share, noisy, more = dropped(self.n, self.m, factor, kept, rest)
         mine = along - common  # <H, D'>
         beside = squares - 2 * common + sample.common  # |H - C|^2
         between = along - squares - sample.common + common  # <H - C, R>
-        varied = spread(some, self.n, self.m, self.share, float(dropout.factor) * kept.along) / sample.share
+        varied = sample.variance(remainder, self.n, self.m, self.share, factor * kept.along)
         both = beside + 2 * (share * between + more) + noisy
         return Expected(mine + share * (sample.rest - mine) + more, both, varied)
+
+    def with_gain(self, gain: float) -> Residual | None:
+        """Return the method with a gain; None if it has one."""
+        return _with_gain(self, gain) if self.gain is None else None
 
     def approximate(self, rows: DeltaRows, seed: int, heads: Heads) -> Floats:
         """Return the delta that a reader would decode, with a head that methods share."""
         head = heads.dense(self.rank, self.head_grid)
         arrays = self._dropped(heads.delta - head, rows, seed)
         return head + decoded(self.dropout.layout, arrays, rows.shape, seed)
+
+
+@functools.lru_cache(4096)
+def _with_gain(method: Residual, gain: float) -> Residual:
+    return replace(method, gain=gain)
+
+
+@functools.cache
+def _head_grid(bits: int, group: int, scale_dtype: str) -> Grid:
+    return Grid(bits, default_grid(bits), default_rule(bits), group, scale_dtype)
 
 
 def split_head(

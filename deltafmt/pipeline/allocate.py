@@ -45,9 +45,13 @@ def allocate(items: Sequence[Sequence[Alternative]], budget: int) -> list[int] |
     if least_size(items) > budget:
         return None
     useful = [_undominated(alternatives) for alternatives in items]
-    found = [_fill(useful, _walk(useful, budget), budget)]
+    walked, price = _walk(useful, budget)
+    found = [_fill(useful, walked, budget)]
     if len(items) <= FEW_ITEMS:
-        found.append(_fill(useful, _by_units(useful, budget), budget))
+        core = _promising(useful, budget, price, found[0])
+        kept = [[alternatives[i] for i in numbers] for alternatives, numbers in zip(useful, core, strict=True)]
+        best = [numbers[i] for numbers, i in zip(core, _by_units(kept, budget), strict=True)]
+        found.append(_fill(useful, best, budget))
     choices = [[alternatives[i][0] for alternatives, i in zip(useful, choice, strict=True)] for choice in found]
     for number in range(min(map(len, items), default=0)):
         uniform = [number] * len(items)
@@ -99,24 +103,50 @@ def _saved(alternatives: _Useful, small: int, large: int) -> float:
     return (one.loss - other.loss) / (other.size - one.size)
 
 
-def _walk(items: Sequence[_Useful], budget: int) -> list[int]:
-    """Take steps along the hulls while they fit, the one that saves the most a byte first."""
+def _walk(items: Sequence[_Useful], budget: int) -> tuple[list[int], float]:
+    """Take steps along the hulls while they fit, the one that saves the most a byte first.
+
+    Returns:
+        The places that are reached, and the loss that the first step that does not fit would save for a byte; 0 if all
+        fit.
+    """
     hulls = [_hull(alternatives) for alternatives in items]
     place = [0] * len(items)
     left = budget - sum(alternatives[0][1].size for alternatives in items)
+    price = 0.0
     steps = [(-_saved(items[i], *hull[:2]), i) for i, hull in enumerate(hulls) if len(hull) > 1]
     heapq.heapify(steps)
     while steps:
-        _, i = heapq.heappop(steps)
+        saved, i = heapq.heappop(steps)
         alternatives, hull = items[i], hulls[i]
         step = alternatives[hull[place[i] + 1]][1].size - alternatives[hull[place[i]]][1].size
         if step > left:
+            price = price or -saved
             continue  # later steps of this item hang on this one
         left -= step
         place[i] += 1
         if place[i] + 1 < len(hull):
             heapq.heappush(steps, (-_saved(alternatives, hull[place[i]], hull[place[i] + 1]), i))
-    return [hull[at] for hull, at in zip(hulls, place, strict=True)]
+    return [hull[at] for hull, at in zip(hulls, place, strict=True)], price
+
+
+def _promising(items: Sequence[_Useful], budget: int, price: float, found: Sequence[int]) -> list[list[int]]:
+    """Return the places of the alternatives that a choice better than one that was found may have.
+
+    With a price for every byte, no choice within the budget loses less than the bound: the sum of each item's least
+    loss + price * size, less price * budget. An alternative that is dearer than its item's least by more than lies
+    between the bound and the choice found is in no better choice.
+    """
+    costs = [np.array([each.loss + price * each.size for _, each in alternatives]) for alternatives in items]
+    known = sum(alternatives[i][1].loss for alternatives, i in zip(items, found, strict=True))
+    bound = sum(float(cost.min()) for cost in costs) - price * budget
+    room = (known - bound) * (1 + 1e-6) + 1e-12
+    core = []
+    for cost, at in zip(costs, found, strict=True):
+        near = cost <= cost.min() + room
+        near[0] = near[at] = True
+        core.append(np.flatnonzero(near).tolist())
+    return core
 
 
 def _fill(items: Sequence[_Useful], choice: list[int], budget: int) -> list[int]:

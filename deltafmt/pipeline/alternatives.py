@@ -22,9 +22,9 @@ from deltafmt.methods.base import Method
 from deltafmt.pipeline.allocate import Alternative, allocate, total_size
 from deltafmt.pipeline.choice import Choice, Chosen
 from deltafmt.pipeline.job import PackJob
-from deltafmt.pipeline.losses import foretell, measure
-from deltafmt.pipeline.plan import Plan, not_finite, shared_bytes, tensor_seed
-from deltafmt.pipeline.sizes import file_size, plan_layouts, tensor_size
+from deltafmt.pipeline.losses import foretell, look_at, measure, tuned
+from deltafmt.pipeline.plan import Plan, least_bytes, not_finite, shared_bytes, tensor_seed
+from deltafmt.pipeline.sizes import TensorSizes, file_size, plan_layouts, promised_layouts, tensor_size
 from deltafmt.pipeline.summary import times
 from deltafmt.pipeline.workers import Progress, in_order, worker_pool
 
@@ -95,9 +95,10 @@ class Alternatives:
         Raises:
             NonFiniteError: a delta has NaN or infinity.
         """
+        sizes = TensorSizes(self._job.seed)
         with worker_pool(threads, "measure") as pool:
 
-            def submit(item: _Item) -> Future[list[float]]:
+            def submit(item: _Item) -> Future[list[tuple[Method | None, float]]]:
                 plan = self._plans[item.number]
                 hessian = hessians.get(plan.tensor.name) if hessians else None
                 common = COMMON_DIRECTIONS if plan.tensor.rows == self._vocabulary else 0
@@ -107,13 +108,14 @@ class Alternatives:
             def footprint(item: _Item) -> int:
                 return 4 * self._plans[item.number].tensor.nbytes
 
-            for item, losses in in_order(self._items, submit, footprint):
+            for item, found in in_order(self._items, submit, footprint):
                 plan = self._plans[item.number]
                 weight = VOCABULARY_WEIGHT if plan.tensor.rows == self._vocabulary else 1.0
                 item.alternatives = [
-                    Alternative(tensor_size(plan.decided(method), self._job.seed), weight * loss)
-                    for method, loss in zip(item.methods, losses.result(), strict=True)
+                    Alternative(sizes.of(plan.decided(method)), weight * loss)
+                    for method, (_, loss) in zip(item.methods, found.result(), strict=True)
                 ]
+                item.methods = [method for method, _ in found.result()]
                 if progress:
                     progress(plan.tensor.name, plan.tensor.nbytes)
 
@@ -181,7 +183,7 @@ class Alternatives:
             self._metadata,
             profile=self._job.profile,
             seed=self._job.seed,
-            scaled=self._scaled,
+            scaled=self._scaled or None,
             parent=self._job.parent,
         )
 
@@ -215,11 +217,10 @@ def _possible(plan: Plan, method: Method) -> Method | None:
     assert base is not None
     rows = plan.shared_rows
     try:
-        method.layouts(rows, tensor.columns)
+        packed = least_bytes(method, rows, tensor.columns)
     except UsageError:
         return None
-    layouts = plan_layouts(plan.decided(method))
-    packed = sum(sum(layout.buffer_lengths(rows, tensor.columns).values()) for layout in layouts)
+    promised_layouts(method, rows, tensor.columns)
     return method if packed < shared_bytes(tensor, base) else None
 
 
@@ -229,11 +230,16 @@ def _losses(
     seed: int,
     hessian: NDArray[np.floating] | None,
     common: int,
-) -> list[float]:
+) -> list[tuple[Method | None, float]]:
+    """Return the methods with the gains that fit a tensor, and the loss of each."""
     try:
+        sample = look_at(plan, methods, common)
+        fitting = tuned(sample, methods)
         if hessian is None:
-            return foretell(plan, methods, seed, common)
-        return measure(plan, methods, seed, hessian, common)
+            losses = foretell(plan, fitting, seed, common, sample)
+        else:
+            losses = measure(plan, fitting, seed, hessian, common)
+        return list(zip(fitting, losses, strict=True))
     except NonFiniteError as error:
         raise not_finite(plan.tensor.name, "the delta has NaN or infinity") from error
 

@@ -24,12 +24,14 @@ def default_candidates() -> list[Method]:
         *((n, 16, k) for n in (2, 4, 8) for k in (1, 2, 3, 4)),
     ]
     tails = [(1, 64, 1), (1, 32, 1), (1, 16, 1), (1, 16, 2), (1, 8, 1), (1, 8, 2), (1, 4, 1), (1, 4, 2), (1, 2, 2)]
+    thin = [(3, 128, 1), (3, 128, 2), (5, 64, 1), (5, 64, 2), (5, 32, 1)]
     return [
         *(DeltaDQ(n, m, k) for n, m, k in dropped),
-        *(DeltaDQ(5, m, 2, share=1) for m in (128, 64)),
+        *(DeltaDQ(n, m, 1, share=1) for n, m in ((3, 128), (5, 128), (5, 64), (5, 32), (8, 32), (11, 32), (21, 32))),
+        *(DeltaDQ(n, m, 2, share=1) for n, m in ((3, 128), (5, 128), (5, 64))),
         *(DeltaDQ(n, 32, 2, share=1) for n in (3, 5, 7, 10, 14, 20, 30)),
-        *(Residual(rank=rank, n=n, m=m, bits=k) for rank in (2, 4, 8, 16) for n, m, k in tails),
-        *(Residual(rank, 4, n=5, m=64, bits=k, share=1) for rank in (2, 4, 8) for k in (1, 2)),
+        *(Residual(rank=rank, n=n, m=m, bits=k) for rank in (4, 16) for n, m, k in tails),
+        *(Residual(rank, 4, n=n, m=m, bits=k, share=1) for rank in (1, 2, 4, 8) for n, m, k in thin),
         *(
             Residual(rank, 4, n=n, m=32, bits=2, share=1)
             for rank, n in ((8, 3), (8, 5), (16, 5), (16, 9), (16, 16), (16, 25))

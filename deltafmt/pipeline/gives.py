@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import os
+
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.delta import DeltaFile
+from deltafmt.errors import WrongBaseError
 from deltafmt.index.entries import TensorEntry
-from deltafmt.pipeline.digests import digest_of
+from deltafmt.pipeline.digests import check_content_id, digest_of
 from deltafmt.pipeline.workers import worker_pool
+
+
+def check_gives(parent: DeltaFile, base: str | os.PathLike[str], threads: int) -> bytes:
+    """Check that a base is what a delta file gives, and return the content id of that file.
+
+    Raises:
+        WrongBaseError: it gives another base.
+        InvalidFileError, StorageError: a file cannot be read, or is not valid.
+    """
+    container = parent.container
+    check_content_id(container, container.entries())
+    with Checkpoint(base, lenient=True) as checkpoint:
+        found = difference_from_result(checkpoint, parent, threads)
+    if found:
+        raise WrongBaseError(
+            f"{base} is not what {container.name} gives: {found}; apply {container.name} first, and name the folder "
+            "that it gives as the base"
+        )
+    return container.content_id
 
 
 def difference_from_result(checkpoint: Checkpoint, delta: DeltaFile, threads: int) -> str:

@@ -5,45 +5,72 @@ costs little, the singular vectors of half of a delta's energy err by half and c
 that an approximation Q keeps along D itself acts on every input alike; the rest of the error is noise, which averages
 out over the columns of a row:
 
-    kept = <Q, D> / <D, D>
-    loss = (1 - kept)^2 + w |(Q - kept D) X|^2 / |D X|^2
+    kept = <Q, D> / <D, D>        noise = |(Q - kept D) X|^2 / |D X|^2
+    loss = (1 - kept)^2 + w noise
 
-An embedding or head has a row for every token. Fine-tuning shifts all tokens absent from its texts by the same vector;
-that shift dominates the delta and says nothing about accuracy. The two strongest singular directions are therefore
-left out of D and Q.
+Noise costs next to nothing until it is as large as the weights W themselves allow, and then a lot, so w depends on it
+(:func:`weighed`). An embedding or head has a row for every token. Fine-tuning shifts all tokens absent from its texts
+by the same vector; that shift dominates the delta and says nothing about accuracy. The two strongest singular
+directions are therefore left out of D and Q.
 
-X are the inputs that a calibration has seen, or the identity without one. The noise of dropout is drawn at random, and
-weighs less than the noise of rounding, which depends on the weights. docs/decisions.md names what the loss was compared
-with.
+X are the inputs that a calibration has seen, or the identity without one. docs/decisions.md names what the loss was
+compared with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.delta import row_ranges
 from deltafmt.methods.base import DeltaRows, Method
-from deltafmt.methods.expected import LEAST_REST, Sampled, dot
-from deltafmt.methods.factorization import factorize
+from deltafmt.methods.expected import LEAST_REST, SAMPLED_ELEMENTS, Expected, Sampled, dot, some_rows, strength_of
+from deltafmt.methods.factorization import factorize, right_vectors
+from deltafmt.methods.grids import Grid
 from deltafmt.methods.measured import Heads
 from deltafmt.pipeline.plan import Plan
-from deltafmt.terms.floats import Raw
+from deltafmt.terms.floats import widen
 
 Floats = NDArray[np.float32]
+Floats64 = NDArray[np.float64]
 
 # A larger tensor is sampled: evenly spaced runs of rows, with about so many elements in all.
 SAMPLE_ELEMENTS = 1 << 21
 # Runs of rows start where super-tiles of any number of sharing rows do.
 SAMPLE_ROWS = 256
 
-# The weight of relative noise beside relative bias: where noise is drawn at random, and where it is not.
-RANDOM_NOISE = 0.01
-OTHER_NOISE = 0.05
-# Noise at the outputs for true inputs is relatively smaller, and weighs so many times more.
+# Gains that tell what comes of all, the least and the largest, and the step between them.
+TRIED_GAINS = (0.5, 1.0, 1.5)
+GAINS = (0.25, 4.0)
+GAIN_STEP = 0.05
+_QUADRATIC = np.linalg.inv(np.vander(TRIED_GAINS, increasing=True)).T
+# Elements of the blocks in which a tensor is read to foretell losses.
+BLOCK_ELEMENTS = 1 << 18
+
+# The weight of relative noise beside relative bias: of little noise, and of much; and how it rises between the two.
+LEAST_NOISE = 0.0003
+MOST_NOISE = 0.01
+NOISE_RISE = 3000.0
+# Noise that is not drawn at random, but depends on the weights, weighs so many times more.
+OTHER_NOISE = 5
+# Noise at the outputs for true inputs is relatively smaller, and counts for so many times as much.
 OF_INPUTS = 6
+
+
+def weighed(noise: Floats64, strength: float, *, at_random: bool) -> Floats64:
+    """Return w * noise, the loss that noise makes.
+
+    Args:
+        noise: |noise|^2 / |D|^2, any shape.
+        strength: |D|^2 / |W|^2 for the base's matrix W: the same relative noise is more to it where D is larger.
+        at_random: whether the noise is drawn at random.
+    """
+    found: Floats64 = np.minimum(MOST_NOISE, LEAST_NOISE + NOISE_RISE * strength**2 * noise) * noise
+    return found if at_random else OTHER_NOISE * found
 
 
 def sample_runs(rows: int, columns: int) -> list[tuple[int, int]]:
@@ -57,20 +84,12 @@ def sample_runs(rows: int, columns: int) -> list[tuple[int, int]]:
 
 
 def read_sample(plan: Plan) -> DeltaRows:
-    """Return the rows of a tensor that are measured, as a matrix of their own.
-
-    Raises:
-        NonFiniteError: an element of the delta is NaN or infinite.
-    """
-    tensor, base = plan.tensor, plan.base
-    assert base is not None
-    parts: tuple[list[Raw], list[Raw]] = [], []
-    for start, stop in sample_runs(min(tensor.rows, base.rows), tensor.columns):
-        for found, source in zip(parts, (tensor, base), strict=True):
-            with source.row_range(start, stop) as rows:
-                found.append(rows.copy())
-    mine, theirs = map(np.concatenate, parts)
-    return DeltaRows(mine, tensor.dtype, theirs, base.dtype, 0, tensor.name)
+    """Return the rows of a tensor that are measured, as a matrix of their own."""
+    parts: list[DeltaRows] = []
+    for start, stop in sample_runs(plan.shared_rows, plan.tensor.columns):
+        with _rows(plan, start, stop) as rows:
+            parts.append(replace(rows, finetuned=rows.finetuned.copy(), base=rows.base.copy(), first=0))
+    return _joined(parts)
 
 
 class Loss:
@@ -81,6 +100,7 @@ class Loss:
         hessian: second moments of its inputs, shape (columns, columns).
         common: number of strongest singular directions that are left out of the delta and of approximations.
         shared: these directions, if they are known.
+        strength: |D|^2 / |W|^2 for the base's matrix W.
     """
 
     def __init__(
@@ -89,8 +109,9 @@ class Loss:
         hessian: NDArray[np.floating] | None = None,
         common: int = 0,
         shared: Floats | None = None,
+        strength: float = 1.0,
     ) -> None:
-        squares = dot(delta, delta)
+        whole = squares = dot(delta, delta)
         self._common = np.zeros((1, 1), np.float32)
         if shared is not None:
             self._common, delta = shared, delta - shared
@@ -101,6 +122,7 @@ class Loss:
             if dot(rest, rest) >= LEAST_REST * squares:
                 self._common, delta, squares = shared, rest, dot(rest, rest)
         self._delta, self._squares = delta, squares
+        self._strength = strength * squares / whole if whole else 1.0
         self._inputs: Floats | None = None
         if hessian is not None:
             values, vectors = np.linalg.eigh(hessian.astype(np.float64))
@@ -112,17 +134,20 @@ class Loss:
     def _outputs(self, matrix: Floats) -> Floats:
         return matrix if self._inputs is None else matrix @ self._inputs
 
-    def of(self, approximation: Floats, weight: float = OTHER_NOISE) -> float:
-        """Return the loss: 0 for the delta itself, 1 for nothing at all; ``weight`` is that of noise."""
+    def of(self, approximation: Floats, *, at_random: bool = False) -> float:
+        """Return the loss: 0 for the delta itself, 1 for nothing at all."""
         if not self._energy:
             return 0.0
         approximation = approximation - self._common
         kept = dot(approximation, self._delta) / self._squares
-        noise = self._outputs(approximation - np.float32(kept) * self._delta)
-        return (1 - kept) ** 2 + self._factor * weight * dot(noise, noise) / self._energy
+        rest = self._outputs(approximation - np.float32(kept) * self._delta)
+        noise = np.array(self._factor * dot(rest, rest) / self._energy)
+        return (1 - kept) ** 2 + float(weighed(noise, self._strength, at_random=at_random))
 
 
-def foretell(plan: Plan, methods: Sequence[Method | None], seed: int, common: int = 0) -> list[float]:
+def foretell(
+    plan: Plan, methods: Sequence[Method | None], seed: int, common: int = 0, sample: Sampled | None = None
+) -> list[float]:
     """Return what each method is expected to lose of a tensor: about what :func:`measure` finds, but quickly.
 
     Dropout has a closed form (docs/expected-errors.md). Of methods that decide row by row, some rows are measured. What
@@ -133,30 +158,134 @@ def foretell(plan: Plan, methods: Sequence[Method | None], seed: int, common: in
         methods: methods to try; None stores the tensor whole.
         seed: the tensor's seed.
         common: number of singular directions that are left out.
+        sample: what :func:`look_at` has found, if it was called.
 
     Raises:
         NonFiniteError: the delta has NaN or infinity.
     """
-    sample = Sampled(read_sample(plan), max((method.head_rank for method in methods if method), default=0), common)
+    sample = sample or look_at(plan, methods, common)
     some = sample.some_delta
-    some_loss = Loss(some, shared=sample.some_common)
-    whole: tuple[Loss, Heads] | None = None
+    some_loss = Loss(some, shared=sample.some_common, strength=sample.strength)
+    whole: tuple[Loss, Heads, DeltaRows] | None = None
     found = []
     for method in methods:
         if method is None or not sample.squares:
             found.append(0.0)
             continue
-        weight = RANDOM_NOISE if method.at_random else OTHER_NOISE
-        expected = method.expected(sample, seed)
+        expected = method.expected(sample)
         if expected is not None:
-            found.append(expected.loss(sample.rest, weight))
+            found.append(float(_expected_loss(expected, sample, method)))
         elif method.by_rows:
-            found.append(some_loss.of(method.approximate(sample.some, seed, Heads(some, 0)), weight))
+            given = method.approximate(sample.some, seed, Heads(some, 0))
+            found.append(some_loss.of(given, at_random=method.at_random))
         else:
             if whole is None:
-                whole = Loss(sample.delta, None, common), Heads(sample.delta, method.head_rank)
-            found.append(whole[0].of(method.approximate(sample.rows, seed, whole[1]), weight))
+                rows = read_sample(plan)
+                dense = rows.dense()
+                loss = Loss(dense, None, common, strength=sample.strength)
+                whole = loss, Heads(dense, _most(methods)), rows
+            found.append(whole[0].of(method.approximate(whole[2], seed, whole[1]), at_random=method.at_random))
     return found
+
+
+def tuned(sample: Sampled, methods: Sequence[Method | None]) -> list[Method | None]:
+    """Return methods with the gain of least expected loss, where they have a gain and nobody has chosen it.
+
+    <Q, D>, |Q|^2 and its variance are quadratic functions of the gain, so three gains tell them. Gains are multiples of
+    GAIN_STEP.
+    """
+    if not sample.squares:
+        return list(methods)
+    return [method and (_tuned(sample, method) or method) for method in methods]
+
+
+def _tuned(sample: Sampled, method: Method) -> Method | None:
+    tried = []
+    for gain in TRIED_GAINS:
+        other = method.with_gain(gain)
+        expected = None if other is None else other.expected(sample)
+        if expected is None:
+            return None
+        tried.append((expected.along, expected.squares, expected.spread))
+    # Quadratic functions through the values at three gains.
+    every = np.array(tried).T @ _QUADRATIC
+    gains = np.arange(round(GAINS[0] / GAIN_STEP), round(GAINS[1] / GAIN_STEP) + 1) * GAIN_STEP
+    along, squares, spread = every @ np.stack([np.ones_like(gains), gains, gains**2])
+    losses = _expected_loss(Expected(along, squares, spread), sample, method)
+    return method.with_gain(round(float(gains[np.argmin(losses)]), 4))
+
+
+def _expected_loss(expected: Expected, sample: Sampled, method: Method) -> Floats64:
+    """Return the expected loss of an approximation, or those of many if its figures are arrays."""
+    kept, spread = expected.along / sample.rest, expected.spread / sample.rest**2
+    noise = np.maximum(expected.squares / sample.rest - kept**2 - spread, 0.0)
+    strength = sample.strength * sample.rest / sample.squares
+    found: Floats64 = (1 - kept) ** 2 + spread + weighed(noise, strength, at_random=method.at_random)
+    return found
+
+
+def look_at(plan: Plan, methods: Sequence[Method | None], common: int) -> Sampled:
+    """Return a tensor's delta as far as losses are foretold from it; every row is read once.
+
+    Args:
+        plan: names the tensor and its base.
+        methods: whose losses will be asked for.
+        common: number of singular directions that are left out.
+
+    Raises:
+        NonFiniteError: an element of the delta is NaN or infinite.
+    """
+    rows, columns = plan.shared_rows, plan.tensor.columns
+    ranks: dict[Grid, int] = {}
+    for method in methods:
+        if method and method.head_grid is not None:
+            ranks[method.head_grid] = max(ranks.get(method.head_grid, 0), method.head_rank)
+    numbers = some_rows(rows, columns, SAMPLED_ELEMENTS)
+    parts: list[DeltaRows] = []
+
+    def blocks() -> Iterator[Floats]:
+        for start, stop in row_ranges(0, rows, columns, 1, BLOCK_ELEMENTS):
+            first, last = np.searchsorted(numbers, (start, stop))
+            with _rows(plan, start, stop) as block:
+                if first < last:
+                    at = numbers[first:last] - start
+                    parts.append(replace(block, finetuned=block.finetuned[at], base=block.base[at], first=0))
+                yield block.dense()
+
+    wanted = max([common, *ranks.values()])
+    vectors = right_vectors(blocks(), rows, columns, wanted)
+    if not parts:  # no vectors are wanted, so nothing was read
+        for start, stop in _runs(numbers):
+            with _rows(plan, start, stop) as block:
+                parts.append(replace(block, finetuned=block.finetuned.copy(), base=block.base.copy(), first=0))
+    return Sampled(_joined(parts), len(numbers) / rows, vectors, ranks, common)
+
+
+@contextlib.contextmanager
+def _rows(plan: Plan, start: int, stop: int) -> Iterator[DeltaRows]:
+    """Give some rows of a tensor."""
+    tensor, base = plan.tensor, plan.base
+    assert base is not None
+    with tensor.row_range(start, stop) as mine, base.row_range(start, stop) as theirs:
+        yield DeltaRows(mine, tensor.dtype, theirs, base.dtype, start, tensor.name)
+
+
+def _joined(parts: Sequence[DeltaRows]) -> DeltaRows:
+    """Return the rows of several runs as one matrix."""
+    mine, theirs = (np.concatenate([getattr(part, side) for part in parts]) for side in ("finetuned", "base"))
+    return replace(parts[0], finetuned=mine, base=theirs)
+
+
+def _runs(numbers: NDArray[np.intp]) -> list[tuple[int, int]]:
+    """Return the runs of consecutive numbers, each as its first and the one behind its last."""
+    ends = np.flatnonzero(np.diff(numbers) > 1) + 1
+    firsts, lasts = [0, *ends.tolist()], [*ends.tolist(), len(numbers)]
+    return [(int(numbers[first]), int(numbers[last - 1]) + 1) for first, last in zip(firsts, lasts, strict=True)]
+
+
+def _most(methods: Sequence[Method | None]) -> int:
+    """Return the highest rank of a head."""
+    return max((method.head_rank for method in methods if method), default=0)
 
 
 def measure(
@@ -179,13 +308,13 @@ def measure(
         NonFiniteError: the delta has NaN or infinity.
     """
     rows = replace(read_sample(plan), hessian=hessian)
-    heads = Heads(rows.dense(), max((method.head_rank for method in methods if method), default=0), hessian)
-    loss = Loss(heads.delta, hessian, common)
+    heads = Heads(rows.dense(), _most(methods), hessian)
+    strength = strength_of(dot(heads.delta, heads.delta), widen(rows.base, rows.base_dtype))
+    loss = Loss(heads.delta, hessian, common, strength=strength)
     found = []
     for method in methods:
         if method is None:
             found.append(0.0)
         else:
-            weight = RANDOM_NOISE if method.at_random else OTHER_NOISE
-            found.append(loss.of(method.approximate(rows, seed, heads), weight))
+            found.append(loss.of(method.approximate(rows, seed, heads), at_random=method.at_random))
     return found

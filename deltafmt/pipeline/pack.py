@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from deltafmt import core
-from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.container.partial import check_output_file
 from deltafmt.delta import DeltaFile
-from deltafmt.errors import Remedy, UsageError, WrongBaseError
+from deltafmt.errors import Remedy, UsageError
 from deltafmt.methods.base import Method
 from deltafmt.pipeline.calibrate import Calibration, calibrated_names, check_calibration
-from deltafmt.pipeline.digests import check_content_id
 from deltafmt.pipeline.file_writer import write_file
-from deltafmt.pipeline.gives import difference_from_result
+from deltafmt.pipeline.gives import check_gives
 from deltafmt.pipeline.job import Delivery, PackJob
 from deltafmt.pipeline.outputs import refuse_input_file
 from deltafmt.pipeline.pack_options import PackOptions
@@ -179,16 +177,8 @@ def _parent_id(parent: str | os.PathLike[str], base: str | os.PathLike[str], del
     path = delivery.path
     if path is not None and path.exists() and os.path.samefile(path, parent):
         raise UsageError(f"the output {path} is itself an input")
-    with DeltaFile(parent) as opened, Checkpoint(base, lenient=True) as checkpoint:
-        container = opened.container
-        check_content_id(container, container.entries())
-        found = difference_from_result(checkpoint, opened, delivery.threads)
-        if found:
-            raise WrongBaseError(
-                f"{base} is not what {container.name} gives: {found}; apply {container.name} first, and pack against "
-                "the folder that it gives"
-            )
-        return container.content_id
+    with DeltaFile(parent) as opened:
+        return check_gives(opened, base, delivery.threads)
 
 
 def check_output(job: PackJob, delivery: Delivery) -> None:

@@ -196,14 +196,14 @@ def why_exact(tensor: Tensor, base: Tensor | None, method: Method | None) -> str
         return ""
     shared = min(tensor.rows, base.rows)
     try:
-        packed = _least_bytes(method, shared, tensor.columns)
+        packed = least_bytes(method, shared, tensor.columns)
     except UsageError as error:
         raise error.located(f'tensor "{tensor.name}"') from error
     return NO_SMALLER if packed >= shared_bytes(tensor, base) else ""
 
 
 @functools.lru_cache(4096)
-def _least_bytes(method: Method, rows: int, columns: int) -> int:
+def least_bytes(method: Method, rows: int, columns: int) -> int:
     """Return the bytes that a method's terms take at least; most models have few shapes, and some many tensors.
 
     The slots of unstructured terms are not known yet, so packing compares the true size again.

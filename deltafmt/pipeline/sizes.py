@@ -7,7 +7,8 @@ compressed as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.errors import UsageError
@@ -15,6 +16,7 @@ from deltafmt.format import constants as c
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.scaled import ScaledRef
 from deltafmt.index.sections import DIGEST_BYTES
+from deltafmt.methods.base import Method
 from deltafmt.output import Bytes
 from deltafmt.pipeline.entry_writer import EntryWriter, TermBytes, base_ref
 from deltafmt.pipeline.plan import Plan, shared_bytes, tensor_seed
@@ -86,6 +88,30 @@ def tensor_size(plan: Plan, seed: int) -> int:
     return payload + container.position - c.align(before, c.SECTION_ALIGNMENT)
 
 
+class TensorSizes:
+    """The sizes of many tensors, each of :func:`tensor_size`; tensors that are alike are counted once.
+
+    Args:
+        seed: the file's seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._known: dict[Hashable, int] = {}
+
+    def of(self, plan: Plan) -> int:
+        """Return about how many bytes a tensor adds to a file."""
+        tensor, base = plan.tensor, plan.base
+        assert base is not None
+        # An entry has the tensor's name, and where its base lies unless that has the same name.
+        own = not base_ref(base, _DIGEST, tensor.name).parts
+        name: Hashable = len(tensor.name.encode()) if own else tensor.name
+        key = name, tensor.dtype, tensor.shape, tensor.leading, base.dtype, base.shape, plan.method
+        if key not in self._known:
+            self._known[key] = tensor_size(plan, self._seed)
+        return self._known[key]
+
+
 def _entry(writer: EntryWriter, plan: Plan, seed: int, *, same: bool) -> TensorEntry:
     """Write zeros in place of a tensor's buffers, and return its entry."""
     tensor, base = plan.tensor, plan.base
@@ -112,9 +138,20 @@ def plan_layouts(plan: Plan) -> tuple[TermLayout, ...]:
     Raises:
         UsageError: the delta decides the size of one.
     """
-    layouts = plan.layouts()
-    method = plan.method
-    if method is not None and (not method.fixed_rank or any(layout.has_slots for layout in layouts)):
+    if plan.method is None or plan.base is None:
+        return ()
+    return promised_layouts(plan.method, plan.shared_rows, plan.tensor.columns)
+
+
+@functools.lru_cache(4096)
+def promised_layouts(method: Method, rows: int, columns: int) -> tuple[TermLayout, ...]:
+    """Return the layouts that every delta of a shape becomes; most models have few shapes, and some many tensors.
+
+    Raises:
+        UsageError: the options do not fit the shape, or the delta decides the size of a layout.
+    """
+    layouts = method.layouts(rows, columns)
+    if not method.fixed_rank or any(layout.has_slots for layout in layouts):
         raise UsageError(f"the bytes of {method.spelling()!r} depend on the delta, so no size can be promised")
     return layouts
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from deltafmt.errors import UsageError
+from deltafmt.linear_algebra import one_thread
 
 Item = TypeVar("Item")
 Work = TypeVar("Work")
@@ -59,9 +60,13 @@ def in_order(
 
 @contextlib.contextmanager
 def worker_pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
-    """Give so many worker threads. At the end, work that has not begun is cancelled, and the rest waited for."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix=f"deltafmt-{name}")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    """Give so many worker threads. At the end, work that has not begun is cancelled, and the rest waited for.
+
+    As long as there are workers, numpy's linear algebra has one thread for each of them.
+    """
+    with one_thread():
+        pool = ThreadPoolExecutor(threads, thread_name_prefix=f"deltafmt-{name}")
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

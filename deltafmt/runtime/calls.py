@@ -19,10 +19,12 @@ from torch.utils.hooks import RemovableHandle
 from deltafmt.errors import UsageError
 from deltafmt.runtime import frames
 from deltafmt.runtime.batch_inputs import named
+from deltafmt.runtime.computed_by import BASE_ALONE, ComputedBy, check_caches, mark_caches
 from deltafmt.runtime.continuous import UNNAMED, Continuous
 from deltafmt.runtime.continuous import Server as ContinuousServer
-from deltafmt.runtime.held import Held
+from deltafmt.runtime.held import Attached, Held
 from deltafmt.runtime.model_batch import batch_of, embedding_of, models_in
+from deltafmt.runtime.module_hooks import Lookup
 from deltafmt.runtime.per_delta import group_of, merge
 from deltafmt.runtime.places import Forms
 from deltafmt.runtime.rows import Names
@@ -37,6 +39,13 @@ class Server(ContinuousServer, Protocol):
 
     forms: Forms
     served: ServedModules
+
+    @property
+    def merged(self) -> str | None:
+        """The name of the delta that is merged into the base's weights."""
+
+    def known(self, name: str) -> Attached:
+        """Return the present version of a delta."""
 
     def use(self, names: Names, *, wait: float = 0) -> Block:
         """Return a block."""
@@ -86,8 +95,7 @@ class Calls:
                     module.forward = _Part(self, module)
             embedding = embedding_of(model)
             if embedding is not None:
-                self._hooks.append(embedding.register_forward_pre_hook(self._enter_embedding, with_kwargs=True))
-                self._hooks.append(embedding.register_forward_hook(self._leave_embedding, always_call=True))
+                server.served.lookup = Lookup(embedding, self._enter_lookup, self._leave_lookup)
         else:  # the model is itself a served module, whose hooks run outside of its forward
             self._hooks.append(model.register_forward_pre_hook(self._enter_leaf, with_kwargs=True))
         continuous = Continuous(self._name, server, lambda: self._closed)
@@ -171,7 +179,30 @@ class Calls:
     def _run(
         self, name: str, original: Callable[..., Any], args: Any, kwargs: Any, batch: tuple[int, int] | None
     ) -> Any:
-        """Run the model's forward with the selection that the call is bound to."""
+        """Run the model's forward with the selection that the call is bound to, and mark the caches that it fills."""
+        by = self._computed_by()
+        if by is not None:
+            check_caches(kwargs, by, self._name)
+        output = self._run_bound(name, original, args, kwargs, batch)
+        if by is not None:
+            mark_caches(output, by)
+        return output
+
+    def _computed_by(self) -> ComputedBy | None:
+        """Return what the call that is under way serves; None for a batch of several requests, which has its cache."""
+        call = self._scope.call
+        if call.block is not None:
+            return held_of(call.block).computed_by
+        if call.selection is not None:
+            return None
+        merged = self._server.merged
+        if merged is None:
+            return BASE_ALONE
+        return ComputedBy.of((((self._server.known(merged).identity, 1.0),),), f'"{merged}"')
+
+    def _run_bound(
+        self, name: str, original: Callable[..., Any], args: Any, kwargs: Any, batch: tuple[int, int] | None
+    ) -> Any:
         call = self._scope.call
         selection, block = call.selection, call.block
         if selection is None:
@@ -250,18 +281,14 @@ class Calls:
             walk = selection.begin(self._server.forms, "leaf", given, None, type(module).__name__)
             selection.walk = None if walk is None else walk.of_leaf()
 
-    def _enter_embedding(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter_lookup(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note the rows of the ids that the caller looks up, for a call with ``inputs_embeds``."""
-        if torch.compiler.is_compiling():
-            return
         selection = self._scope.active()
         ids = (*args, *kwargs.values())[0]
         if selection is not None and not selection.entered and ids.dim() == 2:
             self._enter_leaf(module, args, kwargs)
 
-    def _leave_embedding(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
+    def _leave_lookup(self) -> None:
         selection = self._scope.active()
         if selection is not None and not selection.entered:
             selection.walk = None

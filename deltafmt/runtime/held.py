@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from deltafmt.errors import UsageError
+from deltafmt.runtime.computed_by import ComputedBy
 from deltafmt.runtime.delta_store import AttachedFile
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.examine import Examined
@@ -141,6 +142,7 @@ class Held:
         pool: what all holds share.
         identity: the file and weight of each delta, row by row: what other deltas computed is none of theirs.
         keys: the version of each delta, row by row.
+        computed_by: the mark of caches that these deltas fill.
         text: the names as a message gives them.
         serves: True if a row has a delta.
         rows: the number of names; 0 if one name is for all rows.
@@ -156,9 +158,9 @@ class Held:
         self.rows = len(rows.rows) if rows.each else 0
         self.text = str(rows)
         self.serves = any(row.terms for row in rows.rows)
-        self.identity: Hashable = tuple(
-            tuple((attached[n].identity, weight) for n, weight in row.terms) for row in rows.rows
-        )
+        identity = tuple(tuple((attached[n].identity, weight) for n, weight in row.terms) for row in rows.rows)
+        self.identity: Hashable = identity
+        self.computed_by = ComputedBy.of(identity, self.text)
         self.keys: object = tuple(tuple((attached[n].key, weight) for n, weight in row.terms) for row in rows.rows)
         self.pool = pool
         self._named = rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,3 +43,50 @@ class ModuleHooks(Uncopied):
     def output(self, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Return the output with the deltas that are served now, within compiled code."""
         return self._served.compiled_output(self._site, given, output)
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What is done around a caller's own call of the embedding, which gives a model its ``inputs_embeds``.
+
+    Attributes:
+        module: the embedding.
+        enter: notes the rows of the ids, given the module, its arguments and its keyword arguments.
+        leave: forgets them.
+    """
+
+    module: nn.Module
+    enter: Callable[[nn.Module, Any, Any], None]
+    leave: Callable[[], None]
+
+
+class LookupHooks(ModuleHooks):
+    """The hooks of the embedding that callers may call themselves; ``after`` is to run when the forward failed, too.
+
+    The lookup has no hooks of its own: torch 2.11 guards compiled code by a hook's number in the order in which hooks
+    were registered, and asks for the one with this number in their present order, which ``prepend`` changes.
+    """
+
+    def __init__(self, served: ServedModules, site: Site, lookup: Lookup) -> None:
+        super().__init__(served, site)
+        self._lookup = lookup
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Run before the module's forward."""
+        if torch.compiler.is_compiling():
+            return None
+        self._lookup.enter(module, args, kwargs)
+        try:
+            return super().before(module, args, kwargs)
+        except BaseException:
+            self._lookup.leave()
+            raise
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Run after the module's forward, whose output is None if it failed."""
+        if torch.compiler.is_compiling():
+            return super().after(module, args, kwargs, output)
+        try:
+            return None if output is None else super().after(module, args, kwargs, output)
+        finally:
+            self._lookup.leave()

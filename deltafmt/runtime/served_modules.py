@@ -22,7 +22,7 @@ from deltafmt.runtime.binding import Binding, BoundModule
 from deltafmt.runtime.cuts import settled
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.mixing import mixed_output
-from deltafmt.runtime.module_hooks import ModuleHooks
+from deltafmt.runtime.module_hooks import Lookup, LookupHooks, ModuleHooks
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.shared_products import Active, Siblings, shareable
 from deltafmt.runtime.siblings import SharedInput, known_siblings
@@ -48,12 +48,14 @@ class ServedModules:
 
     Attributes:
         count: the number of slots of every operand table.
+        lookup: what is done around a caller's own call of the embedding; None if the model has no embedding.
     """
 
     def __init__(
         self, model: nn.Module, device: torch.device, active: Active, alone: Callable[[], bool], *, fuse: bool
     ) -> None:
         self.count = 0
+        self.lookup: Lookup | None = None
         self._model = model
         self._device = device
         self._active = active
@@ -285,7 +287,9 @@ class ServedModules:
         frames.forget()  # the tables are elsewhere
 
     def _hook(self, site: Site) -> None:
-        hooks = ModuleHooks(self, site)
+        lookup = self.lookup
+        looked_up = lookup is not None and lookup.module is site.module
+        hooks = LookupHooks(self, site, lookup) if lookup is not None and looked_up else ModuleHooks(self, site)
         handles = self._hooks[id(site)] = []
         if isinstance(site, WrappedSite):
             handles.append(Wrapped(site, self._active))
@@ -293,7 +297,8 @@ class ServedModules:
         if isinstance(site, EmbeddingSite):
             handles.append(site.module.register_forward_pre_hook(hooks.before, with_kwargs=True))
         # Hooks that a caller registered before see the fine-tune's output, as they would see the unpacked model's.
-        handles.append(site.module.register_forward_hook(hooks.after, with_kwargs=True, prepend=True))
+        after = {"prepend": True, "always_call": looked_up}
+        handles.append(site.module.register_forward_hook(hooks.after, with_kwargs=True, **after))
         site.hooked = True
 
     def _settle(self, groups: Iterable[Siblings]) -> None:

@@ -15,7 +15,19 @@ if _missing := lacking("deltafmt.sync", "torch", extra="torch"):
 from deltafmt.sync.folder import Folder
 from deltafmt.sync.message import Message, Reply
 from deltafmt.sync.publisher import Publisher
+from deltafmt.sync.sparse_patches import SparsePatch, convert_patches, sparse_patches
 from deltafmt.sync.stream import read_message, write_message
 from deltafmt.sync.subscriber import Subscriber
 
-__all__ = ["Folder", "Message", "Publisher", "Reply", "Subscriber", "read_message", "write_message"]
+__all__ = [
+    "Folder",
+    "Message",
+    "Publisher",
+    "Reply",
+    "SparsePatch",
+    "Subscriber",
+    "convert_patches",
+    "read_message",
+    "sparse_patches",
+    "write_message",
+]

@@ -77,8 +77,8 @@ class Choice:
         self.end: int | None = None
         self.announce: Callable[[int, int], None] | None = None
         self._of: dict[Rows, list[int]] = {Rows.TOKENS: [], Rows.LOGITS: []}
-        self._segments: dict[tuple[Rows, int, int], Segments] = {}
-        self._prompt = False
+        self._segments: dict[tuple[Rows, bool, int, int], Segments] = {}
+        self._prompt = self._warming = False
         self._fixed: FixedSegments | None = None
         self._sized: dict[int, StepSegments] = {}
         if device.type == "cuda":
@@ -93,8 +93,10 @@ class Choice:
         if self._fixed is not None:
             with torch.inference_mode(mode=False), torch.no_grad():
                 self._fixed.prepare()
-                padding = [BASE] * (self._fixed.tokens - len(tokens))
-                self._fixed.fill([*tokens, *padding])
+                slots = [*tokens, *[BASE] * (self._fixed.tokens - len(tokens))]
+                # From pinned memory, so that nobody waits for the step that is under way.
+                pinned = torch.tensor(slots, dtype=torch.int32, pin_memory=True)
+                self._fixed.fill(slots, pinned.to(self.device, non_blocking=True))
 
     @contextlib.contextmanager
     def prompts(self) -> Iterator[None]:
@@ -104,6 +106,15 @@ class Choice:
             yield
         finally:
             self._prompt = False
+
+    @contextlib.contextmanager
+    def warming(self) -> Iterator[None]:
+        """Within the block, layers are given the segments that they are given while a graph is captured."""
+        self._warming = True
+        try:
+            yield
+        finally:
+            self._warming = False
 
     def note_logits(self, x: torch.Tensor) -> None:
         """Note that a head is given rows, which may be tokens of a prompt."""
@@ -122,7 +133,8 @@ class Choice:
             UsageError: it has other rows than the engine announced, so that nobody knows whose they are.
         """
         count = x.shape[0]
-        if self._fixed is not None and rows is Rows.TOKENS and torch.cuda.is_current_stream_capturing():
+        in_graph = self._warming or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        if self._fixed is not None and rows is Rows.TOKENS and in_graph:
             return self._captured(count)
         if not self.busy or not count:
             return None
@@ -137,7 +149,7 @@ class Choice:
             if self.lenient and rows is Rows.LOGITS:
                 return None
             raise _unannounced(where, count, len(slots))
-        key = rows, first, count
+        key = rows, self._prompt, first, count
         found = self._segments.get(key)
         if found is None:
             mine = slots[first : first + count]

@@ -6,6 +6,7 @@ tokens of a delta are computed once more, with the experts of the fine-tune, and
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from deltafmt.runtime.device_delta import DeviceTensor
+from deltafmt.vllm import seam
 from deltafmt.vllm.choice import Rows
 from deltafmt.vllm.layers import ServedLayer
 from deltafmt.vllm.parts import LayerParts
@@ -22,6 +24,17 @@ ACTIVATIONS: Final[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
 }
+
+
+def backend(own: Any, moe_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Choose the kernels of experts; where there is no Triton, as on the CPU, those of a model without LoRA.
+
+    vLLM takes Triton's wherever LoRA is on, and the first step then ends the engine.
+    """
+    if moe_config.is_lora_enabled and not seam.name("vllm.triton_utils", "HAS_TRITON"):
+        moe_config = copy.copy(moe_config)
+        moe_config.is_lora_enabled = False
+    return own(moe_config, *args, **kwargs)
 
 
 def refusal(layer: Any, device: torch.device) -> str:

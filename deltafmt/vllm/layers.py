@@ -101,7 +101,7 @@ class MatrixLayer(ServedLayer):
         self.runs = sorted(runs)
         self.columns = columns
         self.table = OperandTable(choice.slots, [rows for _, rows in self.runs], columns, choice.device, memory)
-        # What a graph that is captured from now on launches.
+        # What a graph that is captured from now on launches; empty where no kernel multiplies.
         self.prepared: set[tuple[int, TermLayout, int]] = set()
         self._parts: dict[int, LayerParts] = {}
         # The bias of every slot less the base's; captured graphs read it.
@@ -126,6 +126,10 @@ class MatrixLayer(ServedLayer):
             if any(self.table.operands(slot)):
                 self.table.clear(slot)
                 self.table.prepare()
+
+    @abstractmethod
+    def warm(self, tokens: int, dtype: torch.dtype) -> None:
+        """Launch what a graph of so many tokens is going to hold of this layer."""
 
     @staticmethod
     def layouts(terms: Mapping[int, Sequence[Operand]]) -> set[tuple[int, TermLayout, int]]:
@@ -180,6 +184,13 @@ class LinearLayer(MatrixLayer):
             self.multiply([y], x)
         return y
 
+    def warm(self, tokens: int, dtype: torch.dtype) -> None:
+        """Launch what a graph of so many tokens is going to hold of this layer; a head is in no graph."""
+        if self.rows is Rows.TOKENS:
+            wide = max(start + rows for start, rows in self.runs)
+            y, x = (torch.zeros(tokens, n, dtype=dtype, device=self.table.device) for n in (wide, self.columns))
+            self.multiply([y], x)
+
     def multiply(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> None:
         """Add the products with the deltas of the step's rows, in place; what the custom operation does.
 
@@ -192,7 +203,7 @@ class LinearLayer(MatrixLayer):
         segments = self.choice.segments(self.rows, x, self.name)
         if segments is None:
             return
-        if x.is_cuda:
+        if self.prepared:
             matmul_([y[:, start : start + rows] for start, rows in self.runs], x, self.table, segments)
         if not segments.fixed:
             self._decoded(y, x, segments)
@@ -242,6 +253,11 @@ class EmbeddingLayer(MatrixLayer):
             self.multiply([y], ids)
         return y
 
+    def warm(self, tokens: int, dtype: torch.dtype) -> None:
+        """Launch what a graph of so many tokens is going to hold of this layer."""
+        y = torch.zeros(tokens, self.columns, dtype=dtype, device=self.table.device)
+        self.multiply([y], torch.zeros(tokens, dtype=torch.int64, device=self.table.device))
+
     def multiply(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> None:
         """Add the rows of the deltas of the step's tokens, in place; what the custom operation does.
 
@@ -254,7 +270,7 @@ class EmbeddingLayer(MatrixLayer):
         segments = self.choice.segments(Rows.TOKENS, ids, self.name)
         if segments is None:
             return
-        if ids.is_cuda:
+        if self.prepared:
             embedding_(y, ids, self.table, segments)
         if segments.fixed:
             return

@@ -198,7 +198,7 @@ def _check(name: str, entry: TensorEntry, place: Place, served: Served, model: S
         UsageError: names the tensor.
     """
     reason = model.refusals.get(place.layer) or (served if isinstance(served, str) else "")
-    if not reason and not isinstance(served, str) and not served.ran and not starting:
+    if not reason and not starting and not model.computes(place.layer):
         reason = f"{place.layer} computed without the method that deltas are added in"
     expected = model.shapes.get(name) or model.shapes.get(_base_name(name, entry))
     if not reason and expected is not None and tuple(entry.shape) != expected:

@@ -77,10 +77,14 @@ class DeltaModelManager:
             self.served = ServedModel(self.model, {}, self.choice, config)
             _log.warning("no delta can be served by this engine: %s", error)
         self._reserve(options)
+        if getattr(self.model, "supports_multimodal", False):
+            # Such a model is given embeddings in the place of tokens when the engine starts.
+            with torch.inference_mode():
+                self.model.embed_input_ids(torch.zeros(1, dtype=torch.int64, device=self.device))
         super()._create_lora_modules()  # type: ignore[misc]
 
     def _reserve(self, options: Options) -> None:
-        """Take the memory of slots before the engine sizes its cache, and prepare tables for graphs."""
+        """Take the memory of slots before the engine sizes its cache, and prepare tables and kernels for graphs."""
         if not self.served.has_kernels or self.base is None:
             return
         paths = [delta_path(path) for path in options.prepare]
@@ -90,6 +94,8 @@ class DeltaModelManager:
         for delta in prepared:
             self.served.put(0, delta.parts, delta.tensors)
             self.served.clear(0)
+        if self.served.captured_tokens:
+            self.served.warm(self._config.compilation_config.cudagraph_capture_sizes, self._config.model_config.dtype)
 
     def _add_adapter(self, lora: Any) -> None:
         if isinstance(lora, DeltaAdapter):
@@ -132,7 +138,8 @@ class DeltaModelManager:
             for slot, number in enumerate(self.lora_index_to_id)
             if number is not None and isinstance(adapters.get(number), DeltaAdapter)
         }
-        self.choice.show(_slots(slots, mapping.index_mapping), _slots(slots, mapping.prompt_mapping))
+        if mapping.type.name == "LANGUAGE":  # the others are of rows of images
+            self.choice.show(_slots(slots, mapping.index_mapping), _slots(slots, mapping.prompt_mapping))
         if slots:
             # To vLLM's own products with factors, rows of deltas are rows of the base.
             tokens, logits = (

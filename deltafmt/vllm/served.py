@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.kernels.devices import has_triton
+from deltafmt.kernels.devices import usable_on
 from deltafmt.kernels.record_memory import RecordMemory
 from deltafmt.kernels.registry import kernels_of
 from deltafmt.runtime.delta_store import copy_delta
@@ -40,6 +40,8 @@ def _prefixes_of_text(model: Any) -> tuple[str, ...] | None:
     return (*(f"{prefix.rstrip('.')}." for prefix in found), "lm_head")
 
 
+# What is behind the name of an embedding that multiplies, too, as the head of some models does.
+AS_HEAD = " as the head"
 _EAGER = "start the engine with --enforce-eager"
 
 
@@ -74,7 +76,7 @@ class ServedModel:
     def __init__(self, model: Any, shapes: Mapping[str, tuple[int, ...]], choice: Choice, config: Any) -> None:
         self.choice = choice
         self.shapes = dict(shapes)
-        self.has_kernels = choice.device.type == "cuda" and has_triton()
+        self.has_kernels = usable_on(choice.device)
         self.modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
         self.places: Places = find_places(model, shapes)
         self.heads: dict[str, tuple[Place, ...]] = {}
@@ -84,12 +86,26 @@ class ServedModel:
         self.compiled = bool(getattr(getattr(config, "compilation_config", None), "mode", 0))
         self.captured_tokens = _captured_tokens(config) if self.has_kernels else 0
         self._memory = RecordMemory(choice.device)
+        self._gave_logits = False
+        self._note_logits(model)
         self._follow_ties()
         self._prepare()
         self._refuse(model, config)
 
+    def _note_logits(self, model: Any) -> None:
+        """Note when the model computes logits."""
+        compute = getattr(model, "compute_logits", None)
+        if compute is not None:
+
+            def noted(*args: Any, **kwargs: Any) -> Any:
+                self._gave_logits = True
+                return compute(*args, **kwargs)
+
+            model.compute_logits = noted
+
     def _follow_ties(self) -> None:
         """Note which heads compute with the embedding's weight, without a tensor of their own."""
+        self._follow_embeddings()
         for head_name, head in self.modules.items():
             if not isinstance(head, seam.layer("ParallelLMHead")):
                 continue
@@ -107,6 +123,22 @@ class ServedModel:
                         found[name] = (*places, own)
                         self.places = Places(found, self.places.reasons)
 
+    def _follow_embeddings(self) -> None:
+        """Give what an embedding looks up in to its product, too: any model may take it for the head."""
+        seen: set[int] = set()
+        found = dict(self.places.found)
+        for layer_name, layer in list(self.modules.items()):
+            kinds = seam.layer("VocabParallelEmbedding"), seam.layer("ParallelLMHead")
+            if not isinstance(layer, kinds[0]) or isinstance(layer, kinds[1]) or id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            self.modules[layer_name + AS_HEAD] = layer
+            for name, places in found.items():
+                mine = [place for place in places if place.layer == layer_name and place.parameter == "weight"]
+                own = tuple(Place(layer_name + AS_HEAD, "weight", place.pieces) for place in mine)
+                found[name] = (*places, *own)
+        self.places = Places(found, self.places.reasons)
+
     def follows(self, name: str) -> bool:
         """Tell whether a tensor that a fine-tune lacks is another name of one that it has: a tied head."""
         return name in self.heads
@@ -120,6 +152,8 @@ class ServedModel:
         made: dict[int, dict[str, Served]] = {}
         norms = tuple(seam.layer(kind) for kind in ("RMSNorm", "GemmaRMSNorm", "LayerNorm"))
         for name, held in by_layer.items():
+            if name.endswith(AS_HEAD):
+                continue  # prepared with the embedding
             layer = self.modules[name]
             known = made.setdefault(id(layer), {})
             if not known:
@@ -148,15 +182,15 @@ class ServedModel:
     def _prepare_vocabulary(self, name: str, layer: Any, places: list[Place]) -> None:
         runs = sorted({(piece.start, len(piece.rows)) for place in places for piece in place.pieces})
         columns = int(layer.embedding_dim)
-        # One module may be both: its method looks up, and it multiplies.
-        is_head = isinstance(layer, seam.layer("ParallelLMHead"))
-        linear = embedding = None
-        if is_head:
-            linear = LinearLayer(name, layer, self.choice, runs, columns, self._memory, rows=Rows.LOGITS)
-        else:
-            embedding = EmbeddingLayer(name, layer, self.choice, runs, columns, self._memory)
+        linear = LinearLayer(name, layer, self.choice, runs, columns, self._memory, rows=Rows.LOGITS)
+        if isinstance(layer, seam.layer("ParallelLMHead")):
+            serving_method(layer, linear, None)
+            self.layers[name] = linear
+            return
+        embedding = EmbeddingLayer(name, layer, self.choice, runs, columns, self._memory)
         serving_method(layer, linear, embedding)
-        self.layers[name] = linear or embedding or ""
+        self.layers[name] = embedding
+        self.layers[name + AS_HEAD] = linear
 
     def _prepare_linear(self, name: str, layer: Any, places: list[Place]) -> None:
         weights = [place for place in places if place.parameter == "weight"]
@@ -183,6 +217,8 @@ class ServedModel:
                 self.refusals[name] = "an encoder's rows are not those of the tokens"
             elif of_text is not None and not name.startswith(of_text):
                 self.refusals[name] = "it is a part of the model that reads images or sound"
+            elif config.model_config.enable_prompt_embeds and isinstance(served, EmbeddingLayer):
+                self.refusals[name] = "prompts may be embeddings (--enable-prompt-embeds), of which no token is known"
             elif config.model_config.use_mla and name.endswith("kv_b_proj"):
                 self.refusals[name] = "latent attention takes the weight without computing the layer"
 
@@ -199,13 +235,26 @@ class ServedModel:
         module = self.modules[layer]
         return isinstance(module, seam.layer("RowParallelLinear")) and module.tp_size > 1 and module.tp_rank > 0
 
+    def computes(self, name: str) -> bool:
+        """Tell whether a layer has computed with the method that deltas are added in.
+
+        An embedding need not multiply, if some head has computed the logits or if there are none.
+        """
+        served = self.layers[name]
+        if isinstance(served, str):
+            return False
+        if served.ran or not name.endswith(AS_HEAD):
+            return served.ran
+        heads = (one for one in self.layers.values() if isinstance(one, LinearLayer) and one.rows is Rows.LOGITS)
+        return not self._gave_logits or any(one.ran for one in heads)
+
     def unused(self) -> list[str]:
         """Return the layers that cannot be changed for a request, with the reason; sorted by name."""
         found = {}
         for name, served in self.layers.items():
             if isinstance(served, str):
                 found[name] = served
-            elif not served.ran:
+            elif not self.computes(name):
                 found[name] = "it computed without the method that deltas are added in"
         found |= self.refusals
         return [f"{name}: {reason}" for name, reason in sorted(found.items())]
@@ -239,6 +288,11 @@ class ServedModel:
                         f"{name} changes by {operand.layout.kind} terms, whose kernels take {most} tokens where graphs "
                         f"are captured for {self.captured_tokens}; {_EAGER}"
                     )
+                if isinstance(served, EmbeddingLayer) and not kernels_of(operand.layout).embeds:
+                    raise UsageError(
+                        f"{name} changes by {operand.layout.kind} terms, of which no kernel looks rows up in a graph; "
+                        f"{_EAGER}"
+                    )
             if not starting and not served.layouts(terms) <= served.prepared:
                 raise UsageError(
                     f"{name} changes in a layout that no graph was captured for; name a delta of this layout when the "
@@ -268,11 +322,30 @@ class ServedModel:
             served = self.layers[name]
             assert not isinstance(served, str)
             served.put(slot, one, tensors)
-        self._memory.flush()
+        self._bring()
 
     def clear(self, slot: int) -> None:
         """Empty a slot of every layer."""
         for served in self.layers.values():
             if not isinstance(served, str):
                 served.clear(slot)
+        self._bring()
+
+    def _bring(self) -> None:
+        """Bring changed records to the device, behind the steps that are under way: these read what is there."""
+        if self.choice.device.type == "cuda":
+            torch.cuda.current_stream(self.choice.device).synchronize()
         self._memory.flush()
+
+    def warm(self, sizes: Iterable[int], dtype: torch.dtype) -> None:
+        """Launch what graphs are going to hold, for rows of the base: no kernel is compiled while one is captured.
+
+        Args:
+            sizes: the tokens of each graph.
+            dtype: that the model computes in.
+        """
+        layers = {id(one): one for one in self.layers.values() if isinstance(one, MatrixLayer) and one.prepared}
+        with self.choice.warming(), torch.inference_mode():
+            for size in sorted(set(sizes)):
+                for served in layers.values():
+                    served.warm(size, dtype)

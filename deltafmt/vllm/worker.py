@@ -13,6 +13,7 @@ import torch
 from deltafmt.runtime.wrapping import wrap_method
 from deltafmt.vllm import seam
 from deltafmt.vllm.choice import Choice
+from deltafmt.vllm.experts import backend
 from deltafmt.vllm.manager import managers
 from deltafmt.vllm.options import stamp
 
@@ -34,6 +35,8 @@ def install_worker() -> None:
     for module in ("vllm.lora.ops.torch_ops.lora_ops", "vllm.lora.punica_wrapper.punica_cpu"):
         for name in ("bgmv_expand", "bgmv_expand_slice"):
             wrap_method(importlib.import_module(module), name, expanded)
+    experts = importlib.import_module("vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method")
+    wrap_method(experts, "select_unquantized_moe_backend", backend)
 
 
 def expanded(
