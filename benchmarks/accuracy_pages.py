@@ -24,6 +24,7 @@ from deltafmt.analysis import svg
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = "accuracy.md"
 ORDER = (TARGET, DROPOUT, "deltadq, 1 bit", "deltadq, 4 bits", "deltadq, 4 rows share", SPREAD, *ALL)
+APART = 1.1  # how many times the ratio of its column a file is smaller before the table says how much
 LEFT_OUT = ("tensors", "losses", "model", "matrices")
 Record = dict[str, Any]
 
@@ -72,7 +73,11 @@ def grid(pair: Record, cell: Any, corner: str) -> list[list[str]]:
         cells = []
         for ratio in ratios:
             point = found.get((label, ratio))
-            cells.append("" if point is None else "-" if "tasks" not in point else cell(point))
+            if point is None or "tasks" not in point:
+                cells.append("" if point is None else "-")
+                continue
+            smaller = f" ({point['times']:.0f})" if point["times"] > APART * ratio else ""
+            cells.append(cell(point) + smaller)
         if any(cell not in ("", "-") for cell in cells):
             rows.append([f"`{label}`", *cells])
     return rows
@@ -137,7 +142,8 @@ def told(pair: Record) -> str:
     if pair.get("plan"):
         lines.append(f"The plans of all targets took {pair['plan']['processor']:.0f} s of a processor.")
     if pair.get("left_out"):
-        lines.append(f"Not measured, for lack of time: {', '.join(pair['left_out'])}.")
+        names = dict.fromkeys(re.sub(r"-[0-9]+-0$", "", name) for name in pair["left_out"])
+        lines.append(f"Files left out for lack of time are of {', '.join(f'`{name}`' for name in names)}.")
     return " ".join(lines) + "\n"
 
 

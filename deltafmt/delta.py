@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from deltafmt.container.reader import Container
 from deltafmt.errors import InvalidFileError, UsageError
+from deltafmt.exact.coding import ROW_BYTES
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry, Term
+from deltafmt.index.exact import ExactRef
 from deltafmt.terms.buffers import views
 from deltafmt.terms.codecs import AnyCodec, term_codec
 from deltafmt.terms.floats import Raw, add
@@ -144,21 +146,22 @@ class DeltaFile:
                 out[start:stop] = decoder.rows(start, stop)
         return out.reshape(entry.shape)
 
-    def check_work(self, entries: Iterable[TensorEntry], base_bytes: int) -> None:
+    def check_work(self, entries: Iterable[TensorEntry], base_bytes: int, *, restores: bool = False) -> None:
         """Refuse to decode the terms of entries if that takes more than the file's limits.
 
         Args:
             entries: what is to be decoded; one that is decoded twice is given twice.
             base_bytes: bytes of the base, or of the arrays that the caller asks for.
+            restores: True if exact parts are restored: a chunk of theirs is predicted from whole runs of rows, however
+                small it is.
 
         Raises:
             InvalidFileError: names the limit.
         """
         work, widest = 0, 0
         for entry in entries:
-            for term in entry.terms:
-                codec = codec_of(entry, term)
-                work += entry.delta_rows * codec.row_work
+            work += work_of(entry, restores=restores)
+            for codec in (codec_of(entry, term) for term in entry.terms):
                 # A run of rows has its matrix, the sum of the terms, and the result.
                 widest = max(widest, 12 * min(codec.run_rows, entry.delta_rows) * codec.width)
         where, size = f"{self.container.name}: decoding takes", self.container.size
@@ -229,6 +232,37 @@ def refuse_child(container: Container) -> None:
             f"{container.name} was made on what the delta {container.parent.hex()[:16]} gives, and not on a base; "
             "squash makes one delta of both"
         )
+
+
+def work_of(entry: TensorEntry, *, restores: bool) -> int:
+    """Return the products and sums that decoding a tensor's terms takes.
+
+    Args:
+        entry: the tensor's entry.
+        restores: True if its exact part is restored.
+    """
+    codecs = [codec_of(entry, term) for term in entry.terms]
+    rows = entry.delta_rows
+    if restores and entry.exact is not None and codecs:
+        rows = rows_for_chunks(entry, entry.exact, max(codec.run_rows for codec in codecs))
+    return sum(rows * codec.row_work for codec in codecs)
+
+
+def rows_for_chunks(entry: TensorEntry, exact: ExactRef, step: int) -> int:
+    """Return how many rows are decoded to predict each chunk of an exact part by itself.
+
+    Args:
+        entry: the tensor's entry.
+        exact: its exact part.
+        step: rows of a run, which is decoded as a whole.
+    """
+    shared, columns, chunk = entry.delta_rows * entry.columns, entry.columns, exact.chunk
+    # A table that lacks rows for chunks is refused when it is read.
+    chunks = min(-(-shared // chunk), exact.data.length // ROW_BYTES)
+    first = np.arange(chunks, dtype=np.int64) * chunk
+    end = np.minimum(first + chunk, shared)
+    stops = np.minimum(-(-end // (columns * step)) * step, entry.delta_rows)
+    return int(np.sum(stops - first // (columns * step) * step))
 
 
 class RunDecoder:

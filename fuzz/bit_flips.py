@@ -1,4 +1,4 @@
-"""Flip every bit of a delta file of about 20 KiB, one at a time; a reader must refuse each of the files."""
+"""Flip every bit of two delta files of about 20 KiB, one at a time; a reader must refuse each of the files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import multiprocessing
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from make_corpus import layer, moved, weights, write_checkpoint
 
 import deltafmt
 from deltafmt.errors import InvalidFileError
-from deltafmt.methods import RTN, DeltaDQ
+from deltafmt.methods import RTN, DeltaDQ, Exact
 
 SIZE = 20_480
 FILES = {"config.json": b'{"model_type": "toy"}', "tokenizer/vocab.txt": bytes(range(256)) * 3}
@@ -31,10 +32,36 @@ def make_file(folder: Path) -> bytes:
     sides = write_checkpoint(folder / "flip-base", base, {}), write_checkpoint(folder / "flip-new", finetuned, FILES)
     rules = [("wide.*", RTN(3))]
     deltafmt.pack(*sides, folder / "flip.deltafmt", method=DeltaDQ(4, 16, 4, index="fixed"), rules=rules, threads=1)
-    data = (folder / "flip.deltafmt").read_bytes()
+    return checked(folder / "flip.deltafmt")
+
+
+def make_progressive_file(folder: Path) -> bytes:
+    """Return a progressive file of about 20 KiB that has a parent: terms, their ends, exact parts, heads of files."""
+    rng = np.random.default_rng(6)
+    versions = [{"w": weights(rng, 40, 32), "v": weights(rng, 20, 16, dtype="F32")}]
+    for _ in range(2):
+        versions.append({name: moved(rng, tensor) for name, tensor in versions[-1].items()})
+    base, middle, last = (
+        write_checkpoint(folder / f"link-{number}", tensors, {}) for number, tensors in enumerate(versions)
+    )
+    parent, link = folder / "parent.deltafmt", folder / "link.deltafmt"
+    deltafmt.pack(base, middle, parent, method=Exact(), threads=1)
+    deltafmt.pack(middle, last, link, method=DeltaDQ(1, 4, 2), exact=True, parent=parent, threads=1)
+    return checked(link)
+
+
+def checked(path: Path) -> bytes:
+    """Return the bytes of a file, whose size must be about the one that is meant."""
+    data = path.read_bytes()
     if not SIZE * 3 // 4 <= len(data) <= SIZE * 5 // 4:
         raise SystemExit(f"the file has {len(data)} bytes, not about {SIZE}")
     return data
+
+
+FILES_MADE: dict[str, Callable[[Path], bytes]] = {
+    "a file": make_file,
+    "a progressive link of a chain": make_progressive_file,
+}
 
 
 def flipped(data: bytes, bit: int) -> bytes:
@@ -76,8 +103,12 @@ def refused(data: bytes) -> bool:
 
 def run(folder: Path, sample: int, jobs: int, reader: str | None) -> int:
     """Flip one of so many bits, say what was found, and return the number of flips that were not refused."""
+    return sum(flip(make(folder), what, sample, jobs, reader) for what, make in FILES_MADE.items())
+
+
+def flip(data: bytes, what: str, sample: int, jobs: int, reader: str | None) -> int:
+    """Do the same for one file."""
     start = time.monotonic()
-    data = make_file(folder)
     if refused(data):
         raise SystemExit("the file itself is refused")
     bits = list(range(0, 8 * len(data), sample))
@@ -88,7 +119,7 @@ def run(folder: Path, sample: int, jobs: int, reader: str | None) -> int:
             found = sorted(
                 bit for part in pool.map(functools.partial(missed, data, reader=name), parts) for bit in part
             )
-        share = f"{len(bits) - len(found):,} of {len(bits):,} flips of a file of {len(data):,} bytes are refused"
+        share = f"{len(bits) - len(found):,} of {len(bits):,} flips of {what} of {len(data):,} bytes are refused"
         print(f"bits: {name or 'deltafmt.verify'}: {share}, {time.monotonic() - start:.0f} s")
         for bit in found:
             print(f"  WRONG byte {bit // 8}, bit {bit % 8}")

@@ -54,6 +54,16 @@ def unpack(file: Path, base: Path, out: Path) -> object:
     return deltafmt.unpack(base, file, out / "m", force_base=True, threads=1)
 
 
+def restore(file: Path, base: Path, out: Path) -> object:  # noqa: ARG001 - as the others
+    """Verify with the base: what is restored is restored in memory."""
+    return deltafmt.verify(file, base, threads=1)
+
+
+def apply(file: Path, base: Path, out: Path) -> object:
+    """Apply a chain of one link."""
+    return deltafmt.apply(base, [file], out / "m", threads=1)
+
+
 def repack(profile: str) -> Work:
     """Return a repack to a profile."""
     return lambda file, _, out: deltafmt.repack(file, out / "o.deltafmt", profile=profile)
@@ -64,7 +74,9 @@ COMMANDS: dict[str, Work] = {
     "inspect": inspect,
     "verify": lambda file, *_: deltafmt.verify(file, threads=1),
     "diff": lambda file, *_: deltafmt.diff(file, file),
+    "verify base": restore,
     "unpack": unpack,
+    "apply": apply,
     "load": load,
     "export-lora": lambda file, _, out: deltafmt.export_lora(file, out / "a"),
     "repack hot": repack("hot"),

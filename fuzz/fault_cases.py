@@ -109,6 +109,12 @@ CASES = (
         "--candidate rtn:bits=4 --candidate rtn:bits=8",
         "d.deltafmt",
     ),
+    case(
+        "pack a link, progressive",
+        "pack {inputs}/finetuned {inputs}/later -o {out}/d.deltafmt --exact --parent {inputs}/one.deltafmt --threads 1",
+        "d.deltafmt",
+    ),
+    case("repack a served part", "repack {inputs}/progressive.deltafmt -o {out}/d.deltafmt --drop exact", "d.deltafmt"),
     case("repack cold", "repack {inputs}/hot.deltafmt -o {out}/d.deltafmt --profile cold", "d.deltafmt"),
     case("repack hot", "repack {inputs}/cold.deltafmt -o {out}/d.deltafmt --profile hot", "d.deltafmt"),
     case("import-lora", "import-lora {inputs}/base {inputs}/adapter -o {out}/d.deltafmt --threads 1", "d.deltafmt"),
@@ -119,6 +125,7 @@ CASES = (
         "m",
         old_checkpoint,
     ),
+    case("restore", "unpack {inputs}/base {inputs}/progressive.deltafmt -o {out}/m --threads 1", "m", old_checkpoint),
     case(
         "apply",
         "apply {inputs}/base {inputs}/one.deltafmt {inputs}/two.deltafmt -o {out}/m --threads 1",
@@ -177,6 +184,7 @@ def make_inputs(folder: Path) -> None:
     deltafmt.pack(*sides, folder / "cold.deltafmt", method=RTN(4), profile="cold", threads=1)
     deltafmt.pack(*sides, folder / "old.deltafmt", method=RTN(2), threads=1)
     later = write_checkpoint(folder / "later", {name: moved(rng, tensor) for name, tensor in finetuned.items()}, FILES)
+    deltafmt.pack(*sides, folder / "progressive.deltafmt", exact=True, threads=1)
     deltafmt.pack(*sides, folder / "one.deltafmt", method=Exact(), threads=1)
     deltafmt.pack(sides[1], later, folder / "two.deltafmt", method=Exact(), parent=folder / "one.deltafmt", threads=1)
     low = write_checkpoint(folder / "low", low_rank(rng, base), {})

@@ -120,7 +120,7 @@ def verify(delta: DeltaFile, entries: list[TensorEntry]) -> None:
             raise InvalidFileError("another digest")
     read_files(delta, entries)
     check_served_part(container, entries)
-    rest = container.removed, container.attachments, container.metadata, container.scaled()
+    rest = container.removed, container.attachments, container.metadata, container.scaled_key()
     if content_id(entries, *rest, container.files, container.parent) != container.content_id:
         raise InvalidFileError("another content id")
     tree = summary.cost_tree(container)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import io
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from blake3 import blake3
 from make_corpus import weights, write_checkpoint
 
@@ -14,6 +18,7 @@ from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.container.writer import ContainerWriter
 from deltafmt.format import constants as c
 from deltafmt.index.entries import BasePart, BaseRef, TensorEntry, Term
+from deltafmt.index.exact import ExactRef
 from deltafmt.terms.buffers import raw_bytes
 from deltafmt.terms.buffers import views as term_views
 from deltafmt.terms.codecs import term_codec
@@ -63,6 +68,25 @@ class Writer:
             terms.append(Term(self.writer.layout_number(layout), layout, 0, buffers))
         reference = base or BaseRef(bytes(32), "BF16", shape)
         self._put(TensorEntry(name, "add", "BF16", shape, reference, digest.digest(), None, tuple(terms)))
+
+    def part(self, chunk: int) -> None:
+        """Give every tensor an exact part that restores the base's matrix: its terms count for nothing (factors of 0).
+
+        Nothing is added after it. The entries of the served part, and of the whole file, differ in this alone.
+        """
+        dtype, shape, data = base_matrix()
+        step = chunk * 2
+        rows = (
+            struct.pack("<QII", xxhash.xxh3_64_intdigest(data[i : i + step]), 0, 0) for i in range(0, len(data), step)
+        )
+        table, digest = b"".join(rows), hasher(dtype, shape)
+        digest.update(data)
+        self.writer.serve(self.entries)
+        for number, entry in enumerate(self.entries):
+            ref = ExactRef(
+                chunk, self.writer.add(table, c.SECTION_KIND_EXACT), digest.digest(), (0,) * len(entry.terms)
+            )
+            self.entries[number] = dataclasses.replace(entry, exact=ref)
 
     def same(self, name: str, shape: tuple[int, ...]) -> None:
         """Add a tensor that is the base's."""
@@ -161,6 +185,26 @@ def terms(path: Path, base: bytes) -> Path:
     return writer.write(path, metadata={"note": "x" * 10_000})
 
 
+def restored(path: Path, base: bytes) -> Path:
+    """As many terms as the limits allow, and exact parts whose prediction needs them all."""
+    writer = Writer(c.FEATURE_PARTS | c.FEATURE_EXACT | c.FEATURE_PROGRESSIVE)
+    layouts: list[TermLayout] = [NMLayout(1, 128, 1, "seeded", "midrise")] * 16
+    part = BasePart(BASE_TENSOR, 0, BASE_SHAPE[0] * BASE_SHAPE[1])
+    for number in range(20):
+        writer.add(f"t{number}", BASE_SHAPE, layouts, BaseRef(base, "BF16", BASE_SHAPE, (part,)))
+    writer.part(1 << 20)
+    return writer.write(path)
+
+
+def small_chunks(path: Path, base: bytes) -> Path:
+    """An exact part in chunks much smaller than the runs of rows in which its terms are decoded."""
+    writer = Writer(c.FEATURE_EXACT | c.FEATURE_PROGRESSIVE)
+    layouts: list[TermLayout] = [NMLayout(1, 128, 1, "seeded", "midrise", share=8)] * 16
+    writer.add(BASE_TENSOR, BASE_SHAPE, layouts, BaseRef(base, "BF16", BASE_SHAPE))
+    writer.part(1 << 9)
+    return writer.write(path)
+
+
 def adapter(path: Path, base: bytes) -> Path:  # noqa: ARG001 - as the others
     """Factors of a module that become 32 times as large."""
     writer = Writer()
@@ -184,14 +228,23 @@ FILES: dict[str, Callable[[Path, bytes], Path]] = {
     "ranks": ranks,
     "2,048 vectors": vectors,
     "384 terms": terms,
+    "320 terms, restored": restored,
+    "16 terms, small chunks": small_chunks,
     "an adapter": adapter,
     "300 huge shapes": names,
 }
 
 
+@functools.cache
+def base_matrix() -> tuple[str, tuple[int, ...], bytes]:
+    """Return dtype, shape and bytes of the base's matrix."""
+    found: tuple[str, tuple[int, ...], bytes] = weights(np.random.default_rng(3), *BASE_SHAPE)
+    return found
+
+
 def make_base(folder: Path) -> tuple[Path, bytes]:
     """Write the base and return it with the fingerprint of its matrix."""
-    dtype, shape, data = weights(np.random.default_rng(3), *BASE_SHAPE)
+    dtype, shape, data = base_matrix()
     digest = hasher(dtype, shape)
     digest.update(data)
     return write_checkpoint(folder / "base", {BASE_TENSOR: (dtype, shape, data)}, {}), digest.digest()

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import exact_parts
 import repair
 import tensors
 from repair import Parts
@@ -32,8 +33,9 @@ NUMBERS = (
 WORDS = (
     "", "a", "same", "replace", "add", "alias", "exact", "hot", "cold", "midtread",
     "midrise", "asymmetric", "row", "column", *LAYOUTS, *ENCODINGS,
-    "codes", "index", "scales", "data", "terms", "target", "parts", "leading", "scaled", "\0", "../up", "a/b", "A/b",
-    "/a", "a/", "a//b", ".hidden", "a.", "a ", "aux", "AUX.txt", "com1", "model.SAFETENSORS", "a.so", "a.py", "a\\b",
+    "codes", "index", "scales", "data", "terms", "target", "parts", "leading", "scaled", "factors", "files", "\0",
+    "../up", "a/b", "A/b", "/a", "a/", "a//b", ".hidden", "a.", "a ", "aux", "AUX.txt", "com1",
+    "model.SAFETENSORS", "model.safetensors", "a.bin/x.safetensors", "a.so", "a.py", "a\\b",
     "config.json", "\u20ac", "e\u0301", "\u00e9", "\x7f", "\x85", "\U0001f600", "x" * 256, "x" * 1024, "x" * 1025,
     "__metadata__", "layer.norm.weight", "w", *c.DTYPE_BITS,
 )  # fmt: skip
@@ -86,12 +88,18 @@ def changed_parts(data: bytes, parts: Parts, rng: random.Random, plain: Plain) -
     if kind < 0.70:
         for _ in range(rng.choice((1, 1, 1, 3))):
             mutate_section(parts, rng, plain)
-    elif kind < 0.82:
-        if not tensors.refit(parts, rng):
-            mutate_section(parts, rng, plain)
-    elif not tensors.add_tensor(parts, rng):
+    elif not mutate_tensor(parts, kind, rng):
         mutate_section(parts, rng, plain)
     return repair.join(parts, digests=digests)
+
+
+def mutate_tensor(parts: Parts, kind: float, rng: random.Random) -> bool:
+    """Give a tensor another layout, shape or exact part, or add one; return False if the file has no place for it."""
+    if kind < 0.82:
+        return tensors.refit(parts, rng)
+    if kind < 0.92:
+        return tensors.add_tensor(parts, rng) and (rng.random() < 0.8 or exact_parts.change_part(parts, rng))
+    return exact_parts.change_part(parts, rng)
 
 
 def cross(data: bytes, other: bytes, rng: random.Random, max_size: int = MAX_LENGTH) -> bytes:

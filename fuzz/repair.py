@@ -256,7 +256,8 @@ def plain_buffers(
 ) -> dict[str, bytes]:
     """Return a term's buffers with a ``rank`` index in its ``fixed`` form, as far as it has one."""
     try:
-        parsed = TensorEntry.from_obj(name, entry, tuple(parse_layout(layout, "") for layout in layouts))
+        served = {key: value for key, value in entry.items() if key != "exact"}
+        parsed = TensorEntry.from_obj(name, served, tuple(parse_layout(layout, "") for layout in layouts))
         term = parsed.terms[number]
         codec = term_codec(term.layout, parsed.delta_rows, parsed.columns, term.seed, term.slots)
         arrays = views(term.layout, *codec.shape, {key: memoryview(data) for key, data in held.items()}, term.slots)
@@ -279,7 +280,7 @@ def content_identity(index: Any) -> bytes:
             "metadata": index["metadata"],
             **({"parent": index["parent"]} if "parent" in index else {}),
             "removed": index["removed"],
-            **({"scaled": index["scaled"]} if index.get("scaled") else {}),
+            **({"scaled": index["scaled"]} if "scaled" in index else {}),
             "tensors": {name: semantic_entry(entry, index["layouts"]) for name, entry in index["tensors"].items()},
         }
         return blake3(msgpack.packb(ordered(said))).digest()

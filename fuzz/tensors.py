@@ -27,6 +27,7 @@ SIZES = (0, 0, 1, 1, 2, 3, 5, 8, 17, 31, 32, 33, 64, 100, 300)
 GROUPS = (0, 0, 1, 2, 3, 7, 64, 1000, 2**31 - 1)
 HUGE = (2**20, 2**31, 2**40, 2**48, 2**62, 2**63 - 1)
 LARGEST_BUFFERS = 12_000
+WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}
 # Bits of scales that are right in every dtype: 1, a half, zero, a small one.
 SCALES = {"BF16": (0x3F80, 0x3F00, 0, 0x0080), "F16": (0x3C00, 0x3800, 0, 1), "F32": (0x3F800000, 0x3F000000, 0, 1)}
 
@@ -160,7 +161,9 @@ def add_tensor(parts: Parts, rng: random.Random) -> bool:
             reference = {"digest": bytes(32), "dtype": dtype, "shape": shape}
             held[name] = {"action": "same", "base": reference, "dtype": dtype, "shape": list(shape)}
             return True
-        section = NewSection(len(table))
+        # Behind all others, but before what tensors must lie before (5.7, 5.8).
+        behind = (at for at, row in enumerate(table) if row["kind"] in (c.SECTION_KIND_EXACT, c.SECTION_KIND_SERVED))
+        section = NewSection(next(behind, len(table)))
         leading = rng.randrange(1, len(shape) - 1) if len(shape) > 2 and rng.random() < 0.3 else None
         rows, columns = c.row_count(tuple(shape), leading), c.column_count(tuple(shape), leading)
         delta_rows = min(rows, c.row_count(tuple(base), leading))
@@ -188,15 +191,23 @@ def add_tensor(parts: Parts, rng: random.Random) -> bool:
             parts.index["profile"] = rng.choice(("hot", "cold"))
         stored = rng.random() < 0.6 or parts.index["profile"] == "hot"
         codec = c.CODEC_STORED if stored else c.CODEC_ZSTD
-        table.append({
-            "checksum": bytes(16), "codec": codec, "kind": c.SECTION_KIND_TENSORS, "length": 0, "offset": 0,
-            "raw_length": len(section.raw),
-        })  # fmt: skip
-        parts.sections.append(section.raw if stored else repair.compress(bytes(section.raw)))
+        data = section.raw if stored else repair.compress(bytes(section.raw))
+        insert_section(parts, section.number, c.SECTION_KIND_TENSORS, data, codec)
+        table[section.number]["raw_length"] = len(section.raw)
         held[name] = entry
     except (OverflowError, TypeError, KeyError, AttributeError, UsageError, ValueError):
         return False
     return True
+
+
+def insert_section(parts: Parts, number: int, kind: int, stored: bytes, codec: int = c.CODEC_STORED) -> None:
+    """Insert a section; buffers in the sections behind it move along."""
+    for ref in references(parts.index):
+        ref[0] += ref[0] >= number
+    parts.sections.insert(number, bytearray(stored))
+    parts.index["sections"].insert(number, {
+        "checksum": bytes(16), "codec": codec, "kind": kind, "length": 0, "offset": 0, "raw_length": len(stored),
+    })  # fmt: skip
 
 
 def new_term(layouts: list[Any], shape: tuple[int, int], section: NewSection, rng: random.Random) -> dict[str, Any]:

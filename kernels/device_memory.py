@@ -48,7 +48,8 @@ class DeviceMemory:
             base = self._bases[dtype] = self.bytes.view(dtype)
         if not element_count(shape):
             return base[:0].view(shape)
-        return base.as_strided(shape, _strides(shape), offset // dtype.itemsize)
+        # The memory may be a part of a larger allocation.
+        return base.as_strided(shape, _strides(shape), base.storage_offset() + offset // dtype.itemsize)
 
 
 class PlacedBuffers(Mapping[str, torch.Tensor]):

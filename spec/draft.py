@@ -245,7 +245,7 @@ class Draft:
         said["metadata"], said["removed"] = index.get("metadata", {}), index.get("removed", [])
         if "parent" in index:
             said["parent"] = index["parent"]
-        if index.get("scaled"):
+        if "scaled" in index:
             said["scaled"] = {name: _decoded(entry) for name, entry in index["scaled"].items()}
         said["tensors"] = {name: self._said(_decoded(entry)) for name, entry in index["tensors"].items()}
         return blake3(pack(by_key(said))).digest()

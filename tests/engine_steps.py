@@ -333,6 +333,7 @@ class Played:
 
     def draw(self, longest: int) -> tuple[list[int], list[str | None], list[int]]:
         """Draw tokens, their deltas, and the rows whose logits are wanted; some deltas leave host memory."""
+        self._number += 1
         draw, steps = self._random, self.steps
         mixed = draw.sample(self.names, draw.randint(0, min(steps.manager.lora_slots, len(self.names))))
         count = draw.randint(1, longest)
@@ -351,11 +352,12 @@ class Played:
         right = torch.stack([self.right[names[row]][ids[row]] for row in rows])
         errors = torch.linalg.norm(logits - right, dim=1) / torch.linalg.norm(right, dim=1)
         self.wrong += [
-            (self._number, names[row], error) for row, error in zip(rows, errors.tolist(), strict=True) if error > BOUND
+            (self._number, names[row], error)
+            for row, error in zip(rows, errors.tolist(), strict=True)
+            if not error <= BOUND  # no number is near
         ]
 
     def step(self, longest: int, *, eager: bool = False) -> None:
         """Make a step of at most so many tokens."""
-        self._number += 1
         ids, names, rows = self.draw(longest)
         self.compare(ids, names, rows, self.steps.start(ids, names, rows, eager=eager)[1])

@@ -101,7 +101,7 @@ def test_what_is_applied_already_is_skipped(inputs: Path, model: Path, cli: Cli,
     assert tree(model) == after
     refused(cli("apply", model, *deltas, "-o", tmp_path / "out"), 2, "is what", "d2.deltafmt gives already")
     # A link that is applied, and then one that is missing: nothing is skipped over.
-    refused(cli("apply", inputs / "v1", deltas[0], "--in-place", "-o", tmp_path / "out"), 2, "give one of the two")
+    refused(cli("apply", inputs / "v1", deltas[0], "--in-place", "-o", tmp_path / "out"), 2, "both are given")
     with pytest.raises(WrongBaseError):
         deltafmt.apply(model, [deltas[0]], in_place=True)
 
@@ -243,7 +243,7 @@ def test_two_runs_at_once(inputs: Path, model: Path) -> None:
 
 def test_arguments_that_do_not_go_together(inputs: Path, model: Path, tmp_path: Path, cli: Cli) -> None:
     delta = inputs / "d1.deltafmt"
-    refused(cli("apply", model, delta), 2, "a new folder or in place of the model: give one of the two")
+    refused(cli("apply", model, delta), 2, "-o DIR, or in place of the model, --in-place: give one of the two")
     refused(cli("apply", model, "--in-place"), 2, "no delta file is given")
     refused(cli("apply", model, delta, "--in-place", "--force"), 2, "--force replaces the folder behind -o")
     refused(cli("apply", model, delta, "-o", model), 2, "model exists")

@@ -16,7 +16,7 @@ from tiny_models import Tiny, close, generate, ids, logits, made_once
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
-OTHERS = "begin with a new cache, or serve what has filled it"
+OTHERS = "begin with a new cache, or serve what filled it"
 
 
 @pytest.fixture
@@ -36,9 +36,9 @@ def test_what_one_delta_has_filled_another_does_not_continue(tiny: Tiny, before:
     filled = f'"{before}"' if before else "the base"
     for other in ("two", ["one", "two"], {"one": 0.5}):
         for kept in (cache, copy.deepcopy(cache)):
-            with pytest.raises(UsageError, match=f"past_key_values that {filled} has filled.*{OTHERS}"):
+            with pytest.raises(UsageError, match=f"past_key_values filled by {filled}, and serves .*{OTHERS}"):
                 fill(model, more, other, past_key_values=kept)
-            with pytest.raises(UsageError, match=f"{filled} has filled"):
+            with pytest.raises(UsageError, match=f"filled by {filled}"):
                 model.generate(torch.cat([tokens, more], 1), past_key_values=kept, max_new_tokens=2, delta=other)
     if before:
         with torch.no_grad(), pytest.raises(UsageError, match="and serves the base"):
@@ -51,7 +51,7 @@ def test_what_one_delta_has_filled_another_does_not_continue(tiny: Tiny, before:
 def test_a_tuple_of_outputs_has_a_cache_too(tiny: Tiny) -> None:
     model, tokens = attach(tiny.load(), tiny.deltas), ids(1, 4)
     cache = fill(model, tokens, None, return_dict=False)[1]
-    with pytest.raises(UsageError, match="the base has filled"):
+    with pytest.raises(UsageError, match="filled by the base"):
         fill(model, tokens, "one", past_key_values=cache)
 
 
@@ -61,7 +61,7 @@ def test_a_replaced_delta_does_not_continue_what_it_was(tiny: Tiny) -> None:
     model.deltas.replace("one", tiny.deltas["one"])
     fill(model, tokens, "one", past_key_values=cache)  # the same file
     model.deltas.replace("one", tiny.deltas["two"])
-    with pytest.raises(UsageError, match='an earlier version of "one" has filled'):
+    with pytest.raises(UsageError, match='filled by an earlier version of "one"'):
         fill(model, tokens, "one", past_key_values=cache)
 
 
@@ -71,7 +71,7 @@ def test_a_merged_delta_is_itself(tiny: Tiny) -> None:
     model.deltas.merge("one")
     with torch.no_grad():
         model(tokens, past_key_values=of_one)
-        with pytest.raises(UsageError, match='the base has filled, and serves "one"'):
+        with pytest.raises(UsageError, match='filled by the base, and serves "one"'):
             model(tokens, past_key_values=of_base)
 
 
@@ -84,7 +84,7 @@ def test_a_cache_that_was_reset_takes_any_delta(tiny: Tiny) -> None:
         for row, each in enumerate(names):
             want = logits(tiny.load(tiny.unpacked[each] if each else None), tokens)
             assert close(found[row], want[row])
-        with pytest.raises(UsageError, match="has filled"):
+        with pytest.raises(UsageError, match="filled by"):
             fill(model, tokens, {"one": 0.5, "two": 0.5}, past_key_values=cache)
         cache.reset()
 

@@ -169,7 +169,7 @@ def versions(draw: st.DrawFn) -> tuple[Tensors, Tensors]:
     return a, b
 
 
-@same_examples(30)
+@same_examples(20)
 @given(pair=versions(), way=st.sampled_from(FORMATS), threads=st.integers(1, 3))
 def test_round_trips_of_every_dtype(
     tmp_path_factory: pytest.TempPathFactory, pair: tuple[Tensors, Tensors], way: tuple[str, str], threads: int
@@ -236,6 +236,22 @@ def test_messages_of_a_publisher_become_version_folders(tmp_path: Path) -> None:
     result = deltafmt.convert(tmp_path / "m.deltafmt", tmp_path / "v", base, "version-folder")
     assert (result.version, result.base_version, result.tensors) == ("000001", "000000", 1)
     assert apply_version_folder(tmp_path / "v", read_folder(base)) == raws(state)
+
+
+def test_a_tied_head_that_no_file_has(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    embedding = torch.randn(8, 16, dtype=torch.bfloat16)
+    state = {"embed.weight": embedding, "lm_head.weight": embedding}
+    publisher = deltafmt.sync.Publisher(base=state)
+    changed = dict.fromkeys(state, embedding + 1)
+    (tmp_path / "m.deltafmt").write_bytes(publisher.publish(changed).data)
+    held = raws({"embed.weight": embedding})
+    tied = write_folder(tmp_path / "tied", held, files={"config.json": b'{"tie_word_embeddings": true}'})
+    deltafmt.convert(tmp_path / "m.deltafmt", tmp_path / "v", tied, "version-folder")
+    assert apply_version_folder(tmp_path / "v", held) == raws({"embed.weight": changed["embed.weight"]})
+    free = write_folder(tmp_path / "free", held, files={"config.json": b"{}"})
+    with pytest.raises(deltafmt.errors.DeltafmtError, match=r"lm_head.weight"):
+        deltafmt.convert(tmp_path / "m.deltafmt", tmp_path / "w", free, "version-folder")
 
 
 def raws(state: dict[str, Any]) -> Tensors:

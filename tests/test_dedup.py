@@ -20,6 +20,7 @@ from conftest import Cli, Raw, Tensors, normal, nudge, plain, refused, write_fol
 from deltafmt.analysis import copies, savings
 from deltafmt.analysis.base_choice import choose_bases
 from deltafmt.analysis.dedup import unlike_names
+from deltafmt.analysis.named_bases import named_base, named_bases
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import InvalidFileError, UsageError
@@ -225,6 +226,72 @@ def test_the_choice_of_bases(count: int, data: st.DataObject) -> None:
     assert saved >= alone or len(found) > 1
     for each in set(range(count)) - set(members) - set(found):
         assert all((base, each) not in gains for base in found)
+
+
+@given(st.integers(2, 6), st.data())
+def test_a_base_that_is_named_is_taken_where_it_helps(count: int, data: st.DataObject) -> None:
+    pairs = [(one, other) for one in range(count) for other in range(count) if one != other]
+    gains = {pair: data.draw(st.integers(1, 9)) for pair in pairs if data.draw(st.booleans())}
+    roots = data.draw(st.sets(st.integers(0, count - 1), min_size=1, max_size=count - 1))
+    others = [each for each in range(count) if each not in roots]
+    named = {each: data.draw(st.sampled_from(sorted(roots))) for each in others if data.draw(st.booleans())}
+    found = choose_bases(count, gains, named)
+    of = {each: base for base, tunes in found.items() for each in tunes}
+    for each, base in named.items():
+        if (base, each) in gains:
+            assert of[each] == base
+    members = [each for tunes in found.values() for each in tunes]
+    assert len(members) == len(set(members))
+    assert not set(members) & set(found)
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\nlicense: mit\nbase_model: someone/base\n---\n# Title\n", "someone/base"),
+        ("---\nbase_model: 'someone/base' # exact\n---\n", "someone/base"),
+        ("---\nbase_model: [someone/base]\n---\n", "someone/base"),
+        ("---\r\nbase_model:\r\n- someone/base\r\ntags:\r\n- x\r\n---\r\n", "someone/base"),
+        ("---\nbase_model:\n  - a/b\n  - c/d\n---\n", None),
+        ("---\nbase_model: [a/b, c/d]\n---\n", None),
+        ("---\nbase_model:\ntags:\n- x\n---\n", None),
+        ("---\ntags:\n- x\n---\nbase_model: a/b\n", None),
+        ("base_model: a/b\n", None),
+        ("", None),
+    ],
+)
+def test_a_model_card_names_a_base(card: str, expected: str | None, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(card.encode())
+    assert named_base(tmp_path) == expected
+    assert named_base(tmp_path / "absent") is None
+
+
+def test_the_base_is_the_one_that_model_cards_name(tmp_path: Path, cli: Cli) -> None:
+    base, (tuned,) = family(1, 1)
+    folders = [write_folder(tmp_path / "tuned", tuned), write_folder(tmp_path / "base", base)]
+    said = cli("dedup", *folders)
+    assert f"base: {folders[0]}\nit saves most of the others" in said.out
+    assert "name a base that you know with --base" in said.out
+    (folders[0] / "README.md").write_text("---\nbase_model: someone/Base\n---\n")
+    said = cli("dedup", *folders)
+    assert f"base: {folders[1]}\nmodel cards name it as the base\n" in said.out
+    (proposal,) = cli("dedup", *folders, "--json").json()["proposals"]
+    assert (proposal["base"], proposal["chosen_by"]) == (str(folders[1]), "model cards")
+    (proposal,) = cli("dedup", folders[1], "--base", folders[0], "--json").json()["proposals"]
+    assert (proposal["base"], proposal["chosen_by"]) == (str(folders[0]), "given")
+
+
+def test_a_base_that_names_a_base_is_passed_over(tmp_path: Path) -> None:
+    names = {"base": "", "middle": "x/base", "last": "x/middle", "one": "x/two", "two": "x/one", "itself": "x/itself"}
+    paths = [tmp_path / name for name in names]
+    for path, named in zip(paths, names.values(), strict=True):
+        path.mkdir()
+        (path / "README.md").write_text(f"---\nbase_model: {named}\n---\n")
+    assert named_bases(paths) == {1: 0, 2: 0}
+    cached = tmp_path / "models--x--Base" / "snapshots" / "0123"
+    cached.mkdir(parents=True)
+    assert named_bases([cached, paths[1]]) == {1: 0}
+    assert named_bases([cached, *paths[:2]]) == {}  # two checkpoints may be meant
 
 
 def test_names_are_told_apart_by_the_folders_above() -> None:

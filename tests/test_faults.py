@@ -73,8 +73,9 @@ def test_a_fault_that_is_not_noticed_is_reported(driver: faults.Driver) -> None:
     ]  # fmt: skip
 
 
-def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
-    data = bit_flips.make_file(tmp_path)
+@pytest.mark.parametrize("what", bit_flips.FILES_MADE)
+def test_every_flipped_bit_is_refused(tmp_path: Path, what: str) -> None:
+    data = bit_flips.FILES_MADE[what](tmp_path)
     assert not bit_flips.refused(data)
     assert bit_flips.missed(data, list(range(3, 8 * len(data), 499))) == []
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import pty
 import random
+import re
 import runpy
 import shutil
 import struct
@@ -142,6 +143,41 @@ def test_exact_tensors_are_restored(pair: Pair, programs: Path, tmp_path: Path) 
         assert applied(programs / "apply", delta.read_bytes(), said) == {"apply": "refuse"}
 
 
+def test_progressive_files_are_served_and_restored(
+    pair: Pair, programs: Path, command: Path, driver: c_reader.Driver, tmp_path: Path
+) -> None:
+    """What every method leaves is restored bit for bit; the first bytes are the file that is packed without it."""
+    applied = runpy.run_path(str(ROOT / "spec" / "reader" / "run_vectors.py"))["applied"]
+    said = {
+        f"base.{name}": f"{tensor.dtype} {','.join(map(str, tensor.shape))} {tensor.data.hex()}"
+        for name, tensor in pair.a.items()
+    }
+    wanted = {f"tensor.{name}": hashlib.sha256(tensor.data).hexdigest() for name, tensor in pair.b.items()}
+    for method in ("bitdelta", "dare", "deltadq", "delta-come", "magnitude"):
+        file = tmp_path / f"{method}.deltafmt"
+        packed = METHODS[method]()
+        deltafmt.pack(pair.base, pair.finetuned, tmp_path / "plain", method=packed, force=True)
+        deltafmt.pack(pair.base, pair.finetuned, file, method=packed, exact=True)
+        assert applied(programs / "apply", file.read_bytes(), said) == wanted, method
+        found = compare(file.read_bytes(), driver, tmp_path / "x")
+        assert (found.verified, found.difference) == ("ok", "")
+        about = run(command, "inspect", file).stdout.decode()
+        size, served = re.search(r"served part (\d+) bytes, content id (\w+)", about).groups()
+        assert served == deltafmt.verify(tmp_path / "plain").content_id
+        (tmp_path / "cut").write_bytes(file.read_bytes()[: int(size)])
+        assert served in run(command, "inspect", tmp_path / "cut").stdout.decode()
+        assert run(command, "verify", tmp_path / "cut").returncode == 0
+        for name in ("w", "half", "grown"):
+            (tmp_path / "base.raw").write_bytes(pair.a[name].data)
+            words = name, "--base", tmp_path / "base.raw"
+            assert run(command, "restore", file, *words).stdout == pair.b[name].data
+            served = run(command, "decode", tmp_path / "plain", *words).stdout
+            assert run(command, "decode", file, *words).stdout == served != pair.b[name].data
+            done = run(command, "restore", tmp_path / "cut", *words)
+            assert (done.returncode, done.stdout) == (2, b"")
+            assert b"it has no exact part" in done.stderr
+
+
 def mutations(count: int, seed: int) -> Iterator[bytes]:
     """Yield mutated files; ``fuzz/fuzz_both.py`` takes the same, and as many as one has time for."""
     sys.path.insert(0, str(ROOT / "fuzz"))
@@ -217,7 +253,7 @@ def test_the_command_refuses_in_one_line(command: Path, pair: Pair, tmp_path: Pa
     for arguments, code, words in (
         (["verify", tmp_path / "bad"], 3, "truncated"),
         (["verify", tmp_path / "absent"], 5, "No such file"),
-        (["verify", tmp_path], 5, "not a regular file"),
+        (["verify", tmp_path], 3, "it is a folder, not a delta file"),
         (["decode", file, "absent"], 2, "there is no tensor absent"),
         (["decode", file, "w", "--base", tmp_path / "base.raw"], 4, "another one"),
         (["decode", file, "w", "--base", tmp_path / "absent"], 5, "cannot be read"),
@@ -263,8 +299,8 @@ def test_the_example_service(programs: Path, pair: Pair, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "no command; there are inspect, verify and decode"),
-        (("show", "FILE"), "there are the commands inspect, verify and decode, and not show"),
+        ((), "no command; there are inspect, verify, decode and restore"),
+        (("show", "FILE"), "there are the commands inspect, verify, decode and restore, and not show"),
         (("inspect",), "FILE is missing"),
         (("inspect", "FILE", "x"), "one argument too many: x"),
         (("verify",), "FILE is missing"),
@@ -272,6 +308,7 @@ def test_the_example_service(programs: Path, pair: Pair, tmp_path: Path) -> None
         (("decode", "FILE", "w", "x"), "one argument too many: x"),
         (("decode", "FILE", "w", "--base"), "--base needs a file with the raw bytes of the base's tensor"),
         (("decode", "FILE", "w", "--base", "RAW", "x"), "one argument too many: x"),
+        (("restore", "FILE"), "TENSOR is missing"),
     ],
 )
 def test_wrong_arguments_of_the_command_get_one_line(command: Path, words: tuple[str, ...], said: str) -> None:

@@ -19,7 +19,7 @@ WEIGHT = "model.layers.0.up.weight"
         (0.0, 4096, "same"),
         (0.01, 4096, "small"),
         (0.01, 256, "narrow"),
-        (0.09, 384, "middle"),
+        (0.0382, 576, "middle"),
         (0.35, 384, "large"),
         (None, 384, "large"),
     ],
@@ -40,7 +40,7 @@ def pair_of(folder: Path, scale: float) -> Pair:
     return write_pair(folder, {WEIGHT: base}, {WEIGHT: nudge(base, 1, scale=scale) if scale else base})
 
 
-@pytest.mark.parametrize(("scale", "kind"), [(0.0, "same"), (0.01, "small"), (0.1, "middle"), (0.5, "large")])
+@pytest.mark.parametrize(("scale", "kind"), [(0.0, "same"), (0.01, "small"), (0.04, "middle"), (0.5, "large")])
 def test_a_report(tmp_path: Path, scale: float, kind: str) -> None:
     pair = pair_of(tmp_path, scale)
     report = analyze(pair.base, pair.finetuned)

@@ -93,7 +93,7 @@ def versions(draw: st.DrawFn) -> tuple[Tensors, Tensors, np.random.Generator]:
     return a, b, rng
 
 
-@same_examples(30)
+@same_examples(20)
 @given(made=versions())
 def test_there_and_back(tmp_path_factory: pytest.TempPathFactory, made: tuple[Tensors, Tensors, Any]) -> None:
     a, b, rng = made

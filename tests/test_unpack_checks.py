@@ -25,7 +25,7 @@ from deltafmt.format import constants as c
 def with_right_id(data: bytes) -> bytes:
     """Return a file with the content id that its index gives."""
     container = Container(io.BytesIO(data))
-    parts = container.removed, container.attachments, container.metadata, container.scaled()
+    parts = container.removed, container.attachments, container.metadata, container.scaled_key()
     trailer = bytearray(data[-c.TRAILER_SIZE :])
     trailer[24:56] = content_id(container.entries(), *parts)
     return sealed(data[: -c.TRAILER_SIZE] + trailer, canonical.pack(index_of(data)))

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import deltafmt
 from deltafmt import methods
 from deltafmt.errors import InvalidFileError, UsageError, WrongBaseError
+from deltafmt.kernels.device_memory import DeviceMemory
 from deltafmt.kernels.segments import FixedSegments, Segments
 from deltafmt.vllm.arena import Arena
 from deltafmt.vllm.base import EngineBase
@@ -340,6 +341,16 @@ def test_segments_of_a_graph_are_the_beginning_of_those_of_the_longest_step(
     expected = Segments(torch.tensor([*slots, *[BASE] * padding], dtype=torch.int32), 4).tiles(size)
     assert torch.equal(found.order, expected.order)
     assert torch.equal(found.table, expected.table)
+
+
+def test_buffers_in_a_block_of_an_arena_are_those_of_the_block() -> None:
+    block = Arena(torch.device("cpu"), 3, 1024).take(2, 512)
+    block.copy_(torch.arange(512) % 251)
+    memory = DeviceMemory(block)
+    for dtype in (torch.uint8, torch.int32, torch.bfloat16):
+        found = memory.view(dtype, (2, 3), 256)
+        assert found.data_ptr() == block.data_ptr() + 256
+        assert torch.equal(found.view(torch.uint8).flatten(), block[256 : 256 + 6 * dtype.itemsize])
 
 
 def test_an_arena_has_a_block_for_each_slot_and_refuses_what_is_larger() -> None:

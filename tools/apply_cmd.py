@@ -47,6 +47,10 @@ def run(options: argparse.Namespace) -> None:
     if options.force and options.output is None:
         raise UsageError("--force replaces the folder behind -o, and there is none")
 
+    if not options.recover and options.delta and options.in_place == (options.output is not None):
+        said = "both are given" if options.in_place else "give one of the two"
+        raise UsageError(f"the result goes to a new folder, -o DIR, or in place of the model, --in-place: {said}")
+
     def total() -> int:
         return console.delta_bytes(options.delta[-1]) if options.delta else 0
 

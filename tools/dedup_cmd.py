@@ -23,6 +23,12 @@ _PATHS = 4
 # The folder that the commands name for the delta files.
 FOLDER = "deltas"
 
+# Why a checkpoint is the base, where the user has not said so.
+CHOSEN = {
+    "model cards": "model cards name it as the base",
+    "bytes": "it saves most of the others, which a fine-tune can do, too: name a base that you know with --base",
+}
+
 EPILOG = """\
 FOLDER is a checkpoint folder, a .safetensors file, or a folder of checkpoint folders. Nothing is written. The commands
 that are printed keep the base as it is, and make a delta file of each fine-tune. unpack restores the fine-tune's weight
@@ -79,6 +85,8 @@ def _say(result: DedupResult) -> None:
 
 def _say_proposal(proposal: Proposal, number: int) -> None:
     console.say(f"base: {proposal.base}")
+    if proposal.chosen_by in CHOSEN:
+        console.say(CHOSEN[proposal.chosen_by])
     rows = [["fine-tune", "bytes", "equal", "near", "as a delta", "+-", "of its own"]]
     for each in proposal.finetunes:
         saving = each.saving
@@ -186,6 +194,7 @@ def _proposal_obj(proposal: Proposal, number: int) -> dict[str, Any]:
         )
     return {
         "base": str(proposal.base),
+        "chosen_by": proposal.chosen_by,
         "saved_bytes": proposal.saved,
         "saved_error": proposal.error,
         "finetunes": rows,

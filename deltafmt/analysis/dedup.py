@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from deltafmt.analysis.base_choice import choose_bases
 from deltafmt.analysis.copies import EqualFiles, EqualTensors, TensorDigests, equal_files
+from deltafmt.analysis.named_bases import named_bases
 from deltafmt.analysis.savings import HELPS, Saving, estimate
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import DeltafmtError, InvalidFileError, StorageError, UsageError, WrongBaseError
@@ -53,10 +54,14 @@ class Proposal:
     Attributes:
         base: the checkpoint to keep.
         finetunes: the others, in the order given.
+        chosen_by: why this is the base: ``given`` by the caller, ``model cards`` of fine-tunes name it, or ``bytes``:
+            it is the checkpoint that saves most of the others. What A saves of B is about what B saves of A, so bytes
+            cannot tell a base from a fine-tune that is as near to the others.
     """
 
     base: Path
     finetunes: tuple[FineTune, ...]
+    chosen_by: str = "bytes"
 
     @property
     def saved(self) -> int:
@@ -107,7 +112,8 @@ def dedup(
 
     Args:
         folders: checkpoint folders or ``.safetensors`` files, or folders of such folders.
-        base: the checkpoint to take as the base. If not given, the ones that save most are found.
+        base: the checkpoint to take as the base. If not given, those that model cards name as the base of others are
+            taken (``base_model``), and then the ones that save most.
         threads: worker threads; one for each processor if not given.
         progress: called with what is done, and with how much of how much is done.
 
@@ -141,11 +147,13 @@ def dedup(
         result.tensors = digests.groups()
         result.files = equal_files(opened, digests, pool)
         run = _Comparison(opened, digests, pool, steps)
-        chosen = {0: list(range(1, len(opened)))} if base is not None else run.choose()
+        named = {} if base is not None else named_bases(result.paths)
+        chosen = {0: list(range(1, len(opened)))} if base is not None else run.choose(named)
         for number, members in chosen.items():
             proposal = run.proposal(number, members)
             if proposal.finetunes:
-                result.proposals.append(proposal)
+                reason = "given" if base is not None else "model cards" if number in named.values() else "bytes"
+                result.proposals.append(replace(proposal, chosen_by=reason))
     result.proposals.sort(key=lambda proposal: -proposal.saved)
     placed = {path for each in result.proposals for path in (each.base, *(tune.path for tune in each.finetunes))}
     result.alone = [path for path in result.paths if path not in placed]
@@ -163,10 +171,13 @@ class _Comparison:
         self._pool = pool
         self._steps = steps
 
-    def choose(self) -> dict[int, list[int]]:
+    def choose(self, named: Mapping[int, int]) -> dict[int, list[int]]:
         """Return the fine-tunes of each base that is worth keeping, by the checkpoints' numbers.
 
         Each pair is compared one way round: what A saves of B, as a share, is about what B saves of A.
+
+        Args:
+            named: the base that a checkpoint's model card names, both by their numbers.
         """
         count, gains = len(self._checkpoints), {}
         total, done = count * (count - 1) // 2, 0
@@ -179,7 +190,7 @@ class _Comparison:
                     gains[other, one] = int(share * self._checkpoints[one].file_bytes)
                 done += 1
                 self._steps("comparing checkpoints", done, total)
-        return choose_bases(count, gains)
+        return choose_bases(count, gains, named)
 
     def _first_look(self, base: int, other: int) -> Saving | None:
         """Estimate what a base saves from few windows; None if the two do not belong together."""

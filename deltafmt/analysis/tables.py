@@ -74,7 +74,7 @@ def recommendation_table(report: Report) -> Table:
     found = report.recommendation
     if found is None:
         return Table("What to try first", "", rows)
-    rows += [[setting.options, setting.why, setting.times] for setting in found.settings]
+    rows += [[setting.options, setting.found, setting.times] for setting in found.settings]
     norm = "unknown" if found.relative_norm is None else percent(found.relative_norm)
     energy = (
         "" if found.energy is None else f", and 8 singular values hold {percent(found.energy)} of a delta's squares"

@@ -12,6 +12,7 @@ from blake3 import blake3
 from deltafmt.checkpoint.folder import Checkpoint, read_file
 from deltafmt.checkpoint.folder_writer import CheckpointWriter, TensorSpec
 from deltafmt.checkpoint.in_place import PatchedFolder
+from deltafmt.checkpoint.safetensors_file import unique_keys
 from deltafmt.errors import InvalidFileError
 from deltafmt.index.exact import is_index, is_restored
 
@@ -62,7 +63,14 @@ def read_heads(checkpoint: Checkpoint) -> dict[str, FileHead]:
             position += tensor.nbytes
         if position != shard.size:
             raise _not_covered(shard.path, position, shard.size)
-        found[name] = FileHead(shard.path, bytes(shard.view[:start]))
+        head = bytes(shard.view[:start])
+        try:
+            _rows_of(head)
+        except ValueError as error:
+            raise InvalidFileError(
+                f"{shard.path}: its header is none that can be restored: {error}; save it again with safetensors"
+            ) from error
+        found[name] = FileHead(shard.path, head)
     for name in checkpoint.indexes:
         found[name] = FileHead(checkpoint.path / name, read_file(checkpoint.path / name))
     for name, file in found.items():
@@ -152,13 +160,8 @@ def check_heads(heads: Mapping[str, bytes], specs: Iterable[TensorSpec]) -> dict
 def _read_head(where: str, folder: str, head: bytes, left: dict[str, TensorSpec]) -> dict[str, tuple[int, int]]:
     """Return the places of a file's tensors in their order, and take their specs from those that are left."""
     try:
-        if int.from_bytes(head[:8], "little") != len(head) - 8:
-            raise ValueError("it has another length")
-        header = json.loads(head[8:])
-        header.pop("__metadata__", None)
-        rows = [(*each["data_offsets"], name, each["dtype"], tuple(each["shape"])) for name, each in header.items()]
-        rows.sort(key=lambda row: row[:2])
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        rows = _rows_of(head)
+    except ValueError as error:
         raise InvalidFileError(f"{where}: the header is not valid: {error}") from error
     places, position = {}, 0
     for start, end, name, dtype, shape in rows:
@@ -172,3 +175,50 @@ def _read_head(where: str, folder: str, head: bytes, left: dict[str, TensorSpec]
             raise InvalidFileError(f'{where}: tensor "{tensor}" lies at {start} to {end}, where {position} is next')
         places[tensor] = (position, position := end)
     return places
+
+
+def _rows_of(head: bytes) -> list[tuple[int, int, str, str, tuple[int, ...]]]:
+    """Return start, end, name, dtype and shape of the tensors that a head names, in the order of their places.
+
+    Raises:
+        ValueError: it is not the head of a weight file (section 7.10).
+    """
+    if int.from_bytes(head[:8], "little") != len(head) - 8:
+        raise ValueError("it has another length")
+    try:
+        header = json.loads(
+            str(head[8:], "utf-8"),
+            object_pairs_hook=unique_keys,
+            parse_int=_natural,
+            parse_float=_natural,
+            parse_constant=_natural,
+        )
+        json.dumps(header, ensure_ascii=False).encode()  # refuses half a pair of surrogates
+    except RecursionError as error:
+        raise ValueError("its maps or lists are nested too deeply") from error
+    if type(header) is not dict:
+        raise ValueError("it is not a map")
+    metadata = header.pop("__metadata__", {})
+    if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+        raise ValueError("__metadata__ is not a map from string to string")
+    return sorted((_row_of(name, info) for name, info in header.items()), key=lambda row: row[:2])
+
+
+def _row_of(name: str, info: object) -> tuple[int, int, str, str, tuple[int, ...]]:
+    """Return what a header says of a tensor."""
+    if type(info) is not dict or info.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name}: expected the keys dtype, shape and data_offsets")
+    dtype, shape, places = info["dtype"], info["shape"], info["data_offsets"]
+    for numbers in (shape, places):
+        if type(numbers) is not list or not all(type(number) is int for number in numbers):
+            raise ValueError(f"{name}: {numbers!r} is not a list of integers")
+    if type(dtype) is not str or len(places) != 2:
+        raise ValueError(f"{name}: no valid dtype and data_offsets")
+    return places[0], places[1], name, dtype, tuple(shape)
+
+
+def _natural(text: str) -> int:
+    """Return a number of a header: an integer from 0 on."""
+    if not text.isdecimal():
+        raise ValueError(f"{text} is not an integer from 0 on")
+    return int(text)

@@ -216,7 +216,7 @@ class SafetensorsFile:
                 f"{self.path}: {known or f'a header of {length} bytes does not fit: not a safetensors file'}"
             )
         try:
-            header = json.loads(bytes(self.view[8 : 8 + length]), object_pairs_hook=_unique)
+            header = json.loads(bytes(self.view[8 : 8 + length]), object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise InvalidFileError(f"{self.path}: the header is not valid: {error}") from error
         if type(header) is not dict:
@@ -329,7 +329,12 @@ def _is_name(name: str) -> bool:
         return False
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a map of a header, for :func:`json.loads`.
+
+    Raises:
+        ValueError: a key stands twice.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key stands twice")

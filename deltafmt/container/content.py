@@ -35,7 +35,7 @@ def content_id(
         "metadata": {key: metadata[key] for key in sorted(metadata)},
         **({"parent": parent} if parent is not None else {}),
         "removed": list(removed),
-        **({"scaled": {name: scaled[name].to_obj() for name in sorted(scaled)}} if scaled else {}),
+        **({"scaled": {name: scaled[name].to_obj() for name in sorted(scaled)}} if scaled is not None else {}),
         "tensors": {entry.name: semantic_entry(entry) for entry in sorted(entries, key=attrgetter("name"))},
     }
     return blake3(canonical.encode_ordered(index)).digest()

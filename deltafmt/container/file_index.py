@@ -44,6 +44,7 @@ class FileIndex:
         files: the files that are restored byte for byte, by name.
         served: the number of the section that ends the served part of a progressive file; None in other files.
         parent: the content id of the delta file whose result is the base; None for most files.
+        has_scaled: whether the index has the key ``scaled``, which may be empty.
     """
 
     profile: str
@@ -58,6 +59,7 @@ class FileIndex:
     files: Mapping[str, FileRef] = field(default_factory=dict)
     served: int | None = None
     parent: bytes | None = None
+    has_scaled: bool = False
 
     @classmethod
     def parse(cls, data: bytes, index_offset: int, features: int = 0, max_memory: int | None = None) -> Self:
@@ -95,14 +97,14 @@ class FileIndex:
         _check_tensors(tensors)
         removed = _parse_removed(obj["removed"], tensors)
         attachments = _parse_attachments(obj["attachments"])
-        scaled = canonical.check_names(obj["scaled"], "scaled") if "scaled" in obj else {}
-        for name, encoded in scaled.items():
+        scaled = canonical.check_names(obj["scaled"], "scaled") if "scaled" in obj else None
+        for name, encoded in (scaled or {}).items():
             check_name(name, where := ('scaled["', name, '"]'))
             _check_encoded(encoded, where)
         files = _parse_files(obj["files"], attachments) if "files" in obj else {}
         served = next((i for i, section in enumerate(sections) if section.kind == c.SECTION_KIND_SERVED), None)
         parent = check_bytes(obj["parent"], "parent", DIGEST_BYTES) if "parent" in obj else None
-        rest = attachments, features, scaled, files, served, parent
+        rest = attachments, features, scaled or {}, files, served, parent, scaled is not None
         index = cls(profile, metadata, layouts, sections, tensors, removed, *rest)
         for name, attachment in index.attachments.items():
             index.check_ref(attachment.data, f'attachments["{name}"]', c.SECTION_KIND_ATTACHMENTS)
@@ -110,6 +112,8 @@ class FileIndex:
                 fail(f'attachments["{name}"]', "it lies behind the served part")
         for name, file in index.files.items():
             index.check_ref(file.head, f'files["{name}"]', c.SECTION_KIND_ATTACHMENTS)
+            if served is not None and file.head.section < served:
+                fail(f'files["{name}"]', "its head lies in the served part, which has no files")
         return index
 
     def entry(self, name: str) -> TensorEntry:

@@ -186,6 +186,14 @@ class Container:
                 raise InvalidFileError(f"{self.name}: {error}") from error
         return self._scaled
 
+    def scaled_key(self) -> dict[str, ScaledRef] | None:
+        """Return the same, or None if the index has no such key, which the content id tells from an empty map.
+
+        Raises:
+            InvalidFileError: a description breaks the format.
+        """
+        return self.scaled() if self._index.has_scaled else None
+
     def keys(self) -> list[str]:
         """Return the tensor names, sorted."""
         return list(self._index.tensors)

@@ -42,7 +42,7 @@ def served_part(container: Container, entries: Iterable[TensorEntry]) -> ServedP
     if container.served is None:
         return None
     section = container.sections[container.served]
-    about = container.removed, container.attachments, container.metadata, container.scaled()
+    about = container.removed, container.attachments, container.metadata, container.scaled_key()
     parts = map(without_exact, entries)
     return ServedPart(section.offset + section.length, content_id(parts, *about, parent=container.parent))
 

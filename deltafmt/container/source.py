@@ -8,7 +8,7 @@ import os
 import threading
 from typing import BinaryIO, Protocol
 
-from deltafmt.errors import InvalidFileError, StorageError
+from deltafmt.errors import InvalidFileError
 from deltafmt.format import constants as c
 from deltafmt.output import storage_error
 from deltafmt.regular_file import open_regular
@@ -199,10 +199,10 @@ def open_source(path: str | os.PathLike[str] | BinaryIO, *, mmap: bool = True) -
 
     Raises:
         StorageError: the file cannot be opened.
-        InvalidFileError: the file is empty.
+        InvalidFileError: the file is empty, or a folder.
     """
     if isinstance(path, str | os.PathLike) and os.path.isdir(path):
-        raise StorageError(f"{os.fspath(path)} is a folder, not a delta file")
+        raise InvalidFileError(f"{os.fspath(path)} is a folder, not a delta file")
     if not isinstance(path, str | os.PathLike):
         return StreamSource(path, str(getattr(path, "name", "<stream>")))
     return MapSource(path) if mmap else FileSource(path)

@@ -183,7 +183,7 @@ class ContainerWriter:
             **({"parent": parent} if parent is not None else {}),
             "profile": self.profile,
             "removed": sorted(removed),
-            **({"scaled": {name: canonical.encode(ref.to_obj()) for name, ref in scaled.items()}} if scaled else {}),
+            **({} if scaled is None else {"scaled": {k: canonical.encode(ref.to_obj()) for k, ref in scaled.items()}}),
             "sections": [section.to_obj() for section in self._sections],
             "tensors": {name: canonical.encode_ordered(entry.to_obj()) for name, entry in entries.items()},
         }

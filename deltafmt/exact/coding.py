@@ -19,7 +19,9 @@ from deltafmt.exact.units import Unit, Units, unit_count, unit_of
 # Units of a chunk, as a writer chooses them.
 CHUNK_UNITS: Final = 1 << 20
 
+# The table has for each chunk the checksum of what it restores, the length of its bytes, and its form.
 _ROW: Final = struct.Struct("<QII")
+ROW_BYTES: Final = _ROW.size
 
 
 @dataclass(frozen=True, slots=True)

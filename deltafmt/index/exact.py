@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from deltafmt.format.checks import Where, check_bytes, check_fields, check_uint, fail
 from deltafmt.format.constants import SECTION_KIND_EXACT, buffer_alignment
-from deltafmt.index.file_names import is_safe_path
+from deltafmt.index.file_names import is_safe_path, lies_among_weights
 from deltafmt.index.sections import DIGEST_BYTES, BufferRef
 
 MIN_CHUNK_UNITS: Final = 1 << 8
@@ -104,5 +104,8 @@ def is_index(name: str) -> bool:
 
 
 def is_restored(name: str) -> bool:
-    """Tell whether a file of this name may be restored byte for byte: a weight file, or an index of weight files."""
-    return _WEIGHTS.fullmatch(name) is not None or is_index(name)
+    """Tell whether a file of this name may be restored byte for byte: a weight file, or an index of weight files.
+
+    Its name keeps the other rules of section 7.9, so that no folder of it ends as a weight file does.
+    """
+    return (_WEIGHTS.fullmatch(name) is not None or is_index(name)) and not lies_among_weights(name)

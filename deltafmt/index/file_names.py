@@ -72,6 +72,11 @@ def is_weight_file(name: str) -> bool:
     return any(part.endswith(WEIGHT_ENDINGS) for part in lower.split("/"))
 
 
+def lies_among_weights(name: str) -> bool:
+    """Tell whether a folder of a file would be taken for weights by its name."""
+    return any(part.endswith(WEIGHT_ENDINGS) for part in ascii_lower(name).split("/")[:-1])
+
+
 def is_program(name: str) -> bool:
     """Tell whether a file of this name would be loaded as compiled code, or would make a loader take other weights."""
     last = ascii_lower(name).rpartition("/")[2]

@@ -183,7 +183,7 @@ class Alternatives:
             self._metadata,
             profile=self._job.profile,
             seed=self._job.seed,
-            scaled=self._scaled,
+            scaled=self._scaled or None,
             parent=self._job.parent,
         )
 

@@ -28,6 +28,7 @@ from deltafmt.format.limits import Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.scaled import ScaledRef
 from deltafmt.pipeline.bases import BaseSource, BaseTensors, open_base, short_id
+from deltafmt.pipeline.chain_work import check_chain_work
 from deltafmt.pipeline.digests import check_content_id, check_payload_digest
 from deltafmt.pipeline.exact_tensors import ExactTensor
 from deltafmt.terms.buffers import raw_bytes
@@ -289,8 +290,9 @@ def open_chain(
             base = BaseTensors(source, entries, container, None if number else renames)
             total = sum(entry.nbytes for entry in entries)
             container.limits.check_output(total, container.size, source.nbytes, f"{container.name}: applying gives")
-            delta.check_work((delta.resolve(entry.name) for entry in entries), source.nbytes)
+            delta.check_work((delta.resolve(entry.name) for entry in entries), source.nbytes, restores=True)
             chain.entries.append(entries)
             chain.bases.append(base)
             source = LinkState(delta, entries, base, file)
+        check_chain_work(chain.deltas, chain.entries, checkpoint.nbytes)
         yield chain

@@ -87,14 +87,19 @@ class DeltaChanges:
         self._state = chain.result()
         self._bases = chain.bases[0]
         (self._delta,) = chain.deltas
-        self._entries = {entry.name: entry for entry in chain.entries[0]}
+        # A head that is the embedding, of a model that ties them, is in no file of the base: its loader makes it.
+        ties = self.base.config().get("tie_word_embeddings") is True
+        entries = [
+            each for each in chain.entries[0] if not (ties and each.target and each.name not in self.base.tensors)
+        ]
+        self._entries = {entry.name: entry for entry in entries}
         name = self._delta.container.name
         if self._delta.container.scaled():
             raise UnsupportedError(
                 f"{name}: it reads 8-bit floats of its base as values, and a {format_} changes the stored bytes; apply "
                 "it, and pack what it gives with the method exact"
             )
-        for entry in chain.entries[0]:
+        for entry in entries:
             self._check(name, entry, format_)
         gone = next((tensor for tensor in self.base.tensors if tensor not in self._entries), None)
         if gone is not None:

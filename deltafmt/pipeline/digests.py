@@ -22,7 +22,7 @@ def check_content_id(container: Container, entries: Iterable[TensorEntry]) -> No
     Raises:
         InvalidFileError: it differs.
     """
-    about = container.removed, container.attachments, container.metadata, container.scaled()
+    about = container.removed, container.attachments, container.metadata, container.scaled_key()
     found = content_id(entries, *about, container.files, container.parent)
     if found != container.content_id:
         raise InvalidFileError(f"{container.name}: the content id is not that of the content")

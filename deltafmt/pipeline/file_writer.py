@@ -163,7 +163,7 @@ class FileWriter:
         files = job.finetuned.files if attach else {}
         scaled, metadata = scaled_refs(job.scaled(), threads), job.metadata()
         self.result.dequantized = dequantized(scaled, metadata)
-        about = About(removed=self.result.removed, metadata=metadata, scaled=scaled, parent=job.parent)
+        about = About(removed=self.result.removed, metadata=metadata, scaled=scaled or None, parent=job.parent)
         if job.progressive and attach and isinstance(self.sink, PartialFile):
             self._serve(self.sink, about)
             if most is not None and self.result.served > most:

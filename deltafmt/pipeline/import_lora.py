@@ -229,7 +229,9 @@ class _Importer:
         values = {name: tensor for name, tensor in base.items() if isinstance(tensor, DequantizedTensor)}
         scaled = scaled_refs(values, threads)
         result.dequantized = Dequantized(len(scaled))
-        identity = self._container.finish(entries, attachments=self._attach(), metadata=self._metadata(), scaled=scaled)
+        identity = self._container.finish(
+            entries, attachments=self._attach(), metadata=self._metadata(), scaled=scaled or None
+        )
         result.size, result.content_id = self._container.position, identity.hex()
 
     def _needs_digest(self, name: str) -> bool:

@@ -143,7 +143,9 @@ class _Mover:
         for entry in sorted(self._entries, key=lambda entry: entry.action == "exact"):
             written[entry.name] = moved(self._delta, entry, self._writer, target.profile)
             target.boundary()
-        about = About(removed=source.removed, metadata=source.metadata, scaled=source.scaled(), parent=source.parent)
+        about = About(
+            removed=source.removed, metadata=source.metadata, scaled=source.scaled_key(), parent=source.parent
+        )
         about["attachments"] = copied_attachments(source, target)
         if self._drop:
             return target.finish(written.values(), **about)

@@ -150,7 +150,7 @@ class _Squash:
                     removed=self._removed(entries),
                     attachments=attachments,
                     metadata=self._metadata(),
-                    scaled=scaled,
+                    scaled=scaled or None,
                     files=files,
                     parent=first.parent,
                 )

@@ -132,7 +132,7 @@ def unpack(
         limits.check_output(
             total, opened.container.size, checkpoint.nbytes, f"{opened.container.name}: unpacking gives"
         )
-        opened.check_work((opened.resolve(entry.name) for entry in entries), checkpoint.nbytes)
+        opened.check_work((opened.resolve(entry.name) for entry in entries), checkpoint.nbytes, restores=True)
         result = UnpackResult(path, removed=list(opened.container.removed), names=found.changes)
         result.dequantized = dequantized(opened.container.scaled(), opened.metadata)
         check_content_id(opened.container, entries)

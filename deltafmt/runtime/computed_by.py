@@ -59,8 +59,8 @@ def check_caches(given: Mapping[str, Any], by: ComputedBy, where: str) -> None:
         if seen is not None and seen.identity != by.identity and not _is_empty(cache):
             before = "an earlier version of " if seen.text == by.text else ""
             raise UsageError(
-                f"{where} is given {name} that {before}{seen.text} has filled, and serves {by.text}; begin with a new "
-                "cache, or serve what has filled it"
+                f"{where} is given {name} filled by {before}{seen.text}, and serves {by.text}; begin with a new cache, "
+                "or serve what filled it"
             )
         if seen is not by:
             setattr(cache, _MARK, by)

@@ -212,6 +212,12 @@ def progressive_cut() -> bytes:
     return made.data[: made.served]
 
 
+@vector("ok", "the same with the base: what is served")
+def progressive_served() -> WithBase:
+    made = every_kind()
+    return WithBase(made.data[: made.served], made.base)
+
+
 @vector("ok", "a progressive file restores a weight file")
 def progressive_files() -> bytes:
     return one_part(files=True).data

@@ -129,6 +129,14 @@ def scaled_block_of_three() -> bytes:
     return with_scaled([2, 8, 1], None)
 
 
+@vector("ok", "scaled names no tensor; the content id has the key, too")
+def scaled_empty() -> bytes:
+    draft = Draft.of(small())
+    draft.header = header(incompatible=4)
+    draft.index = dict(sorted({**draft.index, "scaled": {}}.items()))
+    return draft.build()
+
+
 @vector("invalid", "a block has one dimension less than its tensor", "is no block of a tensor")
 def scaled_block_of_one() -> bytes:
     return with_scaled([2], None)

@@ -127,7 +127,10 @@ static void write_tensor(dlt_file *file, size_t number) {
     uint64_t length = 0, bytes = t.elements * dlt_dtype_bits(t.dtype) / 8;
     uint8_t *from = t.has_base ? base_bytes(&t, &length) : NULL, *out = need(bytes);
     if (from && dlt_check_base(&t, from, length, &error)) stop(error.message, 4);
-    if (dlt_load(file, &t, &error) || dlt_apply(file, &t, 0, t.rows, from, out, &error)) stop(error.message, 3);
+    if (dlt_load(file, &t, &error)) stop(error.message, 3);
+    dlt_status status = t.has_exact ? dlt_restore(file, &t, from, out, &error)
+                                    : dlt_apply(file, &t, 0, t.rows, from, out, &error);
+    if (status) stop(error.message, 3);
     uint32_t name = (uint32_t)named.name.length;
     fwrite(&name, 4, 1, stdout);
     fwrite(named.name.text, 1, name, stdout);

@@ -38,7 +38,8 @@ static void check_opening(void) {
     dlt_error error;
     dlt_file *file;
     opened("absent", NULL, DLT_SYSTEM, "No such file");
-    opened(".", NULL, DLT_SYSTEM, "not a regular file");
+    opened(".", NULL, DLT_INVALID, "a folder");
+    opened("../../../../../../../../../../dev/null", NULL, DLT_SYSTEM, "not a regular file");
     opened("empty-file.deltafmt", NULL, DLT_INVALID, "empty");
     opened("lowrank-33-k2-cold.deltafmt", &small, DLT_LIMIT, "max_output");
     EXPECT(dlt_open_memory((uint8_t *)bytes + 1, 8, NULL, &file, &error) == DLT_MISUSE && file == NULL);
@@ -203,6 +204,49 @@ static void check_exact(void) {
     dlt_close(file);
 }
 
+/* A progressive file is served without a look behind its served part, and restored from its base. */
+static void check_progressive(void) {
+    static const dlt_limits small = {.max_memory = 300}, little = {.max_output = 100};
+    dlt_error error;
+    dlt_tensor t;
+    uint8_t base[800] = {0}, out[960], served[960], served_id[32];
+    dlt_file *file = opened("progressive.deltafmt", NULL, DLT_OK, NULL);
+    dlt_info about = dlt_about(file);
+    EXPECT(about.served_size > 0 && about.served_size < about.size && about.served_content_id != NULL);
+    memcpy(served_id, about.served_content_id, 32);
+    EXPECT(memcmp(served_id, about.content_id, 32) != 0);
+    EXPECT(dlt_find(file, "seeded", &t, &error) == DLT_OK && t.has_exact && t.factor_count == t.term_count);
+    EXPECT(dlt_restore(file, &t, base, out, &error) == DLT_MISUSE); /* dlt_load comes first */
+    EXPECT(dlt_load(file, &t, &error) == DLT_OK && t.exact.data == NULL);
+    EXPECT(dlt_apply(file, &t, 0, t.rows, base, served, &error) == DLT_OK && t.exact.data == NULL);
+    EXPECT(dlt_restore(file, &t, NULL, out, &error) == DLT_MISUSE);
+    EXPECT(dlt_restore(file, &t, base, out, &error) == DLT_INVALID); /* another base */
+    EXPECT(dlt_apply(file, &t, 0, t.rows, base, out, &error) == DLT_OK && memcmp(out, served, 800) == 0);
+    dlt_unload(&t);
+    dlt_close(file);
+    file = opened("progressive.deltafmt", &small, DLT_OK, NULL);
+    EXPECT(dlt_find(file, "seeded", &t, &error) == DLT_OK && dlt_load(file, &t, &error) == DLT_OK);
+    EXPECT(dlt_restore(file, &t, base, out, &error) == DLT_LIMIT && strstr(error.message, "marks"));
+    EXPECT(dlt_verify(file, &error) == DLT_LIMIT && strstr(error.message, "a chunk takes more"));
+    dlt_unload(&t);
+    dlt_close(file);
+    file = opened("progressive.deltafmt", &little, DLT_OK, NULL);
+    EXPECT(dlt_verify(file, &error) == DLT_LIMIT && strstr(error.message, "max_output"));
+    dlt_close(file);
+    file = opened("progressive-cut.deltafmt", NULL, DLT_OK, NULL);
+    EXPECT(memcmp(dlt_about(file).content_id, served_id, 32) == 0 && dlt_about(file).served_size == 0);
+    EXPECT(dlt_find(file, "seeded", &t, &error) == DLT_OK && !t.has_exact && dlt_load(file, &t, &error) == DLT_OK);
+    EXPECT(dlt_restore(file, &t, base, out, &error) == DLT_MISUSE && strstr(error.message, "no exact part"));
+    dlt_unload(&t);
+    dlt_close(file);
+    static const dlt_limits least = {.max_memory = 10};
+    void *head;
+    uint64_t length;
+    file = opened("restored-files.deltafmt", &least, DLT_OK, NULL);
+    EXPECT(dlt_head(file, 0, &head, &length, &error) == DLT_LIMIT && strstr(error.message, "max_memory"));
+    dlt_close(file);
+}
+
 int main(int count, char **arguments) {
     if (count != 2) return fprintf(stderr, "usage: check FOLDER\n"), 2;
     folder = arguments[1];
@@ -211,6 +255,7 @@ int main(int count, char **arguments) {
     check_decoding();
     check_scaled();
     check_exact();
+    check_progressive();
     printf(failures ? "%d expectations failed\n" : "the interface is as described\n", failures);
     return failures ? 1 : 0;
 }

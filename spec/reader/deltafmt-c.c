@@ -3,9 +3,10 @@
  *     deltafmt-c inspect FILE                        what a file holds
  *     deltafmt-c verify FILE...                      check everything
  *     deltafmt-c decode FILE TENSOR [--base RAW]     write a tensor to standard output
+ *     deltafmt-c restore FILE TENSOR [--base RAW]    the same, bit for bit as it was packed
  *
  * decode writes the delta as float32, or, with the raw bytes of the base's tensor, the fine-tuned tensor in its own
- * dtype. Tensors that are stored whole need no base. Exit codes are those of docs/exit-codes.md.
+ * dtype. restore needs an exact tensor or an exact part. Tensors that are stored whole need no base. Exit codes are those of docs/exit-codes.md.
  */
 #include "deltafmt.h"
 
@@ -16,7 +17,8 @@
 
 static const char usage[] = "usage: deltafmt-c inspect FILE\n"
                             "       deltafmt-c verify FILE...\n"
-                            "       deltafmt-c decode FILE TENSOR [--base RAW] > OUT\n";
+                            "       deltafmt-c decode FILE TENSOR [--base RAW] > OUT\n"
+                            "       deltafmt-c restore FILE TENSOR [--base RAW] > OUT\n";
 
 static int exit_code(dlt_status status) {
     static const int codes[] = {0, 3, 3, 2, 5, 2, 4};
@@ -46,12 +48,13 @@ static void print_shape(const dlt_shape *shape) {
 }
 
 static void print_tensor(const dlt_tensor *t) {
-    uint64_t bytes = t->has_data ? t->data.length : t->action == DLT_EXACT ? t->exact.length : 0;
+    uint64_t bytes = (t->has_data ? t->data.length : 0) + (t->has_exact ? t->exact.length : 0);
     print_text(t->name);
     printf("  %s %s ", dlt_action_name(t->action), dlt_dtype_name(t->dtype));
     print_shape(&t->shape);
     for (uint32_t i = 0; i < t->term_count; i++) {
         printf("%s%s", i ? " + " : "  ", dlt_kind_name(t->terms[i].layout.kind));
+        if (t->has_exact && i + 1 == t->term_count) printf(" + exact part");
         for (uint32_t j = 0; j < t->terms[i].buffer_count; j++) bytes += t->terms[i].buffers[j].length;
     }
     if (t->action == DLT_ALIAS) {
@@ -68,6 +71,11 @@ static int inspect(const char *path, dlt_file *file, dlt_error *error) {
            about.cold ? "cold" : "hot", about.tensors, about.sections);
     print_hex(about.content_id, 32);
     putchar('\n');
+    if (about.served_size) {
+        printf("served part %llu bytes, content id ", (unsigned long long)about.served_size);
+        if (about.served_content_id) print_hex(about.served_content_id, 32);
+        putchar('\n');
+    }
     if (about.parent) {
         printf("parent ");
         print_hex(about.parent, 32);
@@ -126,9 +134,9 @@ static void *read_all(const char *path, uint64_t *length) {
     return data;
 }
 
-/* Write the rows of a tensor, some at a time. */
-static dlt_status write_rows(dlt_file *file, const dlt_tensor *t, const char *base, dlt_error *error) {
-    int exact = t->action == DLT_EXACT, whole = base != NULL || t->action == DLT_REPLACE || exact;
+/* Write the rows of a tensor, some at a time; or what it was packed from. */
+static dlt_status write_rows(dlt_file *file, dlt_tensor *t, const char *base, int restores, dlt_error *error) {
+    int exact = t->action == DLT_EXACT || restores, whole = base != NULL || t->action == DLT_REPLACE || exact;
     uint64_t rows = whole ? t->rows : t->shared_rows, row = t->columns * (whole ? dlt_dtype_bits(t->dtype) : 32);
     uint64_t base_row = t->columns * dlt_dtype_bits(t->has_base ? t->base_dtype : t->dtype);
     /* Rows of packed elements may end within a byte: then all rows at once. Exact tensors are restored as a whole. */
@@ -138,7 +146,8 @@ static dlt_status write_rows(dlt_file *file, const dlt_tensor *t, const char *ba
     if (out == NULL) return error->status = DLT_SYSTEM, strcpy(error->message, "no memory"), DLT_SYSTEM;
     for (uint64_t at = 0; at < rows && status == DLT_OK; at += step) {
         uint64_t count = rows - at < step ? rows - at : step;
-        if (whole) status = dlt_apply(file, t, at, count, base ? base + at * base_row / 8 : NULL, out, error);
+        if (restores) status = dlt_restore(file, t, base, out, error);
+        else if (whole) status = dlt_apply(file, t, at, count, base ? base + at * base_row / 8 : NULL, out, error);
         else status = dlt_decode(file, t, at, count, (float *)(void *)out, error);
         if (status == DLT_OK && fwrite(out, 1, (size_t)(count * row / 8), stdout) != count * row / 8) {
             status = error->status = DLT_SYSTEM;
@@ -149,7 +158,8 @@ static dlt_status write_rows(dlt_file *file, const dlt_tensor *t, const char *ba
     return status;
 }
 
-static int decode(const char *path, dlt_file *file, const char *name, const char *base_path, dlt_error *error) {
+static int decode(const char *path, dlt_file *file, const char *name, const char *base_path, int restores,
+                  dlt_error *error) {
     dlt_tensor asked, tensor;
     if (dlt_find(file, name, &asked, error) || dlt_resolve(file, &asked, &tensor, error)) return complain(path, error);
     uint64_t length = 0;
@@ -160,7 +170,7 @@ static int decode(const char *path, dlt_file *file, const char *name, const char
     }
     dlt_status status = base ? dlt_check_base(&tensor, base, length, error) : DLT_OK;
     if (status == DLT_OK) status = dlt_load(file, &tensor, error);
-    if (status == DLT_OK) status = write_rows(file, &tensor, base, error);
+    if (status == DLT_OK) status = write_rows(file, &tensor, base, restores, error);
     if (status == DLT_OK && fflush(stdout) != 0) {
         status = error->status = DLT_SYSTEM;
         strcpy(error->message, "the output could not be written");
@@ -179,11 +189,11 @@ static int misused(const char *what, const char *word) {
 int main(int count, char **arguments) {
     const char *command = count > 1 ? arguments[1] : "";
     int inspects = strcmp(command, "inspect") == 0, verifies = strcmp(command, "verify") == 0,
-        decodes = strcmp(command, "decode") == 0;
+        restores = strcmp(command, "restore") == 0, decodes = strcmp(command, "decode") == 0 || restores;
     if (strcmp(command, "--help") == 0 || strcmp(command, "-h") == 0) return fputs(usage, stdout), 0;
-    if (count == 1) return misused("no command; there are inspect, verify and decode", "");
+    if (count == 1) return misused("no command; there are inspect, verify, decode and restore", "");
     if (!inspects && !verifies && !decodes)
-        return misused("there are the commands inspect, verify and decode, and not ", command);
+        return misused("there are the commands inspect, verify, decode and restore, and not ", command);
     if (count == 2) return misused("FILE is missing", "");
     if (inspects && count > 3) return misused("one argument too many: ", arguments[3]);
     if (decodes && count == 3) return misused("TENSOR is missing", "");
@@ -202,7 +212,7 @@ int main(int count, char **arguments) {
         } else {
             found = inspects   ? inspect(arguments[i], file, &error)
                     : verifies ? verify(arguments[i], file, &error)
-                               : decode(arguments[i], file, arguments[3], count == 6 ? arguments[5] : NULL, &error);
+                               : decode(arguments[i], file, arguments[3], count == 6 ? arguments[5] : NULL, restores, &error);
             dlt_close(file);
         }
         if (code == 0) code = found;

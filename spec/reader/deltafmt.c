@@ -46,8 +46,16 @@ enum {
 };
 #define MAX_ELEMENTS (UINT64_C(1) << 48)
 #define MAX_RAW (UINT64_C(1) << 40)
-enum { FEATURE_PARTS = 1, FEATURE_LEADING = 2, FEATURE_SCALED = 4, FEATURE_EXACT = 8, FEATURE_PARENT = 32, FEATURES = 15 | 32 };
-enum { OF_TENSORS = 1, OF_ATTACHMENTS = 2, OF_EXACT = 3 };
+enum {
+    FEATURE_PARTS = 1,
+    FEATURE_LEADING = 2,
+    FEATURE_SCALED = 4,
+    FEATURE_EXACT = 8,
+    FEATURE_PROGRESSIVE = 16,
+    FEATURE_PARENT = 32,
+    FEATURES = 63
+};
+enum { OF_TENSORS = 1, OF_ATTACHMENTS = 2, OF_EXACT = 3, SERVED_END = 4 };
 
 #define TRY(call)                              \
     do {                                       \
@@ -100,6 +108,9 @@ struct dlt_file {
     uint64_t decoded;
     dlt_info about;
     slice index, raw_metadata, raw_removed;
+    const section *served; /* that of kind 4; NULL: the file is not progressive */
+    /* What the index of the served part repeats: attachments; layouts to scaled; the sections before `served`. */
+    slice raw_attachments, raw_middle, raw_sections;
     member *tensors, *scaled;
     attachment *attachments, *files; /* files: their bytes are their heads */
     layout_entry *layouts;
@@ -850,7 +861,7 @@ static dlt_status check_add(const dlt_file *file, cursor *c, dlt_tensor *t, uint
     return DLT_OK;
 }
 
-/* 5.5: all buffers of a tensor MUST lie in one section. */
+/* 5.5: all buffers of a tensor MUST lie in one section; that of an exact part lies in one of kind 3. */
 static dlt_status check_one_section(const cursor *c, const dlt_tensor *t) {
     const dlt_bytes *first = t->has_data ? &t->data : NULL;
     for (uint32_t i = 0; i < t->term_count; i++) {
@@ -900,12 +911,16 @@ static dlt_status check_alias(const dlt_file *file, const cursor *c, const dlt_t
 }
 
 /* exact is {chunk, data: buffer, digest: bytes 32}: a power of two from 2^8 to 2^24; a buffer in a section of kind 3
- * (17.1). */
+ * (17.1). That of an add has factors, too (17.8). */
 static dlt_status read_exact(const dlt_file *file, cursor *c, dlt_tensor *t) {
-    uint64_t chunk;
+    uint64_t chunk, factor;
+    size_t factors;
     /* 4.4: bit 3 MUST be set if an entry has exact. */
     if (!(file->about.incompatible & FEATURE_EXACT)) return bad(c, "an exact tensor, and feature bit 3 is not set");
-    TRY(expect_map(c, 3));
+    /* 17.7: no entry may have the action exact. An add MUST NOT have exact in a file that is not progressive. */
+    if (file->served && t->action == DLT_EXACT) return bad(c, "an exact tensor in a progressive file");
+    if (!file->served && t->action == DLT_ADD) return bad(c, "an exact part in a file that is not progressive");
+    TRY(expect_map(c, t->action == DLT_ADD ? 4 : 3));
     TRY(expect_key(c, "chunk"));
     TRY(read_integer(c, "the units of a chunk", 1 << 8, 1 << 24, &chunk));
     if (chunk & (chunk - 1)) return bad(c, "the units of a chunk are no power of two");
@@ -913,7 +928,20 @@ static dlt_status read_exact(const dlt_file *file, cursor *c, dlt_tensor *t) {
     TRY(expect_key(c, "data"));
     TRY(read_buffer(file, c, OF_EXACT, "exact", &t->exact));
     TRY(expect_key(c, "digest"));
-    return read_digest(c, 32, &t->digest);
+    TRY(read_digest(c, 32, &t->exact_digest));
+    t->has_exact = 1;
+    if (t->action == DLT_EXACT) return DLT_OK;
+    /* an array with a u32 for each term: the bits of a float32, which MUST be finite; the terms follow in the entry */
+    TRY(expect_key(c, "factors"));
+    TRY(read_array(c, &factors));
+    if (factors > DLT_MAX_TERMS) return bad(c, "an exact part has more factors than a tensor has terms");
+    for (size_t i = 0; i < factors; i++) {
+        TRY(read_integer(c, "a factor", 0, UINT32_MAX, &factor));
+        if ((factor & UINT32_C(0x7F800000)) == UINT32_C(0x7F800000)) return bad(c, "a factor is not finite");
+        t->factors[i] = (uint32_t)factor;
+    }
+    t->factor_count = (uint32_t)factors;
+    return DLT_OK;
 }
 
 /* 17.1: with base, the two shapes MUST have the same length, MUST agree except for the first dimension, and no size may
@@ -937,17 +965,17 @@ static dlt_status read_entry(const dlt_file *file, const member *m, dlt_tensor *
     uint64_t leading = 0, bytes = 0, number;
     t->name = m->name;
     t->raw = m->raw.p, t->raw_length = m->raw.length;
-    t->has_base = t->has_data = t->loaded = 0;
-    t->part_count = t->term_count = t->memory_count = 0;
-    t->raw_parts = t->digest = t->base_digest = NULL;
-    t->data_start = t->data_end = t->terms_start = t->exact_start = t->exact_end = 0;
+    t->has_base = t->has_data = t->has_exact = t->loaded = 0;
+    t->part_count = t->term_count = t->factor_count = t->memory_count = 0;
+    t->raw_parts = t->digest = t->base_digest = t->exact_digest = NULL;
+    t->data_start = t->data_end = t->terms_start = t->exact_key = t->exact_start = t->exact_end = 0;
     t->target = (dlt_text){0};
     TRY(read_map(c, &count));
     TRY(expect_key(c, "action"));
     TRY(read_word(c, "action", ACTIONS, 5, &action));
     t->action = (dlt_action)action;
     size_t needed = action == DLT_REPLACE ? 5 : action == DLT_ADD ? 6 : 4, left = count - needed;
-    if (count < needed || left > (action == DLT_ADD ? 2u : action == DLT_EXACT ? 1u : 0u))
+    if (count < needed || left > (action == DLT_ADD ? 3u : action == DLT_EXACT ? 1u : 0u))
         return bad(c, "an entry lacks a key, or has one too many");
     if (action == DLT_SAME || action == DLT_ADD || (action == DLT_EXACT && left)) {
         TRY(expect_key(c, "base"));
@@ -965,19 +993,22 @@ static dlt_status read_entry(const dlt_file *file, const member *m, dlt_tensor *
         t->has_data = 1;
         if (action == DLT_ADD) left--;
     }
-    if (left > 1) return bad(c, "an entry has a key too many");
     if (action == DLT_REPLACE || action == DLT_ADD) {
         TRY(expect_key(c, "digest"));
         TRY(read_digest(c, 32, &t->digest));
     }
     TRY(expect_key(c, "dtype"));
     TRY(read_dtype(c, "dtype", ANY_DTYPE, &t->dtype));
-    if (action == DLT_EXACT) {
-        TRY(expect_key(c, "exact"));
+    size_t before = (size_t)(c->p - m->raw.p);
+    if ((left && is_key(c, "exact")) || action == DLT_EXACT) {
+        if (action == DLT_EXACT) TRY(expect_key(c, "exact"));
+        else left--;
+        t->exact_key = before;
         t->exact_start = (size_t)(c->p - m->raw.p);
         TRY(read_exact(file, c, t));
         t->exact_end = (size_t)(c->p - m->raw.p);
     }
+    if (left > 1) return bad(c, "an entry has a key too many");
     if (left) {
         TRY(expect_key(c, "leading"));
         TRY(read_integer(c, "leading", 1, DLT_MAX_DIMENSIONS, &leading));
@@ -1023,6 +1054,8 @@ static dlt_status read_entry(const dlt_file *file, const member *m, dlt_tensor *
             TRY(read_term(file, c, t, &t->terms[i]));
             t->term_count++;
         }
+        if (t->has_exact && t->factor_count != t->term_count)
+            return bad(c, "an exact part has not a factor for each term");
         TRY(check_one_section(c, t));
         break;
     }
@@ -1144,9 +1177,8 @@ static int has_within(dlt_text text, const char *word) {
     return 0;
 }
 
-/* No part ends, in lower case, as files of weights do. The last part does not end in .json with .safetensors.index. or
- * .bin.index. in it; it does not end as compiled code does, and is not adapter_config.json. */
-static int is_refused_name(dlt_text name) {
+/* No part ends, in lower case, as files of weights do. */
+static int ends_as_weights(dlt_text part) {
     static const char *const weights[] = {
         ".safetensors",
         ".bin",
@@ -1169,14 +1201,21 @@ static int is_refused_name(dlt_text name) {
         ".safetensors.index.json",
         ".bin.index.json",
     };
+    for (size_t i = 0; i < sizeof weights / sizeof *weights; i++) {
+        if (ends_as(part, weights[i])) return 1;
+    }
+    return 0;
+}
+
+/* The last part does not end in .json with .safetensors.index. or .bin.index. in it; it does not end as compiled code
+ * does, and is not adapter_config.json. */
+static int is_refused_name(dlt_text name) {
     static const char *const compiled[] = {".so", ".pyd", ".dll", ".dylib", ".exe", ".pyc", ".pyo"};
     static const char adapter[] = "adapter_config.json";
     dlt_text part = name;
     for (size_t at = 0; at <= name.length;) {
         part = next_part(name, &at);
-        for (size_t i = 0; i < sizeof weights / sizeof *weights; i++) {
-            if (ends_as(part, weights[i])) return 1;
-        }
+        if (ends_as_weights(part)) return 1;
     }
     for (size_t i = 0; i < sizeof compiled / sizeof *compiled; i++) {
         if (ends_as(part, compiled[i])) return 1;
@@ -1224,8 +1263,12 @@ static int is_weight_index(dlt_text name) {
     return 0;
 }
 
+/* It keeps the rules of 7.9, except that it ends as a weight file does: its folders do not. */
 static int is_weight_name(dlt_text name) {
     dlt_text part = last_part(name);
+    for (size_t at = 0; at + part.length < name.length;) {
+        if (ends_as_weights(next_part(name, &at))) return 0;
+    }
     return without(&part, ".safetensors") || is_weight_index(name);
 }
 
@@ -1331,6 +1374,9 @@ static dlt_status read_heads(dlt_file *file, cursor *c) {
         TRY(read_digest(c, 32, &a->digest));
         TRY(expect_key(c, "head"));
         TRY(read_buffer(file, c, OF_ATTACHMENTS, "head", &a->bytes));
+        /* 17.7: the served part is a delta file by itself, without `files`: none of its sections holds a head. */
+        if (file->served && &file->sections[a->bytes.section] < file->served)
+            return INVALID(c->error, "the head of %s lies in the served part", show(a->name).text);
     }
     return DLT_OK;
 }
@@ -1343,6 +1389,9 @@ static dlt_status read_attachment_buffers(dlt_file *file, cursor *c) {
         TRY(expect_map(c, 2));
         TRY(expect_key(c, "data"));
         TRY(read_buffer(file, c, OF_ATTACHMENTS, "attachment", &a->bytes));
+        /* 17.7: every attachment MUST lie in a section before this one. */
+        if (file->served && &file->sections[a->bytes.section] > file->served)
+            return INVALID(c->error, "the attachment %s lies behind the served part", show(a->name).text);
         TRY(expect_key(c, "digest"));
         TRY(read_digest(c, 32, &a->digest));
     }
@@ -1433,15 +1482,17 @@ static dlt_status read_sections(dlt_file *file, cursor *c, uint64_t index_offset
     int behind = 0;
     TRY(read_array(c, &count));
     MAKE(file->sections, count, c->error);
+    file->raw_sections.p = c->p;
     for (size_t i = 0; i < count; i++) {
         section *s = &file->sections[i];
+        const uint8_t *start = c->p;
         TRY(expect_map(c, 6));
         TRY(expect_key(c, "checksum"));
         TRY(read_digest(c, 16, &s->checksum));
         TRY(expect_key(c, "codec"));
         TRY(read_integer(c, "a section's codec", 0, 1, &codec));
         TRY(expect_key(c, "kind"));
-        TRY(read_integer(c, "a section's kind", OF_TENSORS, OF_EXACT, &kind));
+        TRY(read_integer(c, "a section's kind", OF_TENSORS, SERVED_END, &kind));
         TRY(expect_key(c, "length"));
         TRY(read_integer(c, "a section's length", 0, file->size, &s->length));
         TRY(expect_key(c, "offset"));
@@ -1475,6 +1526,20 @@ static dlt_status read_sections(dlt_file *file, cursor *c, uint64_t index_offset
         if (kind == OF_EXACT && codec == 1) return bad(c, "a section of exact tensors is compressed");
         if (kind == OF_TENSORS && behind) return bad(c, "a section of tensors lies behind one of exact tensors");
         behind |= kind == OF_EXACT;
+        /* 4.4: bit 4 MUST be set if a section has kind 4. 5.8: a file has at most one. It MUST have codec 0, MUST lie
+         * behind all sections of kind 1, and MUST lie before all sections of kind 3. */
+        if (kind == OF_TENSORS && file->served) return bad(c, "a section of tensors lies behind the served part");
+        if (kind == SERVED_END) {
+            if (!(file->about.incompatible & FEATURE_PROGRESSIVE))
+                return bad(c, "a section ends a served part, and feature bit 4 is not set");
+            if (codec == 1) return bad(c, "the section that ends the served part is compressed");
+            if (behind || file->served) return bad(c, "a served part ends behind another one, or behind exact tensors");
+            file->served = s;
+            file->raw_sections.length = (size_t)(start - file->raw_sections.p);
+            file->about.served_size = s->offset + s->length;
+            /* Its bytes are an index and a trailer. */
+            if (s->length > TRAILER) file->about.served_content_id = file->data + s->offset + s->length - TRAILER + 24;
+        }
         file->about.sections++;
     }
     /* The index starts where the next section would. */
@@ -1497,13 +1562,16 @@ static dlt_status read_index(dlt_file *file, uint64_t index_offset, dlt_error *e
     TRY(read_map(c, &count));
     if (count < 7) return bad(c, "the index lacks a key");
     count -= 7; /* those that it need not have */
+    const uint8_t *start = c->p;
     TRY(expect_key(c, "attachments"));
     TRY(read_attachments(file, c, &buffers));
+    file->raw_attachments = (slice){start, (size_t)(c->p - start)};
     if (count && is_key(c, "files")) {
         count--;
         TRY(read_files(file, c, &heads));
     }
     TRY(check_folders(file, c));
+    start = c->p;
     TRY(expect_key(c, "layouts"));
     TRY(read_layouts(file, c));
     TRY(expect_key(c, "metadata"));
@@ -1528,6 +1596,7 @@ static dlt_status read_index(dlt_file *file, uint64_t index_offset, dlt_error *e
         TRY(read_members(c, "scaled tensors", &file->scaled, &file->about.scaled));
     }
     if (count) return bad(c, "the index has a key too many");
+    file->raw_middle = (slice){start, (size_t)(c->p - start)};
     TRY(expect_key(c, "sections"));
     TRY(read_sections(file, c, index_offset));
     TRY(expect_key(c, "tensors"));
@@ -1682,7 +1751,8 @@ dlt_status dlt_open(const char *path, const dlt_limits *limits, dlt_file **out, 
     }
     void *data = NULL;
     dlt_status status = DLT_OK;
-    if (!S_ISREG(about.st_mode)) status = fail(error, DLT_SYSTEM, "not a regular file");
+    if (S_ISDIR(about.st_mode)) status = INVALID(error, "it is a folder, not a delta file");
+    else if (!S_ISREG(about.st_mode)) status = fail(error, DLT_SYSTEM, "not a regular file");
     else if (about.st_size == 0) status = INVALID(error, "the file is empty");
     else if ((data = mmap(NULL, (size_t)about.st_size, PROT_READ, MAP_PRIVATE, fd, 0)) == MAP_FAILED) {
         status = fail(error, DLT_SYSTEM, "%s", strerror(errno));
@@ -2477,6 +2547,13 @@ static dlt_status check_term(const dlt_tensor *t, const dlt_term *term, purpose 
 
 static dlt_status check_table(const dlt_file *file, const dlt_tensor *t, dlt_error *error);
 
+/* The chunks of an exact tensor, or of an exact part. Sections of kind 3 have codec 0, so nothing is decompressed. */
+static dlt_status load_exact(dlt_file *file, dlt_tensor *t, dlt_error *error) {
+    uint64_t total = 0;
+    TRY(load_buffer(file, t, &t->exact, &total, error));
+    return check_table(file, t, error);
+}
+
 static dlt_status load(dlt_file *file, dlt_tensor *t, purpose why, dlt_error *error) {
     uint64_t total = 0;
     if (t->loaded) return DLT_OK;
@@ -2485,10 +2562,8 @@ static dlt_status load(dlt_file *file, dlt_tensor *t, purpose why, dlt_error *er
             TRY(load_buffer(file, t, &t->terms[i].buffers[j], &total, error));
         TRY(check_term(t, &t->terms[i], why, error));
     }
-    if (t->action == DLT_EXACT) {
-        TRY(load_buffer(file, t, &t->exact, &total, error));
-        TRY(check_table(file, t, error));
-    }
+    /* 17.7: a reader that serves the whole file reads no section behind that of kind 4. */
+    if (t->action == DLT_EXACT || (t->has_exact && why == TO_VERIFY)) TRY(load_exact(file, t, error));
     /* A verifier hashes `data` piece by piece and needs it nowhere else. */
     if (t->has_data && why == TO_READ) TRY(load_buffer(file, t, &t->data, &total, error));
     t->loaded = 1;
@@ -2579,9 +2654,10 @@ static float value_of(const dlt_layout *l, uint32_t u, float scale, uint32_t zer
     return (float)(2 * (int32_t)u - top) * half;
 }
 
-/* Rows of the matrix of an nm term (11.6). */
+/* Rows of the matrix of an nm term (11.6). `marks`, here and below, is NULL, or has a byte for each element of the rows,
+ * which becomes 1 where the term has an entry, whatever its value (17.8). */
 static dlt_status decode_nm(const dlt_tensor *t, const dlt_term *term, uint64_t start, uint64_t count, float *out,
-                            dlt_error *error) {
+                            uint8_t *marks, dlt_error *error) {
     const dlt_layout *l = &term->layout;
     stream codes = codes_stream(l, t->columns);
     uint64_t groups = groups_of(l, t->columns), each = scales_of(l, codes.count);
@@ -2600,6 +2676,7 @@ static dlt_status decode_nm(const dlt_tensor *t, const dlt_term *term, uint64_t 
                 /* Entry i of group g stands in column g * M + position; one at or beyond the last column is ignored. */
                 uint64_t column = g * l->group + positions[i], e = g * l->keep + i;
                 if (column >= t->columns) continue;
+                if (marks) marks[(row - start) * t->columns + column] = 1;
                 uint64_t s = l->scale_group ? e / l->scale_group : 0;
                 float scale = scale_at(scales, l->scale_dtype, LANES * (tile * each + s) + lane);
                 out[column] = value_of(l, (uint32_t)field(words, LANES, &codes, e), scale, 0);
@@ -2668,7 +2745,8 @@ static dlt_status decode_lowrank(const dlt_tensor *t, const dlt_term *term, uint
     return DLT_OK;
 }
 
-static void decode_sparse(const dlt_tensor *t, const dlt_term *term, uint64_t start, uint64_t count, float *out) {
+static void decode_sparse(const dlt_tensor *t, const dlt_term *term, uint64_t start, uint64_t count, float *out,
+                          uint8_t *marks) {
     const dlt_layout *l = &term->layout;
     const uint32_t *starts = dlt_buffer(term, "starts")->data, *gaps = dlt_buffer(term, "gaps")->data;
     const void *scales = l->coded ? dlt_buffer(term, "scales")->data : NULL;
@@ -2688,6 +2766,7 @@ static void decode_sparse(const dlt_tensor *t, const dlt_term *term, uint64_t st
                     next += filler;
                     continue;
                 }
+                if (marks) marks[(row - start) * t->columns + next + gap] = 1;
                 if (l->coded) {
                     uint32_t u = (uint32_t)field((const uint32_t *)term->buffers[0].data + lane, LANES, &codes, s);
                     out[next + gap] = value_of(l, u, scale_at(scales, l->scale_dtype, row), 0);
@@ -2701,12 +2780,12 @@ static void decode_sparse(const dlt_tensor *t, const dlt_term *term, uint64_t st
 }
 
 static dlt_status decode_term(const dlt_tensor *t, const dlt_term *term, uint64_t start, uint64_t count, float *out,
-                              dlt_error *error) {
+                              uint8_t *marks, dlt_error *error) {
     switch (term->layout.kind) {
-    case DLT_NM: return decode_nm(t, term, start, count, out, error);
+    case DLT_NM: return decode_nm(t, term, start, count, out, marks, error);
     case DLT_LOWBIT: return decode_lowbit(t, term, start, count, out), DLT_OK;
     case DLT_LOWRANK: return decode_lowrank(t, term, start, count, out, error);
-    default: return decode_sparse(t, term, start, count, out), DLT_OK;
+    default: return decode_sparse(t, term, start, count, out, marks), DLT_OK;
     }
 }
 
@@ -2716,8 +2795,15 @@ static dlt_status check_rows(const dlt_tensor *t, uint64_t start, uint64_t count
                 (unsigned long long)start, (unsigned long long)count, (unsigned long long)rows);
 }
 
-dlt_status dlt_decode(dlt_file *file, const dlt_tensor *t, uint64_t start, uint64_t count, float *out,
-                      dlt_error *error) {
+/* 17.8: each element t of a term's matrix is replaced by float32(c * t), rounded to nearest, ties to even. */
+static void multiply(float *matrix, size_t elements, uint32_t factor) {
+    float c = float_of(factor);
+    for (size_t i = 0; i < elements; i++) matrix[i] = c * matrix[i];
+}
+
+/* The sum of the terms; with `marks`, of the terms with their factors (17.8). */
+static dlt_status decode_sum(dlt_file *file, const dlt_tensor *t, uint64_t start, uint64_t count, float *out,
+                             uint8_t *marks, dlt_error *error) {
     if (t->action != DLT_ADD || !t->loaded) {
         return fail(error, DLT_MISUSE, "%s: %s", show(t->name).text,
                     t->loaded ? "a tensor without a delta" : "dlt_load comes first");
@@ -2734,14 +2820,16 @@ dlt_status dlt_decode(dlt_file *file, const dlt_tensor *t, uint64_t start, uint6
                     (unsigned long long)file->limits.max_elements);
     }
     file->decoded += work;
-    TRY(decode_term(t, &t->terms[0], start, count, out, error));
-    if (t->term_count == 1) return DLT_OK;
+    TRY(decode_term(t, &t->terms[0], start, count, out, marks, error));
     size_t elements = (size_t)(count * t->columns);
+    if (marks) multiply(out, elements, t->factors[0]);
+    if (t->term_count == 1) return DLT_OK;
     float *more = malloc((elements ? elements : 1) * sizeof *more);
     if (more == NULL) return no_memory(error);
     dlt_status status = DLT_OK;
     for (uint32_t i = 1; i < t->term_count && status == DLT_OK; i++) {
-        status = decode_term(t, &t->terms[i], start, count, more, error);
+        status = decode_term(t, &t->terms[i], start, count, more, marks, error);
+        if (marks && status == DLT_OK) multiply(more, elements, t->factors[i]);
         /* 10.1: they are added in float32 in the order of the array, each sum rounded to nearest, ties to even. */
         for (size_t j = 0; j < elements && status == DLT_OK; j++) out[j] = out[j] + more[j];
     }
@@ -2749,13 +2837,18 @@ dlt_status dlt_decode(dlt_file *file, const dlt_tensor *t, uint64_t start, uint6
     return status;
 }
 
-/* Rows that the terms cover. */
+dlt_status dlt_decode(dlt_file *file, const dlt_tensor *t, uint64_t start, uint64_t count, float *out,
+                      dlt_error *error) {
+    return decode_sum(file, t, start, count, out, NULL, error);
+}
+
+/* Rows that the terms cover: what is served, or, with `marks`, the prediction of an exact part (17.8). */
 static dlt_status apply_shared(dlt_file *file, const dlt_tensor *t, uint64_t start, uint64_t count, const void *base,
-                               void *out, dlt_error *error) {
+                               void *out, uint8_t *marks, dlt_error *error) {
     uint64_t elements = count * t->columns;
     float *delta = malloc((size_t)(elements ? elements : 1) * sizeof *delta);
     if (delta == NULL) return no_memory(error);
-    dlt_status status = dlt_decode(file, t, start, count, delta, error);
+    dlt_status status = decode_sum(file, t, start, count, delta, marks, error);
     for (uint64_t i = 0; i < elements && status == DLT_OK; i++) {
         uint32_t bits;
         if (delta[i] == 0 && t->dtype == t->base_dtype) {
@@ -2972,27 +3065,33 @@ static dlt_status read_chunk_bytes(const chunk *c, unit u, chunk_memory *memory,
 }
 
 /* Put the units that the planes give in the place of the predicted ones. Sorted: the z are in ascending order of the
- * keys of their predicted units; those of equal keys keep their order. */
-static void join_units(const chunk *c, unit u, const chunk_memory *memory, uint64_t places, uint8_t *units) {
-    uint64_t starts[1 << 11] = {0}, sum = 0;
+ * keys of their predicted units; those of equal keys keep their order. 17.8: first the units that are not marked, and then
+ * those that are. `marks` is NULL, or has a byte for each unit of the chunk. */
+static void join_units(const chunk *c, unit u, const chunk_memory *memory, const uint8_t *marks, uint64_t places,
+                       uint8_t *units) {
+    uint64_t starts[2 << 11], sum = 0, keys = UINT64_C(1) << u.bits;
     int sorted = c->form == SORTED || c->form == SPARSE_UNITS, sparse = c->form == SPARSE_UNITS;
-    for (uint64_t i = 0; sorted && i < places; i++)
-        starts[key_of(get_unit(units, u.width, sparse ? memory->places[i] : i), u)]++;
-    for (size_t key = 0; sorted && key < sizeof starts / sizeof *starts; key++) {
+    memset(starts, 0, (size_t)(2 * keys) * sizeof *starts);
+    for (uint64_t i = 0; sorted && i < places; i++) {
+        uint64_t at = sparse ? memory->places[i] : i;
+        starts[key_of(get_unit(units, u.width, at), u) + (marks && marks[at] ? keys : 0)]++;
+    }
+    for (uint64_t key = 0; sorted && key < 2 * keys; key++) {
         uint64_t here = starts[key];
         starts[key] = sum, sum += here;
     }
     for (uint64_t i = 0; i < places; i++) {
         uint64_t at = sparse ? memory->places[i] : i, p = get_unit(units, u.width, at);
-        uint64_t z = joined(memory->planes, u.width, places, sorted ? starts[key_of(p, u)]++ : i);
+        uint64_t key = key_of(p, u) + (marks && marks[at] ? keys : 0);
+        uint64_t z = joined(memory->planes, u.width, places, sorted ? starts[key]++ : i);
         uint64_t value = c->form == VALUES ? z : moved_by(p, z, u);
         memcpy(units + u.width * at, &value, u.width);
     }
 }
 
 /* Restore a chunk; `units` holds the prediction, and then the units. Whoever restores one MUST compare the checksum. */
-static dlt_status restore_chunk(const dlt_tensor *t, const chunk *c, chunk_memory *memory, uint8_t *units,
-                                dlt_error *error) {
+static dlt_status restore_chunk(const dlt_tensor *t, const chunk *c, chunk_memory *memory, const uint8_t *marks,
+                                uint8_t *units, dlt_error *error) {
     unit u = unit_of(t->dtype);
     uint64_t places, number = c->first / t->chunk;
     dlt_error why;
@@ -3000,7 +3099,7 @@ static dlt_status restore_chunk(const dlt_tensor *t, const chunk *c, chunk_memor
     if (status != DLT_OK)
         return status == DLT_INVALID ? bad_chunk(t, number, why.message, error) : (*error = why, status);
     if (c->form == STORED_UNITS) memcpy(units, c->data, (size_t)c->length);
-    else if (c->form != SAME_UNITS) join_units(c, u, memory, places, units);
+    else if (c->form != SAME_UNITS) join_units(c, u, memory, marks, places, units);
     if (dlt_xxh3_64(units, (size_t)(c->count * u.width)) != c->checksum)
         return bad_chunk(t, number, "what it restores is not what was packed", error);
     return DLT_OK;
@@ -3019,7 +3118,7 @@ static dlt_status check_chunks(const dlt_tensor *t, dlt_error *error) {
         dlt_error why;
         if (c.form == STORED_UNITS || c.form == VALUES) {
             memset(units, 0, (size_t)(c.count * u.width));
-            status = restore_chunk(t, &c, &memory, units, error);
+            status = restore_chunk(t, &c, &memory, NULL, units, error);
         } else if ((status = read_chunk_bytes(&c, u, &memory, &places, &why)) != DLT_OK) {
             if (status == DLT_INVALID) status = bad_chunk(t, i, why.message, error);
             else *error = why;
@@ -3055,13 +3154,10 @@ static void predict(const dlt_tensor *t, const chunk *c, const uint8_t *base, ui
     }
 }
 
-/* All of an exact tensor. 17.1: its digest is the identity of the fine-tuned tensor. */
-static dlt_status apply_exact(const dlt_tensor *t, uint64_t start, uint64_t count, const uint8_t *base, uint8_t *out,
-                              dlt_error *error) {
-    if (start != 0 || count != t->rows)
-        return fail(error, DLT_MISUSE, "%s: an exact tensor is restored as a whole", show(t->name).text);
-    if (t->has_base && base == NULL)
-        return fail(error, DLT_MISUSE, "%s: an exact tensor is restored from its base", show(t->name).text);
+/* All chunks. 17.1: the digest is the identity of the fine-tuned tensor. `marks` is that of an exact part, whose
+ * prediction `out` holds; without it, chunks are predicted here. */
+static dlt_status restore_chunks(const dlt_tensor *t, const uint8_t *base, const uint8_t *marks, uint8_t *out,
+                                 dlt_error *error) {
     chunk_memory memory = {0};
     unsigned width = unit_of(t->dtype).width;
     uint64_t at = 0, chunks = chunks_of(t);
@@ -3069,15 +3165,38 @@ static dlt_status apply_exact(const dlt_tensor *t, uint64_t start, uint64_t coun
     dlt_status status = need_chunk_memory(t, &memory, error);
     for (uint64_t i = 0; i < chunks && status == DLT_OK; i++) {
         chunk c = chunk_at(t, i, &at);
-        predict(t, &c, base, out + c.first * width);
-        status = restore_chunk(t, &c, &memory, out + c.first * width, error);
+        if (marks == NULL) predict(t, &c, base, out + c.first * width);
+        status = restore_chunk(t, &c, &memory, marks ? marks + c.first : NULL, out + c.first * width, error);
     }
     free_chunk_memory(&memory);
     TRY(status);
     dlt_identity(t->dtype, &t->shape, out, units_of(t->dtype, t->elements) * width, digest);
-    return memcmp(digest, t->digest, 32) == 0
+    return memcmp(digest, t->exact_digest, 32) == 0
                ? DLT_OK
                : INVALID(error, "%s: what is restored is not what was packed", show(t->name).text);
+}
+
+static dlt_status apply_exact(const dlt_tensor *t, uint64_t start, uint64_t count, const uint8_t *base, uint8_t *out,
+                              dlt_error *error) {
+    if (start != 0 || count != t->rows)
+        return fail(error, DLT_MISUSE, "%s: an exact tensor is restored as a whole", show(t->name).text);
+    if (t->has_base && base == NULL)
+        return fail(error, DLT_MISUSE, "%s: an exact tensor is restored from its base", show(t->name).text);
+    return restore_chunks(t, base, NULL, out, error);
+}
+
+/* 17.8: the prediction of the units in rows that base and fine-tune both have is what section 10 makes of the base and of
+ * the sum of the terms with their factors. The prediction of the units of all other rows is data. */
+static dlt_status predict_part(dlt_file *file, const dlt_tensor *t, const uint8_t *base, uint8_t *marks, uint8_t *out,
+                               dlt_error *error) {
+    uint64_t width = size_of(t->dtype), base_width = size_of(t->base_dtype), step = 1 + (1 << 20) / t->columns;
+    for (uint64_t at = 0; at < t->shared_rows; at += step) {
+        uint64_t first = at * t->columns;
+        TRY(apply_shared(file, t, at, least(step, t->shared_rows - at), base + first * base_width, out + first * width,
+                         marks + first, error));
+    }
+    if (t->has_data) memcpy(out + t->shared_rows * t->columns * width, t->data.data, (size_t)t->data.length);
+    return DLT_OK;
 }
 
 dlt_status dlt_apply(dlt_file *file, const dlt_tensor *t, uint64_t start, uint64_t count, const void *base, void *out,
@@ -3098,12 +3217,28 @@ dlt_status dlt_apply(dlt_file *file, const dlt_tensor *t, uint64_t start, uint64
         return DLT_OK;
     }
     uint64_t shared = start < t->shared_rows ? least(count, t->shared_rows - start) : 0;
-    if (shared) TRY(apply_shared(file, t, start, shared, base, out, error));
+    if (shared) TRY(apply_shared(file, t, start, shared, base, out, NULL, error));
     if (count == shared) return DLT_OK;
     /* 7.4: if the fine-tune has more rows, data holds the others. */
     memcpy((uint8_t *)out + shared * row, (const uint8_t *)t->data.data + (start + shared - t->shared_rows) * row,
            (size_t)((count - shared) * row));
     return DLT_OK;
+}
+
+dlt_status dlt_restore(dlt_file *file, dlt_tensor *t, const void *base, void *out, dlt_error *error) {
+    if (t->action != DLT_ADD || !t->loaded) return dlt_apply(file, t, 0, t->rows, base, out, error);
+    if (!t->has_exact)
+        return fail(error, DLT_MISUSE, "%s: it has no exact part: it is served, not restored", show(t->name).text);
+    if (base == NULL) return fail(error, DLT_MISUSE, "%s: it is restored from its base", show(t->name).text);
+    if (t->elements > file->limits.max_memory)
+        return fail(error, DLT_LIMIT, "%s: its marks take more than max_memory", show(t->name).text);
+    TRY(load_exact(file, t, error));
+    uint8_t *marks = calloc((size_t)t->elements, 1);
+    if (marks == NULL) return no_memory(error);
+    dlt_status status = predict_part(file, t, base, marks, out, error);
+    if (status == DLT_OK) status = restore_chunks(t, base, marks, out, error);
+    free(marks);
+    return status;
 }
 
 /* ---- Scaled tensors of the base (7.8) ---- */
@@ -3238,121 +3373,152 @@ static dlt_status check_payload(dlt_file *file, const dlt_tensor *t, dlt_error *
                : INVALID(error, "%s: the payload has another digest", show(t->name).text);
 }
 
-static void add_count(blake3 *hash, uint8_t few, uint8_t two, size_t count) {
+/* Where bytes go that are made anew: into a hash, or beside bytes that must be these. */
+typedef struct {
+    blake3 hash;
+    slice beside; /* what is left of it */
+    int compares, differs;
+} sink;
+
+static void put(sink *s, const void *bytes, size_t length) {
+    if (!s->compares) return dlt_blake3_add(&s->hash, bytes, length);
+    if (length > s->beside.length || memcmp(s->beside.p, bytes, length) != 0) s->differs = 1, length = s->beside.length;
+    s->beside.p += length, s->beside.length -= length;
+}
+
+static void put_slice(sink *s, slice bytes) { put(s, bytes.p, bytes.length); }
+
+static void add_count(sink *s, uint8_t few, uint8_t two, size_t count) {
     uint8_t bytes[5] = {(uint8_t)(two + 1), (uint8_t)(count >> 24), (uint8_t)(count >> 16), (uint8_t)(count >> 8),
                         (uint8_t)count};
-    if (count < 16) bytes[0] = (uint8_t)(few + count), dlt_blake3_add(hash, bytes, 1);
-    else if (count < 65536) bytes[2] = two, dlt_blake3_add(hash, bytes + 2, 3);
-    else dlt_blake3_add(hash, bytes, 5);
+    if (count < 16) bytes[0] = (uint8_t)(few + count), put(s, bytes, 1);
+    else if (count < 65536) bytes[2] = two, put(s, bytes + 2, 3);
+    else put(s, bytes, 5);
 }
 
-static void add_string(blake3 *hash, dlt_text text) {
+static void add_string(sink *s, dlt_text text) {
     uint8_t bytes[3] = {0xDA, (uint8_t)(text.length >> 8), (uint8_t)text.length};
-    if (text.length < 32) bytes[2] = (uint8_t)(0xA0 + text.length), dlt_blake3_add(hash, bytes + 2, 1);
-    else if (text.length < 256) bytes[1] = 0xD9, dlt_blake3_add(hash, bytes + 1, 2);
-    else dlt_blake3_add(hash, bytes, 3); /* names have at most 1,024 bytes */
-    dlt_blake3_add(hash, text.text, text.length);
+    if (text.length < 32) bytes[2] = (uint8_t)(0xA0 + text.length), put(s, bytes + 2, 1);
+    else if (text.length < 256) bytes[1] = 0xD9, put(s, bytes + 1, 2);
+    else put(s, bytes, 3); /* names have at most 1,024 bytes */
+    put(s, text.text, text.length);
 }
 
-static void add_word(blake3 *hash, const char *word) { add_string(hash, (dlt_text){word, strlen(word)}); }
+static void add_word(sink *s, const char *word) { add_string(s, (dlt_text){word, strlen(word)}); }
 
-static void add_integer(blake3 *hash, uint64_t value) {
+static void add_integer(sink *s, uint64_t value) {
     uint8_t bytes[5] = {0xCE, (uint8_t)(value >> 24), (uint8_t)(value >> 16), (uint8_t)(value >> 8), (uint8_t)value};
-    if (value < 0x80) dlt_blake3_add(hash, bytes + 4, 1);
-    else if (value < 0x100) bytes[3] = 0xCC, dlt_blake3_add(hash, bytes + 3, 2);
-    else if (value < 0x10000) bytes[2] = 0xCD, dlt_blake3_add(hash, bytes + 2, 3);
-    else dlt_blake3_add(hash, bytes, 5); /* seeds and slots are below 2^32 */
+    if (value < 0x80) put(s, bytes + 4, 1);
+    else if (value < 0x100) bytes[3] = 0xCC, put(s, bytes + 3, 2);
+    else if (value < 0x10000) bytes[2] = 0xCD, put(s, bytes + 2, 3);
+    else put(s, bytes, 5); /* seeds and slots are below 2^32 */
 }
 
-/* An entry as a map, without data; every term as {layout, seed}, with slots where it has them and the layout itself in
- * the place of its number, and index of rank written as fixed. */
-static dlt_status add_entry(const dlt_file *file, blake3 *hash, const dlt_tensor *t, dlt_error *error) {
+static void add_digest(sink *s, const uint8_t digest[32]) {
+    static const uint8_t head[2] = {0xC4, 32};
+    put(s, head, 2);
+    put(s, digest, 32);
+}
+
+/* The head of a byte string. */
+static void add_length(sink *s, size_t length) {
+    uint8_t bytes[5] = {0xC6, (uint8_t)(length >> 24), (uint8_t)(length >> 16), (uint8_t)(length >> 8),
+                        (uint8_t)length};
+    if (length < 0x100) bytes[3] = 0xC4, put(s, bytes + 3, 2);
+    else if (length < 0x10000) bytes[2] = 0xC5, put(s, bytes + 2, 3);
+    else put(s, bytes, 5);
+}
+
+/* The content id is that of the whole file, or of its served part, which has neither files nor exact parts (17.7). */
+typedef enum { WHOLE, SERVED } extent;
+
+/* An entry as a map, without data; exact as {digest}; every term as {layout, seed}, with slots where it has them and the
+ * layout itself in the place of its number, and index of rank written as fixed. */
+static dlt_status add_entry(const dlt_file *file, sink *s, const dlt_tensor *t, extent of, dlt_error *error) {
     cursor c = {t->raw, t->raw + t->raw_length, error, t->name};
     size_t keys;
     TRY(read_map(&c, &keys));
-    add_count(hash, 0x80, 0xDE, keys - (size_t)t->has_data);
+    add_count(s, 0x80, 0xDE, keys - (size_t)t->has_data - (size_t)(t->has_exact && of == SERVED));
     const uint8_t *start = c.p, *end = t->term_count ? t->raw + t->terms_start : c.end;
-    if (t->action == DLT_EXACT) { /* exact as {digest} */
-        static const uint8_t head[2] = {0xC4, 32};
-        dlt_blake3_add(hash, start, (size_t)(t->raw + t->exact_start - start));
-        add_count(hash, 0x80, 0xDE, 1);
-        add_word(hash, "digest");
-        dlt_blake3_add(hash, head, 2);
-        dlt_blake3_add(hash, t->digest, 32);
-        start = t->raw + t->exact_end;
-    }
     if (t->has_data) {
-        dlt_blake3_add(hash, start, (size_t)(t->raw + t->data_start - start));
+        put(s, start, (size_t)(t->raw + t->data_start - start));
         start = t->raw + t->data_end;
     }
-    dlt_blake3_add(hash, start, (size_t)(end - start));
+    if (t->has_exact) {
+        put(s, start, (size_t)(t->raw + (of == SERVED ? t->exact_key : t->exact_start) - start));
+        if (of == WHOLE) {
+            add_count(s, 0x80, 0xDE, 1);
+            add_word(s, "digest");
+            add_digest(s, t->exact_digest);
+        }
+        start = t->raw + t->exact_end;
+    }
+    put(s, start, (size_t)(end - start));
     if (t->term_count == 0) return DLT_OK;
-    add_word(hash, "terms");
-    add_count(hash, 0x90, 0xDC, t->term_count);
+    add_word(s, "terms");
+    add_count(s, 0x90, 0xDC, t->term_count);
     for (uint32_t i = 0; i < t->term_count; i++) {
         const dlt_term *term = &t->terms[i];
         const layout_entry *l = &file->layouts[term->layout_number];
         int sparse = term->layout.kind == DLT_SPARSE;
-        add_count(hash, 0x80, 0xDE, sparse ? 3 : 2);
-        add_word(hash, "layout");
+        add_count(s, 0x80, 0xDE, sparse ? 3 : 2);
+        add_word(s, "layout");
         if (term->layout.kind == DLT_NM && term->layout.index == DLT_RANK) {
-            dlt_blake3_add(hash, l->raw.p, l->index_value);
-            add_word(hash, "fixed");
+            put(s, l->raw.p, l->index_value);
+            add_word(s, "fixed");
             size_t after = l->index_value + 1 + strlen("rank");
-            dlt_blake3_add(hash, l->raw.p + after, l->raw.length - after);
+            put(s, l->raw.p + after, l->raw.length - after);
         } else {
-            dlt_blake3_add(hash, l->raw.p, l->raw.length);
+            put_slice(s, l->raw);
         }
-        add_word(hash, "seed");
-        add_integer(hash, term->seed);
+        add_word(s, "seed");
+        add_integer(s, term->seed);
         if (!sparse) continue;
-        add_word(hash, "slots");
-        add_integer(hash, term->slots);
+        add_word(s, "slots");
+        add_integer(s, term->slots);
     }
     return DLT_OK;
 }
 
-static void add_digests(blake3 *hash, const attachment *all, size_t count) {
-    static const uint8_t head[2] = {0xC4, 32};
-    add_count(hash, 0x80, 0xDE, count);
+static void add_digests(sink *s, const attachment *all, size_t count) {
+    add_count(s, 0x80, 0xDE, count);
     for (size_t i = 0; i < count; i++) {
-        add_string(hash, all[i].name);
-        dlt_blake3_add(hash, head, 2);
-        dlt_blake3_add(hash, all[i].digest, 32);
+        add_string(s, all[i].name);
+        add_digest(s, all[i].digest);
     }
 }
 
-/* The content id: the canonical msgpack of a map with attachments (name to digest), metadata, removed, scaled, and
- * tensors, whose entries follow. */
-static void start_content_id(const dlt_file *file, blake3 *hash) {
-    dlt_blake3_start(hash);
-    add_count(hash, 0x80, 0xDE, 4 + (file->files != NULL) + (file->scaled != NULL) + (file->about.parent != NULL));
-    add_word(hash, "attachments");
-    add_digests(hash, file->attachments, file->about.attachments);
-    if (file->files) {
-        add_word(hash, "files");
-        add_digests(hash, file->files, file->about.files);
+/* The content id: the canonical msgpack of a map with attachments (name to digest), metadata, removed, and tensors, whose
+ * entries follow; files (name to digest), parent and scaled, if the index has them. */
+static void start_content_id(const dlt_file *file, sink *s, extent of) {
+    int files = file->files != NULL && of == WHOLE;
+    memset(s, 0, sizeof *s);
+    dlt_blake3_start(&s->hash);
+    add_count(s, 0x80, 0xDE, (size_t)(4 + files + (file->scaled != NULL) + (file->about.parent != NULL)));
+    add_word(s, "attachments");
+    add_digests(s, file->attachments, file->about.attachments);
+    if (files) {
+        add_word(s, "files");
+        add_digests(s, file->files, file->about.files);
     }
-    add_word(hash, "metadata");
-    dlt_blake3_add(hash, file->raw_metadata.p, file->raw_metadata.length);
+    add_word(s, "metadata");
+    put_slice(s, file->raw_metadata);
     if (file->about.parent) {
-        static const uint8_t head[2] = {0xC4, 32};
-        add_word(hash, "parent");
-        dlt_blake3_add(hash, head, 2);
-        dlt_blake3_add(hash, file->about.parent, 32);
+        add_word(s, "parent");
+        add_digest(s, file->about.parent);
     }
-    add_word(hash, "removed");
-    dlt_blake3_add(hash, file->raw_removed.p, file->raw_removed.length);
+    add_word(s, "removed");
+    put_slice(s, file->raw_removed);
     if (file->scaled) {
-        add_word(hash, "scaled");
-        add_count(hash, 0x80, 0xDE, file->about.scaled);
+        add_word(s, "scaled");
+        add_count(s, 0x80, 0xDE, file->about.scaled);
         for (size_t i = 0; i < file->about.scaled; i++) {
-            add_string(hash, file->scaled[i].name);
-            dlt_blake3_add(hash, file->scaled[i].raw.p, file->scaled[i].raw.length);
+            add_string(s, file->scaled[i].name);
+            put_slice(s, file->scaled[i].raw);
         }
     }
-    add_word(hash, "tensors");
-    add_count(hash, 0x80, 0xDE, file->about.tensors);
+    add_word(s, "tensors");
+    add_count(s, 0x80, 0xDE, file->about.tensors);
 }
 
 /* ---- Verifying (15) ---- */
@@ -3377,6 +3543,8 @@ static dlt_status check_places(dlt_file *file, place *places, size_t count, dlt_
     for (size_t i = 0; i < file->about.sections; i++) {
         uint64_t end = 0;
         size_t first = next;
+        /* 5.8: it has no buffers, and 5.4 says nothing about it. */
+        if (file->sections[i].kind == SERVED_END) continue;
         for (; next < count && places[next].section == i; next++) {
             uint64_t start = file->sections[i].kind == OF_EXACT ? end : align(end, ALIGNMENT);
             if (places[next].offset != start)
@@ -3421,7 +3589,7 @@ static dlt_status add_places(dlt_file *file, all_places *all, dlt_error *error) 
             for (uint32_t k = 0; k < t.terms[j].buffer_count; k++) TRY(add_place(all, &t.terms[j].buffers[k], error));
         }
         if (t.has_data) TRY(add_place(all, &t.data, error));
-        if (t.action == DLT_EXACT) TRY(add_place(all, &t.exact, error));
+        if (t.has_exact) TRY(add_place(all, &t.exact, error));
     }
     for (size_t i = 0; i < file->about.files; i++) TRY(add_place(all, &file->files[i].bytes, error));
     for (size_t i = 0; i < file->about.attachments; i++) TRY(add_place(all, &file->attachments[i].bytes, error));
@@ -3457,11 +3625,17 @@ dlt_status dlt_attachment(dlt_file *file, size_t number, void **data, uint64_t *
 /* A safetensors header is JSON. The parser reads what such a header has, in any spelling of JSON. */
 typedef struct {
     const uint8_t *p, *end;
-    char *texts; /* where strings are decoded to: no string is longer than it is spelled */
+    char *texts;    /* where strings are decoded to: no string is longer than it is spelled */
+    dlt_text *keys; /* of the metadata: room for as many as there may be */
+    int has_metadata;
 } json;
 
-static int json_next(json *j, char c) { /* whether `c` comes next; it is read then */
+static void json_space(json *j) {
     while (j->p < j->end && (*j->p == ' ' || *j->p == '\t' || *j->p == '\n' || *j->p == '\r')) j->p++;
+}
+
+static int json_next(json *j, char c) { /* whether `c` comes next; it is read then */
+    json_space(j);
     return j->p < j->end && *j->p == (uint8_t)c ? (j->p++, 1) : 0;
 }
 
@@ -3520,7 +3694,7 @@ static int json_string(json *j, dlt_text *out) {
 static int json_number(json *j, uint64_t *out) {
     int digits = 0;
     *out = 0;
-    (void)json_next(j, '\0'); /* the space before it */
+    json_space(j);
     for (; j->p < j->end && *j->p >= '0' && *j->p <= '9'; digits++) {
         if (*out > (UINT64_MAX - 9) / 10 || (digits == 1 && *out == 0)) return 0;
         *out = *out * 10 + (uint64_t)(*j->p++ - '0');
@@ -3538,14 +3712,21 @@ static int json_numbers(json *j, uint64_t *out, uint32_t most, uint32_t *count) 
     return json_next(j, ']');
 }
 
-/* The map of texts that __metadata__ is. */
+static int compare_names(const void *a, const void *b);
+
+/* The map of texts that __metadata__ is. No key stands twice. */
 static int json_metadata(json *j) {
-    dlt_text text;
-    if (!json_next(j, '{')) return 0;
+    dlt_text value;
+    size_t count = 0;
+    if (j->has_metadata++ || !json_next(j, '{')) return 0;
     if (json_next(j, '}')) return 1;
     do {
-        if (!json_string(j, &text) || !json_next(j, ':') || !json_string(j, &text)) return 0;
+        if (!json_string(j, &j->keys[count++]) || !json_next(j, ':') || !json_string(j, &value)) return 0;
     } while (json_next(j, ','));
+    qsort(j->keys, count, sizeof *j->keys, compare_names);
+    for (size_t i = 1; i < count; i++) {
+        if (same_text(j->keys[i - 1], j->keys[i])) return 0;
+    }
     return json_next(j, '}');
 }
 
@@ -3605,7 +3786,7 @@ static int json_header(json *j, row *rows, size_t *count) {
         } while (json_next(j, ','));
         if (!json_next(j, '}')) return 0;
     }
-    (void)json_next(j, '\0');
+    json_space(j);
     return j->p == j->end;
 }
 
@@ -3652,10 +3833,12 @@ static dlt_status check_head(dlt_file *file, const attachment *a, uint8_t *seen,
     char *texts = malloc((size_t)length + 1);
     /* `"":{"dtype":"","shape":[],"data_offsets":[0,0]}` and a comma: no tensor takes less. */
     row *rows = malloc((size_t)(length / 40 + 2) * sizeof *rows);
+    /* `"":""` and a comma: no key of the metadata takes less. */
+    dlt_text *keys = malloc((size_t)(length / 6 + 2) * sizeof *keys);
     size_t count = 0;
-    dlt_status status = head && texts && rows ? copy_buffer(file, &a->bytes, head, error) : no_memory(error);
+    dlt_status status = head && texts && rows && keys ? copy_buffer(file, &a->bytes, head, error) : no_memory(error);
     if (status == DLT_OK) {
-        json j = {head + 8, head + length, texts};
+        json j = {head + 8, head + length, texts, keys, 0};
         cursor text = {head, head + length, error, a->name};
         if (length < 8 || read64(head) != length - 8 ||
             check_utf8(&text, head + 8, (size_t)length - 8) != DLT_OK || !json_header(&j, rows, &count))
@@ -3668,6 +3851,7 @@ static dlt_status check_head(dlt_file *file, const attachment *a, uint8_t *seen,
     free(head);
     free(texts);
     free(rows);
+    free(keys);
     return status;
 }
 
@@ -3730,8 +3914,8 @@ static dlt_status check_decoded(dlt_file *file, dlt_error *error) {
     for (size_t i = 0; i < file->about.tensors; i++) {
         dlt_tensor t;
         TRY(read_entry(file, &file->tensors[i], &t, error));
-        if (t.action != DLT_EXACT) continue;
-        TRY(load(file, &t, TO_VERIFY, error));
+        if (!t.has_exact) continue;
+        TRY(load_exact(file, &t, error));
         uint64_t at = 0, chunks = chunks_of(&t);
         for (uint64_t k = 0; k < chunks; k++) {
             chunk c = chunk_at(&t, k, &at);
@@ -3739,22 +3923,82 @@ static dlt_status check_decoded(dlt_file *file, dlt_error *error) {
                 decoded += c.count * unit_of(t.dtype).width;
         }
         if (decoded > file->limits.max_output)
-            return fail(error, DLT_LIMIT, "the chunks of exact tensors become more than max_output, %llu bytes",
+            return fail(error, DLT_LIMIT, "the chunks of exact tensors and parts become more than max_output, %llu bytes",
                         (unsigned long long)file->limits.max_output);
     }
     return DLT_OK;
 }
 
-static dlt_status verify_tensor(dlt_file *file, const member *m, blake3 *content, dlt_error *error) {
+/* `served` is NULL if the file is not progressive. */
+static dlt_status verify_tensor(dlt_file *file, const member *m, sink *content, sink *served, dlt_error *error) {
     dlt_tensor t;
     TRY(read_entry(file, m, &t, error));
     add_string(content, t.name);
-    TRY(add_entry(file, content, &t, error));
-    if (t.digest == NULL) return DLT_OK;
+    TRY(add_entry(file, content, &t, WHOLE, error));
+    if (served) {
+        add_string(served, t.name);
+        TRY(add_entry(file, served, &t, SERVED, error));
+    }
+    if (t.digest == NULL && !t.has_exact) return DLT_OK;
     dlt_status status = load(file, &t, TO_VERIFY, error);
-    if (status == DLT_OK) status = t.action == DLT_EXACT ? check_chunks(&t, error) : check_payload(file, &t, error);
+    if (status == DLT_OK && t.digest) status = check_payload(file, &t, error);
+    if (status == DLT_OK && t.has_exact) status = check_chunks(&t, error);
     dlt_unload(&t);
     return status;
+}
+
+/* 17.7: the index of the served part is that of the whole file, with the sections before this one in sections, without
+ * files, and without exact in the entries. */
+static dlt_status put_served_index(const dlt_file *file, sink *s, dlt_error *error) {
+    add_count(s, 0x80, 0xDE, (size_t)(7 + (file->about.parent != NULL) + (file->scaled != NULL)));
+    put_slice(s, file->raw_attachments);
+    put_slice(s, file->raw_middle);
+    add_word(s, "sections");
+    add_count(s, 0x90, 0xDC, (size_t)(file->served - file->sections));
+    put_slice(s, file->raw_sections);
+    add_word(s, "tensors");
+    add_count(s, 0x80, 0xDE, file->about.tensors);
+    for (size_t i = 0; i < file->about.tensors; i++) {
+        dlt_tensor t;
+        TRY(read_entry(file, &file->tensors[i], &t, error));
+        size_t left_out = t.has_exact ? t.exact_end - t.exact_key : 0;
+        add_string(s, t.name);
+        add_length(s, t.raw_length - left_out);
+        if (!t.has_exact) {
+            put(s, t.raw, t.raw_length);
+            continue;
+        }
+        uint8_t head = (uint8_t)(t.raw[0] - 1); /* a map of fewer than 16 keys, which has one key less */
+        put(s, &head, 1);
+        put(s, t.raw + 1, t.exact_key - 1);
+        put(s, t.raw + t.exact_end, t.raw_length - t.exact_end);
+    }
+    return DLT_OK;
+}
+
+/* 17.7: a verifier MUST compare the section's bytes with those that the index asks for: an index, and a trailer that
+ * belongs to it (8). */
+static dlt_status check_served(const dlt_file *file, const uint8_t content_id[32], dlt_error *error) {
+    const section *s = file->served;
+    const uint8_t *data = file->data + s->offset;
+    if (s->length <= TRAILER) return INVALID(error, "the section of kind 4 has no room for an index and a trailer");
+    size_t length = (size_t)s->length - TRAILER;
+    sink index = {.beside = {data, length}, .compares = 1};
+    TRY(put_served_index(file, &index, error));
+    if (index.differs || index.beside.length) return INVALID(error, "the index of the served part is another one");
+    uint8_t trailer[TRAILER] = {0};
+    uint64_t numbers[3] = {s->offset, length, s->offset + s->length};
+    blake3 seal;
+    memcpy(trailer, numbers, sizeof numbers);
+    memcpy(trailer + 24, content_id, 32);
+    dlt_blake3_start(&seal);
+    dlt_blake3_add(&seal, file->data, HEADER);
+    dlt_blake3_add(&seal, data, length);
+    dlt_blake3_add(&seal, trailer, 88);
+    dlt_blake3_end(&seal, trailer + 88);
+    memcpy(trailer + 120, "DLTEND\r\n", 8);
+    return memcmp(data + length, trailer, TRAILER) == 0 ? DLT_OK
+                                                        : INVALID(error, "the trailer of the served part is another one");
 }
 
 static dlt_status verify_attachment(dlt_file *file, const attachment *a, dlt_error *error) {
@@ -3768,7 +4012,7 @@ static dlt_status verify_attachment(dlt_file *file, const attachment *a, dlt_err
 }
 
 static dlt_status verify(dlt_file *file, dlt_error *error) {
-    blake3 content;
+    sink content, served;
     uint8_t id[32];
     dlt_scaled scaled;
     TRY(check_coverage(file, error));
@@ -3776,10 +4020,16 @@ static dlt_status verify(dlt_file *file, dlt_error *error) {
     TRY(check_weights(file, error));
     if (file->about.incompatible & FEATURE_EXACT) TRY(check_decoded(file, error));
     TRY(check_files(file, error));
-    start_content_id(file, &content);
-    for (size_t i = 0; i < file->about.tensors; i++) TRY(verify_tensor(file, &file->tensors[i], &content, error));
+    start_content_id(file, &content, WHOLE);
+    if (file->served) start_content_id(file, &served, SERVED);
+    for (size_t i = 0; i < file->about.tensors; i++)
+        TRY(verify_tensor(file, &file->tensors[i], &content, file->served ? &served : NULL, error));
     for (size_t i = 0; i < file->about.attachments; i++) TRY(verify_attachment(file, &file->attachments[i], error));
-    dlt_blake3_end(&content, id);
+    if (file->served) {
+        dlt_blake3_end(&served.hash, id);
+        TRY(check_served(file, id, error));
+    }
+    dlt_blake3_end(&content.hash, id);
     return memcmp(id, file->about.content_id, 32) == 0 ? DLT_OK
                                                        : INVALID(error, "the content id is not that of the content");
 }

@@ -146,7 +146,7 @@ typedef struct {
     dlt_shape base_shape;
     const uint8_t *base_digest; /* 32 bytes */
     uint32_t part_count;        /* 0: the base's tensor of the same name; otherwise dlt_part gives the parts */
-    const uint8_t *digest;      /* 32 bytes; replace, add: of the payload; exact: the identity of the tensor (7.5) */
+    const uint8_t *digest;      /* 32 bytes; replace, add: of the payload (7.6) */
     dlt_text target;            /* alias */
     uint64_t rows, columns;     /* of the fine-tuned tensor as a matrix */
     uint64_t shared_rows;       /* add: rows that base and fine-tune both have, which the terms cover */
@@ -154,11 +154,15 @@ typedef struct {
     dlt_term terms[DLT_MAX_TERMS];
     int has_data;
     dlt_bytes data; /* replace: all bytes; add: those of the rows that the base has not */
-    uint32_t chunk; /* exact: units of a chunk (17.1) */
-    dlt_bytes exact; /* exact: the chunks and their table (17.4) */
+    int has_exact;               /* exact; add, if it has an exact part (17.8): */
+    uint32_t chunk;              /* units of a chunk (17.1) */
+    dlt_bytes exact;             /* the chunks and their table (17.4); of an add, not read by dlt_load */
+    const uint8_t *exact_digest; /* 32 bytes: the identity (7.5) of the tensor that is restored */
+    uint32_t factor_count;       /* add: as many as terms */
+    uint32_t factors[DLT_MAX_TERMS]; /* add: the bits of a float32 for each term */
     /* Private. */
     const uint8_t *raw, *raw_parts;
-    size_t raw_length, data_start, data_end, terms_start, exact_start, exact_end;
+    size_t raw_length, data_start, data_end, terms_start, exact_key, exact_start, exact_end;
     void *memory[DLT_MAX_TERMS * DLT_MAX_BUFFERS + 1];
     uint32_t memory_count;
     int loaded;
@@ -189,6 +193,8 @@ typedef struct {
     const uint8_t *content_id; /* 32 bytes, as the file says; dlt_verify recomputes it */
     const uint8_t *parent; /* NULL, or 32 bytes: the content id of the file whose result is the base (18). Whoever adds
                               this file's terms to a model compares the base's tensors first: dlt_check_base */
+    uint64_t served_size; /* of a progressive file, its first bytes that are a delta file by themselves (17.7); or 0 */
+    const uint8_t *served_content_id; /* NULL, or 32 bytes: what that file's trailer says; dlt_verify recomputes it */
     size_t tensors, attachments, files, removed, scaled, metadata, layouts, sections;
     uint64_t incompatible, compatible; /* feature bits */
 } dlt_info;
@@ -231,10 +237,16 @@ dlt_status dlt_decode(dlt_file *file, const dlt_tensor *tensor, uint64_t start, 
 
 /* Rows of the fine-tuned tensor (10.2, 10.3): `base` holds the same rows of the base's tensor, `out` takes rows in the
  * fine-tune's dtype. Also rows that the base has not, for which `base` is not read, and tensors of action `same` and
- * `replace`. An `exact` tensor is restored as a whole: `base` is all of the base's tensor, which the caller MUST have
+ * `replace`. An `add` with an exact part gives what is served. An `exact` tensor is restored as a whole: `base` is all of the base's tensor, which the caller MUST have
  * checked, and `out` takes all bytes. They are compared with the tensor's digest. */
 dlt_status dlt_apply(dlt_file *file, const dlt_tensor *tensor, uint64_t start, uint64_t count, const void *base,
                      void *out, dlt_error *error);
+
+/* The whole fine-tuned tensor as it was packed, bit for bit: an `exact` tensor, an `add` with an exact part, `same` and
+ * `replace`. `base` is all of the base's tensor, which the caller MUST have checked. The bytes are compared with the
+ * tensor's digest; while they differ, or after any other failure, `out` holds nothing of worth. Of a progressive file,
+ * this alone reads sections behind the served part. */
+dlt_status dlt_restore(dlt_file *file, dlt_tensor *tensor, const void *base, void *out, dlt_error *error);
 
 /* Compare the base's tensor, whose dtype and shape the caller has compared, with the one that the delta was made for
  * (7.5). `bytes`: the whole tensor, or its parts joined. */

@@ -34,6 +34,44 @@ rule(
 )
 rule(
     "7.10",
+    "Its folders keep all of 7.9",
+    "files-in-folder-of-weights files-in-folder-in-capitals",
+    Skip("index.exact", "not a plain relative path of a weight file, or of an index of weight files"),
+)
+rule(
+    "7.10",
+    "a key MUST NOT stand twice",
+    "files-head-tensor-twice files-head-metadata-twice files-head-metadata-key-twice files-head-key-twice",
+    Skip("checkpoint.safetensors_file", "a key stands twice"),
+)
+rule(
+    "7.10",
+    "Under `__metadata__`, which may be missing, it has an object of strings",
+    "files-head-metadata-number",
+    Skip(RESTORED, "is not a map from string to string"),
+)
+rule(
+    "7.10",
+    "the keys `dtype`, `shape` and `data_offsets`, and no others",
+    "files-head-unknown-key",
+    Skip(RESTORED, "expected the keys"),
+)
+rule(
+    "7.10",
+    "sizes and offsets are written as digits alone",
+    "files-head-minus-zero",
+    Skip(RESTORED, "is not an integer from 0 on"),
+    others="files-head-fraction files-head-three-places",
+    reason="what is no list of integers, or not as long, is no shape and no place",
+)
+rule(
+    "7.10",
+    "This is a JSON object in UTF-8",
+    others="files-head-half-a-character files-head-zero-byte files-head-utf-16",
+    reason="what is no JSON in UTF-8 has no value",
+)
+rule(
+    "7.10",
     "The rules about two names hold for the names in `files` and `attachments` together",
     others="files-alike",
     reason="the second file has no head",
@@ -174,6 +212,12 @@ rule(
     "every attachment MUST lie in a section before this one",
     "progressive-attachment-behind",
     Skip(INDEX, "it lies behind the served part"),
+)
+rule(
+    "17.7",
+    "every head (7.10) MUST lie in one behind it",
+    "progressive-head-before",
+    Skip(INDEX, "its head lies in the served part"),
 )
 rule(
     "17.7",
