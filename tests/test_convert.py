@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deltafmt
-from conftest import Cli, Raw, Tensors, read_folder, write_folder
+from conftest import Cli, Raw, Tensors, normal, read_folder, write_folder
 from deltafmt.format.constants import DTYPE_BITS
 from foreign_files import (
     INDEX,
@@ -26,6 +26,7 @@ from foreign_files import (
 from strategies import same_examples
 
 FILES = {"config.json": b'{"model_type": "llama"}', "generation_config.json": b"{}"}
+EMBED = "model.embed_tokens.weight"
 FORMATS = list(itertools.product(("xor", "overwrite"), ("xxh3-128", "blake3", "adler32")))
 
 
@@ -238,20 +239,38 @@ def test_messages_of_a_publisher_become_version_folders(tmp_path: Path) -> None:
     assert apply_version_folder(tmp_path / "v", read_folder(base)) == raws(state)
 
 
-def test_a_tied_head_that_no_file_has(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [EMBED, "embed.weight"])
+def test_a_tied_head_that_no_file_has(tmp_path: Path, name: str) -> None:
+    """Of the two names in a message, the first in the alphabet holds the tensor, and the other is its copy."""
     torch = pytest.importorskip("torch")
     embedding = torch.randn(8, 16, dtype=torch.bfloat16)
-    state = {"embed.weight": embedding, "lm_head.weight": embedding}
+    state = {name: embedding, "lm_head.weight": embedding}
     publisher = deltafmt.sync.Publisher(base=state)
     changed = dict.fromkeys(state, embedding + 1)
     (tmp_path / "m.deltafmt").write_bytes(publisher.publish(changed).data)
-    held = raws({"embed.weight": embedding})
+    held = raws({name: embedding})
     tied = write_folder(tmp_path / "tied", held, files={"config.json": b'{"tie_word_embeddings": true}'})
     deltafmt.convert(tmp_path / "m.deltafmt", tmp_path / "v", tied, "version-folder")
-    assert apply_version_folder(tmp_path / "v", held) == raws({"embed.weight": changed["embed.weight"]})
+    assert apply_version_folder(tmp_path / "v", held) == raws({name: changed[name]})
     free = write_folder(tmp_path / "free", held, files={"config.json": b"{}"})
     with pytest.raises(deltafmt.errors.DeltafmtError, match=r"lm_head.weight"):
         deltafmt.convert(tmp_path / "m.deltafmt", tmp_path / "w", free, "version-folder")
+
+
+@pytest.mark.parametrize(("name", "of"), [("model.layers.0.new.weight", "w.weight"), ("mtp.lm_head.weight", EMBED)])
+def test_a_new_copy_of_another_tensor_is_no_tied_head(tmp_path: Path, name: str, of: str) -> None:
+    a = {EMBED: normal(1, (8, 16)), "w.weight": normal(2, (8, 16))}
+    files = {"config.json": b'{"tie_word_embeddings": true}'}
+    base, after = (
+        write_folder(tmp_path / "a", a, files=files),
+        write_folder(tmp_path / "b", a | {name: a[of]}, files=files),
+    )
+    deltafmt.pack(base, after, tmp_path / "d.deltafmt", method=deltafmt.methods.Exact())
+    assert deltafmt.open(tmp_path / "d.deltafmt").resolve(name).name == of
+    for out, to in (("v", "version-folder"), ("t.safetensors", "trl")):
+        with pytest.raises(deltafmt.errors.UsageError, match=f'"{name}" is new'):
+            deltafmt.convert(tmp_path / "d.deltafmt", tmp_path / out, base, to, version="1", tensors_only=True)
+        assert not (tmp_path / out).exists()
 
 
 def raws(state: dict[str, Any]) -> Tensors:

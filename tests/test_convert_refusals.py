@@ -87,6 +87,18 @@ def test_outputs_that_exist_or_are_inputs(tmp_path: Path, cli: Cli, base: Path, 
         ("convert", exact, "-o", tmp_path, "--base", tmp_path / "v", "--to", "version-folder", "--force"),
     ):
         assert "input" in refused(cli(*words), 2)
+    (tmp_path / "link").symlink_to(patch)
+    for out, to in (
+        (patch / SHARD, "deltafmt"),
+        (patch / INDEX, "deltafmt"),
+        (patch / SHARD, "trl"),
+        (tmp_path / "link" / SHARD, "deltafmt"),
+        (patch / "new.deltafmt", "deltafmt"),
+        (patch / "new", "version-folder"),
+    ):
+        assert "lies in the input" in refused(
+            cli("convert", patch, "-o", out, "--base", base, "--to", to, "--force"), 2
+        )
     inside = base / "model.safetensors"
     assert refused(cli("convert", sparse, "-o", inside, "--base", base, "--to", "trl", "--force"), 2)
     arguments = ("convert", exact, "-o", patch, "--base", base, "--to", "version-folder", "--model-version", "1")

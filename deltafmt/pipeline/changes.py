@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.checkpoint.adapter import is_embedding
 from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.checkpoint.folder import Checkpoint, natural_key
 from deltafmt.checkpoint.restored import file_digest, read_heads
@@ -17,6 +18,7 @@ from deltafmt.errors import InvalidFileError, Remedy, UnsupportedError, UsageErr
 from deltafmt.foreign.patch import Patch
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.chain import Chain
+from deltafmt.pipeline.lora_names import is_head
 from deltafmt.pipeline.workers import Progress, in_order, worker_pool
 
 Bytes = NDArray[np.uint8]
@@ -89,9 +91,8 @@ class DeltaChanges:
         (self._delta,) = chain.deltas
         # A head that is the embedding, of a model that ties them, is in no file of the base: its loader makes it.
         ties = self.base.config().get("tie_word_embeddings") is True
-        entries = [
-            each for each in chain.entries[0] if not (ties and each.target and each.name not in self.base.tensors)
-        ]
+        heads = {_tied_head(each) for each in chain.entries[0]} if ties else set()
+        entries = [each for each in chain.entries[0] if each.name in self.base.tensors or each.name not in heads]
         self._entries = {entry.name: entry for entry in entries}
         name = self._delta.container.name
         if self._delta.container.scaled():
@@ -171,6 +172,17 @@ class DeltaChanges:
     def check_unchanged(self) -> None:
         """Check that no input has changed."""
         self.base.check_unchanged()
+
+
+def _tied_head(entry: TensorEntry) -> str | None:
+    """Return the name of a head that an entry says to be the input embedding of its model; None if it says no such."""
+    # Of the two, either may be the copy: a publisher has first what comes first in the alphabet.
+    for name, other in ((entry.name, entry.target or ""), (entry.target or "", entry.name)):
+        head, embedding = name.removesuffix(".weight"), other.removesuffix(".weight")
+        # A part of a model has both behind its name: language_model.lm_head, language_model.model.embed_tokens.
+        if is_head(head) and is_embedding(embedding) and embedding.startswith(head.rpartition(".")[0]):
+            return name
+    return None
 
 
 def _check_attached(base: Checkpoint, name: str, attached: Mapping[str, bytes], format_: str) -> None:

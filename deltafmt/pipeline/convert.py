@@ -33,7 +33,7 @@ from deltafmt.pipeline.convert_options import (
     versions_of,
 )
 from deltafmt.pipeline.gives import check_gives
-from deltafmt.pipeline.outputs import is_delta_file, refuse_input_file, refuse_input_folder
+from deltafmt.pipeline.outputs import is_delta_file, refuse_input_file, refuse_input_folder, refuse_inside
 from deltafmt.pipeline.workers import Progress, thread_count
 
 
@@ -121,6 +121,7 @@ def convert(
         target = _target(to, path, patch)
         _check_options(target, patch is None, parent, encoding, checksum, tensors_only=tensors_only)
         _check_output(place, target, (source, base), force=force)
+        refuse_inside(place, path)
         if target == DELTAFMT:
             assert patch is not None
             return _to_delta(patch, place, base, parent, version, base_version, force, workers, progress)

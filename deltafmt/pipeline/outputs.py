@@ -52,6 +52,16 @@ def refuse_input_folder(path: Path, sources: Sequence[str | os.PathLike[str]]) -
             raise UsageError(f"the output {path} is, or holds, the input {source}")
 
 
+def refuse_inside(path: Path, source: Path) -> None:
+    """Refuse an output in a folder that is an input: it would replace a file of it, or stand among them as one.
+
+    Raises:
+        UsageError: names the folder.
+    """
+    if source.is_dir() and path.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"the output {path} lies in the input {source}")
+
+
 @contextlib.contextmanager
 def kept_if_interrupted(keep: Callable[[], bool], drop: Callable[[], None]) -> Iterator[None]:
     """Keep what a block has made if it is interrupted, and drop it after any other error.
