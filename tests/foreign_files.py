@@ -124,9 +124,9 @@ def sparse_tensors(a: Tensors, b: Tensors) -> Tensors:
     return found
 
 
-def sparse_metadata(names: Sequence[str], version: int = 1, **others: str) -> dict[str, str]:
+def sparse_metadata(names: Sequence[str], **others: str) -> dict[str, str]:
     """Return the metadata of a sparse patch."""
-    return {"sparse": "True", "model_version": str(version), "changed_params": json.dumps(list(names)), **others}
+    return {"sparse": "True", "model_version": "1", "changed_params": json.dumps(list(names)), **others}
 
 
 def state_sha256(tensors: Tensors) -> str:

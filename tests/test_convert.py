@@ -198,7 +198,7 @@ def test_one_foreign_format_becomes_another(tmp_path: Path) -> None:
     result = deltafmt.convert(patch, tmp_path / "other", base, "version-folder", encoding="overwrite")
     assert (result.version, result.base_version, result.source) == ("v2", "v1", "version-folder")
     assert apply_version_folder(tmp_path / "other", a) == b
-    result = deltafmt.convert(patch, tmp_path / "t.safetensors", base, "trl", version="2")
+    result = deltafmt.convert(patch, tmp_path / "t.safetensors", base, "trl", version="2", base_version="1")
     assert apply_sparse_file(tmp_path / "t.safetensors", a) == b
     assert result.base_version == "1"
 
@@ -229,10 +229,11 @@ def test_links_of_a_chain(tmp_path: Path, cli: Cli) -> None:
 
 def test_messages_of_a_publisher_become_version_folders(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    state = {"w": torch.randn(8, 16, dtype=torch.bfloat16), "n": torch.ones(16)}
+    state = {"w": torch.randn(256, 256, dtype=torch.bfloat16), "n": torch.ones(16)}
     base = write_folder(tmp_path / "base", raws(state))
     publisher = deltafmt.sync.Publisher(base=state)
-    state["w"] = state["w"] + 1
+    state["w"] = state["w"].clone()
+    state["w"][3] += 1
     (tmp_path / "m.deltafmt").write_bytes(publisher.publish(state).data)
     result = deltafmt.convert(tmp_path / "m.deltafmt", tmp_path / "v", base, "version-folder")
     assert (result.version, result.base_version, result.tensors) == ("000001", "000000", 1)
@@ -243,11 +244,15 @@ def test_messages_of_a_publisher_become_version_folders(tmp_path: Path) -> None:
 def test_a_tied_head_that_no_file_has(tmp_path: Path, name: str) -> None:
     """Of the two names in a message, the first in the alphabet holds the tensor, and the other is its copy."""
     torch = pytest.importorskip("torch")
-    embedding = torch.randn(8, 16, dtype=torch.bfloat16)
+    embedding = torch.randn(256, 256, dtype=torch.bfloat16)
     state = {name: embedding, "lm_head.weight": embedding}
     publisher = deltafmt.sync.Publisher(base=state)
-    changed = dict.fromkeys(state, embedding + 1)
-    (tmp_path / "m.deltafmt").write_bytes(publisher.publish(changed).data)
+    new = embedding.clone()
+    new[3] += 1
+    changed = dict.fromkeys(state, new)
+    message = publisher.publish(changed)
+    assert message.kind == "patch"
+    (tmp_path / "m.deltafmt").write_bytes(message.data)
     held = raws({name: embedding})
     tied = write_folder(tmp_path / "tied", held, files={"config.json": b'{"tie_word_embeddings": true}'})
     deltafmt.convert(tmp_path / "m.deltafmt", tmp_path / "v", tied, "version-folder")

@@ -100,7 +100,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "its own base": (
         lambda f: edited(f, lambda index: index["metadata"].update(base_version="000001")),
         3,
-        "version 000001 cannot be made on itself",
+        "version 000001 cannot be made on version 000001",
     ),
     "encoding": (
         lambda f: edited(f, lambda index: index["metadata"].update(delta_encoding="add")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import WrongBaseError
+from deltafmt.foreign.versions import Versions
 
 DELTAFMT: Final = "deltafmt"
 VERSION_FOLDER: Final = "version-folder"
@@ -19,19 +19,6 @@ TRL: Final = "trl"
 FORMATS: Final = (DELTAFMT, VERSION_FOLDER, TRL)
 
 Tensors = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Versions:
-    """What a patch says of the two versions that it lies between; None where it says nothing.
-
-    Attributes:
-        version: the version that it gives, as it is written there.
-        base: the version that it was made on.
-    """
-
-    version: str | None = None
-    base: str | None = None
 
 
 class Patch(Protocol):

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
 from deltafmt.errors import InvalidFileError, UnsupportedError, WrongBaseError
-from deltafmt.foreign.patch import TRL, Tensors, Versions, find_base, named_tensor, whole
+from deltafmt.foreign.patch import TRL, Tensors, find_base, named_tensor, whole
 from deltafmt.foreign.version_folder import check_ascending
+from deltafmt.foreign.versions import Versions, one_before, read_versions
 from deltafmt.format.constants import DTYPE_BITS, element_count
 
 INDICES: Final = ".indices"
@@ -117,7 +118,10 @@ class SparseFile:
             if not isinstance(changed, list) or sorted(map(str, changed)) != sorted(self._pairs):
                 raise InvalidFileError(f"{self.path}: {CHANGED} does not name the tensors that the file holds")
         version, base = metadata.get(MODEL_VERSION), metadata.get(PREVIOUS_VERSION)
-        return Versions(version, None if base in (None, "-1") else base)
+        # TRL counts its patches, and says -1 where it has sent none before.
+        return read_versions(
+            self.path, version, one_before(version) if base is None else None if base == "-1" else base
+        )
 
     @property
     def names(self) -> Collection[str]:

@@ -13,8 +13,8 @@ from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.container.partial import PartialFile
 from deltafmt.errors import UsageError
 from deltafmt.foreign import sparse_file as f
-from deltafmt.foreign.patch import Versions
 from deltafmt.foreign.spill import Spill, file_pieces
+from deltafmt.foreign.versions import Versions
 from deltafmt.format.constants import element_count
 
 # Of TRL's tensors, those of the engine are all of this dtype: other values would be rounded to it.

@@ -21,7 +21,8 @@ from deltafmt.checkpoint.weight_choice import WeightChoice, check_shards, read_i
 from deltafmt.errors import InvalidFileError, UnsupportedError, WrongBaseError
 from deltafmt.foreign.checksums import CHECKSUMS, checksum_hasher, is_checksum
 from deltafmt.foreign.frames import Frame
-from deltafmt.foreign.patch import VERSION_FOLDER, Tensors, Versions, find_base, named_tensor, whole
+from deltafmt.foreign.patch import VERSION_FOLDER, Tensors, find_base, named_tensor, whole
+from deltafmt.foreign.versions import Versions, read_versions
 from deltafmt.output import storage_error
 from deltafmt.regular_file import read_regular
 
@@ -41,7 +42,7 @@ ZSTD: Final = "zstd"
 POSITION: Final = np.dtype("<u4")
 
 _KEYS = (VERSION, BASE_VERSION, ENCODING, COMPRESSION, CHECKSUM)
-_MAX_VERSION = 200
+_MAX_TEXT = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +102,12 @@ def parse_index(where: Path, metadata: dict[str, Any]) -> FolderIndex:
     for key, value in metadata.items():
         if key not in (*_KEYS, "total_size"):
             raise UnsupportedError(f"{where}: the key {key!r} of its metadata is not known, and may change its meaning")
-        if key in _KEYS and (not isinstance(value, str) or not 1 <= len(value) <= _MAX_VERSION):
-            raise InvalidFileError(f"{where}: {key} is {value!r}, not a short text")
+        if key in _KEYS and (not isinstance(value, str) or not 1 <= len(value) <= _MAX_TEXT):
+            raise InvalidFileError(f"{where}: {key} is {value!r:.220}, not a short text")
     for key, known in ((ENCODING, ENCODINGS), (COMPRESSION, (ZSTD,)), (CHECKSUM, tuple(CHECKSUMS))):
         if metadata[key] not in known:
             raise UnsupportedError(f"{where}: {key} is {metadata[key]!r}, and only {', '.join(known)} can be read")
-    versions = Versions(metadata[VERSION], metadata[BASE_VERSION])
-    if versions.version == versions.base:
-        raise InvalidFileError(f"{where}: version {versions.version} cannot be made on itself")
+    versions = read_versions(where, metadata[VERSION], metadata[BASE_VERSION])
     return FolderIndex(versions, metadata[ENCODING], metadata[CHECKSUM])
 
 

@@ -17,8 +17,8 @@ from deltafmt.errors import Remedy, UsageError
 from deltafmt.foreign import version_folder as f
 from deltafmt.foreign.checksums import checksum_hasher
 from deltafmt.foreign.frames import compressor
-from deltafmt.foreign.patch import Versions
 from deltafmt.foreign.spill import Spill, file_pieces
+from deltafmt.foreign.versions import Versions
 from deltafmt.output import storage_error
 
 

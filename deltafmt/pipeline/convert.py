@@ -15,11 +15,12 @@ from deltafmt.container.partial import check_output_file
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError, Remedy, StorageError, UsageError
 from deltafmt.foreign.checksums import CHECKSUMS
-from deltafmt.foreign.patch import DELTAFMT, FORMATS, TRL, VERSION_FOLDER, Patch, Versions
+from deltafmt.foreign.patch import DELTAFMT, FORMATS, TRL, VERSION_FOLDER, Patch
 from deltafmt.foreign.sparse_file import SparseFile
 from deltafmt.foreign.sparse_file_writer import SparseFileWriter, total_elements
 from deltafmt.foreign.version_folder import ENCODING, ENCODINGS, INDEX, VersionFolder, index_metadata
 from deltafmt.foreign.version_folder_writer import VersionFolderWriter
+from deltafmt.foreign.versions import Versions
 from deltafmt.format.choices import check_choice
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.pipeline.chain import open_chain, open_links
@@ -96,7 +97,8 @@ def convert(
         to: ``deltafmt``, ``version-folder`` or ``trl``; ``deltafmt`` if not given and the source is a patch.
         parent: a delta file whose result is ``base``. The delta file that is made is the next link of a chain.
         version, base_version: the versions that a patch says. If not given, they are those of the source, or of a
-            folder named ``weight_v000001``; the base is then one version earlier.
+            folder named ``weight_v000001``. Where the source says none, the base has the version that an engine has
+            noted in it, or is one version earlier.
         encoding: how a version folder has changes: ``xor``, as if not given, or ``overwrite``.
         checksum: which checksums a version folder has: ``xxh3-128``, as if not given, ``blake3`` or ``adler32``.
         tensors_only: True to leave out what a patch cannot carry of a delta file: attached files, and the heads of
@@ -127,7 +129,11 @@ def convert(
             return _to_delta(patch, place, base, parent, version, base_version, force, workers, progress)
         changes, told = stack.enter_context(_changes(path, patch, base, target, limits, tensors_only=tensors_only))
         refuse_input_file(place, (changes.base,))
+        noted, where = applied_version(changes.base.path), f"the checkpoint {base}"
+        if told.base is None:
+            told = Versions(told.version, noted)
         versions = chosen_versions(version, base_version, told, place, target)
+        check_base_version(path, versions, noted, where)
         writer = _writer(place, target, versions, encoding, checksum, changes.base, force=force)
         count = write_changes(changes, writer, workers, progress)
     kind = DELTAFMT if patch is None else patch.format
@@ -271,7 +277,7 @@ def _changes(
     """Open a source on its base, and give what it changes and the versions that it says."""
     if patch is None:
         with open_links([path], limits) as links, open_chain(base, links) as chain:
-            yield DeltaChanges(chain, target, tensors_only=tensors_only), versions_of(links[0].metadata)
+            yield DeltaChanges(chain, target, tensors_only=tensors_only), versions_of(links[0])
         return
     with Checkpoint(base) as checkpoint:
         check_base_version(path, patch.versions, applied_version(checkpoint.path), f"the checkpoint {base}")
@@ -322,7 +328,7 @@ def _parent_id(
         raise UsageError(f"the output {place} is itself an input")
     with DeltaFile(parent) as opened:
         name = opened.container.name
-        check_base_version(source, told, versions_of(opened.metadata).version, f"what {name} gives")
+        check_base_version(source, told, versions_of(opened).version, f"what {name} gives")
         return check_gives(opened, base, threads)
 
 

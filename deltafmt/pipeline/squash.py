@@ -27,6 +27,7 @@ from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import BaseRef, TensorEntry, predicts
 from deltafmt.index.scaled import ScaledRef
 from deltafmt.pipeline.chain import Chain, LinkState, open_chain, open_links
+from deltafmt.pipeline.convert_options import metadata_of_chain
 from deltafmt.pipeline.entry_writer import EntryWriter
 from deltafmt.pipeline.exact_tensors import chunk_spans, pack_chunk
 from deltafmt.pipeline.repack import check_converted, copied_attachments, copied_files, moved
@@ -244,7 +245,7 @@ class _Squash:
 
     def _metadata(self) -> dict[str, str]:
         """Return the last link's metadata, with what the first one says of its base."""
-        first, last = self._links[0].metadata, self._links[-1].metadata
+        first, last = self._links[0].metadata, metadata_of_chain(self._links[0], self._links[-1])
         of_base = (c.METADATA_BASE, METADATA_VARIANT)
         found = {key: value for key, value in last.items() if key not in of_base}
         return found | {key: first[key] for key in of_base if key in first}

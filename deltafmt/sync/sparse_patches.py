@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import InvalidFileError, UsageError, WrongBaseError
-from deltafmt.foreign.patch import Tensors, Versions, find_base, whole
+from deltafmt.foreign.patch import Tensors, find_base, whole
 from deltafmt.foreign.sparse_file import INDEX, MAX_INDEX
 from deltafmt.foreign.version_folder import check_ascending
+from deltafmt.foreign.versions import Versions
 from deltafmt.format.constants import DTYPE_BITS, element_count
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.pipeline.changes import write_changes
