@@ -144,11 +144,13 @@ def test_a_sparse_file_there_and_back(tmp_path: Path, cli: Cli) -> None:
     assert content(tmp_path / "u") == content(after)
 
 
-@pytest.mark.parametrize("told", ["", "right"])
-def test_a_sparse_file_of_any_dtype_is_read(tmp_path: Path, told: str) -> None:
+@pytest.mark.parametrize("told", [False, True])
+def test_a_sparse_file_of_any_dtype_is_read(tmp_path: Path, told: bool) -> None:
     a, b = states(4)
     base, after = folders(tmp_path, a, b)
-    patch = write_sparse_file(tmp_path / "p.safetensors", a, b, checksum_sha256=told and state_sha256(b))
+    patch = write_sparse_file(
+        tmp_path / "p.safetensors", a, b, **({"checksum_sha256": state_sha256(b)} if told else {})
+    )
     deltafmt.convert(patch, tmp_path / "d.deltafmt", base)
     deltafmt.unpack(base, tmp_path / "d.deltafmt", tmp_path / "u")
     assert content(tmp_path / "u") == content(after)
@@ -294,6 +296,14 @@ def test_nothing_changed(tmp_path: Path) -> None:
     deltafmt.pack(base, after, tmp_path / "d.deltafmt", method=deltafmt.methods.Exact())
     assert deltafmt.convert(tmp_path / "d.deltafmt", tmp_path / "v", base, "version-folder", version="3").tensors == 0
     assert [path.name for path in (tmp_path / "v").iterdir()] == [INDEX]
+    # Such a folder has no weights, and is replaced as others are.
+    deltafmt.convert(tmp_path / "d.deltafmt", tmp_path / "v", base, "version-folder", version="4", force=True)
+    assert json.loads((tmp_path / "v" / INDEX).read_text())["metadata"]["version"] == "000004"
+    (tmp_path / "v" / INDEX).write_text('{"metadata": {}}')
+    with pytest.raises(deltafmt.errors.UsageError, match="is not a checkpoint and is not replaced"):
+        deltafmt.convert(tmp_path / "d.deltafmt", tmp_path / "v", base, "version-folder", version="5", force=True)
+    (tmp_path / "v" / INDEX).unlink()
+    deltafmt.convert(tmp_path / "d.deltafmt", tmp_path / "v", base, "version-folder", version="3", force=True)
     deltafmt.convert(tmp_path / "v", tmp_path / "back.deltafmt", base)
     deltafmt.unpack(base, tmp_path / "back.deltafmt", tmp_path / "u")
     assert content(tmp_path / "u") == content(after)

@@ -10,6 +10,7 @@ import pytest
 
 import deltafmt
 from conftest import Cli, Tensors, normal, nudge, raw, read_folder, refused, safetensors_bytes, write_folder
+from deltafmt.errors import UsageError
 from foreign_files import INDEX, apply_version_folder, sparse_tensors, write_sparse_file, write_version_folder
 from test_convert_strangers import FILES, SHARD, A, B
 
@@ -53,6 +54,12 @@ def test_options_that_do_not_go_together(tmp_path: Path, cli: Cli, base: Path, e
     assert "is not one of deltafmt, version-folder, trl" in said(exact, "--to", "zip")
     assert "a parent is named in a delta file" in said(exact, "--to", "version-folder", "--parent", exact)
     assert "encoding 'xor': a version-folder has one" in said(patch, "--encoding", "xor")
+    for limit in ("memory", "elements", "output"):
+        assert "limits are for delta files, and" in said(patch, f"--max-{limit}", "1")
+    with pytest.raises(UsageError, match="limits are for delta files"):
+        deltafmt.sync.sparse_patches(patch, base, limits=deltafmt.Limits(max_output=1))
+    said(patch, "--parent", exact, "--max-memory", "1", code=3)
+    assert "--parent is empty" in said(patch, "--parent", "")
     assert "there is nothing to leave out" in said(patch, "--tensors-only")
     assert "a delta file has none" in said(patch, "--model-version", "3")
     folder = ("--to", "version-folder")

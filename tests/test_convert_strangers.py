@@ -54,6 +54,7 @@ FRAMES = {
     "longer": (compressed(XOR + b"\0"), 4, "wrong base", "a zstd frame declares 97 bytes, not 96"),
     "longer, not declared": (compressed(XOR + bytes(10**6), write_content_size=False), 3, "has more content"),
     "shorter, not declared": (compressed(XOR[:-7], write_content_size=False), 3, "a zstd frame ends 7 bytes early"),
+    "empty blocks": (b"\x28\xb5\x2f\xfd\x20\x60" + bytes(30_000), 3, "a zstd frame has more than 4,096 blocks"),
     "other bits": (compressed(XOR[::-1]), 4, "its new bytes have another checksum: the base is not version 000000"),
 }
 OVERWRITES = {
@@ -65,6 +66,7 @@ OVERWRITES = {
     "no number": (compressed(b"ab"), 3, "2 bytes change more than the 96 of the tensor"),
     "much more": (compressed(bytes(10**6)), 3, "1,000,000 bytes change more than the 96 of the tensor"),
     "nothing in it": (compressed(b"", write_content_size=False), 3, "a zstd frame ends 4 bytes early"),
+    "empty blocks": (b"\x28\xb5\x2f\xfd\x20\x60" + bytes(30_000), 3, "a zstd frame has more than 4,096 blocks"),
     "no values": (overwritten(2, [1, 2], b""), 3, "a zstd frame declares 12 bytes, not 14"),
 }
 
@@ -256,6 +258,8 @@ SPARSE: dict[str, tuple[Callable[[Tensors, dict[str, str]], object], int, str]] 
     "coded": (lambda _, m: m.update(encoding="gap_delta"), 3, "encoding is 'gap_delta'"),
     "unknown key": (lambda _, m: m.update(scale="2"), 3, "the key 'scale' of its metadata is not known"),
     "another state": (lambda _, m: m.update(checksum_sha256="0" * 64), 4, "the new state has another SHA-256"),
+    "no state": (lambda _, m: m.update(checksum_sha256=""), 3, "checksum_sha256 is '', not a SHA-256"),
+    "half a state": (lambda _, m: m.update(checksum_sha256="ab"), 3, "checksum_sha256 is 'ab', not a SHA-256"),
     "another model": (
         lambda t, m: (
             t.update({f"z.{end}": t.pop(f"a.weight.{end}") for end in ("indices", "values")}),

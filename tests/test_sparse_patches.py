@@ -147,6 +147,8 @@ def patch(**changes: Any) -> Foreign:
         ({"values": torch.tensor([1, torch.nan], dtype=torch.bfloat16)}, UsageError, "NaN, which means unchanged"),
         ({"values": torch.ones(3, dtype=torch.bfloat16)}, UsageError, "not two rows alike"),
         ({"indices": torch.tensor([1.0, 2.0])}, UsageError, "not a row of int32"),
+        ({"indices": [1, 2]}, UsageError, "indices are a list, not a tensor"),
+        ({"values": np.ones(2)}, UsageError, "values are a ndarray, not a tensor"),
         ({"indices": torch.tensor([[1, 2]], dtype=torch.int32)}, UsageError, "not a row of int32"),
         ({"indices": torch.tensor([2, 2], dtype=torch.int32)}, UsageError, 'patch of "w": index 2 stands twice'),
         ({"indices": torch.tensor([2, 48], dtype=torch.int32)}, UsageError, "index 48 lies outside"),

@@ -52,6 +52,7 @@ PATHS = {
     "delta": "DELTA",
     "folders": "FOLDER",
     "output": "-o",
+    "parent": "--parent",
 }
 
 # The commands whose module has ``add_rare_arguments``.

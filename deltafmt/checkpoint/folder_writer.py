@@ -14,6 +14,7 @@ from deltafmt.checkpoint.exchange import exchange
 from deltafmt.checkpoint.folder import natural_key
 from deltafmt.checkpoint.in_place import WHOLE, PatchedFolder, lock_of, partial_of, replaced_of
 from deltafmt.checkpoint.safetensors_file import STEP
+from deltafmt.checkpoint.weight_choice import read_json
 from deltafmt.checkpoint.weight_names import USUAL_NAMES, WeightNames, index_name, shard_name
 from deltafmt.errors import InvalidFileError, Remedy, StorageError, UsageError
 from deltafmt.format import constants as c
@@ -276,7 +277,7 @@ def check_output_folder(path: Path, *, force: bool) -> None:
 
     Args:
         path: the folder to make.
-        force: allow an existing folder, if it is a checkpoint.
+        force: allow an existing folder, if it is a checkpoint or a version folder.
 
     Raises:
         UsageError: the folder exists, or its name is not one for a folder.
@@ -304,8 +305,16 @@ def check_output_folder(path: Path, *, force: bool) -> None:
         if folder is not None:
             raise UsageError(f"{path} holds the folder {folder} and is not replaced; remove it first")
         places = (path, *(path / component for component in read.present))
-        if found and not any(entry.suffix == ".safetensors" for place in places for entry in place.iterdir()):
+        weights = any(entry.suffix == ".safetensors" for place in places for entry in place.iterdir())
+        if found and not weights and not _is_unchanged_version(found):
             raise UsageError(f"{path} is not a checkpoint and is not replaced; remove it first")
+
+
+def _is_unchanged_version(files: list[Path]) -> bool:
+    """Tell whether all that a folder has is the index of a version in which no tensor changes (deltafmt.foreign)."""
+    index = read_json(files[0]) if [file.name for file in files] == [index_name(USUAL_NAMES.of_component(""))] else None
+    metadata = index.get("metadata") if isinstance(index, dict) else None
+    return isinstance(metadata, dict) and "delta_encoding" in metadata
 
 
 def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:

@@ -12,6 +12,8 @@ from deltafmt.format.constants import ZSTD_MAX_WINDOW
 from deltafmt.format.zstd_frame import frame_end
 
 LEVEL = 1
+# A frame may have so many blocks, and one more for so many bytes of content.
+_SPARE_BLOCKS, _BLOCK = 4096, 512
 
 
 class Frame:
@@ -19,15 +21,18 @@ class Frame:
 
     Args:
         data: exactly one frame.
+        most: the bytes that its content has at most.
 
     Raises:
-        InvalidFileError: the bytes are not one frame, or it asks for a dictionary or a window of more than 128 MiB.
+        InvalidFileError: the bytes are not one frame, or it asks for a dictionary, a window of more than 128 MiB, or
+            blocks beyond number.
     """
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: memoryview, most: int) -> None:
         try:
             parameters = zstandard.get_frame_parameters(data)
-            end = frame_end(data)
+            # The smallest window has 1 KiB, and so have full blocks then. Writers that split them stay far above.
+            end = frame_end(data, _SPARE_BLOCKS + most // _BLOCK)
         except zstandard.ZstdError as error:
             raise InvalidFileError("not a zstd frame") from error
         if end != len(data):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Final, Self
@@ -117,6 +118,9 @@ class SparseFile:
                 changed = None
             if not isinstance(changed, list) or sorted(map(str, changed)) != sorted(self._pairs):
                 raise InvalidFileError(f"{self.path}: {CHANGED} does not name the tensors that the file holds")
+        state = metadata.get(STATE)
+        if state is not None and not re.fullmatch("[0-9a-f]{64}", state):
+            raise InvalidFileError(f"{self.path}: {STATE} is {state!r:.80}, not a SHA-256")
         version, base = metadata.get(MODEL_VERSION), metadata.get(PREVIOUS_VERSION)
         # TRL counts its patches, and says -1 where it has sent none before.
         return read_versions(
@@ -146,7 +150,7 @@ class SparseFile:
                     f"{element_count(found.shape):,} elements of the tensor"
                 )
         told = self._file.metadata.get(STATE)
-        if told and told != self._state(base):
+        if told is not None and told != self._state(base):
             raise WrongBaseError(
                 f"wrong base {where}: the new state has another SHA-256 than {self.path} says; it was made on another "
                 "version, or the file is damaged"

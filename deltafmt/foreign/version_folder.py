@@ -178,13 +178,13 @@ class VersionFolder:
         for name, tensor in self._tensors.items():
             found = find_base(self.path, name, base, where)
             with tensor.pages(0, tensor.nbytes) as view:
-                frame = self._frame(name, view)
+                frame = self._frame(found, view)
             if self.index.encoding == XOR:
                 try:
                     frame.expect(found.nbytes)
                 except InvalidFileError as error:
                     raise WrongBaseError(f"wrong base {where}: {named_tensor(self.path, name)}: {error}") from error
-            elif frame.size is not None and not 0 <= frame.size - 4 <= 5 * found.nbytes:
+            elif frame.size is not None and not POSITION.itemsize <= frame.size <= _longest_overwrite(found.nbytes):
                 raise InvalidFileError(
                     f"{named_tensor(self.path, name)}: {frame.size:,} bytes change more than the {found.nbytes:,} of "
                     "the tensor"
@@ -196,7 +196,7 @@ class VersionFolder:
         where = named_tensor(self.path, base.name)
         out = whole(base)
         with tensor.pages(0, tensor.nbytes) as view:
-            frame = self._frame(base.name, view)
+            frame = self._frame(base, view)
             try:
                 if self.index.encoding == XOR:
                     _apply_xor(frame, out)
@@ -213,11 +213,12 @@ class VersionFolder:
             )
         return out
 
-    def _frame(self, name: str, view: memoryview) -> Frame:
+    def _frame(self, base: Tensor, view: memoryview) -> Frame:
+        most = base.nbytes if self.index.encoding == XOR else _longest_overwrite(base.nbytes)
         try:
-            return Frame(view)
+            return Frame(view, most)
         except InvalidFileError as error:
-            raise error.located(named_tensor(self.path, name)) from error
+            raise error.located(named_tensor(self.path, base.name)) from error
 
     def check_unchanged(self) -> None:
         """Check that no shard was replaced or written to since it was opened."""
@@ -229,6 +230,11 @@ class VersionFolder:
         self._tensors = {}
         for shard in self._shards:
             shard.close()
+
+
+def _longest_overwrite(nbytes: int) -> int:
+    """Return the bytes of an overwrite that changes all bytes of a tensor: their number, positions and new values."""
+    return POSITION.itemsize + nbytes * (POSITION.itemsize + 1)
 
 
 def _apply_xor(frame: Frame, out: NDArray[np.uint8]) -> None:

@@ -30,7 +30,7 @@ def check_frame(frame: bytes | bytearray | memoryview, size: int) -> None:
         raise InvalidFileError("the frame uses a dictionary or a checksum")
 
 
-def frame_end(frame: memoryview) -> int:
+def frame_end(frame: memoryview, most: int | None = None) -> int:
     """Return where a frame ends, or a number behind the end of the bytes.
 
     python-zstandard drops the bytes that follow a frame. So the lengths of its blocks are followed (RFC 8878, section
@@ -38,16 +38,21 @@ def frame_end(frame: memoryview) -> int:
 
     Args:
         frame: bytes that begin with a frame's header.
+        most: how many blocks it may have; None for any number. A block is three bytes at least, and may be empty.
 
     Raises:
+        InvalidFileError: it has more.
         zstandard.ZstdError: they do not.
     """
     position = zstandard.frame_header_size(frame)
-    last = False
+    last, blocks = False, 0
     while not last and position + 3 <= len(frame):
         head = int.from_bytes(frame[position : position + 3], "little")
         last, kind, size = bool(head & 1), head >> 1 & 3, head >> 3
         position += 3 + (1 if kind == 1 else size)
+        blocks += 1
+        if most is not None and blocks > most:
+            raise InvalidFileError(f"a zstd frame has more than {most:,} blocks")
     if last and zstandard.get_frame_parameters(frame).has_checksum:
         position += 4
     return position if last else len(frame) + 1

@@ -105,7 +105,7 @@ def convert(
             weight files.
         force: True to replace ``out`` if it exists.
         threads: worker threads; one for each processor if not given.
-        limits: how much memory, work and output a delta file may ask for.
+        limits: how much memory, work and output a delta file, the source or ``parent``, may ask for.
         progress: called with a tensor's name and bytes as each is done.
 
     Raises:
@@ -120,13 +120,14 @@ def convert(
         patch = open_patch(path)
         if patch is not None:
             stack.callback(patch.close)
+        _check_limits(path, patch, limits, parent)
         target = _target(to, path, patch)
         _check_options(target, patch is None, parent, encoding, checksum, tensors_only=tensors_only)
         _check_output(place, target, (source, base), force=force)
         refuse_inside(place, path)
         if target == DELTAFMT:
             assert patch is not None
-            return _to_delta(patch, place, base, parent, version, base_version, force, workers, progress)
+            return _to_delta(patch, place, base, parent, version, base_version, force, workers, limits, progress)
         changes, told = stack.enter_context(_changes(path, patch, base, target, limits, tensors_only=tensors_only))
         refuse_input_file(place, (changes.base,))
         noted, where = applied_version(changes.base.path), f"the checkpoint {base}"
@@ -158,7 +159,7 @@ def convert_patch(
     core.warn_if_missing()
     place, workers = Path(out), thread_count(threads)
     _check_output(place, DELTAFMT, (base,), force=force)
-    return _to_delta(patch, place, base, parent, None, None, force, workers, None)
+    return _to_delta(patch, place, base, parent, None, None, force, workers, DEFAULT_LIMITS, None)
 
 
 @contextlib.contextmanager
@@ -181,6 +182,7 @@ def opened_changes(
     with contextlib.ExitStack() as stack:
         if patch is not None:
             stack.callback(patch.close)
+        _check_limits(path, patch, limits, None)
         yield stack.enter_context(_changes(path, patch, base, target, limits, tensors_only=True))[0]
 
 
@@ -250,6 +252,18 @@ def _check_options(
         check_choice(name, value, known)
 
 
+def _check_limits(path: Path, patch: Patch | None, limits: Limits, parent: str | os.PathLike[str] | None) -> None:
+    """Refuse limits where no delta file is read.
+
+    Raises:
+        UsageError: names the format.
+    """
+    if patch is not None and parent is None and limits != DEFAULT_LIMITS:
+        raise UsageError(
+            f"limits are for delta files, and {path} is a {patch.format} whose base says how much it may be"
+        )
+
+
 def _check_output(place: Path, target: str, sources: Sequence[str | os.PathLike[str]], *, force: bool) -> None:
     """Refuse an output that cannot be made, before any work is done.
 
@@ -294,13 +308,14 @@ def _to_delta(
     base_version: str | None,
     force: bool,
     threads: int,
+    limits: Limits,
     progress: Progress | None,
 ) -> ConvertResult:
     """Make a delta file of a patch."""
     with _changes(patch.path, patch, base, DELTAFMT, DEFAULT_LIMITS, tensors_only=False) as (changes, told):
         refuse_input_file(place, (changes.base,))
         versions = chosen_versions(version, base_version, told, place, DELTAFMT)
-        link = None if parent is None else _parent_id(parent, base, place, patch.path, told, threads)
+        link = None if parent is None else _parent_id(parent, base, place, patch.path, told, threads, limits)
         about = metadata_of(patch.format, versions)
         made = write_delta(changes, place, about, link, force=force, threads=threads, progress=progress)
     result = ConvertResult(place, patch.format, DELTAFMT, versions.version, versions.base, made.tensors)
@@ -317,6 +332,7 @@ def _parent_id(
     source: Path,
     told: Versions,
     threads: int,
+    limits: Limits,
 ) -> bytes:
     """Return the content id of the delta file that gives the base.
 
@@ -326,7 +342,7 @@ def _parent_id(
     """
     if place.exists() and os.path.samefile(place, parent):
         raise UsageError(f"the output {place} is itself an input")
-    with DeltaFile(parent) as opened:
+    with DeltaFile(parent, limits=limits) as opened:
         name = opened.container.name
         check_base_version(source, told, versions_of(opened).version, f"what {name} gives")
         return check_gives(opened, base, threads)

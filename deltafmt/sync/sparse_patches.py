@@ -224,6 +224,9 @@ class _Patches:
 def _checked(patch: PatchLike) -> PatchLike:
     """Refuse a patch that vLLM would not take, as far as it shows without the indices' values."""
     where = f'the patch of "{patch.name}"'
+    for what, given in (("indices", patch.indices), ("values", patch.values)):
+        if not isinstance(given, torch.Tensor):
+            raise UsageError(f"{where}: {what} are a {type(given).__name__}, not a tensor of torch")
     if patch.indices.dtype not in (torch.int32, torch.int64) or patch.indices.ndim != 1:
         raise UsageError(
             f"{where}: indices of {patch.indices.dtype} {list(patch.indices.shape)} are not a row of int32"
