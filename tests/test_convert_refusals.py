@@ -214,11 +214,13 @@ def test_a_pipeline_of_several_folders(tmp_path: Path, cli: Cli) -> None:
     refused(cli(*words, "--to", "version-folder", "--model-version", "1"), 2, "is made of several folders")
 
 
-def test_a_source_that_changes_meanwhile(tmp_path: Path, base: Path) -> None:
+@pytest.mark.parametrize("name", [SHARD, INDEX])
+def test_a_source_that_changes_meanwhile(tmp_path: Path, base: Path, name: str) -> None:
     patch = write_version_folder(tmp_path / "v", A, B)
 
     def touch(*_: object) -> None:
-        (patch / SHARD).write_bytes((patch / SHARD).read_bytes())
+        data = (patch / name).read_bytes()
+        (patch / name).write_bytes(data.replace(b'"000001"', b'"000002"'))
 
     with pytest.raises(deltafmt.errors.StorageError, match="changed while it was being read"):
         deltafmt.convert(patch, tmp_path / "d.deltafmt", base, progress=touch)

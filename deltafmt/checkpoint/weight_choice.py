@@ -247,6 +247,15 @@ def read_index(where: Path) -> dict[str, str]:
         data = read_regular(where)
     except OSError as error:
         raise storage_error("cannot read", where, error) from error
+    return parse_weight_map(where, data)
+
+
+def parse_weight_map(where: Path, data: bytes) -> dict[str, str]:
+    """Return the weight map that the bytes of an index hold.
+
+    Raises:
+        InvalidFileError: the index is not valid, or names a file that is not beside it.
+    """
     try:
         weight_map: Any = json.loads(data.decode("utf-8"))["weight_map"]
         wanted = {str(tensor): str(file) for tensor, file in weight_map.items()}

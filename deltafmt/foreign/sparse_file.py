@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
 from deltafmt.errors import InvalidFileError, UnsupportedError, WrongBaseError
 from deltafmt.foreign.patch import TRL, Tensors, find_base, named_tensor, whole
-from deltafmt.foreign.version_folder import check_ascending
+from deltafmt.foreign.places import check_ascending, put
 from deltafmt.foreign.versions import Versions, one_before, read_versions
 from deltafmt.format.constants import DTYPE_BITS, element_count
 
@@ -177,7 +177,7 @@ class SparseFile:
         except InvalidFileError as error:
             raise error.located(named_tensor(self.path, base.name)) from error
         unit = np.dtype(f"V{DTYPE_BITS[base.dtype] // 8}")
-        out.view(unit)[positions] = whole(values).view(unit)
+        put(out.view(unit), positions, whole(values).view(unit))
         return out
 
     def check_unchanged(self) -> None:

@@ -13,6 +13,7 @@ from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.container.partial import PartialFile
 from deltafmt.errors import UsageError
 from deltafmt.foreign import sparse_file as f
+from deltafmt.foreign.places import Places
 from deltafmt.foreign.spill import Spill, file_pieces
 from deltafmt.foreign.versions import Versions
 from deltafmt.format.constants import element_count
@@ -26,12 +27,14 @@ class ChangedElements:
     """The elements of a tensor that change.
 
     Attributes:
-        indices: their flat positions, int32, ascending.
-        values: the bytes of their new values.
+        count: how many they are.
+        indices: their flat positions, int32, ascending, in pieces.
+        values: the bytes of their new values, in pieces.
     """
 
-    indices: NDArray[np.int32]
-    values: bytes
+    count: int
+    indices: list[NDArray[np.int32]]
+    values: list[NDArray[np.uint8]]
 
 
 class SparseFileWriter:
@@ -70,29 +73,20 @@ class SparseFileWriter:
         Raises:
             UsageError: the format cannot say it.
         """
-        units = new.view(np.uint16) if base.dtype == DTYPE else None
-        position, found = 0, []
-        for piece in base.pieces():
-            old = np.frombuffer(piece, np.uint8)
-            there = new[position : position + old.size]
-            if units is None:
-                if not np.array_equal(old, there):
-                    raise UsageError(
-                        f'tensor "{base.name}" is {base.dtype}, and TRL\'s patches change {DTYPE} alone; write a '
-                        "version-folder, which changes tensors of every dtype"
-                    )
-            else:
-                found.append(np.flatnonzero(old.view(np.uint16) != there.view(np.uint16)) + position // 2)
-            position += old.size
-        indices = np.concatenate(found) if found else np.empty(0, np.int64)
-        if not indices.size or units is None:
+        found = Places(base, new, 2 if base.dtype == DTYPE else 1)
+        if not found.count:
             return None
-        if indices[-1] > f.MAX_INDEX:
+        if base.dtype != DTYPE:
+            raise UsageError(
+                f'tensor "{base.name}" is {base.dtype}, and TRL\'s patches change {DTYPE} alone; write a '
+                "version-folder, which changes tensors of every dtype"
+            )
+        if found.last > f.MAX_INDEX:
             raise UsageError(
                 f'tensor "{base.name}" changes behind its element 2**31, which TRL\'s patches cannot say; write a '
                 "version-folder"
             )
-        return ChangedElements(indices.astype(f.INDEX), units[indices].tobytes())
+        return ChangedElements(found.count, list(found.places(f.INDEX)), list(found.values()))
 
     def add(self, base: Tensor, encoded: ChangedElements) -> None:
         """Write a changed tensor.
@@ -101,10 +95,9 @@ class SparseFileWriter:
             StorageError: writing failed.
         """
         indices, values = self._spills
-        count = encoded.indices.size
-        indices.add(base.name + f.INDICES, "I32", count, encoded.indices.tobytes())
-        values.add(base.name + f.VALUES, DTYPE, count, encoded.values)
-        self._changed += count
+        indices.add(base.name + f.INDICES, "I32", encoded.count, *(piece.data for piece in encoded.indices))
+        values.add(base.name + f.VALUES, DTYPE, encoded.count, *(piece.data for piece in encoded.values))
+        self._changed += encoded.count
 
     def finish(self) -> None:
         """Write the file, and give it its name.

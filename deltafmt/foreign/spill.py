@@ -43,17 +43,17 @@ class Spill:
         """The names of the tensors."""
         return [name for name, _, _, _ in self._rows]
 
-    def add(self, name: str, dtype: str, elements: int, data: Bytes) -> None:
-        """Take a tensor of one dimension.
+    def add(self, name: str, dtype: str, elements: int, *data: Bytes) -> None:
+        """Take a tensor of one dimension, whose bytes may come in pieces.
 
         Raises:
             StorageError: writing failed.
         """
         try:
-            self._file.write(data)
+            self._file.writelines(data)
         except OSError as error:
             raise storage_error("cannot write into", self._folder, error) from error
-        nbytes = memoryview(data).nbytes
+        nbytes = sum(memoryview(piece).nbytes for piece in data)
         self._rows.append((name, dtype, elements, nbytes))
         self.size += nbytes
 

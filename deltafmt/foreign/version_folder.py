@@ -16,12 +16,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
-from deltafmt.checkpoint.weight_choice import WeightChoice, check_shards, read_index
-from deltafmt.errors import InvalidFileError, UnsupportedError, WrongBaseError
+from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor, unique_keys
+from deltafmt.checkpoint.weight_choice import WeightChoice, check_shards, parse_weight_map
+from deltafmt.errors import InvalidFileError, StorageError, UnsupportedError, WrongBaseError
 from deltafmt.foreign.checksums import CHECKSUMS, checksum_hasher, is_checksum
 from deltafmt.foreign.frames import Frame
 from deltafmt.foreign.patch import VERSION_FOLDER, Tensors, find_base, named_tensor, whole
+from deltafmt.foreign.places import check_ascending, put
 from deltafmt.foreign.versions import Versions, read_versions
 from deltafmt.output import storage_error
 from deltafmt.regular_file import read_regular
@@ -60,8 +61,8 @@ class FolderIndex:
     checksum: str
 
 
-def index_metadata(path: Path) -> dict[str, Any] | None:
-    """Return the metadata of a folder's index of shards; None if there is no such index, or it has none.
+def read_folder_index(path: Path) -> tuple[bytes, dict[str, Any]] | None:
+    """Return the bytes of a folder's index of shards and its metadata; None if there is no such index, or it has none.
 
     Raises:
         InvalidFileError: the index is not valid.
@@ -75,18 +76,11 @@ def index_metadata(path: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise storage_error("cannot read", where, error) from error
     try:
-        index = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        index = json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise InvalidFileError(f"{where}: the index is not valid: {error}") from error
     metadata = index.get("metadata") if isinstance(index, dict) else None
-    return metadata if isinstance(metadata, dict) else None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
-    return found
+    return (data, metadata) if isinstance(metadata, dict) else None
 
 
 def parse_index(where: Path, metadata: dict[str, Any]) -> FolderIndex:
@@ -125,12 +119,13 @@ class VersionFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         where = path / INDEX
-        metadata = index_metadata(path)
-        if metadata is None or ENCODING not in metadata:
+        found = read_folder_index(path)
+        if found is None or ENCODING not in found[1]:
             raise InvalidFileError(f"{where}: not the index of a version folder: its metadata have no {ENCODING}")
+        self._data, metadata = found
         self.index = parse_index(where, metadata)
         self.versions = self.index.versions
-        wanted = read_index(where)
+        wanted = parse_weight_map(where, self._data)
         files = tuple(sorted(set(wanted.values())))
         check_shards(path, WeightChoice(INDEX.removesuffix(".index.json"), files, INDEX))
         # Those who apply such a folder read every weight file in it, whatever its index says.
@@ -221,7 +216,14 @@ class VersionFolder:
             raise error.located(named_tensor(self.path, base.name)) from error
 
     def check_unchanged(self) -> None:
-        """Check that no shard was replaced or written to since it was opened."""
+        """Check that neither the index nor a shard was replaced or written to since it was opened."""
+        where = self.path / INDEX
+        try:
+            same = read_regular(where) == self._data
+        except OSError as error:
+            raise storage_error("cannot read", where, error) from error
+        if not same:
+            raise StorageError(f"{where} changed while it was being read")
         for shard in self._shards:
             shard.check_unchanged()
 
@@ -255,32 +257,8 @@ def _apply_overwrite(frame: Frame, out: NDArray[np.uint8]) -> None:
     frame.expect(POSITION.itemsize * (1 + count) + count)
     positions = np.frombuffer(frame.read(POSITION.itemsize * count), POSITION)
     check_ascending(positions, out.size, "position")
-    out[positions] = np.frombuffer(frame.read(count), np.uint8)
+    first = 0
+    for piece in frame.pieces(count):
+        put(out, positions[first : first + len(piece)], np.frombuffer(piece, np.uint8))
+        first += len(piece)
     frame.finish()
-
-
-def check_ascending(positions: NDArray[Any], size: int, what: str) -> None:
-    """Refuse positions that are not ascending, or lie outside.
-
-    Args:
-        positions: integers.
-        size: what they must be below.
-        what: what messages call one.
-
-    Raises:
-        InvalidFileError: names the first that is wrong.
-    """
-    if not positions.size:
-        return
-    outside = positions >= size
-    if positions.dtype.kind == "i":
-        outside |= positions < 0
-    if outside.any():
-        number = int(positions[int(np.argmax(outside))])
-        raise InvalidFileError(f"{what} {number:,} lies outside the tensor, which has {size:,}")
-    wrong = positions[1:] <= positions[:-1]
-    if wrong.any():
-        first = int(np.argmax(wrong))
-        before, number = int(positions[first]), int(positions[first + 1])
-        text = f"{number:,} stands twice" if before == number else f"{number:,} stands behind {before:,}"
-        raise InvalidFileError(f"{what} {text}, and they must ascend")

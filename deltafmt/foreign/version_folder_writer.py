@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from deltafmt.errors import Remedy, UsageError
 from deltafmt.foreign import version_folder as f
 from deltafmt.foreign.checksums import checksum_hasher
 from deltafmt.foreign.frames import compressor
+from deltafmt.foreign.places import Places
 from deltafmt.foreign.spill import Spill, file_pieces
 from deltafmt.foreign.versions import Versions
 from deltafmt.output import storage_error
@@ -27,11 +28,11 @@ class EncodedTensor:
     """What a version folder has of a changed tensor.
 
     Attributes:
-        data: one zstd frame.
+        data: one zstd frame, in pieces.
         checksum: of the tensor's new bytes.
     """
 
-    data: bytes
+    data: list[bytes]
     checksum: str
 
 
@@ -99,7 +100,7 @@ class VersionFolderWriter(CheckpointWriter):
         """
         if self._spill is None:
             self._spill = Spill(self._partial)
-        self._spill.add(base.name, "U8", len(encoded.data), encoded.data)
+        self._spill.add(base.name, "U8", sum(map(len, encoded.data)), *encoded.data)
         self._checksums[base.name] = encoded.checksum
         if self._spill.size >= self._shard_bytes:
             self._end_shard()
@@ -162,37 +163,29 @@ def _unfinished(number: int) -> str:
     return f"{number}.part"
 
 
-def _beside(base: Tensor, new: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]]:
-    """Give the bytes of a base tensor and its new bytes, piece by piece, with where they begin."""
-    position = 0
+def _xor(base: Tensor, new: NDArray[np.uint8]) -> list[bytes] | None:
+    """Return one frame of the differences of all bytes; None if there are none."""
+    frame, parts, changed, position = compressor(base.nbytes), [], False, 0
     for piece in base.pieces():
         old = np.frombuffer(piece, np.uint8)
-        yield position, old, new[position : position + old.size]
-        position += old.size
-
-
-def _xor(base: Tensor, new: NDArray[np.uint8]) -> bytes | None:
-    """Return one frame of the differences of all bytes; None if there are none."""
-    frame, parts, changed = compressor(base.nbytes), [], False
-    for _, old, there in _beside(base, new):
-        difference = old ^ there
+        difference = old ^ new[position : position + old.size]
         changed = changed or bool(difference.any())
         parts.append(frame.compress(difference.data))
-    return b"".join((*parts, frame.flush())) if changed else None
+        position += old.size
+    return [*parts, frame.flush()] if changed else None
 
 
-def _overwrite(base: Tensor, new: NDArray[np.uint8]) -> bytes | None:
+def _overwrite(base: Tensor, new: NDArray[np.uint8]) -> list[bytes] | None:
     """Return one frame of the number of changed bytes, their positions and their new values; None if there are none."""
-    found = [np.flatnonzero(old != there) + start for start, old, there in _beside(base, new)]
-    positions = np.concatenate(found) if found else np.empty(0, np.int64)
-    if not positions.size:
+    found = Places(base, new, 1)
+    if not found.count:
         return None
-    if positions[-1] > np.iinfo(f.POSITION).max:
+    if found.last > np.iinfo(f.POSITION).max:
         raise UsageError(
             f'tensor "{base.name}" changes behind its byte 2**32, which an overwrite cannot say',
             Remedy("encoding", f.XOR),
         )
-    head = np.array([positions.size], f.POSITION)
-    parts = [head.tobytes(), positions.astype(f.POSITION).tobytes(), new[positions].tobytes()]
-    frame = compressor(sum(map(len, parts)))
-    return b"".join((*map(frame.compress, parts), frame.flush()))
+    frame = compressor(f.POSITION.itemsize * (1 + found.count) + found.count)
+    head = np.array([found.count], f.POSITION)
+    parts = [frame.compress(piece.data) for piece in chain([head], found.places(f.POSITION), found.values())]
+    return [*parts, frame.flush()]

@@ -18,7 +18,7 @@ from deltafmt.foreign.checksums import CHECKSUMS
 from deltafmt.foreign.patch import DELTAFMT, FORMATS, TRL, VERSION_FOLDER, Patch
 from deltafmt.foreign.sparse_file import SparseFile
 from deltafmt.foreign.sparse_file_writer import SparseFileWriter, total_elements
-from deltafmt.foreign.version_folder import ENCODING, ENCODINGS, INDEX, VersionFolder, index_metadata
+from deltafmt.foreign.version_folder import ENCODING, ENCODINGS, INDEX, VersionFolder, read_folder_index
 from deltafmt.foreign.version_folder_writer import VersionFolderWriter
 from deltafmt.foreign.versions import Versions
 from deltafmt.format.choices import check_choice
@@ -198,8 +198,8 @@ def open_patch(path: Path) -> Patch | None:
         raise StorageError(f"no such file or folder: {path}")
     whole = "it is a whole checkpoint; pack it against the base with the method exact"
     if path.is_dir():
-        metadata = index_metadata(path)
-        if metadata is None or ENCODING not in metadata:
+        index = read_folder_index(path)
+        if index is None or ENCODING not in index[1]:
             known = any(path.glob("*.safetensors"))
             raise InvalidFileError(f"{path}: {whole if known else f'no version folder: it has no {INDEX} of changes'}")
         return VersionFolder(path)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import InvalidFileError, UsageError, WrongBaseError
 from deltafmt.foreign.patch import Tensors, find_base, whole
+from deltafmt.foreign.places import Places, check_ascending
 from deltafmt.foreign.sparse_file import INDEX, MAX_INDEX
-from deltafmt.foreign.version_folder import check_ascending
 from deltafmt.foreign.versions import Versions
 from deltafmt.format.constants import DTYPE_BITS, element_count
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
@@ -114,24 +114,18 @@ class _Collected:
 
     def encode(self, base: Tensor, new: NDArray[np.uint8]) -> SparsePatch | None:
         """Return the elements that change; None if none does."""
-        unit = np.dtype(f"V{max(DTYPE_BITS[base.dtype] // 8, 1)}")
-        after, position, found = new.view(unit), 0, []
-        for piece in base.pieces():
-            before = np.frombuffer(piece, unit)
-            found.append(np.flatnonzero(before != after[position : position + before.size]) + position)
-            position += before.size
-        places = np.concatenate(found) if found else np.empty(0, np.int64)
-        if not places.size:
+        found = Places(base, new, max(DTYPE_BITS[base.dtype] // 8, 1))
+        if not found.count:
             return None
         where, dtype = f'tensor "{base.name}"', TORCH_DTYPES.get(base.dtype)
         if dtype is None or not dtype.is_floating_point or DTYPE_BITS[base.dtype] % 8:
             raise UsageError(f"{where} is {base.dtype}, and vLLM patches floats alone; send the whole tensor")
-        if places[-1] > MAX_INDEX:
+        if found.last > MAX_INDEX:
             raise UsageError(f"{where} changes behind its element 2**31, which vLLM's indices cannot say")
-        values = torch.from_numpy(np.ascontiguousarray(after[places]).view(np.uint8)).view(dtype)
+        values = torch.from_numpy(np.concatenate(list(found.values()))).view(dtype)
         if values.float().isnan().any():
             raise UsageError(f"{where} changes to NaN, which means unchanged to vLLM; send the whole tensor")
-        indices = torch.from_numpy(places.astype(INDEX))
+        indices = torch.from_numpy(np.concatenate(list(found.places(INDEX))))
         return SparsePatch(base.name, indices.to(self._device), values.to(self._device), base.shape)
 
     def add(self, base: Tensor, encoded: SparsePatch) -> None:  # noqa: ARG002
