@@ -176,6 +176,9 @@ def run(folder: Path, kind: str, options: argparse.Namespace, lines: Path) -> No
                 results = queue.results(pool, ratios)
                 first = next(results, None)
                 measure = Measure(pair.base, pair.finetuned, tasks_of(folder, made, options.limit), device)
+                texts = {task: len(found) for task, found in measure.tasks.items()}
+                if "pair" in known and known["pair"]["texts"] != texts:
+                    raise SystemExit(f"{lines} was measured on other texts; name another folder with --out")
                 if "pair" not in known:
                     record = first_record(measure, made)
                     write(record)
