@@ -38,21 +38,28 @@ SMALL_HEADS = tuple(
 )
 
 
-def _dropout(bits: int, share: int) -> tuple[str, ...]:
-    return tuple(f"nm={nm},bits={bits},share={share}" for nm in KEPT)
+def _dropout(bits: int, share: int, more: str = "") -> tuple[str, ...]:
+    return tuple(f"nm={nm},bits={bits},share={share}{more}" for nm in KEPT)
 
 
 MORE = (
     Ladder(DROPOUT, "deltadq", _dropout(2, 1)),
     Ladder("deltadq, 1 bit", "deltadq", _dropout(1, 1)),
+    Ladder("deltadq, 1 bit, gain", "deltadq", _dropout(1, 1, ",gain=1.5")),
+    Ladder("deltadq, gain", "deltadq", _dropout(2, 1, ",gain=1.15")),
+    Ladder("deltadq, 3 bits", "deltadq", _dropout(3, 1)),
     Ladder("deltadq, 4 bits", "deltadq", _dropout(4, 1)),
+    Ladder("bitdelta, unbiased", "bitdelta", ("mean=matrix,scale=unbiased",)),
     Ladder("deltadq, 4 rows share", "deltadq", _dropout(2, 4)),
     Ladder("residual, few vectors", "residual", SMALL_HEADS),
 )
 ALL = {ladder.label: ladder for ladder in (*LADDERS, *MORE)}
 # The labels that are packed, the most telling first; a target's plan is begun before all of them.
-FIRST = (TARGET, DROPOUT, "residual", "residual, few vectors", "deltadq, 4 bits", "deltadq, 1 bit", "svd, 3 bits")
-SECOND = ("svd, 4 bits", "delta-come", "deltadq, 4 rows share", SPREAD, "bitdelta", "rtn")
+FIRST = (TARGET, "deltadq, 4 bits", "deltadq, 3 bits", "deltadq, gain", "residual, few vectors", DROPOUT, "residual")
+SECOND = (
+    *("svd, 4 bits", "svd, 3 bits", "delta-come", "deltadq, 1 bit, gain", "bitdelta", "bitdelta, unbiased", "rtn"),
+    *("deltadq, 1 bit", "deltadq, 4 rows share", SPREAD),
+)
 THIRD = ("delta-come, calibrated", "bitdelta, calibrated", "gptq", "magnitude, N:M", "sparsegpt")
 LAST = ("dare", "svd, 16 bits", "magnitude", "deltadq-sq")
 RATIOS = (64.0, 128.0, 32.0, 16.0, 256.0, 8.0)

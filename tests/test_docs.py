@@ -77,6 +77,7 @@ def test_the_staircase_is_the_one_that_is_checked() -> None:
 OF_VLLM = {
     "--additional-config",
     "--enable-lora",
+    "--enable-prompt-embeds",
     "--enforce-eager",
     "--load-format",
     "--lora-modules",
