@@ -47,6 +47,9 @@ _LEAST_BLOCK: Final = 4096
 # Bytes of the numbers of a sparse chunk: places, gaps, and stored bytes of the gaps.
 _SPARSE_HEAD: Final = 12
 
+# Planes that take more bytes for each unit hold many differences: a decoder does not look for few.
+_FEW_BYTES: Final = 0.25
+
 # Units that are looked at to choose a form, in so many runs, and the bits a byte from which zstd is not tried.
 _SAMPLE: Final = 8192
 _RUNS: Final = 64
@@ -155,11 +158,13 @@ def changes(
         places, differences = _read_sparse(view, count, unit)
         of_places = None if marks is None else marks[places]
         return places, joined(differences, prediction.take(places), unit, unit, of_places)
-    planes = _read_planes(view, count, unit.width)
     if form == VALUES:
-        return None, units_of(_whole(planes, count), unit)
+        return None, units_of(_read_planes(view, count, unit.width), unit)
     key = unit if form == SORTED else Unit(unit.width)
     marked = marks if form == SORTED else None
+    if len(view) > _FEW_BYTES * count:
+        return None, joined(_read_planes(view, count, unit.width), prediction, unit, key, marked)
+    planes = [_read_plane(stored, count) for stored in _stored_planes(view, unit.width)]
     ranks = _filled(planes)
     if ranks is None:
         return None, joined(_whole(planes, count), prediction, unit, key, marked)
@@ -189,7 +194,7 @@ def parts(form: int, data: Bytes, count: int, unit: Unit) -> tuple[Places | None
         return None, planes_of(np.frombuffer(view, unit.dtype), unit)
     if form == SPARSE:
         return _read_sparse(view, count, unit)
-    return None, _whole(_read_planes(view, count, unit.width), count)
+    return None, _read_planes(view, count, unit.width)
 
 
 def check(form: int, data: Bytes, count: int, unit: Unit) -> None:
@@ -261,15 +266,24 @@ def _write_planes(planes: Iterable[Plane], ends: Sequence[int] = ()) -> bytes:
     return struct.pack(f"<{len(parts)}I", *map(len, parts)) + b"".join(parts)
 
 
-def _read_planes(view: memoryview, count: int, width: int) -> list[Plane]:
-    """Return planes of ``count`` bytes."""
+def _stored_planes(view: memoryview, width: int) -> list[memoryview]:
+    """Return the bytes of each plane as they are stored."""
     head = 4 * width
     if len(view) < head:
         raise InvalidFileError(f"{len(view)} bytes cannot hold the lengths of {width} planes")
     lengths = struct.unpack(f"<{width}I", view[:head])
     _expect(len(view), head + sum(lengths))
     ends = [head, *(head + end for end in itertools.accumulate(lengths))]
-    return [_read_plane(view[start:end], count) for start, end in itertools.pairwise(ends)]
+    return [view[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def _read_planes(view: memoryview, count: int, width: int) -> Planes:
+    """Return planes of ``count`` bytes."""
+    planes = new_planes(width, count)
+    for row, stored in zip(planes, _stored_planes(view, width), strict=True):
+        plane = _read_plane(stored, count)
+        row[:] = 0 if plane is None else plane
+    return planes
 
 
 def _read_plane(stored: memoryview, count: int) -> Plane:
@@ -293,13 +307,19 @@ def _whole(planes: Sequence[Plane], count: int) -> Planes:
 
 def _filled(planes: Sequence[Plane]) -> Places | None:
     """Return the places that are not zero in all planes, ascending; None if they are not few."""
-    found: list[Places] = []
-    for plane in planes:
-        places = np.empty(0, np.int64) if plane is None else filled(plane[None])
+    found = np.empty(0, np.int64)
+    for number, plane in enumerate(planes):
+        if plane is None:
+            continue
+        places = filled(plane[None])
         if places is None:
             return None
-        found.append(places)
-    return found[0] if not any(places.size for places in found[1:]) else np.unique(np.concatenate(found))
+        for before in planes[:number]:
+            if before is not None:
+                places = places[before.take(places) == 0]
+        if places.size:
+            found = np.sort(np.concatenate([found, places])) if found.size else places
+    return found
 
 
 def _few(values: Units, prediction: Units, places: Places, unit: Unit, marks: Marks | None = None) -> Chunk:
@@ -346,12 +366,12 @@ def _read_sparse(view: memoryview, count: int, unit: Unit) -> tuple[Places, Plan
     if not 1 <= changed <= count or not changed <= length <= changed + count // _FILLER:
         raise InvalidFileError(f"{changed} places in {length} gaps, of {count} units")
     end = _SPARSE_HEAD + stored
-    gaps = _whole(_read_planes(view[_SPARSE_HEAD - 4 : end], length, 1), length)[0]
+    gaps = _read_planes(view[_SPARSE_HEAD - 4 : end], length, 1)[0]
     is_place = gaps != _FILLER
     places = np.cumsum(gaps + is_place.astype(np.int64))[is_place] - 1
     if places.size != changed or not is_place[-1] or int(places[-1]) >= count:
         raise InvalidFileError(f"the gaps do not give {changed} places among {count} units")
-    planes = _whole(_read_planes(view[end:], changed, unit.width), changed)
+    planes = _read_planes(view[end:], changed, unit.width)
     if not planes.any(axis=0).all():
         raise InvalidFileError("a place has no difference")
     return places, planes

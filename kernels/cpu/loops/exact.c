@@ -81,7 +81,10 @@ INLINE size_t all_keys(const struct exact *e) { return (e->marks ? (size_t)2 : 1
         const T *restrict prediction = (const T *)e->prediction + first;                                              \
         T mask = (T)(((size_t)1 << e->bits) - 1);                                                                     \
         int shift = e->shift, bits = e->bits;                                                                         \
-        for (size_t i = 0; i < count; i++) keys[i] = (uint16_t)(prediction[i] >> shift & mask);                       \
+        if (sizeof(T) == 2 && shift == 7 && bits == 8) /* BF16: in lanes of 16 bits */                                \
+            for (size_t i = 0; i < count; i++) keys[i] = (uint16_t)((uint16_t)(prediction[i] << 1) >> 8);             \
+        else                                                                                                          \
+            for (size_t i = 0; i < count; i++) keys[i] = (uint16_t)(prediction[i] >> shift & mask);                   \
         if (!e->marks) return;                                                                                        \
         const uint8_t *restrict marks = e->marks + first;                                                             \
         for (size_t i = 0; i < count; i++) keys[i] = (uint16_t)(keys[i] | (marks[i] != 0) << bits);                   \
