@@ -50,8 +50,8 @@ class Name:
         path: its file.
         variant: the delta that was loaded.
         file: the file that was loaded, whatever the path leads to now: its number in the file system.
-        changed: True if that file was changed in its place since, or that of another name with the same delta: the
-            engine ends the requests of all adapters of a delta that was lost.
+        changed: True if that file was changed in its place since, or that of another name which shares its blocks.
+        shares: True if the prefix cache knows its blocks by the content id; not so once it was loaded in place.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,6 +59,7 @@ class Name:
         self.variant = ""
         self.file = 0
         self.changed = False
+        self.shares = True
         self._asking = 0
         self._condition = threading.Condition()
 
@@ -71,8 +72,9 @@ class Name:
         if not self.path.exists():
             return False
         if self.path.stat().st_ino == self.file:
+            self.changed = True
             for other in names:
-                other.changed |= other.variant == self.variant
+                other.changed |= self.shares and other.shares and other.variant == self.variant
         return True
 
     @contextlib.contextmanager
@@ -190,6 +192,7 @@ class Mischief:
             status = self.load(name, one.path, in_place=True)
             if status != 200:
                 self.wrong.append(f"{name}: a good file gave {status} when it was loaded")
+            one.shares = False
             one.loaded(variant)
 
     def _refuse(self, name: str, one: Name) -> None:

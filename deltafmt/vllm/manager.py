@@ -182,7 +182,10 @@ class DeltaWorkerManager:
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self._files = FileHandles(Options.of(vllm_config).open_files)
         self._stepping = False
+        # The content ids of deltas that were lost, and the adapters that were loaded in the place of others: the prefix
+        # cache has blocks of their own for these.
         self._lost: set[str] = set()
+        self._apart: set[int] = set()
 
     def _apply_adapters(self, lora_requests: Any) -> None:
         # What a step asks for was loaded before, when its request came.
@@ -227,6 +230,7 @@ class DeltaWorkerManager:
             raise ValueError(str(error)) from None
         if not self._stepping and lora_request.load_inplace:
             self._adapter_manager.ended.discard(lora_request.lora_int_id)
+            self._apart.add(lora_request.lora_int_id)
         _log.info('delta "%s" loaded: %s, content id %s', lora_request.lora_name, path, delta.content_id[:16])
         return self._adapter_cls.of(lora_request.lora_int_id, delta)
 
@@ -234,12 +238,13 @@ class DeltaWorkerManager:
         """End the requests of an adapter that was lost in a step, until another delta is loaded in its place.
 
         The step computes their rows with the base, and the prefix cache has the blocks already, by the content id. So
-        the requests of all adapters with this content id end: none of them may go on behind such blocks. One that is
-        loaded in place has blocks of its own.
+        the requests of all adapters end that share these blocks: none of them may go on behind them.
         """
-        content_id, numbers = self._files.sharing(number)
-        self._lost.add(content_id)
-        self._adapter_manager.ended |= {number, *numbers}
+        self._adapter_manager.ended.add(number)
+        if number not in self._apart:
+            content_id, numbers = self._files.sharing(number)
+            self._lost.add(content_id)
+            self._adapter_manager.ended |= numbers - self._apart
 
     def _load(self, lora_request: Any, path: str) -> LoadedDelta:
         manager = self._adapter_manager
