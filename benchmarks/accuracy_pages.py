@@ -143,7 +143,7 @@ def told(pair: Record) -> str:
         lines.append(f"The plans of all targets took {pair['plan']['processor']:.0f} s of a processor.")
     if pair.get("left_out"):
         names = dict.fromkeys(re.sub(r"-[0-9]+-0$", "", name) for name in pair["left_out"])
-        lines.append(f"Files left out for lack of time are of {', '.join(f'`{name}`' for name in names)}.")
+        lines.append(f"Some files were left out for lack of time, of {', '.join(f'`{name}`' for name in names)}.")
     return " ".join(lines) + "\n"
 
 

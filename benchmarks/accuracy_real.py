@@ -143,6 +143,15 @@ def tasks_of(folder: Path, made: Record, limit: int | None) -> dict[str, Texts]:
     return {task: read_texts(tokenizer, folder / f"{kind}-{task}.jsonl", *ends, limit) for task in made["tasks"]}
 
 
+def first_told(lines: Path, known: dict[str, Record], measure: Measure, made: Record) -> Record | None:
+    """Return what is measured once a pair; None if that is known, of as many texts."""
+    if "pair" not in known:
+        return first_record(measure, made)
+    if known["pair"]["texts"] != {task: len(found) for task, found in measure.tasks.items()}:
+        raise SystemExit(f"{lines} was measured on other texts; name another folder with --out")
+    return None
+
+
 def run(folder: Path, kind: str, options: argparse.Namespace, lines: Path) -> None:
     """Measure a pair until the minutes are over, and write every point."""
     os.environ.update(ONE_THREAD)
@@ -176,10 +185,9 @@ def run(folder: Path, kind: str, options: argparse.Namespace, lines: Path) -> No
                 results = queue.results(pool, ratios)
                 first = next(results, None)
                 measure = Measure(pair.base, pair.finetuned, tasks_of(folder, made, options.limit), device)
-                if "pair" not in known:
-                    record = first_record(measure, made)
-                    write(record)
-                    say({name: record[name] for name in ("finetuned", "base", "greedy")})
+                if told := first_told(lines, known, measure, made):
+                    write(told)
+                    say({name: told[name] for name in ("finetuned", "base", "greedy")})
                 for point, result in itertools.chain([first] if first else [], results):
                     if point is None:
                         write({"key": "plan"} | {name: value for name, value in result.items() if name != "plans"})

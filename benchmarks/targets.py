@@ -60,10 +60,10 @@ def compared(folder: Path, ratio: float) -> list[Figure]:
     """Return what measuring everything takes, and how far foretold losses are off."""
     off: list[float] = []
 
-    def both(plan: Plan, methods: Any, seed: int, common: int) -> list[float]:
+    def both(plan: Plan, methods: Any, seed: int, common: int, sample: Any) -> list[float]:
         found = losses.measure(plan, methods, seed, None, common)
         start = time.process_time()
-        foretold = losses.foretell(plan, methods, seed, common)
+        foretold = losses.foretell(plan, methods, seed, common, sample)
         spent.append(time.process_time() - start)
         kept: list[Method | None] = list(methods)
         off.extend(abs(a / b - 1) for a, b, method in zip(foretold, found, kept, strict=True) if method and b)

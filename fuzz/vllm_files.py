@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ class Name:
         path: its file.
         variant: the delta that was loaded.
         file: the file that was loaded, whatever the path leads to now: its number in the file system.
-        changed: True if that file was changed in its place since.
+        changed: True if that file was changed in its place since, or that of another name which shares its blocks.
+        shares: True if the prefix cache knows its blocks by the content id; not so once it was loaded in place.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,6 +59,7 @@ class Name:
         self.variant = ""
         self.file = 0
         self.changed = False
+        self.shares = True
         self._asking = 0
         self._condition = threading.Condition()
 
@@ -65,11 +67,14 @@ class Name:
         """Note that the file at the path was loaded."""
         self.variant, self.file, self.changed = variant, self.path.stat().st_ino, False
 
-    def change(self) -> bool:
+    def change(self, names: Iterable[Name]) -> bool:
         """Note that the file at the path is changed in its place; return False if there is none."""
         if not self.path.exists():
             return False
-        self.changed |= self.path.stat().st_ino == self.file
+        if self.path.stat().st_ino == self.file:
+            self.changed = True
+            for other in names:
+                other.changed |= self.shares and other.shares and other.variant == self.variant
         return True
 
     @contextlib.contextmanager
@@ -157,11 +162,11 @@ class Mischief:
         self._place(one.path, self._any()[1])
 
     def _cut(self, _: str, one: Name) -> None:
-        if one.change():
+        if one.change(self.names.values()):
             os.truncate(one.path, self.choose.randrange(one.path.stat().st_size + 1))
 
     def _flip(self, _: str, one: Name) -> None:
-        if one.change() and (size := one.path.stat().st_size):
+        if one.change(self.names.values()) and (size := one.path.stat().st_size):
             with one.path.open("r+b") as file:
                 place = self.choose.randrange(size)
                 file.seek(place)
@@ -170,7 +175,7 @@ class Mischief:
                 file.write(bytes([byte]))
 
     def _overwrite(self, _: str, one: Name) -> None:
-        if one.change():
+        if one.change(self.names.values()):
             one.path.write_bytes(self._any()[1])
 
     def _kill(self, _: str, one: Name) -> None:
@@ -187,6 +192,7 @@ class Mischief:
             status = self.load(name, one.path, in_place=True)
             if status != 200:
                 self.wrong.append(f"{name}: a good file gave {status} when it was loaded")
+            one.shares = False
             one.loaded(variant)
 
     def _refuse(self, name: str, one: Name) -> None:

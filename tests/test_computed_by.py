@@ -48,6 +48,28 @@ def test_what_one_delta_has_filled_another_does_not_continue(tiny: Tiny, before:
     assert close(found[:, 0], logits(plain, torch.cat([tokens, more], 1))[:, -1])
 
 
+def test_a_cache_given_by_place_and_the_models_inside(tiny: Tiny) -> None:
+    model, tokens, more = attach(tiny.load(), tiny.deltas), ids(2, 4), ids(2, 1, seed=1)
+    cache = fill(model, tokens, "one").past_key_values
+    with torch.no_grad(), pytest.raises(UsageError, match='filled by "one", and serves "two"'):
+        model(more, None, None, cache, delta="two")
+    inner = model.model
+    with torch.no_grad():
+        for call in (lambda kept: inner(more, past_key_values=kept), lambda kept: inner(more, None, None, kept)):
+            with model.delta("two"), pytest.raises(UsageError, match='filled by "one", and serves "two"'):
+                call(copy.deepcopy(cache))
+            with pytest.raises(UsageError, match='filled by "one", and serves the base'):
+                call(copy.deepcopy(cache))
+            with model.delta("one"):
+                call(copy.deepcopy(cache))
+        of_base = inner(tokens, use_cache=True).past_key_values
+        with model.delta("one"):
+            of_one = inner(tokens, use_cache=True).past_key_values
+    for kept, delta in ((of_base, "one"), (of_one, None)):
+        with pytest.raises(UsageError, match="filled by"):
+            fill(model, more, delta, past_key_values=kept)
+
+
 def test_a_tuple_of_outputs_has_a_cache_too(tiny: Tiny) -> None:
     model, tokens = attach(tiny.load(), tiny.deltas), ids(1, 4)
     cache = fill(model, tokens, None, return_dict=False)[1]

@@ -199,20 +199,41 @@ def test_a_delta_whose_file_is_gone_comes_back_after_it_was_evicted(
     assert engine.texts("gone", path) == mixed["residual"]
 
 
-def test_a_delta_that_was_overwritten_in_its_place_ends_its_requests_and_nothing_else(
+def test_a_delta_that_was_overwritten_in_its_place_ends_its_requests_and_those_of_its_copies(
     engine: Engine, mixed: dict[str | None, list[Text]], tmp_path: Path
 ) -> None:
-    path = tmp_path / "cut.deltafmt"
-    shutil.copy(engine.paths["dare"], path)
-    assert engine.texts("cut", path) == mixed["dare"]
+    path, twin = tmp_path / "cut.deltafmt", tmp_path / "twin.deltafmt"
+    deltafmt.pack(engine.nano / "base", engine.nano / "math", path, method=methods.DeltaDQ(n=2, m=2, bits=3))
+    shutil.copy(path, twin)
+    prompt = [7, *engine.prompts[0], *engine.prompts[1]]  # no other test begins like this
+
+    def text(name: str, path: Path) -> Text:
+        (output,) = engine.generate([prompt], [engine.request(name, path)])
+        return list(output.outputs[0].token_ids)
+
+    right = engine.texts("cut", path)
+    assert engine.texts("twin", twin) == right
     os.truncate(path, 1000)
     for number in range(7):
         shutil.copy(engine.paths["svd"], tmp_path / f"{number}.deltafmt")
         engine.texts(f"other{number}", tmp_path / f"{number}.deltafmt")
+    # This step computes the prompt with the base; the engine knows its blocks by the content id that both have.
     requests = [engine.request("cut", path), engine.request("deltadq"), None]
-    outputs = engine.generate(engine.prompts[:1] * 3, requests)
+    outputs = engine.generate([prompt, *engine.prompts[:1] * 2], requests)
     texts = [list(output.outputs[0].token_ids) for output in outputs]
     assert texts == [[1], mixed["deltadq"][0], mixed[None][0]]
+    assert text("twin", twin) == [1]
+    another = tmp_path / "another.deltafmt"
+    shutil.copy(twin, another)
+    with pytest.raises(Exception, match="load this one in place"):
+        text("another", another)
+    request = copy.copy(engine.request("twin", twin))
+    request.load_inplace = True
+    engine.llm.llm_engine.add_lora(request)
+    assert engine.texts("twin", twin) == right
+    fresh = text("twin", twin)
+    assert len(fresh) > 4
+    assert text("twin", twin) == fresh
 
 
 def test_another_delta_at_a_path_never_finds_the_blocks_of_the_one_before(
@@ -251,37 +272,6 @@ def test_a_load_in_place_takes_the_name_and_one_that_fails_leaves_it(
     assert engine.texts("place", path) == mixed["bitdelta"]
 
 
-def test_files_that_change_at_random_never_give_a_wrong_token(
-    engine: Engine, mixed: dict[str | None, list[Text]], tmp_path: Path
-) -> None:
-    """``fuzz/vllm_files.py`` does this for minutes, over HTTP and while requests are under way."""
-
-    def load(name: str, path: Path, *, in_place: bool) -> int:
-        request = copy.copy(engine.request(name, path))
-        request.load_inplace = in_place
-        try:
-            return 200 if engine.llm.llm_engine.add_lora(request) else 0
-        except Exception:  # noqa: BLE001 - a server answers so, too
-            return 500
-
-    kinds = ("delete", "replace", "cut", "flip", "overwrite", "load", "refuse")
-    variants = {name: engine.paths[name] for name in METHODS}
-    mischief = vllm_files.Mischief(tmp_path, variants, random.Random(0), load, kinds)
-    mischief.start()
-    names = list(mischief.names.values())
-    for _ in range(12):
-        for _ in range(4):
-            mischief.step()
-        requests = [engine.request(one.path.stem, one.path) for one in names[:4]]
-        outputs = engine.generate(engine.prompts[:4], requests)
-        for place, (one, output) in enumerate(zip(names, outputs, strict=False)):
-            text = list(output.outputs[0].token_ids)
-            assert vllm_files.accepted(text, mixed[one.variant][place], changed=one.changed)
-        names = [*names[3:], *names[:3]]
-    assert mischief.wrong == []
-    assert {*mischief.done} == {*kinds}
-
-
 @pytest.mark.parametrize("kind", ["missing", "short", "text", "base"])
 def test_what_cannot_be_loaded_is_refused_and_the_engine_goes_on(
     engine: Engine, mixed: dict[str | None, list[Text]], tmp_path: Path, kind: str
@@ -313,3 +303,34 @@ def test_two_names_of_one_delta_share_the_prefix_cache_and_two_deltas_never_do(e
     assert cached("copied", copy) > 0
     assert cached("residual") == 0
     assert cached(None) == 0
+
+
+def test_files_that_change_at_random_never_give_a_wrong_token(
+    engine: Engine, mixed: dict[str | None, list[Text]], tmp_path: Path
+) -> None:
+    """``fuzz/vllm_files.py`` does this for minutes, over HTTP and while requests are under way."""
+
+    def load(name: str, path: Path, *, in_place: bool) -> int:
+        request = copy.copy(engine.request(name, path))
+        request.load_inplace = in_place
+        try:
+            return 200 if engine.llm.llm_engine.add_lora(request) else 0
+        except Exception:  # noqa: BLE001 - a server answers so, too
+            return 500
+
+    kinds = ("delete", "replace", "cut", "flip", "overwrite", "load", "refuse")
+    variants = {name: engine.paths[name] for name in METHODS}
+    mischief = vllm_files.Mischief(tmp_path, variants, random.Random(0), load, kinds)
+    mischief.start()
+    names = list(mischief.names.values())
+    for _ in range(12):
+        for _ in range(4):
+            mischief.step()
+        requests = [engine.request(one.path.stem, one.path) for one in names[:4]]
+        outputs = engine.generate(engine.prompts[:4], requests)
+        for place, (one, output) in enumerate(zip(names, outputs, strict=False)):
+            text = list(output.outputs[0].token_ids)
+            assert vllm_files.accepted(text, mixed[one.variant][place], changed=one.changed)
+        names = [*names[3:], *names[:3]]
+    assert mischief.wrong == []
+    assert {*mischief.done} == {*kinds}

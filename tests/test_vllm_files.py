@@ -52,6 +52,8 @@ def test_a_file_that_was_deleted_or_replaced_is_still_the_one_that_was_loaded(tm
         files.load(1, str(path), read)
     with pytest.raises(UsageError, match=r"adapter 1 is .*a; give .*b a number of its own, or load it in place"):
         files.load(1, str(tmp_path / "b"), read)
+    assert files.sharing(2) == ("second", {1, 2})
+    assert files.sharing(3) == ("", set())
     files.close()
     assert files.count == 0
 
@@ -231,6 +233,7 @@ class Asked:
 
     lora_request: Any
     request_id: str = "r"
+    num_computed_tokens: int = 0
     block_hashes: list[str] = field(default_factory=list)
 
     def update_block_hashes(self) -> None:
@@ -264,6 +267,10 @@ def test_blocks_of_requests_are_named_anew_when_another_delta_takes_their_number
     engine._add_request(lambda _core, request: added.append(request), core, request)
     assert (added, request.block_hashes) == ([request], first)
     core.scheduler.requests["r"] = request
+    begun, other = (Asked(asked("x", path, 1), name, 32) for name in ("begun", "other"))
+    for one in (begun, other):
+        one.update_block_hashes()
+        core.scheduler.requests[one.request_id] = one
     waiting = Asked(asked("x", path, 1))  # has come, and was not added yet
     waiting.update_block_hashes()
     path.write_bytes(other_delta.read_bytes())
@@ -273,6 +280,11 @@ def test_blocks_of_requests_are_named_anew_when_another_delta_takes_their_number
     engine._add_request(lambda _core, request: added.append(request), core, waiting)
     assert waiting.block_hashes == request.block_hashes
     assert request.block_hashes != first
+    # What one delta began and the other goes on with, nobody shares: not now, and not with later blocks.
+    for one in (begun, other):
+        one.update_block_hashes()
+        assert not {*one.block_hashes} & {*first, *request.block_hashes}
+    assert not {*begun.block_hashes} & {*other.block_hashes}
     # Loaded by another number, the new content has blocks of its own, and the old content has the old ones.
     for number, source in ((2, other_delta), (3, delta)):
         fresh = Asked(asked("y", source, number))

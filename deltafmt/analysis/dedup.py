@@ -152,7 +152,13 @@ def dedup(
         for number, members in chosen.items():
             proposal = run.proposal(number, members)
             if proposal.finetunes:
-                reason = "given" if base is not None else "model cards" if number in named.values() else "bytes"
+                reason = (
+                    "given"
+                    if base is not None
+                    else "model cards"
+                    if any(named.get(each) == number for each in members)
+                    else "bytes"
+                )
                 result.proposals.append(replace(proposal, chosen_by=reason))
     result.proposals.sort(key=lambda proposal: -proposal.saved)
     placed = {path for each in result.proposals for path in (each.base, *(tune.path for tune in each.finetunes))}

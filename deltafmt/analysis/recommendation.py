@@ -101,12 +101,12 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
     "small": (
         Setting("--nm 7:32 --bits 4 --share 1", "as accurate as the fine-tune", "17"),
         Setting("--nm 3:64 --bits 4 --share 1", "within a point or two", "64"),
-        Setting("--method residual:rank=2,head_bits=4,nm=3:128,bits=2,share=1", "some points less", "130"),
+        Setting("--method residual:rank=2,head_bits=4,nm=3:128,bits=2,share=1", "6 to 11 points less", "130"),
     ),
     "middle": (
         Setting("--target-ratio 16", "as accurate as the fine-tune", "16"),
         Setting("--method residual:rank=4,head_bits=4,nm=5:32,bits=2,share=1", "within two points", "38"),
-        Setting("--method residual:rank=2,head_bits=4,nm=5:64,bits=2,share=1", "some points less", "69"),
+        Setting("--method residual:rank=2,head_bits=4,nm=5:64,bits=2,share=1", "5 points less", "69"),
     ),
     "large": (
         Setting("--target-ratio 8", "as accurate as the fine-tune", "8"),

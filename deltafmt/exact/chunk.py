@@ -307,19 +307,13 @@ def _whole(planes: Sequence[Plane], count: int) -> Planes:
 
 def _filled(planes: Sequence[Plane]) -> Places | None:
     """Return the places that are not zero in all planes, ascending; None if they are not few."""
-    found = np.empty(0, np.int64)
-    for number, plane in enumerate(planes):
-        if plane is None:
-            continue
-        places = filled(plane[None])
-        if places is None:
-            return None
-        for before in planes[:number]:
-            if before is not None:
-                places = places[before.take(places) == 0]
-        if places.size:
-            found = np.sort(np.concatenate([found, places])) if found.size else places
-    return found
+    held = [plane for plane in planes if plane is not None]
+    if not held:
+        return np.empty(0, np.int64)
+    union = held[0]
+    for number, plane in enumerate(held[1:]):
+        union = np.bitwise_or(union, plane, out=union if number else None)
+    return filled(union[None])
 
 
 def _few(values: Units, prediction: Units, places: Places, unit: Unit, marks: Marks | None = None) -> Chunk:

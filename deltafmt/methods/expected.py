@@ -235,7 +235,7 @@ def some_rows(rows: int, columns: int, elements: int) -> NDArray[np.intp]:
     return numbers[numbers < rows]
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(8)
 def column_orders(rows: int, columns: int) -> NDArray[np.intp]:
     """Return an order of the columns for each row, as places in the flat matrix: one at random, begun at random."""
     rng = np.random.default_rng((rows, columns))

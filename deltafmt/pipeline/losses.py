@@ -212,7 +212,8 @@ def _tuned(sample: Sampled, method: Method) -> Method | None:
     gains = np.arange(round(GAINS[0] / GAIN_STEP), round(GAINS[1] / GAIN_STEP) + 1) * GAIN_STEP
     along, squares, spread = every @ np.stack([np.ones_like(gains), gains, gains**2])
     losses = _expected_loss(Expected(along, squares, spread), sample, method)
-    return method.with_gain(round(float(gains[np.argmin(losses)]), 4))
+    best = round(float(gains[np.argmin(losses)]), 4)
+    return None if best == 1 else method.with_gain(best)
 
 
 def _expected_loss(expected: Expected, sample: Sampled, method: Method) -> Floats64:

@@ -180,20 +180,20 @@ class Calls:
         self, name: str, original: Callable[..., Any], args: Any, kwargs: Any, batch: tuple[int, int] | None
     ) -> Any:
         """Run the model's forward with the selection that the call is bound to, and mark the caches that it fills."""
-        by = self._computed_by()
-        if by is not None:
-            check_caches(kwargs, by, self._name)
+        by = self._computed_by(self._scope.call.block)
+        if by is None:
+            return self._run_bound(name, original, args, kwargs, batch)
+        given = self._given(self._model, name, frames.plain(original), args, kwargs) if len(args) > 1 else kwargs
+        check_caches(given, by, self._name)
         output = self._run_bound(name, original, args, kwargs, batch)
-        if by is not None:
-            mark_caches(output, by)
+        mark_caches(output, by)
         return output
 
-    def _computed_by(self) -> ComputedBy | None:
-        """Return what the call that is under way serves; None for a batch of several requests, which has its cache."""
-        call = self._scope.call
-        if call.block is not None:
-            return held_of(call.block).computed_by
-        if call.selection is not None:
+    def _computed_by(self, block: Block | None) -> ComputedBy | None:
+        """Return what a call in a block serves; None for a batch of several requests, which has its own cache."""
+        if block is not None:
+            return held_of(block).computed_by
+        if self._scope.call.selection is not None:
             return None
         merged = self._server.merged
         if merged is None:
@@ -255,23 +255,39 @@ class Calls:
                 f"{type(module).__name__} is a part of {self._name}, which takes delta=; call {self._name}, or open a "
                 "block"
             )
-        selection = self._scope.active()
-        if selection is None or selection.entered:
+        call, selection = self._scope.call, self._scope.active()
+        if selection.entered if selection is not None else call.bound:
             return original(*args, **kwargs)
-        with self._entry(selection, module, "forward", original, args, kwargs):
-            return original(*args, **kwargs)
+        by = self._computed_by(call.block if call.bound or selection is None else self._scope.here())
+        if by is not None:
+            check_caches(self._given(module, "forward", original, args, kwargs), by, type(module).__name__)
+        if selection is None:
+            output = original(*args, **kwargs)
+        else:
+            with self._entry(selection, module, "forward", original, args, kwargs):
+                output = original(*args, **kwargs)
+        if by is not None:
+            mark_caches(output, by)
+        return output
+
+    def _given(
+        self, module: nn.Module, name: str, original: Callable[..., Any], args: Any, kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the arguments of a call by name."""
+        names = self._names.get((id(module), name))
+        if names is None:
+            names = self._names[id(module), name] = tuple(inspect.signature(original).parameters)
+        return named(names, args, kwargs)
 
     def _entry(
         self, selection: Selection, module: nn.Module, name: str, original: Callable[..., Any], args: Any, kwargs: Any
     ) -> Entry:
-        names = self._names.get((id(module), name))
-        if names is None:
-            names = self._names[id(module), name] = tuple(inspect.signature(original).parameters)
+        given = self._given(module, name, original, args, kwargs)
         config = getattr(module, "config", None)
         # What is computed per delta, and so where rows are asked for, depends on the modules that the deltas change.
         changed = selection.memo("changed", lambda: self._server.served.changed_by(selection))
         entry = (id(module), name, changed)
-        return Entry(self._server.forms, selection, entry, named(names, args, kwargs), config, module)
+        return Entry(self._server.forms, selection, entry, given, config, module)
 
     def _enter_leaf(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note the rows of a model that is itself a served module."""

@@ -100,16 +100,20 @@ def _keys(own: Any, request: Any) -> Any:
     lora_request = request.lora_request
     if lora_request is None or not is_delta(lora_request.lora_path):
         return own(request)
-    request.deltafmt_key = _known.key(lora_request)
+    request.deltafmt_key = getattr(request, "deltafmt_alone", None) or _known.key(lora_request)
     return [request.deltafmt_key]
 
 
 def _name_anew(request: Any) -> None:
     """Make the names of a request's blocks again if another delta has its adapter's number now.
 
-    They were made when the request came. The other delta's blocks must not be found by them.
+    They were made when the request came. The other delta's blocks must not be found by them. Nobody may find those that
+    a request fills which has begun with one delta and goes on with the other.
     """
-    if getattr(request, "deltafmt_key", None) not in (None, _known.key(request.lora_request)):
+    key = _known.key(request.lora_request)
+    if getattr(request, "deltafmt_key", None) not in (None, key):
+        if request.num_computed_tokens:
+            request.deltafmt_alone = f"{key} {request.request_id}"
         request.block_hashes = []
         request.update_block_hashes()
 

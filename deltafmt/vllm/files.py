@@ -98,6 +98,13 @@ class FileHandles:
         self._close_some()
         return found
 
+    def sharing(self, number: int) -> tuple[str, set[int]]:
+        """Return the content id of an adapter, and the numbers of all adapters that have it; "" and none if unknown."""
+        known = self._known.get(number)
+        if known is None:
+            return "", set()
+        return known.content_id, {other for other, one in self._known.items() if one.content_id == known.content_id}
+
     def path(self, number: int, given: str) -> str:
         """Return the path that was loaded as an adapter; the given one if none was."""
         known = self._known.get(number)

@@ -58,6 +58,8 @@ class DeltaModelManager:
 
     def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
         self._config = vllm_config
+        # The numbers of adapters whose requests end; see DeltaWorkerManager._lose.
+        self.ended: set[int] = set()
         super().__init__(*args, vllm_config=vllm_config, **kwargs)  # type: ignore[call-arg]
 
     def _create_lora_modules(self) -> None:
@@ -107,27 +109,20 @@ class DeltaModelManager:
         """Give an adapter a slot, and fill the slot if it is a delta."""
         activated = bool(super().activate_adapter(lora_id))  # type: ignore[misc]
         adapter = self._registered_adapters.cache[lora_id]
-        if activated and isinstance(adapter, DeltaAdapter):
+        if activated and isinstance(adapter, DeltaAdapter) and adapter.delta is not None:
             slot = self.lora_index_to_id.index(lora_id)
-            if adapter.delta is None:
-                self.choice.lost.add(slot)
-            else:
-                self.served.put(slot, adapter.delta.parts, adapter.delta.tensors)
+            self.served.put(slot, adapter.delta.parts, adapter.delta.tensors)
         return activated
 
     def _deactivate_adapter(self, lora_id: int) -> None:
         if lora_id in self.lora_index_to_id:
-            self._empty(self.lora_index_to_id.index(lora_id))
+            self.served.clear(self.lora_index_to_id.index(lora_id))
         super()._deactivate_adapter(lora_id)  # type: ignore[misc]
-
-    def _empty(self, slot: int) -> None:
-        self.choice.lost.discard(slot)
-        self.served.clear(slot)
 
     def remove_all_adapters(self) -> None:
         """Empty all slots."""
         for slot in range(self.lora_slots):
-            self._empty(slot)
+            self.served.clear(slot)
         self.choice.show((), ())
         super().remove_all_adapters()  # type: ignore[misc]
 
@@ -138,6 +133,7 @@ class DeltaModelManager:
             for slot, number in enumerate(self.lora_index_to_id)
             if number is not None and isinstance(adapters.get(number), DeltaAdapter)
         }
+        self.choice.lost = {slot for number, slot in slots.items() if number in self.ended}
         if mapping.type.name == "LANGUAGE":  # the others are of rows of images
             self.choice.show(_slots(slots, mapping.index_mapping), _slots(slots, mapping.prompt_mapping))
         if slots:
@@ -186,6 +182,10 @@ class DeltaWorkerManager:
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self._files = FileHandles(Options.of(vllm_config).open_files)
         self._stepping = False
+        # The content ids of deltas that were lost, and the adapters that were loaded in the place of others: the prefix
+        # cache has blocks of their own for these.
+        self._lost: set[str] = set()
+        self._apart: set[int] = set()
 
     def _apply_adapters(self, lora_requests: Any) -> None:
         # What a step asks for was loaded before, when its request came.
@@ -221,14 +221,30 @@ class DeltaWorkerManager:
             if self._stepping and self._adapter_manager.choice.end is not None:
                 # An error here would end the engine. Whoever asked for the delta gets no more text.
                 _log.error('delta "%s" is lost, its requests end: %s', lora_request.lora_name, error)
+                self._lose(lora_request.lora_int_id)
                 return self._adapter_cls.of(lora_request.lora_int_id, None)
             if isinstance(error, StorageError) and not os.path.exists(path):
                 missing = seam.name("vllm.exceptions", "LoRAAdapterNotFoundError")
                 raise missing(lora_request.lora_name, lora_request.lora_path) from None
             # An error of ours may not travel between processes; its sentence does.
             raise ValueError(str(error)) from None
+        if not self._stepping and lora_request.load_inplace:
+            self._adapter_manager.ended.discard(lora_request.lora_int_id)
+            self._apart.add(lora_request.lora_int_id)
         _log.info('delta "%s" loaded: %s, content id %s', lora_request.lora_name, path, delta.content_id[:16])
         return self._adapter_cls.of(lora_request.lora_int_id, delta)
+
+    def _lose(self, number: int) -> None:
+        """End the requests of an adapter that was lost in a step, until another delta is loaded in its place.
+
+        The step computes their rows with the base, and the prefix cache has the blocks already, by the content id. So
+        the requests of all adapters end that share these blocks: none of them may go on behind them.
+        """
+        self._adapter_manager.ended.add(number)
+        if number not in self._apart:
+            content_id, numbers = self._files.sharing(number)
+            self._lost.add(content_id)
+            self._adapter_manager.ended |= numbers - self._apart
 
     def _load(self, lora_request: Any, path: str) -> LoadedDelta:
         manager = self._adapter_manager
@@ -236,7 +252,13 @@ class DeltaWorkerManager:
             raise UsageError(f"{path}: no delta can be served by this engine: {manager.refusal}")
 
         def load(source: str) -> LoadedDelta:
-            return load_delta(source, manager.served, manager.base, path)
+            found = load_delta(source, manager.served, manager.base, path)
+            if found.content_id in self._lost and not (self._stepping or lora_request.load_inplace):
+                raise UsageError(
+                    f"{path}: the file of an adapter of the same delta changed while it was served, and what the "
+                    "engine has computed since may be wrong; load this one in place"
+                )
+            return found
 
         return self._files.load(lora_request.lora_int_id, path, load, again=bool(lora_request.load_inplace))
 
