@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the version that a patch gives (default: that of IN, or of a folder named weight_v000001)",
     )
     parser.add_argument(
-        "--base-version", metavar="V", help="the version that it was made on (default: that of IN, or one before)"
+        "--base-version",
+        metavar="V",
+        help="the version that it was made on (default: that of IN, the one noted in BASE, or one before)",
     )
     parser.add_argument("--encoding", choices=ENCODINGS, help="the changes of a version folder (default: xor)")
     parser.add_argument("--checksum", choices=CHECKSUMS, help="its checksums (default: xxh3-128)")
