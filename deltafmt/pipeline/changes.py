@@ -170,7 +170,7 @@ class DeltaChanges:
         return found
 
     def check_unchanged(self) -> None:
-        """Check that no input has changed."""
+        """Check that the base has not changed. What came of the delta file was compared with its digests."""
         self.base.check_unchanged()
 
 
