@@ -76,14 +76,16 @@ def load_base(source: Path) -> tuple[Any, Any]:
     if source.suffix != ".gguf":
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
         return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    place: dict[str, Any] = {"gguf_file": source.name}
-    read = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **place)
+    named: Any = source.name
+    read = AutoModelForCausalLM.from_pretrained(
+        source.parent, dtype=torch.float32, trust_remote_code=False, gguf_file=named
+    )
     # The configuration of a GGUF names its quantization, which the model no longer has.
     plain = read.config.to_dict()
     plain.pop("quantization_config", None)
     model = type(read)(type(read.config)(**plain)).float()
     model.load_state_dict(read.state_dict())
-    return model, AutoTokenizer.from_pretrained(source.parent, **place)
+    return model, AutoTokenizer.from_pretrained(source.parent, trust_remote_code=False, gguf_file=named)
 
 
 def save(model: Any, folder: Path) -> None:

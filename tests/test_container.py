@@ -119,7 +119,7 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     for mmap in (True, False):
         with pytest.raises(StorageError, match="no such file"):
             Container(tmp_path / "missing", mmap=mmap)
-        with pytest.raises(StorageError):
+        with pytest.raises(InvalidFileError, match=r"^[^:]*: it is a folder, not a delta file$"):
             Container(tmp_path, mmap=mmap)
         with pytest.raises(InvalidFileError, match="empty"):
             Container(tmp_path / "empty", mmap=mmap)

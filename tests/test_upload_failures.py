@@ -99,7 +99,7 @@ def test_missing_files_and_odd_arguments(tmp_path: Path) -> None:
     path = tmp_path / "d.deltafmt"
     with pytest.raises(StorageError, match=r"d\.deltafmt: no such file"):
         dt.load(path, "cpu")
-    with pytest.raises(StorageError, match="folder"):
+    with pytest.raises(InvalidFileError, match="it is a folder, not a delta file"):
         dt.load(tmp_path, "cpu")
     path.write_bytes(b"")
     with pytest.raises(InvalidFileError, match="empty"):

@@ -202,7 +202,7 @@ def open_source(path: str | os.PathLike[str] | BinaryIO, *, mmap: bool = True) -
         InvalidFileError: the file is empty, or a folder.
     """
     if isinstance(path, str | os.PathLike) and os.path.isdir(path):
-        raise InvalidFileError(f"{os.fspath(path)} is a folder, not a delta file")
+        raise InvalidFileError("it is a folder, not a delta file")
     if not isinstance(path, str | os.PathLike):
         return StreamSource(path, str(getattr(path, "name", "<stream>")))
     return MapSource(path) if mmap else FileSource(path)
