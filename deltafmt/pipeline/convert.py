@@ -291,7 +291,8 @@ def _changes(
     """Open a source on its base, and give what it changes and the versions that it says."""
     if patch is None:
         with open_links([path], limits) as links, open_chain(base, links) as chain:
-            yield DeltaChanges(chain, target, tensors_only=tensors_only), versions_of(links[0])
+            format_ = "patch of TRL" if target == TRL else target
+            yield DeltaChanges(chain, format_, tensors_only=tensors_only), versions_of(links[0])
         return
     with Checkpoint(base) as checkpoint:
         check_base_version(path, patch.versions, applied_version(checkpoint.path), f"the checkpoint {base}")
