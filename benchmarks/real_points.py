@@ -291,23 +291,7 @@ def planned(packer: Packer, ratios: list[float], threads: int) -> dict[str, Any]
         ``plans``: for every ratio its rules with the foretold loss of the file and of every matrix, or why there is no
         plan. ``wall`` and ``processor``: the seconds that the losses took.
     """
-    options = PackOptions.read(
-        method=None,
-        rules=(),
-        include=(),
-        exclude=(),
-        missing=None,
-        variant=None,
-        attach=(),
-        no_attach=(),
-        quantized=None,
-        rename=(),
-        strip_prefix=(),
-        allow_architecture=False,
-        base_name=None,
-        profile="hot",
-        seed=0,
-    )
+    options = PackOptions.read()
     found: list[tuple[float, Any]] = []
     start, taken = time.perf_counter(), time.process_time()
     with options.open(packer.pair.base, packer.pair.finetuned) as (before, after):

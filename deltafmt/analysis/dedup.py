@@ -230,23 +230,7 @@ class _Comparison:
 
     def proposal(self, base: int, members: Sequence[int]) -> Proposal:
         """Return what a base saves of those of some checkpoints that it helps, planned as ``pack`` would plan them."""
-        options = PackOptions.read(
-            method=Exact(),
-            rules=(),
-            include=(),
-            exclude=(),
-            missing=None,
-            variant=None,
-            attach=(),
-            no_attach=(),
-            quantized=None,
-            rename=(),
-            strip_prefix=(),
-            allow_architecture=False,
-            base_name=None,
-            profile="hot",
-            seed=0,
-        )
+        options = PackOptions.read(method=Exact())
         found = []
         names = unlike_names([self._checkpoints[other].path for other in members])
         for done, (other, name) in enumerate(zip(members, names, strict=True), 1):

@@ -46,24 +46,24 @@ class PackOptions:
     def read(
         cls,
         *,
-        method: Method | None,
-        rules: Sequence[Rule],
-        include: Sequence[str],
-        exclude: Sequence[str],
-        missing: str | None,
-        variant: str | None,
-        attach: Sequence[str],
-        no_attach: Sequence[str],
-        quantized: str | None,
-        rename: Sequence[str],
-        strip_prefix: Sequence[str],
-        allow_architecture: bool,
-        base_name: str | None,
-        profile: str,
-        seed: int,
+        method: Method | None = None,
+        rules: Sequence[Rule] = (),
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        missing: str | None = None,
+        variant: str | None = None,
+        attach: Sequence[str] = (),
+        no_attach: Sequence[str] = (),
+        quantized: str | None = None,
+        rename: Sequence[str] = (),
+        strip_prefix: Sequence[str] = (),
+        allow_architecture: bool = False,
+        base_name: str | None = None,
+        profile: str = "hot",
+        seed: int = 0,
         exact: bool = False,
     ) -> Self:
-        """Return the options that arguments give.
+        """Return the options that arguments give; those that are left out are what ``pack`` takes without them.
 
         Raises:
             UsageError: a value is none that a file can have, or does not go with the method.
