@@ -180,13 +180,12 @@ class Calls:
         self, name: str, original: Callable[..., Any], args: Any, kwargs: Any, batch: tuple[int, int] | None
     ) -> Any:
         """Run the model's forward with the selection that the call is bound to, and mark the caches that it fills."""
-        by = self._computed_by(self._scope.call.block)
-        if by is None:
-            return self._run_bound(name, original, args, kwargs, batch)
-        given = self._given(self._model, name, frames.plain(original), args, kwargs) if len(args) > 1 else kwargs
-        check_caches(given, by, self._name)
-        output = self._run_bound(name, original, args, kwargs, batch)
-        mark_caches(output, by)
+        by, given = self._computed_by(self._scope.call.block), self._given(self._model, name, original, args, kwargs)
+        if by is not None:
+            check_caches(given, by, self._name)
+        output = self._run_bound(name, original, args, kwargs, given, batch)
+        if by is not None:
+            mark_caches(output, by)
         return output
 
     def _computed_by(self, block: Block | None) -> ComputedBy | None:
@@ -201,7 +200,13 @@ class Calls:
         return ComputedBy.of((((self._server.known(merged).identity, 1.0),),), f'"{merged}"')
 
     def _run_bound(
-        self, name: str, original: Callable[..., Any], args: Any, kwargs: Any, batch: tuple[int, int] | None
+        self,
+        name: str,
+        original: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        given: dict[str, Any],
+        batch: tuple[int, int] | None,
     ) -> Any:
         call = self._scope.call
         selection, block = call.selection, call.block
@@ -209,7 +214,7 @@ class Calls:
             return self._run_compiled(original, args, kwargs, batch, None)
         if kwargs.get("labels") is not None and block is not None:
             held_of(block).check_loss(self._server.vocabulary())
-        with self._entry(selection, self._model, name, frames.plain(original), args, kwargs):
+        with self._entry(selection, self._model, name, given):
             if not selection.touched:
                 return self._run_compiled(original, args, kwargs, batch, None)
             kind = (name, tuple(kwargs), batch is not None and batch[0] == batch[1], selection.uniform)
@@ -259,12 +264,13 @@ class Calls:
         if selection.entered if selection is not None else call.bound:
             return original(*args, **kwargs)
         by = self._computed_by(call.block if call.bound or selection is None else self._scope.here())
+        given = self._given(module, "forward", original, args, kwargs)
         if by is not None:
-            check_caches(self._given(module, "forward", original, args, kwargs), by, type(module).__name__)
+            check_caches(given, by, type(module).__name__)
         if selection is None:
             output = original(*args, **kwargs)
         else:
-            with self._entry(selection, module, "forward", original, args, kwargs):
+            with self._entry(selection, module, "forward", given):
                 output = original(*args, **kwargs)
         if by is not None:
             mark_caches(output, by)
@@ -276,13 +282,10 @@ class Calls:
         """Return the arguments of a call by name."""
         names = self._names.get((id(module), name))
         if names is None:
-            names = self._names[id(module), name] = tuple(inspect.signature(original).parameters)
+            names = self._names[id(module), name] = tuple(inspect.signature(frames.plain(original)).parameters)
         return named(names, args, kwargs)
 
-    def _entry(
-        self, selection: Selection, module: nn.Module, name: str, original: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Entry:
-        given = self._given(module, name, original, args, kwargs)
+    def _entry(self, selection: Selection, module: nn.Module, name: str, given: dict[str, Any]) -> Entry:
         config = getattr(module, "config", None)
         # What is computed per delta, and so where rows are asked for, depends on the modules that the deltas change.
         changed = selection.memo("changed", lambda: self._server.served.changed_by(selection))
