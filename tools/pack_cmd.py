@@ -66,11 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--profile", default="hot", metavar="NAME", help="hot (default) for serving, cold for archives")
     parser.add_argument(
-        "--include", action="append", default=[], metavar="PATTERN", help="compress only these tensors; store others whole"
+        "--include", action="append", default=[], metavar="PATTERN", help="compress only these; store all others whole"
     )
-    parser.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN", help="store these tensors whole"
-    )
+    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="store these tensors whole")
     parser.add_argument(
         "--rule",
         nargs=2,
