@@ -1,4 +1,4 @@
-"""What one delta changes in one layer of this process, ready to be put into a slot."""
+"""What one delta changes in one layer of this process, ready to be put into a slot: terms, whole values, biases."""
 
 from __future__ import annotations
 
