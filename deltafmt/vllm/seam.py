@@ -55,10 +55,15 @@ NAMES: Final[dict[str, tuple[str, ...]]] = {
         "QKVParallelLinear",
         "ReplicatedLinear",
         "RowParallelLinear",
+        "UnquantizedLinearMethod",
     ),
     "vllm.model_executor.layers.fused_moe.routed_experts": ("RoutedExperts", "RoutedExperts.weight_loader"),
     "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method": ("select_unquantized_moe_backend",),
-    "vllm.model_executor.layers.vocab_parallel_embedding": ("ParallelLMHead", "VocabParallelEmbedding"),
+    "vllm.model_executor.layers.vocab_parallel_embedding": (
+        "ParallelLMHead",
+        "UnquantizedEmbeddingMethod",
+        "VocabParallelEmbedding",
+    ),
     "vllm.triton_utils": ("HAS_TRITON",),
     "vllm.v1.core.kv_cache_utils": ("_gen_lora_extra_hash_keys",),
     "vllm.v1.engine.core": (

@@ -14,7 +14,7 @@ from deltafmt.kernels.devices import usable_on
 from deltafmt.kernels.record_memory import RecordMemory
 from deltafmt.kernels.registry import kernels_of
 from deltafmt.runtime.delta_store import copy_delta
-from deltafmt.runtime.device_delta import DeviceDelta
+from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
 from deltafmt.vllm import seam
 from deltafmt.vllm.arena import Arena
 from deltafmt.vllm.choice import Choice, Rows
@@ -230,6 +230,13 @@ class ServedModel:
         """Tell whether a layer is a norm, or a table of positions: it computes once more, with other values."""
         return isinstance(self.layers[layer], NormLayer)
 
+    def plain_weight(self, layer: str) -> torch.Tensor | None:
+        """Return the weight that a layer multiplies with or looks up in as it is; None if there is no such."""
+        served = self.layers[layer]
+        if not isinstance(served, MatrixLayer) or self.has_kernels or self.compiled:
+            return None
+        return served.plain_weight()
+
     def adds_no_bias(self, layer: str) -> bool:
         """Tell whether another process adds the bias of a layer."""
         module = self.modules[layer]
@@ -276,8 +283,6 @@ class ServedModel:
             return
         for name, one in parts.items():
             served = self.layers[name]
-            if one.decoded or one.experts:
-                raise UsageError(f"{name} changes by a whole matrix, which CUDA graphs do not hold; {_EAGER}")
             if not isinstance(served, MatrixLayer):
                 continue
             terms = {start: tensors[tensor].terms for start, tensor in one.packed.items()}
@@ -299,16 +304,16 @@ class ServedModel:
                     f'engine starts, in additional config {{"deltafmt": {{"prepare": ["a.deltafmt"]}}}}, or {_EAGER}'
                 )
 
-    def put(self, slot: int, parts: Mapping[str, LayerParts], host: DeviceDelta) -> None:
+    def put(self, slot: int, parts: Mapping[str, LayerParts], host: DeviceDelta | None) -> None:
         """Fill a slot of every layer that a delta changes.
 
         Args:
             slot: the slot.
             parts: what the delta changes.
-            host: its tensors in host memory.
+            host: its packed tensors in host memory; None where no kernel runs.
         """
-        tensors = host
-        if self.has_kernels:
+        tensors: Mapping[str, DeviceTensor] = {}
+        if host is not None:
             arena = self.arena
             tensors = copy_delta(
                 host,
