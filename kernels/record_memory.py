@@ -66,7 +66,7 @@ class SlotRecords:
             found.setdefault(chunk, []).append((first + numbers, np.full(fields, step), taken + numbers))
             taken += fields
         self._chunks = [
-            (chunk, *(np.concatenate(column) for column in zip(*members, strict=True)))
+            (chunk, [np.concatenate(column) for column in zip(*members, strict=True)])
             for chunk, members in found.items()
         ]
 
@@ -78,7 +78,7 @@ class SlotRecords:
             values: the records, one behind the other in the order of the places; None writes zeros.
         """
         with self._memory.lock:
-            for chunk, first, step, taken in self._chunks:
+            for chunk, (first, step, taken) in self._chunks:
                 at = first + slot * step
                 chunk.host.numpy()[at] = 0 if values is None else values[taken]
                 chunk.note(int(at.min()), int(at.max()) + 1)
@@ -147,6 +147,8 @@ class RecordMemory:
 
     def flush(self) -> None:
         """Copy what has changed to the device, and wait for that: other threads launch on other streams."""
+        if self.flushed == self._written:
+            return
         with self.lock:
             changed = [chunk for chunk in self._chunks if chunk.first < chunk.last]
             with self._copying():

@@ -207,8 +207,8 @@ def bind(
             _check_shape(model, known, key, name, entries[name])
     for name in parameters:
         _check_tie(name, entries[name], parameters)
-    key = Key(tuple((id(bound.module), tuple(bound.tensors.items())) for bound in modules.values()))
-    arrangement = _ARRANGEMENTS.setdefault(key, Arrangement())
+    bound_names = Key(tuple((number, tuple(bound.tensors.items())) for number, bound in modules.items()))
+    arrangement = _ARRANGEMENTS.setdefault(bound_names, Arrangement())
     return Binding(list(modules.values()), parameters, ignored, arrangement)
 
 

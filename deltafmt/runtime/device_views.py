@@ -60,7 +60,7 @@ class DeviceTensors(Mapping[str, DeviceTensor]):
                 raise KeyError(name)
             entry = self._placement.container.entry(name)
             found = self._make(entry) if entry.target is None else self.of_entry(entry.target)
-            self._made[name] = found
+            found = self._made.setdefault(name, found)  # another thread may have made it
         return found
 
     def __iter__(self) -> Iterator[str]:

@@ -32,6 +32,7 @@ from deltafmt.runtime.sites_other import EmbeddingSite
 from deltafmt.runtime.slot_plan import SlotPlan, SlotPlans
 from deltafmt.runtime.standing import Standing, refuse_mixes
 from deltafmt.runtime.substituted import Wrapped, WrappedSite
+from deltafmt.runtime.unused import unused
 
 # More slots mean other tables, for which a model is compiled anew.
 _FIRST_SLOTS, _MORE_SLOTS = 64, 4
@@ -72,7 +73,6 @@ class ServedModules:
         self._free: list[int] = []
         self._plans = SlotPlans()
         self._fresh = False
-        self._flushed = True
         self._added = 0
         self._compiled = False
         self._fewest: float = math.inf
@@ -120,14 +120,13 @@ class ServedModules:
         """Bring what has changed in the operand tables to the device."""
         if not self._fresh:
             self._refresh()
-        elif not self._flushed:
-            self._flushed = True
+        else:
             self._memory.flush()
 
     def _refresh(self) -> None:
         """Bring the operand tables to the device, and note what compiled code cannot serve."""
         with self._lock:
-            self._fresh = self._flushed = True
+            self._fresh = True
             groups, sites = set(self._groups.values()), list(self._sites.values())
             weights = [site for site in sites if isinstance(site, WeightSite)]
             own = [site.table.operands for site in weights]
@@ -149,17 +148,8 @@ class ServedModules:
             self._multiplying = tuple(id(site) for site in sites if isinstance(site, LinearSite))
 
     def unused(self) -> list[str]:
-        """Return the names of modules that deltas change but that have not run while such a delta was served.
-
-        A module whose parameters all are those of others that have run is only their store, as is T5's ``shared``.
-        """
-        ran = {id(parameter) for site in self._sites.values() if site.ran for parameter in parameters_of(site)}
-        idle = [
-            (site.name, {id(parameter) for parameter in parameters_of(site)})
-            for site in self._sites.values()
-            if not site.ran
-        ]
-        return [name for name, held in idle if not held or not held <= ran]
+        """Return the names of modules that deltas change but that have not run while such a delta was served."""
+        return unused(self._sites.values())
 
     def sites(self) -> list[Site]:
         """Return the sites of all served modules."""
@@ -270,7 +260,6 @@ class ServedModules:
         groups = set(self._groups.values()) if plan is None else plan.other_groups
         for group in groups:
             group.refresh(slot)
-        self._flushed = False
         if plan is None or plan.refreshes:
             self._fresh = False
         return groups
@@ -416,8 +405,3 @@ class ServedModules:
                     self._make_group(ended)
                     frames.forget()
                     self._refresh()
-
-
-def parameters_of(site: Site) -> list[nn.Parameter]:
-    """Return the parameters of a site's module itself."""
-    return list(site.module.parameters(recurse=False))

@@ -17,9 +17,9 @@ from torch.nn import functional
 from deltafmt.errors import UsageError
 from deltafmt.kernels.products import matmul_, operand_delta
 from deltafmt.kernels.record_memory import RecordMemory
-from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.binding import bias_of
 from deltafmt.runtime.device_delta import DeviceTensor
+from deltafmt.runtime.growing_table import GrowingTable
 from deltafmt.runtime.orders import Order
 from deltafmt.runtime.selection import BASE, Selection
 from deltafmt.runtime.values import new_values
@@ -165,35 +165,6 @@ class Site(ABC):
     def _clear(self, slot: int) -> None: ...
 
 
-class GrowingTable:
-    """An operand table of one part that can grow."""
-
-    def __init__(self, rows: int, columns: int, device: torch.device, memory: RecordMemory | None) -> None:
-        self.operands = OperandTable(1, (rows,), columns, device, memory)
-        self.slots: set[int] = set()
-
-    def put(self, slot: int, tensor: DeviceTensor) -> None:
-        """Fill a slot with a tensor's terms."""
-        self.operands.put(slot, (tensor.terms,))
-        self.slots.add(slot)
-
-    def clear(self, slot: int) -> None:
-        """Empty a slot."""
-        if slot in self.slots:
-            self.slots.discard(slot)
-            self.operands.clear(slot)
-
-    def grow(self, slots: int) -> None:
-        """Make room for ``slots`` slots."""
-        old = self.operands
-        if slots > old.slots:
-            self.operands = old.grown(slots)
-
-    def serves(self, selection: Selection) -> bool:
-        """Tell whether one of the selection's slots has terms here."""
-        return not self.slots.isdisjoint(selection.used)
-
-
 class WeightSite(Site):
     """A module with a weight. A delta brings packed terms or a whole other weight, and new rows behind either."""
 
@@ -286,8 +257,9 @@ class LinearSite(WeightSite):
         return super().growing() | self._totals.keys() if self._totals or self._new_rows else set()
 
     def only_multiplies(self, slot: int) -> bool:
-        """Tell whether a slot's delta brings no weight, no bias and no rows of its own."""
-        return not any(slot in held for held in (self._weights, self._biases, self._totals, self._new_rows))
+        """Tell whether a slot's delta brings packed terms of the weight, and nothing else."""
+        other = (self._weights, self._biases, self._totals, self._new_rows)
+        return slot in self.table.slots and not any(slot in held for held in other)
 
     @property
     def multiplies_only(self) -> bool:

@@ -102,7 +102,9 @@ class SlotPlan:
             group for group in changed if any(slot in site.slots and site not in self.weights for site in group.sites)
         ]
         self._groups = [group for group in changed if group not in self.other_groups]
-        tables = [(site.table.operands, (self.weights[site],)) for site in self._sites]
+        tables: list[tuple[OperandTable, tuple[str | None, ...]]] = [
+            (site.table.operands, (self.weights[site],)) for site in self._sites
+        ]
         tables += [
             (group.table, tuple(map(self.weights.get, group.sites))) for group in self._groups if len(group.sites) > 1
         ]
