@@ -1,9 +1,14 @@
-"""The products with packed deltas of every kind: by kernels on a GPU, and by decoding the delta everywhere else.
+"""What models call: ``y[t] += x[t] @ delta.T`` for the tokens of many deltas, by kernels or by decoded deltas.
 
-A kernel multiplies with the packed words as they lie. A delta is decoded where no kernel runs (on the CPU), where its
-layout has none, and for a slot that has more tokens than its kernel takes; other slots of the same batch are not
-affected. To decode, the host must know which tokens such a slot has: if ``segments`` does not say, it asks the device
-and waits for the answer.
+A kernel multiplies with the packed words as they lie. A delta is decoded in three cases: on the CPU; if its layout has
+no kernel; and for a slot that has more tokens than its kernel takes. Other slots of the same batch are not affected. To
+decode, the host must know which tokens such a slot has: if ``segments`` does not say, it asks the device and waits for
+the answer.
+
+- :func:`matmul_` adds products onto the outputs of a linear module, or of several with the same input.
+- :func:`fused_linear` computes base and delta as one product, if all tokens are of one slot.
+- :func:`embedding_` adds rows of deltas to embeddings.
+- :func:`repeated_`, :func:`ready` and :func:`ready_fused` repeat the launches of an earlier product.
 """
 
 from __future__ import annotations

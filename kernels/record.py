@@ -1,7 +1,8 @@
 """The record of one operand in an operand table: int64 fields, which kernels load by their offsets.
 
-Each kind of term declares its record once. The table writes the fields in that order, and the kernels take their
-offsets from the same declaration, as constants of the compilation: no kernel holds a number of its own.
+A kernel is launched for many operands at once, so it cannot be given their buffers as arguments. It loads the addresses
+from records and casts them to pointers. Each kind of term declares its record once. The table writes the fields in that
+order, and the kernels take their offsets from the same declaration, as constants of the compilation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,16 @@
-"""The table of packed operands that one product multiplies with, and the records that kernels read of it."""
+"""The table of packed operands that one product multiplies with, and the records that kernels read of it.
+
+Operands are found by slot (which delta) and part (which of the matrices with the same input). For the kernels, each
+layout among the operands has a tensor of records, int64, shape (slots, parts, fields): the addresses of an operand's
+buffers, and its numbers. Slot 2 of a table of q, k and v whose deltas are ``nm`` terms of one layout::
+
+    records[2] = [[codes, index, scales, seed, rows],    of q
+                  [codes, index, scales, seed, rows],    of k
+                  [0, 0, 0, 0, 0]]                       of v, which the delta does not change: no rows
+
+A second term of the same layout has a tensor of its own, and more than three parts are split into groups of three.
+Each such tensor is one launch. The tensors stay in place when deltas come and go, so captured graphs can read them.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +77,7 @@ class OperandTable:
         memory: the memory of the records, which tables can share; of its own if not given.
 
     Attributes:
-        fewest: the most tokens of a slot for which the kernels multiply every operand.
+        fewest: the most tokens that a slot may have so that kernels multiply every operand: the smallest limit of all.
         held: the operands of each slot. Whoever sets one sees to the records.
         key: stands for the table, and for those that grow out of it.
         used: True once somebody has read the records.
@@ -181,9 +193,9 @@ class OperandTable:
     def layout_tables(self, parts: slice) -> list[LayoutTable[Any]]:
         """Return one table for each layout among the operands of some parts; a second term of a layout gets another.
 
-        A table's memory stays where it is when operands change, so that a captured graph goes on reading it; a layout
-        that is new to the table is not part of graphs captured before. The first call after a change copies to the
-        device and waits for that; nothing else does.
+        A table's memory stays where it is when operands change, so a captured graph goes on reading it. A layout that
+        is new to the table is not part of graphs captured before. Only the first call after a change copies to the
+        device and waits for that.
         """
         first, stop, _ = parts.indices(len(self.parts))
         with self._lock:
