@@ -13,7 +13,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
@@ -240,7 +240,17 @@ STEPS = st.lists(
 )
 
 
-@examples(10)
+def around(action: str) -> list[tuple[str, int, int]]:
+    """Return steps of one layout in which something else happens while a delta that entered by a plan is there."""
+    enter = [("enter", number, 0) for number in range(4)]
+    return [*enter[:2], (action, 0, 0), *enter[2:], *(("leave", number, 0) for number in (1, 3, 0)), ("enter", 5, 1)]
+
+
+@examples(6)
+@example(around("grow"), ["plain", "half"], True)
+@example(around("rebuild"), ["norms", "lowbit"], True)
+@example(around("compile"), ["lowbit", "whole"], True)
+@example(around("read"), ["sum", "mixed"], False)
 @given(STEPS, st.lists(st.sampled_from(HOWS), min_size=2, max_size=2), st.booleans())
 def test_any_order_of_deltas(steps: list[tuple[str, int, int]], hows: list[str], as_on_gpu: bool) -> None:
     planned, plain = Served(as_on_gpu=as_on_gpu), Served(as_on_gpu=as_on_gpu)
