@@ -1,4 +1,4 @@
-"""The tensors of a delta file as numbers, where no kernel multiplies with what is packed.
+"""The tensors of a delta file, decoded: for devices and layers where no kernel multiplies with the packed words.
 
 Decoding makes the checks of section 15 of the specification. Each tensor is decoded once, whatever needs it.
 """
