@@ -38,8 +38,8 @@ WHOLE_FACTOR = 8
 # Bytes that solving for a whole matrix takes for each element of its inputs' second moments.
 HESSIAN_BYTES = 40
 
-# The largest finite element of a dtype, and the part of it up to which elements are compressed: a method multiplies what
-# it keeps by 32 or less as a rule, and no model's weights come near.
+# The largest finite element of a dtype, and the part of it up to which elements are compressed: a method multiplies
+# what it keeps by 32 or less as a rule, and no model's weights come near.
 _LARGEST = {"F16": 65504.0, "BF16": 3.3895314e38, "F32": 3.4028235e38}
 _RANGE = 1 / 32
 

@@ -30,7 +30,8 @@ class LiveTensor:
         dtype: its dtype, by the name that safetensors has for it.
         shape: its sizes.
         tensor: the tensor itself.
-        given: what the state holds under all these names: parameters, which may come to stand for other memory, or tensors.
+        given: what the state holds under all these names: parameters, which may come to stand for other memory, or
+            tensors.
         tied: the names that stand for the same memory, and come behind this one.
     """
 
