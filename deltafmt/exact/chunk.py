@@ -23,7 +23,8 @@ from deltafmt.exact.differences import (
     units_of,
 )
 from deltafmt.exact.few import Places, differing, filled, places_of, ranks_of
-from deltafmt.exact.frames import compress, decompress
+from deltafmt.exact.frames import decompress
+from deltafmt.exact.plane_frames import plane_frame
 from deltafmt.exact.units import Unit, Units
 from deltafmt.output import Bytes
 
@@ -261,7 +262,7 @@ def _write_planes(planes: Iterable[Plane], ends: Sequence[int] = ()) -> bytes:
             parts.append(b"")
             continue
         is_random = plane.size >= _SAMPLE and _bits(_sampled(plane)) > _RANDOM_BITS
-        frame = b"" if is_random else compress(plane.data, ends)
+        frame = b"" if is_random else plane_frame(plane, ends)
         parts.append(frame if 0 < len(frame) < plane.size else plane.tobytes())
     return struct.pack(f"<{len(parts)}I", *map(len, parts)) + b"".join(parts)
 

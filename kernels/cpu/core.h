@@ -26,7 +26,9 @@ enum { PLACES_RUN = 64 };
 /* A frame of Huffman codes is written into so many bytes: it is no longer than its content and the heads of its blocks,
  * but codes of a block are written before it is known whether they are shorter. */
 #define FRAME_ROOM(COUNT, SEGMENTS) ((COUNT) + (COUNT) / 2 + 4 * ((SEGMENTS) + (COUNT) / (1 << 17)) + 512)
-enum { FRAME_SCRATCH = 3 << 17 };
+
+/* Bytes of scratch memory that writing a frame takes. */
+enum { FRAME_SCRATCH = 5 << 16 };
 
 /* Dtypes of weights and scales. */
 enum dtype { BF16, F16, F32 };

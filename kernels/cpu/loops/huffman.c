@@ -45,23 +45,28 @@ INLINE uint8_t *end_bits(struct bits *b) {
 
 INLINE int log2_of(uint32_t value) { return 31 - __builtin_clz(value); }
 
-/* Counts bytes, and words of 8 zeros, whose number it returns. Equal neighbours would wait for each other in one table. */
-static size_t count_bytes(const uint8_t *restrict data, size_t count, uint32_t *restrict counts) {
+/* Counts bytes. Equal neighbours would wait for each other in one table. */
+static void count_bytes(const uint8_t *restrict data, size_t count, uint32_t *restrict counts) {
     uint32_t tables[4][256];
-    size_t i = 0, zeros = 0;
+    size_t i = 0;
     memset(tables, 0, sizeof tables);
     for (; i + 8 <= count; i += 8) {
         uint64_t word;
         memcpy(&word, data + i, sizeof word);
-        if (!word) {
-            zeros++;
-            continue;
-        }
         for (int byte = 0; byte < 8; byte++) tables[byte % 4][(uint8_t)(word >> 8 * byte)]++;
     }
     for (; i < count; i++) tables[0][data[i]]++;
     for (int s = 0; s < 256; s++) counts[s] = tables[0][s] + tables[1][s] + tables[2][s] + tables[3][s];
-    counts[0] += (uint32_t)(8 * zeros);
+}
+
+/* Counts words of 8 zeros. */
+static size_t count_zeros(const uint8_t *restrict data, size_t count) {
+    size_t zeros = 0;
+    for (size_t i = 0; i < count / 8; i++) {
+        uint64_t word;
+        memcpy(&word, data + 8 * i, sizeof word);
+        zeros += !word;
+    }
     return zeros;
 }
 
@@ -261,43 +266,62 @@ static uint64_t make_tree(const uint32_t *restrict counts, struct tree *restrict
     return total;
 }
 
-/* Writes one stream of codes, the last byte first; returns its end. Writes up to 8 bytes behind it. */
-static uint8_t *put_stream(const uint8_t *restrict data, size_t count, const uint32_t *restrict codes, uint8_t *restrict out) {
-    uint64_t held = 0;
-    uint32_t fill = 0;
-    size_t i = count;
-#define PUT(byte)                                  \
-    do {                                           \
-        uint32_t code_ = codes[byte];              \
-        held |= (uint64_t)(code_ >> 8) << fill;    \
-        fill += code_ & 255;                       \
-    } while (0)
-#define FLUSH()                          \
-    do {                                 \
-        memcpy(out, &held, sizeof held); \
-        out += fill >> 3;                \
-        held >>= fill & ~7u;             \
-        fill &= 7;                       \
-    } while (0)
-    for (; i % 5; i--) {
-        PUT(data[i - 1]);
-        FLUSH();
+/* A stream of codes that is being written. Bits are held at the upper end of a word, the last ones uppermost. A code
+ * stands there in its entry, too, and its length in the entry's lowest byte: that byte falls out of the word before the
+ * bits reach it. */
+struct stream {
+    uint64_t held, fill;
+    uint8_t *out;
+};
+
+INLINE void put_code(struct stream *s, uint64_t code) {
+    s->held = s->held >> (code & 63) | code;
+    s->fill += code;
+}
+
+/* Writes up to 8 bytes behind those that are full. */
+INLINE void put_full(struct stream *s) {
+    uint64_t count = s->fill & 63, low = count ? s->held >> (64 - count) : 0;
+    memcpy(s->out, &low, sizeof low);
+    s->out += count >> 3;
+    s->fill = count & 7;
+}
+
+INLINE uint8_t *end_stream(struct stream *s) {
+    put_full(s);
+    *s->out = (uint8_t)((s->fill ? s->held >> (64 - s->fill) : 0) | (uint64_t)1 << s->fill);
+    return s->out + 1;
+}
+
+/* Writes two streams of codes side by side, because a code waits for the one before it; each begins with its last byte.
+ * The second one has as many bytes, or up to 3 fewer. */
+static void put_streams(const uint8_t *restrict first, const uint8_t *restrict second, size_t count, size_t fewer,
+                        const uint64_t *restrict codes, uint8_t *ends[2]) {
+    struct stream a = {0, 0, ends[0]}, b = {0, 0, ends[1]};
+    size_t i = count - fewer;
+    for (size_t k = count; k > i; k--) put_code(&a, codes[first[k - 1]]);
+    put_full(&a);
+    for (; i % 4; i--) {
+        put_code(&a, codes[first[i - 1]]);
+        put_code(&b, codes[second[i - 1]]);
     }
-    /* Five codes and what is left of the last byte: 62 bits at most. */
-    for (; i; i -= 5) {
-        PUT(data[i - 1]);
-        PUT(data[i - 2]);
-        PUT(data[i - 3]);
-        PUT(data[i - 4]);
-        PUT(data[i - 5]);
-        FLUSH();
+    put_full(&a);
+    put_full(&b);
+    /* Four codes and what is left of the last byte: 51 bits at most. */
+    for (; i; i -= 4) {
+        put_code(&a, codes[first[i - 1]]);
+        put_code(&b, codes[second[i - 1]]);
+        put_code(&a, codes[first[i - 2]]);
+        put_code(&b, codes[second[i - 2]]);
+        put_code(&a, codes[first[i - 3]]);
+        put_code(&b, codes[second[i - 3]]);
+        put_code(&a, codes[first[i - 4]]);
+        put_code(&b, codes[second[i - 4]]);
+        put_full(&a);
+        put_full(&b);
     }
-    held |= (uint64_t)1 << fill;
-    fill += 8;
-    memcpy(out, &held, sizeof held);
-    return out + (fill >> 3);
-#undef PUT
-#undef FLUSH
+    ends[0] = end_stream(&a);
+    ends[1] = end_stream(&b);
 }
 
 INLINE uint8_t *put_number(uint8_t *out, uint64_t value, int bytes) {
@@ -341,20 +365,19 @@ INLINE uint8_t match_code(uint32_t length) {
 }
 
 /* Finds runs of zeros. All but the first zero of a run are a match; all other bytes are literals. Returns how many runs.
- * Writes up to 16 bytes behind the literals, and reads as many behind the data where `slack` says that they are there. */
+ * Writes up to 16 bytes behind the literals. */
 static size_t find_runs(const uint8_t *restrict data, size_t count, struct sequence *restrict sequences,
                         uint8_t *restrict literals, size_t *literal_count) {
     const uint64_t low = 0x7F7F7F7F7F7F7F7Full;
-    size_t found = 0, kept = 0, from = 0, end = 0, i = 0;
+    size_t found = 0, kept = 0, from = 0, end = 0, first = 0;
 #define ENDS_AT(PLACE)                                                                                              \
     do {                                                                                                            \
         size_t place_ = (PLACE);                                                                                    \
         if (place_ - end >= RUN_LEAST) {                                                                            \
             size_t length_ = end + 1 - from;                                                                        \
             uint32_t match_ = (uint32_t)(place_ - end) - 4;                                                         \
-            /* A run has more than 8 bytes, so that as many can be read. */                                         \
-            if (length_ <= 8)                                                                                       \
-                memcpy(literals + kept, data + from, 8);                                                            \
+            if (length_ <= 16 && from + 16 <= count)                                                                \
+                memcpy(literals + kept, data + from, 16);                                                           \
             else                                                                                                    \
                 memcpy(literals + kept, data + from, length_);                                                      \
             kept += length_;                                                                                        \
@@ -364,14 +387,18 @@ static size_t find_runs(const uint8_t *restrict data, size_t count, struct seque
         }                                                                                                           \
         end = place_ + 1;                                                                                           \
     } while (0)
-    for (; i + 8 <= count; i += 8) {
-        uint64_t word;
-        memcpy(&word, data + i, sizeof word);
-        for (uint64_t set = (((word & low) + low) | word) & ~low; set; set &= set - 1)
-            ENDS_AT(i + (size_t)__builtin_ctzll(set) / 8);
+    for (; first + 64 <= count; first += 64) {
+        /* A bit for each byte that is not zero. */
+        uint64_t words[8], set = 0;
+        memcpy(words, data + first, sizeof words);
+        for (int w = 0; w < 8; w++) {
+            uint64_t top = (((words[w] & low) + low) | words[w]) & ~low;
+            set |= (top >> 7) * 0x0102040810204080ull >> 56 << 8 * w;
+        }
+        for (; set; set &= set - 1) ENDS_AT(first + (size_t)__builtin_ctzll(set));
     }
-    for (; i < count; i++)
-        if (data[i]) ENDS_AT(i);
+    for (; first < count; first++)
+        if (data[first]) ENDS_AT(first);
     ENDS_AT(count);
 #undef ENDS_AT
     memcpy(literals + kept, data + from, count - from);
@@ -443,11 +470,14 @@ static uint8_t *put_sequences(const struct sequence *restrict sequences, size_t 
 /* What a frame is written with: the tree that its blocks had last, and room. */
 struct frame {
     struct tree trees[2];
-    uint32_t codes[256]; /* of the last tree: code << 8 | bits */
+    uint64_t codes[256]; /* of the last tree, as put_stream takes them */
     int last; /* which tree was last; -1 for none */
     struct sequence sequences[RUNS_MOST];
     uint8_t literals[HUFFMAN_BLOCK + 16];
+    uint8_t stream[HUFFMAN_BLOCK / 4 * 3 / 2];
 };
+
+_Static_assert(sizeof(struct frame) <= FRAME_SCRATCH, "scratch memory holds a frame");
 
 /* Returns the bits that some bytes take with the last tree; UINT64_MAX if it has not all of them. */
 static uint64_t bits_with(const struct frame *frame, const uint32_t *restrict counts) {
@@ -476,15 +506,19 @@ static uint8_t *put_literals(struct frame *frame, const uint8_t *data, size_t co
         memcpy(at, tree->description, tree->length);
         at += tree->length;
         frame->last = other;
-        for (int s = 0; s < 256; s++) frame->codes[s] = (uint32_t)tree->code[s] << 8 | tree->bits[s];
+        for (int s = 0; s < 256; s++) frame->codes[s] = tree->bits[s] ? (uint64_t)tree->code[s] << (64 - tree->bits[s]) | tree->bits[s] : 0;
     }
     jumps = at;
     at += 6;
-    for (int stream = 0; stream < 4; stream++) {
-        size_t from = (size_t)stream * quarter;
-        uint8_t *end = put_stream(data + from, stream < 3 ? quarter : count - from, frame->codes, at);
-        if (stream < 3) put_number(jumps + 2 * stream, (uint64_t)(end - at), 2);
-        at = end;
+    for (int stream = 0; stream < 4; stream += 2) {
+        const uint8_t *from = data + (size_t)stream * quarter;
+        uint8_t *ends[2] = {at, frame->stream};
+        put_streams(from, from + quarter, quarter, stream ? 4 * quarter - count : 0, frame->codes, ends);
+        size_t first = (size_t)(ends[0] - at), second = (size_t)(ends[1] - frame->stream);
+        memcpy(ends[0], frame->stream, second);
+        at = ends[0] + second;
+        put_number(jumps + 2 * stream, first, 2);
+        if (!stream) put_number(jumps + 2, second, 2);
     }
     uint64_t kind = is_new ? LITERALS_TREE : LITERALS_SAME_TREE;
     put_number(out, kind | 3 << 2 | (uint64_t)count << 4 | (uint64_t)(at - start) << 22, LITERALS_HEAD);
@@ -512,16 +546,16 @@ static uint8_t *put_block(struct frame *frame, const uint8_t *data, size_t count
     uint32_t counts[256];
     uint8_t *end = NULL;
     int last_before = frame->last;
-    size_t zeros = count_bytes(data, count, counts);
-    if (counts[data[0]] == count) {
+    if (data[0] == data[count - 1] && !memcmp(data, data + 1, count - 1)) {
         out = put_head(out, is_last, BLOCK_RLE, count);
         *out++ = data[0];
         return out;
     }
-    if (zeros > count / RUNS_PAY) {
+    if (count_zeros(data, count) > count / RUNS_PAY) {
         end = put_runs(frame, data, count, out + 3);
     } else {
-        end = put_literals(frame, data, count, counts, out + 3);
+        count_bytes(data, count, counts);
+        end = counts[data[0]] == count ? NULL : put_literals(frame, data, count, counts, out + 3);
         if (end) *end++ = 0; /* no sequences */
     }
     if (end && (size_t)(end - out) - 3 < count) {
