@@ -51,6 +51,9 @@ _SPARSE_HEAD: Final = 12
 # Planes that take more bytes for each unit hold many differences: a decoder does not look for few.
 _FEW_BYTES: Final = 0.25
 
+# Where a larger share of a sample differs, few units are not looked for: twice what few may be.
+_FEW_SAMPLED: Final = 0.25
+
 # Units that are looked at to choose a form, in so many runs, and the bits a byte from which zstd is not tried.
 _SAMPLE: Final = 8192
 _RUNS: Final = 64
@@ -87,7 +90,8 @@ def encode(
         marks: which units are sorted behind the others; None if there are no marks.
         places: where the units differ, if that is known and they are few.
     """
-    if places is None:
+    sample = _sampled(values), _sampled(prediction)
+    if places is None and np.count_nonzero(sample[0] != sample[1]) <= _FEW_SAMPLED * sample[0].size:
         places = differing(values, prediction)
     if places is not None and not places.size:
         return Chunk(SAME, b"")
@@ -95,17 +99,16 @@ def encode(
         find = _sparse if level == "fast" else _few
         few = find(values, prediction, places, unit, marks)
         return few if len(few.data) < values.nbytes else Chunk(STORED, values.tobytes())
-    found = [Chunk(STORED, values.tobytes())]
-    if places is not None:
-        found.append(_sparse(values, prediction, places, unit, marks))
-    if not _is_unrelated(values, prediction, unit):
+    found = [] if places is None else [_sparse(values, prediction, places, unit, marks)]
+    if not _is_unrelated(*sample, unit):
         key = unit if level == "default" else Unit(unit.width)
         form = SORTED if key.is_float else DIFFERENCES
         planes, counts = sorted_planes(values, prediction, unit, key, marks if form == SORTED else None)
         found.append(Chunk(form, _write_planes(planes, _ends(counts) if form == SORTED else ())))
     else:
         found.append(Chunk(VALUES, _write_planes(planes_of(values, unit))))
-    return min(found, key=lambda chunk: len(chunk.data))
+    smallest = min(found, key=lambda chunk: len(chunk.data))
+    return smallest if len(smallest.data) < values.nbytes else Chunk(STORED, values.tobytes())
 
 
 def decode(form: int, data: Bytes, prediction: Units, unit: Unit, marks: Marks | None = None) -> Units:
@@ -230,10 +233,9 @@ def _ends(counts: Counts) -> list[int]:
 
 
 def _is_unrelated(values: Units, prediction: Units, unit: Unit) -> bool:
-    """Tell whether the planes of some units promise to be smaller than those of their differences."""
-    mine, theirs = _sampled(values), _sampled(prediction)
-    planes, _ = sorted_planes(mine, theirs, unit, Unit(unit.width))
-    return sum(map(_bits, planes_of(mine, unit))) < sum(map(_bits, planes))
+    """Tell whether the planes of a sample of units are smaller than those of their differences."""
+    planes, _ = sorted_planes(values, prediction, unit, Unit(unit.width))
+    return sum(map(_bits, planes_of(values, unit))) < sum(map(_bits, planes))
 
 
 Sampled = TypeVar("Sampled", bound=np.generic)
@@ -258,7 +260,7 @@ def _write_planes(planes: Iterable[Plane], ends: Sequence[int] = ()) -> bytes:
     """Return the lengths of planes, and the planes: nothing for zeros, a frame, or the bytes where no frame is less."""
     parts = []
     for plane in planes:
-        if plane is None or not plane.max():
+        if plane is None or not (plane[0] or plane.any()):
             parts.append(b"")
             continue
         is_random = plane.size >= _SAMPLE and _bits(_sampled(plane)) > _RANDOM_BITS

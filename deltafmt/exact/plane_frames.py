@@ -130,7 +130,7 @@ class _Writer:
             for part in (data[start : start + quarter][::-1] for start in range(0, 4 * quarter, quarter))
         ]
         jumps = b"".join(len(stream).to_bytes(2, "little") for stream in streams[:3])
-        made = b"".join((tree if is_new else b"", jumps, *streams))
+        made = b"".join(((tree or b"") if is_new else b"", jumps, *streams))
         head = (_TREE if is_new else _LAST_TREE) | 3 << 2 | size << 4 | len(made) << 22
         return head.to_bytes(5, "little") + made
 
@@ -175,7 +175,7 @@ def code_lengths(counts: Numbers) -> Numbers:
     """
     order = sorted(np.flatnonzero(counts).tolist(), key=lambda byte: (counts[byte], byte))
     # Leaves come first among equals, then whatever came into being first.
-    heap = [(int(counts[byte]), number, (number,)) for number, byte in enumerate(order)]
+    heap: list[tuple[int, int, tuple[int, ...]]] = [(int(counts[byte]), at, (at,)) for at, byte in enumerate(order)]
     depths = [0] * len(order)
     for number in range(len(order), 2 * len(order) - 1):
         (a, _, left), (b, _, right) = heapq.heappop(heap), heapq.heappop(heap)
@@ -214,7 +214,7 @@ def _tree(lengths: Numbers) -> bytes | None:
     given = weights[: int(np.flatnonzero(lengths)[-1])]
     if given.size <= _DIRECT:
         pairs = np.append(given, np.zeros(given.size % 2, np.int64)).reshape(-1, 2)
-        return bytes([127 + given.size]) + (pairs[:, 0] << 4 | pairs[:, 1]).astype(np.uint8).tobytes()
+        return b"".join((bytes([127 + given.size]), (pairs[:, 0] << 4 | pairs[:, 1]).astype(np.uint8).tobytes()))
     if not np.any(given != given[0]):
         return None
     code = States(np.bincount(given).tolist(), _WEIGHT_LOG)
