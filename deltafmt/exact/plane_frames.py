@@ -4,7 +4,7 @@ Planes have statistics worth coding, but hardly anything that repeats unless it 
 searched. Each block has a Huffman tree, or that of a block before it. A block with many zeros has its longer runs of
 zeros as matches of the byte before them: a run is a zero among the literals, and a match.
 
-Any zstd decoder reads these frames. Compiled: ``kernels/cpu/loops/huffman.c``, which writes the same bytes.
+Any zstd decoder reads these frames. Compiled: ``kernels/cpu/loops/plane_frames.c``, which writes the same bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Numbers = NDArray[np.int64]
 _MAGIC: Final = 0xFD2FB528
 _BLOCK: Final = 1 << 17
 _RAW, _RLE, _COMPRESSED = 0, 1, 2  # kinds of blocks
-_STORED, _REPEATED, _TREE, _LAST_TREE = 0, 1, 2, 3  # kinds of literals
+_STORED, _TREE, _LAST_TREE = 0, 2, 3  # kinds of literals
 
 # Bits of the longest code, bytes that are worth a tree, and weights that are written as they are: 4 bits each.
 _MOST_BITS: Final = 11
@@ -62,7 +62,7 @@ def _plane_frame(native: Native, plane: Plane, ends: Sequence[int] = ()) -> byte
         out = np.empty(needed, np.uint8)
         if needed <= _KEPT:
             _local.room = out
-    return out[: native.huffman_frame(plane, chosen, out)].tobytes()
+    return out[: native.plane_frame(plane, chosen, out)].tobytes()
 
 
 @loop(_plane_frame)
@@ -96,8 +96,9 @@ class _Writer:
             return _head(is_last, _RLE, size) + bytes([data[0]])
         before = self._last
         zeros = np.count_nonzero(~data[: size - size % 8].reshape(-1, 8).any(axis=1))
-        made = self._runs(data) if zeros > size // _RUNS_PAY else self._literals(data)
-        if made is not None and zeros <= size // _RUNS_PAY:
+        has_runs = zeros > size // _RUNS_PAY
+        made = self._runs(data) if has_runs else self._literals(data)
+        if made is not None and not has_runs:
             made += b"\0"  # no sequences
         if made is not None and len(made) < size:
             return _head(is_last, _COMPRESSED, len(made)) + made
@@ -108,7 +109,7 @@ class _Writer:
         """Return bytes as literals with a new tree or the last one; None if no tree pays."""
         size = data.size
         counts = np.bincount(data, minlength=256)
-        if size < _LEAST or np.count_nonzero(counts) == 1:
+        if size < _LEAST:
             return None
         lengths = code_lengths(counts)
         tree = _tree(lengths)
@@ -145,11 +146,9 @@ class _Writer:
         matched[ends] -= 1
         literals = data[np.cumsum(matched)[:-1] == 0]
         lengths = starts + 1 - np.append(0, ends[:-1])
-        made = None if not np.any(literals != literals[0]) else self._literals(literals)
+        made = self._literals(literals)
         if made is None:
-            kind = _STORED if np.any(literals != literals[0]) else _REPEATED
-            stored = literals.tobytes() if kind == _STORED else bytes([literals[0]])
-            made = (kind | 3 << 2 | literals.size << 4).to_bytes(3, "little") + stored
+            made = (_STORED | 3 << 2 | literals.size << 4).to_bytes(3, "little") + literals.tobytes()
         return made + _sequences(lengths, ends - starts - 1 - _LEAST_MATCH)
 
 

@@ -155,7 +155,7 @@ struct loops {
     size_t (*exact_differ)(const struct exact *, size_t most, int64_t *places);
     size_t (*exact_filled)(const struct exact *, size_t most, int64_t *places);
 
-    size_t (*huffman_frame)(const uint8_t *data, const uint64_t *ends, size_t segments, uint8_t *out, void *scratch);
+    size_t (*plane_frame)(const uint8_t *data, const uint64_t *ends, size_t segments, uint8_t *out, void *scratch);
 };
 
 extern const struct loops loops_baseline;

@@ -522,7 +522,7 @@ PyObject *exact_filled(struct call *call) {
 }
 
 /* Bytes, the ends of their segments, and room for a frame; returns the bytes of the frame. */
-PyObject *huffman_frame(struct call *call) {
+PyObject *plane_frame(struct call *call) {
     const Py_buffer *data = array(call, "B", 1, 0), *ends = array(call, "L", 1, 0), *out = array(call, "B", 1, 1);
     size_t count = extent(data, 0), segments = extent(ends, 0), found = 0;
     const uint64_t *at = ends->buf;
@@ -533,7 +533,7 @@ PyObject *huffman_frame(struct call *call) {
     if (!call->wrong) require(call, at[segments - 1] == count, "the last segment ends where the bytes do");
     require(call, extent(out, 0) >= FRAME_ROOM(count, segments), "there is room for the frame");
     void *scratch = scratch_of(call, FRAME_SCRATCH);
-    RUN(call, found = loops->huffman_frame(data->buf, at, segments, out->buf, scratch));
+    RUN(call, found = loops->plane_frame(data->buf, at, segments, out->buf, scratch));
     free(scratch);
     return finish(call, PyLong_FromLong, (long)found);
 }
