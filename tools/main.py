@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser(command: str | None) -> Parser:
     """Return the parser; only the named command's module is imported for its options."""
-    parser = Parser(prog="deltafmt", description="Compressed fine-tune deltas: pack, unpack, inspect, verify.")
+    parser = Parser(prog="deltafmt", description="Store fine-tuned models as compressed deltas of a base.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("--verbose", action="store_true", help="with --version: also print what deltafmt runs on")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)

@@ -1,4 +1,8 @@
-"""One chunk of an exact tensor: units to bytes, and back (spec/deltafmt-v1.md, section 17.5)."""
+"""One chunk of an exact tensor: units to bytes, and back (spec/deltafmt-v1.md, section 17.5).
+
+A chunk has one of six forms, from nothing at all (it equals the prediction) to the units as they are. :func:`encode`
+takes the smallest, as far as samples tell.
+"""
 
 from __future__ import annotations
 

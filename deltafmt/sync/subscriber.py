@@ -204,8 +204,10 @@ class Subscriber:
             decoder = ExactDecoder(delta.container.buffer(entry.exact.data), live.dtype, live.shape, entry.exact.chunk)
         self._limits.check_memory(decoder.memory, delta.container.size, f"{where}: a chunk takes")
 
+        stream = on_device.stream_of(live)  # the caller's: a worker would have another, and perhaps another device
+
         def whole() -> Change | None:
-            with _located(where), torch.inference_mode():
+            with _located(where), torch.inference_mode(), stream:
                 return on_device.change_of(decoder, live, has_base=has_base)
 
         if on_device.runs_on(live):
