@@ -23,7 +23,7 @@ from deltafmt.exact.differences import (
     zigzag,
 )
 from deltafmt.exact.few import differing, filled, places_of, ranks_of
-from deltafmt.exact.frames import decompress
+from deltafmt.exact.frames import decompress_into
 from deltafmt.exact.plane_frames import plane_frame
 from deltafmt.exact.units import Unit, Units, unit_count, unit_of
 from deltafmt.format.constants import DTYPE_BITS
@@ -220,7 +220,7 @@ def head(*lengths: int) -> bytes:
     return struct.pack(f"<{len(lengths)}I", *lengths)
 
 
-FRAME = plane_frame(np.frombuffer(bytes(99) + b"x", np.uint8))
+FRAME = bytes(plane_frame(np.frombuffer(bytes(99) + b"x", np.uint8)))
 BAD_CHUNKS = {
     "bytes where": [
         (chunks.SAME, b"x", 100),
@@ -272,8 +272,10 @@ def test_a_frame_must_be_as_the_specification_says() -> None:
         (zstandard.ZstdCompressor().compress(data)[:-1], "does not end where"),
     ):
         with pytest.raises(InvalidFileError, match=words):
-            decompress(frame, len(data))
-    assert decompress(zstandard.ZstdCompressor().compress(data), 300) == data
+            decompress_into(frame, memoryview(bytearray(len(data))))
+    found = bytearray(300)
+    decompress_into(zstandard.ZstdCompressor().compress(data), memoryview(found))
+    assert found == data
 
 
 def test_a_wrong_prediction_is_found() -> None:

@@ -8,7 +8,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltafmt.exact.frames import decompress
+from deltafmt.exact.frames import decompress_into
 from deltafmt.exact.plane_frames import Plane, code_lengths, plane_frame
 from implementations import COMPILED, running
 
@@ -30,22 +30,37 @@ def plane(kind: str, size: int, strength: float, seed: int) -> Plane:
     elif kind == "stretches":
         lengths = rng.integers(1, 2 + int(3000 * strength), size // 2 + 1)
         made = np.repeat(rng.integers(0, 2, lengths.size) * rng.integers(0, 256, lengths.size), lengths)[:size]
+    elif kind == "fibonacci":
+        # Huffman's codes of these counts are as long as they can be.
+        counts = [1, 1]
+        while sum(counts) < size:
+            counts.append(counts[-1] + counts[-2])
+        made = int(230 * strength) + rng.permutation(np.repeat(np.arange(len(counts)), counts))[:size]
+    elif kind == "flat":
+        # Weights that are all equal have no description if there are more than 128.
+        made = rng.permutation(np.resize(np.arange(1 + rng.choice([1, 63, 126, 127, 128, 129, 254, 255])), size))
+    elif kind == "runs":
+        lengths = rng.choice([1, 7, 8, 11, 12, 13, 14, 34, 35, 36, 130, 131, 132], size // 4 + 2)
+        lengths[1::2] = rng.choice([1, 1, 2, 15, 16, 17, 63, 64, 65, 130], lengths[1::2].size)
+        made = np.repeat(np.arange(lengths.size) % 2, lengths)[:size] * rng.integers(1, 2 + int(254 * strength), size)
     else:
         made = np.full(size, int(255 * strength))
     return made.astype(np.uint8)
 
 
-KINDS = ("few", "random", "steep", "zeros", "stretches", "one")
+KINDS = ("few", "random", "steep", "zeros", "stretches", "fibonacci", "flat", "runs", "one")
 
 
 def check(data: Plane, ends: list[int]) -> bytes:
     """Check a frame against the reference and zstd; return it."""
-    frame = plane_frame.reference(data, ends)
+    frame = bytes(plane_frame.reference(data, ends))
     for name in COMPILED:
         with running(name):
-            assert plane_frame(data, ends) == frame
+            assert bytes(plane_frame(data, ends)) == frame
     assert zstandard.ZstdDecompressor().decompress(frame) == data.tobytes()
-    assert decompress(frame, data.size) == data.tobytes()
+    found = np.empty_like(data)
+    decompress_into(frame, found.data)
+    assert np.array_equal(found, data)
     return frame
 
 
@@ -75,6 +90,39 @@ def test_blocks_that_differ_in_kind_follow_each_other() -> None:
     ends = np.cumsum([part.size for part in parts]).tolist()
     check(np.concatenate(parts), ends)
     check(np.concatenate(parts[::-1]), [])
+
+
+@pytest.mark.parametrize("number", [1, 126, 127, 128, 129, 254, 255, 256, 257])
+@pytest.mark.parametrize("length", [12, 65_541])
+def test_numbers_of_runs(number: int, length: int) -> None:
+    # One code alone for all lengths of literals, and the number of sequences in one byte or two.
+    run = np.append(np.uint8(9), np.zeros(length, np.uint8))
+    check(np.tile(run, number if length < 100 else 1), [])
+
+
+def test_a_tree_is_used_again_behind_blocks_without_one() -> None:
+    rng = np.random.default_rng(1)
+    data = plane("few", 2000, 0.3, 1)
+    noise = rng.integers(0, 256, 300).astype(np.uint8)
+    runs = np.zeros(300, np.uint8)
+    runs[::50] = 1  # its literals are stored
+    parts = [
+        data,
+        noise,
+        rng.permutation(data),
+        np.full(90, 3, np.uint8),
+        rng.permutation(data),
+        runs,
+        rng.permutation(data),
+    ]
+    frame = check(np.concatenate(parts), np.cumsum([part.size for part in parts]).tolist())
+    kinds, place = [], 9
+    for _ in parts:
+        head = int.from_bytes(frame[place : place + 3], "little")
+        kinds.append((head >> 1 & 3, frame[place + 3] & 3 if head >> 1 & 3 == 2 else None))
+        place += 3 + (1 if head >> 1 & 3 == 1 else head >> 3)
+    # A new tree; stored; the last tree; one byte repeated; the last tree; stored literals; the last tree.
+    assert kinds == [(2, 2), (0, None), (2, 3), (1, None), (2, 3), (2, 0), (2, 3)]
 
 
 def test_a_frame_is_about_as_long_as_the_entropy_of_its_bytes() -> None:

@@ -16,25 +16,27 @@ from deltafmt.output import Bytes
 _local = threading.local()
 
 
-def decompress(frame: Bytes, size: int) -> bytes:
-    """Return the content of a frame.
+def decompress_into(frame: Bytes, content: memoryview) -> None:
+    """Write the content of a frame into memory of its size.
 
     Args:
         frame: exactly one frame.
-        size: bytes of its content.
+        content: where its content goes.
 
     Raises:
         InvalidFileError: the bytes are not one frame of that size as the specification allows it.
     """
+    size = len(content)
     check_frame(frame, size)
     try:
         if frame_end(memoryview(frame).cast("B")) != len(frame):
             raise InvalidFileError("a frame does not end where its plane ends")
         if not hasattr(_local, "decompressor"):
             _local.decompressor = zstandard.ZstdDecompressor()
-        content: bytes = _local.decompressor.decompress(frame)
+        with _local.decompressor.stream_reader(frame, read_size=len(frame)) as reader:
+            found = reader.readinto(content)
+            rest = reader.read(1)
     except zstandard.ZstdError as error:
         raise InvalidFileError(f"not a zstd frame: {str(error).splitlines()[0]}") from error
-    if len(content) != size:
-        raise InvalidFileError(f"a frame has {len(content)} bytes, not {size}")
-    return content
+    if found != size or rest:
+        raise InvalidFileError(f"a frame has {found + len(rest)} bytes, not {size}")

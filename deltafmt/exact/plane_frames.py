@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import threading
 from collections.abc import Sequence
 from typing import Final
 
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from deltafmt.core import Native, loop
 from deltafmt.exact.states import Field, States
+from deltafmt.output import Bytes
 
 Plane = NDArray[np.uint8]
 Numbers = NDArray[np.int64]
@@ -45,33 +45,30 @@ _LITERAL_BITS: Final = np.array([0] * 16 + [1, 1, 1, 1, 2, 2, 3, 3, 4, 6, 7, 8, 
 _MATCH_BITS: Final = np.array([0] * 32 + [1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16])
 _LEAST_MATCH: Final = 3
 
-# Room for a frame, and what a compiled loop needs more: codes are written before it is known whether they are shorter.
+# Room for the tables of a block.
 _ROOM: Final = 512
 
-# A thread keeps room for the planes of usual chunks: memory that is asked for anew is cleared anew.
-_KEPT: Final = 2 << 20
-_local = threading.local()
+
+def frame_room(size: int, ends: Sequence[int] = ()) -> int:
+    """Return how many bytes a compiled loop needs for a frame: it writes codes before it knows if they are shorter."""
+    return size + size // 2 + 4 * (len(ends) + 1 + size // _BLOCK) + _ROOM
 
 
-def _plane_frame(native: Native, plane: Plane, ends: Sequence[int] = ()) -> bytes:
+def _plane_frame(native: Native, plane: Plane, ends: Sequence[int] = (), room: Plane | None = None) -> Bytes:
     size = plane.size
     chosen = np.array([*(end for end in ends if 0 < end < size), size], np.uint64)
-    needed = size + size // 2 + 4 * (chosen.size + size // _BLOCK) + _ROOM
-    out = getattr(_local, "room", None)
-    if out is None or out.size < needed:
-        out = np.empty(needed, np.uint8)
-        if needed <= _KEPT:
-            _local.room = out
-    return out[: native.plane_frame(plane, chosen, out)].tobytes()
+    out = np.empty(frame_room(size, ends), np.uint8) if room is None else room
+    return out.data[: native.plane_frame(plane, chosen, out)]
 
 
 @loop(_plane_frame)
-def plane_frame(plane: Plane, ends: Sequence[int] = ()) -> bytes:
+def plane_frame(plane: Plane, ends: Sequence[int] = (), room: Plane | None = None) -> Bytes:  # noqa: ARG001
     """Return a frame.
 
     Args:
         plane: its content, at least a byte.
         ends: where the statistics of the content change, ascending; a block of the frame ends at each.
+        room: :func:`frame_room` bytes, which may become the result.
     """
     size = plane.size
     limits = [0, *(end for end in ends if 0 < end < size), size]
