@@ -22,7 +22,8 @@ A product, file by file (KIND is ``nm``, ``lowbit``, ``lowrank`` or ``sparse``):
   ``compiling.py`` compile kernels in the background.
 - ``segments.py``: the tokens sorted by slot and cut into token tiles, on the device.
 - ``table.py``, ``record.py``, ``record_memory.py``: the operand table, whose records hold the addresses of the buffers.
-  ``operand.py`` is one term; ``device_memory.py`` the allocation that its buffers lie in.
+  ``operand.py`` is one term; ``device_memory.py`` the allocation that its buffers lie in; ``operand_records.py`` the
+  records of all operands of an allocation.
 - ``KIND/kind.py``: what a kind can do, and its record. ``KIND/launch.py``: grid and constants. The kernels:
   ``KIND/kernel.py``, for ``nm`` ``gather.py``, ``elements.py``, ``dense.py`` and ``fused.py``.
 - ``device_functions.py``, ``coded_words.py``: what kernels share.

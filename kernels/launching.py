@@ -107,9 +107,9 @@ def launch_fused(
     if found is not None:
         found.run([*outputs, *weights], x, None, [slot])
         return True
-    operand = table.operands(slot)[0][0]
-    kernels = kernels_of(operand.layout)
-    layout = kernels.table_layout(operand.layout)
+    layout, _ = table.forms(slot)[0][0]
+    kernels = kernels_of(layout)
+    layout = kernels.table_layout(layout)
     layout_table = next(one for one in table.layout_tables(slice(0, len(table.parts))) if one.layout == layout)
 
     def launch() -> None:
@@ -142,7 +142,7 @@ def _fused_form(
 ) -> tuple[Hashable, ...] | None:
     """Return all that a fused product's launch depends on: the slot's layout has the kernel, any slot is taken."""
     found = form([*outputs, *weights], x, None) if can_repeat(x.device) else None
-    return None if found is None else ("fused", table.operands(slot)[0][0].layout, *found)
+    return None if found is None else ("fused", table.forms(slot)[0][0][0], *found)
 
 
 @contextlib.contextmanager

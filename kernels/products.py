@@ -129,9 +129,9 @@ def _decoded(table: OperandTable, segments: Segments, *, by_kernel: bool) -> Ite
                     if segments.lengths().get(slot):
                         yield slot, part, operand
         return
-    for one in table.bounded():
-        if segments.longest > one.most and segments.lengths().get(one.slot, 0) > one.most:
-            yield one.slot, one.part, one.operand
+    for slot, one in table.bounded():
+        if segments.longest > one.most and segments.lengths().get(slot, 0) > one.most:
+            yield slot, one.part, table.operands(slot)[one.part][one.term]
 
 
 def operand_delta(operand: Operand, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -148,10 +148,10 @@ def can_fuse(table: OperandTable, slot: int, tokens: int) -> bool:
     """
     if not devices.usable_on(table.device) or len(table.parts) > MAX_PARTS:
         return False
-    parts = table.operands(slot)
-    if any(len(terms) != 1 or terms[0].rows != rows for terms, rows in zip(parts, table.parts, strict=True)):
+    parts = table.forms(slot)
+    if any(len(terms) != 1 or terms[0][1] != rows for terms, rows in zip(parts, table.parts, strict=True)):
         return False
-    layouts = {terms[0].layout for terms in parts}
+    layouts = {terms[0][0] for terms in parts}
     if len(layouts) != 1:
         return False
     layout = layouts.pop()
@@ -175,12 +175,12 @@ def fused_linear(
     Returns:
         The products; None if their kernels are still being compiled.
     """
-    operands = [terms[0] for terms in table.operands(slot)]
-    kernels = kernels_of(operands[0].layout)
     with devices.on_device_of(x):
         if x.shape[0] == 1:
             outputs = tuple(x.new_empty(1, rows) for rows in table.parts)
             return outputs if launching.launch_fused(outputs, x, weights, table, slot) else None
+        operands = [terms[0] for terms in table.operands(slot)]
+        kernels = kernels_of(operands[0].layout)
 
         def note() -> None:
             for weight, operand in zip(weights, operands, strict=True):

@@ -33,7 +33,7 @@ def test_a_slot_that_is_filled_while_records_are_built(monkeypatch: pytest.Monke
     table = OperandTable(2, [ROWS], COLUMNS, "cpu")
     table.put(1, [[first]])
     other = threading.Thread(target=table.put, args=(0, [[second]]))
-    original = table_module._record
+    original = table_module.record_of
 
     def record(*arguments: object) -> list[int]:
         # Slot 0 was looked at already, and was empty.
@@ -42,12 +42,12 @@ def test_a_slot_that_is_filled_while_records_are_built(monkeypatch: pytest.Monke
             other.join(0.2)
         return original(*arguments)
 
-    monkeypatch.setattr(table_module, "_record", record)
+    monkeypatch.setattr(table_module, "record_of", record)
     table.layout_tables(WHOLE)
     other.join()
     (held,) = table.layout_tables(WHOLE)
     assert held.records[:, 0, -1].tolist() == [ROWS, ROWS]
-    assert [one.slot for one in table.bounded()] == [1, 0]
+    assert [slot for slot, _ in table.bounded()] == [1, 0]
 
 
 class CopyingMemory(RecordMemory):
