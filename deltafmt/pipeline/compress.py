@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar, cast
 
+import numpy as np
+
 from deltafmt.checkpoint.held_tensor import HeldTensor
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.delta import BATCH_ELEMENTS, row_ranges
@@ -28,6 +30,7 @@ from deltafmt.pipeline.plan import Plan, not_finite, shared_bytes, tensor_seed
 from deltafmt.pipeline.workers import in_order
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.codecs import fitted, term_codec
+from deltafmt.terms.floats import widen
 from deltafmt.terms.layout import TermLayout
 
 # Compressing a whole matrix takes float32 arrays of its size: so many bytes for each byte of a fine-tuned BF16 tensor.
@@ -35,6 +38,11 @@ WHOLE_FACTOR = 8
 
 # Bytes that solving for a whole matrix takes for each element of its inputs' second moments.
 HESSIAN_BYTES = 40
+
+# The largest finite element of a dtype, and the part of it up to which elements are compressed: a method multiplies
+# what it keeps by 32 or less as a rule, and no model's weights come near.
+_LARGEST = {"F16": 65504.0, "BF16": 3.3895314e38, "F32": 3.4028235e38}
+_RANGE = 1 / 32
 
 # A tensor of so few bytes is compressed in the thread that writes the file.
 SMALL_BYTES = 4096
@@ -240,6 +248,7 @@ class Compressor:
             with _mapped_rows(plan, 0, plan.shared_rows) as whole:
                 hessian = None if moments is None else moments.get(plan.tensor.name)
                 compressed = method.compress(replace(whole, hessian=hessian, notes=work.notes), work.seed)
+                _check_range(whole)
             for planned, arrays in zip(plan.layouts(), compressed, strict=True):
                 term = work.new_term(*fitted(planned, arrays, plan.tensor.columns))
                 term.codec.encode(arrays, term.packed, 0)
@@ -249,6 +258,25 @@ def _compress_rows(work: _Work, method: Method, start: int, stop: int) -> None:
     """Compress a batch of rows into its part of the packed arrays."""
     with _named_errors(work.plan.tensor), _mapped_rows(work.plan, start, stop) as batch:
         method.pack(batch, work.seed, work.terms)
+        _check_range(batch)
+
+
+def _check_range(rows: DeltaRows) -> None:
+    """Refuse elements so large that what the delta gives for them may be infinite, though the fine-tune's are finite.
+
+    A delta is not exact: an element of 65504 in F16 may come back as infinity.
+
+    Raises:
+        NonFiniteError: names the element.
+    """
+    raw, dtype = rows.finetuned, rows.finetuned_dtype
+    if not raw.size:
+        return
+    # Magnitudes are ordered as their bits are: the largest of each sign.
+    for bits in (raw.max(), raw.view(f"<i{raw.itemsize}").max()):
+        value = float(widen(np.array([bits]).astype(raw.dtype), dtype)[0])
+        if abs(value) > _LARGEST[dtype] * _RANGE:
+            raise NonFiniteError(f"its element {value:g} is so large that {dtype} may not hold what the delta gives")
 
 
 @contextlib.contextmanager
