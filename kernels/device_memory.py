@@ -43,17 +43,20 @@ class DeviceMemory:
 
     def view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
         """Return a contiguous tensor that begins at an offset in bytes, a multiple of the dtype's size."""
-        base = self._base(dtype)
-        if not element_count(shape):
-            return base[:0].view(shape)
-        # The memory may be a part of a larger allocation.
-        return base.as_strided(shape, _strides(shape), base.storage_offset() + offset // dtype.itemsize)
+        # Whoever asks first may be in inference mode, whose tensors cannot be used everywhere.
+        with torch.inference_mode(mode=False):
+            base = self._base(dtype)
+            if not element_count(shape):
+                return base[:0].view(shape)
+            # The memory may be a part of a larger allocation.
+            return base.as_strided(shape, _strides(shape), base.storage_offset() + offset // dtype.itemsize)
 
     def rows(self, dtype: torch.dtype, count: int, length: int, offset: int, step: int) -> torch.Tensor:
         """Return rows of elements, of which the first begins at ``offset``, and each next one ``step`` bytes behind."""
-        base = self._base(dtype)
-        strides = step // dtype.itemsize, 1
-        return base.as_strided((count, length), strides, base.storage_offset() + offset // dtype.itemsize)
+        with torch.inference_mode(mode=False):
+            base = self._base(dtype)
+            strides = step // dtype.itemsize, 1
+            return base.as_strided((count, length), strides, base.storage_offset() + offset // dtype.itemsize)
 
     def _base(self, dtype: torch.dtype) -> torch.Tensor:
         base = self._bases.get(dtype)

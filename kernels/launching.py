@@ -156,11 +156,12 @@ def _kept(
     numbers: Sequence[str] = (),
 ) -> Iterator[None]:
     """Keep the launches of a block in the table, to be repeated, if they can be."""
+    layouts = table.layouts
     with recording(outputs, x, records, segments, numbers) as recorder:
         yield
     if recorder.launches is not None:
         made = Repeated(recorder.launches, recorder.scratch, len(outputs), len(numbers))
-        table.keep_repeated(key, made)
+        table.keep_repeated(key, made, layouts)
 
 
 def _repeated(

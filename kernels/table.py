@@ -206,6 +206,12 @@ class OperandTable:
                 if at == first and stop > first
             ]
 
+    @property
+    def layouts(self) -> int:
+        """The number of layouts that have records; it only grows."""
+        with self._lock:
+            return len(self._tables)
+
     def records(self) -> list[torch.Tensor]:
         """Return the records of all layouts and parts, which stay where they are for as long as the table lives."""
         with self._lock:
@@ -218,9 +224,18 @@ class OperandTable:
             self._read()
             return self._repeated.get(key)
 
-    def keep_repeated(self, key: Hashable, launches: Repeated) -> None:
-        """Keep the launches of a product for calls of the same form."""
+    def keep_repeated(self, key: Hashable, launches: Repeated, layouts: int) -> None:
+        """Keep the launches of a product for calls of the same form.
+
+        Args:
+            key: the form.
+            launches: those that were recorded.
+            layouts: how many layouts the table had when the recording began. If another thread has brought one since,
+                there is no launch for it among these, and nothing is kept.
+        """
         with self._lock:
+            if layouts != len(self._tables):
+                return
             if len(self._repeated) >= MOST_REPEATED:
                 self._repeated.clear()
             self._repeated[key] = launches

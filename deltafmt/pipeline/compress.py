@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 
+from deltafmt.checkpoint.held_tensor import HeldTensor
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.delta import BATCH_ELEMENTS, row_ranges
 from deltafmt.errors import NonFiniteError, UsageError
@@ -23,7 +24,7 @@ from deltafmt.index.entries import BaseRef
 from deltafmt.methods.base import DeltaRows, Method, PackedTerm
 from deltafmt.methods.exact import Exact
 from deltafmt.pipeline.entry_writer import TermBytes, base_ref, packed_bytes
-from deltafmt.pipeline.exact_tensors import ExactBytes, chunk_spans, pack_chunk
+from deltafmt.pipeline.exact_tensors import ChunkPacker, ExactBytes
 from deltafmt.pipeline.job import PackJob
 from deltafmt.pipeline.plan import Plan, not_finite, shared_bytes, tensor_seed
 from deltafmt.pipeline.workers import in_order
@@ -153,25 +154,22 @@ class _Work:
 
 @dataclass(slots=True)
 class _ExactWork:
-    """The work on one exact tensor: futures of its chunks and of its digests."""
+    """The work on one exact tensor: futures of its chunks."""
 
     plan: Plan
-    same: Handle[bool] | None
-    fingerprint: Handle[bytes] | None
-    digest: Handle[bytes]
+    packer: ChunkPacker
     chunks: list[Handle[EncodedChunk]]
 
     def result(self) -> Compressed:
         """Wait for the parts, and return what has become of the tensor."""
-        reference = None
-        if self.plan.base is not None and self.fingerprint is not None:
-            reference = base_ref(self.plan.base, self.fingerprint.result(), self.plan.tensor.name)
-        if self.same is not None and self.same.result():
-            for part in (self.digest, *self.chunks):
-                part.cancel()
-            return Compressed(reference)
+        tensor, base = self.plan.tensor, self.plan.base
         pieces = assemble([chunk.result() for chunk in self.chunks])
-        return Compressed(reference, exact=ExactBytes(pieces, self.digest.result()))
+        mine, theirs = self.packer.digests()
+        reference = None if base is None or theirs is None else base_ref(base, theirs, tensor.name)
+        # A fingerprint covers dtype and shape, too.
+        if mine == theirs:
+            return Compressed(reference)
+        return Compressed(reference, exact=ExactBytes(pieces, mine))
 
 
 class Compressor:
@@ -225,16 +223,10 @@ class Compressor:
         tensor, base = plan.tensor, plan.base
         tensor.will_need()
         small = max(tensor.nbytes, 0 if base is None else base.nbytes) <= SMALL_BYTES
-        return _ExactWork(
-            plan,
-            None if base is None else self._begin(small, tensor.equals, base),
-            None if base is None else self._begin(small, base.fingerprint),
-            self._begin(small, tensor.fingerprint),
-            [
-                self._begin(small, pack_chunk, tensor, base, first, end, method.level)
-                for first, end in chunk_spans(tensor.dtype, tensor.shape)
-            ],
-        )
+        packer = ChunkPacker(tensor, base, method.level)
+        if isinstance(base, HeldTensor):
+            self._begin(small, base.fingerprint)  # it is kept, and ready when it is asked for
+        return _ExactWork(plan, packer, [self._begin(small, packer.encode, number) for number in range(len(packer))])
 
     def _begin(self, small: bool, call: Callable[..., Result], *args: Any) -> Handle[Result]:
         """Hand a call to a worker thread, or keep it for later if the tensor is small."""
