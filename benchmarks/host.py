@@ -32,7 +32,6 @@ import deltafmt
 import deltafmt.transformers as dft
 from deltafmt.kernels import repeated
 from deltafmt.kernels.repeated import Launch, Place, Ready, Repeated
-from deltafmt.kernels.table import record_of
 from deltafmt.methods import DeltaDQ
 from deltafmt.runtime import shared_products
 from deltafmt.runtime.served_modules import ServedModules
@@ -144,9 +143,6 @@ def first_uses(model: Any, names: Sequence[str]) -> list[Figure]:
     for number, name in enumerate(names):
         version = deltas.known(name)
         lease = deltas.residency.acquire([version.key])
-        for tensor in lease.values[version.key].values():
-            for operand in tensor.terms:
-                record_of(operand)  # as a load does while the bytes are on their way
 
         def assign(version: Any = version, lease: Any = lease) -> None:
             deltas.served.assign(version.key, lease.values[version.key], version.found.binding)

@@ -22,7 +22,7 @@ from deltafmt.errors import DeltafmtError, UsageError
 from deltafmt.methods import Method
 from deltafmt.methods.deltadq import DeltaDQ
 from deltafmt.pipeline.alternatives import Alternatives
-from deltafmt.pipeline.budget import default_candidates
+from deltafmt.pipeline.budget import candidates_for
 from deltafmt.pipeline.calibrate import Calibration
 from deltafmt.pipeline.pack_options import PackOptions
 from deltafmt.pipeline.plan import Plan, Rule, file_metadata, make_plan
@@ -296,7 +296,8 @@ def planned(packer: Packer, ratios: list[float], threads: int) -> dict[str, Any]
     start, taken = time.perf_counter(), time.process_time()
     with options.open(packer.pair.base, packer.pair.finetuned) as (before, after):
         weights = after.file_bytes
-        alternatives = Alternatives(options.job(before, after, int(weights / 64)), default_candidates())
+        job = options.job(before, after, int(weights / 64))
+        alternatives = Alternatives(job, candidates_for(job.plans))
         alternatives.measure(threads)
         spent = time.perf_counter() - start, time.process_time() - taken
         for ratio in ratios:

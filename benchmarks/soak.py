@@ -1,6 +1,6 @@
 """Many deltas over a budget for few: random requests from several threads, each row compared with its own fine-tune.
 
-    python benchmarks/soak.py [--deltas 1000] [--resident 16] [--requests 4000] [--threads 8]
+    python benchmarks/soak.py [--deltas 1000] [--resident 16] [--requests 4000] [--threads 8] [--minutes M]
 
 A small Llama and as many different deltas of it, of four methods. A request has one to four rows, and each row a prompt
 and a delta (or the base); its logits must be those of the unpacked checkpoint. Latencies are of whole requests, waiting
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import random
 import resource
@@ -97,12 +98,15 @@ def client(
     right: dict[str | None, torch.Tensor],
     requests: int,
     seed: int,
+    deadline: float,
     seen: Seen,
 ) -> None:
-    """Ask for random deltas, and compare every row."""
+    """Ask for random deltas until a time of ``time.monotonic``, and compare every row."""
     choose = random.Random(seed)
     names = list(right)
     for _ in range(requests):
+        if time.monotonic() > deadline:
+            return
         rows: Names = choose.choices(names, k=choose.randint(1, 4))
         asked = choose.choices(range(PROMPTS), k=len(rows))
         found_all = set(rows) - {None} <= set(model.deltas.residency.resident())
@@ -143,11 +147,13 @@ def run(
     options: argparse.Namespace,
     seed: int,
     requests: int,
+    deadline: float,
 ) -> Seen:
     """Run all clients to their end, and put together what they have seen."""
     each = [Seen() for _ in range(options.threads)]
     arguments = [
-        (model, prompts, right, requests // options.threads, seed + number, seen) for number, seen in enumerate(each)
+        (model, prompts, right, requests // options.threads, seed + number, deadline, seen)
+        for number, seen in enumerate(each)
     ]
     threads = [threading.Thread(target=client, args=one) for one in arguments]
     for thread in threads:
@@ -185,6 +191,7 @@ def main() -> None:
         "--requests", type=int, default=4_000, help="requests of all threads together (4000, which have 10,000 rows)"
     )
     parser.add_argument("--threads", type=int, default=8, help="threads that ask at the same time (8)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="ask for nothing more after so long (no limit)")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as made:
@@ -204,9 +211,10 @@ def main() -> None:
         largest = max(path.stat().st_size for path in paths.values())
         dft.attach(model, paths, budget=options.resident * largest)
         print("they are attached; the requests begin", flush=True)
-        first = run(model, prompts, answers, options, 1, options.requests // 10)
+        deadline = time.monotonic() + 60 * options.minutes
+        first = run(model, prompts, answers, options, 1, options.requests // 10, deadline)
         _, files, resident = held()
-        seen = run(model, prompts, answers, options, 2, options.requests)
+        seen = run(model, prompts, answers, options, 2, options.requests, deadline)
         device_bytes, files_after, resident_after = held()
         used = model.deltas.residency.used
         dft.detach(model)

@@ -61,7 +61,7 @@ def compared(folder: Path, ratio: float) -> list[Figure]:
     off: list[float] = []
 
     def both(plan: Plan, methods: Any, seed: int, common: int, sample: Any) -> list[float]:
-        found = losses.measure(plan, methods, seed, None, common)
+        found = losses.measure(plan, methods, seed, None, common, sample)
         start = time.process_time()
         foretold = losses.foretell(plan, methods, seed, common, sample)
         spent.append(time.process_time() - start)

@@ -1,9 +1,13 @@
 """Device functions that multiply words of codes with activations in column order: for ``lowbit`` and ``lowrank`` terms.
 
-As in the gather kernel of ``nm`` terms a code is never converted: field u at bit b of a word, masked and read as a
-float32, is the denormal ``u * 2**(b - 149)``. Here the column of each x is known, and so is the bit b of its field: x
-is scaled by ``2**(64 - b)``. ``value = (u - zero) * scale`` leaves ``y = scale * (sum of u * x - zero * sum of x)`` for
-each group of columns; on the symmetric grids ``zero`` is ``top / 2``.
+What is computed, for each token and each row r (of a ``lowbit`` delta, or a vector of a ``lowrank`` one), with the
+codes u as unsigned fields; a group is the columns that share a scale::
+
+    y[r] = sum over groups g of  scale[r, g] * (sum over g's columns c of u[r, c] * x[c]  -  zero[r, g] * sum of x[c])
+
+On the symmetric grids ``zero`` is ``TOP / 2``. Words are blocks of the shape (WORDS, rows): all rows meet the same x,
+so there is no gather. Codes are multiplied without a conversion (:mod:`deltafmt.kernels.device_functions`). Here the
+bit b of each column's field is known, so x is scaled by ``2**(64 - b)`` at once, and sums by ``2**85`` at the end.
 """
 
 from __future__ import annotations
@@ -31,7 +35,15 @@ def multiply_words(
     word, o_word, p_x, p_column_scales, columns,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, BY_COLUMN: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Return for each token the products of some words' fields, times 2**-85, of the shape of ``word``."""
+    """Return for each token the sums of field times x over each word, times 2**-85, of the shape of ``word``.
+
+    Args:
+        word: uint32, shape (WORDS, rows).
+        o_word: the words' numbers in a row, shape (WORDS,): word w holds the columns from ``w * 32 / WIDTH`` on.
+        p_x, p_column_scales, columns, BY_COLUMN, EVEN: as for :func:`load_x`; ``p_x`` for each token.
+        TOKENS: tokens of the tile.
+        WIDTH: bits of a field in this plane.
+    """
     HALF: tl.constexpr = 16 // WIDTH
     products = zeros_tuple(TOKENS, word.shape[0], word.shape[1])
     for half in tl.static_range(2):
@@ -54,9 +66,16 @@ def add_plane(
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr, TOP: tl.constexpr, BY_COLUMN: tl.constexpr,
     ZEROS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr, STEP: tl.constexpr = 32,
 ):  # fmt: skip
-    """Return the totals with one plane's part of ``scale * (u - zero) * x`` added; the first plane brings the zeros.
+    """Return the totals with one plane's part of ``scale * (u - zero) * x`` added.
 
-    A row's words and scales lie ``STEP`` elements apart: 32 in a tile, 1 in the vectors of a ``lowrank`` term.
+    Args:
+        total: for each token, float32, shape (WORDS, rows): not summed over words yet.
+        p_codes, p_scales, p_zeros: addresses of each row's first word, scale and zero point.
+        m_rows: which rows exist.
+        start, words: the plane's first word in a row, and how many words it has.
+        scale_group: columns that share a scale.
+        LOW: the lowest bit that this plane holds of a code. The plane with LOW = 0 also subtracts the zeros.
+        STEP: how far a row's words, and its scales, lie apart: 32 in a tile, 1 in a vector of a ``lowrank`` term.
     """
     FIELDS: tl.constexpr = 32 // WIDTH
     for first in range(0, words, WORDS):

@@ -43,13 +43,26 @@ class DeviceMemory:
 
     def view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
         """Return a contiguous tensor that begins at an offset in bytes, a multiple of the dtype's size."""
+        # Whoever asks first may be in inference mode, whose tensors cannot be used everywhere.
+        with torch.inference_mode(mode=False):
+            base = self._base(dtype)
+            if not element_count(shape):
+                return base[:0].view(shape)
+            # The memory may be a part of a larger allocation.
+            return base.as_strided(shape, _strides(shape), base.storage_offset() + offset // dtype.itemsize)
+
+    def rows(self, dtype: torch.dtype, count: int, length: int, offset: int, step: int) -> torch.Tensor:
+        """Return rows of elements, of which the first begins at ``offset``, and each next one ``step`` bytes behind."""
+        with torch.inference_mode(mode=False):
+            base = self._base(dtype)
+            strides = step // dtype.itemsize, 1
+            return base.as_strided((count, length), strides, base.storage_offset() + offset // dtype.itemsize)
+
+    def _base(self, dtype: torch.dtype) -> torch.Tensor:
         base = self._bases.get(dtype)
         if base is None:
             base = self._bases[dtype] = self.bytes.view(dtype)
-        if not element_count(shape):
-            return base[:0].view(shape)
-        # The memory may be a part of a larger allocation.
-        return base.as_strided(shape, _strides(shape), base.storage_offset() + offset // dtype.itemsize)
+        return base
 
 
 class PlacedBuffers(Mapping[str, torch.Tensor]):
@@ -62,14 +75,12 @@ class PlacedBuffers(Mapping[str, torch.Tensor]):
 
     Attributes:
         forms: the buffers' forms by name.
-        record: the operand's record (:mod:`deltafmt.kernels.record`), once it is known.
     """
 
-    __slots__ = ("_made", "_memory", "_offsets", "forms", "record")
+    __slots__ = ("_made", "_memory", "_offsets", "forms")
 
     def __init__(self, memory: DeviceMemory, forms: Mapping[str, BufferForm], offsets: Mapping[str, int]) -> None:
         self.forms = forms
-        self.record: list[int] | None = None
         self._memory = memory
         self._offsets = offsets
         self._made: dict[str, torch.Tensor] = {}

@@ -1,4 +1,16 @@
-"""The arguments that launches of all kinds share: tokens, outputs, and how words and values are read."""
+"""The arguments that launches of all kinds share: tokens, outputs, and how words and values are read.
+
+By their names in kernels:
+
+- ``x_ptr``, ``x_stride``: activations, shape (tokens, columns); the rows' stride in elements. ``columns``: in_features.
+- ``order_ptr``, ``tiles_ptr``: the tokens sorted by slot, and the token tiles (:mod:`deltafmt.kernels.segments`).
+- ``records_ptr``: int64, shape (slots, PARTS, fields) (:mod:`deltafmt.kernels.table`).
+- ``y0_ptr`` to ``y2_ptr`` and their strides: the output of each part; a part that is missing repeats part 0.
+- ``block1``, ``block2``: the first block of rows of part 1 and of part 2, among the blocks of all parts.
+- ``PARTS``: parts of the launch, 1 to 3. ``TOKENS``: T, the most tokens of a token tile.
+- ``PLANE0`` to ``PLANE2``: bits of a field in each plane, 0 for none. ``words0`` to ``words2``: words of a row in each.
+- ``TOP``: the largest code of the grid, so that a code u means ``(u - TOP / 2) * scale``.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +30,9 @@ MOST_PLANES = 3
 
 
 def tile_tokens(longest: int) -> int:
-    """Return T, the tokens of a tile, for a batch whose longest segment has this many tokens.
+    """Return T, the tokens of a token tile, for a batch whose longest segment has this many tokens.
 
-    Measured: up to about eight tokens a delta, tiles of one token are the quickest.
+    Measured: up to about eight tokens a delta, token tiles of one token are the quickest.
     """
     return 1 if longest <= 8 else 2 if longest <= 16 else 4
 

@@ -1,4 +1,12 @@
-"""The launches of all products of an operand table: which kernel takes which slots."""
+"""The launches of one product with an operand table: which kernel takes which slots.
+
+For each layout in the table there is one launch (or two: the kinds decide), for all slots with few enough tokens. In
+this order, a product is made
+
+1. by repeating the launches of an earlier product of the same form (:mod:`.repeated`);
+2. not at all, if a kernel is still being compiled: the caller then decodes the deltas (:mod:`.beside`);
+3. by Triton; the launches are recorded for the next product.
+"""
 
 from __future__ import annotations
 
@@ -99,20 +107,20 @@ def launch_fused(
     if found is not None:
         found.run([*outputs, *weights], x, None, [slot])
         return True
-    operand = table.operands(slot)[0][0]
-    kernels = kernels_of(operand.layout)
-    layout = kernels.table_layout(operand.layout)
-    held = next(one for one in table.layout_tables(slice(0, len(table.parts))) if one.layout == layout)
+    layout, _ = table.forms(slot)[0][0]
+    kernels = kernels_of(layout)
+    layout = kernels.table_layout(layout)
+    layout_table = next(one for one in table.layout_tables(slice(0, len(table.parts))) if one.layout == layout)
 
     def launch() -> None:
-        kernels.launch_fused(outputs, x, weights, held, slot)
+        kernels.launch_fused(outputs, x, weights, layout_table, slot)
 
     if not may_launch(x.device, launch):
         return False
     if key is None:
         launch()
         return True
-    with _kept(table, key, [*outputs, *weights], x, [held.records], None, ["slot"]):
+    with _kept(table, key, [*outputs, *weights], x, [layout_table.records], None, ["slot"]):
         launch()
     return True
 
@@ -134,7 +142,7 @@ def _fused_form(
 ) -> tuple[Hashable, ...] | None:
     """Return all that a fused product's launch depends on: the slot's layout has the kernel, any slot is taken."""
     found = form([*outputs, *weights], x, None) if can_repeat(x.device) else None
-    return None if found is None else ("fused", table.operands(slot)[0][0].layout, *found)
+    return None if found is None else ("fused", table.forms(slot)[0][0][0], *found)
 
 
 @contextlib.contextmanager
@@ -148,11 +156,12 @@ def _kept(
     numbers: Sequence[str] = (),
 ) -> Iterator[None]:
     """Keep the launches of a block in the table, to be repeated, if they can be."""
+    layouts = table.layouts
     with recording(outputs, x, records, segments, numbers) as recorder:
         yield
     if recorder.launches is not None:
         made = Repeated(recorder.launches, recorder.scratch, len(outputs), len(numbers))
-        table.keep_repeated(key, made)
+        table.keep_repeated(key, made, layouts)
 
 
 def _repeated(
@@ -167,11 +176,11 @@ def _repeated(
 def _launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
     for first in range(0, len(table.parts), MAX_PARTS):
         parts = slice(first, first + MAX_PARTS)
-        for held in table.layout_tables(parts):
-            kernels = kernels_of(held.layout)
-            most = kernels.most_tokens(held.layout)
+        for layout_table in table.layout_tables(parts):
+            kernels = kernels_of(layout_table.layout)
+            most = kernels.most_tokens(layout_table.layout)
             if most is None or segments.shortest <= most:
-                kernels.launch(outputs[parts], x, held, segments)
+                kernels.launch(outputs[parts], x, layout_table, segments)
 
 
 def launch_embeddings(output: torch.Tensor, ids: torch.Tensor, table: OperandTable, segments: Segments) -> bool:
@@ -186,11 +195,11 @@ def launch_embeddings(output: torch.Tensor, ids: torch.Tensor, table: OperandTab
     Returns:
         False if nothing is launched, because a kernel is still being compiled (:mod:`.beside`).
     """
-    tables = [held for held in table.layout_tables(slice(0, 1)) if kernels_of(held.layout).embeds]
+    tables = [one for one in table.layout_tables(slice(0, 1)) if kernels_of(one.layout).embeds]
 
     def launch() -> None:
-        for held in tables:
-            kernels_of(held.layout).launch_embedding(output, ids, held, segments)
+        for layout_table in tables:
+            kernels_of(layout_table.layout).launch_embedding(output, ids, layout_table, segments)
 
     if not may_launch(output.device, launch):
         return False

@@ -1,9 +1,14 @@
-"""The products with packed deltas of every kind: by kernels on a GPU, and by decoding the delta everywhere else.
+"""What models call: ``y[t] += x[t] @ delta.T`` for the tokens of many deltas, by kernels or by decoded deltas.
 
-A kernel multiplies with the packed words as they lie. A delta is decoded where no kernel runs (on the CPU), where its
-layout has none, and for a slot that has more tokens than its kernel takes; other slots of the same batch are not
-affected. To decode, the host must know which tokens such a slot has: if ``segments`` does not say, it asks the device
-and waits for the answer.
+A kernel multiplies with the packed words as they lie. A delta is decoded in three cases: on the CPU; if its layout has
+no kernel; and for a slot that has more tokens than its kernel takes. Other slots of the same batch are not affected. To
+decode, the host must know which tokens such a slot has: if ``segments`` does not say, it asks the device and waits for
+the answer.
+
+- :func:`matmul_` adds products onto the outputs of a linear module, or of several with the same input.
+- :func:`fused_linear` computes base and delta as one product, if all tokens are of one slot.
+- :func:`embedding_` adds rows of deltas to embeddings.
+- :func:`repeated_`, :func:`ready` and :func:`ready_fused` repeat the launches of an earlier product.
 """
 
 from __future__ import annotations
@@ -124,9 +129,9 @@ def _decoded(table: OperandTable, segments: Segments, *, by_kernel: bool) -> Ite
                     if segments.lengths().get(slot):
                         yield slot, part, operand
         return
-    for one in table.bounded():
-        if segments.longest > one.most and segments.lengths().get(one.slot, 0) > one.most:
-            yield one.slot, one.part, one.operand
+    for slot, one in table.bounded():
+        if segments.longest > one.most and segments.lengths().get(slot, 0) > one.most:
+            yield slot, one.part, table.operands(slot)[one.part][one.term]
 
 
 def operand_delta(operand: Operand, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -143,10 +148,10 @@ def can_fuse(table: OperandTable, slot: int, tokens: int) -> bool:
     """
     if not devices.usable_on(table.device) or len(table.parts) > MAX_PARTS:
         return False
-    parts = table.operands(slot)
-    if any(len(terms) != 1 or terms[0].rows != rows for terms, rows in zip(parts, table.parts, strict=True)):
+    parts = table.forms(slot)
+    if any(len(terms) != 1 or terms[0][1] != rows for terms, rows in zip(parts, table.parts, strict=True)):
         return False
-    layouts = {terms[0].layout for terms in parts}
+    layouts = {terms[0][0] for terms in parts}
     if len(layouts) != 1:
         return False
     layout = layouts.pop()
@@ -170,12 +175,12 @@ def fused_linear(
     Returns:
         The products; None if their kernels are still being compiled.
     """
-    operands = [terms[0] for terms in table.operands(slot)]
-    kernels = kernels_of(operands[0].layout)
     with devices.on_device_of(x):
         if x.shape[0] == 1:
             outputs = tuple(x.new_empty(1, rows) for rows in table.parts)
             return outputs if launching.launch_fused(outputs, x, weights, table, slot) else None
+        operands = [terms[0] for terms in table.operands(slot)]
+        kernels = kernels_of(operands[0].layout)
 
         def note() -> None:
             for weight, operand in zip(weights, operands, strict=True):

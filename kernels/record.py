@@ -1,12 +1,13 @@
 """The record of one operand in an operand table: int64 fields, which kernels load by their offsets.
 
-Each kind of term declares its record once. The table writes the fields in that order, and the kernels take their
-offsets from the same declaration, as constants of the compilation: no kernel holds a number of its own.
+A kernel is launched for many operands at once, so it cannot be given their buffers as arguments. It loads the addresses
+from records and casts them to pointers. Each kind of term declares its record once. The table writes the fields in that
+order, and the kernels take their offsets from the same declaration, as constants of the compilation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -50,12 +51,17 @@ class Record:
         """
         return self._offsets[field]
 
+    def sources(self, known: Collection[str]) -> list[str | None]:
+        """Return which buffer or number each field is taken from; None for a field that the operand lacks.
+
+        Args:
+            known: the names of the operand's buffers and numbers.
+        """
+        return [next((name for name in names if name in known), None) for names in self._sources]
+
     def values(self, known: Mapping[str, int]) -> list[int]:
         """Return the fields' values, given the addresses of the buffers and the numbers of an operand."""
-        return [
-            known.get(names[0], 0) if len(names) == 1 else next((known[name] for name in names if name in known), 0)
-            for names in self._sources
-        ]
+        return [0 if name is None else known[name] for name in self.sources(known)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

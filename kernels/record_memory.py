@@ -10,6 +10,7 @@ import contextlib
 import math
 import threading
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,49 @@ class Records:
 
     def changed(self) -> None:
         """Note that ``host`` was written to."""
-        self._chunk.first = min(self._chunk.first, self._start)
-        self._chunk.last = max(self._chunk.last, self._stop)
+        self._chunk.note(self._start, self._stop)
+
+    def part(self, part: int) -> tuple[_Chunk, int, int, int]:
+        """Return the chunk of a part's records, where that of slot 0 begins, how far it is to the next, and fields."""
+        _, width, fields = self.host.shape
+        return self._chunk, self._start + part * fields, width * fields, fields
+
+
+class SlotRecords:
+    """The records that one slot has in many tables, whatever the slot: all are written at once.
+
+    Args:
+        memory: of all these tables.
+        places: the records and the part in them of each operand.
+    """
+
+    def __init__(self, memory: RecordMemory, places: Iterable[tuple[Records, int]]) -> None:
+        self._memory = memory
+        found: dict[_Chunk, list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]] = {}
+        taken = 0
+        for records, part in places:
+            chunk, first, step, fields = records.part(part)
+            numbers = np.arange(fields)
+            found.setdefault(chunk, []).append((first + numbers, np.full(fields, step), taken + numbers))
+            taken += fields
+        self._chunks = [
+            (chunk, [np.concatenate(column) for column in zip(*members, strict=True)])
+            for chunk, members in found.items()
+        ]
+
+    def write(self, slot: int, values: NDArray[np.int64] | None) -> None:
+        """Write the records of a slot, and note that for the next flush.
+
+        Args:
+            slot: its number.
+            values: the records, one behind the other in the order of the places; None writes zeros.
+        """
+        with self._memory.lock:
+            for chunk, (first, step, taken) in self._chunks:
+                at = first + slot * step
+                chunk.host.numpy()[at] = 0 if values is None else values[taken]
+                chunk.note(int(at.min()), int(at.max()) + 1)
+            self._memory.note_written()
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -58,6 +100,10 @@ class _Chunk:
     taken: int = 0
     first: int = 1 << 62
     last: int = 0
+
+    def note(self, start: int, stop: int) -> None:
+        """Note that elements ``start`` to ``stop`` of ``host`` were written to."""
+        self.first, self.last = min(self.first, start), max(self.last, stop)
 
 
 class RecordMemory:
@@ -101,6 +147,8 @@ class RecordMemory:
 
     def flush(self) -> None:
         """Copy what has changed to the device, and wait for that: other threads launch on other streams."""
+        if self.flushed == self._written:
+            return
         with self.lock:
             changed = [chunk for chunk in self._chunks if chunk.first < chunk.last]
             with self._copying():

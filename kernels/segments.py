@@ -1,7 +1,16 @@
-"""Which token belongs to which delta: tokens sorted by slot and cut into tiles, without a host synchronization.
+"""Which token belongs to which delta: tokens sorted by slot and cut into token tiles, without a host synchronization.
 
-A *segment* is all tokens of one slot; a *tile* is up to T tokens of one segment, the share of one program. The number
-of tiles that could be needed is known on the host; how many are, only on the device, where the rest exits at once.
+A *segment* is all tokens of one slot; a *token tile* is up to T tokens of one segment, the tokens of one program. (The
+tiles of rows in packed buffers are another thing.) An example, with T = 2::
+
+    slots  [1, -1, 0, 1, 1]            of tokens 0 to 4; -1: the base alone
+    order  [2, 0, 3, 4, 1]             tokens sorted by slot, the base's last
+    table  [[0, 0, 1],                 slot 0: one token from place 0 of the order on
+            [1, 1, 2], [1, 3, 1],      slot 1: two token tiles
+            [-1, 5, 0]]                not needed: 0 tokens, its programs exit at once
+
+The grid must be known on the host, which knows how many token tiles could be needed. How many are needed, only the
+device knows; the rest are such empty ones. So nothing waits, and a CUDA graph can be captured.
 """
 
 from __future__ import annotations
@@ -14,13 +23,13 @@ import torch
 
 from deltafmt.errors import UsageError
 
-# The fields of a tile in TokenTiles.table: its slot, its first place in the order, its number of tokens.
+# The fields of a token tile in TokenTiles.table: its slot, its first place in the order, its number of tokens.
 TILE_FIELDS = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenTiles:
-    """Tiles of at most ``size`` tokens.
+    """Token tiles of at most ``size`` tokens.
 
     Attributes:
         size: T, tokens of a tile.
@@ -116,7 +125,7 @@ class Segments:
     def tiles(self, size: int, shortest: int = 1, longest: int | None = None) -> TokenTiles:
         """Cut the segments of ``shortest`` to ``longest`` tokens into tiles of ``size`` tokens; kept for reuse.
 
-        While a CUDA graph is captured, what is new is not kept: it holds nothing before the graph is replayed.
+        While a CUDA graph is captured, new tiles are not kept, because they hold nothing before the graph is replayed.
         """
         longest = self.longest if longest is None else min(longest, self.longest)
         key = (size, shortest, longest)
@@ -149,9 +158,9 @@ def is_captured(tensor: torch.Tensor) -> bool:
 class FixedSegments(Segments):
     """Segments whose tensors stay where they are while the slots of the tokens change.
 
-    A captured graph reads them, so that nothing of its launches may depend on the slots: any slot may have any number
-    of tokens. The tiles that launches ask for are kept from the next :meth:`prepare` on; until then, every launch cuts
-    its own, because memory that is taken while a graph is captured belongs to the graph.
+    A captured graph reads them, so its launches must not depend on the slots: any slot may have any number of tokens.
+    The tiles that launches ask for are kept from the next :meth:`prepare` on. Until then, every launch cuts its own,
+    because memory that is taken while a graph is captured belongs to the graph.
 
     Args:
         tokens: the number of tokens.

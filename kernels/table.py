@@ -1,18 +1,28 @@
-"""The table of packed operands that one product multiplies with, and the records that kernels read of it."""
+"""The table of packed operands that one product multiplies with, and the records that kernels read of it.
+
+Operands are found by slot (which delta) and part (which of the matrices with the same input). For the kernels, each
+layout among the operands has a tensor of records, int64, shape (slots, parts, fields): the addresses of an operand's
+buffers, and its numbers. Slot 2 of a table of q, k and v whose deltas are ``nm`` terms of one layout::
+
+    records[2] = [[codes, index, scales, seed, rows],    of q
+                  [codes, index, scales, seed, rows],    of k
+                  [0, 0, 0, 0, 0]]                       of v, which the delta does not change: no rows
+
+A second term of the same layout has a tensor of its own, and more than three parts are split into groups of three.
+Each such tensor is one launch. The tensors stay in place when deltas come and go, so captured graphs can read them.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.kernels.device_memory import PlacedBuffers
-from deltafmt.kernels.kind import AnyKernels
 from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.record import MAX_PARTS, LayoutTable
 from deltafmt.kernels.record_memory import RecordMemory, Records
@@ -24,21 +34,32 @@ from deltafmt.terms.layout import TermLayout
 MOST_REPEATED = 64
 
 _Key = tuple[TermLayout, int, int, int]
+# A slot's operands, by part and term; and the layout and the rows of each.
+Parts = tuple[tuple[Operand, ...], ...]
+Forms = tuple[tuple[tuple[TermLayout, int], ...], ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class BoundedOperand:
-    """An operand whose kernel takes only so many tokens of a slot; the delta is decoded for more.
+class Later(Protocol):
+    """The operands of a slot that are made when they are asked for (:mod:`deltafmt.runtime.slot_plan`)."""
+
+    def parts(self, key: object) -> Parts:
+        """Return the operands in the table of a key."""
+
+    def forms(self, key: object) -> Forms:
+        """Return the layouts and the rows of these operands, none of which is made for that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Of an operand whose kernel takes only so many tokens of a slot; the delta is decoded for more.
 
     Attributes:
-        slot, part: its place in the table.
-        operand: the operand.
+        part, term: its place in the slot.
         most: the most tokens that its kernel takes; 0 where it has none.
     """
 
-    slot: int
     part: int
-    operand: Operand
+    term: int
     most: int
 
 
@@ -56,7 +77,9 @@ class OperandTable:
         memory: the memory of the records, which tables can share; of its own if not given.
 
     Attributes:
-        fewest: the most tokens of a slot for which the kernels multiply every operand.
+        fewest: the most tokens that a slot may have so that kernels multiply every operand: the smallest limit of all.
+        held: the operands of each slot. Whoever sets one sees to the records.
+        key: stands for the table, and for those that grow out of it.
         used: True once somebody has read the records.
         added: the number of layouts that came after that; no graph that was captured before launches for them.
     """
@@ -73,10 +96,12 @@ class OperandTable:
         self.parts = tuple(parts)
         self.columns = columns
         self.device = torch.empty(0, device=device).device  # with its number
-        self._held: list[tuple[tuple[Operand, ...], ...]] = [((),) * len(self.parts)] * slots
+        self.empty: Parts = ((),) * len(self.parts)
+        self.held: list[Parts | Later] = [self.empty] * slots
+        self.key = object()
         self.memory = RecordMemory(self.device) if memory is None else memory
         self._tables: dict[_Key, Records] = {}
-        self._bounded: list[BoundedOperand] = []
+        self._bounds: dict[int, tuple[Bound, ...]] = {}
         self.fewest: float = math.inf
         self.used = False
         self.added = 0
@@ -89,11 +114,9 @@ class OperandTable:
         """Return a table with the same operands and room for more slots."""
         made = OperandTable(slots, self.parts, self.columns, self.device, self.memory)
         with self._lock:
-            for slot, parts in enumerate(self._held):
-                made._held[slot] = parts
-                if any(parts):
-                    made._changed.add(slot)
-            made._bounded, made.fewest = self._bounded, self.fewest
+            made.held[: self.slots] = self.held
+            made._changed.update(slot for slot, parts in enumerate(self.held) if parts != self.empty)
+            made.key, made._bounds, made.fewest = self.key, self._bounds, self.fewest
         return made
 
     def put(self, slot: int, parts: Sequence[Sequence[Operand]]) -> None:
@@ -107,9 +130,9 @@ class OperandTable:
         if len(parts) != len(self.parts):
             raise UsageError(f"{len(parts)} parts where the table has {len(self.parts)}")
         held = tuple(map(tuple, parts))
-        bounded = []
+        bounds = []
         for part, (rows, terms) in enumerate(zip(self.parts, held, strict=True)):
-            for operand in terms:
+            for number, operand in enumerate(terms):
                 # A delta has fewer rows than its part where the fine-tune has more rows than the base.
                 if operand.rows > rows or operand.columns != self.columns:
                     found = f"{operand.rows}x{operand.columns}"
@@ -118,34 +141,61 @@ class OperandTable:
                     raise UsageError(f"an operand on {operand.device} does not fit a table on {self.device}")
                 most = kernels_of(operand.layout).most_tokens(operand.layout)
                 if most is not None:
-                    bounded.append(BoundedOperand(slot, part, operand, most))
+                    bounds.append(Bound(part, number, most))
+        self.put_later(slot, held)
+        self.bound(slot, tuple(bounds))
+
+    def put_later(self, slot: int, held: Parts | Later) -> None:
+        """Set a slot's operands, which are known to fit; their records are written when somebody reads them."""
         # Under the lock, so that a thread which is building the records now does not take them for complete.
         with self._lock:
-            self._held[slot] = held
-            if bounded or self._bounded:
-                # Another list: a thread may be going through the old one.
-                self._bounded = [one for one in self._bounded if one.slot != slot] + bounded
-                self.fewest = min((one.most for one in self._bounded), default=math.inf)
+            self.held[slot] = held
             self._changed.add(slot)
+
+    def bound(self, slot: int, bounds: tuple[Bound, ...]) -> None:
+        """Set the bounds of a slot's operands."""
+        with self._lock:
+            if bounds or slot in self._bounds:
+                # Another dict: a thread may be going through the old one.
+                others = {other: held for other, held in self._bounds.items() if other != slot}
+                self._bounds = {**others, slot: bounds} if bounds else others
+                self.fewest = min((one.most for held in self._bounds.values() for one in held), default=math.inf)
+
+    def bounds_of(self, slot: int) -> tuple[Bound, ...]:
+        """Return the bounds of a slot's operands."""
+        return self._bounds.get(slot, ())
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
         self.put(slot, ((),) * len(self.parts))
 
-    def operands(self, slot: int) -> tuple[tuple[Operand, ...], ...]:
+    def operands(self, slot: int) -> Parts:
         """Return a slot's operands, by part and term."""
-        return self._held[slot]
+        held = self.held[slot]
+        return held if isinstance(held, tuple) else held.parts(self.key)
 
-    def bounded(self) -> list[BoundedOperand]:
-        """Return the operands whose kernels take only a limited number of tokens, or that have no kernel."""
-        return self._bounded
+    def forms(self, slot: int) -> Forms:
+        """Return the layout and the rows of each of a slot's operands, by part and term; none is made for that."""
+        held = self.held[slot]
+        if not isinstance(held, tuple):
+            return held.forms(self.key)
+        return tuple(tuple((operand.layout, operand.rows) for operand in terms) for terms in held)
+
+    def bounded(self) -> Iterator[tuple[int, Bound]]:
+        """Give the slots and the bounds of operands whose kernels take few tokens, or that have no kernel."""
+        return ((slot, one) for slot, bounds in self._bounds.items() for one in bounds)
+
+    def places(self, slot: int) -> list[tuple[Records, int, Operand]]:
+        """Return the records and the parts in them that a slot's operands have; none if they are not written yet."""
+        with self._lock:
+            return [] if slot in self._changed else list(self._places(slot))
 
     def layout_tables(self, parts: slice) -> list[LayoutTable[Any]]:
         """Return one table for each layout among the operands of some parts; a second term of a layout gets another.
 
-        A table's memory stays where it is when operands change, so that a captured graph goes on reading it; a layout
-        that is new to the table is not part of graphs captured before. The first call after a change copies to the
-        device and waits for that; nothing else does.
+        A table's memory stays where it is when operands change, so a captured graph goes on reading it. A layout that
+        is new to the table is not part of graphs captured before. Only the first call after a change copies to the
+        device and waits for that.
         """
         first, stop, _ = parts.indices(len(self.parts))
         with self._lock:
@@ -155,6 +205,12 @@ class OperandTable:
                 for (layout, _, at, _), records in self._tables.items()
                 if at == first and stop > first
             ]
+
+    @property
+    def layouts(self) -> int:
+        """The number of layouts that have records; it only grows."""
+        with self._lock:
+            return len(self._tables)
 
     def records(self) -> list[torch.Tensor]:
         """Return the records of all layouts and parts, which stay where they are for as long as the table lives."""
@@ -168,9 +224,18 @@ class OperandTable:
             self._read()
             return self._repeated.get(key)
 
-    def keep_repeated(self, key: Hashable, launches: Repeated) -> None:
-        """Keep the launches of a product for calls of the same form."""
+    def keep_repeated(self, key: Hashable, launches: Repeated, layouts: int) -> None:
+        """Keep the launches of a product for calls of the same form.
+
+        Args:
+            key: the form.
+            launches: those that were recorded.
+            layouts: how many layouts the table had when the recording began. If another thread has brought one since,
+                there is no launch for it among these, and nothing is kept.
+        """
         with self._lock:
+            if layouts != len(self._tables):
+                return
             if len(self._repeated) >= MOST_REPEATED:
                 self._repeated.clear()
             self._repeated[key] = launches
@@ -202,7 +267,11 @@ class OperandTable:
         self._changed.clear()
 
     def _write_slot(self, slot: int) -> None:
-        for part, terms in enumerate(self._held[slot]):
+        for records, part, operand in self._places(slot):
+            records.host[slot, part] = record_of(operand)
+
+    def _places(self, slot: int) -> Iterator[tuple[Records, int, Operand]]:
+        for part, terms in enumerate(self.operands(slot)):
             first = part // MAX_PARTS * MAX_PARTS
             width = min(len(self.parts) - first, MAX_PARTS)
             seen: list[TermLayout] = []
@@ -216,23 +285,14 @@ class OperandTable:
                     records = self._tables[key] = self.memory.take((self.slots, width, len(kernels.record)))
                     self._repeated.clear()  # the layout is not among their launches
                     self.added += self.used
-                records.host[slot, part - first] = record_of(operand)
+                yield records, part - first, operand
 
 
 def record_of(operand: Operand) -> list[int]:
-    """Return an operand's record; that of buffers in one allocation is kept with them.
+    """Return an operand's record.
 
     Raises:
         UsageError: kernels cannot read the operand.
     """
-    buffers, kernels = operand.buffers, kernels_of(operand.layout)
-    if not isinstance(buffers, PlacedBuffers):
-        return _record(kernels, operand)
-    if buffers.record is None:
-        buffers.record = _record(kernels, operand)
-    return buffers.record
-
-
-def _record(kernels: AnyKernels, operand: Operand) -> list[int]:
-    """Return an operand's record."""
+    kernels = kernels_of(operand.layout)
     return kernels.record.values({**operand.addresses(), **kernels.numbers(operand)})

@@ -196,7 +196,7 @@ CLASSES = {
         RowParallelLinear,
         VocabParallelEmbedding,
     )
-}
+} | {"UnquantizedLinearMethod": Method, "UnquantizedEmbeddingMethod": Method}
 
 
 class _Block(nn.Module):

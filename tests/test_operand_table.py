@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from deltafmt.kernels import record_memory
+from deltafmt.kernels import launching, record_memory
 from deltafmt.kernels import table as table_module
 from deltafmt.kernels.record_memory import RecordMemory
+from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.layout import LowRankLayout
@@ -33,7 +34,7 @@ def test_a_slot_that_is_filled_while_records_are_built(monkeypatch: pytest.Monke
     table = OperandTable(2, [ROWS], COLUMNS, "cpu")
     table.put(1, [[first]])
     other = threading.Thread(target=table.put, args=(0, [[second]]))
-    original = table_module._record
+    original = table_module.record_of
 
     def record(*arguments: object) -> list[int]:
         # Slot 0 was looked at already, and was empty.
@@ -42,12 +43,40 @@ def test_a_slot_that_is_filled_while_records_are_built(monkeypatch: pytest.Monke
             other.join(0.2)
         return original(*arguments)
 
-    monkeypatch.setattr(table_module, "_record", record)
+    monkeypatch.setattr(table_module, "record_of", record)
     table.layout_tables(WHOLE)
     other.join()
     (held,) = table.layout_tables(WHOLE)
     assert held.records[:, 0, -1].tolist() == [ROWS, ROWS]
-    assert [one.slot for one in table.bounded()] == [1, 0]
+    assert [slot for slot, _ in table.bounded()] == [1, 0]
+
+
+def test_launches_are_not_kept_if_a_layout_came_while_they_were_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    table = OperandTable(2, [ROWS], COLUMNS, "cpu")
+    table.put(0, [[random_operand(rng, LowbitLayout(4), ROWS, COLUMNS)]])
+    table.prepare()
+    coming = [LowbitLayout(2)]
+
+    def launch(*_: object) -> None:  # its kernel is compiled, which takes seconds, and another thread loads a delta
+        if coming:
+            other = random_operand(rng, coming.pop(), ROWS, COLUMNS)
+            thread = threading.Thread(target=lambda: (table.put(1, [[other]]), table.prepare()))
+            thread.start()
+            thread.join()
+
+    monkeypatch.setattr(launching, "_launch_products", launch)
+    monkeypatch.setattr(launching, "can_repeat", lambda _: True)
+    monkeypatch.setattr(launching, "may_launch", lambda *_: True)
+    x, outputs = torch.zeros(1, COLUMNS), [torch.zeros(1, ROWS)]
+    segments = Segments(torch.zeros(1, dtype=torch.int32), 2, {0: 1})
+    key = launching.form(outputs, x, segments)
+    kept = []
+    for _ in range(2):
+        assert launching.launch_products(outputs, x, table, segments)
+        kept.append(table.repeated(key))
+    assert kept[0] is None
+    assert kept[1] is not None
 
 
 class CopyingMemory(RecordMemory):

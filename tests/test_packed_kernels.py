@@ -120,7 +120,7 @@ def test_a_sum_of_all_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = x @ sum(naive_delta(term) for term in terms).T
     assert (y - expected).abs().max() <= 1e-4 * expected.abs().max()
     bounded = [term for term in packed if kernels_of(term.layout).most_tokens(term.layout) is not None]
-    assert [one.operand for one in table.bounded()] == bounded
+    assert [table.operands(slot)[one.part][one.term] for slot, one in table.bounded()] == bounded
 
 
 def test_one_layout_without_a_kernel_leaves_the_others_theirs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,3 +137,11 @@ def test_tensors_are_made_once_by_many_threads(tmp_path: Path) -> None:
     assert set(found) == {id(loaded["b"])}
     with pytest.raises(KeyError):
         loaded["x"]
+
+
+def test_what_is_first_asked_for_in_inference_mode_can_be_used_anywhere(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.deltafmt", 0)
+    loaded = load_placed(str(path), CPU, placed(path))
+    with torch.inference_mode():
+        found = [loaded["c"].data, loaded["a"].terms[0].buffers["codes"]]
+    assert not any(tensor is None or tensor.is_inference() for tensor in found)

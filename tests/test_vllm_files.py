@@ -307,6 +307,52 @@ def test_a_file_that_is_replaced_between_a_request_and_its_load_lends_its_blocks
     assert request.block_hashes != first
 
 
+def test_a_number_belongs_to_a_delta_or_to_an_adapter(delta: Path, core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[Any] = []
+    monkeypatch.setattr(engine.seam, "name", lambda *_: str)  # an engine of this process, which raises
+
+    def add(request: Asked) -> None:
+        engine._add_request(lambda _core, request: added.append(request), core, request)
+
+    first, adapter = Asked(asked("x", delta, 1)), Asked(asked("y", Path("lora"), 2))
+    add(first)
+    add(adapter)
+    for name, path, number, kind in (("y", Path("lora"), 1, "a delta"), ("x", delta, 2, "an adapter")):
+        request = asked(name, path, number)
+        line = rf"number {number} is that of {kind}; give .* a number of its own"
+        with pytest.raises(ValueError, match=line):
+            add(Asked(request))
+        request.load_inplace = True
+        with pytest.raises(ValueError, match=line):
+            engine._add_lora(lambda _core, _request: True, core, request)
+    assert added == [first, adapter]
+
+
+def test_a_file_is_loaded_if_all_processes_have_loaded_the_same(tmp_path: Path) -> None:
+    files = FileHandles(4)
+    path = tmp_path / "a"
+    path.write_text("first")
+    said: list[str] = []
+
+    def agree(content_id: str) -> bool:
+        said.append(content_id)
+        return content_id != "second"
+
+    assert files.load(1, str(path), read, agree=agree).content_id == "first"
+    path.unlink()
+    path.write_text("second")
+    with pytest.raises(StorageError, match="processes have not all loaded the same file"):
+        files.load(1, str(path), read, again=True, agree=agree)
+    assert files.load(1, str(path), read, agree=agree).content_id == "first"
+    with pytest.raises(StorageError, match="no such file"):
+        files.load(2, str(tmp_path / "b"), read, agree=agree)
+    with pytest.raises(ZeroDivisionError):
+        files.load(2, str(path), lambda _: 1 // 0, agree=agree)  # type: ignore[arg-type, return-value]
+    # Each process says one thing a load, whatever happens: the others wait for it.
+    assert said == ["first", "second", "first", "", ""]
+    assert files.count == 1
+
+
 def test_names_of_deltas() -> None:
     assert is_delta("x.deltafmt")
     assert not is_delta("x")

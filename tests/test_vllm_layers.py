@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 
 import deltafmt
 from deltafmt import methods
@@ -26,9 +27,11 @@ from deltafmt.kernels.segments import FixedSegments, Segments
 from deltafmt.vllm.arena import Arena
 from deltafmt.vllm.base import EngineBase
 from deltafmt.vllm.choice import BASE, Choice, StepSegments
+from deltafmt.vllm.layers import MatrixLayer
 from deltafmt.vllm.loading import load_delta
 from deltafmt.vllm.norms import NormLayer
 from deltafmt.vllm.parts import LayerParts
+from deltafmt.vllm.places import find_places
 from deltafmt.vllm.served import ServedModel
 from fake_vllm import GemmaRMSNorm, LayerNorm, Llama, RMSNorm, classes, config
 
@@ -89,10 +92,11 @@ def linear_layers(model: Llama) -> dict[str, Any]:
     return {name: layer for name, layer in model.named_modules() if hasattr(layer, "tp_size") and "embed" not in name}
 
 
-@pytest.mark.parametrize("cut", [1, 2, 4])
+@pytest.mark.parametrize(("cut", "plain"), [(1, True), (2, True), (4, True), (1, False), (4, False)])
 def test_every_cut_of_every_layer_adds_what_the_whole_layer_would(
-    deltas: dict[str, Path], nano: Path, tmp_path: Path, cut: int
+    deltas: dict[str, Path], nano: Path, tmp_path: Path, cut: int, *, plain: bool
 ) -> None:
+    """An engine that holds the weights as they are takes new ones for a delta's rows; others add products."""
     slots = dict(enumerate(["deltadq", "all", "residual", "svd"]))
     tokens = [BASE, 0, 1, 2, 3, 0, BASE, 3]
     generator = torch.Generator().manual_seed(0)
@@ -103,6 +107,9 @@ def test_every_cut_of_every_layer_adds_what_the_whole_layer_would(
     tuned[BASE] = nano / "base"
     for rank in range(cut):
         model, served = engine(nano / "base", cut, rank)
+        for one in served.layers.values():
+            if isinstance(one, MatrixLayer):
+                one.plain = plain
         base = EngineBase(nano / "base")
         for slot, method in slots.items():
             fill(served, slot, deltas[method], base)
@@ -120,6 +127,60 @@ def test_every_cut_of_every_layer_adds_what_the_whole_layer_would(
                 assert ((found[row] - wanted).abs() <= bound + 1e-6).all(), (name, slot)
                 if slot == BASE:
                     assert torch.equal(found[row], plain[name].quant_method.apply(plain[name], x)[row])
+
+
+def test_the_base_computes_nothing_in_a_step_that_has_no_row_of_it(deltas: dict[str, Path], nano: Path) -> None:
+    model, served = engine(nano / "base")
+    base = EngineBase(nano / "base")
+    for slot, method in enumerate(["all", "svd"]):
+        fill(served, slot, deltas[method], base)
+    layer = model.model.layers[0].mlp.gate_up_proj
+    x = torch.randn(5, layer.weight.shape[1], generator=torch.Generator().manual_seed(1))
+    bias = torch.randn(len(layer.weight), generator=torch.Generator().manual_seed(2))
+    served.choice.show([0, 1, BASE, 0, 1], [])
+    mixed = layer.quant_method.apply(layer, x, bias)
+    expected = functional.linear(x, layer.weight, bias)
+    assert torch.equal(mixed[2], expected[2])
+    layer.weight.data.fill_(torch.nan)  # whoever computes with the base's weight is found out
+    served.choice.show([0, 1, 0, 1], [])
+    found = layer.quant_method.apply(layer, x[[0, 1, 3, 4]], bias)
+    torch.testing.assert_close(found, mixed[[0, 1, 3, 4]])
+    assert not torch.allclose(mixed[:2], expected[:2], atol=0.01)
+
+
+def test_layers_of_a_pooler_are_refused_by_name(deltas: dict[str, Path], nano: Path) -> None:
+    """A pooler gives a layer one row a request."""
+    made, _ = engine(nano / "base")
+    made.pooler = torch.nn.Module()
+    made.pooler.classifier = made.model.layers[1].mlp.down_proj
+    served = ServedModel(made, EngineBase(nano / "base").shapes(), Choice(4, torch.device("cpu"), 64), config())
+    with pytest.raises(UsageError, match=r"layers\.1\.mlp\.down_proj.* a pooler gives it, whose rows are those of req"):
+        load_delta(str(deltas["all"]), served, EngineBase(nano / "base"), starting=True)
+    assert "model.layers.1.mlp.down_proj: it computes what a pooler gives" in "\n".join(served.unused())
+
+
+def test_a_tensor_that_is_copied_on_its_way_has_its_place_and_one_that_is_written_to_has_none(nano: Path) -> None:
+    made, _ = engine(nano / "base")
+    load = made.load_weights
+
+    def on_the_way(weights: Any) -> None:
+        given = {name: weight.clone() for name, weight in weights}
+        given["model.norm.weight"] += 1
+        given["model.layers.0.self_attn.q_proj.weight"][:4].mul_(2)
+        load(given.items())
+
+    made.load_weights = on_the_way
+    found = find_places(made, EngineBase(nano / "base").shapes())
+    changed = {"model.norm.weight", "model.layers.0.self_attn.q_proj.weight"}
+    assert {*found.reasons} == changed
+    assert found.reasons["model.norm.weight"] == "the model rearranges it when it is loaded"
+
+
+def test_weights_that_are_replaced_are_noted(nano: Path) -> None:
+    made, served = engine(nano / "base")
+    assert not served.weights_changed
+    made.load_weights([])
+    assert served.weights_changed
 
 
 def test_embeddings_and_heads_that_are_tied_both_change(deltas: dict[str, Path], nano: Path, tmp_path: Path) -> None:

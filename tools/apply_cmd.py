@@ -14,8 +14,8 @@ from deltafmt.tools.quantized_arguments import say_dequantized
 
 USAGE = "deltafmt apply MODEL DELTA [DELTA ...] (-o DIR | --in-place) [options]\n       deltafmt apply MODEL --recover"
 EPILOG = """\
-Each DELTA was made on what the one before it gives (pack --parent). Deltas at the beginning that MODEL has in it
-already are skipped. In place, MODEL is the old state or the new one, whenever the command ends.
+Each DELTA was made on what the one before it gives (pack --parent). Deltas at the beginning of the chain that MODEL
+already contains are skipped. With --in-place, however the command ends, MODEL is the old state or the new one.
 """
 
 

@@ -11,7 +11,7 @@ from deltafmt.tools.byte_sizes import parse_size
 _HELP = {
     "memory": ("SIZE", "refuse a delta file that takes more memory, such as 2GB"),
     "elements": ("N", "refuse a delta file whose terms take more products and sums"),
-    "output": ("SIZE", "refuse a delta file that becomes more bytes, such as 50GB"),
+    "output": ("SIZE", "refuse a delta file that decodes to more bytes, such as 50GB"),
 }
 
 
@@ -23,7 +23,7 @@ def add_limit_arguments(parser: argparse.ArgumentParser, *, computes: bool = Fal
         computes: True for a command that decodes terms; it has ``--max-elements`` too.
     """
     group = parser.add_argument_group(
-        "limits", "The defaults follow the sizes of the files; any real model meets them."
+        "limits", "The defaults follow the sizes of the files; real models stay below them."
     )
     for name, (metavar, text) in _HELP.items():
         if computes or name != "elements":

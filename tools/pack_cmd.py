@@ -61,44 +61,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", nargs="?", help="checkpoint folder or .safetensors file")
     parser.add_argument("finetuned", metavar="FINETUNED", nargs="?", help="checkpoint folder or .safetensors file")
     parser.add_argument("more", metavar="FINETUNED", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--many", action="store_true", help="each into FOLDER/NAME.deltafmt; NAME=PATH names one")
+    parser.add_argument("--many", action="store_true", help="pack each into FOLDER/NAME.deltafmt; NAME=PATH names it")
     parser.add_argument("-o", "--output", metavar="OUT", help="the delta file to write; - for standard output")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--profile", default="hot", metavar="NAME", help="hot (default) for serving, cold for archives")
     parser.add_argument(
-        "--include", action="append", default=[], metavar="PATTERN", help="compress only tensors of these names"
+        "--include", action="append", default=[], metavar="PATTERN", help="compress only these; store all others whole"
     )
-    parser.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN", help="store tensors of these names whole"
-    )
+    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="store these tensors whole")
     parser.add_argument(
         "--rule",
         nargs=2,
         action="append",
         default=[],
         metavar=("PATTERN", "METHOD"),
-        help="use another method for these names; see below",
+        help="use this method for these tensors; see below",
     )
     add_name_arguments(parser, "the fine-tune")
     add_architecture_argument(parser)
     parser.add_argument("--base-name", metavar="NAME", help="how the delta names its base")
-    parser.add_argument("--parent", metavar="DELTA", help="the delta that gives BASE, of which OUT is the next")
+    parser.add_argument("--parent", metavar="DELTA", help="the delta that gives BASE; OUT becomes the next of a chain")
     parser.add_argument(
         "--missing",
         metavar="HOW",
-        help="same (as in BASE) or removed: what FINETUNED lacks",
+        help="what FINETUNED lacks is same (as in BASE) or removed",
     )
     parser.add_argument("--variant", metavar="NAME", help="read the weights of this variant, such as fp16")
-    parser.add_argument("--quantized", metavar="HOW", help="FP8 is read as values (default), or packed exact")
+    parser.add_argument("--quantized", metavar="HOW", help="read FP8 as values (default), or pack its bytes: exact")
     parser.add_argument(
-        "--attach", action="append", default=[], metavar="PATTERN", help="files that travel although not by themselves"
+        "--attach", action="append", default=[], metavar="PATTERN", help="attach these small files, too"
     )
     parser.add_argument(
         "--no-attach",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="files beside the weights that do not travel",
+        help="do not attach these files",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed for random positions (default 0)")
     parser.add_argument("--threads", type=int, metavar="T", help="worker threads (default: one for each processor)")

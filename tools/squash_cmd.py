@@ -9,9 +9,9 @@ from deltafmt.tools import console
 from deltafmt.tools.limit_arguments import add_limit_arguments, limits_of
 
 EPILOG = """\
-A tensor that one delta alone changes is copied. One that several change is made exact anew, for which --base is needed.
-Lossy terms on top of another change are refused: each delta rounds by itself. Apply the chain then, and pack what it
-gives.
+A tensor that only one delta changes is copied. A tensor that several deltas change is coded anew as an exact tensor,
+for which --base is needed. Lossy terms on top of another change are refused, because each delta rounds by itself.
+Apply the chain then, and pack the folder that it gives.
 """
 
 

@@ -20,7 +20,7 @@ NEEDS_TARGET = ("plan", "candidate")
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of targets."""
     group = parser.add_argument_group(
-        "target", "A target chooses a method for each tensor, by measuring what each would lose."
+        "target", "A target chooses a method for each tensor, by predicting what each would lose."
     )
     group.add_argument("--target-ratio", metavar="R", help="be at least R times smaller than FINETUNED")
     group.add_argument("--target-size", metavar="SIZE", help="take SIZE bytes at most, such as 400MB or 1.5GiB")

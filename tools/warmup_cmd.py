@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         metavar="LIST",
         default="1,16,2048",
-        help="tokens of a batch that are to be served: of decoding steps and of prompts (default: 1,16,2048)",
+        help="numbers of tokens of the batches to serve, in decoding steps and prompts (default: 1,16,2048)",
     )
     parser.add_argument(
         "--target",

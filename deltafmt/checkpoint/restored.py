@@ -68,7 +68,7 @@ def read_heads(checkpoint: Checkpoint) -> dict[str, FileHead]:
             _rows_of(head)
         except ValueError as error:
             raise InvalidFileError(
-                f"{shard.path}: its header is none that can be restored: {error}; save it again with safetensors"
+                f"{shard.path}: its header cannot be restored byte for byte: {error}; save it again with safetensors"
             ) from error
         found[name] = FileHead(shard.path, head)
     for name in checkpoint.indexes:

@@ -1,4 +1,7 @@
-"""What a decoder has in the place of an exact tensor's units: the base's, in the fine-tune's dtype (spec, 17.1)."""
+"""The prediction of an exact tensor: the base's units, in the fine-tune's dtype (spec, 17.1).
+
+Encoder and decoder both have it, so only the differences from it are stored.
+"""
 
 from __future__ import annotations
 

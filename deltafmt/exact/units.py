@@ -1,4 +1,8 @@
-"""The units of exact tensors: how the bits of each dtype are ordered, and by what they are sorted (spec, 17.2)."""
+"""The units of exact tensors: the integers that a tensor of each dtype is cut into (spec, 17.2).
+
+A unit is an element, such as the 2 bytes of a BF16 weight. For floats it also says which bits are the exponent:
+differences are sorted by it.
+"""
 
 from __future__ import annotations
 

@@ -159,7 +159,8 @@ class DeltaDQ(DropoutOptions, Method):
         factor = float(self.factor)
         share, squares, more = dropped(self.n, self.m, factor, kept, sample.squares)
         varied = sample.variance(remainder, self.n, self.m, self.share, factor * kept.along)
-        return Expected(share * sample.rest - more, squares - (2 * share - 1) * sample.common - 2 * more, varied)
+        beside = squares - (2 * share - 1) * sample.common - 2 * more
+        return Expected(share * sample.rest - more, beside, varied, (1 - self.n / self.m) * squares)
 
     def with_gain(self, gain: float) -> DeltaDQ | None:
         """Return the method with a gain; None if it has one."""

@@ -27,6 +27,8 @@ ROUNDED_ELEMENTS = 1 << 16
 ROUNDED_ENTRIES = 1 << 14
 # Consecutive rows among them: rows that share positions stay so.
 RUN = 16
+# Rows whose inner products tell how many directions a delta uses.
+COMPARED_ROWS = 128
 # Strongest directions are the delta itself, and are not left out, where less than this share of its energy remains.
 LEAST_REST = 0.02
 
@@ -39,6 +41,7 @@ class Expected:
         along: <Q, D'>.
         squares: |Q - C|^2, for the directions C that are left out of D and Q.
         spread: the variance of <Q, D'>.
+        drawn: |Q - E Q|^2, what the draw alone adds; the rest of the error is the same for every draw.
 
     Each is a number, or an array of the numbers of many approximations.
     """
@@ -46,6 +49,7 @@ class Expected:
     along: float | NDArray[np.float64]
     squares: float | NDArray[np.float64]
     spread: float | NDArray[np.float64] = 0.0
+    drawn: float | NDArray[np.float64] = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +166,7 @@ class Sampled:
         some_delta: these, dense.
         squares: |D|^2 of the rows.
         strength: |D|^2 / |W|^2 of the rows, for the base's W.
+        flatness: share of all directions that D' uses, see :func:`flatness_of`.
         common: |C|^2, for the directions C that are left out; 0 for none.
         some_common: C of the rows whose rounding is measured; None for none.
 
@@ -184,6 +189,8 @@ class Sampled:
         self._remainders: dict[tuple[Grid, int] | None, Remainder] = {}
         self._order = column_orders(*self.some_delta.shape)
         self._left_out: LowRank | None = None
+        compared = np.arange(0, len(self.delta), -(-len(self.delta) // COMPARED_ROWS))
+        few = self.delta[compared]
         self.common = 0.0
         self.some_common: Floats | None = None
         if common and self.squares:
@@ -192,6 +199,8 @@ class Sampled:
             if self.squares - energy >= LEAST_REST * self.squares:
                 self._left_out, self.common = shared, energy
                 self.some_common = LowRank(shared.left[self._numbers], shared.values, shared.right).dense()
+                few = few - LowRank(shared.left[compared], shared.values, shared.right).dense()
+        self.flatness = flatness_of(few, round(len(self.delta) / share))
 
     @property
     def rest(self) -> float:
@@ -305,6 +314,24 @@ def _drawn_variance(n: int, m: int) -> float:
 def strength_of(squares: float, base: Floats) -> float:
     """Return the strength of a delta of so many squares: |D|^2 / |W|^2, or 1 if that is less."""
     return min(squares / max(dot(base, base), squares, float(np.finfo(np.float32).tiny)), 1.0)
+
+
+def flatness_of(some: Floats, rows: int) -> float:
+    """Return the share of all directions that a matrix D uses: |D|^4 / |D^T D|^2 over the number of its dimensions.
+
+    It is 1 if all singular values are equal, and 1 / min(rows, columns) if there is one. |D^T D|^2 is the sum of the
+    squared inner products of all pairs of rows; some rows tell their mean.
+
+    Args:
+        some: rows of D, shape (n, columns).
+        rows: how many D has.
+    """
+    products = np.square(some @ some.T, dtype=np.float64)
+    count, own = len(some), float(np.trace(products))
+    squares = float(np.square(some, dtype=np.float64).sum()) * rows / count
+    pairs = (float(products.sum()) - own) * rows * (rows - 1) / max(count * (count - 1), 1)
+    fourth = own * rows / count + pairs
+    return min(squares**2 / fourth / min(rows, some.shape[1]), 1.0) if fourth else 1.0
 
 
 def dot(a: Floats, b: Floats) -> float:

@@ -140,7 +140,7 @@ class Residual(DropoutOptions, HeadOptions, Method):
         between = along - squares - sample.common + common  # <H - C, R>
         varied = sample.variance(remainder, self.n, self.m, self.share, factor * kept.along)
         both = beside + 2 * (share * between + more) + noisy
-        return Expected(mine + share * (sample.rest - mine) + more, both, varied)
+        return Expected(mine + share * (sample.rest - mine) + more, both, varied, (1 - self.n / self.m) * noisy)
 
     def with_gain(self, gain: float) -> Residual | None:
         """Return the method with a gain; None if it has one."""

@@ -30,7 +30,9 @@ from deltafmt.pipeline.workers import Progress, in_order, worker_pool
 
 # Attempts to use up the bytes that a plan leaves. Tensors share sections and alignment, so their sizes do not add up.
 ROUNDS = 8
-# How often the loss of a matrix with a row for every token counts: whatever a model reads or says passes through it.
+# How often the loss of a matrix with a row for every token counts, for each layer of the model and without knowing how
+# many: whatever a model reads or says passes through it, and one of many layers errs beside the others.
+VOCABULARY_WEIGHT_OF_LAYER = 0.5
 VOCABULARY_WEIGHT = 4.0
 # Strongest directions of such a matrix's delta to leave out. Fine-tuning moves all tokens absent from its texts alike.
 COMMON_DIRECTIONS = 2
@@ -69,7 +71,12 @@ class Alternatives:
     def __init__(self, job: PackJob, candidates: Sequence[Method], metadata: Mapping[str, str] | None = None) -> None:
         self._job = job
         self._metadata = job.metadata() if metadata is None else dict(metadata)
-        self._vocabulary = job.finetuned.config().get("vocab_size")
+        config = job.finetuned.config()
+        self._vocabulary = config.get("vocab_size")
+        layers = config.get("num_hidden_layers")
+        self._vocabulary_weight = VOCABULARY_WEIGHT
+        if isinstance(layers, int) and layers > 0:
+            self._vocabulary_weight = VOCABULARY_WEIGHT_OF_LAYER * layers
         self._removed = job.removed()
         self._files = {name: job.finetuned.attachment(name) for name in job.finetuned.files}
         self._scaled = {name: tensor.describe(bytes(DIGEST_BYTES)) for name, tensor in job.scaled().items()}
@@ -110,7 +117,7 @@ class Alternatives:
 
             for item, found in in_order(self._items, submit, footprint):
                 plan = self._plans[item.number]
-                weight = VOCABULARY_WEIGHT if plan.tensor.rows == self._vocabulary else 1.0
+                weight = self._vocabulary_weight if plan.tensor.rows == self._vocabulary else 1.0
                 item.alternatives = [
                     Alternative(sizes.of(plan.decided(method)), weight * loss)
                     for method, (_, loss) in zip(item.methods, found.result(), strict=True)
@@ -238,7 +245,7 @@ def _losses(
         if hessian is None:
             losses = foretell(plan, fitting, seed, common, sample)
         else:
-            losses = measure(plan, fitting, seed, hessian, common)
+            losses = measure(plan, fitting, seed, hessian, common, sample)
         return list(zip(fitting, losses, strict=True))
     except NonFiniteError as error:
         raise not_finite(plan.tensor.name, "the delta has NaN or infinity") from error

@@ -6,12 +6,16 @@ that an approximation Q keeps along D itself acts on every input alike; the rest
 out over the columns of a row:
 
     kept = <Q, D> / <D, D>        noise = |(Q - kept D) X|^2 / |D X|^2
-    loss = (1 - kept)^2 + w noise
+    loss = (1 - kept)^2 + w (drawn + OTHER_NOISE (noise - drawn))
 
-Noise costs next to nothing until it is as large as the weights W themselves allow, and then a lot, so w depends on it
-(:func:`weighed`). An embedding or head has a row for every token. Fine-tuning shifts all tokens absent from its texts
-by the same vector; that shift dominates the delta and says nothing about accuracy. The two strongest singular
-directions are therefore left out of D and Q.
+*Drawn* is the noise of random positions. What rounding does to large and small elements is the same for every draw, and
+does not average out. Noise goes in all directions and the delta in few, in which the inputs are large; the fewer, the
+less does noise count at the outputs. It counts by the room that the weights W leave it, too
+(:func:`weight_of_noise`).
+
+An embedding or head has a row for every token. Fine-tuning shifts all tokens absent from its texts by the same vector;
+that shift dominates the delta and says nothing about accuracy. The two strongest singular directions are therefore left
+out of D and Q.
 
 X are the inputs that a calibration has seen, or the identity without one. docs/decisions.md names what the loss was
 compared with.
@@ -20,6 +24,7 @@ compared with.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -28,7 +33,16 @@ from numpy.typing import NDArray
 
 from deltafmt.delta import row_ranges
 from deltafmt.methods.base import DeltaRows, Method
-from deltafmt.methods.expected import LEAST_REST, SAMPLED_ELEMENTS, Expected, Sampled, dot, some_rows, strength_of
+from deltafmt.methods.expected import (
+    LEAST_REST,
+    SAMPLED_ELEMENTS,
+    Expected,
+    Sampled,
+    dot,
+    flatness_of,
+    some_rows,
+    strength_of,
+)
 from deltafmt.methods.factorization import factorize, right_vectors
 from deltafmt.methods.grids import Grid
 from deltafmt.methods.measured import Heads
@@ -51,26 +65,34 @@ _QUADRATIC = np.linalg.inv(np.vander(TRIED_GAINS, increasing=True)).T
 # Elements of the blocks in which a tensor is read to foretell losses.
 BLOCK_ELEMENTS = 1 << 18
 
-# The weight of relative noise beside relative bias: of little noise, and of much; and how it rises between the two.
-LEAST_NOISE = 0.0003
-MOST_NOISE = 0.01
-NOISE_RISE = 3000.0
+# The weight of relative noise beside relative bias: for each |D|^2 of |W|^2, and the most.
+NOISE_OF_WEIGHTS = 1500.0
+MOST_NOISE = 0.15
 # Noise that is not drawn at random, but depends on the weights, weighs so many times more.
-OTHER_NOISE = 5
-# Noise at the outputs for true inputs is relatively smaller, and counts for so many times as much.
-OF_INPUTS = 6
+OTHER_NOISE = 4
 
 
-def weighed(noise: Floats64, strength: float, *, at_random: bool) -> Floats64:
-    """Return w * noise, the loss that noise makes.
+def weight_of_noise(strength: float, flatness: float) -> float:
+    """Return w, what relative noise weighs beside relative bias.
+
+    Args:
+        strength: |D|^2 / |W|^2 for the base's matrix W: the same relative noise is more to it where D is larger.
+        flatness: share of all directions that D uses; noise at the outputs is about so much of noise in the weights.
+    """
+    return flatness * min(MOST_NOISE, NOISE_OF_WEIGHTS * strength * math.sqrt(flatness))
+
+
+def weighed(noise: Floats64, drawn: Floats64, weight: float) -> Floats64:
+    """Return the loss that noise makes.
 
     Args:
         noise: |noise|^2 / |D|^2, any shape.
-        strength: |D|^2 / |W|^2 for the base's matrix W: the same relative noise is more to it where D is larger.
-        at_random: whether the noise is drawn at random.
+        drawn: what of it is drawn at random, same shape; at most all of it counts.
+        weight: w.
     """
-    found: Floats64 = np.minimum(MOST_NOISE, LEAST_NOISE + NOISE_RISE * strength**2 * noise) * noise
-    return found if at_random else OTHER_NOISE * found
+    drawn = np.clip(drawn, 0.0, noise)
+    found: Floats64 = weight * (drawn + OTHER_NOISE * (noise - drawn))
+    return found
 
 
 def sample_runs(rows: int, columns: int) -> list[tuple[int, int]]:
@@ -101,6 +123,7 @@ class Loss:
         common: number of strongest singular directions that are left out of the delta and of approximations.
         shared: these directions, if they are known.
         strength: |D|^2 / |W|^2 for the base's matrix W.
+        flatness: share of all directions that the delta uses; counted if it is not known.
     """
 
     def __init__(
@@ -110,6 +133,7 @@ class Loss:
         common: int = 0,
         shared: Floats | None = None,
         strength: float = 1.0,
+        flatness: float | None = None,
     ) -> None:
         whole = squares = dot(delta, delta)
         self._common = np.zeros((1, 1), np.float32)
@@ -122,27 +146,35 @@ class Loss:
             if dot(rest, rest) >= LEAST_REST * squares:
                 self._common, delta, squares = shared, rest, dot(rest, rest)
         self._delta, self._squares = delta, squares
-        self._strength = strength * squares / whole if whole else 1.0
+        flatness = flatness_of(delta, len(delta)) if flatness is None else flatness
+        self._weight = weight_of_noise(strength * squares / whole if whole else 1.0, flatness)
         self._inputs: Floats | None = None
         if hessian is not None:
             values, vectors = np.linalg.eigh(hessian.astype(np.float64))
             self._inputs = (vectors * np.sqrt(np.maximum(values, 0))).astype(np.float32)
         outputs = self._outputs(delta)
         self._energy = dot(outputs, outputs)
-        self._factor = 1 if hessian is None else OF_INPUTS
+        # Noise at the outputs for true inputs is known: it need not be guessed from the flatness.
+        if hessian is not None:
+            self._weight /= flatness
 
     def _outputs(self, matrix: Floats) -> Floats:
         return matrix if self._inputs is None else matrix @ self._inputs
 
-    def of(self, approximation: Floats, *, at_random: bool = False) -> float:
-        """Return the loss: 0 for the delta itself, 1 for nothing at all."""
+    def of(self, approximation: Floats, drawn: float = 0.0) -> float:
+        """Return the loss: 0 for the delta itself, 1 for nothing at all.
+
+        Args:
+            approximation: Q.
+            drawn: the share of the noise that is drawn at random.
+        """
         if not self._energy:
             return 0.0
         approximation = approximation - self._common
         kept = dot(approximation, self._delta) / self._squares
         rest = self._outputs(approximation - np.float32(kept) * self._delta)
-        noise = np.array(self._factor * dot(rest, rest) / self._energy)
-        return (1 - kept) ** 2 + float(weighed(noise, self._strength, at_random=at_random))
+        noise = np.array(dot(rest, rest) / self._energy)
+        return (1 - kept) ** 2 + float(weighed(noise, drawn * noise, self._weight))
 
 
 def foretell(
@@ -165,7 +197,7 @@ def foretell(
     """
     sample = sample or look_at(plan, methods, common)
     some = sample.some_delta
-    some_loss = Loss(some, shared=sample.some_common, strength=sample.strength)
+    some_loss = Loss(some, shared=sample.some_common, strength=sample.strength, flatness=sample.flatness)
     whole: tuple[Loss, Heads, DeltaRows] | None = None
     found = []
     for method in methods:
@@ -174,25 +206,25 @@ def foretell(
             continue
         expected = method.expected(sample)
         if expected is not None:
-            found.append(float(_expected_loss(expected, sample, method)))
+            found.append(float(_expected_loss(expected, sample)))
         elif method.by_rows:
             given = method.approximate(sample.some, seed, Heads(some, 0))
-            found.append(some_loss.of(given, at_random=method.at_random))
+            found.append(some_loss.of(given, float(method.at_random)))
         else:
             if whole is None:
                 rows = read_sample(plan)
                 dense = rows.dense()
-                loss = Loss(dense, None, common, strength=sample.strength)
+                loss = Loss(dense, None, common, strength=sample.strength, flatness=sample.flatness)
                 whole = loss, Heads(dense, _most(methods)), rows
-            found.append(whole[0].of(method.approximate(whole[2], seed, whole[1]), at_random=method.at_random))
+            found.append(whole[0].of(method.approximate(whole[2], seed, whole[1]), float(method.at_random)))
     return found
 
 
 def tuned(sample: Sampled, methods: Sequence[Method | None]) -> list[Method | None]:
     """Return methods with the gain of least expected loss, where they have a gain and nobody has chosen it.
 
-    <Q, D>, |Q|^2 and its variance are quadratic functions of the gain, so three gains tell them. Gains are multiples of
-    GAIN_STEP.
+    <Q, D>, |Q|^2 and the variances are quadratic functions of the gain, so three gains tell them. Gains are multiples
+    of GAIN_STEP.
     """
     if not sample.squares:
         return list(methods)
@@ -206,23 +238,38 @@ def _tuned(sample: Sampled, method: Method) -> Method | None:
         expected = None if other is None else other.expected(sample)
         if expected is None:
             return None
-        tried.append((expected.along, expected.squares, expected.spread))
+        tried.append((expected.along, expected.squares, expected.spread, expected.drawn))
     # Quadratic functions through the values at three gains.
     every = np.array(tried).T @ _QUADRATIC
     gains = np.arange(round(GAINS[0] / GAIN_STEP), round(GAINS[1] / GAIN_STEP) + 1) * GAIN_STEP
-    along, squares, spread = every @ np.stack([np.ones_like(gains), gains, gains**2])
-    losses = _expected_loss(Expected(along, squares, spread), sample, method)
+    along, squares, spread, drawn = every @ np.stack([np.ones_like(gains), gains, gains**2])
+    losses = _expected_loss(Expected(along, squares, spread, drawn), sample)
     best = round(float(gains[np.argmin(losses)]), 4)
     return None if best == 1 else method.with_gain(best)
 
 
-def _expected_loss(expected: Expected, sample: Sampled, method: Method) -> Floats64:
+def _expected_loss(expected: Expected, sample: Sampled) -> Floats64:
     """Return the expected loss of an approximation, or those of many if its figures are arrays."""
-    kept, spread = expected.along / sample.rest, expected.spread / sample.rest**2
-    noise = np.maximum(expected.squares / sample.rest - kept**2 - spread, 0.0)
-    strength = sample.strength * sample.rest / sample.squares
-    found: Floats64 = (1 - kept) ** 2 + spread + weighed(noise, strength, at_random=method.at_random)
+    kept, spread, noise, drawn = _parts(expected, sample)
+    weight = weight_of_noise(sample.strength * sample.rest / sample.squares, sample.flatness)
+    found: Floats64 = (1 - kept) ** 2 + spread + weighed(noise, drawn, weight)
     return found
+
+
+def _parts(expected: Expected, sample: Sampled) -> tuple[Floats64, Floats64, Floats64, Floats64]:
+    """Return what is kept, its variance, the noise, and what of the noise is drawn."""
+    kept, spread = np.divide(expected.along, sample.rest), np.divide(expected.spread, sample.rest**2)
+    noise = np.maximum(expected.squares / sample.rest - kept**2 - spread, 0.0)
+    return kept, spread, noise, np.clip(expected.drawn / sample.rest - spread, 0.0, noise)
+
+
+def _drawn_share(method: Method, sample: Sampled | None) -> float:
+    """Return the share of a method's noise that is drawn at random: as expected, or all or nothing."""
+    expected = method.expected(sample) if sample is not None and sample.squares else None
+    if expected is None or sample is None:
+        return float(method.at_random)
+    _, _, noise, drawn = _parts(expected, sample)
+    return float(drawn / noise) if noise else 1.0
 
 
 def look_at(plan: Plan, methods: Sequence[Method | None], common: int) -> Sampled:
@@ -295,6 +342,7 @@ def measure(
     seed: int,
     hessian: NDArray[np.floating] | None = None,
     common: int = 0,
+    sample: Sampled | None = None,
 ) -> list[float]:
     """Return what each method would lose of a tensor: the loss that this module's docstring defines.
 
@@ -304,6 +352,8 @@ def measure(
         seed: the tensor's seed.
         hessian: second moments of the matrix's inputs, to measure with.
         common: number of singular directions that are left out.
+        sample: what :func:`look_at` has found. It tells which share of the noise is drawn at random, which one draw
+            cannot tell; without it, that is all of the noise or none.
 
     Raises:
         NonFiniteError: the delta has NaN or infinity.
@@ -311,11 +361,12 @@ def measure(
     rows = replace(read_sample(plan), hessian=hessian)
     heads = Heads(rows.dense(), _most(methods), hessian)
     strength = strength_of(dot(heads.delta, heads.delta), widen(rows.base, rows.base_dtype))
-    loss = Loss(heads.delta, hessian, common, strength=strength)
+    flatness = sample.flatness if sample is not None else None
+    loss = Loss(heads.delta, hessian, common, strength=strength, flatness=flatness)
     found = []
     for method in methods:
         if method is None:
             found.append(0.0)
         else:
-            found.append(loss.of(method.approximate(rows, seed, heads), at_random=method.at_random))
+            found.append(loss.of(method.approximate(rows, seed, heads), _drawn_share(method, sample)))
     return found

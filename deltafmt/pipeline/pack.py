@@ -68,7 +68,7 @@ def pack(
             fine-tune.
         target_size: choose a method for each tensor, so that the file has at most so many bytes.
         candidates: the methods to choose from; if empty, those of
-            :func:`deltafmt.pipeline.budget.default_candidates`.
+            :func:`deltafmt.pipeline.budget.candidates_for`.
         rules: (pattern, method or None) pairs; the last one that matches a name decides, and None stores the tensor
             whole.
         include: if given, only names that match one of these patterns are compressed.
@@ -154,10 +154,10 @@ def pack(
         if parent is not None:
             job = replace(job, parent=_parent_id(parent, base, delivery))
         if target is not None:
-            from deltafmt.pipeline.budget import default_candidates
+            from deltafmt.pipeline.budget import candidates_for
             from deltafmt.pipeline.targeted import pack_for_target
 
-            return pack_for_target(job, target, candidates or default_candidates(), calibration, delivery)
+            return pack_for_target(job, target, candidates or candidates_for(job.plans), calibration, delivery)
         if calibration is None:
             calibrated_names(job.plans, None)
             return write_file(job, delivery)

@@ -166,8 +166,8 @@ def _check_restorable(finetuned: Checkpoint, lacks: Completeness) -> None:
     """
     if lacks.taken:
         raise UsageError(
-            f"missing 'same', and every byte is to be kept: \"{lacks.taken[0]}\" would be in no file of "
-            f"{finetuned.path}; leave the files as they are with missing 'removed'"
+            f"missing 'same' takes \"{lacks.taken[0]}\" from the base, and restored files have no place for it: it "
+            f"would be in no file of {finetuned.path}; leave the files as they are with missing 'removed'"
         )
     read_heads(finetuned)
 

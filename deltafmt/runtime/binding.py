@@ -8,6 +8,7 @@ known ways: the prefix of the inner model (``model.``, ``bert.``) may be missing
 from __future__ import annotations
 
 import fnmatch
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,6 +20,7 @@ from deltafmt.errors import UsageError, WrongBaseError
 from deltafmt.format.constants import element_count
 from deltafmt.index.entries import TensorEntry
 from deltafmt.runtime.cuts import Cut, HeldTensor
+from deltafmt.runtime.keys import Key
 from deltafmt.runtime.model_names import ModelNames, model_names
 from deltafmt.runtime.part_keys import part_key, part_of, split_key
 
@@ -83,6 +85,13 @@ class BoundModule:
         return self._held
 
 
+class Arrangement:
+    """Which tensors are bound to which parameters of the modules of one model."""
+
+
+_ARRANGEMENTS: weakref.WeakValueDictionary[Key, Arrangement] = weakref.WeakValueDictionary()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Binding:
     """The modules and parameters that the tensors of one delta are bound to.
@@ -92,11 +101,13 @@ class Binding:
         parameters: the parameter that each tensor changes, by the tensor's name. A quantized module holds its weight
             in a form of its own; such a weight is missing here.
         ignored: the names of changed tensors that were left out because they match an ``ignore`` pattern.
+        arrangement: the same object for all deltas whose tensors of the same names are bound to the same parameters.
     """
 
     modules: list[BoundModule]
     parameters: dict[str, torch.Tensor]
     ignored: list[str]
+    arrangement: Arrangement
 
 
 def role_of(module: nn.Module) -> Role:
@@ -196,7 +207,9 @@ def bind(
             _check_shape(model, known, key, name, entries[name])
     for name in parameters:
         _check_tie(name, entries[name], parameters)
-    return Binding(list(modules.values()), parameters, ignored)
+    bound_names = Key(tuple((number, tuple(bound.tensors.items())) for number, bound in modules.items()))
+    arrangement = _ARRANGEMENTS.setdefault(bound_names, Arrangement())
+    return Binding(list(modules.values()), parameters, ignored, arrangement)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

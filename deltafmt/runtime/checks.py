@@ -7,19 +7,19 @@ the bytes are, in blocks, and the host waits once for all values of a delta.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from deltafmt.errors import InvalidFileError
-from deltafmt.format.constants import DELTA_DTYPES
-from deltafmt.kernels.device_memory import PlacedBuffers
 from deltafmt.kernels.nm.index import positions
 from deltafmt.kernels.operand import Operand, buffer_forms
 from deltafmt.kernels.packed_words import fields
-from deltafmt.runtime.device_delta import DeviceTensor
+from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
+from deltafmt.runtime.device_views import DeviceTensors
+from deltafmt.runtime.layout_checks import SCALE, has_positions, rules
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.sparse.checks import BlockRun, runs_of_blocks
 from deltafmt.terms.sparse.layout import SparseLayout
@@ -30,8 +30,6 @@ BLOCK_ELEMENTS = 1 << 22
 # Slots of a run of blocks of a sparse term, each with 32 lanes.
 RUN_SLOTS = 1 << 17
 
-SCALE = "a scale is negative or not finite"
-VALUE = "a value is not finite"
 POSITIONS = "positions do not ascend, or are not below M"
 STARTS = "the starts of the blocks do not ascend"
 BEYOND = "an entry lies beyond its block"
@@ -63,15 +61,10 @@ def check_terms(where: str, tensors: Mapping[str, DeviceTensor]) -> None:
     Raises:
         InvalidFileError: names the first tensor that breaks a rule, and the rule.
     """
-    operands = {
-        (tensor.entry.name, number): operand
-        for tensor in tensors.values()
-        for number, operand in enumerate(tensor.terms)
-    }
     found: list[_Found] = []
     with torch.inference_mode():
-        found += _check_numbers(operands)
-        for (name, _), operand in operands.items():
+        found += _check_numbers(_numbers(tensors))
+        for name, operand in _walked(tensors):
             if isinstance(operand.layout, NMLayout):
                 found += (_Found(flag, POSITIONS, (name,)) for flag in _position_flags(operand, operand.layout))
             elif isinstance(operand.layout, SparseLayout):
@@ -79,26 +72,57 @@ def check_terms(where: str, tensors: Mapping[str, DeviceTensor]) -> None:
         flags = torch.stack([each.flag for each in found]).tolist() if found else []
     for each, is_set in zip(found, flags, strict=True):
         if is_set:
-            named = each.tensors[0] if len(each.tensors) == 1 else _first(operands, each)
+            named = each.tensors[0] if len(each.tensors) == 1 else _first(tensors, each)
             raise InvalidFileError(f'{where}: tensors["{named}"]: {each.problem}')
 
 
-def _check_numbers(operands: Mapping[tuple[str, int], Operand]) -> Iterator[_Found]:
-    """Check all scales and values: the buffers of one dtype together."""
-    groups: dict[tuple[str, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
-    for (name, _), operand in operands.items():
-        for problem, tensor in numbers_of(operand):
-            groups.setdefault((problem, tensor.dtype), []).append((name, tensor.reshape(-1)))
+def _known(tensors: Mapping[str, DeviceTensor]) -> DeviceTensors | None:
+    """Return the tensors of an allocation whose layout says what is looked at; None for others."""
+    held = tensors.tensors if isinstance(tensors, DeviceDelta) else tensors
+    return held if isinstance(held, DeviceTensors) and held.seeds is not None else None
+
+
+def _operands(tensors: Mapping[str, DeviceTensor]) -> Iterator[tuple[str, Operand]]:
+    """Give every operand, with the name of its tensor; those of aliases are their targets'."""
+    by_name = {tensor.entry.name: tensor for tensor in tensors.values()}
+    return ((name, operand) for name, tensor in by_name.items() for operand in tensor.terms)
+
+
+def _walked(tensors: Mapping[str, DeviceTensor]) -> Iterator[tuple[str, Operand]]:
+    """Give the operands whose positions or slots are looked at."""
+    known = _known(tensors)
+    if known is None:
+        return _operands(tensors)
+    return ((name, known.of_entry(name).terms[number]) for name, number in known.layout.checks.walked)
+
+
+def _numbers(tensors: Mapping[str, DeviceTensor]) -> Iterator[tuple[str, tuple[str, ...], torch.Tensor]]:
+    """Give all scales and values: the rule that they keep, their tensors' names, and the numbers, 1-d."""
+    known = _known(tensors)
+    if known is None:
+        for name, operand in _operands(tensors):
+            yield from ((problem, (name,), tensor.reshape(-1)) for problem, tensor in numbers_of(operand))
+        return
+    for run in known.layout.checks.runs:
+        for part in run.cut(BLOCK_ELEMENTS):
+            yield part.problem, part.names, known.of_run(part).reshape(-1)
+
+
+def _check_numbers(numbers: Iterable[tuple[str, tuple[str, ...], torch.Tensor]]) -> Iterator[_Found]:
+    """Check all scales and values: those of one dtype together."""
+    groups: dict[tuple[str, torch.dtype], list[tuple[tuple[str, ...], torch.Tensor]]] = {}
+    for problem, names, flat in numbers:
+        groups.setdefault((problem, flat.dtype), []).append((names, flat))
     for (problem, _), members in groups.items():
-        joined: list[tuple[str, torch.Tensor]] = []
+        joined: list[tuple[tuple[str, ...], torch.Tensor]] = []
         size = 0
-        for name, flat in members:
+        for names, flat in members:
             if flat.numel() > BLOCK_ELEMENTS:
                 yield from (
-                    _Found(_is_wrong(part, problem), problem, (name,)) for part in torch.split(flat, BLOCK_ELEMENTS)
+                    _Found(_is_wrong(part, problem), problem, names) for part in torch.split(flat, BLOCK_ELEMENTS)
                 )
                 continue
-            joined.append((name, flat))
+            joined.append((names, flat))
             size += flat.numel()
             if size >= BLOCK_ELEMENTS:
                 yield _of_joined(joined, problem)
@@ -107,22 +131,16 @@ def _check_numbers(operands: Mapping[tuple[str, int], Operand]) -> Iterator[_Fou
             yield _of_joined(joined, problem)
 
 
-def _of_joined(members: Sequence[tuple[str, torch.Tensor]], problem: str) -> _Found:
+def _of_joined(members: Sequence[tuple[tuple[str, ...], torch.Tensor]], problem: str) -> _Found:
     flats = [flat for _, flat in members]
     whole = flats[0] if len(flats) == 1 else torch.cat(flats)
-    return _Found(_is_wrong(whole, problem), problem, tuple(name for name, _ in members))
+    return _Found(_is_wrong(whole, problem), problem, tuple(name for names, _ in members for name in names))
 
 
 def numbers_of(operand: Operand) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the buffers of scales and of values, with the rules that they have to keep; words and bytes have none."""
-    held = operand.buffers
-    if isinstance(held, PlacedBuffers):
-        forms = held.forms
-    else:
-        forms = buffer_forms(operand.layout, operand.rows, operand.columns, operand.slots)
-    for buffer, form in forms.items():
-        if form.dtype in DELTA_DTYPES and form.nbytes:
-            yield SCALE if buffer.endswith("scales") else VALUE, held[buffer]
+    forms = buffer_forms(operand.layout, operand.rows, operand.columns, operand.slots)
+    return ((problem, operand.buffers[buffer]) for buffer, problem in rules(forms))
 
 
 def _is_wrong(flat: torch.Tensor, problem: str) -> torch.Tensor:
@@ -134,9 +152,9 @@ def _is_wrong(flat: torch.Tensor, problem: str) -> torch.Tensor:
     return (bits & infinity == infinity).any()
 
 
-def _first(operands: Mapping[tuple[str, int], Operand], found: _Found) -> str:
+def _first(tensors: Mapping[str, DeviceTensor], found: _Found) -> str:
     """Return the first of several tensors that breaks a rule."""
-    for (name, _), operand in operands.items():
+    for name, operand in _operands(tensors):
         for problem, tensor in numbers_of(operand):
             is_one = name in found.tensors and problem == found.problem
             if is_one and bool(_is_wrong(tensor.reshape(-1), found.problem)):
@@ -146,9 +164,9 @@ def _first(operands: Mapping[tuple[str, int], Operand], found: _Found) -> str:
 
 def _position_flags(operand: Operand, layout: NMLayout) -> Iterator[torch.Tensor]:
     """Check a fixed index; seeded positions need no check."""
-    full = layout.m == 1 << layout.position_bits
-    if layout.seeded or (layout.n == 1 and full):
+    if not has_positions(layout):
         return
+    full = layout.m == 1 << layout.position_bits
     mask_rows = layout.mask_rows(operand.rows)
     step = max(BLOCK_ELEMENTS // (layout.groups(operand.columns) * layout.n), 1)
     for first in range(0, mask_rows, step):

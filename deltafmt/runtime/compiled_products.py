@@ -1,4 +1,8 @@
-"""The products of the deltas within compiled code, which reads what is served from memory that stays where it is."""
+"""The products of the deltas within compiled code.
+
+Compiled code cannot be told which deltas a call serves. It reads that from memory of fixed addresses
+(:mod:`deltafmt.runtime.standing`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Cuts of tensors: the rows or columns of a parameter that one of several processes has."""
+"""Cuts of tensors: the rows or columns of a parameter that one of several processes has.
+
+An example: of a weight with 4096 columns, the second of two processes has the columns 2048 to 4095.
+"""
 
 from __future__ import annotations
 

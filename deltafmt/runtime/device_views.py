@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from deltafmt.index.entries import TensorEntry
-from deltafmt.kernels.device_memory import DeviceMemory, PlacedBuffers
+from deltafmt.kernels.device_memory import BUFFER_DTYPES, DeviceMemory, PlacedBuffers
 from deltafmt.kernels.operand import Operand
-from deltafmt.kernels.table import record_of
-from deltafmt.runtime.checks import numbers_of
 from deltafmt.runtime.device_delta import DeviceTensor
-from deltafmt.runtime.placement import Placement
+from deltafmt.runtime.layout_checks import Run
+from deltafmt.runtime.placement import LayoutPlan, Placement
 
 
 class DeviceTensors(Mapping[str, DeviceTensor]):
@@ -37,18 +38,20 @@ class DeviceTensors(Mapping[str, DeviceTensor]):
         """Return the same tensors in a copy of the allocation."""
         return DeviceTensors(self._placement, memory)
 
-    def make_all(self) -> None:
-        """Make now what will be asked for of every tensor, for example while its bytes are on their way.
+    @property
+    def address(self) -> int:
+        """Where the allocation begins."""
+        return self._memory.address
 
-        These are the records of operand tables on a GPU, and the buffers that :mod:`deltafmt.runtime.checks` looks at.
-        """
-        on_gpu = self._memory.device.type == "cuda"
-        for name in self._placement.names:
-            for operand in self[name].terms:
-                if on_gpu:
-                    record_of(operand)
-                for _ in numbers_of(operand):
-                    pass
+    @property
+    def layout(self) -> LayoutPlan:
+        """Where everything lies in it."""
+        return self._placement.layout
+
+    @property
+    def seeds(self) -> NDArray[np.int64] | None:
+        """The seeds of all terms, in the layout's order; None unless the tensors were placed ahead."""
+        return self._placement.seeds
 
     def __getitem__(self, name: str) -> DeviceTensor:
         found = self._made.get(name)
@@ -56,8 +59,8 @@ class DeviceTensors(Mapping[str, DeviceTensor]):
             if name not in self._placement.names:
                 raise KeyError(name)
             entry = self._placement.container.entry(name)
-            found = self._make(entry) if entry.target is None else self._alias(entry.target)
-            self._made[name] = found
+            found = self._make(entry) if entry.target is None else self.of_entry(entry.target)
+            found = self._made.setdefault(name, found)  # another thread may have made it
         return found
 
     def __iter__(self) -> Iterator[str]:
@@ -69,10 +72,13 @@ class DeviceTensors(Mapping[str, DeviceTensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._placement.names
 
-    def _alias(self, target: str) -> DeviceTensor:
-        if target in self._placement.names:
-            return self[target]
-        return self._make(self._placement.container.entry(target))
+    def of_entry(self, name: str) -> DeviceTensor:
+        """Return a tensor that has bytes of its own, though perhaps only an alias of it was named."""
+        return self[name] if name in self._placement.names else self._make(self._placement.container.entry(name))
+
+    def of_run(self, run: Run) -> torch.Tensor:
+        """Return the numbers of a run, one buffer a row."""
+        return self._memory.rows(BUFFER_DTYPES[run.dtype], len(run.names), run.length, run.first, run.step)
 
     def _make(self, entry: TensorEntry) -> DeviceTensor:
         place = self._placement.layout.place(entry)

@@ -1,4 +1,4 @@
-"""The dtypes of a file as torch has them."""
+"""The dtypes of a delta file, by name, as dtypes of torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The parts of the residency: the state of each value, and the leases that keep values on the device."""
+"""The parts of the residency: the state of each delta, and the leases that keep deltas on the device.
+
+The classes know nothing of deltas: a *value* is what a store loads (:mod:`deltafmt.runtime.store_protocol`).
+"""
 
 from __future__ import annotations
 

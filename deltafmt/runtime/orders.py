@@ -1,4 +1,8 @@
-"""The order of the deltas in one tensor: which part of it uses which slot."""
+"""The order of the deltas in one tensor: which part of it uses which slot.
+
+An example: x of shape (3, 5, 4096), whose dimension 0 is the rows of the batch, with the slots 0, -1 and 1. Its leading
+dimensions are 15 tokens: tokens 0 to 4 use slot 0, tokens 5 to 9 the base, tokens 10 to 14 slot 1.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Keys of parts: what a tensor of a file is in a parameter that holds several of them, such as a stack of experts."""
+"""Keys of parts: what a tensor of a file is in a parameter that holds several of them, such as a stack of experts.
+
+An example: ``experts.3.up_proj.weight`` of a file is one half of matrix 3 in the model's ``gate_up_proj``.
+"""
 
 from __future__ import annotations
 

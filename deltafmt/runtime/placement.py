@@ -7,16 +7,21 @@ delta of a known layout has nothing but its addresses to be worked out.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from deltafmt.container.reader import Container
 from deltafmt.index.entries import TensorEntry, Term
 from deltafmt.kernels.operand import BUFFER_DTYPES, buffer_forms
 from deltafmt.runtime.dtypes import TORCH_DTYPES
+from deltafmt.runtime.keys import Key
+from deltafmt.runtime.layout_checks import LayoutChecks, PlacedTerm
 from deltafmt.runtime.upload_pieces import Piece, cut
 from deltafmt.runtime.upload_plan import UploadPlan
 from deltafmt.terms.layout import TermLayout
@@ -50,13 +55,28 @@ class TensorPlace(NamedTuple):
 
 
 class LayoutPlan:
-    """Where everything lies that files of one layout have: the upload's plan, its pieces, and the tensors' places."""
+    """Where everything lies that files of one layout have: the upload's plan, its pieces, and the tensors' places.
+
+    Attributes:
+        upload: the upload's plan.
+        seeds: for each tensor that was placed ahead, where its first term's seed stands among those of a file.
+    """
 
     def __init__(self, plan: UploadPlan) -> None:
         self.upload = plan
+        self.seeds: dict[str, int] = {}
         self._pieces: dict[int, list[Piece]] = {}
         self._places: dict[str, TensorPlace] = {}
         self._plain: dict[TermLayout, TermLayout] = {}
+
+    @functools.cached_property
+    def checks(self) -> LayoutChecks:
+        """What is looked at of the tensors that were placed ahead."""
+        return LayoutChecks(
+            PlacedTerm(name, number, term.layout, term.forms, term.offsets)
+            for name in self.seeds
+            for number, term in enumerate(self._places[name].terms)
+        )
 
     def pieces(self, container: Container, size: int) -> list[Piece]:
         """Return the pieces of at most ``size`` bytes that the sections are read in."""
@@ -107,16 +127,20 @@ class Placement:
         container: the file's index.
         names: of the tensors.
         layout: where everything lies.
-
-    Attributes:
-        known: True if the places were worked out before the load.
+        seeds: the seeds of all terms, int64, in the layout's order; None unless they were placed ahead.
     """
 
-    def __init__(self, container: Container, names: Sequence[str], layout: LayoutPlan, *, known: bool = False) -> None:
+    def __init__(
+        self,
+        container: Container,
+        names: Sequence[str],
+        layout: LayoutPlan,
+        seeds: NDArray[np.int64] | None = None,
+    ) -> None:
         self.container = container
         self.names = dict.fromkeys(names)
         self.layout = layout
-        self.known = known
+        self.seeds = seeds
 
     @classmethod
     def whole(cls, container: Container) -> Placement:
@@ -139,35 +163,22 @@ class Placement:
     def ahead(cls, container: Container, names: Sequence[str]) -> Placement:
         """Place some tensors of a file that will be loaded later; files of the same layout share the work."""
         entries = _targets(container, names)
-        key = _Key(_layout_of(container, names, entries.values()))
+        key = Key(_layout_of(container, names, entries.values()))
         layout = _LAYOUTS.get(key)
         if layout is None:
             plan = UploadPlan()
             plan.add_buffers(entries.values())
             layout = _LAYOUTS[key] = LayoutPlan(plan)
+        seeds: list[int] = []
         for entry in entries.values():
             layout.place(entry)
-        return cls(container, names, layout, known=True)
-
-
-class _Key:
-    """Everything that a layout plan follows from; compared as a whole, and hashed once."""
-
-    __slots__ = ("__weakref__", "_hash", "_value")
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-        self._hash = hash(value)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._value == other._value
+            layout.seeds[entry.name] = len(seeds)
+            seeds += (term.seed for term in entry.terms)
+        return cls(container, names, layout, np.array(seeds, np.int64))
 
 
 # A layout plan is forgotten with the last delta that uses it, and its key with the plan.
-_LAYOUTS: weakref.WeakValueDictionary[_Key, LayoutPlan] = weakref.WeakValueDictionary()
+_LAYOUTS: weakref.WeakValueDictionary[Key, LayoutPlan] = weakref.WeakValueDictionary()
 
 
 def _targets(container: Container, names: Iterable[str]) -> dict[str, TensorEntry]:

@@ -8,7 +8,7 @@ order of the file: a thread that has the next part hashes it, and the others go 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -116,12 +116,11 @@ class Upload:
         self._error: BaseException | None = None
         self._changed = threading.Condition()
 
-    def run(self, threads: int, meanwhile: Callable[[], None] | None = None) -> None:
+    def run(self, threads: int) -> None:
         """Move all pieces; return when all are checked and their copies are queued on the stream.
 
         Args:
             threads: the number of threads.
-            meanwhile: done at the end; while the threads move pieces, they need the interpreter's lock themselves.
 
         Raises:
             InvalidFileError: a section is damaged, or the file has become shorter.
@@ -142,8 +141,6 @@ class Upload:
                 self._stop(error)
         if self._error is not None:
             raise self._error
-        if meanwhile is not None:
-            meanwhile()
 
     def forget(self) -> None:
         """Drop the references to the device's memory."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +30,10 @@ from deltafmt.runtime.siblings import SharedInput, known_siblings
 from deltafmt.runtime.site_choice import site_of
 from deltafmt.runtime.sites import LinearSite, Site, WeightSite, refuse_gradient
 from deltafmt.runtime.sites_other import EmbeddingSite
+from deltafmt.runtime.slot_plan import SlotPlan, SlotPlans
 from deltafmt.runtime.standing import Standing, refuse_mixes
 from deltafmt.runtime.substituted import Wrapped, WrappedSite
+from deltafmt.runtime.unused import unused
 
 # More slots mean other tables, for which a model is compiled anew.
 _FIRST_SLOTS, _MORE_SLOTS = 64, 4
@@ -71,6 +73,7 @@ class ServedModules:
         self._slots: dict[str, int] = {}
         self._held: dict[str, tuple[DeviceDelta, Binding]] = {}
         self._free: list[int] = []
+        self._plans = SlotPlans()
         self._fresh = False
         self._added = 0
         self._compiled = False
@@ -87,9 +90,11 @@ class ServedModules:
             selection: what the call serves; None for the base.
             rows: of the batch.
         """
-        if not (self._fresh and self._compiled):
-            self._compiled = True
-            self._refresh()
+        if not self._compiled:
+            with self._lock:
+                self._compiled, self._fresh = True, False
+                self._plans.forget()  # other tables will have records
+        self._bring()
         self.standing.begin(selection, rows, self.count)
 
     def compiles(self, selection: Selection | None, tokens: int) -> bool:
@@ -104,8 +109,7 @@ class ServedModules:
             selection: what the call serves; None for the base.
             tokens: of the batch.
         """
-        if not self._fresh:
-            self._refresh()
+        self._bring()
         if self._device.type == "cuda" and tokens > self._fewest:
             return False
         if selection is None:
@@ -113,6 +117,13 @@ class ServedModules:
         if not selection.uniform and (selection.walk is None or not selection.walk.rows_first(self._multiplying)):
             return False
         return not (self._wrapped or selection.mixes or selection.packed) and selection.used.isdisjoint(self._growing)
+
+    def _bring(self) -> None:
+        """Bring what has changed in the operand tables to the device."""
+        if not self._fresh:
+            self._refresh()
+        else:
+            self._memory.flush()
 
     def _refresh(self) -> None:
         """Bring the operand tables to the device, and note what compiled code cannot serve."""
@@ -139,17 +150,8 @@ class ServedModules:
             self._multiplying = tuple(id(site) for site in sites if isinstance(site, LinearSite))
 
     def unused(self) -> list[str]:
-        """Return the names of modules that deltas change but that have not run while such a delta was served.
-
-        A module whose parameters all are those of others that have run is only their store, as is T5's ``shared``.
-        """
-        ran = {id(parameter) for site in self._sites.values() if site.ran for parameter in parameters_of(site)}
-        idle = [
-            (site.name, {id(parameter) for parameter in parameters_of(site)})
-            for site in self._sites.values()
-            if not site.ran
-        ]
-        return [name for name, held in idle if not held or not held <= ran]
+        """Return the names of modules that deltas change but that have not run while such a delta was served."""
+        return unused(self._sites.values())
 
     def sites(self) -> list[Site]:
         """Return the sites of all served modules."""
@@ -201,6 +203,7 @@ class ServedModules:
                 # A module that is cut over processes is given an input of its own each time.
                 whole = [site for site in made if type(site) is LinearSite and site.module is site.whole]
                 self._group_known(whole)
+                self._plans.forget()
                 frames.forget()
 
     def _group_known(self, sites: list[LinearSite]) -> None:
@@ -217,6 +220,7 @@ class ServedModules:
     def _make_group(self, sites: list[LinearSite]) -> None:
         group = Siblings(sites, self.count, self._active, self.after, self.standing)
         self._groups.update({id(site): group for site in sites})
+        self._plans.forget()
         self._settle([group])
         for site in sites:
             self._placed.note(site)
@@ -235,8 +239,11 @@ class ServedModules:
             self._slots[name] = slot = self._free.pop()
             self._held[name] = delta, binding
             try:
-                self._fill(slot, delta, binding)
-                self._refresh()  # not within compiled code, whose memory may belong to a graph
+                known = self._fill(slot, delta, binding)
+                self._bring()  # not within compiled code, whose memory may belong to a graph
+                if not known:
+                    groups = dict.fromkeys(self._groups.values())
+                    self._plans.learn(slot, delta, binding, self._sites, groups, self._memory)
             except BaseException:
                 self.release(name)
                 raise
@@ -257,16 +264,24 @@ class ServedModules:
                 self._held[name] = delta, bindings[name]
                 self._fill(slot, delta, bindings[name])
 
-    def _fill(self, slot: int, delta: DeviceDelta, binding: Binding) -> None:
-        for bound in binding.modules:
+    def _fill(self, slot: int, delta: DeviceDelta, binding: Binding) -> bool:
+        """Put a delta into a slot; return True if a plan said how."""
+        plan = self._plans.enter(slot, delta, binding)
+        for bound in binding.modules if plan is None else plan.others(binding):
             site = self._sites.get(id(bound.serving))
             if site is not None:
                 site.put(slot, {key: delta[name] for key, (name, _) in bound.held().items() if name in delta})
-        groups = set(self._groups.values())
+        self._settle(self._refresh_groups(plan, slot))
+        return plan is not None
+
+    def _refresh_groups(self, plan: SlotPlan | None, slot: int) -> Collection[Siblings]:
+        """Bring groups up to date whose slot has changed, except what a plan has done; return these groups."""
+        groups = set(self._groups.values()) if plan is None else plan.other_groups
         for group in groups:
             group.refresh(slot)
-        self._settle(groups)
-        self._fresh = False
+        if plan is None or plan.refreshes:
+            self._fresh = False
+        return groups
 
     def release(self, name: str) -> None:
         """Forget a delta's tensors and free its slot, if it has one."""
@@ -274,11 +289,10 @@ class ServedModules:
             slot = self._slots.pop(name, None)
             self._held.pop(name, None)
             if slot is not None:
-                self._fresh = False
-                for site in self._sites.values():
+                plan = self._plans.leave(slot)
+                for site in self._sites.values() if plan is None else plan.other_sites:
                     site.clear(slot)
-                for group in set(self._groups.values()):
-                    group.refresh(slot)
+                self._refresh_groups(plan, slot)
                 self._free.append(slot)
 
     def close(self) -> None:
@@ -294,6 +308,7 @@ class ServedModules:
                 group.dissolve()
             self._hooks, self._groups, self._sites = {}, {}, {}
             self._placed.forget()
+            self._plans.forget()
             frames.forget()
 
     def _grow(self, count: int) -> None:
@@ -304,6 +319,7 @@ class ServedModules:
         self._free += range(count - 1, self.count - 1, -1)
         self.count = count
         self._fresh = False
+        self._plans.forget()
         frames.forget()  # the tables are elsewhere
 
     def _hook(self, site: Site) -> None:
@@ -409,8 +425,3 @@ class ServedModules:
                     self._make_group(ended)
                     frames.forget()
                     self._refresh()
-
-
-def parameters_of(site: Site) -> list[nn.Parameter]:
-    """Return the parameters of a site's module itself."""
-    return list(site.module.parameters(recurse=False))

@@ -98,6 +98,8 @@ class Siblings:
 
     Attributes:
         members: the modules' forwards.
+        slots: the slots of the deltas that change one of the modules.
+        version: how often a slot of the group has changed.
         key: stands for the group in compiled code.
         plain: the modules' own forwards.
     """
@@ -110,9 +112,9 @@ class Siblings:
         self.standing = standing
         self.key = new_key(self, standing.device)
         self.plain = [site.module.forward for site in sites]
-        self._slots: set[int] = set()
+        self.slots: set[int] = set()
         self._alone = len(sites) == 1
-        self._version = 0
+        self.version = 0
         self._table = None if self._alone else self._new_table(slots)
         self._forwards: dict[int, tuple[Callable[..., Any], bool]] = {}
         for site in sites:
@@ -138,18 +140,18 @@ class Siblings:
         if any(slot in site.table.slots for site in self.sites):
             if self._table is not None:
                 self._table.put(slot, [site.table.operands.operands(slot)[0] for site in self.sites])
-            self._slots.add(slot)
-        elif slot in self._slots:
+            self.slots.add(slot)
+        elif slot in self.slots:
             if self._table is not None:
                 self._table.clear(slot)
-            self._slots.discard(slot)
-        self._version += 1
+            self.slots.discard(slot)
+        self.version += 1
 
     def grow(self, slots: int) -> None:
         """Make the table larger, for ``slots`` slots."""
         if self._table is not None:
             self._table = self._table.grown(slots)
-        self._version += 1
+        self.version += 1
 
     def dissolve(self) -> None:
         """Give each module its own forward back, unless a caller has put another one there."""
@@ -175,7 +177,7 @@ class Siblings:
                 return _served(site, selection, output)
         if selection.walk is not None:
             selection.walk.note(site, args, kwargs, None)
-        if shared and not self._slots.isdisjoint(selection.used):
+        if shared and not self.slots.isdisjoint(selection.used):
             output = self._take(site, args[0], selection)
             if output is None and member.number == 0:
                 output = self._compute(args[0], selection)
@@ -206,7 +208,7 @@ class Siblings:
             if output is not None:
                 return output
         routine: _Routine | None = routines.get(self) if member.number == 0 else None
-        if routine is None or routine.version != self._version or not routine.product.takes(given):
+        if routine is None or routine.version != self.version or not routine.product.takes(given):
             return None
         if routine.segments is None:
             weights = self._plain_weights(given)
@@ -263,7 +265,7 @@ class Siblings:
 
     def _compute(self, given: torch.Tensor, selection: Selection) -> torch.Tensor:
         """Return the first module's output with its deltas; the outputs of the others wait for their calls."""
-        version, order = self._version, self.sites[0].order(selection, given, given.shape[:-1])
+        version, order = self.version, self.sites[0].order(selection, given, given.shape[:-1])
         weights = self._fusable(given, selection)
         outputs = None if weights is None else self._compute_fused(given, selection, weights)
         routines = selection.routines if selection.steady(given) else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,13 +17,20 @@ from torch.nn import functional
 from deltafmt.errors import UsageError
 from deltafmt.kernels.products import matmul_, operand_delta
 from deltafmt.kernels.record_memory import RecordMemory
-from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.binding import bias_of
 from deltafmt.runtime.device_delta import DeviceTensor
+from deltafmt.runtime.growing_table import GrowingTable
 from deltafmt.runtime.orders import Order
 from deltafmt.runtime.selection import BASE, Selection
 from deltafmt.runtime.values import new_values
 from deltafmt.runtime.walks import mixed_error
+
+
+class Tensors(Protocol):
+    """The tensors of a slot that are made when they are asked for (:mod:`deltafmt.runtime.slot_plan`)."""
+
+    def tensors(self, site: Site) -> Mapping[str, DeviceTensor]:
+        """Return those of a site, by the names of its module's parameters."""
 
 
 class Site(ABC):
@@ -34,6 +41,7 @@ class Site(ABC):
         slots: the slots of the deltas that change the module.
         hooked: True if a forward hook adds the deltas; False if the module's siblings do.
         ran: True once the module has run while a delta that changes it was served.
+        tensors: the tensors of these deltas, by the names of the module's parameters.
     """
 
     def __init__(self, name: str, module: nn.Module, device: torch.device) -> None:
@@ -44,7 +52,7 @@ class Site(ABC):
         self.slots: set[int] = set()
         self.hooked = True
         self.ran = False
-        self._tensors: dict[int, dict[str, DeviceTensor]] = {}
+        self.tensors: dict[int, Mapping[str, DeviceTensor] | Tensors] = {}
 
     @property
     def multiplies_only(self) -> bool:
@@ -61,15 +69,20 @@ class Site(ABC):
         changed = {key: tensor for key, tensor in tensors.items() if tensor.entry.action != "same"}
         if changed:
             self._put(slot, changed)
-            self._tensors[slot] = changed
+            self.tensors[slot] = changed
             self.slots.add(slot)
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
         if slot in self.slots:
             self.slots.discard(slot)
-            del self._tensors[slot]
+            del self.tensors[slot]
             self._clear(slot)
+
+    def held(self, slot: int) -> Mapping[str, DeviceTensor]:
+        """Return a slot's tensors, by the names of the module's parameters."""
+        found = self.tensors.get(slot, {})
+        return found if isinstance(found, Mapping) else found.tensors(self)
 
     def values(self, slot: int, key: str) -> torch.Tensor:
         """Return the whole values that a slot's delta gives a parameter; the base's if it does not change it.
@@ -78,7 +91,7 @@ class Site(ABC):
             UsageError: the fine-tune's parameter has another shape.
         """
         base = self._base(key)
-        tensor = self._tensors.get(slot, {}).get(key)
+        tensor = self.held(slot).get(key)
         if tensor is None:
             return base
         if tensor.entry.shape != tuple(base.shape):
@@ -150,35 +163,6 @@ class Site(ABC):
 
     @abstractmethod
     def _clear(self, slot: int) -> None: ...
-
-
-class GrowingTable:
-    """An operand table of one part that can grow."""
-
-    def __init__(self, rows: int, columns: int, device: torch.device, memory: RecordMemory | None) -> None:
-        self.operands = OperandTable(1, (rows,), columns, device, memory)
-        self.slots: set[int] = set()
-
-    def put(self, slot: int, tensor: DeviceTensor) -> None:
-        """Fill a slot with a tensor's terms."""
-        self.operands.put(slot, (tensor.terms,))
-        self.slots.add(slot)
-
-    def clear(self, slot: int) -> None:
-        """Empty a slot."""
-        if slot in self.slots:
-            self.slots.discard(slot)
-            self.operands.clear(slot)
-
-    def grow(self, slots: int) -> None:
-        """Make room for ``slots`` slots."""
-        old = self.operands
-        if slots > old.slots:
-            self.operands = old.grown(slots)
-
-    def serves(self, selection: Selection) -> bool:
-        """Tell whether one of the selection's slots has terms here."""
-        return not self.slots.isdisjoint(selection.used)
 
 
 class WeightSite(Site):
@@ -271,6 +255,11 @@ class LinearSite(WeightSite):
     def growing(self) -> set[int]:
         """Return the slots that give the module another number of rows."""
         return super().growing() | self._totals.keys() if self._totals or self._new_rows else set()
+
+    def only_multiplies(self, slot: int) -> bool:
+        """Tell whether a slot's delta brings packed terms of the weight, and nothing else."""
+        other = (self._weights, self._biases, self._totals, self._new_rows)
+        return slot in self.table.slots and not any(slot in held for held in other)
 
     @property
     def multiplies_only(self) -> bool:

@@ -119,7 +119,7 @@ class SubstitutedSite(WrappedSite):
         kept = self._kept.get(slot, {})
         if key not in kept:
             found = super().values(slot, key)
-            if found.numel() > _KEPT_ELEMENTS or key not in self._tensors.get(slot, {}):
+            if found.numel() > _KEPT_ELEMENTS or key not in self.held(slot):
                 return found
             kept[key] = found
         return kept[key]
@@ -127,7 +127,7 @@ class SubstitutedSite(WrappedSite):
     def run(self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the module's output with the deltas' values."""
         touched = [slot for slot in self.slots if slot in selection.touched]
-        keys = sorted({key for slot in touched for key in self._tensors[slot]})
+        keys = sorted({key for slot in touched for key in self.held(slot)})
         refuse_training(self.name, self.module, keys)
         if selection.uniform:
             found = self._call({key: self.selected(selection, selection.slots[0], key) for key in keys}, args, kwargs)

@@ -1,4 +1,4 @@
-"""What deltas put on a module, and what must not be copied or pickled with it."""
+"""Objects that deltas put on a module, and that must not be copied or pickled with it."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ more than reading and copying do.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, wait
 from typing import NamedTuple
 
@@ -110,12 +110,11 @@ class UnlockedUpload:
             pieces, memory.data_ptr(), scratch.data_ptr(), verify=verify
         )
 
-    def run(self, threads: int, meanwhile: Callable[[], None] | None = None) -> None:
+    def run(self, threads: int) -> None:
         """Move everything; return once all of it is given to the stream.
 
         Args:
             threads: that read.
-            meanwhile: done by this thread while the others read.
 
         Raises:
             InvalidFileError: padding is not zero, or the file has become shorter.
@@ -126,8 +125,6 @@ class UnlockedUpload:
         futures: list[Future[None]] = []
         try:
             futures = start_threads(lambda number: self._work(number, count), count)
-            if meanwhile is not None:
-                meanwhile()
             self._wait(futures)
         finally:
             # Also when interrupted: nobody writes to the buffers any more.

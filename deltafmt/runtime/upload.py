@@ -216,7 +216,7 @@ def _fill(
                     container, pieces, ring, memory, scratch, lane, verify=verify, later=later, cancel=cancel
                 )
             try:
-                upload.run(threads, found.make_all if placed.known else None)
+                upload.run(threads)
                 _check(container, memory, later)
                 _convert(container, plan, memory, scratch)
             except BaseException:

@@ -1,6 +1,6 @@
-"""The fine-tuned values of a tensor, computed from the base's values and a delta on the device.
+"""The fine-tuned values of a whole tensor, computed on the device: the base's values plus a decoded delta.
 
-They are the values that ``deltafmt unpack`` would write.
+They have the bits that ``deltafmt unpack`` would write. Sites use them where a model reads a parameter whole.
 """
 
 from __future__ import annotations

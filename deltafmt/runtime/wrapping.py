@@ -1,4 +1,4 @@
-"""Methods of other libraries that calls reach through a method of ours."""
+"""Wrapping a method of another library: calls reach it through a function of deltafmt."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ makes the units, and their checksums are taken there.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 import xxhash
@@ -25,6 +27,12 @@ _LONG = 240
 def runs_on(live: LiveTensor) -> bool:
     """Tell whether a live tensor is decoded on its own device; units of 8 bytes are decoded by the host."""
     return live.tensor.device.type != "cpu" and live.unit.width < 8
+
+
+def stream_of(live: LiveTensor) -> AbstractContextManager[object]:
+    """Return a context in which another thread works on the caller's stream, after what the caller has begun there."""
+    device = live.tensor.device
+    return torch.cuda.stream(torch.cuda.current_stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def change_of(decoder: ExactDecoder, live: LiveTensor, *, has_base: bool) -> Change | None:

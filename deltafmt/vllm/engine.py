@@ -137,7 +137,25 @@ def _load(load: Callable[[Any], Any], lora_request: Any, *, again: bool) -> Any:
     return found
 
 
+def _check_number(core: Any, lora_request: Any) -> None:
+    """Refuse a number of an adapter that belongs to a delta already, and the other way round.
+
+    A worker would take one for the other: it asks whether it has an adapter of the number, and not of the path.
+
+    Raises:
+        ValueError: names the path.
+    """
+    kinds = core.__dict__.setdefault("deltafmt_kinds", {})
+    wanted = is_delta(lora_request.lora_path)
+    if kinds.setdefault(lora_request.lora_int_id, wanted) != wanted:
+        first = "an adapter" if wanted else "a delta"
+        raise ValueError(
+            f"number {lora_request.lora_int_id} is that of {first}; give {lora_request.lora_path} a number of its own"
+        )
+
+
 def _add_lora(own: Any, core: Any, lora_request: Any) -> Any:
+    _check_number(core, lora_request)
     again = bool(lora_request.load_inplace)
     if not is_delta(lora_request.lora_path) or (_known.is_ready(lora_request) and not again):
         return own(core, lora_request)
@@ -150,15 +168,18 @@ def _add_lora(own: Any, core: Any, lora_request: Any) -> Any:
 
 def _add_request(own: Any, core: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     lora_request = request.lora_request
-    if lora_request is None or not is_delta(lora_request.lora_path):
+    if lora_request is None:
         return own(core, request, *args, **kwargs)
     try:
+        _check_number(core, lora_request)
+        if not is_delta(lora_request.lora_path):
+            return own(core, request, *args, **kwargs)
         if not _known.is_ready(lora_request):
             _load(core.model_executor.add_lora, lora_request, again=False)
     except Exception as error:
         if not isinstance(core, seam.name("vllm.v1.engine.core", "EngineCoreProc")):
             raise
-        _log.error('request %s for delta "%s" is refused: %s', request.request_id, lora_request.lora_name, error)
+        _log.error('request %s for "%s" is refused: %s', request.request_id, lora_request.lora_name, error)
         core._send_error_outputs_to_client([request.request_id], request.client_index)  # noqa: SLF001
         return None
     _name_anew(request)

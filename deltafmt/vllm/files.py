@@ -59,7 +59,15 @@ class FileHandles:
         """The number of open files."""
         return sum(known.handle is not None for known in self._known.values())
 
-    def load(self, number: int, path: str, load: Callable[[str], T], *, again: bool = False) -> T:
+    def load(
+        self,
+        number: int,
+        path: str,
+        load: Callable[[str], T],
+        *,
+        again: bool = False,
+        agree: Callable[[str], bool] = lambda _: True,
+    ) -> T:
         """Load a file, and keep it open.
 
         Args:
@@ -68,9 +76,12 @@ class FileHandles:
             load: loads from a path, which is that of the open file.
             again: True to load what the path leads to now, although the adapter was loaded before. If that fails, the
                 adapter stays what it was.
+            agree: given the content id that was loaded, or "" if none could be, tells whether all processes of the
+                engine have loaded the same.
 
         Raises:
-            StorageError: there is no such file, or it is no longer the one that was loaded as this adapter.
+            StorageError: there is no such file, it is no longer the one that was loaded as this adapter, or another
+                process has loaded another one or none.
             UsageError: another path was loaded as this adapter.
         """
         known = None if again else self._known.get(number)
@@ -78,18 +89,24 @@ class FileHandles:
             self.check(number, path)
         handle = known.handle if known is not None else None
         opened = handle is None
-        if handle is None:
-            handle = _open(path)
+        asked = False
         try:
+            if handle is None:
+                handle = _open(path)
             found = load(f"/proc/self/fd/{handle}")
             if known is not None and known.content_id != found.content_id:
                 raise StorageError(
                     f"{path} changed since it was loaded: content id {found.content_id[:16]}, "
                     f"not {known.content_id[:16]}; load it in place to serve the new one"
                 )
+            asked = True
+            if not agree(found.content_id):
+                raise StorageError(f"{path}: the engine's processes have not all loaded the same file; load it again")
         except BaseException:
-            if opened:
+            if opened and handle is not None:
                 os.close(handle)
+            if not asked:
+                agree("")
             raise
         if opened:
             self.forget(number)

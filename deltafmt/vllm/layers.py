@@ -7,7 +7,7 @@ bases, merged projections and layers that are cut over processes are served alik
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,13 @@ from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime import operations
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.terms.layout import TermLayout
+from deltafmt.vllm import seam
 from deltafmt.vllm.choice import Choice, Rows
+from deltafmt.vllm.decoding import RAW_NAMES
 from deltafmt.vllm.parts import LayerParts
+
+# The methods that compute with the weight as it is.
+_PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 
 
 class ServedLayer(ABC):
@@ -77,7 +82,8 @@ class MatrixLayer(ServedLayer):
     """A layer with a matrix: what linear layers, heads and embeddings have in common.
 
     On a GPU, kernels multiply with the packed terms. Elsewhere each matrix was decoded once, when its delta was
-    loaded (:mod:`deltafmt.vllm.parts`).
+    loaded (:mod:`deltafmt.vllm.parts`): as the layer's whole weight if the engine holds that, which takes the place of
+    the base's for a delta's rows.
 
     Args:
         name: its name in the model.
@@ -100,6 +106,7 @@ class MatrixLayer(ServedLayer):
         super().__init__(name, layer, choice)
         self.runs = sorted(runs)
         self.columns = columns
+        self.plain = type(layer.quant_method) in {seam.layer(kind) for kind in _PLAIN}
         self.table = OperandTable(choice.slots, [rows for _, rows in self.runs], columns, choice.device, memory)
         # What a graph that is captured from now on launches; empty where no kernel multiplies.
         self.prepared: set[tuple[int, TermLayout, int]] = set()
@@ -117,6 +124,16 @@ class MatrixLayer(ServedLayer):
             self.prepared |= self.layouts(terms)
         self._parts[slot] = parts
         self.slots.add(slot)
+
+    def plain_weight(self) -> torch.Tensor | None:
+        """Return the weight that the layer computes with as it is; None if it is quantized, packed or dropped."""
+        weight = getattr(self.layer, "weight", None)
+        if not self.plain or not isinstance(weight, torch.Tensor) or weight.dtype not in RAW_NAMES:
+            return None
+        # As torch's own class: that of vLLM's parameters makes every call slow.
+        weight = weight.detach().as_subclass(torch.Tensor)
+        fits = weight.dim() == 2 and weight.shape[1] == self.columns and len(weight) >= sum(self.runs[-1])
+        return weight if fits else None
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -155,6 +172,8 @@ class LinearLayer(MatrixLayer):
         super().__init__(*args)
         self.rows = rows
         self.key = operations.new_key(self, self.choice.device)
+        # What the layer has added to its own output.
+        self._bias: torch.Tensor | None = None
 
     def put(self, slot: int, parts: LayerParts, tensors: Mapping[str, DeviceTensor]) -> None:
         """Fill a slot with what a delta changes here."""
@@ -172,17 +191,44 @@ class LinearLayer(MatrixLayer):
         if self._biases is not None:
             self._biases[slot + 1] = 0
 
-    def added(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return the base's output with the products of the deltas, added in place."""
+    def computed(self, own: Callable[..., Any], layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the base's output with those of the deltas.
+
+        Args:
+            own: the product of the layer's method.
+            layer: the layer, or what stands in front of it.
+            x: the input.
+            args: what else the method is given; the first is what the layer adds.
+            kwargs: the same, by name.
+        """
         if self.rows is Rows.LOGITS:
             self.choice.note_logits(x)
         if self.idle():
-            return y
+            return own(layer, x, *args, **kwargs)
         if torch.compiler.is_compiling():
+            y = own(layer, x, *args, **kwargs)
             operations.multiply_([y], x, self.key)
-        else:
-            self.multiply([y], x)
+            return y
+        rows = self._rows_of_wholes(x)
+        y = own(layer, x, *args, **kwargs) if rows is None else x.new_empty((*x.shape[:-1], rows))
+        self._bias = args[0] if args else kwargs.get("bias")
+        self.multiply([y], x)
         return y
+
+    def _rows_of_wholes(self, x: torch.Tensor) -> int | None:
+        """Return the layer's rows if each row of the input has a delta with the whole weight: nothing is the base's."""
+        given = x.reshape(-1, x.shape[-1])
+        segments = self.choice.segments(self.rows, given, self.name)
+        if segments is None or segments.fixed:
+            return None
+        wholes = [self._whole(slot) for slot in segments.lengths()]
+        if sum(segments.lengths().values()) != len(given) or any(whole is None for whole in wholes):
+            return None
+        return len(wholes[0]) if wholes and wholes[0] is not None else None
+
+    def _whole(self, slot: int) -> torch.Tensor | None:
+        parts = self._parts.get(slot)
+        return None if parts is None else parts.whole
 
     def warm(self, tokens: int, dtype: torch.dtype) -> None:
         """Launch what a graph of so many tokens is going to hold of this layer; a head is in no graph."""
@@ -224,13 +270,16 @@ class LinearLayer(MatrixLayer):
                 y[tokens, at] = 0
 
     def _decoded(self, y: torch.Tensor, x: torch.Tensor, segments: Segments) -> None:
-        """Add products with dense matrices; a delta that has some is not loaded where graphs are captured."""
+        """Add products with dense matrices, or let them take the place of the base's; there are none on a GPU."""
         for slot, count in segments.lengths().items():
             parts = self._parts.get(slot)
-            if parts is None or not parts.decoded:
+            if parts is None or (parts.whole is None and not parts.decoded):
                 continue
             tokens = slice(None) if count == len(x) else segments.members(slot)
             mine = x[tokens].float()
+            if parts.whole is not None:
+                bias = None if self._bias is None else self._bias.float()
+                y[tokens] = functional.linear(mine, parts.whole, bias).to(y.dtype)
             for start, matrix in parts.decoded.items():
                 columns = slice(start, start + len(matrix))
                 y[tokens, columns] = (y[tokens, columns].float() + functional.linear(mine, matrix)).to(y.dtype)
@@ -279,6 +328,8 @@ class EmbeddingLayer(MatrixLayer):
             if parts is None:
                 continue
             tokens = segments.members(slot)
+            if parts.whole is not None:
+                y[tokens] = parts.whole[ids[tokens]].to(y.dtype)
             for matrix in parts.decoded.values():
                 y[tokens] = (y[tokens].float() + matrix[ids[tokens]]).to(y.dtype)
 
@@ -304,8 +355,10 @@ def serving_method(layer: Any, linear: LinearLayer | None, embedding: EmbeddingL
 
         def apply(self, layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
             """Multiply, and add the deltas' products."""
-            y = super().apply(layer, x, *args, **kwargs)
-            return y if linear is None else linear.added(y, x)
+            own = super().apply
+            if linear is None:
+                return own(layer, x, *args, **kwargs)
+            return linear.computed(own, layer, x, *args, **kwargs)
 
         def embedding(self, layer: Any, input_: Any) -> Any:
             """Look rows up, and add the deltas' rows."""

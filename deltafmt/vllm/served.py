@@ -14,7 +14,7 @@ from deltafmt.kernels.devices import usable_on
 from deltafmt.kernels.record_memory import RecordMemory
 from deltafmt.kernels.registry import kernels_of
 from deltafmt.runtime.delta_store import copy_delta
-from deltafmt.runtime.device_delta import DeviceDelta
+from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
 from deltafmt.vllm import seam
 from deltafmt.vllm.arena import Arena
 from deltafmt.vllm.choice import Choice, Rows
@@ -71,6 +71,7 @@ class ServedModel:
         arena: the memory of slots on a GPU; None if it is taken for each delta.
         compiled: True if the engine compiles the model.
         captured_tokens: the tokens of the largest CUDA graph; 0 if none is captured.
+        weights_changed: True once the model was given other weights than it started with.
     """
 
     def __init__(self, model: Any, shapes: Mapping[str, tuple[int, ...]], choice: Choice, config: Any) -> None:
@@ -86,20 +87,28 @@ class ServedModel:
         self.compiled = bool(getattr(getattr(config, "compilation_config", None), "mode", 0))
         self.captured_tokens = _captured_tokens(config) if self.has_kernels else 0
         self._memory = RecordMemory(choice.device)
-        self._gave_logits = False
-        self._note_logits(model)
+        self.weights_changed = self._gave_logits = False
+        self._note_calls(model)
         self._follow_ties()
         self._prepare()
         self._refuse(model, config)
 
-    def _note_logits(self, model: Any) -> None:
-        """Note when the model computes logits."""
+    def _note_calls(self, model: Any) -> None:
+        """Note when the model computes logits, and when it is given other weights."""
+        load = model.load_weights
+
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            self.weights_changed = True
+            return load(*args, **kwargs)
+
+        model.load_weights = replaced
         compute = getattr(model, "compute_logits", None)
         if compute is not None:
 
             def noted(*args: Any, **kwargs: Any) -> Any:
+                logits = compute(*args, **kwargs)
                 self._gave_logits = True
-                return compute(*args, **kwargs)
+                return logits
 
             model.compute_logits = noted
 
@@ -210,11 +219,15 @@ class ServedModel:
     def _refuse(self, model: Any, config: Any) -> None:
         """Note the layers whose rows are not the tokens of requests, or that compute past their method."""
         of_text = _prefixes_of_text(model)
+        pooler = getattr(model, "pooler", None)
+        pooled = {id(layer) for layer in pooler.modules()} if isinstance(pooler, torch.nn.Module) else set()
         for name, served in self.layers.items():
             if isinstance(served, str):
                 continue
             if config.model_config.is_encoder_decoder:
                 self.refusals[name] = "an encoder's rows are not those of the tokens"
+            elif id(served.layer) in pooled:
+                self.refusals[name] = "it computes what a pooler gives it, whose rows are those of requests"
             elif of_text is not None and not name.startswith(of_text):
                 self.refusals[name] = "it is a part of the model that reads images or sound"
             elif config.model_config.enable_prompt_embeds and isinstance(served, EmbeddingLayer):
@@ -229,6 +242,13 @@ class ServedModel:
     def is_norm(self, layer: str) -> bool:
         """Tell whether a layer is a norm, or a table of positions: it computes once more, with other values."""
         return isinstance(self.layers[layer], NormLayer)
+
+    def plain_weight(self, layer: str) -> torch.Tensor | None:
+        """Return the weight that a layer multiplies with or looks up in as it is; None if there is no such."""
+        served = self.layers[layer]
+        if not isinstance(served, MatrixLayer) or self.has_kernels or self.compiled:
+            return None
+        return served.plain_weight()
 
     def adds_no_bias(self, layer: str) -> bool:
         """Tell whether another process adds the bias of a layer."""
@@ -276,8 +296,6 @@ class ServedModel:
             return
         for name, one in parts.items():
             served = self.layers[name]
-            if one.decoded or one.experts:
-                raise UsageError(f"{name} changes by a whole matrix, which CUDA graphs do not hold; {_EAGER}")
             if not isinstance(served, MatrixLayer):
                 continue
             terms = {start: tensors[tensor].terms for start, tensor in one.packed.items()}
@@ -299,16 +317,16 @@ class ServedModel:
                     f'engine starts, in additional config {{"deltafmt": {{"prepare": ["a.deltafmt"]}}}}, or {_EAGER}'
                 )
 
-    def put(self, slot: int, parts: Mapping[str, LayerParts], host: DeviceDelta) -> None:
+    def put(self, slot: int, parts: Mapping[str, LayerParts], host: DeviceDelta | None) -> None:
         """Fill a slot of every layer that a delta changes.
 
         Args:
             slot: the slot.
             parts: what the delta changes.
-            host: its tensors in host memory.
+            host: its packed tensors in host memory; None where no kernel runs.
         """
-        tensors = host
-        if self.has_kernels:
+        tensors: Mapping[str, DeviceTensor] = {}
+        if host is not None:
             arena = self.arena
             tensors = copy_delta(
                 host,

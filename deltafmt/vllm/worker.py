@@ -29,6 +29,10 @@ def install_worker() -> None:
     wrap_method(seam.name("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin"), "load_lora_model", _load)
     runner = seam.name("vllm.v1.worker.gpu_model_runner", "GPUModelRunner")
     wrap_method(runner, "_get_prompt_logprobs_dict", _prompts)
+    wrap_method(runner, "reload_weights", _replaced)
+    worker = importlib.import_module("vllm.v1.worker.gpu_worker").Worker
+    if hasattr(worker, "update_weights"):  # trainers send weights so; not every version has it
+        wrap_method(worker, "update_weights", _replaced)
     wrapper = seam.name("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU")
     for name in ("add_lora_embedding", "add_lora_linear", "add_lora_logits"):
         wrap_method(wrapper, name, _products)
@@ -79,10 +83,19 @@ def _load(own: Any, runner: Any, model: Any, vllm_config: Any, *args: Any, **kwa
         try:
             with torch.inference_mode():
                 hidden = runner._dummy_run(_TOKENS)[1]  # noqa: SLF001
-                wrapped.compute_logits(hidden)
+                if vllm_config.model_config.runner_type != "pooling":
+                    wrapped.compute_logits(hidden)
         except Exception as error:  # noqa: BLE001 - what has not run is refused when a delta changes it
             _log.warning("the model could not be run at start-up to see what deltas can change: %s", error)
     return wrapped
+
+
+def _replaced(own: Any, holder: Any, *args: Any, **kwargs: Any) -> Any:
+    """Give the engine other weights; deltas are of those that it started with."""
+    manager = getattr(getattr(holder, "model_runner", holder), "lora_manager", None)
+    if manager is not None and hasattr(manager._adapter_manager, "served"):  # noqa: SLF001
+        manager._adapter_manager.served.weights_changed = True  # noqa: SLF001
+    return own(holder, *args, **kwargs)
 
 
 def _prompts(own: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:

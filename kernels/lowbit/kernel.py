@@ -1,9 +1,12 @@
 """The lowbit kernel: few tokens, every code multiplied with its column's activation (spec, section 12).
 
-A program takes a tile of T tokens of one delta and 32 rows of one part, a lane each, so that a word of all rows is 128
-adjacent bytes. All rows meet the same x, so there is no gather: one load of x serves the rows that a thread holds.
+``y[r] += sum over the columns c of (u[r, c] - zero[r, g]) * scale[r, g] * x[c]``, with g the group of c; on the
+symmetric grids the zero is TOP / 2. With BY_COLUMN there is a scale for each column and not for each row and group.
 
-The words are multiplied as :mod:`deltafmt.kernels.coded_words` multiplies them.
+A program owns a token tile of up to TOKENS tokens of one slot, and the 32 rows of one tile of one part. It goes through
+the words of the rows in blocks of the shape (WORDS, 32): a row is a lane, and word w of all 32 rows is 128 adjacent
+bytes. All rows meet the same x, so there is no gather: a thread holds the words of four rows, and one load of x serves
+them. Each plane of the codes is a pass over x (:mod:`deltafmt.kernels.coded_words`).
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ from deltafmt.kernels.device_functions import (
     add_token,
     load_address,
     load_aligned_words,
-    load_tile,
-    record_of,
+    load_token_tile,
+    record_address,
     select_part,
     token_pointers,
     zeros_tuple,
@@ -40,26 +43,36 @@ def lowbit_kernel(
     PLANE0: tl.constexpr, PLANE1: tl.constexpr, PLANE2: tl.constexpr, TOP: tl.constexpr, SCALE: tl.constexpr,
     BY_COLUMN: tl.constexpr, ZEROS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Add ``x @ delta.T`` of one tile of tokens and 32 rows; see the module's docstring."""
-    slot, first, count = load_tile(tiles_ptr, tl.program_id(1))
+    """Add ``x @ delta.T`` of one token tile and 32 rows; see the module's docstring.
+
+    Args:
+        x_ptr, ..., block2: tokens, outputs and blocks, as for all product kernels (``launch_arguments.py``).
+        columns: in_features.
+        code_words, words0, words1, words2: words of a row's codes, and of each of their planes.
+        scale_group, scales: columns that share a scale, and scales of a row.
+        PLANE0, PLANE1, PLANE2: bits of a field in each plane; 0: there is no such plane.
+        ZEROS: True if the grid has zero points.
+        EVEN: True if no block of words reaches beyond the row.
+    """
+    slot, first, count = load_token_tile(tiles_ptr, tl.program_id(1))
     if count == 0:
         return
     part, block, y_ptr, y_stride = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
     )
-    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    p_record = record_address(records_ptr, slot, part, PARTS, FIELDS)
     rows = tl.load(p_record + ROWS).to(tl.int32)
     if block * 32 >= rows:
         return
     lane = tl.arange(0, 32)
     row = block * 32 + lane
     m_rows = row < rows
-    wide = block.to(tl.int64)
+    row_tile = block.to(tl.int64)
     codes_ptr = load_aligned_words(p_record, CODES)
-    p_codes = codes_ptr + wide * code_words * 32 + lane
-    p_zeros = load_address(p_record, ZERO_POINTS, tl.uint8) + wide * scales * 32 + lane
+    p_codes = codes_ptr + row_tile * code_words * 32 + lane
+    p_zeros = load_address(p_record, ZERO_POINTS, tl.uint8) + row_tile * scales * 32 + lane
     p_column_scales = load_address(p_record, SCALES, SCALE)
-    p_scales = p_column_scales + wide * scales * 32 + lane
+    p_scales = p_column_scales + row_tile * scales * 32 + lane
     p_x = token_pointers(x_ptr, x_stride, order_ptr, first, count, TOKENS)
     total = zeros_tuple(TOKENS, WORDS, 32)
     total = add_plane(

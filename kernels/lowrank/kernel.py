@@ -1,9 +1,17 @@
 """The low-rank kernels: few tokens, ``y += U^T (V x)`` from packed vectors, the matrix never made (spec, section 13).
 
-``project`` takes 32 vectors of V, a lane each, and is the lowbit kernel but for where words lie; it leaves z = V x, in
-float32, for the tile of tokens. ``spread`` takes a run of rows of the matrix and goes through the vectors of U: for a
-unit of 32 rows, w words of each plane of width w hold all fields of a vector, so that every plane adds to the same 32
-sums. Codes are never converted, as in the lowbit kernel: ``z * scale`` is scaled by ``2**(64 - b)`` instead.
+U has the shape (R, rows) and V (R, columns), each a float or a code with a scale; a vector's words follow each other.
+Two launches, each over the token tiles:
+
+- ``project_kernel`` writes ``z = V x``, float32, shape (token tiles, parts, TOKENS, ranks), with ``ranks`` at least
+  every R of the launch. A program owns 32 vectors of V of one part, a lane each. It differs from the lowbit kernel in
+  where words lie.
+- ``spread_kernel`` adds ``U^T z``. A program owns ``32 * UNITS`` rows of one part and goes through the vectors of U,
+  VECTORS at a time. A unit is 32 rows: in a plane of width w, exactly w words of a vector hold its fields. So every
+  field of a unit has its own sum (32 for each token, each of the shape (VECTORS, UNITS)), whatever the planes are.
+
+Codes are multiplied without a conversion (:mod:`deltafmt.kernels.device_functions`). In ``spread``, ``z * scale`` takes
+the place of x: it is scaled by ``2**(64 - b)``.
 """
 
 from __future__ import annotations
@@ -16,9 +24,9 @@ from deltafmt.kernels.device_functions import (
     add_to_rows,
     add_token,
     load_address,
-    load_tile,
+    load_token_tile,
     load_words,
-    record_of,
+    record_address,
     select_part,
     token_pointers,
     zeros_tuple,
@@ -44,23 +52,30 @@ def project_kernel(
     PLANE0: tl.constexpr, PLANE1: tl.constexpr, PLANE2: tl.constexpr, TOP: tl.constexpr, DTYPE: tl.constexpr,
     ZEROS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Write ``z = V x`` of one tile of tokens and 32 vectors to z, shape (tiles, PARTS, TOKENS, ranks)."""
+    """Write ``z = V x`` of one token tile and 32 vectors to z, shape (token tiles, PARTS, TOKENS, ranks).
+
+    Args:
+        x_ptr, ..., records_ptr, columns: as for all product kernels (``launch_arguments.py``).
+        ranks: at least every rank of the launch; an operand's own rank is in its record.
+        blocks: programs of a part: blocks of 32 vectors.
+        code_words, ..., EVEN: as for the lowbit kernel; PLANE0 is 0 if V is stored as floats of DTYPE.
+    """
     tile = tl.program_id(1)
-    slot, first, count = load_tile(tiles_ptr, tile)
+    slot, first, count = load_token_tile(tiles_ptr, tile)
     if count == 0:
         return
     part = tl.program_id(0) // blocks
-    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    p_record = record_address(records_ptr, slot, part, PARTS, FIELDS)
     rank = tl.load(p_record + RANK).to(tl.int32)
     vector = (tl.program_id(0) % blocks) * 32 + tl.arange(0, 32)
     m_vectors = vector < rank
     if tl.program_id(0) % blocks * 32 >= rank:
         return
-    wide = vector.to(tl.int64)
+    vector64 = vector.to(tl.int64)
     p_x = token_pointers(x_ptr, x_stride, order_ptr, first, count, TOKENS)
     total = zeros_tuple(TOKENS, WORDS, 32)
     if PLANE0 == 0:
-        p_values = load_address(p_record, V, DTYPE) + wide * columns
+        p_values = load_address(p_record, V, DTYPE) + vector64 * columns
         for start in range(0, columns, WORDS):
             column = start + tl.arange(0, WORDS)
             m = (column < columns)[:, None] & m_vectors[None, :]
@@ -71,9 +86,9 @@ def project_kernel(
                 new_total = new_total + (tl.fma(value, x[:, None].broadcast_to(value.shape), total[t]),)
             total = new_total
     else:
-        p_codes = load_words(p_record, V) + wide * code_words
-        p_zeros = load_address(p_record, V_ZERO_POINTS, tl.uint8) + wide * scales
-        p_scales = load_address(p_record, V_SCALES, DTYPE) + wide * scales
+        p_codes = load_words(p_record, V) + vector64 * code_words
+        p_zeros = load_address(p_record, V_ZERO_POINTS, tl.uint8) + vector64 * scales
+        p_scales = load_address(p_record, V_SCALES, DTYPE) + vector64 * scales
         total = add_plane(
             total, p_codes, m_vectors, 0, words0, p_scales, p_zeros, scale_group, p_x, p_scales, columns,
             TOKENS, PLANE0, 0, TOP, False, ZEROS, WORDS, EVEN, 1,
@@ -97,7 +112,12 @@ def project_kernel(
 def spread_plane(sums, weights, p_words, words, m, TOKENS: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr):
     """Return the 32 sums of each token with one plane's fields times the weights, times 2**-85, added.
 
-    ``p_words`` and ``words`` are the first words of the units and how many words there are from them on.
+    Args:
+        sums: for row j of a unit and token t, sum ``j * TOKENS + t``, shape (VECTORS, UNITS).
+        weights: for each token, ``z * scale``, shape (VECTORS, UNITS).
+        p_words, words: the first word of each vector and unit in this plane, and how many words follow from there on.
+        m: which vectors and units exist.
+        WIDTH, LOW: bits of a field in this plane, and the lowest bit of a code that the plane holds.
     """
     HALF: tl.constexpr = 16 // WIDTH
     new_sums = ()
@@ -122,15 +142,15 @@ def spread_kernel(
     PLANE0: tl.constexpr, PLANE1: tl.constexpr, PLANE2: tl.constexpr, TOP: tl.constexpr, DTYPE: tl.constexpr,
     ZEROS: tl.constexpr, VECTORS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """Add ``U^T z`` of one tile of tokens and 32 * UNITS rows to the outputs."""
+    """Add ``U^T z`` of one token tile and 32 * UNITS rows to the outputs; arguments as for :func:`project_kernel`."""
     tile = tl.program_id(1)
-    slot, first, count = load_tile(tiles_ptr, tile)
+    slot, first, count = load_token_tile(tiles_ptr, tile)
     if count == 0:
         return
     part, block, y_ptr, y_stride = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
     )
-    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    p_record = record_address(records_ptr, slot, part, PARTS, FIELDS)
     rank = tl.load(p_record + RANK).to(tl.int32)
     rows = tl.load(p_record + ROWS).to(tl.int32)
     if block * (32 * UNITS) >= rows:
@@ -171,10 +191,10 @@ def spread_kernel(
             vector = start + tl.arange(0, VECTORS)
             m_vectors = vector < rank
             m = m_vectors[:, None] & m_units[None, :]
-            wide = vector.to(tl.int64)[:, None]
-            scale = tl.load(p_scales[None, :] + wide * scales, mask=m, other=0).to(tl.float32)
+            vector64 = vector.to(tl.int64)[:, None]
+            scale = tl.load(p_scales[None, :] + vector64 * scales, mask=m, other=0).to(tl.float32)
             if ZEROS:
-                zero = tl.load(p_zeros[None, :] + wide * scales, mask=m, other=0).to(tl.float32)
+                zero = tl.load(p_zeros[None, :] + vector64 * scales, mask=m, other=0).to(tl.float32)
             else:
                 zero = TOP / 2
             weights = ()
@@ -185,7 +205,7 @@ def spread_kernel(
                 weights = weights + (weight,)
                 new_offsets = new_offsets + (offsets[t] + zero * weight,)
             offsets = new_offsets
-            p_words = p_codes + wide * code_words
+            p_words = p_codes + vector64 * code_words
             sums = spread_plane(
                 sums, weights, p_words + (unit * PLANE0)[None, :], (words0 - unit * PLANE0)[None, :], m,
                 TOKENS, PLANE0, 0,

@@ -1,7 +1,13 @@
-"""Decoding into dense tiles: for ``tl.dot`` when a delta has many tokens, and for writing a delta out.
+"""Decoding into dense blocks: for ``tl.dot`` when a delta has many tokens, and for writing a delta out.
 
-A tile covers some rows and some groups of columns; each group takes ``PADDED`` places, the power of two at or above M.
-Kept element i of every group is compared with all places of its group, so that each is decoded where it is used.
+:func:`dense_tile` decodes a block of the shape (rows, GROUPS * PADDED) into registers: GROUPS groups of M columns, each
+padded to PADDED places, the power of two at or above M. Kept element i of every group is compared with all places of
+its group (a select and no scatter), so that each is decoded where it is used.
+
+- ``dot_kernel``: ``y += x @ D.T`` for many tokens. A program owns a token tile of TOKENS tokens and BLOCK_ROWS rows of
+  one part; in each turn it decodes a block and multiplies: (TOKENS, GROUPS * PADDED) @ (GROUPS * PADDED, BLOCK_ROWS).
+- ``expand_kernel``: ``out = D`` or ``out = base + D``. A program owns BLOCK_ROWS rows and GROUPS groups.
+- ``embedding_kernel``: ``y[t, :] += D[slot of t][id of t, :]``. A program owns ELEMENTS kept elements of a token's row.
 """
 
 from __future__ import annotations
@@ -12,9 +18,9 @@ import triton.language as tl
 from deltafmt.kernels.device_functions import (
     add_to_rows,
     load_address,
-    load_tile,
+    load_token_tile,
     load_words,
-    record_of,
+    record_address,
     select_part,
     token_of,
 )
@@ -29,7 +35,15 @@ def dense_tile(
     N: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
     TOP: tl.constexpr, INDEX: tl.constexpr, INDEX_BITS: tl.constexpr, POSITION_BITS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Return ``2u - top`` (times half the scale if SCALED), float32, shape (rows, groups * PADDED)."""
+    """Return ``2u - top`` (times half the scale if SCALED), float32, shape (rows, groups * PADDED); 0 if not kept.
+
+    Args:
+        codes_ptr, index_ptr, scales_ptr, seed: of the term.
+        row, group: numbers of the rows and groups to decode, each 1-d.
+        rows, kept: of the delta, and kept elements of a row.
+        code_words, index_words, scale_group, scales: words of a row's codes and of a mask row's index, kept elements
+            that share a scale, and scales of a row.
+    """
     place = tl.arange(0, PADDED)[None, None, :]
     tile = tl.zeros([row.shape[0], group.shape[0], PADDED], tl.float32)
     r = row[:, None]
@@ -57,17 +71,18 @@ def dot_kernel(
     TOP: tl.constexpr, SCALE: tl.constexpr, INDEX: tl.constexpr, INDEX_BITS: tl.constexpr, POSITION_BITS: tl.constexpr,
     SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add ``x @ delta.T`` of one tile of tokens and one block of rows; the delta is decoded tile by tile.
+    """Add ``x @ delta.T`` of one token tile and one block of rows; the delta is decoded block by block.
 
-    If a row has one scale, the tile holds the integers ``2u - top``, which every dtype of x represents exactly.
+    If a row has one scale, a decoded block holds the integers ``2u - top``, which every dtype of x represents exactly,
+    and the scale is applied to the sums.
     """
-    slot, first, count = load_tile(tiles_ptr, tl.program_id(1))
+    slot, first, count = load_token_tile(tiles_ptr, tl.program_id(1))
     if count == 0:
         return
     part, block, y_ptr, y_stride = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
     )
-    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    p_record = record_address(records_ptr, slot, part, PARTS, FIELDS)
     rows = tl.load(p_record + ROWS).to(tl.int32)
     if block * BLOCK_ROWS >= rows:
         return
@@ -136,7 +151,7 @@ def embedding_kernel(
     slot = tl.load(slots_ptr + token)
     if (slot < 0) | (slot >= slot_count):
         return
-    p_record = record_of(records_ptr, slot, 0, 1, FIELDS)
+    p_record = record_address(records_ptr, slot, 0, 1, FIELDS)
     rows = tl.load(p_record + ROWS).to(tl.int32)
     number = tl.load(ids_ptr + token).to(tl.int64)
     if (number < 0) | (number >= rows):

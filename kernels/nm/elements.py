@@ -1,6 +1,9 @@
 """Reading an ``nm`` term in kernels one kept element at a time, and the product that does so for any layout.
 
-The obvious form, in which every place of a tile is one kept element of one row; the gather kernel has a faster one.
+``y[r] += sum over the kept elements e of value(r, e) * x[column(r, e)]``. A program owns a token tile and BLOCK_ROWS
+rows of one part, and reads ELEMENTS kept elements of each row in a turn: blocks of the shape (ELEMENTS, BLOCK_ROWS), in
+which each place loads its own word, position and x from global memory. The gather kernel does the same faster, for
+layouts whose steps can be unrolled.
 """
 
 from __future__ import annotations
@@ -11,9 +14,9 @@ import triton.language as tl
 from deltafmt.kernels.device_functions import (
     add_token,
     load_address,
-    load_tile,
+    load_token_tile,
     load_words,
-    record_of,
+    record_address,
     select_part,
     token_of,
     zeros_tuple,
@@ -54,14 +57,14 @@ def element_kernel(
     SCALE: tl.constexpr, INDEX: tl.constexpr, INDEX_BITS: tl.constexpr, POSITION_BITS: tl.constexpr,
     SCALED: tl.constexpr, ELEMENTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add ``x @ delta.T`` of one tile of tokens and one block of rows, for layouts that are not unrolled."""
-    slot, first, count = load_tile(tiles_ptr, tl.program_id(1))
+    """Add ``x @ delta.T`` of one token tile and one block of rows, for layouts that are not unrolled."""
+    slot, first, count = load_token_tile(tiles_ptr, tl.program_id(1))
     if count == 0:
         return
     part, block, y_ptr, y_stride = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
     )
-    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    p_record = record_address(records_ptr, slot, part, PARTS, FIELDS)
     rows = tl.load(p_record + ROWS).to(tl.int32)
     if block * BLOCK_ROWS >= rows:
         return

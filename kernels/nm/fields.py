@@ -1,4 +1,9 @@
-"""Reading packed words of ``nm`` terms in kernels: one field at a time, or the words of a chunk of a row."""
+"""Reading packed words of ``nm`` terms in kernels: one field at a time, or the words of a chunk of a row.
+
+The fields of a row are unsigned numbers of k bits. Each is cut into planes whose widths are powers of two, such as 3 =
+2 + 1: first the words with the low 2 bits of all fields, then those with the bit above. Word w of 32 rows lies side by
+side, so a row's next word is 32 words further on (specification, section 11.2).
+"""
 
 from __future__ import annotations
 
@@ -31,9 +36,15 @@ def load_field(p_words, element, mask, WIDTH: tl.constexpr, count):
 
 @triton.jit
 def load_planes(p_words, words, start, step, m_rows, ELEMENTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return one plane's words of a chunk: a tuple over the words of a step, each uint32 (steps, mask rows).
+    """Return one plane's words of a chunk: a tuple over the words of a step, each uint32, shape (steps, mask rows).
 
-    ``start`` is the plane's first word and ``words`` the number of its words; a step takes ELEMENTS fields.
+    Args:
+        p_words: the address of word 0 of each row.
+        words, start: how many words a row has in this plane, and the first of them.
+        step: the numbers of the steps.
+        m_rows: which rows exist.
+        ELEMENTS: fields of a step.
+        WIDTH: bits of a field in this plane.
     """
     WORDS: tl.constexpr = ELEMENTS * WIDTH // 32
     loaded = ()

@@ -1,7 +1,11 @@
-"""Base and one delta in one kernel, for one token: the base's weights stream by while the delta is gathered.
+"""Base and one delta in one kernel, for one token: ``y = x @ (W + D).T``, written and not added.
 
-Decoding one token is bound by the bytes of the base's weights. A kernel of its own for the delta costs its launch and
-three dependent reads from memory; here both hide behind the stream.
+x has the shape (columns,), W and D (rows, columns) for each of up to three parts; W is the base's weight, plain and
+contiguous. A program owns ``MASK_ROWS * SHARE`` rows of one part. It first gathers the delta's products as
+``gather.py`` does, for all columns, and then goes through its rows of W in blocks of BLOCK columns.
+
+Decoding one token is bound by the bytes of W. A kernel of its own for the delta costs its launch and three dependent
+reads from memory (tile, record, words); here both hide behind the loads of W.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltafmt.kernels.device_functions import TWO_64, load_address, load_words, record_of, select_part, zeros_tuple
+from deltafmt.kernels.device_functions import TWO_64, load_address, load_words, record_address, select_part, zeros_tuple
 from deltafmt.kernels.nm.fields import load_planes
 from deltafmt.kernels.nm.gather import multiply_plane, pick
 from deltafmt.kernels.nm.positions import chunk_positions, row_index
@@ -18,7 +22,7 @@ from deltafmt.kernels.nm.record_fields import CODES, FIELDS, INDEX_WORDS, ROWS, 
 
 @triton.jit
 def interleave_rows(parts, SHARE: tl.constexpr):
-    """Return the rows of a block in their order, from the rows v of all masks, for each v < SHARE."""
+    """Return the values of a block's rows in their order; ``parts[v]`` are those of row v of every mask row."""
     if SHARE == 1:
         return parts[0]
     elif SHARE == 2:
@@ -43,10 +47,16 @@ def fused_kernel(
 ):  # fmt: skip
     """Write ``y = x @ (weight + delta).T`` of one token, one part and one block of ``MASK_ROWS * SHARE`` rows.
 
-    Weights are contiguous, shape (rows, columns).
+    Args:
+        weight0_ptr, ...: of each part, contiguous, shape (rows, columns).
+        rows0, ...: of each part.
+        slot: the delta.
+        BLOCK, STAGES: columns of a block of weights, and how many blocks are loaded ahead.
+        others: as for the gather kernel.
     """
     GROUPS: tl.constexpr = ELEMENTS // N
     CHUNK: tl.constexpr = (STEPS * GROUPS) << LOG_M
+    # The parts' rows take the places of the strides: the output is one token, and no stride is needed.
     part, block, y_ptr, rows = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, rows0, rows1, rows2, PARTS
     )
@@ -58,7 +68,7 @@ def fused_kernel(
         if part == 2:
             weight_ptr = weight2_ptr
     # A pointer that comes from memory is not known to be aligned: loads of words then keep a row a lane.
-    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    p_record = record_address(records_ptr, slot, part, PARTS, FIELDS)
     codes_ptr = load_words(p_record, CODES)
     index_ptr = load_words(p_record, INDEX_WORDS)
     scales_ptr = load_address(p_record, SCALES, SCALE)
@@ -80,21 +90,23 @@ def fused_kernel(
             indexed, places0, places1, places2, step, m_rows, INDEX, ELEMENTS, N, LOG_M, INDEX_BITS
         )
         position = position.to(tl.int32) + (o_gather << LOG_M)[:, :, None]
-        g = tl.gather(x, tl.reshape(position, [ELEMENTS * STEPS * MASK_ROWS]), 0)
-        g = tl.reshape(g, [ELEMENTS, STEPS, MASK_ROWS])
+        gathered = tl.gather(x, tl.reshape(position, [ELEMENTS * STEPS * MASK_ROWS]), 0)
+        gathered = tl.reshape(gathered, [ELEMENTS, STEPS, MASK_ROWS])
         for e in tl.static_range(ELEMENTS):
-            sums += pick(g, e)
+            sums += pick(gathered, e)
         new_acc = ()
         for v in tl.static_range(SHARE):
             p_row = p_codes + v * code_words * 32
             limit0 = 2147483647 if EVEN else words0
             loaded = load_planes(p_row, limit0, 0, step, m_rows, ELEMENTS, PLANE0)
-            new_acc = new_acc + multiply_plane(acc, g, loaded, v * (CLASSES0 + CLASSES1), ELEMENTS, PLANE0, CLASSES0)
+            new_acc = new_acc + multiply_plane(
+                acc, gathered, loaded, v * (CLASSES0 + CLASSES1), ELEMENTS, PLANE0, CLASSES0
+            )
             if PLANE1 > 0:
                 limit1 = 2147483647 if EVEN else words1
                 loaded = load_planes(p_row, limit1, words0, step, m_rows, ELEMENTS, PLANE1)
                 new_acc = new_acc + multiply_plane(
-                    acc, g, loaded, v * (CLASSES0 + CLASSES1) + CLASSES0, ELEMENTS, PLANE1, CLASSES1
+                    acc, gathered, loaded, v * (CLASSES0 + CLASSES1) + CLASSES0, ELEMENTS, PLANE1, CLASSES1
                 )
         acc = new_acc
     deltas = ()

@@ -1,14 +1,29 @@
 """The gather kernel: few tokens, each kept element multiplied with the activation that its position names.
 
-A program takes a tile of T tokens of one delta and ``MASK_ROWS * SHARE`` rows of one part. It walks over the columns in
-chunks: x of the chunk goes to shared memory, positions become indices into it, and every gathered x meets the codes of
-the ``SHARE`` rows that keep the same positions. Lanes of a warp are consecutive mask rows inside one group of columns,
-so a warp's words are 128 adjacent bytes and its gathers hit M adjacent elements of x.
+For a token with the activations x, and row r with its mask row ``q = r // SHARE`` (the SHARE rows that keep the same
+positions; Triton's masks, ``m_``, are another thing), over the kept elements e of the row::
 
-A code is never converted: field u at bit b of a word, masked and read as a float32, is the denormal
-``u * 2**(b - 149)``. With x scaled by 2**64 the product is a normal number, one multiply-add away; fields at different
-bits have accumulators of their own (``CLASSES`` of them a plane), weighted at the end.
-``value = (2u - top) * scale / 2`` then leaves ``y = scale * (sum of u * x - top / 2 * sum of x)``.
+    y[r] += scale[r] * (sum of u[r, e] * x[column(q, e)]  -  TOP / 2 * sum of x[column(q, e)])
+    column(q, e) = e // N * M + position(q, e)                    u: the code as an unsigned field
+
+The second sum is the same for the SHARE rows of a mask row. So are positions and gathered x.
+
+A program owns a token tile of up to TOKENS tokens of one slot, and ``MASK_ROWS * SHARE`` rows of one part. It goes
+through the columns in chunks of STEPS steps. A step is ELEMENTS kept elements of each row: whole words of codes and of
+the index, so that every shift is a constant. In registers, but for x::
+
+    x         (CHUNK,) a token                 loaded once a chunk, in shared memory: ``tl.gather`` reads any element
+    position  (ELEMENTS, STEPS, MASK_ROWS)     computed from a hash, or unpacked from the index
+    gathered  (ELEMENTS, STEPS, MASK_ROWS)     x at these positions, for one token
+    words     (STEPS, MASK_ROWS) each          the codes of one of the SHARE rows
+    acc       (STEPS, MASK_ROWS) each          TOKENS * SHARE * CLASSES sums
+
+The last dimension lies across the lanes of a warp: lanes are consecutive mask rows in the same group of columns. So a
+warp loads 128 adjacent bytes of words (a tile holds word w of 32 rows side by side), and its gathers stay inside M
+adjacent elements of x, without bank conflicts for M up to 32.
+
+Codes are multiplied without a conversion (:mod:`deltafmt.kernels.device_functions`). The fields of a word that come to
+the same bit by shifts share a sum; a plane has CLASSES such bits, and its sums are weighted at the end.
 """
 
 from __future__ import annotations
@@ -20,9 +35,9 @@ from deltafmt.kernels.device_functions import (
     TWO_64,
     add_token,
     load_address,
-    load_tile,
+    load_token_tile,
     load_words,
-    record_of,
+    record_address,
     select_part,
     token_pointers,
     zeros_tuple,
@@ -43,15 +58,26 @@ def pick(x, i: tl.constexpr):
 def multiply_plane(
     acc, gathered, loaded, AT: tl.constexpr, ELEMENTS: tl.constexpr, WIDTH: tl.constexpr, CLASSES: tl.constexpr
 ):
-    """Return the CLASSES accumulators that begin at AT, each gathered x times its field of one plane added."""
-    SHIFTS: tl.constexpr = 32 // WIDTH // CLASSES
+    """Return the CLASSES accumulators that begin at AT, each gathered x times its field of one plane added.
+
+    Element ``i * CLASSES + c`` of a step is class c: its field comes to bit ``c * WIDTH`` by a shift of its word that
+    serves CLASSES elements.
+
+    Args:
+        acc: all sums of the program.
+        gathered: x, shape (ELEMENTS, STEPS, MASK_ROWS).
+        loaded: the words of a step in this plane, each (STEPS, MASK_ROWS).
+        AT: the first of the sums.
+        WIDTH: bits of a field in this plane.
+    """
+    SHIFTS: tl.constexpr = 32 // WIDTH // CLASSES  # of one word
     out = ()
     for c in tl.static_range(CLASSES):
         a = acc[AT + c]
-        for e in tl.static_range(ELEMENTS // CLASSES):
-            shifted = loaded[e // SHIFTS] >> (e % SHIFTS * CLASSES * WIDTH)
+        for i in tl.static_range(ELEMENTS // CLASSES):
+            shifted = loaded[i // SHIFTS] >> (i % SHIFTS * CLASSES * WIDTH)
             field = shifted & (((1 << WIDTH) - 1) << (c * WIDTH))
-            a = tl.fma(field.to(tl.float32, bitcast=True), pick(gathered, e * CLASSES + c), a)
+            a = tl.fma(field.to(tl.float32, bitcast=True), pick(gathered, i * CLASSES + c), a)
         out = out + (a,)
     return out
 
@@ -66,17 +92,27 @@ def gather_kernel(
     INDEX: tl.constexpr, INDEX_BITS: tl.constexpr, PLANE0: tl.constexpr, CLASSES0: tl.constexpr, PLANE1: tl.constexpr,
     CLASSES1: tl.constexpr, ELEMENTS: tl.constexpr, STEPS: tl.constexpr, MASK_ROWS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Add ``x @ delta.T`` of one tile of tokens and one block of rows; see the module's docstring."""
+    """Add ``x @ delta.T`` of one token tile and one block of rows; see the module's docstring.
+
+    Args:
+        x_ptr, ..., block2: tokens, outputs and blocks, as for all product kernels (``launch_arguments.py``).
+        columns, groups: in_features, and groups of M columns in a row.
+        code_words, words0, words1: words of a row's codes, and of each of their planes; one plane: words1 is 0.
+        index_words, places0, places1, places2: the same of a mask row's stored index; 0 if positions are seeded.
+        INDEX, INDEX_BITS: the index encoding (``index.py``).
+        PLANE0, PLANE1: bits of a field in each plane of the codes; one plane: PLANE1 is 0.
+        EVEN: True if no chunk reaches beyond the row, so that loads of words and x need no predicate of columns.
+    """
     GROUPS: tl.constexpr = ELEMENTS // N
     CHUNK: tl.constexpr = (STEPS * GROUPS) << LOG_M
     CLASSES: tl.constexpr = CLASSES0 + CLASSES1
-    slot, first, count = load_tile(tiles_ptr, tl.program_id(1))
+    slot, first, count = load_token_tile(tiles_ptr, tl.program_id(1))
     if count == 0:
         return
     part, block, y_ptr, y_stride = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
     )
-    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    p_record = record_address(records_ptr, slot, part, PARTS, FIELDS)
     rows = tl.load(p_record + ROWS).to(tl.int32)
     if block * (MASK_ROWS * SHARE) >= rows:
         return
@@ -103,7 +139,7 @@ def gather_kernel(
         loaded1 = ()
         for v in tl.static_range(SHARE):
             p_row = p_codes + v * code_words * 32
-            # Every word of a step exists where the steps divide the row; the compiler then drops the comparison.
+            # If the steps divide the row (EVEN), every word of a step exists, and the compiler drops the comparison.
             limit0 = 2147483647 if EVEN else words0
             loaded0 = loaded0 + (load_planes(p_row, limit0, 0, step, m_rows, ELEMENTS, PLANE0),)
             if PLANE1 > 0:
@@ -124,19 +160,19 @@ def gather_kernel(
         new_acc = ()
         new_sums = ()
         for t in tl.static_range(TOKENS):
-            g = tl.gather(x[t].to(tl.float32) * TWO_64, position, 0)
-            g = tl.reshape(g, [ELEMENTS, STEPS, MASK_ROWS])
+            gathered = tl.gather(x[t].to(tl.float32) * TWO_64, position, 0)
+            gathered = tl.reshape(gathered, [ELEMENTS, STEPS, MASK_ROWS])
             s = sums[t]
             for e in tl.static_range(ELEMENTS):
-                s += pick(g, e)
+                s += pick(gathered, e)
             new_sums = new_sums + (s,)
             for v in tl.static_range(SHARE):
                 new_acc = new_acc + multiply_plane(
-                    acc, g, loaded0[v], (t * SHARE + v) * CLASSES, ELEMENTS, PLANE0, CLASSES0
+                    acc, gathered, loaded0[v], (t * SHARE + v) * CLASSES, ELEMENTS, PLANE0, CLASSES0
                 )
                 if PLANE1 > 0:
                     new_acc = new_acc + multiply_plane(
-                        acc, g, loaded1[v], (t * SHARE + v) * CLASSES + CLASSES0, ELEMENTS, PLANE1, CLASSES1
+                        acc, gathered, loaded1[v], (t * SHARE + v) * CLASSES + CLASSES0, ELEMENTS, PLANE1, CLASSES1
                     )
         acc = new_acc
         sums = new_sums

@@ -48,13 +48,13 @@ def step_elements(layout: NMLayout) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The shape of a gather program.
+    """The shape of a gather program: the constants of ``gather.py`` that decide about speed alone.
 
     Attributes:
-        mask_rows: mask rows of a program; 32 a warp.
-        steps: steps of a chunk, shared out over the warps that the mask rows leave.
+        mask_rows: MASK_ROWS; each 32 of them are a warp's lanes.
+        steps: STEPS of a chunk. If there are more warps than the mask rows need, they share the steps.
         warps: of a program.
-        classes: accumulators of a plane for each row and token.
+        classes: the most CLASSES of a plane: sums for each row and token. More of them save shifts and take registers.
     """
 
     mask_rows: int
@@ -71,12 +71,12 @@ def gather_blocks(layout: NMLayout, step: int, columns: int, tokens: int, progra
         step: elements of a gather step.
         columns: in_features.
         tokens: T, tokens of a tile.
-        programs: 32-row blocks of the whole launch, all tiles: how much there is to share out.
+        programs: blocks of 32 mask rows in the whole launch, over all token tiles: how much work there is.
     """
     row_steps = triton.next_power_of_2(-(-layout.groups(columns) * layout.n // step))
     classes = 4 if tokens * layout.share <= 8 else 2 if tokens * layout.share <= 16 else 1
     if programs <= 1024 and tokens == 1:
-        # Little work: few rows a program and all columns at once, so that every multiprocessor has its share.
+        # Little work: few rows and many steps a program, so that every multiprocessor gets programs.
         return Blocks(32, min(16, row_steps), 8 if row_steps >= 8 else 4, classes)
     mask_rows = 128 if step * layout.share <= 32 or tokens > 1 else 32
     per_thread = max(1, min(4, 128 // (step * layout.share * tokens)))
@@ -91,7 +91,10 @@ def gather_blocks(layout: NMLayout, step: int, columns: int, tokens: int, progra
 def launch_products(
     outputs: Sequence[torch.Tensor], x: torch.Tensor, table: LayoutTable[NMLayout], segments: Segments
 ) -> None:
-    """Launch the products of one layout: few tokens of a slot are gathered, many are multiplied by dense tiles."""
+    """Launch the products of one layout, in up to two launches.
+
+    Slots of at most :func:`gather_tokens` tokens are gathered; the token tiles of the others go to ``dot_kernel``.
+    """
     limit = gather_tokens(table.layout)
     if segments.shortest <= limit:
         tiles = segments.tiles(tile_tokens(min(segments.usual, limit)), longest=limit)

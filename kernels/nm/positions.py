@@ -1,7 +1,12 @@
-"""Reading the index of an ``nm`` term in kernels: positions one by one, or those of a chunk of a row (section 11.4).
+"""Where the kept elements of an ``nm`` term stand, in kernels: positions one by one, or of a chunk (section 11.4).
 
-``INDEX`` is the number of the index encoding and ``INDEX_BITS`` the bits of one of its fields, or of a hash for each
-group (:mod:`deltafmt.kernels.nm.index`); all that depends on them stands here.
+Two encodings, chosen by INDEX (:mod:`deltafmt.kernels.nm.index`):
+
+- seeded: nothing is stored. A 64-bit hash of (seed, mask row, number) serves ``64 / INDEX_BITS`` groups. The INDEX_BITS
+  of a group give a and b, with a odd, and kept element i stands at ``(a * i + b) mod M``; M is a power of two.
+- fixed: INDEX_BITS of each position are stored, as fields of the mask row's own words.
+
+Only this file depends on the encoding.
 """
 
 from __future__ import annotations

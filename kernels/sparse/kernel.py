@@ -1,12 +1,18 @@
 """The sparse kernel: few tokens, every entry multiplied with the activation that its gap leads to (spec, section 14).
 
-A program is one warp and takes a tile of T tokens of one delta and a tile of 32 rows of one part, a lane each. It goes
-through the tile's slots 32 at a time, which are whole words of every plane: the sum of a lane's gaps up to a slot is
-where its entry stands, and x is gathered there. Slots of one block follow each other; every block starts anew at its
-first column. The slots of a step that belong to another block are made fillers, a word at a time.
+``y[r] += scale[r] * sum over the entries e of row r of value(r, e) * x[column(r, e)]``. A row is a sequence of slots
+(in this file, a slot is never a delta's). A slot has a value and a gap: the columns between the entry before and this
+one. So a column is a running sum of gaps. A gap of FILLER means: no entry, skip FILLER columns. The columns are cut
+into blocks of ``span``; in each block the sum starts anew at the block's first column. The 32 rows of tile i have the
+same slots in block j: from ``starts[i * blocks + j]`` up to the next start.
 
-A code is never converted: put behind the point of a float32 of 1 it is ``1 + u / 2**k``, from which a constant leaves
-``(u - top / 2) / 2**k``.
+A program is one warp. It owns a token tile of up to TOKENS tokens of one delta, and the 32 rows of one tile of one
+part, a lane each. It goes through the tile's slots in steps of 32, which are whole words of every plane of gaps and
+codes; word w of all lanes is 128 adjacent bytes. A step at the edge of a block has slots of another block too: these
+are made fillers, a word at a time, before the fields are taken apart.
+
+Here a code becomes a float by lying behind the point of a 1: with k bits it is ``1 + u / 2**k``. Subtracting one
+constant leaves ``(u - TOP / 2) / 2**k``.
 """
 
 from __future__ import annotations
@@ -17,9 +23,9 @@ import triton.language as tl
 from deltafmt.kernels.device_functions import (
     add_token,
     load_address,
-    load_tile,
+    load_token_tile,
     load_words,
-    record_of,
+    record_address,
     select_part,
     token_pointers,
 )
@@ -116,15 +122,22 @@ def sparse_kernel(
     GAP0: tl.constexpr, GAP1: tl.constexpr, GAP2: tl.constexpr, FILLER: tl.constexpr,
     PLANE0: tl.constexpr, PLANE1: tl.constexpr, PLANE2: tl.constexpr, TOP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Add ``x @ delta.T`` of one tile of tokens and 32 rows; PLANE0 is 0 where values are stored as they are."""
+    """Add ``x @ delta.T`` of one token tile and 32 rows; see the module's docstring.
+
+    Args:
+        x_ptr, ..., columns: tokens, outputs and blocks, as for all product kernels (``launch_arguments.py``).
+        blocks, span: blocks of columns in a row, and columns of a block.
+        GAP0, GAP1, GAP2: bits of a gap in each of its planes; 0: there is no such plane.
+        PLANE0, PLANE1, PLANE2: the same of codes; PLANE0 is 0 if values are stored as floats of DTYPE.
+    """
     BITS: tl.constexpr = PLANE0 + PLANE1 + PLANE2
-    owner, first, count = load_tile(tiles_ptr, tl.program_id(1))
+    delta, first, count = load_token_tile(tiles_ptr, tl.program_id(1))
     if count == 0:
         return
     part, block, y_ptr, y_stride = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
     )
-    p_record = record_of(records_ptr, owner, part, PARTS, FIELDS)
+    p_record = record_address(records_ptr, delta, part, PARTS, FIELDS)
     rows = tl.load(p_record + ROWS).to(tl.int32)
     if block * 32 >= rows:
         return
