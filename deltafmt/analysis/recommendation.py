@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from deltafmt.analysis.report import Report
 
 # Relative norms of the delta up to which it is small, and above which it is large.
-SMALL_NORM, LARGE_NORM = 0.02, 0.06
+SMALL_NORM, LARGE_NORM = 0.025, 0.06
 # How many singular values' share of the squares is told.
 DIRECTIONS = 8
 
@@ -99,14 +99,15 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         Setting("--nm 2:2", "every element is kept and only rounded", "3.5"),
     ),
     "small": (
+        Setting("--target-ratio 32", "as accurate as the fine-tune", "32"),
+        Setting("--target-ratio 64", "2 to 3 points less", "64"),
+        Setting("--target-ratio 128", "4 to 6 points less", "128"),
         Setting("--nm 7:32 --bits 4 --share 1", "as accurate as the fine-tune", "17"),
-        Setting("--nm 3:64 --bits 4 --share 1", "within a point or two", "64"),
-        Setting("--method residual:rank=2,head_bits=4,nm=3:128,bits=2,share=1", "6 to 11 points less", "130"),
     ),
     "middle": (
         Setting("--target-ratio 16", "as accurate as the fine-tune", "16"),
-        Setting("--method residual:rank=4,head_bits=4,nm=5:32,bits=2,share=1", "within two points", "38"),
-        Setting("--method residual:rank=2,head_bits=4,nm=5:64,bits=2,share=1", "5 points less", "69"),
+        Setting("--target-ratio 32", "within a point", "32"),
+        Setting("--target-ratio 64", "2 to 4 points less", "64"),
     ),
     "large": (
         Setting("--target-ratio 8", "as accurate as the fine-tune", "8"),

@@ -32,8 +32,8 @@ from deltafmt.pipeline.workers import Progress, in_order, worker_pool
 ROUNDS = 8
 # How often the loss of a matrix with a row for every token counts, for each layer of the model and without knowing how
 # many: whatever a model reads or says passes through it, and one of many layers errs beside the others.
-VOCABULARY_WEIGHT_OF_LAYER = 0.5
-VOCABULARY_WEIGHT = 4.0
+VOCABULARY_WEIGHT_OF_LAYER = 1.2
+VOCABULARY_WEIGHT = 10.0
 # Strongest directions of such a matrix's delta to leave out. Fine-tuning moves all tokens absent from its texts alike.
 COMMON_DIRECTIONS = 2
 # Candidates that are tried for all tensors to find the smallest file.
