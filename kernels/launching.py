@@ -50,7 +50,8 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
     if key is None:
         _launch_products(outputs, x, table, segments)
         return True
-    with _kept(table, key, outputs, x, table.records(), segments):
+    records = table.records()
+    with _kept(table, key, outputs, x, records, segments, layouts=len(records)):
         _launch_products(outputs, x, table, segments)
     return True
 
@@ -154,13 +155,14 @@ def _kept(
     records: Sequence[torch.Tensor],
     segments: Segments | None,
     numbers: Sequence[str] = (),
+    layouts: int | None = None,
 ) -> Iterator[None]:
     """Keep the launches of a block in the table, to be repeated, if they can be."""
     with recording(outputs, x, records, segments, numbers) as recorder:
         yield
     if recorder.launches is not None:
         made = Repeated(recorder.launches, recorder.scratch, len(outputs), len(numbers))
-        table.keep_repeated(key, made)
+        table.keep_repeated(key, made, layouts)
 
 
 def _repeated(

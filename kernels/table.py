@@ -218,9 +218,21 @@ class OperandTable:
             self._read()
             return self._repeated.get(key)
 
-    def keep_repeated(self, key: Hashable, launches: Repeated) -> None:
-        """Keep the launches of a product for calls of the same form."""
+    def keep_repeated(self, key: Hashable, launches: Repeated, layouts: int | None = None) -> None:
+        """Keep the launches of a product for calls of the same form, if they are still those of all operands.
+
+        Another thread may have put an operand of a further layout while they were made, which takes seconds if kernels
+        are compiled: later products would leave it out.
+
+        Args:
+            key: the form.
+            launches: of the product.
+            layouts: the number of tensors of records that there were when they were begun; None if the launches are
+                those of slots of one layout, which others do not concern.
+        """
         with self._lock:
+            if layouts is not None and layouts != len(self._tables):
+                return
             if len(self._repeated) >= MOST_REPEATED:
                 self._repeated.clear()
             self._repeated[key] = launches

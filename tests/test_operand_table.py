@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from deltafmt.kernels import record_memory
+from deltafmt.kernels import launching, record_memory
 from deltafmt.kernels import table as table_module
 from deltafmt.kernels.record_memory import RecordMemory
+from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.layout import LowRankLayout
@@ -140,3 +141,23 @@ def test_memory_goes_with_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     assert len(memory._chunks) == 1
     assert not second.tensor.any()
+
+
+@pytest.mark.parametrize("arrives", [False, True])
+def test_launches_that_lack_a_layout_are_not_kept(arrives: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread brings a delta of a further layout while the kernels of the first ones are being compiled."""
+    table = OperandTable(2, [ROWS], COLUMNS, "cpu")
+    table.put(0, [[OPERANDS[0][0]]])
+
+    def launch(*_: object) -> None:
+        if arrives:
+            table.put(1, [[OPERANDS[0][4]]])
+            assert len(table.layout_tables(WHOLE)) == 2
+
+    monkeypatch.setattr(launching, "can_repeat", lambda _: True)
+    monkeypatch.setattr(launching, "_launch_products", launch)
+    x, y = torch.zeros(1, COLUMNS), torch.zeros(1, ROWS)
+    segments = Segments.of([0], 2, "cpu")
+    assert launching.launch_products([y], x, table, segments)
+    key = launching.form([y], x, segments)
+    assert (table.repeated(key) is None) == arrives
