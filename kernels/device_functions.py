@@ -20,7 +20,7 @@ TWO_64 = tl.constexpr(2.0**64)  # what x is scaled by; see above
 
 
 @triton.jit
-def load_tile(tiles_ptr, tile):
+def load_token_tile(tiles_ptr, tile):
     """Return the slot of a token tile, its first place in the order, and its number of tokens (0: it is not needed)."""
     p_tile = tiles_ptr + tile * TILE_FIELDS
     return tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
@@ -56,7 +56,7 @@ def select_part(block, block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_str
 
 
 @triton.jit
-def record_of(records_ptr, slot, part, PARTS: tl.constexpr, FIELDS: tl.constexpr):
+def record_address(records_ptr, slot, part, PARTS: tl.constexpr, FIELDS: tl.constexpr):
     """Return the address of an operand's record, in records of shape (slots, PARTS, FIELDS)."""
     return records_ptr + (slot * PARTS + part) * FIELDS
 

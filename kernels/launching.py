@@ -50,8 +50,7 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
     if key is None:
         _launch_products(outputs, x, table, segments)
         return True
-    records = table.records()
-    with _kept(table, key, outputs, x, records, segments, layouts=len(records)):
+    with _kept(table, key, outputs, x, table.records(), segments):
         _launch_products(outputs, x, table, segments)
     return True
 
@@ -155,9 +154,9 @@ def _kept(
     records: Sequence[torch.Tensor],
     segments: Segments | None,
     numbers: Sequence[str] = (),
-    layouts: int | None = None,
 ) -> Iterator[None]:
     """Keep the launches of a block in the table, to be repeated, if they can be."""
+    layouts = table.layouts
     with recording(outputs, x, records, segments, numbers) as recorder:
         yield
     if recorder.launches is not None:

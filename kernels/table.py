@@ -206,6 +206,12 @@ class OperandTable:
                 if at == first and stop > first
             ]
 
+    @property
+    def layouts(self) -> int:
+        """The number of layouts that have records; it only grows."""
+        with self._lock:
+            return len(self._tables)
+
     def records(self) -> list[torch.Tensor]:
         """Return the records of all layouts and parts, which stay where they are for as long as the table lives."""
         with self._lock:
@@ -218,20 +224,17 @@ class OperandTable:
             self._read()
             return self._repeated.get(key)
 
-    def keep_repeated(self, key: Hashable, launches: Repeated, layouts: int | None = None) -> None:
-        """Keep the launches of a product for calls of the same form, if they are still those of all operands.
-
-        Another thread may have put an operand of a further layout while they were made, which takes seconds if kernels
-        are compiled: later products would leave it out.
+    def keep_repeated(self, key: Hashable, launches: Repeated, layouts: int) -> None:
+        """Keep the launches of a product for calls of the same form.
 
         Args:
             key: the form.
-            launches: of the product.
-            layouts: the number of tensors of records that there were when they were begun; None if the launches are
-                those of slots of one layout, which others do not concern.
+            launches: those that were recorded.
+            layouts: how many layouts the table had when the recording began. If another thread has brought one since,
+                there is no launch for it among these, and nothing is kept.
         """
         with self._lock:
-            if layouts is not None and layouts != len(self._tables):
+            if layouts != len(self._tables):
                 return
             if len(self._repeated) >= MOST_REPEATED:
                 self._repeated.clear()

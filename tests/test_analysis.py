@@ -20,7 +20,7 @@ from deltafmt.analysis.layer_inputs import VECTORS, normal_inputs
 from deltafmt.analysis.pairs import find_pairs, layer_kinds
 from deltafmt.analysis.report import TensorFigures
 from deltafmt.checkpoint.folder import Checkpoint
-from deltafmt.methods import DeltaDQ
+from deltafmt.methods import RTN, DeltaDQ
 
 UP, DOWN = "model.layers.0.up.weight", "model.layers.0.down.weight"
 
@@ -99,6 +99,19 @@ def test_losses_are_those_of_the_file(small: Pair, delta: Path) -> None:
             assert lost.outlier_lost == pytest.approx((errors[largest] ** 2).sum(), rel=1e-4)
     embedding = figures("model.embed.weight", report.tensors)
     assert (embedding.products, embedding.approximations[0] and embedding.approximations[0].outputs) == (None, 0)
+
+
+def test_kernels_of_convolutions_have_the_rows_of_the_file(tmp_path: Path) -> None:
+    """Analyze took their last dimension for columns, and ended with an internal error."""
+    old = {"conv.weight": normal(1, (64, 8, 3, 3)), "experts": normal(2, (2, 64, 48))}
+    pair = write_pair(tmp_path, old, {name: nudge(tensor, 3) for name, tensor in old.items()})
+    deltafmt.pack(pair.base, pair.finetuned, tmp_path / "d.deltafmt", method=RTN(8))
+    report = analyze(pair.base, pair.finetuned, deltas=[tmp_path / "d.deltafmt"])
+    assert [(one.pair.rows, one.pair.columns) for one in report.tensors] == [(64, 72), (128, 48)]
+    for one in report.tensors:
+        (lost,) = one.approximations
+        assert lost is not None and 0 < lost.lost < 1e-3 * lost.squares  # noqa: PT018
+    assert analyze(pair.base, pair.finetuned, methods=[RTN(8)]).candidates
 
 
 def test_without_a_file_the_method_is_measured(small: Pair) -> None:

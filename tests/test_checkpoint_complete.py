@@ -11,6 +11,7 @@ import pytest
 import deltafmt
 from conftest import Cli, Raw, normal, read_folder, write_folder
 from deltafmt.errors import InvalidFileError, Remedy, StorageError, UsageError
+from deltafmt.methods import Exact
 from situations import NEAR, config, llama, model_pair, near, round_trip, situation, tuned
 
 HEAD = "lm_head.weight"
@@ -232,6 +233,30 @@ def test_an_adapter_that_is_not_merged_is_named(tmp_path: Path) -> None:
         deltafmt.pack(pair.base, pair.finetuned, tmp_path / "d.deltafmt")
 
 
+def test_an_adapter_beside_weights_that_are_whole(tmp_path: Path) -> None:
+    """Older savers kept the names of the weights beside it, and pack stored the adapter whole without a word."""
+    lora = {f"model.layers.0.mlp.up_proj.lora_{side}.default.weight": normal(1, (4, 64)) for side in "AB"}
+    pair = model_pair(tmp_path, tuned(llama()) | lora)
+    out = tmp_path / "d.deltafmt"
+    with pytest.raises(InvalidFileError, match=r"2 tensors of its weights are a LoRA adapter that is not merged"):
+        deltafmt.pack(pair.base, pair.finetuned, out)
+    kept = deltafmt.pack(pair.base, pair.finetuned, out, exclude=["*lora[_.]*"]).kept
+    assert "excluded" in {kept.get(name) for name in lora}
+    assert deltafmt.pack(pair.base, pair.finetuned, out, force=True, method=Exact()).left_out == {}
+    # Some models have such tensors of their own.
+    own = write_folder(tmp_path / "own", llama() | lora, files={"config.json": config()})
+    deltafmt.pack(own, pair.finetuned, out, force=True)
+
+
+def test_a_configuration_that_is_no_json_is_said(tmp_path: Path) -> None:
+    """What it says is compared with the weights, and nothing said that it was not."""
+    pair = model_pair(tmp_path, tuned(llama()))
+    for broken in (config()[:-3], b"\xef\xbb\xbf" + config()):
+        (pair.finetuned / "config.json").write_bytes(broken)
+        result = deltafmt.pack(pair.base, pair.finetuned, tmp_path / "d.deltafmt", force=True)
+        assert any("config.json is not valid JSON" in remark for remark in result.remarks)
+
+
 def _sharded(folder: Path, parts: int = 3) -> tuple[dict[str, Raw], Path]:
     b = tuned(llama())
     names = list(b)
@@ -337,3 +362,12 @@ def test_what_is_taken_from_the_base_is_packed_once_and_deterministically(tmp_pa
     deltafmt.pack(pair.base, pair.finetuned, again, **options, progress=lambda name, _: seen.append(name))
     assert seen.count(HEAD) == 1
     assert again.read_bytes() == whole.read_bytes()
+
+
+def test_bytes_behind_the_last_tensor_are_said(tmp_path: Path) -> None:
+    """Safetensors refuses such a file, as a shorter save over a longer one leaves it; pack read it without a word."""
+    pair = model_pair(tmp_path, tuned(llama()))
+    with (pair.finetuned / "model.safetensors").open("ab") as file:
+        file.write(b"left over")
+    result = deltafmt.pack(pair.base, pair.finetuned, tmp_path / "d.deltafmt")
+    assert any("9 bytes of model.safetensors belong to no tensor" in remark for remark in result.remarks)

@@ -145,12 +145,15 @@ def test_no_pickle_is_ever_loaded(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-@situation("hidden files; one that looks like a secret (`.env`) is named")
+@situation("hidden files, such as `.gitattributes`")
 def test_hidden_files_never_travel(tmp_path: Path) -> None:
     pair = with_files(tmp_path, {".gitattributes": b"x", ".env": b"TOKEN=abc", ".cache/huggingface/x": b"x"})
     files, left_out = packed(pair, tmp_path)
     assert files == {"config.json"}
-    assert left_out == {".env": "it looks like a secret; hidden files never travel"}
+    hidden = "hidden files never travel"
+    assert left_out == {".env": f"it looks like a secret; {hidden}", ".gitattributes": hidden}
+    (pair.finetuned / ".more").mkdir()
+    assert packed(pair, tmp_path)[1] == {**left_out, ".more/": hidden}
     with pytest.raises(UsageError, match=r"attach pattern '\.env' takes no file"):
         packed(pair, tmp_path, attach=[".env"])
 
@@ -358,3 +361,9 @@ def test_names_and_contents_of_secrets() -> None:
         assert not secret_files.by_name(name), name
     assert secret_files.by_content(b"-----BEGIN OPENSSH PRIVATE KEY-----")
     assert not secret_files.by_content(b"hf_short and sk-short and ordinary text")
+
+
+def test_a_link_that_leads_round_in_a_circle_is_named(tmp_path: Path) -> None:
+    pair = with_files(tmp_path, {"a.json": b"{}"})
+    (pair.finetuned / "loop").symlink_to("loop")
+    assert packed(pair, tmp_path) == ({"a.json", "config.json"}, {"loop": "a link that leads nowhere"})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import deltafmt
 from conftest import (
     Cli,
     Pair,
@@ -172,3 +173,17 @@ def test_a_device_that_is_always_full(small: Pair) -> None:
     with full.open("wb") as sink:
         done = subprocess.run(command, stdout=sink, stderr=subprocess.PIPE, text=True, check=False)
     refused(Result(done.returncode, "", done.stderr), 5, os.strerror(errno.ENOSPC).lower())
+
+
+@pytest.mark.parametrize(("closed", "code"), [("1", 5), ("2", 0), ("0", 0)])
+def test_standard_streams_that_the_caller_has_closed(tmp_path: Path, small: Pair, closed: str, code: int) -> None:
+    """A file that is opened next would be the stream; the command ended with an internal error."""
+    out = tmp_path / "d.deltafmt"
+    command = ["sh", "-c", f'exec "$@" {closed}>&-', "sh", sys.executable, "-m", "deltafmt"]
+    command += ["pack", str(small.base), str(small.finetuned), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stderr == ("" if code == 0 else f"deltafmt: {os.strerror(errno.EBADF).lower()}\n")
+    whole = tmp_path / "again.deltafmt"
+    deltafmt.pack(small.base, small.finetuned, whole)
+    assert out.read_bytes() == whole.read_bytes()

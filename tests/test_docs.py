@@ -78,6 +78,7 @@ OF_VLLM = {
     "--additional-config",
     "--enable-lora",
     "--enable-prompt-embeds",
+    "--enable-sleep-mode",
     "--enforce-eager",
     "--load-format",
     "--lora-modules",
@@ -86,6 +87,7 @@ OF_VLLM = {
     "--max-lora-rank",
     "--max-loras",
     "--model",
+    "--runner",
 }
 
 

@@ -51,6 +51,34 @@ def test_a_slot_that_is_filled_while_records_are_built(monkeypatch: pytest.Monke
     assert [slot for slot, _ in table.bounded()] == [1, 0]
 
 
+def test_launches_are_not_kept_if_a_layout_came_while_they_were_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    table = OperandTable(2, [ROWS], COLUMNS, "cpu")
+    table.put(0, [[random_operand(rng, LowbitLayout(4), ROWS, COLUMNS)]])
+    table.prepare()
+    coming = [LowbitLayout(2)]
+
+    def launch(*_: object) -> None:  # its kernel is compiled, which takes seconds, and another thread loads a delta
+        if coming:
+            other = random_operand(rng, coming.pop(), ROWS, COLUMNS)
+            thread = threading.Thread(target=lambda: (table.put(1, [[other]]), table.prepare()))
+            thread.start()
+            thread.join()
+
+    monkeypatch.setattr(launching, "_launch_products", launch)
+    monkeypatch.setattr(launching, "can_repeat", lambda _: True)
+    monkeypatch.setattr(launching, "may_launch", lambda *_: True)
+    x, outputs = torch.zeros(1, COLUMNS), [torch.zeros(1, ROWS)]
+    segments = Segments(torch.zeros(1, dtype=torch.int32), 2, {0: 1})
+    key = launching.form(outputs, x, segments)
+    kept = []
+    for _ in range(2):
+        assert launching.launch_products(outputs, x, table, segments)
+        kept.append(table.repeated(key))
+    assert kept[0] is None
+    assert kept[1] is not None
+
+
 class CopyingMemory(RecordMemory):
     """Records whose device is a second tensor, as on a GPU, with whatever in it at first."""
 
@@ -141,23 +169,3 @@ def test_memory_goes_with_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     assert len(memory._chunks) == 1
     assert not second.tensor.any()
-
-
-@pytest.mark.parametrize("arrives", [False, True])
-def test_launches_that_lack_a_layout_are_not_kept(arrives: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another thread brings a delta of a further layout while the kernels of the first ones are being compiled."""
-    table = OperandTable(2, [ROWS], COLUMNS, "cpu")
-    table.put(0, [[OPERANDS[0][0]]])
-
-    def launch(*_: object) -> None:
-        if arrives:
-            table.put(1, [[OPERANDS[0][4]]])
-            assert len(table.layout_tables(WHOLE)) == 2
-
-    monkeypatch.setattr(launching, "can_repeat", lambda _: True)
-    monkeypatch.setattr(launching, "_launch_products", launch)
-    x, y = torch.zeros(1, COLUMNS), torch.zeros(1, ROWS)
-    segments = Segments.of([0], 2, "cpu")
-    assert launching.launch_products([y], x, table, segments)
-    key = launching.form([y], x, segments)
-    assert (table.repeated(key) is None) == arrives

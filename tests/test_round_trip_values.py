@@ -13,9 +13,10 @@ from conftest import (
     normal,
     nudge,
     raw,
+    read_folder,
 )
-from deltafmt.errors import UsageError
-from deltafmt.methods import DeltaDQ
+from deltafmt.errors import NonFiniteError, UsageError
+from deltafmt.methods import RTN, DeltaDQ
 from pairs import check_round_trip, pack_pair, pair_of
 
 
@@ -108,3 +109,20 @@ def test_the_seed_decides_the_positions_and_nothing_else_does(tmp_path: Path, sm
     for seed in (-1, 2**64):
         with pytest.raises(UsageError, match="seed"):
             pack_pair(small, tmp_path / "bad.deltafmt", seed=seed)
+
+
+@pytest.mark.parametrize(("dtype", "large"), [("F16", 65504.0), ("F16", -65504.0), ("BF16", -3.3e38), ("F32", 3.4e38)])
+def test_elements_at_the_end_of_a_dtype_are_refused_before_they_become_infinite(
+    tmp_path: Path, dtype: str, large: float
+) -> None:
+    """A mask of the lowest number of F16 came back as infinity, and pack said nothing."""
+    old, rest = normal(1, (64, 128), dtype), normal(2, (64, 128), dtype)
+    values = nudge(old, 3).floats()
+    values[3, 4] = large
+    pair = pair_of(tmp_path, {"mask": old, "w": rest}, {"mask": raw(values, dtype), "w": nudge(rest, 4)})
+    for method in (DeltaDQ(4, 16, 4), RTN(8)):
+        with pytest.raises(NonFiniteError, match=f'tensor "mask": its element .* is so large that {dtype} may not'):
+            pack_pair(pair, tmp_path / "d.deltafmt", method=method)
+    delta = pack_pair(pair, tmp_path / "d.deltafmt", method=RTN(8), exclude=["mask"])
+    deltafmt.unpack(pair.base, delta, tmp_path / "out")
+    assert read_folder(tmp_path / "out")["mask"] == raw(values, dtype)

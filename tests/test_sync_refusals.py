@@ -178,3 +178,41 @@ def test_arguments_out_of_range_are_refused() -> None:
             Publisher(**options)
     with pytest.raises(UsageError, match="there is no version yet"):
         Publisher().anchor()
+
+
+def test_parameters_that_have_moved_are_not_followed_in_silence() -> None:
+    """The subscriber changed the memory that the model had left, and said that the model was up to date."""
+    model, weight = torch.nn.Linear(8, 8, bias=False), torch.randn(8, 8)
+    subscriber, publisher = Subscriber(dict(model.named_parameters()), "one"), Publisher()
+    subscriber.apply(publisher.publish({"weight": weight}).data)
+    model.weight.data = model.weight.data.clone()
+    message = publisher.publish({"weight": weight + 1})
+    for refused in (lambda: subscriber.apply(message.data), lambda: subscriber.save("nothing")):
+        with pytest.raises(UsageError, match=r'tensor "weight" of the model has other memory .* make a new subscriber'):
+            refused()
+    assert torch.equal(model.weight, weight)
+    Subscriber(dict(model.named_parameters()), "one").apply(message.data)
+    assert torch.equal(model.weight, weight + 1)
+
+
+def test_a_tied_parameter_that_has_moved_alone() -> None:
+    model = torch.nn.ModuleDict({"embed": torch.nn.Linear(4, 4, bias=False), "head": torch.nn.Linear(4, 4, bias=False)})
+    model["head"].weight = model["embed"].weight
+    live = {"embed": model["embed"].weight, "head": torch.nn.Parameter(model["embed"].weight.data)}
+    subscriber = Subscriber(live)
+    live["head"].data = live["head"].data.clone()
+    weight = torch.randn(4, 4)
+    with pytest.raises(UsageError, match="has other memory"):
+        subscriber.apply(Publisher().publish({"embed": weight, "head": weight}).data)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_is_no_state() -> None:
+    nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    for state, words in (
+        (torch.nn.Linear(2, 2), "the state is a Linear; give tensors by name"),
+        ({"a": torch.zeros(2), 3: torch.zeros(2)}, "tensor 3 has a name that no file can hold"),
+        ({"a": nested}, "tensor 'a' is nested"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            Publisher().publish(state)

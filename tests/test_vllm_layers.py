@@ -31,6 +31,7 @@ from deltafmt.vllm.layers import MatrixLayer
 from deltafmt.vllm.loading import load_delta
 from deltafmt.vllm.norms import NormLayer
 from deltafmt.vllm.parts import LayerParts
+from deltafmt.vllm.places import find_places
 from deltafmt.vllm.served import ServedModel
 from fake_vllm import GemmaRMSNorm, LayerNorm, Llama, RMSNorm, classes, config
 
@@ -156,6 +157,23 @@ def test_layers_of_a_pooler_are_refused_by_name(deltas: dict[str, Path], nano: P
     with pytest.raises(UsageError, match=r"layers\.1\.mlp\.down_proj.* a pooler gives it, whose rows are those of req"):
         load_delta(str(deltas["all"]), served, EngineBase(nano / "base"), starting=True)
     assert "model.layers.1.mlp.down_proj: it computes what a pooler gives" in "\n".join(served.unused())
+
+
+def test_a_tensor_that_is_copied_on_its_way_has_its_place_and_one_that_is_written_to_has_none(nano: Path) -> None:
+    made, _ = engine(nano / "base")
+    load = made.load_weights
+
+    def on_the_way(weights: Any) -> None:
+        given = {name: weight.clone() for name, weight in weights}
+        given["model.norm.weight"] += 1
+        given["model.layers.0.self_attn.q_proj.weight"][:4].mul_(2)
+        load(given.items())
+
+    made.load_weights = on_the_way
+    found = find_places(made, EngineBase(nano / "base").shapes())
+    changed = {"model.norm.weight", "model.layers.0.self_attn.q_proj.weight"}
+    assert {*found.reasons} == changed
+    assert found.reasons["model.norm.weight"] == "the model rearranges it when it is loaded"
 
 
 def test_weights_that_are_replaced_are_noted(nano: Path) -> None:

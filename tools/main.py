@@ -130,6 +130,7 @@ def _module(command: str) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -168,6 +169,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         text = f"internal error, please report it: {type(error).__name__}: {error} (DELTAFMT_TRACEBACK=1 shows more)"
         return _report(text, 1, as_json)
+
+
+def _open_closed_streams() -> None:
+    """Give the standard streams that the caller has closed a descriptor, or a file that is opened later would be them.
+
+    Writing to standard output then fails, as it does for other programs. Warnings go nowhere.
+    """
+    for number, name, mode in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, mode)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 @contextlib.contextmanager
@@ -250,7 +265,11 @@ def _report(message: str, code: int, as_json: bool) -> int:
     with contextlib.suppress(OSError):
         if as_json:
             console.say_json({"ok": False, "error": line, "exit_code": code})
-            sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python flushes it once more at the end, and would say so.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 

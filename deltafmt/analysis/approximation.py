@@ -108,6 +108,9 @@ def approximation_of(pair: TensorPair, delta: DeltaFile, inputs: Floats | None) 
     entry = _entry(pair, delta)
     if not entry.terms:
         return None
+    if entry.leading != pair.finetuned.leading:
+        # A writer may choose other rows than pack does, and other columns than the inputs have.
+        pair, inputs = pair.as_matrix(entry.leading), None
     decoder = RunDecoder(delta, entry)
     squares = lost = 0.0
     outputs: list[list[NDArray[np.float64]]] = [[], [], []]

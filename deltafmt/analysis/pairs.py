@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import NonFiniteError, UsageError
 from deltafmt.format.constants import DELTA_DTYPES
+from deltafmt.pipeline.plan import leading_dimensions
 from deltafmt.terms import floats
 
 Floats = NDArray[np.float32]
@@ -69,6 +70,10 @@ class TensorPair:
         """True if the tensor multiplies a vector of inputs: a matrix whose name is not that of an embedding."""
         return self.is_matrix and not _EMBEDDING.search(self.kind)
 
+    def as_matrix(self, leading: int | None) -> TensorPair:
+        """Return the same pair with the rows of so many leading dimensions."""
+        return replace(self, base=self.base.as_matrix(leading), finetuned=self.finetuned.as_matrix(leading))
+
     def rows_of(self, start: int, stop: int) -> Block:
         """Return rows ``start`` to ``stop`` of base, fine-tune and delta.
 
@@ -123,7 +128,8 @@ def find_pairs(
         if reason or other is None:
             skipped[name] = reason
         else:
-            chosen.append((other, tensor))
+            leading = leading_dimensions(tensor.shape)
+            chosen.append((other.as_matrix(leading), tensor.as_matrix(leading)))
     kinds = layer_kinds([tensor.name for _, tensor in chosen])
     return [TensorPair(tensor.name, *kinds[tensor.name], other, tensor) for other, tensor in chosen], skipped
 

@@ -24,4 +24,6 @@ def base_name(checkpoint: Checkpoint) -> str:
         found = _CACHED.fullmatch(folder.name)
         if found:
             return found[1].replace("--", "/")
-    return path.name if path.is_dir() else f"{path.parent.name}/{path.name}"
+    name = path.name if path.is_dir() else f"{path.parent.name}/{path.name}"
+    # A name of bytes that are no UTF-8: the file that records it holds Unicode alone.
+    return name.encode("utf-8", "replace").decode("utf-8")

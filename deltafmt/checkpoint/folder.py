@@ -97,7 +97,13 @@ class Checkpoint:
             self.names = WeightNames({"": self.path.name if self.path.suffix == ".safetensors" else DEFAULT})
         if not found:
             raise InvalidFileError(f"{self.path}: it holds no tensor")
-        if all(_ADAPTER_TENSOR.search(name) for name in found):
+        for shard in self._shards:
+            if shard.spare:
+                self.notes.append(
+                    f"{shard.spare:,} bytes of {shard.path.name} belong to no tensor; safetensors itself refuses the "
+                    "file, whose save or download may have gone wrong"
+                )
+        if all(ADAPTER_TENSOR.search(name) for name in found):
             raise InvalidFileError(f"{self.path}: {IS_ADAPTER}")
         self.tensors: dict[str, Tensor] = {name: found[name] for name in sorted(found, key=natural_key)}
 
@@ -105,6 +111,8 @@ class Checkpoint:
         lenient = self._lenient
         self.loader = loader_folders(self.path)
         self.dropped = [component for component in self.loader.declared if self._rules.refuses_component(component)]
+        if (self.path / "config.json").is_file() and read_json(self.path / "config.json") is None:
+            self.notes.append("config.json is not valid JSON, so nothing that it says was compared; loaders will fail")
         present = tuple(component for component in self.loader.present if component not in self.dropped)
         self.loader = replace(self.loader, present=present)
         chosen: dict[str, WeightChoice] = {}
@@ -277,7 +285,7 @@ class Checkpoint:
 
 
 # The names of an adapter's tensors, in PEFT and in programs for diffusion models.
-_ADAPTER_TENSOR = re.compile(r"\blora[_.](embedding_)?([AB]|up|down|magnitude_vector)\b")
+ADAPTER_TENSOR = re.compile(r"\blora[_.](embedding_)?([AB]|up|down|magnitude_vector)\b")
 
 
 def _any_variant(folder: Path, variant: str | None) -> WeightChoice | None:

@@ -173,6 +173,9 @@ class PagedTensor(Tensor):
 class SafetensorsFile:
     """An open, memory-mapped ``.safetensors`` file.
 
+    Attributes:
+        spare: the number of bytes that belong to no tensor; safetensors itself opens no file that has some.
+
     Raises:
         StorageError: it cannot be read.
         InvalidFileError: its header is wrong; every tensor is checked to lie within the file.
@@ -203,6 +206,8 @@ class SafetensorsFile:
             if tensor.offset < end:
                 raise InvalidFileError(f'{path}: tensor "{tensor.name}" overlaps another')
             end = tensor.offset + tensor.nbytes
+        start = 8 + struct.unpack("<Q", self.view[:8])[0]
+        self.spare = self.size - start - sum(tensor.nbytes for tensor in self.tensors.values())
 
     def _parse(self) -> Iterator[Tensor]:
         if bytes(self.view[: len(c.HEADER_MAGIC)]) == c.HEADER_MAGIC:

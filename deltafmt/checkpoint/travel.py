@@ -19,7 +19,7 @@ from typing import Final
 from deltafmt.checkpoint import secret_files
 from deltafmt.checkpoint.components import LoaderFolders
 from deltafmt.checkpoint.file_kinds import HEAD_BYTES, LFS_POINTER, WEIGHT_KINDS, is_torch_archive, kind_of
-from deltafmt.checkpoint.weight_choice import ADAPTER_STEM, UNREADABLE, read_json
+from deltafmt.checkpoint.weight_choice import ADAPTER_STEM, UNREADABLE, is_folder, read_json
 from deltafmt.checkpoint.weight_names import ENDING, bounded
 from deltafmt.errors import InvalidFileError, Remedy, UsageError
 from deltafmt.index.file_names import ADAPTER_CONFIG, ascii_lower, collisions, is_program, is_safe_path, is_weight_file
@@ -56,6 +56,9 @@ _LOADED: Final = (
         "chat_template*",
     ),
 )
+HIDDEN: Final = "hidden files never travel"
+# Hidden folders of programs, which hold nothing of the model.
+_TOOLS: Final = (".git", ".cache", ".ipynb_checkpoints")
 _CODE: Final = (
     ".py",
     ".pyc",
@@ -123,7 +126,7 @@ class Travelling:
 
     Attributes:
         files: the files that travel.
-        left_out: the reason for every other file and folder that is not hidden, by its path; a folder's ends in ``/``.
+        left_out: the reason for every other file and folder, by its path; a folder's ends in ``/``.
         unwanted: paths that the user's patterns leave out.
     """
 
@@ -206,7 +209,7 @@ def _walk(folder: Path, loader: LoaderFolders, rules: AttachRules) -> Iterator[t
             count += 1
             if count > _MAX_WALKED:
                 raise UsageError(f"{folder}: more than {_MAX_WALKED:,} files to look through for what travels")
-            if not entry.is_dir():
+            if not is_folder(entry):
                 if not where or where in read or rules.wants(path):
                     yield path, False
                 continue
@@ -228,9 +231,10 @@ class _Judge:
         self._code = _declared_code(folder)
 
     def folder(self, path: str, loader: LoaderFolders) -> str | None:
-        """Return why a folder's files do not travel; None if it is hidden, and nothing needs to be said."""
-        if path.rpartition("/")[2].startswith("."):
-            return None
+        """Return why a folder's files do not travel; None if nothing needs to be said."""
+        name = path.rpartition("/")[2]
+        if name.startswith("."):
+            return None if name in _TOOLS else HIDDEN
         if "/" in path and path.rpartition("/")[0] not in loader.present:
             return None  # its parent is named
         return "a folder that the model's loader does not read"
@@ -240,7 +244,7 @@ class _Judge:
         name = path.rpartition("/")[2]
         secret = secret_files.by_name(name)
         if name.startswith("."):
-            return f"{secret}; hidden files never travel" if secret else None
+            return f"{secret}; {HIDDEN}" if secret else HIDDEN
         if not is_safe_path(path):
             return "its name is not allowed on every system"
         place = self._folder / path

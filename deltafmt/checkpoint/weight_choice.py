@@ -63,6 +63,14 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Tell whether an entry is a folder, or a link to one; links that lead round in a circle are files."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def file_names(folder: Path) -> list[str]:
     """Return the names of the files of a folder, sorted; links that lead nowhere count as files.
 
@@ -70,7 +78,7 @@ def file_names(folder: Path) -> list[str]:
         StorageError: the folder cannot be read.
     """
     try:
-        return sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
+        return sorted(entry.name for entry in os.scandir(folder) if not is_folder(entry))
     except OSError as error:
         raise storage_error("cannot read", folder, error) from error
 

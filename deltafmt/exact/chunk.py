@@ -27,7 +27,9 @@ from deltafmt.exact.differences import (
     units_of,
 )
 from deltafmt.exact.few import Places, differing, filled, places_of, ranks_of
-from deltafmt.exact.frames import compress, decompress
+from deltafmt.exact.frames import decompress_into
+from deltafmt.exact.plane_frames import frame_room, plane_frame
+from deltafmt.exact.scratch import scratch, scratch_planes
 from deltafmt.exact.units import Unit, Units
 from deltafmt.output import Bytes
 
@@ -53,6 +55,9 @@ _SPARSE_HEAD: Final = 12
 
 # Planes that take more bytes for each unit hold many differences: a decoder does not look for few.
 _FEW_BYTES: Final = 0.25
+
+# Where a larger share of a sample differs, few units are not looked for: twice what few may be.
+_FEW_SAMPLED: Final = 0.25
 
 # Units that are looked at to choose a form, in so many runs, and the bits a byte from which zstd is not tried.
 _SAMPLE: Final = 8192
@@ -90,7 +95,8 @@ def encode(
         marks: which units are sorted behind the others; None if there are no marks.
         places: where the units differ, if that is known and they are few.
     """
-    if places is None:
+    sample = _sampled(values), _sampled(prediction)
+    if places is None and np.count_nonzero(sample[0] != sample[1]) <= _FEW_SAMPLED * sample[0].size:
         places = differing(values, prediction)
     if places is not None and not places.size:
         return Chunk(SAME, b"")
@@ -98,17 +104,17 @@ def encode(
         find = _sparse if level == "fast" else _few
         few = find(values, prediction, places, unit, marks)
         return few if len(few.data) < values.nbytes else Chunk(STORED, values.tobytes())
-    found = [Chunk(STORED, values.tobytes())]
-    if places is not None:
-        found.append(_sparse(values, prediction, places, unit, marks))
-    if not _is_unrelated(values, prediction, unit):
+    found = [] if places is None else [_sparse(values, prediction, places, unit, marks)]
+    if not _is_unrelated(*sample, unit):
         key = unit if level == "default" else Unit(unit.width)
         form = SORTED if key.is_float else DIFFERENCES
-        planes, counts = sorted_planes(values, prediction, unit, key, marks if form == SORTED else None)
+        room = scratch_planes(unit.width, values.size)
+        planes, counts = sorted_planes(values, prediction, unit, key, marks if form == SORTED else None, room)
         found.append(Chunk(form, _write_planes(planes, _ends(counts) if form == SORTED else ())))
     else:
         found.append(Chunk(VALUES, _write_planes(planes_of(values, unit))))
-    return min(found, key=lambda chunk: len(chunk.data))
+    smallest = min(found, key=lambda chunk: len(chunk.data))
+    return smallest if len(smallest.data) < values.nbytes else Chunk(STORED, values.tobytes())
 
 
 def decode(form: int, data: Bytes, prediction: Units, unit: Unit, marks: Marks | None = None) -> Units:
@@ -166,14 +172,12 @@ def changes(
         return None, units_of(_read_planes(view, count, unit.width), unit)
     key = unit if form == SORTED else Unit(unit.width)
     marked = marks if form == SORTED else None
-    if len(view) > _FEW_BYTES * count:
-        return None, joined(_read_planes(view, count, unit.width), prediction, unit, key, marked)
-    planes = [_read_plane(stored, count) for stored in _stored_planes(view, unit.width)]
-    ranks = _filled(planes)
+    planes = _read_planes(view, count, unit.width, scratch_planes(unit.width, count))
+    ranks = filled(planes) if len(view) <= _FEW_BYTES * count else None
     if ranks is None:
-        return None, joined(_whole(planes, count), prediction, unit, key, marked)
+        return None, joined(planes, prediction, unit, key, marked)
     places = places_of(ranks, prediction, key, marked) if form == SORTED else ranks
-    codes = _whole([None if plane is None else plane.take(ranks) for plane in planes], ranks.size)
+    codes = planes.take(ranks, axis=1)
     return places, joined(codes, prediction.take(places), unit, Unit(unit.width))
 
 
@@ -215,7 +219,7 @@ def check(form: int, data: Bytes, count: int, unit: Unit) -> None:
     elif form == SPARSE:
         _read_sparse(view, count, unit)
     else:
-        _read_planes(view, count, unit.width)
+        _read_planes(view, count, unit.width, scratch_planes(unit.width, count))
 
 
 def _expect(found: int, needed: int) -> None:
@@ -233,10 +237,9 @@ def _ends(counts: Counts) -> list[int]:
 
 
 def _is_unrelated(values: Units, prediction: Units, unit: Unit) -> bool:
-    """Tell whether the planes of some units promise to be smaller than those of their differences."""
-    mine, theirs = _sampled(values), _sampled(prediction)
-    planes, _ = sorted_planes(mine, theirs, unit, Unit(unit.width))
-    return sum(map(_bits, planes_of(mine, unit))) < sum(map(_bits, planes))
+    """Tell whether the planes of a sample of units are smaller than those of their differences."""
+    planes, _ = sorted_planes(values, prediction, unit, Unit(unit.width))
+    return sum(map(_bits, planes_of(values, unit))) < sum(map(_bits, planes))
 
 
 Sampled = TypeVar("Sampled", bound=np.generic)
@@ -259,15 +262,16 @@ def _bits(plane: NDArray[np.uint8]) -> float:
 
 def _write_planes(planes: Iterable[Plane], ends: Sequence[int] = ()) -> bytes:
     """Return the lengths of planes, and the planes: nothing for zeros, a frame, or the bytes where no frame is less."""
-    parts = []
-    for plane in planes:
-        if plane is None or not plane.max():
+    parts: list[Bytes] = []
+    for number, plane in enumerate(planes):
+        if plane is None or not (plane[0] or plane.any()):
             parts.append(b"")
             continue
         is_random = plane.size >= _SAMPLE and _bits(_sampled(plane)) > _RANDOM_BITS
-        frame = b"" if is_random else compress(plane.data, ends)
-        parts.append(frame if 0 < len(frame) < plane.size else plane.tobytes())
-    return struct.pack(f"<{len(parts)}I", *map(len, parts)) + b"".join(parts)
+        room = None if is_random else scratch(f"frame{number}", frame_room(plane.size, ends))
+        frame = b"" if room is None else plane_frame(plane, ends, room)
+        parts.append(frame if 0 < len(frame) < plane.size else plane.data)
+    return b"".join((struct.pack(f"<{len(parts)}I", *map(len, parts)), *parts))
 
 
 def _stored_planes(view: memoryview, width: int) -> list[memoryview]:
@@ -281,43 +285,28 @@ def _stored_planes(view: memoryview, width: int) -> list[memoryview]:
     return [view[start:end] for start, end in itertools.pairwise(ends)]
 
 
-def _read_planes(view: memoryview, count: int, width: int) -> Planes:
-    """Return planes of ``count`` bytes."""
-    planes = new_planes(width, count)
+def _read_planes(view: memoryview, count: int, width: int, room: Planes | None = None) -> Planes:
+    """Return planes of ``count`` bytes, in ``room`` if it is given."""
+    planes = new_planes(width, count) if room is None else room
     for row, stored in zip(planes, _stored_planes(view, width), strict=True):
-        plane = _read_plane(stored, count)
-        row[:] = 0 if plane is None else plane
+        _read_plane(stored, row)
     return planes
 
 
-def _read_plane(stored: memoryview, count: int) -> Plane:
+def _read_plane(stored: memoryview, plane: NDArray[np.uint8]) -> None:
+    """Read a plane."""
+    count = plane.size
     if not len(stored):
-        return None
+        plane[:] = 0
+        return
     if len(stored) > count:
         raise InvalidFileError(f"a plane of {count} bytes takes {len(stored)}")
-    plane = np.frombuffer(stored if len(stored) == count else decompress(stored, count), np.uint8)
-    if not plane.max():
+    if len(stored) == count:
+        plane[:] = np.frombuffer(stored, np.uint8)
+    else:
+        decompress_into(stored, plane.data)
+    if not (plane[0] or plane.any()):
         raise InvalidFileError("a plane of zeros is stored")
-    return plane
-
-
-def _whole(planes: Sequence[Plane], count: int) -> Planes:
-    """Return planes of ``count`` bytes as one array."""
-    whole = new_planes(len(planes), count)
-    for row, plane in zip(whole, planes, strict=True):
-        row[:] = 0 if plane is None else plane
-    return whole
-
-
-def _filled(planes: Sequence[Plane]) -> Places | None:
-    """Return the places that are not zero in all planes, ascending; None if they are not few."""
-    held = [plane for plane in planes if plane is not None]
-    if not held:
-        return np.empty(0, np.int64)
-    union = held[0]
-    for number, plane in enumerate(held[1:]):
-        union = np.bitwise_or(union, plane, out=union if number else None)
-    return filled(union[None])
 
 
 def _few(values: Units, prediction: Units, places: Places, unit: Unit, marks: Marks | None = None) -> Chunk:

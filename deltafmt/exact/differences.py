@@ -89,9 +89,15 @@ def new_planes(width: int, count: int) -> Planes:
 
 
 def _sorted_planes(
-    native: Native, values: Units, prediction: Units, unit: Unit, key: Unit, marks: Marks | None = None
+    native: Native,
+    values: Units,
+    prediction: Units,
+    unit: Unit,
+    key: Unit,
+    marks: Marks | None = None,
+    room: Planes | None = None,
 ) -> tuple[Planes, Counts]:
-    planes = new_planes(unit.width, values.size)
+    planes = new_planes(unit.width, values.size) if room is None else room
     counts = np.zeros(key_count(key, marks), np.uint64)
     native.exact_split(values, prediction, unit.is_float, key.shift, key.bits, native_marks(marks), planes, counts)
     return planes, counts
@@ -99,7 +105,12 @@ def _sorted_planes(
 
 @loop(_sorted_planes)
 def sorted_planes(
-    values: Units, prediction: Units, unit: Unit, key: Unit, marks: Marks | None = None
+    values: Units,
+    prediction: Units,
+    unit: Unit,
+    key: Unit,
+    marks: Marks | None = None,
+    room: Planes | None = None,  # noqa: ARG001 - for the compiled loop
 ) -> tuple[Planes, Counts]:
     """Return the planes of the zigzag differences between units, stably sorted by the prediction's exponent.
 
@@ -108,6 +119,7 @@ def sorted_planes(
         unit: their unit.
         key: the unit whose exponent sorts; one without an exponent leaves the order as it is.
         marks: which units are marked, and lie behind all others (section 17.8); None if there are no marks.
+        room: planes that may become the result.
 
     Returns:
         Planes of shape (bytes of a unit, units), the lowest bytes first; and how many units have each exponent: with

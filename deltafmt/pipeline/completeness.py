@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.folder import ADAPTER_TENSOR, Checkpoint
 from deltafmt.checkpoint.quantizers import parts_of_codes, quantizer_of
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.checkpoint.weight_names import bounded
@@ -131,6 +131,23 @@ def check_partial(base: Checkpoint, bases: Bases, finetuned: Checkpoint, whole: 
                 "save the whole model",
                 Remedy("exclude", name),
             )
+
+
+def check_merged(bases: Bases, finetuned: Checkpoint, whole: Collection[str]) -> None:
+    """Refuse tensors of an adapter that lie among the fine-tune's weights, and that the base has not.
+
+    What was trained is in them: the weights beside them are the base's, or nearly so, and no loader adds the two.
+
+    Raises:
+        InvalidFileError: names the first one.
+    """
+    found = [n for n in finetuned.tensors if ADAPTER_TENSOR.search(n) and n not in bases and n not in whole]
+    if found:
+        raise InvalidFileError(
+            f"{finetuned.path}: {_counted(found)} of its weights {'is' if len(found) == 1 else 'are'} a LoRA adapter "
+            f'that is not merged, such as "{found[0]}": merge it first',
+            Remedy("exclude", "*lora[_.]*"),
+        )
 
 
 def find_lacking(base: Checkpoint, finetuned: Checkpoint, pairing: Pairing) -> Completeness:

@@ -13,6 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar, cast
 
+import numpy as np
+
+from deltafmt.checkpoint.held_tensor import HeldTensor
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.delta import BATCH_ELEMENTS, row_ranges
 from deltafmt.errors import NonFiniteError, UsageError
@@ -21,12 +24,13 @@ from deltafmt.index.entries import BaseRef
 from deltafmt.methods.base import DeltaRows, Method, PackedTerm
 from deltafmt.methods.exact import Exact
 from deltafmt.pipeline.entry_writer import TermBytes, base_ref, packed_bytes
-from deltafmt.pipeline.exact_tensors import ExactBytes, chunk_spans, pack_chunk
+from deltafmt.pipeline.exact_tensors import ChunkPacker, ExactBytes
 from deltafmt.pipeline.job import PackJob
 from deltafmt.pipeline.plan import Plan, not_finite, shared_bytes, tensor_seed
 from deltafmt.pipeline.workers import in_order
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.codecs import fitted, term_codec
+from deltafmt.terms.floats import widen
 from deltafmt.terms.layout import TermLayout
 
 # Compressing a whole matrix takes float32 arrays of its size: so many bytes for each byte of a fine-tuned BF16 tensor.
@@ -34,6 +38,11 @@ WHOLE_FACTOR = 8
 
 # Bytes that solving for a whole matrix takes for each element of its inputs' second moments.
 HESSIAN_BYTES = 40
+
+# The largest finite element of a dtype, and the part of it up to which elements are compressed: a method multiplies
+# what it keeps by 32 or less as a rule, and no model's weights come near.
+_LARGEST = {"F16": 65504.0, "BF16": 3.3895314e38, "F32": 3.4028235e38}
+_RANGE = 1 / 32
 
 # A tensor of so few bytes is compressed in the thread that writes the file.
 SMALL_BYTES = 4096
@@ -145,25 +154,22 @@ class _Work:
 
 @dataclass(slots=True)
 class _ExactWork:
-    """The work on one exact tensor: futures of its chunks and of its digests."""
+    """The work on one exact tensor: futures of its chunks."""
 
     plan: Plan
-    same: Handle[bool] | None
-    fingerprint: Handle[bytes] | None
-    digest: Handle[bytes]
+    packer: ChunkPacker
     chunks: list[Handle[EncodedChunk]]
 
     def result(self) -> Compressed:
         """Wait for the parts, and return what has become of the tensor."""
-        reference = None
-        if self.plan.base is not None and self.fingerprint is not None:
-            reference = base_ref(self.plan.base, self.fingerprint.result(), self.plan.tensor.name)
-        if self.same is not None and self.same.result():
-            for part in (self.digest, *self.chunks):
-                part.cancel()
-            return Compressed(reference)
+        tensor, base = self.plan.tensor, self.plan.base
         pieces = assemble([chunk.result() for chunk in self.chunks])
-        return Compressed(reference, exact=ExactBytes(pieces, self.digest.result()))
+        mine, theirs = self.packer.digests()
+        reference = None if base is None or theirs is None else base_ref(base, theirs, tensor.name)
+        # A fingerprint covers dtype and shape, too.
+        if mine == theirs:
+            return Compressed(reference)
+        return Compressed(reference, exact=ExactBytes(pieces, mine))
 
 
 class Compressor:
@@ -217,16 +223,10 @@ class Compressor:
         tensor, base = plan.tensor, plan.base
         tensor.will_need()
         small = max(tensor.nbytes, 0 if base is None else base.nbytes) <= SMALL_BYTES
-        return _ExactWork(
-            plan,
-            None if base is None else self._begin(small, tensor.equals, base),
-            None if base is None else self._begin(small, base.fingerprint),
-            self._begin(small, tensor.fingerprint),
-            [
-                self._begin(small, pack_chunk, tensor, base, first, end, method.level)
-                for first, end in chunk_spans(tensor.dtype, tensor.shape)
-            ],
-        )
+        packer = ChunkPacker(tensor, base, method.level)
+        if isinstance(base, HeldTensor):
+            self._begin(small, base.fingerprint)  # it is kept, and ready when it is asked for
+        return _ExactWork(plan, packer, [self._begin(small, packer.encode, number) for number in range(len(packer))])
 
     def _begin(self, small: bool, call: Callable[..., Result], *args: Any) -> Handle[Result]:
         """Hand a call to a worker thread, or keep it for later if the tensor is small."""
@@ -248,6 +248,7 @@ class Compressor:
             with _mapped_rows(plan, 0, plan.shared_rows) as whole:
                 hessian = None if moments is None else moments.get(plan.tensor.name)
                 compressed = method.compress(replace(whole, hessian=hessian, notes=work.notes), work.seed)
+                _check_range(whole)
             for planned, arrays in zip(plan.layouts(), compressed, strict=True):
                 term = work.new_term(*fitted(planned, arrays, plan.tensor.columns))
                 term.codec.encode(arrays, term.packed, 0)
@@ -257,6 +258,25 @@ def _compress_rows(work: _Work, method: Method, start: int, stop: int) -> None:
     """Compress a batch of rows into its part of the packed arrays."""
     with _named_errors(work.plan.tensor), _mapped_rows(work.plan, start, stop) as batch:
         method.pack(batch, work.seed, work.terms)
+        _check_range(batch)
+
+
+def _check_range(rows: DeltaRows) -> None:
+    """Refuse elements so large that what the delta gives for them may be infinite, though the fine-tune's are finite.
+
+    A delta is not exact: an element of 65504 in F16 may come back as infinity.
+
+    Raises:
+        NonFiniteError: names the element.
+    """
+    raw, dtype = rows.finetuned, rows.finetuned_dtype
+    if not raw.size:
+        return
+    # Magnitudes are ordered as their bits are: the largest of each sign.
+    for bits in (raw.max(), raw.view(f"<i{raw.itemsize}").max()):
+        value = float(widen(np.array([bits]).astype(raw.dtype), dtype)[0])
+        if abs(value) > _LARGEST[dtype] * _RANGE:
+            raise NonFiniteError(f"its element {value:g} is so large that {dtype} may not hold what the delta gives")
 
 
 @contextlib.contextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
+from deltafmt.checkpoint.held_tensor import HeldTensor
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError
@@ -14,6 +16,8 @@ from deltafmt.exact.differences import Marks
 from deltafmt.exact.prediction import converted, extended, units_at
 from deltafmt.exact.units import Units, unit_count, unit_of
 from deltafmt.index.entries import TensorEntry
+from deltafmt.output import Bytes
+from deltafmt.pipeline.chunk_hashes import ChunkHashes
 from deltafmt.pipeline.exact_parts import ExactPart
 
 
@@ -35,20 +39,27 @@ class ExactBytes:
 
 
 @contextlib.contextmanager
-def predicted(base: Tensor | None, dtype: str, first: int, end: int) -> Iterator[Units]:
+def predicted(
+    base: Tensor | None, dtype: str, first: int, end: int, see: Callable[[Bytes], None] | None = None
+) -> Iterator[Units]:
     """Give the prediction of some units of a tensor.
 
     Args:
         base: the base tensor, or None.
         dtype: of the tensor.
         first, end: the units.
+        see: is called with the base's bytes of these units, which may be none.
     """
     known = 0 if base is None else max(min(unit_count(base.dtype, base.shape), end) - first, 0)
     if base is None or not known:
+        if see is not None:
+            see(b"")
         yield extended(units_at(memoryview(b""), dtype), end - first)
         return
     width = unit_of(base.dtype).width
     with base.pages(first * width, known * width) as view:
+        if see is not None:
+            see(view)
         yield extended(converted(units_at(view, base.dtype), base.dtype, dtype), end - first)
 
 
@@ -66,6 +77,47 @@ def pack_chunk(tensor: Tensor, base: Tensor | None, first: int, end: int, level:
         predicted(base, tensor.dtype, first, end) as prediction,
     ):
         return encode_chunk(units_at(view, tensor.dtype), prediction, unit, level)
+
+
+class ChunkPacker:
+    """The chunks of one exact tensor, to be encoded by several threads, which take the fingerprints on the way.
+
+    Args:
+        tensor, base: the fine-tune's tensor, and the base's or None.
+        level: how chunks are encoded.
+    """
+
+    def __init__(self, tensor: Tensor, base: Tensor | None, level: str) -> None:
+        self._tensor, self._base, self._level = tensor, base, level
+        self._spans = chunk_spans(tensor.dtype, tensor.shape)
+        self._mine = ChunkHashes(tensor)
+        # Those who pack several fine-tunes of a base hold its tensor, and take its fingerprint once.
+        self._theirs = None if base is None or isinstance(base, HeldTensor) else ChunkHashes(base)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def encode(self, number: int) -> EncodedChunk:
+        """Encode a chunk. Chunks have to be begun in order; they may end in any order."""
+        (first, end), unit = self._spans[number], unit_of(self._tensor.dtype)
+        try:
+            with contextlib.ExitStack() as stack:
+                view = stack.enter_context(self._tensor.pages(first * unit.width, (end - first) * unit.width))
+                self._mine.take(number, view)
+                see = None if self._theirs is None else partial(self._theirs.take, number)
+                prediction = stack.enter_context(predicted(self._base, self._tensor.dtype, first, end, see))
+                return encode_chunk(units_at(view, self._tensor.dtype), prediction, unit, self._level)
+        except BaseException:
+            for hashes in (self._mine, self._theirs):
+                if hashes is not None:
+                    hashes.fail(number)
+            raise
+
+    def digests(self) -> tuple[bytes, bytes | None]:
+        """Return the fingerprints of tensor and base, once all chunks are encoded."""
+        if self._base is None:
+            return self._mine.digest(), None
+        return self._mine.digest(), self._base.fingerprint() if self._theirs is None else self._theirs.digest()
 
 
 class ExactTensor:
@@ -95,28 +147,44 @@ class ExactTensor:
     def __len__(self) -> int:
         return len(self._decoder)
 
-    def restore(self, number: int) -> tuple[int, Units]:
+    def hashes(self) -> ChunkHashes | None:
+        """Return what takes the base's fingerprint while all chunks are restored; None if no chunk reads the base."""
+        return None if self._base is None or self._part is not None or not len(self) else ChunkHashes(self._base)
+
+    def restore(self, number: int, hashes: ChunkHashes | None = None) -> tuple[int, Units]:
         """Return the place of a chunk's first byte in the tensor, and the chunk's units.
+
+        Args:
+            number: the chunk. With ``hashes``, chunks have to be begun in order.
+            hashes: takes the base's bytes.
 
         Raises:
             InvalidFileError: the chunk breaks the format, or was made for another base.
         """
         first, end = self._decoder.span(number)
-        with self._predicted(first, end) as (prediction, marks):
-            try:
-                units = self._decoder.decode(number, prediction, marks)
-            except InvalidFileError as error:
-                raise self._located(error) from error
-            # A chunk that is the prediction itself lies in pages that are given back here.
-            return first * self._decoder.unit.width, units.copy() if units is prediction else units
+        see = None if hashes is None else partial(hashes.take, number)
+        try:
+            with self._predicted(first, end, see) as (prediction, marks):
+                try:
+                    units = self._decoder.decode(number, prediction, marks)
+                except InvalidFileError as error:
+                    raise self._located(error) from error
+                # A chunk that is the prediction itself lies in pages that are given back here.
+                return first * self._decoder.unit.width, units.copy() if units is prediction else units
+        except BaseException:
+            if hashes is not None:
+                hashes.fail(number)
+            raise
 
     @contextlib.contextmanager
-    def _predicted(self, first: int, end: int) -> Iterator[tuple[Units, Marks | None]]:
+    def _predicted(
+        self, first: int, end: int, see: Callable[[Bytes], None] | None
+    ) -> Iterator[tuple[Units, Marks | None]]:
         """Give the prediction of some units, and which of them are marked."""
         if self._part is not None:
             yield self._part.predicted(first, end)
             return
-        with predicted(self._base, self._dtype, first, end) as prediction:
+        with predicted(self._base, self._dtype, first, end, see) as prediction:
             yield prediction, None
 
     def check(self) -> None:

@@ -69,7 +69,7 @@ BLOCK_ELEMENTS = 1 << 18
 NOISE_OF_WEIGHTS = 1500.0
 MOST_NOISE = 0.15
 # Noise that is not drawn at random, but depends on the weights, weighs so many times more.
-OTHER_NOISE = 10
+OTHER_NOISE = 4
 
 
 def weight_of_noise(strength: float, flatness: float) -> float:

@@ -20,6 +20,7 @@ from deltafmt.pipeline.completeness import (
     Completeness,
     check_flattened,
     check_layers,
+    check_merged,
     check_partial,
     find_empty,
     find_lacking,
@@ -115,6 +116,7 @@ def prepare(
     found = find_lacking(base, finetuned, pairing)
     if missing is None:
         refuse_lacking(base, finetuned, found)
+    check_merged(pairing.tensors, finetuned, whole)
     found.empty = empty + late
     if missing == SAME:
         _check_names(finetuned, pairing, found)

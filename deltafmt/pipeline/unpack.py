@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from deltafmt.index.entries import BaseRef, TensorEntry
 from deltafmt.index.exact import ExactRef
 from deltafmt.pipeline.attached_code import CODE, chosen_files, code_of
 from deltafmt.pipeline.bases import BaseTensors, compare_bases, open_base, short_id
+from deltafmt.pipeline.chunk_hashes import ChunkHashes
 from deltafmt.pipeline.digests import check_content_id, check_payload_digest
 from deltafmt.pipeline.exact_tensors import ExactTensor
 from deltafmt.pipeline.outputs import refuse_input_folder
@@ -148,6 +149,7 @@ class _Pending:
     """The work on one tensor that has been submitted."""
 
     fingerprint: Future[bytes] | None = None
+    hashes: ChunkHashes | None = None
     digest: Future[None] | None = None
     parts: list[Future[None]] = field(default_factory=list)
 
@@ -244,8 +246,13 @@ class Unpacker:
             for entry, pending in in_order(
                 self._entries, lambda entry: self._submit(pool, writer, entry, check_base), lambda entry: entry.nbytes
             ):
+                # Another base is said to be one, before its chunks are said to be wrong.
                 if pending.fingerprint is not None:
-                    self._check_base(entry, entry.base, pending.fingerprint)
+                    self._check_base(entry, entry.base, pending.fingerprint.result())
+                if pending.hashes is not None:
+                    wait(pending.parts)
+                    if not pending.hashes.failed:
+                        self._check_base(entry, entry.base, pending.hashes.digest())
                 if pending.digest is not None:
                     pending.digest.result()
                 for part in pending.parts:
@@ -272,8 +279,8 @@ class Unpacker:
             where = f'{self._delta.container.name}: tensors["{entry.name}"]'
             raise InvalidFileError(f"{where}: what is restored is not what was packed")
 
-    def _check_base(self, entry: TensorEntry, base: BaseRef | None, digest: Future[bytes]) -> None:
-        if base is not None and digest.result() != base.digest:
+    def _check_base(self, entry: TensorEntry, base: BaseRef | None, digest: bytes) -> None:
+        if base is not None and digest != base.digest:
             raise self._base.differs(entry.name)
 
     def _submit(
@@ -288,11 +295,17 @@ class Unpacker:
             pending.digest = pool.submit(check_payload_digest, self._delta, entry)
         if tensor is not None:
             tensor.will_need()
-            if check_base and entry.target is None:
-                pending.fingerprint = pool.submit(tensor.fingerprint)
-        if source.exact is not None:
-            exact = ExactTensor(self._delta, source, tensor)
-            pending.parts += [pool.submit(_restore, writer, entry.name, exact, number) for number in range(len(exact))]
+        is_checked = tensor is not None and check_base and entry.target is None
+        exact = None if source.exact is None else ExactTensor(self._delta, source, tensor)
+        if exact is not None and is_checked:
+            pending.hashes = exact.hashes()
+        if tensor is not None and is_checked and pending.hashes is None:
+            pending.fingerprint = pool.submit(tensor.fingerprint)
+        if exact is not None:
+            chunks = range(len(exact))
+            pending.parts += [
+                pool.submit(_restore, writer, entry.name, exact, number, pending.hashes) for number in chunks
+            ]
         elif source.terms and tensor is not None:
             part = _Part(writer, entry.name, source, tensor, RunDecoder(self._delta, source))
             for start, stop in row_ranges(0, source.delta_rows, part.decoder.width, part.decoder.step, BATCH_ELEMENTS):
@@ -343,9 +356,9 @@ def check_read(path: Path, made: Path, weights: Sequence[str]) -> None:
         )
 
 
-def _restore(writer: CheckpointWriter, name: str, exact: ExactTensor, number: int) -> None:
+def _restore(writer: CheckpointWriter, name: str, exact: ExactTensor, number: int, hashes: ChunkHashes | None) -> None:
     """Write one chunk of an exact tensor."""
-    offset, units = exact.restore(number)
+    offset, units = exact.restore(number, hashes)
     writer.write(name, offset, raw_bytes(units))
 
 

@@ -1,4 +1,4 @@
-"""Keys of what is worked out once for everything that is alike."""
+"""Keys of caches: a result is kept by all that it follows from, such as the index of a file without its seeds."""
 
 from __future__ import annotations
 

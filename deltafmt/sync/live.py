@@ -30,6 +30,8 @@ class LiveTensor:
         dtype: its dtype, by the name that safetensors has for it.
         shape: its sizes.
         tensor: the tensor itself.
+        given: what the state holds under all these names: parameters, which may come to stand for other memory, or
+            tensors.
         tied: the names that stand for the same memory, and come behind this one.
     """
 
@@ -37,6 +39,7 @@ class LiveTensor:
     dtype: str
     shape: tuple[int, ...]
     tensor: torch.Tensor
+    given: list[torch.Tensor]
     tied: list[str] = field(default_factory=list)
 
     @property
@@ -77,13 +80,16 @@ def live_tensors(state: Mapping[str, torch.Tensor], what: str = "the state") -> 
     """
     found: dict[str, LiveTensor] = {}
     places: dict[tuple[object, ...], LiveTensor] = {}
-    for name in sorted(state):
+    if not isinstance(state, Mapping):
+        raise UsageError(f"{what} is a {type(state).__name__}; give tensors by name, such as those of state_dict()")
+    for name in sorted(state, key=str):
         live = _checked(name, state[name], what)
-        first = places.setdefault(_place(live), live) if live.nbytes else live
+        first = places.setdefault(_place(live.tensor), live) if live.nbytes else live
         if first is live:
             found[name] = live
         else:
             first.tied.append(name)
+            first.given.extend(live.given)
     if not found:
         raise UsageError(f"{what} has no tensors")
     _refuse_overlaps(found.values(), what)
@@ -97,6 +103,8 @@ def _checked(name: object, value: object, what: str) -> LiveTensor:
     if not isinstance(value, torch.Tensor):
         raise UsageError(f"{where} is no tensor but {type(value).__name__}; leave it out of the state")
     tensor = value.detach()
+    if tensor.is_nested:
+        raise UsageError(f"{where} is nested; give its parts")
     if type(tensor) is not torch.Tensor:
         raise UsageError(f"{where} is a {type(tensor).__name__}; give plain tensors, such as those of full_tensor()")
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_conj() or tensor.is_neg():
@@ -108,12 +116,27 @@ def _checked(name: object, value: object, what: str) -> LiveTensor:
         shape = check_shape(list(tensor.shape), where)
     except InvalidFileError as error:
         raise UsageError(str(error)) from error
-    return LiveTensor(name, dtype, shape, tensor)
+    return LiveTensor(name, dtype, shape, tensor, [value])
 
 
-def _place(live: LiveTensor) -> tuple[object, ...]:
-    tensor = live.tensor
-    return tensor.device, tensor.data_ptr(), tensor.dtype, live.shape, tensor.stride()
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def check_in_place(tensors: Iterable[LiveTensor]) -> None:
+    """Refuse tensors that stand for other memory than when they were given, as after ``module.to(...)``.
+
+    A parameter shows that. A tensor of ``state_dict()`` does not: it keeps the memory that the parameter has left.
+
+    Raises:
+        UsageError: names the first one.
+    """
+    for live in tensors:
+        if live.nbytes and any(_place(given) != _place(live.tensor) for given in live.given):
+            raise UsageError(
+                f'tensor "{live.name}" of the model has other memory than when the subscriber was made, as after '
+                "a move or a cast of the model; make a new subscriber"
+            )
 
 
 def _refuse_overlaps(tensors: Iterable[LiveTensor], what: str) -> None:

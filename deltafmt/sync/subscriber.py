@@ -21,7 +21,7 @@ from deltafmt.index.entries import TensorEntry
 from deltafmt.output import write_durably
 from deltafmt.pipeline.workers import thread_count, worker_pool
 from deltafmt.sync import on_device
-from deltafmt.sync.live import LiveTensor, live_tensors
+from deltafmt.sync.live import LiveTensor, check_in_place, live_tensors
 from deltafmt.sync.message import Heading, Message, Reply, Source, open_message, state_digest
 from deltafmt.sync.staged import Change, HostChange, WholeChange, make_all
 from deltafmt.sync.states import KeptState, fingerprints
@@ -35,6 +35,7 @@ class Subscriber:
 
     Args:
         state: the live tensors by name, such as ``model.state_dict()``; names, dtypes and shapes are the publisher's.
+            Only parameters themselves, as of ``dict(model.named_parameters())``, show a later move of the model.
         name: by which the publisher knows this subscriber.
         threads: worker threads; one for each processor if None.
         limits: how much memory and output a message may ask for.
@@ -93,9 +94,11 @@ class Subscriber:
         Raises:
             WrongBaseError: the message was made on another state than this one; an anchor helps.
             InvalidFileError: the message is damaged, or is for other tensors.
-            UsageError: the message is older than the version that the tensors have.
+            UsageError: the message is older than the version that the tensors have, or parameters that were given have
+                other memory now.
             StorageError: reading failed.
         """
+        check_in_place(self._live.values())
         delta, heading = open_message(message, self._limits)
         with delta:
             if heading.version == self.version and heading.state == self._digest:
@@ -127,6 +130,7 @@ class Subscriber:
         """
         if self.version is None:
             raise UsageError("there is no version to be saved; apply a message first")
+        check_in_place(self._live.values())
         message: Message = KeptState(self._live, "fast", self._threads).anchor(self.version)
         if message.state != self._digest:
             raise UsageError(f"the tensors are not version {self.version} any more: somebody has written to them")

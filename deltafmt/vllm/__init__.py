@@ -18,7 +18,8 @@ it is loaded and which slot it has:
   ``experts.py``. ``arena.py`` takes memory for each slot.
 - A request names a delta. ``engine.py`` has the worker load it before a step has the request, and gives it the key of
   the prefix cache. ``loading.py`` reads the file (``files.py`` keeps it open), checks it against the checkpoint
-  (``base.py``), and makes what each layer needs (``parts.py``); ``decoding.py`` decodes it where no kernel runs.
+  (``base.py``), and makes what each layer needs (``parts.py``). Where no kernel runs, ``decoding.py`` makes the weights
+  of a delta's rows.
 - When vLLM gives the delta a slot, ``manager.py`` puts the parts into the layers' operand tables.
 - Before each step, ``manager.py`` tells ``choice.py`` the slot of every token. In the step, a linear layer computes the
   base's output, asks ``choice.py`` for the segments, and adds the products in place:

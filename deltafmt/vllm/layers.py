@@ -6,7 +6,6 @@ bases, merged projections and layers that are cut over processes are served alik
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,8 +28,6 @@ from deltafmt.vllm.choice import Choice, Rows
 from deltafmt.vllm.decoding import RAW_NAMES
 from deltafmt.vllm.parts import LayerParts
 
-# A layer's product: given its input and its bias.
-Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 # The methods that compute with the weight as it is.
 _PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 
@@ -194,31 +191,33 @@ class LinearLayer(MatrixLayer):
         if self._biases is not None:
             self._biases[slot + 1] = 0
 
-    def computed(self, own: Product, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def computed(self, own: Callable[..., Any], layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the base's output with those of the deltas.
 
         Args:
             own: the product of the layer's method.
+            layer: the layer, or what stands in front of it.
             x: the input.
-            bias: what the layer adds.
+            args: what else the method is given; the first is what the layer adds.
+            kwargs: the same, by name.
         """
         if self.rows is Rows.LOGITS:
             self.choice.note_logits(x)
         if self.idle():
-            return own(x, bias)
+            return own(layer, x, *args, **kwargs)
         if torch.compiler.is_compiling():
-            y = own(x, bias)
+            y = own(layer, x, *args, **kwargs)
             operations.multiply_([y], x, self.key)
             return y
         rows = self._rows_of_wholes(x)
-        y = own(x, bias) if rows is None else x.new_empty((*x.shape[:-1], rows))
-        self._bias = bias
+        y = own(layer, x, *args, **kwargs) if rows is None else x.new_empty((*x.shape[:-1], rows))
+        self._bias = args[0] if args else kwargs.get("bias")
         self.multiply([y], x)
         return y
 
     def _rows_of_wholes(self, x: torch.Tensor) -> int | None:
         """Return the layer's rows if each row of the input has a delta with the whole weight: nothing is the base's."""
-        given = x.view(-1, x.shape[-1])
+        given = x.reshape(-1, x.shape[-1])
         segments = self.choice.segments(self.rows, given, self.name)
         if segments is None or segments.fixed:
             return None
@@ -356,8 +355,10 @@ def serving_method(layer: Any, linear: LinearLayer | None, embedding: EmbeddingL
 
         def apply(self, layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
             """Multiply, and add the deltas' products."""
-            own = functools.partial(super().apply, layer)
-            return own(x, *args, **kwargs) if linear is None else linear.computed(own, x, *args, **kwargs)
+            own = super().apply
+            if linear is None:
+                return own(layer, x, *args, **kwargs)
+            return linear.computed(own, layer, x, *args, **kwargs)
 
         def embedding(self, layer: Any, input_: Any) -> Any:
             """Look rows up, and add the deltas' rows."""

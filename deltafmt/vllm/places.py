@@ -82,6 +82,24 @@ class _Given:
     exact: bool
 
 
+class _Probe(torch.Tensor):
+    """A tensor without values that stands for one of the checkpoint; a copy of it stands for the same one.
+
+    vLLM copies tensors that it gives to the parameters later, as for pooling models.
+    """
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> Any:
+        """Return a probe of a shape."""
+        with torch.inference_mode(mode=False):
+            # No view of another tensor, so that views of it have it as their base.
+            return torch.Tensor._make_subclass(cls, torch.empty(tuple(shape), device="meta"))  # noqa: SLF001
+
+    def clone(self, *_: Any, **__: Any) -> Any:
+        """Return the probe itself."""
+        return self
+
+
 class _Recorder:
     """Notes what the loaders of parameters are given."""
 
@@ -93,16 +111,18 @@ class _Recorder:
         base = loaded_weight._base  # noqa: SLF001 - torch has no other name for what a view is of
         name = self._names.get(id(loaded_weight))
         if name is not None:
-            self.given.append(_Given(name, id(param), args, kwargs, exact=True))
+            # torch counts what was written to it on its way.
+            exact = loaded_weight._version == 0  # noqa: SLF001
+            self.given.append(_Given(name, id(param), args, kwargs, exact=exact))
         elif base is not None and id(base) in self._names:
             # A view of the whole tensor, in its order, is the tensor.
-            same = (loaded_weight.shape, loaded_weight.stride(), loaded_weight.storage_offset()) == (
-                base.shape,
-                base.stride(),
-                base.storage_offset(),
-            )
+            same = base._version == 0 and _order(loaded_weight) == _order(base)  # noqa: SLF001
             self.given.append(_Given(self._names[id(base)], id(param), args, kwargs, exact=same))
         return True  # some loaders of experts tell whether they took the tensor
+
+
+def _order(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def find_places(model: Any, shapes: Shapes) -> Places:
@@ -143,7 +163,7 @@ def find_places(model: Any, shapes: Shapes) -> Places:
 
 def _ask(model: Any, layers: Mapping[str, nn.Module], shapes: Shapes) -> dict[str, list[_Given]]:
     """Load tensors without values, and return what each was given to."""
-    probes = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    probes = {name: _Probe.of(shape) for name, shape in shapes.items()}
     recorder = _Recorder(probes)
     with _recording(layers, recorder):
         _load(model, probes)

@@ -106,8 +106,9 @@ class ServedModel:
         if compute is not None:
 
             def noted(*args: Any, **kwargs: Any) -> Any:
+                logits = compute(*args, **kwargs)
                 self._gave_logits = True
-                return compute(*args, **kwargs)
+                return logits
 
             model.compute_logits = noted
 

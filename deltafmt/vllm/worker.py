@@ -83,7 +83,7 @@ def _load(own: Any, runner: Any, model: Any, vllm_config: Any, *args: Any, **kwa
         try:
             with torch.inference_mode():
                 hidden = runner._dummy_run(_TOKENS)[1]  # noqa: SLF001
-                if hasattr(wrapped, "compute_logits"):
+                if vllm_config.model_config.runner_type != "pooling":
                     wrapped.compute_logits(hidden)
         except Exception as error:  # noqa: BLE001 - what has not run is refused when a delta changes it
             _log.warning("the model could not be run at start-up to see what deltas can change: %s", error)

@@ -23,6 +23,13 @@ enum { TILE_ROWS = 32, WORD_BITS = 32, MAX_PLANES = 8, MAX_KEY_BITS = 11, EXACT_
 /* Places are written for so many units at once: an array of `most` places has room for so many more. */
 enum { PLACES_RUN = 64 };
 
+/* A frame of Huffman codes is written into so many bytes: it is no longer than its content and the heads of its blocks,
+ * but codes of a block are written before it is known whether they are shorter. */
+#define FRAME_ROOM(COUNT, SEGMENTS) ((COUNT) + (COUNT) / 2 + 4 * ((SEGMENTS) + (COUNT) / (1 << 17)) + 512)
+
+/* Bytes of scratch memory that writing a frame takes. */
+enum { FRAME_SCRATCH = 5 << 16 };
+
 /* Dtypes of weights and scales. */
 enum dtype { BF16, F16, F32 };
 
@@ -147,6 +154,8 @@ struct loops {
     void (*exact_find)(const struct exact *, const int64_t *ranks, size_t number, int64_t *places);
     size_t (*exact_differ)(const struct exact *, size_t most, int64_t *places);
     size_t (*exact_filled)(const struct exact *, size_t most, int64_t *places);
+
+    size_t (*plane_frame)(const uint8_t *data, const uint64_t *ends, size_t segments, uint8_t *out, void *scratch);
 };
 
 extern const struct loops loops_baseline;

@@ -520,3 +520,20 @@ PyObject *exact_filled(struct call *call) {
     RUN(call, found = loops->exact_filled(&e, extent(places, 0) - PLACES_RUN, places->buf));
     return finish(call, PyLong_FromLong, (long)found);
 }
+
+/* Bytes, the ends of their segments, and room for a frame; returns the bytes of the frame. */
+PyObject *plane_frame(struct call *call) {
+    const Py_buffer *data = array(call, "B", 1, 0), *ends = array(call, "L", 1, 0), *out = array(call, "B", 1, 1);
+    size_t count = extent(data, 0), segments = extent(ends, 0), found = 0;
+    const uint64_t *at = ends->buf;
+    require(call, count >= 1 && count <= UINT32_MAX, "a frame holds 1 to 2**32 - 1 bytes");
+    require(call, segments >= 1 && segments <= count, "there is a segment");
+    for (size_t i = 0; !call->wrong && i < segments; i++)
+        require(call, at[i] > (i ? at[i - 1] : 0) && at[i] <= count, "the ends of segments ascend");
+    if (!call->wrong) require(call, at[segments - 1] == count, "the last segment ends where the bytes do");
+    require(call, extent(out, 0) >= FRAME_ROOM(count, segments), "there is room for the frame");
+    void *scratch = scratch_of(call, FRAME_SCRATCH);
+    RUN(call, found = loops->plane_frame(data->buf, at, segments, out->buf, scratch));
+    free(scratch);
+    return finish(call, PyLong_FromLong, (long)found);
+}

@@ -19,8 +19,8 @@ from deltafmt.kernels.device_functions import (
     add_token,
     load_address,
     load_aligned_words,
-    load_tile,
-    record_of,
+    load_token_tile,
+    record_address,
     select_part,
     token_pointers,
     zeros_tuple,
@@ -54,13 +54,13 @@ def lowbit_kernel(
         ZEROS: True if the grid has zero points.
         EVEN: True if no block of words reaches beyond the row.
     """
-    slot, first, count = load_tile(tiles_ptr, tl.program_id(1))
+    slot, first, count = load_token_tile(tiles_ptr, tl.program_id(1))
     if count == 0:
         return
     part, block, y_ptr, y_stride = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
     )
-    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    p_record = record_address(records_ptr, slot, part, PARTS, FIELDS)
     rows = tl.load(p_record + ROWS).to(tl.int32)
     if block * 32 >= rows:
         return

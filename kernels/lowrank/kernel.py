@@ -24,9 +24,9 @@ from deltafmt.kernels.device_functions import (
     add_to_rows,
     add_token,
     load_address,
-    load_tile,
+    load_token_tile,
     load_words,
-    record_of,
+    record_address,
     select_part,
     token_pointers,
     zeros_tuple,
@@ -61,11 +61,11 @@ def project_kernel(
         code_words, ..., EVEN: as for the lowbit kernel; PLANE0 is 0 if V is stored as floats of DTYPE.
     """
     tile = tl.program_id(1)
-    slot, first, count = load_tile(tiles_ptr, tile)
+    slot, first, count = load_token_tile(tiles_ptr, tile)
     if count == 0:
         return
     part = tl.program_id(0) // blocks
-    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    p_record = record_address(records_ptr, slot, part, PARTS, FIELDS)
     rank = tl.load(p_record + RANK).to(tl.int32)
     vector = (tl.program_id(0) % blocks) * 32 + tl.arange(0, 32)
     m_vectors = vector < rank
@@ -144,13 +144,13 @@ def spread_kernel(
 ):  # fmt: skip
     """Add ``U^T z`` of one token tile and 32 * UNITS rows to the outputs; arguments as for :func:`project_kernel`."""
     tile = tl.program_id(1)
-    slot, first, count = load_tile(tiles_ptr, tile)
+    slot, first, count = load_token_tile(tiles_ptr, tile)
     if count == 0:
         return
     part, block, y_ptr, y_stride = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
     )
-    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    p_record = record_address(records_ptr, slot, part, PARTS, FIELDS)
     rank = tl.load(p_record + RANK).to(tl.int32)
     rows = tl.load(p_record + ROWS).to(tl.int32)
     if block * (32 * UNITS) >= rows:

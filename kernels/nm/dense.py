@@ -18,9 +18,9 @@ import triton.language as tl
 from deltafmt.kernels.device_functions import (
     add_to_rows,
     load_address,
-    load_tile,
+    load_token_tile,
     load_words,
-    record_of,
+    record_address,
     select_part,
     token_of,
 )
@@ -76,13 +76,13 @@ def dot_kernel(
     If a row has one scale, a decoded block holds the integers ``2u - top``, which every dtype of x represents exactly,
     and the scale is applied to the sums.
     """
-    slot, first, count = load_tile(tiles_ptr, tl.program_id(1))
+    slot, first, count = load_token_tile(tiles_ptr, tl.program_id(1))
     if count == 0:
         return
     part, block, y_ptr, y_stride = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
     )
-    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    p_record = record_address(records_ptr, slot, part, PARTS, FIELDS)
     rows = tl.load(p_record + ROWS).to(tl.int32)
     if block * BLOCK_ROWS >= rows:
         return
@@ -151,7 +151,7 @@ def embedding_kernel(
     slot = tl.load(slots_ptr + token)
     if (slot < 0) | (slot >= slot_count):
         return
-    p_record = record_of(records_ptr, slot, 0, 1, FIELDS)
+    p_record = record_address(records_ptr, slot, 0, 1, FIELDS)
     rows = tl.load(p_record + ROWS).to(tl.int32)
     number = tl.load(ids_ptr + token).to(tl.int64)
     if (number < 0) | (number >= rows):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltafmt.kernels.device_functions import TWO_64, load_address, load_words, record_of, select_part, zeros_tuple
+from deltafmt.kernels.device_functions import TWO_64, load_address, load_words, record_address, select_part, zeros_tuple
 from deltafmt.kernels.nm.fields import load_planes
 from deltafmt.kernels.nm.gather import multiply_plane, pick
 from deltafmt.kernels.nm.positions import chunk_positions, row_index
@@ -68,7 +68,7 @@ def fused_kernel(
         if part == 2:
             weight_ptr = weight2_ptr
     # A pointer that comes from memory is not known to be aligned: loads of words then keep a row a lane.
-    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    p_record = record_address(records_ptr, slot, part, PARTS, FIELDS)
     codes_ptr = load_words(p_record, CODES)
     index_ptr = load_words(p_record, INDEX_WORDS)
     scales_ptr = load_address(p_record, SCALES, SCALE)

@@ -35,9 +35,9 @@ from deltafmt.kernels.device_functions import (
     TWO_64,
     add_token,
     load_address,
-    load_tile,
+    load_token_tile,
     load_words,
-    record_of,
+    record_address,
     select_part,
     token_pointers,
     zeros_tuple,
@@ -106,13 +106,13 @@ def gather_kernel(
     GROUPS: tl.constexpr = ELEMENTS // N
     CHUNK: tl.constexpr = (STEPS * GROUPS) << LOG_M
     CLASSES: tl.constexpr = CLASSES0 + CLASSES1
-    slot, first, count = load_tile(tiles_ptr, tl.program_id(1))
+    slot, first, count = load_token_tile(tiles_ptr, tl.program_id(1))
     if count == 0:
         return
     part, block, y_ptr, y_stride = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
     )
-    p_record = record_of(records_ptr, slot, part, PARTS, FIELDS)
+    p_record = record_address(records_ptr, slot, part, PARTS, FIELDS)
     rows = tl.load(p_record + ROWS).to(tl.int32)
     if block * (MASK_ROWS * SHARE) >= rows:
         return

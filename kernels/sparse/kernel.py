@@ -23,9 +23,9 @@ import triton.language as tl
 from deltafmt.kernels.device_functions import (
     add_token,
     load_address,
-    load_tile,
+    load_token_tile,
     load_words,
-    record_of,
+    record_address,
     select_part,
     token_pointers,
 )
@@ -131,13 +131,13 @@ def sparse_kernel(
         PLANE0, PLANE1, PLANE2: the same of codes; PLANE0 is 0 if values are stored as floats of DTYPE.
     """
     BITS: tl.constexpr = PLANE0 + PLANE1 + PLANE2
-    delta, first, count = load_tile(tiles_ptr, tl.program_id(1))
+    delta, first, count = load_token_tile(tiles_ptr, tl.program_id(1))
     if count == 0:
         return
     part, block, y_ptr, y_stride = select_part(
         tl.program_id(0), block1, block2, y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, PARTS
     )
-    p_record = record_of(records_ptr, delta, part, PARTS, FIELDS)
+    p_record = record_address(records_ptr, delta, part, PARTS, FIELDS)
     rows = tl.load(p_record + ROWS).to(tl.int32)
     if block * 32 >= rows:
         return

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+import zstandard
 from blake3 import blake3
 from vector_tools import Stored, WithBase, vector
 
@@ -49,9 +50,31 @@ def stepped(prediction: Units, every: int = 1) -> Units:
     return values
 
 
+# What zstd's own compressor makes has matches of many kinds, where this project's writer has hardly any.
+PARAMETERS = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_FAST,
+    min_match=7,
+    hash_log=6,
+    chain_log=6,
+    search_log=1,
+    window_log=17,
+    write_content_size=True,
+    write_checksum=False,
+)
+
+
+def frame_of(data: bytes) -> bytes:
+    """Return a zstd frame."""
+    return zstandard.ZstdCompressor(compression_params=PARAMETERS).compress(data)
+
+
 def planes_bytes(planes: Planes) -> bytes:
     """Return lengths and planes, in frames where that is shorter."""
-    return chunks._write_planes(planes)
+    parts = []
+    for plane in planes:
+        data = plane.tobytes() if plane.any() else b""
+        parts.append(min(data, frame_of(data), key=len) if data else data)
+    return struct.pack(f"<{len(parts)}I", *map(len, parts)) + b"".join(parts)
 
 
 def in_form(form: int, values: Units, prediction: Units, unit: Unit, marks: Marks | None = None) -> bytes:

@@ -12,9 +12,8 @@ from blake3 import blake3
 from draft import Draft
 from vector_tools import change, vector
 
-from container_vectors.exact import CHUNK, Made, forms, head_of, with_files
+from container_vectors.exact import CHUNK, Made, forms, frame_of, head_of, with_files
 from deltafmt.container import frame
-from deltafmt.exact.frames import compress
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.exact import ExactRef
 
@@ -82,7 +81,7 @@ def compressed_section() -> bytes:
     return draft.build()
 
 
-FRAME = compress(memoryview(bytes(99) + b"x"))
+FRAME = frame_of(bytes(99) + b"x")
 SUMMED = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(99) + b"x")
 
 
