@@ -100,7 +100,7 @@ class TermKernels(ABC, Generic[LayoutT]):
     def multiply(self, x: torch.Tensor, operand: Operand) -> torch.Tensor:
         """Return ``x @ delta.T`` in float32, shape (tokens, rows): the delta is decoded, some rows at a time."""
         wide = x.float()
-        product = torch.empty(len(x), operand.rows, device=x.device)
+        product = torch.empty(len(x), operand.rows, dtype=torch.float32, device=x.device)
         step = max(DECODED_ELEMENTS // max(operand.columns, 1) // DECODED_ROWS, 1) * DECODED_ROWS
         for start in range(0, operand.rows, step):
             stop = min(start + step, operand.rows)

@@ -86,7 +86,7 @@ class Segments:
     def of(cls, slots: list[int], count: int, device: torch.device | str) -> Segments:
         """Build from slots that the host knows."""
         lengths = Counter(slot for slot in slots if 0 <= slot < count)
-        return cls(torch.tensor(slots, dtype=torch.int32).to(device, non_blocking=True), count, lengths)
+        return cls(torch.tensor(slots, dtype=torch.int32, device="cpu").to(device, non_blocking=True), count, lengths)
 
     def members(self, slot: int) -> torch.Tensor:
         """Return the numbers of a slot's tokens, int64, ascending; waits for the device if the host has no lengths."""
@@ -186,7 +186,7 @@ class FixedSegments(Segments):
             slots: the tokens' slots.
             source: the same on the device, for a graph that follows this tensor from then on.
         """
-        self.slots.copy_(torch.tensor(slots, dtype=torch.int32) if source is None else source)
+        self.slots.copy_(torch.tensor(slots, dtype=torch.int32, device="cpu") if source is None else source)
         self._lengths = Counter(slot for slot in slots if 0 <= slot < self.count)
         fresh = Segments(self.slots, self.count)
         if self._sorted is not None:

@@ -6,11 +6,10 @@ import argparse
 
 from deltafmt.checkpoint.weight_names import bounded
 from deltafmt.errors import UsageError
-from deltafmt.pipeline.summary import left_out_line, plural
 from deltafmt.tools import console
+from deltafmt.tools.folder_report import read_obj, say_written, written_obj
 from deltafmt.tools.limit_arguments import add_limit_arguments, limits_of
-from deltafmt.tools.name_arguments import add_name_arguments, name_options, names_obj, say_names
-from deltafmt.tools.quantized_arguments import say_dequantized
+from deltafmt.tools.name_arguments import add_name_arguments, name_options
 
 USAGE = "deltafmt apply MODEL DELTA [DELTA ...] (-o DIR | --in-place) [options]\n       deltafmt apply MODEL --recover"
 EPILOG = """\
@@ -76,14 +75,8 @@ def run(options: argparse.Namespace) -> None:
                 "applied": result.applied,
                 "skipped": result.skipped,
                 "recovered": result.recovered,
-                "tensors": result.tensors,
-                "bytes": result.nbytes,
-                "files": result.files,
-                "restored_files": result.restored,
-                "code": result.code,
-                "removed": result.removed,
-                "names": names_obj(result.names),
-                "dequantized": result.dequantized.to_obj(),
+                **written_obj(result),
+                **read_obj(result),
             }
         )
         return
@@ -95,14 +88,4 @@ def run(options: argparse.Namespace) -> None:
         console.say(f"applied already: {bounded(result.skipped)}")
     if not result.applied:
         return
-    files = f" and {bounded(result.files, 30)}" if result.files else ""
-    console.say(f"{result.path}: {plural(result.tensors, 'tensor')}, {result.nbytes:,} bytes{files}")
-    if result.restored:
-        console.say(f"restored byte for byte: {bounded(result.restored)}")
-    if result.code:
-        done = "left out" if options.code == "leave" else "written"
-        console.say(f"code, {done}: {bounded(result.code, 30)}")
-    say_names(result.names)
-    say_dequantized(result.dequantized)
-    if result.removed:
-        console.say(left_out_line(result.removed))
+    say_written(result, options.code)

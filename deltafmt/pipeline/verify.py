@@ -138,9 +138,10 @@ def _open_base(
             tensors = BaseTensors(checkpoint, entries, delta.container, renames)
             yield tensors, tensors.changes
         return
-    with open_links(before, delta.container.limits) as links, open_chain(base, [*links, delta], renames) as chain:
+    with open_links(before, delta.container.limits) as links:
         check_links([*links, delta])
-        yield chain.bases[-1], chain.bases[0].changes
+        with open_chain(base, [*links, delta], renames) as chain:
+            yield chain.bases[-1], chain.bases[0].changes
 
 
 def _check_decoded(delta: DeltaFile, entries: Iterable[TensorEntry]) -> None:

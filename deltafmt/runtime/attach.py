@@ -83,7 +83,7 @@ class Deltas:
         self._replaced: set[str] = set()
         self.served = ServedModules(model, device, self.scope.active, self.scope.alone, fuse=fuse)
         self._examiner = Examiner(
-            model, device, self.served.siblings_of, verify_base=verify_base, ignore=ignore, rename=rename
+            model, device, self.served.computes, verify_base=verify_base, ignore=ignore, rename=rename
         )
         self._store = DeltaStore(device, self.served.release)
         self.residency: Residency[DeviceDelta, DeviceDelta] = Residency(self._store, budget, host_budget)
@@ -302,7 +302,7 @@ class Deltas:
         Raises:
             UsageError, WrongBaseError: the model is no longer the deltas' base.
         """
-        if self._watch.changed(closely=closely):
+        if self._watch.changed(closely=closely) or (closely and self.served.disturbed()):
             self._follow()
 
     def _is_base(self) -> bool:
@@ -318,7 +318,7 @@ class Deltas:
     def _follow(self) -> None:
         """Attach the deltas anew to a model that has changed: what is still their base is served as before."""
         with self._lock:
-            if self._watch.changed(closely=True):
+            if self._watch.changed(closely=True) or self.served.disturbed():
                 self._follow_locked()
 
     def _follow_locked(self) -> None:

@@ -262,13 +262,19 @@ class _Finder:
         for candidate in self._candidates(known if self._rename is None else self._rename(known)):
             path, _, key = candidate.rpartition(".")
             if path in self._modules and self._holds(self._modules[path], key):
-                return path, key
+                return self._owner(path, key)
         part = self._known.joined.get(name)
         if part is not None and name not in self._known.split:
             path, _, key = part.name.rpartition(".")
             if role_of(self._modules[path]) is Role.EXPERTS:
                 return path, part_key(key, part.start, part.count)
         return None
+
+    def _owner(self, path: str, key: str) -> tuple[str, str]:
+        """Return the module inside whose parameter the module at ``path`` only shows, as PEFT's layers do."""
+        shown = None if key in self._modules[path]._parameters else getattr(self._modules[path], key, None)  # noqa: SLF001
+        inside = (spot for spot in self._spots.get(id(shown), ()) if spot[0].startswith(f"{path}." if path else ""))
+        return (path, key) if shown is None else next(inside, (path, key))
 
     def _candidates(self, name: str) -> Iterator[str]:
         path, _, key = name.rpartition(".")

@@ -162,6 +162,11 @@ class Watch:
         for tensor in unchecked:
             seen = self._by_tensor.get(tensor)
             parameter = None if seen is None else held_tensor(seen.module, seen.key)
+            if seen is not None and parameter is None:
+                raise UsageError(
+                    f'the parameter of tensor "{tensor}" gave way to a value that is computed, as pruning and '
+                    "parametrizations do, and cannot be compared"
+                )
             if seen is None or parameter is None or tensor not in binding.parameters:
                 continue
             # A conversion keeps the version and changes the dtype; its bits are those that a model loaded so has.

@@ -77,7 +77,7 @@ def load_held(
         sizes = [align(array.nbytes, BUFFER_ALIGNMENT) for one in made.values() for array in one.arrays()]
         # Other threads write to these tensors, which they could not if they were made in inference mode.
         with torch.inference_mode(mode=False):
-            host = torch.zeros(sum(sizes), dtype=torch.uint8)
+            host = torch.zeros(sum(sizes), dtype=torch.uint8, device="cpu")
             starts = [0, *np.cumsum(sizes).tolist()]
             arrays = (array for one in made.values() for array in one.arrays())
             for start, array in zip(starts, arrays, strict=False):

@@ -145,7 +145,7 @@ class DeltaStore:
     def to_host(self, name: str, value: DeviceDelta) -> DeviceDelta:  # noqa: ARG002 - the store's signature
         """Copy a delta to host memory, pinned if the device is a GPU."""
         pin = self.device.type == "cuda"
-        copied = copy_delta(value, lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=pin))
+        copied = copy_delta(value, lambda size: torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pin))
         self._settle()
         return copied
 

@@ -63,7 +63,7 @@ class Examiner:
     Args:
         model: the base.
         device: of the deltas.
-        fused: a function that returns the modules that share a launch with a module; their forwards are deltafmt's own.
+        computes: a function that tells whether a module still has the forward that deltas put there; None for none.
         verify_base: compare the model's parameters with the fingerprints of the delta's base.
         ignore: patterns; tensors whose names match one of them are left out.
         rename: a function from a tensor's name in a file to its name in the model.
@@ -73,7 +73,7 @@ class Examiner:
         self,
         model: nn.Module,
         device: torch.device,
-        fused: Callable[[nn.Module], Sequence[nn.Module]],
+        computes: Callable[[nn.Module], bool | None],
         *,
         verify_base: bool,
         ignore: Sequence[str],
@@ -81,7 +81,7 @@ class Examiner:
     ) -> None:
         self._model = model
         self._device = device
-        self._fused = fused
+        self._computes = computes
         self._verify_base = verify_base
         self._ignore = tuple(ignore)
         self._rename = rename
@@ -180,7 +180,8 @@ class Examiner:
         held = bound.module.__dict__
         known = "_hf_hook" in held or bound.local is not None or own_forward(bound.module) is not None
         known = known or isinstance(held.get("forward"), Uncopied)  # of the calls of a model inside the model
-        if "forward" in held and not known and not self._fused(bound.module):
+        ours = self._computes(bound.module)
+        if "forward" in held and not ours and (ours is False or not known):
             raise UsageError(
                 f'module "{bound.name}", a {type(bound.module).__name__}, was given another forward, of which deltafmt '
                 "cannot tell what it computes; make it a forward hook, or a class of its own"

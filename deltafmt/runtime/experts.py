@@ -113,7 +113,7 @@ class ExpertsSite(WrappedSite):
             if own != key:
                 continue
             base: torch.Tensor = getattr(self.module, key).detach().to(self.device)
-            found = torch.zeros(base.shape, device=self.device) if found is None else found
+            found = torch.zeros(base.shape, dtype=torch.float32, device=self.device) if found is None else found
             mine = slice(None) if elements is None else elements
             old = base.reshape(-1)[mine]
             found.view(-1)[mine] = new_values(tensor, old).float() - old.float()

@@ -116,7 +116,7 @@ def written_rule(seen: Seen) -> Found:
     if index is None:
         return LOST
     line = line.expand(len(index))
-    held = torch.full((seen.shape[dim],), ANY)
+    held = torch.full((seen.shape[dim],), ANY, device="cpu")
     if isinstance(first, Owners):
         held = first.line()[1].expand(seen.shape[dim]).clone()
     before = held[index]
@@ -133,7 +133,7 @@ def put_rule(seen: Seen) -> Found:
         return first
     if isinstance(source, Lost):
         return LOST
-    held = torch.full((), ANY).expand(seen.shape).clone() if first is None else first.items.clone()
+    held = torch.full((), ANY, device="cpu").expand(seen.shape).clone() if first is None else first.items.clone()
     indices = tuple(slice(None) if index is None else index.cpu() for index in seen.args["indices"])
     held[indices] = source.items
     return source.moved(held, routed=True)

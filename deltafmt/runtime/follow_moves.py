@@ -96,7 +96,7 @@ def cat_rule(seen: Seen) -> Found:
             return LOST
         parts = []
         for one, tensor in zip(found, tensors, strict=True):
-            line = one.line()[1] if isinstance(one, Owners) else torch.tensor([ANY])
+            line = one.line()[1] if isinstance(one, Owners) else torch.tensor([ANY], device="cpu")
             parts.append(line.expand(tensor.shape[dim]))
         return Owners(along(torch.cat(parts), dim, seen.shape), some.source, routed or some.routed, some.rows)
     head = [one.having(one.items.narrow(dim, 0, 1)) for one in found if isinstance(one, Owners) and one.items.size(dim)]

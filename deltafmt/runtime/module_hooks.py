@@ -26,14 +26,16 @@ class ModuleHooks(Uncopied):
         self._site = site
         self.key = new_key(self, served.standing.device)
 
-    def before(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Run before the module's forward."""
-        if torch.compiler.is_compiling():
+    def before(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        """Run before the module's forward; before another module's, to which a library took the hook, do nothing."""
+        if torch.compiler.is_compiling() or module is not self._site.module:
             return None  # the ids of new rows, which would be changed here, are not served by compiled code
         return self._served.before(self._site, args, kwargs)
 
-    def after(self, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Run after the module's forward."""
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
+        """Run after the module's forward; after another module's, to which a library took the hook, do nothing."""
+        if module is not self._site.module:
+            return None
         if torch.compiler.is_compiling():
             if kwargs or len(args) != 1 or not isinstance(output, torch.Tensor) or torch.is_grad_enabled():
                 return frames.untraced(self._served.after, (self._site, args, kwargs, output), {})
@@ -71,9 +73,9 @@ class LookupHooks(ModuleHooks):
         super().__init__(served, site)
         self._lookup = lookup
 
-    def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def before(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Run before the module's forward."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or module is not self._site.module:
             return None
         self._lookup.enter(module, args, kwargs)
         try:
@@ -82,9 +84,9 @@ class LookupHooks(ModuleHooks):
             self._lookup.leave()
             raise
 
-    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
         """Run after the module's forward, whose output is None if it failed."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or module is not self._site.module:
             return super().after(module, args, kwargs, output)
         try:
             return None if output is None else super().after(module, args, kwargs, output)

@@ -94,7 +94,7 @@ class Order:
         """Return each token's place in a list of slots."""
 
         def build() -> torch.Tensor:
-            places = (self._flat() == torch.tensor(slots)[:, None]).to(torch.uint8).argmax(0)
+            places = (self._flat() == torch.tensor(slots, device="cpu")[:, None]).to(torch.uint8).argmax(0)
             return places.to(self._device)
 
         return self.memo(("numbers", tuple(slots)), build)

@@ -49,7 +49,7 @@ class Owners:
             if self.items.size(dim) > 1 and self.items.stride(dim):
                 return dim, _along(self.items, dim)
         some = self.items.reshape(-1)[:1]
-        return None, some if len(some) else torch.tensor([ANY])
+        return None, some if len(some) else torch.tensor([ANY], device="cpu")
 
     def having(self, items: torch.Tensor) -> Owners:
         """Return other items of the same source."""
@@ -108,7 +108,7 @@ def viewed(owners: Owners, shape: Sequence[int]) -> Found:
         if shape[place] == 1 or not step:
             continue
         # Elements of one step have the same owner, before and after.
-        flat = line[torch.arange(total // step) * step // inner % len(line)]
+        flat = line[torch.arange(total // step, device="cpu") * step // inner % len(line)]
         held = flat.view(math.prod(shape[:place]), shape[place], after // step)
         if bool((held == held[:1, :, :1]).all()):
             return owners.having(_expanded(held[0, :, 0], place, shape))
@@ -148,7 +148,7 @@ def joined(found: Sequence[Found], shape: Sequence[int]) -> Found:
 def in_order(items: torch.Tensor, count: int) -> bool:
     """Tell whether each of ``count`` items has an equal share of the places, one after the other."""
     share, rest = divmod(len(items), count)
-    return not rest and bool((items.view(count, share) == torch.arange(count)[:, None]).all())
+    return not rest and bool((items.view(count, share) == torch.arange(count, device="cpu")[:, None]).all())
 
 
 def _along(items: torch.Tensor, dim: int) -> torch.Tensor:

@@ -51,7 +51,7 @@ class PackedSelection(Selection):
     ) -> None:
         super().__init__(slots, count, device, mixes=mixes)
         self.tokens = sum(lengths)
-        self._line = torch.tensor(slots).repeat_interleave(torch.tensor(lengths))
+        self._line = torch.tensor(slots, device="cpu").repeat_interleave(torch.tensor(lengths, device="cpu"))
 
     def begin(self, forms: Forms, entry: Hashable, given: Mapping[str, Any], config: Any, where: str) -> Walk | None:  # noqa: ARG002 - as its base
         """Refuse a batch that does not have the requests' tokens.

@@ -127,7 +127,7 @@ class PerRow(torch.Tensor):
         else:
             raise self._refused("a tensor of another form")
         if self._walk.follower is not None:
-            owners = owners_along(rows.shape, 0, torch.arange(len(slots)))
+            owners = owners_along(rows.shape, 0, torch.arange(len(slots), device="cpu"))
             self._walk.follower.mark(rows, Owners(owners.items, source, rows=self._walk.rows[source]))
         return rows
 

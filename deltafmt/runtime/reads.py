@@ -108,7 +108,9 @@ class _Mode(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         """Watch the modules and the functions."""
-        for module in {id(owner): owner for owners in self._owners.values() for owner in owners}.values():
+        owners = [owner for owners in self._owners.values() for owner in owners]
+        # A served module may leave its parameter to a module inside; its siblings still compute while it runs.
+        for module in {id(one): one for one in (*owners, *(site.module for site in self._served.sites()))}.values():
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         return super().__enter__()  # type: ignore[no-untyped-call]

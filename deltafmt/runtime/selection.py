@@ -159,7 +159,7 @@ class Selection:
 
     def _items(self, rows: int, owned: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Return the slots of the items of each source; those of the first are the rows."""
-        slots = torch.tensor(self.slots).repeat_interleave(rows // len(self.slots))
+        slots = torch.tensor(self.slots, device="cpu").repeat_interleave(rows // len(self.slots))
         return [slots, *[slots[list(one)] for one in owned]]
 
     def order(self, site: object, number: int, tensor: torch.Tensor, shape: Sequence[int], where: str) -> Order | None:
@@ -184,7 +184,7 @@ class Selection:
         if found is None:
             if len(self._whole) == _KEPT:
                 self._whole.pop(next(iter(self._whole)))
-            slot = torch.tensor(self.slots)
+            slot = torch.tensor(self.slots, device="cpu")
             found = self._whole[tokens] = Order((tokens,), 0, slot, self.count, self.device, uniform=True)
         return found
 

@@ -21,6 +21,7 @@ from deltafmt.runtime import frames
 from deltafmt.runtime.binding import Binding, BoundModule
 from deltafmt.runtime.cuts import settled
 from deltafmt.runtime.device_delta import DeviceDelta
+from deltafmt.runtime.disturbed import Placed
 from deltafmt.runtime.mixing import mixed_output
 from deltafmt.runtime.module_hooks import Lookup, LookupHooks, ModuleHooks
 from deltafmt.runtime.selection import Selection
@@ -68,6 +69,7 @@ class ServedModules:
         self._sites: dict[int, Site] = {}
         self._hooks: dict[int, list[RemovableHandle | Wrapped]] = {}
         self._groups: dict[int, Siblings] = {}
+        self._placed = Placed()
         self._slots: dict[str, int] = {}
         self._held: dict[str, tuple[DeviceDelta, Binding]] = {}
         self._free: list[int] = []
@@ -167,6 +169,20 @@ class ServedModules:
         group = None if found is None else self._groups.get(id(found))
         return [] if group is None else [site.module for site in group.sites]
 
+    def computes(self, module: nn.Module) -> bool | None:
+        """Tell whether a module still has the forward that the deltas put there; None if they put none there."""
+        site = self._sites.get(id(module))
+        group = None if site is None else self._groups.get(id(site))
+        hooks = () if site is None else self._hooks.get(id(site), ())
+        ours = [] if group is None else [member.run for member in group.members if member.site is site]
+        ours += [hook for hook in hooks if isinstance(hook, Wrapped)]
+        return module.__dict__.get("forward") in ours if ours else None
+
+    def disturbed(self) -> bool:
+        """Tell whether a caller has given a module another forward, or a hook that runs before the deltas'."""
+        with self._lock:
+            return self._placed.disturbed(lambda key: self._hooks.get(key, ()))
+
     def note_ran(self, site: Site) -> None:
         """Note that a module's parameters were used."""
         site.ran = True
@@ -181,6 +197,7 @@ class ServedModules:
                     site.grow(self.count)
                     self._sites[id(bound.serving)] = site
                     self._hook(site)
+                    self._placed.note(site)
                     made.append(site)
             if made:
                 # A module that is cut over processes is given an input of its own each time.
@@ -205,6 +222,8 @@ class ServedModules:
         self._groups.update({id(site): group for site in sites})
         self._plans.forget()
         self._settle([group])
+        for site in sites:
+            self._placed.note(site)
 
     def has(self, names: set[str]) -> bool:
         """Tell whether all these deltas have slots."""
@@ -288,6 +307,7 @@ class ServedModules:
             for group in set(self._groups.values()):
                 group.dissolve()
             self._hooks, self._groups, self._sites = {}, {}, {}
+            self._placed.forget()
             self._plans.forget()
             frames.forget()
 

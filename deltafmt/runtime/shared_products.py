@@ -154,9 +154,11 @@ class Siblings:
         self.version += 1
 
     def dissolve(self) -> None:
-        """Give each module its own forward back."""
-        for site in self.sites:
+        """Give each module its own forward back, unless a caller has put another one there."""
+        for site, member in zip(self.sites, self.members, strict=True):
             forward, own = self._forwards[id(site)]
+            if site.module.__dict__.get("forward") != member.run:
+                continue
             if own:
                 site.module.forward = forward
             else:

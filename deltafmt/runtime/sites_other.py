@@ -21,7 +21,7 @@ from deltafmt.runtime.per_row import per_row
 from deltafmt.runtime.places import LOOKED_UP, OUTPUT
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.sites import Site, WeightSite, first_input, output_error
-from deltafmt.runtime.substituted import SubstitutedSite, refuse_training, twin_of
+from deltafmt.runtime.substituted import SubstitutedSite, refreshed, refuse_training, twin_of
 from deltafmt.runtime.values import new_values
 from deltafmt.runtime.walks import mixed_error
 
@@ -207,10 +207,10 @@ class OtherSite(Site):
             raise output_error(self, output)
         refuse_training(self.name, self.module, (key for values in self._values.values() for key in values))
         if selection.uniform:
-            return _run(self._twins[selection.slots[0]], args, kwargs)
+            return _run(self._twin(selection.slots[0]), args, kwargs)
         order = self.order(selection, output, output.shape[:-1], OUTPUT)
         if self._by_row:
-            found = _run(self._spread(selection, order, output.dim()), args, kwargs)
+            found = _run(refreshed(self._spread(selection, order, output.dim()), self.module), args, kwargs)
             if found.shape == output.shape:
                 return found
         # The arguments that have rows of the batch, each with its own order.
@@ -223,9 +223,12 @@ class OtherSite(Site):
         for slot in selection.used & self._values.keys():
             mine = [_pick(value, orders.get(number), slot) for number, value in enumerate((*args, *kwargs.values()))]
             named = dict(zip(kwargs, mine[len(args) :], strict=True))
-            found = _run(self._twins[slot], tuple(mine[: len(args)]), named)
+            found = _run(self._twin(slot), tuple(mine[: len(args)]), named)
             output.index_copy_(order.dim, order.along(slot), found)
         return output
+
+    def _twin(self, slot: int) -> nn.Module:
+        return refreshed(self._twins[slot], self.module)
 
     def _spread(self, selection: Selection, order: Order, dimensions: int) -> nn.Module:
         """Return a copy of the module whose parameters have a row for each row of the batch: (rows, 1, ..., size)."""

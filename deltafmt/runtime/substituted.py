@@ -231,3 +231,12 @@ def twin_of(module: nn.Module, values: Mapping[str, torch.Tensor]) -> nn.Module:
             held["_parameters" if key in held["_parameters"] else "_buffers"][key] = value
     twin.__dict__.update(held)
     return twin
+
+
+def refreshed(twin: nn.Module, module: nn.Module) -> nn.Module:
+    """Return a copy that :func:`twin_of` made, with the attributes that its module has now, such as another epsilon."""
+    own = twin.__dict__
+    held = own["_parameters"], own["_buffers"], own["_modules"]
+    own.update(module.__dict__)
+    own["_parameters"], own["_buffers"], own["_modules"] = held
+    return twin

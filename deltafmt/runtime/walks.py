@@ -88,11 +88,11 @@ class Walk:
             source = 0
             for one in self._inputs():
                 if one.packed:
-                    owners = owners_along(one.tensor.shape, 0, torch.tensor(one.rows))
+                    owners = owners_along(one.tensor.shape, 0, torch.tensor(one.rows, device="cpu"))
                     self.follower.mark(one.tensor, Owners(owners.items, routed=True))
                     continue
-                items = torch.arange(one.tensor.shape[0])
-                rows = None if one.rows is None else torch.tensor(one.rows)
+                items = torch.arange(one.tensor.shape[0], device="cpu")
+                rows = None if one.rows is None else torch.tensor(one.rows, device="cpu")
                 if rows is not None:
                     source += 1
                     self.rows.append(rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from deltafmt.errors import UsageError
@@ -52,8 +53,7 @@ class Folder:
         Raises:
             StorageError: listing failed.
         """
-        found = (_MESSAGE.fullmatch(name) for name in self._store.names())
-        return sorted((int(match[1]), match[2]) for match in found if match)
+        return _versions(self._store.names())
 
     def read(self, version: int, kind: str) -> bytes:
         """Return a message, as :meth:`versions` names it.
@@ -73,8 +73,9 @@ class Folder:
             InvalidFileError: a reply is damaged.
             StorageError: reading or writing failed.
         """
-        there = set(self.versions())
-        for name in sorted(self._store.names()):
+        names = sorted(self._store.names())
+        there = set(_versions(names))
+        for name in names:
             if not name.endswith(_REPLY):
                 continue
             answer = publisher.receive(self._store.read(name))
@@ -134,6 +135,12 @@ class Folder:
         if held is not None and list(kinds) == list(range(held + 1, held + 1 + len(kinds))):
             return list(kinds.items())
         return _from_anchor(ahead, 0) or list(kinds.items())
+
+
+def _versions(names: Iterable[str]) -> list[tuple[int, str]]:
+    """Return the versions of messages by the names of their files, in order, and the kind of each."""
+    found = (_MESSAGE.fullmatch(name) for name in names)
+    return sorted((int(match[1]), match[2]) for match in found if match)
 
 
 def _from_anchor(messages: list[tuple[int, str]], least: int) -> list[tuple[int, str]]:

@@ -21,7 +21,7 @@ def decode(operand: Operand, start: int, stop: int) -> torch.Tensor:
     then has the bits of an unpacked one. A matrix product would be quicker and differ in the last bits.
     """
     left, right = vectors(operand, "u")[:, start:stop], vectors(operand, "v")
-    delta = torch.zeros(stop - start, operand.columns, device=operand.device)
+    delta = torch.zeros(stop - start, operand.columns, dtype=torch.float32, device=operand.device)
     step = len(delta) if delta.is_cuda else max(BLOCK_ELEMENTS // max(operand.columns, 1), 1)
     for first in range(0, len(delta), max(step, 1)):
         block = delta[first : first + step]

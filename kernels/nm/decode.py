@@ -50,6 +50,6 @@ def _scattered(operand: Operand, codes: torch.Tensor, scales: torch.Tensor, kept
     if layout.m & (layout.m - 1):
         column = torch.where(kept_at < layout.m, column, width)
     # One column more, which takes what is left out.
-    wide = torch.zeros(rows, width + 1, device=codes.device)
+    wide = torch.zeros(rows, width + 1, dtype=torch.float32, device=codes.device)
     wide.scatter_(1, column.flatten(1), values)
     return wide[:, :columns]

@@ -43,7 +43,7 @@ class NMKernels(TermKernels[NMLayout]):
             return decode.decode(operand, start, stop)
         from deltafmt.kernels.nm import launch
 
-        out = torch.empty(stop - start, operand.columns, device=operand.device)
+        out = torch.empty(stop - start, operand.columns, dtype=torch.float32, device=operand.device)
         with devices.on_device_of(codes):
             if not may_launch(out.device, lambda: launch.launch_expand(operand, None, out, start, stop)):
                 return decode.decode(operand, start, stop)

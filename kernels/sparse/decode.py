@@ -31,7 +31,7 @@ def decode(operand: Operand, start: int, stop: int) -> torch.Tensor:
 
 def decode_rows(operand: Operand, rows: torch.Tensor) -> torch.Tensor:
     """Return some rows of the delta, float32, shape (len(rows), columns); rows are int64."""
-    found = torch.zeros(len(rows), operand.columns, device=operand.device)
+    found = torch.zeros(len(rows), operand.columns, dtype=torch.float32, device=operand.device)
     most = max(RUN_ELEMENTS // (TILE_ROWS * operand.columns), 1)
     for first, last in runs_of(sorted(set((rows // TILE_ROWS).tolist())), most):
         mine = ((rows >= first * TILE_ROWS) & (rows < last * TILE_ROWS)).nonzero()[:, 0]
@@ -67,7 +67,7 @@ def decode_tiles(operand: Operand, first: int, last: int) -> torch.Tensor:
     begin, end = (min(int(place), operand.slots) for place in (starts[0], starts[-1]))
     rows = (last - first) * TILE_ROWS
     # One element more, which takes what is no entry.
-    flat = torch.zeros(rows * columns + 1, device=device)
+    flat = torch.zeros(rows * columns + 1, dtype=torch.float32, device=device)
     if begin >= end:
         return flat[:-1].view(rows, columns)
     gaps = fields(operand.buffers["gaps"].T, operand.slots, layout.gap_bits, begin, end)

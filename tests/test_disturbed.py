@@ -1,0 +1,149 @@
+"""What callers and libraries do to served modules: adapters below, hooks, forwards, attributes, torch's defaults."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from torch.nn.utils import prune
+
+from deltafmt.errors import UsageError
+from deltafmt.transformers import attach
+from tiny_models import Tiny, close, ids, logits, made_once
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' and PEFT's own
+
+ROWS = ["one", None, "two"]
+
+
+@pytest.fixture
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return made_once(request, tmp_path_factory)
+
+
+class Unpacked:
+    """The base and the unpacked fine-tunes of the rows, to which a test does the same as to the served model."""
+
+    def __init__(self, tiny: Tiny) -> None:
+        self.models = {name: tiny.load(tiny.unpacked.get(name)) for name in ROWS}
+
+    def check(self, model: Any, *changes: Callable[[Any], Any]) -> None:
+        """Change them, and check that a model serves what they give."""
+        tokens = ids(3, 6)
+        for each, change in itertools.product(self.models.values(), changes):
+            change(each)
+        want = [logits(each, tokens) for each in self.models.values()]
+        assert close(logits(model, tokens, delta="one"), want[0])
+        assert close(logits(model, tokens, delta=ROWS), torch.stack([each[row] for row, each in enumerate(want)]))
+
+
+def used(tiny: Tiny) -> Any:
+    """Return a model with deltas, which has served."""
+    model = attach(tiny.load(), tiny.deltas)
+    logits(model, ids(3, 6), delta=ROWS)
+    return model
+
+
+def add_adapter(model: Any) -> Any:
+    """Put adapters below a model's modules, siblings and others; the same each time."""
+    peft = pytest.importorskip("peft")
+    modules = ["q_proj", "down_proj", "embed_tokens"]
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=modules, init_lora_weights=False)).eval()
+
+
+def test_an_adapter_below(tiny: Tiny) -> None:
+    """PEFT has put its modules into the base before the deltas come; the weights in them are compared as ever."""
+    model = tiny.load()
+    add_adapter(model)
+    attach(model, tiny.deltas)
+    assert model.deltas.unchecked == {"one": [], "two": []}
+    unpacked = Unpacked(tiny)
+    unpacked.check(model, add_adapter)
+    model.deltas.merge("one")
+    assert close(logits(model, ids(2, 5)), logits(unpacked.models["one"], ids(2, 5)))
+
+
+def other_attributes(model: Any) -> None:
+    model.model.norm.variance_epsilon = 0.5
+    model.model.layers[0].input_layernorm.variance_epsilon = 0.25
+
+
+def earlier_hooks(model: Any) -> None:
+    for path in ("model.norm", "model.embed_tokens", "lm_head", "model.layers.0.self_attn.q_proj"):
+        module = model.get_submodule(path)
+        module.register_forward_hook(lambda _module, _args, output: output * 2, prepend=True)
+        module.register_forward_pre_hook(lambda _module, args: (args[0].clone(),), prepend=True)
+
+
+def no_hooks(model: Any) -> None:
+    for module in model.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+
+
+def test_changes_of_modules_are_followed(tiny: Tiny) -> None:
+    model, unpacked = used(tiny), Unpacked(tiny)
+    for change in (other_attributes, earlier_hooks, no_hooks):
+        change(model)
+        unpacked.check(model, change)
+
+
+def test_other_computations_are_refused(tiny: Tiny) -> None:
+    """Be the module served by a hook, or together with its siblings; what is undone is served again."""
+    model = used(tiny)
+    changed = "^the model has changed since deltas were attached: "
+    want = logits(model, ids(2, 5), delta="one")
+    for path in ("lm_head", "model.layers.0.self_attn.k_proj"):
+        module = model.get_submodule(path)
+        module.forward = functools.partial(lambda original, x: original(x) * 2, module.forward)
+        with pytest.raises(UsageError, match=f'{changed}module "{path}", .*, was given another forward'):
+            logits(model, ids(2, 5), delta="one")
+        del module.forward
+        assert torch.equal(logits(model, ids(2, 5), delta="one"), want)
+    mlp, mlp_of_base = model.model.layers[0].mlp, tiny.load().model.layers[0].mlp
+    for name, compute in (
+        ("up_proj", lambda module: prune.l1_unstructured(module, "weight", 0.5)),
+        ("down_proj", torch.nn.utils.parametrizations.spectral_norm),
+    ):
+        tensor = f"model.layers.0.mlp.{name}.weight"
+        module, before = getattr(mlp, name), getattr(mlp_of_base, name)
+        compute(module)
+        with pytest.raises(UsageError, match=f'{changed}the parameter of tensor "{tensor}" gave way to a value'):
+            logits(model, ids(2, 5), delta="one")
+        setattr(mlp, name, before)
+    assert close(logits(model, ids(2, 5), delta="one"), want)
+
+
+def test_hooks_that_another_module_was_given(tiny: Tiny) -> None:
+    """As torch's quantization does, which puts new modules in the places of old ones, with their hooks."""
+    model = used(tiny)
+    old = model.model.layers[0].mlp.down_proj
+    new = torch.nn.Linear(48, 32, bias=False)
+    new.weight = old.weight
+    for hook in old._forward_hooks.values():
+        new.register_forward_hook(hook)
+    model.model.layers[0].mlp.down_proj = new
+    Unpacked(tiny).check(model)
+
+
+def test_the_defaults_of_torch_do_not_matter(tiny: Tiny) -> None:
+    """A default dtype or device is for the caller's tensors."""
+    tokens, base = ids(3, 6), tiny.load()
+    model = used(tiny)
+    want = logits(model, tokens, delta=ROWS)
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    try:
+        found = logits(model, tokens, delta=ROWS), logits(attach(base, tiny.deltas), tokens, delta=ROWS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(torch.equal(one, want) for one in found)
