@@ -32,7 +32,7 @@ def add_name_arguments(parser: argparse.ArgumentParser, side: str, base: str = "
         action="append",
         default=[],
         metavar="PREFIX",
-        help="remove PREFIX from the beginning of names, on both sides",
+        help="remove PREFIX from names, on both sides",
     )
 
 

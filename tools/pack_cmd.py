@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", nargs="?", help="checkpoint folder or .safetensors file")
     parser.add_argument("finetuned", metavar="FINETUNED", nargs="?", help="checkpoint folder or .safetensors file")
     parser.add_argument("more", metavar="FINETUNED", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--many", action="store_true", help="pack each into FOLDER/NAME.deltafmt; NAME=PATH names it")
+    parser.add_argument("--many", action="store_true", help="pack each into FOLDER/NAME.deltafmt (NAME=PATH)")
     parser.add_argument("-o", "--output", metavar="OUT", help="the delta file to write; - for standard output")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--profile", default="hot", metavar="NAME", help="hot (default) for serving, cold for archives")
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_name_arguments(parser, "the fine-tune")
     add_architecture_argument(parser)
     parser.add_argument("--base-name", metavar="NAME", help="how the delta names its base")
-    parser.add_argument("--parent", metavar="DELTA", help="the delta that gives BASE; OUT becomes the next of a chain")
+    parser.add_argument("--parent", metavar="DELTA", help="the delta that gives BASE; OUT comes behind it")
     parser.add_argument(
         "--missing",
         metavar="HOW",
