@@ -73,7 +73,7 @@ class Decoded:
             if runs == [range(len(weight))]:
                 (found,) = made
             else:
-                found = torch.empty(weight.shape)
+                found = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
                 if sum(map(len, runs)) < len(weight):
                     found.copy_(weight)
                 for run, rows in zip(runs, made, strict=True):

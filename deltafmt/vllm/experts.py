@@ -102,7 +102,7 @@ class ExpertsLayer(ServedLayer):
         ids: torch.Tensor,
     ) -> torch.Tensor:
         """Return the weighted sum of experts in float32: down(activation(gate x) up x)."""
-        total = torch.zeros(len(x), len(matrices[0, "w2"]))
+        total = torch.zeros(len(x), len(matrices[0, "w2"]), dtype=torch.float32, device=x.device)
         for expert in sorted(set(ids.flatten().tolist())):
             rows, places = (ids == expert).nonzero(as_tuple=True)
             gate, up = (functional.linear(x[rows], matrices[expert, name]) for name in ("w1", "w3"))

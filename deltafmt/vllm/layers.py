@@ -182,7 +182,7 @@ class LinearLayer(MatrixLayer):
             if self._biases is None:
                 with torch.inference_mode(mode=False):
                     shape = (self.choice.slots + 1, len(parts.bias))
-                    self._biases = torch.zeros(shape, device=self.choice.device)
+                    self._biases = torch.zeros(shape, dtype=torch.float32, device=self.choice.device)
             self._biases[slot + 1] = parts.bias.to(self.choice.device)
 
     def clear(self, slot: int) -> None:

@@ -302,5 +302,5 @@ def _add_bias(parts: LayerParts, one: _Wanted, new: Decoded | DeviceDelta, model
     rows = slice(one.piece.start, one.piece.start + len(one.piece.rows))
     old = held[rows].cpu()
     if parts.bias is None:
-        parts.bias = torch.zeros(len(held))
+        parts.bias = torch.zeros(len(held), dtype=torch.float32, device="cpu")
     parts.bias[rows] = _new_values(one, new, old).float() - old.float()
