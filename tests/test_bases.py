@@ -126,6 +126,9 @@ def test_a_delta_names_its_base(tmp_path: Path, cli: Cli) -> None:
         ("base", 7, "base"),
         ("hub/models--Qwen--Qwen3-8B/snapshots/0123abcd", None, "Qwen/Qwen3-8B"),
         ("hub/models--gpt2/snapshots/0123abcd", None, "gpt2"),
+        # A name of bytes that are no UTF-8.
+        ("hub/models--a\udcff--b/snapshots/0123abcd", None, "a?/b"),
+        ("b\udcff", None, "b?"),
     ],
 )
 def test_the_name_of_a_base(tmp_path: Path, folder: str, configured: object, expected: str) -> None:
@@ -134,7 +137,7 @@ def test_the_name_of_a_base(tmp_path: Path, folder: str, configured: object, exp
     with Checkpoint(written) as checkpoint:
         assert base_name(checkpoint) == expected
     with Checkpoint(written / "model.safetensors") as checkpoint:
-        wanted = expected if "hub" in folder else f"{Path(folder).name}/model.safetensors"
+        wanted = expected if "hub" in folder else f"{Path(folder).name}/model.safetensors".replace("\udcff", "?")
         assert base_name(checkpoint) == wanted
 
 

@@ -178,11 +178,9 @@ def _open_closed_streams() -> None:
     """
     for number, name, mode in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
         if getattr(sys, name) is None:
+            # It gets the lowest free number, which is the stream's own unless a host program has taken that.
             opened = os.open(os.devnull, mode)
-            if opened != number:
-                os.dup2(opened, number)
-                os.close(opened)
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+            setattr(sys, name, open(opened, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 @contextlib.contextmanager

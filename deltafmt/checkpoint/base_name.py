@@ -19,11 +19,13 @@ def base_name(checkpoint: Checkpoint) -> str:
     configured = checkpoint.config().get("_name_or_path")
     if isinstance(configured, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", configured) and configured[0] != ".":
         return configured
-    path = Path(checkpoint.path).absolute()
+    # A name of bytes that are no UTF-8: the file that records it holds Unicode alone.
+    return _of_place(Path(checkpoint.path).absolute()).encode("utf-8", "replace").decode("utf-8")
+
+
+def _of_place(path: Path) -> str:
     for folder in (path, *path.parents):
         found = _CACHED.fullmatch(folder.name)
         if found:
             return found[1].replace("--", "/")
-    name = path.name if path.is_dir() else f"{path.parent.name}/{path.name}"
-    # A name of bytes that are no UTF-8: the file that records it holds Unicode alone.
-    return name.encode("utf-8", "replace").decode("utf-8")
+    return path.name if path.is_dir() else f"{path.parent.name}/{path.name}"

@@ -112,7 +112,7 @@ class Checkpoint:
         self.loader = loader_folders(self.path)
         self.dropped = [component for component in self.loader.declared if self._rules.refuses_component(component)]
         if (self.path / "config.json").is_file() and read_json(self.path / "config.json") is None:
-            self.notes.append("config.json is not valid JSON, so nothing that it says was compared; loaders will fail")
+            self.notes.append("config.json could not be read as a configuration, so nothing that it says was compared")
         present = tuple(component for component in self.loader.present if component not in self.dropped)
         self.loader = replace(self.loader, present=present)
         chosen: dict[str, WeightChoice] = {}
