@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,8 @@ pytest.importorskip("transformers")
 from torch.nn.utils import prune
 
 from deltafmt.errors import UsageError
+from deltafmt.runtime.scope import Scope
+from deltafmt.runtime.substituted import refreshed, twin_of
 from deltafmt.transformers import attach
 from tiny_models import Tiny, close, ids, logits, made_once
 
@@ -147,3 +151,73 @@ def test_the_defaults_of_torch_do_not_matter(tiny: Tiny) -> None:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
     assert all(torch.equal(one, want) for one in found)
+
+
+def test_a_copy_of_a_module_is_refreshed_without_a_change() -> None:
+    module, values = torch.nn.LayerNorm(4), {"weight": torch.full((4,), 3.0)}
+    twin = twin_of(module, values)
+    before = dict(twin.__dict__)
+    module.eps = 0.5
+    made = refreshed(twin, module)
+    assert made is not twin
+    assert twin.__dict__ == before  # another thread computes with it
+    assert made.eps == 0.5
+    assert made.weight is values["weight"]
+    assert made.bias is module.bias
+
+
+def test_a_hook_is_followed_between_the_calls_of_other_threads(tiny: Tiny) -> None:
+    tokens, model = ids(2, 5), attach(tiny.load(), tiny.deltas)
+    want = logits(tiny.load(tiny.unpacked["one"]), tokens)
+    wrong: list[object] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            try:
+                if not close(logits(model, tokens, delta="one"), want):
+                    wrong.append("another answer")
+            except Exception as error:  # noqa: BLE001 - whatever a client is told is wrong
+                wrong.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    module = model.get_submodule("model.layers.0.self_attn.o_proj")
+    for _ in range(12):
+        hook = module.register_forward_hook(lambda *_: None, prepend=True)
+        logits(model, tokens, delta="one")
+        hook.remove()
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_call_waits_while_the_model_is_rebuilt_and_the_rebuilding_waits_for_calls() -> None:
+    scope, seen = Scope(), list[str]()
+    scope.begin_call()
+
+    def rebuild() -> None:
+        with scope.quiet(30) as alone:
+            seen.append(f"rebuilt {alone}")
+
+    def call() -> None:
+        scope.begin_call()
+        seen.append("another call")
+        scope.end_call()
+
+    threads = [threading.Thread(target=rebuild), threading.Thread(target=call)]
+    threads[0].start()
+    while scope._quiet is None:
+        time.sleep(0.001)
+    threads[1].start()
+    scope.begin_call()  # one within the call goes on
+    scope.end_call()
+    with scope.quiet(0) as alone:
+        assert not alone  # another thread has the turn
+    assert not seen
+    scope.end_call()
+    for thread in threads:
+        thread.join()
+    assert seen == ["rebuilt True", "another call"]

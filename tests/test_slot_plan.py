@@ -87,7 +87,7 @@ def test_records_of_any_layout(data: st.DataObject, seed: int) -> None:
         assert made_of.of(tensors.address, tensors.seeds).tolist() == wanted
 
 
-MODEL: dict[str, Any] = {"num_hidden_layers": 1}
+MODEL: dict[str, Any] = {"num_hidden_layers": 1, "attention_bias": True}
 
 
 @functools.cache
@@ -105,8 +105,10 @@ def file(seed: int, how: str) -> bytes:
     }
     for name, shape in sorted(shapes_of_model().items()):
         if len(shape) == 1:
-            if how == "norms":
+            if how == ("biases" if name.endswith(".bias") else "norms"):
                 made.replace(name, "BF16", shape)
+        elif how == "biases":
+            continue
         elif "proj" in name:
             if how == "half" and ("k_proj" in name or "layers.0.mlp" in name):
                 continue
@@ -120,7 +122,7 @@ def file(seed: int, how: str) -> bytes:
     return made.finish()
 
 
-HOWS = ("plain", "half", "norms", "whole", "sum", "lowbit", "mixed")
+HOWS = ("plain", "half", "norms", "whole", "sum", "lowbit", "mixed", "biases")
 
 
 @functools.cache
@@ -196,6 +198,7 @@ class Served:
         for site in sorted(self.modules.sites(), key=lambda one: one.name):
             held = {slot: sorted(site.held(slot).items(), key=str) for slot in sorted(site.slots)}
             found.append((site.name, sorted(site.slots), sorted(site.tensors), str(held), site.multiplies_only))
+            assert site.hooked or site.multiplies_only, site.name
         for name, table in sorted(self.tables().items()):
             slots = range(table.slots)
             operands = [
@@ -231,7 +234,7 @@ class Served:
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["enter"] * 6 + ["leave"] * 3 + ["grow", "rebuild", "compile", "read"]),
+        st.sampled_from(["enter"] * 6 + ["leave"] * 3 + ["grow", "rebuild", "compile", "read", "call"]),
         st.integers(0, 5),
         st.integers(0, 1),
     ),
@@ -246,7 +249,12 @@ def around(action: str) -> list[tuple[str, int, int]]:
     return [*enter[:2], (action, 0, 0), *enter[2:], *(("leave", number, 0) for number in (1, 3, 0)), ("enter", 5, 1)]
 
 
+# Two deltas of one layout, each in the slot that one of another layout has left, and a call with each.
+BY_TURNS = [(action, number, number % 2) for number in range(4) for action in ("enter", "call", "leave")][:-1]
+
+
 @examples(6)
+@example(BY_TURNS, ["plain", "biases"], False)
 @example(around("grow"), ["plain", "half"], True)
 @example(around("rebuild"), ["norms", "lowbit"], True)
 @example(around("compile"), ["lowbit", "whole"], True)
@@ -269,6 +277,8 @@ def test_any_order_of_deltas(steps: list[tuple[str, int, int]], hows: list[str],
                     served.within(served.modules._bring)
                 elif action == "rebuild":
                     served.rebuild()
+                elif action == "call":
+                    served.modules._settle(set(served.modules._groups.values()))  # as its last module does
                 elif action == "compile":
                     served.within(lambda served=served: served.modules.ready(None, 1))
         if action == "enter":
@@ -279,6 +289,25 @@ def test_any_order_of_deltas(steps: list[tuple[str, int, int]], hows: list[str],
         if action == "read":
             assert planned.read() == plain.read()
     assert planned.read() == plain.read()
+
+
+def test_aliases_of_other_tensors_are_another_layout() -> None:
+    shapes = shapes_of_model()
+    names = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "kv"]
+
+    def tied(target: str) -> DeviceDelta:
+        made = DeltaWriter(np.random.default_rng(0))
+        for name in names:
+            made.add(name, (shapes[name][0], shapes[name][1]), [SEEDED])
+        made.alias("model.layers.1.self_attn.k_proj.weight", target)
+        return load(made.finish())
+
+    one, other, again = (tied(target).tensors for target in (*names, names[0]))
+    assert isinstance(one, DeviceTensors)
+    assert isinstance(other, DeviceTensors)
+    assert isinstance(again, DeviceTensors)
+    assert one.layout is again.layout
+    assert one.layout is not other.layout
 
 
 @pytest.mark.parametrize("how", ["plain", "half", "lowbit"])
