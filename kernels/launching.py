@@ -4,7 +4,7 @@ For each layout in the table there is one launch (or two: the kinds decide), for
 this order, a product is made
 
 1. by repeating the launches of an earlier product of the same form (:mod:`.repeated`);
-2. not at all, if a kernel is still being compiled: the caller then decodes the deltas (:mod:`.beside`);
+2. not at all, if a kernel is still being compiled: the caller then decodes the deltas (:mod:`.background_compile`);
 3. by Triton; the launches are recorded for the next product.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 
-from deltafmt.kernels.beside import may_launch
+from deltafmt.kernels.background_compile import may_launch
 from deltafmt.kernels.record import MAX_PARTS
 from deltafmt.kernels.registry import kernels_of
 from deltafmt.kernels.repeated import Ready, Repeated, can_repeat, form, recording
@@ -35,7 +35,7 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
         segments: which token uses which of them.
 
     Returns:
-        False if nothing is launched, because a kernel is still being compiled (:mod:`.beside`).
+        False if nothing is launched, because a kernel is still being compiled (:mod:`.background_compile`).
     """
     if segments.longest == 0:
         return True  # no token has a delta
@@ -100,7 +100,7 @@ def launch_fused(
         slot: one that :func:`deltafmt.kernels.products.can_fuse` accepts.
 
     Returns:
-        False if nothing is launched, because the kernel is still being compiled (:mod:`.beside`).
+        False if nothing is launched, because the kernel is still being compiled (:mod:`.background_compile`).
     """
     key = _fused_form(outputs, x, weights, table, slot)
     found = None if key is None else table.repeated(key)
@@ -193,7 +193,7 @@ def launch_embeddings(output: torch.Tensor, ids: torch.Tensor, table: OperandTab
         segments: which token uses which of them.
 
     Returns:
-        False if nothing is launched, because a kernel is still being compiled (:mod:`.beside`).
+        False if nothing is launched, because a kernel is still being compiled (:mod:`.background_compile`).
     """
     tables = [one for one in table.layout_tables(slice(0, 1)) if kernels_of(one.layout).embeds]
 

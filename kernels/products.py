@@ -19,7 +19,7 @@ import torch
 
 from deltafmt.errors import UsageError
 from deltafmt.kernels import devices, launching
-from deltafmt.kernels.beside import may_launch
+from deltafmt.kernels.background_compile import may_launch
 from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.record import MAX_PARTS
 from deltafmt.kernels.registry import kernels_of

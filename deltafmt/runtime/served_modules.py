@@ -19,6 +19,7 @@ from deltafmt.errors import UsageError
 from deltafmt.kernels.record_memory import RecordMemory
 from deltafmt.runtime import frames
 from deltafmt.runtime.binding import Binding, BoundModule
+from deltafmt.runtime.compiled_state import CompiledState, refuse_mixes
 from deltafmt.runtime.cuts import settled
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.disturbed import Placed
@@ -31,7 +32,6 @@ from deltafmt.runtime.site_choice import site_of
 from deltafmt.runtime.sites import LinearSite, Site, WeightSite, refuse_gradient
 from deltafmt.runtime.sites_other import EmbeddingSite
 from deltafmt.runtime.slot_plan import SlotPlan, SlotPlans
-from deltafmt.runtime.standing import Standing, refuse_mixes
 from deltafmt.runtime.substituted import Wrapped, WrappedSite
 from deltafmt.runtime.unused import unused
 
@@ -81,7 +81,7 @@ class ServedModules:
         self._growing: frozenset[int] = frozenset()
         self._wrapped = False
         self._multiplying: tuple[int, ...] = ()
-        self.standing = Standing(device, active)
+        self.compiled_state = CompiledState(device, active)
 
     def ready(self, selection: Selection | None, rows: int) -> None:
         """Bring all that compiled code reads up to date, before a call of the model.
@@ -95,7 +95,7 @@ class ServedModules:
                 self._compiled, self._fresh = True, False
                 self._plans.forget()  # other tables will have records
         self._bring()
-        self.standing.begin(selection, rows, self.count)
+        self.compiled_state.begin(selection, rows, self.count)
 
     def compiles(self, selection: Selection | None, tokens: int) -> bool:
         """Tell whether compiled code can serve a call of the model.
@@ -218,7 +218,7 @@ class ServedModules:
             self._make_group(group)
 
     def _make_group(self, sites: list[LinearSite]) -> None:
-        group = Siblings(sites, self.count, self._active, self.after, self.standing)
+        group = Siblings(sites, self.count, self._active, self.after, self.compiled_state)
         self._groups.update({id(site): group for site in sites})
         self._plans.forget()
         self._settle([group])
@@ -392,9 +392,9 @@ class ServedModules:
 
     def compiled_output(self, site: Site, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Return a module's output with the deltas of the calling thread, in compiled code; always a new tensor."""
-        standing = self.standing
-        standing.used = True
-        standing.refuse_captured(site.name)
+        compiled_state = self.compiled_state
+        compiled_state.used = True
+        compiled_state.refuse_captured(site.name)
         selection = self._active()
         output = output.clone(memory_format=torch.contiguous_format)
         if selection is None or not selection.touched:

@@ -28,11 +28,11 @@ from deltafmt.kernels.repeated import Ready
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.compiled_products import multiply_now
+from deltafmt.runtime.compiled_state import CompiledState
 from deltafmt.runtime.frames import check_input, note_input, untraced
 from deltafmt.runtime.operations import multiply_, new_key
 from deltafmt.runtime.selection import Selection, Waiting
 from deltafmt.runtime.sites import LinearSite
-from deltafmt.runtime.standing import Standing
 from deltafmt.runtime.uncopied import Uncopied
 from deltafmt.runtime.values import version_of
 
@@ -68,7 +68,7 @@ class _Member(Uncopied):
         self.number = number
         self.site = site
         self.plain = plain
-        self.key = new_key(self, group.standing.device)
+        self.key = new_key(self, group.compiled_state.device)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output."""
@@ -82,7 +82,7 @@ class _Member(Uncopied):
 
     def multiply(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> None:
         """Add the products of the deltas that are served now to the output of this module alone."""
-        multiply_now(outputs, given, self.site.table.operands, self.group.standing, [self.site])
+        multiply_now(outputs, given, self.site.table.operands, self.group.compiled_state, [self.site])
 
 
 class Siblings:
@@ -94,7 +94,7 @@ class Siblings:
         active: a function that returns the selection of the calling thread, or None.
         after: adds the deltas to the output of a module that has no hook, as a hook would; it gives None if there are
             none.
-        standing: what compiled code reads.
+        compiled_state: what compiled code reads.
 
     Attributes:
         members: the modules' forwards.
@@ -104,13 +104,15 @@ class Siblings:
         plain: the modules' own forwards.
     """
 
-    def __init__(self, sites: list[LinearSite], slots: int, active: Active, after: After, standing: Standing) -> None:
+    def __init__(
+        self, sites: list[LinearSite], slots: int, active: Active, after: After, compiled_state: CompiledState
+    ) -> None:
         self.sites = sites
         self._numbers = [id(site) for site in sites]
         self._active = active
         self._after = after
-        self.standing = standing
-        self.key = new_key(self, standing.device)
+        self.compiled_state = compiled_state
+        self.key = new_key(self, compiled_state.device)
         self.plain = [site.module.forward for site in sites]
         self.slots: set[int] = set()
         self._alone = len(sites) == 1
@@ -235,15 +237,15 @@ class Siblings:
             multiply_(outputs, given, self.key)
             if len(outputs) > 1:
                 note_input(self.key, given)
-                self.standing.ahead = self.key, given, [None, *outputs[1:]]
+                self.compiled_state.ahead = self.key, given, [None, *outputs[1:]]
             return outputs[0]
-        ahead = self.standing.ahead
+        ahead = self.compiled_state.ahead
         if ahead is not None and ahead[0] is self.key and ahead[1] is given and ahead[2][number] is not None:
             check_input(self.key, given)
             output = ahead[2][number]
             ahead[2][number] = None
             if number == len(self.plain) - 1:
-                self.standing.ahead = None
+                self.compiled_state.ahead = None
             return output
         output = self.plain[number](given)
         multiply_([output], given, self.members[number].key)
@@ -251,7 +253,7 @@ class Siblings:
 
     def multiply(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> None:
         """Add the products of the deltas that are served now to the outputs of all modules."""
-        multiply_now(outputs, given, self.table, self.standing, self.sites)
+        multiply_now(outputs, given, self.table, self.compiled_state, self.sites)
 
     @staticmethod
     def _take(site: LinearSite, given: torch.Tensor, selection: Selection) -> torch.Tensor | None:

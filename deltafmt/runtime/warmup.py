@@ -22,7 +22,7 @@ from deltafmt.delta import DeltaFile, refuse_child, refuse_exact
 from deltafmt.errors import UsageError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.kernels import devices
-from deltafmt.kernels.beside import warmed
+from deltafmt.kernels.background_compile import warmed
 from deltafmt.kernels.compiling import Compiled, compile_variants, load_variants, parse_target, target_of
 from deltafmt.kernels.device_memory import DeviceMemory, PlacedBuffers
 from deltafmt.kernels.kind import Conversion

@@ -18,7 +18,7 @@ from deltafmt.runtime.batch_inputs import Input
 from deltafmt.runtime.follow import Follower
 from deltafmt.runtime.orders import Order
 from deltafmt.runtime.owners import LOST, Lost, Owners, owners_along
-from deltafmt.runtime.places import MERGED, MET, OUTPUT, Form, Forms, Place
+from deltafmt.runtime.row_places import MERGED, MET, OUTPUT, Form, Forms, Place
 
 _KEPT = 64  # orders of a batch that are kept: a few for each length of a prompt
 
