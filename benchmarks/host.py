@@ -33,7 +33,7 @@ import deltafmt.transformers as dft
 from deltafmt.kernels import repeated
 from deltafmt.kernels.repeated import Launch, Place, Ready, Repeated
 from deltafmt.methods import DeltaDQ
-from deltafmt.runtime import shared_products
+from deltafmt.runtime import product_group
 from deltafmt.runtime.served_modules import ServedModules
 
 ROWS = 16
@@ -93,8 +93,8 @@ class AsOnGpu(ExitStack):
         for target, name, value in (
             (ServedModules, "_group_known", grouped),
             (ServedModules, "_refresh", refreshed),
-            (shared_products, "repeated_", lambda *_: True),
-            (shared_products, "ready", ready),
+            (product_group, "repeated_", lambda *_: True),
+            (product_group, "ready", ready),
             (repeated, "_launcher", lambda: does_nothing),
             (torch._C, "_cuda_getCurrentRawStream", lambda _: 0),  # noqa: SLF001
             (torch._C, "_cuda_getDevice", lambda: None),  # noqa: SLF001

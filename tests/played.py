@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from deltafmt.runtime import shared_products
+from deltafmt.runtime import product_group
 
 
 class Played:
@@ -38,7 +38,7 @@ class Played:
         if [_form(output) for output in outputs] != self._outputs:
             return False
         flat = [output.view(-1, output.shape[-1]) for output in outputs]
-        shared_products.matmul_(flat, x.view(-1, x.shape[-1]), self._table, self._segments)
+        product_group.matmul_(flat, x.view(-1, x.shape[-1]), self._table, self._segments)
         Played.made += 1
         return True
 
@@ -50,7 +50,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> type[Played]:
         whole = x.is_contiguous() and x.dtype == outputs[0].dtype and all(one.is_contiguous() for one in outputs)
         return Played(outputs, x, table, segments) if whole else None
 
-    monkeypatch.setattr(shared_products, "ready", ready)
+    monkeypatch.setattr(product_group, "ready", ready)
     monkeypatch.setattr(Played, "made", 0)
     return Played
 

@@ -17,8 +17,8 @@ Where to look, by subject (``docs/architecture.md`` follows one request through 
   ``follow*.py``, ``owners.py`` and ``batch_inputs.py`` find it out; ``orders.py`` says it as slots of tokens.
 - **A delta gets a slot.** ``served_modules.py``, tensor by tensor; ``slot_plan.py``, at once, if its layout is known.
 - **A module adds deltas.** ``served_modules.py`` and ``module_hooks.py``; a class for each sort of module in
-  ``sites.py`` (linear), ``sites_other.py``, ``experts.py`` and ``substituted.py``. ``siblings.py`` and
-  ``shared_products.py`` share one launch among q, k and v. ``mixing.py`` sums deltas with weights. ``per_delta.py``,
+  ``sites.py`` (linear), ``sites_other.py``, ``experts.py`` and ``substituted.py``. ``shared_inputs.py`` and
+  ``product_group.py`` share one launch among q, k and v. ``mixing.py`` sums deltas with weights. ``per_delta.py``,
   ``per_row.py`` and ``uncalled_reads.py`` are for parameters that a model reads by itself.
 - **Other ways to run.** ``continuous.py``, ``intake.py``, ``packed.py`` and ``shared_prefixes.py`` (continuous
   batching); ``frames.py``, ``operations.py``, ``compiled_state.py`` and ``compiled_products.py`` (``torch.compile``);

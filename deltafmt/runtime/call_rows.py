@@ -30,7 +30,7 @@ class Kept:
         slots: for each source, the slot of each item; the first source is the rows of the batch.
         orders: the orders of the deltas in tensors, by source, dimension and shape.
         routines: for each form of a call, what groups of modules have decided
-            (:mod:`deltafmt.runtime.shared_products`).
+            (:mod:`deltafmt.runtime.product_group`).
     """
 
     def __init__(self, slots: Sequence[torch.Tensor]) -> None:

@@ -25,9 +25,9 @@ from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.disturbed import Placed
 from deltafmt.runtime.mixing import mixed_output
 from deltafmt.runtime.module_hooks import Lookup, LookupHooks, ModuleHooks
+from deltafmt.runtime.product_group import Active, ProductGroup, shareable
 from deltafmt.runtime.selection import Selection
-from deltafmt.runtime.shared_products import Active, Siblings, shareable
-from deltafmt.runtime.siblings import SharedInput, known_siblings
+from deltafmt.runtime.shared_inputs import SharedInput, known_siblings
 from deltafmt.runtime.site_choice import site_of
 from deltafmt.runtime.sites import LinearSite, Site, WeightSite, refuse_gradient
 from deltafmt.runtime.sites_other import EmbeddingSite
@@ -68,7 +68,7 @@ class ServedModules:
         self._memory = RecordMemory(device)
         self._sites: dict[int, Site] = {}
         self._hooks: dict[int, list[RemovableHandle | Wrapped]] = {}
-        self._groups: dict[int, Siblings] = {}
+        self._groups: dict[int, ProductGroup] = {}
         self._placed = Placed()
         self._slots: dict[str, int] = {}
         self._held: dict[str, tuple[DeviceDelta, Binding]] = {}
@@ -218,7 +218,7 @@ class ServedModules:
             self._make_group(group)
 
     def _make_group(self, sites: list[LinearSite]) -> None:
-        group = Siblings(sites, self.count, self._active, self.after, self.compiled_state)
+        group = ProductGroup(sites, self.count, self._active, self.after, self.compiled_state)
         self._groups.update({id(site): group for site in sites})
         self._plans.forget()
         self._settle([group])
@@ -274,7 +274,7 @@ class ServedModules:
         self._settle(self._refresh_groups(plan, slot))
         return plan is not None
 
-    def _refresh_groups(self, plan: SlotPlan | None, slot: int) -> Collection[Siblings]:
+    def _refresh_groups(self, plan: SlotPlan | None, slot: int) -> Collection[ProductGroup]:
         """Bring groups up to date whose slot has changed, except what a plan has done; return these groups."""
         groups = set(self._groups.values()) if plan is None else plan.other_groups
         for group in groups:
@@ -337,7 +337,7 @@ class ServedModules:
         handles.append(site.module.register_forward_hook(hooks.after, with_kwargs=True, **after))
         site.hooked = True
 
-    def _settle(self, groups: Iterable[Siblings]) -> None:
+    def _settle(self, groups: Iterable[ProductGroup]) -> None:
         """Hook the modules of groups that need more than products, and take the hooks from those that do not.
 
         A call in another thread may have begun with the module's own forward, whose deltas the hook adds. While there

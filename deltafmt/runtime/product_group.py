@@ -63,7 +63,7 @@ class _Member(Uncopied):
 
     __slots__ = ("__weakref__", "group", "key", "number", "plain", "site")
 
-    def __init__(self, group: Siblings, number: int, site: LinearSite, plain: Callable[..., Any]) -> None:
+    def __init__(self, group: ProductGroup, number: int, site: LinearSite, plain: Callable[..., Any]) -> None:
         self.group = group
         self.number = number
         self.site = site
@@ -85,7 +85,7 @@ class _Member(Uncopied):
         multiply_now(outputs, given, self.site.table.operands, self.group.compiled_state, [self.site])
 
 
-class Siblings:
+class ProductGroup:
     """A group of linear modules with one operand table.
 
     Args:
