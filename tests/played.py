@@ -1,4 +1,4 @@
-"""Products that are ready to be made again, on the CPU: what repeats launches is played by the product that decodes.
+"""Bound launches, on the CPU: they are played by the product that decodes.
 
 Launches are repeated on a GPU alone. Whose rows they are for, and when they hold, is decided before, and the same
 everywhere.
@@ -16,10 +16,10 @@ from deltafmt.runtime import product_group
 
 
 class Played:
-    """A product that is ready, for inputs and outputs of one form.
+    """What stands for the bound launches of a product, for inputs and outputs of one form.
 
     Attributes:
-        made: how many products were made by such products, of all groups.
+        made: how many products they made, of all groups.
     """
 
     made = 0
@@ -44,13 +44,13 @@ class Played:
 
 
 def play(monkeypatch: pytest.MonkeyPatch) -> type[Played]:
-    """Let products be ready on the CPU."""
+    """Let products be bound on the CPU."""
 
-    def ready(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Any, segments: Any) -> Played | None:
+    def bind_product(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Any, segments: Any) -> Played | None:
         whole = x.is_contiguous() and x.dtype == outputs[0].dtype and all(one.is_contiguous() for one in outputs)
         return Played(outputs, x, table, segments) if whole else None
 
-    monkeypatch.setattr(product_group, "ready", ready)
+    monkeypatch.setattr(product_group, "bind_product", bind_product)
     monkeypatch.setattr(Played, "made", 0)
     return Played
 

@@ -41,9 +41,9 @@ def multiply_now(
     segments = compiled_state.segments(given, sites[0], where)
     if segments is None:
         return
-    if given.is_cuda and tokens > table.fewest:
+    if given.is_cuda and tokens > table.token_limit:
         raise UsageError(
-            f"{where} has {tokens} tokens, and its deltas are compiled for {table.fewest}; call it as it is"
+            f"{where} has {tokens} tokens, and its deltas are compiled for {table.token_limit}; call it as it is"
         )
     for site in sites:
         site.ran = True

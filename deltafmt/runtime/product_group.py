@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from deltafmt.kernels.products import can_fuse, fused_linear, matmul_, ready, ready_fused, repeated_
-from deltafmt.kernels.repeated import Ready
+from deltafmt.kernels.products import bind_fused, bind_product, can_fuse, fused_linear, matmul_, multiply_recorded_
+from deltafmt.kernels.recorded_launches import BoundLaunches
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.compiled_products import multiply_now
@@ -51,7 +51,7 @@ class _Routine:
     """
 
     version: int
-    product: Ready
+    product: BoundLaunches
     segments: Segments | None
 
 
@@ -273,19 +273,19 @@ class ProductGroup:
         routines = selection.routines if selection.steady(given) else None
         if weights is not None and outputs is not None:
             (slot,) = selection.used
-            self._keep_routine(routines, version, ready_fused(outputs, given, weights, self.table, slot), None)
+            self._keep_routine(routines, version, bind_fused(outputs, given, weights, self.table, slot), None)
         elif outputs is None:
             outputs = [forward(given) for forward in self.plain]
             segments = order.segments()
             outputs = self._multiply(outputs, given, segments)
             if weights is None:
-                self._keep_routine(routines, version, ready(outputs, given, self.table, segments), segments)
+                self._keep_routine(routines, version, bind_product(outputs, given, self.table, segments), segments)
         self._keep(given, selection, outputs, complete=False)
         return outputs[0]
 
     def _multiply(self, outputs: list[torch.Tensor], given: torch.Tensor, segments: Segments) -> list[torch.Tensor]:
         """Return outputs of the base with the deltas' products, which are added in place if that is possible."""
-        if repeated_(outputs, given, self.table, segments):
+        if multiply_recorded_(outputs, given, self.table, segments):
             return outputs
         flat = [output.reshape(-1, output.shape[-1]) for output in outputs]
         x = given.to(flat[0].dtype).reshape(-1, given.shape[-1])
@@ -293,7 +293,7 @@ class ProductGroup:
         return [output.view(*given.shape[:-1], -1) for output in flat]
 
     def _keep_routine(
-        self, routines: dict[object, Any] | None, version: int, product: Ready | None, segments: Segments | None
+        self, routines: dict[object, Any] | None, version: int, product: BoundLaunches | None, segments: Segments | None
     ) -> None:
         """Keep how a product was made, for the next input of the same form."""
         if routines is not None and product is not None and all(site.multiplies_only for site in self.sites):

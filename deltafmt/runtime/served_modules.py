@@ -77,7 +77,7 @@ class ServedModules:
         self._fresh = False
         self._added = 0
         self._compiled = False
-        self._fewest: float = math.inf
+        self._token_limit: float = math.inf
         self._growing: frozenset[int] = frozenset()
         self._wrapped = False
         self._multiplying: tuple[int, ...] = ()
@@ -110,7 +110,7 @@ class ServedModules:
             tokens: of the batch.
         """
         self._bring()
-        if self._device.type == "cuda" and tokens > self._fewest:
+        if self._device.type == "cuda" and tokens > self._token_limit:
             return False
         if selection is None:
             return not self._wrapped
@@ -144,7 +144,7 @@ class ServedModules:
             if added > self._added:
                 frames.forget()  # a graph that was captured before does not launch for the new layout
             self._added = added
-            self._fewest = min((group.table.fewest for group in groups), default=math.inf)
+            self._token_limit = min((group.table.token_limit for group in groups), default=math.inf)
             self._growing = frozenset(slot for site in weights for slot in site.growing())
             self._wrapped = any(isinstance(site, WrappedSite) for site in sites)
             self._multiplying = tuple(id(site) for site in sites if isinstance(site, LinearSite))

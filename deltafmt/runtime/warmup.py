@@ -274,7 +274,7 @@ def variants_of(
                     _collect_product(table, parts, number, segments[number, each, slots])
             table = _table(parts, 1)
             for one in fixed:
-                if one.tokens <= table.fewest:
+                if one.tokens <= table.token_limit:
                     _collect_product(table, parts, one.tokens, one)
             for number in tokens:
                 _collect_fused(_table(parts, 1), parts, number)
