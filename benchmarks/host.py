@@ -30,10 +30,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import deltafmt
 import deltafmt.transformers as dft
-from deltafmt.kernels import repeated
-from deltafmt.kernels.repeated import Launch, Place, Ready, Repeated
+from deltafmt.kernels import recorded_launches
+from deltafmt.kernels.recorded_launches import BoundLaunches, Launch, Place, RecordedLaunches
 from deltafmt.methods import DeltaDQ
-from deltafmt.runtime import shared_products
+from deltafmt.runtime import product_group
 from deltafmt.runtime.served_modules import ServedModules
 
 ROWS = 16
@@ -83,19 +83,19 @@ class AsOnGpu(ExitStack):
             refresh(served)
             served._device = real  # noqa: SLF001
 
-        def ready(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Any, segments: Any) -> Ready:
+        def bind_product(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Any, segments: Any) -> BoundLaunches:
             tiles = (1, 1, None)
             places = [Place(0, "x"), Place(5, "order", tiles), Place(6, "tiles", tiles)]
             places += [Place(1 + number, "y", number) for number in range(len(outputs))]
             launch = Launch(1, (1, 1, 1), 128, 0, np.zeros(40, np.uint64), tuple(places))
-            return Ready(Repeated([launch], [], len(outputs)), outputs, x, segments, table)
+            return BoundLaunches(RecordedLaunches([launch], [], len(outputs)), outputs, x, segments, table)
 
         for target, name, value in (
             (ServedModules, "_group_known", grouped),
             (ServedModules, "_refresh", refreshed),
-            (shared_products, "repeated_", lambda *_: True),
-            (shared_products, "ready", ready),
-            (repeated, "_launcher", lambda: does_nothing),
+            (product_group, "multiply_recorded_", lambda *_: True),
+            (product_group, "bind_product", bind_product),
+            (recorded_launches, "_launcher", lambda: does_nothing),
             (torch._C, "_cuda_getCurrentRawStream", lambda _: 0),  # noqa: SLF001
             (torch._C, "_cuda_getDevice", lambda: None),  # noqa: SLF001
         ):

@@ -18,8 +18,8 @@ is atomic.
 A product, file by file (KIND is ``nm``, ``lowbit``, ``lowrank`` or ``sparse``):
 
 - ``products.py``: what models call. It launches kernels, and decodes the deltas that no kernel takes.
-- ``launching.py``: which kernels a product needs. ``repeated.py`` repeats launches without Triton, ``beside.py`` and
-  ``compiling.py`` compile kernels in the background.
+- ``launching.py``: which kernels a product needs. ``recorded_launches.py`` repeats launches without
+  Triton, ``background_compile.py`` and ``compiling.py`` compile kernels in the background.
 - ``segments.py``: the tokens sorted by slot and cut into token tiles, on the device.
 - ``table.py``, ``record.py``, ``record_memory.py``: the operand table, whose records hold the addresses of the buffers.
   ``operand.py`` is one term; ``device_memory.py`` the allocation that its buffers lie in; ``operand_records.py`` the

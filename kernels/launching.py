@@ -3,8 +3,8 @@
 For each layout in the table there is one launch (or two: the kinds decide), for all slots with few enough tokens. In
 this order, a product is made
 
-1. by repeating the launches of an earlier product of the same form (:mod:`.repeated`);
-2. not at all, if a kernel is still being compiled: the caller then decodes the deltas (:mod:`.beside`);
+1. by repeating the launches of an earlier product of the same form (:mod:`.recorded_launches`);
+2. not at all, if a kernel is still being compiled: the caller then decodes the deltas (:mod:`.background_compile`);
 3. by Triton; the launches are recorded for the next product.
 """
 
@@ -15,10 +15,10 @@ from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 
-from deltafmt.kernels.beside import may_launch
+from deltafmt.kernels.background_compile import may_launch
 from deltafmt.kernels.record import MAX_PARTS
+from deltafmt.kernels.recorded_launches import BoundLaunches, RecordedLaunches, can_repeat, form, recording
 from deltafmt.kernels.registry import kernels_of
-from deltafmt.kernels.repeated import Ready, Repeated, can_repeat, form, recording
 from deltafmt.kernels.segments import Segments, is_captured
 from deltafmt.kernels.table import OperandTable
 
@@ -35,12 +35,12 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
         segments: which token uses which of them.
 
     Returns:
-        False if nothing is launched, because a kernel is still being compiled (:mod:`.beside`).
+        False if nothing is launched, because a kernel is still being compiled (:mod:`.background_compile`).
     """
     if segments.longest == 0:
         return True  # no token has a delta
     key = form(outputs, x, segments) if can_repeat(x.device) else None
-    found = None if key is None else table.repeated(key)
+    found = None if key is None else table.launches_for(key)
     if found is not None:
         found.run(outputs, x, segments)
         return True
@@ -55,7 +55,7 @@ def launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
     return True
 
 
-def repeat_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> bool:
+def run_recorded(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> bool:
     """Repeat the launches of an earlier product of the same form, if there was one.
 
     Args:
@@ -67,24 +67,24 @@ def repeat_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Ope
     Returns:
         True if the whole product is made; False if nothing has been done.
     """
-    found = _repeated(outputs, x, table, segments)
+    found = _find_recorded(outputs, x, table, segments)
     if found is not None:
         found.run(outputs, x, segments)
     return found is not None
 
 
-def ready_product(
+def bind_recorded(
     outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments
-) -> Ready | None:
-    """Return the launches of a product as :func:`repeat_products` makes it, for more products of the same tokens.
+) -> BoundLaunches | None:
+    """Return the launches of a product as :func:`run_recorded` makes it, for more products of the same tokens.
 
     They hold for as long as the table's operands stay what they are.
     """
     # What is made while a graph is captured holds nothing before the graph is replayed.
     if segments.fixed or is_captured(x):
         return None
-    found = _repeated(outputs, x, table, segments)
-    return None if found is None else Ready(found, outputs, x, segments, table)
+    found = _find_recorded(outputs, x, table, segments)
+    return None if found is None else BoundLaunches(found, outputs, x, segments, table)
 
 
 def launch_fused(
@@ -100,10 +100,10 @@ def launch_fused(
         slot: one that :func:`deltafmt.kernels.products.can_fuse` accepts.
 
     Returns:
-        False if nothing is launched, because the kernel is still being compiled (:mod:`.beside`).
+        False if nothing is launched, because the kernel is still being compiled (:mod:`.background_compile`).
     """
     key = _fused_form(outputs, x, weights, table, slot)
-    found = None if key is None else table.repeated(key)
+    found = None if key is None else table.launches_for(key)
     if found is not None:
         found.run([*outputs, *weights], x, None, [slot])
         return True
@@ -125,16 +125,16 @@ def launch_fused(
     return True
 
 
-def ready_fused(
+def bind_recorded_fused(
     outputs: Sequence[torch.Tensor], x: torch.Tensor, weights: Sequence[torch.Tensor], table: OperandTable, slot: int
-) -> Ready | None:
+) -> BoundLaunches | None:
     """Return the launches of a product as :func:`launch_fused` makes it, for more products with the same delta.
 
     Their outputs are followed by the weights. They hold for as long as the table's operands stay what they are.
     """
     key = None if is_captured(x) else _fused_form(outputs, x, weights, table, slot)
-    found = None if key is None else table.repeated(key)
-    return None if found is None else Ready(found, [*outputs, *weights], x, None, table, [slot])
+    found = None if key is None else table.launches_for(key)
+    return None if found is None else BoundLaunches(found, [*outputs, *weights], x, None, table, [slot])
 
 
 def _fused_form(
@@ -160,17 +160,17 @@ def _kept(
     with recording(outputs, x, records, segments, numbers) as recorder:
         yield
     if recorder.launches is not None:
-        made = Repeated(recorder.launches, recorder.scratch, len(outputs), len(numbers))
-        table.keep_repeated(key, made, layouts)
+        made = RecordedLaunches(recorder.launches, recorder.scratch, len(outputs), len(numbers))
+        table.keep_launches(key, made, layouts)
 
 
-def _repeated(
+def _find_recorded(
     outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments
-) -> Repeated | None:
-    if segments.longest > table.fewest or not can_repeat(x.device):
+) -> RecordedLaunches | None:
+    if segments.longest > table.token_limit or not can_repeat(x.device):
         return None
     key = form(outputs, x, segments)
-    return None if key is None else table.repeated(key)
+    return None if key is None else table.launches_for(key)
 
 
 def _launch_products(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> None:
@@ -193,7 +193,7 @@ def launch_embeddings(output: torch.Tensor, ids: torch.Tensor, table: OperandTab
         segments: which token uses which of them.
 
     Returns:
-        False if nothing is launched, because a kernel is still being compiled (:mod:`.beside`).
+        False if nothing is launched, because a kernel is still being compiled (:mod:`.background_compile`).
     """
     tables = [one for one in table.layout_tables(slice(0, 1)) if kernels_of(one.layout).embeds]
 

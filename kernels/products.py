@@ -8,7 +8,8 @@ the answer.
 - :func:`matmul_` adds products onto the outputs of a linear module, or of several with the same input.
 - :func:`fused_linear` computes base and delta as one product, if all tokens are of one slot.
 - :func:`embedding_` adds rows of deltas to embeddings.
-- :func:`repeated_`, :func:`ready` and :func:`ready_fused` repeat the launches of an earlier product.
+- :func:`multiply_recorded_` repeats the launches of an earlier product; :func:`bind_product` and :func:`bind_fused`
+  return them, for more products of the same tokens or the same delta.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import torch
 
 from deltafmt.errors import UsageError
 from deltafmt.kernels import devices, launching
-from deltafmt.kernels.beside import may_launch
+from deltafmt.kernels.background_compile import may_launch
 from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.record import MAX_PARTS
+from deltafmt.kernels.recorded_launches import BoundLaunches
 from deltafmt.kernels.registry import kernels_of
-from deltafmt.kernels.repeated import Ready
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 
@@ -55,28 +56,32 @@ def matmul_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTabl
         y[tokens, : operand.rows] = (y[tokens, : operand.rows].float() + product).to(y.dtype)
 
 
-def repeated_(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> bool:
+def multiply_recorded_(
+    outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments
+) -> bool:
     """Do what :func:`matmul_` does if launches of an earlier product can be repeated; otherwise return False.
 
     This is the quick way of a decoding step. Tensors may have more than two dimensions, and must then be contiguous.
     """
-    return _repeatable(outputs, x) and launching.repeat_products(outputs, x, table, segments)
+    return _repeatable(outputs, x) and launching.run_recorded(outputs, x, table, segments)
 
 
-def ready(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments) -> Ready | None:
-    """Return the product that was just made, ready to be made of other tensors of the same form and the same tokens.
+def bind_product(
+    outputs: Sequence[torch.Tensor], x: torch.Tensor, table: OperandTable, segments: Segments
+) -> BoundLaunches | None:
+    """Return the launches of the product that was just made, for other tensors of the same form and the same tokens.
 
-    It holds until the table's operands change; None if launches cannot be repeated.
+    They hold until the table's operands change; None if launches cannot be repeated.
     """
-    return launching.ready_product(outputs, x, table, segments) if _repeatable(outputs, x) else None
+    return launching.bind_recorded(outputs, x, table, segments) if _repeatable(outputs, x) else None
 
 
-def ready_fused(
+def bind_fused(
     outputs: Sequence[torch.Tensor], x: torch.Tensor, weights: Sequence[torch.Tensor], table: OperandTable, slot: int
-) -> Ready | None:
-    """Return what :func:`fused_linear` has just made of one token, ready to be made of other tokens.
+) -> BoundLaunches | None:
+    """Return the launches of what :func:`fused_linear` has just made of one token, for other tokens.
 
-    It writes to outputs of this form, which the weights follow in its arguments. It holds until the table's operands
+    They write to outputs of this form, which the weights follow in the arguments. They hold until the table's operands
     change; None if launches cannot be repeated.
 
     Args:
@@ -88,7 +93,7 @@ def ready_fused(
     """
     if x.numel() != x.shape[-1] or not _repeatable([*outputs, *weights], x):
         return None
-    return launching.ready_fused(outputs, x, weights, table, slot)
+    return launching.bind_recorded_fused(outputs, x, weights, table, slot)
 
 
 def _repeatable(outputs: Sequence[torch.Tensor], x: torch.Tensor) -> bool:

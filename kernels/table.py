@@ -26,12 +26,12 @@ from deltafmt.errors import UsageError
 from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.record import MAX_PARTS, LayoutTable
 from deltafmt.kernels.record_memory import RecordMemory, Records
+from deltafmt.kernels.recorded_launches import RecordedLaunches
 from deltafmt.kernels.registry import kernels_of
-from deltafmt.kernels.repeated import Repeated
 from deltafmt.terms.layout import TermLayout
 
 # Forms of calls whose launches a table keeps: a prompt, a decoding step and what lies between.
-MOST_REPEATED = 64
+MOST_RECORDINGS = 64
 
 _Key = tuple[TermLayout, int, int, int]
 # A slot's operands, by part and term; and the layout and the rows of each.
@@ -77,7 +77,8 @@ class OperandTable:
         memory: the memory of the records, which tables can share; of its own if not given.
 
     Attributes:
-        fewest: the most tokens that a slot may have so that kernels multiply every operand: the smallest limit of all.
+        token_limit: the most tokens that a slot may have so that kernels multiply every operand: the smallest limit of
+            all.
         held: the operands of each slot. Whoever sets one sees to the records.
         key: stands for the table, and for those that grow out of it.
         used: True once somebody has read the records.
@@ -102,12 +103,12 @@ class OperandTable:
         self.memory = RecordMemory(self.device) if memory is None else memory
         self._tables: dict[_Key, Records] = {}
         self._bounds: dict[int, tuple[Bound, ...]] = {}
-        self.fewest: float = math.inf
+        self.token_limit: float = math.inf
         self.used = False
         self.added = 0
         self._changed: set[int] = set()
         self._written = 0
-        self._repeated: dict[Hashable, Repeated] = {}
+        self._launches: dict[Hashable, RecordedLaunches] = {}
         self._lock = threading.Lock()
 
     def grown(self, slots: int) -> OperandTable:
@@ -116,7 +117,7 @@ class OperandTable:
         with self._lock:
             made.held[: self.slots] = self.held
             made._changed.update(slot for slot, parts in enumerate(self.held) if parts != self.empty)
-            made.key, made._bounds, made.fewest = self.key, self._bounds, self.fewest
+            made.key, made._bounds, made.token_limit = self.key, self._bounds, self.token_limit
         return made
 
     def put(self, slot: int, parts: Sequence[Sequence[Operand]]) -> None:
@@ -159,7 +160,7 @@ class OperandTable:
                 # Another dict: a thread may be going through the old one.
                 others = {other: held for other, held in self._bounds.items() if other != slot}
                 self._bounds = {**others, slot: bounds} if bounds else others
-                self.fewest = min((one.most for held in self._bounds.values() for one in held), default=math.inf)
+                self.token_limit = min((one.most for held in self._bounds.values() for one in held), default=math.inf)
 
     def bounds_of(self, slot: int) -> tuple[Bound, ...]:
         """Return the bounds of a slot's operands."""
@@ -218,13 +219,13 @@ class OperandTable:
             self._read()
             return [records.tensor for records in self._tables.values()]
 
-    def repeated(self, key: Hashable) -> Repeated | None:
+    def launches_for(self, key: Hashable) -> RecordedLaunches | None:
         """Return the launches that were kept for calls of a form; the records they read are then up to date."""
         with self._lock:
             self._read()
-            return self._repeated.get(key)
+            return self._launches.get(key)
 
-    def keep_repeated(self, key: Hashable, launches: Repeated, layouts: int) -> None:
+    def keep_launches(self, key: Hashable, launches: RecordedLaunches, layouts: int) -> None:
         """Keep the launches of a product for calls of the same form.
 
         Args:
@@ -236,9 +237,9 @@ class OperandTable:
         with self._lock:
             if layouts != len(self._tables):
                 return
-            if len(self._repeated) >= MOST_REPEATED:
-                self._repeated.clear()
-            self._repeated[key] = launches
+            if len(self._launches) >= MOST_RECORDINGS:
+                self._launches.clear()
+            self._launches[key] = launches
 
     def prepare(self) -> None:
         """Write the records of new operands; flush the memory to bring those of all tables over with one copy."""
@@ -283,7 +284,7 @@ class OperandTable:
                 records = self._tables.get(key)
                 if records is None:
                     records = self._tables[key] = self.memory.take((self.slots, width, len(kernels.record)))
-                    self._repeated.clear()  # the layout is not among their launches
+                    self._launches.clear()  # the layout is not among their launches
                     self.added += self.used
                 yield records, part - first, operand
 

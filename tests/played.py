@@ -1,4 +1,4 @@
-"""Products that are ready to be made again, on the CPU: what repeats launches is played by the product that decodes.
+"""Bound launches, on the CPU: they are played by the product that decodes.
 
 Launches are repeated on a GPU alone. Whose rows they are for, and when they hold, is decided before, and the same
 everywhere.
@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from deltafmt.runtime import shared_products
+from deltafmt.runtime import product_group
 
 
 class Played:
-    """A product that is ready, for inputs and outputs of one form.
+    """What stands for the bound launches of a product, for inputs and outputs of one form.
 
     Attributes:
-        made: how many products were made by such products, of all groups.
+        made: how many products they made, of all groups.
     """
 
     made = 0
@@ -38,19 +38,19 @@ class Played:
         if [_form(output) for output in outputs] != self._outputs:
             return False
         flat = [output.view(-1, output.shape[-1]) for output in outputs]
-        shared_products.matmul_(flat, x.view(-1, x.shape[-1]), self._table, self._segments)
+        product_group.matmul_(flat, x.view(-1, x.shape[-1]), self._table, self._segments)
         Played.made += 1
         return True
 
 
 def play(monkeypatch: pytest.MonkeyPatch) -> type[Played]:
-    """Let products be ready on the CPU."""
+    """Let products be bound on the CPU."""
 
-    def ready(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Any, segments: Any) -> Played | None:
+    def bind_product(outputs: Sequence[torch.Tensor], x: torch.Tensor, table: Any, segments: Any) -> Played | None:
         whole = x.is_contiguous() and x.dtype == outputs[0].dtype and all(one.is_contiguous() for one in outputs)
         return Played(outputs, x, table, segments) if whole else None
 
-    monkeypatch.setattr(shared_products, "ready", ready)
+    monkeypatch.setattr(product_group, "bind_product", bind_product)
     monkeypatch.setattr(Played, "made", 0)
     return Played
 

@@ -24,9 +24,9 @@ from deltafmt.kernels.operand import BUFFER_DTYPES, Operand, buffer_forms
 from deltafmt.methods import SVD, DeltaDQ, Magnitude
 from deltafmt.runtime import checks
 from deltafmt.runtime.checks import check_terms
+from deltafmt.runtime.delta_holds import Attached
 from deltafmt.runtime.delta_store import read_attached
 from deltafmt.runtime.device_delta import DeviceTensor
-from deltafmt.runtime.held import Attached
 from deltafmt.terms import words
 from deltafmt.terms.buffers import blank, views
 from deltafmt.terms.codec import TermCodec

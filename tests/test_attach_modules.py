@@ -33,7 +33,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_siblings_share_a_launch(tiny: Tiny, names: Any, routine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused and not, outputs are the same, bit for bit; the second forward needs fewer launches."""
     from deltafmt.kernels.products import matmul_
-    from deltafmt.runtime import shared_products, sites
+    from deltafmt.runtime import product_group, sites
 
     played = play(monkeypatch) if routine else None
     launches: list[int] = []
@@ -43,7 +43,7 @@ def test_siblings_share_a_launch(tiny: Tiny, names: Any, routine: bool, monkeypa
         matmul_(outputs, *arguments)
 
     monkeypatch.setattr(sites, "matmul_", counted)
-    monkeypatch.setattr(shared_products, "matmul_", counted)
+    monkeypatch.setattr(product_group, "matmul_", counted)
     tokens = ids(3, 5)
     apart = attach(tiny.load(), tiny.deltas, fuse=False)
     with apart.delta(names):

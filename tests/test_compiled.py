@@ -16,7 +16,7 @@ import deltafmt
 from deltafmt.errors import UsageError
 from deltafmt.methods import DeltaDQ
 from deltafmt.runtime import frames, operations
-from deltafmt.runtime.standing import Standing
+from deltafmt.runtime.compiled_state import CompiledState
 from deltafmt.transformers import attach, detach
 from tiny_models import Tiny, close, generate, ids, logits, made_once, shake
 
@@ -177,8 +177,8 @@ def test_a_compiled_layer_knows_the_rows_in_the_first_call(
     else:
         layers[0] = torch.compile(layers[0], backend="aot_eager")
     begun = []
-    begin = Standing.begin
-    monkeypatch.setattr(Standing, "begin", lambda *given: (begun.append(given[1]), begin(*given)))
+    begin = CompiledState.begin
+    monkeypatch.setattr(CompiledState, "begin", lambda *given: (begun.append(given[1]), begin(*given)))
     with model.delta("one"):
         check(logits(model, tokens), want, "one")
     assert len(begun) == 1

@@ -19,7 +19,7 @@ import deltafmt
 from deltafmt.errors import UsageError
 from deltafmt.methods import RTN
 from deltafmt.runtime.packed import select
-from deltafmt.runtime.places import Forms
+from deltafmt.runtime.row_places import Forms
 from deltafmt.transformers import attach, detach
 from strategies import examples
 from tiny_models import CAUSAL, Tiny, every, generate, ids, made_once, new_model, shake

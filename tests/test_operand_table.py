@@ -74,7 +74,7 @@ def test_launches_are_not_kept_if_a_layout_came_while_they_were_recorded(monkeyp
     kept = []
     for _ in range(2):
         assert launching.launch_products(outputs, x, table, segments)
-        kept.append(table.repeated(key))
+        kept.append(table.launches_for(key))
     assert kept[0] is None
     assert kept[1] is not None
 
@@ -134,7 +134,7 @@ def check_records(table: OperandTable) -> None:
     wanted = [(held.layout, held.records.tolist()) for held in other.layout_tables(slice(0, 2))]
     found = [(held.layout, held.records.tolist()) for held in table.layout_tables(slice(0, 2)) if held.records.any()]
     assert sorted(found, key=str) == sorted(wanted, key=str)
-    assert table.fewest == other.fewest
+    assert table.token_limit == other.token_limit
 
 
 def test_a_prepared_table_copies_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,12 +155,12 @@ def test_threads_have_routines_of_their_own(pair: Pair) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_launches_that_are_ready_on_a_gpu(tiny: Tiny, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltafmt.kernels.repeated import Ready
+def test_bound_launches_on_a_gpu(tiny: Tiny, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltafmt.kernels.recorded_launches import BoundLaunches
 
     made: list[bool] = []
-    run = Ready.run
-    monkeypatch.setattr(Ready, "run", lambda *arguments: made.append(run(*arguments)) or made[-1])
+    run = BoundLaunches.run
+    monkeypatch.setattr(BoundLaunches, "run", lambda *arguments: made.append(run(*arguments)) or made[-1])
     kind = getattr(torch, dtype)
     routine, apart = (attach(tiny.load(dtype=kind).cuda(), tiny.deltas, fuse=fuse) for fuse in (True, False))
     tolerance = 1e-4 if dtype == "float32" else 2e-2

@@ -206,7 +206,7 @@ class Served:
                 for slot in slots
             ]
             bounds = [(slot, one) for slot, one in sorted(table.bounded(), key=str)]
-            found.append((name, operands, [table.forms(slot) for slot in slots], bounds, table.fewest))
+            found.append((name, operands, [table.forms(slot) for slot in slots], bounds, table.token_limit))
             found.append(
                 sorted(
                     str(

@@ -31,8 +31,8 @@ from deltafmt.vllm.layers import MatrixLayer
 from deltafmt.vllm.loading import load_delta
 from deltafmt.vllm.norms import NormLayer
 from deltafmt.vllm.parts import LayerParts
-from deltafmt.vllm.places import find_places
 from deltafmt.vllm.served import ServedModel
+from deltafmt.vllm.tensor_places import find_places
 from fake_vllm import GemmaRMSNorm, LayerNorm, Llama, RMSNorm, classes, config
 
 pytestmark = pytest.mark.usefixtures("classes")

@@ -76,7 +76,7 @@ def test_every_launch_was_foreseen(layout: object, tmp_path: Path) -> None:
                         fused_linear(x, weights, table, 1)
                 assert foreseen >= found.keys()
         for tokens in (1, 16, 300):
-            if tokens <= table.fewest:
+            if tokens <= table.token_limit:
                 outputs = [torch.zeros(tokens, rows, dtype=torch.bfloat16) for rows in parts]
                 with collecting() as found:
                     x = torch.zeros(tokens, COLUMNS, dtype=torch.bfloat16)

@@ -22,18 +22,18 @@ from deltafmt.runtime import following
 from deltafmt.runtime.binding import Rename
 from deltafmt.runtime.calls import Calls
 from deltafmt.runtime.changes import Watch
+from deltafmt.runtime.delta_holds import Attached, Held, Pool, refuse_sums
 from deltafmt.runtime.delta_store import DeltaStore, read_attached
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.examine import Examined, Examiner
-from deltafmt.runtime.held import Attached, Held, Pool, refuse_sums
 from deltafmt.runtime.merge import Merge
 from deltafmt.runtime.model_batch import device_of
-from deltafmt.runtime.places import Forms
-from deltafmt.runtime.reads import Reads
 from deltafmt.runtime.residency import Residency
+from deltafmt.runtime.row_places import Forms
 from deltafmt.runtime.rows import BASE_NAME, Names, read_names
 from deltafmt.runtime.scope import Block, Scope
 from deltafmt.runtime.served_modules import ServedModules
+from deltafmt.runtime.uncalled_reads import Reads
 from deltafmt.runtime.warmup import TOKENS, Warmed, check_tokens, dtype_of, warm_up
 
 

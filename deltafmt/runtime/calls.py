@@ -22,11 +22,11 @@ from deltafmt.runtime.batch_inputs import named
 from deltafmt.runtime.computed_by import BASE_ALONE, ComputedBy, check_caches, mark_caches
 from deltafmt.runtime.continuous import UNNAMED, Continuous
 from deltafmt.runtime.continuous import Server as ContinuousServer
-from deltafmt.runtime.held import Attached, Held
+from deltafmt.runtime.delta_holds import Attached, Held
 from deltafmt.runtime.model_batch import batch_of, embedding_of, models_in
 from deltafmt.runtime.module_hooks import Lookup
 from deltafmt.runtime.per_delta import group_of, merge
-from deltafmt.runtime.places import Forms
+from deltafmt.runtime.row_places import Forms
 from deltafmt.runtime.rows import Names
 from deltafmt.runtime.scope import Block, Bound
 from deltafmt.runtime.selection import Entry, Selection, rows_error
@@ -164,7 +164,7 @@ class Calls:
         def once(block: Block | None) -> Any:
             frames.refuse_recording(block is not None)
             batch = None
-            if block is not None or self._server.served.standing.used or frames.plain(original) is not original:
+            if block is not None or self._server.served.compiled_state.used or frames.plain(original) is not original:
                 batch = batch_of(args, kwargs)
             if block is not None:
                 self._server.check_model(closely=batch is None or batch[1] > batch[0])
@@ -237,10 +237,10 @@ class Calls:
         if walk is not None and walk.follower is not None:
             with frames.uncompiled():  # what is compiled cannot be followed
                 return plain(*args, **kwargs)
-        if original is plain and not served.standing.used:
+        if original is plain and not served.compiled_state.used:
             if not self._compiled.found():
                 return original(*args, **kwargs)
-            served.standing.used = True
+            served.compiled_state.used = True
             batch = batch_of(args, kwargs)
         if batch is None or not served.compiles(selection, batch[1]):
             with frames.uncompiled():
@@ -249,7 +249,7 @@ class Calls:
         try:
             return original(*args, **kwargs)
         finally:
-            served.standing.end()
+            served.compiled_state.end()
 
     def part(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a model inside the model, which may be called by itself."""

@@ -1,7 +1,7 @@
 """The products of the deltas within compiled code.
 
 Compiled code cannot be told which deltas a call serves. It reads that from memory of fixed addresses
-(:mod:`deltafmt.runtime.standing`).
+(:mod:`deltafmt.runtime.compiled_state`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 from deltafmt.errors import UsageError
 from deltafmt.kernels.products import matmul_
 from deltafmt.kernels.table import OperandTable
+from deltafmt.runtime.compiled_state import CompiledState
 from deltafmt.runtime.sites import LinearSite
-from deltafmt.runtime.standing import Standing
 
 
 def multiply_now(
     outputs: Sequence[torch.Tensor],
     given: torch.Tensor,
     table: OperandTable,
-    standing: Standing,
+    compiled_state: CompiledState,
     sites: Sequence[LinearSite],
 ) -> None:
     """Add the products of the deltas that are served now, within compiled code.
@@ -30,7 +30,7 @@ def multiply_now(
         outputs: for each part of the table, shape (..., rows).
         given: shape (..., columns).
         table: the deltas.
-        standing: what compiled code reads.
+        compiled_state: what compiled code reads.
         sites: of the parts.
 
     Raises:
@@ -38,12 +38,12 @@ def multiply_now(
     """
     where = sites[0].name
     tokens = given.numel() // given.shape[-1]
-    segments = standing.segments(given, sites[0], where)
+    segments = compiled_state.segments(given, sites[0], where)
     if segments is None:
         return
-    if given.is_cuda and tokens > table.fewest:
+    if given.is_cuda and tokens > table.token_limit:
         raise UsageError(
-            f"{where} has {tokens} tokens, and its deltas are compiled for {table.fewest}; call it as it is"
+            f"{where} has {tokens} tokens, and its deltas are compiled for {table.token_limit}; call it as it is"
         )
     for site in sites:
         site.ran = True

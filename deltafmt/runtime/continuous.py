@@ -16,15 +16,15 @@ from typing import Any, Final, Protocol
 from torch import nn
 
 from deltafmt.errors import DeltafmtError, UsageError
-from deltafmt.runtime.held import Held, PackedSelections
+from deltafmt.runtime.call_rows import mixed_error
+from deltafmt.runtime.delta_holds import Held, PackedSelections
 from deltafmt.runtime.intake import Intake, Request, Requests, Source, check_row
 from deltafmt.runtime.packed import PackedSelection
-from deltafmt.runtime.reads import Reads
 from deltafmt.runtime.rows import Row, read_names
 from deltafmt.runtime.scope import Bound, Scope
 from deltafmt.runtime.selection import rows_error
 from deltafmt.runtime.shared_prefixes import SharedPrefixes
-from deltafmt.runtime.walks import mixed_error
+from deltafmt.runtime.uncalled_reads import Reads
 from deltafmt.runtime.wrapping import wrap_method
 
 UNNAMED: Final = object()

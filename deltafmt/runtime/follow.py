@@ -4,7 +4,7 @@ A torch mode sees every operation of a call. It carries the owners (:mod:`deltaf
 inputs to its outputs. A tensor that depends on no row (a weight, a table of positions) has no owners. Where an
 operation is not known, or mixes the rows, the owners are lost, and so are those of all that is computed from it.
 
-This is slow, so it is done for the first call of each form; :mod:`deltafmt.runtime.places` keeps what it found.
+This is slow, so it is done for the first call of each form; :mod:`deltafmt.runtime.row_places` keeps what it found.
 """
 
 from __future__ import annotations

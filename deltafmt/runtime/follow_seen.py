@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import torch
 
-from deltafmt.runtime.form_only import NEW_TENSORS
 from deltafmt.runtime.owners import Found
+from deltafmt.runtime.shape_queries import NEW_TENSORS
 
 Rule = Callable[["Seen"], Found | tuple[Found, ...]]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from deltafmt.errors import DeltafmtError, NoRoomError, UsageError
-from deltafmt.runtime.held import Attached, Held, refuse_sums
+from deltafmt.runtime.delta_holds import Attached, Held, refuse_sums
 from deltafmt.runtime.residency import Residency
 from deltafmt.runtime.rows import Names, Row, Rows
 

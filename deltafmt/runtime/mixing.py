@@ -13,7 +13,7 @@ import torch
 from deltafmt.errors import UsageError
 from deltafmt.runtime.orders import Order
 from deltafmt.runtime.per_row import per_row
-from deltafmt.runtime.places import OUTPUT
+from deltafmt.runtime.row_places import OUTPUT
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.sites import Site, first_input
 from deltafmt.runtime.sites_other import EmbeddingSite, OtherSite

@@ -24,7 +24,7 @@ class ModuleHooks(Uncopied):
     def __init__(self, served: ServedModules, site: Site) -> None:
         self._served = served
         self._site = site
-        self.key = new_key(self, served.standing.device)
+        self.key = new_key(self, served.compiled_state.device)
 
     def before(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Run before the module's forward; before another module's, to which a library took the hook, do nothing."""

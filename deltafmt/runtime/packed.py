@@ -19,10 +19,10 @@ import torch
 
 from deltafmt.errors import UsageError
 from deltafmt.runtime.batch_inputs import rows_of
+from deltafmt.runtime.call_rows import Walk, mixed_error
 from deltafmt.runtime.orders import Order
-from deltafmt.runtime.places import Forms
+from deltafmt.runtime.row_places import Forms
 from deltafmt.runtime.selection import BASE, Selection
-from deltafmt.runtime.walks import Walk, mixed_error
 
 
 class PackedSelection(Selection):

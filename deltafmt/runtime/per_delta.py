@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from deltafmt.errors import UsageError
-from deltafmt.runtime.form_only import NEW_TENSORS
-from deltafmt.runtime.places import MERGED
+from deltafmt.runtime.call_rows import mixed_error
+from deltafmt.runtime.row_places import MERGED
 from deltafmt.runtime.selection import Selection
-from deltafmt.runtime.walks import mixed_error
+from deltafmt.runtime.shape_queries import NEW_TENSORS
 
 
 class Group:

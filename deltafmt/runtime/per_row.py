@@ -14,9 +14,9 @@ from typing import Any, Self
 import torch
 
 from deltafmt.errors import UsageError
+from deltafmt.runtime.call_rows import Walk
 from deltafmt.runtime.owners import Owners, in_order, owners_along
 from deltafmt.runtime.selection import BASE, Selection
-from deltafmt.runtime.walks import Walk
 
 _FORM = frozenset(("__get__", "size", "dim", "numel", "ndimension", "__len__", "is_floating_point", "stride"))
 

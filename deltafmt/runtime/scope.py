@@ -27,7 +27,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from deltafmt.errors import UsageError
-from deltafmt.runtime.callers import Mark, consumer_of, frames_of, is_stream, mark_of, owner_of
+from deltafmt.runtime.call_frames import Mark, consumer_of, frames_of, is_stream, mark_of, owner_of
 from deltafmt.runtime.selection import Selection
 
 

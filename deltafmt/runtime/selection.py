@@ -2,7 +2,7 @@
 
 Rows follow each other in the order of the names. While it generates, a model may have several rows for each name
 (beams, samples); they stand side by side, as transformers repeats them. Where the rows stand in the tensors inside the
-model is another question (:mod:`deltafmt.runtime.walks`).
+model is another question (:mod:`deltafmt.runtime.call_rows`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 
 from deltafmt.errors import UsageError
 from deltafmt.runtime.batch_inputs import Input, inputs_of, rows_of, shapes_of
+from deltafmt.runtime.call_rows import Kept, Walk
 from deltafmt.runtime.orders import Order
-from deltafmt.runtime.places import Forms, form_of
-from deltafmt.runtime.walks import Kept, Walk
+from deltafmt.runtime.row_places import Forms, form_of
 
 T = TypeVar("T")
 

@@ -19,19 +19,19 @@ from deltafmt.errors import UsageError
 from deltafmt.kernels.record_memory import RecordMemory
 from deltafmt.runtime import frames
 from deltafmt.runtime.binding import Binding, BoundModule
+from deltafmt.runtime.compiled_state import CompiledState, refuse_mixes
 from deltafmt.runtime.cuts import settled
 from deltafmt.runtime.device_delta import DeviceDelta
 from deltafmt.runtime.disturbed import Placed
 from deltafmt.runtime.mixing import mixed_output
 from deltafmt.runtime.module_hooks import Lookup, LookupHooks, ModuleHooks
+from deltafmt.runtime.product_group import Active, ProductGroup, shareable
 from deltafmt.runtime.selection import Selection
-from deltafmt.runtime.shared_products import Active, Siblings, shareable
-from deltafmt.runtime.siblings import SharedInput, known_siblings
+from deltafmt.runtime.shared_inputs import SharedInput, known_siblings
 from deltafmt.runtime.site_choice import site_of
 from deltafmt.runtime.sites import LinearSite, Site, WeightSite, refuse_gradient
 from deltafmt.runtime.sites_other import EmbeddingSite
 from deltafmt.runtime.slot_plan import SlotPlan, SlotPlans
-from deltafmt.runtime.standing import Standing, refuse_mixes
 from deltafmt.runtime.substituted import Wrapped, WrappedSite
 from deltafmt.runtime.unused import unused
 
@@ -68,7 +68,7 @@ class ServedModules:
         self._memory = RecordMemory(device)
         self._sites: dict[int, Site] = {}
         self._hooks: dict[int, list[RemovableHandle | Wrapped]] = {}
-        self._groups: dict[int, Siblings] = {}
+        self._groups: dict[int, ProductGroup] = {}
         self._placed = Placed()
         self._slots: dict[str, int] = {}
         self._held: dict[str, tuple[DeviceDelta, Binding]] = {}
@@ -77,11 +77,11 @@ class ServedModules:
         self._fresh = False
         self._added = 0
         self._compiled = False
-        self._fewest: float = math.inf
+        self._token_limit: float = math.inf
         self._growing: frozenset[int] = frozenset()
         self._wrapped = False
         self._multiplying: tuple[int, ...] = ()
-        self.standing = Standing(device, active)
+        self.compiled_state = CompiledState(device, active)
 
     def ready(self, selection: Selection | None, rows: int) -> None:
         """Bring all that compiled code reads up to date, before a call of the model.
@@ -95,7 +95,7 @@ class ServedModules:
                 self._compiled, self._fresh = True, False
                 self._plans.forget()  # other tables will have records
         self._bring()
-        self.standing.begin(selection, rows, self.count)
+        self.compiled_state.begin(selection, rows, self.count)
 
     def compiles(self, selection: Selection | None, tokens: int) -> bool:
         """Tell whether compiled code can serve a call of the model.
@@ -110,7 +110,7 @@ class ServedModules:
             tokens: of the batch.
         """
         self._bring()
-        if self._device.type == "cuda" and tokens > self._fewest:
+        if self._device.type == "cuda" and tokens > self._token_limit:
             return False
         if selection is None:
             return not self._wrapped
@@ -144,7 +144,7 @@ class ServedModules:
             if added > self._added:
                 frames.forget()  # a graph that was captured before does not launch for the new layout
             self._added = added
-            self._fewest = min((group.table.fewest for group in groups), default=math.inf)
+            self._token_limit = min((group.table.token_limit for group in groups), default=math.inf)
             self._growing = frozenset(slot for site in weights for slot in site.growing())
             self._wrapped = any(isinstance(site, WrappedSite) for site in sites)
             self._multiplying = tuple(id(site) for site in sites if isinstance(site, LinearSite))
@@ -218,7 +218,7 @@ class ServedModules:
             self._make_group(group)
 
     def _make_group(self, sites: list[LinearSite]) -> None:
-        group = Siblings(sites, self.count, self._active, self.after, self.standing)
+        group = ProductGroup(sites, self.count, self._active, self.after, self.compiled_state)
         self._groups.update({id(site): group for site in sites})
         self._plans.forget()
         self._settle([group])
@@ -274,7 +274,7 @@ class ServedModules:
         self._settle(self._refresh_groups(plan, slot))
         return plan is not None
 
-    def _refresh_groups(self, plan: SlotPlan | None, slot: int) -> Collection[Siblings]:
+    def _refresh_groups(self, plan: SlotPlan | None, slot: int) -> Collection[ProductGroup]:
         """Bring groups up to date whose slot has changed, except what a plan has done; return these groups."""
         groups = set(self._groups.values()) if plan is None else plan.other_groups
         for group in groups:
@@ -337,7 +337,7 @@ class ServedModules:
         handles.append(site.module.register_forward_hook(hooks.after, with_kwargs=True, **after))
         site.hooked = True
 
-    def _settle(self, groups: Iterable[Siblings]) -> None:
+    def _settle(self, groups: Iterable[ProductGroup]) -> None:
         """Hook the modules of groups that need more than products, and take the hooks from those that do not.
 
         A call in another thread may have begun with the module's own forward, whose deltas the hook adds. While there
@@ -392,9 +392,9 @@ class ServedModules:
 
     def compiled_output(self, site: Site, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Return a module's output with the deltas of the calling thread, in compiled code; always a new tensor."""
-        standing = self.standing
-        standing.used = True
-        standing.refuse_captured(site.name)
+        compiled_state = self.compiled_state
+        compiled_state.used = True
+        compiled_state.refuse_captured(site.name)
         selection = self._active()
         output = output.clone(memory_format=torch.contiguous_format)
         if selection is None or not selection.touched:

@@ -18,12 +18,12 @@ from deltafmt.errors import UsageError
 from deltafmt.kernels.products import matmul_, operand_delta
 from deltafmt.kernels.record_memory import RecordMemory
 from deltafmt.runtime.binding import bias_of
+from deltafmt.runtime.call_rows import mixed_error
 from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.growing_table import GrowingTable
 from deltafmt.runtime.orders import Order
 from deltafmt.runtime.selection import BASE, Selection
 from deltafmt.runtime.values import new_values
-from deltafmt.runtime.walks import mixed_error
 
 
 class Tensors(Protocol):
@@ -109,7 +109,7 @@ class Site(ABC):
         """Return the whole values of a parameter for a slot of a selection, be it the base's or that of a sum."""
 
         def build() -> torch.Tensor:
-            # The base's parameter itself, although the mode of runtime/reads.py may watch.
+            # The base's parameter itself, although the mode of runtime/uncalled_reads.py may watch.
             with torch._C.DisableTorchFunction():  # noqa: SLF001 - torch has no other name for it
                 return compute()
 

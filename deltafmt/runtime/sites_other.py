@@ -14,16 +14,16 @@ from deltafmt.errors import UsageError
 from deltafmt.kernels.products import embedding_
 from deltafmt.kernels.record_memory import RecordMemory
 from deltafmt.runtime.binding import held_tensor
+from deltafmt.runtime.call_rows import mixed_error
 from deltafmt.runtime.device_delta import DeviceTensor
-from deltafmt.runtime.form_only import FORM_ONLY, function_name
 from deltafmt.runtime.orders import Order
 from deltafmt.runtime.per_row import per_row
-from deltafmt.runtime.places import LOOKED_UP, OUTPUT
+from deltafmt.runtime.row_places import LOOKED_UP, OUTPUT
 from deltafmt.runtime.selection import Selection
+from deltafmt.runtime.shape_queries import FORM_ONLY, function_name
 from deltafmt.runtime.sites import Site, WeightSite, first_input, output_error
 from deltafmt.runtime.substituted import SubstitutedSite, refreshed, refuse_training, twin_of
 from deltafmt.runtime.values import new_values
-from deltafmt.runtime.walks import mixed_error
 
 _KEPT_ROWS = 1024  # a weight for each row is kept for the next call up to this many rows
 

@@ -19,7 +19,7 @@ from deltafmt.runtime.binding import Arrangement, Binding, BoundModule
 from deltafmt.runtime.device_delta import DeviceDelta, DeviceTensor
 from deltafmt.runtime.device_views import DeviceTensors
 from deltafmt.runtime.placement import LayoutPlan
-from deltafmt.runtime.shared_products import Siblings
+from deltafmt.runtime.product_group import ProductGroup
 from deltafmt.runtime.sites import LinearSite, Site, WeightSite
 
 # Where allocations begin, that all deltas of a layout may be read alike; no kernel asks for more.
@@ -78,7 +78,7 @@ class SlotPlan:
         tensors: DeviceTensors,
         binding: Binding,
         sites: Mapping[int, Site],
-        groups: Iterable[Siblings],
+        groups: Iterable[ProductGroup],
         memory: RecordMemory,
     ) -> None:
         self.names: dict[object, tuple[str | None, ...]] = {}
@@ -209,7 +209,7 @@ class SlotPlans:
         delta: DeviceDelta,
         binding: Binding,
         sites: Mapping[int, Site],
-        groups: Iterable[Siblings],
+        groups: Iterable[ProductGroup],
         memory: RecordMemory,
     ) -> None:
         """Keep how a delta was put into a slot, tensor by tensor, for the next one of its layout."""

@@ -22,7 +22,7 @@ from deltafmt.delta import DeltaFile, refuse_child, refuse_exact
 from deltafmt.errors import UsageError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.kernels import devices
-from deltafmt.kernels.beside import warmed
+from deltafmt.kernels.background_compile import warmed
 from deltafmt.kernels.compiling import Compiled, compile_variants, load_variants, parse_target, target_of
 from deltafmt.kernels.device_memory import DeviceMemory, PlacedBuffers
 from deltafmt.kernels.kind import Conversion
@@ -274,7 +274,7 @@ def variants_of(
                     _collect_product(table, parts, number, segments[number, each, slots])
             table = _table(parts, 1)
             for one in fixed:
-                if one.tokens <= table.fewest:
+                if one.tokens <= table.token_limit:
                     _collect_product(table, parts, one.tokens, one)
             for number in tokens:
                 _collect_fused(_table(parts, 1), parts, number)

@@ -13,9 +13,9 @@ it is loaded and which slot it has:
 
 - ``install.py`` wraps names of vLLM, all listed in ``seam.py``: those of the engine (``engine.py``), of a worker
   (``worker.py``), and of the look-up of names (``resolver.py``, ``names.py``).
-- ``manager.py``: the worker's managers of adapters. At the start, ``served.py`` prepares the model: ``places.py`` finds
-  the layer of each tensor of the checkpoint, and each layer gets a class of ``layers.py``, ``norms.py`` or
-  ``experts.py``. ``arena.py`` takes memory for each slot.
+- ``manager.py``: the worker's managers of adapters. At the start, ``served.py`` prepares the model:
+  ``tensor_places.py`` finds the layer of each tensor of the checkpoint, and each layer gets a class of ``layers.py``,
+  ``norms.py`` or ``experts.py``. ``arena.py`` takes memory for each slot.
 - A request names a delta. ``engine.py`` has the worker load it before a step has the request, and gives it the key of
   the prefix cache. ``loading.py`` reads the file (``files.py`` keeps it open), checks it against the checkpoint
   (``base.py``), and makes what each layer needs (``parts.py``). Where no kernel runs, ``decoding.py`` makes the weights

@@ -18,7 +18,7 @@ from deltafmt.runtime.dtypes import TORCH_DTYPES
 from deltafmt.runtime.values import added
 from deltafmt.terms.floats import RAW_DTYPES
 from deltafmt.vllm.base import EngineBase
-from deltafmt.vllm.places import Piece
+from deltafmt.vllm.tensor_places import Piece
 
 # What the loops that add call the dtypes of weights.
 RAW_NAMES: Final = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}

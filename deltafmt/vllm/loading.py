@@ -29,8 +29,8 @@ from deltafmt.runtime.values import new_values
 from deltafmt.vllm.base import EngineBase
 from deltafmt.vllm.decoding import Decoded, old_values
 from deltafmt.vllm.parts import LayerParts
-from deltafmt.vllm.places import Piece, Place, Places
 from deltafmt.vllm.served import Served, ServedModel
+from deltafmt.vllm.tensor_places import Piece, Place, Places
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,7 +22,7 @@ from deltafmt.vllm.experts import ExpertsLayer, refusal
 from deltafmt.vllm.layers import EmbeddingLayer, LinearLayer, MatrixLayer, ServedLayer, serving_method
 from deltafmt.vllm.norms import NormLayer
 from deltafmt.vllm.parts import LayerParts
-from deltafmt.vllm.places import Place, Places, find_places
+from deltafmt.vllm.tensor_places import Place, Places, find_places
 
 _log = logging.getLogger("deltafmt")
 

@@ -16,7 +16,7 @@ from deltafmt.kernels.launch_arguments import (
 )
 from deltafmt.kernels.lowbit import kernel
 from deltafmt.kernels.record import LayoutTable
-from deltafmt.kernels.repeated import run
+from deltafmt.kernels.recorded_launches import run
 from deltafmt.kernels.segments import Segments
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.tiles import plane_words, planes

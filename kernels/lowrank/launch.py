@@ -15,7 +15,7 @@ from deltafmt.kernels.launch_arguments import (
 )
 from deltafmt.kernels.lowrank import kernel
 from deltafmt.kernels.record import LayoutTable
-from deltafmt.kernels.repeated import run, scratch
+from deltafmt.kernels.recorded_launches import run, scratch
 from deltafmt.kernels.segments import Segments
 from deltafmt.terms.coding import Coding
 from deltafmt.terms.lowrank.layout import LowRankLayout

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from deltafmt.kernels import devices
-from deltafmt.kernels.beside import may_launch
+from deltafmt.kernels.background_compile import may_launch
 from deltafmt.kernels.kind import Conversion, TermKernels
 from deltafmt.kernels.nm import decode
 from deltafmt.kernels.nm.rank_index.convert import convert_ranks

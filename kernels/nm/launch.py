@@ -14,7 +14,7 @@ from deltafmt.kernels.nm import dense, elements, fused, gather
 from deltafmt.kernels.nm.index import index_constants, index_planes, whole_words
 from deltafmt.kernels.operand import Operand
 from deltafmt.kernels.record import MAX_PARTS, LayoutTable
-from deltafmt.kernels.repeated import run
+from deltafmt.kernels.recorded_launches import run
 from deltafmt.kernels.segments import Segments, TokenTiles
 from deltafmt.terms.nm.layout import NMLayout
 from deltafmt.terms.tiles import planes

@@ -14,7 +14,7 @@ from deltafmt.kernels.launch_arguments import (
     value_arguments,
 )
 from deltafmt.kernels.record import LayoutTable
-from deltafmt.kernels.repeated import run
+from deltafmt.kernels.recorded_launches import run
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.sparse import kernel
 from deltafmt.terms.sparse.layout import SparseLayout

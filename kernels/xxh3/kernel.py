@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deltafmt.kernels.repeated import run
+from deltafmt.kernels.recorded_launches import run
 from deltafmt.kernels.xxh3 import algorithm
 
 BLOCKS = 16

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from deltafmt.kernels.nm.rank_index.jobs import RankJob
-from deltafmt.kernels.repeated import run
+from deltafmt.kernels.recorded_launches import run
 from deltafmt.kernels.variants import is_collecting
 from deltafmt.terms.nm.index.rank import binomials
 from deltafmt.terms.nm.layout import NMLayout

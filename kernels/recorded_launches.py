@@ -7,7 +7,7 @@ as the parameters that the driver gets. The next ones put their addresses into t
 
 A recording holds for calls of equal shapes, strides, dtypes and alignments, on which Triton's choice of the compiled
 kernel depends (:func:`form`). If anything about a launch is not understood, it is left to Triton. If the tokens stay
-the same, too, a product is :class:`Ready`: nothing is looked up any more.
+the same, too, the launches are bound (:class:`BoundLaunches`): nothing is looked up any more.
 
 All launches of the package go through :func:`run`. It launches by Triton, tells the recorder of the thread, and only
 notes the variant while :mod:`.variants` collects.
@@ -179,7 +179,7 @@ def _parameter_count(compiled: Any) -> int:
     return int(text[start : text.index(")", start)].count(".param"))
 
 
-class Repeated:
+class RecordedLaunches:
     """The launches of one product, repeated on other tensors.
 
     A launch is an array of numbers, as ``launch`` in ``kernels/cpu/module.c`` takes it. Its parameters get addresses in
@@ -254,7 +254,7 @@ class Repeated:
         del held
 
 
-class Ready:
+class BoundLaunches:
     """The launches of one product whose tokens stay the same, for tensors of one form.
 
     Args:
@@ -270,7 +270,7 @@ class Ready:
 
     def __init__(
         self,
-        launches: Repeated,
+        launches: RecordedLaunches,
         outputs: Sequence[torch.Tensor],
         x: torch.Tensor,
         segments: Segments | None,

@@ -13,9 +13,9 @@ from deltafmt.errors import UsageError
 from deltafmt.kernels import devices, products
 from deltafmt.kernels.segments import FixedSegments
 from deltafmt.kernels.table import OperandTable
+from deltafmt.runtime.compiled_state import CompiledState
 from deltafmt.runtime.packed import PackedSelection
 from deltafmt.runtime.selection import Selection
-from deltafmt.runtime.standing import Standing
 from deltafmt.terms.lowbit.layout import LowbitLayout
 from deltafmt.terms.lowrank.layout import LowRankLayout
 from deltafmt.terms.nm.layout import NMLayout
@@ -30,31 +30,31 @@ def slots_of(segments: FixedSegments) -> list[int]:
 
 
 def test_a_choice_is_written_where_the_last_one_was() -> None:
-    standing = Standing(CPU, lambda: None)
+    compiled_state = CompiledState(CPU, lambda: None)
     with torch.inference_mode():
-        standing.begin(Selection([2, -1], 4, CPU, each=True), 4, 4)
-    first = standing.segments(tokens(4), None, "module")
+        compiled_state.begin(Selection([2, -1], 4, CPU, each=True), 4, 4)
+    first = compiled_state.segments(tokens(4), None, "module")
     assert first is not None
     assert slots_of(first) == [2, 2, -1, -1]
-    longer = standing.segments(tokens(8), None, "module")
+    longer = compiled_state.segments(tokens(8), None, "module")
     assert longer is not None
     assert slots_of(longer) == [2, 2, 2, 2, -1, -1, -1, -1]
-    standing.end()
+    compiled_state.end()
     with torch.no_grad():
-        standing.begin(Selection([1], 4, CPU), 4, 4)
-    assert standing.segments(tokens(4), None, "module") is first
+        compiled_state.begin(Selection([1], 4, CPU), 4, 4)
+    assert compiled_state.segments(tokens(4), None, "module") is first
     assert slots_of(first) == [1] * 4
-    kept = standing.segments(tokens(8), None, "module")
-    assert kept is standing.segments(tokens(8), None, "module")
+    kept = compiled_state.segments(tokens(8), None, "module")
+    assert kept is compiled_state.segments(tokens(8), None, "module")
     assert kept is not None
     assert slots_of(kept) == [1] * 8
-    standing.begin(None, 4, 4)
+    compiled_state.begin(None, 4, 4)
     assert slots_of(first) == [-1] * 4
     assert slots_of(kept) == [-1] * 8
     with pytest.raises(UsageError, match="module has 6 tokens, which is not a multiple of the batch's 4 rows"):
-        standing.segments(tokens(6), None, "module")
-    standing.begin(Selection([0], 16, CPU), 4, 16)  # more slots: other tables
-    other = standing.segments(tokens(4), None, "module")
+        compiled_state.segments(tokens(6), None, "module")
+    compiled_state.begin(Selection([0], 16, CPU), 4, 16)  # more slots: other tables
+    other = compiled_state.segments(tokens(4), None, "module")
     assert other is not None
     assert other is not first
     assert other.count == 16
@@ -67,24 +67,24 @@ def tokens(count: int) -> torch.Tensor:
 
 def test_the_tokens_of_packed_requests_keep_their_slots() -> None:
     packed = PackedSelection([2, -1, 0], [3, 1, 2], 4, CPU)
-    standing = Standing(CPU, lambda: packed)
-    segments = standing.segments(torch.zeros(1, 6, 8), None, "module")
+    compiled_state = CompiledState(CPU, lambda: packed)
+    segments = compiled_state.segments(torch.zeros(1, 6, 8), None, "module")
     assert segments is not None
     assert slots_of(segments) == [2, 2, 2, -1, 0, 0]
 
 
 def test_outside_of_a_call_the_block_is_asked() -> None:
     selection = Selection([3], 4, CPU)
-    standing = Standing(CPU, lambda: selection)
-    found = standing.segments(tokens(6), None, "module")
+    compiled_state = CompiledState(CPU, lambda: selection)
+    found = compiled_state.segments(tokens(6), None, "module")
     assert found is not None
     assert slots_of(found) == [3] * 6
     mixed = Selection([3, 0], 4, CPU, each=True)
     with pytest.raises(UsageError, match="module is called outside of its model, which knows the rows"):
-        Standing(CPU, lambda: mixed).segments(tokens(6), None, "module")
-    assert standing.segments(tokens(6), None, "module") is not found
-    assert standing.used
-    assert Standing(CPU, lambda: None).segments(tokens(6), None, "module") is None
+        CompiledState(CPU, lambda: mixed).segments(tokens(6), None, "module")
+    assert compiled_state.segments(tokens(6), None, "module") is not found
+    assert compiled_state.used
+    assert CompiledState(CPU, lambda: None).segments(tokens(6), None, "module") is None
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are interpreted where there is no GPU")

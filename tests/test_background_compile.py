@@ -11,8 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from deltafmt.kernels import beside, devices, launching, products
-from deltafmt.kernels.beside import Loaded
+from deltafmt.kernels import background_compile, devices, launching, products
+from deltafmt.kernels.background_compile import Loaded
 from deltafmt.kernels.nm import dense
 from deltafmt.kernels.segments import FixedSegments, Segments
 from deltafmt.kernels.table import OperandTable
@@ -44,7 +44,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Fetched, Loaded]]
     """A device that was warmed up for something else, whose kernels the interpreter runs."""
     made = Fetched()
     loaded = Loaded(made.fetch)
-    monkeypatch.setitem(beside._loaded, CPU, loaded)
+    monkeypatch.setitem(background_compile._loaded, CPU, loaded)
     monkeypatch.setattr(devices, "usable_on", lambda _: True)
     yield made, loaded
     made.let_go.set()
@@ -146,12 +146,12 @@ def test_base_and_delta_are_no_single_product_until_the_kernel_is_there(
 
 
 def test_a_device_that_was_not_warmed_up_launches_at_once() -> None:
-    assert beside.may_launch(torch.device("meta"), lambda: pytest.fail("collected"))
+    assert background_compile.may_launch(torch.device("meta"), lambda: pytest.fail("collected"))
 
 
 def test_within_a_collection_everything_may_be_launched(fetched: tuple[Fetched, Loaded]) -> None:
     with collecting():
-        assert beside.may_launch(CPU, lambda: pytest.fail("collected twice"))
+        assert background_compile.may_launch(CPU, lambda: pytest.fail("collected twice"))
     assert not fetched[0].asked
 
 

@@ -21,10 +21,10 @@ from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError
 from deltafmt.runtime.cuts import WAY_OUT
-from deltafmt.runtime.form_only import FORM_ONLY, function_name
 from deltafmt.runtime.per_delta import group_of, merge_input
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.served_modules import ServedModules
+from deltafmt.runtime.shape_queries import FORM_ONLY, function_name
 from deltafmt.runtime.sites import Site
 
 

@@ -15,8 +15,8 @@ import torch
 
 from deltafmt.errors import UsageError
 from deltafmt.kernels.segments import FixedSegments
+from deltafmt.runtime.call_rows import mixed_error
 from deltafmt.runtime.selection import BASE, Selection
-from deltafmt.runtime.walks import mixed_error
 
 Active = Callable[[], Selection | None]
 Wanted = defaultdict[int, set[tuple[int, int, int]]]
@@ -97,7 +97,7 @@ class _Thread(threading.local):
         self.stream: torch.cuda.Stream | None = None
 
 
-class Standing:
+class CompiledState:
     """What compiled code of one model reads.
 
     Args:

@@ -23,16 +23,16 @@ from typing import Any
 
 import torch
 
-from deltafmt.kernels.products import can_fuse, fused_linear, matmul_, ready, ready_fused, repeated_
-from deltafmt.kernels.repeated import Ready
+from deltafmt.kernels.products import bind_fused, bind_product, can_fuse, fused_linear, matmul_, multiply_recorded_
+from deltafmt.kernels.recorded_launches import BoundLaunches
 from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.compiled_products import multiply_now
+from deltafmt.runtime.compiled_state import CompiledState
 from deltafmt.runtime.frames import check_input, note_input, untraced
 from deltafmt.runtime.operations import multiply_, new_key
 from deltafmt.runtime.selection import Selection, Waiting
 from deltafmt.runtime.sites import LinearSite
-from deltafmt.runtime.standing import Standing
 from deltafmt.runtime.uncopied import Uncopied
 from deltafmt.runtime.values import version_of
 
@@ -51,7 +51,7 @@ class _Routine:
     """
 
     version: int
-    product: Ready
+    product: BoundLaunches
     segments: Segments | None
 
 
@@ -63,12 +63,12 @@ class _Member(Uncopied):
 
     __slots__ = ("__weakref__", "group", "key", "number", "plain", "site")
 
-    def __init__(self, group: Siblings, number: int, site: LinearSite, plain: Callable[..., Any]) -> None:
+    def __init__(self, group: ProductGroup, number: int, site: LinearSite, plain: Callable[..., Any]) -> None:
         self.group = group
         self.number = number
         self.site = site
         self.plain = plain
-        self.key = new_key(self, group.standing.device)
+        self.key = new_key(self, group.compiled_state.device)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output."""
@@ -82,10 +82,10 @@ class _Member(Uncopied):
 
     def multiply(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> None:
         """Add the products of the deltas that are served now to the output of this module alone."""
-        multiply_now(outputs, given, self.site.table.operands, self.group.standing, [self.site])
+        multiply_now(outputs, given, self.site.table.operands, self.group.compiled_state, [self.site])
 
 
-class Siblings:
+class ProductGroup:
     """A group of linear modules with one operand table.
 
     Args:
@@ -94,7 +94,7 @@ class Siblings:
         active: a function that returns the selection of the calling thread, or None.
         after: adds the deltas to the output of a module that has no hook, as a hook would; it gives None if there are
             none.
-        standing: what compiled code reads.
+        compiled_state: what compiled code reads.
 
     Attributes:
         members: the modules' forwards.
@@ -104,13 +104,15 @@ class Siblings:
         plain: the modules' own forwards.
     """
 
-    def __init__(self, sites: list[LinearSite], slots: int, active: Active, after: After, standing: Standing) -> None:
+    def __init__(
+        self, sites: list[LinearSite], slots: int, active: Active, after: After, compiled_state: CompiledState
+    ) -> None:
         self.sites = sites
         self._numbers = [id(site) for site in sites]
         self._active = active
         self._after = after
-        self.standing = standing
-        self.key = new_key(self, standing.device)
+        self.compiled_state = compiled_state
+        self.key = new_key(self, compiled_state.device)
         self.plain = [site.module.forward for site in sites]
         self.slots: set[int] = set()
         self._alone = len(sites) == 1
@@ -235,15 +237,15 @@ class Siblings:
             multiply_(outputs, given, self.key)
             if len(outputs) > 1:
                 note_input(self.key, given)
-                self.standing.ahead = self.key, given, [None, *outputs[1:]]
+                self.compiled_state.ahead = self.key, given, [None, *outputs[1:]]
             return outputs[0]
-        ahead = self.standing.ahead
+        ahead = self.compiled_state.ahead
         if ahead is not None and ahead[0] is self.key and ahead[1] is given and ahead[2][number] is not None:
             check_input(self.key, given)
             output = ahead[2][number]
             ahead[2][number] = None
             if number == len(self.plain) - 1:
-                self.standing.ahead = None
+                self.compiled_state.ahead = None
             return output
         output = self.plain[number](given)
         multiply_([output], given, self.members[number].key)
@@ -251,7 +253,7 @@ class Siblings:
 
     def multiply(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> None:
         """Add the products of the deltas that are served now to the outputs of all modules."""
-        multiply_now(outputs, given, self.table, self.standing, self.sites)
+        multiply_now(outputs, given, self.table, self.compiled_state, self.sites)
 
     @staticmethod
     def _take(site: LinearSite, given: torch.Tensor, selection: Selection) -> torch.Tensor | None:
@@ -271,19 +273,19 @@ class Siblings:
         routines = selection.routines if selection.steady(given) else None
         if weights is not None and outputs is not None:
             (slot,) = selection.used
-            self._keep_routine(routines, version, ready_fused(outputs, given, weights, self.table, slot), None)
+            self._keep_routine(routines, version, bind_fused(outputs, given, weights, self.table, slot), None)
         elif outputs is None:
             outputs = [forward(given) for forward in self.plain]
             segments = order.segments()
             outputs = self._multiply(outputs, given, segments)
             if weights is None:
-                self._keep_routine(routines, version, ready(outputs, given, self.table, segments), segments)
+                self._keep_routine(routines, version, bind_product(outputs, given, self.table, segments), segments)
         self._keep(given, selection, outputs, complete=False)
         return outputs[0]
 
     def _multiply(self, outputs: list[torch.Tensor], given: torch.Tensor, segments: Segments) -> list[torch.Tensor]:
         """Return outputs of the base with the deltas' products, which are added in place if that is possible."""
-        if repeated_(outputs, given, self.table, segments):
+        if multiply_recorded_(outputs, given, self.table, segments):
             return outputs
         flat = [output.reshape(-1, output.shape[-1]) for output in outputs]
         x = given.to(flat[0].dtype).reshape(-1, given.shape[-1])
@@ -291,7 +293,7 @@ class Siblings:
         return [output.view(*given.shape[:-1], -1) for output in flat]
 
     def _keep_routine(
-        self, routines: dict[object, Any] | None, version: int, product: Ready | None, segments: Segments | None
+        self, routines: dict[object, Any] | None, version: int, product: BoundLaunches | None, segments: Segments | None
     ) -> None:
         """Keep how a product was made, for the next input of the same form."""
         if routines is not None and product is not None and all(site.multiplies_only for site in self.sites):

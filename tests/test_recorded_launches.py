@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from deltafmt import core
-from deltafmt.kernels import repeated
-from deltafmt.kernels.repeated import NotRepeatable, Ready, Recorder, Repeated, recording
+from deltafmt.kernels import recorded_launches
+from deltafmt.kernels.recorded_launches import BoundLaunches, NotRepeatable, RecordedLaunches, Recorder, recording
 from deltafmt.kernels.segments import Segments
 from implementations import needs_core
 
@@ -61,8 +61,8 @@ class Product:
 def recorded(product: Product, kernel: Any, **changed: Any) -> Recorder:
     """Record one launch of a kernel that allocates scratch memory."""
     with recording(product.outputs, product.x, [product.records], product.segments) as recorder:
-        z = repeated.scratch(3, 5, device=torch.device("cpu"))
-        repeated.run({(7, 2): lambda **_: kernel}, (7, 2), **(product.arguments(z) | changed))
+        z = recorded_launches.scratch(3, 5, device=torch.device("cpu"))
+        recorded_launches.run({(7, 2): lambda **_: kernel}, (7, 2), **(product.arguments(z) | changed))
     return recorder
 
 
@@ -98,7 +98,7 @@ def test_more_parameters_than_are_known_are_left_to_triton() -> None:
     kernel = compiled_kernel()
     kernel.asm["ptx"] = PTX.replace("p8", "p8,\n\t.param .u64 p9")
     with pytest.raises(NotRepeatable):
-        repeated._signature(kernel)
+        recorded_launches._signature(kernel)
 
 
 class Driver:
@@ -114,7 +114,7 @@ class Driver:
         self.seen: list[tuple[int, tuple[int, ...], list[int]]] = []
         self.error = 0
         self._function = kind(self._launch)
-        monkeypatch.setattr(repeated, "_launcher", lambda: ctypes.cast(self._function, ctypes.c_void_p).value)
+        monkeypatch.setattr(recorded_launches, "_launcher", lambda: ctypes.cast(self._function, ctypes.c_void_p).value)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0x77, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)  # the index of the CPU
 
@@ -136,7 +136,7 @@ def test_what_the_driver_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(monkeypatch)
     first = recorded(Product(), compiled_kernel())
     assert first.launches is not None
-    again = Repeated(first.launches, first.scratch, 1)
+    again = RecordedLaunches(first.launches, first.scratch, 1)
     for _ in range(2):
         product = Product()
         again.run(product.outputs, product.x, product.segments)
@@ -152,36 +152,40 @@ def test_what_the_driver_gets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_core
-def test_a_product_that_is_ready_takes_tensors_of_its_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bound_launches_take_tensors_of_their_form(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(monkeypatch)
     product, other = Product(), Product()
     first = recorded(product, compiled_kernel())
     assert first.launches is not None
-    made = Repeated(first.launches, first.scratch, 1)
-    ready = Ready(made, product.outputs, product.x, product.segments, product.records)
+    made = RecordedLaunches(first.launches, first.scratch, 1)
+    bound = BoundLaunches(made, product.outputs, product.x, product.segments, product.records)
     for x in (product.x, other.x):
         for outputs in (product.outputs, other.outputs):
-            assert ready.takes(x)
-            assert ready.run(outputs, x)
+            assert bound.takes(x)
+            assert bound.run(outputs, x)
             wanted = [x.data_ptr(), outputs[0].data_ptr(), *addresses(product)[2:]]  # the first tokens
             assert driver.seen[-1][2][:4] == wanted
     count = len(driver.seen)
     for x in (other.x.half(), other.x[:5], torch.zeros(6, 128, dtype=torch.bfloat16)[:, :64], other.x[None]):
-        assert not ready.takes(x)
+        assert not bound.takes(x)
     wide = torch.zeros(6, 64, dtype=torch.bfloat16)
     unaligned = torch.zeros(6 * 32 + 1, dtype=torch.bfloat16)[1:].view(6, 32)
     for output in (other.outputs[0].float(), other.outputs[0][:5], wide, wide[:, :32], unaligned):
-        assert not ready.run([output], other.x)
-    both = Ready(
-        Repeated(first.launches, first.scratch, 2), [product.outputs[0], wide], product.x, product.segments, None
+        assert not bound.run([output], other.x)
+    both = BoundLaunches(
+        RecordedLaunches(first.launches, first.scratch, 2),
+        [product.outputs[0], wide],
+        product.x,
+        product.segments,
+        None,
     )
     assert both.run([other.outputs[0], wide], other.x)  # of two outputs, the launches take the first
     assert driver.seen.pop()[2][:4] == [other.x.data_ptr(), other.outputs[0].data_ptr(), *addresses(product)[2:]]
     with pytest.raises(ValueError, match="zip"):
-        ready.run([*other.outputs, *other.outputs], other.x)
+        bound.run([*other.outputs, *other.outputs], other.x)
     assert len(driver.seen) == count
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1)
-    assert not ready.run(other.outputs, other.x)
+    assert not bound.run(other.outputs, other.x)
 
 
 @needs_core
@@ -189,13 +193,13 @@ def test_numbers_that_differ_from_call_to_call(monkeypatch: pytest.MonkeyPatch) 
     driver = Driver(monkeypatch)
     product = Product()
     with recording(product.outputs, product.x, [product.records], product.segments, ["columns"]) as recorder:
-        z = repeated.scratch(3, 5, device=torch.device("cpu"))
-        repeated.run({(7, 2): lambda **_: compiled_kernel()}, (7, 2), **product.arguments(z))
+        z = recorded_launches.scratch(3, 5, device=torch.device("cpu"))
+        recorded_launches.run({(7, 2): lambda **_: compiled_kernel()}, (7, 2), **product.arguments(z))
     assert recorder.launches is not None
-    again = Repeated(recorder.launches, recorder.scratch, 1, 1)
+    again = RecordedLaunches(recorder.launches, recorder.scratch, 1, 1)
     for number in (3, 0, 1 << 20):
         again.run(product.outputs, product.x, product.segments, [number])
-        made = Ready(again, product.outputs, product.x, product.segments, None, [number + 1])
+        made = BoundLaunches(again, product.outputs, product.x, product.segments, None, [number + 1])
         assert made.run(product.outputs, product.x)
         for wanted, (_, _, values) in zip((number, number + 1), driver.seen[-2:], strict=True):
             assert values[:4] == addresses(product)
@@ -230,21 +234,21 @@ def test_a_job_is_checked_before_it_is_launched() -> None:
 @needs_core
 def test_a_form_is_all_that_a_kernel_depends_on() -> None:
     product = Product()
-    form = repeated.form(product.outputs, product.x, product.segments)
+    form = recorded_launches.form(product.outputs, product.x, product.segments)
     assert form is not None
-    assert form == repeated.form(Product().outputs, Product().x, Product().segments)
+    assert form == recorded_launches.form(Product().outputs, Product().x, Product().segments)
     others = [
         (product.outputs, product.x.half(), product.segments),
         ([product.outputs[0].half()], product.x, product.segments),
         ([torch.zeros(6, 64, dtype=torch.bfloat16)[:, :32]], product.x, product.segments),
         (product.outputs, product.x, Segments.of([0, 0, 0, 0, 0, 1], 4, "cpu")),
     ]
-    assert all(repeated.form(*other) != form for other in others)
+    assert all(recorded_launches.form(*other) != form for other in others)
     unaligned = torch.zeros(6 * 64 + 1, dtype=torch.bfloat16)[1:].view(6, 64)
-    assert repeated.form(product.outputs, unaligned, product.segments) is None
+    assert recorded_launches.form(product.outputs, unaligned, product.segments) is None
 
 
 @needs_core
 def test_without_a_driver_nothing_is_repeated() -> None:
     assert core.native is not None
-    assert not repeated.can_repeat(torch.device("cpu"))
+    assert not recorded_launches.can_repeat(torch.device("cpu"))

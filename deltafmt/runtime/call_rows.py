@@ -18,7 +18,7 @@ from deltafmt.runtime.batch_inputs import Input
 from deltafmt.runtime.follow import Follower
 from deltafmt.runtime.orders import Order
 from deltafmt.runtime.owners import LOST, Lost, Owners, owners_along
-from deltafmt.runtime.places import MERGED, MET, OUTPUT, Form, Forms, Place
+from deltafmt.runtime.row_places import MERGED, MET, OUTPUT, Form, Forms, Place
 
 _KEPT = 64  # orders of a batch that are kept: a few for each length of a prompt
 
@@ -30,7 +30,7 @@ class Kept:
         slots: for each source, the slot of each item; the first source is the rows of the batch.
         orders: the orders of the deltas in tensors, by source, dimension and shape.
         routines: for each form of a call, what groups of modules have decided
-            (:mod:`deltafmt.runtime.shared_products`).
+            (:mod:`deltafmt.runtime.product_group`).
     """
 
     def __init__(self, slots: Sequence[torch.Tensor]) -> None:
