@@ -36,6 +36,9 @@ from deltafmt.runtime.served_modules import ServedModules
 from deltafmt.runtime.uncalled_reads import Reads
 from deltafmt.runtime.warmup import TOKENS, Warmed, check_tokens, dtype_of, warm_up
 
+# How long a call that has found a changed model waits for the calls of other threads.
+_QUIET_SECONDS = 10.0
+
 
 class Deltas:
     """The deltas of one model.
@@ -316,9 +319,18 @@ class Deltas:
         return self._examiner.vocabulary()
 
     def _follow(self) -> None:
-        """Attach the deltas anew to a model that has changed: what is still their base is served as before."""
-        with self._lock:
+        """Attach the deltas anew to a model that has changed: what is still their base is served as before.
+
+        Raises:
+            UsageError: other threads compute with the model all the time; they would compute with the base meanwhile.
+        """
+        with self.scope.quiet(_QUIET_SECONDS) as alone, self._lock:
             if self._watch.changed(closely=True) or self.served.disturbed():
+                if not alone:
+                    raise UsageError(
+                        "the model was changed, or a hook put on it, while other threads are in calls of it, which did "
+                        f"not end within {_QUIET_SECONDS:g} s; try again, and change a model between its calls"
+                    )
                 self._follow_locked()
 
     def _follow_locked(self) -> None:

@@ -207,4 +207,6 @@ def _layout_of(container: Container, names: Sequence[str], entries: Iterable[Ten
         )
         for entry in entries
     )
-    return sections, tuple(names), tensors
+    # Whose bytes an alias has.
+    targets = tuple(container.entry(name).target for name in names)
+    return sections, tuple(names), targets, tensors

@@ -17,9 +17,10 @@ import contextlib
 import inspect
 import sys
 import threading
+import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any, Protocol, Self
@@ -232,6 +233,8 @@ class Scope:
         self.epoch = 0
         self._calling: dict[int, int] = {}
         self.lock = threading.RLock()
+        self._turn = threading.Condition(self.lock)
+        self._quiet: int | None = None
         self.call = Call()
         self._open: dict[Block, None] = {}
         self._streams: dict[FrameType, list[Block]] = {}
@@ -276,9 +279,11 @@ class Scope:
         return None
 
     def begin_call(self) -> None:
-        """Count a call of the model that this thread begins."""
+        """Count a call of the model that this thread begins, once no other thread is within :meth:`quiet`."""
         me = threading.get_ident()
         with self.lock:
+            if self._quiet is not None and me not in self._calling:
+                self._turn.wait_for(lambda: self._quiet in (None, me))
             self._calling[me] = self._calling.get(me, 0) + 1
 
     def end_call(self) -> None:
@@ -288,6 +293,34 @@ class Scope:
             self._calling[me] -= 1
             if not self._calling[me]:
                 del self._calling[me]
+                if self._quiet is not None:
+                    self._turn.notify_all()
+
+    @contextlib.contextmanager
+    def quiet(self, seconds: float) -> Iterator[bool]:
+        """Hold back the calls that other threads begin, and wait for those that are under way.
+
+        Args:
+            seconds: wait no longer.
+
+        Yields:
+            Whether no other thread is in a call of the model now.
+        """
+        me = threading.get_ident()
+        end = time.monotonic() + seconds
+        with self.lock:
+            mine = self._quiet == me
+            free = mine or self._turn.wait_for(lambda: self._quiet is None, seconds)
+            if free and not mine:
+                self._quiet = me
+            alone = free and self._turn.wait_for(self.alone, max(end - time.monotonic(), 0))
+        try:
+            yield alone
+        finally:
+            if free and not mine:
+                with self.lock:
+                    self._quiet = None
+                    self._turn.notify_all()
 
     def alone(self) -> bool:
         """Tell whether no other thread is in a call of the model."""

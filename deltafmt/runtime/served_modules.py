@@ -307,6 +307,7 @@ class ServedModules:
             for group in set(self._groups.values()):
                 group.dissolve()
             self._hooks, self._groups, self._sites = {}, {}, {}
+            self._added = 0
             self._placed.forget()
             self._plans.forget()
             frames.forget()
@@ -319,6 +320,7 @@ class ServedModules:
         self._free += range(count - 1, self.count - 1, -1)
         self.count = count
         self._fresh = False
+        self._added = 0  # the new tables count anew
         self._plans.forget()
         frames.forget()  # the tables are elsewhere
 

@@ -68,9 +68,13 @@ class Site(ABC):
         self.clear(slot)
         changed = {key: tensor for key, tensor in tensors.items() if tensor.entry.action != "same"}
         if changed:
-            self._put(slot, changed)
             self.tensors[slot] = changed
             self.slots.add(slot)
+            try:
+                self._put(slot, changed)
+            except BaseException:
+                self.clear(slot)  # what was put before the failure would be the next delta's
+                raise
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""

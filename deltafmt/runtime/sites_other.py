@@ -189,7 +189,8 @@ class OtherSite(Site):
         self._values[slot], self._twins[slot] = values, twin_of(self.module, values)
 
     def _clear(self, slot: int) -> None:
-        del self._values[slot], self._twins[slot]
+        self._values.pop(slot, None)
+        self._twins.pop(slot, None)
 
     def order(self, selection: Selection, given: torch.Tensor, shape: Sequence[int], number: int = 0) -> Order:
         """Return the order of the deltas in a tensor; see :meth:`Site.order`.

@@ -97,7 +97,8 @@ class SlotPlan:
             else:
                 self._others.append(number)
                 self.other_sites.append(site)
-        changed = [group for group in groups if slot in group.slots]
+        # Not those that have terms of the slot: a group may be changed by biases alone, or by whole weights.
+        changed = [group for group in groups if any(slot in site.slots for site in group.sites)]
         self.other_groups = [
             group for group in changed if any(slot in site.slots and site not in self.weights for site in group.sites)
         ]

@@ -106,7 +106,7 @@ class SubstitutedSite(WrappedSite):
         self._kept[slot] = {}
 
     def _clear(self, slot: int) -> None:
-        del self._kept[slot]
+        self._kept.pop(slot, None)
 
     def _base(self, key: str) -> torch.Tensor:
         _, held, own = place_of(self.module, key)
@@ -234,9 +234,11 @@ def twin_of(module: nn.Module, values: Mapping[str, torch.Tensor]) -> nn.Module:
 
 
 def refreshed(twin: nn.Module, module: nn.Module) -> nn.Module:
-    """Return a copy that :func:`twin_of` made, with the attributes that its module has now, such as another epsilon."""
-    own = twin.__dict__
-    held = own["_parameters"], own["_buffers"], own["_modules"]
-    own.update(module.__dict__)
-    own["_parameters"], own["_buffers"], own["_modules"] = held
-    return twin
+    """Return what :func:`twin_of` made, with the attributes that its module has now, such as another epsilon.
+
+    It is a new object in each call: other threads compute with the one that was given.
+    """
+    made: nn.Module = object.__new__(type(twin))
+    held = {name: twin.__dict__[name] for name in ("_parameters", "_buffers", "_modules")}
+    made.__dict__.update(module.__dict__ | held)
+    return made
