@@ -16,7 +16,7 @@ import torch
 
 import deltafmt
 from deltafmt.errors import InvalidFileError, StorageError, UsageError
-from deltafmt.vllm import check_names, engine, seam, worker
+from deltafmt.vllm import check_names, engine, manager, seam, worker
 from deltafmt.vllm.engine import Known
 from deltafmt.vllm.files import FileHandles
 from deltafmt.vllm.names import is_delta
@@ -348,9 +348,35 @@ def test_a_file_is_loaded_if_all_processes_have_loaded_the_same(tmp_path: Path) 
         files.load(2, str(tmp_path / "b"), read, agree=agree)
     with pytest.raises(ZeroDivisionError):
         files.load(2, str(path), lambda _: 1 // 0, agree=agree)  # type: ignore[arg-type, return-value]
+    with pytest.raises(UsageError, match="a number of its own"):
+        files.load(1, str(tmp_path / "b"), read, agree=agree)
     # Each process says one thing a load, whatever happens: the others wait for it.
-    assert said == ["first", "second", "first", "", ""]
+    assert said == ["first", "second", "first", "", "", ""]
     assert files.count == 1
+
+
+@pytest.mark.parametrize("kind", ["base", "weights"])
+def test_a_process_that_serves_no_delta_says_so_to_those_that_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(manager, "load_delta", lambda *_: Text("first"))
+    path = tmp_path / "x.deltafmt"
+    path.write_text("first")
+    said: list[str] = []
+    for serves in (True, False):
+        one: Any = object.__new__(manager.DeltaWorkerManager)
+        one._files, one._lost, one._stepping = FileHandles(4), set(), False
+        one._agree = lambda content_id: said.append(content_id) or True
+        base = None if kind == "base" and not serves else "a base"
+        served = SimpleNamespace(weights_changed=kind == "weights" and not serves)
+        one._adapter_manager = SimpleNamespace(base=base, refusal="no folder", served=served)
+        if serves:
+            assert one._load(asked("x", path, 1), str(path)).content_id == "first"
+        else:
+            line = {"base": "served by this engine: no folder", "weights": "weights were replaced"}[kind]
+            with pytest.raises(UsageError, match=line):
+                one._load(asked("x", path, 1), str(path))
+    assert said == ["first", ""]
 
 
 def test_names_of_deltas() -> None:

@@ -253,14 +253,15 @@ class DeltaWorkerManager:
 
     def _load(self, lora_request: Any, path: str) -> LoadedDelta:
         manager = self._adapter_manager
-        if manager.base is None:
-            raise UsageError(f"{path}: no delta can be served by this engine: {manager.refusal}")
-        if manager.served.weights_changed:
-            raise UsageError(
-                f"{path}: the engine's weights were replaced, and deltas are of those that it started with"
-            )
 
         def load(source: str) -> LoadedDelta:
+            # Refusals stand here, because the other processes of the engine wait for what this one has loaded.
+            if manager.base is None:
+                raise UsageError(f"{path}: no delta can be served by this engine: {manager.refusal}")
+            if manager.served.weights_changed:
+                raise UsageError(
+                    f"{path}: the engine's weights were replaced, and deltas are of those that it started with"
+                )
             found = load_delta(source, manager.served, manager.base, path)
             if found.content_id in self._lost and not (self._stepping or lora_request.load_inplace):
                 raise UsageError(
