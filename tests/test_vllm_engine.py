@@ -289,6 +289,24 @@ def test_what_cannot_be_loaded_is_refused_and_the_engine_goes_on(
     assert engine.texts("deltadq") == mixed["deltadq"]
 
 
+def test_a_number_is_free_after_a_load_that_failed_and_after_its_adapter_was_removed(
+    engine: Engine, mixed: dict[str | None, list[Text]], tmp_path: Path
+) -> None:
+    adapter = engine.texts("lora")
+    with pytest.raises(Exception, match="No adapter found"):
+        engine.texts("free", tmp_path / "missing.deltafmt")
+    assert engine.texts("free", engine.paths["lora"]) == adapter
+    with pytest.raises(Exception, match="is that of an adapter"):
+        engine.texts("free", engine.paths["dare"])
+    number = engine.request("free", engine.paths["dare"]).lora_int_id
+    assert engine.llm.llm_engine.remove_lora(number)
+    assert engine.texts("free", engine.paths["dare"]) == mixed["dare"]
+    with pytest.raises(Exception, match="is that of a delta"):
+        engine.texts("free", engine.paths["lora"])
+    assert engine.llm.llm_engine.remove_lora(number)
+    assert engine.texts("free", engine.paths["lora"]) == adapter
+
+
 def test_two_names_of_one_delta_share_the_prefix_cache_and_two_deltas_never_do(engine: Engine, tmp_path: Path) -> None:
     prompt = [5, *engine.prompts[0], *engine.prompts[1]]  # no other test begins like this
     copy = tmp_path / "copy.deltafmt"

@@ -16,7 +16,7 @@ import torch
 
 import deltafmt
 from deltafmt.errors import InvalidFileError, StorageError, UsageError
-from deltafmt.vllm import check_names, engine, seam, worker
+from deltafmt.vllm import check_names, engine, manager, seam, worker
 from deltafmt.vllm.engine import Known
 from deltafmt.vllm.files import FileHandles
 from deltafmt.vllm.names import is_delta
@@ -328,6 +328,77 @@ def test_a_number_belongs_to_a_delta_or_to_an_adapter(delta: Path, core: Any, mo
     assert added == [first, adapter]
 
 
+@pytest.mark.parametrize("way", ["request", "load"])
+def test_a_number_whose_load_failed_belongs_to_nothing(
+    delta: Path, tmp_path: Path, core: Any, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(engine.seam, "name", lambda *_: str)
+
+    def fail(*_: Any) -> bool:
+        raise ValueError("cannot be loaded")
+
+    def add(own: Any, request: Any) -> None:
+        core.model_executor.add_lora = own
+        if way == "load":
+            engine._add_lora(own, core, request)
+        else:
+            engine._add_request(own, core, Asked(request))
+
+    def fails(request: Any) -> None:
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            add(fail, request)
+
+    def loads(request: Any) -> None:
+        add(lambda *_: True, request)
+
+    fails(asked("x", tmp_path / "missing.deltafmt", 1))
+    fails(asked("x", tmp_path / "lora", 1))
+    loads(asked("x", delta, 1))
+    fails(asked("x", delta.with_name("other.deltafmt"), 1))  # and what was loaded keeps its number
+    with pytest.raises(ValueError, match="number 1 is that of a delta"):
+        engine._add_lora(fail, core, asked("y", tmp_path / "lora", 1))
+    fails(asked("x", tmp_path / "missing.deltafmt", 2))
+    loads(asked("x", tmp_path / "lora", 2))
+
+
+def test_a_number_is_free_once_its_adapter_was_removed_and_no_request_has_it(delta: Path, core: Any) -> None:
+    first, second = asked("x", delta, 1), asked("y", Path("lora"), 1)
+    core.scheduler.requests = {"base": Asked(None), "other": Asked(asked("z", delta, 2)), "r": Asked(first)}
+
+    def add(request: Any) -> bool:
+        return bool(engine._add_lora(lambda *_: True, core, request))
+
+    assert add(first)
+    assert engine._remove_lora(lambda _core, number: number == 1, core, 1)
+    with pytest.raises(ValueError, match="number 1 is that of a delta"):
+        add(second)  # a worker would take it for the delta of the request
+    del core.scheduler.requests["r"]
+    assert not engine._remove_lora(lambda *_: False, core, 1)
+    assert add(second)
+    with pytest.raises(ValueError, match="number 1 is that of an adapter"):
+        add(first)
+    assert engine._remove_lora(lambda *_: True, core, 1)
+    assert add(first)
+
+
+def test_a_worker_drops_what_a_failed_load_left_when_the_other_kind_takes_its_number() -> None:
+    class Own:
+        def add_adapter(self, lora_request: Any) -> bool:
+            held.setdefault(lora_request.lora_int_id, "loaded")
+            return True
+
+    class Worker(manager.DeltaWorkerManager, Own):
+        def __init__(self) -> None:
+            self._files, self._stepping = FileHandles(4), False
+            self._adapter_manager = SimpleNamespace(list_adapters=lambda: held, remove_adapter=held.pop)
+
+    held: dict[int, Any] = {1: manager.DeltaAdapter(), 2: "an adapter", 3: manager.DeltaAdapter(), 4: "an adapter"}
+    kept = dict(held)
+    for number, path in ((1, "lora"), (2, "x.deltafmt"), (3, "y.deltafmt"), (4, "lora")):
+        assert Worker().add_adapter(asked("x", Path(path), number))
+    assert held == {1: "loaded", 2: "loaded", 3: kept[3], 4: kept[4]}
+
+
 def test_a_file_is_loaded_if_all_processes_have_loaded_the_same(tmp_path: Path) -> None:
     files = FileHandles(4)
     path = tmp_path / "a"
@@ -348,9 +419,35 @@ def test_a_file_is_loaded_if_all_processes_have_loaded_the_same(tmp_path: Path) 
         files.load(2, str(tmp_path / "b"), read, agree=agree)
     with pytest.raises(ZeroDivisionError):
         files.load(2, str(path), lambda _: 1 // 0, agree=agree)  # type: ignore[arg-type, return-value]
+    with pytest.raises(UsageError, match="a number of its own"):
+        files.load(1, str(tmp_path / "b"), read, agree=agree)
     # Each process says one thing a load, whatever happens: the others wait for it.
-    assert said == ["first", "second", "first", "", ""]
+    assert said == ["first", "second", "first", "", "", ""]
     assert files.count == 1
+
+
+@pytest.mark.parametrize("kind", ["base", "weights"])
+def test_a_process_that_serves_no_delta_says_so_to_those_that_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(manager, "load_delta", lambda *_: Text("first"))
+    path = tmp_path / "x.deltafmt"
+    path.write_text("first")
+    said: list[str] = []
+    for serves in (True, False):
+        one: Any = object.__new__(manager.DeltaWorkerManager)
+        one._files, one._lost, one._stepping = FileHandles(4), set(), False
+        one._agree = lambda content_id: said.append(content_id) or True
+        base = None if kind == "base" and not serves else "a base"
+        served = SimpleNamespace(weights_changed=kind == "weights" and not serves)
+        one._adapter_manager = SimpleNamespace(base=base, refusal="no folder", served=served)
+        if serves:
+            assert one._load(asked("x", path, 1), str(path)).content_id == "first"
+        else:
+            line = {"base": "served by this engine: no folder", "weights": "weights were replaced"}[kind]
+            with pytest.raises(UsageError, match=line):
+                one._load(asked("x", path, 1), str(path))
+    assert said == ["first", ""]
 
 
 def test_names_of_deltas() -> None:

@@ -92,6 +92,7 @@ def install_engine() -> None:
     core = seam.name("vllm.v1.engine.core", "EngineCore")
     wrap_method(core, "add_lora", _add_lora)
     wrap_method(core, "add_request", _add_request)
+    wrap_method(core, "remove_lora", _remove_lora)
     wrap_method(seam.name("vllm.v1.engine.llm_engine", "LLMEngine"), "add_request", _add_here)
     wrap_method(importlib.import_module("vllm.v1.core.kv_cache_utils"), "_gen_lora_extra_hash_keys", _keys)
 
@@ -137,6 +138,12 @@ def _load(load: Callable[[Any], Any], lora_request: Any, *, again: bool) -> Any:
     return found
 
 
+def _kinds(core: Any) -> dict[int, bool]:
+    """Return the numbers of what was loaded, each with whether it is a delta."""
+    found: dict[int, bool] = core.__dict__.setdefault("deltafmt_kinds", {})
+    return found
+
+
 def _check_number(core: Any, lora_request: Any) -> None:
     """Refuse a number of an adapter that belongs to a delta already, and the other way round.
 
@@ -145,24 +152,44 @@ def _check_number(core: Any, lora_request: Any) -> None:
     Raises:
         ValueError: names the path.
     """
-    kinds = core.__dict__.setdefault("deltafmt_kinds", {})
     wanted = is_delta(lora_request.lora_path)
-    if kinds.setdefault(lora_request.lora_int_id, wanted) != wanted:
+    if _kinds(core).get(lora_request.lora_int_id, wanted) != wanted:
         first = "an adapter" if wanted else "a delta"
         raise ValueError(
             f"number {lora_request.lora_int_id} is that of {first}; give {lora_request.lora_path} a number of its own"
         )
 
 
+def _take_number(core: Any, lora_request: Any) -> None:
+    """Note whose number it is, of an adapter that was loaded or that a step is going to load."""
+    _kinds(core)[lora_request.lora_int_id] = is_delta(lora_request.lora_path)
+
+
+def _requests_of(core: Any, number: int) -> list[Any]:
+    """Return the requests under way for an adapter."""
+    given = core.scheduler.requests.values()
+    return [one for one in given if one.lora_request is not None and one.lora_request.lora_int_id == number]
+
+
 def _add_lora(own: Any, core: Any, lora_request: Any) -> Any:
     _check_number(core, lora_request)
     again = bool(lora_request.load_inplace)
     if not is_delta(lora_request.lora_path) or (_known.is_ready(lora_request) and not again):
-        return own(core, lora_request)
+        found = own(core, lora_request)
+        _take_number(core, lora_request)
+        return found
     found = _load(lambda given: own(core, given), lora_request, again=again)
-    for request in core.scheduler.requests.values():
-        if request.lora_request is not None and request.lora_request.lora_int_id == lora_request.lora_int_id:
-            _name_anew(request)
+    _take_number(core, lora_request)
+    for request in _requests_of(core, lora_request.lora_int_id):
+        _name_anew(request)
+    return found
+
+
+def _remove_lora(own: Any, core: Any, number: int) -> Any:
+    """Remove an adapter, and free its number unless a request has it, for which a step loads the adapter again."""
+    found = own(core, number)
+    if not _requests_of(core, number):
+        _kinds(core).pop(number, None)
     return found
 
 
@@ -173,9 +200,12 @@ def _add_request(own: Any, core: Any, request: Any, *args: Any, **kwargs: Any) -
     try:
         _check_number(core, lora_request)
         if not is_delta(lora_request.lora_path):
-            return own(core, request, *args, **kwargs)
+            found = own(core, request, *args, **kwargs)
+            _take_number(core, lora_request)
+            return found
         if not _known.is_ready(lora_request):
             _load(core.model_executor.add_lora, lora_request, again=False)
+        _take_number(core, lora_request)
     except Exception as error:
         if not isinstance(core, seam.name("vllm.v1.engine.core", "EngineCoreProc")):
             raise

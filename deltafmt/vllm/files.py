@@ -77,7 +77,7 @@ class FileHandles:
             again: True to load what the path leads to now, although the adapter was loaded before. If that fails, the
                 adapter stays what it was.
             agree: given the content id that was loaded, or "" if none could be, tells whether all processes of the
-                engine have loaded the same.
+                engine have loaded the same. It waits for them, so it is called once, whatever else happens.
 
         Raises:
             StorageError: there is no such file, it is no longer the one that was loaded as this adapter, or another
@@ -85,12 +85,12 @@ class FileHandles:
             UsageError: another path was loaded as this adapter.
         """
         known = None if again else self._known.get(number)
-        if known is not None:
-            self.check(number, path)
         handle = known.handle if known is not None else None
         opened = handle is None
         asked = False
         try:
+            if known is not None:
+                self.check(number, path)
             if handle is None:
                 handle = _open(path)
             found = load(f"/proc/self/fd/{handle}")
@@ -103,10 +103,12 @@ class FileHandles:
             if not agree(found.content_id):
                 raise StorageError(f"{path}: the engine's processes have not all loaded the same file; load it again")
         except BaseException:
-            if opened and handle is not None:
-                os.close(handle)
-            if not asked:
-                agree("")
+            try:
+                if not asked:
+                    agree("")
+            finally:
+                if opened and handle is not None:
+                    os.close(handle)
             raise
         if opened:
             self.forget(number)

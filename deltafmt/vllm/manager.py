@@ -202,6 +202,10 @@ class DeltaWorkerManager:
 
     def add_adapter(self, lora_request: Any) -> bool:
         """Load an adapter and give it a slot, or note that it was used."""
+        held = self._adapter_manager.list_adapters().get(lora_request.lora_int_id)
+        if held is not None and isinstance(held, DeltaAdapter) != is_delta(lora_request.lora_path):
+            # A load that failed late has left it, and the engine gave its number to another adapter.
+            self._adapter_manager.remove_adapter(lora_request.lora_int_id)
         if is_delta(lora_request.lora_path) and self._stepping and lora_request.load_inplace:
             # vLLM repeats the wish with every request; it was granted when the adapter was loaded.
             lora_request = copy.copy(lora_request)
@@ -253,14 +257,15 @@ class DeltaWorkerManager:
 
     def _load(self, lora_request: Any, path: str) -> LoadedDelta:
         manager = self._adapter_manager
-        if manager.base is None:
-            raise UsageError(f"{path}: no delta can be served by this engine: {manager.refusal}")
-        if manager.served.weights_changed:
-            raise UsageError(
-                f"{path}: the engine's weights were replaced, and deltas are of those that it started with"
-            )
 
         def load(source: str) -> LoadedDelta:
+            # Refusals stand here, because the other processes of the engine wait for what this one has loaded.
+            if manager.base is None:
+                raise UsageError(f"{path}: no delta can be served by this engine: {manager.refusal}")
+            if manager.served.weights_changed:
+                raise UsageError(
+                    f"{path}: the engine's weights were replaced, and deltas are of those that it started with"
+                )
             found = load_delta(source, manager.served, manager.base, path)
             if found.content_id in self._lost and not (self._stepping or lora_request.load_inplace):
                 raise UsageError(

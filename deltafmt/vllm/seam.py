@@ -71,6 +71,7 @@ NAMES: Final[dict[str, tuple[str, ...]]] = {
         "EngineCore",
         "EngineCore.add_lora",
         "EngineCore.add_request",
+        "EngineCore.remove_lora",
         "EngineCoreProc",
         "EngineCoreProc._handle_client_request",
         "EngineCoreProc._send_error_outputs_to_client",
