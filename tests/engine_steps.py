@@ -83,6 +83,10 @@ class _Slots:
         self._used.move_to_end(number)
         return new
 
+    def deactivate_adapter(self, number: int) -> bool:
+        self._deactivate_adapter(number)
+        return True
+
     def _deactivate_adapter(self, number: int) -> None:
         self.lora_index_to_id[self.lora_index_to_id.index(number)] = None
         del self._used[number]

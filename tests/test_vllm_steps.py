@@ -61,6 +61,24 @@ def test_a_delta_that_is_larger_than_a_slot_of_the_arena_is_refused(
         steps.load("other")
 
 
+def test_a_slot_that_could_not_be_filled_is_given_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(folder, CPU, slots=2, longest=16)
+    steps.load("one")
+    put = steps.manager.served.put
+
+    def fails(*given: Any) -> None:
+        put(*given)
+        raise MemoryError
+
+    monkeypatch.setattr(steps.manager.served, "put", fails)
+    with pytest.raises(MemoryError):
+        steps.manager.activate_adapter(1)
+    assert steps.resident() == []
+    monkeypatch.undo()
+    assert steps.manager.activate_adapter(1)  # a later request fills it
+    assert steps.resident() == ["one"]
+
+
 def test_rows_of_images_leave_the_choice_of_tokens_as_it_was(folder: Path) -> None:
     steps = Steps(folder, CPU, slots=2, longest=16)
     played = Played(steps, ["one"], seed=1)

@@ -111,7 +111,11 @@ class DeltaModelManager:
         adapter = self._registered_adapters.cache[lora_id]
         if activated and isinstance(adapter, DeltaAdapter) and adapter.delta is not None:
             slot = self.lora_index_to_id.index(lora_id)
-            self.served.put(slot, adapter.delta.parts, adapter.delta.tensors)
+            try:
+                self.served.put(slot, adapter.delta.parts, adapter.delta.tensors)
+            except BaseException:
+                self.deactivate_adapter(lora_id)  # type: ignore[attr-defined]  # or its next rows would be the base's
+                raise
         return activated
 
     def _deactivate_adapter(self, lora_id: int) -> None:

@@ -28,6 +28,7 @@ NAMES: Final[dict[str, tuple[str, ...]]] = {
         "LoRAModelManager._add_adapter",
         "LoRAModelManager._create_lora_modules",
         "LoRAModelManager._deactivate_adapter",
+        "LoRAModelManager.deactivate_adapter",
         "LoRAModelManager._set_adapter_mapping",
         "LoRAModelManager.remove_all_adapters",
         "LRUCacheLoRAModelManager.activate_adapter",
