@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from deltafmt.methods.grids import Grid
     from deltafmt.methods.measured import Heads
 
+# See Method.reach: groups have 255 columns at most, and solvers and scales that do not shrink add a little.
+REACH = 1024.0
+
 
 @dataclass(frozen=True, slots=True)
 class DeltaRows:
@@ -155,6 +158,11 @@ class Method(ABC):
     def whole(self) -> bool:
         """True if :meth:`compress` needs the whole matrix at once, rather than runs of rows."""
         return False
+
+    @property
+    def reach(self) -> float:
+        """A generous bound: no restored element of a delta is so many times the largest element of the delta."""
+        return REACH
 
     @property
     def by_rows(self) -> bool:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from deltafmt.methods.base import DeltaRows, Method
+from deltafmt.methods.base import REACH, DeltaRows, Method
 from deltafmt.methods.common import BITS, CODED, RAW, RESCALE, VALUE_DTYPE, ScaleOptions
 from deltafmt.methods.declare import Need, Needs, Option, option
 from deltafmt.methods.quantize import default_rule
@@ -93,6 +93,11 @@ class DARE(ScaleOptions, KeptValueOptions, Method):
     def layout(self) -> SparseLayout:
         """The layout of the term."""
         return sparse_layout(1 - self.drop, self.bits, self.value_dtype, self.scale_dtype)
+
+    @property
+    def reach(self) -> float:
+        """Kept elements are divided by 1 - p."""
+        return REACH / (1 - self.drop)
 
     def layouts(self, rows: int, columns: int) -> tuple[SparseLayout]:  # noqa: ARG002 - the same for every shape
         """Return the layout of its one term."""

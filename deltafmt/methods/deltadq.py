@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltafmt.delta import row_ranges
-from deltafmt.methods.base import DeltaRows, Method, PackedTerm
+from deltafmt.methods.base import REACH, DeltaRows, Method, PackedTerm
 from deltafmt.methods.common import (
     BITS,
     DROPPED,
@@ -69,6 +69,11 @@ class DropoutOptions(CodeOptions, PositionOptions, BitsOption, KeptOptions):
     scale_group: int = option(0, SCALE_GROUP, help="consecutive kept entries that share a scale; 0 for one scale a row")
     rescale: bool = option(True, RESCALE)
     gain: float | None = option(None, GAIN)
+
+    @property
+    def reach(self) -> float:
+        """Kept elements are multiplied by the gain as well."""
+        return REACH * max(self.gain or 1.0, 1.0)
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,13 @@ class Alternatives:
                 if progress:
                     progress(plan.tensor.name, plan.tensor.nbytes)
 
+    def keep_whole(self, name: str) -> None:
+        """Leave a tensor, whose losses are measured, no alternative but to be stored whole."""
+        (item,) = (item for item in self._items if self._plans[item.number].tensor.name == name)
+        whole = item.alternatives[item.methods.index(None, len(item.methods) - 1)]
+        item.methods = [None] * len(item.methods)
+        item.alternatives = [whole] * len(item.methods)
+
     def choose(self, target: int, limit: int | None = None) -> Choice:
         """Return the plan with the least predicted loss for a target.
 

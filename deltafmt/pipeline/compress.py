@@ -8,6 +8,7 @@ number of threads.
 from __future__ import annotations
 
 import contextlib
+import glob
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ import numpy as np
 from deltafmt.checkpoint.held_tensor import HeldTensor
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.delta import BATCH_ELEMENTS, row_ranges
-from deltafmt.errors import NonFiniteError, UsageError
+from deltafmt.errors import InvalidFileError, NonFiniteError, Remedy, UsageError
 from deltafmt.exact.coding import EncodedChunk, assemble
 from deltafmt.index.entries import BaseRef
 from deltafmt.methods.base import DeltaRows, Method, PackedTerm
@@ -30,7 +31,7 @@ from deltafmt.pipeline.plan import Plan, not_finite, shared_bytes, tensor_seed
 from deltafmt.pipeline.workers import in_order
 from deltafmt.terms.buffers import blank
 from deltafmt.terms.codecs import fitted, term_codec
-from deltafmt.terms.floats import widen
+from deltafmt.terms.floats import Raw, add, widen
 from deltafmt.terms.layout import TermLayout
 
 # Compressing a whole matrix takes float32 arrays of its size: so many bytes for each byte of a fine-tuned BF16 tensor.
@@ -39,10 +40,8 @@ WHOLE_FACTOR = 8
 # Bytes that solving for a whole matrix takes for each element of its inputs' second moments.
 HESSIAN_BYTES = 40
 
-# The largest finite element of a dtype, and the part of it up to which elements are compressed: a method multiplies
-# what it keeps by 32 or less as a rule, and no model's weights come near.
+# The largest finite element of a dtype.
 _LARGEST = {"F16": 65504.0, "BF16": 3.3895314e38, "F32": 3.4028235e38}
-_RANGE = 1 / 32
 
 # A tensor of so few bytes is compressed in the thread that writes the file.
 SMALL_BYTES = 4096
@@ -103,6 +102,16 @@ class Later(Generic[Result]):
         return True
 
 
+class OverflowingError(NonFiniteError):
+    """Finite elements of a tensor would come back as infinity or NaN.
+
+    Attributes:
+        tensor: the tensor's name.
+    """
+
+    tensor: str = ""
+
+
 class TensorWork(Protocol):
     """The work on one tensor that is under way."""
 
@@ -112,15 +121,29 @@ class TensorWork(Protocol):
 
 @dataclass(slots=True)
 class _Work:
-    """The work on one tensor: futures of its parts, and the terms that the parts fill."""
+    """The work on one tensor: futures of its parts, and the terms that the parts fill.
+
+    Attributes:
+        plan: how it is packed.
+        seed: its seed.
+        restored: True if an exact part restores what the terms lose.
+        same: whether it equals its base.
+        fingerprint: that of its base.
+        parts: what fills the terms.
+        terms: the terms.
+        notes: remarks of the method.
+        lost: row, column and value of the first element of each batch that comes back as infinity.
+    """
 
     plan: Plan
     seed: int
+    restored: bool = False
     same: Handle[bool] | None = None
     fingerprint: Handle[bytes] | None = None
     parts: list[Handle[None]] = field(default_factory=list)
     terms: list[PackedTerm] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    lost: list[tuple[int, int, float]] = field(default_factory=list)
 
     def new_term(self, layout: TermLayout, slots: int = 0) -> PackedTerm:
         """Add a term of zeros."""
@@ -144,8 +167,26 @@ class _Work:
         notes = tuple(self.notes)
         if not self.terms or packed >= shared_bytes(tensor, base):
             return Compressed(notes=notes)
+        if self.lost:
+            notes = *notes, self._overflow()
         terms = tuple(packed_bytes(term.codec, term.packed) for term in self.terms)
         return Compressed(self._base_ref(base), terms, notes)
+
+    def _overflow(self) -> str:
+        """Return the remark that an element comes back as infinity until the exact part is read.
+
+        Raises:
+            OverflowingError: there is no exact part.
+        """
+        row, column, value = min(self.lost)
+        where = f"its element {value:g} at row {row}, column {column}"
+        if self.restored:
+            return f"{where} is infinite or NaN where it is served; the exact part restores it"
+        name, dtype = self.plan.tensor.name, self.plan.tensor.dtype
+        text = f'tensor "{name}": {where} would come back as infinity or NaN in {dtype}'
+        error = OverflowingError(text, Remedy("exclude", glob.escape(name)))
+        error.tensor = name
+        raise error
 
     def _base_ref(self, base: Tensor) -> BaseRef:
         digest = base.fingerprint() if self.fingerprint is None else self.fingerprint.result()
@@ -199,7 +240,7 @@ class Compressor:
         tensor, base, method = plan.tensor, plan.base, plan.method
         if isinstance(method, Exact) and plan.alias is None:
             return self._submit_exact(plan, method)
-        work = _Work(plan, tensor_seed(self._job.seed, tensor.name))
+        work = _Work(plan, tensor_seed(self._job.seed, tensor.name), self._job.progressive)
         tensor.will_need()
         if plan.alias is not None or base is None:
             return work
@@ -244,39 +285,65 @@ class Compressor:
     def _compress_whole(self, work: _Work, method: Method) -> None:
         """Compress a whole matrix, which may decide the number of a term's vectors or slots."""
         plan, moments = work.plan, self._job.moments
-        with _named_errors(plan.tensor):
-            with _mapped_rows(plan, 0, plan.shared_rows) as whole:
-                hessian = None if moments is None else moments.get(plan.tensor.name)
-                compressed = method.compress(replace(whole, hessian=hessian, notes=work.notes), work.seed)
-                _check_range(whole)
+        with _named_errors(plan.tensor), _mapped_rows(plan, 0, plan.shared_rows) as whole:
+            hessian = None if moments is None else moments.get(plan.tensor.name)
+            compressed = method.compress(replace(whole, hessian=hessian, notes=work.notes), work.seed)
             for planned, arrays in zip(plan.layouts(), compressed, strict=True):
                 term = work.new_term(*fitted(planned, arrays, plan.tensor.columns))
                 term.codec.encode(arrays, term.packed, 0)
+            del compressed
+            _check_range(whole, method, work)
 
 
 def _compress_rows(work: _Work, method: Method, start: int, stop: int) -> None:
     """Compress a batch of rows into its part of the packed arrays."""
     with _named_errors(work.plan.tensor), _mapped_rows(work.plan, start, stop) as batch:
         method.pack(batch, work.seed, work.terms)
-        _check_range(batch)
+        _check_range(batch, method, work)
 
 
-def _check_range(rows: DeltaRows) -> None:
-    """Refuse elements so large that what the delta gives for them may be infinite, though the fine-tune's are finite.
+def _check_range(rows: DeltaRows, method: Method, work: _Work) -> None:
+    """Note the first element that comes back as infinity or NaN from the terms, though the fine-tune's is finite.
 
-    A delta is not exact: an element of 65504 in F16 may come back as infinity.
+    A delta is not exact: an element of 65504 in F16 may come back as infinity. Rows are decoded only where elements are
+    so large that it is possible.
+
+    Args:
+        rows: rows that the terms have.
+        method: what compressed them.
+        work: has the terms; takes the element.
 
     Raises:
-        NonFiniteError: names the element.
+        NonFiniteError: a term itself holds infinity.
     """
-    raw, dtype = rows.finetuned, rows.finetuned_dtype
-    if not raw.size:
+    dtype = rows.finetuned_dtype
+    before = _largest(rows.base, rows.base_dtype)
+    if before + method.reach * (before + _largest(rows.finetuned, dtype)) <= _LARGEST[dtype] or not work.terms:
         return
-    # Magnitudes are ordered as their bits are: the largest of each sign.
-    for bits in (raw.max(), raw.view(f"<i{raw.itemsize}").max()):
-        value = float(widen(np.array([bits]).astype(raw.dtype), dtype)[0])
-        if abs(value) > _LARGEST[dtype] * _RANGE:
-            raise NonFiniteError(f"its element {value:g} is so large that {dtype} may not hold what the delta gives")
+    codecs = [term.codec for term in work.terms]
+    width, step = max(codec.width for codec in codecs), max(codec.run_rows for codec in codecs)
+    for start, stop in row_ranges(rows.first, rows.first + rows.shape[0], width, step):
+        run = rows.run(start, stop)
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                total = work.terms[0].codec.decode(work.terms[0].packed, start, stop)
+                for term in work.terms[1:]:
+                    total = total + term.codec.decode(term.packed, start, stop)
+        except InvalidFileError as error:
+            raise NonFiniteError(f"its delta is too large for the method: {error}") from error
+        found = widen(add(run.base, run.base_dtype, total, dtype), dtype)
+        if not np.isfinite(found).all():
+            row, column = (int(i) for i in np.argwhere(~np.isfinite(found))[0])
+            work.lost.append((start + row, column, float(widen(run.finetuned[row : row + 1], dtype)[0, column])))
+            return
+
+
+def _largest(raw: Raw, dtype: str) -> float:
+    """Return the largest magnitude of a raw array; 0 of none. Magnitudes of each sign are ordered as their bits are."""
+    if not raw.size:
+        return 0.0
+    bits = np.array([raw.max(), raw.view(f"<i{raw.itemsize}").max()]).astype(raw.dtype)
+    return float(np.abs(widen(bits, dtype)).max())
 
 
 @contextlib.contextmanager

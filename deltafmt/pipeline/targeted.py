@@ -8,6 +8,7 @@ from dataclasses import replace
 from deltafmt.methods.base import Method
 from deltafmt.pipeline.alternatives import Alternatives
 from deltafmt.pipeline.calibrate import SEQUENTIAL, Calibration
+from deltafmt.pipeline.compress import OverflowingError
 from deltafmt.pipeline.file_writer import write_file
 from deltafmt.pipeline.first_pass import calibrated
 from deltafmt.pipeline.job import Delivery, PackJob
@@ -18,6 +19,8 @@ def pack_for_target(
     job: PackJob, target: int, candidates: Sequence[Method], calibration: Calibration | None, delivery: Delivery
 ) -> PackResult:
     """Choose a method for every undecided tensor of a job, and write a file of at most so many bytes.
+
+    A tensor whose finite elements would come back as infinity is stored whole, and the rest is chosen anew.
 
     Args:
         job: what is packed.
@@ -41,11 +44,17 @@ def pack_for_target(
         limit = target
         while True:
             choice = alternatives.choose(target, limit)
-            if sequential and any(plan.uses_moments for plan in choice.plans):
-                with calibrated(replace(job, plans=choice.plans), calibration, delivery) as again:
-                    result = write_file(again, delivery, target)
-            else:
-                result = write_file(replace(measured, plans=choice.plans), delivery, target)
+            try:
+                if sequential and any(plan.uses_moments for plan in choice.plans):
+                    with calibrated(replace(job, plans=choice.plans), calibration, delivery) as again:
+                        result = write_file(again, delivery, target)
+                else:
+                    result = write_file(replace(measured, plans=choice.plans), delivery, target)
+            except OverflowingError as error:
+                if delivery.path is None:  # a stream does not take back what it has got
+                    raise
+                alternatives.keep_whole(error.tensor)
+                continue
             result.choice = choice
             if result.target_size <= target:
                 return result
