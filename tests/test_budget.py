@@ -23,7 +23,7 @@ from deltafmt.methods.base import DeltaRows
 from deltafmt.methods.factorization import factorize
 from deltafmt.methods.measured import Heads
 from deltafmt.pipeline import alternatives, sizes
-from deltafmt.pipeline.budget import plan_for_target
+from deltafmt.pipeline.budget import default_candidates, plan_for_target
 from deltafmt.pipeline.choice import Choice
 from deltafmt.pipeline.losses import SAMPLE_ELEMENTS, SAMPLE_ROWS, Loss, sample_runs
 from pairs import check_round_trip, pair_of
@@ -310,3 +310,9 @@ def test_a_wider_model_at_a_target(models: Path, tmp_path: Path) -> None:
     assert 32 <= result.ratio <= 32 / 0.97
     deltafmt.unpack(home / "base", tmp_path / "d.deltafmt", tmp_path / "out")
     assert accuracy(tmp_path / "out", home / "tokenizer.json", home / "eval.jsonl", 100) >= 0.98
+
+
+@pytest.mark.parametrize("columns", [(), (576,), (1024, 4096), (768, 2048, 3072), (896, 4864), (33,)])
+def test_no_candidate_is_tried_twice(columns: tuple[int, ...]) -> None:
+    candidates = default_candidates(columns)
+    assert len(set(candidates)) == len(candidates)

@@ -125,6 +125,47 @@ def test_some_rows_foretell_what_all_rows_do(common: int, monkeypatch: pytest.Mo
     np.testing.assert_allclose(foretell(plan, methods, 7, common), every, rtol=0.07)
 
 
+@pytest.mark.parametrize("changed", [slice(16320, 16384), slice(3000, 3064), slice(8192, 8196), slice(0, 16384, 1024)])
+def test_rows_outside_of_an_even_sample_are_not_lossless(changed: slice) -> None:
+    """Of an embedding, a few rows were trained: every method was foretold to lose nothing of them."""
+    rng = np.random.default_rng(4)
+    delta = np.zeros((16384, 512), np.float32)
+    few = (1e-3 * rng.standard_normal(delta[changed].shape)).astype(np.float32)
+    delta[changed] = few
+    methods = [DeltaDQ(2, 32, 1, share=1), DeltaDQ(4, 16, 4), RTN(2), BitDelta("row"), BitDelta(), SVD(energy=0.5)]
+    plan, dense = plan_of(delta, 0.02), plan_of(few, 0.02)
+    found = np.array(foretell(plan, [*methods, Residual(4, 4, n=1, m=16)], 7))
+    assert np.all(found > 0)
+    assert found[4] == 1  # a mean over all rows keeps nothing of a few
+    expected = np.array(foretell(dense, methods, 7))
+    measured = np.array(measure(plan, methods, 7, np.eye(512), 0, losses.look_at(plan, methods, 0)))
+    row_wise = [0, 1, 2, 3]
+    if few.shape[0] >= 64:
+        np.testing.assert_allclose(found[row_wise], expected[row_wise], rtol=0.2)
+    assert np.all(measured > 0)
+
+
+def test_the_rows_that_are_rounded_and_compared_have_energy() -> None:
+    """All rows are looked at, but few change; 8 runs of 16 rows are rounded, and every eighth row is compared."""
+    rng = np.random.default_rng(5)
+    delta = np.zeros((1024, 512), np.float32)
+    delta[201:207] = rng.standard_normal(512)  # one direction of the six that six rows can have
+    methods = [DeltaDQ(2, 32, 1, share=1), RTN(2)]
+    sample = losses.look_at(plan_of(delta), methods, 0)
+    assert sample.some_delta.any()
+    assert sample.flatness == pytest.approx(1 / 6)
+    assert all(loss > 0 for loss in foretell(plan_of(delta), methods, 7, 0, sample))
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(64, 900), (512, 4000)])
+def test_even_deltas_are_looked_at_in_evenly_spaced_rows(columns: int, rows: int) -> None:
+    plan = plan_of(normal(3, (rows, columns), "F32").floats())
+    sample = losses.look_at(plan, [RTN(2)], 0)
+    assert not sample.uneven
+    even = losses.sample_runs(rows, columns)
+    assert losses.sample_runs(rows, columns, sample.row_squares) == even
+
+
 def test_any_element_that_is_not_finite_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "SAMPLED_ELEMENTS", 1 << 10)
     delta = normal(0, (512, 40)).floats()

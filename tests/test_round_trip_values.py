@@ -15,8 +15,8 @@ from conftest import (
     raw,
     read_folder,
 )
-from deltafmt.errors import NonFiniteError, UsageError
-from deltafmt.methods import RTN, DeltaDQ
+from deltafmt.errors import NonFiniteError, Remedy, UsageError
+from deltafmt.methods import DARE, BitDelta, DeltaDQ, Method
 from pairs import check_round_trip, pack_pair, pair_of
 
 
@@ -111,18 +111,75 @@ def test_the_seed_decides_the_positions_and_nothing_else_does(tmp_path: Path, sm
             pack_pair(small, tmp_path / "bad.deltafmt", seed=seed)
 
 
-@pytest.mark.parametrize(("dtype", "large"), [("F16", 65504.0), ("F16", -65504.0), ("BF16", -3.3e38), ("F32", 3.4e38)])
-def test_elements_at_the_end_of_a_dtype_are_refused_before_they_become_infinite(
-    tmp_path: Path, dtype: str, large: float
+# The base's elements and the fine-tune's one large one, and a method after which some would be infinite.
+OVERFLOWS = [
+    ("F16", 65504.0, 1.0, DeltaDQ(8, 16, 4)),
+    ("F16", -65504.0, 0.0, DeltaDQ(4, 16, 4)),
+    ("F16", 60000.0, 1.0, DeltaDQ(4, 16, 4)),
+    ("F16", 0.0, 1500.0, DeltaDQ(1, 64, 4)),
+    ("F16", 0.0, 600.0, DeltaDQ(1, 128, 4)),
+    ("F16", 0.0, 2000.0, DeltaDQ(1, 64, 2, gain=2)),
+    ("BF16", -3e38, -3.3e38, DeltaDQ(4, 16, 4)),
+    ("F32", 3e38, 3.3e38, DeltaDQ(4, 16, 4)),
+    ("F16", 0.0, 1000.0, DARE(0.99)),
+]
+
+
+def overflowing(tmp_path: Path, dtype: str, before: float, after: float) -> Pair:
+    """Return a pair with one tensor whose elements are two numbers, and an ordinary one."""
+    rest = normal(2, (64, 128), dtype)
+    old, new = (raw(np.full((64, 128), value, np.float32), dtype) for value in (before, after))
+    return pair_of(tmp_path, {"mask": old, "w": rest}, {"mask": new, "w": nudge(rest, 4)})
+
+
+@pytest.mark.parametrize(("dtype", "before", "after", "method"), OVERFLOWS)
+def test_finite_elements_that_would_become_infinite_are_refused(
+    tmp_path: Path, dtype: str, before: float, after: float, method: Method
 ) -> None:
     """A mask of the lowest number of F16 came back as infinity, and pack said nothing."""
-    old, rest = normal(1, (64, 128), dtype), normal(2, (64, 128), dtype)
-    values = nudge(old, 3).floats()
-    values[3, 4] = large
-    pair = pair_of(tmp_path, {"mask": old, "w": rest}, {"mask": raw(values, dtype), "w": nudge(rest, 4)})
-    for method in (DeltaDQ(4, 16, 4), RTN(8)):
-        with pytest.raises(NonFiniteError, match=f'tensor "mask": its element .* is so large that {dtype} may not'):
-            pack_pair(pair, tmp_path / "d.deltafmt", method=method)
-    delta = pack_pair(pair, tmp_path / "d.deltafmt", method=RTN(8), exclude=["mask"])
-    deltafmt.unpack(pair.base, delta, tmp_path / "out")
-    assert read_folder(tmp_path / "out")["mask"] == raw(values, dtype)
+    pair = overflowing(tmp_path, dtype, before, after)
+    with pytest.raises(NonFiniteError, match=f'tensor "mask": its element .* or NaN in {dtype}') as e:
+        pack_pair(pair, tmp_path / "d.deltafmt", method=method)
+    assert e.value.remedy == Remedy("exclude", "mask")
+    delta = pack_pair(pair, tmp_path / "d.deltafmt", method=method, exclude=["mask"])
+    assert check_round_trip(pair, delta, tmp_path / "out")["mask"] == "replace"
+
+
+@pytest.mark.parametrize("value", [3000.0, -1e4, 65504.0])
+def test_large_elements_that_stay_finite_are_packed(tmp_path: Path, value: float) -> None:
+    old = normal(1, (64, 128), "F16").floats()
+    old[3, 4] = value
+    new = nudge(raw(old, "F16"), 3).floats()
+    new[3, 4] = value
+    pair = pair_of(tmp_path, {"w": raw(old, "F16")}, {"w": raw(new, "F16")})
+    delta = pack_pair(pair, tmp_path / "d.deltafmt", method=DeltaDQ(4, 16, 4))
+    assert check_round_trip(pair, delta, tmp_path / "out")["w"] == "add"
+    assert np.isfinite(read_folder(tmp_path / "out")["w"].floats()).all()
+
+
+@pytest.mark.parametrize(("dtype", "before", "after", "method"), OVERFLOWS[:6])
+def test_an_exact_part_restores_what_is_infinite_where_it_is_served(
+    tmp_path: Path, dtype: str, before: float, after: float, method: Method
+) -> None:
+    pair = overflowing(tmp_path, dtype, before, after)
+    result = deltafmt.pack(pair.base, pair.finetuned, tmp_path / "d.deltafmt", method=method, exact=True)
+    assert "infinite or NaN where it is served; the exact part restores it" in result.notes["mask"]
+    deltafmt.unpack(pair.base, tmp_path / "d.deltafmt", tmp_path / "out")
+    assert read_folder(tmp_path / "out") == pair.b
+
+
+def test_a_whole_matrix_is_looked_at_too(tmp_path: Path) -> None:
+    old, new = np.full((64, 128), 30000, np.float32), np.full((64, 128), 40000, np.float32)
+    old[40:] = new[40:] = 65000  # the mean magnitude of the others' change is added
+    pair = pair_of(tmp_path, {"w": raw(old, "F16")}, {"w": raw(new, "F16")})
+    with pytest.raises(NonFiniteError, match="64992 at row 40, column 0 would come back as infinity or NaN in F16"):
+        pack_pair(pair, tmp_path / "d.deltafmt", method=BitDelta())
+
+
+def test_a_target_stores_what_would_become_infinite_whole(tmp_path: Path) -> None:
+    rest = normal(2, (256, 256), "F16")
+    old, new = (raw(np.full((16, 64), value, np.float32), "F16") for value in (65504.0, 1.0))
+    pair = pair_of(tmp_path, {"mask": old, "w": rest}, {"mask": new, "w": nudge(rest, 4)})
+    delta = pack_pair(pair, tmp_path / "d.deltafmt", target_ratio=6, candidates=[DeltaDQ(8, 16, 4), DeltaDQ(1, 16, 4)])
+    actions = check_round_trip(pair, delta, tmp_path / "out")
+    assert (actions["mask"], actions["w"]) == ("replace", "add")

@@ -170,6 +170,11 @@ class Method(ABC):
         return not self.whole
 
     @property
+    def across_rows(self) -> bool:
+        """True if what it makes of a row depends on the means of all rows."""
+        return False
+
+    @property
     def fixed_rank(self) -> bool:
         """True if :meth:`layouts` gives the layouts of every delta of that shape."""
         return True

@@ -98,6 +98,11 @@ class BitDelta(Method):
         """True: mean magnitudes of some rows are those of all rows, about."""
         return True
 
+    @property
+    def across_rows(self) -> bool:
+        """True for a mean of the matrix or of columns."""
+        return self.mean in ("matrix", "column")
+
     def describe(self) -> str:
         """Return the method and its options in one line."""
         rule = "" if self.scale == MEAN else f" {self.scale}"

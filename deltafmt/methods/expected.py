@@ -31,6 +31,9 @@ RUN = 16
 COMPARED_ROWS = 128
 # Strongest directions are the delta itself, and are not left out, where less than this share of its energy remains.
 LEAST_REST = 0.02
+# Evenly spaced rows with less than this part of the energy that they would have in an even delta tell nothing of it.
+# Those of most energy are then taken, as many as have the second part of what can be taken.
+LEAST_ENERGY, MOST_ENERGY = 0.5, 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,14 +158,17 @@ class Sampled:
 
     Args:
         rows: the rows that are looked at, as a matrix.
-        share: the share of the delta's rows that these are.
+        share: the share of the delta that these are, see :func:`with_energy`.
         vectors: the first right singular vectors of the whole delta, shape (vectors, columns), as many as are needed.
         ranks: the highest rank of the heads on each grid that will be asked for.
         common: the number of strongest singular directions that are left out.
+        row_squares: the energy of each row of the whole delta, and not only of those that are looked at.
 
     Attributes:
+        row_squares: as given.
+        uneven: True if rows lie between those that are looked at, or rounded, that have far less energy.
         delta: the rows, dense.
-        some: some of the rows, evenly spaced, whose rounding is measured.
+        some: some of the rows, whose rounding is measured.
         some_delta: these, dense.
         squares: |D|^2 of the rows.
         strength: |D|^2 / |W|^2 of the rows, for the base's W.
@@ -174,22 +180,35 @@ class Sampled:
         NonFiniteError: the delta has NaN or infinity.
     """
 
-    def __init__(self, rows: DeltaRows, share: float, vectors: Floats, ranks: Mapping[Grid, int], common: int) -> None:
+    def __init__(
+        self,
+        rows: DeltaRows,
+        share: float,
+        vectors: Floats,
+        ranks: Mapping[Grid, int],
+        common: int,
+        row_squares: NDArray[np.float64],
+    ) -> None:
+        self.row_squares = row_squares
         self.delta = rows.dense()
         self.squares = dot(self.delta, self.delta)
         self.strength = strength_of(self.squares, widen(rows.base, rows.base_dtype))
-        self._numbers = some_rows(*rows.shape, ROUNDED_ELEMENTS)
+        energies = squares_of_rows(self.delta)
+        self._numbers, part = with_energy(some_rows(*rows.shape, ROUNDED_ELEMENTS), energies, RUN)
+        looked_at, rounded = len(self.delta), len(self._numbers)
+        self.uneven = share != looked_at / len(row_squares) or part != rounded / looked_at
         self.some = replace(rows, finetuned=rows.finetuned[self._numbers], base=rows.base[self._numbers])
         self.some_delta = self.delta[self._numbers]
         # Of a variance: from the measured rows to all rows, beside the square of an energy that goes the other way.
-        self._times = share * len(self.delta) / max(len(self._numbers), 1)
+        self._times = share / part
         self._ranks = dict(ranks)
         self._factors = along_vectors(self.delta, vectors)
         self._heads: dict[Grid, Head] = {}
         self._remainders: dict[tuple[Grid, int] | None, Remainder] = {}
         self._order = column_orders(*self.some_delta.shape)
         self._left_out: LowRank | None = None
-        compared = np.arange(0, len(self.delta), -(-len(self.delta) // COMPARED_ROWS))
+        spaced = np.arange(0, len(self.delta), -(-len(self.delta) // COMPARED_ROWS))
+        compared, part = with_energy(spaced, energies, 1)
         few = self.delta[compared]
         self.common = 0.0
         self.some_common: Floats | None = None
@@ -200,7 +219,7 @@ class Sampled:
                 self._left_out, self.common = shared, energy
                 self.some_common = LowRank(shared.left[self._numbers], shared.values, shared.right).dense()
                 few = few - LowRank(shared.left[compared], shared.values, shared.right).dense()
-        self.flatness = flatness_of(few, round(len(self.delta) / share))
+        self.flatness = flatness_of(few, round(len(compared) / (part * share)))
 
     @property
     def rest(self) -> float:
@@ -242,6 +261,40 @@ def some_rows(rows: int, columns: int, elements: int) -> NDArray[np.intp]:
     starts = (2 * np.arange(wanted) + 1) * runs // (2 * wanted) * RUN
     numbers = (starts[:, None] + np.arange(RUN)).reshape(-1)
     return numbers[numbers < rows]
+
+
+def with_energy(numbers: NDArray[np.intp], squares: NDArray[np.float64], run: int) -> tuple[NDArray[np.intp], float]:
+    """Return evenly spaced rows, or those of most energy where these have little of it, and the share that they are.
+
+    Of an embedding, a few rows may be trained: rows without a change tell nothing of what a method makes of the others.
+
+    Args:
+        numbers: of evenly spaced rows.
+        squares: the energy of each row of the delta.
+        run: consecutive rows that are taken together.
+
+    Returns:
+        The numbers of rows, and the share of the delta that they are: of its rows if these are evenly spaced, or else
+        of its energy.
+    """
+    rows, total = len(squares), float(squares.sum())
+    share = len(numbers) / rows
+    if not LEAST_ENERGY * share * total > float(squares[numbers].sum()) or not np.isfinite(total):
+        return numbers, share
+    starts = np.arange(0, rows, run)
+    energies = np.add.reduceat(squares, starts)
+    most = np.argsort(-energies, kind="stable")[: max(len(numbers) // run, 1)]
+    reached = np.cumsum(energies[most])
+    most = most[: int(np.searchsorted(reached, MOST_ENERGY * reached[-1])) + 1]
+    numbers = (np.sort(starts[most])[:, None] + np.arange(run)).reshape(-1)
+    numbers = numbers[numbers < rows]
+    return numbers, float(squares[numbers].sum()) / total
+
+
+def squares_of_rows(delta: Floats) -> NDArray[np.float64]:
+    """Return the energy of each row."""
+    found: NDArray[np.float64] = np.einsum("ij,ij->i", delta, delta).astype(np.float64)
+    return found
 
 
 @functools.lru_cache(8)

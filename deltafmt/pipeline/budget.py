@@ -31,7 +31,7 @@ def default_candidates(columns: Iterable[int] = (1024,)) -> list[Method]:
     """
     thin = list(dict.fromkeys(group for width in columns for group in filling(width)))
     behind = [(n, m, k) for n, m, k in thin if n <= MOST_BEHIND * m]
-    return [
+    candidates: list[Method] = [
         *(DeltaDQ(n, m, k, share=1) for n, m, k in thin),
         *(DeltaDQ(n, 32, 1, share=1) for n in (8, 11, 16, 21)),
         *(DeltaDQ(n, 32, 2, share=1) for n in (7, 10, 14, 20, 30)),
@@ -46,6 +46,7 @@ def default_candidates(columns: Iterable[int] = (1024,)) -> list[Method]:
         *(RTN(k) for k in (1, 2, 3, 4, 6, 8)),
         *(RTN(k, scale_group=0) for k in (2, 3, 4)),
     ]
+    return list(dict.fromkeys(candidates))
 
 
 def filling(width: int) -> Iterator[tuple[int, int, int]]:

@@ -23,6 +23,7 @@ compared with.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
@@ -35,13 +36,16 @@ from deltafmt.delta import row_ranges
 from deltafmt.methods.base import DeltaRows, Method
 from deltafmt.methods.expected import (
     LEAST_REST,
+    RUN,
     SAMPLED_ELEMENTS,
     Expected,
     Sampled,
     dot,
     flatness_of,
     some_rows,
+    squares_of_rows,
     strength_of,
+    with_energy,
 )
 from deltafmt.methods.factorization import factorize, right_vectors
 from deltafmt.methods.grids import Grid
@@ -70,6 +74,8 @@ NOISE_OF_WEIGHTS = 1500.0
 MOST_NOISE = 0.15
 # Noise that is not drawn at random, but depends on the weights, weighs so many times more.
 OTHER_NOISE = 4
+# The loss of a method whose scale is a mean over rows most of which do not change: about what nothing at all loses.
+NOTHING_KEPT = 1.0
 
 
 def weight_of_noise(strength: float, flatness: float) -> float:
@@ -95,20 +101,30 @@ def weighed(noise: Floats64, drawn: Floats64, weight: float) -> Floats64:
     return found
 
 
-def sample_runs(rows: int, columns: int) -> list[tuple[int, int]]:
-    """Return the runs of rows that are measured of a matrix: all of a small one, evenly spaced ones of a large one."""
+def sample_runs(rows: int, columns: int, row_squares: NDArray[np.float64] | None = None) -> list[tuple[int, int]]:
+    """Return the runs of rows that are measured of a matrix: all of a small one, evenly spaced ones of a large one.
+
+    Args:
+        rows, columns: of the matrix.
+        row_squares: the energy of each row. Where evenly spaced rows have little of it, those of most energy are taken.
+    """
     total = -(-rows // SAMPLE_ROWS)
     count = max(SAMPLE_ELEMENTS // (columns * SAMPLE_ROWS), 1)
     if count >= total or rows * columns <= SAMPLE_ELEMENTS:
         return [(0, rows)]
     starts = [SAMPLE_ROWS * (2 * i + 1) * total // (2 * count) // SAMPLE_ROWS * SAMPLE_ROWS for i in range(count)]
-    return [(start, min(start + SAMPLE_ROWS, rows)) for start in starts]
+    runs = [(start, min(start + SAMPLE_ROWS, rows)) for start in starts]
+    if row_squares is None:
+        return runs
+    even = np.concatenate([np.arange(*run) for run in runs])
+    numbers, _ = with_energy(even, row_squares, SAMPLE_ROWS)
+    return runs if numbers is even else _runs(numbers)
 
 
-def read_sample(plan: Plan) -> DeltaRows:
-    """Return the rows of a tensor that are measured, as a matrix of their own."""
+def read_sample(plan: Plan, row_squares: NDArray[np.float64] | None = None) -> DeltaRows:
+    """Return the rows of a tensor that are measured, as a matrix of their own: those of :func:`sample_runs`."""
     parts: list[DeltaRows] = []
-    for start, stop in sample_runs(plan.shared_rows, plan.tensor.columns):
+    for start, stop in sample_runs(plan.shared_rows, plan.tensor.columns, row_squares):
         with _rows(plan, start, stop) as rows:
             parts.append(replace(rows, finetuned=rows.finetuned.copy(), base=rows.base.copy(), first=0))
     return _joined(parts)
@@ -205,14 +221,16 @@ def foretell(
             found.append(0.0)
             continue
         expected = method.expected(sample)
-        if expected is not None:
+        if sample.uneven and method.across_rows:
+            found.append(NOTHING_KEPT)
+        elif expected is not None:
             found.append(float(_expected_loss(expected, sample)))
         elif method.by_rows:
             given = method.approximate(sample.some, seed, Heads(some, 0))
             found.append(some_loss.of(given, float(method.at_random)))
         else:
             if whole is None:
-                rows = read_sample(plan)
+                rows = read_sample(plan, sample.row_squares)
                 dense = rows.dense()
                 loss = Loss(dense, None, common, strength=sample.strength, flatness=sample.flatness)
                 whole = loss, Heads(dense, _most(methods)), rows
@@ -290,6 +308,7 @@ def look_at(plan: Plan, methods: Sequence[Method | None], common: int) -> Sample
             ranks[method.head_grid] = max(ranks.get(method.head_grid, 0), method.head_rank)
     numbers = some_rows(rows, columns, SAMPLED_ELEMENTS)
     parts: list[DeltaRows] = []
+    squares = np.zeros(rows)
 
     def blocks() -> Iterator[Floats]:
         for start, stop in row_ranges(0, rows, columns, 1, BLOCK_ELEMENTS):
@@ -298,15 +317,21 @@ def look_at(plan: Plan, methods: Sequence[Method | None], common: int) -> Sample
                 if first < last:
                     at = numbers[first:last] - start
                     parts.append(replace(block, finetuned=block.finetuned[at], base=block.base[at], first=0))
-                yield block.dense()
+                dense = block.dense()
+                squares[start:stop] = squares_of_rows(dense)
+                yield dense
 
     wanted = max([common, *ranks.values()])
     vectors = right_vectors(blocks(), rows, columns, wanted)
     if not parts:  # no vectors are wanted, so nothing was read
-        for start, stop in _runs(numbers):
+        collections.deque(blocks(), 0)
+    chosen, share = with_energy(numbers, squares, RUN)
+    if chosen is not numbers:
+        parts = []
+        for start, stop in _runs(chosen):
             with _rows(plan, start, stop) as block:
                 parts.append(replace(block, finetuned=block.finetuned.copy(), base=block.base.copy(), first=0))
-    return Sampled(_joined(parts), len(numbers) / rows, vectors, ranks, common)
+    return Sampled(_joined(parts), share, vectors, ranks, common, squares)
 
 
 @contextlib.contextmanager
@@ -358,7 +383,7 @@ def measure(
     Raises:
         NonFiniteError: the delta has NaN or infinity.
     """
-    rows = replace(read_sample(plan), hessian=hessian)
+    rows = replace(read_sample(plan, None if sample is None else sample.row_squares), hessian=hessian)
     heads = Heads(rows.dense(), _most(methods), hessian)
     strength = strength_of(dot(heads.delta, heads.delta), widen(rows.base, rows.base_dtype))
     flatness = sample.flatness if sample is not None else None
@@ -367,6 +392,8 @@ def measure(
     for method in methods:
         if method is None:
             found.append(0.0)
+        elif sample is not None and sample.uneven and method.across_rows:
+            found.append(NOTHING_KEPT)
         else:
             found.append(loss.of(method.approximate(rows, seed, heads), _drawn_share(method, sample)))
     return found
