@@ -59,7 +59,7 @@ _FEW_BYTES: Final = 0.25
 # Where a larger share of a sample differs, few units are not looked for: twice what few may be.
 _FEW_SAMPLED: Final = 0.25
 
-# Units that are looked at to choose a form, in so many runs, and the bits a byte from which zstd is not tried.
+# Units that are looked at to choose a form, in so many runs, and the bits a byte from which no code is tried.
 _SAMPLE: Final = 8192
 _RUNS: Final = 64
 _RANDOM_BITS: Final = 7.9
