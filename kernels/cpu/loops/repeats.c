@@ -8,6 +8,7 @@ enum {
     REPEATS_WINDOW = 1 << 15,
     REPEATS_SAME = 256,
     REPEATS_SET = 4,
+    REPEATS_SLOT_BITS = 12,
 };
 
 INLINE uint64_t word_at(const uint8_t *data, size_t place) {
@@ -34,17 +35,20 @@ static int same_bytes(const uint8_t *one, const uint8_t *other, size_t count) {
     return set >= REPEATS_SET;
 }
 
+INLINE size_t repeats_slot(uint64_t word) {
+    return word * 0x9E3779B97F4A7C15ull >> (64 - REPEATS_SLOT_BITS);
+}
+
 static int repeats_far(const uint8_t *data, size_t count) {
-    uint64_t first[REPEATS_STEP];
-    for (size_t i = 0; i < REPEATS_STEP; i++) first[i] = word_at(data, i);
+    /* Which words may be among the first ones. */
+    uint8_t known[1 << REPEATS_SLOT_BITS] = {0};
+    for (size_t i = 0; i < REPEATS_STEP; i++) known[repeats_slot(word_at(data, i))] = 1;
     for (size_t place = REPEATS_STEP; place + 8 <= count; place += REPEATS_STEP) {
-        uint64_t word = word_at(data, place), found = 0;
-        if (!word) continue;
-        for (size_t i = 0; i < REPEATS_STEP; i++) found |= first[i] == word;
-        if (!found) continue;
+        uint64_t word = word_at(data, place);
+        if (!word || !known[repeats_slot(word)]) continue;
         size_t length = count - place < REPEATS_SAME ? count - place : REPEATS_SAME;
         for (size_t i = 0; i < REPEATS_STEP; i++)
-            if (first[i] == word && same_bytes(data + i, data + place, length)) return 1;
+            if (word_at(data, i) == word && same_bytes(data + i, data + place, length)) return 1;
     }
     return 0;
 }
