@@ -116,7 +116,7 @@ def test_planes_of_deltas_are_not_searched(share: float, size: int, seed: int) -
     assert not looked_at(data)
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_the_smallest_frame_is_kept(data: st.DataObject) -> None:
     pieces = [
@@ -138,7 +138,7 @@ def test_the_smallest_frame_is_kept(data: st.DataObject) -> None:
             assert stored(plane) == made
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     size=st.integers(0, 70_000),
     kinds=st.integers(1, 4),
