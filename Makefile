@@ -17,7 +17,7 @@ LOOPS = $(wildcard kernels/cpu/*.[ch] kernels/cpu/loops/*)
 # Tests of loops, codecs and methods, and of whole files and commands, for the run on numpy alone.
 REFERENCE_TESTS = $(wildcard $(addprefix tests/test_,budget.py calibrated_pack.py cli_files.py container.py core.py \
 	decode.py dense_terms.py every_kind.py floats.py fused_loops.py grids.py methods.py nm.py nm_refusals.py positions.py \
-	quantize.py resume.py round_trip.py round_trip_values.py same_bytes.py sampling.py sparse.py sparse_methods.py \
+	quantize.py repeats.py resume.py round_trip.py round_trip_values.py same_bytes.py sampling.py sparse.py sparse_methods.py \
 	sparse_slots.py vector_methods.py vectors.py words.py))
 
 # Tests of the source distribution that are run from the unpacked archive.

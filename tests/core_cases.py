@@ -184,6 +184,7 @@ CASES = [
         (5,),
         wrong=((1, 0), (1, 3), (4, 0), (4, 2), (4, 2**31)),
     ),
+    Case("may_repeat", (fields(300),), (), free=((0, 0),)),
     Case("add_outer", (zeros(2, 3), zeros(2, 5), zeros(3, 5)), (2,)),
     Case(
         "sparse_needed",

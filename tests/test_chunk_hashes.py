@@ -52,3 +52,28 @@ def test_a_chunk_that_is_not_read_holds_up_nobody(tmp_path: Path) -> None:
             with pytest.raises(StorageError, match='tensor "x": an earlier part of it could not be read'):
                 one.result()
     assert hashes.failed
+
+
+@pytest.mark.parametrize("failed", [(2,), (2, 3), (3, 2)])
+def test_what_fails_stops_no_chunk_before_it(tmp_path: Path, failed: tuple[int, ...]) -> None:
+    # Each chunk before the first that failed is hashed, or says what its own fault is.
+    hashes = ChunkHashes(tensor_of(tmp_path / "a"))
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(hashes.take, 1, b"y")
+        for number in failed:
+            hashes.fail(number)
+        hashes.take(0, b"x")
+        waiting.result(timeout=60)
+        with pytest.raises(StorageError, match="an earlier part of it could not be read"):
+            hashes.take(3, b"z")
+    assert hashes.failed
+
+
+def test_a_chunk_that_fails_in_its_turn_is_the_first(tmp_path: Path) -> None:
+    hashes = ChunkHashes(tensor_of(tmp_path / "a"))
+    hashes.fail(2)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(hashes.take, 1, b"y")
+        hashes.fail(0)
+        with pytest.raises(StorageError, match="an earlier part of it could not be read"):
+            waiting.result(timeout=60)

@@ -149,7 +149,7 @@ def test_the_base_is_read_once(folders: tuple[Path, dict[str, Path]], tmp_path: 
     with counted(base) as read:
         for name, path in names.items():
             deltafmt.pack(base, path, tmp_path / name, method=Exact(), threads=2)
-    assert sum(read) >= len(names) * size
+    assert len(names) * size <= sum(read) < 1.5 * len(names) * size
 
 
 def test_one_that_fails_does_not_lose_the_others(tmp_path: Path, cli: Cli) -> None:

@@ -92,6 +92,12 @@ def test_blocks_that_differ_in_kind_follow_each_other() -> None:
     check(np.concatenate(parts[::-1]), [])
 
 
+@pytest.mark.parametrize("ends", [[1000, 1000], [4000, 1000], [0, 1000, 5000, 5000, 9000]])
+def test_ends_in_any_order(ends: list[int]) -> None:
+    data = plane("few", 5000, 0.3, 1)
+    assert check(data, ends) == check(data, sorted({end for end in ends if 0 < end < data.size}))
+
+
 @pytest.mark.parametrize("number", [1, 126, 127, 128, 129, 254, 255, 256, 257])
 @pytest.mark.parametrize("length", [12, 65_541])
 def test_numbers_of_runs(number: int, length: int) -> None:

@@ -29,6 +29,7 @@ from deltafmt.exact.differences import (
 from deltafmt.exact.few import Places, differing, filled, places_of, ranks_of
 from deltafmt.exact.frames import decompress_into
 from deltafmt.exact.plane_frames import frame_room, plane_frame
+from deltafmt.exact.repeats import may_repeat, searched_frame
 from deltafmt.exact.scratch import scratch, scratch_planes
 from deltafmt.exact.units import Unit, Units
 from deltafmt.output import Bytes
@@ -59,7 +60,7 @@ _FEW_BYTES: Final = 0.25
 # Where a larger share of a sample differs, few units are not looked for: twice what few may be.
 _FEW_SAMPLED: Final = 0.25
 
-# Units that are looked at to choose a form, in so many runs, and the bits a byte from which zstd is not tried.
+# Units that are looked at to choose a form, in so many runs, and the bits a byte from which no code is tried.
 _SAMPLE: Final = 8192
 _RUNS: Final = 64
 _RANDOM_BITS: Final = 7.9
@@ -268,9 +269,12 @@ def _write_planes(planes: Iterable[Plane], ends: Sequence[int] = ()) -> bytes:
             parts.append(b"")
             continue
         is_random = plane.size >= _SAMPLE and _bits(_sampled(plane)) > _RANDOM_BITS
-        room = None if is_random else scratch(f"frame{number}", frame_room(plane.size, ends))
-        frame = b"" if room is None else plane_frame(plane, ends, room)
-        parts.append(frame if 0 < len(frame) < plane.size else plane.data)
+        found: list[Bytes] = [plane.data]
+        if not is_random:
+            found.append(plane_frame(plane, ends, scratch(f"frame{number}", frame_room(plane.size, ends))))
+        if may_repeat(plane):
+            found.append(searched_frame(plane))
+        parts.append(min(found, key=len))
     return b"".join((struct.pack(f"<{len(parts)}I", *map(len, parts)), *parts))
 
 

@@ -54,9 +54,14 @@ def frame_room(size: int, ends: Sequence[int] = ()) -> int:
     return size + size // 2 + 4 * (len(ends) + 1 + size // _BLOCK) + _ROOM
 
 
+def _segments(ends: Sequence[int], size: int) -> list[int]:
+    """Return where segments end, the last one at the end of the content."""
+    return sorted({*(end for end in ends if 0 < end < size), size})
+
+
 def _plane_frame(native: Native, plane: Plane, ends: Sequence[int] = (), room: Plane | None = None) -> Bytes:
     size = plane.size
-    chosen = np.array([*(end for end in ends if 0 < end < size), size], np.uint64)
+    chosen = np.array(_segments(ends, size), np.uint64)
     out = np.empty(frame_room(size, ends), np.uint8) if room is None else room
     return out.data[: native.plane_frame(plane, chosen, out)]
 
@@ -67,12 +72,11 @@ def plane_frame(plane: Plane, ends: Sequence[int] = (), room: Plane | None = Non
 
     Args:
         plane: its content, at least a byte.
-        ends: where the statistics of the content change, ascending; a block of the frame ends at each.
+        ends: where the statistics of the content change; a block of the frame ends at each.
         room: :func:`frame_room` bytes, which may become the result.
     """
     size = plane.size
-    limits = [0, *(end for end in ends if 0 < end < size), size]
-    cuts = [cut for first, end in itertools.pairwise(limits) for cut in range(first, end, _BLOCK)]
+    cuts = [cut for first, end in itertools.pairwise([0, *_segments(ends, size)]) for cut in range(first, end, _BLOCK)]
     writer = _Writer()
     blocks = [writer.block(plane[first:end], end == size) for first, end in itertools.pairwise([*cuts, size])]
     # A content size of 4 bytes, and a single segment.

@@ -19,8 +19,6 @@ class ChunkHashes:
     Args:
         tensor: the tensor.
 
-    Attributes:
-        failed: True if a chunk could not be hashed, so that there is no fingerprint.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -28,7 +26,12 @@ class ChunkHashes:
         self._hasher = hasher(tensor.dtype, tensor.shape)
         self._turn = threading.Condition()
         self._next = self._hashed = 0
-        self.failed = False
+        self._failed: int | None = None  # the first chunk that will not be hashed
+
+    @property
+    def failed(self) -> bool:
+        """True if a chunk could not be hashed, so that there is no fingerprint."""
+        return self._failed is not None
 
     def take(self, number: int, data: Bytes) -> None:
         """Hash the bytes of a chunk once those of all chunks before it are hashed; there may be none.
@@ -37,8 +40,8 @@ class ChunkHashes:
             StorageError: an earlier chunk could not be read.
         """
         with self._turn:
-            self._turn.wait_for(lambda: self.failed or self._next == number)
-            if self.failed:
+            self._turn.wait_for(lambda: self._next == number or self._is_lost(number))
+            if self._next != number:
                 raise StorageError(f'tensor "{self._tensor.name}": an earlier part of it could not be read')
         # Nobody else has a turn now.
         self._hasher.update(data)
@@ -50,9 +53,13 @@ class ChunkHashes:
     def fail(self, number: int) -> None:
         """Say that the work on a chunk has failed: unless it is hashed already, it will not be."""
         with self._turn:
-            if self._next <= number:
-                self.failed = True
+            if self._next <= number and (self._failed is None or number < self._failed):
+                self._failed = number
                 self._turn.notify_all()
+
+    def _is_lost(self, number: int) -> bool:
+        """Tell whether a chunk before this one will not be hashed."""
+        return self._failed is not None and self._failed < number
 
     def digest(self) -> bytes:
         """Return the fingerprint, once all chunks are hashed; the tensor may have bytes behind them."""

@@ -156,6 +156,7 @@ struct loops {
     size_t (*exact_filled)(const struct exact *, size_t most, int64_t *places);
 
     size_t (*plane_frame)(const uint8_t *data, const uint64_t *ends, size_t segments, uint8_t *out, void *scratch);
+    int (*may_repeat)(const uint8_t *data, size_t count);
 };
 
 extern const struct loops loops_baseline;

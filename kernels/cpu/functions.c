@@ -521,6 +521,14 @@ PyObject *exact_filled(struct call *call) {
     return finish(call, PyLong_FromLong, (long)found);
 }
 
+/* A plane of bytes; tells whether it may repeat. */
+PyObject *may_repeat(struct call *call) {
+    const Py_buffer *data = array(call, "B", 1, 0);
+    int found = 0;
+    RUN(call, found = loops->may_repeat(data->buf, extent(data, 0)));
+    return finish(call, PyBool_FromLong, found);
+}
+
 /* Bytes, the ends of their segments, and room for a frame; returns the bytes of the frame. */
 PyObject *plane_frame(struct call *call) {
     const Py_buffer *data = array(call, "B", 1, 0), *ends = array(call, "L", 1, 0), *out = array(call, "B", 1, 1);
