@@ -56,6 +56,7 @@ static int code_lengths(const uint32_t *restrict counts, uint8_t *restrict bits)
         bits[s] = 0;
         if (counts[s]) order[leaves++] = (uint64_t)counts[s] << 8 | (uint64_t)s;
     }
+    if (leaves < 2) return 0; /* callers see to it; compilers cannot */
     sort_numbers(order, leaves);
     /* Nodes come into being in ascending order, so that two queues are a heap. */
     int leaf = 0, node = leaves, next = leaves;
