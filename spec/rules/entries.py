@@ -172,7 +172,7 @@ rule(
 )
 
 LIKE = "same = tensor is not None and (tensor.dtype, tensor.shape) == (base.dtype, base.shape)"
-DIFFERS = Patch("pipeline.unpack", "if base is not None and digest.result() != base.digest:", "if False:")
+DIFFERS = Patch("pipeline.unpack", "if base is not None and digest != base.digest:", "if False:")
 COMPARE = "Whoever applies a delta MUST compare the digest and MUST refuse a base that differs"
 rule("7.5", COMPARE, "wrong-base wrong-base-same", DIFFERS)
 rule(
