@@ -42,6 +42,9 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 PROMPTS = [prompt(length, seed) for seed, length in enumerate(LENGTHS)]
 
+# The name of a page's tokens: transformers 5.18 renamed it.
+PAGE_SIZE = "page_size" if hasattr(transformers.ContinuousBatchingConfig, "page_size") else "block_size"
+
 
 def continued(model: Any, tokens: list[int], **options: Any) -> list[int]:
     """Return the eight tokens that plain ``generate`` gives."""
@@ -51,7 +54,7 @@ def continued(model: Any, tokens: list[int], **options: Any) -> list[int]:
 def settings(tokens: int = 20, **options: Any) -> dict[str, Any]:
     """Return small sizes: the longer prompts are read in several steps, beside tokens of other requests."""
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0, **options}
-    sizes = transformers.ContinuousBatchingConfig(num_blocks=256, page_size=4, max_batch_tokens=tokens)
+    sizes = transformers.ContinuousBatchingConfig(num_blocks=256, max_batch_tokens=tokens, **{PAGE_SIZE: 4})
     return {"generation_config": transformers.GenerationConfig(**options), "continuous_batching_config": sizes}
 
 
