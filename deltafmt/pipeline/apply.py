@@ -24,6 +24,7 @@ from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.output import OutputLock, storage_error
 from deltafmt.pipeline.attached_code import CODE, chosen_files, code_of
 from deltafmt.pipeline.chain import Chain, open_chain, open_links
+from deltafmt.pipeline.convert_options import APPLIED
 from deltafmt.pipeline.gives import difference_from_result
 from deltafmt.pipeline.outputs import refuse_input_folder
 from deltafmt.pipeline.read_as_values import dequantized
@@ -177,9 +178,14 @@ def _recover(path: Path) -> bool:
 
 
 def _check_patchable(path: Path) -> None:
-    """Refuse a model that is no folder."""
+    """Refuse a model that is no folder, or of which another tool has noted which version it has."""
     if path.is_file():
         raise UsageError(f"{path} is a file, and only a folder is patched in place; write a new folder")
+    if os.path.lexists(path / APPLIED):
+        raise UsageError(
+            f"{path} holds {APPLIED}, which says what version the weights have, and would be wrong; delete that file, "
+            "or write a new folder"
+        )
 
 
 class _Run:

@@ -257,7 +257,8 @@ def check_links(deltas: Sequence[DeltaFile]) -> None:
             )
         raise WrongBaseError(
             f"a link is missing before {name}: it was made on what the delta {short_id(parent)} gives, and "
-            f"{before.container.name} is the delta {short_id(before.container.content_id)}"
+            f"{before.container.name} is the delta {short_id(before.container.content_id)}; name all links, or squash "
+            "this one together with those before it"
         )
 
 
@@ -293,6 +294,7 @@ def open_chain(
             delta.check_work((delta.resolve(entry.name) for entry in entries), source.nbytes, restores=True)
             chain.entries.append(entries)
             chain.bases.append(base)
-            source = LinkState(delta, entries, base, file)
+            if number + 1 < len(deltas):
+                source = LinkState(delta, entries, base, file)
         check_chain_work(chain.deltas, chain.entries, checkpoint.nbytes)
         yield chain
