@@ -227,6 +227,72 @@ def test_a_folder_answers_a_subscriber_that_cannot_follow(tmp_path: Path) -> Non
         folder.follow(Subscriber(live, "../x"))
 
 
+def test_a_subscriber_that_was_dropped_stays_away_until_it_says_more(tmp_path: Path) -> None:
+    folder, publisher, live = Folder(tmp_path), Publisher(), copied(model())
+    dead = Subscriber(live, "dead")
+    folder.send(publisher.publish(model()))
+    folder.follow(dead)
+    assert folder.collect(publisher) == {}
+    folder.send(publisher.publish(stepped(model(), 1)))
+    assert list(folder.collect(publisher)) == ["dead"]
+    publisher.drop("dead")
+    assert folder.collect(publisher) == {}  # its reply still lies there
+    folder.send(publisher.publish(stepped(model(), 2)))
+    assert folder.collect(publisher) == {}
+    assert [reply.version for reply in folder.follow(dead)] == [2, 3]  # it was not dead
+    assert folder.collect(publisher) == {}
+    publisher.publish(stepped(model(), 3))
+    assert list(publisher.behind()) == ["dead"]
+
+
+def test_a_publisher_that_was_started_anew_counts_on_from_the_folder(tmp_path: Path) -> None:
+    folder, old = Folder(tmp_path), Publisher()
+    for seed in range(4):
+        folder.send(old.publish(stepped(model(), seed)))
+    publisher, state, live = Publisher(), stepped(model(), 9), copied(model())
+    assert folder.collect(publisher) == {}
+    folder.send(publisher.publish(state))
+    assert folder.versions()[-1] == (5, "anchor")
+    (reply,) = folder.follow(Subscriber(live, "late"))
+    assert (reply.version, reply.error) == (5, None)
+    assert equal(live, state)
+    assert folder.collect(publisher) == {}
+    publisher.count_on(50)  # it has a state, and goes on behind its own
+    assert publisher.version == 5
+
+
+def test_messages_that_are_pruned_while_they_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, publisher, live = Folder(tmp_path), Publisher(anchor_every=3, ahead=100), copied(model())
+    states = [stepped(model(), seed) for seed in range(5)]
+    for state in states:
+        folder.send(publisher.publish(state))
+    subscriber, read = Subscriber(live, "slow"), folder.read
+    subscriber.apply(read(1, "anchor"))
+
+    def prune_first(version: int, kind: str) -> bytes:
+        if version == 3:
+            folder.prune(keep_anchors=1)
+        return read(version, kind)
+
+    monkeypatch.setattr(folder, "read", prune_first)
+    assert [(reply.version, reply.error) for reply in folder.follow(subscriber)] == [(2, None), (4, None), (5, None)]
+    assert equal(live, states[-1])
+    monkeypatch.undo()
+    folder.send(publisher.publish(states[0]))
+    (tmp_path / "000000000006.patch.deltafmt").unlink()
+    (tmp_path / "000000000006.patch.deltafmt").mkdir()
+    with pytest.raises(StorageError, match="cannot read"):
+        folder.follow(subscriber)
+
+
+def test_a_damaged_reply_is_named(tmp_path: Path) -> None:
+    folder, publisher = Folder(tmp_path), Publisher()
+    folder.send(publisher.publish(model()))
+    (tmp_path / "one.reply.json").write_bytes(b"{")
+    with pytest.raises(InvalidFileError, match=r"one\.reply\.json: not a reply of a subscriber"):
+        folder.collect(publisher)
+
+
 def test_a_socket_carries_messages_and_replies() -> None:
     one, other = socket.socketpair()
     live, publisher = copied(model()), Publisher()

@@ -79,6 +79,8 @@ class Publisher:
         self._level, self._threads = level, thread_count(threads)
         self._start = version
         self._followers = {name: _Follower(version) for name in subscribers}
+        self._replies: dict[str, Reply] = {}
+        self._dropped: dict[str, Reply] = {}
         self._kept: KeptState | None = None
         self._digests: dict[int, str] = {}
         self._before: str | None = None
@@ -143,6 +145,9 @@ class Publisher:
     def receive(self, reply: Reply | Bytes) -> Message | None:
         """Take the reply of a subscriber, and return the anchor that it needs; None if it needs nothing.
 
+        The last reply of a subscriber that was dropped since counts for nothing; with another one, the subscriber is
+        back.
+
         Args:
             reply: a reply, or its bytes.
 
@@ -153,8 +158,12 @@ class Publisher:
         version = self._start if reply.version is None else reply.version
         if self._kept is None:
             # A publisher that was started anew counts on from where the one before it came to.
-            self.version = max(self.version, version)
+            self.count_on(version)
             return None
+        if self._dropped.get(reply.subscriber) == reply:
+            return None
+        self._dropped.pop(reply.subscriber, None)
+        self._replies[reply.subscriber] = reply
         follower = _Follower(version, reply.state, self._fault(reply))
         self._followers[reply.subscriber] = follower
         if follower.error is None and reply.version is not None:
@@ -165,6 +174,15 @@ class Publisher:
             self._before = self.anchor().content_id
         return self.anchor()
 
+    def count_on(self, version: int) -> None:
+        """Count on from a version that an earlier publisher has sent. A publisher that has a state keeps its own.
+
+        Args:
+            version: the version.
+        """
+        if self._kept is None:
+            self.version = max(self.version, version)
+
     def drop(self, subscriber: str) -> None:
         """Forget a subscriber, which will not come back.
 
@@ -173,6 +191,8 @@ class Publisher:
         """
         if self._followers.pop(subscriber, None) is None:
             raise UsageError(f"there is no subscriber {subscriber!r}")
+        if subscriber in self._replies:
+            self._dropped[subscriber] = self._replies.pop(subscriber)
 
     def behind(self) -> dict[str, str]:
         """Return the subscribers for whom :meth:`publish` waits, and why."""
