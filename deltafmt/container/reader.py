@@ -369,6 +369,14 @@ class Container:
             self._source.release(offset, length)
         return hasher.digest()
 
+    def check_unchanged(self) -> None:
+        """Check that nobody has written to the file since it was opened; a file object does not tell.
+
+        Raises:
+            StorageError: somebody has.
+        """
+        self._source.check_unchanged()
+
     def close(self) -> None:
         """Close the file; views that are still in use stay valid."""
         self._chunks.clear()
