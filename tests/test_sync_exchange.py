@@ -159,6 +159,27 @@ def test_a_subscriber_says_if_it_has_another_state_of_that_version() -> None:
     anchor = publisher.receive(Reply("one", 1, "a" * 64))
     assert anchor is not None
     assert publisher.behind() == {"one": "its version 1 is not the one that was published"}
+    assert anchor.version == 2  # what it has is replaced by a later version alone
+
+
+def test_versions_of_another_publisher_of_the_same_number_are_replaced() -> None:
+    """The anchor once had the version that the subscriber had, which refused it for ever."""
+    live, mine, other = copied(model()), Publisher(), Publisher()
+    subscriber, second = Subscriber(live, "one"), Subscriber(copied(model()), "two")
+    subscriber.apply(other.publish(stepped(model(), 1)).data)
+    state = stepped(model(), 2)
+    mine.receive(second.receive(mine.publish(state).data))
+    anchor = mine.receive(subscriber.reply())
+    assert anchor is not None
+    assert mine.receive(subscriber.receive(anchor.data)) is None
+    assert equal(live, state)
+    assert mine.behind() == {}  # the other one has this state, by an earlier number
+    patch = mine.publish(stepped(state, 3, 0.001))
+    for each in (subscriber, second):
+        assert mine.receive(each.receive(patch.data)) is None
+    assert subscriber.version == second.version == 3
+    with pytest.raises(InvalidFileError, match="version 999999999999, after which there is none"):
+        mine.receive(Reply("three", 10**12 - 1, "a" * 64))
 
 
 def test_what_is_saved_is_applied_at_the_next_start(tmp_path: Path) -> None:

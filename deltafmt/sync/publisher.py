@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deltafmt.errors import BehindError, UsageError
+from deltafmt.errors import BehindError, InvalidFileError, UsageError
 from deltafmt.exact.chunk import LEVELS
 from deltafmt.format.choices import check_choice
 from deltafmt.output import Bytes
@@ -152,10 +152,14 @@ class Publisher:
             reply: a reply, or its bytes.
 
         Raises:
-            InvalidFileError: the bytes are no reply.
+            InvalidFileError: the bytes are no reply, or it names the last version that there can be.
         """
         reply = as_reply(reply)
         version = self._start if reply.version is None else reply.version
+        if version >= MAX_VERSION:
+            raise InvalidFileError(
+                f"subscriber {reply.subscriber!r} says that it has version {version}, after which there is none"
+            )
         if self._kept is None:
             # A publisher that was started anew counts on from where the one before it came to.
             self.count_on(version)
@@ -168,7 +172,8 @@ class Publisher:
         self._followers[reply.subscriber] = follower
         if follower.error is None and reply.version is not None:
             return None
-        if version > self.version:
+        if version > self.version or (version == self.version and reply.state not in (None, self._digests[version])):
+            # Only a later version replaces what the subscriber has.
             self.version, self._anchor = version + 1, None
             self._remember(self._kept.digest())
             self._before = self.anchor().content_id
