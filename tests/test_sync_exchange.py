@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -339,3 +340,12 @@ def test_a_stream_that_ends_early_is_no_message() -> None:
             read_message(io.BytesIO(data))
     with pytest.raises(InvalidFileError, match="a message of 3 bytes is longer than 2"):
         read_message(io.BytesIO(whole), max_bytes=2)
+    file.close()
+    for use in (lambda: read_message(file), lambda: write_message(file, b"abc")):
+        with pytest.raises(StorageError, match="a message: i/o operation on closed file"):
+            use()
+    text: Any = io.StringIO("abcdefgh")
+    with pytest.raises(StorageError, match="the stream gives text"):
+        read_message(text)
+    with pytest.raises(StorageError, match="embedded null byte"):
+        Folder("a\0b")

@@ -60,7 +60,7 @@ class Container:
         try:
             self._source: Source = open_source(path, mmap=mmap)
         except InvalidFileError as error:
-            raise error.located(path) from error
+            raise error.located(getattr(path, "name", path)) from error
         self.name = self._source.name
         self.limits = limits
         self._verify = verify

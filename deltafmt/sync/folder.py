@@ -36,7 +36,7 @@ class Folder:
     """
 
     def __init__(self, place: str | os.PathLike[str]) -> None:
-        url = os.fspath(place)
+        url = os.fsdecode(place)
         self._store: Store = UrlStore(url) if "://" in url else LocalStore(Path(url))
 
     def send(self, message: Message) -> None:

@@ -69,6 +69,11 @@ class Publisher:
         level: str = "default",
         threads: int | None = None,
     ) -> None:
+        for what, number in (("anchor_every", anchor_every), ("ahead", ahead), ("version", version)):
+            if type(number) is not int and not (number is None and what == "anchor_every"):
+                raise UsageError(f"{what} is {number!r}, and not a whole number")
+        if isinstance(subscribers, str):
+            raise UsageError(f"subscribers {subscribers!r} is one name, and a list of them is needed")
         if anchor_every is not None and anchor_every < 1:
             raise UsageError(f"an anchor at every {anchor_every} versions is not possible; give 1 or more, or None")
         if ahead < 0 or not 0 <= version < MAX_VERSION:

@@ -232,8 +232,9 @@ def _checked(patch: PatchLike) -> PatchLike:
             raise UsageError(
                 f"{where}: {what} have no bytes of their own: they are sparse, on no device, or a view of other values"
             )
-    if not isinstance(patch.full_shape, Sequence) or not all(isinstance(size, Integral) for size in patch.full_shape):
-        raise UsageError(f"{where}: full_shape {patch.full_shape!r} is not a row of sizes")
+    shape: object = patch.full_shape
+    if not isinstance(shape, Sequence) or not all(isinstance(size, Integral) for size in shape):
+        raise UsageError(f"{where}: full_shape {shape!r} is not a row of sizes")
     if patch.indices.dtype not in (torch.int32, torch.int64) or patch.indices.ndim != 1:
         raise UsageError(
             f"{where}: indices of {patch.indices.dtype} {list(patch.indices.shape)} are not a row of int32"

@@ -17,8 +17,8 @@ _PIECE = 1 << 24
 class Readable(Protocol):
     """A binary file object, such as that of ``socket.makefile("rb")``."""
 
-    def read(self, size: int, /) -> bytes | None:
-        """Return up to so many bytes, none at the end."""
+    def read(self, size: int, /) -> bytes | str | None:
+        """Return up to so many bytes, none at the end; text is refused."""
 
 
 class Writable(Protocol):
@@ -45,7 +45,7 @@ def write_message(file: Writable, data: Bytes) -> None:
         file.write(_LENGTH.pack(len(data)))
         file.write(data)
         file.flush()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise storage_error("cannot write", "a message", error) from error
 
 
@@ -75,14 +75,17 @@ def read_message(file: Readable, max_bytes: int | None = None) -> bytes | None:
 
 
 def _read(file: Readable, length: int) -> bytes:
-    parts, missing = [], length
+    parts: list[bytes] = []
+    missing = length
     while missing:
         try:
             part = file.read(min(missing, _PIECE))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise storage_error("cannot read", "a message", error) from error
         if part is None:
             raise StorageError("cannot read a message: the stream does not block")
+        if isinstance(part, str):
+            raise StorageError("cannot read a message: the stream gives text, and not bytes")
         if not part:
             break
         parts.append(part)
