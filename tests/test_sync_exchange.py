@@ -330,6 +330,36 @@ def test_a_socket_carries_messages_and_replies() -> None:
     assert equal(live, state)
 
 
+def test_a_pipe_without_a_buffer_takes_a_message_in_parts() -> None:
+    """The rest was lost, and what came next was read as its end."""
+
+    class Pipe(io.RawIOBase):
+        def __init__(self, most: int | None) -> None:
+            self.most, self.got = most, b""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any, /) -> int | None:
+            if self.most is None:
+                return None
+            self.got += bytes(data[: self.most])
+            return min(len(data), self.most)
+
+    pipe = Pipe(3)
+    for data in (b"abcdefghij", b"", memoryview(np.arange(5, dtype=np.int32))):
+        write_message(pipe, data)
+    stream = io.BytesIO(pipe.got)
+    assert [read_message(stream) for _ in range(4)] == [
+        b"abcdefghij",
+        b"",
+        np.arange(5, dtype=np.int32).tobytes(),
+        None,
+    ]
+    with pytest.raises(StorageError, match=r"^cannot write a message: the stream takes nothing"):
+        write_message(Pipe(None), b"abc")
+
+
 def test_a_stream_that_ends_early_is_no_message() -> None:
     write_message(file := io.BytesIO(), b"abc")
     whole = file.getvalue()
