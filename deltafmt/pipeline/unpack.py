@@ -215,6 +215,7 @@ class Unpacker:
             for name in self._result.files:
                 writer.add_file(name, self._delta.attachment(name))
             self._base.checkpoint.check_unchanged()
+            self._delta.container.check_unchanged()
             beside = writer.keep_others()
             if beside is not None:
                 check_read(self._result.path, beside, writer.weights)
