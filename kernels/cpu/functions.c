@@ -495,7 +495,9 @@ PyObject *exact_find(struct call *call) {
     const Py_buffer *ranks = array(call, "l", 1, 0), *places = array(call, "l", 1, 1);
     require(call, extent(places, 0) == extent(ranks, 0), "there is a place for each rank");
     require_ascending(call, ranks, e.count, "ranks ascend among the units");
+    e.table = scratch_of(call, FIND_SCRATCH(e.count));
     RUN(call, loops->exact_find(&e, ranks->buf, extent(ranks, 0), places->buf));
+    free(e.table);
     return finish(call, nothing, 0);
 }
 
