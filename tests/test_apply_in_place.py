@@ -77,6 +77,19 @@ def test_weights_are_replaced_and_all_else_stays(inputs: Path, model: Path) -> N
     assert [path.name for path in model.parent.iterdir()] == ["model"]
 
 
+def test_a_folder_whose_version_another_tool_has_noted_is_refused(inputs: Path, model: Path) -> None:
+    note = model / ".weight_sync" / "state.json"
+    note.parent.mkdir()
+    note.write_text('{"version": "3"}')
+    before = tree(model)
+    with pytest.raises(UsageError, match=r"state\.json, which says what version .* delete that file, or write a new"):
+        deltafmt.apply(model, [inputs / "d1.deltafmt"], in_place=True)
+    assert tree(model) == before
+    note.unlink()
+    deltafmt.apply(model, [inputs / "d1.deltafmt"], in_place=True)
+    assert tree(model)["config.json"] == b'{"v": 1}'
+
+
 def test_private_weights_stay_private(inputs: Path, model: Path) -> None:
     (model / "model.safetensors").chmod(0o600)
     deltas = [inputs / "d1.deltafmt", inputs / "d2.deltafmt"]

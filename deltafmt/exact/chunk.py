@@ -207,7 +207,7 @@ def changes(
     ranks = filled(held) if len(view) <= _FEW_BYTES * count else None
     if ranks is None:
         planes[len(held) :] = 0
-        return None, joined(planes, prediction, unit, key, marked)
+        return None, joined(planes, prediction, unit, key, marked, scratch("sorted", planes.size))
     places = places_of(ranks, prediction, key, marked) if form == SORTED else ranks
     codes = new_planes(unit.width, ranks.size)
     codes[len(held) :] = 0

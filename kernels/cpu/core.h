@@ -109,7 +109,7 @@ struct exact {
     uint8_t *planes;      /* (width, count), `stride` bytes apart */
     size_t stride;
     uint32_t *table;      /* scratch: a count for each key in each quarter of each block */
-    void *out;            /* (count,) in exact_join */
+    void *out, *sorted;   /* (count,) in exact_join; sorted is scratch */
 };
 
 /* The loops of one processor level. Scratch memory comes from the caller: `row` bytes as module.c computes them. */
