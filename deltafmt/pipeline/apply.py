@@ -19,7 +19,7 @@ from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.weight_names import METADATA_VARIANT
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import StorageError, UsageError, WrongBaseError
-from deltafmt.format.choices import check_choice
+from deltafmt.format.choices import check_choice, check_list
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.output import OutputLock, storage_error
 from deltafmt.pipeline.attached_code import CODE, chosen_files, code_of
@@ -89,6 +89,7 @@ def apply(
         StorageError: reading or writing failed; in place, the folder is the old one.
     """
     core.warn_if_missing()
+    check_list("deltas", deltas)
     place = _place(model, deltas, out, in_place, recover)
     if code is not None:
         check_choice("code", code, CODE)
