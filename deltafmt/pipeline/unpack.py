@@ -199,7 +199,9 @@ class Unpacker:
         writer: CheckpointWriter
         restores = self._delta.container.files and max_shard_bytes is None and not self._result.mismatched
         if restores:
-            writer = self._restorer(specs)
+            writer = restorer = self._restorer(specs)
+            # Files are hashed as they are written, which is from their beginning on.
+            self._entries = sorted(self._entries, key=lambda entry: restorer.order(entry.name))
         else:
             writer = CheckpointWriter(
                 self._result.path,
