@@ -178,9 +178,11 @@ def _recover(path: Path) -> bool:
 
 
 def _check_patchable(path: Path) -> None:
-    """Refuse a model that is no folder."""
+    """Refuse a model that is no folder, or one whose name cannot be given to another folder."""
     if path.is_file():
         raise UsageError(f"{path} is a file, and only a folder is patched in place; write a new folder")
+    if os.path.ismount(path):
+        raise UsageError(f"a file system is mounted at {path}, which no other folder replaces; write a new folder")
 
 
 class _Run:
