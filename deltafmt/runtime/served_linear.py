@@ -11,7 +11,7 @@ is found by its weight, which compiled code has at hand.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -113,7 +113,7 @@ for _kind in _CLASSES:
     _kind.__name__ = nn.Linear.__name__
 
 
-def is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Tell whether a module is ``torch.nn.Linear`` and no class of its own, be it served or not."""
     return type(module) is nn.Linear or type(module) in _CLASSES
 
