@@ -12,6 +12,7 @@ from deltafmt.checkpoint.base_name import base_name as folder_name
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.restored import read_heads
 from deltafmt.errors import Remedy, UsageError
+from deltafmt.format.choices import check_list
 from deltafmt.methods.base import Method
 from deltafmt.methods.deltadq import DeltaDQ
 from deltafmt.pipeline.completeness import REMOVED, Completeness
@@ -69,6 +70,11 @@ class PackOptions:
             UsageError: a value is none that a file can have, or does not go with the method.
         """
         check_options(profile, seed)
+        lists = {"rules": rules, "include": include, "exclude": exclude, "attach": attach, "no_attach": no_attach}
+        for option, value in lists.items():
+            check_list(option, value)
+        for chosen in (method, *(rule[-1] for rule in rules)):
+            _check_method(chosen)
         pair = PairOptions.parse(rename, strip_prefix, allow_architecture)
         method = method or DeltaDQ()
         if method.exact:
@@ -124,6 +130,17 @@ class PackOptions:
         return job
 
 
+def _check_method(method: object) -> None:
+    """Refuse what is no method, such as its name.
+
+    Raises:
+        UsageError: names it.
+    """
+    if method is not None and not isinstance(method, Method):
+        made = "make one, as by Exact()" if isinstance(method, type) else "deltafmt.methods.parse reads a text"
+        raise UsageError(f"{method!r} is no method; {made}")
+
+
 def _exact_quantized(quantized: str | None) -> str:
     """Return how an exact pack reads codes: as the bytes that they are.
 
@@ -161,9 +178,15 @@ def _check_restorable(finetuned: Checkpoint, lacks: Completeness) -> None:
     """Refuse a fine-tune whose files cannot be restored byte for byte, before any work is done.
 
     Raises:
-        UsageError: tensors are to be taken from the base, which no file of the fine-tune has.
+        UsageError: tensors are to be taken from the base, which no file of the fine-tune has; or tensors of its files
+            are left out, because they have no elements.
         InvalidFileError: a file has bytes that belong to no tensor.
     """
+    if lacks.empty:
+        raise UsageError(
+            f'"{lacks.empty[0]}" of {finetuned.path} has no elements and is left out, and the file that has it could '
+            "not be restored byte for byte; leave exact parts out, or choose the method exact"
+        )
     if lacks.taken:
         raise UsageError(
             f"missing 'same' takes \"{lacks.taken[0]}\" from the base, and restored files have no place for it: it "

@@ -23,6 +23,7 @@ from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.exact import FileRef
 from deltafmt.index.sections import Attachment
+from deltafmt.output import check_path
 from deltafmt.pipeline.digests import check_content_id
 from deltafmt.pipeline.entry_writer import EntryWriter, TermBytes
 from deltafmt.pipeline.verify import check_served_part
@@ -78,6 +79,7 @@ def repack(
         container = opened.container
         profile = profile or container.profile
         check_converted(opened, profile)
+        check_path(path)
         if path.exists() and os.path.samefile(path, delta):
             raise UsageError(f"the output {path} is itself the input")
         entries = sorted(container.entries(), key=lambda entry: natural_key(entry.name))
@@ -148,7 +150,9 @@ class _Mover:
         )
         about["attachments"] = copied_attachments(source, target)
         if self._drop:
-            return target.finish(written.values(), **about)
+            dropped = target.finish(written.values(), **about)
+            source.check_unchanged()
+            return dropped
         if source.served is not None:
             target.serve(written.values(), **about)
             for entry in self._entries:
@@ -158,6 +162,7 @@ class _Mover:
                     target.boundary()
         about["files"] = copied_files(source, target)
         identity = target.finish(written.values(), **about)
+        source.check_unchanged()
         if identity != source.content_id:
             raise InvalidFileError(f"{source.name}: the content id is not that of the content")
         return identity

@@ -15,6 +15,7 @@ from deltafmt.delta import DeltaFile
 from deltafmt.errors import DeltafmtError, InvalidFileError, UsageError, WrongBaseError
 from deltafmt.exact.coding import ExactDecoder
 from deltafmt.exact.few import differing
+from deltafmt.exact.scratch import scratch
 from deltafmt.exact.units import Units
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
@@ -62,6 +63,8 @@ class Subscriber:
         threads: int | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
+        if not isinstance(name, str):
+            raise UsageError(f"a subscriber's name is a text, and {name!r} is none")
         self.name = name
         self.version: int | None = None
         self._digest: str | None = None
@@ -76,7 +79,7 @@ class Subscriber:
         an anchor.
 
         Args:
-            message: its bytes, its path, or a file object.
+            message: a message, its bytes, its path, or a file object.
         """
         try:
             self.apply(message)
@@ -221,8 +224,12 @@ class Subscriber:
         def chunk(number: int) -> HostChange | Units | None:
             first, end = decoder.span(number)
             here = units[first:end]
+            # Whole units are wanted only of a tensor whose bytes lie in another order.
+            room = (
+                scratch("units", here.nbytes)[: here.nbytes].view(here.dtype) if live.is_direct and has_base else None
+            )
             with _located(where):
-                whole, places, new = decoder.changes(number, here if has_base else np.zeros_like(here))
+                whole, places, new = decoder.changes(number, here if has_base else np.zeros_like(here), room=room)
             if not live.is_direct:
                 return whole
             if not has_base or places is None:
