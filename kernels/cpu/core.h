@@ -20,6 +20,9 @@
 
 enum { TILE_ROWS = 32, WORD_BITS = 32, MAX_PLANES = 8, MAX_KEY_BITS = 11, EXACT_BLOCK = 4 * 2112 };
 
+/* A sample that tells of a chunk has so many units at most. */
+enum { EXACT_SAMPLE = 8192 };
+
 /* Places are written for so many units at once: an array of `most` places has room for so many more. */
 enum { PLACES_RUN = 64 };
 
@@ -157,6 +160,8 @@ struct loops {
 
     size_t (*plane_frame)(const uint8_t *data, const uint64_t *ends, size_t segments, uint8_t *out, void *scratch);
     int (*may_repeat)(const uint8_t *data, size_t count);
+    void (*count_bytes)(const uint8_t *data, size_t count, uint32_t *counts);
+    int (*exact_unrelated)(const struct exact *, const uint64_t *logs);
 };
 
 extern const struct loops loops_baseline;

@@ -521,6 +521,29 @@ PyObject *exact_filled(struct call *call) {
     return finish(call, PyLong_FromLong, (long)found);
 }
 
+/* A sample of units and of what predicts them, and n log2 n for each count; tells whether the units are smaller alone. */
+PyObject *exact_unrelated(struct call *call) {
+    const Py_buffer *values = array(call, "BHIL", 1, 0), *prediction = array(call, "BHIL", 1, 0);
+    struct exact e = {.values = values->buf, .prediction = prediction->buf, .count = extent(values, 0)};
+    e.is_float = (int)number(call, 0, 1);
+    e.width = (size_t)values->itemsize;
+    const Py_buffer *logs = array(call, "L", 1, 0);
+    require(call, extent(prediction, 0) == e.count && prediction->itemsize == values->itemsize, "both are units alike");
+    require(call, e.count <= EXACT_SAMPLE && extent(logs, 0) == EXACT_SAMPLE + 1, "there is a number for each count");
+    int found = 0;
+    RUN(call, found = loops->exact_unrelated(&e, logs->buf));
+    return finish(call, PyBool_FromLong, found);
+}
+
+/* Bytes, and a count for each of their 256 values. */
+PyObject *count_bytes(struct call *call) {
+    const Py_buffer *data = array(call, "B", 1, 0), *counts = array(call, "I", 1, 1);
+    require(call, extent(data, 0) <= UINT32_MAX, "there are fewer than 2**32 bytes");
+    require(call, extent(counts, 0) == 256, "there is a count for each value");
+    RUN(call, loops->count_bytes(data->buf, extent(data, 0), counts->buf));
+    return finish(call, nothing, 0);
+}
+
 /* A plane of bytes; tells whether it may repeat. */
 PyObject *may_repeat(struct call *call) {
     const Py_buffer *data = array(call, "B", 1, 0);
