@@ -96,7 +96,7 @@ class Deltas:
         self._versions: dict[str, Attached] = {}
         self._merge: Merge | None = None
         self._merged: str | None = None
-        self.reads = Reads(model, self.served)
+        self.reads = self.scope.watched = Reads(model, self.served, self.scope.touches)
         self.forms = Forms()
         self._watch = Watch(model)
         self._watch.stamp(())

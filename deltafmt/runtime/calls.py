@@ -25,6 +25,7 @@ from deltafmt.runtime.continuous import Server as ContinuousServer
 from deltafmt.runtime.delta_holds import Attached, Held
 from deltafmt.runtime.model_batch import batch_of, embedding_of, models_in
 from deltafmt.runtime.module_hooks import Lookup
+from deltafmt.runtime.outside_reads import InCall
 from deltafmt.runtime.per_delta import group_of, merge
 from deltafmt.runtime.row_places import Forms
 from deltafmt.runtime.rows import Names
@@ -270,7 +271,7 @@ class Calls:
         if selection is None:
             output = original(*args, **kwargs)
         else:
-            with self._entry(selection, module, "forward", given):
+            with InCall(), self._entry(selection, module, "forward", given):
                 output = original(*args, **kwargs)
         if by is not None:
             mark_caches(output, by)

@@ -162,7 +162,14 @@ def unfilled_rule(seen: Seen) -> Found:
     """Scatter one value: nothing of another row comes in, but the places may be those of rows."""
     if isinstance(seen.args.get("src"), torch.Tensor):
         return written_rule(seen)
-    index = seen.args["index"]
-    if seen.first is not None or seen.owners(index) is None:
+    owners = seen.owners(seen.args["index"])
+    if seen.first is not None or owners is None:
         return seen.first
-    return seen.owners(index) if index.shape == seen.shape else LOST
+    if isinstance(owners, Lost):
+        return LOST
+    place, line = owners.line()
+    if place is None:
+        return owners.having(line.view([1] * len(seen.shape)).expand(seen.shape))
+    return (
+        LOST if place == seen.dim() or len(line) != seen.shape[place] else owners.having(along(line, place, seen.shape))
+    )

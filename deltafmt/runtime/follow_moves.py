@@ -48,6 +48,16 @@ def same_rule(seen: Seen) -> tuple[Found, ...]:
     return (first, *[None] * (len(seen.outputs) - 1))
 
 
+def pairs_rule(seen: Seen) -> Found:
+    """Take pairs of numbers for complex ones, or complex ones for pairs: the last dimension goes, or comes."""
+    first = seen.first
+    if not isinstance(first, Owners):
+        return first
+    if len(seen.shape) > first.items.dim():
+        return first.having(first.items.unsqueeze(-1).expand(seen.shape))
+    return LOST if first.line()[0] == first.items.dim() - 1 else first.having(first.items[..., 0])
+
+
 def over_dim_rule(seen: Seen) -> Found | tuple[Found, ...]:
     """Keep the owners unless the operation works along the dimension in which they differ."""
     first = seen.first

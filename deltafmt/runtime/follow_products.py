@@ -33,6 +33,19 @@ def product_rule(seen: Seen) -> Found:
     return joined(parts, seen.shape)
 
 
+def solved_rule(seen: Seen) -> Found:
+    """Solve systems of equations, one for each place of the leading dimensions."""
+    parts: list[Found] = []
+    for found in (seen.owners(seen.positional[0]), seen.owners(seen.positional[1])):
+        if isinstance(found, Owners):
+            if found.line()[0] in (found.items.dim() - 1, found.items.dim() - 2):
+                return LOST
+            parts.append(found.having(found.items[..., :1, :1]))
+        else:
+            parts.append(found)
+    return joined(parts, seen.shape)
+
+
 def grouped_rule(seen: Seen) -> Found:
     """Multiply consecutive rows of the first matrix with one matrix each."""
     first = seen.first

@@ -20,6 +20,7 @@ from deltafmt.runtime.follow_moves import (
     cat_rule,
     moved_rule,
     over_dim_rule,
+    pairs_rule,
     pointwise,
     reduced_rule,
     same_rule,
@@ -33,6 +34,7 @@ from deltafmt.runtime.follow_products import (
     grouped_rule,
     linear_rule,
     product_rule,
+    solved_rule,
 )
 from deltafmt.runtime.follow_seen import Rule
 
@@ -52,7 +54,7 @@ RULES: Final[dict[str, Rule]] = {
             *("native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit_no_training"),
             *("_fused_rms_norm", "rms_norm", "layer_norm", "max_pool2d_with_indices", "avg_pool2d", "constant_pad_nd"),
             *("_adaptive_avg_pool2d", "mean_pool", "upsample_bilinear2d", "upsample_bicubic2d", "avg_pool1d", "glu"),
-            *("upsample_nearest2d", "upsample_nearest1d", "_conj", "view_as_real", "view_as_complex", "nan_to_num"),
+            *("upsample_nearest2d", "upsample_nearest1d", "_conj", "nan_to_num"),
             *("_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_fft_r2c", "_fft_c2r", "_fft_c2c"),
             *("all_reduce", "wait_tensor", "_wrap_tensor_autograd"),  # of several processes
         ),
@@ -83,6 +85,8 @@ RULES: Final[dict[str, Rule]] = {
     **dict.fromkeys(("sort", "topk"), sorted_rule),
     **dict.fromkeys(("index_add", "index_copy"), written_rule),
     **dict.fromkeys(("scatter", "scatter_add"), unfilled_rule),
+    "linalg_solve_triangular": solved_rule,
+    **dict.fromkeys(("view_as_real", "view_as_complex"), pairs_rule),
     "linear": linear_rule,
     "all_gather_into_tensor": gathered_rule,
     "allreduce": summed_rule,
@@ -96,5 +100,5 @@ RULES: Final[dict[str, Rule]] = {
     "index_put": put_rule,
     "copy": copied_rule,
     "masked_scatter": masked_scatter_rule,
-    "floor_divide": pointwise,  # which torch does not call so
+    **dict.fromkeys(("floor_divide", "polar", "complex"), pointwise),  # which torch does not call so
 }

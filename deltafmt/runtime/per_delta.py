@@ -85,13 +85,20 @@ class Group:
             walk.follower.mark(found, walk.follower.owners(value))
         return found
 
-    def spread(self, values: Sequence[torch.Tensor], into: torch.Tensor, alike: Sequence[torch.Tensor]) -> None:
+    def spread(
+        self,
+        values: Sequence[torch.Tensor],
+        into: torch.Tensor,
+        alike: Sequence[torch.Tensor],
+        scattered: int | None = None,
+    ) -> None:
         """Write each delta's rows of its own values into a tensor.
 
         Args:
             values: by the group's slots.
             into: the tensor.
             alike: tensors of its shape; the rows stand in it as in the first one that depends on rows.
+            scattered: a dimension in which their sizes may differ, because an index says what goes where in it.
 
         Raises:
             UsageError: whose rows these are cannot be told.
@@ -101,7 +108,7 @@ class Group:
         if selection.walk is not None:
             given, number = selection.walk.merging(self.site, alike)
         order = selection.order(self.site, number, given, given.shape, self.where)
-        if order is None:
+        if order is None or order.dim == scattered:
             raise mixed_error(self.where, into.shape)
         for slot, value in zip(self.slots, values, strict=True):
             mine = order.along(slot)
@@ -189,11 +196,21 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], group: Grou
         swapped = pytree.tree_map_only(torch.Tensor, lambda leaf: copy if leaf is into else leaf, given)  # noqa: B023
         func(*swapped[0], **swapped[1])
         values.append(copy)
-    alike = [
-        leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, PerDelta) and leaf.shape == into.shape
-    ]
-    group.spread(values, into, [*alike, into])
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    alike = [leaf for leaf in leaves if isinstance(leaf, PerDelta) and leaf.shape == into.shape]
+    if func._schema.name.startswith("aten::scatter"):  # noqa: SLF001 - torch has no other name for it
+        # A new tensor depends on no row yet; what is scattered into it tells the rows.
+        dim = args[1] % into.dim()
+        others = [leaf for leaf in leaves if leaf is not into and _same_but(dim, leaf.shape, into.shape)]
+        group.spread(values, into, [*alike, into, *others], dim)
+    else:
+        group.spread(values, into, [*alike, into])
     return into
+
+
+def _same_but(dim: int, one: torch.Size, other: torch.Size) -> bool:
+    """Tell whether shapes are the same in all dimensions but one."""
+    return len(one) == len(other) and all(place == dim or one[place] == other[place] for place in range(len(one)))
 
 
 def _refuse_other_form(written: list[Any], group: Group) -> None:

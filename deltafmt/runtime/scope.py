@@ -29,6 +29,7 @@ import torch
 
 from deltafmt.errors import UsageError
 from deltafmt.runtime.call_frames import Mark, consumer_of, frames_of, is_stream, mark_of, owner_of
+from deltafmt.runtime.outside_reads import InCall, Opened, Watched
 from deltafmt.runtime.selection import Selection
 
 
@@ -69,13 +70,17 @@ class Block:
         self.scope = scope
         self.generator: FrameType | None = None
         self.driver: Mark | None = None
-        self.switches_gradients = False
         self._make_hold = hold
         self._hold: Hold | None = None
         self._thread = 0
         self._entered = False
         self._selections: dict[int, Selection] = {}
-        self._gradients: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        self._opened: Opened | None = None
+
+    @property
+    def switches_gradients(self) -> bool:
+        """True if gradients are off inside the block."""
+        return self._opened is not None
 
     @property
     def hold(self) -> Hold:
@@ -118,9 +123,7 @@ class Block:
             self.driver = consumer_of(self.generator)
         elif not entering.f_code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE):
             # A coroutine or a generator may pause here, and whoever runs then would find gradients switched off.
-            self.switches_gradients = True
-            self._gradients = torch.no_grad()
-            self._gradients.__enter__()
+            self._opened = Opened(self.scope.watched)
         chain.set((*chain.get(), (self, False)))
         self.scope.opened(self)
 
@@ -129,7 +132,8 @@ class Block:
         self.scope.closed(self)
         chain.set(tuple(link for link in chain.get() if link[0] is not self))
         self.generator = None
-        self._gradients.__exit__(None, None, None)
+        if self._opened is not None:
+            self._opened.close()
         self.close()
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -227,7 +231,10 @@ class Scope:
         lock: guards what blocks hold.
         call: the call of the model that this thread is in.
         epoch: the number of times that the contents of slots were made anew.
+        watched: what tells which weights the deltas change.
     """
+
+    watched: Watched
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -277,6 +284,11 @@ class Scope:
         if strict:
             self._refuse_others(frames)
         return None
+
+    def touches(self, slots: set[int]) -> bool:
+        """Tell whether the caller's block serves a delta of one of these slots."""
+        block = self.here(strict=False)
+        return block is not None and not slots.isdisjoint(block.selection().touched)
 
     def begin_call(self) -> None:
         """Count a call of the model that this thread begins, once no other thread is within :meth:`quiet`."""
@@ -378,7 +390,7 @@ class Bound:
         gradients: leave gradients as they are without a block; otherwise they are off.
     """
 
-    __slots__ = ("_before", "_block", "_call", "_extra", "_gradients", "_keeps", "_scope", "selection")
+    __slots__ = ("_before", "_block", "_call", "_extra", "_gradients", "_in_call", "_keeps", "_scope", "selection")
 
     def __init__(
         self, scope: Scope, block: Block | None, selection: Selection | None = None, *, gradients: bool = True
@@ -390,6 +402,7 @@ class Bound:
         self._extra: Hold | None = None
         self._gradients: contextlib.AbstractContextManager[None] | None = None
         self._before = (False, None, None)
+        self._in_call = InCall()
         self.selection = selection
 
     def __enter__(self) -> Self:
@@ -401,6 +414,7 @@ class Bound:
         if not keeps:
             self._gradients = torch.no_grad()
             self._gradients.__enter__()
+        self._in_call.__enter__()
         self._before = call.bound, call.selection, call.block  # type: ignore[assignment]
         call.bound, call.selection, call.block = True, self.selection, block
         self._scope.begin_call()
@@ -411,6 +425,7 @@ class Bound:
         call = self._call
         self._scope.end_call()
         call.bound, call.selection, call.block = self._before
+        self._in_call.__exit__()
         if self._gradients is not None:
             self._gradients.__exit__(None, None, None)
         if self._extra is not None:

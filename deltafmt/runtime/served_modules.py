@@ -161,6 +161,10 @@ class ServedModules:
         """Return the ids of the sites that one of the selection's deltas changes."""
         return frozenset(id(site) for site in self._sites.values() if not site.slots.isdisjoint(selection.touched))
 
+    def serves(self, module: nn.Module) -> bool:
+        """Tell whether deltas are added to what a module computes."""
+        return id(module) in self._sites
+
     def siblings_of(self, module: nn.Module) -> list[nn.Module]:
         """Return the modules whose outputs may be computed together with a module's: those with a forward of ours."""
         found = self._sites.get(id(module))

@@ -3,7 +3,8 @@
 Hooks see calls of modules only. The first calls of a model that serve deltas therefore run in a torch mode that sees
 every function of torch, and the parameters that it is given. A served parameter that is read outside of its own module
 gets the fine-tune's values there: decoded whole and kept for the selection; in a mixed batch, per delta
-(:mod:`deltafmt.runtime.per_delta`). A model that never does so runs without the mode from its second call on.
+(:mod:`deltafmt.runtime.per_delta`). A model that never does so runs without the mode from its second call on. Reads
+outside of calls are refused (:mod:`deltafmt.runtime.outside_reads`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -34,11 +35,13 @@ class Reads:
     Args:
         model: the model.
         served: its served modules.
+        touches: a function that tells whether its caller's block serves a delta of one of some slots.
     """
 
-    def __init__(self, model: nn.Module, served: ServedModules) -> None:
+    def __init__(self, model: nn.Module, served: ServedModules, touches: Callable[[set[int]], bool]) -> None:
         self._model = model
         self._served = served
+        self._touches = touches
         self._kinds: set[Hashable] = set()
         self._found: set[str] = set()
         self._warned = False
@@ -59,6 +62,22 @@ class Reads:
         """Note that a weight was read."""
         self._found.add(site.name)
         self._served.note_ran(site)
+
+    def changed_weight(self, parameter: torch.Tensor) -> str | None:
+        """Return the name of a weight that the deltas of the caller's block change; None for any other tensor."""
+        for site in self._served.sites():
+            for module in (site.module, site.whole):
+                for key, held in module.named_parameters(recurse=False):
+                    if held is parameter and self._touches(site.slots):
+                        return f"{site.name}.{key}"
+        return None
+
+    def computes_with(self, module: nn.Module, parameter: torch.Tensor) -> bool:
+        """Tell whether a module adds the deltas to what it computes with a parameter."""
+        if self._served.serves(module):
+            return True
+        own = any(held is parameter for held in module.parameters(recurse=False))
+        return own and any(module is one for one in self._model.modules())
 
     def forget(self) -> None:
         """Look again, because the model or its deltas have changed."""
