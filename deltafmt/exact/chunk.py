@@ -240,7 +240,8 @@ def _ends(counts: Counts) -> list[int]:
 
 # Products of counts in a sample and their logarithms to base 2, of which 16 bits lie behind the point: sums of integers
 # are the same in any order.
-_LOGS: Final = np.rint(np.log2(np.maximum(np.arange(_SAMPLE + 1), 1)) * np.arange(_SAMPLE + 1) * 65536).astype(np.uint64)
+_COUNTS: Final = np.arange(_SAMPLE + 1)
+_LOGS: Final = np.rint(_COUNTS * np.log2(np.maximum(_COUNTS, 1)) * 65536).astype(np.uint64)
 
 
 def _unrelated(native: Native, values: Units, prediction: Units, unit: Unit) -> bool:
