@@ -111,7 +111,9 @@ def encode(
         key = unit if level == "default" else Unit(unit.width)
         form = SORTED if key.is_float else DIFFERENCES
         room = scratch_planes(unit.width, values.size)
-        planes, counts = sorted_planes(values, prediction, unit, key, marks if form == SORTED else None, room)
+        behind = marks if key.is_float else None
+        codes = scratch("sorted", values.nbytes if key.is_float else 0)
+        planes, counts = sorted_planes(values, prediction, unit, key, behind, room, codes)
         found.append(Chunk(form, _write_planes(planes, _ends(counts) if form == SORTED else ())))
     else:
         found.append(Chunk(VALUES, _write_planes(planes_of(values, unit))))
