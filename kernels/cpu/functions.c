@@ -474,8 +474,10 @@ PyObject *exact_join(struct call *call) {
 /* Checks that numbers ascend, each below `end`. */
 static void require_ascending(struct call *call, const Py_buffer *numbers, size_t end, const char *claim) {
     const int64_t *at = numbers->buf;
-    for (size_t i = 0; !call->wrong && i < extent(numbers, 0); i++)
-        require(call, at[i] > (i ? at[i - 1] : -1) && (uint64_t)at[i] < end, claim);
+    size_t count = call->wrong ? 0 : extent(numbers, 0);
+    int ascend = !count || (at[0] >= 0 && (uint64_t)at[count - 1] < end);
+    for (size_t i = 1; i < count; i++) ascend &= at[i] > at[i - 1];
+    require(call, ascend, claim);
 }
 
 PyObject *exact_ranks(struct call *call) {
@@ -544,6 +546,41 @@ PyObject *count_bytes(struct call *call) {
     require(call, extent(data, 0) <= UINT32_MAX, "there are fewer than 2**32 bytes");
     require(call, extent(counts, 0) == 256, "there is a count for each value");
     RUN(call, loops->count_bytes(data->buf, extent(data, 0), counts->buf));
+    return finish(call, nothing, 0);
+}
+
+/* Checks that places lie among so many units. */
+static void require_within(struct call *call, const Py_buffer *places, size_t end) {
+    const uint64_t *at = places->buf;
+    size_t count = call->wrong ? 0 : extent(places, 0);
+    int within = 1;
+    for (size_t i = 0; i < count; i++) within &= at[i] < end;
+    require(call, within, "places lie among the units");
+}
+
+/* Units, places, and room for the units there. */
+PyObject *exact_take(struct call *call) {
+    const Py_buffer *units = array(call, "BHIL", 1, 0), *places = array(call, "l", 1, 0), *out = array(call, "BHIL", 1, 1);
+    require(call, out->itemsize == units->itemsize && extent(out, 0) == extent(places, 0), "there is room for each unit");
+    require_within(call, places, extent(units, 0));
+    RUN(call, loops->exact_take(units->buf, (size_t)units->itemsize, places->buf, extent(places, 0), out->buf));
+    return finish(call, nothing, 0);
+}
+
+/* Units, places, and the units that are written there. */
+PyObject *exact_put(struct call *call) {
+    const Py_buffer *units = array(call, "BHIL", 1, 1), *places = array(call, "l", 1, 0), *values = array(call, "BHIL", 1, 0);
+    require(call, values->itemsize == units->itemsize && extent(values, 0) == extent(places, 0), "a unit for each place");
+    require_within(call, places, extent(units, 0));
+    RUN(call, loops->exact_put(units->buf, (size_t)units->itemsize, places->buf, extent(places, 0), values->buf));
+    return finish(call, nothing, 0);
+}
+
+/* Numbers that ascend, and a count for each gap between them. */
+PyObject *exact_gaps(struct call *call) {
+    const Py_buffer *numbers = array(call, "l", 1, 0), *counts = array(call, "L", 1, 1);
+    require(call, extent(counts, 0) == 256, "there is a count for each byte");
+    RUN(call, loops->exact_gaps(numbers->buf, extent(numbers, 0), counts->buf));
     return finish(call, nothing, 0);
 }
 
