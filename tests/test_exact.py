@@ -76,6 +76,23 @@ def test_every_bit_pattern_comes_back_through_the_sorted_planes(name: str, data:
         assert np.array_equal(joined(planes, prediction, unit, key, marks), values)
 
 
+@pytest.mark.parametrize("zeros", [0.0, 0.0001, 1.0])
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_weights_of_a_large_chunk_come_back_through_the_sorted_planes(name: str, dtype: str, zeros: float) -> None:
+    """Exponents of weights lie near each other, but those of zeros do not; large chunks are joined in segments."""
+    unit, rng = unit_of(dtype), np.random.default_rng(7)
+    count = (2 << 16) + 3001
+    wide = rng.standard_normal(count) * np.where(np.arange(count) < 70000, 0.02, 1e-7)
+    wide[rng.random(count) < zeros] = 0
+    whole = wide if dtype == "F64" else wide.astype(np.float32).view(np.uint32) >> (16 if dtype == "BF16" else 0)
+    prediction = whole.view(np.uint64) if dtype == "F64" else whole.astype(unit.dtype)
+    values = prediction + rng.integers(0, 9, count).astype(unit.dtype)
+    planes, _ = sorted_planes.reference(values, prediction, unit, unit)
+    with running(name):
+        assert np.array_equal(joined(planes, prediction, unit, unit), values)
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

@@ -179,6 +179,17 @@ def test_a_single_file_comes_back_under_its_name(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
 
 
+def test_a_model_without_any_bytes(tmp_path: Path, cli: Cli) -> None:
+    pair = write_pair(
+        tmp_path, {"w": Raw("F32", (0, 3), b"")}, {"w": Raw("F32", (0, 3), b""), "x": Raw("BF16", (0,), b"")}
+    )
+    packed = cli("pack", pair.base, pair.finetuned, "-o", tmp_path / "d", "--method", "exact")
+    assert packed.code == 0, packed.err
+    assert "bytes, hot, larger than 0 bytes of tensors" in cli("inspect", tmp_path / "d").out
+    cli("unpack", pair.base, tmp_path / "d", "-o", tmp_path / "out")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(pair.finetuned)
+
+
 def test_another_base_is_refused_even_by_force(pair: tuple[Path, Path], archive: Path, tmp_path: Path) -> None:
     a, _ = everything()
     a[ANCHOR] = stepped(a[ANCHOR], 99)

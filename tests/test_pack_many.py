@@ -258,9 +258,24 @@ def test_what_is_finished_is_known_by_what_it_was_made_of(tmp_path: Path) -> Non
     again = deltafmt.pack_many(base, tunes, out, method=Exact(), force=True)
     assert list(again.packed) == ["one", "two"]
     # A record that cannot be read counts as none.
-    for text in ("{", "[]", '{"schema": 1, "files": {"one.deltafmt": 3}}', '{"schema": 2}'):
+    for text in ("{", "[]", "[" * 100_000, '{"schema": 1, "files": {"one.deltafmt": 3}}', '{"schema": 2}'):
         (out / RECORD).write_text(text)
         assert list(deltafmt.pack_many(base, tunes, out, method=Exact()).failed) == ["one", "two"]
+
+
+def test_what_two_runs_at_once_have_finished_is_known(tmp_path: Path) -> None:
+    a, b = small_tensors()
+    base = write_folder(tmp_path / "base", a)
+    one, two = (write_folder(tmp_path / name, b) for name in ("one", "two"))
+    out, ran = tmp_path / "out", []
+
+    def meanwhile(*_: object) -> None:
+        if not ran:
+            ran.append(True)
+            deltafmt.pack_many(base, [two], out, method=Exact())
+
+    deltafmt.pack_many(base, [one], out, method=Exact(), progress=meanwhile)
+    assert list(deltafmt.pack_many(base, [one, two], out, method=Exact()).finished) == ["one", "two"]
 
 
 def test_what_does_not_fit_is_refused(folders: tuple[Path, dict[str, Path]], tmp_path: Path, cli: Cli) -> None:

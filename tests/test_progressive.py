@@ -227,6 +227,10 @@ def test_what_cannot_be_is_refused_in_a_line(tmp_path: Path, cli: Cli) -> None:
     refused(
         cli("pack", pair.base, lacks, "-o", tmp_path / "d", "--exact", "--missing", "same"), 2, "would be in no file"
     )
+    emptied = write_folder(tmp_path / "emptied", {**b, "new.bias": type(b[next(iter(b))])("F32", (0,), b"")})
+    for missing in ("same", "removed"):
+        pack_emptied = ("pack", pair.base, emptied, "-o", tmp_path / "d", "--exact", "--missing", missing)
+        refused(cli(*pack_emptied), 2, '"new.bias" of', "has no elements and is left out")
     gap = write_folder(tmp_path / "gap", b)
     with open(gap / "model.safetensors", "ab") as file:
         file.write(b"more")

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 import deltafmt
 from conftest import Cli, Pair, normal, nudge, refused, safetensors_bytes, small_tensors, write_folder
 from deltafmt.delta import codec_of, rows_for_chunks
-from deltafmt.errors import InvalidFileError
+from deltafmt.errors import InvalidFileError, WrongBaseError
+from deltafmt.exact.coding import ROW_BYTES
 from deltafmt.format import constants as c
 from deltafmt.index.entries import BaseRef, TensorEntry, Term
 from deltafmt.index.exact import ExactRef
 from deltafmt.index.sections import BufferRef
-from deltafmt.methods import RTN
+from deltafmt.methods import RTN, Exact
 from deltafmt.terms.nm.layout import NMLayout
 
 
@@ -135,3 +136,22 @@ def test_what_a_file_takes_is_counted_before_it_is_restored(pair: Pair, tmp_path
     assert deltafmt.verify(made, limits=deltafmt.Limits(max_elements=100)).base_tensors is None
     with pytest.raises(InvalidFileError, match="max_elements"):
         deltafmt.verify(made, pair.base, limits=deltafmt.Limits(max_elements=100))
+
+
+def test_a_damaged_chunk_is_said_before_another_base(pair: Pair, tmp_path: Path) -> None:
+    plain, made = tmp_path / "plain.deltafmt", tmp_path / "made.deltafmt"
+    deltafmt.pack(pair.base, pair.finetuned, plain, method=Exact())
+    parts = repair.split(plain.read_bytes())
+    assert parts is not None
+    section, offset, length = parts.index["tensors"]["half"]["exact"]["data"]
+    parts.sections[section][offset + length - ROW_BYTES - 1] ^= 1
+    parts.sections[section][offset] ^= 1
+    broken = repair.join(parts)
+    assert broken is not None
+    made.write_bytes(broken)
+    other = write_folder(tmp_path / "other", {**pair.a, "conv": nudge(pair.a["conv"], 99)})
+    for base in (None, pair.base, other):
+        with pytest.raises(InvalidFileError, match=r'tensors\["half"\]: chunk 0: '):
+            deltafmt.verify(made, base)
+    with pytest.raises(WrongBaseError, match='tensor "conv" differs'):
+        deltafmt.verify(plain, other)

@@ -153,6 +153,11 @@ def patch(**changes: Any) -> Foreign:
         ({"indices": torch.tensor([2, 2], dtype=torch.int32)}, UsageError, 'patch of "w": index 2 stands twice'),
         ({"indices": torch.tensor([2, 48], dtype=torch.int32)}, UsageError, "index 48 lies outside"),
         ({"indices": torch.tensor([-1, 4], dtype=torch.int32)}, UsageError, "index -1 lies outside"),
+        ({"indices": torch.tensor([1, 2], dtype=torch.int32, device="meta")}, UsageError, "indices have no bytes"),
+        ({"values": torch.ones(2, dtype=torch.bfloat16).to_sparse()}, UsageError, "values have no bytes"),
+        ({"values": torch._neg_view(torch.ones(2, dtype=torch.bfloat16))}, UsageError, "a view of other values"),
+        ({"full_shape": None}, UsageError, "full_shape None is not a row of sizes"),
+        ({"full_shape": (6, 8.0)}, UsageError, "is not a row of sizes"),
     ],
 )
 def test_patches_that_are_refused(tmp_path: Path, changes: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -160,6 +165,14 @@ def test_patches_that_are_refused(tmp_path: Path, changes: dict[str, Any], error
     with pytest.raises(error, match=words):
         deltafmt.sync.convert_patches([patch(**changes)], tmp_path / "d.deltafmt", base)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_what_is_no_list_of_patches(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", A)
+    given: Any
+    for given, words in ((5, "the patches are a int"), ([("w", 1, 2, 3)], "a tuple is no patch: it has no name")):
+        with pytest.raises(UsageError, match=words):
+            deltafmt.sync.convert_patches(given, tmp_path / "d.deltafmt", base)
 
 
 def test_what_vllm_cannot_take(tmp_path: Path) -> None:

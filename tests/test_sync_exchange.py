@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,6 +160,27 @@ def test_a_subscriber_says_if_it_has_another_state_of_that_version() -> None:
     anchor = publisher.receive(Reply("one", 1, "a" * 64))
     assert anchor is not None
     assert publisher.behind() == {"one": "its version 1 is not the one that was published"}
+    assert anchor.version == 2  # what it has is replaced by a later version alone
+
+
+def test_versions_of_another_publisher_of_the_same_number_are_replaced() -> None:
+    """The anchor once had the version that the subscriber had, which refused it for ever."""
+    live, mine, other = copied(model()), Publisher(), Publisher()
+    subscriber, second = Subscriber(live, "one"), Subscriber(copied(model()), "two")
+    subscriber.apply(other.publish(stepped(model(), 1)).data)
+    state = stepped(model(), 2)
+    mine.receive(second.receive(mine.publish(state).data))
+    anchor = mine.receive(subscriber.reply())
+    assert anchor is not None
+    assert mine.receive(subscriber.receive(anchor.data)) is None
+    assert equal(live, state)
+    assert mine.behind() == {}  # the other one has this state, by an earlier number
+    patch = mine.publish(stepped(state, 3, 0.001))
+    for each in (subscriber, second):
+        assert mine.receive(each.receive(patch.data)) is None
+    assert subscriber.version == second.version == 3
+    with pytest.raises(InvalidFileError, match="version 999999999999, after which there is none"):
+        mine.receive(Reply("three", 10**12 - 1, "a" * 64))
 
 
 def test_what_is_saved_is_applied_at_the_next_start(tmp_path: Path) -> None:
@@ -227,6 +249,72 @@ def test_a_folder_answers_a_subscriber_that_cannot_follow(tmp_path: Path) -> Non
         folder.follow(Subscriber(live, "../x"))
 
 
+def test_a_subscriber_that_was_dropped_stays_away_until_it_says_more(tmp_path: Path) -> None:
+    folder, publisher, live = Folder(tmp_path), Publisher(), copied(model())
+    dead = Subscriber(live, "dead")
+    folder.send(publisher.publish(model()))
+    folder.follow(dead)
+    assert folder.collect(publisher) == {}
+    folder.send(publisher.publish(stepped(model(), 1)))
+    assert list(folder.collect(publisher)) == ["dead"]
+    publisher.drop("dead")
+    assert folder.collect(publisher) == {}  # its reply still lies there
+    folder.send(publisher.publish(stepped(model(), 2)))
+    assert folder.collect(publisher) == {}
+    assert [reply.version for reply in folder.follow(dead)] == [2, 3]  # it was not dead
+    assert folder.collect(publisher) == {}
+    publisher.publish(stepped(model(), 3))
+    assert list(publisher.behind()) == ["dead"]
+
+
+def test_a_publisher_that_was_started_anew_counts_on_from_the_folder(tmp_path: Path) -> None:
+    folder, old = Folder(tmp_path), Publisher()
+    for seed in range(4):
+        folder.send(old.publish(stepped(model(), seed)))
+    publisher, state, live = Publisher(), stepped(model(), 9), copied(model())
+    assert folder.collect(publisher) == {}
+    folder.send(publisher.publish(state))
+    assert folder.versions()[-1] == (5, "anchor")
+    (reply,) = folder.follow(Subscriber(live, "late"))
+    assert (reply.version, reply.error) == (5, None)
+    assert equal(live, state)
+    assert folder.collect(publisher) == {}
+    publisher.count_on(50)  # it has a state, and goes on behind its own
+    assert publisher.version == 5
+
+
+def test_messages_that_are_pruned_while_they_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, publisher, live = Folder(tmp_path), Publisher(anchor_every=3, ahead=100), copied(model())
+    states = [stepped(model(), seed) for seed in range(5)]
+    for state in states:
+        folder.send(publisher.publish(state))
+    subscriber, read = Subscriber(live, "slow"), folder.read
+    subscriber.apply(read(1, "anchor"))
+
+    def prune_first(version: int, kind: str) -> bytes:
+        if version == 3:
+            folder.prune(keep_anchors=1)
+        return read(version, kind)
+
+    monkeypatch.setattr(folder, "read", prune_first)
+    assert [(reply.version, reply.error) for reply in folder.follow(subscriber)] == [(2, None), (4, None), (5, None)]
+    assert equal(live, states[-1])
+    monkeypatch.undo()
+    folder.send(publisher.publish(states[0]))
+    (tmp_path / "000000000006.patch.deltafmt").unlink()
+    (tmp_path / "000000000006.patch.deltafmt").mkdir()
+    with pytest.raises(StorageError, match="cannot read"):
+        folder.follow(subscriber)
+
+
+def test_a_damaged_reply_is_named(tmp_path: Path) -> None:
+    folder, publisher = Folder(tmp_path), Publisher()
+    folder.send(publisher.publish(model()))
+    (tmp_path / "one.reply.json").write_bytes(b"{")
+    with pytest.raises(InvalidFileError, match=r"one\.reply\.json: not a reply of a subscriber"):
+        folder.collect(publisher)
+
+
 def test_a_socket_carries_messages_and_replies() -> None:
     one, other = socket.socketpair()
     live, publisher = copied(model()), Publisher()
@@ -242,6 +330,36 @@ def test_a_socket_carries_messages_and_replies() -> None:
     assert equal(live, state)
 
 
+def test_a_pipe_without_a_buffer_takes_a_message_in_parts() -> None:
+    """The rest was lost, and what came next was read as its end."""
+
+    class Pipe(io.RawIOBase):
+        def __init__(self, most: int | None) -> None:
+            self.most, self.got = most, b""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any, /) -> int | None:
+            if self.most is None:
+                return None
+            self.got += bytes(data[: self.most])
+            return min(len(data), self.most)
+
+    pipe = Pipe(3)
+    for data in (b"abcdefghij", b"", memoryview(np.arange(5, dtype=np.int32))):
+        write_message(pipe, data)
+    stream = io.BytesIO(pipe.got)
+    assert [read_message(stream) for _ in range(4)] == [
+        b"abcdefghij",
+        b"",
+        np.arange(5, dtype=np.int32).tobytes(),
+        None,
+    ]
+    with pytest.raises(StorageError, match=r"^cannot write a message: the stream takes nothing"):
+        write_message(Pipe(None), b"abc")
+
+
 def test_a_stream_that_ends_early_is_no_message() -> None:
     write_message(file := io.BytesIO(), b"abc")
     whole = file.getvalue()
@@ -252,3 +370,12 @@ def test_a_stream_that_ends_early_is_no_message() -> None:
             read_message(io.BytesIO(data))
     with pytest.raises(InvalidFileError, match="a message of 3 bytes is longer than 2"):
         read_message(io.BytesIO(whole), max_bytes=2)
+    file.close()
+    for use in (lambda: read_message(file), lambda: write_message(file, b"abc")):
+        with pytest.raises(StorageError, match="a message: i/o operation on closed file"):
+            use()
+    text: Any = io.StringIO("abcdefgh")
+    with pytest.raises(StorageError, match="the stream gives text"):
+        read_message(text)
+    with pytest.raises(StorageError, match="embedded null byte"):
+        Folder("a\0b")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,6 +156,19 @@ def test_files_that_are_no_messages_are_refused_in_one_line(tmp_path: Path) -> N
             Publisher().receive(data)
 
 
+def test_what_is_given_in_the_place_of_a_message() -> None:
+    message, live = Publisher().publish(model(1)), copied(model())
+    other: Any
+    for other in (None, 5, np.frombuffer(message.data, np.uint8)):
+        reply = Subscriber(live).receive(other)
+        assert f"a {type(other).__name__} is no message; give a message, its bytes" in str(reply.error)
+        with pytest.raises(InvalidFileError, match="not a reply of a subscriber"):
+            Publisher().receive(other)
+    assert Subscriber(live).receive(b"").error == "the message: the file is empty"
+    assert Subscriber(live).receive(message).error is None  # the message itself is one
+    assert equal(live, model(1))
+
+
 def test_a_state_is_plain_tensors() -> None:
     whole = torch.zeros(10)
     for state, line in (
@@ -164,6 +178,7 @@ def test_a_state_is_plain_tensors() -> None:
         ({"a": whole[:6], "b": whole[4:]}, 'tensors "a" and "b" share a part of their memory'),
         ({"a": whole[:1].expand(7)}, 'elements of tensor "a" share memory'),
         ({"": whole}, "has a name that no file can hold"),
+        ({"\ud800": whole}, "has a name that no file can hold"),
         ({"a": torch.zeros(2, dtype=torch.complex128)}, "has the dtype torch.complex128, which no file can hold"),
     ):
         with pytest.raises(UsageError, match=line):
@@ -173,9 +188,22 @@ def test_a_state_is_plain_tensors() -> None:
 
 
 def test_arguments_out_of_range_are_refused() -> None:
-    for options in ({"anchor_every": 0}, {"ahead": -1}, {"version": -1}, {"level": "none"}, {"threads": 0}):
+    for options in (
+        {"anchor_every": 0},
+        {"anchor_every": "5"},
+        {"anchor_every": 2.5},
+        {"ahead": -1},
+        {"ahead": None},
+        {"version": -1},
+        {"level": "none"},
+        {"threads": 0},
+        {"subscribers": "worker"},
+    ):
         with pytest.raises(UsageError):
             Publisher(**options)
+    name: Any = 3
+    with pytest.raises(UsageError, match="a subscriber's name is a text, and 3 is none"):
+        Subscriber(model(), name)
     with pytest.raises(UsageError, match="there is no version yet"):
         Publisher().anchor()
 

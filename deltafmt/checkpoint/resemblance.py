@@ -33,12 +33,16 @@ def distance(tensor: Tensor, base: Tensor) -> float | None:
         return None
     between = squares = 0.0
     for row in {number * (rows - 1) // max(_ROWS - 1, 1) for number in range(_ROWS)} if rows else ():
-        with tensor.row_range(row, row + 1) as mine, base.row_range(row, row + 1) as theirs:
+        # NaN and infinity count for nothing; a signalling NaN warns when it is cast, too.
+        with (
+            np.errstate(invalid="ignore", over="ignore"),
+            tensor.row_range(row, row + 1) as mine,
+            base.row_range(row, row + 1) as theirs,
+        ):
             a, b = (
                 widen(raw[:, :_COLUMNS], dtype).astype(np.float64)
                 for raw, dtype in ((mine, tensor.dtype), (theirs, base.dtype))
             )
-        with np.errstate(invalid="ignore", over="ignore"):
             between += float(np.square(a - b).sum())
             squares += float(np.square(a).sum() + np.square(b).sum())
     return between / squares if squares and np.isfinite(squares) else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from deltafmt.checkpoint.in_place import PatchedFolder
 from deltafmt.checkpoint.safetensors_file import unique_keys
 from deltafmt.errors import InvalidFileError
 from deltafmt.index.exact import is_index, is_restored
+from deltafmt.output import Bytes, storage_error
 
 # Bytes of a file that are read at once for its digest.
 _DIGEST_STEP = 1024 * 1024
@@ -86,6 +89,71 @@ def _not_covered(path: Path, start: int, end: int) -> InvalidFileError:
     )
 
 
+class WrittenDigest:
+    """The BLAKE3 of a file that several threads write: whoever writes what comes next in the file also hashes it.
+
+    What was written before its turn is read back, most often from the processor's cache. No thread waits for another.
+
+    Args:
+        descriptor: the file.
+        head: the bytes at its beginning, which are written already.
+        step: bytes that are read at once.
+    """
+
+    def __init__(self, descriptor: int, head: bytes, step: int = _DIGEST_STEP) -> None:
+        self._descriptor = descriptor
+        self._step = step
+        self._digest = blake3(head)
+        self._position = self._start = len(head)
+        self._ends: dict[int, int] = {}  # of what was written before its turn, by its beginning
+        self._is_busy = False
+        self._lock = threading.Lock()
+
+    @property
+    def has_begun(self) -> bool:
+        """True if anything behind the head is hashed."""
+        return self._position > self._start
+
+    def written(self, offset: int, data: Bytes) -> None:
+        """Say that some bytes were written, each byte of the file once.
+
+        Raises:
+            OSError: reading failed.
+        """
+        view = memoryview(data).cast("B")
+        if not len(view):
+            return
+        with self._lock:
+            if self._is_busy or offset != self._position:
+                self._ends[offset] = offset + len(view)
+                return
+            self._is_busy = True
+        end: int | None = offset + len(view)
+        self._digest.update(view)
+        while end is not None:
+            with self._lock:
+                self._position = end
+                end = self._ends.pop(end, None)
+                self._is_busy = end is not None
+            if end is not None:
+                self._read(end)
+
+    def digest(self, size: int) -> bytes:
+        """Return the digest of the file's first bytes, once all are written."""
+        self._read(size)
+        self._position = max(self._position, size)
+        return self._digest.digest()
+
+    def _read(self, end: int) -> None:
+        """Hash what lies between what is hashed and a place."""
+        for offset in range(self._position, end, self._step):
+            length = min(self._step, end - offset)
+            piece = os.pread(self._descriptor, length, offset)
+            if len(piece) != length:
+                raise OSError(f"it has fewer than {end} bytes")
+            self._digest.update(piece)
+
+
 class FolderRestorer(CheckpointWriter):
     """Write a checkpoint folder whose weight files are those that were packed.
 
@@ -112,6 +180,7 @@ class FolderRestorer(CheckpointWriter):
         patched: PatchedFolder | None = None,
     ) -> None:
         self._heads = heads
+        self._digests: dict[str, WrittenDigest] = {}
         super().__init__(path, specs, force=force, patched=patched)
 
     def _make_shards(self, specs: list[TensorSpec], max_shard_bytes: int) -> None:  # noqa: ARG002
@@ -130,11 +199,40 @@ class FolderRestorer(CheckpointWriter):
         head = self._heads[name]
         for tensor, (start, _) in places.items():
             self._places[tensor] = (len(self._files), len(head) + start)
-        self._make_file(name, head, len(head) + max((end for _, end in places.values()), default=0))
+        size = len(head) + max((end for _, end in places.values()), default=0)
+        self._make_file(name, head, size)
+        self._digests[name] = WrittenDigest(self._files[-1], head)
+
+    def order(self, name: str) -> tuple[int, int]:
+        """Return by what tensors are sorted as they lie in the files."""
+        return self._places[name]
+
+    def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
+        """Write some bytes of a tensor, each once, as :meth:`CheckpointWriter.write` does.
+
+        Raises:
+            StorageError: writing, or reading what was written, failed.
+        """
+        super().write(name, offset, data)
+        file, start = self._places[name]
+        try:
+            self._digests[self.weights[file]].written(start + offset, data)
+        except OSError as error:
+            raise storage_error("cannot read", self.path, error) from error
 
     def restored_digest(self, name: str) -> bytes:
-        """Return the BLAKE3 of a file as it is now."""
-        return file_digest(self._partial / name)
+        """Return the BLAKE3 of a file, once all is written.
+
+        Raises:
+            StorageError: reading failed.
+        """
+        path, digest = self._partial / name, self._digests.get(name)
+        try:
+            if digest is None or not digest.has_begun:
+                return file_digest(path)
+            return digest.digest(path.stat().st_size)
+        except OSError as error:
+            raise storage_error("cannot read", path, error) from error
 
 
 def check_heads(heads: Mapping[str, bytes], specs: Iterable[TensorSpec]) -> dict[str, dict[str, tuple[int, int]]]:

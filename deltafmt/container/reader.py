@@ -60,7 +60,7 @@ class Container:
         try:
             self._source: Source = open_source(path, mmap=mmap)
         except InvalidFileError as error:
-            raise error.located(path) from error
+            raise error.located(getattr(path, "name", path)) from error
         self.name = self._source.name
         self.limits = limits
         self._verify = verify
@@ -368,6 +368,14 @@ class Container:
             hasher.update(self._read(offset, length))
             self._source.release(offset, length)
         return hasher.digest()
+
+    def check_unchanged(self) -> None:
+        """Check that nobody has written to the file since it was opened; a file object does not tell.
+
+        Raises:
+            StorageError: somebody has.
+        """
+        self._source.check_unchanged()
 
     def close(self) -> None:
         """Close the file; views that are still in use stay valid."""

@@ -8,7 +8,7 @@ import os
 import threading
 from typing import BinaryIO, Protocol
 
-from deltafmt.errors import InvalidFileError
+from deltafmt.errors import InvalidFileError, StorageError
 from deltafmt.format import constants as c
 from deltafmt.output import storage_error
 from deltafmt.regular_file import open_regular
@@ -33,6 +33,12 @@ class Source(Protocol):
     def release(self, offset: int, length: int) -> None:
         """Tell the source that a range has been used and need not stay in memory."""
 
+    def check_unchanged(self) -> None:
+        """Check that nobody has written to the file since it was opened, as far as the system tells.
+
+        A path that stands for another file by now does no harm: the source keeps the one that was opened.
+        """
+
     def close(self) -> None:
         """Close what the source has opened."""
 
@@ -46,7 +52,8 @@ class MapSource:
         self.name = os.fspath(path)
         try:
             with open_regular(path) as file:
-                self.size = os.fstat(file.fileno()).st_size
+                self._stat = os.fstat(file.fileno())
+                self.size = self._stat.st_size
                 if self.size == 0:
                     raise InvalidFileError("the file is empty")
                 self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
@@ -83,6 +90,15 @@ class MapSource:
             with contextlib.suppress(OSError, ValueError):
                 self._map.madvise(mmap.MADV_DONTNEED, start, length)
 
+    def check_unchanged(self) -> None:
+        """Compare what the system says of the file now and then; one without its old name cannot be asked for."""
+        try:
+            now = os.stat(self.name)
+        except OSError:
+            return
+        if os.path.samestat(now, self._stat):
+            _compare(self.name, self._stat, now)
+
     def close(self) -> None:
         """Unmap the file; if views are still in use, the file is unmapped when the last one goes."""
         try:
@@ -104,6 +120,7 @@ class FileSource:
         except OSError as error:
             raise storage_error("cannot open", self.name, error) from error
         try:
+            self._stat = os.fstat(self._file.fileno())
             self.size = self._file.seek(0, os.SEEK_END)
             if self.size == 0:
                 raise InvalidFileError("the file is empty")
@@ -139,6 +156,10 @@ class FileSource:
 
     def release(self, offset: int, length: int) -> None:
         """Do nothing: reads are copies."""
+
+    def check_unchanged(self) -> None:
+        """Compare what the system says of the file now and then."""
+        _compare(self.name, self._stat, os.fstat(self._file.fileno()))
 
     def close(self) -> None:
         """Close the file."""
@@ -190,8 +211,21 @@ class StreamSource:
     def release(self, offset: int, length: int) -> None:
         """Do nothing: reads are copies."""
 
+    def check_unchanged(self) -> None:
+        """Do nothing: a file object need not tell."""
+
     def close(self) -> None:
         """Leave the file open: the caller opened it."""
+
+
+def _compare(name: str, then: os.stat_result, now: os.stat_result) -> None:
+    """Refuse a file that was written to.
+
+    Raises:
+        StorageError: names the file.
+    """
+    if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+        raise StorageError(f"{name} changed while it was being read")
 
 
 def open_source(path: str | os.PathLike[str] | BinaryIO, *, mmap: bool = True) -> Source:

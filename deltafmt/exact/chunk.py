@@ -176,7 +176,7 @@ def changes(
     planes = _read_planes(view, count, unit.width, scratch_planes(unit.width, count))
     ranks = filled(planes) if len(view) <= _FEW_BYTES * count else None
     if ranks is None:
-        return None, joined(planes, prediction, unit, key, marked)
+        return None, joined(planes, prediction, unit, key, marked, scratch("sorted", planes.size))
     places = places_of(ranks, prediction, key, marked) if form == SORTED else ranks
     codes = planes.take(ranks, axis=1)
     return places, joined(codes, prediction.take(places), unit, Unit(unit.width))

@@ -133,16 +133,36 @@ def sorted_planes(
 
 
 def _joined(
-    native: Native, planes: Planes, prediction: Units, unit: Unit, key: Unit, marks: Marks | None = None
+    native: Native,
+    planes: Planes,
+    prediction: Units,
+    unit: Unit,
+    key: Unit,
+    marks: Marks | None = None,
+    room: NDArray[np.uint8] | None = None,
 ) -> Units:
     out = np.empty(prediction.size, unit.dtype)
-    native.exact_join(planes, prediction, unit.is_float, key.shift, key.bits, native_marks(marks), out)
+    if room is None:
+        room = np.empty(out.nbytes, np.uint8)
+    native.exact_join(planes, prediction, unit.is_float, key.shift, key.bits, native_marks(marks), out, room)
     return out
 
 
 @loop(_joined)
-def joined(planes: Planes, prediction: Units, unit: Unit, key: Unit, marks: Marks | None = None) -> Units:
-    """Return the units whose sorted planes these are; the inverse of :func:`sorted_planes`."""
+def joined(
+    planes: Planes,
+    prediction: Units,
+    unit: Unit,
+    key: Unit,
+    marks: Marks | None = None,
+    room: NDArray[np.uint8] | None = None,  # noqa: ARG001 - for the compiled loop
+) -> Units:
+    """Return the units whose sorted planes these are; the inverse of :func:`sorted_planes`.
+
+    Args:
+        planes, prediction, unit, key, marks: as there.
+        room: as many bytes as the units have, or more, whose contents are lost.
+    """
     codes = np.empty(prediction.size, unit.dtype)
     codes[np.argsort(sort_keys(prediction, key, marks), kind="stable")] = units_of(planes, unit)
     with np.errstate(over="ignore"):

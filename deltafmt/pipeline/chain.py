@@ -104,7 +104,8 @@ class LinkState:
         return self.base.checkpoint.config()
 
     def check_unchanged(self) -> None:
-        """Check that the model behind the chain is the one that was opened."""
+        """Check that the model behind the chain, and all links up to this one, are those that were opened."""
+        self.delta.container.check_unchanged()
         self.base.checkpoint.check_unchanged()
 
     def read_described(self, scaled: Mapping[str, ScaledRef]) -> None:

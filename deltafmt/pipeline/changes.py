@@ -170,8 +170,8 @@ class DeltaChanges:
         return found
 
     def check_unchanged(self) -> None:
-        """Check that the base has not changed. What came of the delta file was compared with its digests."""
-        self.base.check_unchanged()
+        """Check that neither the base nor the delta file has changed."""
+        self._state.check_unchanged()
 
 
 def _tied_head(entry: TensorEntry) -> str | None:

@@ -26,6 +26,7 @@ from deltafmt.methods.base import DeltaRows, Method, PackedTerm
 from deltafmt.methods.exact import Exact
 from deltafmt.pipeline.entry_writer import TermBytes, base_ref, packed_bytes
 from deltafmt.pipeline.exact_tensors import ChunkPacker, ExactBytes
+from deltafmt.pipeline.file_hashes import FileHashes
 from deltafmt.pipeline.job import PackJob
 from deltafmt.pipeline.plan import Plan, not_finite, shared_bytes, tensor_seed
 from deltafmt.pipeline.workers import in_order
@@ -219,11 +220,13 @@ class Compressor:
     Args:
         job: what is packed.
         pool: the worker threads, which several jobs may share.
+        files: take the digests of the fine-tune's weight files.
     """
 
-    def __init__(self, job: PackJob, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, job: PackJob, pool: ThreadPoolExecutor, files: FileHashes) -> None:
         self._job = job
         self._pool = pool
+        self._files = files
 
     def results(self, plans: Sequence[Plan]) -> Iterator[tuple[Plan, Compressed]]:
         """Give plans of the job with what has become of their tensors, in order.
@@ -264,7 +267,8 @@ class Compressor:
         tensor, base = plan.tensor, plan.base
         tensor.will_need()
         small = max(tensor.nbytes, 0 if base is None else base.nbytes) <= SMALL_BYTES
-        packer = ChunkPacker(tensor, base, method.level)
+        # Work on small tensors begins in no order.
+        packer = ChunkPacker(tensor, base, method.level, None if small else self._files.expect(tensor))
         if isinstance(base, HeldTensor):
             self._begin(small, base.fingerprint)  # it is kept, and ready when it is asked for
         return _ExactWork(plan, packer, [self._begin(small, packer.encode, number) for number in range(len(packer))])

@@ -19,6 +19,7 @@ from deltafmt.index.entries import TensorEntry
 from deltafmt.output import Bytes
 from deltafmt.pipeline.chunk_hashes import ChunkHashes
 from deltafmt.pipeline.exact_parts import ExactPart
+from deltafmt.pipeline.file_hashes import FileHash
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +86,11 @@ class ChunkPacker:
     Args:
         tensor, base: the fine-tune's tensor, and the base's or None.
         level: how chunks are encoded.
+        file: takes the digest of the fine-tune's weight file, and expects the tensor; None if nothing does.
     """
 
-    def __init__(self, tensor: Tensor, base: Tensor | None, level: str) -> None:
-        self._tensor, self._base, self._level = tensor, base, level
+    def __init__(self, tensor: Tensor, base: Tensor | None, level: str, file: FileHash | None = None) -> None:
+        self._tensor, self._base, self._level, self._file = tensor, base, level, file
         self._spans = chunk_spans(tensor.dtype, tensor.shape)
         self._mine = ChunkHashes(tensor)
         # Those who pack several fine-tunes of a base hold its tensor, and take its fingerprint once.
@@ -100,10 +102,13 @@ class ChunkPacker:
     def encode(self, number: int) -> EncodedChunk:
         """Encode a chunk. Chunks have to be begun in order; they may end in any order."""
         (first, end), unit = self._spans[number], unit_of(self._tensor.dtype)
+        offset = self._tensor.offset + first * unit.width
         try:
             with contextlib.ExitStack() as stack:
                 view = stack.enter_context(self._tensor.pages(first * unit.width, (end - first) * unit.width))
                 self._mine.take(number, view)
+                if self._file is not None:
+                    self._file.take(offset, view)
                 see = None if self._theirs is None else partial(self._theirs.take, number)
                 prediction = stack.enter_context(predicted(self._base, self._tensor.dtype, first, end, see))
                 return encode_chunk(units_at(view, self._tensor.dtype), prediction, unit, self._level)
@@ -111,6 +116,8 @@ class ChunkPacker:
             for hashes in (self._mine, self._theirs):
                 if hashes is not None:
                     hashes.fail(number)
+            if self._file is not None:
+                self._file.fail(offset)
             raise
 
     def digests(self) -> tuple[bytes, bytes | None]:

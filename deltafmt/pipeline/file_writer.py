@@ -22,6 +22,7 @@ from deltafmt.output import storage_error
 from deltafmt.pipeline.compress import Compressed, Compressor
 from deltafmt.pipeline.entry_writer import EntryWriter
 from deltafmt.pipeline.exact_packing import exact_parts
+from deltafmt.pipeline.file_hashes import FileHashes
 from deltafmt.pipeline.job import Delivery, PackJob
 from deltafmt.pipeline.outputs import kept_if_interrupted
 from deltafmt.pipeline.pack_result import PackResult
@@ -99,11 +100,13 @@ class FileWriter:
         sink: takes the bytes. Whoever made the writer keeps, abandons or commits it.
         result: what the run reports.
         todo: the plans of the tensors that no earlier run has packed, in the order of the file.
+        files: take the digests of the fine-tune's weight files from the work on tensors.
     """
 
     def __init__(self, job: PackJob, sink: PartialFile | StreamFile, result: PackResult) -> None:
         self.sink = sink
         self.result = result
+        self.files = FileHashes(job)
         self._job = job
         self._container = ContainerWriter(sink, job.profile, sink.sections, job.features())
         self._writer = EntryWriter(self._container)
@@ -140,7 +143,7 @@ class FileWriter:
     def run(self, threads: int, progress: Progress | None, *, attach: bool = True, most: int | None = None) -> None:
         """Pack every tensor, then :meth:`finish`."""
         with worker_pool(threads, "pack") as pool:
-            for plan, compressed in Compressor(self._job, pool).results(self.todo):
+            for plan, compressed in Compressor(self._job, pool, self.files).results(self.todo):
                 self.take(plan, compressed)
                 if progress:
                     progress(plan.tensor.name, plan.tensor.nbytes)
@@ -216,7 +219,7 @@ class FileWriter:
         files = {}
         for name, file in read_heads(self._job.finetuned).items():
             head = self._container.add(file.head, c.SECTION_KIND_ATTACHMENTS)
-            files[name] = FileRef(file.digest(), head)
+            files[name] = FileRef(self.files.digest(file), head)
         self.result.restored = list(files)
         return files
 

@@ -89,8 +89,8 @@ def _identity(path: Path) -> Any:
 class Finished:
     """The record of the delta files in a folder that are finished.
 
-    It is read from the folder, and written anew whenever a file is finished. A record that cannot be read counts as
-    empty: its files are then outputs that exist.
+    It is read from the folder, and written anew whenever a file is finished, with what another run has added to it
+    meanwhile. A record that cannot be read counts as empty: its files are then outputs that exist.
 
     Args:
         folder: the folder, which exists.
@@ -98,11 +98,15 @@ class Finished:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / RECORD
-        self._rows: dict[str, dict[str, Any]] = {}
-        with contextlib.suppress(OSError, ValueError):
+        self._rows = self._read()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        """Return the rows that the folder has, by the names of their files."""
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             found = json.loads(self._path.read_bytes())
             if isinstance(found, dict) and found.get("schema") == _SCHEMA and isinstance(found.get("files"), dict):
-                self._rows = {name: row for name, row in found["files"].items() if isinstance(row, dict)}
+                return {name: row for name, row in found["files"].items() if isinstance(row, dict)}
+        return {}
 
     def content_id(self, path: Path, job: PackJob) -> str | None:
         """Return the content id of a file that an earlier run of the same job has finished, or None.
@@ -123,6 +127,7 @@ class Finished:
         Raises:
             StorageError: the record cannot be written.
         """
+        self._rows |= self._read()
         self._rows[path.name] = {"job": _job_digest(job), "file": _state(path), "content_id": content_id}
         # What somebody has removed since is not finished any more.
         self._rows = {name: row for name, row in sorted(self._rows.items()) if (path.parent / name).exists()}

@@ -10,6 +10,7 @@ import contextlib
 import heapq
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -227,7 +228,7 @@ class _Run:
                 with self._one(name), contextlib.ExitStack() as pair:
                     job = self._prepare(name, pair.enter_context(self._options.open(self._base.path, source)))
                     if job is not None:
-                        outputs.append(self._open(name, job, Compressor(job, pool)))
+                        outputs.append(self._open(name, job, pool))
                         pairs.enter_context(pair.pop_all())
             self._pack(outputs)
         self._key = self._held = None
@@ -263,10 +264,10 @@ class _Run:
         check_output(job, Delivery(path, self._force, self._threads))
         return job
 
-    def _open(self, name: str, job: PackJob, compressor: Compressor) -> _Output:
+    def _open(self, name: str, job: PackJob, pool: ThreadPoolExecutor) -> _Output:
         """Begin a file; one whose tensors an earlier run has packed is finished at once."""
         writer = FileWriter.open(job, Delivery(self._result.paths[name], self._force, self._threads))
-        return _Output(name, job, writer, compressor, len(writer.todo))
+        return _Output(name, job, writer, Compressor(job, pool, writer.files), len(writer.todo))
 
     def _pack(self, outputs: Sequence[_Output]) -> None:
         """Pack the tensors of all files; each file is finished behind its last tensor."""

@@ -161,9 +161,15 @@ def _check_restorable(finetuned: Checkpoint, lacks: Completeness) -> None:
     """Refuse a fine-tune whose files cannot be restored byte for byte, before any work is done.
 
     Raises:
-        UsageError: tensors are to be taken from the base, which no file of the fine-tune has.
+        UsageError: tensors are to be taken from the base, which no file of the fine-tune has; or tensors of its files
+            are left out, because they have no elements.
         InvalidFileError: a file has bytes that belong to no tensor.
     """
+    if lacks.empty:
+        raise UsageError(
+            f'"{lacks.empty[0]}" of {finetuned.path} has no elements and is left out, and the file that has it could '
+            "not be restored byte for byte; leave exact parts out, or choose the method exact"
+        )
     if lacks.taken:
         raise UsageError(
             f"missing 'same' takes \"{lacks.taken[0]}\" from the base, and restored files have no place for it: it "

@@ -148,7 +148,9 @@ class _Mover:
         )
         about["attachments"] = copied_attachments(source, target)
         if self._drop:
-            return target.finish(written.values(), **about)
+            dropped = target.finish(written.values(), **about)
+            source.check_unchanged()
+            return dropped
         if source.served is not None:
             target.serve(written.values(), **about)
             for entry in self._entries:
@@ -158,6 +160,7 @@ class _Mover:
                     target.boundary()
         about["files"] = copied_files(source, target)
         identity = target.finish(written.values(), **about)
+        source.check_unchanged()
         if identity != source.content_id:
             raise InvalidFileError(f"{source.name}: the content id is not that of the content")
         return identity

@@ -104,18 +104,22 @@ class _Check:
                 yield from base.pieces()
             if entry.data is not None:
                 yield from self._delta.container.pieces(entry.data)
-            if base is not None:
-                base.forget()
+            self._forget(entry, base)
             return
         digest = hasher(entry.dtype, entry.shape)
         for piece in self._chunks(ExactTensor(self._delta, entry, base)):
             digest.update(piece)
             yield piece
-        if base is not None:
-            base.forget()
+        self._forget(entry, base)
         if digest.digest() != entry.exact.digest:
             where = f'{self._delta.container.name}: tensors["{entry.name}"]'
             raise InvalidFileError(f"{where}: what is restored is not what was packed")
+
+    def _forget(self, entry: TensorEntry, base: Tensor | None) -> None:
+        """Give back the memory of what a tensor was restored from."""
+        if base is not None:
+            base.forget()
+        self._delta.container.release(entry)
 
     def _chunks(self, exact: ExactTensor) -> Iterator[Bytes]:
         """Give the bytes of an exact tensor; some chunks are restored ahead."""

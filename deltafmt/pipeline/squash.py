@@ -155,6 +155,8 @@ class _Squash:
                     files=files,
                     parent=first.parent,
                 )
+                for link in self._links:
+                    link.container.check_unchanged()
                 if self._chain is not None:
                     self._chain.model.check_unchanged()
                 sink.commit()

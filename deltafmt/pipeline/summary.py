@@ -50,7 +50,13 @@ def plural(number: int, noun: str) -> str:
 
 
 def times(ratio: float) -> str:
-    """Return how a size compares with a larger or a smaller one: ``14.74 times smaller``, ``5.88 times larger``."""
+    """Return how a size compares with a larger or a smaller one: ``14.74 times smaller``, ``5.88 times larger``.
+
+    Args:
+        ratio: the other size over this one; 0 if nothing is there to be compared with.
+    """
+    if not ratio:
+        return "larger"
     return f"{ratio:,.2f} times smaller" if ratio >= 1 else f"{1 / ratio:,.2f} times larger"
 
 

@@ -197,7 +197,9 @@ class Unpacker:
         writer: CheckpointWriter
         restores = self._delta.container.files and max_shard_bytes is None and not self._result.mismatched
         if restores:
-            writer = self._restorer(specs)
+            writer = restorer = self._restorer(specs)
+            # Files are hashed as they are written, which is from their beginning on.
+            self._entries = sorted(self._entries, key=lambda entry: restorer.order(entry.name))
         else:
             writer = CheckpointWriter(
                 self._result.path,
@@ -215,6 +217,7 @@ class Unpacker:
             for name in self._result.files:
                 writer.add_file(name, self._delta.attachment(name))
             self._base.checkpoint.check_unchanged()
+            self._delta.container.check_unchanged()
             beside = writer.keep_others()
             if beside is not None:
                 check_read(self._result.path, beside, writer.weights)

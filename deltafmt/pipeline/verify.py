@@ -13,7 +13,7 @@ from deltafmt.checkpoint.weight_names import WeightNames
 from deltafmt.container.reader import Container
 from deltafmt.container.served import ServedPart, check_served
 from deltafmt.delta import DeltaFile, codec_of
-from deltafmt.errors import InvalidFileError, UsageError
+from deltafmt.errors import InvalidFileError, UsageError, WrongBaseError
 from deltafmt.format import constants as c
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
@@ -103,6 +103,8 @@ def verify(
         _check_decoded(opened, entries)
         for entry in entries:
             _check_payload(opened, entry)
+            if base is None:
+                _check_chunks(opened, entry)
             container.release(entry)
             if progress:
                 progress(entry.name, entry.nbytes)
@@ -114,9 +116,15 @@ def verify(
         checked, changes = None, list[NameChange]()
         restored: tuple[str, ...] = ()
         if base is not None:
-            with _open_base(base, before, opened, entries, renames) as (tensors, changes):
-                checked = check_base(tensors, entries, workers)
-                restored = check_restored(opened, tensors, entries, workers)
+            try:
+                with _open_base(base, before, opened, entries, renames) as (tensors, changes):
+                    checked = check_base(tensors, entries, workers)
+                    # Whatever can be known of chunks without the base is checked when they are restored.
+                    restored = check_restored(opened, tensors, entries, workers)
+            except WrongBaseError:
+                for entry in entries:
+                    _check_chunks(opened, entry)
+                raise
         WeightNames.from_metadata(container.metadata, container.name)
         rest = tuple(container.removed), tuple(container.attachments), changes
         said = dequantized(container.scaled(), container.metadata)
@@ -163,9 +171,13 @@ def _check_payload(delta: DeltaFile, entry: TensorEntry) -> None:
         except InvalidFileError as error:
             prefix = f"terms[{number}]: " if len(entry.terms) > 1 else ""
             raise InvalidFileError(f'{delta.container.name}: tensors["{entry.name}"]: {prefix}{error}') from error
+    check_payload_digest(delta, entry)
+
+
+def _check_chunks(delta: DeltaFile, entry: TensorEntry) -> None:
+    """Check what can be known without the base of the chunks of an exact tensor."""
     if entry.exact is not None:
         ExactTensor(delta, entry, None).check()
-    check_payload_digest(delta, entry)
 
 
 def check_attachment(container: Container, name: str) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from deltafmt.errors import UsageError
+from deltafmt.errors import InvalidFileError, StorageError, UsageError
 from deltafmt.sync.message import Message, Reply
 from deltafmt.sync.publisher import Publisher
 from deltafmt.sync.stores import LocalStore, Store, UrlStore
@@ -36,7 +36,7 @@ class Folder:
     """
 
     def __init__(self, place: str | os.PathLike[str]) -> None:
-        url = os.fspath(place)
+        url = os.fsdecode(place)
         self._store: Store = UrlStore(url) if "://" in url else LocalStore(Path(url))
 
     def send(self, message: Message) -> None:
@@ -66,6 +66,8 @@ class Folder:
     def collect(self, publisher: Publisher) -> dict[str, str]:
         """Hand all replies to a publisher, write the anchors that it answers with, and return who is still behind.
 
+        A publisher without a state counts on from the newest version that is here, whoever has sent it.
+
         Returns:
             What :meth:`Publisher.behind` gives: empty once the next version can be published.
 
@@ -75,10 +77,14 @@ class Folder:
         """
         names = sorted(self._store.names())
         there = set(_versions(names))
+        publisher.count_on(max((version for version, _ in there), default=0))
         for name in names:
             if not name.endswith(_REPLY):
                 continue
-            answer = publisher.receive(self._store.read(name))
+            try:
+                answer = publisher.receive(self._store.read(name))
+            except InvalidFileError as error:
+                raise error.located(name) from error
             # An anchor of this version may be there already, and the subscriber has not come to it yet.
             if answer is not None and (answer.version, answer.kind) not in there:
                 self.send(answer)
@@ -89,7 +95,8 @@ class Folder:
         """Apply the messages that a subscriber lacks, write its reply, and return what it said after each message.
 
         Without an unbroken run of patches, the subscriber goes on with the newest anchor. A patch that it cannot apply
-        makes it look for a later anchor. Without one the call ends; the publisher answers when it collects.
+        makes it look for a later anchor. Without one the call ends; the publisher answers when it collects. A message
+        that is pruned meanwhile counts as one that was not there.
 
         Raises:
             UsageError: the subscriber's name cannot be that of a file.
@@ -101,7 +108,14 @@ class Folder:
         route = self._route(subscriber.version)
         while route:
             version, kind = route.pop(0)
-            replies.append(subscriber.receive(self.read(version, kind)))
+            try:
+                data = self.read(version, kind)
+            except StorageError:
+                if (version, kind) in self.versions():
+                    raise
+                route = self._route(subscriber.version)
+                continue
+            replies.append(subscriber.receive(data))
             if replies[-1].error is not None:
                 # What follows was made on this message; only an anchor, of this version or a later one, needs it not.
                 route = _from_anchor(self.versions(), version) if kind == "patch" else []

@@ -98,7 +98,7 @@ def live_tensors(state: Mapping[str, torch.Tensor], what: str = "the state") -> 
 
 def _checked(name: object, value: object, what: str) -> LiveTensor:
     where = f"{what}: tensor {name!r}"
-    if not isinstance(name, str) or not is_name(name) or name.rpartition("/")[2] == "__metadata__":
+    if not isinstance(name, str) or not _can_be_written(name):
         raise UsageError(f"{where} has a name that no file can hold")
     if not isinstance(value, torch.Tensor):
         raise UsageError(f"{where} is no tensor but {type(value).__name__}; leave it out of the state")
@@ -117,6 +117,15 @@ def _checked(name: object, value: object, what: str) -> LiveTensor:
     except InvalidFileError as error:
         raise UsageError(str(error)) from error
     return LiveTensor(name, dtype, shape, tensor, [value])
+
+
+def _can_be_written(name: str) -> bool:
+    """Tell whether a file can hold a tensor of a name."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # half a pair of surrogates
+        return False
+    return is_name(name) and name.rpartition("/")[2] != "__metadata__"
 
 
 def _place(tensor: torch.Tensor) -> tuple[object, ...]:

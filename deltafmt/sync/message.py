@@ -17,7 +17,7 @@ from typing import BinaryIO, Final, Self
 from blake3 import blake3
 
 from deltafmt.delta import DeltaFile
-from deltafmt.errors import InvalidFileError
+from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.output import Bytes
 
@@ -32,8 +32,6 @@ MAX_VERSION: Final = 10**12 - 1
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,11}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_REPLY = 1 << 16
-
-Source = Bytes | str | os.PathLike[str] | BinaryIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +63,9 @@ class Message:
         return {VERSION: str(self.version), STATE: self.state, **({PARENT: self.parent} if self.parent else {})}
 
 
+Source = Message | Bytes | str | os.PathLike[str] | BinaryIO
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What a subscriber says after a message.
@@ -93,6 +94,8 @@ class Reply:
         Raises:
             InvalidFileError: it is no reply.
         """
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise InvalidFileError(f"not a reply of a subscriber, nor its bytes, but a {type(data).__name__}")
         try:
             if len(data) > _MAX_REPLY:
                 raise ValueError
@@ -117,16 +120,22 @@ class Heading:
 
 
 def open_message(source: Source, limits: Limits = DEFAULT_LIMITS) -> tuple[DeltaFile, Heading]:
-    """Open a message, given as bytes, as a path or as a file object, and read its heading.
+    """Open a message, given as such, as bytes, as a path or as a file object, and read its heading.
 
     Raises:
+        UsageError: it is none of these.
         InvalidFileError: it is no valid delta file, or its metadata are not those of a message.
         StorageError: reading failed.
     """
+    if isinstance(source, Message):
+        source = source.data
     if isinstance(source, bytes | bytearray | memoryview):
         file = io.BytesIO(source)
         file.name = "the message"
         source = file
+    elif not isinstance(source, str | os.PathLike) and not hasattr(source, "seek"):
+        kind = type(source).__name__
+        raise UsageError(f"a {kind} is no message; give a message, its bytes, its path or a file object")
     delta = DeltaFile(source, limits=limits)
     try:
         return delta, _heading(delta.metadata, delta.container.name)

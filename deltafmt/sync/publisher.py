@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deltafmt.errors import BehindError, UsageError
+from deltafmt.errors import BehindError, InvalidFileError, UsageError
 from deltafmt.exact.chunk import LEVELS
 from deltafmt.format.choices import check_choice
 from deltafmt.output import Bytes
@@ -69,6 +69,11 @@ class Publisher:
         level: str = "default",
         threads: int | None = None,
     ) -> None:
+        for what, number in (("anchor_every", anchor_every), ("ahead", ahead), ("version", version)):
+            if type(number) is not int and not (number is None and what == "anchor_every"):
+                raise UsageError(f"{what} is {number!r}, and not a whole number")
+        if isinstance(subscribers, str):
+            raise UsageError(f"subscribers {subscribers!r} is one name, and a list of them is needed")
         if anchor_every is not None and anchor_every < 1:
             raise UsageError(f"an anchor at every {anchor_every} versions is not possible; give 1 or more, or None")
         if ahead < 0 or not 0 <= version < MAX_VERSION:
@@ -79,6 +84,8 @@ class Publisher:
         self._level, self._threads = level, thread_count(threads)
         self._start = version
         self._followers = {name: _Follower(version) for name in subscribers}
+        self._replies: dict[str, Reply] = {}
+        self._dropped: dict[str, Reply] = {}
         self._kept: KeptState | None = None
         self._digests: dict[int, str] = {}
         self._before: str | None = None
@@ -143,27 +150,48 @@ class Publisher:
     def receive(self, reply: Reply | Bytes) -> Message | None:
         """Take the reply of a subscriber, and return the anchor that it needs; None if it needs nothing.
 
+        The last reply of a subscriber that was dropped since counts for nothing; with another one, the subscriber is
+        back.
+
         Args:
             reply: a reply, or its bytes.
 
         Raises:
-            InvalidFileError: the bytes are no reply.
+            InvalidFileError: the bytes are no reply, or it names the last version that there can be.
         """
         reply = as_reply(reply)
         version = self._start if reply.version is None else reply.version
+        if version >= MAX_VERSION:
+            raise InvalidFileError(
+                f"subscriber {reply.subscriber!r} says that it has version {version}, after which there is none"
+            )
         if self._kept is None:
             # A publisher that was started anew counts on from where the one before it came to.
-            self.version = max(self.version, version)
+            self.count_on(version)
             return None
+        if self._dropped.get(reply.subscriber) == reply:
+            return None
+        self._dropped.pop(reply.subscriber, None)
+        self._replies[reply.subscriber] = reply
         follower = _Follower(version, reply.state, self._fault(reply))
         self._followers[reply.subscriber] = follower
         if follower.error is None and reply.version is not None:
             return None
-        if version > self.version:
+        if version > self.version or (version == self.version and reply.state not in (None, self._digests[version])):
+            # Only a later version replaces what the subscriber has.
             self.version, self._anchor = version + 1, None
             self._remember(self._kept.digest())
             self._before = self.anchor().content_id
         return self.anchor()
+
+    def count_on(self, version: int) -> None:
+        """Count on from a version that an earlier publisher has sent. A publisher that has a state keeps its own.
+
+        Args:
+            version: the version.
+        """
+        if self._kept is None:
+            self.version = max(self.version, version)
 
     def drop(self, subscriber: str) -> None:
         """Forget a subscriber, which will not come back.
@@ -173,6 +201,8 @@ class Publisher:
         """
         if self._followers.pop(subscriber, None) is None:
             raise UsageError(f"there is no subscriber {subscriber!r}")
+        if subscriber in self._replies:
+            self._dropped[subscriber] = self._replies.pop(subscriber)
 
     def behind(self) -> dict[str, str]:
         """Return the subscribers for whom :meth:`publish` waits, and why."""

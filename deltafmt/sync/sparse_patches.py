@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
@@ -178,8 +179,11 @@ class _Patches:
 
     def __init__(self, patches: Iterable[PatchLike]) -> None:
         self._held: dict[str, list[PatchLike]] = {}
+        if not isinstance(patches, Iterable):
+            raise UsageError(f"the patches are a {type(patches).__name__}; give a list of them")
         for patch in patches:
-            self._held.setdefault(patch.name, []).append(_checked(patch))
+            checked = _checked(patch)
+            self._held.setdefault(checked.name, []).append(checked)
 
     @property
     def names(self) -> Collection[str]:
@@ -217,10 +221,20 @@ class _Patches:
 
 def _checked(patch: PatchLike) -> PatchLike:
     """Refuse a patch that vLLM would not take, as far as it shows without the indices' values."""
+    missing = [name for name in SparsePatch._fields if not hasattr(patch, name)]
+    if missing:
+        raise UsageError(f"a {type(patch).__name__} is no patch: it has no {missing[0]}")
     where = f'the patch of "{patch.name}"'
     for what, given in (("indices", patch.indices), ("values", patch.values)):
         if not isinstance(given, torch.Tensor):
             raise UsageError(f"{where}: {what} are a {type(given).__name__}, not a tensor of torch")
+        if given.layout is not torch.strided or given.is_meta or given.is_conj() or given.is_neg():
+            raise UsageError(
+                f"{where}: {what} have no bytes of their own: they are sparse, on no device, or a view of other values"
+            )
+    shape: object = patch.full_shape
+    if not isinstance(shape, Sequence) or not all(isinstance(size, Integral) for size in shape):
+        raise UsageError(f"{where}: full_shape {shape!r} is not a row of sizes")
     if patch.indices.dtype not in (torch.int32, torch.int64) or patch.indices.ndim != 1:
         raise UsageError(
             f"{where}: indices of {patch.indices.dtype} {list(patch.indices.shape)} are not a row of int32"

@@ -34,7 +34,7 @@ class LocalStore:
         self._path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name with a zero byte is no OSError
             raise storage_error("cannot make", path, error) from error
 
     def names(self) -> list[str]:

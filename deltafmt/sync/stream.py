@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from typing import Protocol
 
@@ -17,15 +18,15 @@ _PIECE = 1 << 24
 class Readable(Protocol):
     """A binary file object, such as that of ``socket.makefile("rb")``."""
 
-    def read(self, size: int, /) -> bytes | None:
-        """Return up to so many bytes, none at the end."""
+    def read(self, size: int, /) -> bytes | str | None:
+        """Return up to so many bytes, none at the end; text is refused."""
 
 
 class Writable(Protocol):
     """A binary file object, such as that of ``socket.makefile("wb")``."""
 
     def write(self, data: Bytes, /) -> object:
-        """Take all bytes."""
+        """Take bytes, and return how many; all of them if it returns nothing."""
 
     def flush(self) -> None:
         """Send what is buffered."""
@@ -35,17 +36,17 @@ def write_message(file: Writable, data: Bytes) -> None:
     """Write a message, or a reply, with its length in front.
 
     Args:
-        file: a binary file object that takes all bytes of a call, as buffered ones do.
+        file: a binary file object that blocks. One without a buffer may take a part of the bytes at a time.
         data: the bytes, such as ``message.data`` or ``reply.to_bytes()``.
 
     Raises:
         StorageError: writing failed.
     """
     try:
-        file.write(_LENGTH.pack(len(data)))
-        file.write(data)
+        _write(file, _LENGTH.pack(memoryview(data).nbytes))
+        _write(file, data)
         file.flush()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise storage_error("cannot write", "a message", error) from error
 
 
@@ -74,15 +75,29 @@ def read_message(file: Readable, max_bytes: int | None = None) -> bytes | None:
     return data
 
 
+def _write(file: Writable, data: Bytes) -> None:
+    view = memoryview(data).cast("B")
+    while view.nbytes:
+        taken = file.write(view)
+        if taken is None and not isinstance(file, io.RawIOBase):
+            return
+        if not isinstance(taken, int) or taken < 1:
+            raise OSError("the stream takes nothing, as one that does not block")
+        view = view[taken:]
+
+
 def _read(file: Readable, length: int) -> bytes:
-    parts, missing = [], length
+    parts: list[bytes] = []
+    missing = length
     while missing:
         try:
             part = file.read(min(missing, _PIECE))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise storage_error("cannot read", "a message", error) from error
         if part is None:
             raise StorageError("cannot read a message: the stream does not block")
+        if isinstance(part, str):
+            raise StorageError("cannot read a message: the stream gives text, and not bytes")
         if not part:
             break
         parts.append(part)

@@ -62,6 +62,8 @@ class Subscriber:
         threads: int | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
+        if not isinstance(name, str):
+            raise UsageError(f"a subscriber's name is a text, and {name!r} is none")
         self.name = name
         self.version: int | None = None
         self._digest: str | None = None
@@ -76,7 +78,7 @@ class Subscriber:
         an anchor.
 
         Args:
-            message: its bytes, its path, or a file object.
+            message: a message, its bytes, its path, or a file object.
         """
         try:
             self.apply(message)

@@ -30,6 +30,12 @@ enum { PLACES_RUN = 64 };
 /* Bytes of scratch memory that writing a frame takes. */
 enum { FRAME_SCRATCH = 5 << 16 };
 
+/* Keys are counted in runs, with COMMON numbers for each run. Finding units lists those of rare keys, of which there are
+ * at most one in RARE. It takes so many bytes of scratch memory. */
+enum { KEY_RUN = 512, COMMON = 8, RARE = 8 };
+#define KEY_RUNS(COUNT) (((COUNT) + KEY_RUN - 1) / KEY_RUN)
+#define FIND_SCRATCH(COUNT) ((COMMON * KEY_RUNS(COUNT) + (COUNT) / RARE) * sizeof(uint32_t))
+
 /* Dtypes of weights and scales. */
 enum dtype { BF16, F16, F32 };
 
@@ -103,7 +109,7 @@ struct exact {
     uint8_t *planes;      /* (width, count), `stride` bytes apart */
     size_t stride;
     uint32_t *table;      /* scratch: a count for each key in each quarter of each block */
-    void *out;            /* (count,) in exact_join */
+    void *out, *sorted;   /* (count,) in exact_join; sorted is scratch */
 };
 
 /* The loops of one processor level. Scratch memory comes from the caller: `row` bytes as module.c computes them. */

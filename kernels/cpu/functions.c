@@ -464,9 +464,11 @@ PyObject *exact_join(struct call *call) {
     require(call, extent(out, 0) == e.count && (size_t)out->itemsize == e.width, "the result is as wide and as long");
     e.planes = planes->buf;
     e.out = out->buf;
-    exact_scratch(call, &e);
+    const Py_buffer *sorted = array(call, "B", 1, 1);
+    require(call, extent(sorted, 0) >= (e.bits || e.marks ? e.count * e.width : 0), "there is room for the sorted codes");
+    require(call, !((uintptr_t)sorted->buf % 8), "this room is aligned");
+    e.sorted = sorted->buf;
     RUN(call, loops->exact_join(&e));
-    free(e.table);
     return finish(call, nothing, 0);
 }
 
@@ -493,7 +495,9 @@ PyObject *exact_find(struct call *call) {
     const Py_buffer *ranks = array(call, "l", 1, 0), *places = array(call, "l", 1, 1);
     require(call, extent(places, 0) == extent(ranks, 0), "there is a place for each rank");
     require_ascending(call, ranks, e.count, "ranks ascend among the units");
+    e.table = scratch_of(call, FIND_SCRATCH(e.count));
     RUN(call, loops->exact_find(&e, ranks->buf, extent(ranks, 0), places->buf));
+    free(e.table);
     return finish(call, nothing, 0);
 }
 

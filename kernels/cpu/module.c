@@ -101,7 +101,8 @@ static const struct loops *level_by_name(PyObject *name) {
 #if defined(__x86_64__)
     if (!PyUnicode_CompareWithASCIIString(name, loops_x86_64_v3.level)) {
         __builtin_cpu_init();
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2"))
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+            __builtin_cpu_supports("popcnt"))
             return &loops_x86_64_v3;
     }
 #endif

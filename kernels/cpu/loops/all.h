@@ -10,6 +10,7 @@
 #include "lowrank.c"
 #include "sparse.c"
 #include "exact.c"
+#include "keys.c"
 #include "ranks.c"
 #include "few.c"
 #include "states.c"

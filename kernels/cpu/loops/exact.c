@@ -49,6 +49,37 @@ INLINE void place_block(uint32_t *restrict places, size_t keys, const uint16_t *
     for (size_t i = QUARTERS * quarter; i < run; i++) to[i] = places[(QUARTERS - 1) * keys + key[i]]++;
 }
 
+/* Units that are joined are not staged: their codes are read where they are, of several segments of a chunk side by side,
+ * which lie apart by other steps than powers of two. */
+enum { SEGMENTS = 2, SEGMENT_RUN = 1024, APART = 32 };
+
+/* Keys are counted two at a time where they lie in a window of so many bits, as exponents of weights do. */
+enum { WINDOW_BITS = 5, WINDOW = 1 << WINDOW_BITS, PAIRS = WINDOW * WINDOW, ABOVE = 4 };
+
+/* Counts keys of a run, the pairs that lie in the window from `low` on in `pairs`: [second - low][first - low]. */
+INLINE void count_keys(const uint16_t *restrict key, size_t run, uint32_t low, uint32_t *restrict numbers,
+                       uint32_t *restrict pairs) {
+    uint16_t pair[SEGMENT_RUN / 2];
+    uint32_t outside = 0;
+    for (size_t i = 0; i < run / 2; i++) {
+        uint32_t both;
+        memcpy(&both, key + 2 * i, sizeof both);
+        both -= low * 0x10001u; /* what is below leaves higher bits, too */
+        outside |= both;
+        pair[i] = (uint16_t)((both & (WINDOW - 1)) | (both >> (16 - WINDOW_BITS) & (PAIRS - WINDOW)));
+    }
+    if (outside & ~((WINDOW - 1) * 0x10001u))
+        for (size_t i = 0; i < run / 2 * 2; i++) numbers[key[i]]++;
+    else
+        for (size_t i = 0; i < run / 2; i++) pairs[pair[i]]++;
+    if (run % 2) numbers[key[run - 1]]++;
+}
+
+INLINE size_t segment_of(size_t count) {
+    size_t segment = count / SEGMENTS;
+    return segment < 1 << 16 ? segment : segment - (segment + 2048 - 288) % 2048;
+}
+
 INLINE size_t all_keys(const struct exact *e) { return (e->marks ? (size_t)2 : 1) << e->bits; }
 
 /* The loops for units of type T, of which TOP is the highest bit. */
@@ -151,34 +182,76 @@ INLINE size_t all_keys(const struct exact *e) { return (e->marks ? (size_t)2 : 1
             }                                                                                                         \
         }                                                                                                             \
     }                                                                                                                 \
+    /* Says where the codes of each key and segment begin. */                                                         \
+    static void begin_segments_##T(const struct exact *e, size_t segment, size_t step, uint32_t *restrict numbers) {  \
+        uint16_t key[SEGMENT_RUN], most = 0;                                                                          \
+        uint32_t pairs[PAIRS], low = 0;                                                                               \
+        size_t count = e->count, keys = all_keys(e);                                                                  \
+        memset(numbers, 0, SEGMENTS * step * sizeof *numbers);                                                        \
+        for (size_t s = 0; s < SEGMENTS; s++) {                                                                       \
+            size_t from = s * segment, end = s + 1 < SEGMENTS ? from + segment : count;                               \
+            uint32_t *restrict own = numbers + s * step;                                                              \
+            memset(pairs, 0, sizeof pairs);                                                                           \
+            for (size_t first = from; first < end; first += SEGMENT_RUN) {                                            \
+                size_t run = end - first < SEGMENT_RUN ? end - first : SEGMENT_RUN;                                   \
+                keys_##T(e, first, run, key);                                                                         \
+                if (first == from) {                                                                                  \
+                    for (size_t i = 0; i < run; i++) most = key[i] > most ? key[i] : most;                            \
+                    low = most + ABOVE < WINDOW ? 0 : (uint32_t)most + ABOVE - WINDOW;                                \
+                }                                                                                                     \
+                count_keys(key, run, low, own, pairs);                                                                \
+            }                                                                                                         \
+            for (size_t second = 0; second < WINDOW; second++)                                                        \
+                for (size_t one = 0; one < WINDOW; one++) {                                                           \
+                    uint32_t number = pairs[second * WINDOW + one];                                                   \
+                    if (!number) continue;                                                                            \
+                    own[low + one] += number;                                                                         \
+                    own[low + second] += number;                                                                      \
+                }                                                                                                     \
+        }                                                                                                             \
+        uint32_t next = 0;                                                                                            \
+        for (size_t k = 0; k < keys; k++)                                                                             \
+            for (size_t s = 0; s < SEGMENTS; s++) {                                                                   \
+                uint32_t number = numbers[s * step + k];                                                              \
+                numbers[s * step + k] = next;                                                                         \
+                next += number;                                                                                       \
+            }                                                                                                         \
+    }                                                                                                                 \
     static void join_##T(const struct exact *e) {                                                                     \
         const T *prediction = e->prediction;                                                                          \
         size_t count = e->count, keys = all_keys(e), stride = e->stride;                                              \
-        uint32_t numbers[KEYS], starts[KEYS], places[QUARTERS * KEYS], ends[KEYS], *table = e->table;                 \
-        uint16_t key[BLOCK_UNITS];                                                                                    \
-        T codes[BLOCK_UNITS], sorted[BLOCK_UNITS], *out = e->out;                                                     \
-        if (keys > 1) {                                                                                               \
-            count_##T(e, numbers);                                                                                    \
-            begin_keys(numbers, keys, starts, NULL);                                                                  \
+        uint32_t places[SEGMENTS * (KEYS + APART)];                                                                   \
+        uint16_t key[SEGMENTS][SEGMENT_RUN];                                                                          \
+        T codes[SEGMENTS][SEGMENT_RUN + APART], *restrict sorted = e->sorted, *out = e->out;                          \
+        size_t segment = keys > 1 ? segment_of(count) : 0, step = keys + APART, rest = SEGMENTS * segment;            \
+        for (size_t first = 0; first < count; first += SEGMENT_RUN) {                                                 \
+            size_t run = count - first < SEGMENT_RUN ? count - first : SEGMENT_RUN;                                   \
+            T *to = keys > 1 ? sorted + first : codes[0];                                                             \
+            whole_##T(e->planes + first, stride, run, to);                                                            \
+            if (keys == 1) decode_##T(to, prediction + first, run, e->is_float, out + first);                         \
         }                                                                                                             \
-        for (size_t first = 0; first < count; first += BLOCK_UNITS, table += QUARTERS * keys) {                       \
-            size_t run = count - first < BLOCK_UNITS ? count - first : BLOCK_UNITS, quarter = run / QUARTERS;         \
-            if (keys == 1) {                                                                                          \
-                whole_##T(e->planes + first, stride, run, codes);                                                     \
-            } else {                                                                                                  \
-                keys_##T(e, first, run, key);                                                                         \
-                begin_block(table, keys, places, ends);                                                               \
-                for (size_t k = 0, from = 0; k < keys; from = ends[k++]) {                                            \
-                    if (from == ends[k]) continue;                                                                    \
-                    whole_##T(e->planes + starts[k], stride, ends[k] - from, sorted + from);                          \
-                    starts[k] += (uint32_t)(ends[k] - from);                                                          \
+        if (keys == 1) return;                                                                                        \
+        begin_segments_##T(e, segment, step, places);                                                                 \
+        for (size_t first = 0; first < segment; first += SEGMENT_RUN) {                                               \
+            size_t run = segment - first < SEGMENT_RUN ? segment - first : SEGMENT_RUN, i = 0;                        \
+            for (size_t s = 0; s < SEGMENTS; s++) keys_##T(e, s * segment + first, run, key[s]);                      \
+            for (; i + 2 <= run; i += 2)                                                                              \
+                for (size_t s = 0; s < SEGMENTS; s++) {                                                               \
+                    uint32_t *restrict place = places + s * step;                                                     \
+                    codes[s][i] = sorted[place[key[s][i]]++];                                                         \
+                    codes[s][i + 1] = sorted[place[key[s][i + 1]]++];                                                 \
                 }                                                                                                     \
-            for (size_t i = 0; i < quarter; i++)                                                                      \
-                for (size_t q = 0; q < QUARTERS; q++)                                                                 \
-                    codes[q * quarter + i] = sorted[places[q * keys + key[q * quarter + i]]++];                       \
-            for (size_t i = QUARTERS * quarter; i < run; i++) codes[i] = sorted[places[(QUARTERS - 1) * keys + key[i]]++];\
+            if (i < run)                                                                                              \
+                for (size_t s = 0; s < SEGMENTS; s++) codes[s][i] = sorted[places[s * step + key[s][i]]++];           \
+            for (size_t s = 0; s < SEGMENTS; s++) {                                                                   \
+                size_t at = s * segment + first;                                                                      \
+                decode_##T(codes[s], prediction + at, run, e->is_float, out + at);                                    \
             }                                                                                                         \
-            decode_##T(codes, prediction + first, run, e->is_float, out + first);                                     \
+        }                                                                                                             \
+        for (size_t i = rest; i < count; i++) {                                                                       \
+            keys_##T(e, i, 1, key[0]);                                                                                \
+            codes[0][0] = sorted[places[(SEGMENTS - 1) * step + key[0][0]]++];                                        \
+            decode_##T(codes[0], prediction + i, 1, e->is_float, out + i);                                            \
         }                                                                                                             \
     }
 

@@ -34,6 +34,7 @@ enum { FIND_UNITS = 512 };
     /* Passes over units of each key until none is left before the next rank. Quarters of the chunk go side by side. */\
     static void find_##T(const struct exact *e, const int64_t *restrict ranks, size_t number,                         \
                          int64_t *restrict places) {                                                                  \
+        BY_KEYS(keyed_find_##T(e, &common, ranks, number, places), T)                                                 \
         size_t count = e->count, quarter = count / QUARTERS, keys = all_keys(e), rank = 0;                            \
         uint32_t left[QUARTERS][KEYS], next[QUARTERS][KEYS], start = 0;                                               \
         uint16_t key[QUARTERS][FIND_UNITS];                                                                           \

@@ -25,6 +25,7 @@ enum { TURNS = 4 };
     static void ranks_##T(const struct exact *e, const int64_t *restrict places, size_t number,                       \
                           uint64_t *restrict counts, int64_t *restrict ranks) {                                       \
         const T *restrict prediction = e->prediction;                                                                 \
+        BY_KEYS(keyed_ranks_##T(e, &common, places, number, counts, ranks), T)                                        \
         size_t keys = (size_t)1 << e->bits, from = 0;                                                                 \
         T mask = (T)(keys - 1);                                                                                       \
         uint32_t seen[TURNS][KEYS];                                                                                   \

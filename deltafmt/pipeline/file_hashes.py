@@ -1,0 +1,111 @@
+"""The digests of a fine-tune's weight files, taken of the chunks that worker threads read for other work."""
+
+from __future__ import annotations
+
+import threading
+
+from blake3 import blake3
+
+from deltafmt.checkpoint.restored import FileHead
+from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
+from deltafmt.errors import StorageError
+from deltafmt.output import Bytes
+from deltafmt.pipeline.job import PackJob
+
+
+class FileHash:
+    """The digest of a weight file, of which several threads hash the chunks of tensors, each in its turn.
+
+    A tensor that is expected has all of its chunks hashed, in order. Whatever lies between such tensors is read when it
+    is its turn. A thread waits for those with earlier chunks, in tensors before too. So the work on chunks has to begin
+    in the order in which tensors were expected. Whoever cannot hash its chunk says :meth:`fail`.
+
+    Args:
+        file: the weight file.
+    """
+
+    def __init__(self, file: SafetensorsFile) -> None:
+        self._file = file
+        self._hasher = blake3()
+        self._turn = threading.Condition()
+        self._position = self._expected = 0
+        self._before: dict[int, int] = {}  # of each tensor's first byte, where the one expected before it ends
+        self._failed: int | None = None  # the first byte that will not be hashed
+
+    def expect(self, tensor: Tensor) -> bool:
+        """Expect the chunks of a tensor; return False if a tensor behind it in the file is expected already."""
+        if tensor.offset < self._expected:
+            return False
+        self._before[tensor.offset] = self._expected
+        self._expected = tensor.offset + tensor.nbytes
+        return True
+
+    def take(self, offset: int, data: Bytes) -> None:
+        """Hash the bytes of a chunk once all bytes before it are hashed.
+
+        Args:
+            offset: of the chunk in the file.
+            data: its bytes.
+
+        Raises:
+            StorageError: an earlier chunk could not be read.
+        """
+        begin = self._before.get(offset, offset)
+        with self._turn:
+            self._turn.wait_for(lambda: self._position == begin or self._is_lost(offset))
+            if self._position != begin:
+                raise StorageError(f"{self._file.path}: an earlier part of it could not be read")
+        # Nobody else has a turn now.
+        self._read(begin, offset)
+        self._hasher.update(data)
+        with self._turn:
+            self._position = offset + len(data)
+            self._turn.notify_all()
+
+    def fail(self, offset: int) -> None:
+        """Say that the work on a chunk has failed: unless it is hashed already, it will not be."""
+        with self._turn:
+            if self._position <= offset and (self._failed is None or offset < self._failed):
+                self._failed = offset
+                self._turn.notify_all()
+
+    def _is_lost(self, offset: int) -> bool:
+        """Tell whether a byte before this one will not be hashed."""
+        return self._failed is not None and self._failed < offset
+
+    def _read(self, first: int, end: int) -> None:
+        """Hash bytes of the file that no chunk has."""
+        if first < end:
+            for piece in Tensor("", "U8", (end - first,), self._file, first, end - first).pieces():
+                self._hasher.update(piece)
+
+    def digest(self) -> bytes | None:
+        """Return the digest, once all chunks are hashed; None if most of the file would have to be read for it."""
+        if 2 * self._position < self._file.size:
+            return None
+        self._read(self._position, self._file.size)
+        return self._hasher.digest()
+
+
+class FileHashes:
+    """The digests of all weight files of a job that restores them.
+
+    Args:
+        job: what is packed.
+    """
+
+    def __init__(self, job: PackJob) -> None:
+        shards = job.finetuned.weight_files() if job.restores else ()
+        self._hashes = {shard.path: FileHash(shard) for _, shard in shards}
+
+    def expect(self, tensor: Tensor) -> FileHash | None:
+        """Return what takes the chunks of a tensor, all of them, in order; None if nothing does."""
+        found = self._hashes.get(tensor.file.path)
+        # Tensors of other types do not lie in their file as they are.
+        return found if type(tensor) is Tensor and found is not None and found.expect(tensor) else None
+
+    def digest(self, head: FileHead) -> bytes:
+        """Return the digest of a file, whose chunks are all hashed."""
+        found = self._hashes.get(head.path)
+        digest = None if found is None else found.digest()
+        return head.digest() if digest is None else digest

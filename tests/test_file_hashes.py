@@ -1,0 +1,95 @@
+"""Digests of weight files that are taken of the chunks which several threads read."""
+
+from __future__ import annotations
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import deltafmt
+from conftest import normal, write_folder
+from deltafmt.checkpoint.folder import Checkpoint
+from deltafmt.checkpoint.restored import FileHead, file_digest
+from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
+from deltafmt.errors import StorageError
+from deltafmt.methods import Exact
+from deltafmt.pipeline import file_hashes
+from deltafmt.pipeline.file_hashes import FileHash
+
+STEP = 1000
+
+
+def tensors_of(folder: Path) -> tuple[SafetensorsFile, list[Tensor]]:
+    tensors = {f"{number}": normal(number, (20 + number, 100)) for number in range(5)}
+    ((_, file),) = Checkpoint(write_folder(folder, tensors)).weight_files()
+    return file, sorted(file.tensors.values(), key=lambda tensor: tensor.offset)
+
+
+def take_all(hashes: FileHash, tensors: list[Tensor]) -> None:
+    """Hash the chunks of tensors from several threads, in any order of being ready."""
+    expected = [tensor for tensor in tensors if hashes.expect(tensor)]
+    spans = [(tensor, at) for tensor in expected for at in range(0, tensor.nbytes, STEP)]
+    rng = random.Random(3)
+
+    def read(span: tuple[Tensor, int]) -> None:
+        tensor, at = span
+        time.sleep(rng.random() / 200)
+        with tensor.pages(at, min(STEP, tensor.nbytes - at)) as view:
+            hashes.take(tensor.offset + at, view)
+        hashes.fail(tensor.offset + at)  # what fails behind the hashing does not matter
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, spans))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (0, 1, 4), (1, 2, 3), (2, 1, 3, 0, 4), (4, 0, 1)])
+def test_the_digest_is_that_of_the_file(tmp_path: Path, order: tuple[int, ...]) -> None:
+    file, tensors = tensors_of(tmp_path / "a")
+    hashes = FileHash(file)
+    take_all(hashes, [tensors[number] for number in order])
+    assert hashes.digest() == file_digest(file.path)
+
+
+def test_of_a_file_that_is_hardly_read_there_is_no_digest(tmp_path: Path) -> None:
+    file, tensors = tensors_of(tmp_path / "a")
+    hashes = FileHash(file)
+    take_all(hashes, tensors[:2])
+    assert hashes.digest() is None
+
+
+def test_a_chunk_that_is_not_read_holds_up_nobody(tmp_path: Path) -> None:
+    file, tensors = tensors_of(tmp_path / "a")
+    hashes = FileHash(file)
+    assert all(map(hashes.expect, tensors))
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(hashes.take, tensor.offset, b"y") for tensor in tensors[1:3]]
+        hashes.fail(tensors[0].offset)
+        for one in waiting:
+            with pytest.raises(StorageError, match=r"model\.safetensors: an earlier part of it could not be read"):
+                one.result()
+    hashes.take(tensors[0].offset, b"x")  # what fails stops no chunk before it
+
+
+@pytest.mark.parametrize("shards", [None, [["0", "1", "2", "3"], ["4", "5", "6", "7"]]])
+def test_a_pack_reads_its_weight_files_once(
+    tmp_path: Path, shards: list[list[str]] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Small tensors lie between those that are hashed chunk by chunk.
+    tensors = {f"{number}": normal(number, (600, 200) if number % 3 else (4,)) for number in range(8)}
+    base = write_folder(tmp_path / "base", tensors, shards)
+    finetuned = write_folder(tmp_path / "ft", {name: normal(9, raw.shape) for name, raw in tensors.items()}, shards)
+    digest = FileHead.digest
+
+    def no_weights(head: FileHead) -> bytes:
+        assert head.path.name.endswith(".json")
+        return digest(head)
+
+    monkeypatch.setattr(file_hashes.FileHead, "digest", no_weights)
+    deltafmt.pack(base, finetuned, tmp_path / "d.deltafmt", method=Exact(), threads=3)
+    monkeypatch.undo()
+    deltafmt.unpack(base, tmp_path / "d.deltafmt", tmp_path / "out")
+    for path in finetuned.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
