@@ -61,6 +61,9 @@ _FEW_BYTES: Final = 0.25
 # Where a larger share of a sample differs, few units are not looked for: twice what few may be.
 _FEW_SAMPLED: Final = 0.25
 
+# So many bytes of a plane are looked at first for one that is not zero.
+_BEGINNING: Final = 256
+
 # The bits a byte from which no code is tried.
 _RANDOM_BITS: Final = 7.9
 
@@ -321,7 +324,8 @@ def _read_plane(stored: memoryview, plane: NDArray[np.uint8]) -> None:
         plane[:] = np.frombuffer(stored, np.uint8)
     else:
         decompress_into(stored, plane.data)
-    if not (plane[0] or plane.any()):
+    # Few planes begin with many zeros: the whole is seldom looked at.
+    if not (plane[:_BEGINNING].any() or plane.any()):
         raise InvalidFileError("a plane of zeros is stored")
 
 
