@@ -10,12 +10,11 @@ import itertools
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafmt.core import Native, loop
 from deltafmt.errors import InvalidFileError
 from deltafmt.exact.differences import (
     Counts,
@@ -31,6 +30,7 @@ from deltafmt.exact.few import Places, differing, filled, gap_counts, places_of,
 from deltafmt.exact.frames import decompress_into
 from deltafmt.exact.plane_frames import frame_room, plane_frame
 from deltafmt.exact.repeats import may_repeat, searched_frame
+from deltafmt.exact.samples import SAMPLE, bits, entropy, is_unrelated, sampled
 from deltafmt.exact.scratch import scratch, scratch_planes
 from deltafmt.exact.units import Unit, Units
 from deltafmt.output import Bytes
@@ -64,9 +64,7 @@ _FEW_SAMPLED: Final = 0.25
 # So many bytes of a plane are looked at first for one that is not zero.
 _BEGINNING: Final = 256
 
-# Units that are looked at to choose a form, in so many runs, and the bits a byte from which no code is tried.
-_SAMPLE: Final = 8192
-_RUNS: Final = 64
+# The bits a byte from which no code is tried.
 _RANDOM_BITS: Final = 7.9
 
 
@@ -105,7 +103,7 @@ def encode(
         level: ``default``, or ``fast`` to leave differences unsorted, and to write the places of few.
         marks: which units are sorted behind the others; None if there are no marks.
     """
-    sample = _sampled(values), _sampled(prediction)
+    sample = sampled(values), sampled(prediction)
     is_few = np.count_nonzero(sample[0] != sample[1]) <= _FEW_SAMPLED * sample[0].size
     places = differing(values, prediction) if is_few else None
     if places is not None and not places.size:
@@ -277,74 +275,15 @@ def _ends(counts: Counts) -> list[int]:
     return ends
 
 
-# Products of counts in a sample and their logarithms to base 2, of which 16 bits lie behind the point: sums of integers
-# are the same in any order.
-_COUNTS: Final = np.arange(_SAMPLE + 1)
-_LOGS: Final = np.rint(_COUNTS * np.log2(np.maximum(_COUNTS, 1)) * 65536).astype(np.uint64)
-
-
-def _unrelated(native: Native, values: Units, prediction: Units, unit: Unit) -> bool:
-    found: bool = native.exact_unrelated(values, prediction, unit.is_float, _LOGS)
-    return found
-
-
-@loop(_unrelated)
-def is_unrelated(values: Units, prediction: Units, unit: Unit) -> bool:
-    """Tell whether the planes of a sample of units have less entropy than those of their differences."""
-    planes, _ = sorted_planes(values, prediction, unit, Unit(unit.width))
-    alone, differences = (sum(map(_order, found)) for found in (planes_of(values, unit), planes))
-    return alone > differences
-
-
-def _order(plane: NDArray[np.uint8]) -> int:
-    """Return the bits by which the entropy of all bytes of a sample's plane is less than if none came twice."""
-    return int(_LOGS[byte_counts(plane)].sum())
-
-
-Sampled = TypeVar("Sampled", bound=np.generic)
-
-
-def _sampled(whole: NDArray[Sampled]) -> NDArray[Sampled]:
-    """Return some runs of an array that lie equally far apart; all of a short array."""
-    if whole.size <= _SAMPLE:
-        return np.ascontiguousarray(whole)
-    step = whole.size // _RUNS
-    return whole[: _RUNS * step].reshape(_RUNS, step)[:, : _SAMPLE // _RUNS].reshape(-1)
-
-
-def _byte_counts(native: Native, data: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    counts = np.empty(256, np.uint32)
-    native.count_bytes(data, counts)
-    return counts
-
-
-@loop(_byte_counts)
-def byte_counts(data: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """Return how often each of the 256 values occurs among some bytes."""
-    return np.bincount(data, minlength=256).astype(np.uint32)
-
-
-def _bits(plane: NDArray[np.uint8]) -> float:
-    """Return the entropy of some bytes, in bits a byte."""
-    return _entropy(byte_counts(plane))
-
-
-def _entropy(counts: NDArray[np.integer]) -> float:
-    """Return the entropy of what occurs so often, in bits."""
-    counts = counts[counts > 0]
-    share = counts / counts.sum()
-    return float(-(share * np.log2(share)).sum())
-
-
 def _write_planes(planes: Iterable[Plane], ends: Sequence[int] = ()) -> bytes:
     """Return the lengths of planes, and the planes: nothing for zeros, a frame, or the bytes where no frame is less."""
     parts: list[Bytes] = []
     for number, plane in enumerate(planes):
         # Most planes have something in their first bytes; numpy converts all bytes before it looks at them.
-        if plane is None or not (plane[:_SAMPLE].any() or plane.any()):
+        if plane is None or not (plane[:SAMPLE].any() or plane.any()):
             parts.append(b"")
             continue
-        is_random = plane.size >= _SAMPLE and _bits(_sampled(plane)) > _RANDOM_BITS
+        is_random = plane.size >= SAMPLE and bits(sampled(plane)) > _RANDOM_BITS
         found: list[Bytes] = [plane.data]
         if not is_random:
             found.append(plane_frame(plane, ends, scratch(f"frame{number}", frame_room(plane.size, ends))))
@@ -417,7 +356,7 @@ def _scattered(planes: Planes, places: Places, count: int) -> Iterator[Plane]:
 
 def _gap_bits(places: Places) -> float:
     """Return the entropy of gaps between places, in bits a gap; those above 255 count as such."""
-    return _entropy(gap_counts(places)) if places.size > 1 else 0.0
+    return entropy(gap_counts(places)) if places.size > 1 else 0.0
 
 
 def _sparse(values: Units, prediction: Units, places: Places, unit: Unit, marks: Marks | None = None) -> Chunk:

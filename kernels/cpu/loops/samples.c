@@ -1,5 +1,5 @@
 /* A look at a sample of a chunk: whether its units are smaller alone or as differences. Reference: is_unrelated in
- * deltafmt/exact/chunk.py. */
+ * deltafmt/exact/samples.py. */
 
 /* The sum, over the planes of some units, of n log2 n for each number n of equal bytes. */
 #define SAMPLE_UNITS(T)                                                                                              \
