@@ -77,6 +77,19 @@ def test_weights_are_replaced_and_all_else_stays(inputs: Path, model: Path) -> N
     assert [path.name for path in model.parent.iterdir()] == ["model"]
 
 
+def test_a_folder_whose_version_another_tool_has_noted_is_refused(inputs: Path, model: Path) -> None:
+    note = model / ".weight_sync" / "state.json"
+    note.parent.mkdir()
+    note.write_text('{"version": "3"}')
+    before = tree(model)
+    with pytest.raises(UsageError, match=r"state\.json, which says what version .* delete that file, or write a new"):
+        deltafmt.apply(model, [inputs / "d1.deltafmt"], in_place=True)
+    assert tree(model) == before
+    note.unlink()
+    deltafmt.apply(model, [inputs / "d1.deltafmt"], in_place=True)
+    assert tree(model)["config.json"] == b'{"v": 1}'
+
+
 def test_private_weights_stay_private(inputs: Path, model: Path) -> None:
     (model / "model.safetensors").chmod(0o600)
     deltas = [inputs / "d1.deltafmt", inputs / "d2.deltafmt"]
@@ -158,6 +171,14 @@ def test_a_folder_that_changes_meanwhile_is_left_alone(
         deltafmt.apply(model, [inputs / "d1.deltafmt"], in_place=True)
     assert (model / "late.txt").exists()
     assert read_folder(model) == read_folder(inputs / "v0")
+
+
+def test_a_mounted_folder_is_refused_before_any_work(
+    inputs: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == model)
+    with pytest.raises(UsageError, match="a file system is mounted at"):
+        deltafmt.apply(model, [inputs / "d1.deltafmt"], in_place=True)
 
 
 def test_a_socket_is_refused_and_files_are_copied_where_there_are_no_links(

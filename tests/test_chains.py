@@ -170,7 +170,11 @@ def test_the_same_link_without_its_parent_has_another_content_id(chain: Links, t
 
 
 WRONG = {
-    "missing": ((0, 2), WrongBaseError, ["a link is missing before", "d3.deltafmt", "d1.deltafmt is the delta"]),
+    "missing": (
+        (0, 2),
+        WrongBaseError,
+        ["a link is missing before", "d3.deltafmt", "d1.deltafmt is the delta", "or squash"],
+    ),
     "first missing": ((1, 2), WrongBaseError, ["wrong base", "d2.deltafmt was made on what the delta", "comes before"]),
     "reordered": ((0, 2, 1), WrongBaseError, ["wrong order", "d3.deltafmt", "d2.deltafmt", "stands behind"]),
     "backwards": ((1, 0), WrongBaseError, ["d1.deltafmt has no parent", "d2.deltafmt gives"]),

@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.core import Native, loop
 from deltafmt.errors import InvalidFileError
 from deltafmt.exact.differences import (
     Counts,
@@ -26,7 +27,7 @@ from deltafmt.exact.differences import (
     sorted_planes,
     units_of,
 )
-from deltafmt.exact.few import Places, differing, filled, places_of, ranks_of
+from deltafmt.exact.few import Places, differing, filled, gap_counts, places_of, put, ranks_of, taken
 from deltafmt.exact.frames import decompress_into
 from deltafmt.exact.plane_frames import frame_room, plane_frame
 from deltafmt.exact.repeats import may_repeat, searched_frame
@@ -60,6 +61,9 @@ _FEW_BYTES: Final = 0.25
 # Where a larger share of a sample differs, few units are not looked for: twice what few may be.
 _FEW_SAMPLED: Final = 0.25
 
+# So many bytes of a plane are looked at first for one that is not zero.
+_BEGINNING: Final = 256
+
 # Units that are looked at to choose a form, in so many runs, and the bits a byte from which no code is tried.
 _SAMPLE: Final = 8192
 _RUNS: Final = 64
@@ -72,10 +76,17 @@ Plane = NDArray[np.uint8] | None
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """An encoded chunk: its form and its bytes."""
+    """An encoded chunk.
+
+    Attributes:
+        form: its form.
+        data: its bytes.
+        places: where the units are not the prediction, ascending; None if they are many.
+    """
 
     form: int
     data: bytes
+    places: Places | None = field(default=None, compare=False)
 
 
 def encode(
@@ -84,7 +95,6 @@ def encode(
     unit: Unit,
     level: str = "default",
     marks: Marks | None = None,
-    places: Places | None = None,
 ) -> Chunk:
     """Return a chunk in the form that is smallest, as far as samples tell.
 
@@ -94,28 +104,43 @@ def encode(
         unit: their unit.
         level: ``default``, or ``fast`` to leave differences unsorted, and to write the places of few.
         marks: which units are sorted behind the others; None if there are no marks.
-        places: where the units differ, if that is known and they are few.
     """
     sample = _sampled(values), _sampled(prediction)
-    if places is None and np.count_nonzero(sample[0] != sample[1]) <= _FEW_SAMPLED * sample[0].size:
-        places = differing(values, prediction)
+    is_few = np.count_nonzero(sample[0] != sample[1]) <= _FEW_SAMPLED * sample[0].size
+    places = differing(values, prediction) if is_few else None
     if places is not None and not places.size:
-        return Chunk(SAME, b"")
+        return Chunk(SAME, b"", places)
+    chunk = _smallest(values, prediction, unit, level, marks, places, sample)
+    if len(chunk.data) >= values.nbytes:
+        chunk = Chunk(STORED, values.tobytes())
+    return replace(chunk, places=places)
+
+
+def _smallest(
+    values: Units,
+    prediction: Units,
+    unit: Unit,
+    level: str,
+    marks: Marks | None,
+    places: Places | None,
+    sample: tuple[Units, Units],
+) -> Chunk:
+    """Return a chunk in the form that promises to be smallest, though storing the units may be smaller yet."""
     if places is not None and (level == "fast" or (unit.is_float and marks is None)):
         find = _sparse if level == "fast" else _few
-        few = find(values, prediction, places, unit, marks)
-        return few if len(few.data) < values.nbytes else Chunk(STORED, values.tobytes())
+        return find(values, prediction, places, unit, marks)
     found = [] if places is None else [_sparse(values, prediction, places, unit, marks)]
-    if not _is_unrelated(*sample, unit):
+    if not is_unrelated(*sample, unit):
         key = unit if level == "default" else Unit(unit.width)
         form = SORTED if key.is_float else DIFFERENCES
         room = scratch_planes(unit.width, values.size)
-        planes, counts = sorted_planes(values, prediction, unit, key, marks if form == SORTED else None, room)
+        behind = marks if key.is_float else None
+        codes = scratch("sorted", values.nbytes if key.is_float else 0)
+        planes, counts = sorted_planes(values, prediction, unit, key, behind, room, codes)
         found.append(Chunk(form, _write_planes(planes, _ends(counts) if form == SORTED else ())))
     else:
         found.append(Chunk(VALUES, _write_planes(planes_of(values, unit))))
-    smallest = min(found, key=lambda chunk: len(chunk.data))
-    return smallest if len(smallest.data) < values.nbytes else Chunk(STORED, values.tobytes())
+    return min(found, key=lambda chunk: len(chunk.data))
 
 
 def decode(form: int, data: Bytes, prediction: Units, unit: Unit, marks: Marks | None = None) -> Units:
@@ -134,12 +159,18 @@ def decode(form: int, data: Bytes, prediction: Units, unit: Unit, marks: Marks |
     return units if places is None else patched(prediction, places, units)
 
 
-def patched(prediction: Units, places: Places, units: Units) -> Units:
-    """Return a prediction with other units at some places; the prediction itself without any places."""
+def patched(prediction: Units, places: Places, units: Units, room: Units | None = None) -> Units:
+    """Return a prediction with other units at some places; the prediction itself without any places.
+
+    Args:
+        prediction, places, units: as :func:`changes` has them.
+        room: where the result is made, as large as the prediction; anew if None.
+    """
     if not places.size:
         return prediction
-    whole = prediction.copy()
-    whole[places] = units
+    whole = np.empty_like(prediction) if room is None else room
+    whole[:] = prediction
+    put(whole, places, units)
     return whole
 
 
@@ -173,13 +204,22 @@ def changes(
         return None, units_of(_read_planes(view, count, unit.width), unit)
     key = unit if form == SORTED else Unit(unit.width)
     marked = marks if form == SORTED else None
-    planes = _read_planes(view, count, unit.width, scratch_planes(unit.width, count))
-    ranks = filled(planes) if len(view) <= _FEW_BYTES * count else None
+    stored, planes = _stored_planes(view, unit.width), scratch_planes(unit.width, count)
+    # Planes above the last one that is stored hold zeros, and are not looked at where units are few.
+    last = max((number for number, held in enumerate(stored) if len(held)), default=0)
+    held = planes[: last + 1] if len(view) <= _FEW_BYTES * count else planes
+    for plane, bytes_of in zip(held, stored, strict=False):
+        _read_plane(bytes_of, plane)
+    ranks = filled(held) if len(view) <= _FEW_BYTES * count else None
     if ranks is None:
+        planes[len(held) :] = 0
         return None, joined(planes, prediction, unit, key, marked, scratch("sorted", planes.size))
     places = places_of(ranks, prediction, key, marked) if form == SORTED else ranks
-    codes = planes.take(ranks, axis=1)
-    return places, joined(codes, prediction.take(places), unit, Unit(unit.width))
+    codes = new_planes(unit.width, ranks.size)
+    codes[len(held) :] = 0
+    for plane, codes_of in zip(held, codes, strict=False):
+        codes_of[:] = taken(plane, ranks)
+    return places, joined(codes, taken(prediction, places), unit, Unit(unit.width))
 
 
 def parts(form: int, data: Bytes, count: int, unit: Unit) -> tuple[Places | None, Planes]:
@@ -237,10 +277,28 @@ def _ends(counts: Counts) -> list[int]:
     return ends
 
 
-def _is_unrelated(values: Units, prediction: Units, unit: Unit) -> bool:
-    """Tell whether the planes of a sample of units are smaller than those of their differences."""
+# Products of counts in a sample and their logarithms to base 2, of which 16 bits lie behind the point: sums of integers
+# are the same in any order.
+_COUNTS: Final = np.arange(_SAMPLE + 1)
+_LOGS: Final = np.rint(_COUNTS * np.log2(np.maximum(_COUNTS, 1)) * 65536).astype(np.uint64)
+
+
+def _unrelated(native: Native, values: Units, prediction: Units, unit: Unit) -> bool:
+    found: bool = native.exact_unrelated(values, prediction, unit.is_float, _LOGS)
+    return found
+
+
+@loop(_unrelated)
+def is_unrelated(values: Units, prediction: Units, unit: Unit) -> bool:
+    """Tell whether the planes of a sample of units have less entropy than those of their differences."""
     planes, _ = sorted_planes(values, prediction, unit, Unit(unit.width))
-    return sum(map(_bits, planes_of(values, unit))) < sum(map(_bits, planes))
+    alone, differences = (sum(map(_order, found)) for found in (planes_of(values, unit), planes))
+    return alone > differences
+
+
+def _order(plane: NDArray[np.uint8]) -> int:
+    """Return the bits by which the entropy of all bytes of a sample's plane is less than if none came twice."""
+    return int(_LOGS[byte_counts(plane)].sum())
 
 
 Sampled = TypeVar("Sampled", bound=np.generic)
@@ -254,10 +312,27 @@ def _sampled(whole: NDArray[Sampled]) -> NDArray[Sampled]:
     return whole[: _RUNS * step].reshape(_RUNS, step)[:, : _SAMPLE // _RUNS].reshape(-1)
 
 
+def _byte_counts(native: Native, data: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    counts = np.empty(256, np.uint32)
+    native.count_bytes(data, counts)
+    return counts
+
+
+@loop(_byte_counts)
+def byte_counts(data: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """Return how often each of the 256 values occurs among some bytes."""
+    return np.bincount(data, minlength=256).astype(np.uint32)
+
+
 def _bits(plane: NDArray[np.uint8]) -> float:
     """Return the entropy of some bytes, in bits a byte."""
-    counts = np.bincount(plane)
-    share = counts[counts > 0] / plane.size
+    return _entropy(byte_counts(plane))
+
+
+def _entropy(counts: NDArray[np.integer]) -> float:
+    """Return the entropy of what occurs so often, in bits."""
+    counts = counts[counts > 0]
+    share = counts / counts.sum()
     return float(-(share * np.log2(share)).sum())
 
 
@@ -265,7 +340,8 @@ def _write_planes(planes: Iterable[Plane], ends: Sequence[int] = ()) -> bytes:
     """Return the lengths of planes, and the planes: nothing for zeros, a frame, or the bytes where no frame is less."""
     parts: list[Bytes] = []
     for number, plane in enumerate(planes):
-        if plane is None or not (plane[0] or plane.any()):
+        # Most planes have something in their first bytes; numpy converts all bytes before it looks at them.
+        if plane is None or not (plane[:_SAMPLE].any() or plane.any()):
             parts.append(b"")
             continue
         is_random = plane.size >= _SAMPLE and _bits(_sampled(plane)) > _RANDOM_BITS
@@ -309,7 +385,8 @@ def _read_plane(stored: memoryview, plane: NDArray[np.uint8]) -> None:
         plane[:] = np.frombuffer(stored, np.uint8)
     else:
         decompress_into(stored, plane.data)
-    if not (plane[0] or plane.any()):
+    # Few planes begin with many zeros: the whole is seldom looked at.
+    if not (plane[:_BEGINNING].any() or plane.any()):
         raise InvalidFileError("a plane of zeros is stored")
 
 
@@ -318,23 +395,29 @@ def _few(values: Units, prediction: Units, places: Places, unit: Unit, marks: Ma
     ranks, counts = ranks_of(places, prediction, unit)
     if marks is not None or _gap_bits(places) < _gap_bits(np.sort(ranks)):
         return _sparse(values, prediction, places, unit, marks)
-    planes, _ = sorted_planes(values.take(places), prediction.take(places), unit, Unit(unit.width))
+    planes, _ = sorted_planes(taken(values, places), taken(prediction, places), unit, Unit(unit.width))
     return Chunk(SORTED, _write_planes(_scattered(planes, ranks, values.size), _ends(counts)))
 
 
 def _scattered(planes: Planes, places: Places, count: int) -> Iterator[Plane]:
     """Give planes that have some bytes at their places, and zeros elsewhere."""
-    for plane in planes:
-        whole = None
-        if plane.max():
-            whole = np.zeros(count, np.uint8)
-            whole[places] = plane
+    room = scratch_planes(len(planes), count)
+    for plane, whole in zip(planes, room, strict=True):
+        held = plane.nonzero()[0]
+        if not held.size:
+            yield None
+            continue
+        whole[:] = 0
+        if held.size < plane.size // 2:
+            put(whole, places.take(held), plane.take(held))
+        else:
+            put(whole, places, plane)
         yield whole
 
 
 def _gap_bits(places: Places) -> float:
     """Return the entropy of gaps between places, in bits a gap; those above 255 count as such."""
-    return _bits(np.minimum(places[1:] - places[:-1], _FILLER).astype(np.uint8)) if places.size > 1 else 0.0
+    return _entropy(gap_counts(places)) if places.size > 1 else 0.0
 
 
 def _sparse(values: Units, prediction: Units, places: Places, unit: Unit, marks: Marks | None = None) -> Chunk:

@@ -11,9 +11,9 @@ import numpy as np
 import xxhash
 
 from deltafmt.errors import InvalidFileError
-from deltafmt.exact.chunk import DIFFERENCES, FORMS, SORTED, STORED, VALUES, changes, check, encode, patched
+from deltafmt.exact.chunk import DIFFERENCES, FORMS, SORTED, STORED, VALUES, Chunk, changes, check, encode, patched
 from deltafmt.exact.differences import Marks
-from deltafmt.exact.few import Places
+from deltafmt.exact.few import Places, put, taken
 from deltafmt.exact.units import Unit, Units, unit_count, unit_of
 
 # Units of a chunk, as a writer chooses them.
@@ -38,10 +38,28 @@ def encode_chunk(
     unit: Unit,
     level: str = "default",
     marks: Marks | None = None,
-    places: Places | None = None,
 ) -> EncodedChunk:
     """Return one chunk, as :func:`deltafmt.exact.chunk.encode` gives it, with its row of the table."""
-    chunk = encode(values, prediction, unit, level, marks, places)
+    return _with_row(encode(values, prediction, unit, level, marks), values)
+
+
+def advance_chunk(values: Units, kept: Units, unit: Unit, level: str = "default") -> EncodedChunk:
+    """Return one chunk whose prediction is a kept copy of earlier units, and bring the copy up to date.
+
+    Args:
+        values: the units; nobody may change them meanwhile.
+        kept: as many, which are the values afterwards.
+        unit, level: as :func:`deltafmt.exact.chunk.encode` takes them.
+    """
+    chunk = encode(values, kept, unit, level)
+    if chunk.places is None:
+        kept[:] = values
+    else:
+        put(kept, chunk.places, taken(values, chunk.places))
+    return _with_row(chunk, values)
+
+
+def _with_row(chunk: Chunk, values: Units) -> EncodedChunk:
     return EncodedChunk(chunk.data, _ROW.pack(_checksum(values), len(chunk.data), chunk.form))
 
 
@@ -118,11 +136,14 @@ class ExactDecoder:
         """
         return self.changes(number, prediction, marks)[0]
 
-    def changes(self, number: int, prediction: Units, marks: Marks | None = None) -> tuple[Units, Places | None, Units]:
+    def changes(
+        self, number: int, prediction: Units, marks: Marks | None = None, room: Units | None = None
+    ) -> tuple[Units, Places | None, Units]:
         """Return the units of a chunk as :meth:`decode` does, where they are not the prediction, and these units.
 
         Args:
             number, prediction, marks: as there.
+            room: as many units, where all units may be put; they are put elsewhere if it is None.
 
         Returns:
             All units; places in any order, each once, and a unit for each. If they are many, None and all units.
@@ -135,7 +156,7 @@ class ExactDecoder:
             places, new = changes(form, self._data(number), prediction, self.unit, marks)
         except InvalidFileError as error:
             raise error.located(f"chunk {number}") from error
-        units = new if places is None else patched(prediction, places, new)
+        units = new if places is None else patched(prediction, places, new, room)
         if _checksum(units) != checksum:
             raise InvalidFileError(f"chunk {number}: what it restores is not what was packed")
         return units, places, new

@@ -58,6 +58,40 @@ def filled(planes: Planes) -> Places | None:
     return places if places.size <= most_places(planes.shape[1]) else None
 
 
+def _taken(native: Native, units: Units, places: Places) -> Units:
+    out = np.empty(places.size, units.dtype)
+    native.exact_take(units, places, out)
+    return out
+
+
+@loop(_taken)
+def taken(units: Units, places: Places) -> Units:
+    """Return the units at some places."""
+    return units.take(places)
+
+
+def _put(native: Native, units: Units, places: Places, values: Units) -> None:
+    native.exact_put(units, places, values)
+
+
+@loop(_put)
+def put(units: Units, places: Places, values: Units) -> None:
+    """Write units at some places, each of which is there once."""
+    units[places] = values
+
+
+def _gap_counts(native: Native, numbers: Places) -> Counts:
+    counts = np.empty(256, np.uint64)
+    native.exact_gaps(numbers, counts)
+    return counts
+
+
+@loop(_gap_counts)
+def gap_counts(numbers: Places) -> Counts:
+    """Return how often each gap is there between ascending numbers; gaps above 255 count as 255."""
+    return np.bincount(np.minimum(np.diff(numbers), 255), minlength=256).astype(np.uint64)
+
+
 def _ranks_of(native: Native, places: Places, prediction: Units, key: Unit) -> tuple[Places, Counts]:
     ranks, counts = np.empty(places.size, np.int64), np.empty(1 << key.bits, np.uint64)
     native.exact_ranks(prediction, 0, key.shift, key.bits, native_marks(None), places, counts, ranks)

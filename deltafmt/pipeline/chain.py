@@ -24,6 +24,7 @@ from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.safetensors_file import PagedTensor, SafetensorsFile, Tensor
 from deltafmt.delta import DeltaFile, RunDecoder
 from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.format.choices import check_list
 from deltafmt.format.limits import Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.scaled import ScaledRef
@@ -221,6 +222,7 @@ def open_links(paths: Sequence[str | os.PathLike[str]], limits: Limits) -> Itera
         WrongBaseError: names the link that is missing, or stands in another place.
         StorageError: reading failed.
     """
+    check_list("delta files", paths)
     if not paths:
         raise UsageError("no delta file is given")
     with contextlib.ExitStack() as stack:
@@ -258,7 +260,8 @@ def check_links(deltas: Sequence[DeltaFile]) -> None:
             )
         raise WrongBaseError(
             f"a link is missing before {name}: it was made on what the delta {short_id(parent)} gives, and "
-            f"{before.container.name} is the delta {short_id(before.container.content_id)}"
+            f"{before.container.name} is the delta {short_id(before.container.content_id)}; name all links, or squash "
+            "this one together with those before it"
         )
 
 
@@ -294,6 +297,7 @@ def open_chain(
             delta.check_work((delta.resolve(entry.name) for entry in entries), source.nbytes, restores=True)
             chain.entries.append(entries)
             chain.bases.append(base)
-            source = LinkState(delta, entries, base, file)
+            if number + 1 < len(deltas):
+                source = LinkState(delta, entries, base, file)
         check_chain_work(chain.deltas, chain.entries, checkpoint.nbytes)
         yield chain

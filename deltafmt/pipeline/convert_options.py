@@ -24,7 +24,7 @@ _SYNC_PARENT = "sync.parent"
 
 # SGLang's engines look for version 3 in weight_v000003, and note in this file which version a checkpoint has.
 _FOLDER_NAME = re.compile(r"weight_v([0-9]{6,12})")
-_APPLIED = Path(".weight_sync") / "state.json"
+APPLIED = Path(".weight_sync") / "state.json"
 
 
 def versions_of(delta: DeltaFile) -> Versions:
@@ -137,7 +137,7 @@ def applied_version(base: Path) -> str | None:
         InvalidFileError: the note is not valid.
         StorageError: it cannot be read.
     """
-    where = base / _APPLIED
+    where = base / APPLIED
     try:
         version = json.loads(read_regular(where))["version"]
     except (FileNotFoundError, NotADirectoryError):

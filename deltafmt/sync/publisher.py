@@ -217,7 +217,9 @@ class Publisher:
 
     def _check_followers(self) -> None:
         for name, why in self.behind().items():
-            raise BehindError(f"subscriber {name!r} cannot follow: {why}; send it what receive or anchor gives")
+            raise BehindError(
+                f"subscriber {name!r} cannot follow: {why}; send it what receive or anchor gives, or drop it"
+            )
 
     def _fault(self, reply: Reply) -> str | None:
         """Return what is wrong with a subscriber's state."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from deltafmt.exact.few import FEW, Places
+from deltafmt.exact.few import FEW, Places, put, taken
 from deltafmt.exact.units import Units
 from deltafmt.sync.live import INTEGERS, LiveTensor
 
@@ -42,8 +42,8 @@ class HostChange:
             self._old = self._target.copy()
             self._target[:] = self._new
         else:
-            self._old = self._target[self._places]
-            self._target[self._places] = self._new
+            self._old = taken(self._target, self._places)
+            put(self._target, self._places, self._new)
 
     def undo(self) -> None:
         """Write the old units back."""
@@ -52,7 +52,7 @@ class HostChange:
         if self._places is None:
             self._target[:] = self._old
         else:
-            self._target[self._places] = self._old
+            put(self._target, self._places, self._old)
 
 
 class PlacesChange:

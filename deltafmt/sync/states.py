@@ -13,8 +13,8 @@ import numpy as np
 from deltafmt.checkpoint.fingerprint import hasher
 from deltafmt.checkpoint.folder_writer import TensorSpec
 from deltafmt.container.writer import ContainerWriter
-from deltafmt.exact.coding import CHUNK_UNITS, EncodedChunk, assemble, encode_chunk
-from deltafmt.exact.few import differing
+from deltafmt.exact.coding import CHUNK_UNITS, EncodedChunk, advance_chunk, assemble, encode_chunk
+from deltafmt.exact.scratch import scratch
 from deltafmt.exact.units import Units, unit_of
 from deltafmt.format.constants import FEATURE_EXACT, FEATURE_PARENT
 from deltafmt.index.entries import BaseRef, TensorEntry
@@ -119,14 +119,10 @@ class KeptState:
 
     def _advance(self, units: Units, kept: KeptTensor, first: int, end: int) -> EncodedChunk:
         """Encode a chunk of a new state, and keep it. What is encoded is a copy, which nobody can change meanwhile."""
-        values, prediction = units[first:end].copy(), kept.units[first:end]
-        places = differing(values, prediction)
-        chunk = encode_chunk(values, prediction, unit_of(kept.spec.dtype), self._level, places=places)
-        if places is None:
-            prediction[:] = values
-        else:
-            prediction[places] = values.take(places)
-        return chunk
+        live = units[first:end]
+        values = scratch("values", live.nbytes)[: live.nbytes].view(live.dtype)
+        values[:] = live
+        return advance_chunk(values, kept.units[first:end], unit_of(kept.spec.dtype), self._level)
 
     def _whole(self, kept: KeptTensor, first: int, end: int) -> EncodedChunk:
         values = kept.units[first:end]

@@ -15,6 +15,7 @@ from deltafmt.delta import DeltaFile
 from deltafmt.errors import DeltafmtError, InvalidFileError, UsageError, WrongBaseError
 from deltafmt.exact.coding import ExactDecoder
 from deltafmt.exact.few import differing
+from deltafmt.exact.scratch import scratch
 from deltafmt.exact.units import Units
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
@@ -223,8 +224,12 @@ class Subscriber:
         def chunk(number: int) -> HostChange | Units | None:
             first, end = decoder.span(number)
             here = units[first:end]
+            # Whole units are wanted only of a tensor whose bytes lie in another order.
+            room = (
+                scratch("units", here.nbytes)[: here.nbytes].view(here.dtype) if live.is_direct and has_base else None
+            )
             with _located(where):
-                whole, places, new = decoder.changes(number, here if has_base else np.zeros_like(here))
+                whole, places, new = decoder.changes(number, here if has_base else np.zeros_like(here), room=room)
             if not live.is_direct:
                 return whole
             if not has_base or places is None:

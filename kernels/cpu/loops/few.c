@@ -11,6 +11,40 @@ INLINE size_t put_places(uint64_t word, size_t bytes, size_t first, int64_t *res
     return found;
 }
 
+#ifdef WITH_AVX2
+/* Writes the places of set bits; a bit stands for so many units or bytes before the next. Two are written without asking
+ * whether they are there: most words have no more, and a wrong guess costs more than a write. */
+INLINE size_t put_bits_of(uint64_t word, size_t bits, size_t first, int64_t *restrict places, size_t found) {
+    for (int i = 0; i < 2; i++) {
+        places[found] = (int64_t)(first + _tzcnt_u64(word) / bits);
+        found += word != 0;
+        word &= word - 1;
+    }
+    for (; word; word &= word - 1) places[found++] = (int64_t)(first + _tzcnt_u64(word) / bits);
+    return found;
+}
+
+/* Says which units of 32 bytes are equal: all bits of such a unit are set. */
+INLINE uint32_t equal_units(const void *values, const void *others, size_t width) {
+    __m256i a = _mm256_loadu_si256(values), b = _mm256_loadu_si256(others);
+    __m256i equal = width == 1 ? _mm256_cmpeq_epi8(a, b) : width == 2 ? _mm256_cmpeq_epi16(a, b) :
+                    width == 4 ? _mm256_cmpeq_epi32(a, b) : _mm256_cmpeq_epi64(a, b);
+    return (uint32_t)_mm256_movemask_epi8(equal);
+}
+
+/* The lowest bit of each unit of 8 bytes. */
+INLINE uint64_t low_bits(size_t width) { return ~0ull / ((1ull << width) - 1); }
+
+#define DIFFER_RUNS(T)                                                                                                \
+    for (; i + 64 / sizeof(T) <= count && found <= most; i += 64 / sizeof(T)) {                                       \
+        uint64_t low = equal_units(values + i, prediction + i, sizeof(T));                                            \
+        uint64_t high = equal_units(values + i + 32 / sizeof(T), prediction + i + 32 / sizeof(T), sizeof(T));         \
+        found = put_bits_of(~(high << 32 | low) & low_bits(sizeof(T)), sizeof(T), i, places, found);                  \
+    }
+#else
+#define DIFFER_RUNS(T)
+#endif
+
 enum { FIND_UNITS = 512 };
 
 #define FEW_UNITS(T)                                                                                                  \
@@ -19,6 +53,7 @@ enum { FIND_UNITS = 512 };
         enum { WORDS = 4, LANES = 8 / sizeof(T), RUN = WORDS * LANES };                                               \
         const T *restrict values = e->values, *restrict prediction = e->prediction;                                   \
         size_t count = e->count, found = 0, i = 0;                                                                    \
+        DIFFER_RUNS(T)                                                                                                \
         for (; i + RUN <= count && found <= most; i += RUN) {                                                         \
             uint64_t a[WORDS], b[WORDS];                                                                              \
             memcpy(a, values + i, sizeof a);                                                                          \
@@ -105,6 +140,18 @@ static size_t exact_filled(const struct exact *e, size_t most, int64_t *restrict
     enum { RUN = 8 };
     const uint8_t *planes = e->planes;
     size_t count = e->count, width = e->width, stride = e->stride, found = 0, i = 0;
+#ifdef WITH_AVX2
+    for (; i + 64 <= count && found <= most; i += 64) {
+        __m256i low = _mm256_setzero_si256(), high = low, zero = low;
+        for (size_t plane = 0; plane < width; plane++) {
+            low = _mm256_or_si256(low, _mm256_loadu_si256((const __m256i *)(planes + plane * stride + i)));
+            high = _mm256_or_si256(high, _mm256_loadu_si256((const __m256i *)(planes + plane * stride + i + 32)));
+        }
+        uint32_t first = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(low, zero));
+        uint32_t second = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(high, zero));
+        found = put_bits_of(~((uint64_t)second << 32 | first), 1, i, places, found);
+    }
+#endif
     for (; i + RUN <= count && found <= most; i += RUN) {
         uint64_t any = 0, word;
         for (size_t plane = 0; plane < width; plane++) {
@@ -119,4 +166,48 @@ static size_t exact_filled(const struct exact *e, size_t most, int64_t *restrict
         if (byte) places[found++] = (int64_t)i;
     }
     return found;
+}
+
+#define MOVED_UNITS(T)                                                                                                \
+    static void take_##T(const T *restrict units, const int64_t *restrict places, size_t number, T *restrict out) {   \
+        for (size_t i = 0; i < number; i++) out[i] = units[places[i]];                                                \
+    }                                                                                                                 \
+    static void put_##T(T *restrict units, const int64_t *restrict places, size_t number, const T *restrict values) { \
+        for (size_t i = 0; i < number; i++) units[places[i]] = values[i];                                             \
+    }
+
+MOVED_UNITS(uint8_t)
+MOVED_UNITS(uint16_t)
+MOVED_UNITS(uint32_t)
+MOVED_UNITS(uint64_t)
+
+static void exact_take(const void *units, size_t width, const int64_t *places, size_t number, void *out) {
+    if (width == 1)
+        take_uint8_t(units, places, number, out);
+    else if (width == 2)
+        take_uint16_t(units, places, number, out);
+    else if (width == 4)
+        take_uint32_t(units, places, number, out);
+    else
+        take_uint64_t(units, places, number, out);
+}
+
+static void exact_put(void *units, size_t width, const int64_t *places, size_t number, const void *values) {
+    if (width == 1)
+        put_uint8_t(units, places, number, values);
+    else if (width == 2)
+        put_uint16_t(units, places, number, values);
+    else if (width == 4)
+        put_uint32_t(units, places, number, values);
+    else
+        put_uint64_t(units, places, number, values);
+}
+
+/* counts: (256,), of gaps between numbers that ascend; those above 255 count as such. */
+static void exact_gaps(const int64_t *numbers, size_t count, uint64_t *counts) {
+    memset(counts, 0, 256 * sizeof *counts);
+    for (size_t i = 1; i < count; i++) {
+        uint64_t gap = (uint64_t)numbers[i] - (uint64_t)numbers[i - 1];
+        counts[gap < 255 ? gap : 255]++;
+    }
 }

@@ -10,7 +10,8 @@
     struct common common;                                                                                             \
     if (common_##T(e, &common) && CALL) return;
 
-enum { KEY_WORDS = KEY_RUN / 64, MOST_KEYS = 256, SAMPLE_RUNS = 64, SAMPLE = 64 * SAMPLE_RUNS, LEAST_KEYED = 4 * SAMPLE };
+enum { KEY_WORDS = KEY_RUN / 64, MOST_KEYS = 256, SAMPLE_RUNS = 64, SAMPLE = 64 * SAMPLE_RUNS };
+enum { LEAST_KEYED = 4 * SAMPLE };
 
 /* The most common keys, and a slot for each key: theirs come first. */
 struct common {
@@ -179,11 +180,12 @@ INLINE uint32_t until_next(const int64_t *ranks, size_t number, size_t next) {
                 }                                                                                                     \
                 if (!known) over = key_run_##T(e, common, first, keys);                                               \
                 known = 1;                                                                                            \
-                uint32_t passed = 0, at = left[slot]; /* units of this key, and the number of the wanted one */       \
+                /* Units of this key: passed ones, and the wanted one. Behind the last unit of a chunk lie keys of none. */\
+                uint32_t passed = 0, at = left[slot];                                                                 \
                 for (size_t word = 0; at < table[slot]; word++) {                                                     \
                     uint64_t lanes = have_key(keys + 64 * word, common->wanted[slot]);                                \
                     uint32_t units = (uint32_t)__builtin_popcountll(lanes);                                           \
-                    while (at - passed < units) {                                                                     \
+                    while (at < table[slot] && at - passed < units) { /* behind its units is padding */               \
                         for (; passed < at; passed++, units--) lanes &= lanes - 1;                                    \
                         places[next[slot]++] = (int64_t)(first + 64 * word + (size_t)__builtin_ctzll(lanes));         \
                         uint32_t more = until_next(ranks, number, next[slot]);                                        \
