@@ -44,6 +44,7 @@ class Seen:
 
 
 _Quick = tuple[Mapping[str, torch.Tensor | None], str, "weakref.ref[torch.Tensor]", int | None, int]
+_Child = tuple[Mapping[str, nn.Module | None], str, "weakref.ref[nn.Module]"]
 
 
 class Watch:
@@ -59,6 +60,7 @@ class Watch:
         self._quick: list[_Quick] = []
         self._by_tensor: dict[str, Seen] = {}
         self._modules: set[int] = set()
+        self._children: list[_Child] = []
         self._noted = self._converted = False
         _watches.add(self)
         self._wrap_conversion()
@@ -82,7 +84,7 @@ class Watch:
 
     def stamp(self, bindings: Iterable[Binding]) -> None:
         """Take the model as it is now for unchanged."""
-        self._modules = {id(module) for module in self._model.modules()}
+        self._note_modules()
         self._seen, self._quick, self._by_tensor = {}, [], {}
         for binding in bindings:
             self.add(binding)
@@ -124,11 +126,33 @@ class Watch:
             self._noted = closely and not self._all_same()
             return self._noted
         modules = {id(module) for module in self._model.modules()}
-        if all(id(seen.module) in modules for seen in self._seen.values()) and self._all_same():
-            self._modules, self._noted = modules, False
+        if all(id(seen.module) in modules for seen in self._seen.values()) and self._same_parameters():
+            self._note_modules()
+            self._noted = False
         return self._noted
 
+    def _note_modules(self) -> None:
+        """Take the modules that the model has now for its own."""
+        modules = list(self._model.modules())
+        self._modules = {id(module) for module in modules}
+        self._children = [
+            (module._modules, name, weakref.ref(child))  # noqa: SLF001 - torch has no other name for it
+            for module in modules
+            for name, child in module._modules.items()  # noqa: SLF001
+            if child is not None
+        ]
+
     def _all_same(self) -> bool:
+        """Tell whether every module is in its place, and has the parameters that it had.
+
+        Torch tells nobody of a module that is put into ``_modules``, as its quantization does.
+        """
+        for held, name, child in self._children:
+            if held.get(name) is not child():
+                return False
+        return self._same_parameters()
+
+    def _same_parameters(self) -> bool:
         """Tell whether every module has the parameter that it had, at its address and not written to; a quick loop."""
         for parameters, key, before, version, address in self._quick:
             now = parameters.get(key)

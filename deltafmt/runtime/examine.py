@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from deltafmt.errors import DeltafmtError, UsageError, WrongBaseError
 from deltafmt.index.entries import TensorEntry
 from deltafmt.pipeline.bases import named_base
 from deltafmt.runtime.base_check import BaseCheck
-from deltafmt.runtime.binding import Binding, BoundModule, Rename, Role, bind, weight_shape
+from deltafmt.runtime.binding import Binding, BoundModule, Rename, Role, bind, place_of, weight_shape
 from deltafmt.runtime.changes import Watch
 from deltafmt.runtime.cuts import HeldTensor
 from deltafmt.runtime.delta_store import AttachedFile
@@ -125,6 +126,7 @@ class Examiner:
             self._stand_ins.place(bound, source.entries)
             self._refuse_own_forward(bound)
             changed = [key for key, tensor in bound.tensors.items() if tensor in needed]
+            refuse_computed(bound, changed)
             if bound.role is Role.EXPERTS:
                 refuse_experts(bound.name, bound.module, changed)
             elif bound.role is Role.OTHER:
@@ -207,3 +209,22 @@ class Examiner:
                 found = f"{list(entries[name].shape)} where {type(self._model).__name__} has {list(shape)}"
                 raise UsageError(f'tensor "{name}" is {found}; only embeddings and the output head may differ in rows')
         return vocabulary, grown
+
+
+def refuse_computed(bound: BoundModule, keys: Iterable[str]) -> None:
+    """Refuse a weight that a module computes from others: a delta of the weight is added behind the computation.
+
+    Args:
+        bound: the module.
+        keys: its parameters that a delta changes.
+
+    Raises:
+        UsageError: names the module.
+    """
+    for key in keys:
+        module, held, own = place_of(bound.module, key)
+        if held.get(own) is None and (own in module.__dict__ or is_parametrized(module, own)):
+            raise UsageError(
+                f'the {own} of module "{bound.name}" is computed from other tensors, as by pruning or a '
+                "parametrization; attach the deltas to the model without it"
+            )

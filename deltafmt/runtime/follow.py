@@ -136,7 +136,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _write_back(self, view: torch.Tensor, owners: Found) -> None:
         """Tell the tensor that a changed view shows a part of."""
         link = getattr(view, _VIEWED, None)
-        if link is None or link[0] is not self or owners is None:
+        if link is None or link[0] is not self or owners is None or not view.numel():
             return
         _, base, kind, dim, _ = link
         dim %= base.dim()
