@@ -30,6 +30,20 @@ def storage_error(what: str, name: object, error: Exception) -> StorageError:
     return StorageError(f"{what} {name}: {reason(error)}")
 
 
+def check_path(path: Path) -> None:
+    """Refuse a path that no file can have, such as one with a name of 300 letters.
+
+    Raises:
+        StorageError: says why the system refuses it.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:  # a zero byte is no OSError
+        raise storage_error("cannot write", path, error) from error
+
+
 class OutputLock:
     """A lock file beside an output; only one writer can hold it.
 

@@ -173,6 +173,14 @@ def test_a_folder_that_changes_meanwhile_is_left_alone(
     assert read_folder(model) == read_folder(inputs / "v0")
 
 
+def test_a_mounted_folder_is_refused_before_any_work(
+    inputs: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == model)
+    with pytest.raises(UsageError, match="a file system is mounted at"):
+        deltafmt.apply(model, [inputs / "d1.deltafmt"], in_place=True)
+
+
 def test_a_socket_is_refused_and_files_are_copied_where_there_are_no_links(
     inputs: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from deltafmt.errors import UsageError
 from deltafmt.methods import DeltaDQ
 from deltafmt.runtime import frames, operations
 from deltafmt.runtime.compiled_state import CompiledState
+from deltafmt.runtime.served_modules import ServedModules
 from deltafmt.transformers import attach, detach
 from tiny_models import Tiny, close, generate, ids, logits, made_once, shake
 
@@ -205,6 +206,87 @@ def test_siblings_are_given_the_same_input_or_compute_alone(tmp_path: Path) -> N
     model.way = "changed"
     with model.delta("d"), pytest.raises(Exception, match="attach the deltas with fuse=False to compile"):
         torch.compile(model, backend="eager")(x.clone())
+
+
+class Attention(torch.nn.Module):
+    """Three modules that share their input, and one that has its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, torch.nn.Linear(32, 32, bias=False))
+
+    def forward(self, x: Any) -> Any:
+        """Call all."""
+        return self.o_proj(self.q_proj(x).sigmoid() * self.k_proj(x).tanh() + self.v_proj(x))
+
+
+class Stack(torch.nn.Sequential):
+    """Layers of such modules, compiled as one."""
+
+    def __init__(self) -> None:
+        super().__init__(*(Attention() for _ in range(8)))
+
+    def forward(self, x: Any) -> Any:
+        """Call all."""
+        for layer in self:
+            x = x + layer(x)
+        return x
+
+
+def guards_of(compiled: Any) -> int:
+    """Return how many things the code of a compiled function checks before it runs."""
+
+    def count(manager: Any) -> int:
+        pairs = manager.get_key_value_managers().values() if hasattr(manager, "get_key_value_managers") else ()
+        below = [*manager.get_child_managers(), *(one for pair in pairs for one in pair if one is not None)]
+        return 1 + len(manager.get_leaf_guards()) + sum(map(count, below))
+
+    entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(compiled.__code__)
+    (entry,) = [entry for entry in entries if entry.guard_manager.root is not None]
+    return count(entry.guard_manager.root)
+
+
+def test_compiled_code_checks_hardly_more_than_that_of_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the groups that a GPU has."""
+    save_file(Stack().state_dict(), tmp_path / "base.safetensors")
+    tuned = Stack()
+    shake(tuned, 3, 0.1)
+    save_file(tuned.state_dict(), tmp_path / "tuned.safetensors")
+    method = DeltaDQ(2, 8, 4)
+    deltafmt.pack(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "d", method=method)
+
+    def group(served: ServedModules, sites: list[Any]) -> None:
+        for number in range(8):
+            found = {site.name: site for site in sites}
+            served._make_group([found[f"{number}.{name}_proj"] for name in "qkv"])
+            served._make_group([found[f"{number}.o_proj"]])
+
+    monkeypatch.setattr(ServedModules, "_group_known", group)
+    x = torch.randn(2, 3, 32)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        base = Stack()
+        want = torch.compile(base, backend="aot_eager")(x)
+        guards = guards_of(Stack.forward)
+        torch._dynamo.reset()
+        model = attach(Stack(), {"d": tmp_path / "d"})
+        assert {type(module).__name__ for module in model[3].children()} == {"Linear"}
+        assert not any(type(module) is torch.nn.Linear for module in model[3].children())
+        compiled = torch.compile(model, backend="aot_eager")
+        for names in ("d", None, ["d", None], "d"):
+            with model.delta(names):
+                found = model(x)
+                assert close(compiled(x), found)
+                assert torch.equal(found[1], want[1]) == (names is None or names == ["d", None])
+        assert guards_of(Stack.forward) <= 1.25 * guards
+        kept = model[3].q_proj.forward  # as a library keeps it that puts another one there, and later puts it back
+        detach(model)
+        assert {type(module) for module in model[3].children()} == {torch.nn.Linear}
+        assert torch.equal(kept(x), base[3].q_proj(x))
 
 
 def test_code_of_deltas_that_are_gone_is_refused() -> None:

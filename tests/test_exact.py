@@ -76,6 +76,29 @@ def test_every_bit_pattern_comes_back_through_the_sorted_planes(name: str, data:
         assert np.array_equal(joined(planes, prediction, unit, key, marks), values)
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_sample_tells_the_same_to_every_loop(name: str, data: st.DataObject) -> None:
+    unit = unit_of(data.draw(st.sampled_from(DTYPES)))
+    values, prediction = drawn_units(data, unit, chunks._SAMPLE)
+    counts = chunks.byte_counts.reference(values.view(np.uint8))
+    unrelated = chunks.is_unrelated.reference(values, prediction, unit)
+    with running(name):
+        assert np.array_equal(chunks.byte_counts(values.view(np.uint8)), counts)
+        assert chunks.is_unrelated(values, prediction, unit) == unrelated
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sample_tells_what_is_unrelated(dtype: str) -> None:
+    unit, rng = unit_of(dtype), np.random.default_rng(5)
+    noise = rng.integers(0, 256, 6000 * unit.width, np.uint8).view(unit.dtype)
+    few = rng.integers(0, 7, 6000).astype(unit.dtype)
+    assert chunks.is_unrelated(few, noise, unit)
+    with np.errstate(over="ignore"):
+        assert not chunks.is_unrelated(noise + few, noise, unit)
+
+
 @pytest.mark.parametrize("zeros", [0.0, 0.0001, 1.0])
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -185,6 +208,27 @@ def test_nothing_is_moved_beyond_the_units(name: str) -> None:
         with pytest.raises((ValueError, IndexError)):
             put(units, outside, np.ones(2, np.uint16))
     assert not units.any()
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F8_E4M3", "U8"])
+def test_few_units_of_few_exponents_are_found(name: str, dtype: str) -> None:
+    """Chunks that are counted by their common exponents; a place behind the last unit was once given for a rank."""
+    unit = unit_of(dtype)
+    for seed in range(25):
+        rng = np.random.default_rng(seed)
+        count = int(rng.integers(1 << 14, 20000))
+        keys = rng.integers(0, 1 << unit.bits, 12)
+        chosen = keys[np.minimum(rng.geometric(0.4 if seed % 2 else 0.9, count) - 1, 11)]
+        prediction = (chosen << unit.shift).astype(unit.dtype)
+        places = np.flatnonzero(rng.random(count) < rng.choice([0.001, 0.01, 0.1]))
+        places = np.union1d(places, count - 1 - rng.integers(0, 40, 3))
+        with running(name):
+            ranks, counts = ranks_of(places, prediction, unit)
+            found = places_of(np.sort(ranks), prediction, unit)
+        assert np.array_equal(ranks, ranks_of.reference(places, prediction, unit)[0])
+        assert np.array_equal(counts, ranks_of.reference(places, prediction, unit)[1])
+        assert np.array_equal(found, places_of.reference(np.sort(ranks), prediction, unit))
 
 
 def test_few_differences_are_coded_as_all_are() -> None:

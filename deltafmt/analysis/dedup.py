@@ -16,6 +16,7 @@ from deltafmt.analysis.named_bases import named_bases
 from deltafmt.analysis.savings import HELPS, Saving, estimate
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import DeltafmtError, InvalidFileError, StorageError, UsageError, WrongBaseError
+from deltafmt.format.choices import check_list
 from deltafmt.methods.exact import Exact
 from deltafmt.output import storage_error
 from deltafmt.pipeline.many_outputs import own_name
@@ -125,6 +126,7 @@ def dedup(
         StorageError: a file cannot be read.
     """
     steps = progress or (lambda *_: None)
+    check_list("folders", folders)
     paths = _expanded([*([base] if base is not None else []), *folders])
     if len(paths) < 2:
         raise UsageError("dedup compares checkpoints, and fewer than two are given")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.safetensors_file import Tensor
 from deltafmt.errors import NonFiniteError, UsageError
+from deltafmt.format.choices import check_list
 from deltafmt.format.constants import DELTA_DTYPES
 from deltafmt.pipeline.plan import leading_dimensions
 from deltafmt.terms import floats
@@ -112,6 +113,8 @@ def find_pairs(
     Raises:
         UsageError: a pattern matches no tensor.
     """
+    check_list("include", include)
+    check_list("exclude", exclude)
     names = list(finetuned.tensors)
     for pattern in (*include, *exclude):
         if not fnmatch.filter(names, pattern):

@@ -18,7 +18,7 @@ from deltafmt.checkpoint.weight_choice import read_json
 from deltafmt.checkpoint.weight_names import USUAL_NAMES, WeightNames, index_name, shard_name
 from deltafmt.errors import InvalidFileError, Remedy, StorageError, UsageError
 from deltafmt.format import constants as c
-from deltafmt.output import OutputLock, storage_error, sync_folder
+from deltafmt.output import OutputLock, check_path, storage_error, sync_folder
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -283,6 +283,7 @@ def check_output_folder(path: Path, *, force: bool) -> None:
         UsageError: the folder exists, or its name is not one for a folder.
         StorageError: the parent folder is missing.
     """
+    check_path(path)
     if path.name in ("", ".", ".."):
         raise UsageError(f"{str(path)!r} is not a name for an output folder")
     if path.suffix in (".safetensors", ".deltafmt", ".bin"):

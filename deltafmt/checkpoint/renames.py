@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from deltafmt.errors import UsageError
+from deltafmt.format.choices import check_list
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,8 @@ class Renames:
         Raises:
             UsageError: a text is not a rule.
         """
-        if isinstance(rename, str) or isinstance(strip_prefix, str):
-            raise UsageError("rename and strip_prefix are lists of texts, not one text")
+        check_list("rename", rename)
+        check_list("strip_prefix", strip_prefix)
         if "" in strip_prefix:
             raise UsageError("strip_prefix '' strips nothing")
         return cls(tuple(map(Rename.parse, rename)), tuple(strip_prefix))

@@ -22,7 +22,7 @@ from deltafmt.container import canonical, frame
 from deltafmt.errors import InvalidFileError, Remedy, StorageError, UsageError
 from deltafmt.format import constants as c
 from deltafmt.index.sections import Section
-from deltafmt.output import Bytes, OutputLock, storage_error, sync_folder
+from deltafmt.output import Bytes, OutputLock, check_path, storage_error, sync_folder
 from deltafmt.terms.layout import TermLayout
 from deltafmt.terms.registry import parse_layout
 
@@ -217,6 +217,7 @@ def check_output_file(path: Path, *, force: bool) -> None:
         UsageError: the file exists and ``force`` is not given, or the path is a folder or a device.
         StorageError: the folder is missing.
     """
+    check_path(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder, not a name for the output file")
     if path.exists() and not path.is_file():

@@ -1,7 +1,8 @@
-"""The check of an option that takes one of some words."""
+"""The checks of an option that takes one of some words, or a list."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 
 from deltafmt.errors import UsageError
@@ -15,3 +16,13 @@ def check_choice(option: str, value: str, choices: Collection[str]) -> None:
     """
     if value not in choices:
         raise UsageError(f"{option} {value!r} is not one of {', '.join(choices)}")
+
+
+def check_list(option: str, value: object) -> None:
+    """Refuse one text, or one path, where a list of them belongs: its letters would be taken for the items.
+
+    Raises:
+        UsageError: names the option and the value.
+    """
+    if isinstance(value, str | bytes | os.PathLike):
+        raise UsageError(f"{option}: {os.fspath(value)!r} is one item, and a list of them is needed")

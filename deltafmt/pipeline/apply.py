@@ -19,7 +19,7 @@ from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.weight_names import METADATA_VARIANT
 from deltafmt.delta import DeltaFile
 from deltafmt.errors import StorageError, UsageError, WrongBaseError
-from deltafmt.format.choices import check_choice
+from deltafmt.format.choices import check_choice, check_list
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.output import OutputLock, storage_error
 from deltafmt.pipeline.attached_code import CODE, chosen_files, code_of
@@ -90,6 +90,7 @@ def apply(
         StorageError: reading or writing failed; in place, the folder is the old one.
     """
     core.warn_if_missing()
+    check_list("deltas", deltas)
     place = _place(model, deltas, out, in_place, recover)
     if code is not None:
         check_choice("code", code, CODE)
@@ -178,9 +179,11 @@ def _recover(path: Path) -> bool:
 
 
 def _check_patchable(path: Path) -> None:
-    """Refuse a model that is no folder, or of which another tool has noted which version it has."""
+    """Refuse a model that is no folder, whose name no other folder can take, or whose version another tool notes."""
     if path.is_file():
         raise UsageError(f"{path} is a file, and only a folder is patched in place; write a new folder")
+    if os.path.ismount(path):
+        raise UsageError(f"a file system is mounted at {path}, which no other folder replaces; write a new folder")
     if os.path.lexists(path / APPLIED):
         raise UsageError(
             f"{path} holds {APPLIED}, which says what version the weights have, and would be wrong; delete that file, "

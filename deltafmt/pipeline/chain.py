@@ -24,6 +24,7 @@ from deltafmt.checkpoint.renames import Renames
 from deltafmt.checkpoint.safetensors_file import PagedTensor, SafetensorsFile, Tensor
 from deltafmt.delta import DeltaFile, RunDecoder
 from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.format.choices import check_list
 from deltafmt.format.limits import Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.scaled import ScaledRef
@@ -221,6 +222,7 @@ def open_links(paths: Sequence[str | os.PathLike[str]], limits: Limits) -> Itera
         WrongBaseError: names the link that is missing, or stands in another place.
         StorageError: reading failed.
     """
+    check_list("delta files", paths)
     if not paths:
         raise UsageError("no delta file is given")
     with contextlib.ExitStack() as stack:

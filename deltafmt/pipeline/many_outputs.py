@@ -66,7 +66,7 @@ def unique(pairs: Iterable[tuple[str, Source]]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name, source in pairs:
         path = Path(source)
-        if name in ("", ".", "..") or "/" in name or not name.isprintable():
+        if not _is_file_name(name):
             raise UsageError(f"{name!r} is no name for the delta file of {path}", Remedy("finetuned", str(path)))
         # Some file systems take names that differ in capitals alone for the same.
         alike = next((other for other in found if other.casefold() == name.casefold()), None)
@@ -77,11 +77,15 @@ def unique(pairs: Iterable[tuple[str, Source]]) -> dict[str, Path]:
     return found
 
 
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and name.isprintable()
+
+
 def _identity(path: Path) -> Any:
     """Return what two paths of one file or folder have in common."""
     try:
         stat = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # a zero byte is no OSError
         return str(path.absolute())
     return stat.st_dev, stat.st_ino
 

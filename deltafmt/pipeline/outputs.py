@@ -10,6 +10,7 @@ from typing import Final
 
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.errors import UsageError
+from deltafmt.output import check_path
 from deltafmt.regular_file import open_regular
 
 # The end of the message about an interrupt that lost nothing.
@@ -28,7 +29,9 @@ def refuse_input_file(path: Path, sources: Sequence[Checkpoint]) -> None:
 
     Raises:
         UsageError: the output is an input.
+        StorageError: no file can have its path.
     """
+    check_path(path)
     for source in sources:
         inputs = [source.path, *(Path(name) for name, _, _ in source.identity())]
         if path.exists() and any(found.exists() and os.path.samefile(path, found) for found in inputs):
@@ -44,7 +47,9 @@ def refuse_input_folder(path: Path, sources: Sequence[str | os.PathLike[str]]) -
 
     Raises:
         UsageError: names the input.
+        StorageError: no file can have the output's path.
     """
+    check_path(path)
     for source in sources:
         found = Path(source).resolve()
         same = path.exists() and found.exists() and os.path.samefile(path, found)

@@ -12,6 +12,7 @@ from deltafmt.checkpoint.base_name import base_name as folder_name
 from deltafmt.checkpoint.folder import Checkpoint
 from deltafmt.checkpoint.restored import read_heads
 from deltafmt.errors import Remedy, UsageError
+from deltafmt.format.choices import check_list
 from deltafmt.methods.base import Method
 from deltafmt.methods.deltadq import DeltaDQ
 from deltafmt.pipeline.completeness import REMOVED, Completeness
@@ -69,6 +70,11 @@ class PackOptions:
             UsageError: a value is none that a file can have, or does not go with the method.
         """
         check_options(profile, seed)
+        lists = {"rules": rules, "include": include, "exclude": exclude, "attach": attach, "no_attach": no_attach}
+        for option, value in lists.items():
+            check_list(option, value)
+        for chosen in (method, *(rule[-1] for rule in rules)):
+            _check_method(chosen)
         pair = PairOptions.parse(rename, strip_prefix, allow_architecture)
         method = method or DeltaDQ()
         if method.exact:
@@ -122,6 +128,17 @@ class PackOptions:
         job = PackJob(before, after, plans, *described, restores=restores, progressive=self.exact)
         _check_hot(job)
         return job
+
+
+def _check_method(method: object) -> None:
+    """Refuse what is no method, such as its name.
+
+    Raises:
+        UsageError: names it.
+    """
+    if method is not None and not isinstance(method, Method):
+        made = "make one, as by Exact()" if isinstance(method, type) else "deltafmt.methods.parse reads a text"
+        raise UsageError(f"{method!r} is no method; {made}")
 
 
 def _exact_quantized(quantized: str | None) -> str:

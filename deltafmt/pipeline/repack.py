@@ -23,6 +23,7 @@ from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import TensorEntry
 from deltafmt.index.exact import FileRef
 from deltafmt.index.sections import Attachment
+from deltafmt.output import check_path
 from deltafmt.pipeline.digests import check_content_id
 from deltafmt.pipeline.entry_writer import EntryWriter, TermBytes
 from deltafmt.pipeline.verify import check_served_part
@@ -78,6 +79,7 @@ def repack(
         container = opened.container
         profile = profile or container.profile
         check_converted(opened, profile)
+        check_path(path)
         if path.exists() and os.path.samefile(path, delta):
             raise UsageError(f"the output {path} is itself the input")
         entries = sorted(container.entries(), key=lambda entry: natural_key(entry.name))

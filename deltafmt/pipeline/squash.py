@@ -23,9 +23,11 @@ from deltafmt.delta import DeltaFile
 from deltafmt.errors import InvalidFileError, UsageError
 from deltafmt.exact.coding import CHUNK_UNITS, assemble
 from deltafmt.format import constants as c
+from deltafmt.format.choices import check_list
 from deltafmt.format.limits import DEFAULT_LIMITS, Limits
 from deltafmt.index.entries import BaseRef, TensorEntry, predicts
 from deltafmt.index.scaled import ScaledRef
+from deltafmt.output import check_path
 from deltafmt.pipeline.chain import Chain, LinkState, open_chain, open_links
 from deltafmt.pipeline.convert_options import metadata_of_chain
 from deltafmt.pipeline.entry_writer import EntryWriter
@@ -88,6 +90,8 @@ def squash(
     """
     core.warn_if_missing()
     path, workers = Path(out), thread_count(threads)
+    check_list("deltas", deltas)
+    check_path(path)
     if path.is_file() and any(os.path.exists(delta) and os.path.samefile(path, delta) for delta in deltas):
         raise UsageError(f"the output {path} is itself an input")
     check_output_file(path, force=force)

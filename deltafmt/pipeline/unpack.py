@@ -115,6 +115,8 @@ def unpack(
     path = Path(out)
     if code is not None:
         check_choice("code", code, CODE)
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise UsageError(f"a shard of {max_shard_bytes} bytes holds nothing")
     renames = Renames.parse(rename, strip_prefix)
     check_output_folder(path, force=force)
     refuse_input_folder(path, [base, delta])

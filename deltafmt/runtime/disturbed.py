@@ -1,4 +1,4 @@
-"""What callers do to served modules after deltas were attached: another forward, a hook before ours, no hooks at all.
+"""What callers do to served modules after deltas were attached: another forward or class, a hook before ours, no hooks.
 
 Torch tells nobody of these. They are looked at when a block is first used and before every prefill.
 """
@@ -18,25 +18,25 @@ class Placed:
     """The forwards and hooks of served modules, as they were when the deltas were attached."""
 
     def __init__(self) -> None:
-        self._forwards: dict[int, tuple[Site, Callable[..., Any] | None]] = {}
+        self._forwards: dict[int, tuple[Site, Callable[..., Any] | None, type[nn.Module]]] = {}
 
     def note(self, site: Site) -> None:
-        """Take the forward that a module has now for the right one."""
-        self._forwards[id(site)] = site, site.module.__dict__.get("forward")
+        """Take the forward and the class that a module has now for the right ones."""
+        self._forwards[id(site)] = site, site.module.__dict__.get("forward"), type(site.module)
 
     def forget(self) -> None:
         """Forget all modules."""
         self._forwards.clear()
 
     def disturbed(self, hooks: Callable[[int], Iterable[object]]) -> bool:
-        """Tell whether a module has another forward now, or its hook does not run first any more.
+        """Tell whether a module has another forward or class now, or its hook does not run first any more.
 
         Args:
             hooks: a function that returns the hooks of a site, by its id.
         """
-        for key, (site, forward) in self._forwards.items():
+        for key, (site, forward, kind) in self._forwards.items():
             module = site.module
-            if module.__dict__.get("forward") != forward:
+            if module.__dict__.get("forward") != forward or type(module) is not kind:
                 return True
             if any(isinstance(hook, RemovableHandle) and not _is_first(module, hook) for hook in hooks(key)):
                 return True

@@ -2,7 +2,8 @@
 
 ``torch.compile`` looks into Python. It would make a graph for each choice of deltas, and keep what was chosen when it
 looked. So it is given one opaque operation a group of modules, the same for every choice. The operation finds the
-group by a tensor of fixed address, its *key*, and what is chosen by the thread that runs it.
+group by a tensor of fixed address, its *key*: the weight of the first module, or a tensor of its own. It finds what is
+chosen by the thread that runs it.
 
 ``multiply_`` adds products with packed terms, in place. It reads all that depends on the choice from memory of fixed
 addresses, so it can be captured in a CUDA graph. ``output`` does the rest (biases, norms, embeddings, whole weights) in
@@ -46,6 +47,22 @@ def new_key(operation: Multiplies | Outputs, device: torch.device) -> torch.Tens
     dynamo.mark_static_address(key, guard=False)
     _operations[key.data_ptr()] = operation
     return key
+
+
+def is_bound(address: int) -> bool:
+    """Tell whether a tensor at an address stands for an operation, or for nothing because it has no memory."""
+    return not address or address in _operations
+
+
+def bind_key(address: int, operation: Multiplies) -> None:
+    """Let a tensor that stays where it is stand for an operation, until :func:`unbind_key`."""
+    _operations[address] = operation
+
+
+def unbind_key(address: int, operation: Multiplies) -> None:
+    """Let a tensor stand for nothing again, unless it stands for another operation now."""
+    if _operations.get(address) is operation:
+        del _operations[address]
 
 
 def _operation(key: torch.Tensor) -> Any:

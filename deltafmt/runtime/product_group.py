@@ -32,6 +32,7 @@ from deltafmt.runtime.compiled_state import CompiledState
 from deltafmt.runtime.frames import check_input, note_input, untraced
 from deltafmt.runtime.operations import multiply_, new_key
 from deltafmt.runtime.selection import Selection, Waiting
+from deltafmt.runtime.served_linear import ServedLinear
 from deltafmt.runtime.sites import LinearSite
 from deltafmt.runtime.uncopied import Uncopied
 from deltafmt.runtime.values import version_of
@@ -56,7 +57,7 @@ class _Routine:
 
 
 class _Member(Uncopied):
-    """One module of a group: its ``run`` is the module's forward while the group computes together.
+    """One module of a group. Its ``run`` is the module's forward where the module's class cannot be changed.
 
     It is a method, because compiled code takes methods of equal modules for the same, and functions for different ones.
     """
@@ -68,7 +69,11 @@ class _Member(Uncopied):
         self.number = number
         self.site = site
         self.plain = plain
-        self.key = new_key(self, group.compiled_state.device)
+
+    def place(self) -> None:
+        """Make ``run`` the module's forward."""
+        self.key = new_key(self, self.group.compiled_state.device)
+        self.site.module.forward = self.run
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output."""
@@ -100,7 +105,7 @@ class ProductGroup:
         members: the modules' forwards.
         slots: the slots of the deltas that change one of the modules.
         version: how often a slot of the group has changed.
-        key: stands for the group in compiled code.
+        key: stands for the group in compiled code, if its modules keep their classes.
         plain: the modules' own forwards.
     """
 
@@ -112,7 +117,6 @@ class ProductGroup:
         self._active = active
         self._after = after
         self.compiled_state = compiled_state
-        self.key = new_key(self, compiled_state.device)
         self.plain = [site.module.forward for site in sites]
         self.slots: set[int] = set()
         self._alone = len(sites) == 1
@@ -124,8 +128,12 @@ class ProductGroup:
                 self.refresh(slot)
             self._forwards[id(site)] = site.module.forward, "forward" in site.module.__dict__
         self.members = [_Member(self, number, site, self.plain[number]) for number, site in enumerate(sites)]
-        for member in self.members:
-            member.site.module.forward = member.run
+        modules = [site.module for site in sites]
+        self._classes = ServedLinear(modules, self.members, self) if ServedLinear.takes(modules) else None
+        if self._classes is None:
+            self.key = new_key(self, compiled_state.device)
+            for member in self.members:
+                member.place()
 
     def _new_table(self, slots: int) -> OperandTable:
         rows = [site.rows for site in self.sites]
@@ -157,6 +165,9 @@ class ProductGroup:
 
     def dissolve(self) -> None:
         """Give each module its own forward back, unless a caller has put another one there."""
+        if self._classes is not None:
+            self._classes.close()
+            return
         for site, member in zip(self.sites, self.members, strict=True):
             forward, own = self._forwards[id(site)]
             if site.module.__dict__.get("forward") != member.run:

@@ -23,6 +23,7 @@ from deltafmt.runtime.device_delta import DeviceTensor
 from deltafmt.runtime.growing_table import GrowingTable
 from deltafmt.runtime.orders import Order
 from deltafmt.runtime.selection import BASE, Selection
+from deltafmt.runtime.served_linear import is_plain
 from deltafmt.runtime.values import new_values
 
 
@@ -296,7 +297,7 @@ class LinearSite(WeightSite):
 
     def plain_weight(self, given: torch.Tensor) -> torch.Tensor | None:
         """Return the base's weight if the module does nothing but multiply ``given`` with it; otherwise None."""
-        if type(self.module) is not nn.Linear or bias_of(self.module) is not None or self._weights:
+        if not is_plain(self.module) or bias_of(self.module) is not None or self._weights:
             return None
         weight = self.module.weight
         plain = weight.dtype == given.dtype and weight.device == given.device and weight.is_contiguous()

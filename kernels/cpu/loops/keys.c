@@ -185,7 +185,7 @@ INLINE uint32_t until_next(const int64_t *ranks, size_t number, size_t next) {
                 for (size_t word = 0; at < table[slot]; word++) {                                                     \
                     uint64_t lanes = have_key(keys + 64 * word, common->wanted[slot]);                                \
                     uint32_t units = (uint32_t)__builtin_popcountll(lanes);                                           \
-                    while (at < table[slot] && at - passed < units) {                                                 \
+                    while (at < table[slot] && at - passed < units) { /* behind its units is padding */               \
                         for (; passed < at; passed++, units--) lanes &= lanes - 1;                                    \
                         places[next[slot]++] = (int64_t)(first + 64 * word + (size_t)__builtin_ctzll(lanes));         \
                         uint32_t more = until_next(ranks, number, next[slot]);                                        \
