@@ -332,7 +332,7 @@ def _read_plane(stored: memoryview, plane: NDArray[np.uint8]) -> None:
 def _few(values: Units, prediction: Units, places: Places, unit: Unit, marks: Marks | None = None) -> Chunk:
     """Return a chunk of which few units differ, as sorted planes or by their places: what promises to be smaller."""
     ranks, counts = ranks_of(places, prediction, unit)
-    if marks is not None or _gap_bits(places) < _gap_bits(np.sort(ranks)):
+    if marks is not None or _gap_bits(places, values.size) < _gap_bits(ranks, values.size):
         return _sparse(values, prediction, places, unit, marks)
     planes, _ = sorted_planes(taken(values, places), taken(prediction, places), unit, Unit(unit.width))
     return Chunk(SORTED, _write_planes(_scattered(planes, ranks, values.size), _ends(counts)))
@@ -354,9 +354,15 @@ def _scattered(planes: Planes, places: Places, count: int) -> Iterator[Plane]:
         yield whole
 
 
+<<<<<<< HEAD
 def _gap_bits(places: Places) -> float:
     """Return the entropy of gaps between places, in bits a gap; those above 255 count as such."""
     return entropy(gap_counts(places)) if places.size > 1 else 0.0
+=======
+def _gap_bits(numbers: Places, end: int) -> float:
+    """Return the entropy of gaps between numbers below an end, in bits a gap; those above 255 count as such."""
+    return _entropy(gap_counts(numbers, end)) if numbers.size > 1 else 0.0
+>>>>>>> d
 
 
 def _sparse(values: Units, prediction: Units, places: Places, unit: Unit, marks: Marks | None = None) -> Chunk:

@@ -80,16 +80,21 @@ def put(units: Units, places: Places, values: Units) -> None:
     units[places] = values
 
 
-def _gap_counts(native: Native, numbers: Places) -> Counts:
+def _gap_counts(native: Native, numbers: Places, end: int) -> Counts:
     counts = np.empty(256, np.uint64)
-    native.exact_gaps(numbers, counts)
+    native.exact_gaps(numbers, end, counts)
     return counts
 
 
 @loop(_gap_counts)
-def gap_counts(numbers: Places) -> Counts:
-    """Return how often each gap is there between ascending numbers; gaps above 255 count as 255."""
-    return np.bincount(np.minimum(np.diff(numbers), 255), minlength=256).astype(np.uint64)
+def gap_counts(numbers: Places, end: int) -> Counts:  # noqa: ARG001 - for the compiled loop
+    """Return how often each gap is there between numbers in ascending order; gaps above 255 count as 255.
+
+    Args:
+        numbers: in any order, each once.
+        end: what they are below, at most ``2**31 - 1``.
+    """
+    return np.bincount(np.minimum(np.diff(np.sort(numbers)), 255), minlength=256).astype(np.uint64)
 
 
 def _ranks_of(native: Native, places: Places, prediction: Units, key: Unit) -> tuple[Places, Counts]:

@@ -165,7 +165,7 @@ struct loops {
     size_t (*exact_filled)(const struct exact *, size_t most, int64_t *places);
     void (*exact_take)(const void *units, size_t width, const int64_t *places, size_t number, void *out);
     void (*exact_put)(void *units, size_t width, const int64_t *places, size_t number, const void *values);
-    void (*exact_gaps)(const int64_t *numbers, size_t count, uint64_t *counts);
+    void (*exact_gaps)(const int64_t *numbers, size_t count, uint64_t *set, size_t words, uint64_t *counts);
 
     size_t (*plane_frame)(const uint8_t *data, const uint64_t *ends, size_t segments, uint8_t *out, void *scratch);
     int (*may_repeat)(const uint8_t *data, size_t count);

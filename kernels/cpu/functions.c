@@ -549,13 +549,13 @@ PyObject *count_bytes(struct call *call) {
     return finish(call, nothing, 0);
 }
 
-/* Checks that places lie among so many units. */
+/* Checks that numbers lie below their end. */
 static void require_within(struct call *call, const Py_buffer *places, size_t end) {
     const uint64_t *at = places->buf;
     size_t count = call->wrong ? 0 : extent(places, 0);
     int within = 1;
     for (size_t i = 0; i < count; i++) within &= at[i] < end;
-    require(call, within, "places lie among the units");
+    require(call, within, "numbers lie below their end");
 }
 
 /* Units, places, and room for the units there. */
@@ -576,11 +576,16 @@ PyObject *exact_put(struct call *call) {
     return finish(call, nothing, 0);
 }
 
-/* Numbers that ascend, and a count for each gap between them. */
+/* Numbers, what they are below, and a count for each gap between them in ascending order. */
 PyObject *exact_gaps(struct call *call) {
-    const Py_buffer *numbers = array(call, "l", 1, 0), *counts = array(call, "L", 1, 1);
+    const Py_buffer *numbers = array(call, "l", 1, 0);
+    size_t end = number(call, 0, INT32_MAX), words = up(end, 64);
+    const Py_buffer *counts = array(call, "L", 1, 1);
     require(call, extent(counts, 0) == 256, "there is a count for each byte");
-    RUN(call, loops->exact_gaps(numbers->buf, extent(numbers, 0), counts->buf));
+    require_within(call, numbers, end);
+    uint64_t *set = scratch_of(call, words * sizeof *set);
+    RUN(call, loops->exact_gaps(numbers->buf, extent(numbers, 0), set, words, counts->buf));
+    free(set);
     return finish(call, nothing, 0);
 }
 

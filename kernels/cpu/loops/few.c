@@ -203,11 +203,19 @@ static void exact_put(void *units, size_t width, const int64_t *places, size_t n
         put_uint64_t(units, places, number, values);
 }
 
-/* counts: (256,), of gaps between numbers that ascend; those above 255 count as such. */
-static void exact_gaps(const int64_t *numbers, size_t count, uint64_t *counts) {
+/* counts: (256,), of gaps between numbers in ascending order; those above 255 count as such. set: scratch, with a bit
+ * for each number that there can be. */
+static void exact_gaps(const int64_t *numbers, size_t count, uint64_t *set, size_t words, uint64_t *counts) {
+    uint64_t before = 0;
+    int first = 1;
     memset(counts, 0, 256 * sizeof *counts);
-    for (size_t i = 1; i < count; i++) {
-        uint64_t gap = (uint64_t)numbers[i] - (uint64_t)numbers[i - 1];
-        counts[gap < 255 ? gap : 255]++;
-    }
+    memset(set, 0, words * sizeof *set);
+    for (size_t i = 0; i < count; i++) set[numbers[i] / 64] |= 1ull << numbers[i] % 64;
+    for (size_t word = 0; word < words; word++)
+        for (uint64_t left = set[word]; left; left &= left - 1) {
+            uint64_t number = 64 * word + (uint64_t)__builtin_ctzll(left), gap = number - before;
+            if (!first) counts[gap < 255 ? gap : 255]++;
+            first = 0;
+            before = number;
+        }
 }
