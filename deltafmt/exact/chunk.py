@@ -354,15 +354,9 @@ def _scattered(planes: Planes, places: Places, count: int) -> Iterator[Plane]:
         yield whole
 
 
-<<<<<<< HEAD
-def _gap_bits(places: Places) -> float:
-    """Return the entropy of gaps between places, in bits a gap; those above 255 count as such."""
-    return entropy(gap_counts(places)) if places.size > 1 else 0.0
-=======
 def _gap_bits(numbers: Places, end: int) -> float:
     """Return the entropy of gaps between numbers below an end, in bits a gap; those above 255 count as such."""
-    return _entropy(gap_counts(numbers, end)) if numbers.size > 1 else 0.0
->>>>>>> d
+    return entropy(gap_counts(numbers, end)) if numbers.size > 1 else 0.0
 
 
 def _sparse(values: Units, prediction: Units, places: Places, unit: Unit, marks: Marks | None = None) -> Chunk:
