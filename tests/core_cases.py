@@ -185,6 +185,8 @@ CASES = [
         wrong=((1, 0), (1, 3), (4, 0), (4, 2), (4, 2**31)),
     ),
     Case("may_repeat", (fields(300),), (), free=((0, 0),)),
+    Case("count_bytes", (fields(300), words(256)), (1,), free=((0, 0),)),
+    Case("exact_unrelated", (raw(300), raw(300), 1, zeros(8193, dtype=np.uint64)), (), wrong=((2, 2),)),
     Case("add_outer", (zeros(2, 3), zeros(2, 5), zeros(3, 5)), (2,)),
     Case(
         "sparse_needed",

@@ -242,3 +242,20 @@ def test_a_parameter_that_is_none(names: Any, tmp_path: Path) -> None:
     if names != "one":
         wanted = torch.cat([wanted[:1], plain[1:]])
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_parametrized_module(tmp_path: Path) -> None:
+    """A convolution under ``weight_norm``, as wav2vec 2.0 has, is served with the parts of its weight."""
+    from torch.nn.utils.parametrizations import weight_norm
+
+    torch.manual_seed(0)
+    base, tuned = (torch.nn.Sequential(weight_norm(torch.nn.Conv1d(8, 8, 3), dim=2)) for _ in "ab")
+    for name, model in (("base", base), ("one", tuned)):
+        save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+    deltafmt.pack(tmp_path / "base.safetensors", tmp_path / "one.safetensors", tmp_path / "d", exclude=["*"])
+    x = torch.randn(2, 8, 5)
+    model = attach(base, {"one": tmp_path / "d"})
+    with model.delta("one"):
+        assert torch.allclose(model(x), tuned(x), atol=1e-6)
+    with model.delta(["one", None]), pytest.raises(UsageError, match="serves one delta at a time"):
+        model(x)

@@ -76,6 +76,29 @@ def test_every_bit_pattern_comes_back_through_the_sorted_planes(name: str, data:
         assert np.array_equal(joined(planes, prediction, unit, key, marks), values)
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_sample_tells_the_same_to_every_loop(name: str, data: st.DataObject) -> None:
+    unit = unit_of(data.draw(st.sampled_from(DTYPES)))
+    values, prediction = drawn_units(data, unit, chunks._SAMPLE)
+    counts = chunks.byte_counts.reference(values.view(np.uint8))
+    unrelated = chunks.is_unrelated.reference(values, prediction, unit)
+    with running(name):
+        assert np.array_equal(chunks.byte_counts(values.view(np.uint8)), counts)
+        assert chunks.is_unrelated(values, prediction, unit) == unrelated
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sample_tells_what_is_unrelated(dtype: str) -> None:
+    unit, rng = unit_of(dtype), np.random.default_rng(5)
+    noise = rng.integers(0, 256, 6000 * unit.width, np.uint8).view(unit.dtype)
+    few = rng.integers(0, 7, 6000).astype(unit.dtype)
+    assert chunks.is_unrelated(few, noise, unit)
+    with np.errstate(over="ignore"):
+        assert not chunks.is_unrelated(noise + few, noise, unit)
+
+
 @pytest.mark.parametrize("zeros", [0.0, 0.0001, 1.0])
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

@@ -20,7 +20,7 @@ from lora_models import FAMILIES, new_family, outputs, same, shake
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # PEFT itself gives these no factors for all of their linear modules.
-_NOT_ALL_LINEAR = ("jamba", "mamba2", "phimoe")
+_NOT_ALL_LINEAR = ("jamba", "llama4", "mamba2", "phimoe")
 _NO_EXPORT = ("umt5",)
 
 

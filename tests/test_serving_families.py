@@ -24,12 +24,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:the model has not called:Runtime
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "how-to" / "serve.md"
 # Families whose parts are read in a way of their own get two deltas with terms of different kinds.
-TWICE: Final = ("mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe", "mamba2", "jamba", "siglip", "llama")
+TWICE: Final = (
+    "mixtral",
+    "deepseek_v3",
+    "gpt_oss",
+    "granitemoe",
+    "phimoe",
+    "mamba2",
+    "jamba",
+    "siglip",
+    "llama",
+    "deberta",
+    "llama4",
+)
 
 # Families that refuse a mixed batch: what the documentation says, and what the message says.
 ONE_AT_A_TIME: Final = {
     "siglip": ("a query that is the same for all rows", "is given the shape"),
-    "deberta": ("relative positions", "is given the shape"),
     "swin": ("windows as rows", "is given the shape"),
 }
 

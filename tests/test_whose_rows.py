@@ -237,3 +237,39 @@ def test_rows_that_cannot_be_told_are_refused_by_name(tmp_path: Path, how: str) 
         assert torch.allclose(mixed.model(tokens, how=how), mixed.alone["one"](tokens, how=how), atol=1e-5)
     with mixed.model.delta(["one", None, "two"]), pytest.raises(UsageError, match=r"^fc is called outside of its mo"):
         mixed.model.fc(torch.randn(3, 8))
+
+
+def test_what_depends_on_no_row_is_computed_for_each_delta(tmp_path: Path) -> None:
+    """A table goes through a norm and a product of its own before it meets the rows, as relative positions do."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm = nn.Embedding(4, 8), nn.LayerNorm(8)
+            self.up, self.inner = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+        def forward(self, x: Any) -> Any:
+            table = self.inner(self.norm(self.table.weight))
+            return self.up(x @ self.up(table).T @ table)
+
+    torch.manual_seed(0)
+    mixed = Mixed(tmp_path, Positions())
+    x = torch.randn(3, 2, 8)
+    hooks = {name: list(module._forward_hooks) for name, module in mixed.model.named_modules()}
+    for _ in range(3):
+        mixed.check(("one", None, "two"), lambda model, part: model(x[part]))
+    assert mixed.steady
+    assert hooks == {name: list(module._forward_hooks) for name, module in mixed.model.named_modules()}
+
+
+def test_a_recurrent_state_has_rows(tmp_path: Path) -> None:
+    """RWKV adds a state without a dimension of tokens to the tokens, so every row meets the states of all."""
+    options = {"vocab_size": 96, "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = transformers.RwkvForCausalLM(transformers.RwkvConfig(**options)).eval()
+    shake(model, 3, 0.1)
+    mixed = Mixed(tmp_path, model)
+    with torch.no_grad(), mixed.model.delta(["one", None]):
+        first = mixed.model(ids(2, 5), use_cache=True)
+        with pytest.raises(UsageError, match=r"^rwkv.blocks.0.* is given the shape \[2, 2, 32\], which cannot be"):
+            mixed.model(ids(2, 1), state=first.state, use_cache=True)

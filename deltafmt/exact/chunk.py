@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from deltafmt.core import Native, loop
 from deltafmt.errors import InvalidFileError
 from deltafmt.exact.differences import (
     Counts,
@@ -59,6 +60,9 @@ _FEW_BYTES: Final = 0.25
 
 # Where a larger share of a sample differs, few units are not looked for: twice what few may be.
 _FEW_SAMPLED: Final = 0.25
+
+# So many bytes of a plane are looked at first for one that is not zero.
+_BEGINNING: Final = 256
 
 # Units that are looked at to choose a form, in so many runs, and the bits a byte from which no code is tried.
 _SAMPLE: Final = 8192
@@ -126,11 +130,13 @@ def _smallest(
         find = _sparse if level == "fast" else _few
         return find(values, prediction, places, unit, marks)
     found = [] if places is None else [_sparse(values, prediction, places, unit, marks)]
-    if not _is_unrelated(*sample, unit):
+    if not is_unrelated(*sample, unit):
         key = unit if level == "default" else Unit(unit.width)
         form = SORTED if key.is_float else DIFFERENCES
         room = scratch_planes(unit.width, values.size)
-        planes, counts = sorted_planes(values, prediction, unit, key, marks if form == SORTED else None, room)
+        behind = marks if key.is_float else None
+        codes = scratch("sorted", values.nbytes if key.is_float else 0)
+        planes, counts = sorted_planes(values, prediction, unit, key, behind, room, codes)
         found.append(Chunk(form, _write_planes(planes, _ends(counts) if form == SORTED else ())))
     else:
         found.append(Chunk(VALUES, _write_planes(planes_of(values, unit))))
@@ -271,10 +277,28 @@ def _ends(counts: Counts) -> list[int]:
     return ends
 
 
-def _is_unrelated(values: Units, prediction: Units, unit: Unit) -> bool:
-    """Tell whether the planes of a sample of units are smaller than those of their differences."""
+# Products of counts in a sample and their logarithms to base 2, of which 16 bits lie behind the point: sums of integers
+# are the same in any order.
+_COUNTS: Final = np.arange(_SAMPLE + 1)
+_LOGS: Final = np.rint(_COUNTS * np.log2(np.maximum(_COUNTS, 1)) * 65536).astype(np.uint64)
+
+
+def _unrelated(native: Native, values: Units, prediction: Units, unit: Unit) -> bool:
+    found: bool = native.exact_unrelated(values, prediction, unit.is_float, _LOGS)
+    return found
+
+
+@loop(_unrelated)
+def is_unrelated(values: Units, prediction: Units, unit: Unit) -> bool:
+    """Tell whether the planes of a sample of units have less entropy than those of their differences."""
     planes, _ = sorted_planes(values, prediction, unit, Unit(unit.width))
-    return sum(map(_bits, planes_of(values, unit))) < sum(map(_bits, planes))
+    alone, differences = (sum(map(_order, found)) for found in (planes_of(values, unit), planes))
+    return alone > differences
+
+
+def _order(plane: NDArray[np.uint8]) -> int:
+    """Return the bits by which the entropy of all bytes of a sample's plane is less than if none came twice."""
+    return int(_LOGS[byte_counts(plane)].sum())
 
 
 Sampled = TypeVar("Sampled", bound=np.generic)
@@ -288,9 +312,21 @@ def _sampled(whole: NDArray[Sampled]) -> NDArray[Sampled]:
     return whole[: _RUNS * step].reshape(_RUNS, step)[:, : _SAMPLE // _RUNS].reshape(-1)
 
 
+def _byte_counts(native: Native, data: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    counts = np.empty(256, np.uint32)
+    native.count_bytes(data, counts)
+    return counts
+
+
+@loop(_byte_counts)
+def byte_counts(data: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """Return how often each of the 256 values occurs among some bytes."""
+    return np.bincount(data, minlength=256).astype(np.uint32)
+
+
 def _bits(plane: NDArray[np.uint8]) -> float:
     """Return the entropy of some bytes, in bits a byte."""
-    return _entropy(np.bincount(plane))
+    return _entropy(byte_counts(plane))
 
 
 def _entropy(counts: NDArray[np.integer]) -> float:
@@ -304,7 +340,8 @@ def _write_planes(planes: Iterable[Plane], ends: Sequence[int] = ()) -> bytes:
     """Return the lengths of planes, and the planes: nothing for zeros, a frame, or the bytes where no frame is less."""
     parts: list[Bytes] = []
     for number, plane in enumerate(planes):
-        if plane is None or not (plane[0] or plane.any()):
+        # Most planes have something in their first bytes; numpy converts all bytes before it looks at them.
+        if plane is None or not (plane[:_SAMPLE].any() or plane.any()):
             parts.append(b"")
             continue
         is_random = plane.size >= _SAMPLE and _bits(_sampled(plane)) > _RANDOM_BITS
@@ -348,7 +385,8 @@ def _read_plane(stored: memoryview, plane: NDArray[np.uint8]) -> None:
         plane[:] = np.frombuffer(stored, np.uint8)
     else:
         decompress_into(stored, plane.data)
-    if not (plane[0] or plane.any()):
+    # Few planes begin with many zeros: the whole is seldom looked at.
+    if not (plane[:_BEGINNING].any() or plane.any()):
         raise InvalidFileError("a plane of zeros is stored")
 
 

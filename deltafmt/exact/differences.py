@@ -96,10 +96,14 @@ def _sorted_planes(
     key: Unit,
     marks: Marks | None = None,
     room: Planes | None = None,
+    codes: NDArray[np.uint8] | None = None,
 ) -> tuple[Planes, Counts]:
     planes = new_planes(unit.width, values.size) if room is None else room
     counts = np.zeros(key_count(key, marks), np.uint64)
-    native.exact_split(values, prediction, unit.is_float, key.shift, key.bits, native_marks(marks), planes, counts)
+    if codes is None:
+        codes = np.empty(values.nbytes if counts.size > 1 else 0, np.uint8)
+    places = key.shift, key.bits, native_marks(marks)
+    native.exact_split(values, prediction, unit.is_float, *places, planes, counts, codes)
     return planes, counts
 
 
@@ -111,6 +115,7 @@ def sorted_planes(
     key: Unit,
     marks: Marks | None = None,
     room: Planes | None = None,  # noqa: ARG001 - for the compiled loop
+    codes: NDArray[np.uint8] | None = None,  # noqa: ARG001 - for the compiled loop
 ) -> tuple[Planes, Counts]:
     """Return the planes of the zigzag differences between units, stably sorted by the prediction's exponent.
 
@@ -120,16 +125,17 @@ def sorted_planes(
         key: the unit whose exponent sorts; one without an exponent leaves the order as it is.
         marks: which units are marked, and lie behind all others (section 17.8); None if there are no marks.
         room: planes that may become the result.
+        codes: as many bytes as the units have, or more, whose contents are lost.
 
     Returns:
         Planes of shape (bytes of a unit, units), the lowest bytes first; and how many units have each exponent: with
         marks, first of those that are not marked.
     """
     with np.errstate(over="ignore"):
-        codes = zigzag(ordered(values, unit) - ordered(prediction, unit), unit)
+        differences = zigzag(ordered(values, unit) - ordered(prediction, unit), unit)
     keys = sort_keys(prediction, key, marks)
     counts = np.bincount(keys, minlength=key_count(key, marks)).astype(np.uint64)
-    return planes_of(codes[np.argsort(keys, kind="stable")], unit), counts
+    return planes_of(differences[np.argsort(keys, kind="stable")], unit), counts
 
 
 def _joined(

@@ -24,6 +24,7 @@ _MAIN: Final = (
 _BESIDE: Final = (
     *("encoder_hidden_states", "attention_mask", "decoder_attention_mask", "encoder_attention_mask", "position_ids"),
     *("token_type_ids", "decoder_position_ids", "pixel_mask", "labels", "bbox"),
+    "state",  # of RWKV: a list of what each row has come to
 )
 _LEADING: Final = (*_MAIN, *_BESIDE)
 _GRIDS: Final = {"pixel_values": ("image_grid_thw", "image"), "pixel_values_videos": ("video_grid_thw", "video")}

@@ -9,6 +9,7 @@ written in place, such as a cache.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, Self
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from deltafmt.errors import UsageError
 from deltafmt.runtime.call_rows import mixed_error
+from deltafmt.runtime.orders import Order
 from deltafmt.runtime.row_places import MERGED
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.shape_queries import NEW_TENSORS
@@ -78,12 +80,71 @@ class Group:
         Raises:
             UsageError: whose rows these are cannot be told.
         """
+        order = self._order([value])
+        if order is None:
+            raise mixed_error(self.where, value.shape)
+        return self._merged(value, order)
+
+    def merged_if_rows(self, value: PerDelta) -> torch.Tensor:
+        """Return the same, or the value itself if it depends on no row of the batch.
+
+        Raises:
+            UsageError: whose rows these are cannot be told.
+        """
+        order = self._order([value])
+        return value if order is None else self._merged(value, order)
+
+    def _merged(self, value: PerDelta, order: Order) -> torch.Tensor:
         found = torch.empty_like(value.each[0])
-        self.spread(value.each, found, [value])
+        self._write(value.each, found, order)
         walk = self._selection.walk
         if walk is not None and walk.follower is not None:
             walk.follower.mark(found, walk.follower.owners(value))
         return found
+
+    def each(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module once for each slot, with the slot's values; what depends on no row has no other way.
+
+        It is called in a hook before the module's forward. That run is the first slot's; the other slots' come before
+        it, and a hook behind all others gives the module the output of all.
+
+        Returns:
+            What the hook returns: the input of the run that follows.
+
+        Raises:
+            UsageError: the module is called outside of a call of its model.
+        """
+        call = self._selection.call
+        if call is None or not call.bound:
+            raise mixed_error(self.where, next(leaf.shape for leaf in _values((args, kwargs))))
+        before, thread = call.selection, threading.get_ident()
+        try:
+            others = []
+            for number, slot in enumerate(self.slots[1:], 1):
+                call.selection = self._selection.alone(slot)
+                others.append(module(*_chosen(args, number), **_chosen(kwargs, number)))
+        except BaseException:
+            call.selection = before
+            raise
+        call.selection = self._selection.alone(self.slots[0])
+
+        def end(_module: nn.Module, _args: object, output: Any) -> Any:
+            if threading.get_ident() != thread:
+                return None
+            handle.remove()
+            call.selection = before
+            return None if output is None else self._marked(_joined([output, *others], self))
+
+        handle = module.register_forward_hook(end, always_call=True)
+        return _chosen(args, 0), _chosen(kwargs, 0)
+
+    def _marked(self, made: Any) -> Any:
+        """Give values the owners of the first slot's, while the model's call is followed."""
+        walk = self._selection.walk
+        if walk is not None and walk.follower is not None:
+            for value in _values(made):
+                walk.follower.mark(value, walk.follower.owners(value.each[0]))
+        return made
 
     def spread(
         self,
@@ -103,13 +164,20 @@ class Group:
         Raises:
             UsageError: whose rows these are cannot be told.
         """
+        order = self._order(alike)
+        if order is None or order.dim == scattered:
+            raise mixed_error(self.where, into.shape)
+        self._write(values, into, order)
+
+    def _order(self, alike: Sequence[torch.Tensor]) -> Order | None:
+        """Return the order of the deltas in tensors; None if they depend on no row."""
         selection = self._selection
         given, number = alike[0], MERGED
         if selection.walk is not None:
             given, number = selection.walk.merging(self.site, alike)
-        order = selection.order(self.site, number, given, given.shape, self.where)
-        if order is None or order.dim == scattered:
-            raise mixed_error(self.where, into.shape)
+        return selection.order(self.site, number, given, given.shape, self.where)
+
+    def _write(self, values: Sequence[torch.Tensor], into: torch.Tensor, order: Order) -> None:
         for slot, value in zip(self.slots, values, strict=True):
             mine = order.along(slot)
             into.index_copy_(order.dim, mine, value.index_select(order.dim, mine))
@@ -152,8 +220,7 @@ class PerDelta(torch.Tensor):
     ) -> Any:
         """Run an operation once for each slot."""
         kwargs = kwargs or {}
-        leaves = pytree.tree_leaves((args, kwargs))
-        given = [leaf for leaf in leaves if isinstance(leaf, PerDelta)]
+        given = _values((args, kwargs))
         group = given[0].group
         if any(one.group is not group for one in given):
             raise UsageError(f"{group.where} computes with values of another module; it serves one delta at a time")
@@ -167,6 +234,11 @@ class PerDelta(torch.Tensor):
             _refuse_other_form(written, group)
             return written[0] if len(written) == 1 else written
         return _joined(found, group)
+
+
+def _values(tree: Any) -> list[PerDelta]:
+    """Return the values per delta in a tree."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, PerDelta)]
 
 
 def _chosen(tree: Any, number: int) -> Any:
@@ -249,8 +321,13 @@ def merge(tree: Any) -> Any:
     return pytree.tree_map_only(PerDelta, lambda value: value.group.merged(value), tree)
 
 
-def merge_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the input of an inner module with each row's own values: a hook before the module's forward."""
-    if any(isinstance(value, PerDelta) for value in (*args, *kwargs.values())):
-        return merge((args, kwargs))
-    return None
+def merge_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the input of an inner module with each row's own values: a hook before the module's forward.
+
+    With values that depend on no row (a table of relative positions), the module runs once for each delta.
+    """
+    if not _values((args, kwargs)):
+        return None
+    args, kwargs = pytree.tree_map_only(PerDelta, lambda value: value.group.merged_if_rows(value), (args, kwargs))
+    left = _values((args, kwargs))
+    return left[0].group.each(module, args, kwargs) if left else (args, kwargs)

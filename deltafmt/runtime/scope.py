@@ -417,6 +417,8 @@ class Bound:
         self._in_call.__enter__()
         self._before = call.bound, call.selection, call.block  # type: ignore[assignment]
         call.bound, call.selection, call.block = True, self.selection, block
+        if self.selection is not None:
+            self.selection.call = call
         self._scope.begin_call()
         return self
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
@@ -44,6 +44,13 @@ class Waiting:
     complete: bool = False
 
 
+class BoundCall(Protocol):
+    """The call of a model that a thread is in."""
+
+    bound: bool
+    selection: Selection | None
+
+
 class Selection:
     """The slots of the rows of a batch.
 
@@ -67,6 +74,7 @@ class Selection:
         waiting: outputs that were computed ahead.
         multiplied: the ids of the sites whose output contains the deltas' products already.
         finished: the ids of the sites whose output contains all of the deltas already, for the modules' hooks.
+        call: the call that is bound to it (:class:`.scope.Call`); None for a module that is called by itself.
         routines: what groups of modules have decided in earlier calls whose rows stood in the same places; None outside
             of calls, and in calls that are followed.
     """
@@ -96,6 +104,7 @@ class Selection:
         self.multiplied: set[int] = set()
         self.finished: set[int] = set()
         self.routines: dict[object, Any] | None = None
+        self.call: BoundCall | None = None
         self._each = each
         self._names = len(slots)
         self._alone: dict[int, Selection] = {}

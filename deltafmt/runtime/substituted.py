@@ -8,7 +8,6 @@ served for themselves.
 
 from __future__ import annotations
 
-import copy
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -220,7 +219,8 @@ def twin_of(module: nn.Module, values: Mapping[str, torch.Tensor]) -> nn.Module:
         module: the module.
         values: by key; ``out_proj.weight`` is the weight of a module inside, of which the copy has a copy.
     """
-    twin = copy.copy(module)
+    twin = object.__new__(type(module))  # copy.copy asks the class, and parametrized ones refuse
+    twin.__dict__.update(module.__dict__)
     # With the names whose parameter is None, such as the bias of torch.nn.LayerNorm(bias=False).
     held = {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")}
     for path in {key.rpartition(".")[0] for key in values}:

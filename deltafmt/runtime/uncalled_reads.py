@@ -130,7 +130,8 @@ class _Mode(TorchFunctionMode):
         owners = [owner for owners in self._owners.values() for owner in owners]
         # A served module may leave its parameter to a module inside; its siblings still compute while it runs.
         for module in {id(one): one for one in (*owners, *(site.module for site in self._served.sites()))}.values():
-            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            # First, so that a norm's own hook is given each row's values.
+            self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         return super().__enter__()  # type: ignore[no-untyped-call]
 
@@ -143,8 +144,12 @@ class _Mode(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
             return None
+        given = (*args, *kwargs.values())
+        read = any(isinstance(value, nn.Parameter) and id(value) in self._sites for value in given)
+        if read:  # a weight that is the input of another module, as a table of positions is of a norm
+            args, kwargs = tuple(map(self._replaced, args)), {key: self._replaced(kwargs[key]) for key in kwargs}
         self._running.append({id(module), *map(id, self._served.siblings_of(module))})
-        return merge_input(module, args, kwargs)
+        return merge_input(module, args, kwargs) or ((args, kwargs) if read else None)
 
     def _leave(self, _module: nn.Module, _args: object, _output: object) -> None:
         # Without a module: an error came before it was noted, and ends the call.

@@ -18,7 +18,10 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { TILE_ROWS = 32, WORD_BITS = 32, MAX_PLANES = 8, MAX_KEY_BITS = 11, EXACT_BLOCK = 4 * 2112 };
+enum { TILE_ROWS = 32, WORD_BITS = 32, MAX_PLANES = 8, MAX_KEY_BITS = 11 };
+
+/* A sample that tells of a chunk has so many units at most. */
+enum { EXACT_SAMPLE = 8192 };
 
 /* Places are written for so many units at once: an array of `most` places has room for so many more. */
 enum { PLACES_RUN = 64 };
@@ -108,8 +111,8 @@ struct exact {
     const uint8_t *marks; /* (count,): which units are sorted behind all others; NULL for none */
     uint8_t *planes;      /* (width, count), `stride` bytes apart */
     size_t stride;
-    uint32_t *table;      /* scratch: a count for each key in each quarter of each block */
-    void *out, *sorted;   /* (count,) in exact_join; sorted is scratch */
+    uint32_t *table;      /* scratch of counts */
+    void *out, *sorted;   /* (count,); out in exact_join; sorted is scratch */
 };
 
 /* The loops of one processor level. Scratch memory comes from the caller: `row` bytes as module.c computes them. */
@@ -166,6 +169,8 @@ struct loops {
 
     size_t (*plane_frame)(const uint8_t *data, const uint64_t *ends, size_t segments, uint8_t *out, void *scratch);
     int (*may_repeat)(const uint8_t *data, size_t count);
+    void (*count_bytes)(const uint8_t *data, size_t count, uint32_t *counts);
+    int (*exact_unrelated)(const struct exact *, const uint64_t *logs);
 };
 
 extern const struct loops loops_baseline;

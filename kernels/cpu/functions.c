@@ -436,9 +436,12 @@ static struct exact exact_of(struct call *call, const void *values, size_t count
     return e;
 }
 
-static void exact_scratch(struct call *call, struct exact *e) {
-    size_t keys = (e->marks ? (size_t)2 : 1) << e->bits;
-    if (keys > 1) e->table = scratch_of(call, up(e->count, EXACT_BLOCK) * 4 * keys * sizeof *e->table);
+/* Room for the codes of all units, if they are sorted. */
+static void *exact_codes(struct call *call, const struct exact *e) {
+    const Py_buffer *codes = array(call, "B", 1, 1);
+    require(call, extent(codes, 0) >= (e->bits || e->marks ? e->count * e->width : 0), "there is room for the sorted codes");
+    require(call, !((uintptr_t)codes->buf % 8), "this room is aligned");
+    return codes->buf;
 }
 
 PyObject *exact_split(struct call *call) {
@@ -448,9 +451,8 @@ PyObject *exact_split(struct call *call) {
     require(call, extent(planes, 0) == e.width && extent(planes, 1) == e.count, "there is a plane for each byte");
     require(call, extent(counts, 0) == (e.marks ? (size_t)2 : 1) << e.bits, "there is a count for each key");
     e.planes = planes->buf;
-    exact_scratch(call, &e);
+    e.sorted = exact_codes(call, &e);
     RUN(call, loops->exact_split(&e, counts->buf));
-    free(e.table);
     return finish(call, nothing, 0);
 }
 
@@ -464,10 +466,7 @@ PyObject *exact_join(struct call *call) {
     require(call, extent(out, 0) == e.count && (size_t)out->itemsize == e.width, "the result is as wide and as long");
     e.planes = planes->buf;
     e.out = out->buf;
-    const Py_buffer *sorted = array(call, "B", 1, 1);
-    require(call, extent(sorted, 0) >= (e.bits || e.marks ? e.count * e.width : 0), "there is room for the sorted codes");
-    require(call, !((uintptr_t)sorted->buf % 8), "this room is aligned");
-    e.sorted = sorted->buf;
+    e.sorted = exact_codes(call, &e);
     RUN(call, loops->exact_join(&e));
     return finish(call, nothing, 0);
 }
@@ -525,6 +524,29 @@ PyObject *exact_filled(struct call *call) {
     size_t found = 0;
     RUN(call, found = loops->exact_filled(&e, extent(places, 0) - PLACES_RUN, places->buf));
     return finish(call, PyLong_FromLong, (long)found);
+}
+
+/* A sample of units and of what predicts them, and n log2 n for each count; tells whether the units are smaller alone. */
+PyObject *exact_unrelated(struct call *call) {
+    const Py_buffer *values = array(call, "BHIL", 1, 0), *prediction = array(call, "BHIL", 1, 0);
+    struct exact e = {.values = values->buf, .prediction = prediction->buf, .count = extent(values, 0)};
+    e.is_float = (int)number(call, 0, 1);
+    e.width = (size_t)values->itemsize;
+    const Py_buffer *logs = array(call, "L", 1, 0);
+    require(call, extent(prediction, 0) == e.count && prediction->itemsize == values->itemsize, "both are units alike");
+    require(call, e.count <= EXACT_SAMPLE && extent(logs, 0) == EXACT_SAMPLE + 1, "there is a number for each count");
+    int found = 0;
+    RUN(call, found = loops->exact_unrelated(&e, logs->buf));
+    return finish(call, PyBool_FromLong, found);
+}
+
+/* Bytes, and a count for each of their 256 values. */
+PyObject *count_bytes(struct call *call) {
+    const Py_buffer *data = array(call, "B", 1, 0), *counts = array(call, "I", 1, 1);
+    require(call, extent(data, 0) <= UINT32_MAX, "there are fewer than 2**32 bytes");
+    require(call, extent(counts, 0) == 256, "there is a count for each value");
+    RUN(call, loops->count_bytes(data->buf, extent(data, 0), counts->buf));
+    return finish(call, nothing, 0);
 }
 
 /* Checks that places lie among so many units. */

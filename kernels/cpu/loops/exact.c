@@ -4,10 +4,12 @@
  * Only sorting goes unit by unit. The other steps are loops that the compiler turns into vector instructions: codes and
  * keys are computed for a run of units at a time. Signs are as good as random, so that nothing here branches on one.
  *
- * Units are sorted block by block, because a block stays in the nearest cache, and the run of each key is then copied to
- * where it belongs. A unit waits for the one before it of its key, so the quarters of a block are sorted side by side. */
+ * Sorted codes are a whole array, which is taken apart into planes, or put together from them, a run at a time. A unit
+ * waits for the one before it of its key, so several segments of a chunk are sorted side by side. They lie apart by other
+ * steps than powers of two. Where units go is found in a loop of its own: where a write waits for the place that it goes
+ * to, so do the reads behind it. */
 
-enum { QUARTERS = 4, BLOCK_UNITS = EXACT_BLOCK, KEYS = 2 << MAX_KEY_BITS };
+enum { QUARTERS = 4, KEYS = 2 << MAX_KEY_BITS };
 
 /* "o(u) = u + 2^(n-1) if u < 2^(n-1); o(u) = 2^n - 1 - u otherwise." */
 #define ORDERED(T, TOP, u) ((T)((u) ^ (T)((T)(0 - (T)((u) >> (TOP))) | (T)((T)1 << (TOP)))))
@@ -16,41 +18,6 @@ enum { QUARTERS = 4, BLOCK_UNITS = EXACT_BLOCK, KEYS = 2 << MAX_KEY_BITS };
 #define ZIGZAG(T, TOP, d) ((T)((T)((d) << 1) ^ (T)(0 - (T)((d) >> (TOP)))))
 #define UNZIGZAG(T, z) ((T)((T)((z) >> 1) ^ (T)(0 - (T)((z)&1))))
 
-/* Says where the units of each key begin, and gives their numbers if they are wanted. */
-INLINE void begin_keys(const uint32_t *restrict numbers, size_t keys, uint32_t *restrict starts, uint64_t *counts) {
-    uint32_t next = 0;
-    for (size_t key = 0; key < keys; key++) {
-        uint32_t number = numbers[key];
-        starts[key] = next;
-        next += number;
-        if (counts) counts[key] = number;
-    }
-}
-
-/* Says where the units of each quarter and key go in a sorted block; ends: where those of each key end. */
-INLINE void begin_block(const uint32_t *restrict table, size_t keys, uint32_t *restrict places, uint32_t *restrict ends) {
-    uint32_t next = 0;
-    for (size_t key = 0; key < keys; key++) {
-        for (size_t q = 0; q < QUARTERS; q++) {
-            places[q * keys + key] = next;
-            next += table[q * keys + key];
-        }
-        ends[key] = next;
-    }
-}
-
-/* Says where the units of a block go. A loop of its own: where a write waits for the place that it goes to, so do the
- * reads behind it. */
-INLINE void place_block(uint32_t *restrict places, size_t keys, const uint16_t *restrict key, size_t run,
-                        uint32_t *restrict to) {
-    size_t quarter = run / QUARTERS;
-    for (size_t i = 0; i < quarter; i++)
-        for (size_t q = 0; q < QUARTERS; q++) to[q * quarter + i] = places[q * keys + key[q * quarter + i]]++;
-    for (size_t i = QUARTERS * quarter; i < run; i++) to[i] = places[(QUARTERS - 1) * keys + key[i]]++;
-}
-
-/* Units that are joined are not staged: their codes are read where they are, of several segments of a chunk side by side,
- * which lie apart by other steps than powers of two. */
 enum { SEGMENTS = 2, SEGMENT_RUN = 1024, APART = 32 };
 
 /* Keys are counted two at a time where they lie in a window of so many bits, as exponents of weights do. */
@@ -120,22 +87,6 @@ INLINE size_t all_keys(const struct exact *e) { return (e->marks ? (size_t)2 : 1
         const uint8_t *restrict marks = e->marks + first;                                                             \
         for (size_t i = 0; i < count; i++) keys[i] = (uint16_t)(keys[i] | (marks[i] != 0) << bits);                   \
     }                                                                                                                 \
-    /* Counts the keys of each quarter of each block, and of the whole. */                                            \
-    static void count_##T(const struct exact *e, uint32_t *restrict numbers) {                                        \
-        size_t count = e->count, keys = all_keys(e);                                                                  \
-        uint32_t *restrict table = e->table; uint16_t key[BLOCK_UNITS];                                               \
-        memset(numbers, 0, keys * sizeof *numbers);                                                                   \
-        for (size_t first = 0; first < count; first += BLOCK_UNITS, table += QUARTERS * keys) {                       \
-            size_t run = count - first < BLOCK_UNITS ? count - first : BLOCK_UNITS, quarter = run / QUARTERS;         \
-            keys_##T(e, first, run, key);                                                                             \
-            memset(table, 0, QUARTERS * keys * sizeof *table);                                                        \
-            for (size_t i = 0; i < quarter; i++)                                                                      \
-                for (size_t q = 0; q < QUARTERS; q++) table[q * keys + key[q * quarter + i]]++;                       \
-            for (size_t i = QUARTERS * quarter; i < run; i++) table[(QUARTERS - 1) * keys + key[i]]++;                \
-            for (size_t q = 0; q < QUARTERS; q++)                                                                     \
-                for (size_t k = 0; k < keys; k++) numbers[k] += table[q * keys + k];                                  \
-        }                                                                                                             \
-    }                                                                                                                 \
     /* Integers from the bytes of planes, and back. */                                                                \
     INLINE void whole_##T(const uint8_t *planes, size_t stride, size_t count, T *restrict units) {                    \
         for (size_t plane = 0; plane < sizeof(T); plane++) {                                                          \
@@ -150,36 +101,6 @@ INLINE size_t all_keys(const struct exact *e) { return (e->marks ? (size_t)2 : 1
         for (size_t plane = 0; plane < sizeof(T); plane++) {                                                          \
             uint8_t *restrict bytes = planes + plane * stride;                                                        \
             for (size_t i = 0; i < count; i++) bytes[i] = (uint8_t)(units[i] >> 8 * plane);                           \
-        }                                                                                                             \
-    }                                                                                                                 \
-    static void split_##T(const struct exact *e, uint64_t *counts) {                                                  \
-        const T *values = e->values, *prediction = e->prediction;                                                     \
-        size_t count = e->count, keys = all_keys(e), stride = e->stride;                                              \
-        uint32_t numbers[KEYS], starts[KEYS], places[QUARTERS * KEYS], ends[KEYS], to[BLOCK_UNITS], *table = e->table;\
-        uint16_t key[BLOCK_UNITS];                                                                                    \
-        T codes[BLOCK_UNITS], sorted[BLOCK_UNITS];                                                                    \
-        if (keys > 1) {                                                                                               \
-            count_##T(e, numbers);                                                                                    \
-            begin_keys(numbers, keys, starts, counts);                                                                \
-        } else {                                                                                                      \
-            counts[0] = count;                                                                                        \
-        }                                                                                                             \
-        for (size_t first = 0; first < count; first += BLOCK_UNITS, table += QUARTERS * keys) {                       \
-            size_t run = count - first < BLOCK_UNITS ? count - first : BLOCK_UNITS;                                   \
-            encode_##T(values + first, prediction + first, run, e->is_float, codes);                                  \
-            if (keys == 1) {                                                                                          \
-                parts_##T(codes, run, e->planes + first, stride);                                                     \
-                continue;                                                                                             \
-            }                                                                                                         \
-            keys_##T(e, first, run, key);                                                                             \
-            begin_block(table, keys, places, ends);                                                                   \
-            place_block(places, keys, key, run, to);                                                                  \
-            for (size_t i = 0; i < run; i++) sorted[to[i]] = codes[i];                                                \
-            for (size_t k = 0, from = 0; k < keys; from = ends[k++]) {                                                \
-                if (from == ends[k]) continue;                                                                        \
-                parts_##T(sorted + from, ends[k] - from, e->planes + starts[k], stride);                              \
-                starts[k] += (uint32_t)(ends[k] - from);                                                              \
-            }                                                                                                         \
         }                                                                                                             \
     }                                                                                                                 \
     /* Says where the codes of each key and segment begin. */                                                         \
@@ -216,6 +137,46 @@ INLINE size_t all_keys(const struct exact *e) { return (e->marks ? (size_t)2 : 1
                 numbers[s * step + k] = next;                                                                         \
                 next += number;                                                                                       \
             }                                                                                                         \
+    }                                                                                                                 \
+    static void split_##T(const struct exact *e, uint64_t *counts) {                                                  \
+        const T *values = e->values, *prediction = e->prediction;                                                     \
+        size_t count = e->count, keys = all_keys(e), stride = e->stride;                                              \
+        uint32_t places[SEGMENTS * (KEYS + APART)], to[SEGMENTS][SEGMENT_RUN];                                        \
+        uint16_t key[SEGMENTS][SEGMENT_RUN];                                                                          \
+        T codes[SEGMENTS][SEGMENT_RUN + APART], *restrict sorted = e->sorted;                                         \
+        size_t segment = keys > 1 ? segment_of(count) : 0, step = keys + APART, rest = SEGMENTS * segment;            \
+        if (keys == 1) {                                                                                              \
+            counts[0] = count;                                                                                        \
+            for (size_t first = 0; first < count; first += SEGMENT_RUN) {                                             \
+                size_t run = count - first < SEGMENT_RUN ? count - first : SEGMENT_RUN;                               \
+                encode_##T(values + first, prediction + first, run, e->is_float, codes[0]);                           \
+                parts_##T(codes[0], run, e->planes + first, stride);                                                  \
+            }                                                                                                         \
+            return;                                                                                                   \
+        }                                                                                                             \
+        begin_segments_##T(e, segment, step, places);                                                                 \
+        for (size_t k = 0; k < keys; k++) counts[k] = (k + 1 < keys ? places[k + 1] : count) - places[k];             \
+        for (size_t first = 0; first < segment; first += SEGMENT_RUN) {                                               \
+            size_t run = segment - first < SEGMENT_RUN ? segment - first : SEGMENT_RUN;                               \
+            for (size_t s = 0; s < SEGMENTS; s++) {                                                                   \
+                size_t at = s * segment + first;                                                                      \
+                encode_##T(values + at, prediction + at, run, e->is_float, codes[s]);                                 \
+                keys_##T(e, at, run, key[s]);                                                                         \
+            }                                                                                                         \
+            for (size_t i = 0; i < run; i++)                                                                          \
+                for (size_t s = 0; s < SEGMENTS; s++) to[s][i] = places[s * step + key[s][i]]++;                      \
+            for (size_t i = 0; i < run; i++)                                                                          \
+                for (size_t s = 0; s < SEGMENTS; s++) sorted[to[s][i]] = codes[s][i];                                 \
+        }                                                                                                             \
+        for (size_t i = rest; i < count; i++) {                                                                       \
+            encode_##T(values + i, prediction + i, 1, e->is_float, codes[0]);                                         \
+            keys_##T(e, i, 1, key[0]);                                                                                \
+            sorted[places[(SEGMENTS - 1) * step + key[0][0]]++] = codes[0][0];                                        \
+        }                                                                                                             \
+        for (size_t first = 0; first < count; first += SEGMENT_RUN) {                                                 \
+            size_t run = count - first < SEGMENT_RUN ? count - first : SEGMENT_RUN;                                   \
+            parts_##T(sorted + first, run, e->planes + first, stride);                                                \
+        }                                                                                                             \
     }                                                                                                                 \
     static void join_##T(const struct exact *e) {                                                                     \
         const T *prediction = e->prediction;                                                                          \
