@@ -209,27 +209,6 @@ def test_nothing_is_moved_beyond_the_units(name: str) -> None:
     assert not units.any()
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F8_E4M3", "U8"])
-def test_few_units_of_few_exponents_are_found(name: str, dtype: str) -> None:
-    """Chunks that are counted by their common exponents; a place behind the last unit was once given for a rank."""
-    unit = unit_of(dtype)
-    for seed in range(25):
-        rng = np.random.default_rng(seed)
-        count = int(rng.integers(1 << 14, 20000))
-        keys = rng.integers(0, 1 << unit.bits, 12)
-        chosen = keys[np.minimum(rng.geometric(0.4 if seed % 2 else 0.9, count) - 1, 11)]
-        prediction = (chosen << unit.shift).astype(unit.dtype)
-        places = np.flatnonzero(rng.random(count) < rng.choice([0.001, 0.01, 0.1]))
-        places = np.union1d(places, count - 1 - rng.integers(0, 40, 3))
-        with running(name):
-            ranks, counts = ranks_of(places, prediction, unit)
-            found = places_of(np.sort(ranks), prediction, unit)
-        assert np.array_equal(ranks, ranks_of.reference(places, prediction, unit)[0])
-        assert np.array_equal(counts, ranks_of.reference(places, prediction, unit)[1])
-        assert np.array_equal(found, places_of.reference(np.sort(ranks), prediction, unit))
-
-
 def test_few_differences_are_coded_as_all_are() -> None:
     rng, unit, count = np.random.default_rng(2), unit_of("BF16"), 1 << 16
     prediction = (rng.normal(0, 0.02, count).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
