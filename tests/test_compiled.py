@@ -17,6 +17,7 @@ from deltafmt.errors import UsageError
 from deltafmt.methods import DeltaDQ
 from deltafmt.runtime import frames, operations
 from deltafmt.runtime.compiled_state import CompiledState
+from deltafmt.runtime.served_linear import ServedLinear
 from deltafmt.runtime.served_modules import ServedModules
 from deltafmt.transformers import attach, detach
 from tiny_models import Tiny, close, generate, ids, logits, made_once, shake
@@ -287,6 +288,32 @@ def test_compiled_code_checks_hardly_more_than_that_of_the_base(
         detach(model)
         assert {type(module) for module in model[3].children()} == {torch.nn.Linear}
         assert torch.equal(kept(x), base[3].q_proj(x))
+
+
+def test_modules_that_keep_their_class() -> None:
+    """Those whose weight cannot stand for them, and those that do not compute what their class does."""
+    one, two = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    assert ServedLinear.takes([one, two])
+    tied, bound, own = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), type("Own", (torch.nn.Linear,), {})(4, 4)
+    tied.weight = one.weight
+    bound.forward = one.forward
+    for other in (tied, bound, own, torch.nn.Linear(4, 4, device="meta"), torch.nn.Linear(0, 4)):
+        assert not ServedLinear.takes([one, other])
+    members = [Operation(), Operation()]
+    classes = ServedLinear([one, two], members, Operation())
+    assert not ServedLinear.takes([one])
+    assert not ServedLinear.takes([tied])
+    two.__class__ = type(own)  # a caller's
+    classes.close()
+    assert (type(one), type(two)) == (torch.nn.Linear, type(own))
+    assert ServedLinear.takes([tied])
+
+
+class Operation:
+    """What a key may stand for."""
+
+    def multiply(self, outputs: Any, given: Any) -> None:
+        """Add nothing."""
 
 
 def test_code_of_deltas_that_are_gone_is_refused() -> None:

@@ -21,6 +21,8 @@ from deltafmt.runtime.operations import Multiplies, bind_key, is_bound, multiply
 
 # What a served module holds in its __dict__.
 _MEMBER, _OTHERS = "deltafmt_member", "deltafmt_others"
+# Bytes. Torch's compiler copies what lies between two such addresses.
+_ALIGNMENT = 16
 
 
 class _Ahead:
@@ -150,6 +152,8 @@ class ServedLinear:
                 return False
             if type(weight.data) is not torch.Tensor or weight.device.type == "meta":
                 return False
+            if weight.device.type != "cpu" and weight.data_ptr() % _ALIGNMENT:
+                return False  # compiled code may be given a copy
             addresses.add(weight.data_ptr())
         return len(addresses) == len(modules) and not any(is_bound(address) for address in addresses)
 
