@@ -89,6 +89,7 @@ class Publisher:
         self._kept: KeptState | None = None
         self._digests: dict[int, str] = {}
         self._before: str | None = None
+        self._published = False
         self._anchored = version
         self._anchor: Message | None = None
         self._anchor_bytes: int | None = None
@@ -129,7 +130,7 @@ class Publisher:
             limit = kept.nbytes if self._anchor_bytes is None else self._anchor_bytes
             if len(message.data) >= limit:
                 message = kept.anchor(version)
-        self._kept, self.version, self._before = kept, version, message.content_id
+        self._kept, self.version, self._before, self._published = kept, version, message.content_id, True
         self._remember(message.state)
         if message.kind == "anchor":
             self._anchored, self._anchor, self._anchor_bytes = version, message, len(message.data)
@@ -177,21 +178,30 @@ class Publisher:
         self._followers[reply.subscriber] = follower
         if follower.error is None and reply.version is not None:
             return None
-        if version > self.version or (version == self.version and reply.state not in (None, self._digests[version])):
-            # Only a later version replaces what the subscriber has.
-            self.version, self._anchor = version + 1, None
+        if version > self.version or reply.version == self.version:
+            # Only a later version replaces what the subscriber has, or what it cannot apply behind that.
+            self.version, self._anchor, self._published = version + 1, None, True
             self._remember(self._kept.digest())
             self._before = self.anchor().content_id
         return self.anchor()
 
     def count_on(self, version: int) -> None:
-        """Count on from a version that an earlier publisher has sent. A publisher that has a state keeps its own.
+        """Count on from a version that an earlier publisher has sent. A publisher that has published keeps its own.
+
+        A ``base`` then counts as that version.
 
         Args:
             version: the version.
         """
-        if self._kept is None:
-            self.version = max(self.version, version)
+        if version <= self.version or (self._published and self._kept is not None):
+            return
+        self.version = version
+        if not self._published:
+            self._start = self._anchored = version
+            for name in self._followers.keys() - self._replies.keys():
+                self._followers[name] = _Follower(version)
+            if self._kept is not None:
+                self._digests, self._anchor = {version: self._kept.digest()}, None
 
     def drop(self, subscriber: str) -> None:
         """Forget a subscriber, which will not come back.
