@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -69,11 +71,9 @@ class Publisher:
         level: str = "default",
         threads: int | None = None,
     ) -> None:
-        for what, number in (("anchor_every", anchor_every), ("ahead", ahead), ("version", version)):
-            if type(number) is not int and not (number is None and what == "anchor_every"):
-                raise UsageError(f"{what} is {number!r}, and not a whole number")
-        if isinstance(subscribers, str):
-            raise UsageError(f"subscribers {subscribers!r} is one name, and a list of them is needed")
+        anchor_every = None if anchor_every is None else _whole("anchor_every", anchor_every)
+        ahead, version = _whole("ahead", ahead), _whole("version", version)
+        names = _names(subscribers)
         if anchor_every is not None and anchor_every < 1:
             raise UsageError(f"an anchor at every {anchor_every} versions is not possible; give 1 or more, or None")
         if ahead < 0 or not 0 <= version < MAX_VERSION:
@@ -83,7 +83,7 @@ class Publisher:
         self._anchor_every, self._ahead = anchor_every, ahead
         self._level, self._threads = level, thread_count(threads)
         self._start = version
-        self._followers = {name: _Follower(version) for name in subscribers}
+        self._followers = {name: _Follower(version) for name in names}
         self._replies: dict[str, Reply] = {}
         self._dropped: dict[str, Reply] = {}
         self._kept: KeptState | None = None
@@ -247,3 +247,28 @@ class Publisher:
         self._digests[self.version] = digest
         for old in sorted(self._digests)[:-_REMEMBERED]:
             del self._digests[old]
+
+
+def _whole(what: str, number: Any) -> int:
+    """Return a whole number of any type, such as NumPy's, as an int.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if isinstance(number, bool) or not isinstance(number, Integral):
+        raise UsageError(f"{what} is {number!r}, and not a whole number")
+    return int(number)
+
+
+def _names(subscribers: Any) -> list[str]:
+    """Return the names of subscribers as a list.
+
+    Raises:
+        UsageError: it is no list of texts.
+    """
+    if isinstance(subscribers, str):
+        raise UsageError(f"subscribers {subscribers!r} is one name, and a list of them is needed")
+    names: list[str] = list(subscribers) if isinstance(subscribers, Iterable) else [subscribers]
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError(f"subscribers {subscribers!r} is no list of names")
+    return names
