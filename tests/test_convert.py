@@ -156,6 +156,25 @@ def test_a_sparse_file_of_any_dtype_is_read(tmp_path: Path, told: bool) -> None:
     assert content(tmp_path / "u") == content(after)
 
 
+def test_a_patch_without_a_checksum_is_told(tmp_path: Path, cli: Cli) -> None:
+    """A base of the same shapes with other values passed without a word."""
+    a, b = states(4)
+    base, _ = folders(tmp_path, a, b)
+    other, _ = folders(tmp_path / "other", states(6)[0], b)
+    plain = write_sparse_file(tmp_path / "p.safetensors", a, b)
+    summed = write_sparse_file(tmp_path / "s.safetensors", a, b, checksum_sha256=state_sha256(b))
+    folder = write_version_folder(tmp_path / "v", a, b)
+    for number, (patch, to) in enumerate(itertools.product((plain, summed, folder), ("deltafmt", "version-folder"))):
+        out = tmp_path / f"{number}"
+        versions = ("--model-version", "1", "--base-version", "0") if to != "deltafmt" and patch is not folder else ()
+        command = ("convert", patch, "--to", to, *versions, "--json", "--base")
+        if patch is plain:
+            assert cli(*command, other, "-o", f"{out}x").code == 0  # nobody can tell
+        result = cli(*command, base, "-o", out)
+        assert result.json()["base_checked"] is (patch is not plain)
+        assert ("has no checksum, and a base of the same shapes" in result.err) is (patch is plain)
+
+
 WHOLE_DTYPES = sorted(dtype for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0)
 
 

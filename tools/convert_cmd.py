@@ -75,6 +75,11 @@ def run(options: argparse.Namespace) -> None:
             limits=limits_of(options),
             progress=progress,
         )
+    if not result.base_checked:
+        console.warn(
+            f"{options.input} has no checksum, and a base of the same shapes with other values is not noticed; make "
+            f"sure that {options.base} is the version that it was made on"
+        )
     if options.json:
         console.say_json(
             {
@@ -90,6 +95,7 @@ def run(options: argparse.Namespace) -> None:
                 "parent": result.parent or None,
                 "restored": result.restored,
                 "attached": result.attached,
+                "base_checked": result.base_checked,
             }
         )
         return

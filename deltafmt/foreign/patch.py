@@ -29,11 +29,13 @@ class Patch(Protocol):
         format: one of :data:`FORMATS`.
         versions: what it says of its versions.
         names: the tensors that it changes.
+        tells_base: True if it has checksums, by which a base of the same shapes and other values is noticed.
     """
 
     path: Path
     format: str
     versions: Versions
+    tells_base: bool
 
     @property
     def names(self) -> Collection[str]:

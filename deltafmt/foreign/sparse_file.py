@@ -81,6 +81,7 @@ class SparseFile:
         try:
             self._pairs = self._read_pairs()
             self.versions = self._read_metadata(self._file.metadata)
+            self.tells_base = STATE in self._file.metadata
         except BaseException:
             self.close()
             raise

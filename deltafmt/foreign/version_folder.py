@@ -115,6 +115,7 @@ class VersionFolder:
     """
 
     format = VERSION_FOLDER
+    tells_base = True
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -52,6 +52,8 @@ class ConvertResult:
         parent: the content id of the parent that a delta file which was made names; empty without one.
         restored: the weight files that a delta file which was made restores byte for byte.
         attached: the files that travel with it.
+        base_checked: False if the source has no checksum, as mostly one of TRL. A base of the same shapes and other
+            values is then not noticed.
     """
 
     path: Path
@@ -65,6 +67,7 @@ class ConvertResult:
     parent: str = ""
     restored: list[str] = field(default_factory=list)
     attached: list[str] = field(default_factory=list)
+    base_checked: bool = True
 
 
 def convert(
@@ -139,7 +142,9 @@ def convert(
         count = write_changes(changes, writer, workers, progress)
     kind = DELTAFMT if patch is None else patch.format
     size = sum(each.stat().st_size for each in ([place] if place.is_file() else place.iterdir()))
-    return ConvertResult(place, kind, target, versions.version, versions.base, count, size)
+    result = ConvertResult(place, kind, target, versions.version, versions.base, count, size)
+    result.base_checked = patch is None or patch.tells_base
+    return result
 
 
 def convert_patch(
@@ -323,6 +328,7 @@ def _to_delta(
     result.size, result.content_id = place.stat().st_size, made.content_id
     result.restored, result.attached = made.restored, made.attached
     result.parent = "" if link is None else link.hex()
+    result.base_checked = patch.tells_base
     return result
 
 

@@ -80,7 +80,7 @@ def sparse_patches(
 
     Args:
         source: an exact delta file, a version folder or a sparse safetensors file.
-        base: the checkpoint that it was made on.
+        base: the checkpoint that it was made on. A patch of TRL without a SHA-256 cannot tell whether it is.
         device: where the patches go.
         threads: worker threads; one for each processor if None.
         limits: how much memory, work and output a delta file may ask for.
@@ -156,7 +156,7 @@ def convert_patches(
     Args:
         patches: such as a list of vLLM's ``SparseWeightPatch``. They must not change during the call.
         out: the delta file to make.
-        base: the checkpoint that they were made on.
+        base: the checkpoint that they were made on. Patches cannot tell whether it is.
         parent: a delta file whose result is ``base``. The delta file that is made is the next link of a chain.
         force: True to replace ``out`` if it exists.
         threads: worker threads; one for each processor if None.
@@ -174,6 +174,7 @@ class _Patches:
     """Patches in memory; :class:`deltafmt.foreign.patch.Patch` says what they offer."""
 
     format = VLLM
+    tells_base = False
     path = Path("the list of patches")
     versions = Versions()
 
