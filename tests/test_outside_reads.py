@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,6 +266,22 @@ def test_no_mode_of_torch_is_left_behind_nor_met_in_calls(served: Served) -> Non
     with Counts() as mode:
         outer.close()
         assert _get_current_function_mode_stack() == [mode]
+    served.check_clean()
+
+
+def test_a_block_that_ends_in_another_thread_refuses_nothing_any_more(served: Served) -> None:
+    block = served.model.delta("one")
+    contextvars.copy_context().run(block.__enter__)
+    ending = threading.Thread(target=block.__exit__, args=(None, None, None))
+    ending.start()
+    ending.join()
+    torch.set_grad_enabled(True)
+    served.model.lm_head.weight.sum()
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.ones(1).sum().backward()
+    with served.model.delta("one"), pytest.raises(UsageError, match=READ.format("lm_head.weight")):
+        served.model.lm_head.weight.sum()
+    assert _get_current_function_mode_stack() == []
     served.check_clean()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any, Final, Protocol
 
@@ -51,6 +52,10 @@ _HARMLESS: Final = FORM_ONLY | {
     *("is_nested", "itemsize", "nbytes", "dim_order", "__dlpack__", "__dlpack_device__", "_backward_hooks"),
     *("__cuda_array_interface__", "has_names", "is_signed", "get_device", "volatile", "is_xpu", "is_mps"),
 }
+_NO_TENSORS: Final = frozenset(
+    (bool, int, float, str, slice, type(None), type(...), torch.Size, torch.dtype, torch.device)
+)
+_BACKWARD: Final = torch.Tensor.backward
 _CALL: Final = nn.Module._call_impl.__code__  # noqa: SLF001 - the frame in which a module is called
 _SAVE: Final = nn.Module._save_to_state_dict.__code__  # noqa: SLF001
 _GRAPH: Final = "<eval_with_key>"  # what torch.fx says of the code that it generates
@@ -87,17 +92,20 @@ class _Mode(TorchFunctionMode):
         # A block that ended in another thread leaves the mode here.
         if torch.compiler.is_compiling() or self.calls or not self.opened:
             return func(*args, **kwargs)
-        name = function_name(func)
-        if name == "backward" and not args[0].requires_grad:
+        if func is _BACKWARD and not args[0].requires_grad:
             raise UsageError(
                 "deltas have no gradients, and inside a block nothing has; train outside of blocks, or train the "
                 "unpacked fine-tune"
             )
+        if self._none_watched(args) and (not kwargs or self._none_watched(kwargs.values())):
+            return func(*args, **kwargs)
+        name = function_name(func)
         if name in _HARMLESS or (name == "__set__" and func.__self__.__name__ != "data"):
             return func(*args, **kwargs)
         # What is written to is not read, or the next call notices it.
         writes = name in _WRITES_COPY or (name.endswith("_") and not name.endswith("__"))
-        for number, (place, value) in enumerate((*enumerate(args), *kwargs.items())):
+        given: tuple[tuple[int | str, Any], ...] = (*enumerate(args), *kwargs.items())
+        for number, (place, value) in enumerate(given):
             if (number == 0 and writes) or lends_form(name, place):
                 continue
             for one in value if isinstance(value, (list, tuple)) else (value,):
@@ -113,6 +121,21 @@ class _Mode(TorchFunctionMode):
         if name in _OVERWRITES and args:
             self._copies.pop(id(args[0]), None)
         return func(*args, **kwargs)
+
+    def _none_watched(self, values: Iterable[Any]) -> bool:
+        """Tell quickly that none of some arguments is a parameter, a copy of one, or a tensor of another class."""
+        copies = self._copies
+        for value in values:
+            kind = type(value)
+            if kind is torch.Tensor:
+                if id(value) in copies:
+                    return False
+            elif kind is list or kind is tuple:
+                if not self._none_watched(value):
+                    return False
+            elif kind not in _NO_TENSORS:
+                return False
+        return True
 
     def _parameter(self, value: Any) -> torch.Tensor | None:
         """Return the parameter that a value is, or is a copy of."""

@@ -149,7 +149,7 @@ class _LookUps(TorchFunctionMode):
                 ids = torch.arange(len(weight), device=weight.device)[ids]
             if isinstance(ids, torch.Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool:
                 return self._changed(ids, output)
-        given = (*enumerate(args), *kwargs.items())
+        given: tuple[tuple[int | str, Any], ...] = (*enumerate(args), *kwargs.items())
         if any(one is weight and not lends_form(function_name(func), place) for place, one in given):
             self.otherwise = True
         return output
