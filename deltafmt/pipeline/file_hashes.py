@@ -33,8 +33,8 @@ class FileHash:
         self._failed: int | None = None  # the first byte that will not be hashed
 
     def expect(self, tensor: Tensor) -> bool:
-        """Expect the chunks of a tensor; return False if a tensor behind it in the file is expected already."""
-        if tensor.offset < self._expected:
+        """Expect the chunks of a tensor; return False if it has none, or a tensor behind it is expected already."""
+        if not tensor.nbytes or tensor.offset < self._expected:
             return False
         self._before[tensor.offset] = self._expected
         self._expected = tensor.offset + tensor.nbytes
