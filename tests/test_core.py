@@ -164,6 +164,33 @@ def test_what_is_out_of_range_is_refused(case: Case) -> None:
         refuse(case, arguments)
 
 
+# Calls every function in a thread with as much stack as musl gives.
+SMALL_STACK = """
+import threading
+from core_cases import CASES
+from deltafmt import core
+from implementations import COMPILED, running
+def run():
+    for level in COMPILED:
+        with running(level):
+            for case in CASES:
+                getattr(core.native, case.name)(*case.copies())
+threading.stack_size(128 * 1024)
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+print("done")
+"""
+
+
+def test_a_thread_of_a_small_stack_is_enough() -> None:
+    folders = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": folders}
+    command = [sys.executable, "-c", SMALL_STACK]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
 def test_levels() -> None:
     native = core.native
     assert native is not None
