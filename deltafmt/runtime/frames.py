@@ -7,6 +7,7 @@ model's own forward is run with the compiler that was on, if any.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
@@ -84,7 +85,8 @@ def refuse_recording(serves: bool) -> None:
     Raises:
         UsageError: ``torch.export``, ``torch.jit.trace`` or a transform of ``torch.func`` records the call.
     """
-    if torch.compiler.is_exporting():
+    # Torch 2.6 has no is_exporting. What is traced without its compiler, which does not look in here, is exported.
+    if getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)():
         way = "torch.export"
     elif serves and torch._C._is_tracing():  # noqa: SLF001 - torch.jit does not export its own
         way = "torch.jit.trace"
@@ -158,6 +160,19 @@ class CompiledParts:
 def forget() -> None:
     """Drop compiled code, which may hold modules as they were before a change."""
     dynamo.reset_code_caches()
+
+
+_numbers = itertools.count()
+_GRAPH = "deltafmt_graph"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def graph_now() -> str:
+    """Return what stands for the graph that the compiler is making; code that it makes holds it as a constant."""
+    context = torch._guards.TracingContext.get()  # noqa: SLF001 - torch has no other name for it
+    if not hasattr(context, _GRAPH):
+        setattr(context, _GRAPH, str(next(_numbers)))
+    return str(getattr(context, _GRAPH))
 
 
 def _note(context: Any) -> None:
