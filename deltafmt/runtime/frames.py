@@ -21,6 +21,7 @@ from torch._dynamo.eval_frame import skip_code
 
 from deltafmt.errors import UsageError
 
+is_tracing: Callable[[], bool] = torch._C._is_tracing  # noqa: SLF001 - torch.jit has its own behind two more calls
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -88,13 +89,27 @@ def refuse_recording(serves: bool) -> None:
     # Torch 2.6 has no is_exporting. What is traced without its compiler, which does not look in here, is exported.
     if getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)():
         way = "torch.export"
-    elif serves and torch._C._is_tracing():  # noqa: SLF001 - torch.jit does not export its own
+    elif serves and is_tracing():
         way = "torch.jit.trace"
     elif serves and torch._C._functorch.maybe_current_level() is not None:  # noqa: SLF001
         way = "torch.func"
     else:
         return
-    raise UsageError(f"a model with deltas cannot be recorded by {way}; unpack the delta, and record the fine-tune")
+    raise _recorded(way)
+
+
+def refuse_trace() -> None:
+    """Refuse a call of a part of a model that serves deltas, if the call is recorded for later ones.
+
+    Raises:
+        UsageError: ``torch.jit.trace`` records the call.
+    """
+    if is_tracing():
+        raise _recorded("torch.jit.trace")
+
+
+def _recorded(way: str) -> UsageError:
+    return UsageError(f"a model with deltas cannot be recorded by {way}; unpack the delta, and record the fine-tune")
 
 
 class _Uncompiled:

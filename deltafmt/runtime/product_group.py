@@ -29,7 +29,7 @@ from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.compiled_products import multiply_now
 from deltafmt.runtime.compiled_state import CompiledState
-from deltafmt.runtime.frames import check_input, graph_now, note_input, untraced
+from deltafmt.runtime.frames import check_input, graph_now, note_input, refuse_trace, untraced
 from deltafmt.runtime.operations import multiply_, new_key
 from deltafmt.runtime.selection import Selection, Waiting
 from deltafmt.runtime.served_linear import ServedLinear, restore
@@ -184,6 +184,7 @@ class ProductGroup:
         selection = self._active()
         if selection is None or not selection.touched:
             return member.plain(*args, **kwargs)
+        refuse_trace()
         site, output = member.site, None
         shared = shareable(args, kwargs, alone=self._alone)
         if shared and selection.routines is not None:
