@@ -149,16 +149,18 @@ def test_decoder_layers_are_whole_graphs(tiny: Tiny) -> None:
 class Pair(torch.nn.Module):
     """Modules that share their input, unless it is written to in between."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Any = torch.nn.Linear) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.b = torch.nn.Linear(32, 16), torch.nn.Linear(32, 24)
+        self.a, self.b = kind(32, 16), kind(32, 24)
         self.way = "same"
 
     def forward(self, x: Any) -> Any:
         """Call both."""
         first = self.a(x)
-        if self.way == "changed":
+        if "broken" in self.way:
+            torch._dynamo.graph_break()
+        if "changed" in self.way:
             x += 1
         return torch.cat([first, self.b(x + 1 if self.way == "other" else x)], -1)
 
@@ -188,7 +190,12 @@ def test_a_compiled_layer_knows_the_rows_in_the_first_call(
     assert len(begun) == 2
 
 
-def test_siblings_are_given_the_same_input_or_compute_alone(tmp_path: Path) -> None:
+class OwnLinear(torch.nn.Linear):
+    """A class that served modules keep."""
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, OwnLinear])
+def test_siblings_are_given_the_same_input_or_compute_alone(kind: Any, tmp_path: Path) -> None:
     save_file(Pair().state_dict(), tmp_path / "base.safetensors")
     tuned = Pair()
     shake(tuned, 3, 0.1)
@@ -196,7 +203,7 @@ def test_siblings_are_given_the_same_input_or_compute_alone(tmp_path: Path) -> N
     method = DeltaDQ(2, 8, 4)
     deltafmt.pack(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "d", method=method)
     torch._dynamo.reset()
-    model, apart = attach(Pair(), {"d": tmp_path / "d"}), attach(Pair(), {"d": tmp_path / "d"}, fuse=False)
+    model, apart = attach(Pair(kind), {"d": tmp_path / "d"}), attach(Pair(kind), {"d": tmp_path / "d"}, fuse=False)
     x = torch.randn(2, 3, 32)
     for mode in (torch.no_grad, torch.inference_mode):
         for way in ("same", "other", "same"):
@@ -204,6 +211,12 @@ def test_siblings_are_given_the_same_input_or_compute_alone(tmp_path: Path) -> N
             with mode(), model.delta("d"), apart.delta("d"):
                 model(x), model(x)
                 assert close(torch.compile(model, backend="eager")(x), apart(x)), way
+    for way in ("broken", "broken and changed", "broken"):  # one graph does not know what the other was given
+        model.way = apart.way = way
+        with torch.no_grad(), model.delta("d"), apart.delta("d"):
+            compiled = torch.compile(model, backend="eager")
+            for _ in range(3):
+                assert close(compiled(x.clone()), apart(x.clone())), way
     model.way = "changed"
     with model.delta("d"), pytest.raises(Exception, match="attach the deltas with fuse=False to compile"):
         torch.compile(model, backend="eager")(x.clone())
@@ -328,6 +341,15 @@ def test_a_gradient_is_refused_as_without_a_compiler(tiny: Tiny) -> None:
     place = model.model.rotary_emb(x, ids(1, 3))
     with model.delta("one"), torch.enable_grad(), pytest.raises(UsageError, match="would compute a gradient"):
         model.model.layers[0](x, position_embeddings=place)
+
+
+def test_exports_are_refused_by_a_torch_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch 2.6 says no more than that it compiles."""
+    monkeypatch.delattr(torch.compiler, "is_exporting")
+    frames.refuse_recording(True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(UsageError, match=r"recorded by torch\.export"):
+        frames.refuse_recording(True)
 
 
 def test_calls_that_overlap_leave_the_compiler_as_it_was() -> None:

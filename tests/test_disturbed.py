@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import io
 import itertools
 import threading
 import time
@@ -19,7 +21,7 @@ from torch.nn.utils import prune
 from deltafmt.errors import UsageError
 from deltafmt.runtime.scope import Scope
 from deltafmt.runtime.substituted import refreshed, twin_of
-from deltafmt.transformers import attach
+from deltafmt.transformers import attach, detach
 from tiny_models import Tiny, close, ids, logits, made_once
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' and PEFT's own
@@ -123,6 +125,44 @@ def test_other_computations_are_refused(tiny: Tiny) -> None:
             logits(model, ids(2, 5), delta="one")
         setattr(mlp, name, before)
     assert close(logits(model, ids(2, 5), delta="one"), want)
+
+
+@pytest.mark.parametrize("order", ["taken off", "detached, taken off", "taken off, detached"])
+def test_parametrizations_that_are_taken_off(tiny: Tiny, order: str) -> None:
+    """They give the module the class that they found, which is ours if it was served then."""
+    tokens, unpacked, parametrize = ids(2, 5), Unpacked(tiny), torch.nn.utils.parametrize
+    model = used(tiny)
+    module = model.model.layers[0].self_attn.q_proj
+    parametrize.register_parametrization(module, "weight", torch.nn.Identity())
+    if order == "detached, taken off":
+        detach(model)
+    else:
+        assert close(logits(model, tokens, delta="one"), logits(unpacked.models["one"], tokens))
+    parametrize.remove_parametrizations(module, "weight")
+    if order == "taken off, detached":
+        detach(model)
+    if order != "taken off":
+        assert type(module) is torch.nn.Linear
+        assert close(logits(model, tokens), logits(unpacked.models[None], tokens))
+        attach(model, tiny.deltas)
+    unpacked.check(model)
+    detach(model)
+    assert type(module) is torch.nn.Linear
+
+
+def test_parts_that_are_recorded(tiny: Tiny) -> None:
+    """Torch.fx records calls of linear modules, not what these compute; a part cannot be pickled or copied."""
+    model, unpacked = used(tiny), Unpacked(tiny)
+    part, x = model.model.layers[0].mlp, torch.randn(1, 5, 32)
+    recorded = torch.fx.symbolic_trace(part)
+    for name in ("one", None, "two"):
+        with torch.no_grad(), model.delta(name):
+            assert close(recorded(x), unpacked.models[name].model.layers[0].mlp(x))
+    for way in (lambda: torch.save(part, io.BytesIO()), lambda: copy.deepcopy(part.up_proj)):
+        with pytest.raises(UsageError, match="cannot be copied or pickled; detach"):
+            way()
+    detach(model)
+    assert copy.deepcopy(part).up_proj.in_features == 32
 
 
 def test_hooks_that_another_module_was_given(tiny: Tiny) -> None:

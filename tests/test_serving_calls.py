@@ -403,6 +403,20 @@ def test_calls_that_are_recorded_are_refused(tiny: Tiny) -> None:
         assert close(record["jit.trace"]()(tokens), want)
 
 
+def test_parts_that_are_recorded_are_refused(tiny: Tiny) -> None:
+    """Siblings, a module with a hook, and one that computes with its parameter."""
+    model = attach(tiny.load(), tiny.deltas)
+    logits(model, ids(2, 4), delta="one")
+    layer, x = model.model.layers[0], torch.randn(1, 3, 32)
+    for part in (layer.mlp, layer.self_attn.o_proj, layer.input_layernorm):
+        with torch.no_grad(), model.delta("one"):
+            with pytest.raises(UsageError, match=r"recorded by torch\.jit\.trace; unpack"):
+                torch.jit.trace(part, x)
+            part(x)
+        with torch.no_grad():
+            assert close(torch.jit.trace(part, x)(x), part(x))
+
+
 def test_embeddings_that_the_caller_looks_up(tiny: Tiny) -> None:
     """Soft prompts and images are put between rows of the embedding, which the caller asks for before the call."""
     model, tokens, names = attach(tiny.load(), tiny.deltas), ids(3, 5), ["one", None, "two"]

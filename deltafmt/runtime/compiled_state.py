@@ -107,12 +107,13 @@ class CompiledState:
     Attributes:
         used: True once code of the model, or of a module in it, was compiled.
         device: the device of the deltas.
-        ahead: while the compiler looks on: the key of a group, the input that it computed outputs ahead for, and these.
+        ahead: while the compiler looks on: the key of a group, the input that it computed outputs ahead for, these, and
+            the graph of both.
             There is one for all groups, because compiled code writes such a variable back in every call.
     """
 
     def __init__(self, device: torch.device, active: Active) -> None:
-        self.ahead: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]] | None = None
+        self.ahead: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None], str] | None = None
         self.used = False
         self.active = active
         self.device = device

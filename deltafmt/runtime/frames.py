@@ -7,6 +7,7 @@ model's own forward is run with the compiler that was on, if any.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
@@ -20,6 +21,7 @@ from torch._dynamo.eval_frame import skip_code
 
 from deltafmt.errors import UsageError
 
+is_tracing: Callable[[], bool] = torch._C._is_tracing  # noqa: SLF001 - torch.jit has its own behind two more calls
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -84,15 +86,30 @@ def refuse_recording(serves: bool) -> None:
     Raises:
         UsageError: ``torch.export``, ``torch.jit.trace`` or a transform of ``torch.func`` records the call.
     """
-    if torch.compiler.is_exporting():
+    # Torch 2.6 has no is_exporting. What is traced without its compiler, which does not look in here, is exported.
+    if getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)():
         way = "torch.export"
-    elif serves and torch._C._is_tracing():  # noqa: SLF001 - torch.jit does not export its own
+    elif serves and is_tracing():
         way = "torch.jit.trace"
     elif serves and torch._C._functorch.maybe_current_level() is not None:  # noqa: SLF001
         way = "torch.func"
     else:
         return
-    raise UsageError(f"a model with deltas cannot be recorded by {way}; unpack the delta, and record the fine-tune")
+    raise _recorded(way)
+
+
+def refuse_trace() -> None:
+    """Refuse a call of a part of a model that serves deltas, if the call is recorded for later ones.
+
+    Raises:
+        UsageError: ``torch.jit.trace`` records the call.
+    """
+    if is_tracing():
+        raise _recorded("torch.jit.trace")
+
+
+def _recorded(way: str) -> UsageError:
+    return UsageError(f"a model with deltas cannot be recorded by {way}; unpack the delta, and record the fine-tune")
 
 
 class _Uncompiled:
@@ -158,6 +175,19 @@ class CompiledParts:
 def forget() -> None:
     """Drop compiled code, which may hold modules as they were before a change."""
     dynamo.reset_code_caches()
+
+
+_numbers = itertools.count()
+_GRAPH = "deltafmt_graph"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def graph_now() -> str:
+    """Return what stands for the graph that the compiler is making; code that it makes holds it as a constant."""
+    context = torch._guards.TracingContext.get()  # noqa: SLF001 - torch has no other name for it
+    if not hasattr(context, _GRAPH):
+        setattr(context, _GRAPH, str(next(_numbers)))
+    return str(getattr(context, _GRAPH))
 
 
 def _note(context: Any) -> None:

@@ -29,10 +29,10 @@ from deltafmt.kernels.segments import Segments
 from deltafmt.kernels.table import OperandTable
 from deltafmt.runtime.compiled_products import multiply_now
 from deltafmt.runtime.compiled_state import CompiledState
-from deltafmt.runtime.frames import check_input, note_input, untraced
+from deltafmt.runtime.frames import check_input, graph_now, note_input, refuse_trace, untraced
 from deltafmt.runtime.operations import multiply_, new_key
 from deltafmt.runtime.selection import Selection, Waiting
-from deltafmt.runtime.served_linear import ServedLinear
+from deltafmt.runtime.served_linear import ServedLinear, restore
 from deltafmt.runtime.sites import LinearSite
 from deltafmt.runtime.uncopied import Uncopied
 from deltafmt.runtime.values import version_of
@@ -117,6 +117,8 @@ class ProductGroup:
         self._active = active
         self._after = after
         self.compiled_state = compiled_state
+        for site in sites:
+            restore(site.module)  # before its forward is taken for its own
         self.plain = [site.module.forward for site in sites]
         self.slots: set[int] = set()
         self._alone = len(sites) == 1
@@ -182,6 +184,7 @@ class ProductGroup:
         selection = self._active()
         if selection is None or not selection.touched:
             return member.plain(*args, **kwargs)
+        refuse_trace()
         site, output = member.site, None
         shared = shareable(args, kwargs, alone=self._alone)
         if shared and selection.routines is not None:
@@ -248,12 +251,13 @@ class ProductGroup:
             multiply_(outputs, given, self.key)
             if len(outputs) > 1:
                 note_input(self.key, given)
-                self.compiled_state.ahead = self.key, given, [None, *outputs[1:]]
+                self.compiled_state.ahead = self.key, given, [None, *outputs[1:]], graph_now()
             return outputs[0]
         ahead = self.compiled_state.ahead
-        if ahead is not None and ahead[0] is self.key and ahead[1] is given and ahead[2][number] is not None:
+        output = ahead[2][number] if ahead is not None and ahead[0] is self.key and ahead[1] is given else None
+        # Another graph cannot tell whether the input was written to since.
+        if ahead is not None and output is not None and ahead[3] == graph_now():
             check_input(self.key, given)
-            output = ahead[2][number]
             ahead[2][number] = None
             if number == len(self.plain) - 1:
                 self.compiled_state.ahead = None

@@ -5,7 +5,9 @@ as many checks again as the module: of the method, of its object, of what the ob
 is reached in two ways is one. A forward of the class costs none, for the class is checked anyway. The group of a module
 is found by its weight, which compiled code has at hand.
 
-``isinstance`` and the name of the class are those of ``torch.nn.Linear``. The module gets its class back in the end.
+``isinstance`` and the name of the class are those of ``torch.nn.Linear``. The module gets its class back in the end. A
+class that a caller has made of ours gets ``torch.nn.Linear`` in its place, if it is a class of parametrizations: they
+give the module what they were made of when they are taken off.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from deltafmt.runtime.frames import check_input, note_input, untraced
+from deltafmt.runtime.frames import check_input, graph_now, note_input, untraced
 from deltafmt.runtime.operations import Multiplies, bind_key, is_bound, multiply_, unbind_key
+from deltafmt.runtime.uncopied import refuse_copy
 
 # What a served module holds in its __dict__.
 _MEMBER, _OTHERS = "deltafmt_member", "deltafmt_others"
@@ -29,10 +33,11 @@ class _Ahead:
     """What the first module of a group has computed for the others, while the compiler looks on.
 
     Attributes:
-        outputs: a module, the input that it must be given, its output, and the key of the group.
+        outputs: a module, the input that it must be given, its output, the key of the group, and the graph that they
+            belong to: another one cannot tell whether the input was written to since.
     """
 
-    outputs: Sequence[tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor]] = ()
+    outputs: Sequence[tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, str]] = ()
 
 
 # There is one for all groups, because compiled code writes it back in every call.
@@ -49,6 +54,13 @@ def _computed(module: nn.Linear, args: Any, kwargs: Any) -> Any:
 
 def _untraced(module: nn.Linear, args: Any, kwargs: Any) -> Any:
     return untraced(_computed, (module, args, kwargs), {})
+
+
+def _reduced(module: nn.Linear, protocol: Any) -> Any:
+    """Refuse to copy or pickle a module that is served; pickle would ask torch for its class."""
+    if _MEMBER in module.__dict__:
+        refuse_copy()
+    return nn.Linear.__reduce_ex__(module, protocol)
 
 
 def _traces(args: Any, kwargs: Any) -> bool:
@@ -85,7 +97,8 @@ class FirstLinear(nn.Linear):
         outputs += [nn.Linear.forward(other, given) for other in others]
         multiply_(outputs, given, self.weight)
         note_input(self.weight, given)
-        _AHEAD.outputs = [(other, given, outputs[1 + number], self.weight) for number, other in enumerate(others)]
+        graph = graph_now()
+        _AHEAD.outputs = [(other, given, outputs[1 + at], self.weight, graph) for at, other in enumerate(others)]
         return outputs[0]
 
 
@@ -102,7 +115,7 @@ class OtherLinear(nn.Linear):
         for entry in ahead:
             if entry[0] is self:
                 _AHEAD.outputs = [other for other in ahead if other[0] is not self]
-                if entry[1] is given:
+                if entry[1] is given and entry[4] == graph_now():
                     check_input(entry[3], given)
                     return entry[2]
         output = nn.Linear.forward(self, given)
@@ -113,6 +126,19 @@ class OtherLinear(nn.Linear):
 _CLASSES: tuple[type[nn.Linear], ...] = (AloneLinear, FirstLinear, OtherLinear)
 for _kind in _CLASSES:
     _kind.__name__ = nn.Linear.__name__
+    _kind.__module__ = nn.__name__  # torch.fx looks into modules that are not torch's, and would record the base
+    setattr(_kind, "__reduce_ex__", _reduced)  # noqa: B010 - mypy takes no method of a class for another's
+
+
+def restore(module: nn.Module) -> None:
+    """Give a module that is not served its own class back, if a caller has made it one of ours again."""
+    if _MEMBER in module.__dict__:
+        return
+    kind = type(module)
+    if kind in _CLASSES:
+        module.__class__ = nn.Linear
+    elif kind.__bases__[0] in _CLASSES and len(kind.__bases__) == 1 and parametrize.is_parametrized(module):
+        kind.__bases__ = (nn.Linear,)
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -162,7 +188,6 @@ class ServedLinear:
         for module in self._modules:
             module.__dict__.pop(_MEMBER, None)
             module.__dict__.pop(_OTHERS, None)
-            if type(module) in _CLASSES:
-                module.__class__ = nn.Linear
+            restore(module)
         for key, operation in self._keys:
             unbind_key(key, operation)

@@ -365,6 +365,7 @@ class ServedModules:
         selection = self._active()
         if selection is None:
             return None
+        frames.refuse_trace()
         if id(site) in selection.finished:
             selection.finished.discard(id(site))
             if site.multiplies_only and id(site) in self._groups:

@@ -19,7 +19,7 @@ from torch import nn
 from deltafmt.errors import UsageError
 from deltafmt.runtime.binding import place_of
 from deltafmt.runtime.device_delta import DeviceTensor
-from deltafmt.runtime.frames import untraced
+from deltafmt.runtime.frames import refuse_trace, untraced
 from deltafmt.runtime.per_delta import group_of, merge, merge_input
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.sites import Site, refuse_gradient
@@ -72,6 +72,8 @@ class Wrapped(Uncopied):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         selection = self._active()
+        if selection is not None:
+            refuse_trace()
         if selection is not None and selection.walk is not None:
             selection.walk.note(self._site, args, kwargs, None)
         if selection is None or not self._site.changes(selection):
