@@ -98,12 +98,6 @@ def warn_if_missing() -> None:
         warnings.warn(line, RuntimeWarning, stacklevel=3)
 
 
-def keep_memory() -> None:
-    """Let the allocator of this process keep what is freed, for a command that allocates buffers again and again."""
-    if native is not None:
-        native.keep_memory()
-
-
 @contextlib.contextmanager
 def reference_only() -> Iterator[None]:
     """Run references for a while, in all threads: what tests and the fuzzer compare with."""

@@ -46,7 +46,7 @@ def places(case: Case, kind: type | tuple[type, ...]) -> list[int]:
 
 
 def test_every_function_has_a_case() -> None:
-    others = {"launch", "launcher", "driver", "context", "level", "use", "keep_memory"}  # which are no loops
+    others = {"launch", "launcher", "driver", "context", "level", "use"}  # which are no loops
     names = {name for name in dir(core.native) if not name.startswith("_")}
     assert {case.name for case in CASES} == names - others
 

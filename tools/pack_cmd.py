@@ -129,10 +129,8 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.many:
         refuse_options(options)
-    from deltafmt import core
     from deltafmt.pipeline.pack import pack
 
-    core.keep_memory()
     target = read_target(options, given_arguments(options))
     method = read_method(options)
     rules: list[tuple[str, Method | None]] = [(pattern, read_rule(text, method)) for pattern, text in options.rule]

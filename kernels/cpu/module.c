@@ -7,10 +7,6 @@
 #include "functions.h"
 #include "upload.h"
 
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
-
 /* Returns the addresses that `upload` calls, or None where there is no CUDA driver. */
 static PyObject *driver(PyObject *module, PyObject *ignored) {
     (void)module, (void)ignored;
@@ -101,17 +97,6 @@ static PyObject *upload(struct call *call) {
     return Py_BuildValue("iKK", job.outcome, (unsigned long long)job.piece, (unsigned long long)job.detail);
 }
 
-/* Lets the allocator keep what is freed: chunks are allocated and freed again and again, and a page that goes back to the
- * system comes again as a page fault. */
-static PyObject *keep_memory(PyObject *module, PyObject *ignored) {
-    (void)module, (void)ignored;
-    int kept = 0;
-#if defined(__GLIBC__)
-    kept = mallopt(M_MMAP_THRESHOLD, 1 << 25) && mallopt(M_TRIM_THRESHOLD, 1 << 28);
-#endif
-    return PyBool_FromLong(kept);
-}
-
 static const struct loops *level_by_name(PyObject *name) {
 #if defined(__x86_64__)
     if (!PyUnicode_CompareWithASCIIString(name, loops_x86_64_v3.level)) {
@@ -161,7 +146,6 @@ static PyMethodDef methods[] = {
     {"launcher", launcher, METH_NOARGS, NULL},
     {"driver", driver, METH_NOARGS, NULL},
     {"context", context, METH_NOARGS, NULL},
-    {"keep_memory", keep_memory, METH_NOARGS, NULL},
     {"level", level, METH_NOARGS, NULL},
     {"use", use, METH_O, NULL},
     {NULL, NULL, 0, NULL},
