@@ -67,6 +67,14 @@ TABLE = np.array([[0, 1, 2, 3], [0, 0, 1, 3]], np.uint64)
 HIGH = np.full((32, 2, 2), 16, np.uint8)
 # 32 rows of 32 columns, 2:16, each row with positions of its own: 4 kept entries of a row.
 KEPT = (fields(32, 2, 2), 16, 1)
+# Units of a chunk, how they are sorted (floats, shift, bits), which are marked, and numbers that do not ascend in it.
+UNITS = np.array([16000, 16100, 48000, 16000, 16300, 49000, 3, 65535, 16100], np.uint16)
+SORTING = (1, 7, 8)
+MARKS = np.arange(9) % 2 == 0
+NO_MARKS = zeros(0, dtype=np.bool_)
+NOT_ASCENDING = tuple(np.array(pair) for pair in ((5, 3), (3, 3), (-1, 3), (3, 9)))
+# n log2 n for each n that a sample may count, with 16 bits behind the point.
+LOGS = np.rint(np.arange(8193) * np.log2(np.maximum(np.arange(8193), 1)) * 65536).astype(np.uint64)
 UPLOAD = (
     *(np.array([[0, 8, 0, 1, 0, 1]]), np.array([[0, 0, 8]]), np.array([[0, 8, 0]])),
     *(0, 1, True, fields(16), integers(2), integers(2), 0, 0, 0, _addresses(), integers(1)),
@@ -186,7 +194,86 @@ CASES = [
     ),
     Case("may_repeat", (fields(300),), (), free=((0, 0),)),
     Case("count_bytes", (fields(300), words(256)), (1,), free=((0, 0),)),
-    Case("exact_unrelated", (raw(300), raw(300), 1, zeros(8193, dtype=np.uint64)), (), wrong=((2, 2),)),
+    Case(
+        "plane_frame",
+        (fields(300), np.array([100, 300], np.uint64), fields(300 + 150 + 8 + 512)),
+        (2,),
+        free=((2, 0),),
+        wrong=(
+            *((1, np.array([300, 100], np.uint64)), (1, np.array([0, 300], np.uint64))),
+            *((1, np.array([300, 300], np.uint64)), (2, fields(300 + 150 + 8 + 511))),
+        ),
+    ),
+    Case("exact_unrelated", (UNITS, UNITS[::-1].copy(), 1, LOGS), (), wrong=((2, 2),)),
+    Case(
+        "exact_split",
+        (UNITS, UNITS[::-1].copy(), *SORTING, MARKS, fields(2, 9), zeros(512, dtype=np.uint64), fields(18)),
+        (6, 7, 8),
+        free=((8, 0),),
+        wrong=((2, 2), (3, 9), (3, 64), (4, 9), (4, 12), (8, fields(17)), (8, fields(26)[1:])),
+    ),
+    Case(
+        "exact_join",
+        (fields(2, 9), UNITS, *SORTING, MARKS, raw(9), fields(18)),
+        (6, 7),
+        free=((7, 0),),
+        wrong=((2, 2), (3, 9), (4, 10), (6, words(9)), (7, fields(17)), (7, fields(26)[1:])),
+    ),
+    Case(
+        "exact_ranks",
+        (UNITS, *SORTING, NO_MARKS, np.array([3, 5]), zeros(256, dtype=np.uint64), integers(2)),
+        (6, 7),
+        free=((0, 0), (4, 0)),
+        wrong=((1, 2), (2, 9), (3, 9), (3, 10), (4, MARKS), *((5, wrong) for wrong in NOT_ASCENDING)),
+    ),
+    Case(
+        "exact_find",
+        (UNITS, *SORTING, MARKS, np.array([3, 5]), integers(2)),
+        (6,),
+        wrong=((1, 2), (2, 9), (3, 10), *((5, wrong) for wrong in NOT_ASCENDING)),
+    ),
+    Case(
+        "exact_find",
+        (UNITS, *SORTING, NO_MARKS, np.array([3, 5]), integers(2)),
+        (6,),
+        free=((0, 0), (4, 0)),
+        wrong=tuple((5, wrong) for wrong in NOT_ASCENDING),
+    ),
+    Case(
+        "exact_differ",
+        (UNITS, UNITS[::-1].copy(), integers(64)),
+        (2,),
+        free=((2, 0),),
+        wrong=((1, words(9)), (2, integers(63))),
+    ),
+    Case(
+        "exact_filled",
+        (fields(2, 70), integers(64)),
+        (1,),
+        free=((0, 0), (0, 1), (1, 0)),
+        wrong=((1, integers(63)),),
+    ),
+    Case(
+        "exact_take",
+        (UNITS, np.array([3, 5]), raw(2)),
+        (2,),
+        free=((0, 0),),
+        wrong=((1, np.array([-1, 5])), (1, np.array([3, 9])), (2, words(2))),
+    ),
+    Case(
+        "exact_put",
+        (UNITS, np.array([3, 5]), raw(2)),
+        (0,),
+        free=((0, 0),),
+        wrong=((1, np.array([-1, 5])), (1, np.array([3, 9])), (2, words(2))),
+    ),
+    Case(
+        "exact_gaps",
+        (np.array([3, 5]), 9, zeros(256, dtype=np.uint64)),
+        (2,),
+        free=((0, 0),),
+        wrong=((0, np.array([-1, 5])), (0, np.array([3, 9])), (1, 5), (1, 2**31)),
+    ),
     Case("add_outer", (zeros(2, 3), zeros(2, 5), zeros(3, 5)), (2,)),
     Case(
         "sparse_needed",

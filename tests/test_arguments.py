@@ -35,6 +35,22 @@ def test_one_item_in_the_place_of_a_list(
         function(small.base, small.finetuned, *out, **options)
 
 
+@pytest.mark.parametrize("option", ["include", "exclude", "attach", "no_attach", "rules", "rename", "strip_prefix"])
+def test_what_is_no_list(option: str, small: Pair, tmp_path: Path) -> None:
+    """What can be gone through once was read once, and ignored from then on."""
+    for given, kind in ((None, "NoneType"), (3, "int"), (iter(["*"]), "list_iterator")):
+        options: dict[str, Any] = {option: given}
+        with pytest.raises(UsageError, match=f"^{option}: a {kind} is given, and a list is needed$"):
+            deltafmt.pack(small.base, small.finetuned, tmp_path / "d", **options)
+
+
+def test_what_is_no_rule(small: Pair, tmp_path: Path) -> None:
+    rules: Any
+    for rules in ([()], [("*",)], [("*", Exact(), None)], ["*"], [None], [(None, Exact())], {"*": Exact()}):
+        with pytest.raises(UsageError, match="is no rule; give a pattern and a method, or None"):
+            deltafmt.pack(small.base, small.finetuned, tmp_path / "d", rules=rules)
+
+
 def test_one_delta_file_in_the_place_of_a_chain(small: Pair, delta: Path, tmp_path: Path) -> None:
     one: Any
     for one in (delta, str(delta)):

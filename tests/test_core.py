@@ -45,6 +45,12 @@ def places(case: Case, kind: type | tuple[type, ...]) -> list[int]:
     return [place for place, value in enumerate(case.arguments) if isinstance(value, kind)]
 
 
+def test_every_function_has_a_case() -> None:
+    others = {"launch", "launcher", "driver", "context", "level", "use", "keep_memory"}  # which are no loops
+    names = {name for name in dir(core.native) if not name.startswith("_")}
+    assert {case.name for case in CASES} == names - others
+
+
 @EVERY
 def test_what_fits_is_taken(case: Case) -> None:
     for level in COMPILED:
@@ -92,7 +98,8 @@ def test_what_is_no_array_is_refused(case: Case) -> None:
 def test_arrays_of_another_shape_are_refused(case: Case) -> None:
     for place in places(case, np.ndarray):
         array = case.arguments[place]
-        others = [array[None], array.reshape(-1) if array.ndim > 1 else array.reshape(1, -1), array.reshape(-1)[0]]
+        others = [array[None], array.reshape(-1) if array.ndim > 1 else array.reshape(1, -1)]
+        others.append(np.zeros((), array.dtype))
         for axis in range(array.ndim):
             if (place, axis) not in case.free:
                 others.append(np.concatenate([array, np.take(array, [-1], axis=axis)], axis=axis))
@@ -155,6 +162,33 @@ def test_what_is_out_of_range_is_refused(case: Case) -> None:
         arguments = case.copies()
         arguments[place] = value
         refuse(case, arguments)
+
+
+# Calls every function in a thread with as much stack as musl gives.
+SMALL_STACK = """
+import threading
+from core_cases import CASES
+from deltafmt import core
+from implementations import COMPILED, running
+def run():
+    for level in COMPILED:
+        with running(level):
+            for case in CASES:
+                getattr(core.native, case.name)(*case.copies())
+threading.stack_size(128 * 1024)
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+print("done")
+"""
+
+
+def test_a_thread_of_a_small_stack_is_enough() -> None:
+    folders = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": folders}
+    command = [sys.executable, "-c", SMALL_STACK]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
 def test_levels() -> None:

@@ -202,6 +202,10 @@ def test_a_block_is_entered_once_and_not_forgotten(served: Served) -> None:
     block = served.model.delta("one")
     with block:
         assert served.run() == "one"
+    with pytest.raises(
+        UsageError, match=r"^a block of deltas is left once, after it was entered; ask model\.delta for"
+    ):
+        block.__exit__(None, None, None)
     with pytest.raises(UsageError, match=r"^a block of deltas is entered once"), block:
         pass
     with pytest.warns(RuntimeWarning, match=r"^model.delta\(...\) was not entered, and serves nothing"):

@@ -105,6 +105,32 @@ def test_tied_weights_follow(here: str) -> None:
         assert bits(live["embed"]) == bits(live["head"]) == bits(weight)
 
 
+def unaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy whose elements lie one byte behind multiples of their size."""
+    memory = bytearray(tensor.numel() * tensor.element_size() + 1)
+    there = torch.frombuffer(memory, dtype=tensor.dtype, offset=1).reshape(tensor.shape)
+    assert there.data_ptr() % tensor.element_size()
+    return there.copy_(tensor)
+
+
+@pytest.mark.parametrize("level", ["default", "fast"])
+@pytest.mark.parametrize("share", [0.002, 0.6])
+def test_tensors_at_odd_addresses_follow_and_are_followed(level: str, share: float) -> None:
+    """Compiled loops refused them behind the subscriber's back: it sent no reply."""
+    names = ("embed.weight", "head.weight", "norm.weight")
+    start = {name: model()[name] for name in names}
+    new = stepped(start, 1, share)
+    live = {name: unaligned(tensor) for name, tensor in start.items()}
+    plain, odd = Publisher(base=start, level=level), Publisher(base=live, level=level)
+    message = plain.publish(new)
+    assert odd.publish({name: unaligned(tensor) for name, tensor in new.items()}).data == message.data
+    subscriber = Subscriber(live, "one")
+    assert subscriber.receive(message.data).error is None
+    assert equal(live, new)
+    other = Subscriber({name: unaligned(tensor) for name, tensor in start.items()}, "two")
+    assert other.apply(odd.anchor().data) == 1
+
+
 def test_parameters_of_a_module_change_in_place() -> None:
     source, target = torch.nn.Linear(6, 5), torch.nn.Linear(6, 5)
     pointer, publisher = target.weight.data_ptr(), Publisher()

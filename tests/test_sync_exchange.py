@@ -1,4 +1,4 @@
-"""Weight sync: publisher and subscriber talk, through folders and streams, and neither runs ahead of the other."""
+"""Weight sync: publisher and subscriber talk, also through streams, and neither runs ahead of the other."""
 
 from __future__ import annotations
 
@@ -202,117 +202,24 @@ def test_what_is_saved_is_applied_at_the_next_start(tmp_path: Path) -> None:
         subscriber.save(tmp_path / "nowhere" / "state.deltafmt")
 
 
-@pytest.mark.parametrize("place", ["local", "memory"])
-def test_a_folder_leads_everybody_to_the_newest_version(place: str, tmp_path: Path) -> None:
-    if place == "memory":
-        pytest.importorskip("fsspec")
-    folder = Folder(tmp_path / "run" if place == "local" else f"memory://{tmp_path.name}/run")
-    publisher, states, lives = Publisher(anchor_every=3, ahead=20), [model()], [copied(model()) for _ in range(3)]
-    early, late, lost = (Subscriber(live, f"s{number}") for number, live in enumerate(lives))
-    for seed in range(1, 9):
-        states.append(stepped(states[-1], seed))
-        folder.send(publisher.publish(states[-1]))
-        folder.follow(early)
-        if seed < 3:
-            folder.follow(lost)
-        assert folder.collect(publisher) == {}
-    assert equal(lives[0], states[-1])
-    folder.prune()
-    assert folder.versions() == [(4, "anchor"), (5, "patch"), (6, "patch"), (7, "anchor"), (8, "patch")]
-    assert [reply.version for reply in folder.follow(late)] == [7, 8]  # the newest anchor, and what comes behind it
-    assert [reply.version for reply in folder.follow(lost)] == [7, 8]  # 3 is gone
-    assert folder.follow(lost) == []
-    assert all(equal(live, states[-1]) for live in lives)
-    assert folder.collect(publisher) == {}
-
-
-def test_a_folder_answers_a_subscriber_that_cannot_follow(tmp_path: Path) -> None:
-    folder, live = Folder(tmp_path), copied(model())
-    publisher, subscriber = Publisher(), Subscriber(live, "one")
-    folder.send(publisher.publish(model()))
-    folder.follow(subscriber)
-    assert folder.collect(publisher) == {}
-    new = stepped(model(), 1)
-    folder.send(publisher.publish(new))
-    patch = tmp_path / "000000000002.patch.deltafmt"
-    patch.write_bytes(patch.read_bytes()[:-1])
-    (reply,) = folder.follow(subscriber)
-    assert reply.error
-    assert equal(live, model())
-    assert list(folder.collect(publisher)) == ["one"]
-    with pytest.raises(BehindError, match="cannot follow"):
-        publisher.publish(new)
-    assert [reply.error is None for reply in folder.follow(subscriber)] == [False, True]
-    assert folder.collect(publisher) == {}
-    assert equal(live, new)
-    with pytest.raises(UsageError, match="a name in a folder"):
-        folder.follow(Subscriber(live, "../x"))
-
-
-def test_a_subscriber_that_was_dropped_stays_away_until_it_says_more(tmp_path: Path) -> None:
-    folder, publisher, live = Folder(tmp_path), Publisher(), copied(model())
-    dead = Subscriber(live, "dead")
-    folder.send(publisher.publish(model()))
-    folder.follow(dead)
-    assert folder.collect(publisher) == {}
-    folder.send(publisher.publish(stepped(model(), 1)))
-    assert list(folder.collect(publisher)) == ["dead"]
-    publisher.drop("dead")
-    assert folder.collect(publisher) == {}  # its reply still lies there
-    folder.send(publisher.publish(stepped(model(), 2)))
-    assert folder.collect(publisher) == {}
-    assert [reply.version for reply in folder.follow(dead)] == [2, 3]  # it was not dead
-    assert folder.collect(publisher) == {}
-    publisher.publish(stepped(model(), 3))
-    assert list(publisher.behind()) == ["dead"]
-
-
-def test_a_publisher_that_was_started_anew_counts_on_from_the_folder(tmp_path: Path) -> None:
-    folder, old = Folder(tmp_path), Publisher()
-    for seed in range(4):
-        folder.send(old.publish(stepped(model(), seed)))
-    publisher, state, live = Publisher(), stepped(model(), 9), copied(model())
-    assert folder.collect(publisher) == {}
-    folder.send(publisher.publish(state))
-    assert folder.versions()[-1] == (5, "anchor")
-    (reply,) = folder.follow(Subscriber(live, "late"))
-    assert (reply.version, reply.error) == (5, None)
-    assert equal(live, state)
-    assert folder.collect(publisher) == {}
-    publisher.count_on(50)  # it has a state, and goes on behind its own
-    assert publisher.version == 5
-
-
-def test_messages_that_are_pruned_while_they_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, publisher, live = Folder(tmp_path), Publisher(anchor_every=3, ahead=100), copied(model())
-    states = [stepped(model(), seed) for seed in range(5)]
-    for state in states:
-        folder.send(publisher.publish(state))
-    subscriber, read = Subscriber(live, "slow"), folder.read
-    subscriber.apply(read(1, "anchor"))
-
-    def prune_first(version: int, kind: str) -> bytes:
-        if version == 3:
-            folder.prune(keep_anchors=1)
-        return read(version, kind)
-
-    monkeypatch.setattr(folder, "read", prune_first)
-    assert [(reply.version, reply.error) for reply in folder.follow(subscriber)] == [(2, None), (4, None), (5, None)]
-    assert equal(live, states[-1])
-    monkeypatch.undo()
-    folder.send(publisher.publish(states[0]))
-    (tmp_path / "000000000006.patch.deltafmt").unlink()
-    (tmp_path / "000000000006.patch.deltafmt").mkdir()
-    with pytest.raises(StorageError, match="cannot read"):
-        folder.follow(subscriber)
-
-
-def test_a_damaged_reply_is_named(tmp_path: Path) -> None:
-    folder, publisher = Folder(tmp_path), Publisher()
-    folder.send(publisher.publish(model()))
-    (tmp_path / "one.reply.json").write_bytes(b"{")
-    with pytest.raises(InvalidFileError, match=r"one\.reply\.json: not a reply of a subscriber"):
-        folder.collect(publisher)
+def test_a_subscriber_that_fails_behind_the_last_version_gets_a_later_anchor() -> None:
+    """An anchor of the version that it has was passed over in a folder, and publish waited for ever."""
+    live, publisher, subscriber = copied(model()), Publisher(), Subscriber(copied(model()), "two")
+    state = stepped(model(), 1)
+    publisher.receive(subscriber.receive(publisher.publish(state).data))
+    first = Subscriber(live, "one")
+    first.apply(publisher.anchor().data)
+    failed = Reply("one", 1, publisher.anchor().state, "a message of somebody else")
+    anchor = publisher.receive(failed)
+    assert anchor is not None
+    assert anchor.version == 2
+    again = publisher.receive(failed)
+    assert again is not None
+    assert again.version == 2  # the same reply, once more
+    assert publisher.receive(first.receive(anchor.data)) is None
+    patch = publisher.publish(stepped(state, 2, 0.001))
+    for each in (first, subscriber):
+        assert publisher.receive(each.receive(patch.data)) is None
 
 
 def test_a_socket_carries_messages_and_replies() -> None:

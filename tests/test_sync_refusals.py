@@ -197,10 +197,17 @@ def test_arguments_out_of_range_are_refused() -> None:
         {"version": -1},
         {"level": "none"},
         {"threads": 0},
+        {"version": True},
         {"subscribers": "worker"},
+        {"subscribers": b"abc"},
+        {"subscribers": None},
+        {"subscribers": [3]},
     ):
         with pytest.raises(UsageError):
             Publisher(**options)
+    numbered: Any = Publisher(version=np.int64(3), ahead=np.int32(1), subscribers=(name for name in ("a", "b")))
+    message = numbered.publish(model())
+    assert (type(message.version), message.version, sorted(numbered.behind())) == (int, 4, [])
     name: Any = 3
     with pytest.raises(UsageError, match="a subscriber's name is a text, and 3 is none"):
         Subscriber(model(), name)

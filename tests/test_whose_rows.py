@@ -273,3 +273,29 @@ def test_a_recurrent_state_has_rows(tmp_path: Path) -> None:
         first = mixed.model(ids(2, 5), use_cache=True)
         with pytest.raises(UsageError, match=r"^rwkv.blocks.0.* is given the shape \[2, 2, 32\], which cannot be"):
             mixed.model(ids(2, 1), state=first.state, use_cache=True)
+
+
+def test_an_argument_that_is_called_a_state_has_rows_in_rwkv_alone(tmp_path: Path) -> None:
+    """In the states of other recurrent models, layers come first; as many layers as rows tell nothing."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.step, self.up = nn.Embedding(96, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, input_ids: Any, state: Any) -> Any:
+            states = torch.stack(list(state))
+            return self.up(self.table(input_ids) + self.step(states).sum(0)[:, None])
+
+    torch.manual_seed(0)
+    mixed = Mixed(tmp_path, Recurrent())
+    state = torch.randn(2, 2, 8)
+    for given in (state, list(state)):
+        for _ in range(2):
+            with (
+                mixed.model.delta(["one", None]),
+                pytest.raises(UsageError, match=r"^step is given the shape \[2, 2, 8"),
+            ):
+                mixed.model(ids(2, 4), state=given)
+    with torch.no_grad(), mixed.model.delta("one"):
+        assert torch.allclose(mixed.model(ids(2, 4), state=state), mixed.alone["one"](ids(2, 4), state), atol=1e-5)

@@ -125,8 +125,9 @@ def _smallest(
 ) -> Chunk:
     """Return a chunk in the form that promises to be smallest, though storing the units may be smaller yet."""
     if places is not None and (level == "fast" or (unit.is_float and marks is None)):
-        find = _sparse if level == "fast" else _few
-        return find(values, prediction, places, unit, marks)
+        if level == "fast":
+            return _sparse(values, prediction, places, unit, marks)
+        return _few(values, prediction, places, unit)
     found = [] if places is None else [_sparse(values, prediction, places, unit, marks)]
     if not is_unrelated(*sample, unit):
         key = unit if level == "default" else Unit(unit.width)
@@ -329,11 +330,11 @@ def _read_plane(stored: memoryview, plane: NDArray[np.uint8]) -> None:
         raise InvalidFileError("a plane of zeros is stored")
 
 
-def _few(values: Units, prediction: Units, places: Places, unit: Unit, marks: Marks | None = None) -> Chunk:
+def _few(values: Units, prediction: Units, places: Places, unit: Unit) -> Chunk:
     """Return a chunk of which few units differ, as sorted planes or by their places: what promises to be smaller."""
     ranks, counts = ranks_of(places, prediction, unit)
-    if marks is not None or _gap_bits(places, values.size) < _gap_bits(ranks, values.size):
-        return _sparse(values, prediction, places, unit, marks)
+    if _gap_bits(places, values.size) < _gap_bits(ranks, values.size):
+        return _sparse(values, prediction, places, unit)
     planes, _ = sorted_planes(taken(values, places), taken(prediction, places), unit, Unit(unit.width))
     return Chunk(SORTED, _write_planes(_scattered(planes, ranks, values.size), _ends(counts)))
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
 from deltafmt.checkpoint.restored import FileHead
 from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
 from deltafmt.errors import StorageError
+from deltafmt.methods.exact import Exact
 from deltafmt.output import Bytes
 from deltafmt.pipeline.job import PackJob
+from deltafmt.pipeline.plan import Plan
 
 
 class FileHash:
@@ -33,8 +39,8 @@ class FileHash:
         self._failed: int | None = None  # the first byte that will not be hashed
 
     def expect(self, tensor: Tensor) -> bool:
-        """Expect the chunks of a tensor; return False if a tensor behind it in the file is expected already."""
-        if tensor.offset < self._expected:
+        """Expect the chunks of a tensor; return False if it has none, or a tensor behind it is expected already."""
+        if not tensor.nbytes or tensor.offset < self._expected:
             return False
         self._before[tensor.offset] = self._expected
         self._expected = tensor.offset + tensor.nbytes
@@ -87,22 +93,61 @@ class FileHash:
         return self._hasher.digest()
 
 
+def ascending(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return those of a file's tensors that ascend in the file and together have the most bytes, in their order."""
+    # Of what a choice may end with: the offsets, the bytes of the best choice, and its last tensor with those before.
+    # A choice that ends behind another one has more bytes.
+    offsets: list[int] = []
+    totals: list[int] = []
+    chains: list[tuple[Tensor, Any] | None] = []
+    for tensor in tensors:
+        at = bisect_left(offsets, tensor.offset)
+        total, before = (totals[at - 1], chains[at - 1]) if at else (0, None)
+        total += tensor.nbytes
+        end = at
+        while end < len(totals) and totals[end] <= total:
+            end += 1
+        if tensor.nbytes:
+            offsets[at:end], totals[at:end], chains[at:end] = [tensor.offset], [total], [(tensor, before)]
+    found, chain = [], chains[-1] if chains else None
+    while chain is not None:
+        found.append(chain[0])
+        chain = chain[1]
+    return found[::-1]
+
+
 class FileHashes:
     """The digests of all weight files of a job that restores them.
 
+    Layers are packed in the order of their numbers, and most files have them in that of their letters: 0, 1, 10, 11, 2.
+    What is out of order is read again, so those tensors are expected that ascend and have the most bytes. Of a file
+    that would mostly be read again none are expected: it is read as a whole, behind the last tensor.
+
     Args:
         job: what is packed.
+        plans: of the tensors that are still to be packed, in the order in which work on them begins.
     """
 
-    def __init__(self, job: PackJob) -> None:
-        shards = job.finetuned.weight_files() if job.restores else ()
-        self._hashes = {shard.path: FileHash(shard) for _, shard in shards}
+    def __init__(self, job: PackJob, plans: Sequence[Plan]) -> None:
+        shards = [shard for _, shard in job.finetuned.weight_files()] if job.restores else []
+        tensors: dict[Path, list[Tensor]] = {shard.path: [] for shard in shards}
+        for plan in plans:
+            tensor = plan.tensor
+            # Tensors of other types do not lie in their file as they are.
+            if type(tensor) is Tensor and isinstance(plan.method, Exact) and tensor.file.path in tensors:
+                tensors[tensor.file.path].append(tensor)
+        self._hashes: dict[Path, FileHash] = {}
+        self._names: set[str] = set()
+        for shard in shards:
+            chosen = ascending(tensors[shard.path])
+            if 2 * sum(tensor.nbytes for tensor in chosen) >= shard.size:
+                self._hashes[shard.path] = FileHash(shard)
+                self._names.update(tensor.name for tensor in chosen)
 
     def expect(self, tensor: Tensor) -> FileHash | None:
         """Return what takes the chunks of a tensor, all of them, in order; None if nothing does."""
-        found = self._hashes.get(tensor.file.path)
-        # Tensors of other types do not lie in their file as they are.
-        return found if type(tensor) is Tensor and found is not None and found.expect(tensor) else None
+        found = self._hashes.get(tensor.file.path) if tensor.name in self._names else None
+        return found if found is not None and found.expect(tensor) else None
 
     def digest(self, head: FileHead) -> bytes:
         """Return the digest of a file, whose chunks are all hashed."""

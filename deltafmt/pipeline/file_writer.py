@@ -106,7 +106,6 @@ class FileWriter:
     def __init__(self, job: PackJob, sink: PartialFile | StreamFile, result: PackResult) -> None:
         self.sink = sink
         self.result = result
-        self.files = FileHashes(job)
         self._job = job
         self._container = ContainerWriter(sink, job.profile, sink.sections, job.features())
         self._writer = EntryWriter(self._container)
@@ -118,6 +117,7 @@ class FileWriter:
         self._unrecorded: dict[str, Any] = {}
         result.resumed = len(self._entries)
         self.todo = [plan for plan in job.plans if plan.tensor.name not in self._entries]
+        self.files = FileHashes(job, self.todo)
 
     @classmethod
     def open(cls, job: PackJob, delivery: Delivery) -> Self:

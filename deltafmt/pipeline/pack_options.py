@@ -73,8 +73,9 @@ class PackOptions:
         lists = {"rules": rules, "include": include, "exclude": exclude, "attach": attach, "no_attach": no_attach}
         for option, value in lists.items():
             check_list(option, value)
-        for chosen in (method, *(rule[-1] for rule in rules)):
-            _check_method(chosen)
+        _check_method(method)
+        for rule in rules:
+            _check_rule(rule)
         pair = PairOptions.parse(rename, strip_prefix, allow_architecture)
         method = method or DeltaDQ()
         if method.exact:
@@ -128,6 +129,17 @@ class PackOptions:
         job = PackJob(before, after, plans, *described, restores=restores, progressive=self.exact)
         _check_hot(job)
         return job
+
+
+def _check_rule(rule: object) -> None:
+    """Refuse what is no pair of a pattern and a method.
+
+    Raises:
+        UsageError: names it.
+    """
+    if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
+        raise UsageError(f"{rule!r} is no rule; give a pattern and a method, or None to store whole")
+    _check_method(rule[1])
 
 
 def _check_method(method: object) -> None:

@@ -96,9 +96,9 @@ class Deltas:
         self._versions: dict[str, Attached] = {}
         self._merge: Merge | None = None
         self._merged: str | None = None
-        self.reads = self.scope.watched = Reads(model, self.served, self.scope.touches)
-        self.forms = Forms()
         self._watch = Watch(model)
+        self.reads = self.scope.watched = Reads(model, self.served, self.scope.touches, self._watch)
+        self.forms = Forms()
         self._watch.stamp(())
         self._calls = Calls(model, self)
         following.install()

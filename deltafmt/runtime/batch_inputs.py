@@ -6,6 +6,7 @@ named here counts as the same for all rows.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ _MAIN: Final = (
 _BESIDE: Final = (
     *("encoder_hidden_states", "attention_mask", "decoder_attention_mask", "encoder_attention_mask", "position_ids"),
     *("token_type_ids", "decoder_position_ids", "pixel_mask", "labels", "bbox"),
-    "state",  # of RWKV: a list of what each row has come to
 )
+# Inputs with rows in the models of one kind only. RWKV's is a list of what each row has come to; in the states of other
+# models, layers may come first.
+_STATE: Final = {"rwkv": ("state",)}
 _LEADING: Final = (*_MAIN, *_BESIDE)
 _GRIDS: Final = {"pixel_values": ("image_grid_thw", "image"), "pixel_values_videos": ("video_grid_thw", "video")}
 
@@ -65,7 +68,8 @@ def rows_of(given: Mapping[str, Any]) -> tuple[str, int] | None:
 
 def shapes_of(given: Mapping[str, Any]) -> tuple[Hashable, ...] | None:
     """Return what :func:`rows_of` and :func:`inputs_of` follow from; None if it is more than shapes."""
-    if any(isinstance(given.get(name), list | tuple | Mapping) for name in _LEADING):
+    names = itertools.chain(_LEADING, *_STATE.values())
+    if any(isinstance(given.get(name), list | tuple | Mapping) for name in names):
         return None
     if not _GRIDS.keys().isdisjoint(name for name, value in given.items() if value is not None):
         return None
@@ -91,7 +95,8 @@ def inputs_of(given: Mapping[str, Any], rows: int, main: str, config: Any, where
             owned = _images(given, name, given.get(grid), token, config, where)
             if owned is not None:
                 yield Input(name, given[name], owned, packed=isinstance(given.get(grid), torch.Tensor))
-    for name in dict.fromkeys((main, *_LEADING)):
+    own = _STATE.get(getattr(config, "model_type", None) or "", ())
+    for name in dict.fromkeys((main, *_LEADING, *own)):
         if name in _GRIDS and name != main and _token(config, _GRIDS[name][1]) is not None:
             continue
         for tensor in _tensors(given.get(name)):

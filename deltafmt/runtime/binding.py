@@ -26,7 +26,8 @@ from deltafmt.runtime.part_keys import part_key, part_of, split_key
 
 Rename = Callable[[str], str]
 
-_NEVER_CALLED = ("NonDynamicallyQuantizableLinear",)
+# Modules that the module around them does not call: it computes with their parameters.
+NEVER_CALLED = ("NonDynamicallyQuantizableLinear",)
 _OLD_NAMES = {"gamma": "weight", "beta": "bias"}
 
 
@@ -335,7 +336,7 @@ class _Finder:
 
     def _reader(self, bound: BoundModule, key: str) -> tuple[BoundModule, str]:
         """Return the module that reads a parameter: the module itself, or the one that does not call it."""
-        if type(bound.module).__name__ not in _NEVER_CALLED:
+        if type(bound.module).__name__ not in NEVER_CALLED:
             return bound, key
         path, _, child = bound.name.rpartition(".")
         return BoundModule(path, self._modules[path], Role.OTHER), f"{child}.{key}"

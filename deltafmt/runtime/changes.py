@@ -52,6 +52,9 @@ class Watch:
 
     Args:
         model: the model.
+
+    Attributes:
+        registrations: how often one of its modules was given another module or parameter.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,6 +65,7 @@ class Watch:
         self._modules: set[int] = set()
         self._children: list[_Child] = []
         self._noted = self._converted = False
+        self.registrations = 0
         _watches.add(self)
         self._wrap_conversion()
 
@@ -69,6 +73,7 @@ class Watch:
         """Note that a module was given another module or parameter."""
         if id(module) in self._modules:
             self._noted = True
+            self.registrations += 1
 
     def _wrap_conversion(self) -> None:
         """Note ``model.to``, ``half``, ``cuda`` and the like, which all come down to ``_apply``."""

@@ -128,7 +128,13 @@ class Block:
         self.scope.opened(self)
 
     def __exit__(self, *details: object) -> None:
-        """Close the block."""
+        """Close the block.
+
+        Raises:
+            UsageError: it is not open.
+        """
+        if self._hold is None:
+            raise UsageError("a block of deltas is left once, after it was entered; ask model.delta for another")
         self.scope.closed(self)
         chain.set(tuple(link for link in chain.get() if link[0] is not self))
         self.generator = None

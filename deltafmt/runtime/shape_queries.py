@@ -35,12 +35,10 @@ FORM_ONLY = frozenset(
         "data_ptr",
         "untyped_storage",
         "get_device",
-        "type_as",
         "new_empty",
         "new_zeros",
         "new_ones",
         "new_full",
-        "new_tensor",
         "empty_like",
         "zeros_like",
         "ones_like",
@@ -67,6 +65,21 @@ NEW_TENSORS = frozenset(
         *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"),
     )
 )
+
+# Functions that give the values of their first argument another form, which other arguments may lend.
+FORMED = frozenset(("to", "type_as", "view_as", "expand_as", "reshape_as"))
+
+
+def lends_form(name: str, place: int | str) -> bool:
+    """Tell whether a function asks for no more than the form of an argument.
+
+    Args:
+        name: the function's.
+        place: the argument's number, or its name.
+    """
+    if name in FORMED:
+        return place != 0
+    return name in FORM_ONLY or (name == "new_tensor" and place == 0)
 
 
 def function_name(func: Any) -> str:

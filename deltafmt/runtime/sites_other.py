@@ -20,7 +20,7 @@ from deltafmt.runtime.orders import Order
 from deltafmt.runtime.per_row import per_row
 from deltafmt.runtime.row_places import LOOKED_UP, OUTPUT
 from deltafmt.runtime.selection import Selection
-from deltafmt.runtime.shape_queries import FORM_ONLY, function_name
+from deltafmt.runtime.shape_queries import function_name, lends_form
 from deltafmt.runtime.sites import Site, WeightSite, first_input, output_error
 from deltafmt.runtime.substituted import SubstitutedSite, refreshed, refuse_training, twin_of
 from deltafmt.runtime.values import new_values
@@ -149,7 +149,8 @@ class _LookUps(TorchFunctionMode):
                 ids = torch.arange(len(weight), device=weight.device)[ids]
             if isinstance(ids, torch.Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool:
                 return self._changed(ids, output)
-        if any(one is weight for one in (*args, *kwargs.values())) and function_name(func) not in FORM_ONLY:
+        given: tuple[tuple[int | str, Any], ...] = (*enumerate(args), *kwargs.items())
+        if any(one is weight and not lends_form(function_name(func), place) for place, one in given):
             self.otherwise = True
         return output
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Hashable
+import weakref
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -21,12 +22,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from deltafmt.errors import UsageError
+from deltafmt.runtime.binding import NEVER_CALLED
+from deltafmt.runtime.changes import Watch
 from deltafmt.runtime.cuts import WAY_OUT
 from deltafmt.runtime.per_delta import group_of, merge_input
 from deltafmt.runtime.selection import Selection
 from deltafmt.runtime.served_modules import ServedModules
-from deltafmt.runtime.shape_queries import FORM_ONLY, function_name
+from deltafmt.runtime.shape_queries import FORM_ONLY, function_name, lends_form
 from deltafmt.runtime.sites import Site
+
+_Weights = dict[int, tuple["weakref.ref[torch.Tensor]", list[tuple[Site, str]]]]
 
 
 class Reads:
@@ -36,12 +41,18 @@ class Reads:
         model: the model.
         served: its served modules.
         touches: a function that tells whether its caller's block serves a delta of one of some slots.
+        watch: notices when a module is given another parameter.
     """
 
-    def __init__(self, model: nn.Module, served: ServedModules, touches: Callable[[set[int]], bool]) -> None:
+    def __init__(
+        self, model: nn.Module, served: ServedModules, touches: Callable[[set[int]], bool], watch: Watch
+    ) -> None:
         self._model = model
         self._served = served
         self._touches = touches
+        self._watch = watch
+        # The weights of the served modules, and the registrations that were counted when they were gathered.
+        self._weights: tuple[int, _Weights] | None = None
         self._kinds: set[Hashable] = set()
         self._found: set[str] = set()
         self._warned = False
@@ -64,24 +75,44 @@ class Reads:
         self._served.note_ran(site)
 
     def changed_weight(self, parameter: torch.Tensor) -> str | None:
-        """Return the name of a weight that the deltas of the caller's block change; None for any other tensor."""
-        for site in self._served.sites():
-            for module in (site.module, site.whole):
-                for key, held in module.named_parameters(recurse=False):
-                    if held is parameter and self._touches(site.slots):
-                        return f"{site.name}.{key}"
+        """Return the name of a weight that the deltas of the caller's block change; None for any other tensor.
+
+        It is asked for every tensor that a block computes with, and walks no modules: another model that is called
+        inside the block costs a look into a table for each of its weights.
+        """
+        for site, key in self._places(parameter):
+            if self._touches(site.slots):
+                return f"{site.name}.{key}"
         return None
 
     def computes_with(self, module: nn.Module, parameter: torch.Tensor) -> bool:
         """Tell whether a module adds the deltas to what it computes with a parameter."""
         if self._served.serves(module):
-            return True
+            family = [module, *self._served.siblings_of(module)]  # it may compute ahead for its siblings
+            if any(one in (site.module, site.whole) for site, _ in self._places(parameter) for one in family):
+                return True
         own = any(held is parameter for held in module.parameters(recurse=False))
         return own and any(module is one for one in self._model.modules())
+
+    def _places(self, parameter: torch.Tensor) -> list[tuple[Site, str]]:
+        """Return the sites that a parameter belongs to, each with its name there."""
+        weights = self._weights
+        if weights is None or weights[0] != self._watch.registrations:
+            weights = self._weights = self._watch.registrations, self._gathered()
+        found = weights[1].get(id(parameter))
+        return [] if found is None or found[0]() is not parameter else found[1]
+
+    def _gathered(self) -> _Weights:
+        gathered: _Weights = {}
+        for site in self._served.sites():
+            for _, key, parameter in parameters_of(site):
+                gathered.setdefault(id(parameter), (weakref.ref(parameter), []))[1].append((site, key))
+        return gathered
 
     def forget(self) -> None:
         """Look again, because the model or its deltas have changed."""
         self._kinds.clear()
+        self._weights = None
 
     def warn(self, selection: Selection) -> None:
         """Warn once of modules that the deltas change and that the model's first call has neither called nor read."""
@@ -101,6 +132,17 @@ class Reads:
             )
 
 
+def parameters_of(site: Site) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """Yield the parameters that a site's module computes with: the module, the name for the site, and the parameter."""
+    for module in {id(site.module): site.module, id(site.whole): site.whole}.values():
+        for key, parameter in module.named_parameters(recurse=False):
+            yield module, key, parameter
+        for name, child in module.named_children():
+            if type(child).__name__ in NEVER_CALLED:
+                for key, parameter in child.named_parameters(recurse=False):
+                    yield module, f"{name}.{key}", parameter
+
+
 class _Mode(TorchFunctionMode):
     """A torch mode that gives reads of served parameters the fine-tune's values."""
 
@@ -110,13 +152,13 @@ class _Mode(TorchFunctionMode):
         self._served = served
         self._selection = selection
         self._sites: dict[int, list[tuple[Site, str]]] = {}
-        for site in served.sites():
-            for module in {id(site.module): site.module, id(site.whole): site.whole}.values():
-                for key, parameter in module.named_parameters(recurse=False):
-                    self._sites.setdefault(id(parameter), []).append((site, key))
         # A module that is tied to a served one, as an embedding is to the head, reads its own weight when it is called.
         self._owners: dict[int, list[nn.Module]] = {}
-        for module in (*model.modules(), *(site.module for site in served.sites() if site.module is not site.whole)):
+        for site in served.sites():
+            for module, key, parameter in parameters_of(site):
+                self._sites.setdefault(id(parameter), []).append((site, key))
+                self._owners.setdefault(id(parameter), []).append(module)
+        for module in model.modules():
             for parameter in module.parameters(recurse=False):
                 if id(parameter) in self._sites:
                     self._owners.setdefault(id(parameter), []).append(module)
@@ -160,9 +202,12 @@ class _Mode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function_name(func) not in FORM_ONLY:
-            args = tuple(self._replaced(value) for value in args)
-            kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
+        name = function_name(func)
+        if name not in FORM_ONLY:
+            args = tuple(
+                value if lends_form(name, place) else self._replaced(value) for place, value in enumerate(args)
+            )
+            kwargs = {key: value if lends_form(name, key) else self._replaced(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
     def _replaced(self, value: Any) -> Any:

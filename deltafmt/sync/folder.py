@@ -40,12 +40,20 @@ class Folder:
         self._store: Store = UrlStore(url) if "://" in url else LocalStore(Path(url))
 
     def send(self, message: Message) -> None:
-        """Write a message.
+        """Write a message. One that is here already is left as it is.
 
         Raises:
-            StorageError: writing failed.
+            UsageError: another message of this version is here: the publisher has not counted on from it.
+            StorageError: reading or writing failed.
         """
-        self._store.write(_file_name(message.version, message.kind), message.data)
+        name = _file_name(message.version, message.kind)
+        if name not in self._store.names():
+            self._store.write(name, message.data)
+        elif self._store.read(name) != message.data:
+            raise UsageError(
+                f"{name} is here with other bytes, from another publisher; collect before the first publish, so that "
+                "versions count on, or send to another folder"
+            )
 
     def versions(self) -> list[tuple[int, str]]:
         """Return the versions that are here, in order, and the kind of each message.
@@ -66,7 +74,7 @@ class Folder:
     def collect(self, publisher: Publisher) -> dict[str, str]:
         """Hand all replies to a publisher, write the anchors that it answers with, and return who is still behind.
 
-        A publisher without a state counts on from the newest version that is here, whoever has sent it.
+        A publisher that has published nothing counts on from the newest version that is here, whoever has sent it.
 
         Returns:
             What :meth:`Publisher.behind` gives: empty once the next version can be published.

@@ -54,8 +54,9 @@ class LiveTensor:
 
     @property
     def is_direct(self) -> bool:
-        """True if the tensor's bytes lie in C order in host memory."""
-        return self.tensor.device.type == "cpu" and self.tensor.is_contiguous()
+        """True if the tensor's bytes lie in C order in host memory, and its units at multiples of their width."""
+        tensor = self.tensor
+        return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.data_ptr() % self.unit.width == 0
 
     def flat(self) -> torch.Tensor:
         """Return the tensor's bytes, uint8, 1-d, on its device: a view if they lie in C order, otherwise a copy."""
@@ -65,7 +66,8 @@ class LiveTensor:
     def units(self) -> NDArray[np.unsignedinteger]:
         """Return the tensor's units in host memory: a view if the tensor is direct, otherwise a copy."""
         data: NDArray[np.uint8] = self.flat().cpu().numpy()
-        return data.view(self.unit.dtype)
+        units = data.view(self.unit.dtype)
+        return units if units.flags.aligned else units.copy()
 
 
 def live_tensors(state: Mapping[str, torch.Tensor], what: str = "the state") -> dict[str, LiveTensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -69,11 +71,9 @@ class Publisher:
         level: str = "default",
         threads: int | None = None,
     ) -> None:
-        for what, number in (("anchor_every", anchor_every), ("ahead", ahead), ("version", version)):
-            if type(number) is not int and not (number is None and what == "anchor_every"):
-                raise UsageError(f"{what} is {number!r}, and not a whole number")
-        if isinstance(subscribers, str):
-            raise UsageError(f"subscribers {subscribers!r} is one name, and a list of them is needed")
+        anchor_every = None if anchor_every is None else _whole("anchor_every", anchor_every)
+        ahead, version = _whole("ahead", ahead), _whole("version", version)
+        names = _names(subscribers)
         if anchor_every is not None and anchor_every < 1:
             raise UsageError(f"an anchor at every {anchor_every} versions is not possible; give 1 or more, or None")
         if ahead < 0 or not 0 <= version < MAX_VERSION:
@@ -83,12 +83,13 @@ class Publisher:
         self._anchor_every, self._ahead = anchor_every, ahead
         self._level, self._threads = level, thread_count(threads)
         self._start = version
-        self._followers = {name: _Follower(version) for name in subscribers}
+        self._followers = {name: _Follower(version) for name in names}
         self._replies: dict[str, Reply] = {}
         self._dropped: dict[str, Reply] = {}
         self._kept: KeptState | None = None
         self._digests: dict[int, str] = {}
         self._before: str | None = None
+        self._published = False
         self._anchored = version
         self._anchor: Message | None = None
         self._anchor_bytes: int | None = None
@@ -129,7 +130,7 @@ class Publisher:
             limit = kept.nbytes if self._anchor_bytes is None else self._anchor_bytes
             if len(message.data) >= limit:
                 message = kept.anchor(version)
-        self._kept, self.version, self._before = kept, version, message.content_id
+        self._kept, self.version, self._before, self._published = kept, version, message.content_id, True
         self._remember(message.state)
         if message.kind == "anchor":
             self._anchored, self._anchor, self._anchor_bytes = version, message, len(message.data)
@@ -177,21 +178,30 @@ class Publisher:
         self._followers[reply.subscriber] = follower
         if follower.error is None and reply.version is not None:
             return None
-        if version > self.version or (version == self.version and reply.state not in (None, self._digests[version])):
-            # Only a later version replaces what the subscriber has.
-            self.version, self._anchor = version + 1, None
+        if version > self.version or reply.version == self.version:
+            # Only a later version replaces what the subscriber has, or what it cannot apply behind that.
+            self.version, self._anchor, self._published = version + 1, None, True
             self._remember(self._kept.digest())
             self._before = self.anchor().content_id
         return self.anchor()
 
     def count_on(self, version: int) -> None:
-        """Count on from a version that an earlier publisher has sent. A publisher that has a state keeps its own.
+        """Count on from a version that an earlier publisher has sent. A publisher that has published keeps its own.
+
+        A ``base`` then counts as that version.
 
         Args:
             version: the version.
         """
-        if self._kept is None:
-            self.version = max(self.version, version)
+        if version <= self.version or (self._published and self._kept is not None):
+            return
+        self.version = version
+        if not self._published:
+            self._start = self._anchored = version
+            for name in self._followers.keys() - self._replies.keys():
+                self._followers[name] = _Follower(version)
+            if self._kept is not None:
+                self._digests, self._anchor = {version: self._kept.digest()}, None
 
     def drop(self, subscriber: str) -> None:
         """Forget a subscriber, which will not come back.
@@ -237,3 +247,28 @@ class Publisher:
         self._digests[self.version] = digest
         for old in sorted(self._digests)[:-_REMEMBERED]:
             del self._digests[old]
+
+
+def _whole(what: str, number: Any) -> int:
+    """Return a whole number of any type, such as NumPy's, as an int.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if isinstance(number, bool) or not isinstance(number, Integral):
+        raise UsageError(f"{what} is {number!r}, and not a whole number")
+    return int(number)
+
+
+def _names(subscribers: Any) -> list[str]:
+    """Return the names of subscribers as a list.
+
+    Raises:
+        UsageError: it is no list of texts.
+    """
+    if isinstance(subscribers, str):
+        raise UsageError(f"subscribers {subscribers!r} is one name, and a list of them is needed")
+    names: list[str] = list(subscribers) if isinstance(subscribers, Iterable) else [subscribers]
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError(f"subscribers {subscribers!r} is no list of names")
+    return names

@@ -33,11 +33,13 @@ enum { PLACES_RUN = 64 };
 /* Bytes of scratch memory that writing a frame takes. */
 enum { FRAME_SCRATCH = 5 << 16 };
 
+/* Units are found in so many parts of a chunk side by side. */
+enum { QUARTERS = 4 };
+
 /* Keys are counted in runs, with COMMON numbers for each run. Finding units lists those of rare keys, of which there are
- * at most one in RARE. It takes so many bytes of scratch memory. */
+ * at most one in RARE. */
 enum { KEY_RUN = 512, COMMON = 8, RARE = 8 };
 #define KEY_RUNS(COUNT) (((COUNT) + KEY_RUN - 1) / KEY_RUN)
-#define FIND_SCRATCH(COUNT) ((COMMON * KEY_RUNS(COUNT) + (COUNT) / RARE) * sizeof(uint32_t))
 
 /* Dtypes of weights and scales. */
 enum dtype { BF16, F16, F32 };
@@ -111,9 +113,21 @@ struct exact {
     const uint8_t *marks; /* (count,): which units are sorted behind all others; NULL for none */
     uint8_t *planes;      /* (width, count), `stride` bytes apart */
     size_t stride;
-    uint32_t *table;      /* scratch of counts */
+    uint32_t *table;      /* scratch of counts: find_scratch bytes */
     void *out, *sorted;   /* (count,); out in exact_join; sorted is scratch */
 };
+
+INLINE size_t all_keys(const struct exact *e) { return (e->marks ? (size_t)2 : 1) << e->bits; }
+
+/* Units of fewer than LEAST_KEYED, or of more keys than a byte has, are counted one by one. */
+enum { LEAST_KEYED = 1 << 14 };
+INLINE int may_be_keyed(const struct exact *e) { return !e->marks && e->bits <= 8 && e->count >= LEAST_KEYED; }
+
+/* Bytes of scratch memory that finding units takes: two numbers for each key and quarter, or what is said of runs above. */
+INLINE size_t find_scratch(const struct exact *e) {
+    size_t plain = 2 * QUARTERS * all_keys(e), keyed = may_be_keyed(e) ? COMMON * KEY_RUNS(e->count) + e->count / RARE : 0;
+    return (plain > keyed ? plain : keyed) * sizeof(uint32_t);
+}
 
 /* The loops of one processor level. Scratch memory comes from the caller: `row` bytes as module.c computes them. */
 struct loops {

@@ -496,7 +496,7 @@ PyObject *exact_find(struct call *call) {
     const Py_buffer *ranks = array(call, "l", 1, 0), *places = array(call, "l", 1, 1);
     require(call, extent(places, 0) == extent(ranks, 0), "there is a place for each rank");
     require_ascending(call, ranks, e.count, "ranks ascend among the units");
-    e.table = scratch_of(call, FIND_SCRATCH(e.count));
+    e.table = scratch_of(call, find_scratch(&e));
     RUN(call, loops->exact_find(&e, ranks->buf, extent(ranks, 0), places->buf));
     free(e.table);
     return finish(call, nothing, 0);
@@ -535,8 +535,10 @@ PyObject *exact_unrelated(struct call *call) {
     const Py_buffer *logs = array(call, "L", 1, 0);
     require(call, extent(prediction, 0) == e.count && prediction->itemsize == values->itemsize, "both are units alike");
     require(call, e.count <= EXACT_SAMPLE && extent(logs, 0) == EXACT_SAMPLE + 1, "there is a number for each count");
+    e.sorted = scratch_of(call, e.count * e.width);
     int found = 0;
     RUN(call, found = loops->exact_unrelated(&e, logs->buf));
+    free(e.sorted);
     return finish(call, PyBool_FromLong, found);
 }
 

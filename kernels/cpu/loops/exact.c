@@ -9,7 +9,7 @@
  * steps than powers of two. Where units go is found in a loop of its own: where a write waits for the place that it goes
  * to, so do the reads behind it. */
 
-enum { QUARTERS = 4, KEYS = 2 << MAX_KEY_BITS };
+enum { KEYS = 2 << MAX_KEY_BITS };
 
 /* "o(u) = u + 2^(n-1) if u < 2^(n-1); o(u) = 2^n - 1 - u otherwise." */
 #define ORDERED(T, TOP, u) ((T)((u) ^ (T)((T)(0 - (T)((u) >> (TOP))) | (T)((T)1 << (TOP)))))
@@ -42,12 +42,13 @@ INLINE void count_keys(const uint16_t *restrict key, size_t run, uint32_t low, u
     if (run % 2) numbers[key[run - 1]]++;
 }
 
+/* Long segments begin apart by STEP_REST more than a multiple of STEP. */
+enum { LONG_SEGMENT = 1 << 16, STEP = 2048, STEP_REST = 288 };
+
 INLINE size_t segment_of(size_t count) {
     size_t segment = count / SEGMENTS;
-    return segment < 1 << 16 ? segment : segment - (segment + 2048 - 288) % 2048;
+    return segment < LONG_SEGMENT ? segment : segment - (segment - STEP_REST) % STEP;
 }
-
-INLINE size_t all_keys(const struct exact *e) { return (e->marks ? (size_t)2 : 1) << e->bits; }
 
 /* The loops for units of type T, of which TOP is the highest bit. */
 #define EXACT_UNITS(T, TOP)                                                                                           \

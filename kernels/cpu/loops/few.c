@@ -69,11 +69,12 @@ enum { FIND_UNITS = 512 };
     /* Passes over units of each key until none is left before the next rank. Quarters of the chunk go side by side. */\
     static void find_##T(const struct exact *e, const int64_t *restrict ranks, size_t number,                         \
                          int64_t *restrict places) {                                                                  \
-        BY_KEYS(keyed_find_##T(e, &common, ranks, number, places), T)                                                 \
+        if (keyed_find_##T(e, ranks, number, places)) return;                                                         \
         size_t count = e->count, quarter = count / QUARTERS, keys = all_keys(e), rank = 0;                            \
-        uint32_t left[QUARTERS][KEYS], next[QUARTERS][KEYS], start = 0;                                               \
+        uint32_t *left[QUARTERS], *next[QUARTERS], start = 0;                                                         \
         uint16_t key[QUARTERS][FIND_UNITS];                                                                           \
-        for (size_t q = 0; q < QUARTERS; q++) memset(left[q], 0, keys * sizeof **left);                               \
+        for (size_t q = 0; q < QUARTERS; q++) left[q] = e->table + q * keys, next[q] = left[q] + QUARTERS * keys;     \
+        memset(e->table, 0, QUARTERS * keys * sizeof *e->table);                                                      \
         for (size_t first = 0; first < quarter; first += FIND_UNITS) {                                                \
             size_t run = quarter - first < FIND_UNITS ? quarter - first : FIND_UNITS;                                 \
             for (size_t q = 0; q < QUARTERS; q++) keys_##T(e, q * quarter + first, run, key[q]);                      \

@@ -5,13 +5,7 @@
  * ranks.c find without it. Reference: deltafmt/exact/few.py. */
 
 #ifdef WITH_AVX2
-/* Returns from a loop what the call has found, if the keys of the units are such that it is worth it. */
-#define BY_KEYS(CALL, T)                                                                                              \
-    struct common common;                                                                                             \
-    if (common_##T(e, &common) && CALL) return;
-
 enum { KEY_WORDS = KEY_RUN / 64, MOST_KEYS = 256, SAMPLE_RUNS = 64, SAMPLE = 64 * SAMPLE_RUNS };
-enum { LEAST_KEYED = 4 * SAMPLE };
 
 /* The most common keys, and a slot for each key: theirs come first. */
 struct common {
@@ -101,15 +95,18 @@ INLINE uint32_t until_next(const int64_t *ranks, size_t number, size_t next) {
     static int common_##T(const struct exact *e, struct common *common) {                                             \
         uint32_t sample[MOST_KEYS] = {0};                                                                             \
         uint8_t keys[SAMPLE / SAMPLE_RUNS];                                                                           \
-        if (e->marks || e->bits > 8 || e->count < LEAST_KEYED) return 0;                                              \
+        if (!may_be_keyed(e)) return 0;                                                                               \
         for (size_t run = 0; run < SAMPLE_RUNS; run++) {                                                              \
             key_bytes_##T(e, run * (e->count / SAMPLE_RUNS), sizeof keys, keys);                                      \
             for (size_t i = 0; i < sizeof keys; i++) sample[keys[i]]++;                                               \
         }                                                                                                             \
         return choose_keys(sample, common);                                                                           \
     }                                                                                                                 \
-    static int keyed_ranks_##T(const struct exact *e, const struct common *common, const int64_t *restrict places,    \
-                               size_t number, uint64_t *restrict counts, int64_t *restrict ranks) {                   \
+    /* Gives what ranks_##T does. Returns 0, and gives nothing, if the units are better counted one by one. */        \
+    static int keyed_ranks_##T(const struct exact *e, const int64_t *restrict places, size_t number,                  \
+                               uint64_t *restrict counts, int64_t *restrict ranks) {                                  \
+        struct common chosen, *common = &chosen;                                                                      \
+        if (!common_##T(e, common)) return 0;                                                                         \
         uint8_t keys[KEY_RUN];                                                                                        \
         uint32_t seen[MOST_KEYS] = {0}, numbers[COMMON];                                                              \
         uint64_t starts[MOST_KEYS], rare[KEY_WORDS], next = 0;                                                        \
@@ -140,9 +137,11 @@ INLINE uint32_t until_next(const int64_t *ranks, size_t number, size_t next) {
         for (i = 0; i < number; i++) ranks[i] += (int64_t)starts[prediction[places[i]] >> e->shift & mask];           \
         return 1;                                                                                                     \
     }                                                                                                                 \
-    /* Finds what find_##T does. Returns 0, and finds nothing, if too many units are rare. */                         \
-    static int keyed_find_##T(const struct exact *e, const struct common *common, const int64_t *restrict ranks,      \
-                              size_t number, int64_t *restrict places) {                                              \
+    /* Finds what find_##T does. Returns 0, and finds nothing, if the units are better counted one by one. */         \
+    static int keyed_find_##T(const struct exact *e, const int64_t *restrict ranks, size_t number,                    \
+                              int64_t *restrict places) {                                                             \
+        struct common chosen, *common = &chosen;                                                                      \
+        if (!common_##T(e, common)) return 0;                                                                         \
         uint8_t keys[KEY_RUN];                                                                                        \
         uint64_t rare[KEY_WORDS];                                                                                     \
         uint32_t left[MOST_KEYS] = {0}, next[MOST_KEYS], start = 0, over;                                             \
@@ -204,11 +203,20 @@ INLINE uint32_t until_next(const int64_t *ranks, size_t number, size_t next) {
         }                                                                                                             \
         return 1;                                                                                                     \
     }
+#else
+#define KEYED_UNITS(T)                                                                                                \
+    INLINE int keyed_ranks_##T(const struct exact *e, const int64_t *places, size_t number, uint64_t *counts,         \
+                               int64_t *ranks) {                                                                      \
+        (void)e, (void)places, (void)number, (void)counts, (void)ranks;                                               \
+        return 0;                                                                                                     \
+    }                                                                                                                 \
+    INLINE int keyed_find_##T(const struct exact *e, const int64_t *ranks, size_t number, int64_t *places) {          \
+        (void)e, (void)ranks, (void)number, (void)places;                                                             \
+        return 0;                                                                                                     \
+    }
+#endif
 
 KEYED_UNITS(uint8_t)
 KEYED_UNITS(uint16_t)
 KEYED_UNITS(uint32_t)
 KEYED_UNITS(uint64_t)
-#else
-#define BY_KEYS(CALL, T)
-#endif

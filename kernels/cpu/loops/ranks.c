@@ -4,18 +4,18 @@
  * Counting is the whole work. Units are counted in four tables by turns, because a counter waits for its last
  * increment. */
 
-enum { TURNS = 4 };
+enum { TURNS = 4, UNMARKED_KEYS = 1 << MAX_KEY_BITS };
 
 #define RANKS_UNITS(T)                                                                                                \
     INLINE void tally_##T(const T *restrict prediction, size_t first, size_t end, int shift, T mask,                  \
-                          uint32_t seen[TURNS][KEYS]) {                                                               \
+                          uint32_t seen[TURNS][UNMARKED_KEYS]) {                                                      \
         size_t i = first;                                                                                             \
         for (; i + TURNS <= end; i += TURNS)                                                                          \
             for (size_t turn = 0; turn < TURNS; turn++) seen[turn][prediction[i + turn] >> shift & mask]++;           \
         for (; i < end; i++) seen[0][prediction[i] >> shift & mask]++;                                                \
     }                                                                                                                 \
     /* Turns the counts of all units into where each key starts. */                                                   \
-    INLINE void start_##T(uint32_t seen[TURNS][KEYS], size_t keys, uint64_t *restrict starts) {                       \
+    INLINE void start_##T(uint32_t seen[TURNS][UNMARKED_KEYS], size_t keys, uint64_t *restrict starts) {              \
         uint64_t next = 0;                                                                                            \
         for (size_t key = 0; key < keys; key++) {                                                                     \
             starts[key] = next;                                                                                       \
@@ -25,11 +25,11 @@ enum { TURNS = 4 };
     static void ranks_##T(const struct exact *e, const int64_t *restrict places, size_t number,                       \
                           uint64_t *restrict counts, int64_t *restrict ranks) {                                       \
         const T *restrict prediction = e->prediction;                                                                 \
-        BY_KEYS(keyed_ranks_##T(e, &common, places, number, counts, ranks), T)                                        \
+        if (keyed_ranks_##T(e, places, number, counts, ranks)) return;                                                \
         size_t keys = (size_t)1 << e->bits, from = 0;                                                                 \
         T mask = (T)(keys - 1);                                                                                       \
-        uint32_t seen[TURNS][KEYS];                                                                                   \
-        uint64_t starts[KEYS];                                                                                        \
+        uint32_t seen[TURNS][UNMARKED_KEYS];                                                                          \
+        uint64_t starts[UNMARKED_KEYS];                                                                               \
         memset(seen, 0, sizeof seen);                                                                                 \
         for (size_t i = 0; i < number; i++) {                                                                         \
             size_t place = (size_t)places[i], key = prediction[place] >> e->shift & mask;                             \
@@ -41,7 +41,7 @@ enum { TURNS = 4 };
         tally_##T(prediction, from, e->count, e->shift, mask, seen);                                                  \
         start_##T(seen, keys, starts);                                                                                \
         for (size_t i = 0; i < number; i++) ranks[i] += (int64_t)starts[prediction[places[i]] >> e->shift & mask];    \
-        for (size_t key = 0; key < keys; key++) counts[key] = (key + 1 < keys ? starts[key + 1] : e->count) - starts[key]; \
+        for (size_t key = 0; key < keys; key++) counts[key] = (key + 1 < keys ? starts[key + 1] : e->count) - starts[key];\
     }
 
 RANKS_UNITS(uint8_t)

@@ -15,7 +15,7 @@
         return total;                                                                                                \
     }                                                                                                                \
     static int unrelated_##T(const struct exact *e, const uint64_t *logs) {                                          \
-        T codes[EXACT_SAMPLE];                                                                                       \
+        T *restrict codes = e->sorted;                                                                               \
         encode_##T(e->values, e->prediction, e->count, e->is_float, codes);                                          \
         return order_##T(e->values, e->count, logs) > order_##T(codes, e->count, logs);                              \
     }
