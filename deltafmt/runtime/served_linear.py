@@ -176,7 +176,9 @@ class ServedLinear:
             held, weight = module.__dict__, module._parameters.get("weight")  # noqa: SLF001 - not what a class makes of it
             if not is_plain(module) or _MEMBER in held or "forward" in held or type(weight) is not nn.Parameter:
                 return False
-            if type(weight.data) is not torch.Tensor or weight.device.type == "meta":
+            with torch._C.DisableTorchFunction():  # noqa: SLF001 - nothing is computed with the weight here
+                whole = type(weight.data) is torch.Tensor
+            if not whole or weight.device.type == "meta":
                 return False
             if weight.device.type != "cpu" and weight.data_ptr() % _ALIGNMENT:
                 return False  # compiled code may be given a copy
