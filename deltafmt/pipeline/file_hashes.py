@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from deltafmt.checkpoint.safetensors_file import SafetensorsFile, Tensor
 from deltafmt.errors import StorageError
 from deltafmt.methods.exact import Exact
 from deltafmt.output import Bytes
+from deltafmt.pipeline.chunk_hashes import Turns
 from deltafmt.pipeline.job import PackJob
 from deltafmt.pipeline.plan import Plan
 
@@ -33,10 +33,9 @@ class FileHash:
     def __init__(self, file: SafetensorsFile) -> None:
         self._file = file
         self._hasher = blake3()
-        self._turn = threading.Condition()
-        self._position = self._expected = 0
+        self._turns = Turns()
+        self._expected = 0
         self._before: dict[int, int] = {}  # of each tensor's first byte, where the one expected before it ends
-        self._failed: int | None = None  # the first byte that will not be hashed
 
     def expect(self, tensor: Tensor) -> bool:
         """Expect the chunks of a tensor; return False if it has none, or a tensor behind it is expected already."""
@@ -57,27 +56,15 @@ class FileHash:
             StorageError: an earlier chunk could not be read.
         """
         begin = self._before.get(offset, offset)
-        with self._turn:
-            self._turn.wait_for(lambda: self._position == begin or self._is_lost(offset))
-            if self._position != begin:
-                raise StorageError(f"{self._file.path}: an earlier part of it could not be read")
-        # Nobody else has a turn now.
+        if not self._turns.wait(begin, offset):
+            raise StorageError(f"{self._file.path}: an earlier part of it could not be read")
         self._read(begin, offset)
         self._hasher.update(data)
-        with self._turn:
-            self._position = offset + len(data)
-            self._turn.notify_all()
+        self._turns.end(offset + len(data))
 
     def fail(self, offset: int) -> None:
         """Say that the work on a chunk has failed: unless it is hashed already, it will not be."""
-        with self._turn:
-            if self._position <= offset and (self._failed is None or offset < self._failed):
-                self._failed = offset
-                self._turn.notify_all()
-
-    def _is_lost(self, offset: int) -> bool:
-        """Tell whether a byte before this one will not be hashed."""
-        return self._failed is not None and self._failed < offset
+        self._turns.fail(offset)
 
     def _read(self, first: int, end: int) -> None:
         """Hash bytes of the file that no chunk has."""
@@ -87,9 +74,9 @@ class FileHash:
 
     def digest(self) -> bytes | None:
         """Return the digest, once all chunks are hashed; None if most of the file would have to be read for it."""
-        if 2 * self._position < self._file.size:
+        if 2 * self._turns.next < self._file.size:
             return None
-        self._read(self._position, self._file.size)
+        self._read(self._turns.next, self._file.size)
         return self._hasher.digest()
 
 
